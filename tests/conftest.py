@@ -1,0 +1,46 @@
+"""What every test may use: the shipped checkpoint, and bundles built from it once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from toolchain import build
+
+ROOT = Path(__file__).resolve().parents[1]
+Builder = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen2() -> Path:
+    """The shipped checkpoint."""
+    return ROOT / "models" / "tiny-qwen2"
+
+
+@pytest.fixture(scope="session")
+def build_tiny(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    """Builds tiny-qwen2 with four groups (prefill 32; histories 0, 32, 128) and whatever other options are given."""
+
+    def make(**options: Any) -> Path:
+        output = tmp_path_factory.mktemp("bundle") / "tiny"
+        defaults: dict[str, Any] = {"prefill_len": 32, "kv_cache_len": 255, "last_kv_cache_len": (32, 128)}
+        defaults.update(input_path=tiny_qwen2, output_path=output)
+        build.build(build.plan(build.Options(**{**defaults, **options})))
+        return output
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle_s8(build_tiny: Builder) -> Path:
+    """bfloat16 hidden state, s8 weights: the defaults."""
+    return build_tiny()
+
+
+@pytest.fixture(scope="session")
+def bundle_fp32(build_tiny: Builder) -> Path:
+    """float32 hidden state and weights; embedding and lm_head keep the bfloat16 the checkpoint has, which is exact."""
+    return build_tiny(hidden_state_type="fp32", weight_type="fp32", post_weight_type="bf16")

@@ -1,0 +1,3 @@
+"""The compiler: a Hugging Face checkpoint becomes a bundle of axmodels."""
+
+VERSION = "0.1.0"

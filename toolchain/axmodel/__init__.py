@@ -1,0 +1,1 @@
+"""Axmodels, written as a stream."""

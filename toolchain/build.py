@@ -1,0 +1,250 @@
+"""llm_build: a checkpoint becomes a bundle, its layers in parallel."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any
+
+from board.bundle import MANIFEST, read_manifest, sha256, verify
+from board.dtypes import FLOATS
+from board.errors import BadInput, CheckFailed
+from toolchain import VERSION, budget, bundle, config, jobs
+from toolchain.axmodel.writer import Written
+from toolchain.checkpoint import Checkpoint
+from toolchain.compile import Target
+from toolchain.jobs import Job, Work
+from toolchain.quantizer import WEIGHT_TYPES
+from toolchain.staging import KeepStaging, publish, refuse_other_content, staging
+
+CHIPS = ("AX620E", "AX650")
+POST_WEIGHT_TYPES = ("bf16", "s8")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; the names, meanings and defaults are those of the vendor's `llm_build`."""
+
+    input_path: Path
+    output_path: Path
+    prefill_len: int = 0
+    parallel: int = 1
+    model_config: Path | None = None
+    model_type: str | None = None
+    kv_cache_len: int = 127
+    post_topk: int = 0
+    post_weight_type: str = "s8"
+    hidden_state_type: str = "bf16"
+    weight_type: str = "s8"
+    chip: str = "AX650"
+    last_kv_cache_len: tuple[int, ...] = ()
+    model_name: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value, allowed in (
+            ("--hidden_state_type", self.hidden_state_type, tuple(FLOATS)),
+            ("--weight_type", self.weight_type, tuple(WEIGHT_TYPES)),
+            ("--post_weight_type", self.post_weight_type, POST_WEIGHT_TYPES),
+            ("--chip", self.chip, CHIPS),
+        ):
+            if value not in allowed:
+                raise BadInput(f"{flag} is {value!r}; expected one of {', '.join(allowed)}")
+        if not 1 <= self.parallel <= 256:
+            raise BadInput(f"--parallel is {self.parallel}; expected 1 to 256")
+        previous = 0
+        for length in self.last_kv_cache_len:
+            if not self.prefill_len:
+                raise BadInput("--last_kv_cache_len needs --prefill_len: it adds groups that prefill after a history")
+            if not previous < length <= self.kv_cache_len:
+                raise BadInput(
+                    f"--last_kv_cache_len is {', '.join(map(str, self.last_kv_cache_len))}; expected rising numbers "
+                    f"up to --kv_cache_len {self.kv_cache_len}"
+                )
+            previous = length
+
+    def target(self, model: config.ModelConfig) -> Target:
+        """What to compile for, the lengths held against the model's. Raises BadInput."""
+        context = min(model.max_position_embeddings, model.sliding_window or model.max_position_embeddings)
+        if not 1 <= self.kv_cache_len < context:
+            raise BadInput(
+                f"--kv_cache_len is {self.kv_cache_len}; expected 1 to {context - 1}: "
+                f"the model sees {context} positions, one is the current token's"
+            )
+        if not 0 <= self.prefill_len <= self.kv_cache_len:
+            raise BadInput(
+                f"--prefill_len is {self.prefill_len}; expected 0 (no prefill) to --kv_cache_len {self.kv_cache_len}"
+            )
+        if not 0 <= self.post_topk <= model.vocab_size:
+            raise BadInput(f"--post_topk is {self.post_topk}; expected 0 (off) to the vocabulary's {model.vocab_size}")
+        return Target(
+            prefill_len=self.prefill_len,
+            kv_cache_len=self.kv_cache_len,
+            last_kv_cache_len=self.last_kv_cache_len,
+            hidden_state_type=self.hidden_state_type,
+            weight_type=self.weight_type,
+            post_weight_type=self.post_weight_type,
+            post_topk=self.post_topk,
+            chip=self.chip,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A build ready to start: every dimension checked, every file known by name and size."""
+
+    options: Options
+    checkpoint: Checkpoint
+    config: config.ModelConfig
+    target: Target
+    inputs: tuple[Path, ...]
+    jobs: tuple[Job, ...]
+    budget: budget.Budget
+
+    @property
+    def name(self) -> str:
+        return self.options.model_name or self.config.model_type
+
+
+def plan(options: Options) -> Plan:
+    """Reads the headers of the checkpoint and decides everything. Raises BadInput; writes nothing."""
+    checkpoint = Checkpoint.open(options.input_path)
+    model = config.load(checkpoint, options.model_config, options.model_type)
+    target = options.target(model)
+    inputs = bundle.input_files(checkpoint.path, checkpoint.files)
+    work = Work(checkpoint.path, Path(), model, target)
+    planned = jobs.plan(work, inputs)
+    small = sum(path.stat().st_size for path in inputs if path not in checkpoint.files)
+    disk = sum(job.nbytes for job in planned if job.kind != "input") + 2 * small + (1 << 20)
+    return Plan(
+        options, checkpoint, model, target, inputs, tuple(planned), budget.estimate(model, target, disk, options.parallel)
+    )
+
+
+Progress = Callable[[Job], None]
+
+
+def build(planned: Plan, progress: Progress = lambda job: None) -> dict[str, Any]:
+    """Makes the bundle and returns its manifest; one that is there already, whole and the same, is left as it is.
+
+    `progress(job)` is called as each ends. Raises BadInput; leaves nothing behind when it does.
+    """
+    options, output = planned.options, planned.options.output_path
+    standing = _standing(planned)
+    if standing is not None:
+        for job in planned.jobs:
+            progress(job)
+        return standing
+    refuse_other_content(output, force=options.force)
+    budget.require(planned.budget, output)
+    with staging(output, _key(planned)) as folder:
+        try:
+            work = Work(planned.checkpoint.path, folder, planned.config, planned.target)
+            done = dict(_run(work, planned.jobs, options.parallel, progress))
+            inputs = {Path(job.file).name: written for job, written in done.items() if job.kind == "input"}
+            if options.model_config:
+                inputs["model_config"] = Written(sha256(options.model_config), options.model_config.stat().st_size)
+            outputs = {job.file: written for job, written in done.items() if job.kind != "input"}
+            manifest = bundle.finish(
+                folder, planned.checkpoint.path, planned.name, planned.config, planned.target, inputs, outputs
+            )
+            publish(folder, output, replace=options.force)
+        except OSError as error:
+            raise BadInput(
+                f"cannot write the bundle beside {output}: {error.strerror or error}\n"
+                "Nothing was kept. Make room or choose another --output_path."
+            ) from None
+    return manifest
+
+
+def _standing(planned: Plan) -> dict[str, Any] | None:
+    """The manifest of the bundle at the output path if it is what this build would make, and whole."""
+    output = planned.options.output_path
+    if not (output / MANIFEST).is_file():
+        return None
+    try:
+        manifest = read_manifest(output)
+        same = manifest.get("flags") == _as_json(asdict(planned.target)) and manifest.get("tools") == {"axc": VERSION}
+        same = same and manifest["model"]["name"] == planned.name and not planned.options.model_config
+        recorded = manifest["inputs"] if same else {}
+        if {path.name for path in planned.inputs} != set(recorded):
+            return None
+        if any(path.stat().st_size != recorded[path.name]["size"] for path in planned.inputs):
+            return None
+        if any(sha256(path) != recorded[path.name]["sha256"] for path in planned.inputs):
+            return None
+        return verify(output)
+    except (BadInput, CheckFailed, KeyError, TypeError):
+        return None
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def _key(planned: Plan) -> dict[str, Any]:
+    """What finished files of a killed build must have been made from to be taken over."""
+    files = [*planned.inputs, *([planned.options.model_config] if planned.options.model_config else [])]
+    return {
+        "axc": VERSION,
+        "name": planned.name,
+        "config": _as_json(asdict(planned.config)),
+        "target": _as_json(asdict(planned.target)),
+        "inputs": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+    }
+
+
+def _run(work: Work, planned: tuple[Job, ...], parallel: int, progress: Progress) -> Iterator[tuple[Job, Written]]:
+    """All jobs, in this process or in `parallel` others; yields each as it ends."""
+    if parallel == 1:
+        for job in planned:
+            yield job, jobs.run(work, job)
+            progress(job)
+        return
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    pool = ProcessPoolExecutor(parallel, context, initializer=_start_worker, initargs=(stop,))
+    try:
+        futures: dict[Future[Written], Job] = {pool.submit(_work, work, job): job for job in planned}
+        waiting = set(futures)
+        while waiting:
+            ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in ended:
+                yield futures[future], future.result()
+                progress(futures[future])
+    except BrokenProcessPool:
+        raise KeepStaging(
+            BadInput(
+                "a worker process was killed, perhaps because memory ran out\n"
+                "Finished files are kept: lower --parallel and run the same command again."
+            )
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+_stop: Any = None
+
+
+def _start_worker(stop: Any) -> None:
+    """In a worker: end with the parent, leave Ctrl-C to it, and look at `stop` between blocks."""
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+        threading.Thread(target=lambda: connection.wait([sentinel]) and os._exit(1), daemon=True).start()
+
+
+def _work(work: Work, job: Job) -> Written:
+    return jobs.run(work, job, _stop.is_set)

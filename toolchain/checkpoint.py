@@ -1,0 +1,238 @@
+"""A Hugging Face checkpoint on disk: which tensors it has, and their rows on demand.
+
+safetensors and PyTorch .bin, in one file or in shards with an index. Nothing is read before it is asked for, and
+no pickle can run code: .bin files go through torch's weights_only loader.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from board.dtypes import DTYPES, bf16_to_f32
+from board.errors import BadInput
+
+# safetensors' names of the element types a checkpoint may hold -> ONNX's
+STORED_DTYPES = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "F64": "DOUBLE"}
+TORCH_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+BLOCK_ELEMENTS = 1 << 16  # read at a time: three float32 blocks of these stay in a core's L2 cache
+
+Slice = Callable[[int, int], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the checkpoint says of a tensor before its data are read."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint folder. `tensors` by name; `files` are the weight files, in order of name."""
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    files: tuple[Path, ...]
+    _slices: dict[Path, dict[str, Slice]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Reads the headers of a checkpoint's weight files. Raises BadInput for anything missing or damaged."""
+        if not path.is_dir():
+            raise BadInput(f"no checkpoint folder {path}\nGive the folder that holds config.json and the weights.")
+        files = weight_files(path)
+        tensors: dict[str, StoredTensor] = {}
+        for file in files:
+            headers = LOADERS[file.suffix][0](file)
+            for name in sorted(headers):
+                if name in tensors:
+                    raise BadInput(f"tensor {name} is in {tensors[name].file.name} and again in {file.name}")
+                tensors[name] = headers[name]
+        return cls(path, tensors, files)
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows [start, stop) along the first dimension as stored; bfloat16 as uint16."""
+        stored = self.tensors[name]
+        if stored.file not in self._slices:
+            self._slices[stored.file] = LOADERS[stored.file.suffix][1](stored.file)
+        return self._slices[stored.file][name](start, stop)
+
+    def blocks(self, name: str, rows: int = 1) -> Iterator[tuple[int, NDArray[Any]]]:
+        """The tensor in blocks of whole rows, as stored: (first row, block). Block heights are multiples of `rows`."""
+        shape = self.tensors[name].shape
+        width = int(np.prod(shape[1:], dtype=np.int64)) if len(shape) > 1 else 1
+        height = max(BLOCK_ELEMENTS // max(width, 1) // rows, 1) * rows
+        for start in range(0, shape[0], height):
+            block = self.rows(name, start, min(start + height, shape[0]))
+            _refuse_non_finite(name, block, self.tensors[name], start)
+            yield start, block
+
+    def float32(self, name: str) -> NDArray[np.float32]:
+        """A whole tensor as float32; for the small ones (norms, biases)."""
+        return np.concatenate([widen(block, self.tensors[name].dtype) for _, block in self.blocks(name)])
+
+
+def widen(block: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """A stored block as float32 (exact but for float64)."""
+    return bf16_to_f32(block) if dtype == "BFLOAT16" else block.astype(np.float32)
+
+
+# the bits of a value whose exponent is all ones: infinity or not a number
+EXPONENTS = {"FLOAT": 0x7F800000, "FLOAT16": 0x7C00, "BFLOAT16": 0x7F80, "DOUBLE": 0x7FF0000000000000}
+
+
+def _refuse_non_finite(name: str, block: NDArray[Any], stored: StoredTensor, start: int) -> None:
+    bits = block.view(f"u{block.itemsize}")
+    exponent = bits.dtype.type(EXPONENTS[stored.dtype])
+    if ((bits & exponent) == exponent).any():
+        where = np.argwhere((bits & exponent) == exponent)[0]
+        where[0] += start
+        raise BadInput(
+            f"tensor {name} of {stored.file.name} holds a value that is not finite at {where.tolist()}\n"
+            "The checkpoint is damaged or its training diverged; get it again."
+        )
+
+
+def weight_files(path: Path) -> tuple[Path, ...]:
+    """The files that hold a checkpoint's weights; safetensors where there is a choice."""
+    for index, single in (
+        ("model.safetensors.index.json", "model.safetensors"),
+        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
+    ):
+        if (path / index).is_file():
+            return _shards(path / index)
+        if (path / single).is_file():
+            return (path / single,)
+    present = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+    raise BadInput(
+        f"{path} holds no weights: expected model.safetensors or pytorch_model.bin, or their .index.json\n"
+        f"It holds {present}. GGUF and pre-quantised files are not read."
+    )
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"cannot read the shards' index {index}: {error}") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in LOADERS:
+            raise BadInput(f"{index.name} names {name!r} as a shard; expected a plain file name beside it")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise BadInput(
+            f"{len(missing)} of {len(names)} shards named by {index.name} are missing: {', '.join(missing[:4])}\n"
+            "Download them again into the same folder."
+        )
+    return tuple(index.parent / name for name in names)
+
+
+def _stored(file: Path, name: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
+    if dtype not in STORED_DTYPES:
+        raise BadInput(
+            f"tensor {name} of {file.name} is stored as {dtype}; expected one of {', '.join(STORED_DTYPES)}\n"
+            "Pre-quantised checkpoints are not read: give the original float checkpoint."
+        )
+    return StoredTensor(name, STORED_DTYPES[dtype], shape, file)
+
+
+def _open_safetensors(file: Path) -> Any:
+    import ml_dtypes  # noqa: F401 - gives numpy the name bfloat16, which safetensors asks it for
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="numpy").__enter__()  # type: ignore[no-untyped-call]
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInput(
+            f"cannot read {file}: {error}\nIt is truncated or no safetensors file; download it again."
+        ) from None
+
+
+def _safetensors_headers(file: Path) -> dict[str, StoredTensor]:
+    opened = _open_safetensors(file)
+    headers = {}
+    for name in opened.keys():  # noqa: SIM118 - not a mapping
+        view = opened.get_slice(name)
+        headers[name] = _stored(file, name, view.get_dtype(), tuple(view.get_shape()))
+    return headers
+
+
+def _safetensors_slices(file: Path) -> dict[str, Slice]:
+    opened = _open_safetensors(file)
+
+    def slicer(name: str) -> Slice:
+        view = opened.get_slice(name)
+        carrier = DTYPES[STORED_DTYPES[view.get_dtype()]].numpy
+        return lambda start, stop: view[start:stop].view(carrier)
+
+    return {name: slicer(name) for name in opened.keys()}  # noqa: SIM118
+
+
+def _load_bin(file: Path) -> dict[str, Any]:
+    """name -> torch tensor, memory-mapped where the file allows it."""
+    import pickle
+
+    try:
+        import torch
+    except ImportError:
+        raise BadInput(
+            f"{file.name} needs torch to be read, and torch is not installed\n"
+            "Run `make setup`, or convert the checkpoint to safetensors."
+        ) from None
+    try:
+        try:
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap can only be used" not in str(error):
+                raise
+            loaded = torch.load(file, map_location="cpu", weights_only=True)  # torch < 1.6 wrote no zip archive
+    except pickle.UnpicklingError:
+        raise BadInput(
+            f"{file} is refused: its pickle asks for more than tensors, and could run code\n"
+            "Use a safetensors checkpoint, or one from somebody you trust."
+        ) from None
+    except (RuntimeError, OSError, EOFError, ValueError) as error:
+        raise BadInput(f"cannot read {file}: {str(error).splitlines()[0]}\nDownload it again.") from None
+    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
+        raise BadInput(f"{file} is not a dictionary of tensors")
+    return loaded
+
+
+def _bin_headers(file: Path) -> dict[str, StoredTensor]:
+    return {
+        name: _stored(file, name, TORCH_DTYPES.get(str(tensor.dtype)[6:], str(tensor.dtype)), tuple(tensor.shape))
+        for name, tensor in _load_bin(file).items()
+    }
+
+
+def _bin_slices(file: Path) -> dict[str, Slice]:
+    import torch
+
+    def slicer(tensor: Any) -> Slice:
+        bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+
+        def rows(start: int, stop: int) -> NDArray[Any]:
+            array = np.ascontiguousarray(bits[start:stop].numpy())
+            return array.view(np.uint16) if tensor.dtype == torch.bfloat16 else array
+
+        return rows
+
+    return {name: slicer(tensor) for name, tensor in _load_bin(file).items()}
+
+
+# by suffix: what reads the headers, what gives slices
+LOADERS: dict[str, tuple[Callable[[Path], dict[str, StoredTensor]], Callable[[Path], dict[str, Slice]]]] = {
+    ".safetensors": (_safetensors_headers, _safetensors_slices),
+    ".bin": (_bin_headers, _bin_slices),
+}

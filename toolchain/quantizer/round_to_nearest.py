@@ -1,0 +1,103 @@
+"""Symmetric integers, one scale for each group along a row, round to nearest.
+
+The scale is the one with the least squared error among a few below the one that maps the largest magnitude to the end
+of the range. Measured on normal, Laplace and Student weights, that lowers the squared error by 3 % for 8 bits and by
+30 % for 4 bits. With 4 bits the largest magnitude goes to -8, whichever its sign, so a scale may be negative: one level
+in fifteen more, as llama.cpp's Q4_0 has it.
+
+All arithmetic is elementwise float32 or numpy's pairwise sum along a row: the same bits on every machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from toolchain.checkpoint import widen
+
+if TYPE_CHECKING:
+    from toolchain.quantizer import Part, SquaredError
+
+LEVELS = {"INT8": (-127, 127), "INT4": (-8, 7)}
+FACTORS = {
+    "INT8": (1.0, 0.996, 0.992, 0.988, 0.984, 0.98),
+    "INT4": (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68),
+}
+SMALLEST = np.float32(2.0**-100)  # of a scale: its reciprocal and its square stay normal numbers
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class RoundToNearest:
+    """INT8 or INT4 of the checkpoint's name and shape, and `<name>_scale`, float32, one for each row or block of it."""
+
+    dtype: str
+    group: int
+
+    @property
+    def bits(self) -> float:
+        return (8 if self.dtype == "INT8" else 4) + (32 / self.group if self.group else 0)
+
+    def block_size(self, in_features: int) -> int:
+        """`group`, halved until it divides the row; 0 for a scale a row."""
+        size = self.group
+        while size and in_features % size:
+            size //= 2
+        return size
+
+    def parts(self, name: str, out_features: int, in_features: int) -> list[Part]:
+        size = self.block_size(in_features)
+        scales = (out_features, in_features // size) if size else (out_features,)
+        return [(name, self.dtype, (out_features, in_features)), (name + "_scale", "FLOAT", scales)]
+
+    def dequantize(self, in_features: int) -> dict[str, int]:
+        size = self.block_size(in_features)
+        return {"axis": 1, "block_size": size} if size else {"axis": 0}
+
+    def store(self, block: NDArray[Any], dtype: str, error: SquaredError) -> Iterator[NDArray[Any]]:
+        weights = widen(block, dtype)
+        groups = weights.reshape(-1, self.block_size(weights.shape[1]) or weights.shape[1])
+        levels, scales, noise = quantize(groups, self.dtype)
+        error.noise += float(noise.sum(dtype=np.float64))
+        error.signal += float(np.square(weights).sum(axis=1).sum(dtype=np.float64))
+        yield pack4(levels) if self.dtype == "INT4" else levels
+        yield scales
+
+
+def quantize(groups: Floats, dtype: str) -> tuple[NDArray[np.int8], Floats, Floats]:
+    """Levels int8 [n, size], scales [n] and squared errors [n] of float32 groups [n, size]."""
+    low, high = LEVELS[dtype]
+    top, bottom = groups.max(axis=1), groups.min(axis=1)
+    extreme = np.where(top >= -bottom, top, bottom)
+    full = extreme / np.float32(low) if -low > high else np.abs(extreme) / np.float32(high)
+    full = np.where(np.abs(full) < SMALLEST, SMALLEST, full)
+    scaled, difference = np.empty_like(groups), np.empty_like(groups)
+    best, least = full.copy(), np.full(len(groups), np.inf, np.float32)
+    for factor in FACTORS[dtype]:
+        scale = full * np.float32(factor)
+        _round(groups, scale, low, high, scaled)
+        np.multiply(scaled, scale[:, None], out=difference)
+        np.subtract(difference, groups, out=difference)
+        np.square(difference, out=difference)
+        noise = difference.sum(axis=1)
+        better = noise < least
+        best[better], least[better] = scale[better], noise[better]
+    _round(groups, best, low, high, scaled)
+    return scaled.astype(np.int8), best, least
+
+
+def _round(groups: Floats, scale: Floats, low: int, high: int, out: Floats) -> None:
+    np.multiply(groups, (np.float32(1) / scale)[:, None], out=out)
+    np.rint(out, out=out)
+    np.clip(out, np.float32(low), np.float32(high), out=out)
+
+
+def pack4(levels: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Two 4-bit values to a byte, the first in the low half."""
+    nibbles = levels.view(np.uint8).reshape(-1, 2) & np.uint8(15)
+    return nibbles[:, 0] | nibbles[:, 1] << np.uint8(4)

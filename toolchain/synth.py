@@ -1,0 +1,142 @@
+"""A seeded random checkpoint with a named model's real shapes: for benchmarks, where weights need not mean anything.
+
+Written as a stream, in bfloat16 safetensors, sharded as large checkpoints are.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from board.dtypes import f32_to_bf16
+from board.errors import BadInput
+from toolchain import families
+from toolchain.axmodel.writer import write_file
+from toolchain.bundle import HF_FILES, write_json
+from toolchain.config import Reader
+
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-6, "hidden_act": "silu"}
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# name: family, hidden, intermediate, layers, heads, kv heads, vocabulary, positions, rope theta, tied, rope scaling
+Shape = tuple[dict[str, Any], int, int, int, int, int, int, int, float, bool, dict[str, Any] | None]
+SHAPES: dict[str, Shape] = {
+    "qwen2-0.5b": (QWEN2, 896, 4864, 24, 14, 2, 151936, 32768, 1e6, True, None),
+    "qwen2-1.5b": (QWEN2, 1536, 8960, 28, 12, 2, 151936, 32768, 1e6, True, None),
+    "qwen2-7b": (QWEN2, 3584, 18944, 28, 28, 4, 152064, 32768, 1e6, False, None),
+    "llama-3.2-1b": (LLAMA, 2048, 8192, 16, 32, 8, 128256, 131072, 5e5, True, LLAMA3_ROPE),
+    "llama-2-7b": (LLAMA, 4096, 11008, 32, 32, 32, 32000, 4096, 1e4, False, None),
+    "tinyllama-1.1b": (LLAMA, 2048, 5632, 22, 32, 4, 32000, 2048, 1e4, False, None),
+    "smollm-135m": (LLAMA, 576, 1536, 30, 9, 3, 49152, 2048, 1e4, True, None),
+}
+SHARD_BYTES = 4 << 30
+BLOCK = 1 << 20
+
+
+def config_json(model: str) -> dict[str, Any]:
+    """config.json of a named model's shapes."""
+    family, hidden, inner, layers, heads, kv_heads, vocab, positions, theta, tied, scaling = SHAPES[model]
+    return {
+        **family,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+        "max_position_embeddings": positions,
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def _tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    family = families.FAMILIES[config["model_type"]]
+    shapes: dict[str, tuple[int, ...]] = family.tensors(family.read_config(Reader(config, Path("config.json"))))
+    return shapes
+
+
+def nbytes(model: str) -> int:
+    """Bytes of all weights."""
+    return sum(2 * int(np.prod(shape)) for shape in _tensors(config_json(model)).values())
+
+
+def synth(
+    model: str,
+    output_path: Path,
+    seed: int = 0,
+    tokenizer_path: Path | None = None,
+    progress: Callable[[int], object] = lambda nbytes: None,
+    config: dict[str, Any] | None = None,
+) -> None:
+    """Writes the checkpoint; `config` replaces the named model's config.json. Raises BadInput."""
+    config = config or config_json(model)
+    if output_path.exists() and any(output_path.iterdir()):
+        raise BadInput(f"{output_path} is not empty\nChoose another --output_path.")
+    output_path.mkdir(parents=True, exist_ok=True)
+    if tokenizer_path is not None:
+        for name in HF_FILES:
+            if name != "config.json" and (tokenizer_path / name).is_file():
+                shutil.copyfile(tokenizer_path / name, output_path / name)
+    shards = _shards(_tensors(config))
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{index:05d}-of-{len(shards):05d}.safetensors" for index in range(1, len(shards) + 1)]
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        write_json(output_path / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    for name, shard in zip(names, shards, strict=True):
+        write_file(output_path / name, _safetensors(shard, seed, progress))
+    write_json(output_path / "config.json", config)
+
+
+def _shards(shapes: dict[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        size += 2 * int(np.prod(shape))
+        if size > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            size = 2 * int(np.prod(shape))
+        shards[-1][name] = shape
+    return shards
+
+
+def _safetensors(
+    shapes: dict[str, tuple[int, ...]], seed: int, progress: Callable[[int], object]
+) -> Iterator[bytes | NDArray[Any]]:
+    """The file in pieces: https://huggingface.co/docs/safetensors (length, JSON header, data)."""
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name, shape in shapes.items():
+        random = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        mean = np.float32(1 if name.endswith("norm.weight") else 0)
+        left = int(np.prod(shape))
+        while left:
+            count = min(left, BLOCK)
+            piece = f32_to_bf16(random.standard_normal(count, np.float32) * np.float32(0.02) + mean)
+            yield piece
+            progress(piece.nbytes)
+            left -= count

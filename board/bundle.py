@@ -9,10 +9,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from board.axmodel import Group
 from board.errors import BadInput, CheckFailed
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeGuard  # in typing from Python 3.10 on
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -182,10 +185,14 @@ def _groups(folder: Path, listed: object) -> tuple[Group, ...]:
     groups = []
     for index, entry in enumerate(listed):
         tokens, history = (entry.get("tokens"), entry.get("history")) if isinstance(entry, dict) else (0, 0)
-        if type(tokens) is not int or type(history) is not int or not 0 < tokens < 1 << 24 or not 0 <= history < 1 << 24:
+        if not _is_length(tokens) or not _is_length(history) or not tokens:
             raise _damaged(folder, f"its group {index} is {entry!r:.60}")
         groups.append(Group(index, tokens, history))
     return tuple(groups)
+
+
+def _is_length(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 1 << 24
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -53,10 +53,10 @@ def nbytes(dtype: str, dims: tuple[int, ...]) -> int:
     return (count * DTYPES[dtype].bits + 7) // 8
 
 
-def bf16_to_f32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Exact: every bfloat16 is a float32. Any shape."""
-    wide = np.zeros(bits.shape, np.uint32)
-    wide.view(np.uint16)[..., 1::2].reshape(bits.shape)[...] = bits
+def bf16_to_f32(bits: NDArray[np.uint16], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """Exact: every bfloat16 is a float32. Any shape; `out`, of the same, is filled and returned."""
+    wide = np.empty(bits.shape, np.uint32) if out is None else out.view(np.uint32)
+    np.left_shift(bits, 16, out=wide, dtype=np.uint32)
     return wide.view(np.float32)
 
 

@@ -33,7 +33,7 @@ class Budget:
 
 
 def estimate(config: ModelConfig, target: Target, disk: int, parallel: int) -> Budget:
-    """Memory: an interpreter, the blocks in work, and the scales of the largest matrix, held until its rows are written."""
+    """Memory: an interpreter, the blocks in work, and the largest matrix's scales, held until its rows are written."""
     largest = max(config.vocab_size, config.intermediate_size) * config.hidden_size
     scales = 0
     for name in (target.weight_type, target.post_weight_type):

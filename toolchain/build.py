@@ -124,9 +124,8 @@ def plan(options: Options) -> Plan:
     planned = jobs.plan(work, inputs)
     small = sum(path.stat().st_size for path in inputs if path not in checkpoint.files)
     disk = sum(job.nbytes for job in planned if job.kind != "input") + 2 * small + (1 << 20)
-    return Plan(
-        options, checkpoint, model, target, inputs, tuple(planned), budget.estimate(model, target, disk, options.parallel)
-    )
+    needs = budget.estimate(model, target, disk, options.parallel)
+    return Plan(options, checkpoint, model, target, inputs, tuple(planned), needs)
 
 
 Progress = Callable[[Job], None]

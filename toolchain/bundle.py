@@ -96,7 +96,7 @@ def finish(
             "embedding": outputs[BFLOAT16_FILE].nbytes,
             "kv_cache": 2 * config.num_hidden_layers * target.kv_cache_len * config.kv_size * hidden_bytes(target),
         },
-        # root of squared error over squared weights, deterministic; agreement of whole models is `--check_level`'s to say
+        # root of squared error over squared weights: deterministic, unlike what a check of the whole model measures
         "accuracy": {
             "weight_error": {tensor: float(f"{errors[tensor]:.4g}") for tensor in sorted(errors)},
             "worst_weight_error": float(f"{max(errors.values(), default=0.0):.4g}"),

@@ -82,20 +82,26 @@ class Checkpoint:
         return np.concatenate([widen(block, self.tensors[name].dtype) for _, block in self.blocks(name)])
 
 
-def widen(block: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """A stored block as float32 (exact but for float64)."""
-    return bf16_to_f32(block) if dtype == "BFLOAT16" else block.astype(np.float32)
+def widen(block: NDArray[Any], dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """A stored block as float32 (exact but for float64), in `out` where one is given."""
+    if dtype == "BFLOAT16":
+        return bf16_to_f32(block, out)
+    if out is None:
+        return block.astype(np.float32)
+    np.copyto(out, block, casting="same_kind")
+    return out
 
 
-# the bits of a value whose exponent is all ones: infinity or not a number
-EXPONENTS = {"FLOAT": 0x7F800000, "FLOAT16": 0x7C00, "BFLOAT16": 0x7F80, "DOUBLE": 0x7FF0000000000000}
+# the bits of positive infinity; whatever is not finite lies at or above them, behind the sign
+INFINITY = {"FLOAT": 0x7F800000, "FLOAT16": 0x7C00, "BFLOAT16": 0x7F80, "DOUBLE": 0x7FF0000000000000}
 
 
 def _refuse_non_finite(name: str, block: NDArray[Any], stored: StoredTensor, start: int) -> None:
-    bits = block.view(f"u{block.itemsize}")
-    exponent = bits.dtype.type(EXPONENTS[stored.dtype])
-    if ((bits & exponent) == exponent).any():
-        where = np.argwhere((bits & exponent) == exponent)[0]
+    """Two maxima and no temporary: as signed integers the positive values are on top, as unsigned the negative ones."""
+    size, infinity = block.itemsize, INFINITY[stored.dtype]
+    sign = 1 << (8 * size - 1)
+    if block.view(f"i{size}").max(initial=0) >= infinity or block.view(f"u{size}").max(initial=0) >= sign | infinity:
+        where = np.argwhere((block.view(f"u{size}") & np.array(infinity, f"u{size}")) == infinity)[0]
         where[0] += start
         raise BadInput(
             f"tensor {name} of {stored.file.name} holds a value that is not finite at {where.tolist()}\n"
@@ -147,7 +153,6 @@ def _stored(file: Path, name: str, dtype: str, shape: tuple[int, ...]) -> Stored
 
 
 def _open_safetensors(file: Path) -> Any:
-    import ml_dtypes  # noqa: F401 - gives numpy the name bfloat16, which safetensors asks it for
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -168,14 +173,20 @@ def _safetensors_headers(file: Path) -> dict[str, StoredTensor]:
 
 
 def _safetensors_slices(file: Path) -> dict[str, Slice]:
-    opened = _open_safetensors(file)
+    """Views of the file's memory map; the library's own slices are copies, and it has held the header to the file."""
+    _open_safetensors(file)
+    mapped = np.memmap(file, np.uint8, "r")
+    begin = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+    header = json.loads(mapped[8:begin].tobytes())
+    header.pop("__metadata__", None)
 
-    def slicer(name: str) -> Slice:
-        view = opened.get_slice(name)
-        carrier = DTYPES[STORED_DTYPES[view.get_dtype()]].numpy
-        return lambda start, stop: view[start:stop].view(carrier)
+    def slicer(entry: dict[str, Any]) -> Slice:
+        first, last = entry["data_offsets"]
+        carrier = np.dtype(DTYPES[STORED_DTYPES[entry["dtype"]]].numpy)
+        whole = mapped[begin + first : begin + last].view(carrier).reshape(entry["shape"])
+        return lambda start, stop: whole[start:stop]
 
-    return {name: slicer(name) for name in opened.keys()}  # noqa: SIM118
+    return {name: slicer(entry) for name, entry in header.items()}
 
 
 def _load_bin(file: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-
 from board.errors import Failure
 from toolchain import VERSION
 
@@ -52,7 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
     for name, (add_flags, command, summary, example) in VERBS.items():
         verb = verbs.add_parser(
-            name, help=summary, description=summary, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=summary,
+            description=summary,
+            epilog=example,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_flags(verb)
         verb.set_defaults(command=command)
@@ -70,7 +73,13 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
     add("--kv_cache_len", type=int, default=127, help="rows of K/V cache: the longest context (default 127)")
     add("--post_topk", type=int, default=0, help="the post model also gives the k likeliest tokens (default 0: off)")
     add("--post_weight_type", choices=("bf16", "s8"), default="s8", help="of the lm_head (default s8)")
-    add("-t", "--hidden_state_type", choices=("fp32", "fp16", "bf16"), default="bf16", help="between layers (default bf16)")
+    add(
+        "-t",
+        "--hidden_state_type",
+        choices=("fp32", "fp16", "bf16"),
+        default="bf16",
+        help="of hidden states and K/V (default bf16)",
+    )
     add("-w", "--weight_type", choices=WEIGHTS, default="s8", help="of the layers' matrices (default s8)")
     add(
         "-c",
@@ -123,7 +132,7 @@ def _llm_build(arguments: argparse.Namespace) -> int:
 def _embed_flags(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_subparsers(dest="step", metavar="STEP", required=True, title="steps")
     for name, source, target, summary in (
-        ("extract", "checkpoint folder", "folder", "the table of a checkpoint as model.embed_tokens.weight.npy, float32"),
+        ("extract", "checkpoint folder", "folder", "a checkpoint's table as float32 model.embed_tokens.weight.npy"),
         ("float32", ".npy file", "file", "that .npy as raw little-endian float32"),
         ("bfloat16", "raw float32 file", "file", "that raw float32 as raw bfloat16, rounded to nearest even"),
     ):
@@ -214,7 +223,6 @@ VERBS: dict[str, Verb] = {
         "example:\n  axc synth --model qwen2-0.5b --output_path work/qwen2-0.5b",
     ),
 }
-
 
 
 if __name__ == "__main__":

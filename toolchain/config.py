@@ -14,7 +14,7 @@ from toolchain.checkpoint import Checkpoint
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding. `kind` is default, linear or llama3; the last four are llama3's, `factor` also linear's.
+    """Rotary position embedding. `kind` is default, linear (with `factor`) or llama3 (with all that follows).
 
     Frequencies as in transformers' modeling_rope_utils.
     """
@@ -107,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise BadInput(f"{path} is missing\nGive the folder of a Hugging Face checkpoint, with its config.json.") from None
+        raise BadInput(f"{path} is missing\nGive the folder of a Hugging Face checkpoint.") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {path}: {error}") from None
     if not isinstance(values, dict):

@@ -12,7 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from board import bundle
-from toolchain import build, synth as synthesis
+from toolchain import build
+from toolchain import synth as synthesis
 from toolchain.budget import megabytes
 
 # which bar a kind of job moves
@@ -74,8 +75,7 @@ def verify(path: Path, *, as_json: bool) -> None:
 
 def synth(model: str, output: Path, seed: int, tokenizer: Path | None) -> None:
     """Writes a random checkpoint with a progress bar. Raises BadInput."""
-    with tqdm(total=synthesis.nbytes(model), unit="B", unit_scale=True, desc="synth", file=sys.stderr, disable=None) as bar:
+    total = synthesis.nbytes(model)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="synth", file=sys.stderr, disable=None) as bar:
         synthesis.synth(model, output, seed, tokenizer, bar.update)
     print(f"{output}: random weights in the shapes of {model}, seed {seed}")
-
-

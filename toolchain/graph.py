@@ -109,7 +109,8 @@ class Graph:
         if len(parts) > 1:
             shape = (out_features, in_features)
             name = self._name("DequantizeLinear")
-            self.nodes.append(Node("DequantizeLinear", tuple(part.name for part in parts), (name,), kind.dequantize(in_features)))
+            inputs = tuple(part.name for part in parts)
+            self.nodes.append(Node("DequantizeLinear", inputs, (name,), kind.dequantize(in_features)))
             matrix = Value(name, "FLOAT", shape)
         matrix = self._node("Transpose", [matrix], "FLOAT", (in_features, out_features), perm=(1, 0))
         y = self._node("MatMul", [x, matrix], "FLOAT", (*x.shape[:-1], out_features))
@@ -119,7 +120,7 @@ class Graph:
 
     def rotary(self, x: Value, cos: Value, sin: Value, positions: Value, heads: int) -> Value:
         """RotaryEmbedding of x [1, M, heads * head_dim], halves rotated as in transformers."""
-        _expect(isinstance(x.shape[-1], int) and x.shape[-1] == 2 * heads * int(cos.shape[1]), "RotaryEmbedding", x, cos)
+        _expect(x.shape[-1] == 2 * heads * int(cos.shape[1]), "RotaryEmbedding", x, cos)
         inputs = [x, cos, sin, positions]
         return self._node("RotaryEmbedding", inputs, "FLOAT", x.shape, num_heads=heads, interleaved=0)
 

@@ -16,7 +16,8 @@ def describe(path: Path) -> dict[str, Any]:
     """A JSON-able description. Raises BadInput."""
     if path.is_dir():
         bundle = Bundle.open(path)
-        return {"bundle": bundle.name, **{key: bundle.manifest[key] for key in ("maker", "tools", "model", "memory", "files")}}
+        shown = ("maker", "tools", "model", "memory", "files")
+        return {"bundle": bundle.name, **{key: bundle.manifest.get(key) for key in shown}}
     return describe_axmodel(read(path), path)
 
 
@@ -39,7 +40,8 @@ def describe_axmodel(model: Axmodel, path: Path) -> dict[str, Any]:
         "outputs": [_info(info) for info in model.outputs],
         "operators": dict(sorted(Counter(node.op_type for node in model.nodes).items())),
         "initializers": [
-            {"name": t.name, "dtype": t.dtype, "dims": list(t.dims), "bytes": t.nbytes, "offset": t.offset} for t in largest
+            {"name": t.name, "dtype": t.dtype, "dims": list(t.dims), "bytes": t.nbytes, "offset": t.offset}
+            for t in largest
         ],
     }
 

@@ -45,7 +45,7 @@ def plan(work: Work, inputs: tuple[Path, ...]) -> list[Job]:
     """All jobs of a build, the longest first. Raises BadInput when a file would be too large for its format."""
     config, target = work.config, work.target
     layers = [
-        Job("layer", target.layer_file(config).replace("%d", str(index)), _size(layer_model(config, target, index)[0]), index)
+        Job("layer", target.layer_file(config) % index, _size(layer_model(config, target, index)[0]), index)
         for index in range(config.num_hidden_layers)
     ]
     post = Job("post", target.post_file(config), _size(post_model(config, target)[0]))

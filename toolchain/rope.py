@@ -6,6 +6,7 @@ multiplication, and Python's decimal, do not.
 
 from __future__ import annotations
 
+import functools
 import math
 from decimal import Decimal, localcontext
 
@@ -49,6 +50,7 @@ def _llama3(frequency: Decimal, rope: Rope) -> Decimal:
     return (1 - smooth) * frequency / factor + smooth * frequency
 
 
+@functools.lru_cache(maxsize=1)
 def tables(rope: Rope, head_dim: int, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """cos and sin [positions, head_dim / 2], each the float32 nearest to that of the float32 angle."""
     angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies(rope, head_dim)[None, :]

@@ -99,6 +99,6 @@ def refuse_other_content(output: Path, *, force: bool) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / MANIFEST).is_file():
-        raise BadInput(f"{output} holds something that is not a bundle; it is left as it is\nChoose another --output_path.")
+        raise BadInput(f"{output} holds something that is no bundle, and stays as it is\nChoose another --output_path.")
     if not force:
         raise BadInput(f"{output} holds another bundle\nPass --force to replace it, or choose another --output_path.")

@@ -43,7 +43,7 @@ class HashingFile:
 
 
 def write_file(path: Path, pieces: Iterator[bytes | NDArray[Any]]) -> Written:
-    """Writes `pieces` one after the other to `path`: beside it first, then renamed, so that `path` is whole or absent."""
+    """Writes `pieces` one after the other, beside `path` first and then renamed: `path` is whole or absent."""
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -84,7 +84,7 @@ def write_axmodel(
 
 
 class Content:
-    """The data of initializers. Parts of one weight are asked for in order: the first pass keeps what the later ones need."""
+    """The data of initializers. The parts of a weight are asked for in order: the first keeps what the next need."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -110,5 +110,3 @@ class Content:
             for part, array in enumerate(rest, 1):
                 self.later.setdefault((weight.tensor, part), []).append(array)
             yield first
-
-

@@ -39,7 +39,7 @@ class WeightType(Protocol):
 
     @property
     def group(self) -> int:
-        """Rows must be cut in multiples of one; columns of a row are quantised in groups of at most this many (0: all)."""
+        """How many values along a row share a scale at most; 0: the whole row, or there are no scales."""
 
     def parts(self, name: str, out_features: int, in_features: int) -> list[Part]:
         """(tensor name, dtype, dims) of what is stored, in the order of the file."""

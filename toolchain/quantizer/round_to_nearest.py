@@ -1,15 +1,16 @@
 """Symmetric integers, one scale for each group along a row, round to nearest.
 
-The scale is the one with the least squared error among a few below the one that maps the largest magnitude to the end
-of the range. Measured on normal, Laplace and Student weights, that lowers the squared error by 3 % for 8 bits and by
-30 % for 4 bits. With 4 bits the largest magnitude goes to -8, whichever its sign, so a scale may be negative: one level
-in fifteen more, as llama.cpp's Q4_0 has it.
+The scale is the one with the least squared error among a few, from the one that maps the largest magnitude to the end
+of the range downwards. Measured on normal, Laplace and Student weights, that lowers the squared error by 2 % for 8 bits
+and by 30 % for 4 bits. With 4 bits the largest magnitude goes to -8, whichever its sign, so a scale may be negative:
+sixteen levels instead of fifteen, as llama.cpp's Q4_0 has them.
 
 All arithmetic is elementwise float32 or numpy's pairwise sum along a row: the same bits on every machine.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from toolchain.quantizer import Part, SquaredError
 
 LEVELS = {"INT8": (-127, 127), "INT4": (-8, 7)}
-FACTORS = {
-    "INT8": (1.0, 0.996, 0.992, 0.988, 0.984, 0.98),
+FACTORS = {  # more of them gain little: 6 instead of 3 for INT8 lower its squared error by another 1 %
+    "INT8": (1.0, 0.993, 0.986),
     "INT4": (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68),
 }
 SMALLEST = np.float32(2.0**-100)  # of a scale: its reciprocal and its square stay normal numbers
@@ -60,11 +61,11 @@ class RoundToNearest:
         return {"axis": 1, "block_size": size} if size else {"axis": 0}
 
     def store(self, block: NDArray[Any], dtype: str, error: SquaredError) -> Iterator[NDArray[Any]]:
-        weights = widen(block, dtype)
+        weights = widen(block, dtype, _buffers(block.shape)[0])
         groups = weights.reshape(-1, self.block_size(weights.shape[1]) or weights.shape[1])
         levels, scales, noise = quantize(groups, self.dtype)
         error.noise += float(noise.sum(dtype=np.float64))
-        error.signal += float(np.square(weights).sum(axis=1).sum(dtype=np.float64))
+        error.signal += float(np.square(weights, out=weights).sum(axis=1).sum(dtype=np.float64))
         yield pack4(levels) if self.dtype == "INT4" else levels
         yield scales
 
@@ -76,25 +77,31 @@ def quantize(groups: Floats, dtype: str) -> tuple[NDArray[np.int8], Floats, Floa
     extreme = np.where(top >= -bottom, top, bottom)
     full = extreme / np.float32(low) if -low > high else np.abs(extreme) / np.float32(high)
     full = np.where(np.abs(full) < SMALLEST, SMALLEST, full)
-    scaled, difference = np.empty_like(groups), np.empty_like(groups)
+    _, scaled, difference = _buffers(groups.shape)
     best, least = full.copy(), np.full(len(groups), np.inf, np.float32)
     for factor in FACTORS[dtype]:
         scale = full * np.float32(factor)
-        _round(groups, scale, low, high, scaled)
-        np.multiply(scaled, scale[:, None], out=difference)
-        np.subtract(difference, groups, out=difference)
+        np.multiply(groups, (np.float32(1) / scale)[:, None], out=scaled)
+        np.rint(scaled, out=difference)
+        if factor != 1.0 or -low > high:  # else nothing leaves the range
+            np.clip(difference, low, high, out=difference)
+        np.subtract(scaled, difference, out=difference)
         np.square(difference, out=difference)
-        noise = difference.sum(axis=1)
+        noise = difference.sum(axis=1) * np.square(scale)
         better = noise < least
         best[better], least[better] = scale[better], noise[better]
-    _round(groups, best, low, high, scaled)
+    np.multiply(groups, (np.float32(1) / best)[:, None], out=scaled)
+    np.rint(scaled, out=scaled)
+    if (best != full).any() or -low > high:
+        np.clip(scaled, low, high, out=scaled)
     return scaled.astype(np.int8), best, least
 
 
-def _round(groups: Floats, scale: Floats, low: int, high: int, out: Floats) -> None:
-    np.multiply(groups, (np.float32(1) / scale)[:, None], out=out)
-    np.rint(out, out=out)
-    np.clip(out, np.float32(low), np.float32(high), out=out)
+@functools.lru_cache(maxsize=8)
+def _buffers(shape: tuple[int, ...]) -> tuple[Floats, Floats, Floats]:
+    """Scratch memory that stays: fresh pages for every block would take longer than the arithmetic."""
+    first, second, third = (np.empty(shape, np.float32) for _ in range(3))
+    return first, second, third
 
 
 def pack4(levels: NDArray[np.int8]) -> NDArray[np.uint8]:

@@ -26,7 +26,6 @@ from toolchain.quantizer import WEIGHT_TYPES
 from toolchain.staging import KeepStaging, publish, refuse_other_content, staging
 
 CHIPS = ("AX620E", "AX650")
-POST_WEIGHT_TYPES = ("bf16", "s8")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Options:
         for flag, value, allowed in (
             ("--hidden_state_type", self.hidden_state_type, tuple(FLOATS)),
             ("--weight_type", self.weight_type, tuple(WEIGHT_TYPES)),
-            ("--post_weight_type", self.post_weight_type, POST_WEIGHT_TYPES),
+            ("--post_weight_type", self.post_weight_type, tuple(WEIGHT_TYPES)),
             ("--chip", self.chip, CHIPS),
         ):
             if value not in allowed:

@@ -72,7 +72,7 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
     add("--model_type", help="build as this architecture, whatever config.json says")
     add("--kv_cache_len", type=int, default=127, help="rows of K/V cache: the longest context (default 127)")
     add("--post_topk", type=int, default=0, help="the post model also gives the k likeliest tokens (default 0: off)")
-    add("--post_weight_type", choices=("bf16", "s8"), default="s8", help="of the lm_head (default s8)")
+    add("--post_weight_type", choices=WEIGHTS, default="s8", help="of the lm_head (default s8)")
     add(
         "-t",
         "--hidden_state_type",

@@ -64,13 +64,13 @@ class RoundToNearest:
         weights = widen(block, dtype, _buffers(block.shape)[0])
         groups = weights.reshape(-1, self.block_size(weights.shape[1]) or weights.shape[1])
         levels, scales, noise = quantize(groups, self.dtype)
-        error.noise += float(noise.sum(dtype=np.float64))
+        error.noise += float(noise.sum())
         error.signal += float(np.square(weights, out=weights).sum(axis=1).sum(dtype=np.float64))
         yield pack4(levels) if self.dtype == "INT4" else levels
         yield scales
 
 
-def quantize(groups: Floats, dtype: str) -> tuple[NDArray[np.int8], Floats, Floats]:
+def quantize(groups: Floats, dtype: str) -> tuple[NDArray[np.int8], Floats, NDArray[np.float64]]:
     """Levels int8 [n, size], scales [n] and squared errors [n] of float32 groups [n, size]."""
     low, high = LEVELS[dtype]
     top, bottom = groups.max(axis=1), groups.min(axis=1)
@@ -87,14 +87,14 @@ def quantize(groups: Floats, dtype: str) -> tuple[NDArray[np.int8], Floats, Floa
             np.clip(difference, low, high, out=difference)
         np.subtract(scaled, difference, out=difference)
         np.square(difference, out=difference)
-        noise = difference.sum(axis=1) * np.square(scale)
+        noise = difference.sum(axis=1) * np.float32(factor * factor)  # in squares of `full`: nothing overflows
         better = noise < least
         best[better], least[better] = scale[better], noise[better]
     np.multiply(groups, (np.float32(1) / best)[:, None], out=scaled)
     np.rint(scaled, out=scaled)
     if (best != full).any() or -low > high:
         np.clip(scaled, low, high, out=scaled)
-    return scaled.astype(np.int8), best, least
+    return scaled.astype(np.int8), best, np.multiply(least, np.square(full.astype(np.float64)), dtype=np.float64)
 
 
 @functools.lru_cache(maxsize=8)

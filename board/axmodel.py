@@ -270,10 +270,10 @@ def layout(model: Axmodel) -> Iterator[bytes | Slot]:
     nodes = wire.encode(
         "Graph",
         {
-            "node": [_encode_node(node) for node in model.nodes],
+            "node": [encode_node(node) for node in model.nodes],
             "name": model.name,
-            "input": [_encode_info(info) for info in model.inputs],
-            "output": [_encode_info(info) for info in model.outputs],
+            "input": [encode_info(info) for info in model.inputs],
+            "output": [encode_info(info) for info in model.outputs],
         },
     )
     tensors = list(model.initializers.values())
@@ -323,13 +323,15 @@ def _place(tensors: Sequence[Tensor], at: int) -> list[bytes | Slot]:
     return parts
 
 
-def _encode_info(info: TensorInfo) -> wire.Message:
+def encode_info(info: TensorInfo) -> wire.Message:
+    """An input or output as a ValueInfoProto's fields."""
     dims = [{"dim_param": dim} if isinstance(dim, str) else {"dim_value": dim} for dim in info.shape]
     tensor_type = {"elem_type": DTYPES[info.dtype].onnx, "shape": {"dim": dims}}
     return {"name": info.name, "type": {"tensor_type": tensor_type}}
 
 
-def _encode_node(node: Node) -> wire.Message:
+def encode_node(node: Node) -> wire.Message:
+    """An operator as a NodeProto's fields."""
     attributes = []
     for name in sorted(node.attributes):
         value = node.attributes[name]

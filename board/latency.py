@@ -1,0 +1,67 @@
+"""How long one axmodel takes, shape group by shape group."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from board.dtypes import FLOATS, from_float32
+from board.errors import BadInput
+from board.session import Session, open_session
+
+
+class Latency(NamedTuple):
+    """Milliseconds of `repeat` runs of a group."""
+
+    group: int
+    tokens: int
+    history: int
+    repeat: int
+    min_ms: float
+    max_ms: float
+    avg_ms: float
+    median_ms: float
+
+
+def measure(
+    path: str | os.PathLike[str],
+    group: int | None = None,
+    warmup: int = 3,
+    repeat: int = 20,
+    engine: str = "ort",
+    threads: int | None = None,
+) -> list[Latency]:
+    """Times one shape group of an axmodel, or all, at its full shape. Raises BadInput."""
+    if repeat < 1 or warmup < 0:
+        raise BadInput(f"--repeat is {repeat} and --warmup {warmup}; expected at least 1 and 0")
+    session = open_session(path, engine, threads)
+    chosen = [entry.index for entry in session.groups if group in (None, entry.index)]
+    if not chosen:
+        raise BadInput(f"{path} has no group {group}; it has 0 to {len(session.groups) - 1}")
+    return [_measure(session, index, warmup, repeat) for index in chosen]
+
+
+def _measure(session: Session, index: int, warmup: int, repeat: int) -> Latency:
+    group = session.groups[index]
+    random = np.random.default_rng(0)
+    arrays = {}
+    for info in group.inputs + group.outputs:
+        array = arrays[info.name] = session.allocate(info)
+        if info in group.inputs and info.name != "mask" and info.dtype in FLOATS.values():
+            array[...] = from_float32(random.standard_normal(array.shape, np.float32), info.dtype)
+    if "indices" in arrays and group.inputs[0].name != "input":
+        arrays["indices"][0] = np.arange(group.history, group.history + group.tokens)
+    binding = session.bind(index, arrays)
+    for _ in range(warmup):
+        binding.run()
+    times = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        binding.run()
+        times.append(1e3 * (time.perf_counter() - started))
+    figures = (min(times), max(times), statistics.fmean(times), statistics.median(times))
+    return Latency(index, group.tokens, group.history, repeat, *(round(figure, 4) for figure in figures))

@@ -1,0 +1,62 @@
+# The front door. Every target is one line into a task of tasks.py; `make` alone lists them.
+
+PYTHON ?= python3
+VENV   ?= .venv
+
+MODEL     ?= tiny-qwen2
+MODEL_DIR ?=
+PROMPT    ?=
+OUT       ?= out
+PARALLEL  ?=
+FORCE     ?=
+ARGS      ?=
+WHEELS    ?=
+
+# Passed on as typed: make expands no $ in a prompt, and no shell reads it a second time.
+SETTINGS = MODEL MODEL_DIR PROMPT OUT PARALLEL FORCE ARGS WHEELS
+$(foreach name,$(SETTINGS),$(eval override $(name) := $$(value $(name))))
+export $(SETTINGS)
+
+INVOKE = "$(VENV)/bin/python" -m invoke
+# Once the environment is whole its own Python looks after it, unless another one is asked for.
+KEEPER = $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(VENV)/build.installed)),$(VENV)/bin/python,$(PYTHON))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help build run test lint bench setup clean ready
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 } /^##( |$$)/ { print substr($$0, 4) }' Makefile
+
+build: ready ## a checkpoint becomes a checked bundle in OUT/MODEL, and the bundle answers PROMPT
+	@$(INVOKE) build
+
+run: ready ## ask the bundle again: make run PROMPT='12+30='
+	@$(INVOKE) run
+
+test: ready ## everything a change must pass: lint, then the tests (ARGS='-k fetch' for a part of them)
+	@$(INVOKE) test
+
+lint: ready ## ruff and mypy only
+	@$(INVOKE) lint
+
+bench: ready ## speed and memory beside a peer, on this machine
+	@$(INVOKE) bench
+
+setup: ready ## only make VENV, with everything the other targets need, e.g. before going offline
+	@$(INVOKE) setup
+
+clean: ## remove out/ and the caches; VENV and downloaded checkpoints stay
+	@$(if $(wildcard $(VENV)/build.installed),$(INVOKE) clean,rm -rf out)
+
+ready:
+	@command -v "$(KEEPER)" >/dev/null || \
+	{ echo "error: no $(KEEPER) here: on Debian or Ubuntu, apt-get install python3 python3-venv" >&2; exit 2; }
+	@"$(KEEPER)" requirements/install.py "$(VENV)" build
+
+##
+## MODEL=tiny-qwen2    one of models/*.toml              MODEL_DIR=folder     its checkpoint, where there is no network
+## PROMPT='1+1='       what to ask                       OUT=out              where bundles go
+## PARALLEL=cores      layers compiled at a time         FORCE=1              replace a different bundle
+## ARGS='...'          more flags for the command        WHEELS=folder        more wheels to install from
+## PYTHON=python3.12   another Python (3.11 to 3.14)     VENV=.venv           another environment

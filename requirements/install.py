@@ -1,0 +1,235 @@
+"""Make a virtual environment hold the locked requirements, each file checked by its hash.
+
+    python3 requirements/install.py .venv build [reference] [test]
+
+This runs first on a fresh machine, so it needs the standard library only. A set is installed once: its stamp in the
+environment keeps a digest of the lock it was made from, and a second call with the same lock does nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+OLDEST, NEWEST = (3, 11), (3, 14)  # what the locks hold wheels for
+VERSION = ".".join(map(str, sys.version_info[:3]))
+HERE = ".".join(map(str, sys.version_info[:2]))
+
+ROOT = Path(__file__).resolve().parent.parent
+LOCKS = ROOT / "requirements"
+INSTALL = ("install", "--require-hashes", "--no-deps", "--only-binary=:all:", "--no-compile")
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """A set of packages: what for, the files that decide it, and imports that show it works.
+
+    The imports also leave the bytecode of the modules in use behind; compiling everything takes a minute for torch.
+    """
+
+    purpose: str
+    files: tuple[str, ...]
+    proof: str
+
+
+SETS = {
+    "build": Requirements(
+        "what axc, axrun and the tasks need",
+        ("build.txt", "../pyproject.toml", "../board/pyproject.toml"),
+        "import huggingface_hub.file_download, invoke, jinja2, numpy, onnx, onnxruntime, safetensors, tokenizers, tqdm",
+    ),
+    "reference": Requirements(
+        "torch for the CPU and transformers, to check a build against",
+        ("reference.txt", "torch.txt"),
+        "import torch; from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM",
+    ),
+    "test": Requirements(
+        "pytest, ruff, mypy and the benchmarks' peer",
+        ("test.txt",),
+        "import gguf, hypothesis, pytest, pytest_benchmark, xdist",
+    ),
+}
+
+
+class SetupFailed(Exception):
+    """The environment cannot be made; the message says what to do."""
+
+    exit_code = 2
+
+
+def install(venv: Path, *names: str) -> None:
+    """Bring the named `SETS` into the environment `venv`, which is made if it is not there.
+
+    Raises SetupFailed for a name that is not in `SETS` and for a machine that cannot have it.
+    """
+    for name in names:
+        if name not in SETS:
+            raise SetupFailed(f"no set of requirements is named {name!r}: there are {', '.join(SETS)}")
+        stamp, wanted = venv / f"{name}.installed", fingerprint(name)
+        if stamp.is_file() and stamp.read_text() == wanted:
+            continue
+        started = time.monotonic()
+        if name == "build":
+            create(venv)
+        print(f"setup: {name} ({SETS[name].purpose}) into {os.path.relpath(venv)} ...", flush=True)
+        pip(venv, *INSTALL, "-r", str(LOCKS / f"{name}.txt"))
+        if name == "build":
+            pip(venv, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT / "board"), "-e", str(ROOT))
+        if name == "reference":
+            install_torch(venv)
+        run(
+            [str(venv / "bin" / "python"), "-c", SETS[name].proof],
+            f"{name} was installed, but does not load as shown above",
+        )
+        stamp.write_text(wanted)
+        importlib.invalidate_caches()  # this process may be about to use it
+        print(f"setup: {name} is there after {time.monotonic() - started:.0f} s", flush=True)
+
+
+def fingerprint(name: str) -> str:
+    """What an installed set depends on: its locks, this Python, and for the editable packages where they are."""
+    digest = hashlib.sha256(f"{HERE} {ROOT}".encode())
+    for file in SETS[name].files:
+        digest.update((LOCKS / file).read_bytes())
+    return digest.hexdigest()
+
+
+def create(venv: Path) -> None:
+    """Make `venv` with this Python, unless it is there and whole."""
+    inside = venv / "lib" / f"python{HERE}" / "site-packages" / "pip"
+    if inside.is_dir() and (venv / "bin" / "python").exists():
+        return
+    if venv.is_dir() and any(venv.iterdir()) and not (venv / "pyvenv.cfg").is_file():
+        raise SetupFailed(f"{venv} is a folder of something else: name a new one with VENV=...")
+    if importlib.util.find_spec("ensurepip") is None:
+        add_system_venv()
+    print(f"setup: {venv} with Python {VERSION}", flush=True)
+    run([sys.executable, "-m", "venv", "--clear", str(venv)], "the virtual environment could not be made")
+
+
+def add_system_venv() -> None:
+    """Debian and Ubuntu keep venv in a package of its own: get it when we may, else say how."""
+    package = f"python{HERE}-venv"
+    apt = shutil.which("apt-get")
+    if apt is None or os.geteuid() != 0:
+        raise SetupFailed(
+            f"{sys.executable} cannot make virtual environments: its ensurepip is missing\n"
+            f"on Debian or Ubuntu: sudo apt-get install {package}"
+        )
+    print(f"setup: {sys.executable} has no ensurepip: apt-get install {package}", flush=True)
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    run([apt, "-qq", "update"], "apt-get update failed", env=quiet)
+    run([apt, "-qq", "install", "-y", "--no-install-recommends", package], f"no {package} by apt-get", env=quiet)
+    importlib.invalidate_caches()
+
+
+def install_torch(venv: Path) -> None:
+    """Install the locked CPU build of torch, wherever this machine can get it.
+
+    The package index does not carry it for Linux. pip looks first, with whatever the user has configured; then uv,
+    which knows PyTorch's own index of CPU builds. Both accept nothing but the locked hashes.
+    """
+    lock = str(LOCKS / "torch.txt")
+    by_pip = pip_command(venv, *INSTALL, "--retries=1", "--timeout=15", "-r", lock)
+    by_uv = [str(venv / "bin" / "uv"), "pip", *INSTALL, f"--python={venv / 'bin' / 'python'}", "--torch-backend=cpu"]
+    by_uv += ["--quiet"] if not sys.stdout.isatty() else []
+    reasons = []
+    for command in (by_pip, [*by_uv, "-r", lock]):
+        tried = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment(), check=False)
+        if tried.returncode == 0:
+            return
+        reasons.append(last_error(tried.stderr))
+    raise SetupFailed(
+        f"no {torch_wheel()}: pip says {reasons[0]!r}, uv {reasons[1]!r}\n"
+        "connect this machine, or put that wheel into a folder and name it: WHEELS=folder (or PIP_FIND_LINKS)"
+    )
+
+
+def torch_wheel() -> str:
+    """The file name of the locked torch for this machine."""
+    lock = (LOCKS / "torch.txt").read_text()
+    pins = re.findall(r"torch==(\S+) ; sys_platform == '(\w+)'", lock)
+    versions = {system: version for version, system in pins}
+    abi = "cp" + HERE.replace(".", "")
+    tag = "manylinux_2_28_" + platform.machine() if sys.platform == "linux" else "macosx_14_0_arm64"
+    return f"torch-{versions.get(sys.platform, versions['linux'])}-{abi}-{abi}-{tag}.whl"
+
+
+def last_error(output: str) -> str:
+    """What an installer's output says most: its last line of error, and the last cause that uv gives for it."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith("error:")]
+    causes = [line for line in lines if line.startswith("cause:")]
+    return "; ".join(line[:200] for line in [*(errors or lines)[-1:], *causes[-1:]])
+
+
+def pip_command(venv: Path, *args: str) -> list[str]:
+    wheels = os.environ.get("WHEELS")
+    return [
+        *(str(venv / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "--no-input"),
+        *([] if sys.stdout.isatty() else ["-qq"]),
+        *args,
+        *([f"--find-links={Path(wheels).expanduser().resolve()}"] if wheels else []),
+    ]
+
+
+def pip(venv: Path, *args: str) -> None:
+    run(
+        pip_command(venv, *args), "pip failed as shown above: with its cause mended, the same command goes on from here"
+    )
+
+
+def environment() -> dict[str, str]:
+    """This environment without what would put packages elsewhere than into the virtual one, or keep bytecode out."""
+    astray = {"PIP_TARGET", "PIP_PREFIX", "PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE"}
+    kept = {name: value for name, value in os.environ.items() if name not in astray}
+    return {"UV_HTTP_RETRIES": "1", **kept, "PIP_USER": "0", "UV_LINK_MODE": "copy"}
+
+
+def run(command: list[str], on_failure: str, env: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, env=env or environment(), stdin=subprocess.DEVNULL, check=False)
+    if done.returncode:
+        raise SetupFailed(f"{on_failure}\n(exit code {done.returncode}: {shlex.join(command)})")
+
+
+def check_python() -> None:
+    if OLDEST <= sys.version_info[:2] <= NEWEST:
+        return
+    newer = [f"python3.{minor}" for minor in range(NEWEST[1], OLDEST[1] - 1, -1)]
+    found = next((name for name in newer if shutil.which(name)), None)
+    raise SetupFailed(
+        f"{sys.executable} is Python {VERSION}; 3.{OLDEST[1]} to 3.{NEWEST[1]} is needed\n"
+        + (
+            f"there is a {found}: make PYTHON={found} ..."
+            if found
+            else "install one, and name it: make PYTHON=python3.11"
+        )
+    )
+
+
+def main(argv: list[str]) -> int:
+    try:
+        check_python()
+        install(Path(argv[0]), *argv[1:])
+    except SetupFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("error: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,224 @@
+"""What the Makefile's targets do. Each task composes functions of the rooms; `make` and `invoke --list` list them.
+
+An option that is not given takes the variable of its name from the environment, which is how make passes them on: a
+prompt goes from the user's shell to the tokenizer without being read by another shell.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from invoke.context import Context
+from invoke.exceptions import Exit
+from invoke.tasks import task
+
+from board.errors import BadInput, Failure
+from requirements.install import SETS, SetupFailed, install
+
+ROOT = Path(__file__).resolve().parent
+VENV = Path(sys.prefix)
+
+SETTINGS = ("MODEL", "MODEL_DIR", "PROMPT", "OUT", "PARALLEL", "FORCE", "ARGS", "WHEELS")
+MODEL, MODEL_DIR, PROMPT, OUT, PARALLEL, FORCE, ARGS, _ = (os.environ.get(name, "") for name in SETTINGS)
+
+HELP = {
+    "model": "one of models/*.toml (MODEL, default tiny-qwen2)",
+    "model_dir": "the folder of its checkpoint, where there is no network (MODEL_DIR)",
+    "prompt": "what to ask (PROMPT, default the model's own)",
+    "out": "the folder of the bundles (OUT, default out)",
+    "parallel": "layers compiled at a time (PARALLEL, default one for each core)",
+    "force": "replace a bundle that was made otherwise (FORCE=1)",
+    "args": "more flags for the command underneath, as in a shell (ARGS)",
+    "extra": f"one of {', '.join(SETS)}; may be repeated (default all)",
+    "upgrade": "take the newest versions instead of keeping those that are locked",
+}
+
+
+def verb(body: Callable[..., None]) -> Any:
+    """An Invoke task whose failures are `error: ...` and an exit code, never a traceback."""
+
+    @functools.wraps(body)
+    def run(*args: Any, **options: Any) -> None:
+        try:
+            body(*args, **options)
+        except (Failure, SetupFailed) as error:
+            raise Exit(f"error: {error}", code=error.exit_code) from None
+
+    _, *options = inspect.signature(body).parameters
+    described = {name: HELP[name] for name in options}
+    return task(help={name.replace("_", "-"): text for name, text in described.items()}, iterable=["extra"])(run)
+
+
+@verb
+def build(
+    _: Context,
+    model: str = MODEL or "tiny-qwen2",
+    model_dir: str = MODEL_DIR,
+    prompt: str = PROMPT,
+    out: str = OUT or "out",
+    parallel: str = PARALLEL,
+    force: bool = FORCE not in ("", "0"),
+    args: str = ARGS,
+) -> None:
+    """A checkpoint becomes a checked bundle, and the bundle answers."""
+    from toolchain.fetch import fetch
+    from toolchain.models import load_model
+
+    spec = load_model(model)
+    bundle, question = Path(out) / spec.name, prompt or spec.prompt
+    more = split(args)
+    checkpoint = fetch(spec, Path(model_dir).expanduser() if model_dir else None)
+    install(VENV, "reference")
+
+    from toolchain.cli import main as axc
+
+    succeed(
+        axc,
+        [
+            "llm_build",
+            *("--input_path", str(checkpoint), "--output_path", str(bundle)),
+            *("--model_name", spec.name, *spec.build.flags()),
+            *("--parallel", parallel or str(cores()), "--check_level", "2", f"--prompt={question}"),
+            *(["--force"] if force else []),
+            *more,
+        ],
+    )
+    print(f"\n{bundle} holds\n{inventory(bundle)}\n", flush=True)
+    ask(bundle, question)
+    said = (("MODEL", model, "tiny-qwen2"), ("OUT", out, "out"))
+    where = "".join(f" {name}={shlex.quote(value)}" for name, value, usual in said if value != usual)
+    print(f"\nask it more: make run{where} PROMPT='12+30='")
+
+
+@verb
+def run(
+    _: Context,
+    model: str = MODEL or "tiny-qwen2",
+    prompt: str = PROMPT,
+    out: str = OUT or "out",
+    args: str = ARGS,
+) -> None:
+    """Ask a bundle that is there."""
+    from toolchain.models import load_model
+
+    spec = load_model(model)
+    bundle = Path(out) / spec.name
+    if not bundle.is_dir():
+        raise BadInput(f"there is no bundle {bundle} yet: make build MODEL={model}")
+    ask(bundle, prompt or spec.prompt, split(args))
+
+
+@verb
+def test(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a task)
+    """Everything a change must pass: lint, then the tests."""
+    more = split(args)
+    install(VENV, "reference", "test")
+    lint(context)
+    tool("pytest", "-n", "2", *more)
+
+
+@verb
+def lint(_: Context) -> None:
+    """Ruff and mypy over everything."""
+    install(VENV, "reference", "test")
+    tool("ruff", "check", ".")
+    tool("ruff", "format", "--check", ".")
+    tool("mypy")
+
+
+@verb
+def bench(_: Context, args: str = ARGS) -> None:
+    """Speed and memory beside a peer: every bench_*.py of the tests."""
+    more = split(args)
+    install(VENV, "reference", "test")
+    tool("pytest", "--override-ini=python_files=bench_*.py", "--benchmark-only", "-s", *more)
+
+
+@verb
+def setup(_: Context, extra: Sequence[str] | None = None) -> None:
+    """Install the locked requirements, e.g. before going offline."""
+    install(VENV, *(extra or SETS))
+
+
+@verb
+def clean(_: Context) -> None:
+    """Remove out/ and the caches; the environment and downloaded checkpoints stay."""
+    caches = ("out", "build", "dist", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".benchmarks")
+    rooms = ("toolchain", "board", "models", "requirements", "tests", "ci")
+    compiled = (found for room in rooms for found in (ROOT / room).rglob("__pycache__"))
+    for folder in [ROOT / "__pycache__", *(ROOT / name for name in caches), *compiled]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@verb
+def lock(_: Context, upgrade: bool = False) -> None:
+    """Compile requirements/*.txt anew from the .in files and pyproject.toml; torch.txt is kept by hand."""
+    for name in SETS:
+        sources = ["pyproject.toml"] if name == "build" else []
+        tool(
+            *("uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--generate-hashes"),
+            *("--no-emit-package", "axrun", "--custom-compile-command", "invoke lock"),
+            *(["--upgrade"] if upgrade else []),
+            *(*sources, f"requirements/{name}.in", "--output-file", f"requirements/{name}.txt"),
+        )
+
+
+def ask(bundle: Path, prompt: str, more: Sequence[str] = ()) -> None:
+    from board.cli import main as axrun
+
+    succeed(axrun, ["run", str(bundle), f"--prompt={prompt}", *more])
+
+
+def succeed(main: Callable[[list[str]], int], argv: list[str]) -> None:
+    """Call a command of ours in this process; what it had to say about a failure, it has said."""
+    sys.stdout.flush()
+    if code := main(argv):
+        raise Exit(code=code)
+
+
+def tool(name: str, *args: str) -> None:
+    """Run a tool of the environment over the checkout, with an environment that no variable of make reaches."""
+    made = {*SETTINGS, "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
+    environment = {key: value for key, value in os.environ.items() if key not in made}
+    sys.stdout.flush()
+    if code := subprocess.run([sys.executable, "-m", name, *args], cwd=ROOT, env=environment, check=False).returncode:
+        raise Exit(code=code)
+
+
+def inventory(bundle: Path) -> str:
+    """One line for each kind of file in a bundle: how many, how large, what; then the total."""
+    counts: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
+    for file in sorted(path for path in bundle.rglob("*") if path.is_file()):
+        path = file.relative_to(bundle)
+        kind = f"{path.parts[0]}/" if len(path.parts) > 1 else re.sub(r"_l\d+", "_l*", path.name)
+        counts[kind] += 1
+        sizes[kind] += file.stat().st_size
+    rows = [(counts[kind], sizes[kind], kind) for kind in counts] + [(counts.total(), sizes.total(), "in all")]
+    return "\n".join(f"{count:5} x {decimal(size):>9}  {kind}" for count, size, kind in rows)
+
+
+def decimal(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
+def split(args: str) -> list[str]:
+    try:
+        return shlex.split(args)
+    except ValueError as error:
+        raise BadInput(f"ARGS is {args!r}: {error}; quote it as for a shell") from None
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -1,0 +1,58 @@
+"""The README's first command and what follows it, from checkpoint to answer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks import inventory
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def invoke(*words: str) -> subprocess.CompletedProcess[str]:
+    environment = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
+    return subprocess.run(
+        [sys.executable, "-m", "invoke", *words],
+        cwd=ROOT,
+        env={**environment, "PYTHONUNBUFFERED": "1"},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("with a space") / "out"
+
+
+def test_build_makes_checks_lists_and_asks(out: Path) -> None:
+    done = invoke("build", "--out", str(out), "--parallel", "2")
+    assert done.returncode == 0, done.stderr
+    bundle = out / "tiny-qwen2"
+    lines = done.stdout.splitlines()
+    assert f"{bundle} holds" in lines
+    assert inventory(bundle) in done.stdout
+    assert "2" in lines[lines.index(f"{bundle} holds") :]
+    assert lines[-1] == f"ask it more: make run OUT='{out}' PROMPT='12+30='"
+
+    asked = invoke("run", "--out", str(out), "--prompt", "12+30=")
+    assert asked.returncode == 0, asked.stderr
+    assert "42" in asked.stdout.splitlines()
+
+
+def test_inventory_counts_layers_and_folders_as_one(tmp_path: Path) -> None:
+    for name, size in {"q_l0.axmodel": 1000, "q_l11.axmodel": 1_500_000, "hf/a.json": 10, "hf/b.json": 20}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    assert inventory(tmp_path).splitlines() == [
+        "    2 x    0.0 kB  hf/",
+        "    2 x    1.5 MB  q_l*.axmodel",
+        "    4 x    1.5 MB  in all",
+    ]

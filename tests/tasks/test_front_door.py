@@ -1,0 +1,168 @@
+"""The Makefile and tasks.py as a user meets them: commands in, text and exit codes out."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from requirements.install import fingerprint
+
+ROOT = Path(__file__).resolve().parents[2]
+TARGETS = ["bench", "build", "clean", "lint", "run", "setup", "test"]
+AWKWARD = """what's $HOME $$1 $(shell id) `id` "2+2"? # \\ % ; é"""
+
+
+def call(*command: str, cwd: Path = ROOT, said: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env={**kept, **(said or {})},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> str:
+    """The environment of this test run, under another name and as complete as `make` wants it."""
+    script(tmp_path / "venv" / "bin" / "python", f'exec "{sys.executable}" "$@"')
+    (tmp_path / "venv" / "build.installed").write_text(fingerprint("build"))
+    return f"VENV={tmp_path / 'venv'}"
+
+
+@pytest.mark.parametrize("words", [[], ["help"]])
+def test_make_alone_lists_the_targets_without_making_anything(words: list[str], tmp_path: Path) -> None:
+    done = call("make", *words, f"VENV={tmp_path / 'none'}")
+    assert done.returncode == 0
+    assert sorted(re.findall(r"^make (\w+)  ", done.stdout, re.M)) == sorted([*TARGETS, "help"])
+    for variable in ("MODEL=", "MODEL_DIR=", "PROMPT=", "OUT=", "PARALLEL=", "FORCE=", "ARGS=", "PYTHON=", "VENV="):
+        assert variable in done.stdout
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_target_is_one_line_into_its_task(target: str, venv: str) -> None:
+    done = call("make", "-n", target, venv)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[-1] == f'"{venv.partition("=")[2]}/bin/python" -m invoke {target}'
+
+
+def test_invoke_lists_the_same_tasks() -> None:
+    done = call(sys.executable, "-m", "invoke", "--list")
+    assert done.returncode == 0
+    assert sorted(re.findall(r"^  (\w+)  ", done.stdout, re.M)) == sorted([*TARGETS, "lock"])
+
+
+def test_a_whole_environment_is_left_alone(venv: str) -> None:
+    done = call("make", "ready", venv)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("name", ["PROMPT", "MODEL", "MODEL_DIR", "OUT", "ARGS"])
+@pytest.mark.parametrize("given", ["argument", "environment"])
+def test_text_reaches_the_tasks_as_typed(name: str, given: str) -> None:
+    show = ["make", "-s", f"--eval=show: ; @printenv {name}", "show"]
+    done = call(*show, f"{name}={AWKWARD}") if given == "argument" else call(*show, said={name: AWKWARD})
+    assert done.stdout == AWKWARD + "\n"
+
+
+def test_an_unknown_model_is_told_the_known_ones(venv: str) -> None:
+    done = call("make", "build", venv, "MODEL=qwen2-0.5")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    first, _, failed = done.stderr.splitlines()
+    assert first.startswith("error: no model is named 'qwen2-0.5': models/ has qwen2-0.5b, tiny-qwen2")
+    assert "did you mean qwen2-0.5b?" in first
+    assert failed.startswith("make:")
+
+
+def test_an_awkward_model_name_is_quoted_back_unread(venv: str) -> None:
+    done = call("make", "build", venv, f"MODEL={AWKWARD}")
+    assert f"error: no model is named {AWKWARD!r}" in done.stderr
+
+
+def test_run_before_build_says_what_to_do_first(venv: str, tmp_path: Path) -> None:
+    done = call("make", "run", venv, f"OUT={tmp_path / 'no where'}")
+    assert done.returncode == 2
+    assert (
+        f"error: there is no bundle {tmp_path / 'no where' / 'tiny-qwen2'} yet: make build MODEL=tiny-qwen2"
+        in done.stderr
+    )
+
+
+def test_unbalanced_args_are_said_to_be(venv: str) -> None:
+    done = call("make", "test", venv, "ARGS=-k 'fetch")
+    assert done.returncode == 2
+    assert 'error: ARGS is "-k \'fetch": No closing quotation' in done.stderr
+
+
+def python(path: Path, change: str) -> str:
+    """A Python that is this one but for `change`."""
+    code = f"import sys, runpy; {change}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return f'PYTHON={script(path, f"""exec "{sys.executable}" -c "{code}" "$@" """)}'
+
+
+def test_a_python_too_old_is_named_with_what_is_needed(tmp_path: Path) -> None:
+    old = python(tmp_path / "python3.9", "sys.version_info = (3, 9, 2, 'final', 0)")
+    done = call("make", "setup", old, f"VENV={tmp_path / 'venv'}")
+    assert done.returncode == 2
+    assert "is Python 3.9.2; 3.11 to 3.14 is needed" in done.stderr.splitlines()[0]
+    assert "make PYTHON=python3." in done.stderr.splitlines()[1]
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_no_python_at_all() -> None:
+    done = call("make", "setup", "PYTHON=python3.99")
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: no python3.99 here: on Debian or Ubuntu, apt-get install python3 python3-venv"
+    )
+
+
+def test_a_python_without_ensurepip_is_told_the_package(tmp_path: Path) -> None:
+    bare = python(tmp_path / "python3", "sys.modules['ensurepip'] = None")
+    make = shutil.which("make")
+    assert make
+    done = call(make, "setup", bare, f"VENV={tmp_path / 'venv'}", said={"PATH": str(tmp_path / "no apt-get here")})
+    assert done.returncode == 2
+    assert "cannot make virtual environments: its ensurepip is missing" in done.stderr
+    assert f"sudo apt-get install python3.{sys.version_info[1]}-venv" in done.stderr
+
+
+def test_a_folder_of_something_else_is_not_made_an_environment(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    done = call("make", "setup", f"PYTHON={sys.executable}", f"VENV={tmp_path}")
+    assert done.returncode == 2
+    assert f"error: {tmp_path} is a folder of something else" in done.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_clean_removes_what_was_made_and_keeps_the_rest(tmp_path: Path, venv: str) -> None:
+    checkout = tmp_path / "a checkout"
+    for name in ("Makefile", "tasks.py", "requirements/install.py", "board/__init__.py", "board/errors.py"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, checkout / name)
+    for name in ("out/toy/manifest.json", ".mypy_cache/x", "board/__pycache__/errors.pyc", "mine/notes"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text("")
+    assert call("make", "clean", venv, cwd=checkout, said={"PYTHONDONTWRITEBYTECODE": "1"}).returncode == 0
+    assert sorted(path.name for path in checkout.iterdir()) == ["Makefile", "board", "mine", "requirements", "tasks.py"]
+    assert sorted(path.name for path in (checkout / "board").iterdir()) == ["__init__.py", "errors.py"]

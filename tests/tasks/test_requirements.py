@@ -1,0 +1,93 @@
+"""The locks, and what happens where torch cannot be had."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from requirements.install import LOCKS, SETS, SetupFailed, install, install_torch, torch_wheel
+
+FILES = sorted(LOCKS.glob("*.txt"))
+
+
+def pins(lock: Path) -> dict[str, list[str]]:
+    """`name==version ; marker` of each entry, and its hashes."""
+    text = re.sub(r"^\s*#.*\n", "", lock.read_text(), flags=re.M).replace("\\\n", " ")
+    entries = (line.split("--hash=") for line in text.splitlines())
+    return {entry.strip(): [digest.strip() for digest in digests] for entry, *digests in entries}
+
+
+@pytest.mark.parametrize("lock", FILES, ids=lambda lock: lock.name)
+def test_every_entry_is_one_version_with_hashes_and_no_address(lock: Path) -> None:
+    assert pins(lock)
+    for entry, digests in pins(lock).items():
+        assert re.fullmatch(r"[a-z0-9-]+==[^\s;]+( ; .+)?", entry)
+        assert digests
+        assert all(re.fullmatch(r"sha256:[0-9a-f]{64}", digest) for digest in digests)
+    assert "://" not in lock.read_text()
+
+
+def test_no_accelerator_library_is_locked_and_torch_for_linux_is_the_cpu_build() -> None:
+    entries = [entry for lock in FILES for entry in pins(lock)]
+    assert not [entry for entry in entries if re.match(r"nvidia|triton|cuda|cupy", entry)]
+    torch = [entry for entry in entries if entry.startswith("torch==")]
+    assert [re.sub(r"==[\d.]+", "==", entry) for entry in torch] == [
+        "torch==+cpu ; sys_platform == 'linux'",
+        "torch== ; sys_platform == 'darwin'",
+    ]
+
+
+def test_the_sets_agree_on_every_package_they_share() -> None:
+    versions: dict[str, set[frozenset[str]]] = {}
+    for lock in FILES:
+        for name in {entry.partition("==")[0] for entry in pins(lock)} - {"torch"}:
+            mine = frozenset(entry for entry in pins(lock) if entry.startswith(f"{name}=="))
+            versions.setdefault(name, set()).add(mine)
+    assert len(versions) > 50
+    assert {name: found for name, found in versions.items() if len(found) > 1} == {}
+
+
+def test_an_unknown_set_is_told_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(SetupFailed, match=rf"'tests': there are {', '.join(SETS)}"):
+        install(tmp_path, "tests")
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real environment with pip and uv only."""
+    venv = tmp_path_factory.mktemp("bare") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    (venv / "bin" / "uv").symlink_to(Path(sys.prefix) / "bin" / "uv")
+    return venv
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """No index for pip or uv; a folder of wheels that they do look into."""
+    for name, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "UV_OFFLINE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("WHEELS", str(tmp_path))
+    monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.mark.usefixtures("offline")
+def test_without_torch_one_error_names_the_wheel_and_the_way(bare: Path) -> None:
+    with pytest.raises(SetupFailed) as error:
+        install_torch(bare)
+    first, second = str(error.value).splitlines()
+    assert first.startswith(f"no {torch_wheel()}: pip says 'ERROR: No matching distribution found for torch==2")
+    assert "error: No solution found" in first
+    assert "WHEELS=folder (or PIP_FIND_LINKS)" in second
+
+
+def test_a_wheel_with_other_bytes_than_the_locked_ones_is_refused(bare: Path, offline: Path) -> None:
+    (offline / torch_wheel()).write_bytes(b"not the wheel that was locked")
+    with pytest.raises(SetupFailed, match="DO NOT MATCH THE HASHES"):
+        install_torch(bare)
+    assert not list(bare.glob("lib/python*/site-packages/torch*"))

@@ -127,7 +127,7 @@ def read(path: str | os.PathLike[str]) -> Axmodel:
         raise BadInput(f"{name} is empty, not an axmodel; build or copy it again") from None
     try:
         return parse(memoryview(mapped))
-    except (wire.WireError, ValueError, KeyError, TypeError) as error:
+    except (wire.WireError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(
             f"{name} is not a whole axmodel: {error}\nIt may be truncated or damaged; build it or copy it again."
         ) from None

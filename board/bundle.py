@@ -71,8 +71,9 @@ class Bundle:
         if not isinstance(model, dict):
             raise _damaged(folder, "it does not describe a model")
         for key, kind in MODEL_FIELDS.items():
-            if not isinstance(model.get(key), kind) or isinstance(model.get(key), bool):
-                raise _damaged(folder, f"its model.{key} is {model.get(key)!r}")
+            value = model.get(key)
+            if type(value) is not kind or (kind is str and not value.isprintable()):
+                raise _damaged(folder, f"its model.{key} is {value!a:.60}")
         if model["hidden_state_type"] not in ("fp32", "fp16", "bf16") or not 1 <= model["layers"] <= 1024:
             raise _damaged(folder, f"it describes {model['layers']} layers of {model['hidden_state_type']!r}")
         names = [model["post_file"], model["embedding_file"]]
@@ -94,6 +95,11 @@ class Bundle:
     def maker(self) -> str:
         """Which compiler made the axmodels: cpu (ours) or pulsar2 (the vendor's)."""
         return str(self.manifest["maker"])
+
+    def flag(self, name: str) -> str:
+        """A flag it was built with, e.g. weight_type; empty where the manifest does not tell."""
+        flags = self.manifest.get("flags")
+        return str(flags.get(name, "")) if isinstance(flags, dict) else ""
 
     @property
     def hf(self) -> Path:
@@ -122,13 +128,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     files = manifest.get("files")
     if not isinstance(files, dict) or not isinstance(manifest.get("maker"), str):
         raise _damaged(folder, "it lists no files or names no maker")
+    for key in ("model", "tools", "memory"):
+        if not isinstance(manifest.get(key), dict):
+            raise _damaged(folder, f"its {key} is {manifest.get(key)!a:.60}")
+    if not all(type(value) is int for value in manifest["memory"].values()):
+        raise _damaged(folder, f"its memory is {manifest['memory']!a:.60}")
     for name, entry in files.items():
         parts = name.split("/")
-        if not all(parts) or ".." in parts or "." in parts or "\\" in name or "\0" in name:
-            raise _damaged(folder, f"it names the file {name!r}")
+        if not all(parts) or ".." in parts or "." in parts or "\\" in name or not name.isprintable():
+            raise _damaged(folder, f"it names the file {name!a}")
         if (
             not isinstance(entry, dict)
-            or not isinstance(entry.get("size"), int)
+            or type(entry.get("size")) is not int
+            or entry["size"] < 0
             or not re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256")))
         ):
             raise _damaged(folder, f"its entry for {name} is {entry!r:.60}")
@@ -143,7 +155,12 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda nbytes: None) 
     """
     manifest = read_manifest(folder)
     files = manifest["files"]
-    present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    folders = {parent for name in files for parent in (folder / name).parents}
+    present = {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_symlink() or not path.is_dir() or path not in folders
+    }
     faults = [f"{name} is missing" for name in files if name not in present]
     faults += [f"{name} is not of this bundle" for name in sorted(present - set(files) - {MANIFEST})]
     for name in sorted(present & set(files)):

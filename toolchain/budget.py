@@ -32,37 +32,41 @@ class Budget:
         )
 
 
-def estimate(config: ModelConfig, target: Target, disk: int, parallel: int) -> Budget:
-    """Memory: an interpreter, the blocks in work, and the largest matrix's scales, held until its rows are written."""
-    largest = max(config.vocab_size, config.intermediate_size) * config.hidden_size
+def memory(config: ModelConfig, target: Target) -> int:
+    """Private bytes of a process: interpreter, blocks in work, rotary tables, the largest matrix's scales."""
+    rows = max(config.vocab_size, config.intermediate_size)
     scales = 0
     for name in (target.weight_type, target.post_weight_type):
         group = WEIGHT_TYPES[name].group
-        scales = max(scales, largest // group * 4 if group else max(config.vocab_size, config.intermediate_size) * 4)
+        scales = max(scales, rows * config.hidden_size // group * 4 if group else rows * 4)
     rotary = target.positions * config.head_dim * 8 * 8  # float64 tables and what they are computed through
-    return Budget(disk, PROCESS_BYTES + BLOCKS_BYTES + 2 * scales + rotary, parallel)
+    return PROCESS_BYTES + BLOCKS_BYTES + 2 * scales + rotary
 
 
-def require(budget: Budget, folder: Path) -> None:
-    """Raises BadInput when the disk of `folder` or the memory, free or allowed, cannot hold the budget."""
+def require_disk(needed: int, folder: Path) -> None:
+    """Raises BadInput when the disk that `folder` is or would be on has less free."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    if free < budget.disk:
+    if free < needed:
         raise BadInput(
-            f"{folder} has {megabytes(free)} of free disk, the bundle needs {megabytes(budget.disk)}\n"
+            f"{folder} has {megabytes(free)} of free disk, the bundle needs {megabytes(needed)}\n"
             "Make room or choose another --output_path."
         )
+
+
+def require_memory(needed: int, processes: int) -> None:
+    """Raises BadInput when there is, or a process may take, too little."""
     available = available_memory()
-    if available is not None and available < budget.memory * budget.processes:
+    if available is not None and available < needed * processes:
         raise BadInput(
-            f"{megabytes(available)} of memory are available, {budget.processes} processes need "
-            f"{megabytes(budget.memory * budget.processes)}\nClose other programs or lower --parallel."
+            f"{megabytes(available)} of memory are available, {processes} processes need "
+            f"{megabytes(needed * processes)}\nClose other programs or lower --parallel."
         )
     for name, limit in (("ulimit -d", resource.RLIMIT_DATA), ("ulimit -v", resource.RLIMIT_AS)):
         allowed = resource.getrlimit(limit)[0]
-        if allowed != resource.RLIM_INFINITY and allowed < budget.memory:
+        if allowed != resource.RLIM_INFINITY and allowed < needed:
             raise BadInput(
-                f"{name} allows {megabytes(allowed)} a process, the build needs {megabytes(budget.memory)}\nRaise it."
+                f"{name} allows {megabytes(allowed)} a process, the build needs {megabytes(needed)}\nRaise it."
             )
 
 

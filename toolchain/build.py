@@ -6,13 +6,13 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from board.bundle import MANIFEST, read_manifest, sha256, verify
 from board.dtypes import FLOATS
@@ -23,9 +23,11 @@ from toolchain.checkpoint import Checkpoint
 from toolchain.compile import Target
 from toolchain.jobs import Job, Work
 from toolchain.quantizer import WEIGHT_TYPES
-from toolchain.staging import KeepStaging, publish, refuse_other_content, staging
+from toolchain.staging import KeepStaging, publish, refuse_other_content, staged_bytes, staging
 
 CHIPS = ("AX620E", "AX650")
+MODEL_CONFIG = "model_config"  # what the manifest calls a config.json given in place of the checkpoint's
+MAX_CONTEXT = 1 << 20  # positions: eight times what the longest models of these families see
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ class Options:
                 raise BadInput(f"{flag} is {value!r}; expected one of {', '.join(allowed)}")
         if not 1 <= self.parallel <= 256:
             raise BadInput(f"--parallel is {self.parallel}; expected 1 to 256")
+        name = self.model_name
+        if name is not None and not (0 < len(name) <= 200 and name.isprintable() and name.isascii()):
+            raise BadInput(f"--model_name is {name!a:.60}; expected printable ASCII, at most 200 characters")
         previous = 0
         for length in self.last_kv_cache_len:
             if not self.prefill_len:
@@ -72,7 +77,7 @@ class Options:
 
     def target(self, model: config.ModelConfig) -> Target:
         """What to compile for, the lengths held against the model's. Raises BadInput."""
-        context = min(model.max_position_embeddings, model.sliding_window or model.max_position_embeddings)
+        context = min(model.max_position_embeddings, model.sliding_window or MAX_CONTEXT, MAX_CONTEXT)
         if not 1 <= self.kv_cache_len < context:
             raise BadInput(
                 f"--kv_cache_len is {self.kv_cache_len}; expected 1 to {context - 1}: "
@@ -105,12 +110,31 @@ class Plan:
     config: config.ModelConfig
     target: Target
     inputs: tuple[Path, ...]
+    texts: Mapping[str, str]
     jobs: tuple[Job, ...]
     budget: budget.Budget
 
     @property
     def name(self) -> str:
         return self.options.model_name or self.config.model_type
+
+    @property
+    def output(self) -> Path:
+        """Where the bundle goes, links followed: they stay links."""
+        return Path(os.path.realpath(self.options.output_path))
+
+    @property
+    def stamps(self) -> tuple[tuple[str, int, int], ...]:
+        """What tells a changed input without reading it: (name, bytes, mtime in ns)."""
+        files = [*self.inputs, *([self.options.model_config] if self.options.model_config else [])]
+        return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+
+
+class Built(NamedTuple):
+    """A bundle's manifest, and whether this build made it or found it standing."""
+
+    manifest: dict[str, Any]
+    fresh: bool
 
 
 def plan(options: Options) -> Plan:
@@ -119,67 +143,79 @@ def plan(options: Options) -> Plan:
     model = config.load(checkpoint, options.model_config, options.model_type)
     target = options.target(model)
     inputs = bundle.input_files(checkpoint.path, checkpoint.files)
-    work = Work(checkpoint.path, Path(), model, target)
-    planned = jobs.plan(work, inputs)
+    texts = bundle.texts(checkpoint.path, options.model_name or model.model_type, model, target)
+    memory = budget.memory(model, target)
+    budget.require_memory(memory, options.parallel)  # the tables are made below
+    planned = jobs.plan(Work(checkpoint.path, (), Path(), model, target), inputs)
     small = sum(path.stat().st_size for path in inputs if path not in checkpoint.files)
-    disk = sum(job.nbytes for job in planned if job.kind != "input") + 2 * small + (1 << 20)
-    needs = budget.estimate(model, target, disk, options.parallel)
-    return Plan(options, checkpoint, model, target, inputs, tuple(planned), needs)
+    small += sum(len(text.encode()) for text in texts.values())
+    disk = sum(job.nbytes for job in planned if job.kind != "input") + small + (1 << 20)
+    needs = budget.Budget(disk, memory, options.parallel)
+    return Plan(options, checkpoint, model, target, inputs, texts, tuple(planned), needs)
 
 
 Progress = Callable[[Job], None]
 
 
-def build(planned: Plan, progress: Progress = lambda job: None) -> dict[str, Any]:
-    """Makes the bundle and returns its manifest; one that is there already, whole and the same, is left as it is.
+def build(planned: Plan, progress: Progress = lambda job: None) -> Built:
+    """Makes the bundle; one that is there already, whole and the same, is left as it is.
 
     `progress(job)` is called as each ends. Raises BadInput; leaves nothing behind when it does.
     """
-    options, output = planned.options, planned.options.output_path
-    standing = _standing(planned)
-    if standing is not None:
-        for job in planned.jobs:
-            progress(job)
-        return standing
-    refuse_other_content(output, force=options.force)
-    budget.require(planned.budget, output)
+    output = planned.output
+    try:
+        standing = _standing(planned)
+        if standing is not None:
+            return Built(standing, fresh=False)
+        if planned.options.output_path.is_symlink() and not output.exists():
+            raise BadInput(f"{planned.options.output_path} is a link to nothing\nChoose another --output_path.")
+        refuse_other_content(output, force=planned.options.force)
+        budget.require_disk(planned.budget.disk - staged_bytes(output), output)
+        return Built(_build(planned, output, progress), fresh=True)
+    except OSError as error:
+        raise BadInput(
+            f"cannot write {error.filename or output}: {error.strerror or error}\n"
+            "Nothing was kept. Make room, or choose another --output_path."
+        ) from None
+
+
+def _build(planned: Plan, output: Path, progress: Progress) -> dict[str, Any]:
     with staging(output, _key(planned)) as folder:
-        try:
-            work = Work(planned.checkpoint.path, folder, planned.config, planned.target)
-            done = dict(_run(work, planned.jobs, options.parallel, progress))
-            inputs = {Path(job.file).name: written for job, written in done.items() if job.kind == "input"}
-            if options.model_config:
-                inputs["model_config"] = Written(sha256(options.model_config), options.model_config.stat().st_size)
-            outputs = {job.file: written for job, written in done.items() if job.kind != "input"}
-            manifest = bundle.finish(
-                folder, planned.checkpoint.path, planned.name, planned.config, planned.target, inputs, outputs
-            )
-            publish(folder, output, replace=options.force)
-        except OSError as error:
-            raise BadInput(
-                f"cannot write the bundle beside {output}: {error.strerror or error}\n"
-                "Nothing was kept. Make room or choose another --output_path."
-            ) from None
+        work = Work(planned.checkpoint.path, planned.stamps, folder, planned.config, planned.target)
+        done = dict(_run(work, planned.jobs, planned.options.parallel, progress))
+        inputs = {Path(job.file).name: written for job, written in done.items() if job.kind == "input"}
+        if planned.options.model_config:
+            inputs[MODEL_CONFIG] = Written(*_digest(planned.options.model_config))
+        outputs = {job.file: written for job, written in done.items() if job.kind != "input"}
+        made_of = (planned.checkpoint.path, planned.name, planned.config, planned.target, planned.texts)
+        manifest = bundle.finish(folder, *made_of, inputs, outputs)
+        publish(folder, output, replace=planned.options.force)
     return manifest
+
+
+def _digest(path: Path) -> tuple[str, int]:
+    return sha256(path), path.stat().st_size
 
 
 def _standing(planned: Plan) -> dict[str, Any] | None:
     """The manifest of the bundle at the output path if it is what this build would make, and whole."""
-    output = planned.options.output_path
-    if not (output / MANIFEST).is_file():
+    if not (planned.output / MANIFEST).is_file():
         return None
+    files = {path.name: path for path in planned.inputs}
+    if planned.options.model_config:
+        files[MODEL_CONFIG] = planned.options.model_config
     try:
-        manifest = read_manifest(output)
-        same = manifest.get("flags") == _as_json(asdict(planned.target)) and manifest.get("tools") == {"axc": VERSION}
-        same = same and manifest["model"]["name"] == planned.name and not planned.options.model_config
-        recorded = manifest["inputs"] if same else {}
-        if {path.name for path in planned.inputs} != set(recorded):
-            return None
-        if any(path.stat().st_size != recorded[path.name]["size"] for path in planned.inputs):
-            return None
-        if any(sha256(path) != recorded[path.name]["sha256"] for path in planned.inputs):
-            return None
-        return verify(output)
+        manifest = read_manifest(planned.output)
+        recorded = manifest["inputs"]
+        same = (
+            manifest["flags"] == _as_json(asdict(planned.target))
+            and manifest["tools"] == {"axc": VERSION}
+            and manifest["model"]["name"] == planned.name
+            and set(files) == set(recorded)
+            and all(path.stat().st_size == recorded[name]["size"] for name, path in files.items())
+            and all(sha256(path) == recorded[name]["sha256"] for name, path in files.items())
+        )
+        return verify(planned.output) if same else None
     except (BadInput, CheckFailed, KeyError, TypeError):
         return None
 
@@ -190,13 +226,12 @@ def _as_json(values: dict[str, Any]) -> dict[str, Any]:
 
 def _key(planned: Plan) -> dict[str, Any]:
     """What finished files of a killed build must have been made from to be taken over."""
-    files = [*planned.inputs, *([planned.options.model_config] if planned.options.model_config else [])]
     return {
         "axc": VERSION,
         "name": planned.name,
         "config": _as_json(asdict(planned.config)),
         "target": _as_json(asdict(planned.target)),
-        "inputs": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files],
+        "inputs": [list(stamp) for stamp in planned.stamps],
     }
 
 
@@ -208,10 +243,14 @@ def _run(work: Work, planned: tuple[Job, ...], parallel: int, progress: Progress
             progress(job)
         return
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
+    stop = context.RawValue("b", 0)  # without a lock, which a killed worker could take along
     pool = ProcessPoolExecutor(parallel, context, initializer=_start_worker, initargs=(stop,))
     try:
-        futures: dict[Future[Written], Job] = {pool.submit(_work, work, job): job for job in planned}
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the parent's, while they start too
+        try:
+            futures: dict[Future[Written], Job] = {pool.submit(_work, work, job): job for job in planned}
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         waiting = set(futures)
         while waiting:
             ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
@@ -226,7 +265,7 @@ def _run(work: Work, planned: tuple[Job, ...], parallel: int, progress: Progress
             )
         ) from None
     finally:
-        stop.set()
+        stop.value = 1
         pool.shutdown(cancel_futures=True)
 
 
@@ -238,6 +277,7 @@ def _start_worker(stop: Any) -> None:
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     if parent is not None:
         sentinel = parent.sentinel
@@ -245,4 +285,4 @@ def _start_worker(stop: Any) -> None:
 
 
 def _work(work: Work, job: Job) -> Written:
-    return jobs.run(work, job, _stop.is_set)
+    return jobs.run(work, job, lambda: bool(_stop.value))

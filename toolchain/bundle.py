@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -9,7 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from board.bundle import MANIFEST, SCHEMA, sha256
+from board.bundle import MANIFEST, SCHEMA, read_manifest, sha256
+from board.errors import BadInput
 from toolchain import VERSION
 from toolchain.axmodel.writer import Written
 from toolchain.compile import Target
@@ -46,22 +48,20 @@ def finish(
     name: str,
     config: ModelConfig,
     target: Target,
+    texts: Mapping[str, str],
     inputs: Mapping[str, Written],
     outputs: Mapping[str, Written],
 ) -> dict[str, Any]:
     """Adds the small files to `folder` and, last, the manifest over all; returns it.
 
-    `inputs` and `outputs` by file name, `outputs` being the axmodels and the embedding.
+    `texts`, `inputs` and `outputs` by file name, `outputs` being the axmodels and the embedding.
     """
     (folder / "hf").mkdir(exist_ok=True)
     for file in HF_FILES:
         if (checkpoint / file).is_file():
             shutil.copyfile(checkpoint / file, folder / "hf" / file)
-    tokenizer = tokenizer_txt(checkpoint)
-    if tokenizer is not None:
-        (folder / TOKENIZER_TXT).write_text(tokenizer, "utf-8", newline="\n")
-    write_json(folder / "config.json", axllm_config(name, config, target, tokenizer is not None))
-    write_json(folder / "post_config.json", post_config(checkpoint))
+    for file, text in texts.items():
+        (folder / file).write_text(text, "utf-8", newline="\n")
     files = {file: {"sha256": written.sha256, "size": written.nbytes} for file, written in outputs.items()}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         file = path.relative_to(folder).as_posix()
@@ -106,14 +106,46 @@ def finish(
     return manifest
 
 
+def add_file(folder: Path, name: str, content: bytes) -> None:
+    """Puts a file into a finished bundle, in place of one of its name, and into the manifest. Raises BadInput."""
+    manifest = read_manifest(folder)
+    manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    manifest["files"] = {file: manifest["files"][file] for file in sorted(manifest["files"])}
+    news = {name: folder / f".{name}.new", MANIFEST: folder / f".{MANIFEST}.new"}
+    try:
+        news[name].write_bytes(content)
+        write_json(news[MANIFEST], manifest)
+        for file, new in news.items():  # both are whole on the disk before the bundle changes
+            new.replace(folder / file)
+    except OSError as error:
+        raise BadInput(f"cannot write into {folder}: {error.strerror or error}") from None
+    finally:
+        for new in news.values():
+            new.unlink(missing_ok=True)
+
+
 def hidden_bytes(target: Target) -> int:
     """Bytes of one value of the hidden state."""
     return 4 if target.hidden_state_type == "fp32" else 2
 
 
+def to_json(values: Mapping[str, Any]) -> str:
+    """The one way JSON is written: sorted, indented, a line feed at the end."""
+    return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """The one way JSON is written: sorted, indented, LF."""
-    path.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8", newline="\n")
+    path.write_text(to_json(values), "utf-8", newline="\n")
+
+
+def texts(checkpoint: Path, name: str, config: ModelConfig, target: Target) -> dict[str, str]:
+    """The small files that are made, not copied, by name. Raises BadInput for a damaged tokenizer or config."""
+    tokenizer = tokenizer_txt(checkpoint)
+    made = {
+        "config.json": to_json(axllm_config(name, config, target, tokenizer is not None)),
+        "post_config.json": to_json(post_config(checkpoint)),
+    }
+    return made if tokenizer is None else {**made, TOKENIZER_TXT: tokenizer}
 
 
 def axllm_config(name: str, config: ModelConfig, target: Target, has_tokenizer_txt: bool) -> dict[str, Any]:
@@ -142,7 +174,11 @@ def post_config(checkpoint: Path) -> dict[str, Any]:
 
     def number(key: str, default: float) -> float:
         value = wanted.get(key)
-        return value if isinstance(value, (int, float)) and not isinstance(value, bool) else default
+        if value is None:
+            return default
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1e6:
+            raise BadInput(f"{path}: {key} is {value!r:.60}; expected a number from 0 to 1000000")
+        return value
 
     return {
         "enable_temperature": False,
@@ -166,7 +202,13 @@ def tokenizer_txt(checkpoint: Path) -> str | None:
     path = checkpoint / "tokenizer.json"
     if not path.is_file():
         return None
-    tokenizer = read_json(path)
+    try:
+        return _bpe_txt(read_json(path), stop_ids(checkpoint))
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise BadInput(f"{path} is no tokenizer: {type(error).__name__} {error}\nDownload it again.") from None
+
+
+def _bpe_txt(tokenizer: dict[str, Any], stops: list[int]) -> str | None:
     model = tokenizer.get("model") or {}
     if model.get("type") != "BPE" or "ByteLevel" not in json.dumps(tokenizer.get("pre_tokenizer")):
         return None
@@ -177,9 +219,10 @@ def tokenizer_txt(checkpoint: Path) -> str | None:
         return None
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     special = sorted(token["id"] for token in tokenizer.get("added_tokens") or [] if token.get("special"))
-    stops = stop_ids(checkpoint)
     lines = ["430 3", f"{len(special)} {len(stops)} 0", " ".join(map(str, [*special, *stops]))]
-    return "\n".join([*lines, f"{len(pieces)} {len(merges)}", *map(str, pieces), *merges]) + "\n"
+    text = "\n".join([*lines, f"{len(pieces)} {len(merges)}", *map(str, pieces), *merges]) + "\n"
+    text.encode("utf-8")  # raises for a lone surrogate
+    return text
 
 
 def stop_ids(checkpoint: Path) -> list[int]:

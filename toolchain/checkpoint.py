@@ -79,16 +79,21 @@ class Checkpoint:
 
     def float32(self, name: str) -> NDArray[np.float32]:
         """A whole tensor as float32; for the small ones (norms, biases)."""
-        return np.concatenate([widen(block, self.tensors[name].dtype) for _, block in self.blocks(name)])
+        try:
+            return np.concatenate([widen(block, self.tensors[name].dtype) for _, block in self.blocks(name)])
+        except OverflowError as overflow:
+            raise BadInput(f"{name} holds {overflow}") from None
 
 
 def widen(block: NDArray[Any], dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """A stored block as float32 (exact but for float64), in `out` where one is given."""
+    """A stored block as float32 (exact but for float64), in `out` where one is given. Raises OverflowError."""
     if dtype == "BFLOAT16":
         return bf16_to_f32(block, out)
-    if out is None:
-        return block.astype(np.float32)
-    np.copyto(out, block, casting="same_kind")
+    out = np.empty(block.shape, np.float32) if out is None else out
+    with np.errstate(over="ignore"):  # said below, with the value
+        np.copyto(out, block, casting="same_kind")
+    if dtype == "DOUBLE" and not np.isfinite(out).all():
+        raise OverflowError(f"{block.flat[np.abs(block).argmax()]:g}, too large for float32")
     return out
 
 
@@ -129,8 +134,8 @@ def weight_files(path: Path) -> tuple[Path, ...]:
 def _shards(index: Path) -> tuple[Path, ...]:
     try:
         names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(f"cannot read the shards' index {index}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"cannot read the shards' index {index}: {error}\nDownload it again.") from None
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in LOADERS:
             raise BadInput(f"{index.name} names {name!r} as a shard; expected a plain file name beside it")
@@ -144,19 +149,14 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def _stored(file: Path, name: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
-    if dtype not in STORED_DTYPES:
-        raise BadInput(
-            f"tensor {name} of {file.name} is stored as {dtype}; expected one of {', '.join(STORED_DTYPES)}\n"
-            "Pre-quantised checkpoints are not read: give the original float checkpoint."
-        )
-    return StoredTensor(name, STORED_DTYPES[dtype], shape, file)
+    return StoredTensor(name, STORED_DTYPES.get(dtype, dtype), shape, file)
 
 
 def _open_safetensors(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(file, framework="numpy").__enter__()  # type: ignore[no-untyped-call]
+        return safe_open(file, framework="numpy").__enter__()
     except (SafetensorError, OSError, ValueError) as error:
         raise BadInput(
             f"cannot read {file}: {error}\nIt is truncated or no safetensors file; download it again."
@@ -181,12 +181,13 @@ def _safetensors_slices(file: Path) -> dict[str, Slice]:
     header.pop("__metadata__", None)
 
     def slicer(entry: dict[str, Any]) -> Slice:
+        # only tensors of a float type are ever asked for: config.load has refused the others
         first, last = entry["data_offsets"]
         carrier = np.dtype(DTYPES[STORED_DTYPES[entry["dtype"]]].numpy)
         whole = mapped[begin + first : begin + last].view(carrier).reshape(entry["shape"])
         return lambda start, stop: whole[start:stop]
 
-    return {name: slicer(entry) for name, entry in header.items()}
+    return {name: slicer(entry) for name, entry in header.items() if entry["dtype"] in STORED_DTYPES}
 
 
 def _load_bin(file: Path) -> dict[str, Any]:
@@ -207,17 +208,27 @@ def _load_bin(file: Path) -> dict[str, Any]:
             if "mmap can only be used" not in str(error):
                 raise
             loaded = torch.load(file, map_location="cpu", weights_only=True)  # torch < 1.6 wrote no zip archive
-    except pickle.UnpicklingError:
+    except Exception as error:  # the loader names no limit to what a damaged file raises
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise BadInput(
+                f"{file} is refused: its pickle asks for more than tensors, and could run code\n"
+                "Use a safetensors checkpoint, or one from somebody you trust."
+            ) from None
+        reason = "" if isinstance(error, pickle.UnpicklingError) else str(error).strip()[:200].partition("\n")[0]
         raise BadInput(
-            f"{file} is refused: its pickle asks for more than tensors, and could run code\n"
-            "Use a safetensors checkpoint, or one from somebody you trust."
+            f"cannot read {file}: {type(error).__name__} {reason}\nIt is damaged or cut off; download it again."
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        raise BadInput(f"cannot read {file}: {str(error).splitlines()[0]}\nDownload it again.") from None
     loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
-        raise BadInput(f"{file} is not a dictionary of tensors")
-    return loaded
+    dense = isinstance(loaded, dict) and all(
+        isinstance(name, str)
+        and isinstance(tensor, torch.Tensor)
+        and tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        for name, tensor in loaded.items()
+    )
+    if not dense:
+        raise BadInput(f"{file} is not a dictionary of dense tensors by name\nSave the model's state_dict.")
+    return {name: tensor.detach() for name, tensor in loaded.items()}
 
 
 def _bin_headers(file: Path) -> dict[str, StoredTensor]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from board.errors import BadInput
-from toolchain.checkpoint import Checkpoint
+from toolchain.checkpoint import INFINITY, STORED_DTYPES, Checkpoint
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,11 @@ class Reader:
             raise BadInput(f"{self.path}: {key} is {value!r}; expected a whole number from {low} to {high}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
+    def number(self, key: str, default: float | None = None, *, low: float, high: float) -> float:
         value = self.values.get(key)
         value = default if value is None else value
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise BadInput(f"{self.path}: {key} is {value!r}; expected a number above 0")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+            raise BadInput(f"{self.path}: {key} is {value!r:.60}; expected a number from {low:g} to {high:g}")
         return float(value)
 
     def flag(self, key: str, default: bool) -> bool:
@@ -108,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise BadInput(f"{path} is missing\nGive the folder of a Hugging Face checkpoint.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"cannot read {path}: {error}") from None
     if not isinstance(values, dict):
         raise BadInput(f"{path} holds a {type(values).__name__}, expected a JSON object")
@@ -125,7 +124,7 @@ def load(checkpoint: Checkpoint, model_config: Path | None = None, model_type: s
 
     path = model_config or checkpoint.path / "config.json"
     values = read_json(path)
-    if "quantization_config" in values:
+    if values.get("quantization_config") is not None:
         raise BadInput(
             f"{path} says the checkpoint is quantised already ({values['quantization_config']!r:.60})\n"
             "Give the original float checkpoint."
@@ -147,16 +146,28 @@ def _cross_check(
     ]
     missing = [name for name in expected if name not in stored]
     unexpected = [name for name in stored if name not in expected and not name.endswith(redundant)]
+    odd = [name for name in expected if name in stored and stored[name].dtype not in INFINITY]
     lines = []
+    if odd:
+        lines.append(
+            f"tensor {odd[0]} of {stored[odd[0]].file.name} is stored as {stored[odd[0]].dtype}; "
+            f"expected one of {', '.join(STORED_DTYPES)}: give the original float checkpoint"
+        )
     if wrong:
         more = f" ({len(wrong) - 1} more of other shapes)" if len(wrong) > 1 else ""
         lines.append(f"{path}: {wrong[0]}{more}")
     if missing:
-        lines.append(f"{len(missing)} tensors are missing: {_some(missing)}")
+        lines.append(
+            f"{_count(missing)} missing from {checkpoint.path}: {_some(missing)}; does config.json belong to it?"
+        )
     if unexpected:
-        lines.append(f"{len(unexpected)} tensors have no place in this architecture: {_some(unexpected)}")
+        lines.append(f"{_count(unexpected)} not of this architecture: {_some(unexpected)}; is model_type right?")
     if lines:
         raise BadInput("\n".join(lines[:3]))
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'}"
 
 
 def _some(names: list[str]) -> str:
@@ -169,19 +180,19 @@ def read_rope(reader: Reader) -> Rope:
     if not isinstance(nested, dict):
         raise BadInput(f"{reader.path}: rope_scaling is {nested!r}; expected an object")
     inner = Reader({"rope_theta": reader.values.get("rope_theta"), **nested}, reader.path)
-    theta = inner.number("rope_theta", 10000.0)
+    theta = inner.number("rope_theta", 10000.0, low=1, high=1e15)
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind == "default":
         return Rope(theta)
     if kind == "linear":
-        return Rope(theta, kind, inner.number("factor"))
+        return Rope(theta, kind, inner.number("factor", low=1e-3, high=1e6))
     if kind == "llama3":
         return Rope(
             theta,
             kind,
-            inner.number("factor"),
-            inner.number("low_freq_factor"),
-            inner.number("high_freq_factor"),
+            inner.number("factor", low=1e-3, high=1e6),
+            inner.number("low_freq_factor", low=1e-3, high=1e6),
+            inner.number("high_freq_factor", low=1e-3, high=1e6),
             inner.integer("original_max_position_embeddings"),
         )
     raise BadInput(f"{reader.path}: rope type {kind!r} is not known; expected default, linear or llama3")

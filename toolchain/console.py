@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from board import bundle
-from toolchain import build
+from toolchain import build, logits
 from toolchain import synth as synthesis
 from toolchain.budget import megabytes
 
@@ -42,10 +42,12 @@ def llm_build(options: build.Options, check_level: int, prompt: str, report: Pat
         for row, title in enumerate(dict.fromkeys(BARS.values()))
     }
     try:
-        manifest = build.build(planned, lambda job: bars[BARS[job.kind]].update())
+        manifest, fresh = build.build(planned, lambda job: bars[BARS[job.kind]].update())
     finally:
         for bar in bars.values():
             bar.close()
+    if not fresh:
+        print(f"{options.output_path} is this very bundle, and whole: it is left as it is")
     total = sum(entry["size"] for entry in manifest["files"].values())
     print(f"{options.output_path}: {len(manifest['files'])} files, {megabytes(total)}, complete and named by sha256")
     print(f"worst relative error of a quantised matrix: {manifest['accuracy']['worst_weight_error']:.2%}")
@@ -68,9 +70,23 @@ def verify(path: Path, *, as_json: bool) -> None:
     total = sum(entry["size"] for entry in bundle.read_manifest(path)["files"].values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", file=sys.stderr, leave=False, disable=None) as bar:
         manifest = bundle.verify(path, bar.update)
-    summary: dict[str, Any] = {"bundle": manifest["model"]["name"], "files": len(manifest["files"]), "bytes": total}
+    summary: dict[str, Any] = {"bundle": str(path), "files": len(manifest["files"]), "bytes": total}
     text = f"{path}: {summary['files']} files, {megabytes(total)}, all as built"
     print(json.dumps({**summary, "verified": True}) if as_json else text)
+
+
+def reference(options: logits.Options) -> None:
+    """Writes reference logits and says what they hold. Raises BadInput."""
+    path, written = logits.write(options, _show)
+    for line in logits.lines(path, written):
+        print(line)
+
+
+def _show(line: str) -> None:
+    """Progress: one line that changes, on a terminal."""
+    if sys.stderr.isatty():
+        done, _, total = line[1:].partition("]")[0].partition("/")
+        print(f"\r\x1b[K{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def synth(model: str, output: Path, seed: int, tokenizer: Path | None) -> None:

@@ -18,6 +18,7 @@ from board.errors import BadInput
 from toolchain.axmodel.writer import write_file
 from toolchain.checkpoint import BLOCK_ELEMENTS, Checkpoint, widen
 from toolchain.families.decoder import EMBEDDING
+from toolchain.quantizer.floats import convert
 
 NAME = "model.embed_tokens.weight"
 BFLOAT16_FILE = f"{NAME}.bfloat16.bin"
@@ -29,7 +30,10 @@ def bfloat16_blocks(checkpoint: Checkpoint, tensor: str = EMBEDDING) -> Iterator
     """The table [vocab, hidden] in rows, rounded to the nearest bfloat16."""
     dtype = checkpoint.tensors[tensor].dtype
     for _, block in checkpoint.blocks(tensor):
-        yield block if dtype == "BFLOAT16" else f32_to_bf16(widen(block, dtype))
+        try:
+            yield convert(block, dtype, "BFLOAT16")
+        except OverflowError as overflow:
+            raise BadInput(f"{tensor} holds {overflow}: the contract has the embedding in bfloat16") from None
 
 
 def extract(checkpoint_path: Path, output_path: Path) -> Path:
@@ -84,8 +88,10 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
 def _open_npy(path: Path) -> NDArray[np.float32]:
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # numpy names no limit to what a damaged header raises
         raise BadInput(f"cannot read {path}: {error}\nMake it with `axc embed extract`.") from None
-    if table.dtype != np.dtype("<f4") or table.ndim != 2:
+    if not isinstance(table, np.ndarray):
+        raise BadInput(f"{path} is an archive of arrays; expected one\nMake it with `axc embed extract`.")
+    if table.dtype != np.dtype("<f4") or table.ndim != 2 or not table.size:
         raise BadInput(f"{path} holds {table.dtype}{list(table.shape)}; expected float32 [vocab, hidden]")
     return np.asarray(table)

@@ -23,9 +23,10 @@ DONE = ".done"  # what a finished file's record is called after it
 
 @dataclass(frozen=True)
 class Work:
-    """What every job of a build needs to know."""
+    """What every job of a build needs to know. `stamps` tell whether a file changed: (name, bytes, mtime in ns)."""
 
     checkpoint: Path
+    stamps: tuple[tuple[str, int, int], ...]
     staging: Path
     config: ModelConfig
     target: Target
@@ -85,7 +86,7 @@ def _stop(cancelled: Callable[[], bool]) -> None:
 
 
 def _make(work: Work, job: Job, path: Path, tick: Callable[[], None]) -> Written:
-    checkpoint = _opened(work.checkpoint)
+    checkpoint = _opened(work.checkpoint, work.stamps)
     if job.kind == "embedding":
         return write_file(path, _ticking(embed.bfloat16_blocks(checkpoint), tick))
     model, parameters = _model(work, job)
@@ -105,7 +106,8 @@ def _ticking(pieces: Iterator[Any], tick: Callable[[], None]) -> Iterator[Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(path: Path) -> Checkpoint:
+def _opened(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> Checkpoint:
+    """Once a process and build; the stamps part the builds."""
     return Checkpoint.open(path)
 
 

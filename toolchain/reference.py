@@ -6,7 +6,8 @@ It reads the checkpoint as it is, never our quantised copy of it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ class Reference:
     """Float32 hidden states and logits of a checkpoint, by transformers' own modules."""
 
     def __init__(self, checkpoint: Checkpoint, config: ModelConfig, model_config: Path | None = None) -> None:
-        transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         self.checkpoint, self.config = checkpoint, config
         self.hf_config = transformers.AutoConfig.from_pretrained(
             model_config or checkpoint.path, local_files_only=True, trust_remote_code=False
@@ -55,15 +56,37 @@ class Reference:
     def layers(self, ids: NDArray[np.int64]) -> Iterator[tuple[int, Floats, Floats]]:
         """(index, input, output) of every decoder layer over a whole sequence; both [n, hidden]."""
         hidden = torch.from_numpy(self.embed(ids))[None]
-        positions = torch.arange(len(ids))[None]
-        rotary = self.rotary(hidden, positions)
-        mask = torch.full((len(ids), len(ids)), torch.finfo(torch.float32).min).triu(1)[None, None]
-        for index in range(self.config.num_hidden_layers):
-            layer = self._materialise(self.skeleton.model.layers[index], f"model.layers.{index}.")
-            out = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
-            out = out[0] if isinstance(out, tuple) else out
+        for index, layer in self._layers(len(ids)):
+            out = layer(hidden)
             yield index, hidden[0].numpy(), out[0].numpy()
             hidden = out
+
+    @torch.inference_mode()
+    def hidden(self, ids: NDArray[np.int64], progress: Callable[[str], None] = lambda line: None) -> Floats:
+        """The last decoder layer's output [n, length, hidden] for sequences [n, length].
+
+        Each layer is read once, whatever their number. `progress(line)` is called after each.
+        """
+        hidden = torch.from_numpy(self.embed(ids.reshape(-1))).view(*ids.shape, -1)
+        for index, layer in self._layers(ids.shape[1]):
+            for sequence in hidden:
+                sequence.copy_(layer(sequence[None])[0])
+            progress(f"[{index + 1}/{self.config.num_hidden_layers}] layers")
+        return np.asarray(hidden.numpy())
+
+    def _layers(self, length: int) -> Iterator[tuple[int, Callable[[Any], Any]]]:
+        """Every decoder layer as a function of hidden states [1, length, hidden]."""
+        positions = torch.arange(length)[None]
+        rotary = self.rotary(torch.zeros(1), positions)
+        mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
+        for index in range(self.config.num_hidden_layers):
+            layer = self._materialise(self.skeleton.model.layers[index], f"model.layers.{index}.")
+
+            def run(hidden: Any, layer: Any = layer) -> Any:
+                out = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+                return out[0] if isinstance(out, tuple) else out
+
+            yield index, run
 
     @torch.inference_mode()
     def logits(self, hidden: Floats) -> Floats:
@@ -83,15 +106,28 @@ class Reference:
 
         Raises BadInput when memory cannot hold the model.
         """
+        out: list[int] = []
+        cache, given = None, torch.from_numpy(ids)[None]
+        while len(out) < tokens:
+            step = self._whole(given, past_key_values=cache, use_cache=True)
+            cache, token = step.past_key_values, int(step.logits[0, -1].argmax())
+            if token in stop:
+                break
+            out.append(token)
+            given = torch.tensor([[token]])
+        return out
+
+    @functools.cached_property
+    def _whole(self) -> Any:
         need = 4 * sum(int(np.prod(stored.shape)) for stored in self.checkpoint.tensors.values())
         available = available_memory()
         if available is not None and available < need:
             raise BadInput(
-                f"check level 2 holds the float32 reference in memory: {megabytes(need)}, {megabytes(available)} are "
-                "available\nUse --check_level 1, which holds one layer at a time."
+                f"to generate, the float32 reference is held in memory: {megabytes(need)}, {megabytes(available)} are "
+                "available\nGo without: llm_build --check_level 1, reference --greedy_tokens 0."
             )
         auto: Any = transformers.AutoModelForCausalLM
-        model = auto.from_pretrained(
+        return auto.from_pretrained(
             self.checkpoint.path,
             config=self.hf_config,
             dtype=torch.float32,
@@ -99,16 +135,6 @@ class Reference:
             trust_remote_code=False,
             weights_only=True,
         ).eval()
-        out: list[int] = []
-        cache, given = None, torch.from_numpy(ids)[None]
-        while len(out) < tokens:
-            step = model(given, past_key_values=cache, use_cache=True)
-            cache, token = step.past_key_values, int(step.logits[0, -1].argmax())
-            if token in stop:
-                break
-            out.append(token)
-            given = torch.tensor([[token]])
-        return out
 
     def _materialise(self, module: Any, prefix: str) -> Any:
         """A module of the skeleton, with the checkpoint's weights in float32."""

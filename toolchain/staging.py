@@ -6,6 +6,7 @@ A build that is killed leaves the folder, and the next one with the same inputs 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -26,41 +27,6 @@ def staging_path(output: Path) -> Path:
     return output.with_name(f".{output.name}.building")
 
 
-@contextlib.contextmanager
-def staging(output: Path, key: dict[str, Any]) -> Iterator[Path]:
-    """The staging folder, held by a lock; what another build left there stays only if its `key` was the same.
-
-    Left in place when the block raises `KeepStaging` or the process is killed, removed on every other way out.
-    Raises BadInput when another process is building the same bundle.
-    """
-    folder = staging_path(output)
-    made = [parent for parent in (output.parent, *output.parent.parents) if not parent.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"cannot write to {output.parent}: {error.strerror}\nChoose another --output_path.") from None
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"another process is building {output}\nWait for it to end.") from None
-        _keep_only(folder, key)
-        try:
-            yield folder
-        except KeepStaging as kept:
-            raise kept.reason from None
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            for parent in made:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
-            raise
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
 class KeepStaging(Exception):
     """Ends a build with `reason` and keeps its finished files for the next try."""
 
@@ -69,13 +35,68 @@ class KeepStaging(Exception):
         self.reason = reason
 
 
+@contextlib.contextmanager
+def staging(output: Path, key: dict[str, Any]) -> Iterator[Path]:
+    """The staging folder, held by a lock; what another build left there stays only if its `key` was the same.
+
+    Left in place when the block raises `KeepStaging` or the process is killed, removed on every other way out.
+    Raises BadInput when another process is building the same bundle, or the folder is none that a build made; OSError.
+    """
+    folder = staging_path(output)
+    made = [parent for parent in (output.parent, *output.parent.parents) if not parent.exists()]
+    with contextlib.ExitStack() as undo:
+        for parent in reversed(made):
+            undo.callback(_remove_empty, parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, output):
+            _refuse_foreign(folder)
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            try:
+                _keep_only(folder, key)
+                yield folder
+            except KeepStaging as kept:
+                undo.pop_all()
+                raise kept.reason from None
+        undo.pop_all()
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, output: Path) -> Iterator[None]:
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise BadInput(f"{folder} is a link or a file, and a build needs that name\nMove it away.") from None
+        raise
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BadInput(f"another process is building {output}\nWait for it to end.") from None
+    finally:
+        os.close(lock)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if any(folder.iterdir()) and not (folder / KEY_FILE).is_file():
+        raise BadInput(f"{folder} holds something that no build made, and a build needs that name\nMove it away.")
+
+
 def _keep_only(folder: Path, key: dict[str, Any]) -> None:
     text = json.dumps(key, sort_keys=True)
     record = folder / KEY_FILE
-    if not record.is_file() or record.read_text("utf-8") != text:
-        for entry in folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        record.write_text(text, "utf-8")
+    if record.is_file() and record.read_text("utf-8", errors="replace") == text:
+        return
+    for entry in sorted(
+        folder.iterdir(), key=lambda entry: entry.name == KEY_FILE
+    ):  # the key last: see _refuse_foreign
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    record.write_text(text, "utf-8")
 
 
 def publish(folder: Path, output: Path, *, replace: bool) -> None:
@@ -101,4 +122,14 @@ def refuse_other_content(output: Path, *, force: bool) -> None:
     if not (output / MANIFEST).is_file():
         raise BadInput(f"{output} holds something that is no bundle, and stays as it is\nChoose another --output_path.")
     if not force:
-        raise BadInput(f"{output} holds another bundle\nPass --force to replace it, or choose another --output_path.")
+        raise BadInput(
+            f"{output} holds another bundle\n"
+            "Pass --force (make: FORCE=1) to replace it, or choose another --output_path."
+        )
+
+
+def staged_bytes(output: Path) -> int:
+    """Bytes that an earlier build of `output` has already on the disk."""
+    folder = staging_path(output)
+    files = [path.with_name(path.name.removesuffix(DONE)) for path in folder.glob(f"*{DONE}")]
+    return sum(path.stat().st_size for path in files if path.is_file())

@@ -14,7 +14,7 @@ from board.bundle import Bundle
 from board.model import Model
 from toolchain import build
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,

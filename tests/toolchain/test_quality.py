@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_float32_is_the_reference(bundle_fp32: Path, windows: list[list[int]], r
 
 
 def test_s8_keeps_the_top_choice(
-    bundle_s8: Path, windows: list[list[int]], reference: list[Floats], record_property: pytest.RecordProperty
+    bundle_s8: Path, windows: list[list[int]], reference: list[Floats], record_property: Callable[[str, object], None]
 ) -> None:
     top1, kld = agreement(logits(bundle_s8, windows), reference)
     record_property("top1_agreement", top1)

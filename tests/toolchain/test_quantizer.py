@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +17,11 @@ from toolchain.quantizer import WEIGHT_TYPES, SquaredError
 from toolchain.quantizer.round_to_nearest import quantize
 
 RANDOM = np.random.default_rng(0)
-SHAPES = {"normal": RANDOM.standard_normal, "student": lambda size: RANDOM.standard_t(4, size), "zero": np.zeros}
+SHAPES: dict[str, Callable[[tuple[int, int]], Any]] = {
+    "normal": RANDOM.standard_normal,
+    "student": lambda size: RANDOM.standard_t(4, size),
+    "zero": np.zeros,
+}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -23,7 +29,7 @@ SHAPES = {"normal": RANDOM.standard_normal, "student": lambda size: RANDOM.stand
 def test_scales_are_chosen_by_error(shape: str, dtype: str, low: int, high: int, size: int) -> None:
     """Never worse than the scale of the largest magnitude, levels in range, and the error as stated."""
     groups = SHAPES[shape]((64, size)).astype(np.float32)
-    levels, scales, noise = quantize(groups.copy(), dtype)
+    levels, scales, noise, _ = quantize(groups.copy(), dtype)
     assert levels.min() >= low
     assert levels.max() <= high
     restored = levels * scales[:, None].astype(np.float64)
@@ -53,12 +59,13 @@ def test_what_is_stored_comes_back_as_onnx_reads_it(weight_type: str, stored: st
         for (name, dtype, dims), array in zip(parts, arrays, strict=True)
     ]
     op = "DequantizeLinear" if len(parts) > 1 else "Cast"
-    attributes = kind.dequantize(256) if len(parts) > 1 else {"to": onnx.TensorProto.FLOAT}
+    attributes: dict[str, Any] = kind.dequantize(256) if len(parts) > 1 else {"to": onnx.TensorProto.FLOAT}
     node = onnx.helper.make_node(op, [part[0] for part in parts], ["y"], **attributes)
     output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [24, 256])
     graph = onnx.helper.make_graph([node], "g", [], [output], tensors)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)])
-    restored = onnx.reference.ReferenceEvaluator(model).run(None, {})[0].astype(np.float64)
+    evaluated: Any = onnx.reference.ReferenceEvaluator(model).run(None, {})
+    restored = evaluated[0].astype(np.float64)
     wanted = weights.astype(np.float64)
     relative = np.sqrt(np.square(restored - wanted).sum() / np.square(wanted).sum())
     assert relative <= {"fp32": 0, "fp16": 1e-3, "bf16": 3e-3, "s8": 0.01, "s4": 0.12}[weight_type]
@@ -87,6 +94,6 @@ def test_no_scale_underflows(tmp_path: Path) -> None:
     """Rows of denormals and of the largest floats: finite scales, finite products."""
     groups = np.array([[1e-44] * 128, [3e38] * 128, [0.0] * 128], np.float32)
     for dtype in ("INT8", "INT4"):
-        levels, scales, _ = quantize(groups.copy(), dtype)
+        levels, scales, *_ = quantize(groups.copy(), dtype)
         assert np.isfinite(scales).all()
         assert np.abs(levels[1] * scales[1] / 3e38 - 1).max() < 0.07

@@ -11,10 +11,10 @@ import torch
 import transformers
 from safetensors import safe_open
 
-from toolchain import synth
+from toolchain import shapes, synth
 
 SMALL: dict[str, Any] = {
-    **synth.config_json("qwen2-0.5b"),
+    **shapes.config_json("qwen2-0.5b"),
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 2,
@@ -47,7 +47,7 @@ def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert tensor in file.keys()  # noqa: SIM118
 
 
-@pytest.mark.parametrize("model", synth.SHAPES)
+@pytest.mark.parametrize("model", shapes.SHAPES)
 def test_shapes_are_the_published_sizes(model: str) -> None:
     """Parameters, in millions, as the models' own pages give them."""
     published = {

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from board.axmodel import Axmodel, layout
+from board.errors import BadInput
 from toolchain.checkpoint import Checkpoint
 from toolchain.graph import Parameter, Vector, Weight
 from toolchain.quantizer import SquaredError
@@ -74,9 +75,15 @@ def write_axmodel(
             if isinstance(part, bytes):
                 yield part
                 continue
+            written = 0
             for piece in content.data(parameters[part.tensor.name]):
                 tick()
                 yield piece
+                written += piece.nbytes
+            if written != part.tensor.nbytes:
+                raise BadInput(
+                    f"{part.tensor.name} changed while it was read\nBuild again once the checkpoint is whole."
+                )
 
     written = write_file(path, pieces())
     written.weight_error = {name: error.relative for name, error in content.errors.items() if error.signal}
@@ -106,7 +113,10 @@ class Content:
         error = self.errors.setdefault(weight.tensor, SquaredError())
         dtype = self.checkpoint.tensors[weight.tensor].dtype
         for _, block in self.checkpoint.blocks(weight.tensor):
-            first, *rest = weight.weight_type.store(block, dtype, error)
+            try:
+                first, *rest = weight.weight_type.store(block, dtype, error)
+            except OverflowError as overflow:
+                raise BadInput(f"{weight.tensor} holds {overflow}\nChoose another type for it.") from None
             for part, array in enumerate(rest, 1):
                 self.later.setdefault((weight.tensor, part), []).append(array)
             yield first

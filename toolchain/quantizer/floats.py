@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from board.dtypes import DTYPES, from_float32
-from board.errors import BadInput
-from toolchain.checkpoint import widen
+from toolchain.checkpoint import INFINITY, widen
 
 if TYPE_CHECKING:
     from toolchain.quantizer import Part, SquaredError
@@ -35,11 +34,17 @@ class Float:
         return {}
 
     def store(self, block: NDArray[Any], dtype: str, error: SquaredError) -> Iterator[NDArray[Any]]:
-        """Raises BadInput when fp16 overflows."""
-        if dtype == self.dtype:
-            yield block
-            return
-        values = widen(block, dtype)
-        if self.dtype == "FLOAT16" and float(np.abs(values).max(initial=0)) >= 65520:
-            raise BadInput(f"a weight of {np.abs(values).max():g} does not fit fp16; use -w bf16 or s8")
-        yield from_float32(values, self.dtype)
+        yield convert(block, dtype, self.dtype)
+
+
+def convert(block: NDArray[Any], stored: str, dtype: str) -> NDArray[Any]:
+    """A block of a finite checkpoint in another float type. Raises OverflowError for a value that does not fit."""
+    if stored == dtype:
+        return block
+    values = widen(block, stored)
+    with np.errstate(over="ignore"):  # said below, with the value
+        converted = from_float32(values, dtype)
+    infinity = np.array(INFINITY[dtype], f"u{converted.itemsize}")
+    if ((converted.view(infinity.dtype) & infinity) == infinity).any():
+        raise OverflowError(f"{block.flat[np.abs(values).argmax()]:g}, too large for {dtype}")
+    return converted

@@ -31,6 +31,7 @@ FACTORS = {  # more of them gain little: 6 instead of 3 for INT8 lower its squar
 SMALLEST = np.float32(2.0**-100)  # of a scale: its reciprocal and its square stay normal numbers
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,15 @@ class RoundToNearest:
     def store(self, block: NDArray[Any], dtype: str, error: SquaredError) -> Iterator[NDArray[Any]]:
         weights = widen(block, dtype, _buffers(block.shape)[0])
         groups = weights.reshape(-1, self.block_size(weights.shape[1]) or weights.shape[1])
-        levels, scales, noise = quantize(groups, self.dtype)
+        levels, scales, noise, signal = quantize(groups, self.dtype)
         error.noise += float(noise.sum())
-        error.signal += float(np.square(weights, out=weights).sum(axis=1).sum(dtype=np.float64))
+        error.signal += float(signal.sum())
         yield pack4(levels) if self.dtype == "INT4" else levels
         yield scales
 
 
-def quantize(groups: Floats, dtype: str) -> tuple[NDArray[np.int8], Floats, NDArray[np.float64]]:
-    """Levels int8 [n, size], scales [n] and squared errors [n] of float32 groups [n, size]."""
+def quantize(groups: Floats, dtype: str) -> tuple[NDArray[np.int8], Floats, Doubles, Doubles]:
+    """Levels int8 [n, size], scales [n], squared errors [n] and squares [n] of float32 groups [n, size]."""
     low, high = LEVELS[dtype]
     top, bottom = groups.max(axis=1), groups.min(axis=1)
     extreme = np.where(top >= -bottom, top, bottom)
@@ -94,7 +95,11 @@ def quantize(groups: Floats, dtype: str) -> tuple[NDArray[np.int8], Floats, NDAr
     np.rint(scaled, out=scaled)
     if (best != full).any() or -low > high:
         np.clip(scaled, low, high, out=scaled)
-    return scaled.astype(np.int8), best, np.multiply(least, np.square(full.astype(np.float64)), dtype=np.float64)
+    levels = scaled.astype(np.int8)
+    np.multiply(groups, (np.float32(1) / full)[:, None], out=scaled)
+    squares = np.square(scaled, out=scaled).sum(axis=1)
+    unit = np.square(full.astype(np.float64))
+    return levels, best, np.asarray(least * unit, np.float64), np.asarray(squares * unit, np.float64)
 
 
 @functools.lru_cache(maxsize=8)

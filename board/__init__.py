@@ -1,0 +1,3 @@
+"""The runner."""
+
+VERSION = "0.1.0"

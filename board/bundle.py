@@ -72,7 +72,7 @@ class Bundle:
             raise _damaged(folder, "it does not describe a model")
         for key, kind in MODEL_FIELDS.items():
             value = model.get(key)
-            if type(value) is not kind or (kind is str and not value.isprintable()):
+            if type(value) is not kind or (isinstance(value, str) and not value.isprintable()):
                 raise _damaged(folder, f"its model.{key} is {value!a:.60}")
         if model["hidden_state_type"] not in ("fp32", "fp16", "bf16") or not 1 <= model["layers"] <= 1024:
             raise _damaged(folder, f"it describes {model['layers']} layers of {model['hidden_state_type']!r}")

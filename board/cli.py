@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -11,9 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from board import VERSION
 from board.errors import BadInput, Failure
 
-VERSION = "0.1.0"
+JSON_HELP = "one JSON object on stdout, and nothing else there"
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "repetition_penalty", "penalty_window")
 
 
@@ -66,18 +68,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _engine_flags(parser: argparse.ArgumentParser) -> None:
+def _speed_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", default="ort", help="what executes axmodels (default ort: onnxruntime)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each usable CPU)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout, and nothing else there")
 
 
-def _run_flags(parser: argparse.ArgumentParser) -> None:
+def _bundle_flags(parser: argparse.ArgumentParser) -> None:
+    """What every command that loads a bundle has."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
+    parser.add_argument("--verify", action="store_true", help="first hold every file against the manifest")
+    parser.add_argument("--force", action="store_true", help="load even where memory looks too small")
+    _speed_flags(parser)
+
+
+def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
-    add("--prompt", required=True, metavar="TEXT", help="what to ask; - reads it from stdin")
     add("--system", metavar="TEXT", help="system message, for a bundle with a chat template")
-    add("--raw", action="store_true", help="give the prompt to the model as it is, without the chat template")
     add("--max-tokens", type=int, metavar="N", help="longest answer (default: to the end of the context)")
     add("--greedy", action="store_true", help="always the likeliest token, whatever post_config.json says")
     add("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own distribution")
@@ -86,8 +92,25 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add("--repetition-penalty", type=float, metavar="R", help="above 1 makes recent tokens less likely")
     add("--penalty-window", type=int, metavar="N", help="how many tokens back the penalty looks")
     add("--seed", type=int, default=0, metavar="N", help="of the draws: same seed, same answer (default 0)")
-    add("--verify", action="store_true", help="first hold every file against the manifest")
-    _engine_flags(parser)
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, float | None]:
+    given = {key: getattr(arguments, key) for key in SAMPLING_FLAGS}
+    return {**given, "temperature": 0.0} if arguments.greedy else given
+
+
+def _engine_flags(parser: argparse.ArgumentParser) -> None:
+    _speed_flags(parser)
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+
+
+def _run_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompt", required=True, metavar="TEXT", help="what to ask; - reads it from stdin")
+    add("--raw", action="store_true", help="give the prompt to the model as it is, without the chat template")
+    add("--json", action="store_true", help=JSON_HELP)
+    _bundle_flags(parser)
+    _sampling_flags(parser)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -100,19 +123,153 @@ def _run(arguments: argparse.Namespace) -> None:
             system=arguments.system,
             raw=arguments.raw,
             max_tokens=arguments.max_tokens,
-            greedy=arguments.greedy,
-            sampling={key: getattr(arguments, key) for key in SAMPLING_FLAGS},
+            sampling=_sampling(arguments),
             seed=arguments.seed,
         ),
         verify=arguments.verify,
         engine=arguments.engine,
         threads=arguments.threads,
+        allow=_allow(arguments),
         say=_say,
         progress=_progress,
         write=_silent if arguments.json else _write,
     )
     if arguments.json:
         print(json.dumps(answer.json(), ensure_ascii=False))
+
+
+def _chat_flags(parser: argparse.ArgumentParser) -> None:
+    _bundle_flags(parser)
+    _sampling_flags(parser)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from board.repl import Options, chat
+    from board.terminal import Terminal
+
+    chat(
+        arguments.bundle,
+        Options(arguments.system, arguments.max_tokens, _sampling(arguments), arguments.seed),
+        Terminal(),
+        verify=arguments.verify,
+        engine=arguments.engine,
+        threads=arguments.threads,
+        allow=_allow(arguments),
+        say=_say,
+        progress=_progress,
+    )
+
+
+def _eval_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--reference", type=Path, metavar="FILE", help="what `axc reference` wrote (default: the bundle's own)")
+    add("--max-kld", type=float, metavar="X", help="exit with 1 when the mean KLD is above X")
+    add("--min-top1", type=float, metavar="X", help="exit with 1 when the share of same top tokens is below X")
+    add("--json", action="store_true", help=JSON_HELP)
+    _bundle_flags(parser)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from board.evaluate import evaluate
+
+    evaluation = evaluate(
+        arguments.bundle,
+        arguments.reference,
+        verify=arguments.verify,
+        engine=arguments.engine,
+        threads=arguments.threads,
+        allow=_allow(arguments),
+        progress=_progress,
+    )
+    print(json.dumps(evaluation.json()) if arguments.json else "\n".join(evaluation.table()), flush=True)
+    evaluation.require(arguments.max_kld, arguments.min_top1)
+
+
+def _bench_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompt-lengths", type=_numbers, metavar="N,N", help="of prompts, tokens (default 16,128,512, if they fit)")
+    add("--depths", type=_numbers, metavar="N,N", help="tokens in the K/V cache before decoding (default the same)")
+    add("--tokens", type=int, default=32, metavar="N", help="decoded in a run (default 32)")
+    add("--warmup", type=int, default=1, metavar="N", help="runs before the clock starts (default 1)")
+    add("--repeat", type=int, default=5, metavar="N", help="runs that are timed (default 5)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help=JSON_HELP)
+    form.add_argument("--markdown", action="store_true", help="a table for a page")
+    _bundle_flags(parser)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from board.bench import Options, bench
+
+    report = bench(
+        arguments.bundle,
+        Options(arguments.prompt_lengths, arguments.depths, arguments.tokens, arguments.warmup, arguments.repeat),
+        verify=arguments.verify,
+        engine=arguments.engine,
+        threads=arguments.threads,
+        allow=_allow(arguments),
+        progress=_progress,
+        doing=_say,
+    )
+    if arguments.json:
+        print(json.dumps(report.json()))
+    else:
+        print("\n".join(report.markdown() if arguments.markdown else report.lines()))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def _allow(arguments: argparse.Namespace) -> Callable[[str], bool]:
+    """Who says whether a bundle is loaded that memory looks too small for: the flag, a person, or nobody."""
+
+    def forced(shortage: str) -> bool:
+        _say(f"warning: {shortage}")
+        return True
+
+    def asked(shortage: str) -> bool:
+        print(f"{shortage}\nTry it all the same? [y/N] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    if arguments.force:
+        return forced
+    return asked if sys.stdin.isatty() and sys.stderr.isatty() else lambda shortage: False
+
+
+def _serve_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1: this machine only)")
+    add("--port", type=int, default=8000, metavar="N", help="port (default 8000; 0: any that is free)")
+    add("--slots", type=int, default=4, metavar="N", help="answers written at a time, each with its K/V (default 4)")
+    add("--queue", type=int, default=64, metavar="N", help="requests that may wait for a slot (default 64)")
+    add("--timeout", type=float, default=300.0, metavar="S", help="seconds a request may take (default 300)")
+    add("--read-timeout", type=int, default=10, metavar="S", help="seconds for a request to arrive (default 10)")
+    add("--grace", type=float, default=10.0, metavar="S", help="seconds to finish answers on SIGTERM (default 10)")
+    add("--max-body", type=int, default=1 << 20, metavar="BYTES", help="largest request (default 1048576)")
+    add(
+        "--api-key",
+        metavar="KEY",
+        help="ask clients for this key; in the environment, AXRUN_API_KEY, ps does not show it",
+    )
+    add("--name", metavar="NAME", help="what clients call the model (default: as the bundle does)")
+    _bundle_flags(parser)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from board.serve.server import Options, serve
+
+    options = Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
+    serve(
+        arguments.bundle,
+        options,
+        verify=arguments.verify,
+        engine=arguments.engine,
+        threads=arguments.threads,
+        allow=_allow(arguments),
+        say=_say,
+        progress=_progress,
+    )
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
@@ -188,6 +345,42 @@ VERBS = {
         "  axrun run out/tiny-qwen2 --prompt '1+1='\n"
         "  axrun run out/qwen2-0.5b --prompt 'Why is the sky blue?' --temperature 0.7 --top-p 0.8 --seed 1\n"
         "  echo 'Once upon a time' | axrun run out/qwen2-0.5b --prompt - --raw --max-tokens 50 > story.txt",
+    ),
+    "chat": Verb(
+        _chat_flags,
+        _chat,
+        "Talk with a bundle, in a terminal or through a pipe. What was said stays in the K/V cache.",
+        "examples:\n"
+        "  axrun chat out/tiny-qwen2\n"
+        "  axrun chat out/qwen2-0.5b --system 'You answer in one sentence.' --temperature 0.7 --top-p 0.8\n"
+        "  printf '1+1=\\n2+2=\\n' | axrun chat out/tiny-qwen2 2> log.txt",
+    ),
+    "serve": Verb(
+        _serve_flags,
+        _serve,
+        "Answer over HTTP as OpenAI does, with a page to chat in at /. Ends on Ctrl-C and SIGTERM.",
+        "examples:\n"
+        "  axrun serve out/tiny-qwen2\n"
+        "  AXRUN_API_KEY=secret axrun serve out/qwen2-0.5b --host 0.0.0.0 --slots 2\n"
+        "  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\\n"
+        '      -d \'{"model": "qwen2-0.5b", "prompt": "Once upon a time", "max_tokens": 20}\'',
+    ),
+    "eval": Verb(
+        _eval_flags,
+        _eval,
+        "Measure what is left of the checkpoint: perplexity, KL divergence, same tokens.",
+        "examples:\n"
+        "  axc reference --input_path models/tiny-qwen2 --text models/tiny-qwen2/heldout.txt --bundle out/tiny-qwen2\n"
+        "  axrun eval out/tiny-qwen2\n"
+        "  axrun eval out/qwen2-0.5b --reference qwen2.npz --json --max-kld 0.01 --min-top1 0.95",
+    ),
+    "bench": Verb(
+        _bench_flags,
+        _bench,
+        "Measure speed: load, time to first token, prefill and decode, at several depths.",
+        "examples:\n"
+        "  axrun bench out/tiny-qwen2\n"
+        "  axrun bench out/qwen2-0.5b --prompt-lengths 23,128 --depths 128,512 --threads 2 --json",
     ),
     "model": Verb(
         _model_flags,

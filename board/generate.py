@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,24 +50,28 @@ def generate(
     max_tokens: int | None = None,
     stop_ids: Collection[int] = (),
     *,
+    past: Sequence[int] = (),
     seed: int | None = None,
     stats: Stats | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> Iterator[Token]:
     """Continues what is in the model's K/V cache with `ids`, then with tokens of its own, which are yielded.
 
     A token of `stop_ids` ends it and is not yielded. `max_tokens` None goes on to the end of the context.
+    The repetition penalty looks at `past` too: what the cache holds. `between` is called after each chunk that is
+    prefilled and each token; it may raise, and the cache then holds whole tokens, `model.length` of them.
     Raises BadInput when `ids` are none or do not fit the context.
     """
     stats = Stats() if stats is None else stats
     sampler = Sampler(sampling, seed)
-    past, given = list(ids), ids
-    stats.prompt_tokens = len(past)
+    seen, given = [*past, *ids], ids
+    stats.prompt_tokens = len(ids)
     while True:
         if max_tokens is not None and stats.tokens >= max_tokens:
             stats.stop = "length"
             return
         started = time.perf_counter()
-        token = sampler(model.forward(given), past)
+        token = sampler(model.forward(given, between=between), seen)
         seconds = time.perf_counter() - started
         if given is ids:
             stats.ttft_seconds = seconds
@@ -77,7 +81,7 @@ def generate(
         if token in stop_ids:
             stats.stop = "eos"
             return
-        past.append(token)
+        seen.append(token)
         given = [token]
         stats.tokens += 1
         yield Token(token, seconds)

@@ -36,10 +36,10 @@ class KVCache:
         """Forgets the tokens from position `length` on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot go to length {length} of a cache that holds {self.length} tokens")
-        if length < self.length:
+        end, self.length = self.length, length  # first: who interrupts this finds no token whose rows are gone
+        if length < end:
             for array in (*self.keys, *self.values):
-                array[:, length : self.length] = 0
-            self.length = length
+                array[:, length:end] = 0
 
     def reset(self) -> None:
         """Forgets everything."""

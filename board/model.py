@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ class Post:
 
     def __init__(self, session: Session) -> None:
         """Raises BadInput when the session is no post model's."""
-        self._session = session
+        self.session = session
         group = session.groups[0]
         infos = {info.name: info for info in group.inputs + group.outputs}
         if not infos.keys() >= {"input", "output"}:
@@ -81,7 +81,7 @@ class Post:
     def _binding(self, rows: int) -> tuple[Binding, Array, Array]:
         if rows not in self._bound:
             source, target = (array[:, :rows] for array in self._buffers(1 if rows == 1 else self._rows))
-            binding = self._session.bind(0, {self._input.name: source, self._output.name: target})
+            binding = self.session.bind(0, {self._input.name: source, self._output.name: target})
             self._bound[rows] = binding, source, target
         return self._bound[rows]
 
@@ -90,7 +90,7 @@ class Post:
             shapes = [
                 TensorInfo(info.name, info.dtype, (1, rows, info.shape[2])) for info in (self._input, self._output)
             ]
-            self._memory[rows] = self._session.allocate(shapes[0]), self._session.allocate(shapes[1])
+            self._memory[rows] = self.session.allocate(shapes[0]), self.session.allocate(shapes[1])
         return self._memory[rows]
 
 
@@ -151,22 +151,37 @@ class Model:
         return self.decoder.context
 
     def forward(
-        self, ids: Sequence[int], position: int | None = None, logits: Literal["last", "all"] = "last"
+        self,
+        ids: Sequence[int],
+        position: int | None = None,
+        logits: Literal["last", "all"] = "last",
+        between: Callable[[], None] = lambda: None,
     ) -> Logits:
         """float32 logits after the last of `ids` [vocab], or after every one [n, vocab].
 
         The tokens go to `position`, position + 1, ...: the cache's length unless given. What the cache holds from there
-        on is replaced. The last token's logits are overwritten by the next call.
+        on is replaced. The last token's logits are overwritten by the next call. `between` is called after each chunk;
+        what it raises ends the work, and the cache then holds whole chunks.
         Raises BadInput when there are no tokens, or more than fit the context.
         """
+        if logits == "all":
+            return np.concatenate([rows.copy() for rows in self.blocks(ids, position)])
+        for hidden in self._hidden(ids, position):
+            last = hidden[-1:]
+            between()
+        return self.post(last).reshape(-1)
+
+    def blocks(self, ids: Sequence[int], position: int | None = None) -> Iterator[Logits]:
+        """What `forward` gives after every token, a few rows [n, vocab] at a time; the next overwrite them."""
+        for hidden in self._hidden(ids, position):
+            for start in range(0, len(hidden), POST_ROWS):
+                yield self.post(hidden[start : start + POST_ROWS])
+
+    def _hidden(self, ids: Sequence[int], position: int | None) -> Iterator[Array]:
         if not len(ids):
             raise BadInput("there is no token to start from: the prompt is empty")
-        outputs = self.decoder.run(self.embedding(ids), self.length if position is None else position)
-        if logits == "all":
-            return np.concatenate([self.post(hidden).copy() for _, hidden in outputs])
-        for _, hidden in outputs:
-            last = hidden[-1:]
-        return self.post(last).reshape(-1)
+        for _, hidden in self.decoder.run(self.embedding(ids), self.length if position is None else position):
+            yield hidden
 
 
 def _expect(path: Path, part: str) -> None:

@@ -14,7 +14,7 @@ from board.chat import ChatTemplate, prompt_ids
 from board.decoder import chunks, expect_room
 from board.errors import BadInput
 from board.generate import Stats, generate
-from board.memory import remaining
+from board.memory import Allow, refuse, remaining, require
 from board.model import Model
 from board.sampling import Sampling
 from board.tokenizer import TextStream, Tokenizer
@@ -71,11 +71,14 @@ def run(
     verify: bool = False,
     engine: str = "ort",
     threads: int | None = None,
+    allow: Allow = refuse,
     say: Say = lambda line: None,
     progress: Say = lambda line: None,
     write: Say = lambda text: None,
 ) -> Answer:
     """Loads a bundle and answers. `say` and `progress` get console lines, `write` the answer's text as it comes.
+
+    `allow` is asked where memory is too small.
 
     Raises BadInput for a bundle, a prompt or a value that cannot be used, CheckFailed when the bundle is not as built.
     """
@@ -92,15 +95,19 @@ def run(
     template = None if question.raw else ChatTemplate.find(bundle.hf)
     ids = prompt_ids(tokenizer, template, question.prompt, question.system)
     expect_room(len(ids), bundle.kv_cache_len)
-    model = load(bundle, engine, threads, progress)
+    model = load(bundle, engine, threads, progress, allow)
     for line in describe(model, bundle):
         say(line)
     say(f"input token num : {len(ids)}, prefill_split_num : {len(list(chunks(model.decoder.groups, 0, len(ids))))}")
     return _answer(model, tokenizer, ids, sampling, question, say, write)
 
 
-def load(bundle: Bundle, engine: str, threads: int | None, progress: Say) -> Model:
-    """The model, with a line of progress for each part."""
+def load(bundle: Bundle, engine: str, threads: int | None, progress: Say, allow: Allow = refuse) -> Model:
+    """The model, with a line of progress for each part.
+
+    Raises BadInput when memory is too small and `allow`, asked with the numbers, says no.
+    """
+    require(bundle, engine, allow)
     parts = iter(range(1, bundle.layers + 3))
 
     def loaded(what: str) -> None:

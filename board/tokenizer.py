@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,26 @@ QWEN2_CUT = (
 )
 
 
+def _byte_level() -> dict[str, int]:
+    """Bytes by the printable characters that byte-level BPE spells them with.
+
+    https://github.com/openai/gpt-2/blob/master/src/encoder.py
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_LEVEL = _byte_level()
+
+
 class Tokenizer:
     """`stop_ids` end a generation: as generation_config.json, else config.json, else the tokenizer names them."""
 
     def __init__(self, backend: tokenizers.Tokenizer, stop_ids: frozenset[int]) -> None:
         self._backend, self.stop_ids = backend, stop_ids
+        self._added = backend.get_added_tokens_decoder()
+        self._byte_level = backend.token_to_id("\u0120") is not None  # how byte-level BPE spells a space
 
     @classmethod
     def find(cls, hf: Path) -> Tokenizer | None:
@@ -72,6 +88,16 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text without special tokens."""
         return str(self._backend.decode(list(ids), skip_special_tokens=True))
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for inside a text, special ones spelled out; nothing for an id without a token."""
+        piece = self._backend.id_to_token(token) or ""
+        if token in self._added:
+            return piece.encode()
+        if self._byte_level:
+            return bytes(BYTE_LEVEL[character] for character in piece if character in BYTE_LEVEL)
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)  # SentencePiece's fallback
+        return bytes.fromhex(byte[1]) if byte else piece.replace("\u2581", " ").encode()
 
 
 class TextStream:

@@ -3,63 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import os
-import signal
+import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from board.errors import Failure
+from board.command import Verb, dispatch
 from toolchain import VERSION
 
 WEIGHTS = ("fp32", "fp16", "bf16", "s8", "s4")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.verb is None:
-        parser.print_help()
-        return 2
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        command: Callable[[argparse.Namespace], int] = arguments.command
-        return command(arguments)
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; nothing half-made is left", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="axc",
-        description="Compiles Hugging Face LLM checkpoints to axmodel bundles for AX650 and AX630C boards.",
-        epilog="Start with: axc llm_build --input_path models/tiny-qwen2 --output_path out/tiny-qwen2 -c 2",
-    )
-    parser.add_argument("--version", action="version", version=f"axc {VERSION}")
-    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
-    for name, (add_flags, command, summary, example) in VERBS.items():
-        verb = verbs.add_parser(
-            name,
-            help=summary,
-            description=summary,
-            epilog=example,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        add_flags(verb)
-        verb.set_defaults(command=command)
-    return parser
+    """Runs one command and returns its exit code."""
+    description = "Compiles Hugging Face LLM checkpoints to axmodel bundles for AX650 and AX630C boards."
+    epilog = "start with:\n  axc llm_build --input_path models/tiny-qwen2 --output_path out/tiny-qwen2 -c 2"
+    return dispatch(argv, "axc", VERSION, description, epilog, VERBS)
 
 
 def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +63,7 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
     add("--check_report", type=Path, help="write the check's figures to this JSON file")
 
 
-def _llm_build(arguments: argparse.Namespace) -> int:
+def _llm_build(arguments: argparse.Namespace) -> None:
     from toolchain import console
     from toolchain.build import Options
 
@@ -126,7 +85,6 @@ def _llm_build(arguments: argparse.Namespace) -> int:
         force=arguments.force,
     )
     console.llm_build(options, arguments.check_level, arguments.prompt, arguments.check_report)
-    return 0
 
 
 def _embed_flags(parser: argparse.ArgumentParser) -> None:
@@ -141,12 +99,11 @@ def _embed_flags(parser: argparse.ArgumentParser) -> None:
         step.add_argument("--output_path", type=Path, required=True, help=target)
 
 
-def _embed(arguments: argparse.Namespace) -> int:
+def _embed(arguments: argparse.Namespace) -> None:
     from toolchain import embed
 
     written = getattr(embed, arguments.step)(arguments.input_path, arguments.output_path)
     print(f"{written}: {written.stat().st_size:,} bytes")
-    return 0
 
 
 def _inspect_flags(parser: argparse.ArgumentParser) -> None:
@@ -154,11 +111,10 @@ def _inspect_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
 
-def _inspect(arguments: argparse.Namespace) -> int:
+def _inspect(arguments: argparse.Namespace) -> None:
     from toolchain import inspect
 
     print(inspect.as_json(arguments.path) if arguments.json else inspect.as_text(arguments.path))
-    return 0
 
 
 def _verify_flags(parser: argparse.ArgumentParser) -> None:
@@ -166,15 +122,35 @@ def _verify_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable")
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _verify(arguments: argparse.Namespace) -> None:
     from toolchain import console
 
     console.verify(arguments.path, as_json=arguments.json)
-    return 0
+
+
+def _reference_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input_path", type=Path, required=True, help="folder of the checkpoint")
+    add("--text", type=Path, required=True, help="UTF-8 file to measure over")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--output_path", type=Path, metavar="FILE", help="file to write")
+    place.add_argument("--bundle", type=Path, metavar="DIR", help="bundle of the checkpoint to put it into")
+    add("--window", type=int, help="tokens seen at a time (default 512, or the bundle's kv_cache_len if that is less)")
+    add("--tokens", type=int, default=16384, help="most of the text that is used (default 16384)")
+    add("--top_k", type=int, default=256, help="likeliest tokens that are kept of each position (default 256)")
+    add("--greedy_tokens", type=int, default=32, help="length of the greedy answers; 0: none (default 32)")
+    add("--model_config", type=Path, help="a config.json to use in place of the checkpoint's")
+
+
+def _reference(arguments: argparse.Namespace) -> None:
+    from toolchain import console
+    from toolchain.logits import Options
+
+    console.reference(Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}))
 
 
 def _synth_flags(parser: argparse.ArgumentParser) -> None:
-    from toolchain.synth import SHAPES
+    from toolchain.shapes import SHAPES
 
     parser.add_argument("--model", required=True, choices=sorted(SHAPES), help="whose shapes")
     parser.add_argument("--output_path", type=Path, required=True, help="folder the checkpoint becomes")
@@ -182,45 +158,51 @@ def _synth_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer_path", type=Path, help="folder of tokenizer files to copy in")
 
 
-def _synth(arguments: argparse.Namespace) -> int:
+def _synth(arguments: argparse.Namespace) -> None:
     from toolchain import console
 
     console.synth(arguments.model, arguments.output_path, arguments.seed, arguments.tokenizer_path)
-    return 0
 
 
-Verb = tuple[Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int], str, str]
-VERBS: dict[str, Verb] = {
-    "llm_build": (
-        _llm_build_flags,
-        _llm_build,
+VERBS = {
+    "llm_build": Verb(
         "Compile a checkpoint to a bundle.",
         "example:\n  axc llm_build --input_path Qwen2-0.5B-Instruct --output_path out/qwen2-0.5b --prefill_len 128 \\\n"
         "      --kv_cache_len 1023 --hidden_state_type bf16 -w s8 --chip AX650 --parallel 2 --check_level 1",
+        _llm_build_flags,
+        _llm_build,
     ),
-    "embed": (
-        _embed_flags,
-        _embed,
+    "embed": Verb(
         "The embedding table in three steps: extract, float32, bfloat16.",
         "example:\n  axc embed extract --input_path Qwen2-0.5B-Instruct --output_path work",
+        _embed_flags,
+        _embed,
     ),
-    "inspect": (
-        _inspect_flags,
-        _inspect,
+    "inspect": Verb(
         "Show what an axmodel or a bundle holds.",
         "example:\n  axc inspect out/tiny-qwen2/qwen2_post.axmodel --json",
+        _inspect_flags,
+        _inspect,
     ),
-    "verify": (
-        _verify_flags,
-        _verify,
+    "verify": Verb(
         "Hold every file of a bundle against its manifest.",
         "example:\n  axc verify out/tiny-qwen2",
+        _verify_flags,
+        _verify,
     ),
-    "synth": (
-        _synth_flags,
-        _synth,
+    "reference": Verb(
+        "Write the float32 checkpoint's logits over a text, which `axrun eval` measures a bundle against.",
+        "examples:\n"
+        "  axc reference --input_path models/tiny-qwen2 --text models/tiny-qwen2/heldout.txt --bundle out/tiny-qwen2\n"
+        "  axc reference --input_path Qwen2-0.5B-Instruct --text wiki.txt --output_path qwen2.npz --window 512",
+        _reference_flags,
+        _reference,
+    ),
+    "synth": Verb(
         "Write a seeded random checkpoint with a named model's real shapes, for benchmarks.",
         "example:\n  axc synth --model qwen2-0.5b --output_path work/qwen2-0.5b",
+        _synth_flags,
+        _synth,
     ),
 }
 

@@ -105,13 +105,12 @@ class Graph:
             self.parameter(name, dtype, dims, Weight(weight, kind, part))
             for part, (name, dtype, dims) in enumerate(kind.parts(weight, out_features, in_features))
         ]
-        matrix = self.cast(parts[0], "FLOAT")
-        if len(parts) > 1:
-            shape = (out_features, in_features)
-            name = self._name("DequantizeLinear")
+        if len(parts) == 1:
+            matrix = self.cast(parts[0], "FLOAT")
+        else:
+            matrix = Value(self._name("DequantizeLinear"), "FLOAT", (out_features, in_features))
             inputs = tuple(part.name for part in parts)
-            self.nodes.append(Node("DequantizeLinear", inputs, (name,), kind.dequantize(in_features)))
-            matrix = Value(name, "FLOAT", shape)
+            self.nodes.append(Node("DequantizeLinear", inputs, (matrix.name,), kind.dequantize(in_features)))
         matrix = self._node("Transpose", [matrix], "FLOAT", (in_features, out_features), perm=(1, 0))
         y = self._node("MatMul", [x, matrix], "FLOAT", (*x.shape[:-1], out_features))
         if bias is None:

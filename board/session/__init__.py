@@ -80,3 +80,8 @@ def open_session(path: str | os.PathLike[str], engine: str = "ort", threads: int
         raise BadInput(f"unknown engine {engine!r}; there is: {', '.join(sorted(ENGINES))}")
     session: Session = importlib.import_module(ENGINES[engine]).open_session(path, threads)
     return session
+
+
+def engine_version(engine: str) -> str:
+    """The version of an engine that is installed."""
+    return str(importlib.import_module(ENGINES[engine]).version())

@@ -128,6 +128,10 @@ def open_session(path: str | os.PathLike[str], threads: int | None = None, lower
     return OrtSession(model, session)
 
 
+def version() -> str:
+    return str(onnxruntime.__version__)
+
+
 def _cpus() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 

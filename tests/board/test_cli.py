@@ -96,7 +96,10 @@ def test_a_system_message_reaches_the_model(bundle_s8: Path, capsys: pytest.Capt
 
 def test_sampling_flags_override_post_config(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def answer(*more: str) -> list[int]:
-        assert main(["run", str(copied), "--prompt", "Once", "--raw", "--json", "--max-tokens", "40", *more]) == 0
+        assert (
+            main(["run", str(copied), "--prompt", "On Monday Otto", "--raw", "--json", "--max-tokens", "40", *more])
+            == 0
+        )
         return list(json.loads(capsys.readouterr().out)["tokens"])
 
     greedy = answer()

@@ -162,7 +162,7 @@ def test_a_post_model_is_no_layer(bundle_s8: Path) -> None:
 
 @pytest.mark.parametrize(
     ("ids", "words"),
-    [([], "the prompt is empty"), ([5, 512], "token id 512 is outside the vocabulary of 512"), ([-1], "token id -1")],
+    [([], "the prompt is empty"), ([5, 9999], "token id 9999 is outside the vocabulary of"), ([-1], "token id -1")],
 )
 def test_ids_the_model_does_not_have_are_refused(model_fp32: Model, ids: list[int], words: str) -> None:
     with pytest.raises(BadInput, match=words):
@@ -182,7 +182,7 @@ def test_files_that_do_not_fit_the_manifest_are_refused(bundle_s8: Path, tmp_pat
     if wrong == "embedding":
         with (folder / "model.embed_tokens.weight.bfloat16.bin").open("ab") as file:
             file.write(b"\0")
-        words = r"has 131073 bytes, expected 131072 \(512 x 128 bfloat16\)"
+        words = r"has 163841 bytes, expected 163840 \(640 x 128 bfloat16\)"
     else:
         manifest = json.loads((folder / "manifest.json").read_text())
         manifest["model"]["kv_cache_len"] = 1023

@@ -33,8 +33,8 @@ def test_greedy_tokens_are_those_of_transformers(
 
 
 def test_the_repetition_penalty_is_that_of_transformers(model_fp32: Model, reference: Any, heldout: list[int]) -> None:
-    expected = greedy(reference, heldout[:40], 25, repetition_penalty=1.5, eos_token_id=None)
-    seen = [token.id for token in generate(model_fp32, heldout[:40], Sampling(repetition_penalty=1.5), 25)]
+    expected = greedy(reference, heldout[:40], 25, repetition_penalty=4.0, eos_token_id=None)
+    seen = [token.id for token in generate(model_fp32, heldout[:40], Sampling(repetition_penalty=4.0), 25)]
     assert seen == expected != greedy(reference, heldout[:40], 25, eos_token_id=None)
 
 

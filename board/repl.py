@@ -1,0 +1,168 @@
+"""axrun chat: lines in, answers out, and commands that begin with a slash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from board import bundle as bundles
+from board.bundle import Bundle
+from board.chat import ChatTemplate
+from board.conversation import Conversation
+from board.errors import BadInput, Failure
+from board.memory import Allow, refuse
+from board.run import ENDINGS, Say, describe, load
+from board.sampling import Sampling
+from board.terminal import Terminal
+from board.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to answer. What is not None in `sampling` overrides post_config.json."""
+
+    system: str | None = None
+    max_tokens: int | None = None
+    sampling: Mapping[str, float | None] = field(default_factory=dict)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises BadInput for a number out of range."""
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise BadInput(f"max_tokens is {self.max_tokens}, expected at least 1")
+        if self.seed < 0:
+            raise BadInput(f"seed is {self.seed}, expected at least 0")
+
+
+def chat(
+    path: Path,
+    options: Options,
+    terminal: Terminal,
+    *,
+    verify: bool = False,
+    engine: str = "ort",
+    threads: int | None = None,
+    allow: Allow = refuse,
+    say: Say = lambda line: None,
+    progress: Say = lambda line: None,
+) -> None:
+    """Loads a bundle and talks until the input ends. Questions and answers go through `terminal`.
+
+    `say` and `progress` get everything else. Raises BadInput for a bundle or a value that cannot be used, and, where
+    nobody is there to read them, for a question that cannot; CheckFailed when the bundle is not as built.
+    """
+    if verify:
+        bundles.verify(path)
+    bundle = Bundle.open(path)
+    sampling = Sampling.from_post_config(bundle.post_config).override(**options.sampling)
+    tokenizer, template = Tokenizer.find(bundle.hf), ChatTemplate.find(bundle.hf)
+    if tokenizer is None or template is None:
+        what = "tokenizer" if tokenizer is None else "chat template"
+        raise BadInput(f"{bundle.hf} has no {what}, so there is no way to chat\nBuild from a checkpoint that has one.")
+    say("LLM init start")
+    model = load(bundle, engine, threads, progress, allow)
+    for line in describe(model, bundle):
+        say(line)
+    conversation = Conversation(model, tokenizer, template, sampling, options.max_tokens, options.seed)
+    conversation.system = options.system
+    if terminal.interactive:
+        say("Type a question. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+    repl = Repl(conversation, terminal, say)
+    for line in terminal.lines():
+        if not repl.take(line):
+            break
+
+
+class Repl:
+    """What is done with a line."""
+
+    def __init__(self, conversation: Conversation, terminal: Terminal, say: Say) -> None:
+        self.conversation, self.terminal, self.say = conversation, terminal, say
+
+    def take(self, line: str) -> bool:
+        """Obeys a command or answers a question; False when it was the last."""
+        text = line.strip()
+        try:
+            if text.startswith("/"):
+                return self._command(*text.partition(" ")[::2])
+            if text:
+                self._answer(text)
+        except Failure as failure:
+            if not self.terminal.interactive:
+                raise
+            self.say(f"error: {failure}")
+        return True
+
+    def _command(self, name: str, rest: str) -> bool:
+        if name not in COMMANDS:
+            self.say(f"there is no command {name}; /help lists them")
+            return True
+        COMMANDS[name].action(self, rest.strip())
+        return name != "/quit"
+
+    def _answer(self, question: str) -> None:
+        conversation = self.conversation
+        with self.terminal.stoppable() as between:
+            turn, pieces = conversation.ask(question, between)
+            if turn.forgotten:
+                kept = "; the system message stays" if conversation.system is not None else ""
+                self.say(f"[context full: forgot the oldest {_count(turn.forgotten, 'turn')}{kept}]")
+            for piece in pieces:
+                self.terminal.write(piece)
+        self.terminal.write("\n")
+        if turn.stats.stop in REMARKS:
+            self.say(REMARKS[turn.stats.stop])
+
+    def reset(self, rest: str) -> None:
+        self.conversation.reset()
+        self.say("[all turns are forgotten]")
+
+    def undo(self, rest: str) -> None:
+        question = self.conversation.undo()
+        self.say("[there is nothing to take back]" if question is None else f"[taken back: {question}]")
+
+    def system(self, text: str) -> None:
+        self.conversation.system = text or None
+        self.say("[the system message is set]" if text else "[there is no system message]")
+
+    def stats(self, rest: str) -> None:
+        conversation, turn = self.conversation, self.conversation.turn
+        if turn is not None:
+            stats = turn.stats
+            self.say(f"input token num : {stats.prompt_tokens} new, {turn.reused} in the K/V cache")
+            self.say(f"ttft: {1e3 * stats.ttft_seconds:.2f} ms, {stats.prefill_rate:.2f} token/s")
+            self.say(f"{ENDINGS.get(stats.stop, stats.stop)},avg {stats.decode_rate:.2f} token/s")
+        turns = _count(len(conversation.messages) // 2, "turn")
+        self.say(f"K/V cache: {conversation.length} of {conversation.context} tokens; {turns}")
+
+    def quit(self, rest: str) -> None:
+        pass
+
+    def help(self, rest: str) -> None:
+        for name, command in COMMANDS.items():
+            self.say(f"{name + ' ' + command.argument:<14} {command.summary}")
+
+
+@dataclass(frozen=True)
+class Command:
+    """A line that begins with a slash."""
+
+    action: Callable[[Repl, str], None]
+    argument: str
+    summary: str
+
+
+COMMANDS = {
+    "/reset": Command(Repl.reset, "", "forget all turns; the system message stays"),
+    "/undo": Command(Repl.undo, "", "take back the last question and its answer"),
+    "/system": Command(Repl.system, "TEXT", "set the system message; without TEXT there is none"),
+    "/stats": Command(Repl.stats, "", "how the last turn went, and how full the context is"),
+    "/help": Command(Repl.help, "", "this list"),
+    "/quit": Command(Repl.quit, "", "end, as Ctrl-D does"),
+}
+REMARKS = {"context": "[context full: the answer ends here]", "stopped": "[stopped]"}
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")

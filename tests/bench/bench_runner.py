@@ -1,0 +1,223 @@
+"""The runner's speed in pytest-benchmark: seconds are of one token or one first token, tok/s is in extra_info.
+
+`make bench ARGS='-k runner'`. Random weights in the shapes of Qwen2-0.5B, s8, context 1023, prefill 128; about 2 GB of
+disk. A conversation's second turn is measured on the shipped model, which answers in words.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from board.bundle import Bundle
+from board.chat import ChatTemplate
+from board.conversation import Conversation
+from board.decoder import Decoder
+from board.generate import Stats, Token, generate
+from board.model import Model, Post
+from board.sampling import Sampling
+from board.session import Array, Binding, Session, SessionGroup
+from board.tokenizer import Tokenizer
+from tests.conftest import Builder
+
+ROUNDS, TOKENS = 7, 32
+TURN = 16
+MOST_OVERHEAD = 0.05  # of decode time, outside the engine
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("runner")
+    axc = [sys.executable, "-m", "toolchain"]
+    subprocess.run([*axc, "synth", "--model", "qwen2-0.5b", "--output_path", folder / "checkpoint"], check=True)
+    flags = [
+        "--prefill_len",
+        "128",
+        "--kv_cache_len",
+        "1023",
+        "--last_kv_cache_len",
+        "128",
+        "--last_kv_cache_len",
+        "512",
+    ]
+    places = ["--input_path", str(folder / "checkpoint"), "--output_path", str(folder / "bundle")]
+    subprocess.run([*axc, "llm_build", *places, *flags, "--parallel", "2", "--check_level", "-1"], check=True)
+    return Bundle.open(folder / "bundle")
+
+
+@pytest.fixture(scope="module")
+def model(bundle: Bundle) -> Model:
+    return Model.load(bundle)
+
+
+def ids(model: Model, start: int, count: int) -> list[int]:
+    return [(7919 * position + 1) % model.post.vocab_size for position in range(start, start + count)]
+
+
+def first_token(model: Model, depth: int, tokens: int) -> None:
+    """`tokens` new ones behind `depth` that are cached, to the first token of an answer."""
+    next(generate(model, ids(model, depth, tokens), Sampling()))
+
+
+def cached(model: Model, depth: int) -> Callable[[], None]:
+    """Puts the cache back to `depth` tokens before each round."""
+    model.decoder.cache.reset()
+    if depth:
+        model.forward(ids(model, 0, depth))
+    return lambda: model.decoder.cache.truncate(depth)
+
+
+def decode(model: Model, depth: int) -> Stats:
+    stats = Stats()
+    for _ in generate(model, ids(model, depth, 1), Sampling(), TOKENS, stats=stats):
+        pass
+    return stats
+
+
+def show(benchmark: BenchmarkFixture, tokens: int) -> None:
+    """tok/s into extra_info, and on the screen; the recorded time is of `tokens`."""
+    assert benchmark.stats
+    seconds = benchmark.stats.stats.median
+    benchmark.extra_info["tokens_per_second"] = tokens / seconds
+    print(f"\n{benchmark.name}: {1e3 * seconds:.2f} ms, {tokens / seconds:.1f} token/s")
+
+
+@pytest.mark.parametrize("length", [23, 128, 512])
+def test_runner_time_to_first_token(length: int, model: Model, benchmark: BenchmarkFixture) -> None:
+    benchmark.pedantic(first_token, (model, 0, length), setup=cached(model, 0), rounds=ROUNDS, warmup_rounds=1)
+    show(benchmark, length)
+
+
+@pytest.mark.parametrize("depth", [64, 256, 900])
+def test_runner_second_turn(depth: int, model: Model, benchmark: BenchmarkFixture) -> None:
+    """Beside it, what the turn would cost without the cache: all of its tokens."""
+    benchmark.pedantic(first_token, (model, depth, TURN), setup=cached(model, depth), rounds=ROUNDS, warmup_rounds=1)
+    show(benchmark, TURN)
+    model.decoder.cache.reset()
+    started = time.perf_counter()
+    first_token(model, 0, depth + TURN)
+    without = benchmark.extra_info["seconds_without_cache"] = time.perf_counter() - started
+    print(f"without the cache: {1e3 * without:.2f} ms")
+
+
+@pytest.mark.parametrize("depth", [0, 128, 512, 900])
+def test_runner_decode(depth: int, model: Model, benchmark: BenchmarkFixture) -> None:
+    """An iteration is a token, a round TOKENS of them behind `depth`."""
+    put_back = cached(model, depth)
+
+    def tokens() -> Iterator[Token]:
+        while True:
+            put_back()
+            yield from generate(model, ids(model, depth, 1), Sampling(), TOKENS)
+
+    benchmark.pedantic(next, (tokens(),), rounds=ROUNDS, iterations=TOKENS, warmup_rounds=1)
+    show(benchmark, 1)
+
+
+class Clock:
+    """Seconds that went by inside an engine."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+
+class TimedBinding:
+    """A binding whose runs are timed."""
+
+    def __init__(self, binding: Binding, clock: Clock) -> None:
+        self._binding, self._clock = binding, clock
+
+    def run(self) -> None:
+        started = time.perf_counter()
+        self._binding.run()
+        self._clock.seconds += time.perf_counter() - started
+
+
+class TimedSession:
+    """A session whose bindings are timed; what is left is the runner's own."""
+
+    def __init__(self, session: Session, clock: Clock) -> None:
+        self._session, self._clock = session, clock
+
+    @property
+    def flexible(self) -> bool:
+        return self._session.flexible
+
+    @property
+    def groups(self) -> tuple[SessionGroup, ...]:
+        return self._session.groups
+
+    def allocate(self, info: Any) -> Array:
+        return self._session.allocate(info)
+
+    def bind(self, group: int, arrays: Mapping[str, Array]) -> TimedBinding:
+        return TimedBinding(self._session.bind(group, arrays), self._clock)
+
+
+@pytest.mark.parametrize("depth", [16, 900])
+def test_runner_overhead_outside_the_engine(
+    depth: int, bundle: Bundle, model: Model, benchmark: BenchmarkFixture
+) -> None:
+    clock = Clock()
+    timed = Model(
+        model.embedding,
+        Decoder([TimedSession(session, clock) for session in model.decoder.sessions]),
+        Post(TimedSession(model.post.session, clock)),
+    )
+    put_back, shares = cached(timed, depth), []
+
+    def run() -> None:
+        clock.seconds = 0.0
+        stats = decode(timed, depth)
+        spent = stats.ttft_seconds + stats.decode_seconds
+        shares.append((spent - clock.seconds) / spent)
+
+    benchmark.pedantic(run, setup=put_back, rounds=ROUNDS, warmup_rounds=1)
+    share = sorted(shares[1:])[ROUNDS // 2]
+    benchmark.extra_info["share_outside_the_engine"] = share
+    print(f"\noutside the engine at {depth}: {share:.2%} of decode time")
+    assert share < MOST_OVERHEAD
+
+
+def test_runner_chat_second_turn_beside_a_first_of_all(build_tiny: Builder, benchmark: BenchmarkFixture) -> None:
+    """The shipped model: a question at the end of a long conversation, and the same conversation read from nothing."""
+    opened = Bundle.open(build_tiny(kv_cache_len=1000, prefill_len=64, last_kv_cache_len=(64, 256, 512, 900)))
+    tokenizer, template = Tokenizer.find(opened.hf), ChatTemplate.find(opened.hf)
+    assert tokenizer
+    assert template
+    model = Model.load(opened)
+    conversation = Conversation(model, tokenizer, template)
+    while conversation.length < 600:
+        list(conversation.ask("tell me a story")[1])
+    turns: list[tuple[int, float]] = []
+
+    def ask() -> None:
+        turn, pieces = conversation.ask("1+1=")
+        list(pieces)
+        turns.append((turn.stats.prompt_tokens, turn.stats.ttft_seconds))
+        conversation.undo()
+        list(conversation.ask("2+2=")[1])  # so that the next turn is not in the cache already
+        conversation.undo()
+
+    benchmark.pedantic(ask, rounds=ROUNDS, warmup_rounds=1)
+    model.decoder.cache.reset()
+    fresh = Conversation(model, tokenizer, template)
+    fresh.messages = list(conversation.messages)
+    whole, pieces = fresh.ask("1+1=")
+    list(pieces)
+    second = sorted(seconds for _, seconds in turns[1:])[ROUNDS // 2]
+    benchmark.extra_info.update(
+        new_tokens=turns[-1][0],
+        ttft_seconds=second,
+        all_tokens=whole.stats.prompt_tokens,
+        all_ttft_seconds=whole.stats.ttft_seconds,
+    )
+    print(f"\nsecond turn: {turns[-1][0]} new tokens, ttft {1e3 * second:.2f} ms")
+    print(f"from nothing: {whole.stats.prompt_tokens} tokens, ttft {1e3 * whole.stats.ttft_seconds:.2f} ms")
+    assert turns[-1][0] < 30 < 500 < whole.stats.prompt_tokens

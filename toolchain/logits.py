@@ -1,0 +1,201 @@
+"""axc reference: writes reference logits of a float32 checkpoint over a text, for `axrun eval` to measure against."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from board.bundle import read_manifest, sha256
+from board.errors import BadInput
+from board.evaluate import log_softmax
+from board.logits import NAME, ReferenceLogits
+from board.tokenizer import Tokenizer
+from toolchain import VERSION, config
+from toolchain.bundle import add_file, input_files
+from toolchain.checkpoint import Checkpoint
+
+Floats = NDArray[np.float32]
+Progress = Callable[[str], None]
+
+WINDOW = 512
+ROWS = 128  # of logits at a time
+MOST_ANSWERS = 16  # greedy continuations, one a window
+
+
+@dataclass(frozen=True)
+class Options:
+    """`window` None: 512 tokens, or the context of `bundle`, or the whole text, whichever is least.
+
+    `tokens` is the most of the text that is used, `top_k` how many log-probabilities are kept of each position,
+    `greedy_tokens` how long the greedy continuations are (0: none; they need the whole model in memory).
+    """
+
+    input_path: Path
+    text: Path
+    output_path: Path | None = None
+    bundle: Path | None = None
+    window: int | None = None
+    tokens: int = 16384
+    top_k: int = 256
+    greedy_tokens: int = 32
+    model_config: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.output_path is None) == (self.bundle is None):
+            raise BadInput("give one place to write to: --output_path FILE or --bundle DIR")
+        for flag, value, least, most in (
+            ("--window", self.window or WINDOW, 2, 1 << 20),
+            ("--tokens", self.tokens, 2, 1 << 24),
+            ("--top_k", self.top_k, 1, 1 << 24),
+            ("--greedy_tokens", self.greedy_tokens, 0, 1 << 16),
+        ):
+            if not least <= value <= most:
+                raise BadInput(f"{flag} is {value}; expected {least} to {most}")
+
+
+def write(options: Options, progress: Progress = lambda line: None) -> tuple[Path, ReferenceLogits]:
+    """Computes the logits and writes them to a file, or into a bundle and its manifest; the path, and what it holds.
+
+    Raises BadInput when the checkpoint or the text cannot be used, or the bundle was built from another checkpoint.
+    """
+    manifest = None if options.bundle is None else read_manifest(options.bundle)
+    checkpoint = Checkpoint.open(options.input_path)
+    inputs = {path.name: sha256(path) for path in input_files(checkpoint.path, checkpoint.files)}
+    if manifest is not None:
+        _expect_same(manifest, inputs, options)
+    context = None if manifest is None else int(manifest["model"]["kv_cache_len"])
+    logits = compute(options, checkpoint, inputs, context, progress)
+    if options.bundle is not None:
+        add_file(options.bundle, NAME, logits.encode())
+        return options.bundle / NAME, logits
+    assert options.output_path is not None
+    try:
+        options.output_path.parent.mkdir(parents=True, exist_ok=True)
+        options.output_path.write_bytes(logits.encode())
+    except OSError as error:
+        raise BadInput(f"cannot write {options.output_path}: {error.strerror or error}") from None
+    return options.output_path, logits
+
+
+def compute(
+    options: Options,
+    checkpoint: Checkpoint,
+    inputs: dict[str, str],
+    context: int | None = None,
+    progress: Progress = lambda line: None,
+) -> ReferenceLogits:
+    """The reference logits of a text in windows of equal length; what is left at its end is not used.
+
+    `context` is the longest window where the options give none. Raises BadInput.
+    """
+    import transformers
+
+    from toolchain.reference import Reference
+
+    model = config.load(checkpoint, options.model_config)
+    text, ids = _tokens(options, checkpoint)
+    length = options.window or min(WINDOW, context or WINDOW, len(ids))
+    if len(ids) < length:
+        raise BadInput(f"{options.text} has {len(ids)} tokens, expected at least --window {length}")
+    windows = np.array(ids[: len(ids) // length * length], np.int64).reshape(-1, length)
+    prompt = max(length // 2, 1)
+    answers = min(len(windows), MOST_ANSWERS) if options.greedy_tokens else 0
+    reference = Reference(checkpoint, model, options.model_config)
+    continuations = np.zeros((answers, min(options.greedy_tokens, length - prompt)), np.uint32)
+    for number in range(answers):
+        given = windows[number, :prompt]
+        continuations[number] = reference.generate(given, continuations.shape[1], frozenset())
+        progress(f"[{number + 1}/{answers}] greedy answers")
+    hidden = reference.hidden(windows, progress)
+    top = min(options.top_k, model.vocab_size)
+    parts = []
+    for number, (rows, following) in enumerate(zip(hidden, windows[:, 1:], strict=True)):
+        parts.append(_window(reference.logits, rows[:-1], following, top))
+        progress(f"[{number + 1}/{len(windows)}] windows")
+    kept, logprobs, rest, chosen = (np.stack(column) for column in zip(*parts, strict=True))
+    return ReferenceLogits(
+        tokens=windows.astype(np.uint32),
+        ids=kept.astype(np.uint16 if model.vocab_size <= 1 << 16 else np.uint32),
+        logprobs=logprobs,
+        rest=rest,
+        following=chosen,
+        continuations=continuations,
+        about={
+            "model_type": model.model_type,
+            "vocab_size": model.vocab_size,
+            "prompt": prompt,
+            "inputs": inputs,
+            "text": {"sha256": hashlib.sha256(text).hexdigest(), "size": len(text)},
+            "tools": {"axc": VERSION, "transformers": transformers.__version__},
+        },
+    )
+
+
+def _tokens(options: Options, checkpoint: Checkpoint) -> tuple[bytes, list[int]]:
+    """The text and its token ids, as many as are wanted."""
+    tokenizer = Tokenizer.find(checkpoint.path)
+    if tokenizer is None:
+        raise BadInput(f"{checkpoint.path} has no tokenizer to cut the text with")
+    try:
+        text = options.text.read_bytes()
+        ids = tokenizer.encode(text.decode("utf-8"))[: options.tokens]
+    except OSError as error:
+        raise BadInput(f"cannot read {options.text}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{options.text} is not UTF-8 at byte {error.start}") from None
+    if len(ids) < 2:
+        raise BadInput(f"{options.text} has {len(ids)} tokens, expected at least 2")
+    return text, ids
+
+
+Columns = tuple[NDArray[np.int64], Floats, Floats, Floats]
+
+
+def _window(logits: Callable[[Floats], Floats], hidden: Floats, following: NDArray[np.int64], top: int) -> Columns:
+    """ids [n, K], their log-probabilities, the log of the other mass [n], the log-probability of what follows [n]."""
+    found = [
+        _rows(log_softmax(logits(hidden[start : start + ROWS])), following[start : start + ROWS], top)
+        for start in range(0, len(hidden), ROWS)
+    ]
+    ids, logprobs, rest, chosen = (np.concatenate(column) for column in zip(*found, strict=True))
+    return ids, logprobs, rest, chosen
+
+
+def _rows(logprobs: NDArray[np.float64], following: NDArray[np.int64], top: int) -> Columns:
+    vocabulary = logprobs.shape[1]
+    ids = np.argpartition(logprobs, vocabulary - top, axis=1)[:, vocabulary - top :]
+    kept = np.take_along_axis(logprobs, ids, axis=1)
+    order = np.lexsort((ids, -kept), axis=1)  # equal ones in the order of their ids
+    ids, kept = np.take_along_axis(ids, order, axis=1), np.take_along_axis(kept, order, axis=1)
+    others = np.exp(logprobs)
+    np.put_along_axis(others, ids, 0.0, axis=1)
+    with np.errstate(divide="ignore"):
+        rest = np.log(others.sum(axis=1))
+    chosen = np.take_along_axis(logprobs, following[:, None], axis=1)[:, 0]
+    return ids, kept.astype(np.float32), rest.astype(np.float32), chosen.astype(np.float32)
+
+
+def _expect_same(manifest: dict[str, Any], inputs: dict[str, str], options: Options) -> None:
+    """Raises BadInput when the bundle is not of this checkpoint."""
+    built = manifest.get("inputs")
+    recorded = {name: entry.get("sha256") for name, entry in built.items()} if isinstance(built, dict) else {}
+    other = sorted(name for name in inputs if recorded.get(name) != inputs[name])
+    if other:
+        raise BadInput(
+            f"{options.bundle} was not built from {options.input_path}: {other[0]} is another\n"
+            "Give the checkpoint that it was built from, or write to a file: --output_path."
+        )
+
+
+def lines(path: Path, logits: ReferenceLogits) -> Iterator[str]:
+    """What was written, for a reader."""
+    windows, length = logits.tokens.shape
+    bound = "exact" if logits.exact else f"a lower bound, of {logits.ids.shape[2]} tokens and the rest"
+    yield f"{path}: {windows} windows of {length} tokens, {path.stat().st_size:,} bytes; divergence is {bound}"
+    yield f"greedy answers: {len(logits.continuations)} of {logits.continuations.shape[1]} tokens"

@@ -1,0 +1,27 @@
+// libax_sys: memory that the NPU and the CPU both see. 0 is success, anything else a code of axc_errors.h.
+#pragma once
+
+#include "ax_base_type.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+AX_S32 AX_SYS_Init(void);
+AX_S32 AX_SYS_Deinit(void);
+
+// `token` names the owner. A block is zeroed, its base aligned to `align` bytes (a power of two; 0: a page).
+AX_S32 AX_SYS_MemAlloc(AX_U64* phyaddr, AX_VOID** pviraddr, AX_U32 size, AX_U32 align, const AX_S8* token);
+AX_S32 AX_SYS_MemAllocCached(AX_U64* phyaddr, AX_VOID** pviraddr, AX_U32 size, AX_U32 align, const AX_S8* token);
+AX_S32 AX_SYS_MemFree(AX_U64 phyaddr, AX_VOID* pviraddr);
+AX_S32 AX_SYS_MflushCache(AX_U64 phyaddr, AX_VOID* pviraddr, AX_U32 size);
+AX_S32 AX_SYS_MinvalidateCache(AX_U64 phyaddr, AX_VOID* pviraddr, AX_U32 size);
+
+// Another view of what is allocated: any range inside one block.
+AX_VOID* AX_SYS_Mmap(AX_U64 phyaddr, AX_U32 size);
+AX_VOID* AX_SYS_MmapCache(AX_U64 phyaddr, AX_U32 size);
+AX_S32 AX_SYS_Munmap(AX_VOID* pviraddr, AX_U32 size);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,41 @@
+// A model as the C interface shows it: a handle with contexts and descriptions of its inputs and outputs.
+#pragma once
+
+#include <deque>
+#include <memory>
+#include <string>
+
+#include "ax_engine_api.h"
+#include "model.h"
+
+namespace axc {
+
+// The description of one group. It owns what its pointers point to, so it stays where it is.
+class GroupInfo {
+ public:
+  GroupInfo(const Model& model, const Group& group);
+  GroupInfo(const GroupInfo&) = delete;
+  AX_ENGINE_IO_INFO_T info{};
+
+ private:
+  AX_ENGINE_IOMETA_T meta(const Model& model, int value, const Group& group);
+
+  std::deque<std::string> names_;
+  std::deque<std::vector<AX_S32>> shapes_;
+  std::vector<AX_ENGINE_IOMETA_T> inputs_, outputs_;
+};
+
+struct Handle {
+  Model model;
+  std::deque<GroupInfo> groups;
+  std::deque<char> contexts;  // a context has no state of its own: its address is what there is
+  std::string tools_version;
+  AX_ENGINE_NPU_SET_T affinity = 0;
+
+  explicit Handle(Mapping mapping);
+
+  // Runs with the client's buffers. Throws Failure when one is missing or too small.
+  void run(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bool outputs_may_miss) const;
+};
+
+}  // namespace axc

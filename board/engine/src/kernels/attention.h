@@ -1,0 +1,118 @@
+// Grouped-query attention that reads keys and values where the cache has them, and only those that some row sees.
+#pragma once
+
+#include "float_tile.h"
+#include "rows.h"
+
+namespace axc {
+namespace {
+
+constexpr size_t padded(size_t n, size_t step) { return (n + step - 1) / step * step; }
+
+struct AttentionScratch {
+  float *panel, *q, *scores, *out, *mask, *threshold, *inverse;
+  uint32_t* seen;
+  size_t bytes;
+
+  AttentionScratch(const AttentionJob& job, size_t rows, void* memory) {
+    const size_t columns = padded(job.history + job.tokens, kPanel), depth = padded(job.head_dim, kPanel);
+    const uintptr_t start = reinterpret_cast<uintptr_t>(memory);  // 0 when only the size is asked for
+    uintptr_t at = start;
+    const auto take = [&at](size_t count) { return std::exchange(at, at + padded(count * 4, 64)); };
+    panel = reinterpret_cast<float*>(take(kPanel * depth));
+    q = reinterpret_cast<float*>(take(rows * job.head_dim));
+    scores = reinterpret_cast<float*>(take(rows * columns));
+    out = reinterpret_cast<float*>(take(rows * depth));
+    mask = reinterpret_cast<float*>(take(rows * columns));
+    threshold = reinterpret_cast<float*>(take(rows));
+    inverse = reinterpret_cast<float*>(take(rows));
+    seen = reinterpret_cast<uint32_t*>(take(columns));
+    bytes = at - start;
+  }
+};
+
+inline size_t attention_scratch(const AttentionJob& job, size_t rows) { return AttentionScratch(job, rows, nullptr).bytes; }
+
+// A key or value row of one head.
+inline const void* cached_row(const AttentionJob& job, const void* cache, const void* current, size_t row, size_t kv_head) {
+  const size_t width = job.kv_heads * job.head_dim;
+  const bool past = row < job.history;
+  const size_t element = (past ? row : row - job.history) * width + kv_head * job.head_dim;
+  return static_cast<const uint8_t*>(past ? cache : current) + element * static_cast<size_t>(bits_of(job.type)) / 8;
+}
+
+// Lists the columns some token sees. One that sees nothing sees everything, as softmax has it.
+inline size_t visible(const float* mask, size_t tokens, size_t columns, float* threshold, uint32_t* seen) {
+  bool blind = false;
+  for (size_t t = 0; t < tokens; ++t) {
+    bool sees = false;
+    for (size_t j = 0; j < columns && !sees; ++j) sees = mask[t * columns + j] > kMasked;
+    threshold[t] = sees ? kMasked : -3.4e38f;
+    blind |= !sees;
+  }
+  size_t count = 0;
+  for (size_t j = 0; j < columns; ++j) {
+    bool wanted = blind;
+    for (size_t t = tokens; t-- && !wanted;) wanted = mask[t * columns + j] > kMasked;  // the last sees most
+    if (wanted) seen[count++] = static_cast<uint32_t>(j);
+  }
+  return count;
+}
+
+inline void attend(const AttentionJob& job, const AttentionShare& share, void* memory) {
+  const size_t heads = share.last_head - share.first_head, tokens = share.last - share.first, rows = heads * tokens;
+  const size_t columns = job.history + job.tokens, dim = job.head_dim;
+  const size_t depth = padded(dim, kPanel), q_width = job.heads * dim;
+  const AttentionScratch s(job, rows, memory);
+  for (size_t t = 0; t < tokens; ++t) {
+    const uint8_t* mask = static_cast<const uint8_t*>(job.mask);
+    widen(job.type, mask + (share.first + t) * columns * static_cast<size_t>(bits_of(job.type)) / 8, columns, s.mask + t * columns);
+    for (size_t h = 0; h < heads; ++h) {
+      const float* q = job.q + (share.first + t) * q_width + (share.first_head + h) * dim;
+      for (size_t i = 0; i < dim; ++i) s.q[(t * heads + h) * dim + i] = q[i] * job.scale;
+    }
+  }
+  const size_t count = visible(s.mask, tokens, columns, s.threshold, s.seen), width = padded(count, kPanel);
+
+  for (size_t first = 0; first < count; first += kPanel) {
+    const size_t keys = least(kPanel, count - first);
+    const uint32_t* seen = s.seen + first;
+    if (keys < kPanel) std::memset(s.panel, 0, kPanel * dim * sizeof(float));
+    float* wide = s.out;  // in use only later
+    for (size_t j = 0; j < keys; ++j) {
+      widen(job.type, cached_row(job, job.k_cache, job.k_current, seen[j], share.kv_head), dim, wide);
+      for (size_t i = 0; i < dim; ++i) s.panel[i * kPanel + j] = wide[i];
+    }
+    float* scores = s.scores + first;
+    for (size_t r = 0; r < rows; ++r) std::memset(scores + r * width, 0, kPanel * sizeof(float));
+    float_rows(s.panel, kPanel, s.q, dim, rows, dim, scores, width);
+    for (size_t r = 0; r < rows; ++r) {
+      const float *mask = s.mask + r / heads * columns, threshold = s.threshold[r / heads];
+      for (size_t j = 0; j < kPanel; ++j) {
+        float& score = scores[r * width + j];
+        score = j < keys && mask[seen[j]] > threshold ? score + mask[seen[j]] : -3.0e38f;
+      }
+    }
+  }
+
+  for (size_t r = 0; r < rows; ++r) s.inverse[r] = exponentials(s.scores + r * width, width, s.scores + r * width);
+  std::memset(s.out, 0, rows * depth * sizeof(float));
+  for (size_t first = 0; first < count; first += kPanel) {
+    const size_t keys = least(kPanel, count - first);
+    for (size_t j = 0; j < keys; ++j) {
+      float* row = s.panel + j * depth;
+      widen(job.type, cached_row(job, job.v_cache, job.v_current, s.seen[first + j], share.kv_head), dim, row);
+      for (size_t i = dim; i < depth; ++i) row[i] = 0;
+    }
+    for (size_t i = 0; i < depth; i += kPanel) {
+      float_rows(s.panel + i, depth, s.scores + first, width, rows, keys, s.out + i, depth);
+    }
+  }
+  for (size_t r = 0; r < rows; ++r) {
+    float* y = job.y + (share.first + r / heads) * q_width + (share.first_head + r % heads) * dim;
+    for (size_t i = 0; i < dim; ++i) y[i] = s.out[r * depth + i] * s.inverse[r];
+  }
+}
+
+}  // namespace
+}  // namespace axc

@@ -1,0 +1,233 @@
+// AVX-512 with VNNI. A 16-bit level is two signed bytes, so a product takes two 8-bit dot products with unsigned weights:
+// sum (w + 128) (256 high + low) - 128 sum (256 high + low).
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace axc {
+namespace {
+
+constexpr size_t kWidth = 16, kVectors = 2, kFloatRows = 12;
+constexpr int32_t kOffset8 = 128, kOffset4 = 8;
+constexpr size_t kIntRows = 6, kIntPanel = 32;
+
+}  // namespace
+}  // namespace axc
+
+#include "vectors.h"
+
+namespace axc {
+namespace {
+
+// 64 high bytes, 64 high bytes, 64 low bytes, 64 low bytes. For 4-bit weights the even columns come first: they are the
+// low halves of the bytes.
+void store_levels(const int16_t* levels, Arithmetic order, uint8_t* out) {
+  __m512i words[4];
+  for (int i = 0; i < 4; ++i) words[i] = _mm512_loadu_si512(levels + 32 * i);
+  if (order == Arithmetic::Int4) {
+    alignas(64) uint16_t even[32];
+    for (int i = 0; i < 32; ++i) even[i] = static_cast<uint16_t>(2 * i);
+    const __m512i low = _mm512_load_si512(even), high = _mm512_add_epi16(low, _mm512_set1_epi16(1));
+    const __m512i e0 = _mm512_permutex2var_epi16(words[0], low, words[1]), o0 = _mm512_permutex2var_epi16(words[0], high, words[1]);
+    const __m512i e1 = _mm512_permutex2var_epi16(words[2], low, words[3]), o1 = _mm512_permutex2var_epi16(words[2], high, words[3]);
+    words[0] = e0, words[1] = e1, words[2] = o0, words[3] = o1;
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512i high = _mm512_srai_epi16(_mm512_add_epi16(words[i], _mm512_set1_epi16(128)), 8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * i), _mm512_cvtepi16_epi8(high));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + kBlock + 32 * i), _mm512_cvtepi16_epi8(words[i]));
+  }
+}
+
+// Rows of 16 32-bit numbers become columns.
+inline void transpose(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
+  }
+}
+
+inline __mmask64 first_bytes(size_t count) { return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
+
+// Rows lie too far apart for the CPU to foresee that their next block comes next.
+AXC_INLINE inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
+
+// Panel: for every 4 columns 32 outputs x 4 bytes. Missing rows and columns are zero levels.
+void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, uint8_t* panel) {
+  const __m512i flip = _mm512_set1_epi8(-128);
+  for (size_t half = 0; half < 2; ++half) {
+    const __mmask64 there = first_bytes(columns > 64 * half ? columns - 64 * half : 0);
+    for (size_t group = 0; group < 2; ++group) {
+      __m512i r[16];
+      for (size_t i = 0; i < 16; ++i) {
+        const size_t row = group * 16 + i;
+        const int8_t* at = w + row * stride + 64 * half;
+        if (row < rows) prefetch(at + kBlock);
+        r[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(row < rows ? there : 0, at), flip);
+      }
+      transpose(r);
+      for (size_t i = 0; i < 16; ++i) _mm512_store_si512(panel + (half * 16 + i) * 128 + group * 64, r[i]);
+    }
+  }
+}
+
+void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x88)), low = _mm512_set1_epi8(15);
+  for (size_t group = 0; group < 2; ++group) {
+    __m512i r[16];
+    for (size_t i = 0; i < 16; ++i) {
+      const size_t row = group * 16 + i;
+      if (row < rows) prefetch(w + row * stride + kBlock / 2);
+      r[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(row < rows ? ~__mmask64{0} : 0, w + row * stride), flip);
+    }
+    transpose(r);
+    for (size_t i = 0; i < 16; ++i) {
+      _mm512_store_si512(panel + i * 128 + group * 64, _mm512_and_si512(r[i], low));
+      _mm512_store_si512(panel + (16 + i) * 128 + group * 64, _mm512_and_si512(_mm512_srli_epi16(r[i], 4), low));
+    }
+  }
+}
+
+inline int32_t dword(const uint8_t* at) {
+  int32_t value;
+  __builtin_memcpy(&value, at, sizeof value);
+  return value;
+}
+
+template <size_t kRows, bool kScaled>
+void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t* sums, int32_t offset,
+              const float* row_scales, float* c) {
+  Vi high[kRows][2], low[kRows][2];  // as __m512i GCC 12 would keep them in memory too
+  repeat<kRows>([&](auto t) AXC_INLINE {
+    high[t][0] = high[t][1] = Vi{};
+    low[t][0] = low[t][1] = Vi{} - offset * sums[t];
+  });
+  for (size_t k = 0; k < kBlock; k += 4) {
+    const __m512i w0 = _mm512_load_si512(panel + k * 32), w1 = _mm512_load_si512(panel + k * 32 + 64);
+    repeat<kRows>([&](auto t) AXC_INLINE {
+      const __m512i h = _mm512_set1_epi32(dword(levels + t * kLevelBytes + k));
+      const __m512i l = _mm512_set1_epi32(dword(levels + t * kLevelBytes + kBlock + k));
+      high[t][0] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][0]), w0, h));
+      high[t][1] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][1]), w1, h));
+      low[t][0] = Vi(_mm512_dpbusd_epi32(__m512i(low[t][0]), w0, l));
+      low[t][1] = Vi(_mm512_dpbusd_epi32(__m512i(low[t][1]), w1, l));
+    });
+  }
+  repeat<kRows>([&](auto t) AXC_INLINE {
+    repeat<2>([&](auto v) AXC_INLINE {
+      float* at = c + t * kIntPanel + 16 * v;
+      const Vi sum = (high[t][v] << 8) + low[t][v];
+      Vf factor = all(scales[t]);
+      if (kScaled) factor *= load(row_scales + 16 * v);
+      store(at, load(at) + __builtin_convertvector(sum, Vf) * factor);
+    });
+  });
+}
+
+// What a group of 16 blocks multiplies its sums with, and what the offset of the weights adds up to.
+struct Factors {
+  alignas(64) float of[16];
+  Vf offset;
+};
+
+// `row_scales`: one for each block, or null.
+AXC_INLINE inline Factors factors(const Activations& a, size_t entry, size_t count, const float* row_scales) {
+  const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
+  __m512 f = _mm512_maskz_loadu_ps(there, a.scales + entry);
+  if (row_scales) f = _mm512_mul_ps(f, _mm512_maskz_loadu_ps(there, row_scales));
+  Factors factors;
+  _mm512_store_ps(factors.of, f);
+  factors.offset = Vf(_mm512_mul_ps(f, _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(there, a.sums + entry))));
+  return factors;
+}
+
+// The sum over a block of unsigned weights times levels, in float32 lanes.
+AXC_INLINE inline Vf block_product(__m512i w0, __m512i w1, const uint8_t* levels, float factor) {
+  const __m512i zero = _mm512_setzero_si512();
+  const __m512i high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, w0, _mm512_loadu_si512(levels)), w1,
+                                           _mm512_loadu_si512(levels + 64));
+  const __m512i low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, w0, _mm512_loadu_si512(levels + 128)), w1,
+                                          _mm512_loadu_si512(levels + 192));
+  return __builtin_convertvector((Vi(high) << 8) + Vi(low), Vf) * factor;
+}
+
+constexpr size_t kGroup = 16;
+
+float dot_int8(const Matrix& w, size_t row, const Activations& a, size_t token) {
+  const uint8_t* weights = w.data + row * w.columns;
+  const __m512i flip = _mm512_set1_epi8(-128);
+  const size_t whole = w.columns / kBlock, blocks = a.blocks();
+  Vf total{}, offset{};
+  for (size_t first = 0; first < blocks; first += kGroup) {
+    const size_t entry = a.entry(first, token), count = least(kGroup, blocks - first);
+    const Factors f = factors(a, entry, count, nullptr);
+    offset += f.offset;
+    for (size_t b = 0; b < count; ++b) {
+      const uint8_t *at = weights + (first + b) * kBlock, *levels = a.levels + (entry + b) * kLevelBytes;
+      __m512i w0, w1;
+      if (first + b < whole) {
+        w0 = _mm512_loadu_si512(at), w1 = _mm512_loadu_si512(at + 64);
+      } else {
+        const size_t left = w.columns % kBlock;
+        w0 = _mm512_maskz_loadu_epi8(first_bytes(left), at);
+        w1 = _mm512_maskz_loadu_epi8(first_bytes(left > 64 ? left - 64 : 0), at + 64);
+      }
+      total += block_product(_mm512_xor_si512(w0, flip), _mm512_xor_si512(w1, flip), levels, f.of[b]);
+    }
+  }
+  return sum(total - offset * float{kOffset8});
+}
+
+float dot_int4(const Matrix& w, size_t row, const Activations& a, size_t token) {
+  const size_t blocks = a.blocks();
+  const uint8_t* weights = w.data + row * blocks * (kBlock / 2);
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x88)), nibble = _mm512_set1_epi8(15);
+  Vf total{}, offset{};
+  for (size_t first = 0; first < blocks; first += kGroup) {
+    const size_t entry = a.entry(first, token), count = least(kGroup, blocks - first);
+    const Factors f = factors(a, entry, count, w.scales + row * blocks + first);
+    offset += f.offset;
+    for (size_t b = 0; b < count; ++b) {
+      const __m512i bytes = _mm512_xor_si512(_mm512_loadu_si512(weights + (first + b) * (kBlock / 2)), flip);
+      const __m512i low = _mm512_and_si512(bytes, nibble), high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+      total += block_product(low, high, a.levels + (entry + b) * kLevelBytes, f.of[b]);
+    }
+  }
+  return sum(total - offset * float{kOffset4});
+}
+
+bool runs_here() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+}
+
+}  // namespace
+}  // namespace axc
+
+#include "table.h"
+
+namespace axc {
+constinit const Kernels kAvx512 = table("avx512", runs_here);
+}

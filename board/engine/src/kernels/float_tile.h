@@ -1,0 +1,138 @@
+// float32 multiplication of a few rows with a packed panel; weights of any type and keys of any type are packed.
+#pragma once
+
+#include "vectors.h"
+
+namespace axc {
+namespace {
+
+constexpr size_t kPanel = kVectors * kWidth;  // outputs of a panel
+constexpr size_t kDepth = 256;                // columns packed at a time
+
+// c[t][o] += sum over k of a[t][k] panel[k][o]
+template <size_t kRows>
+void float_tile(const float* panel, size_t panel_stride, const float* a, size_t a_stride, size_t depth, float* c,
+                size_t c_stride) {
+  Vf acc[kRows][kVectors];
+  const auto each = [](auto f) AXC_INLINE {
+    repeat<kRows>([&](auto t) AXC_INLINE { repeat<kVectors>([&](auto v) AXC_INLINE { f(t, v); }); });
+  };
+  each([&](auto t, auto v) AXC_INLINE { acc[t][v] = load(c + t * c_stride + v * kWidth); });
+  for (size_t k = 0; k < depth; ++k) {
+    Vf w[kVectors];
+    repeat<kVectors>([&](auto v) AXC_INLINE { w[v] = load(panel + k * panel_stride + v * kWidth); });
+    each([&](auto t, auto v) AXC_INLINE { acc[t][v] += w[v] * a[t * a_stride + k]; });
+  }
+  each([&](auto t, auto v) AXC_INLINE { store(c + t * c_stride + v * kWidth, acc[t][v]); });
+}
+
+using FloatTile = void (*)(const float*, size_t, const float*, size_t, size_t, float*, size_t);
+
+template <size_t... kRows>
+constexpr ByCount<FloatTile, sizeof...(kRows)> float_tiles(std::index_sequence<kRows...>) {
+  return {{float_tile<kRows + 1>...}};
+}
+
+// Any number of rows.
+inline void float_rows(const float* panel, size_t panel_stride, const float* a, size_t a_stride, size_t rows, size_t depth,
+                       float* c, size_t c_stride) {
+  static constexpr auto kTiles = float_tiles(std::make_index_sequence<kFloatRows>());
+  for (size_t t = 0; t < rows; t += kFloatRows) {
+    const size_t n = least(kFloatRows, rows - t);
+    kTiles.of[n - 1](panel, panel_stride, a + t * a_stride, a_stride, depth, c + t * c_stride, c_stride);
+  }
+}
+
+// Columns [first, first + count) of one row of a weight, as float32.
+inline void widen_row(const Matrix& w, size_t row, size_t first, size_t count, float* out) {
+  const uint8_t* data = w.data + row * w.stride();
+  if (w.type != Type::Int8 && w.type != Type::Int4) {
+    widen(w.type, data + first * static_cast<size_t>(bits_of(w.type)) / 8, count, out);
+    return;
+  }
+  const float* scales = w.scales + row * (w.columns / w.block);
+  for (size_t i = 0; i < count; ++i) {
+    const size_t k = first + i;
+    const int nibble = w.type == Type::Int4 ? data[k / 2] >> (k % 2 * 4) & 15 : 0;
+    const int level = w.type == Type::Int4 ? (nibble ^ 8) - 8 : static_cast<int8_t>(data[k]);
+    out[i] = scales[k / w.block] * static_cast<float>(level);
+  }
+}
+
+inline float dot(const float* a, const float* b, size_t count) {
+  Vf acc[4]{};
+  size_t i = 0;
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
+    for (size_t v = 0; v < 4; ++v) acc[v] += load(a + i + v * kWidth) * load(b + i + v * kWidth);
+  }
+  for (; i < count; i += kWidth) {
+    const size_t n = least(kWidth, count - i);
+    acc[0] += load_some(a + i, n) * load_some(b + i, n);
+  }
+  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+// The epilogue of a product: adds what is to be added and stores.
+inline void finish(const LinearJob& job, size_t token, size_t row, float value) {
+  const size_t at = token * job.weight->rows + row;
+  if (job.bias) value += job.bias[row];
+  if (job.residual) value += job.residual[at];
+  job.y[at] = value;
+}
+
+// The same for `rows` rows from `row` on; `scales` are theirs, or null.
+inline void finish_rows(const LinearJob& job, size_t token, size_t row, size_t rows, const float* values, const float* scales) {
+  const size_t at = token * job.weight->rows + row;
+  size_t r = 0;
+  for (; r + kWidth <= rows; r += kWidth) {
+    Vf y = load(values + r);
+    if (scales) y *= load(scales + r);
+    if (job.bias) y += load(job.bias + row + r);
+    if (job.residual) y += load(job.residual + at + r);
+    store(job.y + at + r, y);
+  }
+  for (; r < rows; ++r) finish(job, token, row + r, scales ? values[r] * scales[r] : values[r]);
+}
+
+inline void float_linear(const LinearJob& job, size_t first, size_t last, void* scratch) {
+  const Matrix& w = *job.weight;
+  float* panel = static_cast<float*>(scratch);
+  float* wide = panel + kPanel * kDepth;
+  float* c = wide + kDepth;
+  if (job.tokens <= kTokensByDot) {
+    for (size_t row = first; row < last; ++row) {
+      float totals[kTokensByDot]{};
+      for (size_t k = 0; k < w.columns; k += kDepth) {
+        const size_t depth = least(kDepth, w.columns - k);
+        widen_row(w, row, k, depth, wide);
+        for (size_t t = 0; t < job.tokens; ++t) totals[t] += dot(wide, job.x + t * w.columns + k, depth);
+      }
+      for (size_t t = 0; t < job.tokens; ++t) finish(job, t, row, totals[t]);
+    }
+    return;
+  }
+  for (size_t begin = 0; begin < job.tokens; begin += kTokenChunk) {
+    const size_t tokens = least(kTokenChunk, job.tokens - begin);
+    for (size_t row = first; row < last; row += kPanel) {
+      const size_t rows = least(kPanel, last - row);
+      std::memset(c, 0, tokens * kPanel * sizeof(float));
+      if (rows < kPanel) std::memset(panel, 0, kPanel * kDepth * sizeof(float));
+      for (size_t k = 0; k < w.columns; k += kDepth) {
+        const size_t depth = least(kDepth, w.columns - k);
+        for (size_t r = 0; r < rows; ++r) {
+          widen_row(w, row + r, k, depth, wide);
+          for (size_t i = 0; i < depth; ++i) panel[i * kPanel + r] = wide[i];
+        }
+        float_rows(panel, kPanel, job.x + begin * w.columns + k, w.columns, tokens, depth, c, kPanel);
+      }
+      for (size_t t = 0; t < tokens; ++t) {
+        finish_rows(job, begin + t, row, rows, c + t * kPanel, nullptr);
+      }
+    }
+  }
+}
+
+static_assert((kPanel * kDepth + kDepth + kTokenChunk * kPanel) * sizeof(float) <= kLinearScratch);
+
+}  // namespace
+}  // namespace axc

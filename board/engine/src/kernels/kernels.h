@@ -1,0 +1,109 @@
+// The arithmetic, one table of functions for each instruction set. Rows are tokens, float32, dense.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../onnx.h"
+
+namespace axc {
+
+// How a matrix is multiplied.
+enum class Arithmetic {
+  Float,  // widened to float32; any type and block
+  Int8,   // 8-bit levels, one scale a row, times 16-bit activations
+  Int4,   // 4-bit levels, one scale for each kBlock columns of a row, times 16-bit activations
+};
+
+// A weight in the file's layout [rows, columns]; value = scale x level where there are scales.
+struct Matrix {
+  Arithmetic arithmetic;
+  Type type;
+  const uint8_t* data;
+  size_t rows, columns;
+  const float* scales;  // [rows, columns / block]
+  size_t block;         // columns that share a scale
+
+  size_t stride() const { return columns * static_cast<size_t>(bits_of(type)) / 8; }
+};
+
+constexpr size_t kBlock = 128;         // activations that share a scale
+constexpr size_t kLevelBytes = 256;    // of a block: 16 bits for each
+constexpr float kTopLevel = 32639;     // = 127 * 256 + 127: both bytes of a level are signed 8-bit numbers
+constexpr size_t kTokenChunk = 128;    // tokens that share one packing of a weight
+constexpr size_t kTokensByDot = 4;     // up to here a weight is read in place, not packed
+
+// Activations rounded to 16-bit levels, block by block: value = scale x level. Few rows lie one behind the other, as
+// products of single rows read them; many lie side by side, block by block, as packed products do.
+struct Activations {
+  size_t rows, columns;
+  uint8_t* levels;  // kLevelBytes each, in an order of the kernels' own; zeros behind `columns`
+  float* scales;
+  int32_t* sums;    // of the levels of a block
+
+  size_t blocks() const { return (columns + kBlock - 1) / kBlock; }
+  size_t entry(size_t block, size_t row) const {
+    return rows <= kTokensByDot ? row * blocks() + block : block * rows + row;
+  }
+};
+
+// y = x w^T + bias + residual; x is `levels` for integer arithmetic, `x` for float.
+struct LinearJob {
+  const Matrix* weight;
+  size_t tokens;
+  const float* x;
+  const Activations* levels;
+  const float* bias;      // [rows] or null
+  const float* residual;  // [tokens, rows] or null
+  float* y;               // [tokens, rows]
+};
+
+// Grouped-query attention over `history` cached and `tokens` current rows of `type`.
+struct AttentionJob {
+  Type type;
+  size_t tokens, history, heads, kv_heads, head_dim;
+  float scale;
+  const float* q;                                         // [tokens, heads * head_dim]
+  const void *k_cache, *v_cache, *k_current, *v_current;  // [.., kv_heads * head_dim]
+  const void* mask;                                       // [tokens, history + tokens]
+  float* y;                                               // [tokens, heads * head_dim]
+};
+
+// A share of an attention: query heads [first_head, last_head) of one key/value head, tokens [first, last).
+struct AttentionShare {
+  size_t kv_head, first_head, last_head, first, last;
+};
+
+constexpr float kMasked = -60000;  // a mask at or below this hides a column
+
+struct Kernels {
+  const char* name;
+  bool (*runs_here)();
+  void (*quantise)(const float* x, Arithmetic order, size_t first, size_t last, const Activations& out);
+  // Rows [first, last) of the weight. `scratch` has kLinearScratch bytes.
+  void (*linear)(const LinearJob& job, size_t first, size_t last, void* scratch);
+  size_t (*attention_scratch)(const AttentionJob& job, size_t rows);
+  void (*attend)(const AttentionJob& job, const AttentionShare& share, void* scratch);
+  void (*rms_norm)(const float* x, const float* scale, float epsilon, size_t width, float* y);
+  void (*swiglu)(const float* gate, const float* up, size_t count, float* y);
+  void (*sigmoid)(const float* x, size_t count, float* y);
+  void (*softmax)(const float* x, size_t width, float* y);
+  void (*rotate)(const float* x, const float* cos, const float* sin, size_t heads, size_t half, float* y);
+  void (*widen)(Type type, const void* x, size_t count, float* y);
+  void (*narrow)(Type type, const float* x, size_t count, void* y);
+};
+
+constexpr size_t kLinearScratch = 128 << 10;
+
+// The fastest that runs here, or the one AXC_ISA names. Throws Failure when that is unknown or does not run here.
+const Kernels& kernels();
+
+extern const Kernels kPortable;
+#ifdef __x86_64__
+extern const Kernels kAvx2, kAvx512;
+#endif
+#ifdef __aarch64__
+extern const Kernels kNeon, kNeonDotprod;
+#endif
+
+}  // namespace axc

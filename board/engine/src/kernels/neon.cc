@@ -1,0 +1,24 @@
+// Plain NEON, as the Cortex-A53 has it: 128-bit vectors, integer products in 16 bits.
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace axc {
+namespace {
+
+constexpr size_t kWidth = 4, kVectors = 2, kFloatRows = 6;
+constexpr int32_t kOffset8 = 0, kOffset4 = 0;
+constexpr size_t kIntRows = 6, kIntPanel = 8;
+
+bool runs_here() { return true; }
+
+}  // namespace
+}  // namespace axc
+
+#include "words.h"
+#include "table.h"
+
+namespace axc {
+constinit const Kernels kNeon = table("neon", runs_here);
+}

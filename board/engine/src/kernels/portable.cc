@@ -1,0 +1,21 @@
+// Standard C++ and the compiler's vectors of 16 bytes: runs everywhere.
+#include "kernels.h"
+
+namespace axc {
+namespace {
+
+constexpr size_t kWidth = 4, kVectors = 2, kFloatRows = 4;
+constexpr int32_t kOffset8 = 0, kOffset4 = 0;
+constexpr size_t kIntRows = 4, kIntPanel = 8;
+
+bool runs_here() { return true; }
+
+}  // namespace
+}  // namespace axc
+
+#include "words.h"
+#include "table.h"
+
+namespace axc {
+constinit const Kernels kPortable = table("portable", runs_here);
+}

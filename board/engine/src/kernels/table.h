@@ -1,0 +1,16 @@
+// The table of an instruction set's functions, at the end of its file.
+#pragma once
+
+#include "attention.h"
+#include "integer.h"
+
+namespace axc {
+namespace {
+
+constexpr Kernels table(const char* name, bool (*runs_here)()) {
+  return {name,   runs_here, quantise, linear,  attention_scratch, attend, rms_norm,
+          swiglu, sigmoid,   softmax,  rotate, widen,             narrow};
+}
+
+}  // namespace
+}  // namespace axc

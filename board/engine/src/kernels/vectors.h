@@ -1,0 +1,176 @@
+// Vectors of the width an instruction set has, through the compilers' vector extension. Included once by each
+// instruction set's file, which has set kWidth; everything has internal linkage, so that no code compiled for one
+// CPU is merged with another's.
+#pragma once
+
+#include <bit>
+#include <cstring>
+#include <utility>
+
+#include "kernels.h"
+
+namespace axc {
+namespace {
+
+using Vf = float __attribute__((vector_size(kWidth * 4)));
+using Vi = int32_t __attribute__((vector_size(kWidth * 4)));
+using Vu = uint32_t __attribute__((vector_size(kWidth * 4)));
+using Vh = uint16_t __attribute__((vector_size(kWidth * 2)));
+
+constexpr size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+#define AXC_INLINE __attribute__((always_inline))
+
+// Calls f(0) .. f(kCount - 1), each with its own code: arrays that f indexes stay in registers.
+template <size_t kCount, class Function>
+AXC_INLINE inline void repeat(Function f) {
+  [&]<size_t... i>(std::index_sequence<i...>) AXC_INLINE { (f(std::integral_constant<size_t, i>()), ...); }
+  (std::make_index_sequence<kCount>());
+}
+
+// Functions of one kind, by a number from 1 on.
+template <class Function, size_t kCount>
+struct ByCount {
+  Function of[kCount];
+};
+
+inline Vf load(const float* from) {
+  Vf v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+inline void store(float* to, Vf v) { std::memcpy(to, &v, sizeof v); }
+
+inline Vf all(float x) { return Vf{} + x; }
+
+inline Vf larger(Vf a, Vf b) { return a > b ? a : b; }
+
+template <size_t kCount>
+struct Floats {
+  typedef float Vector __attribute__((vector_size(kCount * 4)));
+};
+
+// The lanes' sum, halves added until one is left.
+template <size_t kCount = kWidth>
+inline float sum(typename Floats<kCount>::Vector v) {
+  if constexpr (kCount == 2) {
+    return v[0] + v[1];
+  } else {
+    typename Floats<kCount / 2>::Vector halves[2];
+    std::memcpy(halves, &v, sizeof v);
+    return sum<kCount / 2>(halves[0] + halves[1]);
+  }
+}
+
+// The functions below take `count` elements at `from` and leave the rest of the vector as it is given.
+inline Vf load_some(const float* from, size_t count, float rest = 0) {
+  Vf v = all(rest);
+  std::memcpy(&v, from, count * sizeof(float));
+  return v;
+}
+
+inline void store_some(float* to, Vf v, size_t count) { std::memcpy(to, &v, count * sizeof(float)); }
+
+// exp to 1 ulp or two: 2^n e^r with r in +-ln 2 / 2, e^r by its Taylor series. Below -87 it is 0.
+inline Vf exponential(Vf x) {
+  constexpr float kLog2E = 1.44269504f, kLn2High = 0.693145752f, kLn2Low = 1.42860677e-6f, kRound = 12582912.0f;
+  const Vf low = all(-87.0f), high = all(88.0f);
+  const Vi vanishes = x < low;
+  x = x < low ? low : x;
+  x = x > high ? high : x;
+  const Vf shifted = x * kLog2E + kRound;
+  const Vf n = shifted - kRound;
+  const Vf r = (x - n * kLn2High) - n * kLn2Low;
+  Vf p = all(1.0f / 5040);
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+  const Vi power = (std::bit_cast<Vi>(shifted) - std::bit_cast<int32_t>(kRound) + 127) << 23;
+  const Vf e = p * std::bit_cast<Vf>(power);
+  return vanishes ? Vf{} : e;
+}
+
+inline Vf bf16_to_float(Vh bits) { return std::bit_cast<Vf>(__builtin_convertvector(bits, Vu) << 16); }
+
+// Round to nearest, ties to even; a NaN stays a NaN.
+inline Vh float_to_bf16(Vf x) {
+  const Vu bits = std::bit_cast<Vu>(x);
+  const Vu rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+  const Vi nan = (bits & 0x7FFFFFFF) > 0x7F800000;
+  return __builtin_convertvector(nan ? (bits >> 16) | 0x40 : rounded, Vh);
+}
+
+// The exponent is moved by a multiplication, which is exact for subnormal halves too.
+inline Vf half_to_float(Vh half) {
+  const Vu bits = __builtin_convertvector(half, Vu);
+  const Vf magnitude = std::bit_cast<Vf>((bits & 0x7FFF) << 13) * 0x1p112f;
+  const Vu finite = std::bit_cast<Vu>(magnitude);
+  const Vi special = (bits & 0x7C00) == 0x7C00;
+  return std::bit_cast<Vf>((special ? finite | 0x7F800000 : finite) | ((bits & 0x8000) << 16));
+}
+
+// Round to nearest, ties to even. Subnormal halves come from an addition that lets the FPU round.
+inline Vh float_to_half(Vf x) {
+  const Vu sign = (std::bit_cast<Vu>(x) >> 16) & 0x8000;
+  const Vu bits = std::bit_cast<Vu>(x) & 0x7FFFFFFF;
+  const Vu normal = (bits - (112u << 23) + 0xFFF + ((bits >> 13) & 1)) >> 13;
+  const Vu tiny = std::bit_cast<Vu>(std::bit_cast<Vf>(bits) + 0.5f) - 0x3F000000;
+  const Vu infinite = bits > 0x7F800000 ? Vu{} + 0x7E00 : Vu{} + 0x7C00;
+  Vu half = bits < (113u << 23) ? tiny : normal;
+  half = bits >= 0x477FF000 ? infinite : half;  // 65520, the first that rounds to infinity
+  return __builtin_convertvector(half | sign, Vh);
+}
+
+inline float float8_to_float(uint8_t byte, Type type) {
+  const uint32_t sign = uint32_t{byte & 0x80u} << 24;
+  if (type == Type::Float8E5M2) {  // the upper byte of a half
+    Vh half{};
+    half[0] = static_cast<uint16_t>(byte << 8);
+    return half_to_float(half)[0];
+  }
+  if ((byte & 0x7F) == 0x7F) return std::bit_cast<float>(sign | 0x7FC00000);
+  const float magnitude = std::bit_cast<float>(uint32_t{byte & 0x7Fu} << 20) * 0x1p120f;
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | sign);
+}
+
+// Applies `one` to whole vectors of `count` elements and, padded, to what is left.
+template <class Source, class From, class To, class Function>
+inline void convert(const From* from, To* to, size_t count, Function one) {
+  size_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    Source source;
+    std::memcpy(&source, from + i, sizeof source);
+    const auto result = one(source);
+    std::memcpy(to + i, &result, sizeof result);
+  }
+  if (i < count) {
+    Source source{};
+    std::memcpy(&source, from + i, (count - i) * sizeof(From));
+    const auto result = one(source);
+    std::memcpy(to + i, &result, (count - i) * sizeof(To));
+  }
+}
+
+inline void widen(Type type, const void* x, size_t count, float* y) {
+  switch (type) {
+    case Type::BFloat16: convert<Vh>(static_cast<const uint16_t*>(x), y, count, bf16_to_float); break;
+    case Type::Float16: convert<Vh>(static_cast<const uint16_t*>(x), y, count, half_to_float); break;
+    case Type::Float8E4M3:
+    case Type::Float8E5M2:
+      for (size_t i = 0; i < count; ++i) y[i] = float8_to_float(static_cast<const uint8_t*>(x)[i], type);
+      break;
+    default:
+      if (x != y) std::memcpy(y, x, count * sizeof(float));
+  }
+}
+
+inline void narrow(Type type, const float* x, size_t count, void* y) {
+  switch (type) {
+    case Type::BFloat16: convert<Vf>(x, static_cast<uint16_t*>(y), count, float_to_bf16); break;
+    case Type::Float16: convert<Vf>(x, static_cast<uint16_t*>(y), count, float_to_half); break;
+    default:
+      if (x != y) std::memcpy(y, x, count * sizeof(float));
+  }
+}
+
+}  // namespace
+}  // namespace axc

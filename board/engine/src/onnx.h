@@ -1,0 +1,70 @@
+// The part of ONNX's schema that axmodels use; names and data are views of the file's bytes.
+#pragma once
+
+#include <map>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "protobuf.h"
+
+namespace axc {
+
+// TensorProto.DataType
+enum class Type : int {
+  None = 0, Float = 1, Int8 = 3, Int32 = 6, Int64 = 7, Float16 = 10, Uint32 = 12, BFloat16 = 16,
+  Float8E4M3 = 17, Float8E5M2 = 19, Int4 = 22,
+};
+
+// Bits of an element; 0 for a type axmodels do not have.
+int bits_of(Type type);
+bool is_float(Type type);  // one a hidden state may have
+std::string name_of(Type type);
+
+struct Tensor {
+  std::string_view name;
+  Type type = Type::None;
+  std::vector<int64_t> dims;
+  Bytes data;
+  const uint8_t* bytes() const { return data.data(); }
+};
+
+// A dimension of an input or output: a number (then `name` is empty) or a name that groups decide.
+struct NamedDim {
+  int64_t size = 0;
+  std::string_view name;
+};
+
+struct TensorInfo {
+  std::string_view name;
+  Type type = Type::None;
+  std::vector<NamedDim> shape;
+};
+
+struct Attribute {
+  int kind = 0;  // AttributeProto.AttributeType: 1 float, 2 int, 7 ints
+  float real = 0;
+  int64_t integer = 0;
+  std::vector<int64_t> integers;
+};
+
+struct Node {
+  std::string_view op;
+  std::vector<std::string_view> inputs, outputs;
+  std::map<std::string_view, Attribute> attributes;
+};
+
+struct Onnx {
+  int64_t ir_version = 0;
+  std::string_view producer, producer_version;
+  int64_t opset = 0;
+  std::map<std::string_view, std::string_view> metadata;
+  std::vector<Node> nodes;
+  std::vector<TensorInfo> inputs, outputs;
+  std::map<std::string_view, Tensor> initializers;
+};
+
+// Reads the bytes of a file. Throws Failure for whatever is not a whole ModelProto.
+Onnx read_onnx(Bytes file);
+
+}  // namespace axc

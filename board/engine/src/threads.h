@@ -1,0 +1,54 @@
+// A pool of threads, one for the process. Which thread takes which item is left open, so a result must not depend on it.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace axc {
+
+class Pool {
+ public:
+  explicit Pool(size_t threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  size_t size() const { return workers_.size() + 1; }
+
+  // Calls body(item, thread) for every item in [0, count), count < 2^24; returns when all are done. One caller at a
+  // time; the caller works too, as thread 0. `body` must not throw.
+  template <class Body>
+  void each(size_t count, const Body& body) {
+    if (count == 1 || workers_.empty()) {
+      for (size_t item = 0; item < count; ++item) body(item, size_t{0});
+      return;
+    }
+    start(count, [](const void* context, size_t item, size_t thread) { (*static_cast<const Body*>(context))(item, thread); }, &body);
+  }
+
+ private:
+  using Call = void (*)(const void*, size_t, size_t);
+
+  void start(size_t count, Call call, const void* context);
+  void work(size_t thread);
+  void take(size_t thread);
+
+  // A ticket is epoch << 48 | count << 24 | item, so that a late thread cannot take an item of a newer job for one of
+  // its own: what it drew says all it needs.
+  alignas(64) std::atomic<uint64_t> ticket_{0};
+  alignas(64) std::atomic<size_t> done_{0};
+  alignas(64) std::atomic<uint32_t> epoch_{0};
+  std::atomic<uint32_t> asleep_{0};
+  std::atomic<bool> stop_{false};
+  Call call_ = nullptr;
+  const void* context_ = nullptr;
+  std::vector<std::thread> workers_;
+};
+
+// CPUs this process may use.
+size_t available_cpus();
+
+}  // namespace axc

@@ -1,0 +1,215 @@
+"""The engine beside onnxruntime and llama.cpp, Qwen2-0.5B shapes, two cores: load, prefill, decode, memory bound.
+
+`make bench ARGS='-k engine'`. llama.cpp joins when LLAMA_PYTHON names a Python that has llama-cpp-python and gguf.
+Engines take turns, and the best of the rounds counts: other work on the machine only ever slows one down.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from tests.engine.conftest import build
+
+ROUNDS = 3
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = ["--kv_cache_len", "1023", "--prefill_len", "128", "--hidden_state_type", "bf16", "--check_level", "-1"]
+CASES = {"s8": "Q8_0", "s4": "Q4_0"}
+
+# Both print one JSON object of seconds.
+OURS = """
+import json, sys, time
+import numpy as np
+from board import session
+from board.bundle import Bundle
+from board.model import Model
+session.ENGINES.setdefault("ax", "board.session.ax_engine")
+random = np.random.default_rng(0)
+def timed(run):
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+holder = []
+load = timed(lambda: holder.append(Model.load(Bundle.open(sys.argv[1]), engine=sys.argv[2], threads=2)))
+model = holder[0]
+def forward(count):
+    model.forward(random.integers(0, 1000, count).tolist())
+def prefill(count):
+    model.decoder.cache.reset()
+    return timed(lambda: forward(count))
+prefill(128)
+out = {"load": load}
+out.update({f"prefill {count}": min(prefill(count) for _ in range(5)) for count in (23, 128)})
+model.decoder.cache.reset()
+out["decode"] = min(timed(lambda: forward(1)) for _ in range(100))
+print(json.dumps(out))
+"""
+
+LLAMA = """
+import json, sys, time
+import llama_cpp as L
+import numpy as np
+random = np.random.default_rng(0)
+L.llama_backend_init()
+quiet = L.llama_log_callback(lambda *_: None)
+L.llama_log_set(quiet, None)
+def timed(run):
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+holder = []
+open_model = lambda: holder.append(L.llama_model_load_from_file(sys.argv[1].encode(), L.llama_model_default_params()))
+load = timed(open_model)
+params = L.llama_context_default_params()
+params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads, params.n_threads_batch = 1024, 512, 512, 2, 2
+context = L.llama_init_from_model(holder[0], params)
+def forward(count):
+    tokens = (L.llama_token * count)(*random.integers(0, 1000, count).tolist())
+    assert L.llama_decode(context, L.llama_batch_get_one(tokens, count)) == 0
+    L.llama_get_logits(context)[0]
+def prefill(count):
+    L.llama_memory_clear(L.llama_get_memory(context), True)
+    return timed(lambda: forward(count))
+prefill(128)
+out = {"load": load}
+out.update({f"prefill {count}": min(prefill(count) for _ in range(5)) for count in (23, 128)})
+L.llama_memory_clear(L.llama_get_memory(context), True)
+out["decode"] = min(timed(lambda: forward(1)) for _ in range(100))
+print(json.dumps(out))
+"""
+
+# Weights in llama.cpp's own quantisation; the head is 8-bit, as ours is.
+GGUF = """
+import json, sys
+import ml_dtypes
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter, quants
+from safetensors import safe_open
+source, target, kind = sys.argv[1], sys.argv[2], GGMLQuantizationType[sys.argv[3]]
+config = json.load(open(source + "/config.json"))
+writer = GGUFWriter(target, "qwen2")
+writer.add_context_length(1024)
+writer.add_embedding_length(config["hidden_size"])
+writer.add_block_count(config["num_hidden_layers"])
+writer.add_feed_forward_length(config["intermediate_size"])
+writer.add_head_count(config["num_attention_heads"])
+writer.add_head_count_kv(config["num_key_value_heads"])
+writer.add_rope_freq_base(config.get("rope_theta", 1e6))
+writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+writer.add_tokenizer_model("no_vocab")
+writer.add_vocab_size(config["vocab_size"])
+parts = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
+with safe_open(source + "/model.safetensors", framework="numpy") as file:
+    for name in file.keys():
+        tensor = file.get_tensor(name).astype(np.float32)
+        if name not in whole:
+            _, _, index, rest = name.split(".", 3)
+            part, suffix = rest.rsplit(".", 1)
+        renamed = whole.get(name) or f"blk.{index}.{parts[part]}.{suffix}"
+        if tensor.ndim == 2:
+            used = GGMLQuantizationType.Q8_0 if name in whole else kind
+            writer.add_tensor(renamed, quants.quantize(tensor, used), raw_dtype=used)
+        else:
+            writer.add_tensor(renamed, tensor)
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
+"""
+
+# Two processes that read the weights as fast as they can; each prints bytes per second.
+READ = """
+import mmap, sys, time
+import numpy as np
+data = np.fromfile(sys.argv[1], np.uint64)
+best = 0.0
+for _ in range(8):
+    started = time.perf_counter()
+    data.max()
+    best = max(best, data.nbytes / (time.perf_counter() - started))
+print(best)
+"""
+
+
+def script(python: str, text: str, *arguments: object, **environment: str) -> str:
+    command = [python, "-c", text, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def bandwidth(file: Path) -> float:
+    """Bytes per second that two cores read."""
+    command = [sys.executable, "-c", READ, str(file)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    return sum(float(process.communicate()[0]) for process in running)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen2-0.5B's shapes with random weights, or the folder BENCH_CHECKPOINT."""
+    if given := os.environ.get("BENCH_CHECKPOINT"):
+        return Path(given)
+    output = tmp_path_factory.mktemp("checkpoint") / "qwen2-0.5b"
+    command = [sys.executable, "-m", "toolchain", "synth", "--model", "qwen2-0.5b", "--output_path", str(output)]
+    subprocess.run(command, check=True, cwd=ROOT)
+    return output
+
+
+@pytest.mark.parametrize("weight", CASES)
+def test_engine_beside_others(weight: str, checkpoint: Path, benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+    bundle, gguf = tmp_path / "bundle", tmp_path / "weights.gguf"
+    command = [
+        sys.executable,
+        "-m",
+        "toolchain",
+        "llm_build",
+        "--input_path",
+        str(checkpoint),
+        "--output_path",
+        str(bundle),
+    ]
+    subprocess.run(
+        [*command, *FLAGS, "-w", weight, "--post_weight_type", "s8"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    libraries = str(build("native"))
+    rivals: dict[str, Any] = {
+        "ax": lambda: script(sys.executable, OURS, bundle, "ax", AXRUN_ENGINE=libraries),
+        "ort": lambda: script(sys.executable, OURS, bundle, "ort"),
+    }
+    if llama := os.environ.get("LLAMA_PYTHON"):
+        script(llama, GGUF, checkpoint, gguf, CASES[weight])
+        rivals["llama.cpp"] = lambda: script(llama, LLAMA, gguf)
+    best: dict[str, dict[str, float]] = {name: {} for name in rivals}
+    reads: list[float] = []
+
+    def round_() -> None:
+        reads.append(bandwidth(next(bundle.glob("*post.axmodel"))))
+        for name, rival in rivals.items():
+            for what, seconds in json.loads(rival()).items():
+                best[name][what] = min(best[name].get(what, seconds), seconds)
+
+    benchmark.pedantic(round_, rounds=ROUNDS)
+    weights = sum(file.stat().st_size for file in bundle.glob("*.axmodel"))
+    bound = weights / max(reads)
+    benchmark.extra_info.update(best=best, bytes_per_second=max(reads), bytes_per_token=weights)
+    others = [name for name in rivals if name != "ax"]
+    read = max(reads) / 1e9
+    print(f"\n{weight}: {weights / 1e6:.0f} MB a token, {read:.1f} GB/s: decode takes {bound * 1e3:.1f} ms at least")
+    print(
+        f"{'ms':12}" + "".join(f"{name:>12}" for name in rivals) + "".join(f"{name + ' / ax':>16}" for name in others)
+    )
+    for what, seconds in best["ax"].items():
+        row = f"{what:12}" + "".join(f"{best[name][what] * 1e3:12.1f}" for name in rivals)
+        print(row + "".join(f"{best[name][what] / seconds:15.2f}x" for name in others))
+    print(f"decode reaches {bound / best['ax']['decode']:.0%} of the bound")

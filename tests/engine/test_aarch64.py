@@ -1,0 +1,72 @@
+"""The engine built for aarch64, run under qemu-user as a board's CPU, against onnxruntime on this machine."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from board.bundle import Bundle
+from board.dtypes import to_float32
+from board.session import ort
+from tests.engine.compare import exact, filled
+from tests.engine.conftest import SOURCE, build
+
+COMPILER, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
+CPUS = {"cortex-a53": "neon", "cortex-a76": "neon_dotprod"}
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+
+
+@pytest.fixture(scope="session")
+def program() -> Path:
+    missing = [name for name in (COMPILER, QEMU) if not shutil.which(name)]
+    assert not missing, f"{missing}: apt-get install g++-aarch64-linux-gnu qemu-user-static"
+    options = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}"]
+    folder = build("aarch64", *options)
+    made = folder / "run_group"
+    command = [COMPILER, "-std=c++20", "-O1", f"-I{SOURCE / 'include'}", str(Path(__file__).parent / "run_group.cc")]
+    command += ["-o", str(made), "-static-libstdc++", f"-L{folder}", "-lax_engine", "-lax_sys", "-Wl,-rpath,$ORIGIN"]
+    subprocess.run(command, check=True)
+    return made
+
+
+@pytest.mark.parametrize("isa", ["", "portable"])
+@pytest.mark.parametrize("cpu", CPUS)
+def test_a_boards_cpu_computes_what_onnxruntime_computes(
+    cpu: str, isa: str, program: Path, build_tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    for hidden, weight in (("bf16", "s8"), ("fp32", "s4"), ("fp32", "bf16")):
+        path = Bundle.open(build_tiny(hidden_state_type=hidden, weight_type=weight)).layer_path(1)
+        plain = exact(path)
+        for group in plain.groups[:3]:
+            arrays = filled(plain, group.index)
+            plain.bind(group.index, arrays).run()
+            inputs = b"".join(arrays[info.name].tobytes() for info in group.inputs)
+            if not group.history:  # two dummies as wide as the hidden state come first
+                inputs = bytes(2 * arrays["input"].shape[2] * arrays["input"].itemsize) + inputs
+            (tmp_path / "in").write_bytes(inputs)
+            command = [QEMU, "-cpu", cpu, "-L", "/usr/aarch64-linux-gnu", "-E", f"AXC_ISA={isa}", "-E", "AXC_THREADS=2"]
+            done = subprocess.run(
+                [*command, program, path, str(group.index), tmp_path / "in", tmp_path / "out"],
+                capture_output=True,
+                text=True,
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert done.stdout.strip() == (isa or CPUS[cpu])
+            check(plain, group.index, arrays, (tmp_path / "out").read_bytes(), TOLERANCE[hidden])
+
+
+def check(plain: ort.OrtSession, group: int, arrays: dict[str, Any], out: bytes, tolerance: float) -> None:
+    at = 0
+    for info in plain.groups[group].outputs:
+        wanted = arrays[info.name]
+        seen = np.frombuffer(out, wanted.dtype, wanted.size, at).reshape(wanted.shape)
+        at += wanted.nbytes
+        a, b = to_float32(seen, info.dtype), to_float32(wanted, info.dtype)
+        assert np.abs(a - b).max() <= tolerance * np.abs(b).max(), (group, info.name)
+    assert at == len(out)

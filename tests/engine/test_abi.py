@@ -1,0 +1,262 @@
+"""The C interface as its clients drive it: the vendor's C++ runner, its Python binding, and this package's session."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from board.bundle import Bundle
+from board.dtypes import bf16_to_f32
+from board.errors import BadInput
+from tests.engine.compare import filled
+from tests.engine.conftest import SOURCE, build
+
+
+def test_the_runners_way(compile_client: Callable[..., Path], bundle_s8: Path) -> None:
+    client = compile_client("runner.cc")
+    done = subprocess.run([client, Bundle.open(bundle_s8).layer_path(0), "2000"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "done"
+
+
+def exported(library: Path) -> set[str]:
+    done = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
+    return {line.split()[-1] for line in done.stdout.splitlines()}
+
+
+def test_only_the_interface_is_exported_and_all_of_it(libraries: Path) -> None:
+    for library, header in (("libax_sys.so", "ax_sys_api.h"), ("libax_engine.so", "ax_engine_api.h")):
+        text = (SOURCE / "include" / header).read_text().split("#ifdef AXC_CHIP_AX630C")[0]
+        declared = set(re.findall(r"\b(AX_(?:SYS|ENGINE)_[A-Z]\w+)\(", text))
+        symbols = exported(libraries / library)
+        assert declared == {name for name in symbols if name.startswith("AX_")}
+        assert all(name.startswith(("AX_", "axc_")) for name in symbols)
+    assert "AX_ENGINE_SetAffinity" in symbols
+    assert "AX_ENGINE_GetTotalOps" not in symbols
+
+
+def test_the_libraries_are_named_as_the_vendors(libraries: Path) -> None:
+    for name in ("libax_sys.so", "libax_engine.so"):
+        dynamic = subprocess.run(["readelf", "-d", libraries / name], capture_output=True, text=True, check=True).stdout
+        assert f"soname: [{name}]" in dynamic
+        needed = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
+        assert needed <= {"libax_sys.so", "libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
+
+
+class Meta(ctypes.Structure):
+    _fields_ = (
+        ("pName", ctypes.c_char_p),
+        ("pShape", ctypes.POINTER(ctypes.c_int32)),
+        ("nShapeSize", ctypes.c_uint8),
+        ("eLayout", ctypes.c_int),
+        ("eMemoryType", ctypes.c_int),
+        ("eDataType", ctypes.c_int),
+        ("pExtraMeta", ctypes.c_void_p),
+        ("nSize", ctypes.c_uint32),
+        ("nQuantizationValue", ctypes.c_uint32),
+        ("pStride", ctypes.c_void_p),
+        ("u64Reserved", ctypes.c_uint64 * 9),
+    )
+
+
+class Info(ctypes.Structure):
+    _fields_ = (
+        ("pInputs", ctypes.POINTER(Meta)),
+        ("nInputSize", ctypes.c_uint32),
+        ("pOutputs", ctypes.POINTER(Meta)),
+        ("nOutputSize", ctypes.c_uint32),
+        ("nMaxBatchSize", ctypes.c_uint32),
+        ("bDynamicBatchSize", ctypes.c_int),
+        ("u64Reserved", ctypes.c_uint64 * 11),
+    )
+
+
+class Buffer(ctypes.Structure):
+    _fields_ = (
+        ("phyAddr", ctypes.c_uint64),
+        ("pVirAddr", ctypes.c_void_p),
+        ("nSize", ctypes.c_uint32),
+        ("pStride", ctypes.c_void_p),
+        ("nStrideSize", ctypes.c_uint8),
+        ("u64Reserved", ctypes.c_uint64 * 11),
+    )
+
+
+class ShortIo(ctypes.Structure):
+    """The binding's IO_T: 120 bytes, 8 less than the headers'."""
+
+    _fields_ = (
+        ("pInputs", ctypes.POINTER(Buffer)),
+        ("nInputSize", ctypes.c_uint32),
+        ("pOutputs", ctypes.POINTER(Buffer)),
+        ("nOutputSize", ctypes.c_uint32),
+        ("nBatchSize", ctypes.c_uint32),
+        ("pIoSetting", ctypes.c_void_p),
+        ("u64Reserved", ctypes.c_uint64 * 10),
+    )
+
+
+class Extra(ctypes.Structure):
+    _fields_ = (("nNpuSet", ctypes.c_uint32), ("pName", ctypes.c_char_p), ("reserve", ctypes.c_uint32 * 8))
+
+
+def test_the_python_bindings_way(libraries: Path, ax: Any, bundle_s8: Path) -> None:
+    """One buffer a tensor for all groups, of the largest size; CreateHandleV2, RunGroupIOSync with a 120-byte IO_T."""
+    assert ctypes.sizeof(ShortIo) == 120
+    ax.library()  # initialises
+    engine, system = ctypes.CDLL(str(libraries / "libax_engine.so")), ctypes.CDLL(str(libraries / "libax_sys.so"))
+    path = Bundle.open(bundle_s8).layer_path(1)
+    data = path.read_bytes()
+    kind, handle, context, count = ctypes.c_uint32(9), ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_uint32()
+    assert engine.AX_ENGINE_GetModelType(data, ctypes.c_uint32(len(data)), ctypes.byref(kind)) == 0
+    assert kind.value == 0
+    extra = Extra(pName=b"tiny")
+    assert (
+        engine.AX_ENGINE_CreateHandleV2(ctypes.byref(handle), data, ctypes.c_uint32(len(data)), ctypes.byref(extra))
+        == 0
+    )
+    assert engine.AX_ENGINE_CreateContextV2(handle, ctypes.byref(context)) == 0
+    assert engine.AX_ENGINE_GetGroupIOInfoCount(handle, ctypes.byref(count)) == 0
+    infos: list[Info] = []
+    for group in range(count.value):
+        pointer = ctypes.POINTER(Info)()
+        assert engine.AX_ENGINE_GetGroupIOInfo(handle, group, ctypes.byref(pointer)) == 0
+        infos.append(pointer.contents)
+    assert all(infos[0].pInputs[i].pName == infos[1].pInputs[i].pName for i in range(infos[0].nInputSize))
+
+    def buffers(direction: str, number: int) -> Any:
+        made = (Buffer * number)()
+        for i, buffer in enumerate(made):
+            buffer.nSize = max(getattr(info, direction)[i].nSize for info in infos)
+            physical, address = ctypes.c_uint64(), ctypes.c_void_p()
+            arguments = ctypes.c_uint32(buffer.nSize), ctypes.c_uint32(128), b"PyEngine"
+            assert system.AX_SYS_MemAllocCached(ctypes.byref(physical), ctypes.byref(address), *arguments) == 0
+            buffer.phyAddr, buffer.pVirAddr = physical.value, address.value
+        return made
+
+    inputs, outputs = buffers("pInputs", infos[0].nInputSize), buffers("pOutputs", infos[0].nOutputSize)
+    session = ax.open_session(path)
+    for group, info in enumerate(infos):
+        arrays = filled(session, group)
+        session.bind(group, arrays).run()
+        for i in range(info.nInputSize):
+            array = arrays.get(info.pInputs[i].pName.decode())
+            if array is not None:
+                assert array.nbytes == info.pInputs[i].nSize
+                ctypes.memmove(inputs[i].pVirAddr, array.ctypes.data, array.nbytes)
+            arguments = ctypes.c_uint64(inputs[i].phyAddr), ctypes.c_void_p(inputs[i].pVirAddr)
+            assert system.AX_SYS_MflushCache(*arguments, ctypes.c_uint32(inputs[i].nSize)) == 0
+        io = ShortIo(pInputs=inputs, nInputSize=len(inputs), pOutputs=outputs, nOutputSize=len(outputs))
+        assert engine.AX_ENGINE_RunGroupIOSync(handle, context, ctypes.c_uint32(group), ctypes.byref(io)) == 0
+        for i in range(info.nOutputSize):
+            wanted = arrays[info.pOutputs[i].pName.decode()]
+            seen = np.frombuffer(ctypes.string_at(outputs[i].pVirAddr, wanted.nbytes), np.uint16)
+            np.testing.assert_array_equal(seen, wanted.ravel())
+    engine.AX_ENGINE_GetModelToolsVersion.restype = ctypes.c_char_p
+    assert engine.AX_ENGINE_GetModelToolsVersion(handle).startswith(b"axc ")
+    assert engine.AX_ENGINE_DestroyHandle(handle) == 0
+
+
+def test_it_can_present_itself_as_an_ax630c() -> None:
+    assert "AX_ENGINE_GetTotalOps" in exported(
+        build("ax630c", "-DAXC_CHIP=AX630C", "-DCMAKE_BUILD_TYPE=Debug") / "libax_engine.so"
+    )
+
+
+def test_without_the_extensions_the_session_uses_the_plain_interface(ax: Any, bundle_s8: Path) -> None:
+    """Fixed shapes, the model's bytes, physical buffers that are synchronised: what the vendor's library needs."""
+    bundle = Bundle.open(bundle_s8)
+    extended = ax.library()
+    plain = ax.Library(extended.sys, extended.engine, False)
+    for path in (bundle.layer_path(0), bundle.post_path):
+        one, other = ax.open_session(path), ax.open_with(plain, path)
+        assert not other.flexible
+        assert [(group.tokens, group.history) for group in other.groups] == [(g.tokens, g.history) for g in one.groups]
+        for group in one.groups:
+            expected, seen = filled(one, group.index), filled(other, group.index)
+            one.bind(group.index, expected).run()
+            other.bind(group.index, seen).run()
+            for info in group.outputs:
+                np.testing.assert_array_equal(seen[info.name], expected[info.name])
+
+
+def test_a_binding_of_a_prefix_gives_what_the_whole_group_gives(ax: Any, bundle_s8: Path) -> None:
+    session = ax.open_session(Bundle.open(bundle_s8).layer_path(2))
+    assert session.flexible
+    arrays = filled(session, 0)
+    arrays["mask"][0, 0, 40:255] = np.uint16(0xC780)  # -65536
+    session.bind(0, arrays).run()
+    whole = bf16_to_f32(arrays["output"])
+    short = {name: array[:, :40] if name in ("K_cache", "V_cache") else array for name, array in arrays.items()}
+    short["mask"] = np.concatenate([arrays["mask"][..., :40], arrays["mask"][..., 255:]], axis=-1)
+    session.bind(0, short).run()
+    np.testing.assert_allclose(bf16_to_f32(arrays["output"]), whole, rtol=0, atol=2e-2 * np.abs(whole).max())
+
+
+def test_what_the_mask_hides_is_not_read(ax: Any, bundle_fp32: Path) -> None:
+    session = ax.open_session(Bundle.open(bundle_fp32).layer_path(0))
+    arrays = filled(session, 0)
+    arrays["mask"][0, 0, 32:255] = -65536
+    session.bind(0, arrays).run()
+    clean = arrays["output"].copy()
+    arrays["K_cache"][0, 64:] = np.nan
+    arrays["V_cache"][0, 64:] = np.nan
+    session.bind(0, arrays).run()
+    np.testing.assert_array_equal(arrays["output"], clean)
+
+
+def test_arrays_that_do_not_fit_are_refused(ax: Any, bundle_s8: Path) -> None:
+    session = ax.open_session(Bundle.open(bundle_s8).layer_path(0))
+    arrays = filled(session, 0)
+    with pytest.raises(ValueError, match=r"K_cache is uint16\[1, 255, 32\], expected BFLOAT16\[1, 255, 64\]"):
+        session.bind(0, {**arrays, "K_cache": arrays["K_cache"][:, :, ::2]})
+    with pytest.raises(ValueError, match="nonsense"):
+        session.bind(0, {**arrays, "nonsense": arrays["input"]})
+    del arrays["input"]
+    with pytest.raises(ValueError, match="cannot be bound"):
+        session.bind(0, arrays)
+
+
+def test_a_position_outside_the_tables_is_an_error(ax: Any, bundle_s8: Path) -> None:
+    session = ax.open_session(Bundle.open(bundle_s8).layer_path(0))
+    arrays = filled(session, 0)
+    arrays["indices"][0] = 1 << 31
+    with pytest.raises(BadInput, match="position 2147483648 is outside the"):
+        session.bind(0, arrays).run()
+
+
+def test_memory_goes_back_when_the_last_view_is_gone(ax: Any) -> None:
+    from board.axmodel import TensorInfo
+
+    array = ax.allocate(TensorInfo("input", "FLOAT", (1, 3, 5)))
+    before, view = len(ax._blocks), array[0, 1:]
+    assert ax._physical(view) == ax._physical(array) + 20
+    del array
+    assert len(ax._blocks) == before
+    del view
+    assert len(ax._blocks) == before - 1
+
+
+def test_counters_tell_where_the_time_goes(ax: Any, bundle_s8: Path) -> None:
+    session = ax.open_session(Bundle.open(bundle_s8).layer_path(0))
+    binding = session.bind(0, filled(session, 0))
+    ax.library().reset_counters()
+    binding.run()
+    counters = ax.library().counters()
+    # q, k and v are one step, as are gate and up; o and down are their own
+    assert {kind: calls for kind, (calls, _) in counters.items() if calls} == {
+        "linear": 4,
+        "attention": 1,
+        "norm": 2,
+        "rotary": 2,
+        "swiglu": 1,
+        "cast": 3,
+    }
+    assert counters["linear"][1] > 0

@@ -1,0 +1,93 @@
+"""Files that are damaged or lie: every one ends in an error code with a reason, never in a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from board.bundle import Bundle
+from board.errors import BadInput
+from tests.engine.compare import filled
+
+
+def load(ax: Any, path: Path) -> Any:
+    """Straight into the engine, without the Python reader's own checks."""
+    import ctypes
+
+    handle = ctypes.c_void_p()
+    ax.library().call("axc_open", ctypes.byref(handle), str(path).encode())
+    return handle
+
+
+@pytest.fixture(scope="session")
+def good(bundle_s8: Path) -> bytes:
+    return Bundle.open(bundle_s8).layer_path(0).read_bytes()
+
+
+EDITS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda data: b"", "empty or cannot be mapped"),
+    "noise": (lambda data: bytes(range(1, 250)) * 9, "0x8006"),
+    "truncated": (lambda data: data[: len(data) // 2], "bytes where"),
+    "cut inside the nodes": (lambda data: data[:600], "bytes where"),
+    "another producer": (lambda data: data.replace(b"\x12\x03axc", b"\x12\x03abc", 1), "an axmodel of abc"),
+    "unknown operator": (lambda data: data.replace(b"Sigmoid", b"Sigmojd"), "operator Sigmojd"),
+    "unknown attribute": (lambda data: data.replace(b"epsilon", b"epsilom"), "with attribute epsilom"),
+    "another version": (
+        lambda data: data.replace(b"axmodel.version\x12\x011", b"axmodel.version\x12\x012"),
+        "version 2",
+    ),
+    "other groups": (lambda data: data.replace(b'{"tokens"', b'{"tokenz"', 1), "axmodel.groups"),
+    "scales of another matrix": (
+        lambda data: data.replace(b"mlp.up_proj.weight_scale", b"mlp.down_proj.weight_sca", 1),
+        "0x8006",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_damaged_file_is_refused_with_a_reason(name: str, good: bytes, ax: Any, tmp_path: Path) -> None:
+    edit, words = EDITS[name]
+    damaged = edit(good)
+    assert damaged != good
+    path = tmp_path / "damaged.axmodel"
+    path.write_bytes(damaged)
+    with pytest.raises(BadInput, match=words):
+        load(ax, path)
+
+
+def test_a_file_that_is_not_there(ax: Any, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"0x80060017.*No such file"):
+        load(ax, tmp_path / "none.axmodel")
+
+
+def test_every_truncation_of_the_head_is_refused(good: bytes, ax: Any, tmp_path: Path) -> None:
+    path = tmp_path / "cut.axmodel"
+    for length in (*range(1, 700), *range(701, len(good), 3001)):
+        path.write_bytes(good[:length])
+        with pytest.raises(BadInput):
+            load(ax, path)
+
+
+def test_flipped_bits_never_crash(good: bytes, ax: Any, tmp_path: Path) -> None:
+    """What still loads still runs: its shapes were checked."""
+    random = np.random.default_rng(0)
+    head = good.index(b"raw") if b"raw" in good else 4000
+    path = tmp_path / "flipped.axmodel"
+    refused = 0
+    for _ in range(600):
+        data = bytearray(good)
+        for at in random.integers(0, min(max(head, 4000), len(good)), random.integers(1, 4)):
+            data[at] ^= 1 << int(random.integers(0, 8))
+        path.write_bytes(data)
+        try:
+            session = ax.open_session(path)
+            for group in session.groups[:2]:
+                if group.tokens <= 64 and group.history <= 512:
+                    session.bind(group.index, filled(session, group.index)).run()
+        except (BadInput, ValueError, KeyError, MemoryError, TypeError, IndexError):
+            refused += 1
+    assert 200 < refused < 600

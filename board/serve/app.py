@@ -1,0 +1,227 @@
+"""The routes: what each path answers, and how an order becomes an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import time
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from board.serve import schema
+from board.serve.answer import CHAT, COMPLETION, Answer, Style, event, to_json
+from board.serve.errors import ApiError
+from board.serve.exchange import JSON, Exchange, Gone, Receive, Send
+from board.serve.metrics import Metrics
+from board.serve.openapi import document
+from board.serve.order import Order, Reader
+from board.serve.scheduler import READY, Event, Scheduler, Ticket
+from board.serve.validate import Schema, parse, validate
+from board.serve.writer import Piece
+
+PAGE = Path(__file__).parent / "page"
+ASSETS = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/chat.js": ("chat.js", "text/javascript; charset=utf-8"),
+    "/chat.css": ("chat.css", "text/css; charset=utf-8"),
+}
+PAGE_HEADERS = {
+    "cache-control": "no-cache",
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+SLACK_SECONDS = 10.0  # past its time limit, for a slow client to take the end of an answer
+GONE = object()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`timeout` seconds for a whole request, `read_timeout` for its body to arrive, `max_body` bytes of that."""
+
+    timeout: float = 300.0
+    read_timeout: float = 10.0
+    max_body: int = 1 << 20
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An endpoint that writes: what it takes, how that is read, how its answers are spelled."""
+
+    schema: Schema
+    read: Callable[[Reader, Mapping[str, Any]], Order]
+    style: Style
+
+
+class App:
+    """An ASGI application. `api_key` guards everything but the page, /health and /openapi.json."""
+
+    def __init__(
+        self,
+        model: str,
+        fingerprint: str,
+        reader: Reader,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        limits: Limits,
+        api_key: str | None = None,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._model, self._fingerprint, self._reader = model, fingerprint, reader
+        self._scheduler, self._metrics, self._limits = scheduler, metrics, limits
+        self._api_key, self._log = api_key, log
+        self._listing = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "axrun"}
+        self._document = to_json(document(model))
+        self._endpoints = {
+            "/v1/chat/completions": Endpoint(schema.request(schema.CHAT, model), Reader.chat, CHAT),
+            "/v1/completions": Endpoint(schema.request(schema.COMPLETION, model), Reader.completion, COMPLETION),
+        }
+        self._assets = {path: ((PAGE / name).read_bytes(), kind) for path, (name, kind) in ASSETS.items()}
+        # path: (method, handler, is it guarded)
+        self._routes: dict[str, tuple[str, Callable[[Exchange], Awaitable[None]], bool]] = {
+            **dict.fromkeys(self._endpoints, ("POST", self._write, True)),
+            "/v1/models": ("GET", self._models, True),
+            f"/v1/models/{model}": ("GET", self._one_model, True),
+            "/metrics": ("GET", self._show_metrics, True),
+            "/health": ("GET", self._health, False),
+            "/openapi.json": ("GET", self._openapi, False),
+            **dict.fromkeys(ASSETS, ("GET", self._page, False)),
+        }
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        exchange, came = Exchange(scope, receive, send), time.monotonic()
+        try:
+            await self._answer(exchange)
+        except Gone:
+            return
+        except ApiError as error:
+            await exchange.refuse(error, self._allowed(exchange) if error.status == 405 else None)
+        except Exception:
+            traceback.print_exc()
+            if exchange.status:
+                raise
+            await exchange.refuse(ApiError(500, "The server failed; its log has the reason.", "internal_error"))
+        finally:
+            self._account(exchange, time.monotonic() - came)
+
+    async def _answer(self, exchange: Exchange) -> None:
+        if exchange.path not in self._routes:
+            if exchange.path.startswith("/v1/models/"):
+                raise self._no_model()
+            raise ApiError(404, "There is nothing here. /openapi.json lists what there is.", "unknown_url")
+        method, handler, guarded = self._routes[exchange.path]
+        if exchange.method != method:
+            raise ApiError(405, f"{exchange.path} takes {method} only.", "method_not_allowed")
+        if guarded and self._api_key is not None:
+            given = exchange.header("authorization").encode("latin-1")
+            if not hmac.compare_digest(given, b"Bearer " + self._api_key.encode()):
+                raise ApiError(401, "Wrong or no API key; send Authorization: Bearer KEY.", "invalid_api_key")
+        await handler(exchange)
+
+    async def _write(self, exchange: Exchange) -> None:
+        endpoint = self._endpoints[exchange.path]
+        body = await exchange.body(self._limits.max_body, self._limits.read_timeout)
+        if exchange.header("content-type").partition(";")[0].strip().lower() != JSON:
+            raise ApiError(415, f"Send the body as Content-Type: {JSON}.", "unsupported_media_type")
+        loop = asyncio.get_running_loop()
+        order = await loop.run_in_executor(None, self._read, endpoint, body)
+        events: asyncio.Queue[Any] = asyncio.Queue()
+
+        def deliver(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server was told to go at once
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        ticket = Ticket(deque(order.choices), deliver, time.monotonic() + self._limits.timeout)
+        self._scheduler.submit(ticket)
+        watcher = asyncio.ensure_future(exchange.gone())
+        watcher.add_done_callback(lambda _: events.put_nowait(GONE))
+        answer = Answer(endpoint.style, self._model, self._fingerprint, order.scored, order.n, order.include_usage)
+        send = self._stream if order.stream else self._whole
+        try:
+            await asyncio.wait_for(send(exchange, answer, _pieces(events)), self._limits.timeout + SLACK_SECONDS)
+            self._metrics.answered(time.monotonic() - ticket.came)
+        except asyncio.TimeoutError:  # the client reads too slowly, and is cut off
+            raise Gone from None
+        finally:
+            watcher.cancel()
+            self._scheduler.cancel(ticket)
+
+    def _read(self, endpoint: Endpoint, body: bytes) -> Order:
+        given = parse(body)
+        name = given.get("model") if isinstance(given, dict) else None
+        if isinstance(name, str) and name != self._model:
+            raise self._no_model()
+        return endpoint.read(self._reader, validate(given, endpoint.schema))
+
+    async def _whole(self, exchange: Exchange, answer: Answer, pieces: AsyncIterator[Piece]) -> None:
+        await exchange.reply(200, answer.whole([piece async for piece in pieces]))
+
+    async def _stream(self, exchange: Exchange, answer: Answer, pieces: AsyncIterator[Piece]) -> None:
+        try:
+            async for piece in pieces:
+                if not exchange.status:  # not before the first token: an error until then has a status of its own
+                    await exchange.begin(200, "text/event-stream; charset=utf-8", STREAM_HEADERS)
+                for data in answer.events(piece):
+                    await exchange.send(data)
+        except ApiError as error:
+            if not exchange.status:
+                raise
+            await exchange.send(event(error.json()), more=False)
+        else:
+            await exchange.send(answer.end(), more=False)
+
+    async def _models(self, exchange: Exchange) -> None:
+        await exchange.reply(200, to_json({"object": "list", "data": [self._listing]}))
+
+    async def _one_model(self, exchange: Exchange) -> None:
+        await exchange.reply(200, to_json(self._listing))
+
+    async def _health(self, exchange: Exchange) -> None:
+        state = self._scheduler.state
+        body = {"status": state, "model": self._model, **self._scheduler.load_figures}
+        await exchange.reply(200 if state == READY else 503, to_json(body))
+
+    async def _show_metrics(self, exchange: Exchange) -> None:
+        await exchange.reply(200, self._metrics.text(), METRICS_TYPE)
+
+    async def _openapi(self, exchange: Exchange) -> None:
+        await exchange.reply(200, self._document)
+
+    async def _page(self, exchange: Exchange) -> None:
+        content, kind = self._assets[exchange.path]
+        await exchange.reply(200, content, kind, PAGE_HEADERS)
+
+    def _no_model(self) -> ApiError:
+        return ApiError(404, f"There is no such model here; there is: {self._model}.", "model_not_found", "model")
+
+    def _allowed(self, exchange: Exchange) -> dict[str, str]:
+        method = self._routes[exchange.path][0]
+        return {"allow": method if method == "POST" else f"{method}, HEAD"}
+
+    def _account(self, exchange: Exchange, seconds: float) -> None:
+        known = exchange.path in self._routes
+        self._metrics.request(exchange.path if known else "other", exchange.status)
+        if exchange.method == "POST" or exchange.status >= 400:
+            path = exchange.path if known else ascii(exchange.path)[:80]
+            self._log(f"{exchange.method} {path} {exchange.status or 'hung up'} {seconds:.3f} s")
+
+
+async def _pieces(events: asyncio.Queue[Any]) -> AsyncIterator[Piece]:
+    """Raises ApiError when the scheduler gives up, Gone when the client has."""
+    while True:
+        event = await events.get()
+        if event is GONE:
+            raise Gone
+        if isinstance(event, ApiError):
+            raise event
+        if event is None:
+            return
+        yield event

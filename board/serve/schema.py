@@ -1,0 +1,157 @@
+"""What a request may hold, as JSON Schema: what is checked and what /openapi.json publishes are the same tables.
+
+https://platform.openai.com/docs/api-reference/chat/create, https://platform.openai.com/docs/api-reference/completions/create
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Fields = dict[str, dict[str, Any]]
+
+MAX_CHOICES = 64  # prompts x n of one request
+MAX_N = 16
+MAX_STOPS = 16
+MAX_LENGTH = (1 << 31) - 1
+
+
+def _optional(kind: str, text: str = "", **limits: Any) -> dict[str, Any]:
+    return {"type": [kind, "null"], "description": text, **limits}
+
+
+def _refused(kind: str, **off: Any) -> dict[str, Any]:
+    return {"type": [kind, "null"], "description": "Not supported.", "x-refused": True, **off}
+
+
+def _ignored(*kinds: str) -> dict[str, Any]:
+    return {"type": [*kinds, "null"], "description": "Accepted; changes nothing here."}
+
+
+COMMON: Fields = {
+    "stream": _optional("boolean", "Answer in server-sent events, as tokens come."),
+    "stream_options": _optional(
+        "object",
+        properties={
+            "include_usage": _optional("boolean", "A last event with the usage."),
+            "include_obfuscation": _ignored("boolean"),
+        },
+        additionalProperties=False,
+    ),
+    "temperature": _optional("number", "0: greedy; absent: as the bundle's post_config.json.", minimum=0, maximum=2),
+    "top_p": _optional("number", "Draw from the likeliest tokens of this total probability.", minimum=0, maximum=1),
+    "top_k": _optional("integer", "Draw from this many likeliest tokens; 0: all.", minimum=0, maximum=MAX_LENGTH),
+    "repetition_penalty": _optional("number", "Above 1: recent tokens are less likely.", minimum=0.01, maximum=100),
+    "presence_penalty": _optional("number", "Taken from logits of tokens in the answer.", minimum=-2, maximum=2),
+    "frequency_penalty": _optional("number", "The same, times how often they are in it.", minimum=-2, maximum=2),
+    "logit_bias": _optional(
+        "object",
+        "Token id to what is added to its logit.",
+        propertyNames={"pattern": "^[0-9]{1,9}$"},
+        additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
+        maxProperties=1024,
+    ),
+    "seed": _optional("integer", "Same seed and request, same answer.", minimum=-(1 << 63), maximum=(1 << 63) - 1),
+    "n": _optional("integer", "Answers; with a seed, answer i is drawn with seed + i.", minimum=1, maximum=MAX_N),
+    "stop": {
+        "anyOf": [
+            {"type": "null"},
+            {"type": "string", "minLength": 1, "maxLength": 256},
+            {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "minLength": 1, "maxLength": 256}},
+        ],
+        "title": f"a string, or a list of up to {MAX_STOPS}, none of them empty",
+        "description": "The answer ends before the first of these; it is not part of it.",
+    },
+    "user": _ignored("string"),
+    "metadata": _ignored("object"),
+    "store": _ignored("boolean"),
+    "service_tier": _ignored("string"),
+    "safety_identifier": _ignored("string"),
+    "prompt_cache_key": _ignored("string"),
+}
+
+TEXT_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"type": "string", "enum": ["text"]}, "text": {"type": "string"}},
+    "additionalProperties": False,
+}
+
+MESSAGE = {
+    "type": "object",
+    "required": ["role", "content"],
+    "properties": {
+        "role": {"type": "string", "enum": ["system", "developer", "user", "assistant"]},
+        "content": {
+            "anyOf": [{"type": "string"}, {"type": "array", "minItems": 1, "items": TEXT_PART}],
+            "title": "a string, or a list of parts of type text",
+        },
+        "name": _ignored("string"),
+        # what a client has in an answer that it sends back
+        "annotations": _ignored("array"),
+        "refusal": _refused("string", maxLength=0),
+        "audio": _refused("object", maxProperties=0),
+        "tool_calls": _refused("array", maxItems=0),
+        "function_call": _refused("object", maxProperties=0),
+    },
+    "additionalProperties": False,
+}
+
+CHAT: Fields = {
+    "messages": {"type": "array", "minItems": 1, "items": MESSAGE},
+    **COMMON,
+    "max_completion_tokens": _optional(
+        "integer", "Longest answer; absent: to the end of the context.", minimum=1, maximum=MAX_LENGTH
+    ),
+    "max_tokens": _optional("integer", "The older name of the same.", minimum=1, maximum=MAX_LENGTH),
+    "logprobs": _optional("boolean", "Log probability of every token of the answer."),
+    "top_logprobs": _optional("integer", "And of this many likeliest; needs logprobs.", minimum=0, maximum=20),
+    "parallel_tool_calls": _ignored("boolean"),
+    "response_format": _refused(
+        "object",
+        required=["type"],
+        properties={"type": {"type": "string", "enum": ["text"], "x-refused": True}},
+        additionalProperties=False,
+    ),
+    "modalities": _refused("array", items={"type": "string", "enum": ["text"], "x-refused": True}),
+    "tools": _refused("array", maxItems=0),
+    "tool_choice": _refused("string", enum=["none", "auto", None]),
+    "functions": _refused("array", maxItems=0),
+    "function_call": _refused("string", enum=["none", "auto", None]),
+    "audio": _refused("object", maxProperties=0),
+    "prediction": _refused("object", maxProperties=0),
+}
+
+TOKEN = {"type": "integer", "minimum": 0, "maximum": MAX_LENGTH}
+TOKENS = {"type": "array", "minItems": 1, "items": TOKEN}
+
+COMPLETION: Fields = {
+    "prompt": {
+        "anyOf": [
+            {"type": "string"},
+            {"type": "array", "minItems": 1, "maxItems": MAX_CHOICES, "items": {"type": "string"}},
+            TOKENS,
+            {"type": "array", "minItems": 1, "maxItems": MAX_CHOICES, "items": TOKENS},
+        ],
+        "title": f"text, token ids, or a list of up to {MAX_CHOICES} of either, none of them empty",
+    },
+    **COMMON,
+    "max_tokens": _optional("integer", "Longest answer; absent: 16.", minimum=0, maximum=MAX_LENGTH),
+    "logprobs": _optional(
+        "integer", "Log probabilities: the token's, and of so many likeliest.", minimum=0, maximum=20
+    ),
+    "echo": _optional("boolean", "The prompt before the answer, with log probabilities if asked for."),
+    "best_of": _refused("integer", minimum=1, maximum=1),
+    "suffix": _refused("string", maxLength=0),
+}
+
+
+def request(fields: Fields, model: str) -> dict[str, Any]:
+    """The schema of a request's body; `model` is the only name that is served."""
+    required = ["model", *(name for name, schema in fields.items() if "null" not in _types(schema))]
+    properties = {"model": {"type": "string", "enum": [model]}, **fields}
+    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+
+
+def _types(schema: dict[str, Any]) -> list[str]:
+    kinds = [option["type"] for option in schema.get("anyOf", [schema])]
+    return [name for kind in kinds for name in (kind if isinstance(kind, list) else [kind])]

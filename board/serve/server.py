@@ -1,0 +1,244 @@
+"""axrun serve as a process: load, listen, stop when told."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import json
+import os
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from board import bundle as bundles
+from board.bundle import Bundle
+from board.chat import ChatTemplate
+from board.errors import BadInput
+from board.memory import Allow, refuse
+from board.run import describe, load
+from board.sampling import Sampling
+from board.serve.answer import to_json
+from board.serve.app import App, Limits
+from board.serve.errors import ApiError
+from board.serve.metrics import Metrics
+from board.serve.order import Reader
+from board.serve.scheduler import Scheduler, Write
+from board.serve.slots import Slot, allocate
+from board.serve.writer import Writer
+from board.tokenizer import Tokenizer
+
+Say = Callable[[str], None]
+
+MAX_CONNECTIONS = 512
+KEY_VARIABLE = "AXRUN_API_KEY"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to serve. `name` None: the bundle's. `api_key` None: $AXRUN_API_KEY, and where that is not set, no key."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    slots: int = 4
+    queue: int = 64
+    timeout: float = 300.0
+    read_timeout: int = 10
+    grace: float = 10.0
+    max_body: int = 1 << 20
+    api_key: str | None = None
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises BadInput for a value out of range."""
+        for flag, value, holds, expected in (
+            ("--port", self.port, 0 <= self.port <= 65535, "0 (any that is free) to 65535"),
+            ("--slots", self.slots, 1 <= self.slots <= 256, "1 to 256"),
+            ("--queue", self.queue, 1 <= self.queue <= 10_000, "1 to 10000 requests"),
+            ("--timeout", self.timeout, 0 < self.timeout <= 86_400, "above 0, up to 86400 seconds"),
+            ("--read-timeout", self.read_timeout, 1 <= self.read_timeout <= 3600, "1 to 3600 seconds"),
+            ("--grace", self.grace, 0 <= self.grace <= 3600, "0 to 3600 seconds"),
+            ("--max-body", self.max_body, 1 <= self.max_body <= 1 << 30, "1 to 1073741824 bytes"),
+        ):
+            if not holds:
+                raise BadInput(f"{flag} is {value}, expected {expected}")
+        key = self.key
+        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+            raise BadInput("the API key is empty or has characters that a header cannot carry; use letters and digits")
+
+    @property
+    def key(self) -> str | None:
+        return os.environ.get(KEY_VARIABLE) if self.api_key is None else self.api_key
+
+
+def serve(
+    path: Path,
+    options: Options,
+    *,
+    verify: bool = False,
+    engine: str = "ort",
+    threads: int | None = None,
+    allow: Allow = refuse,
+    say: Say = lambda line: None,
+    progress: Say = lambda line: None,
+) -> None:
+    """Serves a bundle until SIGTERM or SIGINT. `say` and `progress` get console lines, `allow` is asked where memory
+    is too small.
+
+    Raises BadInput for a bundle or an address that cannot be used, CheckFailed when the bundle is not as built.
+    """
+    if verify:
+        bundles.verify(path)
+    bundle = Bundle.open(path)
+    tokenizer = Tokenizer.find(bundle.hf)
+    if tokenizer is None:
+        raise BadInput(f"{bundle.hf} has no tokenizer, so there is no way to ask; build from a checkpoint that has one")
+    reader = Reader(
+        tokenizer,
+        ChatTemplate.find(bundle.hf),
+        Sampling.from_post_config(bundle.post_config),
+        bundle.kv_cache_len,
+        bundle.vocab_size,
+    )
+    name = options.name or bundle.name
+    metrics = Metrics(name)
+
+    def load_slots() -> tuple[Sequence[Slot], Write]:
+        model = load(bundle, engine, threads, progress, allow)
+        for line in describe(model, bundle):
+            say(line)
+        slots = allocate(model.decoder, options.slots, model.embedding, allow)
+        return slots, Writer(model.post, tokenizer).write
+
+    with _listen(options.host, options.port) as listener:
+        scheduler = Scheduler(load_slots, options.queue, metrics, ended=lambda: server.leave())
+        limits = Limits(options.timeout, options.read_timeout, options.max_body)
+        app = App(name, _fingerprint(bundle), reader, scheduler, metrics, limits, options.key, say)
+        server = Server(app, scheduler, options.grace, options.read_timeout)
+        host, port = listener.getsockname()[:2]
+        say(f"Starting server on port {port} with model '{name}'...")
+        if options.key is None and not ipaddress.ip_address(host).is_loopback:
+            say(f"warning: whoever reaches {host} may use this model; set {KEY_VARIABLE} to keep strangers out")
+        address = f"[{host}]" if ":" in host else host
+        say(f"OpenAI API Server starting on http://{address}:{port}")
+        scheduler.start()
+        server.run([listener])
+    scheduler.join(timeout=1.0)
+    if scheduler.failure is not None:
+        raise scheduler.failure
+
+
+class Server(uvicorn.Server):
+    """Ends with the scheduler, and the scheduler with it."""
+
+    def __init__(self, app: Any, scheduler: Scheduler, grace: float, read_timeout: int) -> None:
+        config = uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=read_timeout,
+            timeout_graceful_shutdown=int(grace) + 3,
+        )
+        super().__init__(config)
+        self._scheduler, self._grace = scheduler, grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal asks for an orderly end, which is no failure; the second does not wait."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+    def leave(self) -> None:
+        """The scheduler has ended."""
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._scheduler.stop(0.0 if self.force_exit else self._grace)
+        await super().shutdown(sockets)
+
+
+class Protocol(H11Protocol):
+    """HTTP/1.1 that waits for the head of a request no longer than for the next request, and limits connections."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            self._refuse(ApiError(503, "Too many connections are open.", "service_unavailable"))
+        else:
+            self._time_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._time_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, msg, "invalid_http"))
+
+    def _time_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
+            self._stop_head_timer()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.timeout_keep_alive, self._head_is_late)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _head_is_late(self) -> None:
+        self._refuse(ApiError(408, f"No request came within {self.timeout_keep_alive} seconds.", "timeout"))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answers where there is no request yet, and hangs up."""
+        body = to_json(error.json())
+        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
+        try:
+            for part in (
+                h11.Response(status_code=error.status, headers=headers, reason=b""),
+                h11.Data(data=body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(part) or b"")
+        except h11.LocalProtocolError:  # an answer is on its way already
+            pass
+        self.transport.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises BadInput when the address cannot be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise BadInput(
+            f"cannot listen on {host} port {port}: {error.strerror or error}\nChoose another with --host or --port."
+        ) from None
+    return listener
+
+
+def _fingerprint(bundle: Bundle) -> str:
+    """The same for the same files."""
+    files = json.dumps(bundle.manifest["files"], sort_keys=True)
+    return f"fp_{hashlib.sha256(files.encode()).hexdigest()[:10]}"

@@ -1,0 +1,103 @@
+"""K/V slots: what was computed for one request serves the next that begins alike.
+
+An answer must not depend on what happened to be in a slot. Rows of K/V that were computed in other chunks differ in
+their last bits, and so may a token. So only those rows are reused that a run from the start would compute in the very
+same chunks: whole prefill chunks, from the beginning on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from board.decoder import Chunk, Decoder, chunks
+from board.errors import BadInput
+from board.memory import Allow, available, refuse
+
+Array = NDArray[Any]
+Embed = Callable[[Sequence[int]], Array]
+
+SPARE = 64 << 20  # bytes of memory that slots leave to everything else
+
+
+class Slot:
+    """The K/V of one sequence. `used` is when it was last taken, in whatever the scheduler counts."""
+
+    def __init__(self, decoder: Decoder, embed: Embed) -> None:
+        self._decoder, self._embed = decoder, embed
+        self._tokens: list[int] = []
+        self._exact = 0  # tokens from the start on whose rows any run would have computed alike
+        self.used = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return len(self._tokens)
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit."""
+        return self._decoder.context
+
+    def reusable(self, ids: Sequence[int]) -> int:
+        """How many of the tokens need not be computed again; never all, for the last one's logits are wanted."""
+        limit = min(self._exact, len(ids))
+        common = next((index for index in range(limit) if ids[index] != self._tokens[index]), limit)
+        reused = 0
+        for chunk in chunks(self._decoder.groups, 0, len(ids)):
+            end = chunk.position + chunk.count
+            if end > common or end == len(ids):
+                break
+            reused = end
+        return reused
+
+    def start(self, ids: Sequence[int], reuse: int) -> Iterator[Array]:
+        """Hidden states of `ids` from number `reuse` on, chunk by chunk; the next overwrites them.
+
+        The first `reuse` tokens are those the slot has. Raises BadInput when they do not fit the context.
+        """
+        self._exact = min(self._exact, reuse)
+        del self._tokens[reuse:]
+        return self._run(ids[reuse:])
+
+    def follow(self, token: int) -> Array:
+        """The hidden state [1, H] of one more token."""
+        (hidden,) = self._run([token])
+        return hidden
+
+    def reset(self) -> None:
+        """Forgets everything, and whatever a step that failed has left."""
+        self._tokens, self._exact = [], 0
+        cache = self._decoder.cache
+        cache.length = cache.keys[0].shape[1]
+        cache.reset()
+
+    def _run(self, ids: Sequence[int]) -> Iterator[Array]:
+        start = self.length
+        for chunk, hidden in self._decoder.run(self._embed(ids), start):
+            if chunk.position == self._exact and chunk.count == self._whole(chunk):
+                self._exact += chunk.count
+            self._tokens += ids[chunk.position - start : chunk.position - start + chunk.count]
+            yield hidden
+
+    def _whole(self, chunk: Chunk) -> int:
+        """Tokens of the chunk at the same place in an endless prompt."""
+        return next(chunks(self._decoder.groups, chunk.position, self.context - chunk.position)).count
+
+
+def allocate(first: Decoder, count: int, embed: Embed, allow: Allow = refuse) -> list[Slot]:
+    """`count` slots that share the layers of a decoder, which is the first one's.
+
+    Raises BadInput when their K/V does not fit the memory that is left, and `allow`, asked with the numbers, says no.
+    """
+    each, left = first.cache.nbytes, available()
+    needed = (count - 1) * each
+    if left is not None and needed + SPARE > left:
+        shortage = f"{count} slots need {needed >> 20} MB more for their K/V, {left >> 20} MB of memory are left"
+        if not allow(shortage):
+            fitting = 1 + max(left - SPARE, 0) // each
+            raise BadInput(f"{shortage}\nStart with --slots {fitting}; --force tries it.")
+    decoders = [first, *(Decoder(first.sessions) for _ in range(count - 1))]
+    return [Slot(decoder, embed) for decoder in decoders]

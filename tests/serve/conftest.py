@@ -1,0 +1,88 @@
+"""What the server's tests share: servers, and transformers' model of the checkpoint they serve."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.conftest import Builder
+from tests.serve.server import Server, Start
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts servers of a test's own; they end with it."""
+    started = []
+
+    def begin(bundle: Path, *flags: object, **environment: str) -> Server:
+        started.append(Server(bundle, *flags, **environment))
+        return started[-1]
+
+    yield begin
+    for server in started:
+        server.stop(signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def server(bundle_s8: Path) -> Iterator[Server]:
+    """bfloat16 and s8, four slots."""
+    server = Server(bundle_s8).ready()
+    yield server
+    assert server.stop() == 0
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
+@pytest.fixture(scope="session")
+def bundle_long(build_tiny: Builder) -> Path:
+    """As the default, with a context of 1023 tokens: answers that last a second or two."""
+    return build_tiny(kv_cache_len=1023)
+
+
+@pytest.fixture(scope="session")
+def server_long(bundle_long: Path) -> Iterator[Server]:
+    """Two slots, and a context of 1023 tokens."""
+    server = Server(bundle_long, "--slots", 2).ready()
+    yield server
+    assert server.stop() == 0
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
+@pytest.fixture(scope="session")
+def server_fp32(bundle_fp32: Path) -> Iterator[Server]:
+    """float32 throughout."""
+    server = Server(bundle_fp32).ready()
+    yield server
+    assert server.stop() == 0
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_qwen2: Path) -> Any:
+    """The served checkpoint in transformers, float32."""
+    auto: Any = transformers.AutoModelForCausalLM
+    return auto.from_pretrained(tiny_qwen2, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def endless(tiny_qwen2: Path) -> dict[str, int]:
+    """A logit_bias that keeps answers from ending before the context does."""
+    settings = json.loads((tiny_qwen2 / "generation_config.json").read_text())
+    return {str(token): -100 for token in settings["eos_token_id"]}
+
+
+@pytest.fixture(scope="session")
+def hf_tokenizer(tiny_qwen2: Path) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(tiny_qwen2)
+
+
+@pytest.fixture(scope="session")
+def heldout(tiny_qwen2: Path) -> str:
+    """A text the model was not trained on."""
+    return tiny_qwen2.joinpath("heldout.txt").read_text()

@@ -1,0 +1,134 @@
+"""A real server for the tests: `axrun serve` in a process of its own, on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx2 as httpx
+
+ROOT = Path(__file__).parents[2]
+MODEL = "qwen2"
+T = TypeVar("T")
+
+
+class Server:
+    """A running server. Its standard error is read as it comes, so that it never blocks on it."""
+
+    def __init__(self, bundle: Path, *flags: object, **environment: str) -> None:
+        command = [sys.executable, "-m", "board", "serve", str(bundle), "--port", "0", "--threads", "1"]
+        self.process = subprocess.Popen(
+            [*command, *map(str, flags)],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self.url = self.wait_for(r"OpenAI API Server starting on (http://\S+)")[1].replace("0.0.0.0", "127.0.0.1")
+        self.client = httpx.Client(base_url=self.url, timeout=60, limits=httpx.Limits(max_connections=None))
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+
+    def wait_for(self, pattern: str, seconds: float = 60.0) -> re.Match[str]:
+        """The first line of standard error that matches."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            for line in self.lines:
+                if found := re.search(pattern, line):
+                    return found
+            if self.process.poll() is not None and not self._reader.is_alive():
+                break
+            time.sleep(0.01)
+        raise AssertionError(f"no line {pattern!r} in:\n" + "\n".join(self.lines))
+
+    def ready(self) -> Server:
+        self.wait_for("^LLM init ok")
+        self.until(lambda: self.client.get("/health").status_code == 200)
+        return self
+
+    def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 30.0) -> int:
+        """Its exit code; minus the signal where that killed it."""
+        if self.process.poll() is None:
+            self.process.send_signal(how)
+        code = self.process.wait(seconds)
+        self.client.close()
+        self._reader.join(5)
+        return code
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        return self.client.post(f"/v1/{path}", json={"model": MODEL, **body})
+
+    def stream(self, path: str, **body: Any) -> AbstractContextManager[httpx.Response]:
+        """An open stream."""
+        return self.client.stream("POST", f"/v1/{path}", json={"model": MODEL, "stream": True, **body})
+
+    def complete(self, prompt: Any, **body: Any) -> dict[str, Any]:
+        """The body of a whole completion, greedy."""
+        response = self.post("completions", prompt=prompt, **{"temperature": 0, **body})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def chat(self, text: str, **body: Any) -> dict[str, Any]:
+        """The body of a whole answer, greedy."""
+        messages = [{"role": "user", "content": text}]
+        response = self.post("chat/completions", messages=messages, **{"temperature": 0, **body})
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def metrics(self) -> dict[str, float]:
+        """Values by name, with labels."""
+        lines = self.client.get("/metrics").text.splitlines()
+        pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        return {name: float(value) for name, value in pairs}
+
+    def idle(self, seconds: float = 10.0) -> dict[str, float]:
+        """Metrics once no slot is written to. Fails when one is kept."""
+
+        def rests() -> dict[str, float] | None:
+            metrics = self.metrics()
+            return None if metrics["axrun_slots_busy"] or metrics["axrun_requests_waiting"] else metrics
+
+        return self.until(rests, seconds)
+
+    def until(self, condition: Callable[[], T | None], seconds: float = 10.0) -> T:
+        """What the condition gives once that is true. Fails when it takes too long."""
+        end = time.monotonic() + seconds
+        while not (given := condition()):
+            assert time.monotonic() < end, "\n".join(self.lines)
+            time.sleep(0.005)
+        return given
+
+    def rss(self) -> int:
+        """Resident bytes."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
+
+
+Start = Callable[..., Server]
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """The JSON of the server-sent events of a whole response; [DONE] as it is."""
+    parts = response.text.split("\n\n")
+    assert parts.pop() == ""
+    assert all(part.startswith("data: ") for part in parts)
+    return [part[6:] if part == "data: [DONE]" else json.loads(part[6:]) for part in parts]

@@ -1,0 +1,137 @@
+"""An answer depends on its request alone: not on what a slot held, nor on what else is being written."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from board.bundle import Bundle
+from board.decoder import Decoder
+from board.errors import BadInput
+from board.model import Model
+from board.serve.slots import Slot, allocate
+from tests.serve.server import Start
+
+
+@pytest.fixture(scope="module")
+def model(bundle_s8: Path) -> Model:
+    """bfloat16, prefill in chunks of 32 with histories 0, 32 and 128, a context of 255."""
+    return Model.load(Bundle.open(bundle_s8), threads=1)
+
+
+@pytest.fixture(scope="module")
+def ids(hf_tokenizer: Any, heldout: str) -> list[int]:
+    return list(hf_tokenizer.encode(heldout)[:255])
+
+
+def slot_of(model: Model) -> Slot:
+    return Slot(Decoder(model.decoder.sessions), model.embedding)
+
+
+def logits(model: Model, slot: Slot, ids: list[int], then: list[int]) -> list[Any]:
+    """After the prompt, and after each token that follows."""
+    for hidden in slot.start(ids, slot.reusable(ids)):
+        last = model.post(hidden[-1:]).copy()
+    return [last, *(model.post(slot.follow(token)).copy() for token in then)]
+
+
+@pytest.mark.parametrize(
+    ("cached", "written", "prompt", "reused"),
+    [
+        (100, 0, 120, 96),  # whole chunks of 32, not the 4 of the last
+        (100, 30, 130, 96),  # what was written token by token is read in chunks
+        (96, 0, 96, 64),  # the last chunk's logits are wanted
+        (97, 0, 97, 96),
+        (40, 0, 33, 32),
+        (31, 10, 60, 0),
+        (200, 0, 220, 200),  # from 160 on no prefill group has the history, so every token is a chunk
+        (150, 50, 220, 128),
+        (170, 50, 250, 219),  # written as it would be read
+        (255, 0, 255, 254),
+        (100, 0, 20, 0),
+    ],
+)
+def test_reuse_is_exact_to_the_last_bit(
+    model: Model, ids: list[int], cached: int, written: int, prompt: int, reused: int
+) -> None:
+    slot = slot_of(model)
+    logits(model, slot, ids[:cached], ids[cached : cached + max(written - 1, 0)])
+    assert slot.reusable(ids[:prompt]) == reused
+    follow = ids[prompt : prompt + 4]
+    alone = logits(model, slot_of(model), ids[:prompt], follow)
+    again = logits(model, slot, ids[:prompt], follow)
+    for one, other in zip(alone, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_common_beginning_is_reused_and_the_rest_is_not(model: Model, ids: list[int]) -> None:
+    slot, other = slot_of(model), ids[:70] + [token ^ 1 for token in ids[70:140]]
+    logits(model, slot, ids[:150], [])
+    assert slot.reusable(other) == 64
+    for one, again in zip(logits(model, slot_of(model), other, []), logits(model, slot, other, []), strict=True):
+        np.testing.assert_array_equal(one, again)
+    assert slot.reusable(ids[:150]) == 64, "what was replaced is not there any more"
+
+
+def test_a_prompt_that_was_broken_off_leaves_what_it_computed(model: Model, ids: list[int]) -> None:
+    slot = slot_of(model)
+    chunks = slot.start(ids[:200], 0)
+    next(chunks)
+    next(chunks)
+    del chunks
+    assert (slot.length, slot.reusable(ids[:200])) == (64, 64)
+    alone, again = logits(model, slot_of(model), ids[:200], []), logits(model, slot, ids[:200], [])
+    np.testing.assert_array_equal(alone[0], again[0])
+
+
+def test_a_reset_forgets_what_a_failed_step_left(model: Model, ids: list[int]) -> None:
+    slot = slot_of(model)
+    logits(model, slot, ids[:50], [])
+    slot._decoder.cache.keys[0][:, 50:] = 0x7FC0  # a bfloat16 NaN
+    slot.reset()
+    assert (slot.length, slot.reusable(ids[:50])) == (0, 0)
+    alone, again = logits(model, slot_of(model), ids[:250], []), logits(model, slot, ids[:250], [])
+    np.testing.assert_array_equal(alone[0], again[0])
+
+
+def test_slots_that_do_not_fit_are_refused_with_the_numbers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = model.decoder.cache.nbytes
+    monkeypatch.setattr("board.serve.slots.available", lambda: (64 << 20) + 10 * each)
+    assert len(allocate(model.decoder, 11, model.embedding)) == 11
+    with pytest.raises(BadInput, match=r"(?s)12 slots need .* MB more .*--slots 11"):
+        allocate(model.decoder, 12, model.embedding)
+    assert len(allocate(model.decoder, 12, model.embedding, lambda shortage: "12 slots" in shortage)) == 12
+    monkeypatch.setattr("board.serve.slots.available", lambda: None)
+    assert len(allocate(model.decoder, 12, model.embedding)) == 12
+
+
+def test_answers_under_load_are_those_alone(bundle_s8: Path, start: Start, heldout: str) -> None:
+    prompts = [heldout[begin : begin + length] for begin in (0, 40, 90) for length in (30, 130, 260)]
+    bodies: list[dict[str, Any]] = [{"prompt": prompts[4], "max_tokens": 30, "temperature": 1.2, "seed": 3}]
+    for index, prompt in enumerate(prompts):
+        bodies.append({"prompt": prompt, "max_tokens": 20, "logprobs": 2, "echo": index % 3 == 0})
+    quiet = start(bundle_s8, "--slots", 1).ready()
+    alone = []
+    for number, body in enumerate(bodies):
+        quiet.complete("x" * (number + 1), max_tokens=1)  # another beginning, so that nothing is there to reuse
+        answer = quiet.complete(**body)
+        assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        alone.append(answer["choices"])
+    busy = start(bundle_s8, "--slots", 3).ready()
+    barrier = threading.Barrier(len(bodies))
+
+    def ask(first: int) -> list[tuple[int, list[Any]]]:
+        barrier.wait(30)
+        numbers = [(first + number) % len(bodies) for number in range(len(bodies))]
+        return [(number, busy.complete(**bodies[number])["choices"]) for number in numbers]
+
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        for answers in pool.map(ask, range(len(bodies))):
+            for number, choices in answers:
+                assert choices == alone[number]
+    assert busy.idle()['axrun_tokens_total{kind="prompt_reused"}'] > 100

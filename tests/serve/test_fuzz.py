@@ -1,0 +1,88 @@
+"""The server against its own OpenAPI document, by schemathesis: what fits is answered, what does not is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from tests.serve.server import Server
+
+CHECKS = (
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_schema_conformance,
+    negative_data_rejection,
+)
+
+
+# what no JSON Schema of one field can say
+ACROSS_FIELDS = ("needs stream", "needs logprobs", "outside the vocabulary", "more than 64", "context is", "is empty")
+
+
+@pytest.fixture(scope="module")
+def document(server: Server) -> Any:
+    """The server's own."""
+    return schemathesis.openapi.from_dict(server.client.get("/openapi.json").json())
+
+
+@pytest.fixture(scope="module")
+def brief(server: Server) -> Any:
+    """The same with short answers: one to the end of the context shows no more, and takes longer."""
+    given = server.client.get("/openapi.json").json()
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        body = given["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        for name in {"max_tokens", "max_completion_tokens"} & body["properties"].keys():
+            body["properties"][name].update(type="integer", maximum=4)
+            body["required"].append(name)
+        body["properties"]["n"]["maximum"] = 2
+    return schemathesis.openapi.from_dict(given)
+
+
+def fuzz(operation: Any, server: Server, mode: GenerationMode) -> Counter[str]:
+    """How often which status was answered; a refusal that only several fields together explain counts apart."""
+    seen: Counter[str] = Counter()
+
+    @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @given(case=operation.as_strategy(generation_mode=mode))
+    def answer(case: Any) -> None:
+        response = case.call(base_url=server.url, timeout=30)
+        case.validate_response(response, checks=list(CHECKS))
+        across = response.status_code == 400 and any(words in response.text for words in ACROSS_FIELDS)
+        seen["across fields" if across else str(response.status_code)] += 1
+
+    answer()
+    assert server.process.poll() is None
+    server.idle()
+    return seen
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_what_fits_the_document_is_answered(brief: Any, server: Server, path: str) -> None:
+    seen = fuzz(brief[path]["POST"], server, GenerationMode.POSITIVE)
+    assert seen["200"] > 10
+    assert set(seen) == {"200", "across fields"}
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_what_does_not_fit_is_refused(document: Any, server: Server, path: str) -> None:
+    seen = fuzz(document[path]["POST"], server, GenerationMode.NEGATIVE)
+    assert seen["400"] + seen["404"] > 40
+    assert set(seen) <= {"400", "404", "415", "across fields"}
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/qwen2", "/health", "/metrics"])
+def test_the_rest_is_as_documented(document: Any, server: Server, path: str) -> None:
+    assert set(fuzz(document[path]["GET"], server, GenerationMode.POSITIVE)) == {"200"}

@@ -1,0 +1,29 @@
+"""32 streaming clients at once, a third of them hanging up: right answers, and nothing is left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.serve import load
+from tests.serve.server import Start
+
+
+def test_many_clients_get_the_answers_they_get_alone(bundle_s8: Path, start: Start) -> None:
+    server = start(bundle_s8).ready()
+    load.run(server, 32, 2.0)  # until memory is what such a load needs
+    server.idle()
+    rss, files = server.rss(), open_files(server.process.pid)
+    figures = load.run(server, 32, 6.0)
+    metrics = server.idle()
+    assert figures.wrong == []
+    assert len(figures.whole) > 100
+    assert figures.cut > 50
+    assert metrics["axrun_cancelled_total"] > 0.5 * figures.cut, "most are cut before their last token is drawn"
+    assert server.rss() < rss + (8 << 20)
+    server.until(lambda: open_files(server.process.pid) <= files)
+    assert not [line for line in server.lines if "Traceback" in line]
+    assert server.stop() == 0
+
+
+def open_files(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))

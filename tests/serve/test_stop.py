@@ -1,0 +1,110 @@
+"""Stop strings: found wherever the pieces are cut, and never let through in part."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from board.serve.stop import StopStrings
+from tests.serve.server import Server, events
+
+TEXTS = st.text("ab\n", max_size=30)
+STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
+
+
+@settings(deadline=None)
+@given(TEXTS, STOPS, st.lists(st.integers(0, 30), max_size=10))
+@example("aab", ["ab"], [1, 2])
+@example("abab\nb", ["abab\nba", "b\nb"], [2, 4])
+def test_text_ends_before_the_first_stop_string(text: str, stops: list[str], cuts: list[int]) -> None:
+    """The rule is transparent on the whole text: the earliest place where one begins that is complete first."""
+    ends = [text.find(stop) for stop in stops if stop in text]
+    places = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
+    found, shown = StopStrings(stops), ""
+    for start, end in itertools.pairwise(places):
+        if found.found:
+            break
+        shown += found.push(text[start:end])
+        assert text.startswith(shown)
+        assert not any(stop in shown for stop in stops)
+    shown += found.finish()
+    assert found.found == bool(ends)
+    if not ends:
+        assert shown == text
+    elif len(stops) == 1:
+        assert shown == text[: ends[0]]
+    else:  # which of several overlapping ones is complete first hangs on the pieces; nothing of any is shown
+        assert shown in {text[:end] for end in ends}
+
+
+@settings(deadline=None)
+@given(TEXTS, STOPS)
+def test_no_more_is_held_back_than_may_become_a_stop_string(text: str, stops: list[str]) -> None:
+    found = StopStrings(stops)
+    shown = found.push(text)
+    if not found.found:
+        held = text[len(shown) :]
+        assert held == "" or any(stop.startswith(held) and stop != held for stop in stops)
+
+
+@pytest.fixture(scope="module")
+def answer(server: Server) -> str:
+    """A greedy one of some length."""
+    text: str = server.chat("who are you?")["choices"][0]["message"]["content"]
+    assert len(text) > 20
+    return text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_server_stops_where_it_is_told(server: Server, answer: str, stream: bool) -> None:
+    middle, later = answer[8:12], answer[-5:-2]
+    for stop, shown in (
+        (middle, answer[: answer.find(middle)]),
+        ([later, middle], answer[: answer.find(middle)]),
+        (["never there", later], answer[: answer.find(later)]),
+        ("never there", answer),
+        (answer[0], ""),
+    ):
+        text, finish, logprobs = ask(server, stop, stream)
+        assert (text, finish) == (shown, "stop")
+        scored = [bytes(token["bytes"]).decode() for token in logprobs]
+        assert "".join(scored).startswith(text)
+        assert "".join(scored[:-1]) < text or not text, "a token is scored of which nothing is shown"
+
+
+def ask(server: Server, stop: Any, stream: bool) -> tuple[str, str, list[Any]]:
+    """Text, finish_reason and logprobs of an answer."""
+    messages = [{"role": "user", "content": "who are you?"}]
+    given = {"messages": messages, "temperature": 0, "stop": stop, "logprobs": True, "stream": stream}
+    response = server.post("chat/completions", **given)
+    if not stream:
+        (choice,) = response.json()["choices"]
+        return choice["message"]["content"], choice["finish_reason"], choice["logprobs"]["content"]
+    *parts, done = events(response)
+    assert done == "[DONE]"
+    choices = [part["choices"][0] for part in parts]
+    logprobs = [token for choice in choices if choice["logprobs"] for token in choice["logprobs"]["content"]]
+    return "".join(choice["delta"].get("content", "") for choice in choices), choices[-1]["finish_reason"], logprobs
+
+
+def test_a_character_of_several_tokens_comes_whole(server: Server, hf_tokenizer: Any) -> None:
+    """Drawn from the bytes of a few characters, so that both whole and broken ones come."""
+    tokens = {token for character in "\u4f60\u20ac\U0001f98a\u00e9" for token in hf_tokenizer.encode(character)}
+    body = {
+        "prompt": "x",
+        "max_tokens": 60,
+        "temperature": 2,
+        "seed": 5,
+        "logprobs": 0,
+        "logit_bias": {str(token): 100 for token in tokens},
+    }
+    whole = server.complete(**body)["choices"][0]
+    parts = [part["choices"][0]["text"] for part in events(server.post("completions", stream=True, **body))[:-1]]
+    assert "".join(parts) == whole["text"]
+    assert "\ufffd" in whole["text"]
+    assert any(character > "\u007f" and character != "\ufffd" for character in whole["text"])
+    assert any(token.startswith("bytes:\\x") for token in whole["logprobs"]["tokens"])

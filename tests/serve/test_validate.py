@@ -1,0 +1,107 @@
+"""Our validator beside jsonschema-rs, on the schemas that requests are held against."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import jsonschema_rs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from board.serve import schema
+from board.serve.errors import ApiError
+from board.serve.openapi import document
+from board.serve.validate import LIMITS, parse, validate
+
+SCHEMAS = {name: schema.request(getattr(schema, name), "m") for name in ("CHAT", "COMPLETION")}
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 130),
+    st.sampled_from([0.5, 1.0, 2.5, -2.0, 1e300, (1 << 31) - 1, 1 << 31, 1 << 63, -(1 << 63)]),
+    st.sampled_from(["", "m", "text", "user", "system", "auto", "x" * 256, "x" * 257, "7", "text "]),
+)
+NAMES = sorted(
+    {"type", "text", "role", "content", "name", "include_usage", "model", "5", "x", "1234567890"}
+    | {name for fields in (schema.CHAT, schema.COMPLETION) for name in fields}
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def bodies(name: str) -> st.SearchStrategy[Any]:
+    """Mostly near what is asked for: the required fields there, and a few others with any value."""
+    content = st.one_of(st.just("hi"), VALUES, st.lists(st.just({"type": "text", "text": "hi"}), max_size=2))
+    message = st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "robot"]), "content": content})
+    valid = {
+        "CHAT": {"model": st.just("m"), "messages": st.lists(message, max_size=2) | VALUES},
+        "COMPLETION": {"model": st.just("m"), "prompt": VALUES | st.lists(st.integers(-1, 5), max_size=3)},
+    }[name]
+    others = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3)
+    return st.one_of(VALUES, st.builds(lambda one, two: {**two, **one}, st.fixed_dictionaries(valid), others))
+
+
+@pytest.mark.parametrize("name", list(SCHEMAS))
+def test_it_agrees_with_jsonschema(name: str) -> None:
+    reference = jsonschema_rs.validator_for(SCHEMAS[name])
+    seen = set()
+
+    @settings(deadline=None, max_examples=300)
+    @given(bodies(name))
+    def agree(value: Any) -> None:
+        valid = reference.is_valid(value)
+        seen.add(valid)
+        if valid:
+            validate(value, SCHEMAS[name])
+        else:
+            with pytest.raises(ApiError):
+                validate(value, SCHEMAS[name])
+
+    agree()
+    assert seen == {True, False}
+
+
+def keywords(value: Any) -> set[str]:
+    """Every keyword of a schema, at any depth."""
+    if not isinstance(value, dict):
+        return set()
+    below = [value.get("items"), value.get("additionalProperties"), *value.get("anyOf", [])]
+    below += value.get("properties", {}).values()
+    return set(value) | {word for inner in below for word in keywords(inner)}
+
+
+@pytest.mark.parametrize("name", list(SCHEMAS))
+def test_the_schemas_use_no_keyword_that_is_not_checked(name: str) -> None:
+    checked = {"type", "anyOf", "items", "properties", "required", "additionalProperties", "propertyNames", *LIMITS}
+    assert keywords(SCHEMAS[name]) <= checked | {"title", "description", "x-refused"}
+
+
+def test_the_document_is_one() -> None:
+    jsonschema_rs.meta.validate(SCHEMAS["CHAT"])
+    given = json.loads(json.dumps(document("m")))
+    assert given["openapi"] == "3.1.0"
+    for part in given["components"]["schemas"].values():
+        jsonschema_rs.meta.validate(part)
+
+
+def test_what_is_validated_is_tidied() -> None:
+    given = {"model": "m", "prompt": [1.0, 2], "max_tokens": 5.0, "temperature": 1, "stop": None, "seed": None}
+    seen = validate(given, SCHEMAS["COMPLETION"])
+    assert seen == {"model": "m", "prompt": [1, 2], "max_tokens": 5, "temperature": 1}
+    assert all(type(token) is int for token in seen["prompt"])
+    assert type(seen["max_tokens"]) is int
+
+
+def test_parse_reads_json_and_nothing_else() -> None:
+    assert parse('{"a": [1, 2.5, "\u20ac", null, true]}'.encode()) == {"a": [1, 2.5, "\u20ac", None, True]}
+    assert math.isinf(parse(b"1e999")), "the schema refuses it"
+    for body in (b"NaN", b"{'a': 1}", b'{"a": 1,}', b"\xef\xbb\xbf{}", b"[" * 100_000, b'"\x01"'):
+        with pytest.raises(ApiError, match="not JSON"):
+            parse(body)

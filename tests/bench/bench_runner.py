@@ -36,16 +36,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("runner")
     axc = [sys.executable, "-m", "toolchain"]
     subprocess.run([*axc, "synth", "--model", "qwen2-0.5b", "--output_path", folder / "checkpoint"], check=True)
-    flags = [
-        "--prefill_len",
-        "128",
-        "--kv_cache_len",
-        "1023",
-        "--last_kv_cache_len",
-        "128",
-        "--last_kv_cache_len",
-        "512",
-    ]
+    flags = ["--prefill_len", "128", "--kv_cache_len", "1023"]
+    flags += [word for length in (128, 512, 1023) for word in ("--last_kv_cache_len", str(length))]
     places = ["--input_path", str(folder / "checkpoint"), "--output_path", str(folder / "bundle")]
     subprocess.run([*axc, "llm_build", *places, *flags, "--parallel", "2", "--check_level", "-1"], check=True)
     return Bundle.open(folder / "bundle")
@@ -82,6 +74,7 @@ def decode(model: Model, depth: int) -> Stats:
 
 def show(benchmark: BenchmarkFixture, tokens: int) -> None:
     """tok/s into extra_info, and on the screen; the recorded time is of `tokens`."""
+    assert benchmark.stats
     assert benchmark.stats
     seconds = benchmark.stats.stats.median
     benchmark.extra_info["tokens_per_second"] = tokens / seconds

@@ -181,6 +181,23 @@ def test_an_answer_nobody_reads_to_its_end_leaves_the_cache_in_order(
     assert said(conversation, "1+1=") == theirs(reference, hf_tokenizer, [{"role": "user", "content": "1+1="}])
 
 
+def test_the_last_token_of_a_cut_answer_is_pushed_with_the_next_turn(
+    bundle_fp32: Any, model_fp32: Model, reference: Any, hf_tokenizer: Any
+) -> None:
+    """It was drawn and shown, but never went through the layers."""
+    conversation = converse(bundle_fp32, model_fp32, max_tokens=3)
+    messages = [{"role": "user", "content": "where do you run?"}]
+    before = len(prompt(hf_tokenizer, messages))
+    turn, pieces = conversation.ask("where do you run?")
+    messages.append({"role": "assistant", "content": "".join(pieces)})
+    assert (turn.stats.stop, turn.stats.tokens) == ("length", 3)
+    assert conversation.length == before + 2
+    messages.append({"role": "user", "content": "who are you?"})
+    turn, pieces = conversation.ask("who are you?")
+    assert turn.reused == before + 2
+    assert "".join(pieces) == theirs(reference, hf_tokenizer, messages, 3)
+
+
 def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_message(
     bundle_fp32: Any, model_fp32: Model, reference: Any, hf_tokenizer: Any
 ) -> None:
@@ -231,7 +248,7 @@ def test_the_repetition_penalty_sees_the_turns_before(bundle_fp32: Any, model_fp
     answers = []
     for fresh in (False, True):
         model_fp32.decoder.cache.reset()
-        conversation = Conversation(model_fp32, tokenizer, template, Sampling(repetition_penalty=1.8), 30)
+        conversation = Conversation(model_fp32, tokenizer, template, Sampling(repetition_penalty=50), 30)
         conversation.messages = [
             {"role": "user", "content": "where do you run?"},
             {"role": "assistant", "content": "On a board."},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -45,32 +44,26 @@ def test_level_2_answers(tiny_qwen2: Path, tmp_path: Path, capsys: pytest.Captur
     assert seen["failures"] == []
 
 
-@pytest.mark.parametrize("planted", ["a flipped scale", "a lost norm", "layers exchanged"])
+@pytest.mark.parametrize("planted", ["a flipped scale", "a lost norm"])
 def test_a_planted_fault_is_found(
     planted: str, tiny_qwen2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Made in the files and covered up in the manifest: only a comparison with the checkpoint can see it."""
     output, report = tmp_path / "out", tmp_path / "report.json"
     assert main([*arguments(tiny_qwen2, output, report)[:-1], "-1"]) == 0
-    layers = [output / f"qwen2_p32_l{index}_together.axmodel" for index in range(4)]
-    if planted == "layers exchanged":
-        shutil.copy(layers[1], tmp_path / "one")
-        shutil.copy(layers[2], layers[1])
-        shutil.copy(tmp_path / "one", layers[2])
+    layer = output / "qwen2_p32_l1_together.axmodel"
+    name = "mlp.down_proj.weight_scale" if planted == "a flipped scale" else "post_attention_layernorm.weight"
+    tensor = axmodel.read(layer).initializers[f"model.layers.1.{name}"]
+    values = tensor.array().copy()
+    if planted == "a flipped scale":
+        values[:16] *= -1
     else:
-        name = "mlp.down_proj.weight_scale" if planted == "a flipped scale" else "post_attention_layernorm.weight"
-        tensor = axmodel.read(layers[1]).initializers[f"model.layers.1.{name}"]
-        values = tensor.array().copy()
-        if planted == "a flipped scale":
-            values[:16] *= -1
-        else:
-            values[:16] = 0
-        with layers[1].open("r+b") as file:
-            file.seek(tensor.offset)
-            file.write(values.astype(np.float32).tobytes())
+        values[:16] = 0
+    with layer.open("r+b") as file:
+        file.seek(tensor.offset)
+        file.write(values.astype(np.float32).tobytes())
     manifest = json.loads((output / "manifest.json").read_text())
-    for layer in layers:
-        manifest["files"][layer.name]["sha256"] = sha256(layer)
+    manifest["files"][layer.name]["sha256"] = sha256(layer)
     (output / "manifest.json").write_text(json.dumps(manifest))
     capsys.readouterr()
     assert main(arguments(tiny_qwen2, output, report)) == 1

@@ -242,6 +242,7 @@ def test_the_history_outlives_the_program(start: Start, bundle_s8: Path, tmp_pat
     tty.expect(PROMPT)
     tty.type(UP + b"\r")
     tty.expect(r"42\r\n")
+    tty.expect(PROMPT)
     tty.type(CTRL_D)
     assert tty.end() == 0
     history = tmp_path / "state" / "axrun" / "history"
@@ -251,6 +252,7 @@ def test_the_history_outlives_the_program(start: Start, bundle_s8: Path, tmp_pat
     again.expect(PROMPT)
     again.type(UP + b"\r")
     again.expect(r"42\r\n")
+    again.expect(PROMPT)
     again.type(CTRL_D)
     assert again.end() == 0
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
-HASH_BLOCK = 1 << 20
+HASH_BLOCK = 1 << 18
 
 # what the runner reads of the manifest's "model", and the type it must have
 MODEL_FIELDS: dict[str, type] = {
@@ -186,11 +186,13 @@ def sha256(path: Path, progress: Callable[[int], None] = lambda nbytes: None) ->
     return digest.hexdigest()
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
+def _blocks(path: Path) -> Iterator[memoryview]:
+    """One buffer, filled again and again: fresh memory for every block would take as long as reading it."""
+    buffer = memoryview(bytearray(HASH_BLOCK))
     try:
-        with path.open("rb") as file:
-            while block := file.read(HASH_BLOCK):
-                yield block
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                yield buffer[:count]
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
 

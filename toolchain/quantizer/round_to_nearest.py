@@ -83,6 +83,8 @@ def quantize(groups: Floats, dtype: str) -> tuple[NDArray[np.int8], Floats, Doub
     for factor in FACTORS[dtype]:
         scale = full * np.float32(factor)
         np.multiply(groups, (np.float32(1) / scale)[:, None], out=scaled)
+        if factor == 1.0:
+            squares = np.square(scaled, out=difference).sum(axis=1)
         np.rint(scaled, out=difference)
         if factor != 1.0 or -low > high:  # else nothing leaves the range
             np.clip(difference, low, high, out=difference)
@@ -96,8 +98,6 @@ def quantize(groups: Floats, dtype: str) -> tuple[NDArray[np.int8], Floats, Doub
     if (best != full).any() or -low > high:
         np.clip(scaled, low, high, out=scaled)
     levels = scaled.astype(np.int8)
-    np.multiply(groups, (np.float32(1) / full)[:, None], out=scaled)
-    squares = np.square(scaled, out=scaled).sum(axis=1)
     unit = np.square(full.astype(np.float64))
     return levels, best, np.asarray(least * unit, np.float64), np.asarray(squares * unit, np.float64)
 

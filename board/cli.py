@@ -5,67 +5,23 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from board import VERSION
-from board.errors import BadInput, Failure
+from board.command import Verb, dispatch
+from board.errors import BadInput
 
 JSON_HELP = "one JSON object on stdout, and nothing else there"
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "repetition_penalty", "penalty_window")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.verb is None:
-        parser.print_help()
-        return 2
-    try:
-        signal.signal(signal.SIGTERM, _interrupt)
-        VERBS[arguments.verb].command(arguments)
-        sys.stdout.flush()
-    except Failure as failure:
-        print(f"error: {failure}", file=sys.stderr)
-        return failure.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it ends
-        return 1
-    return 0
-
-
-def _interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="axrun",
-        description="Runs axmodel bundles on Axera boards and on any CPU.",
-        epilog="start with:\n  axrun run out/tiny-qwen2 --prompt '1+1='",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"axrun {VERSION}")
-    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
-    for name, verb in VERBS.items():
-        verb.flags(
-            verbs.add_parser(
-                name,
-                help=verb.summary,
-                description=verb.summary,
-                epilog=verb.examples,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
-        )
-    return parser
+    """Runs one command and returns its exit code."""
+    description = "Runs axmodel bundles on Axera boards and on any CPU."
+    epilog = "start with:\n  axrun run out/tiny-qwen2 --prompt '1+1='"
+    return dispatch(argv, "axrun", VERSION, description, epilog, VERBS)
 
 
 def _speed_flags(parser: argparse.ArgumentParser) -> None:
@@ -325,15 +281,6 @@ def _write(text: str) -> None:
 
 def _silent(text: str) -> None:
     pass
-
-
-class Verb(NamedTuple):
-    """A command of axrun."""
-
-    flags: Callable[[argparse.ArgumentParser], None]
-    command: Callable[[argparse.Namespace], None]
-    summary: str
-    examples: str
 
 
 VERBS = {

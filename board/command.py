@@ -16,12 +16,12 @@ INTERRUPTED = 130  # as a shell shows a program that SIGINT ended
 
 
 class Verb(NamedTuple):
-    """One command: what its help says, the flags it adds to a parser, and the function they are handed to."""
+    """One command: what adds its flags to a parser, the function they are handed to, and what its help says."""
 
-    summary: str
-    example: str
     flags: Callable[[argparse.ArgumentParser], None]
     command: Callable[[argparse.Namespace], None]
+    summary: str
+    examples: str
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,15 +42,14 @@ def dispatch(
     parser.add_argument("--version", action="version", version=f"{prog} {version}")
     listed = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
     for name, verb in verbs.items():
-        verb.flags(listed.add_parser(name, help=verb.summary, description=verb.summary, epilog=verb.example))
+        verb.flags(listed.add_parser(name, help=verb.summary, description=verb.summary, epilog=verb.examples))
     arguments = parser.parse_args(argv)
     if arguments.verb is None:
         parser.print_help()
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what is shown of files may be anything
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         verbs[arguments.verb].command(arguments)
         sys.stdout.flush()
@@ -68,6 +67,9 @@ def dispatch(
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         _close_stdout()
         return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 

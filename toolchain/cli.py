@@ -166,43 +166,43 @@ def _synth(arguments: argparse.Namespace) -> None:
 
 VERBS = {
     "llm_build": Verb(
+        _llm_build_flags,
+        _llm_build,
         "Compile a checkpoint to a bundle.",
         "example:\n  axc llm_build --input_path Qwen2-0.5B-Instruct --output_path out/qwen2-0.5b --prefill_len 128 \\\n"
         "      --kv_cache_len 1023 --hidden_state_type bf16 -w s8 --chip AX650 --parallel 2 --check_level 1",
-        _llm_build_flags,
-        _llm_build,
     ),
     "embed": Verb(
-        "The embedding table in three steps: extract, float32, bfloat16.",
-        "example:\n  axc embed extract --input_path Qwen2-0.5B-Instruct --output_path work",
         _embed_flags,
         _embed,
+        "The embedding table in three steps: extract, float32, bfloat16.",
+        "example:\n  axc embed extract --input_path Qwen2-0.5B-Instruct --output_path work",
     ),
     "inspect": Verb(
-        "Show what an axmodel or a bundle holds.",
-        "example:\n  axc inspect out/tiny-qwen2/qwen2_post.axmodel --json",
         _inspect_flags,
         _inspect,
+        "Show what an axmodel or a bundle holds.",
+        "example:\n  axc inspect out/tiny-qwen2/qwen2_post.axmodel --json",
     ),
     "verify": Verb(
-        "Hold every file of a bundle against its manifest.",
-        "example:\n  axc verify out/tiny-qwen2",
         _verify_flags,
         _verify,
+        "Hold every file of a bundle against its manifest.",
+        "example:\n  axc verify out/tiny-qwen2",
     ),
     "reference": Verb(
+        _reference_flags,
+        _reference,
         "Write the float32 checkpoint's logits over a text, which `axrun eval` measures a bundle against.",
         "examples:\n"
         "  axc reference --input_path models/tiny-qwen2 --text models/tiny-qwen2/heldout.txt --bundle out/tiny-qwen2\n"
         "  axc reference --input_path Qwen2-0.5B-Instruct --text wiki.txt --output_path qwen2.npz --window 512",
-        _reference_flags,
-        _reference,
     ),
     "synth": Verb(
-        "Write a seeded random checkpoint with a named model's real shapes, for benchmarks.",
-        "example:\n  axc synth --model qwen2-0.5b --output_path work/qwen2-0.5b",
         _synth_flags,
         _synth,
+        "Write a seeded random checkpoint with a named model's real shapes, for benchmarks.",
+        "example:\n  axc synth --model qwen2-0.5b --output_path work/qwen2-0.5b",
     ),
 }
 

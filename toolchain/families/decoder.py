@@ -6,11 +6,44 @@ Each family that has it says in its own file what is particular to it.
 from __future__ import annotations
 
 from toolchain import rope
-from toolchain.config import ModelConfig
+from toolchain.config import ModelConfig, Reader, read_rope
 from toolchain.graph import Graph, Value
 
 REDUNDANT = ("rotary_emb.inv_freq",)
 EMBEDDING = "model.embed_tokens.weight"
+
+
+def read_config(
+    reader: Reader,
+    model_type: str,
+    *,
+    positions: int,
+    qkv_bias: bool,
+    o_bias: bool,
+    mlp_bias: bool,
+    sliding_window: int | None = None,
+) -> ModelConfig:
+    """What all of them read from config.json; `positions` where max_position_embeddings is absent. Raises BadInput."""
+    reader.expect("hidden_act", "silu")
+    heads, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
+    return ModelConfig(
+        model_type=model_type,
+        hidden_size=hidden,
+        intermediate_size=reader.integer("intermediate_size"),
+        num_hidden_layers=reader.integer("num_hidden_layers", high=1024),
+        num_attention_heads=heads,
+        num_key_value_heads=reader.divisor("num_key_value_heads", heads),
+        head_dim=reader.head_dim(hidden, heads),
+        vocab_size=reader.integer("vocab_size"),
+        max_position_embeddings=reader.integer("max_position_embeddings", positions),
+        rms_norm_eps=reader.number("rms_norm_eps", 1e-6, low=1e-12, high=1),
+        rope=read_rope(reader),
+        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
+        sliding_window=sliding_window,
+    )
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -49,7 +49,8 @@ def dispatch(
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what is shown of files may be anything
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         verbs[arguments.verb].command(arguments)
         sys.stdout.flush()
@@ -67,9 +68,6 @@ def dispatch(
         print(f"error: {error.strerror or error}{where}", file=sys.stderr)
         _close_stdout()
         return 2
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     return 0
 
 

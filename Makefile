@@ -23,10 +23,10 @@ KEEPER = $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(VENV)/build.ins
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build run test lint bench setup clean ready
+.PHONY: help build run test test-all lint bench setup clean ready
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 } /^##( |$$)/ { print substr($$0, 4) }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 } /^##( |$$)/ { print substr($$0, 4) }' Makefile
 
 build: ready ## a checkpoint becomes a checked bundle in OUT/MODEL, and the bundle answers PROMPT
 	@$(INVOKE) build
@@ -36,6 +36,9 @@ run: ready ## ask the bundle again: make run PROMPT='12+30='
 
 test: ready ## everything a change must pass: lint, then the tests (ARGS='-k fetch' for a part of them)
 	@$(INVOKE) test
+
+test-all: ready ## the same, and the tests that need a browser, qemu, docker (requirements/system.apt)
+	@$(INVOKE) test-all
 
 lint: ready ## ruff and mypy only
 	@$(INVOKE) lint

@@ -125,6 +125,17 @@ def test(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a task)
     more = split(args)
     install(VENV, "reference", "test")
     lint(context)
+    tool("pytest", "-n", "2", "-m", "not system", *more)
+
+
+@verb
+def test_all(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a task)
+    """The tests of `test`, and those that need the packages of requirements/system.apt too."""
+    more = split(args)
+    if packages := missing_packages():
+        raise BadInput(f"the system tests need more of this machine: apt-get install {' '.join(packages)}")
+    install(VENV, "reference", "test")
+    lint(context)
     tool("pytest", "-n", "2", *more)
 
 
@@ -211,6 +222,12 @@ def inventory(bundle: Path) -> str:
 
 def decimal(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+
+
+def missing_packages() -> list[str]:
+    """The packages of requirements/system.apt whose commands are not on this machine."""
+    lines = [line.split() for line in (ROOT / "requirements" / "system.apt").read_text().splitlines()]
+    return [line[1] for line in lines if line and line[0] != "#" and shutil.which(line[0]) is None]
 
 
 def split(args: str) -> list[str]:

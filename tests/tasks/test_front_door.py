@@ -15,7 +15,7 @@ import pytest
 from requirements.install import fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
-TARGETS = ["bench", "build", "clean", "lint", "run", "setup", "test"]
+TARGETS = ["bench", "build", "clean", "lint", "run", "setup", "test", "test-all"]
 AWKWARD = """what's $HOME $$1 $(shell id) `id` "2+2"? # \\ % ; é"""
 
 
@@ -51,7 +51,7 @@ def venv(tmp_path: Path) -> str:
 def test_make_alone_lists_the_targets_without_making_anything(words: list[str], tmp_path: Path) -> None:
     done = call("make", *words, f"VENV={tmp_path / 'none'}")
     assert done.returncode == 0
-    assert sorted(re.findall(r"^make (\w+)  ", done.stdout, re.M)) == sorted([*TARGETS, "help"])
+    assert sorted(re.findall(r"^make ([\w-]+)  ", done.stdout, re.M)) == sorted([*TARGETS, "help"])
     for variable in ("MODEL=", "MODEL_DIR=", "PROMPT=", "OUT=", "PARALLEL=", "FORCE=", "ARGS=", "PYTHON=", "VENV="):
         assert variable in done.stdout
     assert not (tmp_path / "none").exists()
@@ -67,7 +67,7 @@ def test_a_target_is_one_line_into_its_task(target: str, venv: str) -> None:
 def test_invoke_lists_the_same_tasks() -> None:
     done = call(sys.executable, "-m", "invoke", "--list")
     assert done.returncode == 0
-    assert sorted(re.findall(r"^  (\w+)  ", done.stdout, re.M)) == sorted([*TARGETS, "lock"])
+    assert sorted(re.findall(r"^  ([\w-]+)  ", done.stdout, re.M)) == sorted([*TARGETS, "lock"])
 
 
 def test_a_whole_environment_is_left_alone(venv: str) -> None:
@@ -166,3 +166,16 @@ def test_clean_removes_what_was_made_and_keeps_the_rest(tmp_path: Path, venv: st
     assert call("make", "clean", venv, cwd=checkout, said={"PYTHONDONTWRITEBYTECODE": "1"}).returncode == 0
     assert sorted(path.name for path in checkout.iterdir()) == ["Makefile", "board", "mine", "requirements", "tasks.py"]
     assert sorted(path.name for path in (checkout / "board").iterdir()) == ["__init__.py", "errors.py"]
+
+
+def test_all_tests_ask_for_the_packages_that_are_missing(venv: str, tmp_path: Path) -> None:
+    """On a PATH that holds nothing but what make itself starts with."""
+    for name in ("make", "sh", "awk"):
+        (tmp_path / "few" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "few" / name).symlink_to(shutil.which(name) or name)
+    done = call("make", "test-all", venv, said={"PATH": str(tmp_path / "few")})
+    assert done.returncode == 2
+    lines = (ROOT / "requirements" / "system.apt").read_text().splitlines()
+    packages = [line.split()[1] for line in lines if not line.startswith("#")]
+    assert packages
+    assert f"apt-get install {' '.join(packages)}" in done.stderr.splitlines()[0]

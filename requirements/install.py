@@ -55,9 +55,9 @@ SETS = {
         "import torch; from transformers import AutoTokenizer, LlamaForCausalLM, Qwen2ForCausalLM",
     ),
     "test": Requirements(
-        "pytest, ruff, mypy and the benchmarks' peer",
+        "pytest, ruff, mypy, the benchmarks' peer and the clients that the server is asked with",
         ("test.txt",),
-        "import gguf, hypothesis, pytest, pytest_benchmark, xdist",
+        "import gguf, hypothesis, lm_eval.evaluator, openai, pytest, pytest_benchmark, schemathesis, selenium, xdist",
     ),
 }
 

@@ -7,6 +7,7 @@ import hashlib
 import ipaddress
 import json
 import os
+import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ def serve(
             say(f"warning: whoever reaches {host} may use this model; set {KEY_VARIABLE} to keep strangers out")
         address = f"[{host}]" if ":" in host else host
         say(f"OpenAI API Server starting on http://{address}:{port}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, server.handle_exit)  # which uvicorn puts back when it is done: no signal is a failure
         scheduler.start()
         server.run([listener])
     scheduler.join(timeout=1.0)

@@ -14,6 +14,8 @@ import torch
 
 from tests.serve.server import MODEL, Server
 
+pytestmark = pytest.mark.xdist_group("lm_eval")  # in one process, or each has to start it
+
 WINDOW = 252  # tokens that lm_eval rates at a time: its max_length of 254, less one of context and one to draw
 SUMS = [(1, 1), (7, 8), (12, 30), (25, 25), (40, 2), (3, 9)]
 

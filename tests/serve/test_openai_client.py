@@ -138,11 +138,12 @@ def test_echo_scores_the_prompt(client: openai.OpenAI, reference: Any, hf_tokeni
 
 
 def test_the_first_token_of_a_prompt_has_no_score(client: openai.OpenAI) -> None:
-    for more in ({"max_tokens": 0}, {"max_tokens": 1}):
-        scores = client.completions.create(model=MODEL, prompt=[300], echo=True, logprobs=1, **more).choices[0].logprobs
+    for most in (0, 1):
+        answer = client.completions.create(model=MODEL, prompt=[300], echo=True, logprobs=1, max_tokens=most)
+        scores = answer.choices[0].logprobs
         assert scores is not None
         assert (scores.token_logprobs or [])[0] is None
-        assert len(scores.tokens or []) == 1 + more["max_tokens"]
+        assert len(scores.tokens or []) == 1 + most
 
 
 def test_max_tokens_0_only_scores(client: openai.OpenAI) -> None:

@@ -16,6 +16,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.serve.server import Server, Start
 
+pytestmark = pytest.mark.system
+
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=900,760"

@@ -103,13 +103,12 @@ class Repl:
 
     def _answer(self, question: str) -> None:
         conversation = self.conversation
-        with self.terminal.stoppable() as between:
-            turn, pieces = conversation.ask(question, between)
-            if turn.forgotten:
-                kept = "; the system message stays" if conversation.system is not None else ""
-                self.say(f"[context full: forgot the oldest {_count(turn.forgotten, 'turn')}{kept}]")
-            for piece in pieces:
-                self.terminal.write(piece)
+        turn, pieces = conversation.ask(question, self.terminal.between)
+        if turn.forgotten:
+            kept = "; the system message stays" if conversation.system is not None else ""
+            self.say(f"[context full: forgot the oldest {_count(turn.forgotten, 'turn')}{kept}]")
+        for piece in pieces:
+            self.terminal.write(piece)
         self.terminal.write("\n")
         if turn.stats.stop in REMARKS:
             self.say(REMARKS[turn.stats.stop])

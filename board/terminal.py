@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -16,6 +17,7 @@ from board.errors import BadInput
 
 PROMPT = "> "
 HISTORY_LINES = 1000
+TICK_SECONDS = 0.2
 # What a model may not do to a terminal: control characters are shown, not obeyed, but for tab and newline.
 CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
 CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
@@ -43,27 +45,20 @@ class Terminal:
         """Lines until the input ends. Raises BadInput for one of a pipe that is no UTF-8."""
         yield from self._typed() if self.interactive else _piped()
 
-    @contextlib.contextmanager
-    def stoppable(self) -> Iterator[Callable[[], None]]:
-        """Inside, what is given raises Stopped once a person has pressed Ctrl-C."""
-        self._pressed = False
-
-        def between() -> None:
-            if self._pressed:
-                raise Stopped
-
-        yield between
+    def between(self) -> None:
+        """Raises Stopped once a person has pressed Ctrl-C behind the last line."""
+        if self._pressed:
+            raise Stopped
 
     def _typed(self) -> Iterator[str]:
-        _edit_lines()
+        keyed = _edit_lines()
         prompt = PROMPT if sys.stdout.isatty() else ""
-        before = signal.signal(signal.SIGINT, self._interrupted)
-        try:
+        with _heard(self._interrupted):
             while True:
                 try:
-                    line = self._input(prompt)
+                    with _interrupt_is_a_key() if keyed else contextlib.nullcontext():
+                        line = self._input(prompt)
                 except Discarded:
-                    self._typing = False
                     print(file=sys.stderr)
                 except UnicodeDecodeError:
                     print("error: that line is not UTF-8", file=sys.stderr)
@@ -72,20 +67,61 @@ class Terminal:
                     return
                 else:
                     yield line
-        finally:
-            signal.signal(signal.SIGINT, before)
 
     def _input(self, prompt: str) -> str:
+        self._pressed = False  # whatever is pressed from here on is not about the answer before
         self._typing = True
         try:
-            return input(prompt)
+            with _ticking():
+                return input(prompt)
         finally:
             self._typing = False
 
     def _interrupted(self, number: int, frame: FrameType | None) -> None:
         self._pressed = True
         if self._typing:
+            self._typing = False
             raise Discarded
+
+
+@contextlib.contextmanager
+def _heard(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGINT goes to `handler`; afterwards to whom it went before, unless somebody else has taken it meanwhile."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) == handler:
+            signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _interrupt_is_a_key() -> Iterator[None]:
+    """Ctrl-C comes in its place among the other keys, where `_edit_lines` has bound it, and not as a signal.
+
+    A signal overtakes what was typed before it or is overtaken by what is typed after it, so that a Ctrl-C meant for an
+    answer could discard the next question.
+    """
+    before = termios.tcgetattr(sys.stdin)
+    characters = list(before[6])
+    characters[termios.VINTR] = os.fpathconf(sys.stdin.fileno(), "PC_VDISABLE").to_bytes(1, "little")
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, [*before[:6], characters])
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
+
+
+@contextlib.contextmanager
+def _ticking() -> Iterator[None]:
+    """Wakes a wait for a key now and then: a signal that comes just before such a wait is not heard before it ends."""
+    before = signal.signal(signal.SIGALRM, lambda number, frame: None)
+    signal.setitimer(signal.ITIMER_REAL, TICK_SECONDS, TICK_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _piped() -> Iterator[str]:
@@ -96,12 +132,12 @@ def _piped() -> Iterator[str]:
             raise BadInput(f"line {number} of stdin is not UTF-8 at byte {error.start}") from None
 
 
-def _edit_lines() -> None:
-    """Line editing and a history that outlives the program, where Python has readline."""
+def _edit_lines() -> bool:
+    """Line editing and a history that outlives the program, where Python has readline; whether Ctrl-C is bound too."""
     try:
         import readline
     except ImportError:
-        return
+        return False
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     history = Path(state) / "axrun" / "history"  # https://specifications.freedesktop.org/basedir-spec/latest/
     with contextlib.suppress(OSError):
@@ -114,3 +150,8 @@ def _edit_lines() -> None:
             readline.write_history_file(history)
 
     atexit.register(keep)
+    gnu = "libedit" not in (readline.__doc__ or "")  # which binds in another language
+    if gnu:
+        readline.parse_and_bind(r'"\C-x\C-c": kill-whole-line')
+        readline.parse_and_bind(r'"\C-c": "\C-x\C-c\C-m"')
+    return gnu

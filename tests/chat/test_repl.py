@@ -215,8 +215,24 @@ def test_ctrl_c_twice_and_between_answers(start: Start, long_bundle: Path) -> No
     tty.expect(r"story\r\n.")
     tty.type(CTRL_C * 3)
     tty.expect(PROMPT)
+    tty.type("/undo\r")  # or the answer depends on how much of the story was told
+    tty.expect(r"taken back: tell me a story\]\r\n.*> ")
     tty.type("2+2=\r")
-    assert "4" in tty.expect(r"4\r\n.*> ")
+    assert tty.expect(PROMPT).splitlines()[-2:] == ["4", "> "]
+    tty.type(CTRL_D)
+    assert tty.end() == 0
+
+
+def test_an_interrupt_from_elsewhere_discards_a_line_too(start: Start, bundle_s8: Path) -> None:
+    tty = start(bundle_s8)
+    tty.expect(PROMPT)
+    for _ in range(3):
+        tty.type("1+")
+        tty.expect(r"1\+")
+        os.kill(tty.pid, signal.SIGINT)
+        tty.expect(PROMPT)
+    tty.type("1+1=\r")
+    assert tty.expect(PROMPT).splitlines()[-2:] == ["2", "> "]
     tty.type(CTRL_D)
     assert tty.end() == 0
 

@@ -16,18 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from board import VERSION, machine
-from board import bundle as bundles
-from board.bundle import MANIFEST, Bundle, sha256
+from board.bundle import MANIFEST, sha256
 from board.errors import BadInput
 from board.generate import Stats, generate
+from board.load import DEFAULTS, Loading, Say
 from board.machine import Machine
-from board.memory import Allow, refuse
 from board.model import Model
-from board.run import load
 from board.sampling import Sampling
 from board.session import engine_version
-
-Say = Callable[[str], None]
 
 LENGTHS = (16, 128, 512)  # of prompts, and depths, unless asked for others: those that fit
 TURN = 16  # tokens of a new turn in a conversation
@@ -185,39 +181,27 @@ class Report:
         yield f"load {self.load_seconds:.2f} s, peak memory {peak}"
 
 
-def bench(
-    path: Path,
-    options: Options,
-    *,
-    verify: bool = False,
-    engine: str = "ort",
-    threads: int | None = None,
-    allow: Allow = refuse,
-    progress: Say = lambda line: None,
-    doing: Say = lambda line: None,
-) -> Report:
-    """Measures a bundle. `doing` is told what is measured next.
+def bench(path: Path, options: Options, loading: Loading = DEFAULTS) -> Report:
+    """Measures a bundle. It is said what is measured next.
 
     Raises BadInput for a bundle that cannot be used and for lengths that its context does not hold, CheckFailed when
     the bundle is not as built.
     """
-    if verify:
-        bundles.verify(path)
-    bundle = Bundle.open(path)
+    bundle = loading.open(path)
     prompts = _lengths("--prompt-lengths", options.prompts, bundle.kv_cache_len, bundle.kv_cache_len)
     depths = _lengths("--depths", options.depths, bundle.kv_cache_len - max(options.tokens, TURN), bundle.kv_cache_len)
     started = time.perf_counter()
-    model = load(bundle, engine, threads, progress, allow)
+    model = loading.load(bundle)
     load_seconds = time.perf_counter() - started
     ran = machine.describe()
-    measured = list(_measure(model, options, prompts, depths, doing))
+    measured = list(_measure(model, options, prompts, depths, loading.say))
     return Report(
         bundle=bundle.name,
         manifest_sha256=sha256(path / MANIFEST),
         maker=bundle.maker,
         weight_type=bundle.flag("weight_type"),
-        engine=f"{engine} {engine_version(engine)}".strip(),
-        threads=threads or ran.cpus,
+        engine=f"{loading.engine} {engine_version(loading.engine)}".strip(),
+        threads=loading.threads or ran.cpus,
         axrun=VERSION,
         machine=ran,
         warmup=options.warmup,

@@ -8,10 +8,15 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from board import VERSION
 from board.command import Verb, dispatch
 from board.errors import BadInput
+
+if TYPE_CHECKING:  # numpy and an engine take their time, which --help does not need
+    from board.load import Loading
+    from board.run import Options
 
 JSON_HELP = "one JSON object on stdout, and nothing else there"
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "repetition_penalty", "penalty_window")
@@ -37,6 +42,13 @@ def _bundle_flags(parser: argparse.ArgumentParser) -> None:
     _speed_flags(parser)
 
 
+def _loading(arguments: argparse.Namespace) -> Loading:
+    from board.load import Loading
+
+    allow = _allow(arguments)
+    return Loading(arguments.verify, arguments.engine, arguments.threads, allow, _say, _progress)
+
+
 def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--system", metavar="TEXT", help="system message, for a bundle with a chat template")
@@ -50,9 +62,13 @@ def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of the draws: same seed, same answer (default 0)")
 
 
-def _sampling(arguments: argparse.Namespace) -> dict[str, float | None]:
-    given = {key: getattr(arguments, key) for key in SAMPLING_FLAGS}
-    return {**given, "temperature": 0.0} if arguments.greedy else given
+def _options(arguments: argparse.Namespace) -> Options:
+    from board.run import Options
+
+    sampling = {key: getattr(arguments, key) for key in SAMPLING_FLAGS}
+    if arguments.greedy:
+        sampling["temperature"] = 0.0
+    return Options(arguments.system, arguments.max_tokens, sampling, arguments.seed)
 
 
 def _engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -70,26 +86,12 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    from board.load import silent
     from board.run import Question, run
 
-    answer = run(
-        arguments.bundle,
-        Question(
-            prompt=_stdin() if arguments.prompt == "-" else arguments.prompt,
-            system=arguments.system,
-            raw=arguments.raw,
-            max_tokens=arguments.max_tokens,
-            sampling=_sampling(arguments),
-            seed=arguments.seed,
-        ),
-        verify=arguments.verify,
-        engine=arguments.engine,
-        threads=arguments.threads,
-        allow=_allow(arguments),
-        say=_say,
-        progress=_progress,
-        write=_silent if arguments.json else _write,
-    )
+    prompt = _stdin() if arguments.prompt == "-" else arguments.prompt
+    question = Question(prompt, arguments.raw, _options(arguments))
+    answer = run(arguments.bundle, question, _loading(arguments), silent if arguments.json else _write)
     if arguments.json:
         print(json.dumps(answer.json(), ensure_ascii=False))
 
@@ -100,20 +102,10 @@ def _chat_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    from board.repl import Options, chat
+    from board.repl import chat
     from board.terminal import Terminal
 
-    chat(
-        arguments.bundle,
-        Options(arguments.system, arguments.max_tokens, _sampling(arguments), arguments.seed),
-        Terminal(),
-        verify=arguments.verify,
-        engine=arguments.engine,
-        threads=arguments.threads,
-        allow=_allow(arguments),
-        say=_say,
-        progress=_progress,
-    )
+    chat(arguments.bundle, _options(arguments), Terminal(), _loading(arguments))
 
 
 def _eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -128,15 +120,7 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
 def _eval(arguments: argparse.Namespace) -> None:
     from board.evaluate import evaluate
 
-    evaluation = evaluate(
-        arguments.bundle,
-        arguments.reference,
-        verify=arguments.verify,
-        engine=arguments.engine,
-        threads=arguments.threads,
-        allow=_allow(arguments),
-        progress=_progress,
-    )
+    evaluation = evaluate(arguments.bundle, arguments.reference, _loading(arguments))
     print(json.dumps(evaluation.json()) if arguments.json else "\n".join(evaluation.table()), flush=True)
     evaluation.require(arguments.max_kld, arguments.min_top1)
 
@@ -157,16 +141,9 @@ def _bench_flags(parser: argparse.ArgumentParser) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     from board.bench import Options, bench
 
-    report = bench(
-        arguments.bundle,
-        Options(arguments.prompt_lengths, arguments.depths, arguments.tokens, arguments.warmup, arguments.repeat),
-        verify=arguments.verify,
-        engine=arguments.engine,
-        threads=arguments.threads,
-        allow=_allow(arguments),
-        progress=_progress,
-        doing=_say,
-    )
+    lengths = arguments.prompt_lengths, arguments.depths
+    options = Options(*lengths, arguments.tokens, arguments.warmup, arguments.repeat)
+    report = bench(arguments.bundle, options, _loading(arguments))
     if arguments.json:
         print(json.dumps(report.json()))
     else:
@@ -216,16 +193,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     from board.serve.server import Options, serve
 
     options = Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
-    serve(
-        arguments.bundle,
-        options,
-        verify=arguments.verify,
-        engine=arguments.engine,
-        threads=arguments.threads,
-        allow=_allow(arguments),
-        say=_say,
-        progress=_progress,
-    )
+    serve(arguments.bundle, options, _loading(arguments))
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
@@ -277,10 +245,6 @@ def _progress(line: str) -> None:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def _silent(text: str) -> None:
-    pass
 
 
 VERBS = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from board import bundle as bundles
 from board import logits as reference_logits
 from board.bundle import MANIFEST, Bundle, sha256
 from board.errors import BadInput, CheckFailed
 from board.generate import generate
+from board.load import DEFAULTS, Loading, Say, silent
 from board.logits import ReferenceLogits
-from board.memory import Allow, refuse
 from board.model import Logits, Model
-from board.run import load
 from board.sampling import Sampling
 
-Say = Callable[[str], None]
 Doubles = NDArray[np.float64]
 
 
@@ -106,38 +103,27 @@ class Evaluation:
             raise CheckFailed(f"{self.bundle} has the same top token in {top1:.2%}, expected at least {min_top1:.2%}")
 
 
-def evaluate(
-    path: Path,
-    reference: Path | None = None,
-    *,
-    verify: bool = False,
-    engine: str = "ort",
-    threads: int | None = None,
-    allow: Allow = refuse,
-    progress: Say = lambda line: None,
-) -> Evaluation:
+def evaluate(path: Path, reference: Path | None = None, loading: Loading = DEFAULTS) -> Evaluation:
     """Measures a bundle against reference logits: a file, or None for those in the bundle.
 
     Raises BadInput for a bundle or a reference that cannot be used, CheckFailed when the bundle is not as built.
     """
-    if verify:
-        bundles.verify(path)
-    bundle = Bundle.open(path)
+    bundle = loading.open(path)
     file = _reference(bundle) if reference is None else reference
     against = reference_logits.read(file)
     _expect_fit(bundle, against, file)
-    model = load(bundle, engine, threads, progress, allow)
+    model = loading.load(bundle)
     return Evaluation(
-        quality=measure(model, against, progress),
+        quality=measure(model, against, loading.progress),
         bundle=bundle.name,
         manifest_sha256=sha256(path / MANIFEST),
         reference_sha256=sha256(file),
         maker=bundle.maker,
-        engine=engine,
+        engine=loading.engine,
     )
 
 
-def measure(model: Model, reference: ReferenceLogits, progress: Say = lambda line: None) -> Quality:
+def measure(model: Model, reference: ReferenceLogits, progress: Say = silent) -> Quality:
     """Measures a model whose context holds the reference's windows."""
     windows, length = reference.tokens.shape
     losses, divergences, same = [], [], []

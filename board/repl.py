@@ -2,66 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from board import bundle as bundles
-from board.bundle import Bundle
 from board.chat import ChatTemplate
 from board.conversation import Conversation
 from board.errors import BadInput, Failure
-from board.memory import Allow, refuse
-from board.run import ENDINGS, Say, describe, load
-from board.sampling import Sampling
+from board.load import DEFAULTS, Loading, Say, describe
+from board.run import ENDINGS, Options
 from board.terminal import Terminal
 from board.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class Options:
-    """How to answer. What is not None in `sampling` overrides post_config.json."""
+def chat(path: Path, options: Options, terminal: Terminal, loading: Loading = DEFAULTS) -> None:
+    """Loads a bundle and talks until the input ends. Questions and answers go through `terminal`, all else is said.
 
-    system: str | None = None
-    max_tokens: int | None = None
-    sampling: Mapping[str, float | None] = field(default_factory=dict)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raises BadInput for a number out of range."""
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise BadInput(f"max_tokens is {self.max_tokens}, expected at least 1")
-        if self.seed < 0:
-            raise BadInput(f"seed is {self.seed}, expected at least 0")
-
-
-def chat(
-    path: Path,
-    options: Options,
-    terminal: Terminal,
-    *,
-    verify: bool = False,
-    engine: str = "ort",
-    threads: int | None = None,
-    allow: Allow = refuse,
-    say: Say = lambda line: None,
-    progress: Say = lambda line: None,
-) -> None:
-    """Loads a bundle and talks until the input ends. Questions and answers go through `terminal`.
-
-    `say` and `progress` get everything else. Raises BadInput for a bundle or a value that cannot be used, and, where
-    nobody is there to read them, for a question that cannot; CheckFailed when the bundle is not as built.
+    Raises BadInput for a bundle or a value that cannot be used, and, where nobody is there to read them, for a question
+    that cannot; CheckFailed when the bundle is not as built.
     """
-    if verify:
-        bundles.verify(path)
-    bundle = Bundle.open(path)
-    sampling = Sampling.from_post_config(bundle.post_config).override(**options.sampling)
-    tokenizer, template = Tokenizer.find(bundle.hf), ChatTemplate.find(bundle.hf)
-    if tokenizer is None or template is None:
-        what = "tokenizer" if tokenizer is None else "chat template"
-        raise BadInput(f"{bundle.hf} has no {what}, so there is no way to chat\nBuild from a checkpoint that has one.")
+    bundle, say = loading.open(path), loading.say
+    sampling = options.sampling_of(bundle)
+    tokenizer, template = Tokenizer.open(bundle.hf), ChatTemplate.find(bundle.hf)
+    if template is None:
+        raise BadInput(f"{bundle.hf} has no chat template, so there is no way to chat; ask without one: axrun run")
     say("LLM init start")
-    model = load(bundle, engine, threads, progress, allow)
+    model = loading.load(bundle)
     for line in describe(model, bundle):
         say(line)
     conversation = Conversation(model, tokenizer, template, sampling, options.max_tokens, options.seed)

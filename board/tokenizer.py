@@ -74,6 +74,14 @@ class Tokenizer:
             raise BadInput(f"the tokenizer in {hf} is damaged: {error}\nBuild or copy the bundle again.") from None
         return cls(backend, _stop_ids(hf, backend))
 
+    @classmethod
+    def open(cls, hf: Path) -> Tokenizer:
+        """As `find`. Raises BadInput where there is none, too."""
+        found = cls.find(hf)
+        if found is None:
+            raise BadInput(f"{hf} has no tokenizer, so there is no way to ask; build from a checkpoint that has one")
+        return found
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids. `special` False: without those that the tokenizer adds by itself, which a chat template writes.
 

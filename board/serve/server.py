@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,12 +19,10 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from board import bundle as bundles
 from board.bundle import Bundle
 from board.chat import ChatTemplate
 from board.errors import BadInput
-from board.memory import Allow, refuse
-from board.run import describe, load
+from board.load import DEFAULTS, Loading, describe
 from board.sampling import Sampling
 from board.serve.answer import to_json
 from board.serve.app import App, Limits
@@ -35,8 +33,6 @@ from board.serve.scheduler import Scheduler, Write
 from board.serve.slots import Slot, allocate
 from board.serve.writer import Writer
 from board.tokenizer import Tokenizer
-
-Say = Callable[[str], None]
 
 MAX_CONNECTIONS = 512
 KEY_VARIABLE = "AXRUN_API_KEY"
@@ -79,28 +75,13 @@ class Options:
         return os.environ.get(KEY_VARIABLE) if self.api_key is None else self.api_key
 
 
-def serve(
-    path: Path,
-    options: Options,
-    *,
-    verify: bool = False,
-    engine: str = "ort",
-    threads: int | None = None,
-    allow: Allow = refuse,
-    say: Say = lambda line: None,
-    progress: Say = lambda line: None,
-) -> None:
-    """Serves a bundle until SIGTERM or SIGINT. `say` and `progress` get console lines, `allow` is asked where memory
-    is too small.
+def serve(path: Path, options: Options, loading: Loading = DEFAULTS) -> None:
+    """Serves a bundle until SIGTERM or SIGINT.
 
     Raises BadInput for a bundle or an address that cannot be used, CheckFailed when the bundle is not as built.
     """
-    if verify:
-        bundles.verify(path)
-    bundle = Bundle.open(path)
-    tokenizer = Tokenizer.find(bundle.hf)
-    if tokenizer is None:
-        raise BadInput(f"{bundle.hf} has no tokenizer, so there is no way to ask; build from a checkpoint that has one")
+    bundle, say = loading.open(path), loading.say
+    tokenizer = Tokenizer.open(bundle.hf)
     reader = Reader(
         tokenizer,
         ChatTemplate.find(bundle.hf),
@@ -112,10 +93,10 @@ def serve(
     metrics = Metrics(name)
 
     def load_slots() -> tuple[Sequence[Slot], Write]:
-        model = load(bundle, engine, threads, progress, allow)
+        model = loading.load(bundle)
         for line in describe(model, bundle):
             say(line)
-        slots = allocate(model.decoder, options.slots, model.embedding, allow)
+        slots = allocate(model.decoder, options.slots, model.embedding, loading.allow)
         return slots, Writer(model.post, tokenizer).write
 
     with _listen(options.host, options.port) as listener:

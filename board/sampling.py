@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +14,8 @@ from board.errors import BadInput, CheckFailed
 
 Floats = NDArray[np.float32]
 
-# Shares of the likeliest token's probability. A cut keeps the candidates few, so that no 150,000 tokens are sorted.
-CUTS = (1e-2, 1e-4, 1e-7, 0.0)
+BUCKET_BITS = 16  # of a float32 that are left out to sort weights roughly: two in a bucket differ by less than 1 %
+BLOCK = 512  # weights that are summed before one among them is looked for
 
 # What a value must be: (types, condition, in words).
 RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
@@ -102,41 +101,55 @@ class Sampler:
             token = int(logits.argmax())
             _finite(logits[token])
             return token
-        ids, probabilities = distribution(logits, past, self.sampling)
-        drawn = np.searchsorted(np.cumsum(probabilities), self._random.random(), side="right")
-        return int(ids[min(int(drawn), len(ids) - 1)])
+        return draw(weights(logits, past, self.sampling), self._random.random())
 
 
-def distribution(
-    logits: Floats, past: Sequence[int], sampling: Sampling
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """What a token is drawn from, at a temperature above 0: ids and probabilities.
+def weights(logits: Floats, past: Sequence[int], sampling: Sampling) -> Floats:
+    """What a token is drawn from, at a temperature above 0: shares [vocab] of no particular sum, 0 for what is cut.
 
-    With top_k or top_p the likeliest come first, equal ones in the order of their ids.
-    Raises CheckFailed when the logits are not finite.
+    Of equal tokens the lower ids stay. Raises CheckFailed when the logits are not finite.
     """
     scaled = penalised(logits, past, sampling) / np.float32(sampling.temperature)
     peak = scaled.max()
     _finite(peak)
-    weights = np.exp(scaled - peak)
-    total = float(weights.sum(dtype=np.float64))
-    if not sampling.top_k and sampling.top_p == 1:
-        return np.arange(len(weights)), weights / total
-    limit = sampling.top_k or len(weights)
-    share = sampling.top_p if sampling.top_p < 1 else math.inf
-    for cut in CUTS:
-        ids = np.flatnonzero(weights >= cut)
-        if len(ids) >= limit or (limit == len(weights) and float(weights[ids].sum(dtype=np.float64)) >= share * total):
-            break
-    if limit < len(ids):
-        ids = np.sort(ids[np.argpartition(weights[ids], len(ids) - limit)[len(ids) - limit :]])
-    ids = ids[np.argsort(-weights[ids], kind="stable")]
-    kept = weights[ids].astype(np.float64)
-    mass = kept.sum() if sampling.top_k else total
-    # the smallest head that holds the share: a token stays while those before it hold less
-    nucleus = 1 + int(np.searchsorted(np.cumsum(kept)[:-1], share * mass, side="left"))
-    kept = kept[:nucleus]
-    return ids[:nucleus], kept / kept.sum()
+    kept = np.exp(scaled - peak)
+    if 0 < sampling.top_k < len(kept):
+        kept = head(kept, np.ones(len(kept)), sampling.top_k)
+    if sampling.top_p < 1:
+        worth = kept.astype(np.float64)
+        kept = head(kept, worth, sampling.top_p * float(worth.sum()))
+    return kept
+
+
+def head(kept: Floats, worth: NDArray[np.float64], need: float) -> Floats:
+    """Weights [vocab] without those behind the fewest likeliest that are worth `need` together.
+
+    Floats that are not negative are in the order of their bits. So their upper bits sort them into buckets, and only
+    the bucket in which the need is met has to be sorted.
+    """
+    buckets = (kept.view(np.uint32) >> BUCKET_BITS).astype(np.intp)
+    held = np.cumsum(np.bincount(buckets, worth)[::-1])
+    place = min(int(np.searchsorted(held, need)), len(held) - 1)
+    last = len(held) - 1 - place
+    ids = np.flatnonzero(buckets == last)
+    ids = ids[np.argsort(-kept[ids], kind="stable")]
+    before = held[place - 1] if place else 0.0
+    count = 1 + int(np.searchsorted(before + np.cumsum(worth[ids])[:-1], need))
+    cut = kept * (buckets > last)
+    cut[ids[:count]] = kept[ids[:count]]
+    return cut
+
+
+def draw(kept: Floats, chance: float) -> int:
+    """The token at `chance`, from 0 up to 1, of the way through weights [vocab] that lie side by side."""
+    ends = np.cumsum(np.add.reduceat(kept, np.arange(0, len(kept), BLOCK), dtype=np.float64))
+    target = min(chance * ends[-1], np.nextafter(ends[-1], 0))
+    block = int(np.searchsorted(ends, target, side="right"))
+    start = block * BLOCK
+    inside = kept[start : start + BLOCK]
+    sums = np.cumsum(inside, dtype=np.float64) + (ends[block - 1] if block else 0.0)
+    place = int(np.searchsorted(sums, target, side="right"))
+    return start + (place if place < len(sums) else int(np.flatnonzero(inside)[-1]))  # summed in another order
 
 
 def penalised(logits: Floats, past: Sequence[int], sampling: Sampling) -> Floats:

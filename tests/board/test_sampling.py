@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from board.errors import BadInput, CheckFailed
-from board.sampling import Sampler, Sampling, distribution
+from board.sampling import Sampler, Sampling, draw, weights
 
 OFF = {
     "enable_temperature": False,
@@ -55,6 +55,12 @@ def transformers_probabilities(logits: NDArray[np.float32], past: list[int], sam
     return np.asarray(torch.softmax(scores.double(), dim=-1)[0].numpy())
 
 
+def probabilities(logits: NDArray[np.float32], past: list[int], sampling: Sampling) -> NDArray[np.float64]:
+    """What is drawn from, ours."""
+    kept = weights(logits, past, sampling).astype(np.float64)
+    return np.asarray(kept / kept.sum())
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 1000),
@@ -79,10 +85,7 @@ def test_a_distribution_is_what_transformers_samples_from(
     sampling = Sampling(temperature, penalty, window, top_p, top_k)
     logits = logits_of(seed, vocab)
     expected = transformers_probabilities(logits, past, sampling)
-    ids, probabilities = distribution(logits, past, sampling)
-    seen = np.zeros(vocab)
-    seen[ids] = probabilities
-    assert len(set(ids.tolist())) == len(ids)
+    seen = probabilities(logits, past, sampling)
     # a token whose predecessors hold the share to the last digit may stay or go
     different = np.flatnonzero((seen > 0) != (expected > 0))
     assert len(different) <= 1
@@ -94,10 +97,52 @@ def test_a_wide_vocabulary_keeps_every_token_of_the_nucleus() -> None:
     """Flat logits: the candidates are not among the few above the first cut."""
     logits = logits_of(0, 100_000, spread=0.01)
     for sampling in (Sampling(1.0, top_p=0.9), Sampling(1.0, top_k=70_000)):
-        ids, probabilities = distribution(logits, [], sampling)
-        expected = transformers_probabilities(logits, [], sampling)
-        assert abs(len(ids) - np.count_nonzero(expected)) <= 1
-        assert probabilities.sum() == pytest.approx(1)
+        seen, expected = probabilities(logits, [], sampling), transformers_probabilities(logits, [], sampling)
+        assert abs(np.count_nonzero(seen) - np.count_nonzero(expected)) <= 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    vocab=st.sampled_from([1, 2, 511, 512, 513, 2000]),
+    levels=st.sampled_from([1, 2, 30, 100_000]),
+    spread=st.sampled_from([0.0, 0.001, 1.0, 8.0, 200.0]),
+    top_p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999, 1.0]),
+    top_k=st.sampled_from([0, 1, 2, 40, 600, 2000]),
+)
+def test_what_is_cut_is_what_sorting_everything_cuts(
+    seed: int, vocab: int, levels: int, spread: float, top_p: float, top_k: int
+) -> None:
+    """With many equal logits, too: of those, lower ids stay."""
+    random = np.random.default_rng(seed)
+    logits = (spread * random.integers(0, levels, vocab) / levels).astype(np.float32)
+    kept = weights(logits, [], Sampling(1.0, top_p=top_p, top_k=top_k))
+    plain = weights(logits, [], Sampling(1.0))
+    order = np.argsort(-plain, kind="stable")[: top_k or None]
+    mass = np.cumsum(plain[order].astype(np.float64))
+    count = len(order) if top_p == 1 else 1 + np.count_nonzero(mass[:-1] < top_p * mass[-1])
+    assert abs(np.count_nonzero(kept) - np.count_nonzero(plain[order[:count]])) <= 1  # where sums round differently
+    assert set(np.flatnonzero(kept)) ^ set(np.flatnonzero(plain)) <= set(order[count - 1 :]) | set(
+        np.argsort(-plain, kind="stable")[len(order) :]
+    )
+    np.testing.assert_array_equal(kept[kept > 0], plain[kept > 0])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    vocab=st.sampled_from([1, 5, 512, 513, 3000]),
+    share=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
+    chance=st.one_of(st.floats(0, 1, exclude_max=True), st.just(1 - 2**-53)),
+)
+def test_a_draw_is_where_the_chance_falls(seed: int, vocab: int, share: float, chance: float) -> None:
+    random = np.random.default_rng(seed)
+    kept = random.random(vocab, np.float32) * (random.random(vocab) < share)
+    kept[random.integers(vocab)] = 1.0
+    token, sums = draw(kept, chance), np.cumsum(kept.astype(np.float64))
+    assert kept[token] > 0
+    assert sums[token] - kept[token] <= chance * sums[-1] + 1e-6
+    assert chance * sums[-1] <= sums[token] + 1e-6
 
 
 def test_as_it_is_the_likeliest_token_is_taken_and_the_logits_stay() -> None:

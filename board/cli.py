@@ -185,6 +185,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="ask clients for this key; in the environment, AXRUN_API_KEY, ps does not show it",
     )
+    add("--exact", action="store_true", help="same answers to the last bit, whatever was asked before; slower turns")
     add("--name", metavar="NAME", help="what clients call the model (default: as the bundle does)")
     _bundle_flags(parser)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from board.chat import ChatTemplate
 from board.decoder import expect_room
 from board.generate import Stats, generate
+from board.kv_cache import common_prefix
 from board.model import Model
 from board.sampling import Sampling
 from board.tokenizer import TextStream, Tokenizer
@@ -105,7 +106,7 @@ class Conversation:
         got no token is forgotten. Raises BadInput when the question alone does not fit the context.
         """
         messages, prompt, forgotten = self._fit([*self.messages, {"role": "user", "content": question}])
-        reused = min(_common(self._cached, prompt), len(prompt) - 1)  # the last token's logits are wanted
+        reused = min(common_prefix(self._cached, prompt), len(prompt) - 1)  # the last token's logits are wanted
         self._model.decoder.cache.truncate(reused)
         self._cached = prompt[:reused]
         turn = self.turn = Turn(reused, forgotten)
@@ -152,9 +153,3 @@ class Conversation:
     def _tokens(self, messages: Sequence[Message]) -> list[int]:
         system: list[Message] = [] if self._system is None else [{"role": "system", "content": self._system}]
         return self._tokenizer.encode(self._template.render([*system, *messages]), special=False)
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    shorter = min(len(one), len(other))
-    return next((index for index in range(shorter) if one[index] != other[index]), shorter)

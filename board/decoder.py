@@ -46,17 +46,19 @@ class Step:
     values: Array
 
 
-def chunks(groups: Sequence[SessionGroup], position: int, count: int) -> Iterator[Chunk]:
+def chunks(groups: Sequence[SessionGroup], position: int, count: int, flexible: bool = False) -> Iterator[Chunk]:
     """Cuts `count` tokens from `position` on into runs of shape groups.
 
     A chunk goes to the prefill group with the least history that holds what is cached before it. One token alone, and
-    whatever no prefill group has the history for, goes to a decode group, token by token.
+    whatever no prefill group has the history for, goes to a decode group: token by token, or on a flexible engine as
+    many at a time as in any prefill.
     """
+    most = max(group.tokens for group in groups)
     while count:
         fitting = [group for group in groups if group.history >= position]
         prefill = [group for group in fitting if group.tokens > 1 and count > 1]
         group = min(prefill or [group for group in fitting if group.tokens == 1], key=lambda group: group.history)
-        taken = min(group.tokens, count)
+        taken = min(most if flexible else group.tokens, count)
         yield Chunk(group.index, position, taken)
         position, count = position + taken, count - taken
 
@@ -86,11 +88,12 @@ class Decoder:
         decode = [group for group in self.groups if group.tokens == 1]
         if not decode:
             raise BadInput("the layers have no decode group (one of 1 token); build the bundle again")
+        self.flexible = all(session.flexible for session in sessions)
         self.context = max(group.history for group in decode)
         self.dtype = infos["input"].dtype
         self.hidden_size, self.kv_size = int(infos["input"].shape[2]), int(infos["K_cache_out"].shape[2])
         self._visible, self._blocked = visible_and_blocked(self.dtype)
-        tokens = max(group.tokens for group in self.groups)
+        tokens = self._most = max(group.tokens for group in self.groups)
         history = max(group.history for group in self.groups)
         self.cache = KVCache(
             [self._allocate("K_cache", 1, history, self.kv_size, layer=i) for i in range(len(sessions))],
@@ -99,8 +102,13 @@ class Decoder:
         self._hidden = [self._allocate(name, 1, tokens, self.hidden_size) for name in ("input", "output")]
         self._rows = [self._allocate(name, 1, tokens, self.kv_size) for name in ("K_cache_out", "V_cache_out")]
         self._indices = self._allocate("indices", 1, tokens, dtype="UINT32")
-        self._mask = self._allocate("mask", max(group.tokens * (group.tokens + group.history) for group in self.groups))
+        masks = [group.tokens * (group.tokens + group.history) for group in self.groups]
+        self._mask = self._allocate("mask", tokens * (tokens + history) if self.flexible else max(masks))
         self._steps: dict[tuple[int, int, int], Step] = {}
+
+    def chunks(self, position: int, count: int) -> Iterator[Chunk]:
+        """How `count` tokens from `position` on are run."""
+        return chunks(self.groups, position, count, self.flexible)
 
     def forward(self, hidden: NDArray[np.float32], position: int) -> NDArray[np.float32]:
         """The layers' output, float32 [n, H], for the hidden states [n, H] of tokens at `position`, position + 1, ...
@@ -118,7 +126,7 @@ class Decoder:
         expect_room(position + len(hidden), self.context)
         self.cache.truncate(position)
         done = 0
-        for chunk in chunks(self.groups, position, len(hidden)):
+        for chunk in self.chunks(position, len(hidden)):
             yield chunk, self._run(chunk, hidden[done : done + chunk.count])
             done += chunk.count
 
@@ -140,8 +148,8 @@ class Decoder:
     def _step(self, chunk: Chunk) -> Step:
         group = self.groups[chunk.group]
         tokens, history = group.tokens, group.history
-        if all(session.flexible for session in self.sessions):
-            tokens = min(tokens, _ceil(chunk.count, TOKENS_STEP))
+        if self.flexible:
+            tokens = 1 if chunk.count == 1 else min(self._most, _ceil(chunk.count, TOKENS_STEP))
             history = min(history, _ceil(max(chunk.position, 1), HISTORY_STEP))
         key = (chunk.group, tokens, history)
         if key not in self._steps:

@@ -90,7 +90,7 @@ def needs(bundle: Bundle, engine: str) -> Needs:
         weights, loading = weights + kept * size, max(loading, more * size)
     width = DTYPES[FLOATS[bundle.hidden_state_type]].bits // 8
     tokens, history = (max(getattr(group, name) for group in bundle.groups) for name in ("tokens", "history"))
-    mask = max(group.tokens * (group.tokens + group.history) for group in bundle.groups)
+    mask = tokens * (tokens + history)
     values = 2 * tokens * (bundle.hidden_size + bundle.kv_size) + mask + (POST_ROWS + 1) * bundle.hidden_size
     logits = 4 * (POST_ROWS + 1) * bundle.vocab_size
     return Needs(

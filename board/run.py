@@ -9,7 +9,7 @@ from typing import Any
 
 from board.bundle import Bundle
 from board.chat import ChatTemplate, prompt_ids
-from board.decoder import chunks, expect_room
+from board.decoder import expect_room
 from board.errors import BadInput
 from board.generate import Stats, generate
 from board.load import DEFAULTS, Loading, Say, describe, silent
@@ -85,7 +85,7 @@ def run(path: Path, question: Question, loading: Loading = DEFAULTS, write: Say 
     model = loading.load(bundle)
     for line in describe(model, bundle):
         say(line)
-    say(f"input token num : {len(ids)}, prefill_split_num : {len(list(chunks(model.decoder.groups, 0, len(ids))))}")
+    say(f"input token num : {len(ids)}, prefill_split_num : {len(list(model.decoder.chunks(0, len(ids))))}")
     return _answer(model, tokenizer, ids, sampling, options, say, write)
 
 

@@ -196,9 +196,16 @@ class Scheduler(threading.Thread):
 
 
 def _best(free: Sequence[Slot], choice: Choice) -> Slot:
-    """The slot that has most of the prompt; of equal ones, the one that was not used for longest."""
-    reusable = {id(slot): 0 if choice.scores_prompt else slot.reusable(choice.ids) for slot in free}
-    return max(free, key=lambda slot: (reusable[id(slot)], -slot.used))
+    """The slot whose tokens are the beginning of the prompt, or the prompt of them; else the one idle for longest.
+
+    An eighth may be different, no more: every chat begins as its template does, and is not to push out another.
+    """
+
+    def match(slot: Slot) -> int:
+        common, whole = slot.common(choice.ids), min(len(choice.ids), slot.length)
+        return 0 if choice.scores_prompt or 8 * common < 7 * whole else common
+
+    return max(free, key=lambda slot: (match(slot), -slot.used))
 
 
 def _unavailable(state: str) -> ApiError:

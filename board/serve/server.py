@@ -40,7 +40,10 @@ KEY_VARIABLE = "AXRUN_API_KEY"
 
 @dataclass(frozen=True)
 class Options:
-    """How to serve. `name` None: the bundle's. `api_key` None: $AXRUN_API_KEY, and where that is not set, no key."""
+    """How to serve. `name` None: the bundle's. `api_key` None: $AXRUN_API_KEY, and where that is not set, no key.
+
+    `exact`: an answer does not depend on what its slot held before, to the last bit.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -52,6 +55,7 @@ class Options:
     max_body: int = 1 << 20
     api_key: str | None = None
     name: str | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""
@@ -96,7 +100,7 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS) -> None:
         model = loading.load(bundle)
         for line in describe(model, bundle):
             say(line)
-        slots = allocate(model.decoder, options.slots, model.embedding, loading.allow)
+        slots = allocate(model.decoder, options.slots, model.embedding, loading.allow, options.exact)
         return slots, Writer(model.post, tokenizer).write
 
     with _listen(options.host, options.port) as listener:

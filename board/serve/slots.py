@@ -1,8 +1,9 @@
 """K/V slots: what was computed for one request serves the next that begins alike.
 
-An answer must not depend on what happened to be in a slot. Rows of K/V that were computed in other chunks differ in
-their last bits, and so may a token. So only those rows are reused that a run from the start would compute in the very
-same chunks: whole prefill chunks, from the beginning on.
+What is reused is the longest beginning that a slot and a prompt have in common, so that a further turn of a
+conversation costs what is new in it. Rows of K/V that were computed in other chunks differ in their last bits, and once
+in a long while so does a token. Where answers must not depend on what happened to be in a slot, an `exact` one reuses
+only what a run from the start would compute in the very same chunks: whole prefill chunks, from the beginning on.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from board.decoder import Chunk, Decoder, chunks
+from board.decoder import Chunk, Decoder
 from board.errors import BadInput
+from board.kv_cache import common_prefix
 from board.memory import Allow, available, refuse
 
 Array = NDArray[Any]
@@ -25,8 +27,8 @@ SPARE = 64 << 20  # bytes of memory that slots leave to everything else
 class Slot:
     """The K/V of one sequence. `used` is when it was last taken, in whatever the scheduler counts."""
 
-    def __init__(self, decoder: Decoder, embed: Embed) -> None:
-        self._decoder, self._embed = decoder, embed
+    def __init__(self, decoder: Decoder, embed: Embed, exact: bool = False) -> None:
+        self._decoder, self._embed, self._wants_exact = decoder, embed, exact
         self._tokens: list[int] = []
         self._exact = 0  # tokens from the start on whose rows any run would have computed alike
         self.used = 0
@@ -41,14 +43,19 @@ class Slot:
         """Tokens that fit."""
         return self._decoder.context
 
+    def common(self, ids: Sequence[int]) -> int:
+        """How many tokens its own begin with, too."""
+        return common_prefix(ids, self._tokens)
+
     def reusable(self, ids: Sequence[int]) -> int:
         """How many of the tokens need not be computed again; never all, for the last one's logits are wanted."""
-        limit = min(self._exact, len(ids))
-        common = next((index for index in range(limit) if ids[index] != self._tokens[index]), limit)
+        common = self.common(ids)
+        if not self._wants_exact:
+            return min(common, len(ids) - 1)
         reused = 0
-        for chunk in chunks(self._decoder.groups, 0, len(ids)):
+        for chunk in self._decoder.chunks(0, len(ids)):
             end = chunk.position + chunk.count
-            if end > common or end == len(ids):
+            if end > min(common, self._exact) or end == len(ids):
                 break
             reused = end
         return reused
@@ -84,10 +91,10 @@ class Slot:
 
     def _whole(self, chunk: Chunk) -> int:
         """Tokens of the chunk at the same place in an endless prompt."""
-        return next(chunks(self._decoder.groups, chunk.position, self.context - chunk.position)).count
+        return next(self._decoder.chunks(chunk.position, self.context - chunk.position)).count
 
 
-def allocate(first: Decoder, count: int, embed: Embed, allow: Allow = refuse) -> list[Slot]:
+def allocate(first: Decoder, count: int, embed: Embed, allow: Allow = refuse, exact: bool = False) -> list[Slot]:
     """`count` slots that share the layers of a decoder, which is the first one's.
 
     Raises BadInput when their K/V does not fit the memory that is left, and `allow`, asked with the numbers, says no.
@@ -100,4 +107,4 @@ def allocate(first: Decoder, count: int, embed: Embed, allow: Allow = refuse) ->
             fitting = 1 + max(left - SPARE, 0) // each
             raise BadInput(f"{shortage}\nStart with --slots {fitting}; --force tries it.")
     decoders = [first, *(Decoder(first.sessions) for _ in range(count - 1))]
-    return [Slot(decoder, embed) for decoder in decoders]
+    return [Slot(decoder, embed, exact) for decoder in decoders]

@@ -65,6 +65,21 @@ def test_chunks_take_the_group_with_the_least_history_that_fits(
     assert list(chunks(FOUR_GROUPS, position, count)) == [Chunk(*chunk) for chunk in expected]
 
 
+@pytest.mark.parametrize(
+    ("position", "count", "expected"),
+    [
+        (0, 70, [(1, 0, 32), (2, 32, 32), (3, 64, 6)]),
+        (128, 40, [(3, 128, 32), (0, 160, 8)]),
+        (150, 70, [(0, 150, 32), (0, 182, 32), (0, 214, 6)]),
+        (254, 1, [(0, 254, 1)]),
+    ],
+)
+def test_a_flexible_engine_prefills_behind_any_history(
+    position: int, count: int, expected: list[tuple[int, int, int]]
+) -> None:
+    assert list(chunks(FOUR_GROUPS, position, count, flexible=True)) == [Chunk(*chunk) for chunk in expected]
+
+
 def test_without_prefill_groups_everything_decodes() -> None:
     assert [chunk.count for chunk in chunks(FOUR_GROUPS[:1], 3, 4)] == [1, 1, 1, 1]
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
@@ -21,14 +22,20 @@ from board.conversation import Conversation
 from board.decoder import Decoder
 from board.generate import Stats, Token, generate
 from board.model import Model, Post
-from board.sampling import Sampling
+from board.sampling import Sampler, Sampling
 from board.session import Array, Binding, Session, SessionGroup
 from board.tokenizer import Tokenizer
 from tests.conftest import Builder
 
 ROUNDS, TOKENS = 7, 32
-TURN = 16
 MOST_OVERHEAD = 0.05  # of decode time, outside the engine
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "temperature": Sampling(1.0),
+    "top_k": Sampling(1.0, top_k=50),
+    "top_p": Sampling(1.0, top_p=0.95),
+    "all": Sampling(0.7, 1.1, None, 0.95, 100),
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +72,15 @@ def cached(model: Model, depth: int) -> Callable[[], None]:
     return lambda: model.decoder.cache.truncate(depth)
 
 
-def decode(model: Model, depth: int) -> Stats:
-    stats = Stats()
-    for _ in generate(model, ids(model, depth, 1), Sampling(), TOKENS, stats=stats):
+def decode(model: Model, depth: int, sampling: Sampling) -> Stats:
+    stats, past = Stats(), ids(model, 0, depth)
+    for _ in generate(model, ids(model, depth, 1), sampling, TOKENS, past=past, seed=0, stats=stats):
         pass
     return stats
 
 
 def show(benchmark: BenchmarkFixture, tokens: int) -> None:
     """tok/s into extra_info, and on the screen; the recorded time is of `tokens`."""
-    assert benchmark.stats
     assert benchmark.stats
     seconds = benchmark.stats.stats.median
     benchmark.extra_info["tokens_per_second"] = tokens / seconds
@@ -88,13 +94,14 @@ def test_runner_time_to_first_token(length: int, model: Model, benchmark: Benchm
 
 
 @pytest.mark.parametrize("depth", [64, 256, 900])
-def test_runner_second_turn(depth: int, model: Model, benchmark: BenchmarkFixture) -> None:
-    """Beside it, what the turn would cost without the cache: all of its tokens."""
-    benchmark.pedantic(first_token, (model, depth, TURN), setup=cached(model, depth), rounds=ROUNDS, warmup_rounds=1)
-    show(benchmark, TURN)
+@pytest.mark.parametrize("turn", [4, 16, 64])
+def test_runner_second_turn(turn: int, depth: int, model: Model, benchmark: BenchmarkFixture) -> None:
+    """New tokens behind a history. Beside it, what the turn would cost without the cache: all of its tokens."""
+    benchmark.pedantic(first_token, (model, depth, turn), setup=cached(model, depth), rounds=ROUNDS, warmup_rounds=1)
+    show(benchmark, turn)
     model.decoder.cache.reset()
     started = time.perf_counter()
-    first_token(model, 0, depth + TURN)
+    first_token(model, 0, depth + turn)
     without = benchmark.extra_info["seconds_without_cache"] = time.perf_counter() - started
     print(f"without the cache: {1e3 * without:.2f} ms")
 
@@ -110,6 +117,18 @@ def test_runner_decode(depth: int, model: Model, benchmark: BenchmarkFixture) ->
             yield from generate(model, ids(model, depth, 1), Sampling(), TOKENS)
 
     benchmark.pedantic(next, (tokens(),), rounds=ROUNDS, iterations=TOKENS, warmup_rounds=1)
+    show(benchmark, 1)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_runner_sampling(sampling: str, spread: float, benchmark: BenchmarkFixture) -> None:
+    """One draw from Qwen2's vocabulary behind 900 tokens; logits are normal, of the given deviation."""
+    random = np.random.default_rng(0)
+    logits = (spread * random.standard_normal(151_936)).astype(np.float32)
+    benchmark.pedantic(
+        Sampler(SAMPLINGS[sampling], 0), (logits, random.integers(0, 151_936, 900).tolist()), rounds=50, warmup_rounds=5
+    )
     show(benchmark, 1)
 
 
@@ -154,9 +173,11 @@ class TimedSession:
 
 
 @pytest.mark.parametrize("depth", [16, 900])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_runner_overhead_outside_the_engine(
-    depth: int, bundle: Bundle, model: Model, benchmark: BenchmarkFixture
+    sampling: str, depth: int, model: Model, benchmark: BenchmarkFixture
 ) -> None:
+    """With random weights the logits are as flat as can be, which is the worst case of top_p."""
     clock = Clock()
     timed = Model(
         model.embedding,
@@ -167,14 +188,14 @@ def test_runner_overhead_outside_the_engine(
 
     def run() -> None:
         clock.seconds = 0.0
-        stats = decode(timed, depth)
+        stats = decode(timed, depth, SAMPLINGS[sampling])
         spent = stats.ttft_seconds + stats.decode_seconds
         shares.append((spent - clock.seconds) / spent)
 
     benchmark.pedantic(run, setup=put_back, rounds=ROUNDS, warmup_rounds=1)
     share = sorted(shares[1:])[ROUNDS // 2]
     benchmark.extra_info["share_outside_the_engine"] = share
-    print(f"\noutside the engine at {depth}: {share:.2%} of decode time")
+    print(f"\n{sampling}, outside the engine at {depth}: {share:.2%} of decode time")
     assert share < MOST_OVERHEAD
 
 

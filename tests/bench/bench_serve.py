@@ -42,15 +42,18 @@ def test_32_clients_for_a_minute(benchmark: BenchmarkFixture, bundle_s8: Path) -
     print(json.dumps(benchmark.extra_info))
 
 
-@pytest.mark.parametrize("history", [0, 64, 128])
-def test_time_to_first_token_behind_a_history(benchmark: BenchmarkFixture, bundle_s8: Path, history: int) -> None:
-    """A prompt of 24 new tokens after `history` that the slot has; whole chunks of 32 are reused."""
+@pytest.mark.parametrize("new", [4, 24, 60])
+@pytest.mark.parametrize("history", [0, 70, 170])
+def test_time_to_first_token_behind_a_history(
+    benchmark: BenchmarkFixture, bundle_s8: Path, history: int, new: int
+) -> None:
+    """A prompt of `new` tokens after `history` that the slot has."""
     server = Server(bundle_s8, "--slots", 1).ready()
     ids = [index % 200 + 10 for index in range(history)]
 
     def ask(last: int) -> float:
         started = time.perf_counter()
-        server.complete(ids + [(last + index) % 200 + 10 for index in range(24)], max_tokens=1)
+        server.complete(ids + [(last + index) % 200 + 10 for index in range(new)], max_tokens=1)
         return time.perf_counter() - started
 
     try:
@@ -59,4 +62,4 @@ def test_time_to_first_token_behind_a_history(benchmark: BenchmarkFixture, bundl
     finally:
         assert server.stop() == 0
     benchmark.extra_info["median_ms"] = round(1e3 * median(seconds[1:]), 2)
-    print(history, benchmark.extra_info)
+    print(history, new, benchmark.extra_info)

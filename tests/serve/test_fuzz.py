@@ -28,6 +28,8 @@ CHECKS = (
 )
 
 
+EXAMPLES = {GenerationMode.POSITIVE: 50, GenerationMode.NEGATIVE: 80}  # a positive one has to be answered
+
 # what no JSON Schema of one field can say
 ACROSS_FIELDS = ("needs stream", "needs logprobs", "outside the vocabulary", "more than 64", "context is", "is empty")
 
@@ -55,7 +57,13 @@ def fuzz(operation: Any, server: Server, mode: GenerationMode) -> Counter[str]:
     """How often which status was answered; a refusal that only several fields together explain counts apart."""
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    @settings(
+        max_examples=EXAMPLES[mode],
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        derandomize=True,
+        database=None,
+    )
     @given(case=operation.as_strategy(generation_mode=mode))
     def answer(case: Any) -> None:
         response = case.call(base_url=server.url, timeout=30)

@@ -14,8 +14,6 @@ import torch
 
 from tests.serve.server import MODEL, Server
 
-pytestmark = pytest.mark.xdist_group("lm_eval")  # in one process, or each has to start it
-
 WINDOW = 252  # tokens that lm_eval rates at a time: its max_length of 254, less one of context and one to draw
 SUMS = [(1, 1), (7, 8), (12, 30), (25, 25), (40, 2), (3, 9)]
 
@@ -129,7 +127,17 @@ def loglikelihood(reference: Any, tokenizer: Any, context: str, continuation: st
     return sum(float(rows[i - 1, ids[i]]) for i in places), all(int(rows[i - 1].argmax()) == ids[i] for i in places)
 
 
-def test_loglikelihoods_are_those_of_transformers(evaluated: Any, reference: Any, hf_tokenizer: Any) -> None:
+def test_the_harness_gets_what_transformers_gives(
+    evaluated: Any, reference: Any, hf_tokenizer: Any, server_fp32: Server
+) -> None:
+    """One test: the harness takes half a minute to start, in every process that has one of several."""
+    expect_loglikelihoods(evaluated, reference, hf_tokenizer)
+    expect_rolling_loglikelihoods(evaluated, reference, hf_tokenizer)
+    expect_generations(evaluated, server_fp32, "answers")
+    expect_generations(evaluated, server_fp32, "chat")
+
+
+def expect_loglikelihoods(evaluated: Any, reference: Any, hf_tokenizer: Any) -> None:
     results, samples = evaluated["choices"]["results"], evaluated["choices"]["samples"]
     assert len(samples) == len(SUMS)
     right = 0
@@ -144,7 +152,7 @@ def test_loglikelihoods_are_those_of_transformers(evaluated: Any, reference: Any
     assert right >= 4
 
 
-def test_rolling_loglikelihoods_are_those_of_transformers(evaluated: Any, reference: Any, hf_tokenizer: Any) -> None:
+def expect_rolling_loglikelihoods(evaluated: Any, reference: Any, hf_tokenizer: Any) -> None:
     """The second text is longer than the context and comes in windows, each behind one token of the last."""
     sizes = []
     for sample in evaluated["rolling"]["samples"]:
@@ -161,8 +169,7 @@ def test_rolling_loglikelihoods_are_those_of_transformers(evaluated: Any, refere
     assert max(sizes) > WINDOW + 20
 
 
-@pytest.mark.parametrize("run", ["answers", "chat"])
-def test_generations_are_the_servers(evaluated: Any, server_fp32: Server, run: str) -> None:
+def expect_generations(evaluated: Any, server_fp32: Server, run: str) -> None:
     right = 0
     for sample in evaluated[run]["samples"]:
         question, limits = sample["doc"]["question"], {"max_tokens": 8, "stop": ["\n", "<|im_end|>"]}

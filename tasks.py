@@ -19,9 +19,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from invoke.collection import Collection
 from invoke.context import Context
 from invoke.exceptions import Exit
-from invoke.tasks import task
+from invoke.tasks import Task, task
 
 from board.errors import BadInput, Failure
 from requirements.install import SETS, SetupFailed, install
@@ -44,6 +45,9 @@ HELP = {
     "args": "more flags for the command underneath, as in a shell (ARGS)",
     "extra": f"one of {', '.join(SETS)}; may be repeated (default all)",
     "upgrade": "take the newest versions instead of keeping those that are locked",
+    "board": "one of ci/boards/*.yaml, or a labgrid environment of your own",
+    "disk": "the virtual board's disk for releases, e.g. 64M, empty at each start (default: this machine's)",
+    "fresh": "throw the virtual board's old disk away",
 }
 
 
@@ -160,6 +164,38 @@ def bench(_: Context, args: str = ARGS) -> None:
 
 
 @verb
+def cross(_: Context, board: str = "virtual", out: str = OUT or "out") -> None:
+    """The runner and everything it needs, as aarch64 wheels for a board's Python."""
+    install(VENV, "boards")
+    from ci import place, wheelhouse
+
+    package = wheelhouse.cross(place.find(board).python, Path(out))
+    wheels = sorted(package.wheels.iterdir())
+    size = sum(wheel.stat().st_size for wheel in wheels)
+    print(f"{package.folder}: {len(wheels)} wheels, {decimal(size)}; installed {decimal(package.listing.size)}")
+
+
+@verb
+def board_up(_: Context, board: str = "virtual", disk: str = "", fresh: bool = False) -> None:
+    """Start an emulated arm64 board on this machine (root; Debian packages, cached)."""
+    install(VENV, "boards")
+    from ci import place, virtual_board
+
+    found = emulated(board)
+    virtual_board.up(found, place.address(found), disk, fresh, functools.partial(print, flush=True))
+
+
+@verb
+def board_down(_: Context, board: str = "virtual") -> None:
+    """Cut the emulated board's power; its disk stays."""
+    install(VENV, "boards")
+    from ci import virtual_board
+
+    found = emulated(board)
+    print(f"{found.name} is off" if virtual_board.down(found) else f"{found.name} was off already")
+
+
+@verb
 def setup(_: Context, extra: Sequence[str] | None = None) -> None:
     """Install the locked requirements, e.g. before going offline."""
     install(VENV, *(extra or SETS))
@@ -178,6 +214,15 @@ def clean(_: Context) -> None:
 @verb
 def lock(_: Context, upgrade: bool = False) -> None:
     """Compile requirements/*.txt anew from the .in files and pyproject.toml; torch.txt is kept by hand."""
+    from ci.wheelhouse import PYTHONS
+
+    for python in PYTHONS:
+        tool(
+            *("uv", "pip", "compile", "--quiet", "--python-version", python, "--generate-hashes"),
+            *("--python-platform", "aarch64-manylinux_2_31", "--custom-compile-command", "invoke lock"),
+            *(["--upgrade"] if upgrade else []),
+            *("board/pyproject.toml", "requirements/board.in", "--output-file", f"requirements/board-{python}.txt"),
+        )
     for name in SETS:
         sources = ["pyproject.toml"] if name == "build" else []
         tool(
@@ -186,6 +231,15 @@ def lock(_: Context, upgrade: bool = False) -> None:
             *(["--upgrade"] if upgrade else []),
             *(*sources, f"requirements/{name}.in", "--output-file", f"requirements/{name}.txt"),
         )
+
+
+def emulated(name: str) -> Any:
+    from ci import place
+
+    found = place.find(name)
+    if found.name != "virtual":
+        raise BadInput(f"{name} is a board of its own: only a virtual one is started and stopped here")
+    return found
 
 
 def ask(bundle: Path, prompt: str, more: Sequence[str] = ()) -> None:
@@ -251,3 +305,9 @@ def split(args: str) -> list[str]:
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+namespace = Collection(
+    *(found for found in list(globals().values()) if isinstance(found, Task) and found not in (board_up, board_down))
+)
+namespace.add_collection(Collection("board", up=board_up, down=board_down))

@@ -59,6 +59,7 @@ SETS = {
         ("test.txt",),
         "import gguf, hypothesis, lm_eval.evaluator, openai, pytest, pytest_benchmark, schemathesis, selenium, xdist",
     ),
+    "boards": Requirements("labgrid, to reach boards", ("boards.txt",), "import labgrid"),
 }
 
 

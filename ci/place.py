@@ -1,0 +1,266 @@
+"""Boards by name: ci/boards/<name>.yaml, a labgrid environment, and what is needed to reach, hold and power one.
+
+Keys, known host keys and the lock of a board are in a state folder of the user's, never in the checkout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from board.errors import BadInput, CheckFailed
+
+ROOT = Path(__file__).resolve().parent.parent
+BOARDS = ROOT / "ci" / "boards"
+RESERVE_SECONDS = 3600
+CLIENT_SECONDS = 30
+
+# what a board's YAML says under `options`, beside what labgrid reads of it
+OPTIONS = {
+    "board": r"[a-z0-9][a-z0-9-]{0,31}",
+    "architecture": r"[a-z0-9_]{1,32}",
+    "python": r"3\.\d{1,2}",
+    "root": r"/?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*",
+    "engine": r"[a-z0-9_]{1,32}",
+}
+
+
+@dataclass(frozen=True)
+class Board:
+    """What a board's YAML says of it.
+
+    `name` is what gates and history know it by, `architecture` as uname -m has it, `python` its version ("3.11"),
+    `root` the folder of the releases (relative to the user's home there), `engine` what executes axmodels on it.
+    `state` is the folder of its keys on this machine, `reserve` the tags of a farm's place (empty: not in a farm).
+    """
+
+    name: str
+    yaml: Path
+    state: Path
+    architecture: str
+    python: str
+    root: str
+    engine: str
+    address: str = ""
+    power: str = ""
+    reserve: str = ""
+
+    @property
+    def in_farm(self) -> bool:
+        return bool(self.reserve)
+
+    def variables(self) -> dict[str, str]:
+        """What its YAML and its ssh refer to; for the environment of whatever works on the board, pytest too."""
+        return {
+            "LG_ENV": str(self.yaml),
+            "LG_BOARD_STATE": str(self.state),
+            "LG_BOARD_PYTHON": sys.executable,
+            "LG_BOARD_ADDRESS": self.address,
+            "LG_BOARD_POWER": self.power,
+            "LG_PLACE": os.environ.get("LG_PLACE", "+"),
+        }
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a board's sshd listens, and who may log in with which key."""
+
+    host: str
+    port: int
+    user: str
+    keyfile: Path
+
+
+def find(name: str) -> Board:
+    """The board of ci/boards/<name>.yaml, or of the YAML file `name` is the path of.
+
+    LG_BOARD_ADDRESS, LG_BOARD_POWER and LG_BOARD_STATE override where it is and where its keys are.
+    Raises BadInput for a name that is not known and for a YAML that lacks what deploying needs.
+    """
+    yaml = Path(name) if name.endswith(".yaml") else BOARDS / f"{name}.yaml"
+    if not yaml.is_file():
+        known = sorted(path.stem for path in BOARDS.glob("*.yaml"))
+        raise BadInput(f"no board is named {name!r}: ci/boards/ has {', '.join(known)}\nOr give a .yaml of your own.")
+    options = _options(yaml)
+    for key, pattern in OPTIONS.items():
+        if not re.fullmatch(pattern, str(options.get(key))):
+            raise BadInput(f"{yaml}: options.{key} is {options.get(key)!r}, expected {pattern}")
+    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    kept = {key: str(options[key]) for key in OPTIONS if key != "board"}
+    return Board(
+        name=str(options["board"]),
+        yaml=yaml.resolve(),
+        state=Path(os.environ.get("LG_BOARD_STATE") or home / "axc" / "boards" / str(options["board"])).absolute(),
+        address=os.environ.get("LG_BOARD_ADDRESS") or str(options.get("address", "")),
+        power=os.environ.get("LG_BOARD_POWER") or str(options.get("power", "")),
+        reserve=str(options.get("reserve", "")),
+        **kept,
+    )
+
+
+@contextlib.contextmanager
+def target(board: Board) -> Iterator[Any]:
+    """labgrid's Target of a board, with everything its YAML refers to in the environment while it is open.
+
+    In a farm the place must be held. Raises BadInput when labgrid cannot make it.
+    """
+    from labgrid import Environment
+    from labgrid.exceptions import InvalidConfigError, NoResourceFoundError
+    from labgrid.remote.client import Error as FarmError
+
+    with _environment(board.variables()):
+        environment = Environment(str(board.yaml))
+        try:
+            yield environment.get_target("main")
+        except (InvalidConfigError, NoResourceFoundError, FarmError, ConnectionRefusedError) as error:
+            raise BadInput(f"labgrid does not reach {board.name} as {board.yaml} has it: {error}") from None
+        finally:
+            environment.cleanup()
+
+
+def address(board: Board) -> Address:
+    """Where the board is reached: of its YAML, or of the place held in a farm. Raises BadInput."""
+    with target(board) as found:
+        service = found.get_resource("NetworkService")
+        driver = found.get_driver("SSHDriver", activate=False)
+        user = driver.username or service.username
+        keyfile = Path(found.env.config.resolve_path(driver.keyfile))
+        return Address(str(service.address), int(service.port), str(user), keyfile)
+
+
+@contextlib.contextmanager
+def power(board: Board) -> Iterator[Any]:
+    """labgrid's power driver of the board, with `on()`, `off()` and `cycle()`. Raises BadInput when it has none."""
+    from labgrid.exceptions import NoDriverFoundError
+    from labgrid.protocol import PowerProtocol
+
+    with target(board) as found:
+        try:
+            driver = found.get_driver(PowerProtocol)
+        except NoDriverFoundError:
+            raise BadInput(f"{board.yaml} has no power port: {board.name} cannot be switched on and off") from None
+        try:
+            yield driver
+        except subprocess.CalledProcessError as error:
+            said = (error.output or b"").decode(errors="replace").strip().splitlines()
+            raise CheckFailed(f"the power of {board.name} could not be switched: {(said or [error])[-1]}") from None
+
+
+@contextlib.contextmanager
+def hold(board: Board, seconds: int = 0) -> Iterator[None]:
+    """Nobody else's hands on the board while this is open: a farm's place reserved and locked, else a local lock.
+
+    Waits up to `seconds`. Raises BadInput naming who has it.
+    """
+    if board.in_farm:
+        with _place(board, seconds):
+            yield
+        return
+    board.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (board.state / "lock").open("a+") as lock:
+        _flock(lock, board, seconds)
+        lock.truncate(0)
+        lock.write(f"{owner()}\n")
+        lock.flush()
+        yield
+        lock.truncate(0)
+
+
+def owner() -> str:
+    """Who this is, for those who wait: user, machine, process."""
+    return f"{getpass.getuser()}@{socket.gethostname()} (pid {os.getpid()})"
+
+
+def _flock(lock: Any, board: Board, seconds: int) -> None:
+    import time
+
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                lock.seek(0)
+                who = lock.readline(200).strip() or "somebody"
+                raise BadInput(f"{board.name} is held by {who}\nWait for it, or ask them to let go.") from None
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _place(board: Board, seconds: int) -> Iterator[None]:
+    """Reserves any place with the board's tags, locks it, and names it in LG_PLACE while it is held."""
+    if not os.environ.get("LG_COORDINATOR"):
+        raise BadInput(f"{board.name} is in a farm: name its coordinator, LG_COORDINATOR=host:20408")
+    said = _client(board, "reserve", "--wait", "--shell", board.reserve, seconds=max(seconds, CLIENT_SECONDS))
+    token = re.search(r"^export LG_TOKEN=(\w+)$", said, re.M)
+    if token is None:
+        raise CheckFailed(f"labgrid-client reserved {board.reserve}, but named no token: {said.strip()[:200]}")
+    with _environment({"LG_TOKEN": token[1]}):
+        try:
+            _client(board, "-p", "+", "lock")
+            try:
+                with _environment({"LG_PLACE": "+"}):
+                    yield
+            finally:
+                _client(board, "-p", "+", "unlock")
+        finally:
+            _client(board, "cancel-reservation", token[1])
+
+
+def _client(board: Board, *words: str, seconds: int = CLIENT_SECONDS) -> str:
+    """labgrid-client, which the environment tells the coordinator. Raises BadInput with its last line."""
+    program = shutil.which("labgrid-client", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
+    if program is None:
+        raise BadInput("there is no labgrid-client beside this Python: invoke setup --extra boards")
+    try:
+        done = subprocess.run(
+            [program, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise BadInput(f"no {board.name} got free in {seconds} s (labgrid-client {' '.join(words)})") from None
+    if done.returncode:
+        last = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()][-1:]
+        raise BadInput(f"labgrid-client {' '.join(words)}: {(last or ['it said nothing'])[0][:300]}")
+    return done.stdout
+
+
+def _options(yaml: Path) -> Mapping[str, Any]:
+    """The YAML's options, before what it refers to is known."""
+    from labgrid.util.yaml import load
+    from yaml import YAMLError
+
+    try:
+        with yaml.open() as file:
+            data = load(file)
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise BadInput(f"cannot read {yaml}: {' '.join(str(error).split())[:200]}") from None
+    options = data.get("options") if isinstance(data, dict) else None
+    if not isinstance(options, dict):
+        raise BadInput(f"{yaml} has no options: see ci/boards/virtual.yaml")
+    return options
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,183 @@
+"""The board package: the runner's wheel, its dependencies' aarch64 wheels, and the folder they install to.
+
+    out/board-package/aarch64-cp311/
+        wheels/            an offline wheelhouse: pip install --no-index --find-links wheels --require-hashes -r ...
+        requirements.txt   every wheel by name and hash
+        site/              the same wheels, installed; what a board gets, so that it needs neither pip nor venv
+        SHA256SUMS         of site/, as sha256sum writes it
+
+The same checkout gives the same bytes on any machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from board.bundle import sha256
+from board.errors import BadInput, CheckFailed
+from ci.listing import Listing
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHONS = ("3.9", "3.10", "3.11")  # what boards carry; each has its lock, requirements/board-<version>.txt
+# Wheels may ask for a glibc as new as 2.31, which is Debian 11's and Ubuntu 20.04's. https://peps.python.org/pep-0600/
+PLATFORMS = ("manylinux2014_aarch64", *(f"manylinux_2_{minor}_aarch64" for minor in range(17, 32)))
+EPOCH = "315532800"  # 1980-01-01, the oldest time a zip archive can hold
+INSTALL_SECONDS, DOWNLOAD_SECONDS = 300, 1800
+
+LAUNCHER = """#!/bin/sh
+# The runner of this release: axrun run model --prompt '1+1='
+here=$(dirname "$(readlink -f "$0")")
+PYTHONPATH="$here" exec python3 -m board "$@"
+"""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A board package on disk; `listing` is what `site` holds."""
+
+    folder: Path
+    python: str
+    listing: Listing
+
+    @property
+    def wheels(self) -> Path:
+        return self.folder / "wheels"
+
+    @property
+    def site(self) -> Path:
+        return self.folder / "site"
+
+
+def cross(python: str, out: Path) -> Package:
+    """Builds the package for boards with Python `python` ("3.11") under `out`, or takes what is there and current.
+
+    Raises BadInput for a Python without a lock, CheckFailed when a tool failed.
+    """
+    if python not in PYTHONS:
+        raise BadInput(f"no board package for Python {python}: there are locks for {', '.join(PYTHONS)}")
+    folder = out / "board-package" / f"aarch64-cp{python.replace('.', '')}"
+    wheels = folder / "wheels"
+    lock = ROOT / "requirements" / f"board-{python}.txt"
+    _download(lock, python, wheels)
+    own = _build(wheels)
+    _name_by_hash(wheels, folder / "requirements.txt")
+    site, stamp = folder / "site", folder / "site.made-from"
+    made_from = hashlib.sha256(b"".join(sorted(sha256(path).encode() for path in wheels.iterdir()))).hexdigest()
+    if not (stamp.is_file() and stamp.read_text() == made_from and site.is_dir()):
+        stamp.unlink(missing_ok=True)
+        _install(wheels, own, python, site)
+        stamp.write_text(made_from)
+    listing = Listing.of(site)
+    (folder / "SHA256SUMS").write_text(listing.text)
+    return Package(folder, python, listing)
+
+
+def _download(lock: Path, python: str, wheels: Path) -> None:
+    """The wheels a lock names, unless the folder has been filled from this very lock."""
+    stamp, wanted = wheels.parent / "wheels.made-from", sha256(lock)
+    if stamp.is_file() and stamp.read_text() == wanted and wheels.is_dir():
+        return
+    fresh = wheels.with_name("wheels.part")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    local = os.environ.get("WHEELS")
+    _run(
+        [
+            *(sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-input", "--no-deps"),
+            *("--require-hashes", "--only-binary=:all:", *_target(python), "-r", str(lock), "-d", str(fresh)),
+            *([f"--find-links={Path(local).expanduser().resolve()}"] if local else []),
+        ],
+        "the board's wheels did not come",
+        DOWNLOAD_SECONDS,
+    )
+    shutil.rmtree(wheels, ignore_errors=True)
+    fresh.rename(wheels)
+    stamp.write_text(wanted)
+
+
+def _build(wheels: Path) -> Path:
+    """The runner's own wheel, in place of any older one."""
+    fresh = wheels.with_name("own.part")
+    shutil.rmtree(fresh, ignore_errors=True)
+    _run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(fresh.resolve())],
+        "the runner's wheel could not be built",
+        INSTALL_SECONDS,
+        cwd=ROOT / "board",
+    )
+    (made,) = fresh.glob("*.whl")
+    for old in wheels.glob("axrun-*.whl"):
+        old.unlink()
+    own = made.replace(wheels / made.name)
+    fresh.rmdir()
+    return own
+
+
+def _install(wheels: Path, own: Path, python: str, site: Path) -> None:
+    """Unpacks every wheel for the board, on this machine; nothing of this machine gets into the folder."""
+    fresh = site.with_name("site.part")
+    shutil.rmtree(fresh, ignore_errors=True)
+    _run(
+        [
+            *(sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-input", "--no-deps"),
+            *("--no-index", "--no-compile", "--only-binary=:all:", *_target(python), "--target", str(fresh)),
+            *(str(path) for path in sorted(wheels.iterdir())),
+        ],
+        "the board's wheels could not be installed",
+        INSTALL_SECONDS,
+    )
+    shutil.rmtree(fresh / "bin", ignore_errors=True)  # scripts with this machine's Python in their first line
+    for record in fresh.glob("*.dist-info/*"):
+        if record.name in ("direct_url.json", "RECORD", "REQUESTED", "INSTALLER"):
+            record.unlink()  # where each wheel lay, and what else pip notes for itself
+    launcher = fresh / "axrun"
+    launcher.write_text(LAUNCHER)
+    launcher.chmod(0o755)
+    shutil.rmtree(site, ignore_errors=True)
+    fresh.rename(site)
+
+
+def _name_by_hash(wheels: Path, path: Path) -> None:
+    """requirements.txt of the wheelhouse. A wheel's file name begins with its project's name and version."""
+    lines = []
+    for wheel in sorted(wheels.glob("*.whl")):
+        found = re.match(r"([A-Za-z0-9_.]+)-([^-]+)-", wheel.name)
+        if found is None:
+            raise CheckFailed(f"{wheel} is not named as a wheel is")
+        lines.append(f"{found[1].replace('_', '-')}=={found[2]} --hash=sha256:{sha256(wheel)}\n")
+    path.write_text("".join(lines))
+
+
+def _target(python: str) -> list[str]:
+    platforms = [word for name in PLATFORMS for word in ("--platform", name)]
+    return [*platforms, "--python-version", python, "--implementation", "cp"]
+
+
+def _run(command: Sequence[str], on_failure: str, seconds: int, cwd: Path = ROOT) -> None:
+    kept = {name: value for name, value in os.environ.items() if name not in ("PIP_TARGET", "PIP_USER", "PYTHONPATH")}
+    try:
+        done = subprocess.run(
+            command,
+            cwd=cwd,
+            env={**kept, "SOURCE_DATE_EPOCH": EPOCH},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise CheckFailed(f"{on_failure}: {command[2]} was not done after {seconds} s") from None
+    if done.returncode:
+        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        errors = [line for line in said if line.lower().startswith("error")]
+        raise CheckFailed(f"{on_failure}: {(errors or said)[-1][:300]}\nWith its cause mended, run the same again.")

@@ -34,6 +34,7 @@ SETTINGS = ("MODEL", "MODEL_DIR", "PROMPT", "OUT", "PARALLEL", "FORCE", "ARGS", 
 MODEL, MODEL_DIR, PROMPT, OUT, PARALLEL, FORCE, ARGS, _ = (os.environ.get(name, "") for name in SETTINGS)
 
 NO_TESTS = 5  # pytest's exit code
+TELL = functools.partial(print, flush=True)
 
 HELP = {
     "model": "one of models/*.toml (MODEL, default tiny-qwen2)",
@@ -47,6 +48,7 @@ HELP = {
     "upgrade": "take the newest versions instead of keeping those that are locked",
     "board": "one of ci/boards/*.yaml, or a labgrid environment of your own",
     "disk": "the virtual board's disk for releases, e.g. 64M, empty at each start (default: this machine's)",
+    "keep": "releases to keep on the board, the current one among them",
     "fresh": "throw the virtual board's old disk away",
 }
 
@@ -119,10 +121,7 @@ def run(
     from toolchain.models import load_model
 
     spec = load_model(model)
-    bundle = Path(out) / spec.name
-    if not bundle.is_dir():
-        raise BadInput(f"there is no bundle {bundle} yet: make build MODEL={model}")
-    ask(bundle, prompt or spec.prompt, split(args))
+    ask(built(spec.name, out), prompt or spec.prompt, split(args))
 
 
 @verb
@@ -182,7 +181,7 @@ def board_up(_: Context, board: str = "virtual", disk: str = "", fresh: bool = F
     from ci import place, virtual_board
 
     found = emulated(board)
-    virtual_board.up(found, place.address(found), disk, fresh, functools.partial(print, flush=True))
+    virtual_board.up(found, place.address(found), disk, fresh, TELL)
 
 
 @verb
@@ -193,6 +192,38 @@ def board_down(_: Context, board: str = "virtual") -> None:
 
     found = emulated(board)
     print(f"{found.name} is off" if virtual_board.down(found) else f"{found.name} was off already")
+
+
+@verb
+def deploy(
+    _: Context,
+    board: str = "virtual",
+    model: str = MODEL or "tiny-qwen2",
+    prompt: str = PROMPT,
+    out: str = OUT or "out",
+    keep: int = 3,
+) -> None:
+    """Runner and bundle onto a board: sent, verified, asked, and only then switched to."""
+    install(VENV, "boards")
+    from ci import deploy, place, wheelhouse
+    from toolchain.models import load_model
+
+    spec, found = load_model(model), place.find(board)
+    bundle = built(spec.name, out)
+    with place.hold(found):
+        package = wheelhouse.cross(found.python, Path(out))
+        deploy.deploy(found, place.address(found), package, bundle, prompt or spec.prompt, keep, TELL)
+
+
+@verb
+def rollback(_: Context, board: str = "virtual") -> None:
+    """The release before the current one is current again."""
+    install(VENV, "boards")
+    from ci import deploy, place
+
+    found = place.find(board)
+    with place.hold(found):
+        deploy.rollback(found, place.address(found), TELL)
 
 
 @verb
@@ -231,6 +262,13 @@ def lock(_: Context, upgrade: bool = False) -> None:
             *(["--upgrade"] if upgrade else []),
             *(*sources, f"requirements/{name}.in", "--output-file", f"requirements/{name}.txt"),
         )
+
+
+def built(name: str, out: str) -> Path:
+    bundle = Path(out) / name
+    if not bundle.is_dir():
+        raise BadInput(f"there is no bundle {bundle} yet: make build MODEL={name}")
+    return bundle
 
 
 def emulated(name: str) -> Any:

@@ -27,17 +27,13 @@ def enable() -> None:
     if emulator is None:
         raise BadInput("arm64 programs need qemu here: apt-get install qemu-user-static")
     if os.geteuid() != 0:
-        raise BadInput(
-            "this kernel does not start arm64 programs, and only root may teach it: run this as root once"
-        )
+        raise BadInput("this kernel does not start arm64 programs, and only root may teach it: run this as root once")
     if not (MOUNTED / "register").exists():
         mounted = subprocess.run(
             ["mount", "-t", "binfmt_misc", "binfmt_misc", str(MOUNTED)], capture_output=True, text=True, check=False
         )
         if mounted.returncode:
-            raise BadInput(
-                f"this kernel has no binfmt_misc, which starts arm64 programs: {mounted.stderr.strip()}"
-            )
+            raise BadInput(f"this kernel has no binfmt_misc, which starts arm64 programs: {mounted.stderr.strip()}")
     # F: the emulator is opened now, so that it is found from inside any root file system.
     magic, mask = ("".join(f"\\x{byte:02x}" for byte in header) for header in (MAGIC, MASK))
     try:

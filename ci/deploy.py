@@ -1,0 +1,204 @@
+"""A runner and a bundle onto a board: looked at, sent, verified, asked, and only then made the current release.
+
+Until the last step the board runs what it ran; ci/on_board.py says how its folders keep that true.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from board import bundle as bundles
+from board.bundle import Bundle
+from board.errors import BadInput, CheckFailed
+from board.memory import needs
+from ci.connection import Connection
+from ci.listing import Listing
+from ci.place import Address, Board, owner
+from ci.wheelhouse import Package
+
+KEEP = 3  # releases on the board, the current one among them
+SMOKE_TOKENS = 4
+SMOKE_SECONDS, VERIFY_SECONDS = 900, 1800
+SPARE_BYTES = 8 << 20  # for what the runner writes of its own: compiled Python
+GLIBC = (2, 31)  # what the wheels may ask for
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """`release` is current on the board, `was` the one before (None: the first), `answer` what it said when asked.
+
+    `wire` is what went over the network, of `size` bytes that were to be there.
+    """
+
+    release: str
+    was: str | None
+    answer: str
+    wire: int
+    size: int
+
+
+def deploy(
+    board: Board,
+    at: Address,
+    package: Package,
+    bundle: Path,
+    prompt: str,
+    keep: int = KEEP,
+    say: Say = lambda line: None,
+) -> Deployed:
+    """Makes package and bundle the board's current release.
+
+    Raises BadInput when the board cannot be reached or cannot take it, CheckFailed when what arrived is not what was
+    sent or answers otherwise than here. The board then runs what it ran before.
+    """
+    manifest = bundles.verify(bundle)
+    opened = Bundle.open(bundle)
+    model = Listing.of(bundle)
+    contents = (("packages", package.site, package.listing), ("models", bundle, model))
+    release: dict[str, Any] = {"package": package.listing.id, "model": model.id, "name": opened.name, "prompt": prompt}
+    release["tokens"] = _tokens_here(bundle, prompt) if manifest["maker"] == "cpu" else None
+    with Connection(board, at) as link:
+        facts = link.call("facts")
+        say(_introduce(board, facts))
+        _require(board, facts, opened)
+        link.call("lock", owner=owner())
+        sent = [_send(link, board, store, source, listing, say) for store, source, listing in contents]
+        name = hashlib.sha256(json.dumps(release, sort_keys=True).encode()).hexdigest()[:16]
+        link.call("assemble", name=name, release=release)
+        answer = _smoke(link, board, name, release)
+        say(f"release {name} answers {prompt!r} with {answer!r}")
+        was = link.call("switch", name=name)
+        say(f"current is {name}, {'as before' if was == name else f'was {was}' if was else 'the first'}")
+        for gone in link.call("prune", keep=keep):
+            say(f"removed {gone}")
+    return Deployed(name, was, answer, sum(sent), package.listing.size + model.size)
+
+
+def rollback(board: Board, at: Address, say: Say = lambda line: None) -> Deployed:
+    """Makes the release before the current one current again, after it has answered as it once did.
+
+    Raises BadInput when there is none, CheckFailed when it does not answer so; the current one then stays.
+    """
+    with Connection(board, at) as link:
+        link.call("lock", owner=owner())
+        was, name = link.call("facts")["current"], link.call("previous")
+        if name is None:
+            raise BadInput(f"{board.name} has no release before {was or 'the first'}: there is nothing to go back to")
+        answer = _smoke(link, board, name, link.call("release", name=name))
+        link.call("back", name=name)
+        say(f"current is {name} again, was {was}; it answers {answer!r}")
+    return Deployed(name, was, answer, 0, 0)
+
+
+def _send(link: Connection, board: Board, store: str, source: Path, listing: Listing, say: Say) -> int:
+    """Bytes over the wire. A folder that is there is verified too, and what is wrong with it is sent again."""
+    place: dict[str, Any] = {"store": store, "name": listing.id, "listing": [list(entry) for entry in listing.files]}
+    found = link.call("survey", **place)
+    what = f"{store[:-1]} {listing.id}, {listing.size / 1e6:.1f} MB"
+    if found["whole"] and not link.call("verify", VERIFY_SECONDS, **place):
+        say(f"{what}: there, verified")
+        return 0
+    if found["needed"] + SPARE_BYTES > found["free"]:
+        raise BadInput(
+            f"the disk of {board.name} has {found['free'] >> 20} MB free, the {store[:-1]} needs "
+            f"{(found['needed'] + SPARE_BYTES) >> 20} MB\nMake room in {found['into'].partition('/incoming')[0]}."
+        )
+    try:
+        moved = link.send(source, found["into"], found["like"])
+    except BadInput:
+        link.call("drop")
+        raise
+    faults = link.call("verify", VERIFY_SECONDS, **place)
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise CheckFailed(f"the {store[:-1]} on {board.name} is not what was sent: {str(faults[0])[:200]!a}{more}")
+    link.call("keep", VERIFY_SECONDS, **place)
+    say(f"{what}: sent {moved.wire / 1e6:.2f} MB, verified")
+    return moved.wire
+
+
+def _smoke(link: Connection, board: Board, name: str, release: Mapping[str, Any]) -> str:
+    """A release's answer, held against what this machine answered. Raises CheckFailed."""
+    question = {"prompt": release["prompt"], "tokens": SMOKE_TOKENS, "engine": board.engine, "limit": SMOKE_SECONDS}
+    said = link.call("ask", SMOKE_SECONDS + 60, name=name, **question)
+    return _answer(said, board, name, release)
+
+
+def _answer(said: Any, board: Board, name: str, release: Mapping[str, Any]) -> str:
+    kept = "What ran before still does."
+    if said["code"] is None:
+        raise CheckFailed(f"release {name} did not answer in {SMOKE_SECONDS} s on {board.name}\n{kept}")
+    if said["code"] != 0:
+        lines = [line for line in said["stderr"].splitlines() if line.strip()] or ["it said nothing"]
+        errors = [line for line in lines if line.startswith("error:")] or lines
+        raise CheckFailed(f"release {name} does not run on {board.name}: {ascii(errors[-1])[1:301]}\n{kept}")
+    try:
+        answer = json.loads(said["stdout"])
+        text, tokens = str(answer["text"]), [int(token) for token in answer["tokens"]]
+    except (ValueError, KeyError, TypeError):
+        raise CheckFailed(f"release {name} on {board.name} answers {said['stdout'][:80]!a}\n{kept}") from None
+    if release["tokens"] is not None and tokens != release["tokens"]:
+        raise CheckFailed(
+            f"{board.name} answers {release['prompt']!r} with tokens {tokens}, expected {release['tokens']}\n{kept}"
+        )
+    return text
+
+
+def _tokens_here(bundle: Path, prompt: str) -> list[int]:
+    """The first greedy tokens of the answer on this machine."""
+    from board.run import Question, run
+
+    return list(run(bundle, Question(prompt, max_tokens=SMOKE_TOKENS, greedy=True)).ids)
+
+
+def _introduce(board: Board, facts: Mapping[str, Any]) -> str:
+    told = [
+        f"{facts['architecture']}, Python {facts['python']}",
+        f"{facts['free'] >> 20} MB of disk free",
+        *([f"{facts['memory'] >> 20} MB of memory"] if facts["memory"] is not None else []),
+        *([f"{facts['cmm'] >> 20} MB of CMM"] if facts["cmm"] is not None else []),
+    ]
+    return f"{board.name}: {', '.join(told)}"
+
+
+def _require(board: Board, facts: Mapping[str, Any], bundle: Bundle) -> None:
+    """What the board must be and have. Raises BadInput with the first thing that is wrong."""
+    vendor = bundle.maker == "pulsar2"
+    needed = needs(bundle, board.engine).total
+    left, what = (facts["cmm"], "CMM") if vendor and facts["cmm"] is not None else (facts["memory"], "memory")
+    seen = tuple(int(part) for part in str(facts["glibc"]).split(".")[:2] if part.isdigit())
+    minor = ".".join(str(facts["python"]).split(".")[:2])
+    wrong = [
+        (
+            facts["architecture"] != board.architecture,
+            f"{board.name} is a machine of {facts['architecture']!a}, expected {board.architecture}: is it another?",
+        ),
+        (
+            minor != board.python,
+            f"{board.name} has Python {minor!a}, its YAML says {board.python}: change python in {board.yaml}",
+        ),
+        (
+            len(seen) == 2 and seen < GLIBC,
+            f"{board.name} has glibc {facts['glibc']!a}, the runner needs {GLIBC[0]}.{GLIBC[1]}",
+        ),
+        (not facts["rsync"], f"{board.name} has no rsync: apt-get install rsync, there"),
+        (not facts["writable"], f"{facts['root']!a} on {board.name} cannot be written: is root in its YAML right?"),
+        (
+            vendor and not facts["engine_library"],
+            f"{board.name} has no libax_engine.so in /soc/lib, and {bundle.name} is for the NPU",
+        ),
+        (
+            left is not None and left < needed,
+            f"{bundle.name} needs {needed >> 20} MB of {what}, {board.name} has {(left or 0) >> 20} MB left",
+        ),
+    ]
+    for fault, text in wrong:
+        if fault:
+            raise BadInput(text)

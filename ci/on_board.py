@@ -21,13 +21,18 @@ import platform
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 IDLE_SECONDS = 3600  # without a request, the other side is gone, whatever the network says
 BLOCK = 1 << 20
+LOCK_SECONDS = 5  # for one that was interrupted to notice it
+POLL_SECONDS = 0.05
 SHOWN = 4000  # characters of what a program said
 STORES = ("packages", "models")
 ENGINE_LIBRARIES = ("/soc/lib/libax_engine.so", "/usr/lib/libax_engine.so", "/opt/lib/libax_engine.so")
@@ -77,11 +82,16 @@ class Releases:
         """Until this process ends, however it ends, nobody else gets the lock."""
         self.root.mkdir(parents=True, exist_ok=True)
         lock = (self.root / "lock").open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            raise Refused("locked", lock.read(200).strip() or "somebody") from None
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    lock.seek(0)
+                    raise Refused("locked", lock.read(200).strip() or "somebody") from None
+            time.sleep(POLL_SECONDS)
         self._lock = lock
         lock.truncate(0)
         lock.write(owner)
@@ -169,12 +179,20 @@ class Releases:
             "--greedy",
         ]
         command += ["--max-tokens", str(tokens), "--engine", engine]
-        try:
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit, check=False)
-        except subprocess.TimeoutExpired:
-            return {"code": None, "stdout": "", "stderr": ""}
-        stdout, stderr = (stream.decode("utf-8", "replace") for stream in (done.stdout, done.stderr))
-        return {"code": done.returncode, "stdout": stdout[:SHOWN], "stderr": stderr[-SHOWN:]}
+        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+            )
+            deadline = time.monotonic() + limit
+            while process.poll() is None:
+                gone = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])  # nothing but its end is to come now
+                if gone or time.monotonic() > deadline:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+                    if gone:
+                        sys.exit()
+                    return {"code": None, "stdout": "", "stderr": ""}
+            return {"code": process.returncode, "stdout": _start(stdout), "stderr": _end(stderr)}
 
     def switch(self, name: str) -> str | None:
         """`current` becomes a release, and what came after the one it was is forgotten; returns what it was."""
@@ -303,6 +321,16 @@ def _sync(folder: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def _start(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read(SHOWN).decode("utf-8", "replace")
+
+
+def _end(file: IO[bytes]) -> str:
+    file.seek(max(file.seek(0, os.SEEK_END) - SHOWN, 0))
+    return file.read(SHOWN).decode("utf-8", "replace")
 
 
 def _text(path: str | Path) -> str:

@@ -1,0 +1,109 @@
+"""The commands as a user gives them, on the emulated arm64 board."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ci import place, virtual_board
+from tests.deploy.conftest import ROOT, Place
+
+pytestmark = pytest.mark.system
+Invoke = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def invoke(virtual: Place, bundles: tuple[Path, Path], tmp_path: Path) -> Invoke:
+    """Runs a task on the emulated board, with the bundle where `make build` would have put it."""
+    shutil.copytree(bundles[0], tmp_path / "out" / "tiny-qwen2")
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "invoke", *words],
+            cwd=ROOT,
+            env={**os.environ, **virtual.board.variables(), "OUT": str(tmp_path / "out")},
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=600,
+        )
+
+    return run
+
+
+def test_deployed_asked_and_taken_back(invoke: Invoke, virtual: Place, tmp_path: Path) -> None:
+    first = invoke("deploy", "--board", "virtual")
+    assert first.returncode == 0, first.stderr
+    lines = [line for line in first.stdout.splitlines() if not line.startswith("setup:")]
+    assert lines[0].startswith("virtual: aarch64, Python 3.11.")
+    assert lines[-2].endswith("answers '1+1=' with '2'")
+    current = (virtual.root / "current").resolve()
+    assert lines[-1] == f"current is {current.name}, the first"
+
+    with place.target(virtual.board) as target:
+        ssh = target.get_driver("SSHDriver")
+        said, _, code = ssh.run("sh axrun/current/axrun run axrun/current/model --prompt 12+30= --greedy --verify")
+        assert (code, said) == (0, ["42"])
+
+    again = invoke("deploy", "--board", "virtual", "--prompt", "2+2=")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count(": there, verified") == 2
+    assert (virtual.root / "current").resolve() != current
+    back = invoke("rollback", "--board", "virtual")
+    assert back.returncode == 0, back.stderr
+    assert (virtual.root / "current").resolve() == current
+
+
+def test_the_power_goes_and_the_disk_stays(virtual: Place) -> None:
+    mark = virtual.root / "mark"
+    mark.write_text("here")
+    with place.power(virtual.board) as power:
+        power.off()
+        assert virtual_board.running(virtual.board) is None
+        power.off()
+        power.on()
+        power.cycle()
+    with place.target(virtual.board) as target:
+        assert target.get_driver("SSHDriver").run_check("cat axrun/mark; uname -m") == ["here", "aarch64"]
+    mark.unlink()
+
+
+def test_everything_on_the_board_ends_with_its_power(virtual: Place) -> None:
+    with place.target(virtual.board) as target:
+        target.get_driver("SSHDriver").run_check("setsid sleep 4321.5 </dev/null >/dev/null 2>&1 & exit")
+    listed = ["ps", "ax", "-o", "args"]
+    assert "sleep 4321.5" in subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+    virtual_board.down(virtual.board)
+    try:
+        assert "sleep 4321.5" not in subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+    finally:
+        virtual_board.up(virtual.board, virtual.at)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["deploy", "--board", "ax65"], "error: no board is named 'ax65': ci/boards/ has ax630c, ax630c-farm, ax650"),
+        (["deploy", "--board", "virtual", "--model", "qwen2-0.5b"], "error: there is no bundle "),
+        (["board.up", "--board", "ax650"], "error: ax650 is a board of its own"),
+        (["rollback", "--board", "ax650-farm"], "error: ax650 is in a farm: name its coordinator, LG_COORDINATOR="),
+    ],
+)
+def test_what_cannot_be_done_is_said_in_a_line(invoke: Invoke, words: list[str], said: str) -> None:
+    done = invoke(*words)
+    assert done.returncode == 2
+    assert done.stderr.startswith(said)
+    assert "Traceback" not in done.stderr
+
+
+def test_another_hand_on_the_board(invoke: Invoke, virtual: Place) -> None:
+    with place.hold(virtual.board):
+        done = invoke("rollback", "--board", "virtual")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: virtual is held by {place.owner()}")

@@ -23,7 +23,6 @@ from board.errors import BadInput, CheckFailed
 
 ROOT = Path(__file__).resolve().parent.parent
 BOARDS = ROOT / "ci" / "boards"
-RESERVE_SECONDS = 3600
 CLIENT_SECONDS = 30
 
 # what a board's YAML says under `options`, beside what labgrid reads of it
@@ -200,23 +199,23 @@ def _flock(lock: Any, board: Board, seconds: int) -> None:
 
 @contextlib.contextmanager
 def _place(board: Board, seconds: int) -> Iterator[None]:
-    """Reserves any place with the board's tags, locks it, and names it in LG_PLACE while it is held."""
+    """Reserves any place with the board's tags and locks it; LG_PLACE says which while it is held."""
     if not os.environ.get("LG_COORDINATOR"):
         raise BadInput(f"{board.name} is in a farm: name its coordinator, LG_COORDINATOR=host:20408")
-    said = _client(board, "reserve", "--wait", "--shell", board.reserve, seconds=max(seconds, CLIENT_SECONDS))
+    said = _client(board, "reserve", "--shell", board.reserve)
     token = re.search(r"^export LG_TOKEN=(\w+)$", said, re.M)
     if token is None:
         raise CheckFailed(f"labgrid-client reserved {board.reserve}, but named no token: {said.strip()[:200]}")
-    with _environment({"LG_TOKEN": token[1]}):
-        try:
+    try:
+        _client(board, "wait", token[1], seconds=max(seconds, CLIENT_SECONDS))
+        with _environment({"LG_TOKEN": token[1], "LG_PLACE": "+"}):
             _client(board, "-p", "+", "lock")
             try:
-                with _environment({"LG_PLACE": "+"}):
-                    yield
+                yield
             finally:
                 _client(board, "-p", "+", "unlock")
-        finally:
-            _client(board, "cancel-reservation", token[1])
+    finally:
+        _client(board, "cancel-reservation", token[1])
 
 
 def _client(board: Board, *words: str, seconds: int = CLIENT_SECONDS) -> str:

@@ -23,7 +23,7 @@ KEEPER = $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(VENV)/build.ins
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build run test test-all lint bench setup clean ready
+.PHONY: help build run test test-all lint bench engine setup clean ready
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 } /^##( |$$)/ { print substr($$0, 4) }' Makefile
@@ -42,6 +42,9 @@ test-all: ready ## the same, and the tests that need a browser, qemu, docker (re
 
 lint: ready ## ruff and mypy only
 	@$(INVOKE) lint
+
+engine: ready ## only libax_engine, into board/engine/lib (ARGS='--machine aarch64 --into folder' for a board's)
+	@$(INVOKE) engine
 
 bench: ready ## speed and memory beside a peer, on this machine
 	@$(INVOKE) bench

@@ -155,6 +155,14 @@ def lint(_: Context) -> None:
 
 
 @verb
+def engine(_: Context, args: str = ARGS) -> None:
+    """libax_engine from its sources, for this machine or another."""
+    from board.engine.build import main as build_engine
+
+    succeed(build_engine, split(args))
+
+
+@verb
 def bench(_: Context, args: str = ARGS) -> None:
     """Speed and memory beside a peer: every bench_*.py of the tests."""
     more = split(args)
@@ -235,7 +243,17 @@ def setup(_: Context, extra: Sequence[str] | None = None) -> None:
 @verb
 def clean(_: Context) -> None:
     """Remove out/ and the caches; the environment and downloaded checkpoints stay."""
-    caches = ("out", "build", "dist", ".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis", ".benchmarks")
+    caches = (
+        "out",
+        "build",
+        "dist",
+        "board/engine/build",
+        ".pytest_cache",
+        ".mypy_cache",
+        ".ruff_cache",
+        ".hypothesis",
+        ".benchmarks",
+    )
     rooms = ("toolchain", "board", "models", "requirements", "tests", "ci")
     compiled = (found for room in rooms for found in (ROOT / room).rglob("__pycache__"))
     for folder in [ROOT / "__pycache__", *(ROOT / name for name in caches), *compiled]:

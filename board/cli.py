@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from board import VERSION
 from board.command import Verb, dispatch
 from board.errors import BadInput
+from board.session import usual_engine
 
 if TYPE_CHECKING:  # numpy and an engine take their time, which --help does not need
     from board.load import Loading
@@ -30,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _speed_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--engine", default="ort", help="what executes axmodels (default ort: onnxruntime)")
+    usual = usual_engine()
+    engines = f"what executes axmodels: ax (libax_engine) or ort (onnxruntime) (default {usual})"
+    parser.add_argument("--engine", default=usual, metavar="NAME", help=engines)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each usable CPU)")
 
 

@@ -32,7 +32,7 @@ def measure(
     group: int | None = None,
     warmup: int = 3,
     repeat: int = 20,
-    engine: str = "ort",
+    engine: str = "ax",
     threads: int | None = None,
 ) -> list[Latency]:
     """Times one shape group of an axmodel, or all, at its full shape. Raises BadInput."""

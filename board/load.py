@@ -28,7 +28,7 @@ class Loading:
     """
 
     verify: bool = False
-    engine: str = "ort"
+    engine: str = "ax"
     threads: int | None = None
     allow: Allow = refuse
     say: Say = silent

@@ -104,7 +104,7 @@ class Model:
     def load(
         cls,
         bundle: Bundle,
-        engine: str = "ort",
+        engine: str = "ax",
         threads: int | None = None,
         progress: Callable[[str], None] = lambda done: None,
     ) -> Model:

@@ -98,6 +98,12 @@ def install(venv: Path, *names: str) -> None:
         print(f"setup: {name} is there after {time.monotonic() - started:.0f} s", flush=True)
 
 
+def build_engine(venv: Path) -> None:
+    """Build libax_engine with the environment's compiler, where it runs: other machines have onnxruntime."""
+    if sys.platform == "linux":
+        run([str(venv / "bin" / "python"), str(ROOT / "board" / "engine" / "build.py")], "libax_engine was not built")
+
+
 def fingerprint(name: str) -> str:
     """What an installed set depends on: its locks, this Python, and for the editable packages where they are."""
     digest = hashlib.sha256(f"{HERE} {ROOT}".encode())
@@ -223,6 +229,7 @@ def main(argv: list[str]) -> int:
     try:
         check_python()
         install(Path(argv[0]), *argv[1:])
+        build_engine(Path(argv[0]))
     except SetupFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

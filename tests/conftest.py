@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from onnx import TensorProto, helper
 
 from toolchain import build
 
@@ -44,3 +45,13 @@ def bundle_s8(build_tiny: Builder) -> Path:
 def bundle_fp32(build_tiny: Builder) -> Path:
     """float32 hidden state and weights; the embedding table is bfloat16, as the checkpoint has it."""
     return build_tiny(hidden_state_type="fp32", weight_type="fp32", post_weight_type="fp32")
+
+
+@pytest.fixture
+def vendors_axmodel(tmp_path: Path) -> Path:
+    """A file like the vendor's compiler makes: an ONNX container with one node of its own."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("neu mode", ["x"], ["y"])], "vendor", values[:1], values[1:])
+    path = tmp_path / "vendor.axmodel"
+    path.write_bytes(helper.make_model(graph, producer_name="Pulsar2").SerializeToString())
+    return path

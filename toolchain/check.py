@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 Say = Callable[[str], None]
 
+ENGINE = "ort"  # not our own: what one hand wrote twice, compiler and engine, may be wrong twice alike
 LEVELS = ("load and run", "layers against the float32 reference", "whole model against the float32 reference")
 ANSWER_TOKENS = 32  # of a level 2 generation
 DECODED = 2  # tokens of a level 1 sequence that go through the decode group
@@ -102,14 +103,14 @@ def check(plan: Plan, level: int, prompt: str, say: Say, report: Path | None = N
 def _load_and_run(bundle: Bundle) -> None:
     """Every axmodel once in every group, on zeros. Raises CheckFailed for an output that is not finite."""
     for index in range(bundle.layers):
-        decoder = Decoder([open_session(bundle.layer_path(index))])
+        decoder = Decoder([open_session(bundle.layer_path(index), ENGINE)])
         for group in sorted(bundle.groups, key=lambda group: group.history):
             rows = np.zeros((min(group.tokens, bundle.kv_cache_len), bundle.hidden_size), np.float32)
             start = min(decoder.cache.length, bundle.kv_cache_len - len(rows))
             if not np.isfinite(decoder.forward(rows, start)).all():
                 raise CheckFailed(f"layer {index} gives values that are not finite in group {group.index}")
     hidden = from_float32(np.zeros((1, bundle.hidden_size), np.float32), FLOATS[bundle.hidden_state_type])
-    logits = Post(open_session(bundle.post_path))(hidden)
+    logits = Post(open_session(bundle.post_path, ENGINE))(hidden)
     if not np.isfinite(logits).all():
         raise CheckFailed("the post model gives logits that are not finite")
 
@@ -133,14 +134,14 @@ def _layers(bundle: Bundle, reference: Reference, ids: NDArray[np.int64], say: S
     found = []
     prefilled = len(ids) - DECODED if bundle.prefill_len else 0
     for index, given, expected in reference.layers(ids):
-        decoder = Decoder([open_session(bundle.layer_path(index))])
+        decoder = Decoder([open_session(bundle.layer_path(index), ENGINE)])
         for stage, rows in _stages(prefilled, len(ids)):
             ours = np.concatenate([decoder.forward(given[part], part.start) for part in rows])
             span = slice(rows[0].start, rows[-1].stop)
             found.append(agreement(f"layer {index}", stage, ours, expected[span]))
             say("  " + found[-1].text())
     logits = reference.logits(expected)
-    ours = Post(open_session(bundle.post_path))(from_float32(expected, FLOATS[bundle.hidden_state_type]))
+    ours = Post(open_session(bundle.post_path, ENGINE))(from_float32(expected, FLOATS[bundle.hidden_state_type]))
     found.append(agreement("post", "logits", ours, logits))
     say("  " + found[-1].text())
     return found, logits
@@ -176,7 +177,7 @@ def _log_softmax(logits: Floats) -> NDArray[np.float64]:
 def _whole(
     bundle: Bundle, reference: Reference, ids: NDArray[np.int64], expected: Floats, prompt: str
 ) -> tuple[dict[str, Any], str]:
-    model = Model.load(bundle)
+    model = Model.load(bundle, ENGINE)
     logits = model.forward(ids.tolist(), 0, logits="all")
     found: dict[str, Any] = {
         "mean_kld": float(divergence(expected, logits).mean()),

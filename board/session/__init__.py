@@ -10,6 +10,7 @@ bfloat16 travels as numpy uint16 (`board.dtypes`).
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,10 +67,18 @@ class Session(Protocol):
         """
 
 
-ENGINES = {"ort": "board.session.ort"}
+# ax: libax_engine, ours or a board's; ort: onnxruntime, the independent cross-check of our axmodels.
+ENGINES = {"ax": "board.session.ax_engine", "ort": "board.session.ort"}
 
 
-def open_session(path: str | os.PathLike[str], engine: str = "ort", threads: int | None = None) -> Session:
+def usual_engine() -> str:
+    """The engine to take when nobody asks for one: ax, unless this machine has onnxruntime and no libax_engine."""
+    from board.session import ax_engine
+
+    return "ort" if importlib.util.find_spec("onnxruntime") and not ax_engine.is_there() else "ax"
+
+
+def open_session(path: str | os.PathLike[str], engine: str = "ax", threads: int | None = None) -> Session:
     """Loads an axmodel; `threads` None is one for each CPU this process may use.
 
     Raises BadInput when the engine is unknown or not installed, or cannot load the file.
@@ -77,7 +86,7 @@ def open_session(path: str | os.PathLike[str], engine: str = "ort", threads: int
     if threads is not None and not 1 <= threads <= 1024:
         raise BadInput(f"{threads} threads; expected 1 to 1024")
     if engine not in ENGINES:
-        raise BadInput(f"unknown engine {engine!r}; there is: {', '.join(sorted(ENGINES))}")
+        raise BadInput(f"unknown engine {engine!r}; there are: {', '.join(sorted(ENGINES))}")
     session: Session = importlib.import_module(ENGINES[engine]).open_session(path, threads)
     return session
 

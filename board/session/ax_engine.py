@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import functools
 import math
 import os
 import weakref
@@ -27,7 +26,8 @@ from board.errors import BadInput
 from board.session import CACHES, Array, SessionGroup
 
 FOLDER = "AXRUN_ENGINE"  # an environment variable: the folder of the libraries
-BESIDE = Path(__file__).resolve().parents[1] / "engine" / "lib"  # where a wheel puts ours
+BESIDE = Path(__file__).resolve().parents[1] / "engine" / "lib"  # ours: from a wheel, or of `make engine`
+BOARD = Path("/soc/lib")  # a board's own, for the NPU and the vendor's axmodels; the system may know other places
 EXTENSIONS = 1  # the version of axc_engine.h this file is written for
 ALIGNMENT = 128  # of buffers, as the vendor's clients have it
 TAG = b"axrun"
@@ -107,11 +107,12 @@ class Counter(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Library:
-    """Both libraries, initialised. `extended`: the engine is ours."""
+    """Both libraries, initialised, and the folder they come from. `extended`: the engine is ours."""
 
     sys: Any
     engine: Any
     extended: bool
+    folder: str = ""
 
     def call(self, name: str, *arguments: Any) -> None:
         """Calls a function of either; raises BadInput with the code it returned and what the engine says about it."""
@@ -143,26 +144,54 @@ class Library:
             self.engine.axc_reset_counters()
 
 
-@functools.cache
-def library() -> Library:
-    """Loads and initialises the engine: of the folder AXRUN_ENGINE, beside this package, or where the system has it.
-
-    Raises BadInput when there is none, or it does not start.
-    """
+def folder(ours: bool) -> str:
+    """Where the engine for our axmodels or for the vendor's is looked for; empty: wherever the system has it."""
     asked = os.environ.get(FOLDER)
-    folder = Path(asked) if asked else BESIDE
-    where = f"{folder}/" if asked or folder.joinpath("libax_engine.so").exists() else ""
+    places = (asked,) if asked else (BESIDE, BOARD) if ours else (BOARD,)
+    return next((str(place) for place in places if Path(place, "libax_engine.so").exists()), asked or "")
+
+
+def is_there() -> bool:
+    """Whether a folder is known that has an engine for our axmodels."""
+    return bool(folder(ours=True))
+
+
+def library(ours: bool = True) -> Library:
+    """The engine for our axmodels or for the vendor's, loaded and initialised once.
+
+    Raises BadInput when there is none, or it does not start, or this process has another already: they share a name,
+    by which the system would take one for the other.
+    """
+    wanted = folder(ours)
+    for loaded in _loaded:
+        if loaded.folder != wanted:
+            raise BadInput(
+                f"this process runs libax_engine of {loaded.folder or 'the system'}; the axmodel is for that of "
+                f"{wanted or 'the system'}\nRun our axmodels and the vendor's in processes of their own."
+            )
+        return loaded
+    _loaded.append(_load(wanted))
+    return _loaded[0]
+
+
+_loaded: list[Library] = []
+
+
+def _load(folder: str) -> Library:
+    where = f"{folder}/" if folder else ""
     try:
         system = ctypes.CDLL(f"{where}libax_sys.so", mode=ctypes.RTLD_GLOBAL)
         engine = ctypes.CDLL(f"{where}libax_engine.so")
     except OSError as error:
         raise BadInput(
-            f"engine ax needs libax_engine.so: {error}\nSet {FOLDER} to its folder, or use --engine ort."
+            f"engine ax needs libax_engine.so: {error}\n"
+            f"Build it with `make engine`, set {FOLDER} to its folder, or use --engine ort."
         ) from None
     extended = hasattr(engine, "axc_extensions") and engine.axc_extensions() == EXTENSIONS
     if extended:
         engine.axc_last_error.restype = engine.axc_isa.restype = c_char_p
-    loaded = Library(system, engine, extended)
+    engine.AX_ENGINE_GetVersion.restype = c_char_p
+    loaded = Library(system, engine, extended, folder)
     loaded.call("AX_SYS_Init")
     loaded.call("AX_ENGINE_Init", byref(NpuAttr()))
     atexit.register(engine.AX_ENGINE_Deinit)
@@ -393,15 +422,21 @@ def open_session(path: str | os.PathLike[str], threads: int | None = None) -> Ax
 
     Raises BadInput when there is no engine, or it refuses the file.
     """
-    loaded = library()
+    model = axmodel.read(path)
+    loaded = library(model.ours)
     if loaded.extended:
         loaded.call("axc_set_threads", c_uint32(threads or 0))
-    return open_with(loaded, path)
+    return open_with(loaded, path, model)
 
 
-def open_with(loaded: Library, path: str | os.PathLike[str]) -> AxSession:
-    """Loads an axmodel into a given engine. Raises BadInput when that refuses the file."""
-    model = axmodel.read(path)
+def version() -> str:
+    """What the engine for our axmodels calls itself, and the kernels in use. Raises BadInput."""
+    loaded = library()
+    return f"{loaded.engine.AX_ENGINE_GetVersion().decode('utf-8', 'replace')} {loaded.isa}".strip()
+
+
+def open_with(loaded: Library, path: str | os.PathLike[str], model: Axmodel) -> AxSession:
+    """Loads an axmodel, which was read already, into a given engine. Raises BadInput when that refuses the file."""
     handle = c_void_p()
     if loaded.extended:
         loaded.call("axc_open", byref(handle), os.fsencode(path))

@@ -16,19 +16,26 @@ from board.axmodel import OPSET, PRODUCER, Axmodel, Node, Tensor, TensorInfo, en
 from board.bundle import Bundle
 from board.dtypes import nbytes
 from board.model import Model
+from board.session import ENGINES
 
 METADATA = {"axmodel.version": "1", "axmodel.kind": "post", "axmodel.groups": '[{"tokens":1,"history":0}]'}
 LinearFile = Callable[..., Path]
 
 
-@pytest.fixture(scope="session")
-def _loaded_fp32(bundle_fp32: Path) -> Model:
-    return Model.load(Bundle.open(bundle_fp32))
+@pytest.fixture(scope="session", params=sorted(ENGINES))
+def engine(request: pytest.FixtureRequest) -> str:
+    """Each engine there is; what loads a model by a fixture runs on every one."""
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")
-def _loaded_s8(bundle_s8: Path) -> Model:
-    return Model.load(Bundle.open(bundle_s8))
+def _loaded_fp32(bundle_fp32: Path, engine: str) -> Model:
+    return Model.load(Bundle.open(bundle_fp32), engine)
+
+
+@pytest.fixture(scope="session")
+def _loaded_s8(bundle_s8: Path, engine: str) -> Model:
+    return Model.load(Bundle.open(bundle_s8), engine)
 
 
 @pytest.fixture

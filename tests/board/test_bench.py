@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -30,11 +31,15 @@ CPU implementer	: 0x41
 CPU part	: 0xd05
 """
 
+ENGINES = {"ax": rf"ax axc {VERSION} (portable|avx2|avx512|neon|neon_dotprod)", "ort": f"ort {onnxruntime.__version__}"}
 
-def test_json_has_every_figure_and_what_ran_it(bundle_s8: Path, capsys: pytest.CaptureFixture[str]) -> None:
+
+def test_json_has_every_figure_and_what_ran_it(
+    bundle_s8: Path, engine: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--prompt-lengths", "5,40", "--depths", "0,100", "--tokens", "4", "--repeat", "3", "--threads", "1"]
     started = time.perf_counter()
-    assert main(["bench", str(bundle_s8), "--json", "--verify", *flags]) == 0
+    assert main(["bench", str(bundle_s8), "--json", "--verify", "--engine", engine, *flags]) == 0
     seconds = time.perf_counter() - started
     found = json.loads(capsys.readouterr().out)
     assert [(entry["tokens"], entry["depth"]) for entry in found["prompts"]] == [(5, 0), (40, 0)]
@@ -55,7 +60,7 @@ def test_json_has_every_figure_and_what_ran_it(bundle_s8: Path, capsys: pytest.C
         spent += sum(timed["runs"]) * (entry["tokens"] if decoded else 1)
     assert spent < seconds
     assert found["manifest_sha256"] == hashlib.sha256((bundle_s8 / "manifest.json").read_bytes()).hexdigest()
-    assert found["engine"] == f"ort {onnxruntime.__version__}"
+    assert re.fullmatch(ENGINES[engine], found["engine"])
     assert (found["bundle"], found["maker"], found["weight_type"]) == ("qwen2", "cpu", "s8")
     assert (found["threads"], found["axrun"], found["warmup"]) == (1, VERSION, 1)
     assert found["machine"]["python"] == platform.python_version()

@@ -175,7 +175,7 @@ def _nothing(bundle: Path) -> None:
         (_nothing, ["--seed", "-2"], 2, "seed is -2"),
         (_nothing, ["--max-tokens", "0"], 2, "max_tokens is 0"),
         (_nothing, ["--threads", "0"], 2, "0 threads"),
-        (_nothing, ["--engine", "tpu"], 2, "unknown engine 'tpu'; there is: ort"),
+        (_nothing, ["--engine", "tpu"], 2, "unknown engine 'tpu'; there are: ax, ort"),
     ],
 )
 def test_bad_input_is_one_short_error(
@@ -267,7 +267,7 @@ def test_running_needs_nothing_of_the_compilers(bundle_s8: Path) -> None:
     """A board has neither the toolchain nor its packages."""
     script = (
         "import sys\n"
-        "for name in ('toolchain', 'onnx', 'torch', 'transformers', 'huggingface_hub'): sys.modules[name] = None\n"
+        "for name in ('toolchain', 'onnx', 'onnxruntime', 'torch', 'transformers'): sys.modules[name] = None\n"
         "from board.cli import main\n"
         f"sys.exit(main(['run', {str(bundle_s8)!r}, '--prompt', '1+1=']))"
     )
@@ -278,7 +278,7 @@ def test_running_needs_nothing_of_the_compilers(bundle_s8: Path) -> None:
 def test_an_engine_that_is_not_installed_is_said(bundle_s8: Path) -> None:
     script = (
         "import sys\nsys.modules['onnxruntime'] = None\nfrom board.cli import main\n"
-        f"sys.exit(main(['run', {str(bundle_s8)!r}, '--prompt', '1+1=']))"
+        f"sys.exit(main(['run', {str(bundle_s8)!r}, '--prompt', '1+1=', '--engine', 'ort']))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -286,6 +286,25 @@ def test_an_engine_that_is_not_installed_is_said(bundle_s8: Path) -> None:
         "error: engine ort needs the package onnxruntime, which is not installed",
         "Install it: pip install 'axrun[ort]'",
     ]
+
+
+def test_a_library_that_is_not_where_it_was_said_to_be(bundle_s8: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "board", "run", str(bundle_s8), "--prompt", "1+1=", "--engine", "ax"]
+    environment = {**os.environ, "AXRUN_ENGINE": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    first, second = done.stderr.splitlines()[-2:]
+    assert first.startswith(f"error: engine ax needs libax_engine.so: {tmp_path}/libax_sys.so: ")
+    assert second == "Build it with `make engine`, set AXRUN_ENGINE to its folder, or use --engine ort."
+
+
+def test_both_engines_give_the_same_answer(bundle_s8: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = []
+    for engine in ("ax", "ort"):
+        command = ["run", str(bundle_s8), "--prompt", "12+30=", "--greedy", "--json", "--engine", engine]
+        assert main([*command, "--threads", "1"]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["text"])
+    assert answers == ["42", "42"]
 
 
 def test_model_times_every_group(bundle_s8: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,10 +39,11 @@ class Rigid:
 
 
 @pytest.fixture(scope="module")
-def rigid(bundle_fp32: Path) -> Model:
-    model = Model.load(Bundle.open(bundle_fp32))
+def rigid(bundle_fp32: Path, engine: str) -> Model:
+    model = Model.load(Bundle.open(bundle_fp32), engine)
     sessions = [Rigid(session) for session in model.decoder.sessions]
-    return Model(model.embedding, Decoder(sessions), Post(Rigid(open_session(Bundle.open(bundle_fp32).post_path))))
+    post = Rigid(open_session(Bundle.open(bundle_fp32).post_path, engine))
+    return Model(model.embedding, Decoder(sessions), Post(post))
 
 
 @pytest.mark.parametrize(
@@ -85,16 +86,16 @@ def test_without_prefill_groups_everything_decodes() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 31, 32, 33, 64, 65, 160, 161, 200, 255])
-@pytest.mark.parametrize("engine", ["flexible", "rigid"])
+@pytest.mark.parametrize("shapes", ["flexible", "rigid"])
 def test_a_prompt_of_any_length_gives_the_reference_logits(
     request: pytest.FixtureRequest,
     model_fp32: Model,
     heldout: list[int],
     heldout_logits: NDArray[np.float32],
     length: int,
-    engine: str,
+    shapes: str,
 ) -> None:
-    model = model_fp32 if engine == "flexible" else request.getfixturevalue("rigid")
+    model = model_fp32 if shapes == "flexible" else request.getfixturevalue("rigid")
     logits = model.forward(heldout[:length], 0, logits="all")
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, heldout_logits[:length], rtol=0, atol=1e-4)

@@ -78,9 +78,9 @@ def recomputed(model: Model, reference: Any, logits: ReferenceLogits) -> dict[st
 
 @pytest.mark.parametrize("name", ["bundle_s8", "bundle_s4", "bundle_fp32"])
 def test_the_figures_are_those_of_the_whole_distributions(
-    name: str, files: dict[int, Path], reference: Any, request: pytest.FixtureRequest
+    name: str, engine: str, files: dict[int, Path], reference: Any, request: pytest.FixtureRequest
 ) -> None:
-    model = Model.load(Bundle.open(request.getfixturevalue(name)))
+    model = Model.load(Bundle.open(request.getfixturevalue(name)), engine)
     logits = reference_logits.read(files[640])
     found, expected = measure(model, logits), recomputed(model, reference, logits)
     assert found.positions == WINDOWS * (WINDOW - 1)
@@ -105,9 +105,9 @@ def test_fewer_buckets_are_a_lower_bound_and_a_tight_one(files: dict[int, Path],
 
 @pytest.mark.parametrize("name", ["bundle_s4", "bundle_fp32"])
 def test_greedy_answers_are_counted_to_the_first_other_token(
-    name: str, files: dict[int, Path], reference: Any, request: pytest.FixtureRequest
+    name: str, engine: str, files: dict[int, Path], reference: Any, request: pytest.FixtureRequest
 ) -> None:
-    model = Model.load(Bundle.open(request.getfixturevalue(name)))
+    model = Model.load(Bundle.open(request.getfixturevalue(name)), engine)
     logits = reference_logits.read(files[32])
     found, same = measure(model, logits), []
     for window in logits.tokens.astype(np.int64)[:, : WINDOW // 2]:
@@ -135,7 +135,7 @@ def test_the_table_and_the_json(bundle_s8: Path, files: dict[int, Path], capsys:
     quality = evaluate(bundle_s8, files[32]).quality
     assert found["mean_kld"] == pytest.approx(quality.mean_kld, rel=1e-6)
     assert found["divergence"] == "lower bound"
-    assert (found["bundle"], found["maker"], found["engine"]) == ("qwen2", "cpu", "ort")
+    assert (found["bundle"], found["maker"], found["engine"]) == ("qwen2", "cpu", "ax")
     for key, path in (("manifest_sha256", bundle_s8 / "manifest.json"), ("reference_sha256", files[32])):
         done = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True)
         assert done.stdout.split()[0] == found[key]

@@ -77,23 +77,23 @@ def test_where_nothing_is_known_nothing_is_said_or_refused(tmp_path: Path, none:
 
 def test_the_kv_cache_is_counted_to_the_byte_and_the_files_as_they_are(bundle_s8: Path, model_s8: Model) -> None:
     bundle = Bundle.open(bundle_s8)
-    mapped = needs(bundle, "ax_engine")
+    mapped = needs(bundle, "ax")
     assert mapped.kv_cache == model_s8.decoder.cache.nbytes
     assert mapped.weights == sum(path.stat().st_size for path in bundle_s8.glob("*.axmodel"))
     assert needs(bundle, "ort").weights > mapped.weights
     assert mapped.total == mapped.weights + mapped.kv_cache + mapped.buffers
 
 
-def test_what_is_reckoned_is_what_a_process_takes(bundle_s8: Path) -> None:
+def test_what_is_reckoned_is_what_a_process_takes(bundle_s8: Path, engine: str) -> None:
     """Most of it is the interpreter's, for so small a model."""
     script = (
         "import tokenizers, jinja2\nfrom board.bundle import Bundle\n"
         "from board.machine import peak_memory\nfrom board.model import Model\n"
-        f"model = Model.load(Bundle.open({str(bundle_s8)!r}))\nmodel.forward(list(range(255)))\n"
+        f"model = Model.load(Bundle.open({str(bundle_s8)!r}), {engine!r})\nmodel.forward(list(range(255)))\n"
         "print(peak_memory())"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert 0.7 < needs(Bundle.open(bundle_s8), "ort").total / int(done.stdout) < 1.5
+    assert 0.7 < needs(Bundle.open(bundle_s8), engine).total / int(done.stdout) < 1.5
 
 
 @pytest.mark.parametrize("spare", [-1, 0])
@@ -118,10 +118,10 @@ def test_it_is_refused_with_the_numbers_a_kilobyte_below(
 def test_a_vendors_bundle_is_held_against_the_npus_memory(vendors: Bundle, tmp_path: Path, none: Path) -> None:
     plenty, little = meminfo(tmp_path, 1 << 30), cmm(tmp_path, 1000)
     with pytest.raises(BadInput, match=r"MB of CMM .*0 MB are left"):
-        require(vendors, "ax_engine", refuse, little, plenty)
+        require(vendors, "ax", refuse, little, plenty)
     with pytest.raises(BadInput, match="MB of memory"):
-        require(vendors, "ax_engine", refuse, none, meminfo(tmp_path, 1000))
-    require(vendors, "ax_engine", refuse, cmm(tmp_path, 1 << 21), meminfo(tmp_path, 1000))
+        require(vendors, "ax", refuse, none, meminfo(tmp_path, 1000))
+    require(vendors, "ax", refuse, cmm(tmp_path, 1 << 21), meminfo(tmp_path, 1000))
 
 
 def test_our_axmodels_are_held_against_the_hosts_memory(bundle_s8: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The engine, built once for each state of its sources into build/engine, and sessions of it in this process."""
+"""The engine as it is shipped, sessions of it in this process, and other builds of it, made once for each state."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from typing import Any
 
 import pytest
 
+from board.engine import build as shipped
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "board" / "engine"
 CACHE = ROOT / "build" / "engine"
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def build(name: str, *options: str) -> Path:
-    """The folder of the libraries; a build of the same sources with the same options is taken again."""
-    digest = hashlib.sha256(" ".join(options).encode())
-    for file in sorted(path for path in SOURCE.rglob("*") if path.is_file() and "lib" not in path.parts):
-        digest.update(file.relative_to(SOURCE).as_posix().encode() + b"\0" + file.read_bytes())
+def build(name: str, *options: str, targets: tuple[str, ...] = ()) -> Path:
+    """The folder of a build by cmake as `options` say; without any, the folder of the shipped libraries."""
+    if not options:
+        return shipped.build()
+    digest = hashlib.sha256(f"{shipped.fingerprint()} {' '.join([*options, *targets])}".encode())
+    for file in sorted(SOURCE.glob("fuzz/*.cc")):
+        digest.update(file.read_bytes())
     folder = CACHE / f"{name}-{digest.hexdigest()[:16]}"
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / f"{name}.lock").open("w") as lock:
@@ -32,8 +36,11 @@ def build(name: str, *options: str) -> Path:
         if not (folder / "complete").exists():
             for old in CACHE.glob(f"{name}-*"):
                 shutil.rmtree(old)
-            for command in (["-S", str(SOURCE), "-B", str(folder), *options], ["--build", str(folder), "-j2"]):
-                done = subprocess.run(["cmake", *command], capture_output=True, text=True)
+            wanted = ["--target", *targets] if targets else []
+            for command in (["-S", str(SOURCE), "-B", str(folder), *options], ["--build", str(folder), "-j2", *wanted]):
+                done = subprocess.run(
+                    [shipped.program("cmake", "data/bin/cmake"), *command], capture_output=True, text=True
+                )
                 assert done.returncode == 0, done.stdout + done.stderr
             (folder / "complete").touch()
     return folder
@@ -41,24 +48,27 @@ def build(name: str, *options: str) -> Path:
 
 @pytest.fixture(scope="session")
 def libraries() -> Path:
-    return build("native")
+    """The shipped libraries for this machine, built when the sources have changed; or those that AXRUN_ENGINE names."""
+    asked = os.environ.get("AXRUN_ENGINE")
+    return Path(asked) if asked else shipped.build()
+
+
+def compile_client(name: str, libraries: Path, made: Path, machine: str = shipped.HOST) -> Path:
+    """Compiles a C++ file beside the tests against the engine's headers, with the engine's compiler."""
+    command = [shipped.program("ziglang", "zig"), "c++", "-target", f"{machine}-linux-gnu.{shipped.GLIBC}"]
+    command += ["-std=c++20", "-Wall", "-Wextra", "-O3", "-s", f"-I{SOURCE / 'include'}"]
+    command += [str(Path(__file__).parent / name)]
+    command += ["-o", str(made), f"-L{libraries}", "-lax_engine", "-lax_sys", f"-Wl,-rpath,{libraries}"]
+    env = shipped.environment(SOURCE / "build" / "cache")
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return made
 
 
 @pytest.fixture(scope="session")
-def compile_client(libraries: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Compiles a C or C++ file beside the tests against the engine's headers."""
-
-    def compile_(name: str, *flags: str) -> Path:
-        program = tmp_path_factory.mktemp("client") / name.split(".")[0]
-        compiler = ["g++", "-std=c++20"] if name.endswith(".cc") else ["gcc", "-std=c11"]
-        command = [*compiler, "-Wall", "-Wextra", "-O1", *flags, f"-I{SOURCE / 'include'}"]
-        command += [str(Path(__file__).parent / name), "-o", str(program)]
-        command += [f"-L{libraries}", "-lax_engine", "-lax_sys", f"-Wl,-rpath,{libraries}", "-ldl"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return program
-
-    return compile_
+def runner(libraries: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program of runner.cc."""
+    return compile_client("runner.cc", libraries, tmp_path_factory.mktemp("client") / "runner")
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +78,7 @@ def in_process(libraries: Path) -> Run:
     def run(script: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, str(Path(__file__).parent / script), *map(str, arguments)],
-            env={**os.environ, "AXRUN_ENGINE": str(libraries), "PYTHONPATH": str(ROOT), **environment},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
             capture_output=True,
             text=True,
         )
@@ -78,10 +88,8 @@ def in_process(libraries: Path) -> Run:
 
 @pytest.fixture(scope="session")
 def ax(libraries: Path) -> Any:
-    """board.session.ax_engine with the engine just built, in this process."""
-    os.environ["AXRUN_ENGINE"] = str(libraries)
-    from board import session
+    """board.session.ax_engine with the shipped engine, in this process."""
     from board.session import ax_engine
 
-    session.ENGINES.setdefault("ax", "board.session.ax_engine")
+    assert ax_engine.library().folder == str(libraries)
     return ax_engine

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -13,26 +12,39 @@ import pytest
 
 from board.bundle import Bundle
 from board.dtypes import to_float32
+from board.engine import build as shipped
 from board.session import ort
 from tests.engine.compare import exact, filled
-from tests.engine.conftest import SOURCE, build
+from tests.engine.conftest import CACHE, compile_client
+from tests.engine.test_library import check_system
 
-COMPILER, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
+pytestmark = pytest.mark.system
+
+QEMU, GLIBC = "qemu-aarch64-static", "/usr/aarch64-linux-gnu"  # qemu-user-static, libc6-arm64-cross
 CPUS = {"cortex-a53": "neon", "cortex-a76": "neon_dotprod"}
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 
 
 @pytest.fixture(scope="session")
-def program() -> Path:
-    missing = [name for name in (COMPILER, QEMU) if not shutil.which(name)]
-    assert not missing, f"{missing}: apt-get install g++-aarch64-linux-gnu qemu-user-static"
-    options = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={COMPILER}"]
-    folder = build("aarch64", *options)
-    made = folder / "run_group"
-    command = [COMPILER, "-std=c++20", "-O1", f"-I{SOURCE / 'include'}", str(Path(__file__).parent / "run_group.cc")]
-    command += ["-o", str(made), "-static-libstdc++", f"-L{folder}", "-lax_engine", "-lax_sys", "-Wl,-rpath,$ORIGIN"]
-    subprocess.run(command, check=True)
-    return made
+def boards_libraries() -> Path:
+    return shipped.build(CACHE / "aarch64", "aarch64")
+
+
+@pytest.fixture(scope="session")
+def program(boards_libraries: Path) -> Path:
+    return compile_client("run_group.cc", boards_libraries, boards_libraries / "run_group", "aarch64")
+
+
+def test_an_old_glibc_and_no_cxx_runtime_are_enough(boards_libraries: Path) -> None:
+    check_system(boards_libraries, "aarch64")
+
+
+def test_a_boards_cpu_runs_the_runners_way(boards_libraries: Path, bundle_s8: Path) -> None:
+    client = compile_client("runner.cc", boards_libraries, boards_libraries / "runner", "aarch64")
+    command = [QEMU, "-cpu", "cortex-a53", "-L", GLIBC, client, Bundle.open(bundle_s8).layer_path(0), "20"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "done"
 
 
 @pytest.mark.parametrize("isa", ["", "portable"])
@@ -50,7 +62,7 @@ def test_a_boards_cpu_computes_what_onnxruntime_computes(
             if not group.history:  # two dummies as wide as the hidden state come first
                 inputs = bytes(2 * arrays["input"].shape[2] * arrays["input"].itemsize) + inputs
             (tmp_path / "in").write_bytes(inputs)
-            command = [QEMU, "-cpu", cpu, "-L", "/usr/aarch64-linux-gnu", "-E", f"AXC_ISA={isa}", "-E", "AXC_THREADS=2"]
+            command = [QEMU, "-cpu", cpu, "-L", GLIBC, "-E", f"AXC_ISA={isa}", "-E", "AXC_THREADS=2"]
             done = subprocess.run(
                 [*command, program, path, str(group.index), tmp_path / "in", tmp_path / "out"],
                 capture_output=True,

@@ -3,51 +3,30 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import shutil
 import subprocess
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from board import axmodel
 from board.bundle import Bundle
 from board.dtypes import bf16_to_f32
 from board.errors import BadInput
 from tests.engine.compare import filled
-from tests.engine.conftest import SOURCE, build
+from tests.engine.conftest import ROOT
 
 
-def test_the_runners_way(compile_client: Callable[..., Path], bundle_s8: Path) -> None:
-    client = compile_client("runner.cc")
-    done = subprocess.run([client, Bundle.open(bundle_s8).layer_path(0), "2000"], capture_output=True, text=True)
+def test_the_runners_way(runner: Path, bundle_s8: Path) -> None:
+    """Careless buffers, NULL caches, RunSync with no more than a V2 context, unloading and loading again."""
+    done = subprocess.run([runner, Bundle.open(bundle_s8).layer_path(0), "10000"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "done"
-
-
-def exported(library: Path) -> set[str]:
-    done = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True)
-    return {line.split()[-1] for line in done.stdout.splitlines()}
-
-
-def test_only_the_interface_is_exported_and_all_of_it(libraries: Path) -> None:
-    for library, header in (("libax_sys.so", "ax_sys_api.h"), ("libax_engine.so", "ax_engine_api.h")):
-        text = (SOURCE / "include" / header).read_text().split("#ifdef AXC_CHIP_AX630C")[0]
-        declared = set(re.findall(r"\b(AX_(?:SYS|ENGINE)_[A-Z]\w+)\(", text))
-        symbols = exported(libraries / library)
-        assert declared == {name for name in symbols if name.startswith("AX_")}
-        assert all(name.startswith(("AX_", "axc_")) for name in symbols)
-    assert "AX_ENGINE_SetAffinity" in symbols
-    assert "AX_ENGINE_GetTotalOps" not in symbols
-
-
-def test_the_libraries_are_named_as_the_vendors(libraries: Path) -> None:
-    for name in ("libax_sys.so", "libax_engine.so"):
-        dynamic = subprocess.run(["readelf", "-d", libraries / name], capture_output=True, text=True, check=True).stdout
-        assert f"soname: [{name}]" in dynamic
-        needed = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
-        assert needed <= {"libax_sys.so", "libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}
 
 
 class Meta(ctypes.Structure):
@@ -164,19 +143,13 @@ def test_the_python_bindings_way(libraries: Path, ax: Any, bundle_s8: Path) -> N
     assert engine.AX_ENGINE_DestroyHandle(handle) == 0
 
 
-def test_it_can_present_itself_as_an_ax630c() -> None:
-    assert "AX_ENGINE_GetTotalOps" in exported(
-        build("ax630c", "-DAXC_CHIP=AX630C", "-DCMAKE_BUILD_TYPE=Debug") / "libax_engine.so"
-    )
-
-
 def test_without_the_extensions_the_session_uses_the_plain_interface(ax: Any, bundle_s8: Path) -> None:
     """Fixed shapes, the model's bytes, physical buffers that are synchronised: what the vendor's library needs."""
     bundle = Bundle.open(bundle_s8)
     extended = ax.library()
     plain = ax.Library(extended.sys, extended.engine, False)
     for path in (bundle.layer_path(0), bundle.post_path):
-        one, other = ax.open_session(path), ax.open_with(plain, path)
+        one, other = ax.open_session(path), ax.open_with(plain, path, axmodel.read(path))
         assert not other.flexible
         assert [(group.tokens, group.history) for group in other.groups] == [(g.tokens, g.history) for g in one.groups]
         for group in one.groups:
@@ -260,3 +233,72 @@ def test_counters_tell_where_the_time_goes(ax: Any, bundle_s8: Path) -> None:
         "cast": 3,
     }
     assert counters["linear"][1] > 0
+
+
+VENDORS = """
+import sys
+from pathlib import Path
+from board.errors import BadInput
+from board.session import ax_engine
+ax_engine.BOARD = Path(sys.argv[1])
+for path in sys.argv[2:]:
+    try:
+        ax_engine.open_session(path)
+        print(ax_engine._loaded[0].folder)
+    except BadInput as error:
+        print(str(error).replace("\\n", " "))
+"""
+
+
+def test_the_axmodels_producer_decides_whose_library_runs_it(
+    libraries: Path, bundle_s8: Path, vendors_axmodel: Path, tmp_path: Path
+) -> None:
+    """The board's library is a copy of ours here, which says of a vendor's axmodel that it is none of axc's."""
+    board, ours = shutil.copytree(libraries, tmp_path / "soc"), Bundle.open(bundle_s8).layer_path(0)
+    said = []
+    environment = {name: value for name, value in os.environ.items() if name != "AXRUN_ENGINE"}
+    for files in ([ours, vendors_axmodel], [vendors_axmodel, ours]):
+        command = [sys.executable, "-c", VENDORS, board, *files]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+        said.append(done.stdout.splitlines())
+    beside = ROOT / "board" / "engine" / "lib"
+    assert said[0][0] == str(beside)
+    assert said[0][1].startswith(f"this process runs libax_engine of {beside}; the axmodel is for that of {board} ")
+    assert re.match(r"axc_open failed with 0x80060014: an axmodel of Pulsar2, not of axc", said[1][0])
+    assert said[1][1].startswith(f"this process runs libax_engine of {board}; the axmodel is for that of {beside} ")
+
+
+MAPPED = """
+import re, sys
+from pathlib import Path
+from board.session import open_session
+from tests.engine.compare import filled
+path = sys.argv[1]
+session = open_session(path)
+session.bind(0, filled(session, 0)).run()
+print("ready", flush=True)
+sys.stdin.readline()
+maps = re.split(r"\\n(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())
+for entry in maps:
+    if path in entry:
+        sizes = dict(re.findall(r"^(\\w+): +(\\d+) kB", entry, re.M))
+        print(sizes["Rss"], sizes["Pss"], sizes["Private_Dirty"])
+"""
+
+
+def test_processes_share_the_pages_of_a_file(libraries: Path, bundle_s8: Path) -> None:
+    path = str(Bundle.open(bundle_s8).layer_path(3))
+    command = [sys.executable, "-c", MAPPED, path]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+    for process in processes[:1]:
+        out, _ = process.communicate("\n")
+        resident, proportional, dirty = map(int, out.split())
+        assert resident > 100
+        assert proportional <= 0.6 * resident
+        assert dirty == 0
+    processes[1].communicate("\n")

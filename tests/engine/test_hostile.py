@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from board.bundle import Bundle
 from board.errors import BadInput
 from tests.engine.compare import filled
+from tests.engine.conftest import SOURCE
 
 
 def load(ax: Any, path: Path) -> Any:
@@ -21,6 +23,30 @@ def load(ax: Any, path: Path) -> Any:
     handle = ctypes.c_void_p()
     ax.library().call("axc_open", ctypes.byref(handle), str(path).encode())
     return handle
+
+
+CORPUS = sorted((SOURCE / "fuzz" / "corpus").iterdir())
+
+
+def test_what_the_fuzzer_found_is_still_survived(ax: Any) -> None:
+    """Each file is refused with a reason, or loads and runs."""
+    loaded = 0
+    assert len(CORPUS) > 20
+    for path in CORPUS:
+        try:
+            session = ax.open_session(path)
+            group = min(session.groups, key=lambda group: group.tokens)
+            session.bind(group.index, filled(session, group.index)).run()
+            loaded += 1
+        except (BadInput, ValueError, KeyError, MemoryError, TypeError, IndexError, AssertionError):
+            load_alone(ax, path)
+    assert loaded >= 9  # the seeds, which are whole
+
+
+def load_alone(ax: Any, path: Path) -> None:
+    """Into the engine without the Python reader's checks; what it says does not matter."""
+    with contextlib.suppress(BadInput):
+        ax.library().call("AX_ENGINE_DestroyHandle", load(ax, path))
 
 
 @pytest.fixture(scope="session")

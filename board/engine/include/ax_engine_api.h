@@ -145,9 +145,20 @@ AX_S32 AX_ENGINE_RunSyncV2(AX_ENGINE_HANDLE handle, AX_ENGINE_CONTEXT_T context,
 AX_S32 AX_ENGINE_RunGroupIOSync(AX_ENGINE_HANDLE handle, AX_ENGINE_CONTEXT_T context, AX_U32 nIndex,
                                 AX_ENGINE_IO_T* pIO);
 
+// Every vendor's library has these three, no public header has: they are there to be linked, look at no argument and
+// return "not supported".
+AX_S32 AX_ENGINE_CloneHandle(AX_VOID);
+AX_S32 AX_ENGINE_GetExtraData(AX_VOID);
+AX_S32 AX_ENGINE_GetVNPUInfo(AX_VOID);
+
 #ifdef AXC_CHIP_AX630C
 // Its presence is how clients tell an AX630C from an AX650.
 AX_S32 AX_ENGINE_GetTotalOps(AX_VOID);
+// As little is public about these as about AX_ENGINE_CloneHandle.
+AX_S32 AX_ENGINE_GetThrottle(AX_VOID);
+AX_S32 AX_ENGINE_SetThrottle(AX_VOID);
+AX_S32 AX_ENGINE_GetThrottleConfig(AX_VOID);
+AX_S32 AX_ENGINE_DestroyKernelHandle(AX_VOID);
 #endif
 
 #ifdef __cplusplus

@@ -22,6 +22,11 @@ AX_VOID* AX_SYS_Mmap(AX_U64 phyaddr, AX_U32 size);
 AX_VOID* AX_SYS_MmapCache(AX_U64 phyaddr, AX_U32 size);
 AX_S32 AX_SYS_Munmap(AX_VOID* pviraddr, AX_U32 size);
 
+#ifdef AXC_CHIP_AX630C
+typedef enum { NONE_CHIP_TYPE = 0, AX620Q_CHIP = 1, AX630C_CHIP = 4 } AX_CHIP_TYPE_E;
+AX_CHIP_TYPE_E AX_SYS_GetChipType(void);
+#endif
+
 #ifdef __cplusplus
 }
 #endif

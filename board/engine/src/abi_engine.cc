@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "axc_engine.h"
+#include "chip/chip.h"
 #include "handle.h"
 #include "runtime.h"
 
@@ -141,8 +142,9 @@ const AX_CHAR* AX_ENGINE_GetVersion(AX_VOID) { return "axc " AXC_VERSION; }
 AX_S32 AX_ENGINE_Init(AX_ENGINE_NPU_ATTR_T* pNpuAttr) {
   return guarded([&] {
     expect(pNpuAttr);
-    if (pNpuAttr->eHardMode < AX_ENGINE_VIRTUAL_NPU_DISABLE || pNpuAttr->eHardMode >= AX_ENGINE_VIRTUAL_NPU_BUTT) {
-      illegal("virtual NPU mode " + std::to_string(pNpuAttr->eHardMode));
+    const int mode = pNpuAttr->eHardMode;
+    if (mode < 0 || mode >= kChip.npu_modes) {
+      illegal("virtual NPU mode " + std::to_string(mode) + "; an " + kChip.name + " has " + std::to_string(kChip.npu_modes));
     }
     kernels();
     engine().start(pNpuAttr->eHardMode);
@@ -264,9 +266,9 @@ AX_S32 AX_ENGINE_RunGroupIOSync(AX_ENGINE_HANDLE handle, AX_ENGINE_CONTEXT_T con
   return run_group(handle, context, nIndex, pIO);
 }
 
-#ifdef AXC_CHIP_AX630C
-AX_S32 AX_ENGINE_GetTotalOps(AX_VOID) { return 0; }
-#endif
+AX_S32 AX_ENGINE_CloneHandle(AX_VOID) { return AXC_ENGINE_UNSUPPORTED; }
+AX_S32 AX_ENGINE_GetExtraData(AX_VOID) { return AXC_ENGINE_UNSUPPORTED; }
+AX_S32 AX_ENGINE_GetVNPUInfo(AX_VOID) { return AXC_ENGINE_UNSUPPORTED; }
 
 AX_U32 axc_extensions(void) { return AXC_EXTENSIONS; }
 

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu_x86.h"
 #include "kernels.h"
 
 namespace axc {
@@ -219,8 +220,7 @@ float dot_int4(const Matrix& w, size_t row, const Activations& a, size_t token) 
 }
 
 bool runs_here() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  return cpu_has({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"});
 }
 
 }  // namespace

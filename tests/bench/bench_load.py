@@ -1,0 +1,99 @@
+"""Loading a bundle of Qwen2-0.5B's shapes: time with the files in the page cache, and whose memory it takes.
+
+`make bench ARGS='-k load'`. Each engine in a process of its own; BENCH_BUNDLE names a bundle that is there already.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from board.engine import build as shipped
+
+ROOT = Path(__file__).resolve().parents[2]
+ROUNDS = 3
+
+# Prints seconds and bytes as JSON, then waits for the end of its input. Private is what no other process can share.
+LOAD = """
+import json, re, sys, time
+from pathlib import Path
+from board.bundle import Bundle
+from board.model import Model
+from board.session import engine_version
+bundle, engine = Bundle.open(sys.argv[1]), sys.argv[2]
+def memory():
+    text = Path("/proc/self/smaps_rollup").read_text()
+    fields = {name: int(kb) << 10 for name, kb in re.findall(r"^(\\w+): +(\\d+) kB", text, re.M)}
+    return {"private": fields["Private_Dirty"], "shared": fields["Rss"] - fields["Private_Dirty"], "pss": fields["Pss"]}
+engine_version(engine)
+before = memory()["private"]
+started = time.perf_counter()
+model = Model.load(bundle, engine, 2)
+seconds = time.perf_counter() - started
+model.forward(list(range(128)))
+model.forward([1])
+print(json.dumps({"seconds": seconds, "cache": model.decoder.cache.nbytes, "before": before, **memory()}), flush=True)
+sys.stdin.read()
+print(json.dumps(memory()))
+"""
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if given := os.environ.get("BENCH_BUNDLE"):
+        return Path(given)
+    folder = tmp_path_factory.mktemp("load")
+    axc = [sys.executable, "-m", "toolchain"]
+    sizes = ["--kv_cache_len", "1023", "--prefill_len", "128", "--check_level", "-1"]
+    for command in (
+        ["synth", "--model", "qwen2-0.5b", "--output_path", str(folder / "checkpoint")],
+        ["llm_build", "--input_path", str(folder / "checkpoint"), "--output_path", str(folder / "bundle"), *sizes],
+    ):
+        subprocess.run([*axc, *command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return folder / "bundle"
+
+
+class Loader:
+    """A process that has loaded the bundle and holds it."""
+
+    def __init__(self, bundle: Path, engine: str) -> None:
+        command = [sys.executable, "-c", LOAD, str(bundle), engine]
+        self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.loaded: dict[str, Any] = json.loads(self._process.stdout.readline())
+
+    def end(self) -> dict[str, Any]:
+        """Its memory at the end."""
+        out, _ = self._process.communicate("")
+        return dict(json.loads(out))
+
+
+def test_load_beside_onnxruntime(bundle: Path, benchmark: BenchmarkFixture) -> None:
+    shipped.build()
+    best: dict[str, dict[str, Any]] = {}
+
+    def round_() -> None:
+        for engine in ("ax", "ort"):
+            loader = Loader(bundle, engine)
+            loader.end()
+            if engine not in best or loader.loaded["seconds"] < best[engine]["seconds"]:
+                best[engine] = loader.loaded
+
+    benchmark.pedantic(round_, rounds=ROUNDS)
+    two = [Loader(bundle, "ax"), Loader(bundle, "ax")]
+    together = [loader.end() for loader in two]
+    benchmark.extra_info.update(best=best, together=together)
+    weights = sum(file.stat().st_size for file in bundle.glob("*.axmodel"))
+    print(f"\n{len(list(bundle.glob('*.axmodel')))} axmodels, {weights / 1e6:.0f} MB")
+    print(f"{'':6}{'load s':>10}{'private MB':>12}{'of it K/V':>12}{'before load':>12}{'shared MB':>12}")
+    for engine, seen in best.items():
+        figures = (seen["private"], seen["cache"], seen["before"], seen["shared"])
+        print(f"{engine:6}{seen['seconds']:10.3f}" + "".join(f"{figure / 1e6:12.1f}" for figure in figures))
+    print(f"two processes of ax at a time: {sum(seen['pss'] for seen in together) / 1e6:.0f} MB of memory in all")

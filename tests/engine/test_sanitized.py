@@ -1,0 +1,64 @@
+"""The engine under AddressSanitizer and UndefinedBehaviorSanitizer, and its loader under libFuzzer: by clang."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engine.conftest import ROOT, SOURCE, build
+
+pytestmark = pytest.mark.system
+
+CLANG = "-DCMAKE_CXX_COMPILER=clang++"
+FUZZED_SECONDS = 60
+# Tests of the files themselves, which a sanitized build has others of, and those that start more tests.
+APART = ("test_library.py", "test_wheel.py", "test_sanitized.py", "test_aarch64.py")
+
+
+def test_the_tests_of_the_engine_pass_with_sanitizers() -> None:
+    folder = build("sanitized", "-DAXC_SANITIZE=ON", "-DAXC_STATIC_RUNTIME=OFF", CLANG, targets=("ax_sys", "ax_engine"))
+    name = f"libclang_rt.asan-{os.uname().machine}.so"
+    found = subprocess.run(["clang++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    environment = {
+        **os.environ,
+        "AXRUN_ENGINE": str(folder),
+        "LD_PRELOAD": found.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # what Python itself never frees is not the engine's
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    ignored = [f"--ignore=tests/engine/{name}" for name in APART]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "tests/engine",
+        *ignored,
+        "-m",
+        "not system",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout.splitlines()[-1]
+
+
+def test_the_loader_is_fuzzed_for_a_minute(tmp_path: Path) -> None:
+    folder = build("fuzz", "-DAXC_FUZZ=ON", CLANG, targets=("fuzz_load",))
+    corpus = shutil.copytree(SOURCE / "fuzz" / "corpus", tmp_path / "corpus")
+    limits = [f"-max_total_time={FUZZED_SECONDS}", "-max_len=20000", "-rss_limit_mb=3000", "-timeout=60"]
+    done = subprocess.run(
+        [folder / "fuzz_load", corpus, *limits, f"-artifact_prefix={tmp_path}/"],
+        env={**os.environ, "AXC_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "DONE" in done.stderr

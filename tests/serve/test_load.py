@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.serve import load
 from tests.serve.server import Start
 
 
-def test_many_clients_get_the_answers_they_get_alone(bundle_s8: Path, start: Start) -> None:
+@pytest.mark.parametrize("seconds", [6.0, pytest.param(60.0, marks=pytest.mark.system)])
+def test_many_clients_get_the_answers_they_get_alone(bundle_s8: Path, start: Start, seconds: float) -> None:
     server = start(bundle_s8).ready()
     load.run(server, 32, 2.0)  # until memory is what such a load needs
     server.idle()
     rss, files = server.rss(), open_files(server.process.pid)
-    figures = load.run(server, 32, 6.0)
+    figures = load.run(server, 32, seconds)
     metrics = server.idle()
     assert figures.wrong == []
     assert len(figures.whole) > 100

@@ -112,7 +112,7 @@ def weights(logits: Floats, past: Sequence[int], sampling: Sampling) -> Floats:
     scaled = penalised(logits, past, sampling) / np.float32(sampling.temperature)
     peak = scaled.max()
     _finite(peak)
-    kept = np.exp(scaled - peak)
+    kept: Floats = np.exp(scaled - peak)
     if 0 < sampling.top_k < len(kept):
         kept = head(kept, np.ones(len(kept)), sampling.top_k)
     if sampling.top_p < 1:

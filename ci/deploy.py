@@ -153,9 +153,10 @@ def _answer(said: Any, board: Board, name: str, release: Mapping[str, Any]) -> s
 
 def _tokens_here(bundle: Path, prompt: str) -> list[int]:
     """The first greedy tokens of the answer on this machine."""
-    from board.run import Question, run
+    from board.run import Options, Question, run
 
-    return list(run(bundle, Question(prompt, max_tokens=SMOKE_TOKENS, greedy=True)).ids)
+    greedy = Options(max_tokens=SMOKE_TOKENS, sampling={"temperature": 0.0})
+    return list(run(bundle, Question(prompt, options=greedy)).ids)
 
 
 def _introduce(board: Board, facts: Mapping[str, Any]) -> str:

@@ -138,7 +138,7 @@ def _answer(said: Any, board: Board, name: str, release: Mapping[str, Any]) -> s
     if said["code"] != 0:
         lines = [line for line in said["stderr"].splitlines() if line.strip()] or ["it said nothing"]
         errors = [line for line in lines if line.startswith("error:")] or lines
-        raise CheckFailed(f"release {name} does not run on {board.name}: {ascii(errors[-1])[1:301]}\n{kept}")
+        raise CheckFailed(f"release {name} does not run on {board.name}: {ascii(errors[-1][:300])[1:-1]}\n{kept}")
     try:
         answer = json.loads(said["stdout"])
         text, tokens = str(answer["text"]), [int(token) for token in answer["tokens"]]

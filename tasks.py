@@ -139,7 +139,7 @@ def test_all(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a tas
     if packages := missing_packages():
         raise BadInput(f"the system tests need more of this machine: apt-get install {' '.join(packages)}")
     more = split(args)
-    install(VENV, "reference", "test")
+    install(VENV, "reference", "test", "boards")
     lint(context)
     suite("-n", "2", "-m", "not system", *more, none_is_fine=bool(more))
     suite("-m", "system", *more, none_is_fine=bool(more))

@@ -167,7 +167,7 @@ def _run(command: Sequence[str], on_failure: str, seconds: int, cwd: Path = ROOT
         done = subprocess.run(
             command,
             cwd=cwd,
-            env={**kept, "SOURCE_DATE_EPOCH": EPOCH},
+            env={**kept, "SOURCE_DATE_EPOCH": EPOCH, "AXRUN_TARGET": "aarch64"},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -67,7 +67,8 @@ def test_a_target_is_one_line_into_its_task(target: str, venv: str) -> None:
 def test_invoke_lists_the_same_tasks() -> None:
     done = call(sys.executable, "-m", "invoke", "--list")
     assert done.returncode == 0
-    assert sorted(re.findall(r"^  ([\w-]+)  ", done.stdout, re.M)) == sorted([*TARGETS, "lock"])
+    further = ["board.down", "board.up", "cross", "deploy", "lock", "rollback"]
+    assert sorted(re.findall(r"^  ([\w.-]+)  ", done.stdout, re.M)) == sorted([*TARGETS, *further])
 
 
 def test_a_whole_environment_is_left_alone(venv: str) -> None:

@@ -39,7 +39,7 @@ def farm(virtual: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     ]
     try:
         wait_for("resources")
-        exporter = [TOOLS / "labgrid-exporter", "-c", coordinator, "-n", "shed", "--hostname", "localhost", exported]
+        exporter = [str(TOOLS / "labgrid-exporter"), "-c", coordinator, "-n", "shed", "--hostname", "localhost", str(exported)]
         running.append(subprocess.Popen(exporter, cwd=tmp_path, stdout=log, stderr=log))
         wait_for("resources", "shed/shelf/NetworkService")
         client("-p", "shelf-1", "create")

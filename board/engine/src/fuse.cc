@@ -242,11 +242,24 @@ class Fuser {
         step, [this](int index) { check_read(index); }, [this](int index) { check_rows(index), ready_[index] = true; });
     Project* project = std::get_if<Project>(&step);
     Project* last = program_.steps.empty() ? nullptr : std::get_if<Project>(&program_.steps.back());
-    if (project && last && last->x == project->x && independent(*last, project->parts[0])) {
+    if (project && last && last->gated < 0 && last->x == project->x && independent(*last, project->parts[0])) {
       last->parts.push_back(project->parts[0]);
+    } else if (const Swiglu* swiglu = std::get_if<Swiglu>(&step); swiglu && last && gates(*last, *swiglu)) {
+      last->gated = swiglu->to;
     } else {
       program_.steps.push_back(std::move(step));
     }
+  }
+
+  // Whether a projection makes what a SwiGLU alone reads; the gate is put first then.
+  bool gates(Project& project, const Swiglu& swiglu) const {
+    if (project.parts.size() != 2 || value(swiglu.gate).output >= 0 || value(swiglu.up).output >= 0) return false;
+    Part &a = project.parts[0], &b = project.parts[1];
+    if (a.residual >= 0 || b.residual >= 0 || a.to == b.to) return false;
+    const bool both = (a.to == swiglu.gate && b.to == swiglu.up) || (a.to == swiglu.up && b.to == swiglu.gate);
+    if (!both || value(swiglu.gate).users.size() != 2 || value(swiglu.up).users.size() != 1) return false;
+    if (a.to == swiglu.up) std::swap(a, b);
+    return true;
   }
 
   static bool independent(const Project& project, const Part& next) {

@@ -32,6 +32,7 @@ struct Part {
 struct Project {
   int x;
   std::vector<Part> parts;
+  int gated = -1;  // not -1: the parts are a gate and its `up`, and of both only silu(gate) * up is kept, here
 };
 
 struct Rotate {
@@ -101,8 +102,9 @@ void touch(const Step& step, Reads reads, Writes writes) {
       reads(s.x);
       for (const Part& part : s.parts) {
         if (part.residual >= 0) reads(part.residual);
-        writes(part.to);
+        if (s.gated < 0) writes(part.to);
       }
+      if (s.gated >= 0) writes(s.gated);
     }
     void operator()(const Rotate& s) { reads(s.x), reads(s.indices), writes(s.to); }
     void operator()(const Attend& s) {

@@ -10,7 +10,8 @@ namespace {
 constexpr size_t kTokensPerItem = 8;
 constexpr size_t kRowStep = 32;             // rows of a weight are handed out in multiples of this
 constexpr size_t kItemsPerThread = 6;       // so that a thread that is held up leaves its share to the others
-constexpr size_t kAttentionRows = 48;       // query rows that share a pass over the keys
+constexpr size_t kGatedRows = 64;           // of a gate and its `up` that are computed before they are joined
+constexpr size_t kAttentionRows = 112;      // query rows that share a pass over the keys
 constexpr size_t kAttentionScratch = 8 << 20;
 
 constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -124,9 +125,13 @@ class Run {
       levels.sums = reinterpret_cast<int32_t*>(levels.scales + entries);
       each_token([&](size_t token, size_t) { kernels_.quantise(floats(s.x), any.arithmetic, token, token + 1, levels); });
     }
+    s.gated < 0 ? project(s, levels) : project_gated(s, levels);
+  }
+
+  void project(const Project& s, const Activations& levels) {
     size_t rows = 0;
     for (const Part& part : s.parts) rows += part.weight.rows;
-    const size_t share = std::max<size_t>(ceil_div(rows, pool_.size() * kItemsPerThread * kRowStep), 1) * kRowStep;
+    const size_t share = rows_per_item(rows);
     items_.clear();
     for (const Part& part : s.parts) {
       for (size_t first = 0; first < part.weight.rows; first += share) {
@@ -138,9 +143,36 @@ class Run {
       const Item& item = items_[index];
       const Part& part = *item.part;
       const LinearJob job{&part.weight, tokens_, floats(s.x), &levels, part.bias,
-                          part.residual < 0 ? nullptr : floats(part.residual), floats(part.to)};
+                          part.residual < 0 ? nullptr : floats(part.residual), floats(part.to), part.weight.rows, 0};
       kernels_.linear(job, item.first, item.last, scratch(thread));
     });
+  }
+
+  // Gate and up go no further than the thread's cache.
+  void project_gated(const Project& s, const Activations& levels) {
+    const size_t rows = s.parts[0].weight.rows, share = rows_per_item(rows);
+    const size_t strip = tokens_ <= kTokensByDot ? share : kGatedRows;
+    reserve_scratch(kLinearScratch + 2 * tokens_ * strip * sizeof(float));
+    pool_.each(ceil_div(rows, share), [&](size_t item, size_t thread) {
+      uint8_t* own = scratch(thread);
+      float* gate = reinterpret_cast<float*>(own + kLinearScratch);
+      float* up = gate + tokens_ * strip;
+      const size_t end = std::min((item + 1) * share, rows);
+      for (size_t first = item * share; first < end; first += strip) {
+        const size_t last = std::min(first + strip, end);
+        for (const auto& [part, y] : {std::pair(&s.parts[0], gate), std::pair(&s.parts[1], up)}) {
+          const LinearJob job{&part->weight, tokens_, floats(s.x), &levels, part->bias, nullptr, y, strip, first};
+          kernels_.linear(job, first, last, own);
+        }
+        for (size_t token = 0; token < tokens_; ++token) {
+          kernels_.swiglu(gate + token * strip, up + token * strip, last - first, floats(s.gated) + token * rows + first);
+        }
+      }
+    });
+  }
+
+  size_t rows_per_item(size_t rows) const {
+    return std::max<size_t>(ceil_div(rows, pool_.size() * kItemsPerThread * kRowStep), 1) * kRowStep;
   }
 
   void operator()(const Rotate& s) {

@@ -10,7 +10,7 @@ namespace {
 constexpr size_t padded(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
 struct AttentionScratch {
-  float *panel, *q, *scores, *out, *mask, *threshold, *inverse;
+  float *panel, *wide, *q, *scores, *out, *mask, *bias, *threshold, *inverse;
   uint32_t* seen;
   size_t bytes;
 
@@ -20,10 +20,12 @@ struct AttentionScratch {
     uintptr_t at = start;
     const auto take = [&at](size_t count) { return std::exchange(at, at + padded(count * 4, 64)); };
     panel = reinterpret_cast<float*>(take(kPanel * depth));
+    wide = reinterpret_cast<float*>(take(kPanel * depth));
     q = reinterpret_cast<float*>(take(rows * job.head_dim));
     scores = reinterpret_cast<float*>(take(rows * columns));
     out = reinterpret_cast<float*>(take(rows * depth));
     mask = reinterpret_cast<float*>(take(rows * columns));
+    bias = reinterpret_cast<float*>(take(kPanel));
     threshold = reinterpret_cast<float*>(take(rows));
     inverse = reinterpret_cast<float*>(take(rows));
     seen = reinterpret_cast<uint32_t*>(take(columns));
@@ -59,6 +61,33 @@ inline size_t visible(const float* mask, size_t tokens, size_t columns, float* t
   return count;
 }
 
+// Columns of kPanel rows become rows of kPanel.
+inline void transpose_panel(const float* rows, size_t stride, size_t columns, float* panel) {
+  for (size_t i = 0; i < columns; i += kWidth) {
+    for (size_t j = 0; j < kPanel; j += kWidth) {
+      Vf square[kWidth];
+      repeat<kWidth>([&](auto r) AXC_INLINE { square[r] = load(rows + (j + r) * stride + i); });
+      transpose(square);
+      repeat<kWidth>([&](auto r) AXC_INLINE { store(panel + (i + r) * kPanel + j, square[r]); });
+    }
+  }
+}
+
+constexpr float kHidden = -3.0e38f;
+
+// What is added to a token's scores with the keys `seen`; kHidden for what it does not see.
+inline void biases(const float* mask, float threshold, const uint32_t* seen, size_t keys, float* bias) {
+  for (size_t j = 0; j < kPanel; ++j) bias[j] = j < keys && mask[seen[j]] > threshold ? mask[seen[j]] : kHidden;
+}
+
+// A hidden score is replaced, not only lowered: what the cache holds there may be no number.
+inline void add_biases(const float* bias, float* scores) {
+  for (size_t j = 0; j < kPanel; j += kWidth) {
+    const Vf b = load(bias + j), hidden = all(kHidden);
+    store(scores + j, b > hidden ? load(scores + j) + b : hidden);
+  }
+}
+
 inline void attend(const AttentionJob& job, const AttentionShare& share, void* memory) {
   const size_t heads = share.last_head - share.first_head, tokens = share.last - share.first, rows = heads * tokens;
   const size_t columns = job.history + job.tokens, dim = job.head_dim;
@@ -77,21 +106,17 @@ inline void attend(const AttentionJob& job, const AttentionShare& share, void* m
   for (size_t first = 0; first < count; first += kPanel) {
     const size_t keys = least(kPanel, count - first);
     const uint32_t* seen = s.seen + first;
-    if (keys < kPanel) std::memset(s.panel, 0, kPanel * dim * sizeof(float));
-    float* wide = s.out;  // in use only later
+    if (keys < kPanel) std::memset(s.wide, 0, kPanel * depth * sizeof(float));
     for (size_t j = 0; j < keys; ++j) {
-      widen(job.type, cached_row(job, job.k_cache, job.k_current, seen[j], share.kv_head), dim, wide);
-      for (size_t i = 0; i < dim; ++i) s.panel[i * kPanel + j] = wide[i];
+      widen(job.type, cached_row(job, job.k_cache, job.k_current, seen[j], share.kv_head), dim, s.wide + j * depth);
     }
+    transpose_panel(s.wide, depth, dim, s.panel);
     float* scores = s.scores + first;
     for (size_t r = 0; r < rows; ++r) std::memset(scores + r * width, 0, kPanel * sizeof(float));
     float_rows(s.panel, kPanel, s.q, dim, rows, dim, scores, width);
-    for (size_t r = 0; r < rows; ++r) {
-      const float *mask = s.mask + r / heads * columns, threshold = s.threshold[r / heads];
-      for (size_t j = 0; j < kPanel; ++j) {
-        float& score = scores[r * width + j];
-        score = j < keys && mask[seen[j]] > threshold ? score + mask[seen[j]] : -3.0e38f;
-      }
+    for (size_t t = 0; t < tokens; ++t) {
+      biases(s.mask + t * columns, s.threshold[t], seen, keys, s.bias);
+      for (size_t h = 0; h < heads; ++h) add_biases(s.bias, scores + (t * heads + h) * width);
     }
   }
 

@@ -72,9 +72,6 @@ inline void transpose(__m512i r[16]) {
 
 inline __mmask64 first_bytes(size_t count) { return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
 
-// Rows lie too far apart for the CPU to foresee that their next block comes next.
-AXC_INLINE inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at), _MM_HINT_T0); }
-
 // Panel: for every 4 columns 32 outputs x 4 bytes. Missing rows and columns are zero levels.
 void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, uint8_t* panel) {
   const __m512i flip = _mm512_set1_epi8(-128);
@@ -84,9 +81,7 @@ void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, uint
       __m512i r[16];
       for (size_t i = 0; i < 16; ++i) {
         const size_t row = group * 16 + i;
-        const int8_t* at = w + row * stride + 64 * half;
-        if (row < rows) prefetch(at + kBlock);
-        r[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(row < rows ? there : 0, at), flip);
+        r[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(row < rows ? there : 0, w + row * stride + 64 * half), flip);
       }
       transpose(r);
       for (size_t i = 0; i < 16; ++i) _mm512_store_si512(panel + (half * 16 + i) * 128 + group * 64, r[i]);
@@ -100,7 +95,6 @@ void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
     __m512i r[16];
     for (size_t i = 0; i < 16; ++i) {
       const size_t row = group * 16 + i;
-      if (row < rows) prefetch(w + row * stride + kBlock / 2);
       r[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(row < rows ? ~__mmask64{0} : 0, w + row * stride), flip);
     }
     transpose(r);

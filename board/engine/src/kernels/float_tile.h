@@ -74,22 +74,22 @@ inline float dot(const float* a, const float* b, size_t count) {
 
 // The epilogue of a product: adds what is to be added and stores.
 inline void finish(const LinearJob& job, size_t token, size_t row, float value) {
-  const size_t at = token * job.weight->rows + row;
   if (job.bias) value += job.bias[row];
-  if (job.residual) value += job.residual[at];
-  job.y[at] = value;
+  if (job.residual) value += job.residual[token * job.weight->rows + row];
+  *job.at(token, row) = value;
 }
 
 // The same for `rows` rows from `row` on; `scales` are theirs, or null.
 inline void finish_rows(const LinearJob& job, size_t token, size_t row, size_t rows, const float* values, const float* scales) {
-  const size_t at = token * job.weight->rows + row;
+  const float* residual = job.residual ? job.residual + token * job.weight->rows + row : nullptr;
+  float* to = job.at(token, row);
   size_t r = 0;
   for (; r + kWidth <= rows; r += kWidth) {
     Vf y = load(values + r);
     if (scales) y *= load(scales + r);
     if (job.bias) y += load(job.bias + row + r);
-    if (job.residual) y += load(job.residual + at + r);
-    store(job.y + at + r, y);
+    if (residual) y += load(residual + r);
+    store(to + r, y);
   }
   for (; r < rows; ++r) finish(job, token, row + r, scales ? values[r] * scales[r] : values[r]);
 }

@@ -55,7 +55,10 @@ struct LinearJob {
   const Activations* levels;
   const float* bias;      // [rows] or null
   const float* residual;  // [tokens, rows] or null
-  float* y;               // [tokens, rows]
+  float* y;               // [tokens, y_stride], from the weight's row `y_origin` on
+  size_t y_stride, y_origin;
+
+  float* at(size_t token, size_t row) const { return y + token * y_stride + (row - y_origin); }
 };
 
 // Grouped-query attention over `history` cached and `tokens` current rows of `type`.

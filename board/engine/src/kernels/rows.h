@@ -69,8 +69,14 @@ inline void softmax(const float* x, size_t width, float* y) {
 // Rotates the halves of each head: https://onnx.ai/onnx/operators/onnx__RotaryEmbedding.html , not interleaved
 inline void rotate(const float* x, const float* cos, const float* sin, size_t heads, size_t half, float* y) {
   for (size_t head = 0; head < heads; ++head, x += 2 * half, y += 2 * half) {
-    for (size_t i = 0; i < half; i += kWidth) {
-      const size_t n = least(kWidth, half - i);
+    size_t i = 0;
+    for (; i + kWidth <= half; i += kWidth) {
+      const Vf c = load(cos + i), s = load(sin + i), a = load(x + i), b = load(x + half + i);
+      store(y + i, c * a - s * b);
+      store(y + half + i, s * a + c * b);
+    }
+    if (i < half) {
+      const size_t n = half - i;
       const Vf c = load_some(cos + i, n), s = load_some(sin + i, n);
       const Vf a = load_some(x + i, n), b = load_some(x + half + i, n);
       store_some(y + i, c * a - s * b, n);

@@ -63,6 +63,25 @@ inline float sum(typename Floats<kCount>::Vector v) {
   }
 }
 
+// The lanes of two vectors by turns, from the lower or the upper halves.
+template <size_t kFrom, size_t... kLane>
+AXC_INLINE inline Vf by_turns(Vf a, Vf b, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(a, b, (kFrom + kLane / 2 + kLane % 2 * kWidth)...);
+}
+
+// Rows become columns: as many shuffles of the whole matrix as the width has bits.
+AXC_INLINE inline void transpose(Vf rows[kWidth]) {
+  constexpr auto kLanes = std::make_index_sequence<kWidth>();
+  for (size_t bit = 1; bit < kWidth; bit *= 2) {
+    Vf turned[kWidth];
+    repeat<kWidth / 2>([&](auto i) AXC_INLINE {
+      turned[2 * i] = by_turns<0>(rows[i], rows[i + kWidth / 2], kLanes);
+      turned[2 * i + 1] = by_turns<kWidth / 2>(rows[i], rows[i + kWidth / 2], kLanes);
+    });
+    repeat<kWidth>([&](auto i) AXC_INLINE { rows[i] = turned[i]; });
+  }
+}
+
 // The functions below take `count` elements at `from` and leave the rest of the vector as it is given.
 inline Vf load_some(const float* from, size_t count, float rest = 0) {
   Vf v = all(rest);

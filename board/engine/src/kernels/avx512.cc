@@ -141,9 +141,11 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
   });
 }
 
-// What a group of 16 blocks multiplies its sums with, and what the offset of the weights adds up to.
+constexpr size_t kGroup = 16;  // blocks whose scales fill a vector
+
+// What up to kGroup blocks multiply their sums with, and what the offset of the weights adds up to.
 struct Factors {
-  alignas(64) float of[16];
+  alignas(64) float of[kGroup];
   Vf offset;
 };
 
@@ -158,19 +160,16 @@ AXC_INLINE inline Factors factors(const Activations& a, size_t entry, size_t cou
   return factors;
 }
 
-// The sum over a block of unsigned weights times levels, in float32 lanes.
-AXC_INLINE inline Vf block_product(__m512i w0, __m512i w1, const uint8_t* levels, float factor) {
-  const __m512i zero = _mm512_setzero_si512();
-  const __m512i high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, w0, _mm512_loadu_si512(levels)), w1,
-                                           _mm512_loadu_si512(levels + 64));
-  const __m512i low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, w0, _mm512_loadu_si512(levels + 128)), w1,
-                                          _mm512_loadu_si512(levels + 192));
-  return __builtin_convertvector((Vi(high) << 8) + Vi(low), Vf) * factor;
+// The sum over a block of unsigned weights times levels, in float32 lanes: 256 high + low, by one chain of sums.
+AXC_INLINE inline Vf block_product(__m512i w0, __m512i w1, const uint8_t* levels) {
+  const auto at = [levels](size_t i) AXC_INLINE { return _mm512_loadu_si512(levels + 64 * i); };
+  const __m512i high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), w0, at(0)), w1, at(1));
+  const __m512i both = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), w0, at(2)), w1, at(3));
+  return __builtin_convertvector(Vi(both), Vf);
 }
 
-constexpr size_t kGroup = 16;
-
-float dot_int8(const Matrix& w, size_t row, const Activations& a, size_t token) {
+// Both dots stay out of the loop that calls them: inlined they run short of registers.
+[[gnu::noinline]] float dot_int8(const Matrix& w, size_t row, const Activations& a, size_t token) {
   const uint8_t* weights = w.data + row * w.columns;
   const __m512i flip = _mm512_set1_epi8(-128);
   const size_t whole = w.columns / kBlock, blocks = a.blocks();
@@ -180,7 +179,7 @@ float dot_int8(const Matrix& w, size_t row, const Activations& a, size_t token) 
     const Factors f = factors(a, entry, count, nullptr);
     offset += f.offset;
     for (size_t b = 0; b < count; ++b) {
-      const uint8_t *at = weights + (first + b) * kBlock, *levels = a.levels + (entry + b) * kLevelBytes;
+      const uint8_t* at = weights + (first + b) * kBlock;
       __m512i w0, w1;
       if (first + b < whole) {
         w0 = _mm512_loadu_si512(at), w1 = _mm512_loadu_si512(at + 64);
@@ -189,13 +188,15 @@ float dot_int8(const Matrix& w, size_t row, const Activations& a, size_t token) 
         w0 = _mm512_maskz_loadu_epi8(first_bytes(left), at);
         w1 = _mm512_maskz_loadu_epi8(first_bytes(left > 64 ? left - 64 : 0), at + 64);
       }
-      total += block_product(_mm512_xor_si512(w0, flip), _mm512_xor_si512(w1, flip), levels, f.of[b]);
+      w0 = _mm512_xor_si512(w0, flip), w1 = _mm512_xor_si512(w1, flip);
+      total += block_product(w0, w1, a.levels + (entry + b) * kLevelBytes) * f.of[b];
     }
   }
   return sum(total - offset * float{kOffset8});
 }
 
-float dot_int4(const Matrix& w, size_t row, const Activations& a, size_t token) {
+[[gnu::noinline]] float dot_int4(const Matrix& w, size_t row, const Activations& a, size_t token) {
+  constexpr int kFlipped = 0x28;  // as ternary logic: (weights ^ flip) & nibble
   const size_t blocks = a.blocks();
   const uint8_t* weights = w.data + row * blocks * (kBlock / 2);
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x88)), nibble = _mm512_set1_epi8(15);
@@ -205,9 +206,10 @@ float dot_int4(const Matrix& w, size_t row, const Activations& a, size_t token) 
     const Factors f = factors(a, entry, count, w.scales + row * blocks + first);
     offset += f.offset;
     for (size_t b = 0; b < count; ++b) {
-      const __m512i bytes = _mm512_xor_si512(_mm512_loadu_si512(weights + (first + b) * (kBlock / 2)), flip);
-      const __m512i low = _mm512_and_si512(bytes, nibble), high = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
-      total += block_product(low, high, a.levels + (entry + b) * kLevelBytes, f.of[b]);
+      const __m512i bytes = _mm512_loadu_si512(weights + (first + b) * (kBlock / 2));
+      const __m512i low = _mm512_ternarylogic_epi32(bytes, flip, nibble, kFlipped);
+      const __m512i high = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), flip, nibble, kFlipped);
+      total += block_product(low, high, a.levels + (entry + b) * kLevelBytes) * f.of[b];
     }
   }
   return sum(total - offset * float{kOffset4});

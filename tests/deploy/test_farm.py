@@ -39,7 +39,8 @@ def farm(virtual: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     ]
     try:
         wait_for("resources")
-        exporter = [str(TOOLS / "labgrid-exporter"), "-c", coordinator, "-n", "shed", "--hostname", "localhost", str(exported)]
+        exporter = [str(TOOLS / "labgrid-exporter"), "-c", coordinator, "-n", "shed"]
+        exporter += ["--hostname", "localhost", str(exported)]
         running.append(subprocess.Popen(exporter, cwd=tmp_path, stdout=log, stderr=log))
         wait_for("resources", "shed/shelf/NetworkService")
         client("-p", "shelf-1", "create")

@@ -116,8 +116,9 @@ def weights(logits: Floats, past: Sequence[int], sampling: Sampling) -> Floats:
     if 0 < sampling.top_k < len(kept):
         kept = head(kept, np.ones(len(kept)), sampling.top_k)
     if sampling.top_p < 1:
-        worth = kept.astype(np.float64)
-        kept = head(kept, worth, sampling.top_p * float(worth.sum()))
+        left: Any = np.flatnonzero(kept) if sampling.top_k else slice(None)
+        worth = kept[left].astype(np.float64)
+        kept[left] = head(kept[left], worth, sampling.top_p * float(worth.sum()))
     return kept
 
 

@@ -270,7 +270,7 @@ def lock(_: Context, upgrade: bool = False) -> None:
             *("uv", "pip", "compile", "--quiet", "--python-version", python, "--generate-hashes"),
             *("--python-platform", "aarch64-manylinux_2_31", "--custom-compile-command", "invoke lock"),
             *(["--upgrade"] if upgrade else []),
-            *("board/pyproject.toml", "requirements/board.in", "--output-file", f"requirements/board-{python}.txt"),
+            *("board/pyproject.toml", "--output-file", f"requirements/board-{python}.txt"),
         )
     for name in SETS:
         sources = ["pyproject.toml"] if name == "build" else []

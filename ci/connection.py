@@ -72,7 +72,7 @@ ANSWERS: Mapping[str, Any] = {
     },
     "survey": {"whole": bool, "into": str, "like": (str, None), "needed": int, "free": int},
     "verify": [str],
-    "release": {"prompt": str, "tokens": ([int], None)},
+    "release": {"engine": str, "prompt": str, "tokens": ([int], None)},
     "ask": {"code": (int, None), "stdout": str, "stderr": str},
     "switch": (str, None),
     "previous": (str, None),

@@ -63,6 +63,7 @@ def deploy(
     model = Listing.of(bundle)
     contents = (("packages", package.site, package.listing), ("models", bundle, model))
     release: dict[str, Any] = {"package": package.listing.id, "model": model.id, "name": opened.name, "prompt": prompt}
+    release["engine"] = board.engine
     release["tokens"] = _tokens_here(bundle, prompt) if manifest["maker"] == "cpu" else None
     with Connection(board, at) as link:
         facts = link.call("facts")
@@ -126,7 +127,12 @@ def _send(link: Connection, board: Board, store: str, source: Path, listing: Lis
 
 def _smoke(link: Connection, board: Board, name: str, release: Mapping[str, Any]) -> str:
     """A release's answer, held against what this machine answered. Raises CheckFailed."""
-    question = {"prompt": release["prompt"], "tokens": SMOKE_TOKENS, "engine": board.engine, "limit": SMOKE_SECONDS}
+    question = {
+        "prompt": release["prompt"],
+        "tokens": SMOKE_TOKENS,
+        "engine": release["engine"],
+        "limit": SMOKE_SECONDS,
+    }
     said = link.call("ask", SMOKE_SECONDS + 60, name=name, **question)
     return _answer(said, board, name, release)
 

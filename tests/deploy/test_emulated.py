@@ -62,7 +62,7 @@ def test_deployed_asked_and_taken_back(invoke: Invoke, virtual: Place, tmp_path:
 
 def test_the_power_goes_and_the_disk_stays(virtual: Place) -> None:
     mark = virtual.root / "mark"
-    mark.write_text("here")
+    mark.write_text("here\n")
     with place.power(virtual.board) as power:
         power.off()
         assert virtual_board.running(virtual.board) is None

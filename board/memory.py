@@ -18,7 +18,8 @@ from board.model import POST_ROWS
 CMM_INFO = Path("/proc/ax_proc/mem_cmm_info")  # Axera's driver: total size=...,remain=<kb>KB(<mb>MB + <kb>KB)
 MEMINFO = Path("/proc/meminfo")  # https://docs.kernel.org/filesystems/proc.html#meminfo
 
-RUNTIME_BYTES = 80 << 20  # an interpreter with numpy, tokenizers and an engine
+# An interpreter with numpy, tokenizers and an engine.
+RUNTIME_BYTES = {"ax": 44 << 20, "ort": 80 << 20}
 # What onnxruntime takes of an axmodel's size, by weight type: (once it is loaded, more while it is being loaded). It
 # widens 16-bit weights, and packs matrices into copies. Seen with onnxruntime 1.31 on Qwen2-0.5B.
 ORT_COPIES = {"s8": (1.5, 3.0), "s4": (1.2, 3.0), "bf16": (2.1, 5.0), "fp16": (2.1, 5.0), "fp32": (1.4, 2.0)}
@@ -96,7 +97,7 @@ def needs(bundle: Bundle, engine: str) -> Needs:
     return Needs(
         weights=int(weights + loading),
         kv_cache=2 * bundle.layers * history * bundle.kv_size * width,
-        buffers=values * width + logits + RUNTIME_BYTES,
+        buffers=values * width + logits + RUNTIME_BYTES.get(engine, RUNTIME_BYTES["ort"]),
     )
 
 

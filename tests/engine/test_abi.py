@@ -19,12 +19,17 @@ from board.bundle import Bundle
 from board.dtypes import bf16_to_f32
 from board.errors import BadInput
 from tests.engine.compare import filled
-from tests.engine.conftest import ROOT
+from tests.engine.conftest import ROOT, SOURCE
 
 
-def test_the_runners_way(runner: Path, bundle_s8: Path) -> None:
+SEED = SOURCE / "fuzz" / "corpus" / "qwen2-bf16-s8-layer"  # the smallest layer there is
+
+
+@pytest.mark.parametrize(("layer", "cycles"), [("tiny-qwen2", 100), ("seed", 10_000)])
+def test_the_runners_way(layer: str, cycles: int, runner: Path, bundle_s8: Path) -> None:
     """Careless buffers, NULL caches, RunSync with no more than a V2 context, unloading and loading again."""
-    done = subprocess.run([runner, Bundle.open(bundle_s8).layer_path(0), "10000"], capture_output=True, text=True)
+    path = SEED if layer == "seed" else Bundle.open(bundle_s8).layer_path(0)
+    done = subprocess.run([runner, path, str(cycles)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "done"
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from board import VERSION
 from board.command import Verb, dispatch
 from board.errors import BadInput
-from board.session import usual_engine
 
 if TYPE_CHECKING:  # numpy and an engine take their time, which --help does not need
     from board.load import Loading
@@ -31,9 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _speed_flags(parser: argparse.ArgumentParser) -> None:
-    usual = usual_engine()
-    engines = f"what executes axmodels: ax (libax_engine) or ort (onnxruntime) (default {usual})"
-    parser.add_argument("--engine", default=usual, metavar="NAME", help=engines)
+    engines = "what executes axmodels: ax (libax_engine, the default where there is one) or ort (onnxruntime)"
+    parser.add_argument("--engine", metavar="NAME", help=engines)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each usable CPU)")
 
 
@@ -49,7 +47,7 @@ def _loading(arguments: argparse.Namespace) -> Loading:
     from board.load import Loading
 
     allow = _allow(arguments)
-    return Loading(arguments.verify, arguments.engine, arguments.threads, allow, _say, _progress)
+    return Loading(arguments.verify, _engine(arguments), arguments.threads, allow, _say, _progress)
 
 
 def _sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +70,12 @@ def _options(arguments: argparse.Namespace) -> Options:
     if arguments.greedy:
         sampling["temperature"] = 0.0
     return Options(arguments.system, arguments.max_tokens, sampling, arguments.seed)
+
+
+def _engine(arguments: argparse.Namespace) -> str:
+    from board.session import usual_engine
+
+    return arguments.engine or usual_engine()
 
 
 def _engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -213,7 +217,7 @@ def _model(arguments: argparse.Namespace) -> None:
     from board.latency import measure
 
     latencies = measure(
-        arguments.file, arguments.group, arguments.warmup, arguments.repeat, arguments.engine, arguments.threads
+        arguments.file, arguments.group, arguments.warmup, arguments.repeat, _engine(arguments), arguments.threads
     )
     if arguments.json:
         print(json.dumps({"file": str(arguments.file), "groups": [latency._asdict() for latency in latencies]}))

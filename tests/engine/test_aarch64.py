@@ -41,7 +41,8 @@ def test_an_old_glibc_and_no_cxx_runtime_are_enough(boards_libraries: Path) -> N
 
 def test_a_boards_cpu_runs_the_runners_way(boards_libraries: Path, bundle_s8: Path) -> None:
     client = compile_client("runner.cc", boards_libraries, boards_libraries / "runner", "aarch64")
-    command = [QEMU, "-cpu", "cortex-a53", "-L", GLIBC, client, Bundle.open(bundle_s8).layer_path(0), "20"]
+    layer = Bundle.open(bundle_s8).layer_path(0)
+    command = [QEMU, "-cpu", "cortex-a53", "-L", GLIBC, str(client), str(layer), "20"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == "done"

@@ -21,7 +21,6 @@ from board.errors import BadInput
 from tests.engine.compare import filled
 from tests.engine.conftest import ROOT, SOURCE
 
-
 SEED = SOURCE / "fuzz" / "corpus" / "qwen2-bf16-s8-layer"  # the smallest layer there is
 
 
@@ -263,7 +262,7 @@ def test_the_axmodels_producer_decides_whose_library_runs_it(
     said = []
     environment = {name: value for name, value in os.environ.items() if name != "AXRUN_ENGINE"}
     for files in ([ours, vendors_axmodel], [vendors_axmodel, ours]):
-        command = [sys.executable, "-c", VENDORS, board, *files]
+        command = [sys.executable, "-c", VENDORS, str(board), *map(str, files)]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
         said.append(done.stdout.splitlines())
     beside = ROOT / "board" / "engine" / "lib"

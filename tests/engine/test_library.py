@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from elftools.elf.elffile import ELFFile
@@ -24,9 +25,15 @@ LOADER = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
 AX630C_ONLY = {"GetTotalOps", "GetThrottle", "SetThrottle", "GetThrottleConfig", "DestroyKernelHandle"}
 
 
+def section(elf: ELFFile, name: str) -> Any:
+    found = elf.get_section_by_name(name)
+    assert found is not None
+    return found
+
+
 def exported(library: Path) -> set[str]:
     with library.open("rb") as file:
-        symbols = ELFFile(file).get_section_by_name(".dynsym").iter_symbols()
+        symbols = section(ELFFile(file), ".dynsym").iter_symbols()
         return {symbol.name for symbol in symbols if symbol["st_shndx"] != "SHN_UNDEF"}
 
 
@@ -78,7 +85,7 @@ def test_each_chip_has_its_modes(folder: str, said: list[str], libraries: Path) 
 def requirements(library: Path) -> Iterator[tuple[str, str]]:
     """Each version of a symbol that a library needs, and of which other library."""
     with library.open("rb") as file:
-        for needed, versions in ELFFile(file).get_section_by_name(".gnu.version_r").iter_versions():
+        for needed, versions in section(ELFFile(file), ".gnu.version_r").iter_versions():
             for version in versions:
                 yield needed.name, version.name
 
@@ -89,7 +96,7 @@ def check_system(folder: Path, machine: str) -> None:
         with (folder / name).open("rb") as file:
             elf = ELFFile(file)
             assert elf.get_machine_arch() == {"x86_64": "x64", "aarch64": "AArch64"}[machine]
-            tags = list(elf.get_section_by_name(".dynamic").iter_tags())
+            tags = list(section(elf, ".dynamic").iter_tags())
         assert [tag.soname for tag in tags if tag.entry.d_tag == "DT_SONAME"] == [Path(name).name]
         needed = {tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"}
         ours = {"libax_sys.so"} if "engine" in name else set()

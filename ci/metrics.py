@@ -1,0 +1,147 @@
+"""The figures a night measures: what each is called, its unit, which way is better, where it is found.
+
+They come from what `axrun eval --json` and `axrun bench --json` printed on a board. A board's answer is not trusted:
+what is no finite number in its place is an error here, not a gap in a plot later.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from board.errors import BadInput
+
+Figures = Mapping[str, float]
+
+MOST = 1e15  # of any figure: bytes of memory are the largest
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure. `{n}` in `label` is the number in `name`, a count of tokens.
+
+    `higher` says which way is better. `floor` is the least tolerance of a recorded gate, as a share of the expected
+    value: what two nights of the same code may differ by although the few that were seen did not.
+    """
+
+    name: str
+    label: str
+    unit: str
+    higher: bool
+    floor: float
+
+    def text(self, value: float) -> str:
+        """A value with its unit, for a reader."""
+        return f"{number(value)} {self.unit}".strip()
+
+
+# In the order a reader wants them: what is wrong comes before what is slow.
+METRICS = (
+    Metric("mean_kld", "mean KL divergence from the checkpoint", "nats", False, 0.05),
+    Metric("kld_99_9", "99.9 % KL divergence", "nats", False, 0.1),
+    Metric("top1_agreement", "same top token as the checkpoint", "%", True, 0.002),
+    Metric("perplexity_ratio", "perplexity over the checkpoint's", "x", False, 0.001),
+    Metric("greedy_same", "greedy tokens before one differs", "tokens", True, 0.02),
+    Metric("ttft_n", "first token of a prompt of {n}", "ms", False, 0.05),
+    Metric("turn_n", "first token of a turn behind {n}", "ms", False, 0.05),
+    Metric("decode_n", "decode behind {n}", "token/s", True, 0.05),
+    Metric("ttft_n_relative", "first token of a prompt of {n}, in yardsticks", "x", False, 0.5),
+    Metric("decode_n_relative", "a token decoded behind {n}, in yardsticks", "x", False, 0.5),
+    Metric("load", "load", "s", False, 0.2),
+    Metric("peak_memory", "peak memory", "MB", False, 0.05),
+)
+ORDER = {metric.name: place for place, metric in enumerate(METRICS)}
+ACCURACY = ("mean_kld", "kld_99_9", "top1_agreement", "perplexity_ratio", "greedy_same")
+
+
+def find(name: str) -> Metric:
+    """The metric of a figure's name, its number filled in: decode_128. Raises BadInput for an unknown one."""
+    found = re.fullmatch(r"([a-z0-9]+)_(\d{1,7})((?:_relative)?)", name)
+    family = f"{found[1]}_n{found[3]}" if found else name
+    place = ORDER.get(family if found and family in ORDER else name)
+    if place is None or name.partition("_")[2] in ("n", "n_relative"):
+        raise BadInput(f"no figure is named {name!a:.40}: there are {', '.join(metric.name for metric in METRICS)}")
+    metric = METRICS[place]
+    label = metric.label.format(n=found[2]) if found else metric.label
+    return Metric(name, label, metric.unit, metric.higher, metric.floor)
+
+
+def rank(name: str) -> tuple[int, int]:
+    """Sorts figures as METRICS has them, those of one family by their number."""
+    digits = re.search(r"_(\d+)(?:_relative)?$", name)
+    family = re.sub(r"_\d+((?:_relative)?)$", r"_n\1", name)
+    return ORDER.get(name, ORDER.get(family, len(ORDER))), int(digits[1]) if digits else 0
+
+
+def accuracy(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of an `axrun eval --json`. Raises BadInput for what is missing or no number."""
+    where = "axrun eval --json"
+    figures = {name: _finite(evaluation, name, where) for name in ACCURACY if evaluation.get(name) is not None}
+    for name in ACCURACY[:-1]:  # a reference may hold no greedy answers
+        _finite(evaluation, name, where)
+    return {name: 100 * value if name == "top1_agreement" else value for name, value in figures.items()}
+
+
+def speed(report: Mapping[str, Any], yardstick: float) -> dict[str, float]:
+    """The figures of an `axrun bench --json`, and the least times in yardsticks.
+
+    `yardstick` is the seconds of a fixed piece of arithmetic on the same board around the same time: what is measured
+    in it does not follow the board's clock, nor the load of a machine that emulates the board. Raises BadInput.
+    """
+    where = "axrun bench --json"
+    if not 0 < yardstick < MOST:
+        raise BadInput(f"the yardstick took {yardstick!r} s, expected a time")
+    figures = {"load": _finite(report, "load_seconds", where)}
+    if report.get("peak_rss") is not None:
+        figures["peak_memory"] = _finite(report, "peak_rss", where) / 1e6
+    for group, key, name, scale in TIMES:
+        for entry in _entries(report, group, where):
+            count = int(_finite(entry, "tokens" if group == "prompts" else "depth", where))
+            spread = entry.get(key)
+            if not isinstance(spread, dict):
+                raise BadInput(f"{where} has {spread!a:.40} for {group} {key}, expected its spread")
+            figures[f"{name}_{count}"] = scale(_positive(spread, "median", where))
+            if f"{name}_n_relative" in ORDER:
+                figures[f"{name}_{count}_relative"] = _positive(spread, "min", where) / yardstick
+    return dict(sorted(figures.items(), key=lambda item: rank(item[0])))
+
+
+def number(value: float) -> str:
+    """Four significant digits, no exponent where it can be read without."""
+    if value != 0 and not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.2e}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+Scale = Callable[[float], float]
+
+# (list in the report, its spread, name of the figure, seconds -> unit)
+TIMES: tuple[tuple[str, str, str, Scale], ...] = (
+    ("prompts", "ttft_seconds", "ttft", lambda seconds: 1e3 * seconds),
+    ("turns", "ttft_seconds", "turn", lambda seconds: 1e3 * seconds),
+    ("decode", "token_seconds", "decode", lambda seconds: 1 / seconds),
+)
+
+
+def _entries(report: Mapping[str, Any], group: str, where: str) -> Iterator[Mapping[str, Any]]:
+    entries = report.get(group)
+    if not isinstance(entries, list) or len(entries) > 100 or not all(isinstance(entry, dict) for entry in entries):
+        raise BadInput(f"{where} has {entries!a:.40} for {group}, expected a list of measurements")
+    yield from entries
+
+
+def _positive(table: Mapping[str, Any], key: str, where: str) -> float:
+    value = _finite(table, key, where)
+    if value <= 0:
+        raise BadInput(f"{where} has {key} {value!r}, expected a time above 0")
+    return value
+
+
+def _finite(table: Mapping[str, Any], key: str, where: str) -> float:
+    value = table.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MOST or math.isnan(value):
+        raise BadInput(f"{where} has {value!a:.40} for {key}, expected a number")
+    return float(value)

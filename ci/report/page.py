@@ -1,0 +1,93 @@
+"""The report of a night: one HTML page that needs nothing beside it, for someone who was not there.
+
+Everything that came from a board, a log or a commit is escaped by the template; nothing on the page runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from ci import metrics
+from ci.gate import Gate, Judgement
+from ci.history import Night
+from ci.report import heat
+from ci.report.changes import Changes
+from ci.report.chart import Chart, draw
+from ci.stage import Stage
+
+MOST_NIGHTS = 30  # in the table at the end
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of the figures table, its trend drawn; `before` is the last green night's, `change` how far from it."""
+
+    judgement: Judgement
+    before: str
+    change: str
+    chart: Chart | None
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a report shows. `nights` are those before and this one, oldest first; `changes` None: no green night yet."""
+
+    night: Night
+    headline: str
+    advice: str
+    stages: Sequence[Stage]
+    judgements: Sequence[Judgement]
+    gates: Mapping[str, Gate]
+    nights: Sequence[Night]
+    last_green: Night | None
+    changes: Changes | None
+    notes: Sequence[str]
+    artifacts: Sequence[tuple[str, str]]
+
+    @property
+    def figures(self) -> list[Figure]:
+        before = self.last_green.figures if self.last_green else {}
+        return [self._figure(entry, before) for entry in self.judgements]
+
+    def _figure(self, judgement: Judgement, before: Mapping[str, float]) -> Figure:
+        metric, value = judgement.metric, judgement.value
+        old = before.get(metric.name)
+        change = ""
+        if old is not None and value is not None:
+            change = "same" if value == old else f"{value / old - 1:+.1%}" if old else "was 0"
+        chart = draw(metric, [night for night in self.nights if night.maker == self.night.maker], judgement.gate)
+        return Figure(judgement, "" if old is None else metric.text(old), change, chart)
+
+    @property
+    def accuracy(self) -> list[Figure]:
+        return [figure for figure in self.figures if figure.judgement.metric.name in metrics.ACCURACY]
+
+    @property
+    def speed(self) -> list[Figure]:
+        return [figure for figure in self.figures if figure.judgement.metric.name not in metrics.ACCURACY]
+
+    @property
+    def heat(self) -> tuple[heat.Row, ...]:
+        return heat.rows(self.night.layers, self.last_green.layers if self.last_green else {})
+
+    @property
+    def earlier(self) -> list[Night]:
+        """The last nights, newest first."""
+        return list(reversed(self.nights[-MOST_NIGHTS:]))
+
+
+def render(page: Page) -> str:
+    """The page as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals |= {"number": metrics.number, "headings": heat.HEADINGS, "steps": heat.STEPS}
+    return environment.get_template("page.html.j2").render(page=page, night=page.night)

@@ -1,0 +1,170 @@
+"""A stage: its end, its limit, its reason, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from board.errors import BadInput
+from ci import stage
+
+ROOT = Path(__file__).resolve().parents[2]
+WAIT = 60.0  # seconds for what takes no time on an idle machine
+
+# A daemon as ssh -f or an sshd makes one: a session of its own, its parent gone, deaf to every request to end.
+DAEMON = """
+import os, signal, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        open(sys.argv[1] + ".new", "w").write(str(os.getpid()))
+        os.rename(sys.argv[1] + ".new", sys.argv[1])
+        time.sleep(3600)
+    os._exit(0)
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(true: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + WAIT
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return true()
+
+
+def hold(folder: Path, code: str, *words: str, limit: float = WAIT) -> stage.Stage:
+    command = [sys.executable, "-u", "-c", textwrap.dedent(code), *words]
+    return stage.run("build", command, limit=limit, console=folder / "build.log", cwd=folder)
+
+
+def in_a_process(code: str, *words: str) -> subprocess.Popen[str]:
+    """A night of its own, so that orphans come to it and not to the test."""
+    start = "import sys; from pathlib import Path; from ci import stage; stage.adopt_orphans()\n"
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", start + textwrap.dedent(code), *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_command_that_ends_well_has_no_reason(tmp_path: Path) -> None:
+    done = hold(tmp_path, "print('one'); print('two')")
+    assert (done.code, done.reason, done.outcome, done.failed) == (0, "", "done", False)
+    assert done.tail() == "one\ntwo\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("print('error: no room on the board'); print('Make room.'); raise SystemExit(2)", "no room on the board"),
+        ("print('error: first'); print('error: last'); raise SystemExit(1)", "last"),
+        ("print('it broke'); raise SystemExit(1)", "it broke"),
+        ("raise SystemExit(3)", "build ended with exit code 3 and said nothing"),
+        ("print('error: \\x1b[31mred\\x07'); raise SystemExit(1)", "�[31mred�"),
+        ("import sys; sys.stdout.buffer.write(b'error: \\xff\\n'); raise SystemExit(1)", "�"),
+        ("print('error: ' + 'x' * 100_000); raise SystemExit(1)", "x" * stage.MOST_REASON),
+    ],
+)
+def test_a_reason_is_what_the_command_said_last_of_its_failure(code: str, reason: str, tmp_path: Path) -> None:
+    done = hold(tmp_path, code)
+    assert done.failed
+    assert done.reason == reason
+
+
+def test_a_command_beyond_its_limit_is_ended_with_all_of_its_session(tmp_path: Path) -> None:
+    code = """
+        import os, signal, time
+        signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        child = os.fork() or os.getpid()
+        open(f"pid.{os.getpid()}", "w").close()
+        print("waiting for the board"); time.sleep(3600)
+    """
+    grace = pytest.MonkeyPatch()
+    with grace.context() as patch:
+        patch.setattr(stage, "GRACE", 0.5)
+        done = hold(tmp_path, code, limit=5.0)
+    assert (done.code, done.outcome) == (stage.TIMED_OUT, "timed out")
+    assert done.reason == "build did not end within 5 s; the last it said: waiting for the board"
+    pids = [int(path.suffix[1:]) for path in tmp_path.glob("pid.*")]
+    assert len(pids) == 2
+    assert until(lambda: not any(alive(pid) for pid in pids))
+
+
+def test_a_command_is_asked_first(tmp_path: Path) -> None:
+    code = "import time, contextlib\ntry:\n  time.sleep(3600)\nexcept KeyboardInterrupt:\n  print('unlocked')"
+    assert hold(tmp_path, code, limit=3.0).tail() == "unlocked\n"
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_daemon_ends_with_its_stage_unless_it_is_meant_to_stay(leaves: bool, tmp_path: Path) -> None:
+    code = f"""
+        folder = Path(sys.argv[1])
+        command = [sys.executable, "-c", sys.argv[2], str(folder / "pid")]
+        done = stage.run("up", command, limit={WAIT}, console=folder / "log", cwd=folder, leaves={leaves})
+        pid = int((folder / "pid").read_text())
+        print(done.code, pid in stage.children(stage.os.getpid()), flush=True)
+        later = stage.run("next", ["true"], limit={WAIT}, console=folder / "log", cwd=folder)
+        print(pid in stage.children(stage.os.getpid()), pid in stage.sweep(set()), flush=True)
+    """
+    night = in_a_process(code, str(tmp_path), DAEMON)
+    out, _ = night.communicate(timeout=WAIT)
+    assert out.splitlines() == [f"0 {leaves}", f"{leaves} {leaves}"]
+    assert until(lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+def test_an_exception_in_the_night_ends_the_stage(tmp_path: Path) -> None:
+    """As a signal handler raises one."""
+    code = f"""
+        import signal
+        def stop(*_): raise KeyboardInterrupt
+        signal.signal(signal.SIGTERM, stop)
+        folder = Path(sys.argv[1])
+        command = [sys.executable, "-c", sys.argv[2] + "; time.sleep(3600)", str(folder / "pid")]
+        try:
+            stage.run("measure", command, limit={WAIT}, console=folder / "log", cwd=folder)
+        except KeyboardInterrupt:
+            print("stopped", stage.children(stage.os.getpid()))
+    """
+    night = in_a_process(code, str(tmp_path), DAEMON.rstrip() + "\nimport time")
+    assert until((tmp_path / "pid").exists)
+    night.send_signal(signal.SIGTERM)
+    out, _ = night.communicate(timeout=WAIT)
+    assert out == "stopped []\n"
+    assert not alive(int((tmp_path / "pid").read_text()))
+
+
+def test_a_command_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="power: cannot start no-such-tool: No such file or directory"):
+        stage.run("power", ["no-such-tool"], limit=1, console=tmp_path / "log", cwd=tmp_path)
+
+
+def test_descendants_are_found_below_children(tmp_path: Path) -> None:
+    code = "import os, time\nos.fork() or os.fork()\nopen(f'pid.{os.getpid()}', 'w').close()\ntime.sleep(3600)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, start_new_session=True)
+    try:
+        assert until(lambda: len(list(tmp_path.glob("pid.*"))) == 3)
+        mine = {int(path.suffix[1:]) for path in tmp_path.glob("pid.*")} - {process.pid}
+        assert set(stage.descendants(process.pid)) == mine
+        assert process.pid in stage.children(os.getpid())
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(WAIT)

@@ -56,9 +56,7 @@ class Page:
     def _figure(self, judgement: Judgement, before: Mapping[str, float]) -> Figure:
         metric, value = judgement.metric, judgement.value
         old = before.get(metric.name)
-        change = ""
-        if old is not None and value is not None:
-            change = "same" if value == old else f"{value / old - 1:+.1%}" if old else "was 0"
+        change = "" if old is None or value is None else _change(old, value)
         chart = draw(metric, [night for night in self.nights if night.maker == self.night.maker], judgement.gate)
         return Figure(judgement, "" if old is None else metric.text(old), change, chart)
 
@@ -78,6 +76,16 @@ class Page:
     def earlier(self) -> list[Night]:
         """The last nights, newest first."""
         return list(reversed(self.nights[-MOST_NIGHTS:]))
+
+
+def _change(old: float, new: float) -> str:
+    """How far a figure moved: a share, or times where it is more than doubled or halved."""
+    if new == old:
+        return "same"
+    ratio = new / old if old else 0.0
+    if ratio <= 0:
+        return f"{metrics.number(new - old)}"
+    return f"{ratio - 1:+.1%}" if 0.5 <= ratio <= 2 else f"x {metrics.number(ratio)}"
 
 
 def render(page: Page) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from board.errors import BadInput
@@ -23,8 +23,9 @@ MOST = 1e15  # of any figure: bytes of memory are the largest
 class Metric:
     """One figure. `{n}` in `label` is the number in `name`, a count of tokens.
 
-    `higher` says which way is better. `floor` is the least tolerance of a recorded gate, as a share of the expected
-    value: what two nights of the same code may differ by although the few that were seen did not.
+    `higher` says which way is better; `timed`, that it follows the clock of what it runs on. `floor` is the least
+    tolerance of a recorded gate, as a share of the expected value: what two nights of the same code may differ by
+    although the few that were seen did not.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Metric:
     unit: str
     higher: bool
     floor: float
+    timed: bool = False
 
     def text(self, value: float) -> str:
         """A value with its unit, for a reader."""
@@ -45,13 +47,12 @@ METRICS = (
     Metric("top1_agreement", "same top token as the checkpoint", "%", True, 0.002),
     Metric("perplexity_ratio", "perplexity over the checkpoint's", "x", False, 0.001),
     Metric("greedy_same", "greedy tokens before one differs", "tokens", True, 0.02),
-    Metric("ttft_n", "first token of a prompt of {n}", "ms", False, 0.05),
-    Metric("turn_n", "first token of a turn behind {n}", "ms", False, 0.05),
-    Metric("decode_n", "decode behind {n}", "token/s", True, 0.05),
-    Metric("ttft_n_relative", "first token of a prompt of {n}, in yardsticks", "x", False, 0.5),
-    Metric("decode_n_relative", "a token decoded behind {n}, in yardsticks", "x", False, 0.5),
-    Metric("load", "load", "s", False, 0.2),
-    Metric("peak_memory", "peak memory", "MB", False, 0.05),
+    Metric("ttft_n", "first token of a prompt of {n}", "ms", False, 0.05, timed=True),
+    Metric("turn_n", "first token of a turn behind {n}", "ms", False, 0.05, timed=True),
+    Metric("decode_n", "decode behind {n}", "token/s", True, 0.05, timed=True),
+    Metric("work", "processor time of the bench", "yardsticks", False, 0.6),
+    Metric("load", "load", "s", False, 0.2, timed=True),
+    Metric("peak_memory", "peak memory", "MB", False, 0.2),
 )
 ORDER = {metric.name: place for place, metric in enumerate(METRICS)}
 ACCURACY = ("mean_kld", "kld_99_9", "top1_agreement", "perplexity_ratio", "greedy_same")
@@ -59,21 +60,20 @@ ACCURACY = ("mean_kld", "kld_99_9", "top1_agreement", "perplexity_ratio", "greed
 
 def find(name: str) -> Metric:
     """The metric of a figure's name, its number filled in: decode_128. Raises BadInput for an unknown one."""
-    found = re.fullmatch(r"([a-z0-9]+)_(\d{1,7})((?:_relative)?)", name)
-    family = f"{found[1]}_n{found[3]}" if found else name
-    place = ORDER.get(family if found and family in ORDER else name)
-    if place is None or name.partition("_")[2] in ("n", "n_relative"):
+    found = re.fullmatch(r"([a-z]+)_(\d{1,7})", name)
+    family = f"{found[1]}_n" if found else name
+    place = ORDER.get(family if family in ORDER else name)
+    if place is None or name.endswith("_n"):
         raise BadInput(f"no figure is named {name!a:.40}: there are {', '.join(metric.name for metric in METRICS)}")
     metric = METRICS[place]
     label = metric.label.format(n=found[2]) if found else metric.label
-    return Metric(name, label, metric.unit, metric.higher, metric.floor)
+    return replace(metric, name=name, label=label)
 
 
 def rank(name: str) -> tuple[int, int]:
     """Sorts figures as METRICS has them, those of one family by their number."""
-    digits = re.search(r"_(\d+)(?:_relative)?$", name)
-    family = re.sub(r"_\d+((?:_relative)?)$", r"_n\1", name)
-    return ORDER.get(name, ORDER.get(family, len(ORDER))), int(digits[1]) if digits else 0
+    digits = re.search(r"_(\d+)$", name)
+    return ORDER.get(name, ORDER.get(re.sub(r"_\d+$", "_n", name), len(ORDER))), int(digits[1]) if digits else 0
 
 
 def accuracy(evaluation: Mapping[str, Any]) -> dict[str, float]:
@@ -85,16 +85,17 @@ def accuracy(evaluation: Mapping[str, Any]) -> dict[str, float]:
     return {name: 100 * value if name == "top1_agreement" else value for name, value in figures.items()}
 
 
-def speed(report: Mapping[str, Any], yardstick: float) -> dict[str, float]:
-    """The figures of an `axrun bench --json`, and the least times in yardsticks.
+def speed(report: Mapping[str, Any], cpu_seconds: float, yardstick: float) -> dict[str, float]:
+    """The figures of an `axrun bench --json`, and the processor time that it took in yardsticks.
 
-    `yardstick` is the seconds of a fixed piece of arithmetic on the same board around the same time: what is measured
-    in it does not follow the board's clock, nor the load of a machine that emulates the board. Raises BadInput.
+    `yardstick` is the processor time in seconds of a fixed piece of arithmetic on the same board. Measured in it, work
+    follows neither the board's clock nor the load of a machine that emulates the board. Raises BadInput.
     """
     where = "axrun bench --json"
-    if not 0 < yardstick < MOST:
-        raise BadInput(f"the yardstick took {yardstick!r} s, expected a time")
-    figures = {"load": _finite(report, "load_seconds", where)}
+    for what, seconds in (("yardstick", yardstick), ("bench", cpu_seconds)):
+        if not 0 < seconds < MOST:
+            raise BadInput(f"the {what} took {seconds!r} s of processor time, expected a time")
+    figures = {"load": _finite(report, "load_seconds", where), "work": cpu_seconds / yardstick}
     if report.get("peak_rss") is not None:
         figures["peak_memory"] = _finite(report, "peak_rss", where) / 1e6
     for group, key, name, scale in TIMES:
@@ -104,16 +105,16 @@ def speed(report: Mapping[str, Any], yardstick: float) -> dict[str, float]:
             if not isinstance(spread, dict):
                 raise BadInput(f"{where} has {spread!a:.40} for {group} {key}, expected its spread")
             figures[f"{name}_{count}"] = scale(_positive(spread, "median", where))
-            if f"{name}_n_relative" in ORDER:
-                figures[f"{name}_{count}_relative"] = _positive(spread, "min", where) / yardstick
     return dict(sorted(figures.items(), key=lambda item: rank(item[0])))
 
 
 def number(value: float) -> str:
-    """Four significant digits, no exponent where it can be read without."""
-    if value != 0 and not 1e-4 <= abs(value) < 1e7:
+    """Four significant digits, five around 1, where ratios are; no exponent where it can be read without."""
+    if value != 0 and not 1e-3 <= abs(value) < 1e7:
         return f"{value:.2e}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    if abs(value) >= 1000:
+        return f"{value:.0f}"
+    return f"{value:.5g}" if 0.9 < abs(value) < 1.1 else f"{value:.4g}"
 
 
 Scale = Callable[[float], float]

@@ -14,7 +14,7 @@ from ci.history import Night
 from ci.metrics import Metric, number
 
 WIDTH, HEIGHT = 340.0, 150.0
-LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 12.0, 24.0
+LEFT, RIGHT, TOP, BOTTOM = 58.0, 12.0, 12.0, 24.0
 NIGHTS = 60  # the last ones
 MARGIN = 0.08  # above and below, as a share of what is shown
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import jinja2
 
 from ci import metrics
-from ci.gate import Gate, Judgement
+from ci.gate import Judgement
 from ci.history import Night
 from ci.report import heat
 from ci.report.changes import Changes
@@ -41,7 +41,6 @@ class Page:
     advice: str
     stages: Sequence[Stage]
     judgements: Sequence[Judgement]
-    gates: Mapping[str, Gate]
     nights: Sequence[Night]
     last_green: Night | None
     changes: Changes | None

@@ -1,0 +1,97 @@
+"""Tests on a board, virtual or real: pytest tests/hil --lg-env ci/boards/virtual.yaml --hil-model tiny-qwen2
+
+The board is on and has a release (`invoke deploy`). labgrid's plugin reaches it; without an environment it would skip
+every test, and a run that tested no board must not be green, so that such a run fails here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from board.errors import BadInput
+from ci import gate, place
+from tests.hil.on_board import Hanging, OnBoard
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("hil", "tests on a board")
+    group.addoption("--hil-model", default="tiny-qwen2", help="the model that was deployed (default tiny-qwen2)")
+    group.addoption("--hil-figures", type=Path, help="write what was measured to this JSON file")
+    group.addoption("--hil-limit", type=float, default=900.0, help="seconds for a command on the board (default 900)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Before labgrid reads the environment: what its YAML refers to."""
+    yaml = config.getoption("lg_env")
+    if not yaml:
+        raise pytest.UsageError("no board was named: --lg-env ci/boards/virtual.yaml")
+    try:
+        os.environ.update(place.find(str(yaml)).variables())
+    except BadInput as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Green needs a test that ran on a board."""
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    reports = [report for outcome in ("passed", "failed") for report in reporter.stats.get(outcome, [])]
+    if not any(report.when == "call" for report in reports) and session.exitstatus in (
+        pytest.ExitCode.OK,
+        pytest.ExitCode.NO_TESTS_COLLECTED,
+    ):
+        reporter.write_line("error: no test ran on a board", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    if call.excinfo is not None and isinstance(call.excinfo.value, Hanging):
+        item.session.shouldstop = str(call.excinfo.value)
+    return report
+
+
+@pytest.fixture(scope="session")
+def on_board(request: pytest.FixtureRequest, target: Any) -> Iterator[OnBoard]:
+    """The board of --lg-env, reached. What was measured is written as the session ends."""
+    options = request.config.option
+    found = place.find(str(options.lg_env))
+    try:
+        driver = target.get_driver("CommandProtocol")
+    except Exception as error:  # labgrid raises a bare Exception for a board that does not answer
+        pytest.fail(f"{found.name} does not answer over SSH: {error}", pytrace=False)
+    measured = OnBoard(found, driver, options.hil_limit)
+    yield measured
+    keep(measured, options.hil_figures)
+
+
+def keep(on_board: OnBoard, file: Path | None) -> None:
+    if file is not None:
+        file.write_text(json.dumps(on_board.seen, indent=2) + "\n", "utf-8")
+
+
+@pytest.fixture
+def expect(on_board: OnBoard, request: pytest.FixtureRequest) -> Any:
+    """Holds figures against the gates of the board and the model, and keeps them."""
+
+    def hold(figures: dict[str, float], maker: str) -> None:
+        on_board.seen["figures"] |= figures
+        keep(on_board, request.config.option.hil_figures)  # whatever comes next
+        found, model = on_board.board, request.config.option.hil_model
+        gates = gate.load(found.name, model, maker)
+        if not gates:
+            pytest.fail(f"no gate says what {maker} bundles must measure here: {model} on {found.name}", pytrace=False)
+        red = [entry for entry in gate.judge(figures, gates) if entry.red and entry.value is not None]
+        if red:
+            more = f" (and {len(red) - 1} more)" if len(red) > 1 else ""
+            pytest.fail(red[0].reason() + more, pytrace=False)
+
+    return hold

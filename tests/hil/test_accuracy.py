@@ -1,0 +1,14 @@
+"""How much of the checkpoint is left, measured on the board, by the board's engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ci import metrics
+from tests.hil.on_board import OnBoard
+
+
+def test_what_is_left_of_the_checkpoint(on_board: OnBoard, expect: Any) -> None:
+    evaluation, _ = on_board.axrun("eval")
+    on_board.seen |= {"evaluation": evaluation, "reference_sha256": evaluation.get("reference_sha256", "")}
+    expect(metrics.accuracy(evaluation), str(evaluation.get("maker")))

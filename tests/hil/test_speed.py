@@ -1,0 +1,89 @@
+"""How fast the board is, by its own clock; pytest-benchmark gets the board's times, not those of the network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from board.errors import BadInput
+from ci import metrics
+from ci.gate import EMULATED
+from tests.hil.on_board import OnBoard
+
+FLAGS = ("--prompt-lengths", "16,128", "--depths", "128", "--tokens", "8", "--repeat", "7")
+YARDSTICK = Path(__file__).with_name("yardstick.py")
+
+
+class BoardClock:
+    """The timer of a benchmark: shows the board's seconds, as they are told."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = BoardClock()
+
+
+@pytest.fixture(scope="module")
+def bench(on_board: OnBoard) -> dict[str, Any]:
+    """`axrun bench`, between two yardsticks."""
+    before = measure_yardstick(on_board)
+    report, on_board.seen["cpu_seconds"] = on_board.axrun("bench", *FLAGS, *threads(on_board))
+    on_board.seen |= {"bench": report, "engine": report.get("engine", ""), "machine": report.get("machine", {})}
+    on_board.seen["yardstick"] = (before + measure_yardstick(on_board)) / 2
+    return report
+
+
+def threads(on_board: OnBoard) -> tuple[str, ...]:
+    """One on an emulated board: two that wait for each other would measure the load of the machine beneath."""
+    return ("--threads", "1") if on_board.board.name in EMULATED else ()
+
+
+def measure_yardstick(on_board: OnBoard) -> float:
+    """Seconds."""
+    said = on_board.python("the yardstick", YARDSTICK.read_text("utf-8"))
+    try:
+        return float(said)
+    except ValueError:
+        raise BadInput(f"the yardstick on {on_board.board.name} says {said[:80]!a}, expected seconds") from None
+
+
+def test_speed_is_within_its_gates(on_board: OnBoard, bench: dict[str, Any], expect: Any) -> None:
+    seen = on_board.seen
+    expect(metrics.speed(bench, seen["cpu_seconds"], seen["yardstick"]), str(bench.get("maker")))
+
+
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize(
+    ("group", "key", "place"),
+    [("prompts", "ttft_seconds", 0), ("prompts", "ttft_seconds", 1), ("decode", "token_seconds", 0)],
+    ids=["ttft_16", "ttft_128", "decode_128"],
+)
+def test_times_for_pytest_benchmark(
+    group: str, key: str, place: int, bench: dict[str, Any], benchmark: BenchmarkFixture
+) -> None:
+    """Seconds of a first token, or of one decoded token; tokens a second are in extra_info."""
+    entry = bench[group][place]
+    runs = list(times(entry[key]["runs"]))
+    told: Iterator[float] = iter(runs)
+
+    def run() -> None:
+        CLOCK.now += next(told)
+
+    benchmark.extra_info |= {"tokens_per_second": entry["tokens_per_second"], "engine": str(bench["engine"])[:80]}
+    benchmark.pedantic(run, rounds=len(runs))
+
+
+def times(runs: Iterable[object]) -> Iterator[float]:
+    for run in runs:
+        assert isinstance(run, float)
+        assert 0 < run < math.inf
+        yield run

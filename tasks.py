@@ -6,6 +6,7 @@ prompt goes from the user's shell to the tokenizer without being read by another
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import os
@@ -49,6 +50,12 @@ HELP = {
     "board": "one of ci/boards/*.yaml, or a labgrid environment of your own",
     "disk": "the virtual board's disk for releases, e.g. 64M, empty at each start (default: this machine's)",
     "keep": "releases to keep on the board, the current one among them",
+    "bundle": "a bundle that was built elsewhere, in place of a build",
+    "history": "the folder of the nights that were held (default OUT/nightly/history)",
+    "wait": "seconds to wait for a board that somebody else holds (default 0)",
+    "limit": "seconds a stage may take, e.g. measure=600; may be repeated",
+    "maker": "who made the axmodels: cpu or pulsar2 (default cpu)",
+    "nights": "how many of the last nights to record from (default 5)",
     "fresh": "throw the virtual board's old disk away",
 }
 
@@ -65,7 +72,9 @@ def verb(body: Callable[..., None]) -> Any:
 
     _, *options = inspect.signature(body).parameters
     described = {name: HELP[name] for name in options}
-    return task(help={name.replace("_", "-"): text for name, text in described.items()}, iterable=["extra"])(run)
+    return task(help={name.replace("_", "-"): text for name, text in described.items()}, iterable=["extra", "limit"])(
+        run
+    )
 
 
 @verb
@@ -235,6 +244,57 @@ def rollback(_: Context, board: str = "virtual") -> None:
 
 
 @verb
+def nightly(
+    _: Context,
+    board: str = "virtual",
+    model: str = MODEL or "tiny-qwen2",
+    model_dir: str = MODEL_DIR,
+    bundle: str = "",
+    out: str = OUT or "out",
+    history: str = "",
+    wait: int = 0,
+    limit: Sequence[str] | None = None,
+) -> None:
+    """Hold a board, build, deploy, measure, judge by its gates, let go, report: green, or red with the reason."""
+    with contextlib.redirect_stdout(sys.stderr):  # stdout begins with the verdict
+        install(VENV, "boards", "reference", "test")
+    from ci.course import Options
+    from ci.nightly import nightly
+
+    options = Options(
+        board=board,
+        model=model,
+        out=Path(out) / "nightly",
+        history=Path(history or Path(out) / "nightly" / "history"),
+        bundle=Path(bundle) if bundle else None,
+        model_dir=Path(model_dir).expanduser() if model_dir else None,
+        wait=wait,
+        limits=limits(limit or []),
+    )
+    held = nightly(options, lambda line: print(line, file=sys.stderr, flush=True))
+    print("\n".join(held.lines()), flush=True)
+    if held.verdict.code:
+        raise Exit(code=held.verdict.code)
+
+
+@verb
+def gate_record(
+    _: Context,
+    board: str = "virtual",
+    model: str = MODEL or "tiny-qwen2",
+    maker: str = "cpu",
+    nights: int = 5,
+    out: str = OUT or "out",
+    history: str = "",
+) -> None:
+    """What the last nights measured becomes what the next must measure."""
+    install(VENV, "boards")
+    from ci.nightly import record
+
+    print(record(board, model, maker, Path(history or Path(out) / "nightly" / "history"), nights))
+
+
+@verb
 def setup(_: Context, extra: Sequence[str] | None = None) -> None:
     """Install the locked requirements, e.g. before going offline."""
     install(VENV, *(extra or SETS))
@@ -352,6 +412,17 @@ def missing_packages() -> list[str]:
     return [line[1] for line in lines if line and line[0] != "#" and shutil.which(line[0]) is None]
 
 
+def limits(given: Sequence[str]) -> dict[str, float]:
+    """`stage=seconds` each."""
+    found = {}
+    for entry in given:
+        name, _, seconds = entry.partition("=")
+        if not re.fullmatch(r"\d{1,6}(\.\d+)?", seconds):
+            raise BadInput(f"--limit {entry!r}: expected a stage and its seconds: measure=600")
+        found[name] = float(seconds)
+    return found
+
+
 def split(args: str) -> list[str]:
     try:
         return shlex.split(args)
@@ -364,6 +435,11 @@ def cores() -> int:
 
 
 namespace = Collection(
-    *(found for found in list(globals().values()) if isinstance(found, Task) and found not in (board_up, board_down))
+    *(
+        found
+        for found in list(globals().values())
+        if isinstance(found, Task) and found not in (board_up, board_down, gate_record)
+    )
 )
 namespace.add_collection(Collection("board", up=board_up, down=board_down))
+namespace.add_collection(Collection("gate", record=gate_record))

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,10 @@ PR_SET_CHILD_SUBREAPER = 36
 GRACE = 10.0  # seconds between asking a command to end and making it
 MOST_REASON = 400  # characters
 TAIL = 60  # lines of a console that a report shows
+POLL = 0.1  # seconds
 TIMED_OUT = 124  # as timeout(1) exits
+INTERRUPTED = 130
+OUTCOMES = {0: "done", TIMED_OUT: "timed out", INTERRUPTED: "interrupted"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Stage:
 
     @property
     def outcome(self) -> str:
-        return "timed out" if self.code == TIMED_OUT else "failed" if self.code else "done"
+        return OUTCOMES.get(self.code, "failed")
 
     def tail(self) -> str:
         """The end of its console, control characters made visible."""
@@ -68,8 +71,9 @@ def run(
     cwd: Path,
     environment: Mapping[str, str] | None = None,
     leaves: bool = False,
+    stop: Callable[[], str] = lambda: "",
 ) -> Stage:
-    """Runs a command to its end, its time limit, or an exception in this thread, which goes on after the clean-up.
+    """Runs a command until it ends, its limit is reached, or `stop` gives a reason to.
 
     `leaves`: what it leaves running is meant to stay (a board that was switched on). Raises BadInput when the command
     cannot be started.
@@ -91,9 +95,7 @@ def run(
         except OSError as error:
             raise BadInput(f"{name}: cannot start {command[0]}: {error.strerror}") from None
         try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            code = TIMED_OUT
+            code = _wait(process, limit, stop)
         finally:
             end(process)
             if not leaves:
@@ -101,9 +103,22 @@ def run(
     reason = ""
     if code == TIMED_OUT:
         reason = f"{name} did not end within {limit:.0f} s; the last it said: {last_line(console)}"
+    elif code == INTERRUPTED and stop():
+        reason = stop()
     elif code:
         reason = last_error(console) or f"{name} ended with exit code {code} and said nothing"
     return Stage(name, code, time.monotonic() - started, limit, reason[:MOST_REASON], console)
+
+
+def _wait(process: subprocess.Popen[bytes], limit: float, stop: Callable[[], str]) -> int:
+    deadline = time.monotonic() + limit
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(POLL)
+        if stop():
+            return INTERRUPTED
+        if time.monotonic() > deadline:
+            return TIMED_OUT
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -131,24 +131,22 @@ def test_a_daemon_ends_with_its_stage_unless_it_is_meant_to_stay(leaves: bool, t
     assert until(lambda: not alive(int((tmp_path / "pid").read_text())))
 
 
-def test_an_exception_in_the_night_ends_the_stage(tmp_path: Path) -> None:
-    """As a signal handler raises one."""
+def test_a_night_that_is_to_stop_ends_its_stage(tmp_path: Path) -> None:
     code = f"""
         import signal
-        def stop(*_): raise KeyboardInterrupt
-        signal.signal(signal.SIGTERM, stop)
+        seen = []
+        signal.signal(signal.SIGTERM, lambda *_: seen.append("SIGTERM ended the night"))
+        stop = lambda: "".join(seen)
         folder = Path(sys.argv[1])
         command = [sys.executable, "-c", sys.argv[2] + "; time.sleep(3600)", str(folder / "pid")]
-        try:
-            stage.run("measure", command, limit={WAIT}, console=folder / "log", cwd=folder)
-        except KeyboardInterrupt:
-            print("stopped", stage.children(stage.os.getpid()))
+        done = stage.run("measure", command, limit={WAIT}, console=folder / "log", cwd=folder, stop=stop)
+        print(done.outcome, done.reason, stage.children(stage.os.getpid()))
     """
     night = in_a_process(code, str(tmp_path), DAEMON.rstrip() + "\nimport time")
     assert until((tmp_path / "pid").exists)
     night.send_signal(signal.SIGTERM)
     out, _ = night.communicate(timeout=WAIT)
-    assert out == "stopped []\n"
+    assert out == "interrupted SIGTERM ended the night []\n"
     assert not alive(int((tmp_path / "pid").read_text()))
 
 

@@ -1,0 +1,268 @@
+"""A night on a board: hold it, switch it on, build, deploy, measure, judge; always let go; report.
+
+However the night ends (a failure, a time limit, Ctrl-C, SIGTERM), the board is switched off and let go, nothing of the
+night is left running, and there is a report and a line of history.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from board.bundle import MANIFEST, read_manifest, sha256
+from board.errors import BadInput, Failure
+from ci import gate, history, place, stage
+from ci.course import Course, Interrupted, Options, StageFailed
+from ci.gate import Gate, Judgement
+from ci.history import History, Night
+from ci.report import changes
+from ci.report.page import Page, render
+from ci.stage import Stage
+from ci.verdict import Verdict, drifts, failures, verdict
+from toolchain.models import load_model
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT_NIGHTS = 30  # folders of reports
+MOST_TEXT = 200  # characters of what a board says of itself
+ARTIFACTS = {
+    "junit.xml": "every board test, for a CI system",
+    "benchmark.json": "the board's times, as pytest-benchmark writes them",
+    "figures.json": "what axrun eval and axrun bench printed on the board",
+    "check.json": "what the check after the build found of every layer",
+}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A night that is over."""
+
+    headline: str
+    verdict: Verdict
+    stages: tuple[Stage, ...]
+    judged: tuple[Judgement, ...]
+    report: Path
+
+    def lines(self) -> Iterator[str]:
+        """For a console; the first says it all."""
+        yield self.headline
+        if self.verdict.advice:
+            yield f"  {self.verdict.advice}"
+        for entry in self.judged:
+            value = "-" if entry.value is None else entry.metric.text(entry.value)
+            bounds = f"gate {entry.gate.text()}" if entry.gate else ""
+            yield f"  {entry.metric.label:<46}{value:<18}{entry.outcome:<14}{bounds}".rstrip()
+        yield f"  {', '.join(f'{entry.name} {entry.seconds:.1f} s' for entry in self.stages)}"
+        yield f"  report: {self.report}"
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP are noted for the stages to see; while a board is waited for they raise."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.raising = False
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        self.raising = True
+        try:
+            yield
+        finally:
+            self.raising = False
+
+    def _note(self, number: int, frame: object) -> None:
+        self.reason = self.reason or f"{signal.Signals(number).name} ended the night"
+        if self.raising:
+            self.raising = False
+            raise Interrupted(self.reason)
+
+
+def nightly(options: Options, say: Say = lambda line: None) -> Held:
+    """Holds a night and reports it. Raises BadInput for a board, a model or a folder that there is not."""
+    board, spec = place.find(options.board), load_model(options.model)
+    before = history.read(options.history, board.name, spec.name)
+    started = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    clock, folder = time.monotonic(), _folder(options.out / board.name / "nights" / spec.name, started)
+    signals = Signals()
+    course = Course(options, board, spec, folder, say, lambda: signals.reason)
+    stage.adopt_orphans()
+    others = set(stage.children(os.getpid()))
+    with signals.caught():
+        _hold(course, signals)
+        stage.sweep(others)
+        known = {"commit": _commit(), "pins": _pins(), **_seen(course)}
+        night = Night(board.name, spec.name, started, time.monotonic() - clock, "red", "", **known)
+        return _report(course, night, before)
+
+
+def record(board: str, model: str, maker: str, folder: Path, nights: int) -> Path:
+    """Writes the gates of a board and a model from the last `nights` that measured something. Raises BadInput."""
+    past = history.measured(history.read(folder, place.find(board).name, model).nights, maker)[-nights:]
+    if not past:
+        raise BadInput(f"{folder} has no night of {model} by {maker} on {board}: invoke nightly --board {board}")
+    source = f"{len(past)} nights {past[0].started[:10]} to {past[-1].started[:10]} at {past[-1].commit[:7]}"
+    return gate.record(place.find(board).name, model, maker, [night.figures for night in past], source)
+
+
+def _hold(course: Course, signals: Signals) -> None:
+    """Holds the board, measures, switches it off, lets go."""
+    started = time.monotonic()
+    with contextlib.suppress(StageFailed):
+        try:
+            with contextlib.ExitStack() as last:
+                with signals.raised():
+                    course.reserve(last)
+                try:
+                    course.measure()
+                finally:
+                    course.power_off()
+        except Failure as failure:
+            course.note("release", started, str(failure))
+
+
+def _seen(course: Course) -> dict[str, Any]:
+    """What the stages left: digests of the bundle, figures, what the board says of itself."""
+    seen: dict[str, Any] = {}
+    with contextlib.suppress(Failure):
+        if not any(done.name == "build" and not done.failed for done in course.stages):
+            raise BadInput("what lies there is of another night")
+        manifest = read_manifest(course.bundle)
+        files = {name: entry["sha256"][:16] for name, entry in manifest["files"].items()}
+        seen |= {"maker": manifest["maker"], "files": files, "manifest_sha256": sha256(course.bundle / MANIFEST)}
+    check = _json(course.folder / "check.json")
+    seen["layers"] = {
+        f"{entry['part']} {entry['stage']}": [entry["cosine"], entry["worst_error"]]
+        for entry in check.get("layers", [])
+    }
+    found = _json(course.folder / "figures.json")
+    machine = found.get("machine")
+    machine = machine if isinstance(machine, dict) else {}
+    seen["machine"] = {name: _text(machine[name]) for name in ("board", "cpu", "system", "python") if machine.get(name)}
+    seen["engine"], seen["reference_sha256"] = _text(found.get("engine", "")), _text(found.get("reference_sha256", ""))
+    seen["figures"] = found.get("figures", {})
+    return seen
+
+
+def _report(course: Course, night: Night, before: History) -> Held:
+    """Judges the night, adds it to history, and writes its page."""
+    folder, notes = course.folder, list(before.faults)
+    gates: dict[str, Gate] = {}
+    stages = list(course.stages)
+    try:
+        gates = gate.load(night.board, night.model, night.maker or "cpu")
+    except Failure as failure:
+        stages.append(_failed("gates", folder, failure))
+    judged = gate.judge(night.figures, gates) if night.figures else []
+    found = verdict(stages, judged, failures(folder / "junit.xml"), before.nights, night)
+    night = replace(night, verdict=found.word, reason=found.reason, stage=found.stage)
+    try:
+        kept = str(history.append(course.options.history, night))
+    except Failure as failure:
+        kept = ""
+        stages.append(_failed("history", folder, failure))
+        found = found if found.code else verdict(stages, judged, [], before.nights, night)
+    green = history.last_green(before.nights)
+    notes += drifts(night.figures, gates, before.nights, night.maker)
+    well = f"{sum(entry.outcome == 'within' for entry in judged)} figures within their gates"
+    headline = f"{found.word}: {night.model} on {night.board}: {found.reason or well}"
+    artifacts = [(name, what) for name, what in ARTIFACTS.items() if (folder / name).is_file()]
+    page = Page(
+        night=night,
+        headline=headline,
+        advice=found.advice,
+        stages=stages,
+        judgements=judged,
+        nights=[*before.nights, night],
+        last_green=green,
+        changes=changes.between(green, night, ROOT) if green else None,
+        notes=notes,
+        artifacts=[*artifacts, *([(kept, "every night, a JSON object a line")] if kept else [])],
+    )
+    report = folder / "report.html"
+    report.write_text(render(page), "utf-8")
+    return Held(headline, found, tuple(stages), tuple(judged), report)
+
+
+def _failed(name: str, folder: Path, failure: Failure) -> Stage:
+    console = folder / f"{name}.log"
+    console.write_text(f"error: {failure}\n")
+    return Stage(name, failure.exit_code, 0.0, 0.0, str(failure), console)
+
+
+def _folder(nights: Path, started: str) -> Path:
+    """A new folder for this night; the oldest go when there are many. Raises BadInput when it cannot be made."""
+    try:
+        nights.mkdir(parents=True, exist_ok=True)
+        old = sorted(path for path in nights.iterdir() if re.fullmatch(r"\d{8}T\d{6}Z(-\d+)?", path.name))
+        for gone in old[: max(0, len(old) - KEPT_NIGHTS + 1)]:
+            shutil.rmtree(gone, ignore_errors=True)
+        name = re.sub("[-:]", "", started)
+        for folder in (nights / name, *(nights / f"{name}-{number}" for number in range(2, 100))):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder.resolve()
+    except OSError as error:
+        raise BadInput(f"cannot make a folder in {nights}: {error.strerror or error}") from None
+    raise BadInput(f"{nights} has a hundred nights of this second already")
+
+
+def _commit() -> str:
+    """This checkout's commit, with + where files differ from it; empty where it is no checkout."""
+    try:
+        head = _git("rev-parse", "HEAD")
+        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    return done.stdout.strip()
+
+
+def _pins() -> dict[str, str]:
+    """The locked version of every requirement, the board's apart from this machine's."""
+    pins = {}
+    for lock in sorted((ROOT / "requirements").glob("*.txt")):
+        where = f"{lock.stem}: " if lock.stem.startswith("board-") else ""
+        for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock.read_text("utf-8"), re.M):
+            pins[where + name] = version
+    return pins
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """What a stage wrote; nothing where it did not get so far."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(value: object) -> str:
+    """What a board says of itself, as text that can be shown."""
+    return "".join(c if c.isprintable() else "�" for c in str(value)[:MOST_TEXT])

@@ -1,0 +1,140 @@
+"""Green, or red with the reason: what the stages, the gates and the nights before say of a night."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+from ci import metrics
+from ci.course import MEASURE
+from ci.gate import Gate, Judgement
+from ci.history import Night
+from ci.report.changes import other_bytes
+from ci.stage import INTERRUPTED, Stage
+
+TREND = 10  # green nights a drift is told from
+FEWEST_FOR_TREND = 5
+NO_GATE = "no gate says"
+GREEN, RED, NOT_HELD = 0, 1, 2  # exit codes
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`reason` is empty when green; `stage` the one that failed; `code` what the nightly exits with."""
+
+    reason: str
+    advice: str = ""
+    stage: str = ""
+    code: int = GREEN
+
+    @property
+    def word(self) -> str:
+        return "red" if self.code else "green"
+
+
+def verdict(
+    stages: Sequence[Stage], judged: Sequence[Judgement], tests: Sequence[str], before: Sequence[Night], night: Night
+) -> Verdict:
+    """The first reason to be red, the one that explains the others; green where there is none.
+
+    `tests` are the board tests that failed, `before` the nights of history, `night` what is known of this one.
+    """
+    failed = [stage for stage in stages if stage.failed]
+    first = failed[0] if failed else None
+    if first is not None and (first.name != MEASURE or first.outcome != "failed"):
+        reason, _, advice = first.reason.partition("\n")
+        code = NOT_HELD if first.code in (NOT_HELD, INTERRUPTED) else RED
+        return Verdict(f"{first.name}: {reason}", advice, first.name, code)
+    red = sorted((entry for entry in judged if entry.red), key=_weight)
+    gated = [entry.reason() for entry in red]
+    known = (*gated, NO_GATE)
+    broken = [test for test in tests if not test.startswith(known)]
+    reasons = broken + [entry.reason() for entry in red if not broken or entry.value is not None]
+    ungated = bool(judged) and not any(entry.gate for entry in judged)
+    if not reasons and first is not None and not ungated:
+        reasons = [f"{first.name}: {first.reason}"]
+    if reasons:
+        more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+        first_line, _, rest = reasons[0].partition("\n")
+        return Verdict(first_line + more, rest or _advice(night), MEASURE, RED)
+    if not judged:
+        return Verdict("nothing was measured on the board", "", MEASURE, RED)
+    if ungated:
+        return Verdict(
+            f"{NO_GATE} what {night.maker} bundles must measure here",
+            "When the figures of three nights are right, record them: "
+            f"invoke gate.record --board {night.board} --model {night.model}",
+            MEASURE,
+            RED,
+        )
+    if twin := _twin(before, night):
+        files = other_bytes(twin, night)
+        return Verdict(
+            f"the bundle is not the one that the same commit built on {twin.started[:10]}: {files[0]} has other bytes"
+            + (f" (and {len(files) - 1} more)" if len(files) > 1 else ""),
+            "Builds must be reproducible: make verify-reproducible",
+            "build",
+            RED,
+        )
+    return Verdict("")
+
+
+def drifts(figures: metrics.Figures, gates: Mapping[str, Gate], before: Sequence[Night], maker: str) -> Iterator[str]:
+    """Figures within their gates that have moved by more than half a tolerance from what green nights had."""
+    green = [night for night in before if night.green and night.maker == maker][-TREND:]
+    for name, value in figures.items():
+        past = [night.figures[name] for night in green if name in night.figures]
+        if name not in gates or len(past) < FEWEST_FOR_TREND:
+            continue
+        usual, metric = statistics.median(past), metrics.find(name)
+        worse = (usual - value) if metric.higher else (value - usual)
+        if worse > gates[name].tolerance / 2:
+            yield (
+                f"{metric.label} is drifting: {metric.text(value)}, while the last {len(past)} green nights had "
+                f"{metric.text(usual)}; its gate still holds"
+            )
+
+
+def failures(junit: Path) -> list[str]:
+    """The messages of the board tests that failed, as pytest wrote them; none where it wrote nothing."""
+    try:
+        cases = list(ElementTree.parse(junit).iter("testcase"))
+    except (OSError, ElementTree.ParseError):
+        return []
+    messages = []
+    for case in cases:
+        for entry in (*case.iter("failure"), *case.iter("error")):
+            message = (entry.get("message") or "it said nothing").strip()
+            messages.append(_plain(message))
+    return messages
+
+
+def _plain(message: str) -> str:
+    """Without what pytest puts around it: the exception's class, and where a fixture raised it."""
+    message = re.sub(r'(?s)^failed on (?:setup|teardown) with "(.*)"$', r"\1", message)
+    return re.sub(r"^(?:[a-z_]\w*\.)*[A-Z]\w*: ", "", message)
+
+
+def _weight(judged: Judgement) -> tuple[int, int, int]:
+    """What was measured and is worse says more than what was not measured."""
+    outcome = ("worse", "too good", "not measured").index(judged.outcome) if judged.red else 3
+    return (outcome, *metrics.rank(judged.metric.name))
+
+
+def _advice(night: Night) -> str:
+    return (
+        "Look at what changed. If the jump is right, record the gates anew from the nights that show it: "
+        f"invoke gate.record --board {night.board} --model {night.model}"
+    )
+
+
+def _twin(before: Sequence[Night], night: Night) -> Night | None:
+    """The last night that built the same commit with the same maker to other bytes."""
+    if not night.files or not night.commit or night.commit.endswith("+"):
+        return None
+    same = [past for past in before if past.files and past.commit == night.commit and past.maker == night.maker]
+    return same[-1] if same and other_bytes(same[-1], night) else None

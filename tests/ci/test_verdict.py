@@ -1,0 +1,124 @@
+"""The reason of a red night: the one that explains the others, in one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ci import gate
+from ci.gate import Gate, Judgement
+from ci.history import Night
+from ci.stage import INTERRUPTED, TIMED_OUT, Stage
+from ci.verdict import drifts, failures, verdict
+from tests.ci.test_history import night
+
+GATES = {
+    "mean_kld": Gate(1e-5, 1e-6, "nats", "measured", "nights"),
+    "decode_128": Gate(20.0, 4.0, "token/s", "measured", "nights"),
+}
+WELL = {"mean_kld": 1e-5, "decode_128": 20.0}
+WORSE = "mean KL divergence from the checkpoint is 0.01 nats, worse than its gate 1.00e-05 ± 1.00e-06 nats"
+
+
+def held(name: str, code: int = 0, reason: str = "") -> Stage:
+    return Stage(name, code, 1.0, 10.0, reason, Path("none"))
+
+
+def judged(**changed: float | None) -> list[Judgement]:
+    figures = {name: value for name, value in {**WELL, **changed}.items() if value is not None}
+    return gate.judge(figures, GATES)
+
+
+def test_green_needs_every_figure_within_its_gate() -> None:
+    found = verdict([held("build"), held("measure")], judged(), [], [], night())
+    assert (found.word, found.code, found.reason) == ("green", 0, "")
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [(1, 1), (2, 2), (TIMED_OUT, 1), (INTERRUPTED, 2)])
+def test_a_stage_that_failed_is_the_reason(code: int, exit_code: int) -> None:
+    stages = [held("build"), held("deploy", code, "no room on it\nMake some."), held("power off", 1, "stuck")]
+    found = verdict(stages, [], [], [], night())
+    assert (found.reason, found.advice) == ("deploy: no room on it", "Make some.")
+    assert (found.word, found.code, found.stage) == ("red", exit_code, "deploy")
+
+
+def test_a_board_that_cannot_be_switched_off_makes_a_good_night_red() -> None:
+    found = verdict([held("measure"), held("power off", 1, "the relay is stuck")], judged(), [], [], night())
+    assert (found.word, found.reason) == ("red", "power off: the relay is stuck")
+
+
+def test_a_figure_says_more_than_pytest() -> None:
+    stages = [held("measure", 1, "== 2 failed in 3 s =="), held("power off")]
+    tests = [f"{WORSE} (and 1 more)"]
+    found = verdict(stages, judged(mean_kld=0.01, decode_128=30.0), tests, [], night())
+    assert found.reason == f"{WORSE} (and 1 more)"
+    assert "gate.record --board virtual --model tiny-qwen2" in found.advice
+
+
+def test_what_broke_says_more_than_what_was_not_measured() -> None:
+    tests = ["virtual hangs: no answer to axrun bench in 40 s"]
+    found = verdict([held("measure", 1, "== 1 failed ==")], judged(decode_128=None), tests, [], night())
+    assert found.reason == tests[0]
+    found = verdict([held("measure", 1, "== 1 failed ==")], judged(decode_128=None), [], [], night())
+    assert found.reason == "decode behind 128 was not measured; its gate expects 20 ± 4 token/s"
+
+
+def test_pytest_itself_can_fail() -> None:
+    stages = [held("measure", 4, "ERROR: file or directory not found: tests/hil")]
+    assert verdict(stages, [], [], [], night()).reason == f"measure: {stages[0].reason}"
+
+
+def test_a_night_that_measured_nothing_or_has_no_gate_is_never_green() -> None:
+    assert verdict([held("measure")], [], [], [], night()).reason == "nothing was measured on the board"
+    ungated = gate.judge(WELL, {})
+    told = ["no gate says what cpu bundles must measure here: tiny-qwen2 on virtual"] * 2
+    found = verdict([held("measure", 1, "2 failed")], ungated, told, [], night())
+    assert found.reason == "no gate says what cpu bundles must measure here"
+    assert found.code == 1
+    assert "invoke gate.record --board virtual --model tiny-qwen2" in found.advice
+
+
+def test_the_same_commit_must_build_the_same_bytes() -> None:
+    files = {"a.axmodel": "1", "b.axmodel": "2", "reference.npz": "3"}
+    before = [night(1, files=files)]
+    now = night(2, files={**files, "b.axmodel": "9", "reference.npz": "4"})
+    found = verdict([held("measure")], judged(), [], before, now)
+    assert found.reason == (
+        "the bundle is not the one that the same commit built on 2026-11-01: b.axmodel has other bytes"
+    )
+    for other in ({"commit": "36dd881"}, {"commit": "5b2a0a6+"}, {"maker": "pulsar2"}):
+        changed = night(2, **{"files": now.files, **other})
+        assert verdict([held("measure")], judged(), [], before, changed).word == "green"
+
+
+def test_failures_are_read_as_pytest_writes_them(tmp_path: Path) -> None:
+    junit = tmp_path / "junit.xml"
+    junit.write_text(
+        "<testsuites><testsuite>"
+        '<testcase name="a"><failure message="Failed: it is slow &lt;b&gt;">x</failure></testcase>'
+        '<testcase name="b"><error message="board.errors.CheckFailed: no answer&#10;Look."/></testcase>'
+        '<testcase name="c"/><testcase name="d"><failure message="assert 1 == 2"/></testcase>'
+        '<testcase name="f"><error message="failed on setup with &quot;Failed: it is off&quot;"/></testcase>'
+        '<testcase name="e"><skipped message="x"/></testcase></testsuite></testsuites>'
+    )
+    assert failures(junit) == ["it is slow <b>", "no answer\nLook.", "assert 1 == 2", "it is off"]
+    assert failures(tmp_path / "none.xml") == []
+    junit.write_text("<testsuites>")
+    assert failures(junit) == []
+
+
+def test_a_drift_within_the_gate_is_told() -> None:
+    before = [night(n, figures={"decode_128": 21.0, "mean_kld": 1e-5}) for n in range(1, 8)]
+
+    def told(value: float, past: list[Night] = before) -> list[str]:
+        return list(drifts({"decode_128": value, "mean_kld": 1e-5}, GATES, past, "cpu"))
+
+    (said,) = told(18.5)
+    assert said == (
+        "decode behind 128 is drifting: 18.5 token/s, while the last 7 green nights had 21 token/s; "
+        "its gate still holds"
+    )
+    assert told(19.5) == []
+    assert told(23.9) == []  # better
+    assert told(18.5, before[:4]) == []  # too few to tell

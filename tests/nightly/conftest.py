@@ -1,0 +1,204 @@
+"""Whole nights on an emulated board of the test's own, and what is left of them afterwards: nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from ci import place, virtual_board
+from ci.place import Board
+from requirements.install import install
+
+ROOT = Path(__file__).resolve().parents[2]
+VIRTUAL = ROOT / "ci" / "boards" / "virtual.yaml"
+NIGHT_SECONDS = 900  # on a machine that does ten other things
+MARK = "NIGHT_OF_A_TEST"  # in the environment of everything a night starts
+
+
+def loopback() -> str:
+    """An address of this machine's where nothing of a board listens."""
+    for last in range(1, 255):
+        address = f"127.130.{os.getpid() % 250}.{last}"
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, 2222))
+            return address
+    raise AssertionError("no loopback address is free")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def labgrid() -> None:
+    install(Path(sys.prefix), "boards")
+
+
+@dataclass
+class Night:
+    """A night that runs: its console grows; what it prints last is its verdict."""
+
+    process: subprocess.Popen[str]
+    mark: str
+    said: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.said.append(line.rstrip("\n"))
+
+    def wait_for(self, line: str) -> None:
+        """Returns when the console has a line that begins so."""
+        deadline = time.monotonic() + NIGHT_SECONDS
+        while not any(entry.startswith(line) for entry in self.said):
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.05)
+
+    def end(self) -> tuple[int, list[str]]:
+        """Its exit code and verdict; the console is shown where a test fails."""
+        self.process.wait(NIGHT_SECONDS)
+        self._reader.join(60)
+        assert self.process.stdout
+        out = self.process.stdout.read()  # a screenful: it fits into the pipe
+        print("\n".join([*self.said, out]))
+        return self.process.returncode, out.splitlines()
+
+
+@dataclass(frozen=True)
+class Desk:
+    """A virtual board of one's own, and a folder for nights on it."""
+
+    board: Board
+    folder: Path
+
+    @property
+    def history(self) -> Path:
+        return self.folder / "history"
+
+    @property
+    def root(self) -> Path:
+        """The folder of releases on the board, as this machine sees it."""
+        return self.board.state / "rootfs" / "home" / "board" / self.board.root
+
+    def yaml(self, name: str, on: str | None = None, off: str | None = None) -> Path:
+        """The board's environment with other power commands."""
+        text = VIRTUAL.read_text().replace("$BASE/../..", str(ROOT)).replace("ssh: ssh", f"ssh: {VIRTUAL.parent}/ssh")
+        for key, command in (("cmd_on", on), ("cmd_off", off)):
+            if command is not None:
+                text = re.sub(f"{key}: .*", f"{key}: {command}", text)
+        file = self.folder / f"{name}.yaml"
+        file.write_text(text)
+        return file
+
+    def variables(self) -> dict[str, str]:
+        """The environment of what works on this board."""
+        kept = {key: value for key, value in os.environ.items() if key not in ("LG_PLACE", place.HELD)}
+        return {**kept, **self.board.variables()}
+
+    def start(self, *flags: str, board: str = "virtual") -> Night:
+        mark = uuid.uuid4().hex
+        where = ["--board", board, "--out", str(self.folder / "out"), "--history", str(self.history)]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "invoke", "nightly", *where, *flags],
+            cwd=ROOT,
+            env={**self.variables(), MARK: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        return Night(process, mark)
+
+    def newest(self) -> Path:
+        """The folder of the last night."""
+        return max((self.folder / "out" / "nightly" / "virtual" / "nights" / "tiny-qwen2").iterdir())
+
+    def left(self, night: Night) -> list[str]:
+        """What a night left running or locked; nothing where all is well."""
+        found = [f"process {pid}: {what}" for pid, what in processes() if _of(pid, night.mark, self.board.state)]
+        if virtual_board.running(self.board):
+            found.append("the board is on")
+        with (self.board.state / "lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                found.append("the board is locked")
+        return found
+
+
+def processes() -> Iterator[tuple[int, str]]:
+    """(pid, command line) of every process of this machine."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            yield int(entry.name), (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+        except OSError:
+            continue
+
+
+def on_board(board: Board) -> list[int]:
+    """The processes that run on the board: those whose root folder is its."""
+    return [pid for pid, _ in processes() if _root(pid) == board.state / "rootfs"]
+
+
+def _of(pid: int, mark: str, state: Path) -> bool:
+    try:
+        marked = mark.encode() in Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        marked = False
+    return marked or _root(pid) == state / "rootfs"
+
+
+def _root(pid: int) -> Path | None:
+    try:
+        return Path(os.readlink(f"/proc/{pid}/root"))
+    except OSError:
+        return None
+
+
+@pytest.fixture(scope="session")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
+    """One board for all nights: what is on its disk from the last one need not be sent again."""
+    folder = tmp_path_factory.mktemp("nights")
+    state = folder / "state"
+    state.mkdir(mode=0o700)
+    yield Desk(dataclasses.replace(place.find("virtual"), state=state, address=loopback()), folder)
+    virtual_board.down(dataclasses.replace(place.find("virtual"), state=state))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def bundle(desk: Desk) -> Path:
+    """A bundle with reference logits, as the nightly makes it: nights that are about other things start from it."""
+    from ci.course import ACCURACY, TEXT
+
+    path = desk.folder / "bundle"
+    checkpoint = ["--input_path", str(ROOT / "models" / "tiny-qwen2")]
+    flags = ["--prefill_len", "64", "--kv_cache_len", "255", "--model_name", "tiny-qwen2", "--check_level", "-1"]
+    flags += [word for length in (64, 128, 192) for word in ("--last_kv_cache_len", str(length))]
+    sizes = [word for name, value in ACCURACY.items() for word in (f"--{name}", str(value))]
+
+    def axc(*words: str) -> None:
+        command = [sys.executable, "-m", "toolchain", *words]
+        subprocess.run(command, cwd=ROOT, check=True, timeout=NIGHT_SECONDS, stdout=subprocess.DEVNULL)
+
+    axc("llm_build", *checkpoint, "--output_path", str(path), *flags)
+    axc("reference", *checkpoint, "--text", str(TEXT), "--bundle", str(path), *sizes)
+    return path

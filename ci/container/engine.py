@@ -122,11 +122,12 @@ def run(
     writes: Mapping[Path, Path],
     folder: Path,
     environment: Mapping[str, str] | None = None,
+    user: tuple[int, int] | None = None,
 ) -> int:
     """Runs a command in a new container of the image `name` and returns its exit code; Ctrl-C stops it.
 
-    `reads` and `writes` say where folders or files of this machine appear in it. It has the caller's user and group,
-    no network, and nothing else that it can write to but /tmp. Raises BadInput when it cannot be started.
+    `reads` and `writes` say where folders or files of this machine appear in it. It runs as `user` (uid, gid), by
+    default the caller, without a network. Raises BadInput when it cannot be started.
     """
     terminal = sys.stdout.isatty()
     columns = {"COLUMNS": str(shutil.get_terminal_size().columns)} if terminal else {}
@@ -138,7 +139,7 @@ def run(
                 name,
                 list(command),
                 entrypoint="",  # a vendor's image may have one
-                user=f"{os.getuid()}:{os.getgid()}",
+                user="{}:{}".format(*user or (os.getuid(), os.getgid())),
                 working_dir=str(folder),
                 mounts=mounts,
                 environment={**columns, **(environment or {})},

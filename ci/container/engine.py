@@ -171,6 +171,7 @@ def _attend(container: Container, terminal: bool) -> int:
                     stream.flush()
         ended = container.wait()
     except KeyboardInterrupt:
+        print("\ninterrupted: stopping the container", file=sys.stderr, flush=True)
         with contextlib.suppress(APIError):
             container.kill("SIGINT")
             container.wait(timeout=STOP_SECONDS)

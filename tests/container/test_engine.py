@@ -63,7 +63,7 @@ def test_an_engine_and_a_backend_that_are_not_known_are_told_those_that_are() ->
 
 
 def test_the_context_depends_on_content_only(tmp_path: Path) -> None:
-    contexts = []
+    contexts: list[bytes] = []
     for name, mask in (("a", 0o022), ("b", 0o077)):
         before = os.umask(mask)
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -43,12 +44,12 @@ def client() -> Iterator[docker.DockerClient]:
         try:
             with own_daemon(folder) as address, pytest.MonkeyPatch.context() as patch:
                 patch.setenv("DOCKER_HOST", address)
-                with connect() as ours:
+                with contextlib.closing(connect()) as ours:
                     yield ours
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return
-    with found:
+    with contextlib.closing(found):
         yield found
 
 

@@ -35,7 +35,6 @@ def test_source_date_epoch_is_honoured_and_held_to_be_a_number(monkeypatch: pyte
 
 
 @pytest.mark.system
-@pytest.mark.xdist_group("container")
 def test_packages_that_are_not_as_recorded_are_named(tmp_path: Path) -> None:
     """A record in which one package is older, one has other bytes, one is missing and one too many."""
     lines = base.RECORD.read_text("utf-8").splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from ci.container import base, image, wheels
 from ci.container.archive import config_of
 from requirements.install import LOCKS
 
-pytestmark = [pytest.mark.system, pytest.mark.xdist_group("container")]
+pytestmark = pytest.mark.system
 
 
 def ask(client: docker.DockerClient, axc: str, *command: str) -> str:
@@ -74,8 +75,6 @@ def test_nothing_of_this_machine_is_in_any_layer(client: docker.DockerClient, ax
 
 
 def _paths(saved: IO[bytes]) -> Iterator[str]:
-    import tarfile
-
     with tarfile.open(fileobj=saved) as archive:
         for name in json.load(archive.extractfile("manifest.json") or saved)[0]["Layers"]:
             with tarfile.open(fileobj=archive.extractfile(name)) as layer:

@@ -20,7 +20,6 @@ EPOCH = 1_700_000_000
 
 
 @pytest.mark.system
-@pytest.mark.xdist_group("container")
 def test_everything_is_the_same_twice(verified: subprocess.CompletedProcess[str]) -> None:
     assert verified.returncode == 0, verified.stdout + verified.stderr
     lines = verified.stdout.splitlines()

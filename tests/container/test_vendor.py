@@ -14,7 +14,7 @@ import pytest
 from board.bundle import sha256, verify
 from tests.container.conftest import ROOT, invoke
 
-pytestmark = [pytest.mark.system, pytest.mark.xdist_group("container")]
+pytestmark = pytest.mark.system
 STAND_IN = ROOT / "tests" / "stand_in" / "pulsar2"
 
 

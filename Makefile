@@ -34,7 +34,7 @@ KEEPER = $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(VENV)/build.ins
 .PHONY: help build run test test-all lint bench image base-image verify-reproducible setup clean ready
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-19s %s\n", $$1, $$2 } /^##( |$$)/ { print substr($$0, 4) }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 } /^##( |$$)/ { print substr($$0, 4) }' Makefile
 
 build: ready ## a checkpoint becomes a checked bundle in OUT/MODEL, and the bundle answers PROMPT
 	@$(INVOKE) build

@@ -84,7 +84,7 @@ def write(
     output: Path, tag: str, layers: Iterable[Path], run: Mapping[str, Any], architecture: str, epoch: int
 ) -> Image:
     """An archive of `layers` (tar files, lowest first); `run` is how a container starts, in Docker's own words."""
-    files = {sha256(layer): layer for layer in layers}
+    ordered = [(sha256(layer), layer) for layer in layers]
     made = datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     config = _bytes(
         {
@@ -92,20 +92,20 @@ def write(
             "os": "linux",
             "created": made,
             "config": {field: run[field] for field in RUN_FIELDS if run.get(field)},
-            "history": [{"created": made, "created_by": "axc"} for _ in files],
-            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in files]},
+            "history": [{"created": made, "created_by": "axc"} for _ in ordered],
+            "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest, _ in ordered]},
         }
     )
     identity = hashlib.sha256(config).hexdigest()
-    named = {"Config": f"{identity}.json", "RepoTags": [tag], "Layers": [f"{digest}.tar" for digest in files]}
+    named = {"Config": f"{identity}.json", "RepoTags": [tag], "Layers": [f"{digest}.tar" for digest, _ in ordered]}
     with tarfile.open(output, "w", format=tarfile.PAX_FORMAT) as archive:
         _add(archive, f"{identity}.json", io.BytesIO(config), len(config), epoch)
-        for digest, layer in files.items():
+        for digest, layer in dict(ordered).items():  # one that comes twice is kept once
             with layer.open("rb") as content:
                 _add(archive, f"{digest}.tar", content, layer.stat().st_size, epoch)
         manifest = _bytes([named])
         _add(archive, MANIFEST, io.BytesIO(manifest), len(manifest), epoch)
-    return Image(output, f"sha256:{identity}", tuple(files))
+    return Image(output, f"sha256:{identity}", tuple(digest for digest, _ in ordered))
 
 
 def layers_of(path: Path) -> Iterator[tuple[str, IO[bytes]]]:

@@ -31,6 +31,7 @@ SOURCE_DATE_EPOCH {epoch}
 """
 LABEL = "axc.packages"  # sha256 of the record an image was made by
 STANZAS = "packages.stanzas"
+SHOWN = 30  # differing packages that are named; on another architecture than the recorded one all differ
 HOOKS = (
     'chroot "$1" sh -c "echo localhost >/etc/hostname; : >/etc/resolv.conf"',
     f'echo "deb {MIRROR} {SUITE} main" >"$1"/etc/apt/sources.list',
@@ -98,8 +99,9 @@ def make(output: Path, mirror: str, *, record: Path = RECORD, renew: bool = Fals
             rows = "".join(f"{found[name].line()}\n" for name in sorted(found))
             record.write_text(HEADER.format(epoch=made_at) + rows, "utf-8")
         elif faults := list(differences(Record.read(record).packages, found)):
+            more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
             raise CheckFailed(
-                f"{len(faults)} packages of {mirror} are not as recorded: {'; '.join(faults)}\n"
+                f"{len(faults)} packages of {mirror} are not as recorded: {'; '.join(faults[:SHOWN])}{more}\n"
                 "Name a mirror that still has the recorded ones (MIRROR=..., such as a day of snapshot.debian.org), "
                 "or record these: invoke base-image --record"
             )

@@ -23,6 +23,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
+from board.command import INTERRUPTED
 from board.errors import BadInput, Failure
 from requirements.install import SETS, SetupFailed, install
 
@@ -70,6 +71,8 @@ def verb(body: Callable[..., None]) -> Any:
             body(*args, **options)
         except (Failure, SetupFailed) as error:
             raise Exit(f"error: {error}", code=error.exit_code) from None
+        except KeyboardInterrupt:
+            raise Exit("interrupted", code=INTERRUPTED) from None
 
     _, *options = inspect.signature(body).parameters
     described = {name: HELP[name] for name in options}
@@ -100,6 +103,10 @@ def build(
     bundle, question = Path(out) / spec.name, prompt or spec.prompt
     more = split(args)
     if backend == "pulsar2":
+        if more:
+            raise BadInput(
+                f"ARGS are for `axc llm_build`; with BACKEND=pulsar2 the flags are those of models/{spec.name}.toml"
+            )
         checkpoint = fetch(spec, Path(model_dir).expanduser() if model_dir else None)
         build_by_vendor(spec, checkpoint, bundle, force=force)
         print(f"\n{bundle} holds\n{inventory(bundle)}\n\nit runs on a board with an NPU")

@@ -12,6 +12,7 @@ import docker
 from docker.errors import APIError, ContainerError, ImageNotFound
 
 from board.bundle import sha256
+from board.command import INTERRUPTED
 from board.errors import BadInput
 from ci.container import engine
 from ci.container.daemon import cause
@@ -35,7 +36,7 @@ class Vendor:
 
     def run(self, arguments: Sequence[str], reads: Path, writes: Path) -> int:
         reads, writes = reads.absolute(), writes.absolute()
-        return engine.run(
+        code = engine.run(
             self.client,
             self.identity,
             [PROGRAM, *arguments],
@@ -44,6 +45,9 @@ class Vendor:
             folder=writes,
             environment=ENVIRONMENT,
         )
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
+        return code
 
 
 def find(client: docker.DockerClient, named: str, digest: str, licence: str) -> Vendor:

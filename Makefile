@@ -11,9 +11,17 @@ PARALLEL  ?=
 FORCE     ?=
 ARGS      ?=
 WHEELS    ?=
+ENGINE    ?= auto
+BACKEND   ?= cpu
+BASE_IMAGE ?=
+MIRROR    ?=
+VENDOR_IMAGE ?=
+VENDOR_SHA256 ?=
+VENDOR_LICENCE ?=
 
 # Passed on as typed: make expands no $ in a prompt, and no shell reads it a second time.
 SETTINGS = MODEL MODEL_DIR PROMPT OUT PARALLEL FORCE ARGS WHEELS
+SETTINGS += ENGINE BACKEND BASE_IMAGE MIRROR VENDOR_IMAGE VENDOR_SHA256 VENDOR_LICENCE
 $(foreach name,$(SETTINGS),$(eval override $(name) := $$(value $(name))))
 export $(SETTINGS)
 
@@ -23,10 +31,10 @@ KEEPER = $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(VENV)/build.ins
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build run test test-all lint bench engine setup clean ready
+.PHONY: help build run test test-all lint bench engine image base-image verify-reproducible setup clean ready
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 } /^##( |$$)/ { print substr($$0, 4) }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 } /^##( |$$)/ { print substr($$0, 4) }' Makefile
 
 build: ready ## a checkpoint becomes a checked bundle in OUT/MODEL, and the bundle answers PROMPT
 	@$(INVOKE) build
@@ -49,6 +57,15 @@ engine: ready ## only libax_engine, into board/engine/lib (ARGS='--machine aarch
 bench: ready ## speed and memory beside a peer, on this machine
 	@$(INVOKE) bench
 
+image: ready ## the pinned container: where `make build` works from then on, with the same bytes
+	@$(INVOKE) image
+
+base-image: ready ## the container's base from Debian packages, where no image registry can be reached
+	@$(INVOKE) base-image
+
+verify-reproducible: ready ## image and bundle built twice from nothing, and compared byte by byte
+	@$(INVOKE) verify-reproducible
+
 setup: ready ## only make VENV, with everything the other targets need, e.g. before going offline
 	@$(INVOKE) setup
 
@@ -66,3 +83,6 @@ ready:
 ## PARALLEL=cores      layers compiled at a time         FORCE=1              replace a different bundle
 ## ARGS='...'          more flags for the command        WHEELS=folder        more wheels to install from
 ## PYTHON=python3.12   another Python (3.11 to 3.14)     VENV=.venv           another environment
+## ENGINE=auto         auto, docker or local             BASE_IMAGE=image     another Debian image to build on
+## BACKEND=cpu         cpu, or pulsar2 with VENDOR_IMAGE  MIRROR=address       another Debian mirror
+##                     (VENDOR_SHA256, VENDOR_LICENCE)   see docs/container.md

@@ -18,21 +18,31 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from invoke.collection import Collection
 from invoke.context import Context
 from invoke.exceptions import Exit
 from invoke.tasks import Task, task
 
+from board.command import INTERRUPTED
 from board.errors import BadInput, Failure
 from requirements.install import SETS, SetupFailed, install
+
+if TYPE_CHECKING:
+    from toolchain.models import ModelSpec
 
 ROOT = Path(__file__).resolve().parent
 VENV = Path(sys.prefix)
 
 SETTINGS = ("MODEL", "MODEL_DIR", "PROMPT", "OUT", "PARALLEL", "FORCE", "ARGS", "WHEELS")
 MODEL, MODEL_DIR, PROMPT, OUT, PARALLEL, FORCE, ARGS, _ = (os.environ.get(name, "") for name in SETTINGS)
+CONTAINER_SETTINGS = ("ENGINE", "BASE_IMAGE", "MIRROR", "BACKEND", "VENDOR_IMAGE", "VENDOR_SHA256", "VENDOR_LICENCE")
+ENGINE, BASE_IMAGE, MIRROR, BACKEND, VENDOR_IMAGE, VENDOR_SHA256, VENDOR_LICENCE = (
+    os.environ.get(name, "") for name in CONTAINER_SETTINGS
+)
+
+BACKENDS = ("cpu", "pulsar2")
 
 NO_TESTS = 5  # pytest's exit code
 TELL = functools.partial(print, flush=True)
@@ -45,6 +55,11 @@ HELP = {
     "parallel": "layers compiled at a time (PARALLEL, default one for each core)",
     "force": "replace a bundle that was made otherwise (FORCE=1)",
     "args": "more flags for the command underneath, as in a shell (ARGS)",
+    "engine": "auto, docker or local: where the compiler runs (ENGINE, default auto)",
+    "base_image": "a Debian image to build on (BASE_IMAGE, default one made here by mmdebstrap)",
+    "mirror": "where the base image's packages come from (MIRROR, default deb.debian.org)",
+    "record": "write down the packages that were found, instead of holding them against the record",
+    "backend": "cpu, or pulsar2 for the vendor's compiler in VENDOR_IMAGE (BACKEND, default cpu)",
     "extra": f"one of {', '.join(SETS)}; may be repeated (default all)",
     "upgrade": "take the newest versions instead of keeping those that are locked",
     "board": "one of ci/boards/*.yaml, or a labgrid environment of your own",
@@ -69,6 +84,8 @@ def verb(body: Callable[..., None]) -> Any:
             body(*args, **options)
         except (Failure, SetupFailed) as error:
             raise Exit(f"error: {error}", code=error.exit_code) from None
+        except KeyboardInterrupt:
+            raise Exit("interrupted", code=INTERRUPTED) from None
 
     _, *options = inspect.signature(body).parameters
     described = {name: HELP[name] for name in options}
@@ -87,30 +104,46 @@ def build(
     parallel: str = PARALLEL,
     force: bool = FORCE not in ("", "0"),
     args: str = ARGS,
+    engine: str = ENGINE or "auto",
+    backend: str = BACKEND or "cpu",
 ) -> None:
     """A checkpoint becomes a checked bundle, and the bundle answers."""
+    from ci.container.engine import choose, llm_build, ready
     from toolchain.fetch import fetch
     from toolchain.models import load_model
 
+    if backend not in BACKENDS:
+        raise BadInput(f"BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}")
     spec = load_model(model)
     bundle, question = Path(out) / spec.name, prompt or spec.prompt
     more = split(args)
+    if backend == "pulsar2":
+        if more:
+            raise BadInput(
+                f"ARGS are for `axc llm_build`; with BACKEND=pulsar2 the flags are those of models/{spec.name}.toml"
+            )
+        checkpoint = fetch(spec, Path(model_dir).expanduser() if model_dir else None)
+        build_by_vendor(spec, checkpoint, bundle, force=force)
+        print(f"\n{bundle} holds\n{inventory(bundle)}\n\nit runs on a board with an NPU")
+        return
+    chosen = choose(engine)
+    print(chosen, flush=True)
     checkpoint = fetch(spec, Path(model_dir).expanduser() if model_dir else None)
-    install(VENV, "reference")
+    flags = [
+        *("--input_path", str(checkpoint), "--output_path", str(bundle)),
+        *("--model_name", spec.name, *spec.build.flags()),
+        *("--parallel", parallel or str(cores()), "--check_level", "2", f"--prompt={question}"),
+        *(["--force"] if force else []),
+        *more,
+    ]
+    if chosen.client:
+        ready(chosen.client, base_image=BASE_IMAGE, mirror=MIRROR)
+        finish(llm_build(chosen.client, flags))
+    else:
+        install(VENV, "reference")
+        from toolchain.cli import main as axc
 
-    from toolchain.cli import main as axc
-
-    succeed(
-        axc,
-        [
-            "llm_build",
-            *("--input_path", str(checkpoint), "--output_path", str(bundle)),
-            *("--model_name", spec.name, *spec.build.flags()),
-            *("--parallel", parallel or str(cores()), "--check_level", "2", f"--prompt={question}"),
-            *(["--force"] if force else []),
-            *more,
-        ],
-    )
+        succeed(axc, ["llm_build", *flags])
     print(f"\n{bundle} holds\n{inventory(bundle)}\n", flush=True)
     ask(bundle, question)
     said = (("MODEL", model, "tiny-qwen2"), ("OUT", out, "out"))
@@ -295,6 +328,35 @@ def gate_record(
 
 
 @verb
+def image(_: Context, base_image: str = BASE_IMAGE, mirror: str = MIRROR) -> None:
+    """The pinned container image axc, made here and handed to the Docker daemon."""
+    from ci.container import engine
+    from ci.container.daemon import connect
+
+    engine.renew(connect(), base_image=base_image, mirror=mirror)
+
+
+@verb
+def base_image(_: Context, out: str = OUT or "out", mirror: str = MIRROR, record: bool = False) -> None:
+    """The image's base from Debian packages, as OUT/axc-base.tar and in the Docker daemon if one answers."""
+    from ci.container import base, engine
+
+    Path(out).mkdir(parents=True, exist_ok=True)
+    made = base.make(Path(out) / "axc-base.tar", mirror, renew=record)
+    print(f"{made.path}: {made.id}, {decimal(made.nbytes)}, {len(base.Record.read().packages)} packages as recorded")
+    print(engine.offer(made, base.TAG))
+
+
+@verb
+def verify_reproducible(_: Context, base_image: str = BASE_IMAGE, mirror: str = MIRROR) -> None:
+    """Image and bundle are built twice from nothing and compared byte by byte."""
+    from ci.container import reproduce
+    from ci.container.daemon import connect
+
+    reproduce.verify(connect(), base_image=base_image, mirror=mirror)
+
+
+@verb
 def setup(_: Context, extra: Sequence[str] | None = None) -> None:
     """Install the locked requirements, e.g. before going offline."""
     install(VENV, *(extra or SETS))
@@ -358,6 +420,18 @@ def emulated(name: str) -> Any:
     return found
 
 
+def build_by_vendor(spec: ModelSpec, checkpoint: Path, bundle: Path, *, force: bool) -> None:
+    from ci.container import vendor
+    from ci.container.daemon import connect
+    from toolchain import build, pulsar2
+
+    options = build.Options(
+        input_path=checkpoint, output_path=bundle, model_name=spec.name, force=force, **spec.build.given()
+    )
+    found = vendor.find(connect(), VENDOR_IMAGE, VENDOR_SHA256, VENDOR_LICENCE)
+    pulsar2.build(build.plan(options), found)
+
+
 def ask(bundle: Path, prompt: str, more: Sequence[str] = ()) -> None:
     from board.cli import main as axrun
 
@@ -367,13 +441,17 @@ def ask(bundle: Path, prompt: str, more: Sequence[str] = ()) -> None:
 def succeed(main: Callable[[list[str]], int], argv: list[str]) -> None:
     """Call a command of ours in this process; what it had to say about a failure, it has said."""
     sys.stdout.flush()
-    if code := main(argv):
+    finish(main(argv))
+
+
+def finish(code: int) -> None:
+    if code:
         raise Exit(code=code)
 
 
 def tool(name: str, *args: str) -> None:
     """Run a tool of the environment over the checkout, with an environment that no variable of make reaches."""
-    made = {*SETTINGS, "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
+    made = {*SETTINGS, *CONTAINER_SETTINGS, "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
     environment = {key: value for key, value in os.environ.items() if key not in made}
     sys.stdout.flush()
     if code := subprocess.run([sys.executable, "-m", name, *args], cwd=ROOT, env=environment, check=False).returncode:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from board.bundle import MANIFEST, SCHEMA, read_manifest, sha256
@@ -51,10 +52,14 @@ def finish(
     texts: Mapping[str, str],
     inputs: Mapping[str, Written],
     outputs: Mapping[str, Written],
+    *,
+    maker: str = "cpu",
+    tools: Mapping[str, str] = MappingProxyType({"axc": VERSION}),
 ) -> dict[str, Any]:
     """Adds the small files to `folder` and, last, the manifest over all; returns it.
 
-    `texts`, `inputs` and `outputs` by file name, `outputs` being the axmodels and the embedding.
+    `texts`, `inputs` and `outputs` by file name, `outputs` being the axmodels and the embedding. `maker` is whose
+    compiler made the axmodels; how accurate another's weights are is not known here, and not said.
     """
     (folder / "hf").mkdir(exist_ok=True)
     for file in HF_FILES:
@@ -69,10 +74,10 @@ def finish(
             files[file] = {"sha256": sha256(path), "size": path.stat().st_size}
     axmodels = {file: written for file, written in outputs.items() if file != BFLOAT16_FILE}
     errors = {tensor: error for written in axmodels.values() for tensor, error in written.weight_error.items()}
-    manifest = {
+    manifest: dict[str, Any] = {
         "schema": SCHEMA,
-        "maker": "cpu",
-        "tools": {"axc": VERSION},
+        "maker": maker,
+        "tools": dict(tools),
         "model": {
             "name": name,
             "model_type": config.model_type,
@@ -96,12 +101,13 @@ def finish(
             "embedding": outputs[BFLOAT16_FILE].nbytes,
             "kv_cache": 2 * config.num_hidden_layers * target.kv_cache_len * config.kv_size * hidden_bytes(target),
         },
+    }
+    if maker == "cpu":
         # root of squared error over squared weights: deterministic, unlike what a check of the whole model measures
-        "accuracy": {
+        manifest["accuracy"] = {
             "weight_error": {tensor: float(f"{errors[tensor]:.4g}") for tensor in sorted(errors)},
             "worst_weight_error": float(f"{max(errors.values(), default=0.0):.4g}"),
-        },
-    }
+        }
     write_json(folder / MANIFEST, manifest)
     return manifest
 

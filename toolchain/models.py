@@ -69,11 +69,15 @@ class BuildDefaults:
     post_weight_type: str | None = None
     post_topk: int | None = None
 
+    def given(self) -> dict[str, Any]:
+        """Those that are said, by name."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
     def flags(self) -> list[str]:
         """As command-line arguments; a flag that may be given several times is."""
-        said = ((field.name, getattr(self, field.name)) for field in fields(self))
+        said = self.given().items()
         each = ((name, value) for name, values in said for value in (values if isinstance(values, tuple) else [values]))
-        return [word for name, value in each if value is not None for word in (f"--{name}", str(value))]
+        return [word for name, value in each for word in (f"--{name}", str(value))]
 
 
 @dataclass(frozen=True)

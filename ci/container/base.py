@@ -1,0 +1,170 @@
+"""The base image, made from Debian packages where no image registry can be reached.
+
+mmdebstrap puts the packages of packages.txt into a root file system, the same to the last bit each time: they come in
+recorded versions with recorded digests, every time of a file is at most SOURCE_DATE_EPOCH, and what it would copy from
+this machine (host name, name servers, the mirror's address) is written over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from board.errors import BadInput, CheckFailed
+from ci.container.archive import Image, settle_layer, write
+
+TAG = "axc-base:latest"
+SUITE = "bookworm"  # its Python is 3.11, the oldest that the locks hold wheels for
+MIRROR = "http://deb.debian.org/debian"
+INCLUDE = ("ca-certificates", "python3", "python3-venv")
+RECORD = Path(__file__).with_name("packages.txt")
+HEADER = """\
+# The Debian packages of the base image: name, version, architecture, sha256 of the .deb.
+# Recorded by `invoke base-image --record`; SOURCE_DATE_EPOCH is the suite's own date then.
+SOURCE_DATE_EPOCH {epoch}
+"""
+LABEL = "axc.packages"  # sha256 of the record an image was made by
+STANZAS = "packages.stanzas"
+SHOWN = 30  # differing packages that are named; on another architecture than the recorded one all differ
+HOOKS = (
+    'chroot "$1" sh -c "echo localhost >/etc/hostname; : >/etc/resolv.conf"',
+    f'echo "deb {MIRROR} {SUITE} main" >"$1"/etc/apt/sources.list',
+    'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-cache show --no-all-versions '
+    "$(dpkg-query --admindir=\"$1\"/var/lib/dpkg --show --showformat='${Package}=${Version} ') "
+    f'>"$1"/{STANZAS}',
+    f"download /{STANZAS} {STANZAS}",
+    f'rm "$1"/{STANZAS}',
+)
+# a container reads no manuals; the licences stay
+EXCLUDED = ("path-exclude=/usr/share/doc/*", "path-include=/usr/share/doc/*/copyright", "path-exclude=/usr/share/man/*")
+
+
+@dataclass(frozen=True)
+class Package:
+    """A Debian package as a mirror has it."""
+
+    name: str
+    version: str
+    architecture: str
+    sha256: str
+
+    def line(self) -> str:
+        return f"{self.name} {self.version} {self.architecture} {self.sha256}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What packages.txt says."""
+
+    epoch: int  # seconds since 1970
+    packages: Mapping[str, Package]
+
+    @classmethod
+    def read(cls, path: Path = RECORD) -> Record:
+        """Raises BadInput for a line that is no package."""
+        lines = [line.split() for line in path.read_text("utf-8").splitlines() if not line.startswith("#")]
+        try:
+            (_, epoch), *rows = lines
+            packages = [Package(*row) for row in rows]
+            return cls(int(epoch), {package.name: package for package in packages})
+        except (ValueError, TypeError):
+            raise BadInput(f"{path} is damaged\nRestore it, or write it anew: invoke base-image --record") from None
+
+
+def epoch(record: Path = RECORD) -> int:
+    """SOURCE_DATE_EPOCH of the environment, else the recorded one. Raises BadInput."""
+    said = os.environ.get("SOURCE_DATE_EPOCH", "")
+    if said and not (said.isascii() and said.isdigit()):
+        raise BadInput(f"SOURCE_DATE_EPOCH is {said!r}; expected seconds since 1970")
+    return int(said) if said else Record.read(record).epoch
+
+
+def make(output: Path, mirror: str, *, record: Path = RECORD, renew: bool = False) -> Image:
+    """Makes the base image as an archive at `output`; an empty `mirror` is Debian's own.
+
+    Raises BadInput, and CheckFailed naming the packages that are not as recorded; with `renew` what the mirror has is
+    written into the record instead.
+    """
+    made_at, mirror = epoch(record), mirror or MIRROR
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        tree = Path(scratch) / "base.tar"
+        found = _debootstrap(tree, mirror, made_at)
+        if renew:
+            rows = "".join(f"{found[name].line()}\n" for name in sorted(found))
+            record.write_text(HEADER.format(epoch=made_at) + rows, "utf-8")
+        elif faults := list(differences(Record.read(record).packages, found)):
+            more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
+            raise CheckFailed(
+                f"{len(faults)} packages of {mirror} are not as recorded: {'; '.join(faults[:SHOWN])}{more}\n"
+                "Name a mirror that still has the recorded ones (MIRROR=..., such as a day of snapshot.debian.org), "
+                "or record these: invoke base-image --record"
+            )
+        layer = Path(scratch) / "layer.tar"
+        with tree.open("rb") as source:
+            settle_layer(source, layer, made_at)
+        run = {"Env": ["PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"], "Cmd": ["bash"]}
+        return write(output, TAG, [layer], {**run, "Labels": {LABEL: digest(record)}}, architecture(), made_at)
+
+
+def digest(record: Path = RECORD) -> str:
+    """What tells one record from another."""
+    return hashlib.sha256(record.read_bytes()).hexdigest()
+
+
+def differences(recorded: Mapping[str, Package], found: Mapping[str, Package]) -> Iterator[str]:
+    """`name version -> version` for each package that is not as recorded."""
+    for name in sorted({*recorded, *found}):
+        before, now = recorded.get(name), found.get(name)
+        if before is None or now is None:
+            yield f"{name} {'is new' if before is None else 'is gone'}"
+        elif before != now:
+            same = before.version == now.version
+            yield f"{name} {before.version} -> {'other content' if same else now.version}"
+
+
+def architecture() -> str:
+    """Debian's and Docker's name for this machine's."""
+    return {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
+
+
+def _debootstrap(tree: Path, mirror: str, made_at: int) -> dict[str, Package]:
+    """A root file system as a tar at `tree`; returns what is installed in it."""
+    if shutil.which("mmdebstrap") is None:
+        raise BadInput(
+            "there is no mmdebstrap here, which makes the base image\n"
+            "On Debian or Ubuntu: apt-get install mmdebstrap. Or name a Debian image: BASE_IMAGE=..."
+        )
+    command = [
+        *("mmdebstrap", "--variant=minbase", "--components=main", f"--include={','.join(INCLUDE)}"),
+        *(f"--dpkgopt={option}" for option in EXCLUDED),
+        *(f"--customize-hook={hook}" for hook in HOOKS),
+        *(SUITE, str(tree), mirror),
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tree.parent,
+        env={**os.environ, "SOURCE_DATE_EPOCH": str(made_at)},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        said = [line for line in done.stdout.splitlines() if line.startswith("E: ")] or done.stdout.splitlines()
+        raise BadInput(f"mmdebstrap failed: {' '.join(said[:1])[:400]}\nIs {mirror} a Debian mirror that answers?")
+    return {package.name: package for package in _packages((tree.parent / STANZAS).read_text("utf-8"))}
+
+
+def _packages(stanzas: str) -> Iterator[Package]:
+    for stanza in stanzas.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in stanza.splitlines() if ": " in line and line[0] != " ")
+        if fields:
+            yield Package(fields["Package"], fields["Version"], fields["Architecture"], fields["SHA256"])

@@ -1,0 +1,181 @@
+"""The image `axc`: the Dockerfile built by the daemon, then written again so that the same inputs give the same id."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import docker
+from docker.errors import APIError, ImageNotFound
+from docker.utils.build import exclude_paths
+
+from board.errors import BadInput
+from ci.container import base, wheels
+from ci.container.archive import Image, settle
+from ci.container.daemon import cause
+from toolchain import VERSION
+
+ROOT = Path(__file__).resolve().parents[2]
+TAG = "axc:latest"
+BUILT = "axc-built:latest"  # as the builder left it, until it is written again
+BLOCK = 1 << 20  # bytes of a piece of a saved image
+EXTRA = ROOT / "ci" / "container" / "extra"
+# What decides everything of the image but the code, which a build takes from the checkout.
+ENVIRONMENT = (
+    "Dockerfile",
+    "board/pyproject.toml",
+    "ci/container/packages.sh",
+    "ci/container/packages.txt",
+    "ci/container/settle.sh",
+    "pyproject.toml",
+    "requirements/build.txt",
+    "requirements/install.py",
+    "requirements/reference.txt",
+    "requirements/torch.txt",
+)
+LABEL = "axc.environment"  # digest of those
+STAGE = "axc.stage"  # on what the builder leaves behind
+Say = Callable[[str], None]
+
+
+def make(
+    client: docker.DockerClient, output: Path, *, base_image: str, mirror: str, fresh: bool = False, say: Say = print
+) -> Image:
+    """Builds the image as an archive at `output`; the daemon is not given it yet (see `load`).
+
+    `base_image` is any Debian image, by default the one made here. `fresh` uses nothing that was built before, except
+    that base. Raises BadInput with what the builder said, and CheckFailed as `base.make` does.
+    """
+    if not base_image and label(client, base.TAG, base.LABEL) != base.digest():
+        say(f"base image: {base.SUITE} from {mirror or base.MIRROR} ...")
+        with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+            load(client, base.make(Path(scratch) / "base.tar", mirror), base.TAG)
+    say("wheels: the locked ones, by hash ...")
+    wheels.gather(EXTRA / "wheels", Path(sys.prefix))
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        saved = Path(scratch) / "saved.tar"
+        try:
+            _build(client, base_image, fresh, say)
+            say("image: written without the builder's times ...")
+            with saved.open("wb") as file:
+                file.writelines(client.api.get_image(BUILT, chunk_size=BLOCK))
+        except APIError as error:
+            raise BadInput(f"the image could not be built: {cause(error)}") from None
+        finally:
+            _forget(client, fresh)
+        return settle(saved, output, TAG, base.epoch())
+
+
+def load(client: docker.DockerClient, image: Image, tag: str) -> None:
+    """Hands an archive to the daemon; an image that had its tag before is removed if nothing else holds it."""
+    before = _id(client, tag)
+    with image.path.open("rb") as file:
+        for line in client.api.load_image(file, quiet=True):
+            if "error" in line:
+                raise BadInput(f"the daemon does not take {image.path}: {line['error']}")
+    if before is not None and before != _id(client, tag):
+        _remove(client, before)
+
+
+def is_current(client: docker.DockerClient) -> bool:
+    """Whether the daemon has an image `axc` made by this checkout's Dockerfile and locks."""
+    return label(client, TAG, LABEL) == environment()
+
+
+def environment(root: Path = ROOT) -> str:
+    """Digest of what decides the environment in the image."""
+    digest = hashlib.sha256()
+    for name in ENVIRONMENT:
+        digest.update(hashlib.sha256((root / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def label(client: docker.DockerClient, image: str, name: str) -> str:
+    """A label of an image; empty where there is no such image or label."""
+    try:
+        return str((client.images.get(image).labels or {}).get(name, ""))
+    except ImageNotFound:
+        return ""
+
+
+def context(out: IO[bytes], root: Path = ROOT) -> None:
+    """Writes the build context as a tar: what .dockerignore lets through, without times, owners or umask."""
+    patterns = (root / ".dockerignore").read_text("utf-8").splitlines()
+    names = {"Dockerfile", *exclude_paths(str(root), [line for line in patterns if line and line[0] != "#"])}
+    with tarfile.open(fileobj=out, mode="w") as tar:
+        for name in sorted(names):
+            path = root / name
+            entry = tar.gettarinfo(str(path), name)
+            entry.uid = entry.gid = 0
+            entry.uname = entry.gname = ""
+            entry.mtime = base.epoch()
+            entry.mode = 0o755 if path.is_dir() or entry.mode & 0o100 else 0o644
+            if path.is_file() and not path.is_symlink():
+                with path.open("rb") as content:
+                    tar.addfile(entry, content)
+            else:
+                tar.addfile(entry)
+
+
+def _build(client: docker.DockerClient, base_image: str, fresh: bool, say: Say) -> None:
+    with tempfile.TemporaryFile() as tar:
+        context(tar)
+        tar.seek(0)
+        steps = client.api.build(
+            fileobj=tar,
+            custom_context=True,
+            tag=BUILT,
+            nocache=fresh,
+            rm=True,
+            forcerm=True,
+            network_mode="host" if base_image else "none",  # our base has all packages, the context all wheels
+            buildargs={
+                "BASE_IMAGE": base_image or base.TAG,
+                "SOURCE_DATE_EPOCH": str(base.epoch()),
+                "PIP_NO_INDEX": "1",
+            },
+            labels={LABEL: environment(), "org.opencontainers.image.version": VERSION},
+            decode=True,
+        )
+        last: list[str] = []
+        for line in _lines(steps):
+            last = [*last, line][-3:]
+            if line.startswith("Step "):
+                say(f"  {line}")
+        if not _id(client, BUILT):
+            raise BadInput(f"the image could not be built: {' | '.join(last)[:600]}")
+
+
+def _lines(steps: Iterator[dict[str, Any]]) -> Iterator[str]:
+    """What the builder says, line by line; its error comes last."""
+    for step in steps:
+        for line in str(step.get("error") or step.get("stream") or "").splitlines():
+            if line.strip():
+                yield line.strip()
+
+
+def _forget(client: docker.DockerClient, fresh: bool) -> None:
+    """Removes the builder's image; its stages stay as the next build's cache unless they were `fresh`."""
+    _remove(client, BUILT)
+    if fresh:
+        client.images.prune({"dangling": True, "label": [STAGE]})
+
+
+def _remove(client: docker.DockerClient, image: str) -> None:
+    try:
+        client.images.remove(image)
+    except APIError as error:
+        if error.status_code not in (404, 409):  # gone already; in use
+            raise
+
+
+def _id(client: docker.DockerClient, tag: str) -> str | None:
+    try:
+        return str(client.images.get(tag).id)
+    except ImageNotFound:
+        return None

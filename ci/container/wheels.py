@@ -1,0 +1,87 @@
+"""The locked wheels for the image, fetched on this machine with whatever its pip is set up to use.
+
+Proxies, private indexes, certificates and folders of wheels that the user's pip knows are honoured without a word of
+them reaching the image: there, pip sees a folder of files and no network, and accepts nothing but the locked hashes.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from packaging.markers import Marker
+
+from board.errors import BadInput
+from ci.container.base import architecture
+from requirements.install import LOCKS, last_error, pip_command
+
+SETS = ("build", "reference")  # what the image holds, and the order it is installed in
+PYTHON = "3.11"  # of base.SUITE
+GLIBC = 36  # 2.36, of base.SUITE
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # asked only where the user's own pip finds no torch
+CONTINUED = re.compile(r"\\\n\s*")
+
+
+def gather(folder: Path, venv: Path) -> None:
+    """Brings the wheels of `SETS` into `folder`; those that are there are not fetched again. Raises BadInput."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in SETS:
+        _download(folder, venv, LOCKS / f"{name}.txt")
+    try:
+        _download(folder, venv, LOCKS / "torch.txt")
+    except BadInput:
+        _download(folder, venv, LOCKS / "torch.txt", f"--extra-index-url={TORCH_INDEX}")
+
+
+def entries(lock: str) -> Iterator[str]:
+    """The requirements of a lock that the image needs, each on one line with its hashes and without its marker."""
+    wanted = {
+        "python_version": PYTHON,
+        "python_full_version": f"{PYTHON}.2",
+        "implementation_name": "cpython",
+        "platform_python_implementation": "CPython",
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "os_name": "posix",
+        "platform_machine": platform.machine(),
+    }
+    for line in CONTINUED.sub(" ", lock).splitlines():
+        requirement, *hashes = line.split(" --hash=")
+        if not hashes or line.lstrip().startswith("#"):
+            continue
+        pin, _, marker = requirement.partition(";")
+        if not marker or Marker(marker.strip()).evaluate(wanted):
+            yield " ".join([pin.strip(), *(f"--hash={digest.strip()}" for digest in hashes)])
+
+
+def _download(folder: Path, venv: Path, lock: Path, *more: str) -> None:
+    platforms = [f"manylinux_2_{minor}_{platform.machine()}" for minor in range(GLIBC, 4, -1)]
+    platforms += [f"manylinux{year}_{platform.machine()}" for year in ("2014", "2010", "1")]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as flat:
+        flat.writelines(f"{entry}\n" for entry in entries(lock.read_text("utf-8")))
+        flat.flush()
+        command = pip_command(
+            venv,
+            *("download", "--require-hashes", "--no-deps", "--only-binary=:all:", f"--dest={folder}"),
+            *(f"--python-version={PYTHON}", "--implementation=cp", *(f"--platform={tag}" for tag in platforms)),
+            *("--requirement", flat.name, *more),
+        )
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise BadInput(
+            f"cannot fetch the wheels of {lock.name} for {architecture()} Linux: {last_error(done.stderr)}\n"
+            "Connect this machine, or put them into a folder and name it: WHEELS=folder."
+        )
+
+
+def main(argv: list[str]) -> None:
+    gather(Path(argv[0]), Path(sys.prefix))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

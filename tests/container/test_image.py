@@ -1,0 +1,90 @@
+"""What is in the image: the recorded Debian packages, the locked Python packages, our commands, and no more."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import docker
+import pytest
+from docker.errors import ContainerError
+
+from ci.container import base, image, wheels
+from ci.container.archive import config_of
+from requirements.install import LOCKS
+
+pytestmark = pytest.mark.system
+
+
+def ask(client: docker.DockerClient, axc: str, *command: str) -> str:
+    """What a command says in the image as it stands: its own user, no folder of ours, no network."""
+    return str(client.containers.run(axc, command, network_mode="none", remove=True).decode())
+
+
+def test_the_debian_packages_are_the_recorded_ones(client: docker.DockerClient, axc: str) -> None:
+    rows = ask(client, axc, "dpkg-query", "--show", "--showformat=${Package} ${Version} ${Architecture}\n").splitlines()
+    recorded = base.Record.read().packages.values()
+    assert rows == sorted(f"{package.name} {package.version} {package.architecture}" for package in recorded)
+
+
+def test_the_python_packages_are_the_locked_ones(client: docker.DockerClient, axc: str) -> None:
+    code = "import importlib.metadata as m, json; print(json.dumps({d.name: d.version for d in m.distributions()}))"
+    found = {name.lower().replace("_", "-").replace(".", "-"): version for name, version in json.loads(
+        ask(client, axc, "python", "-c", code)
+    ).items()}  # fmt: skip
+    locks = [*(LOCKS / f"{name}.txt" for name in wheels.SETS), LOCKS / "torch.txt"]
+    pins = dict(entry.split(" ")[0].split("==") for lock in locks for entry in wheels.entries(lock.read_text()))
+    assert {name: found.get(name) for name in pins} == pins
+    assert set(found) - set(pins) == {"axc", "axrun", "pip", "setuptools"} - set(pins)
+
+
+def test_compiler_embed_tools_and_runner_work_as_nobody_in_particular(client: docker.DockerClient, axc: str) -> None:
+    code = """
+        set -e
+        id -u
+        axc llm_build --input_path /axc/models/tiny-qwen2 --output_path /tmp/bundle --prefill_len 32 -c 1 >/tmp/log
+        axc embed extract --input_path /axc/models/tiny-qwen2 --output_path /tmp/embedding >/tmp/log
+        axc embed float32 --input_path /tmp/embedding/*.npy --output_path /tmp/embedding/table >/tmp/log
+        axc embed bfloat16 --input_path /tmp/embedding/table --output_path /tmp/embedding/short >/tmp/log
+        cmp /tmp/embedding/short /tmp/bundle/model.embed_tokens.weight.bfloat16.bin
+        axrun run /tmp/bundle --prompt 12+30= 2>/tmp/log
+    """
+    assert ask(client, axc, "sh", "-c", code).split() == ["1000", "42"]
+
+
+def test_python_has_its_bytecode_and_cannot_be_written_to(client: docker.DockerClient, axc: str) -> None:
+    kept = ask(client, axc, "find", "/opt/axc", "-path", "*/torch/__pycache__/__init__.*.pyc").split()
+    assert len(kept) == 1
+    with pytest.raises(ContainerError):
+        ask(client, axc, "touch", "/opt/axc/new")
+
+
+def test_nothing_of_this_machine_is_in_any_layer(client: docker.DockerClient, axc: str) -> None:
+    with tempfile.TemporaryFile() as saved:
+        saved.writelines(client.api.get_image(axc, chunk_size=1 << 20))
+        saved.seek(0)
+        paths = list(_paths(saved))
+    assert len(paths) > 10_000
+    assert [path for path in paths if path.startswith("extra/") or "container/extra/wheels" in path] == []
+    assert [path for path in paths if path.endswith(".whl") and not path.startswith("usr/share/python-wheels/")] == []
+    assert [path for path in paths if path.startswith(("tmp/", "root/.cache", "var/lib/apt/lists/deb"))] == []
+
+
+def _paths(saved: IO[bytes]) -> Iterator[str]:
+    with tarfile.open(fileobj=saved) as archive:
+        for name in json.load(archive.extractfile("manifest.json") or saved)[0]["Layers"]:
+            with tarfile.open(fileobj=archive.extractfile(name)) as layer:
+                yield from layer.getnames()
+
+
+def test_the_config_names_no_builder(client: docker.DockerClient, axc: str, tmp_path: Path) -> None:
+    with (tmp_path / "saved.tar").open("wb") as file:
+        file.writelines(client.api.get_image(axc, chunk_size=1 << 20))
+    config = config_of(tmp_path / "saved.tar")
+    assert set(config) == {"architecture", "config", "created", "history", "os", "rootfs"}
+    assert config["config"]["User"] == "1000:1000"
+    assert config["config"]["Labels"][image.LABEL] == image.environment()

@@ -21,17 +21,15 @@ COPY ci/container/extra /extra
 RUN cat /etc/ssl/certs/ca-certificates.crt /extra/certificates/*.crt >$SSL_CERT_FILE 2>/dev/null || true
 COPY requirements /axc/requirements
 COPY pyproject.toml LICENSE /axc/
-COPY board/pyproject.toml board/__init__.py /axc/board/
+COPY board/pyproject.toml board/hatch_build.py board/__init__.py /axc/board/
 COPY toolchain/__init__.py /axc/toolchain/
 COPY ci/container/settle.sh /extra/
 RUN WHEELS=/extra/wheels PIP_CERT=$SSL_CERT_FILE PYTHONPATH=/axc python3 -c "from pathlib import Path; \
     from requirements.install import install; install(Path('/opt/axc'), 'build', 'reference')" \
     && sh /extra/settle.sh
 COPY . /axc
-# libax_engine is built by the compiler that came with the locks, once there is something to build it.
-RUN rm -rf /axc/ci/container/extra \
-    && if [ -e /axc/board/engine/build.py ]; then /opt/axc/bin/python /axc/board/engine/build.py; fi \
-    && rm -rf /axc/board/engine/build
+# libax_engine, by the compiler that came with the locks.
+RUN /opt/axc/bin/python /axc/board/engine/build.py && rm -rf /axc/board/engine/build /axc/ci/container/extra
 
 FROM debian
 COPY --from=python /opt/axc /opt/axc

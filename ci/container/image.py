@@ -28,6 +28,7 @@ EXTRA = ROOT / "ci" / "container" / "extra"
 # What decides everything of the image but the code, which a build takes from the checkout.
 ENVIRONMENT = (
     "Dockerfile",
+    "board/hatch_build.py",
     "board/pyproject.toml",
     "ci/container/packages.sh",
     "ci/container/packages.txt",
@@ -144,11 +145,11 @@ def _build(client: docker.DockerClient, base_image: str, fresh: bool, say: Say) 
         )
         last: list[str] = []
         for line in _lines(steps):
-            last = [*last, line][-3:]
+            last = [*last, line][-8:]
             if line.startswith("Step "):
                 say(f"  {line}")
         if not _id(client, BUILT):
-            raise BadInput(f"the image could not be built: {' | '.join(last)[:600]}")
+            raise BadInput(f"the image could not be built: {' | '.join(last)[-1000:]}")
 
 
 def _lines(steps: Iterator[dict[str, Any]]) -> Iterator[str]:

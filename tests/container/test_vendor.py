@@ -38,7 +38,7 @@ def stand_in(client: docker.DockerClient, axc: str) -> Iterator[Callable[..., st
         return str(image.id)
 
     yield make
-    for identity in made:
+    for identity in reversed(made):  # each may be made of the one before
         client.images.remove(identity, force=True)
 
 

@@ -162,7 +162,14 @@ def test_a_folder_of_something_else_is_not_made_an_environment(tmp_path: Path) -
 
 def test_clean_removes_what_was_made_and_keeps_the_rest(tmp_path: Path, venv: str) -> None:
     checkout = tmp_path / "a checkout"
-    for name in ("Makefile", "tasks.py", "requirements/install.py", "board/__init__.py", "board/errors.py"):
+    for name in (
+        "Makefile",
+        "tasks.py",
+        "requirements/install.py",
+        "board/__init__.py",
+        "board/command.py",
+        "board/errors.py",
+    ):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
     for name in ("out/toy/manifest.json", ".mypy_cache/x", "board/__pycache__/errors.pyc", "mine/notes"):

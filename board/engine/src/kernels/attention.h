@@ -43,6 +43,11 @@ inline const void* cached_row(const AttentionJob& job, const void* cache, const 
   return static_cast<const uint8_t*>(past ? cache : current) + element * static_cast<size_t>(bits_of(job.type)) / 8;
 }
 
+// Rows of a head lie apart, and what was read between two tokens has driven them from the caches.
+inline void prefetch(const void* row, size_t bytes) {
+  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const uint8_t*>(row) + at);
+}
+
 // Lists the columns some token sees. One that sees nothing sees everything, as softmax has it.
 inline size_t visible(const float* mask, size_t tokens, size_t columns, float* threshold, uint32_t* seen) {
   bool blind = false;
@@ -92,6 +97,7 @@ inline void attend(const AttentionJob& job, const AttentionShare& share, void* m
   const size_t heads = share.last_head - share.first_head, tokens = share.last - share.first, rows = heads * tokens;
   const size_t columns = job.history + job.tokens, dim = job.head_dim;
   const size_t depth = padded(dim, kPanel), q_width = job.heads * dim;
+  const size_t row_bytes = dim * static_cast<size_t>(bits_of(job.type)) / 8;
   const AttentionScratch s(job, rows, memory);
   for (size_t t = 0; t < tokens; ++t) {
     const uint8_t* mask = static_cast<const uint8_t*>(job.mask);
@@ -107,7 +113,11 @@ inline void attend(const AttentionJob& job, const AttentionShare& share, void* m
     const size_t keys = least(kPanel, count - first);
     const uint32_t* seen = s.seen + first;
     if (keys < kPanel) std::memset(s.wide, 0, kPanel * depth * sizeof(float));
+    for (size_t j = first + kPanel; j < least(first + 2 * kPanel, count); ++j) {
+      prefetch(cached_row(job, job.k_cache, job.k_current, s.seen[j], share.kv_head), row_bytes);
+    }
     for (size_t j = 0; j < keys; ++j) {
+      prefetch(cached_row(job, job.v_cache, job.v_current, seen[j], share.kv_head), row_bytes);
       widen(job.type, cached_row(job, job.k_cache, job.k_current, seen[j], share.kv_head), dim, s.wide + j * depth);
     }
     transpose_panel(s.wide, depth, dim, s.panel);

@@ -57,7 +57,7 @@ HELP = {
     "args": "more flags for the command underneath, as in a shell (ARGS)",
     "engine": "auto, docker or local: where the compiler runs (ENGINE, default auto)",
     "base_image": "a Debian image to build on (BASE_IMAGE, default one made here by mmdebstrap)",
-    "mirror": "where the base image's packages come from (MIRROR, default deb.debian.org)",
+    "mirror": "where the base image's packages come from (MIRROR, default Debian's own)",
     "record": "write down the packages that were found, instead of holding them against the record",
     "backend": "cpu, or pulsar2 for the vendor's compiler in VENDOR_IMAGE (BACKEND, default cpu)",
     "extra": f"one of {', '.join(SETS)}; may be repeated (default all)",

@@ -197,7 +197,7 @@ def _make(recipe: list[str], archive: Path) -> None:
         said = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
         raise CheckFailed(
             f"mmdebstrap made no root file system: {(said or ['it said nothing'])[0][:300]}\n"
-            "It takes Debian's packages from DEBIAN_MIRROR, else from deb.debian.org."
+            "It takes packages from DEBIAN_MIRROR, else from Debian's own mirror."
         )
     part.rename(archive)
 

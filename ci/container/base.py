@@ -102,7 +102,7 @@ def make(output: Path, mirror: str, *, record: Path = RECORD, renew: bool = Fals
             more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
             raise CheckFailed(
                 f"{len(faults)} packages of {mirror} are not as recorded: {'; '.join(faults[:SHOWN])}{more}\n"
-                "Name a mirror that still has the recorded ones (MIRROR=..., such as a day of snapshot.debian.org), "
+                "Name a mirror that still has the recorded ones (MIRROR=..., such as a day of Debian's snapshots), "
                 "or record these: invoke base-image --record"
             )
         layer = Path(scratch) / "layer.tar"

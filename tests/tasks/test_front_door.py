@@ -177,7 +177,7 @@ def test_clean_removes_what_was_made_and_keeps_the_rest(tmp_path: Path, venv: st
         (checkout / name).write_text("")
     assert call("make", "clean", venv, cwd=checkout, said={"PYTHONDONTWRITEBYTECODE": "1"}).returncode == 0
     assert sorted(path.name for path in checkout.iterdir()) == ["Makefile", "board", "mine", "requirements", "tasks.py"]
-    assert sorted(path.name for path in (checkout / "board").iterdir()) == ["__init__.py", "errors.py"]
+    assert sorted(path.name for path in (checkout / "board").iterdir()) == ["__init__.py", "command.py", "errors.py"]
 
 
 def test_all_tests_ask_for_the_packages_that_are_missing(venv: str, tmp_path: Path) -> None:

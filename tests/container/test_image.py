@@ -56,6 +56,20 @@ def test_compiler_embed_tools_and_runner_work_as_nobody_in_particular(client: do
     assert ask(client, axc, "sh", "-c", code).split() == ["1000", "42"]
 
 
+def test_it_compiles_for_a_board(client: docker.DockerClient, axc: str) -> None:
+    code = """
+        set -e
+        cd /tmp
+        export ZIG_GLOBAL_CACHE_DIR=/tmp/zig ZIG_LOCAL_CACHE_DIR=/tmp/zig
+        echo 'int main() { return 7; }' >seven.cc
+        python -m ziglang c++ -target aarch64-linux-gnu.2.31 seven.cc -o seven
+        od -An -tx1 -N20 seven
+    """
+    header = bytes.fromhex("".join(ask(client, axc, "sh", "-c", code).split()))
+    assert header[:4] == b"\x7fELF"
+    assert header[18:20] == b"\xb7\x00"  # e_machine: EM_AARCH64
+
+
 def test_python_has_its_bytecode_and_cannot_be_written_to(client: docker.DockerClient, axc: str) -> None:
     kept = ask(client, axc, "find", "/opt/axc", "-path", "*/torch/__pycache__/__init__.*.pyc").split()
     assert len(kept) == 1

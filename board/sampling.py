@@ -15,7 +15,8 @@ from board.errors import BadInput, CheckFailed
 Floats = NDArray[np.float32]
 
 BUCKET_BITS = 16  # of a float32 that are left out to sort weights roughly: two in a bucket differ by less than 1 %
-BLOCK = 512  # weights that are summed before one among them is looked for
+BLOCK = 512  # weights that are summed, or held against each other, before one among them is looked for
+PEAK = 64  # likeliest tokens that are asked first whether they hold the share of top_p
 
 # What a value must be: (types, condition, in words).
 RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
@@ -129,22 +130,34 @@ def weights(logits: Floats, past: Sequence[int], sampling: Sampling, scratch: Sc
     peak = kept.max()
     _finite(peak)
     np.exp(np.subtract(kept, peak, out=kept), out=kept)
-    if 0 < sampling.top_k < len(kept):
-        keep_head(kept, None, sampling.top_k, scratch)
-        if sampling.top_p < 1:
-            ids = np.flatnonzero(np.greater(kept, 0, out=scratch.chosen))
-            few = Scratch(len(ids))
-            few.kept[:] = kept[ids]
-            kept[ids] = nucleus(few, sampling.top_p)
-    elif sampling.top_p < 1:
-        nucleus(scratch, sampling.top_p)
+    top_k = sampling.top_k if sampling.top_k < len(kept) else 0
+    if not top_k and sampling.top_p == 1:
+        return kept
+    need = 0.0 if top_k else sampling.top_p * float(kept.sum(dtype=np.float64))
+    ids = likeliest(kept, top_k or PEAK, scratch)
+    few = Scratch(len(ids))
+    few.kept[:] = kept[ids]
+    if top_k:
+        keep_head(few.kept, None, top_k, few)
+        need = sampling.top_p * float(few.kept.sum(dtype=np.float64))
+    elif float(few.kept.sum(dtype=np.float64)) < need:  # a flat distribution
+        np.copyto(scratch.worth, kept)
+        return keep_head(kept, scratch.worth, need, scratch)
+    if sampling.top_p < 1:
+        few.worth[:] = few.kept
+        keep_head(few.kept, few.worth, need, few)
+    kept.fill(0)
+    kept[ids] = few.kept
     return kept
 
 
-def nucleus(scratch: Scratch, top_p: float) -> Floats:
-    """The weights that lie there without those behind the fewest likeliest that have a share of `top_p` together."""
-    np.copyto(scratch.worth, scratch.kept)
-    return keep_head(scratch.kept, scratch.worth, top_p * float(scratch.worth.sum()), scratch)
+def likeliest(kept: Floats, count: int, scratch: Scratch) -> NDArray[np.intp]:
+    """Ids, in order, among which are those of the `count` largest weights, and few others where `count` is small."""
+    peaks = np.maximum.reduceat(kept, np.arange(0, len(kept), BLOCK))
+    if count > len(peaks):
+        return np.arange(len(kept))
+    least = np.partition(peaks, -count)[-count]  # so many blocks have a weight at least as large
+    return np.flatnonzero(np.greater_equal(kept, least, out=scratch.chosen))
 
 
 def keep_head(kept: Floats, worth: NDArray[np.float64] | None, need: float, scratch: Scratch) -> Floats:

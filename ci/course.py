@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import shlex
 import shutil
 import sys
@@ -206,3 +207,14 @@ class Course:
 
     def _console(self, name: str) -> Path:
         return self.folder / f"{name.replace(' ', '-')}.log"
+
+
+def limits(given: Sequence[str]) -> dict[str, float]:
+    """`stage=seconds` each."""
+    found = {}
+    for entry in given:
+        name, _, seconds = entry.partition("=")
+        if not re.fullmatch(r"\d{1,6}(\.\d+)?", seconds):
+            raise BadInput(f"--limit {entry!r}: expected a stage and its seconds: measure=600")
+        found[name] = float(seconds)
+    return found

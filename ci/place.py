@@ -268,3 +268,11 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def emulated(name: str) -> Board:
+    """As `find`, of a board that this machine emulates. Raises BadInput for any other."""
+    found = find(name)
+    if found.name != "virtual":
+        raise BadInput(f"{name} is a board of its own: only a virtual one is started and stopped here")
+    return found

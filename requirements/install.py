@@ -104,6 +104,12 @@ def build_engine(venv: Path) -> None:
         run([str(venv / "bin" / "python"), str(ROOT / "board" / "engine" / "build.py")], "libax_engine was not built")
 
 
+def missing_packages() -> list[str]:
+    """The packages of requirements/system.apt whose commands are not on this machine."""
+    lines = [line.split() for line in (LOCKS / "system.apt").read_text().splitlines()]
+    return [line[1] for line in lines if line and line[0] != "#" and shutil.which(line[0]) is None]
+
+
 def fingerprint(name: str) -> str:
     """What an installed set depends on: its locks, this Python, and for the editable packages where they are."""
     digest = hashlib.sha256(f"{HERE} {ROOT}".encode())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import inventory
+from toolchain.inventory import inventory
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -179,7 +179,7 @@ def root_archive(say: Callable[[str], None] = lambda line: None) -> Path:
 
 def _make(recipe: list[str], archive: Path) -> None:
     part = archive.with_suffix(".part")
-    mirror = os.environ.get("DEBIAN_MIRROR")
+    mirror = os.environ.get("MIRROR")
     try:
         done = subprocess.run(
             [*recipe, "--format=tar", SUITE, str(part), *([mirror] if mirror else [])],
@@ -197,7 +197,7 @@ def _make(recipe: list[str], archive: Path) -> None:
         said = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
         raise CheckFailed(
             f"mmdebstrap made no root file system: {(said or ['it said nothing'])[0][:300]}\n"
-            "It takes packages from DEBIAN_MIRROR, else from Debian's own mirror."
+            "It takes packages from MIRROR, else from Debian's own mirror."
         )
     part.rename(archive)
 

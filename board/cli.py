@@ -30,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _speed_flags(parser: argparse.ArgumentParser) -> None:
-    engines = "what executes axmodels: ax (libax_engine, the default where there is one) or ort (onnxruntime)"
+    engines = (
+        "what executes axmodels: ax (libax_engine, the default where there is one), ax-int8 (our own, with 8-bit "
+        "activations: faster, less exact) or ort (onnxruntime)"
+    )
     parser.add_argument("--engine", metavar="NAME", help=engines)
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each usable CPU)")
 

@@ -19,7 +19,7 @@ CMM_INFO = Path("/proc/ax_proc/mem_cmm_info")  # Axera's driver: total size=...,
 MEMINFO = Path("/proc/meminfo")  # https://docs.kernel.org/filesystems/proc.html#meminfo
 
 # An interpreter with numpy, tokenizers and an engine.
-RUNTIME_BYTES = {"ax": 44 << 20, "ort": 80 << 20}
+RUNTIME_BYTES = {"ax": 44 << 20, "ax-int8": 44 << 20, "ort": 80 << 20}
 # What onnxruntime takes of an axmodel's size, by weight type: (once it is loaded, more while it is being loaded). It
 # widens 16-bit weights, and packs matrices into copies. Seen with onnxruntime 1.31 on Qwen2-0.5B.
 ORT_COPIES = {"s8": (1.5, 3.0), "s4": (1.2, 3.0), "bf16": (2.1, 5.0), "fp16": (2.1, 5.0), "fp32": (1.4, 2.0)}

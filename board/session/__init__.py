@@ -67,8 +67,9 @@ class Session(Protocol):
         """
 
 
-# ax: libax_engine, ours or a board's; ort: onnxruntime, the independent cross-check of our axmodels.
-ENGINES = {"ax": "board.session.ax_engine", "ort": "board.session.ort"}
+# ax: libax_engine, ours or a board's; ax-int8: ours with 8-bit activations, faster and less exact;
+# ort: onnxruntime, the independent cross-check of our axmodels.
+ENGINES = {"ax": "board.session.ax_engine", "ax-int8": "board.session.ax_int8", "ort": "board.session.ort"}
 
 
 def usual_engine() -> str:

@@ -28,7 +28,7 @@ from board.session import CACHES, Array, SessionGroup
 FOLDER = "AXRUN_ENGINE"  # an environment variable: the folder of the libraries
 BESIDE = Path(__file__).resolve().parents[1] / "engine" / "lib"  # ours: from a wheel, or of `make engine`
 BOARD = Path("/soc/lib")  # a board's own, for the NPU and the vendor's axmodels; the system may know other places
-EXTENSIONS = 1  # the version of axc_engine.h this file is written for
+EXTENSIONS = 2  # the version of axc_engine.h this file is written for
 ALIGNMENT = 128  # of buffers, as the vendor's clients have it
 TAG = b"axrun"
 
@@ -282,6 +282,10 @@ class AxSession:
 
     def allocate(self, info: TensorInfo) -> Array:
         return allocate(info)
+
+    def round_activations(self, bits: int) -> None:
+        """What activations are rounded to where they meet integer weights: 16 bits, or 8. Only of our own engine."""
+        self._library.call("axc_set_activation_bits", self._handle, c_uint32(bits))
 
     def bind(self, group: int, arrays: Mapping[str, Array]) -> AxBinding:
         shape = self.groups[group]

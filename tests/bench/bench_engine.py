@@ -22,15 +22,14 @@ ROUNDS = 3
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--kv_cache_len", "1023", "--prefill_len", "128", "--hidden_state_type", "bf16", "--check_level", "-1"]
 CASES = {"s8": "Q8_0", "s4": "Q4_0"}
+OWN = ("ax", "ax-int8")
 
 # Both print one JSON object of seconds.
 OURS = """
 import json, sys, time
 import numpy as np
-from board import session
 from board.bundle import Bundle
 from board.model import Model
-session.ENGINES.setdefault("ax", "board.session.ax_engine")
 random = np.random.default_rng(0)
 def timed(run):
     started = time.perf_counter()
@@ -189,6 +188,7 @@ def test_engine_beside_others(weight: str, checkpoint: Path, benchmark: Benchmar
     libraries = str(build("native"))
     rivals: dict[str, Any] = {
         "ax": lambda: script(sys.executable, OURS, bundle, "ax", AXRUN_ENGINE=libraries),
+        "ax-int8": lambda: script(sys.executable, OURS, bundle, "ax-int8", AXRUN_ENGINE=libraries),
         "ort": lambda: script(sys.executable, OURS, bundle, "ort"),
     }
     if llama := os.environ.get("LLAMA_PYTHON"):
@@ -207,13 +207,12 @@ def test_engine_beside_others(weight: str, checkpoint: Path, benchmark: Benchmar
     weights = sum(file.stat().st_size for file in bundle.glob("*.axmodel"))
     bound = weights / max(reads)
     benchmark.extra_info.update(best=best, bytes_per_second=max(reads), bytes_per_token=weights)
-    others = [name for name in rivals if name != "ax"]
     read = max(reads) / 1e9
     print(f"\n{weight}: {weights / 1e6:.0f} MB a token, {read:.1f} GB/s: decode takes {bound * 1e3:.1f} ms at least")
-    print(
-        f"{'ms':12}" + "".join(f"{name:>12}" for name in rivals) + "".join(f"{name + ' / ax':>16}" for name in others)
-    )
-    for what, seconds in best["ax"].items():
-        row = f"{what:12}" + "".join(f"{best[name][what] * 1e3:12.1f}" for name in rivals)
-        print(row + "".join(f"{best[name][what] / seconds:15.2f}x" for name in others))
-    print(f"decode reaches {bound / best['ax']['decode']:.0%} of the bound")
+    pairs = [(ours, theirs) for theirs in rivals for ours in rivals if ours in OWN and theirs not in OWN]
+    columns = "".join(f"{theirs + ' / ' + ours:>20}" for ours, theirs in pairs)
+    print(f"{'ms':14}" + "".join(f"{name:>12}" for name in rivals) + columns)
+    for what in best["ax"]:
+        row = f"{what:14}" + "".join(f"{best[name][what] * 1e3:12.1f}" for name in rivals)
+        print(row + "".join(f"{best[theirs][what] / best[ours][what]:19.2f}x" for ours, theirs in pairs))
+    print("decode reaches " + ", ".join(f"{bound / best[ours]['decode']:.0%} of the bound ({ours})" for ours in OWN))

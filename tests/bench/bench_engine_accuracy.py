@@ -42,7 +42,7 @@ import sys
 import numpy as np
 from board.bundle import Bundle
 from board.model import Model
-model = Model.load(Bundle.open(sys.argv[1]), engine="ax", threads=2)
+model = Model.load(Bundle.open(sys.argv[1]), engine=sys.argv[4], threads=2)
 np.save(sys.argv[3], np.concatenate([rows.copy() for rows in model.blocks(np.load(sys.argv[2]).tolist())]))
 """
 
@@ -97,15 +97,16 @@ def test_accuracy_beside_q8_0(
     script(sys.executable, FLOAT32, source, ids, tmp_path / "float32.npy")
     reference = np.load(tmp_path / "float32.npy")
 
-    def ours() -> Floats:
-        script(sys.executable, OURS, bundle, ids, tmp_path / "ours.npy", AXRUN_ENGINE=str(build("native")))
+    def ours(engine: str) -> Floats:
+        script(sys.executable, OURS, bundle, ids, tmp_path / "ours.npy", engine, AXRUN_ENGINE=str(build("native")))
         return np.asarray(np.load(tmp_path / "ours.npy"))
 
-    found = {"ours": divergence(reference, benchmark.pedantic(ours))}
+    found = {"ax": divergence(reference, benchmark.pedantic(ours, ("ax",)))}
+    found["ax-int8"] = divergence(reference, ours("ax-int8"))
     if llama := os.environ.get("LLAMA_PYTHON"):
         script(llama, GGUF, source, gguf, "Q8_0")
         script(llama, LLAMA, gguf, ids, tmp_path / "llama.npy")
         found["Q8_0"] = divergence(reference, np.load(tmp_path / "llama.npy"))
     benchmark.extra_info.update(mean_kld=found)
     print(f"\n{name}, hidden {hidden}: mean KLD " + ", ".join(f"{who} {kld:.3g}" for who, kld in found.items()))
-    assert found["ours"] < 1e-3  # random weights come out 6 % above Q8_0, whose scales are finer: 32 columns, not a row
+    assert found["ax"] < 1e-3  # random weights come out 6 % above Q8_0, whose scales are finer: 32 columns, not a row

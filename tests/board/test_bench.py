@@ -31,7 +31,12 @@ CPU implementer	: 0x41
 CPU part	: 0xd05
 """
 
-ENGINES = {"ax": rf"ax axc {VERSION} (portable|avx2|avx512|neon|neon_dotprod)", "ort": f"ort {onnxruntime.__version__}"}
+ISAS = "(portable|avx2|avx512|neon|neon_dotprod)"
+ENGINES = {
+    "ax": rf"ax axc {VERSION} {ISAS}",
+    "ax-int8": rf"ax-int8 axc {VERSION} {ISAS}",
+    "ort": f"ort {onnxruntime.__version__}",
+}
 
 
 def test_json_has_every_figure_and_what_ran_it(

@@ -175,7 +175,7 @@ def _nothing(bundle: Path) -> None:
         (_nothing, ["--seed", "-2"], 2, "seed is -2"),
         (_nothing, ["--max-tokens", "0"], 2, "max_tokens is 0"),
         (_nothing, ["--threads", "0"], 2, "0 threads"),
-        (_nothing, ["--engine", "tpu"], 2, "unknown engine 'tpu'; there are: ax, ort"),
+        (_nothing, ["--engine", "tpu"], 2, "unknown engine 'tpu'; there are: ax, ax-int8, ort"),
     ],
 )
 def test_bad_input_is_one_short_error(

@@ -148,7 +148,7 @@ def test_every_float_type_has_its_carrier(bundle_s8: Path, engine: str) -> None:
 
 
 def test_an_unknown_engine_is_named_with_those_there_are(bundle_s8: Path) -> None:
-    with pytest.raises(BadInput, match="unknown engine 'tpu'; there are: ax, ort"):
+    with pytest.raises(BadInput, match="unknown engine 'tpu'; there are: ax, ax-int8, ort"):
         open_session(Bundle.open(bundle_s8).layer_path(0), engine="tpu")
 
 

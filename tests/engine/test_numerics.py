@@ -13,8 +13,10 @@ from tokenizers import Tokenizer
 
 from board.axmodel import OPSET, PRODUCER, Axmodel, Node, Tensor, TensorInfo, encode
 from board.bundle import Bundle
-from board.dtypes import nbytes
+from board.dtypes import nbytes, to_float32
+from board.errors import BadInput
 from board.model import Model
+from board.session import ax_int8
 from tests.engine.compare import exact, filled
 from tests.engine.conftest import Run
 
@@ -127,6 +129,40 @@ def test_odd_shapes_and_blocks(isa: str, tmp_path: Path, in_process: Run) -> Non
     for line in done.stdout.splitlines()[1:]:
         path, _, worst = line.split()
         assert float(worst) <= TOLERANCE["fp32"], (path, worst)
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_activations_are_rounded_to_the_bits_asked_for(isa: str, tmp_path: Path, in_process: Run) -> None:
+    """Products of integers are exact: what is computed is what onnxruntime computes from the rounded activations."""
+    random = np.random.default_rng(0)
+    paths = [linear_file(tmp_path, levels(random, "INT8", *shape, 0), {"axis": 0}) for shape in ((37, 300), (5, 127))]
+    for rows, columns in ((37, 384), (6, 128)):
+        attributes = {"axis": 1, "block_size": 128}
+        paths.append(linear_file(tmp_path, levels(random, "INT4", rows, columns, 128), attributes))
+    done = in_process("rounded.py", *paths, AXC_ISA=isa)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [bits for _, bits, _ in lines] == ["16", "8"] * len(paths)
+    for path, bits, worst in lines:
+        assert float(worst) < 1e-5, (path, bits, worst)
+
+
+def test_fewer_bits_are_less_exact_and_only_where_they_are_asked_for(ax: Any, bundle_s8: Path) -> None:
+    path = Bundle.open(bundle_s8).layer_path(0)
+    usual, plain = ax.open_session(path), exact(path)
+    short = ax_int8.open_session(path)
+    wanted = filled(usual, 2)
+    arrays = {session: {name: array.copy() for name, array in wanted.items()} for session in (usual, short)}
+    plain.bind(2, wanted).run()
+    for session, bound in arrays.items():
+        session.bind(2, bound).run()
+    errors = {
+        session: np.abs(to_float32(bound["output"], "BFLOAT16") - to_float32(wanted["output"], "BFLOAT16")).mean()
+        for session, bound in arrays.items()
+    }
+    assert errors[usual] < errors[short] < 0.01 * np.abs(to_float32(wanted["output"], "BFLOAT16")).max()
+    with pytest.raises(BadInput, match="12 bits for activations; expected 8 or 16"):
+        usual.round_activations(12)
 
 
 def test_a_whole_model_generates_what_it_generates_with_onnxruntime(bundle_s8: Path, tiny_qwen2: Path, ax: Any) -> None:

@@ -9,7 +9,7 @@ extern "C" {
 #endif
 
 // Version of these extensions; a client refuses one it does not know.
-#define AXC_EXTENSIONS 1
+#define AXC_EXTENSIONS 2
 AX_U32 axc_extensions(void);
 
 // The kernels in use: portable, avx2, avx512, neon or neon_dotprod. AXC_ISA in the environment forces one.
@@ -24,6 +24,10 @@ AX_S32 axc_open(AX_ENGINE_HANDLE* handle, const char* path);
 // Threads of the process-wide pool, 1..1024, from the next run on; 0: one for each CPU this process may use.
 AX_S32 axc_set_threads(AX_U32 threads);
 AX_U32 axc_threads(void);
+
+// Bits that activations are rounded to where they meet integer weights, from the next run on: 16, as every model begins,
+// or 8, which is faster and less exact.
+AX_S32 axc_set_activation_bits(AX_ENGINE_HANDLE handle, AX_U32 bits);
 
 // Runs with any numbers of tokens and history, not only a group's. A null output is not delivered.
 AX_S32 axc_run(AX_ENGINE_HANDLE handle, AX_U32 tokens, AX_U32 history, AX_ENGINE_IO_T* io);

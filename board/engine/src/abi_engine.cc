@@ -302,6 +302,15 @@ AX_U32 axc_threads(void) {
   return static_cast<AX_U32>(Runtime::instance().threads());
 }
 
+AX_S32 axc_set_activation_bits(AX_ENGINE_HANDLE handle, AX_U32 bits) {
+  return guarded([&] {
+    if (bits != 8 && bits != 16) illegal(std::to_string(bits) + " bits for activations; expected 8 or 16");
+    const std::shared_ptr<Handle> given = engine().get(handle);
+    const std::scoped_lock lock(Runtime::instance().mutex);
+    given->model.precision = bits == 8 ? Levels::Bits8 : Levels::Bits16;
+  });
+}
+
 AX_S32 axc_run(AX_ENGINE_HANDLE handle, AX_U32 tokens, AX_U32 history, AX_ENGINE_IO_T* io) {
   return guarded([&] {
     expect(io);

@@ -117,7 +117,7 @@ class Run {
 
   void operator()(const Project& s) {
     const Matrix& any = s.parts[0].weight;
-    Activations levels{tokens_, any.columns, nullptr, nullptr, nullptr};
+    Activations levels{model_.precision, tokens_, any.columns, nullptr, nullptr, nullptr};
     if (any.arithmetic != Arithmetic::Float) {
       const size_t entries = levels.blocks() * tokens_;
       levels.levels = runtime_.levels.reserve(entries * (kLevelBytes + sizeof(float) + sizeof(int32_t)));

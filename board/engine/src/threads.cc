@@ -15,8 +15,6 @@ inline void pause() {
 #endif
 }
 
-constexpr uint64_t kItemBits = 24, kItemMask = (1 << kItemBits) - 1;
-
 }  // namespace
 
 size_t available_cpus() {
@@ -26,7 +24,7 @@ size_t available_cpus() {
   return count ? count : 1;
 }
 
-Pool::Pool(size_t threads) {
+Pool::Pool(size_t threads) : shares_(threads) {
   for (size_t thread = 1; thread < threads; ++thread) workers_.emplace_back([this, thread] { work(thread); });
 }
 
@@ -41,9 +39,12 @@ void Pool::start(size_t count, Call call, const void* context) {
   call_ = call;
   context_ = context;
   done_.store(0, std::memory_order_relaxed);
-  const uint64_t epoch = epoch_.load(std::memory_order_relaxed) + 1;
-  ticket_.store(epoch << 48 | uint64_t{count} << kItemBits, std::memory_order_release);
-  epoch_.store(static_cast<uint32_t>(epoch));
+  const uint64_t threads = shares_.size();
+  for (uint64_t thread = 0; thread < threads; ++thread) {
+    const uint64_t first = count * thread / threads, end = count * (thread + 1) / threads;
+    shares_[thread].left.store(end << 32 | first, std::memory_order_release);
+  }
+  ++epoch_;
   if (asleep_.load()) epoch_.notify_all();
   take(0);
   for (int spins = 0; done_.load(std::memory_order_acquire) != count; ++spins) {
@@ -56,12 +57,15 @@ void Pool::start(size_t count, Call call, const void* context) {
 }
 
 void Pool::take(size_t thread) {
-  for (;;) {
-    const uint64_t ticket = ticket_.fetch_add(1, std::memory_order_acq_rel);
-    const size_t item = ticket & kItemMask, count = ticket >> kItemBits & kItemMask;
-    if (item >= count) return;
-    call_(context_, item, thread);
-    done_.fetch_add(1, std::memory_order_release);
+  for (size_t other = 0; other < shares_.size(); ++other) {
+    std::atomic<uint64_t>& left = shares_[(thread + other) % shares_.size()].left;
+    const auto some = [](uint64_t seen) { return (seen & UINT32_MAX) < seen >> 32; };
+    while (some(left.load(std::memory_order_relaxed))) {
+      const uint64_t drawn = left.fetch_add(1, std::memory_order_acq_rel);
+      if (!some(drawn)) break;
+      call_(context_, drawn & UINT32_MAX, thread);
+      done_.fetch_add(1, std::memory_order_release);
+    }
   }
 }
 

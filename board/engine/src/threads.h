@@ -18,8 +18,9 @@ class Pool {
 
   size_t size() const { return workers_.size() + 1; }
 
-  // Calls body(item, thread) for every item in [0, count), count < 2^24; returns when all are done. One caller at a
-  // time; the caller works too, as thread 0. `body` must not throw.
+  // Calls body(item, thread) for every item in [0, count), count < 2^32; returns when all are done. One caller at a
+  // time; the caller works too, as thread 0. `body` must not throw. A thread takes neighbouring items one after the
+  // other, so that what it reads follows on, and helps the others when it has no more.
   template <class Body>
   void each(size_t count, const Body& body) {
     if (count == 1 || workers_.empty()) {
@@ -36,9 +37,12 @@ class Pool {
   void work(size_t thread);
   void take(size_t thread);
 
-  // A ticket is epoch << 48 | count << 24 | item, so that a late thread cannot take an item of a newer job for one of
-  // its own: what it drew says all it needs.
-  alignas(64) std::atomic<uint64_t> ticket_{0};
+  // What is left of a thread's items: end << 32 | next. A late thread that draws from a newer job's draws a whole item.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> left{0};
+  };
+
+  std::vector<Share> shares_;
   alignas(64) std::atomic<size_t> done_{0};
   alignas(64) std::atomic<uint32_t> epoch_{0};
   std::atomic<uint32_t> asleep_{0};

@@ -81,7 +81,7 @@ void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
   }
 }
 
-template <size_t kRows, bool kScaled>
+template <size_t kRows, bool kScaled, Levels>
 void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t*, int32_t, const float* row_scales,
               float* c) {
   Vi acc[kRows][2];
@@ -149,6 +149,12 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
     offset += factor * static_cast<float>(8 * a.sums[entry]);
   }
   return sum(total) - offset;
+}
+
+constexpr size_t kDotRows = 1;
+
+inline void dots(const Matrix& w, size_t row, size_t, const Activations& a, size_t token, float* out) {
+  *out = w.arithmetic == Arithmetic::Int4 ? dot_int4(w, row, a, token) : dot_int8(w, row, a, token);
 }
 
 bool runs_here() { return cpu_has({"avx2", "fma"}); }

@@ -111,7 +111,7 @@ inline int32_t dword(const uint8_t* at) {
   return value;
 }
 
-template <size_t kRows, bool kScaled>
+template <size_t kRows, bool kScaled, Levels kPrecision>
 void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t* sums, int32_t offset,
               const float* row_scales, float* c) {
   Vi high[kRows][2], low[kRows][2];  // as __m512i GCC 12 would keep them in memory too
@@ -124,8 +124,10 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
     repeat<kRows>([&](auto t) AXC_INLINE {
       const __m512i h = _mm512_set1_epi32(dword(levels + t * kLevelBytes + k));
       const __m512i l = _mm512_set1_epi32(dword(levels + t * kLevelBytes + kBlock + k));
-      high[t][0] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][0]), w0, h));
-      high[t][1] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][1]), w1, h));
+      if (kPrecision == Levels::Bits16) {
+        high[t][0] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][0]), w0, h));
+        high[t][1] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][1]), w1, h));
+      }
       low[t][0] = Vi(_mm512_dpbusd_epi32(__m512i(low[t][0]), w0, l));
       low[t][1] = Vi(_mm512_dpbusd_epi32(__m512i(low[t][1]), w1, l));
     });
@@ -141,78 +143,94 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
   });
 }
 
-constexpr size_t kGroup = 16;  // blocks whose scales fill a vector
-
-// What up to kGroup blocks multiply their sums with, and what the offset of the weights adds up to.
-struct Factors {
-  alignas(64) float of[kGroup];
-  Vf offset;
-};
-
-// `row_scales`: one for each block, or null.
-AXC_INLINE inline Factors factors(const Activations& a, size_t entry, size_t count, const float* row_scales) {
-  const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
-  __m512 f = _mm512_maskz_loadu_ps(there, a.scales + entry);
-  if (row_scales) f = _mm512_mul_ps(f, _mm512_maskz_loadu_ps(there, row_scales));
-  Factors factors;
-  _mm512_store_ps(factors.of, f);
-  factors.offset = Vf(_mm512_mul_ps(f, _mm512_cvtepi32_ps(_mm512_maskz_loadu_epi32(there, a.sums + entry))));
-  return factors;
-}
+constexpr size_t kGroup = 16;      // blocks whose scales fill a vector
+constexpr size_t kDotRows = 4;
+constexpr size_t kAhead = 16384;   // bytes that are fetched ahead: several rows at once are not foreseen by the CPU
 
 // The sum over a block of unsigned weights times levels, in float32 lanes: 256 high + low, by one chain of sums.
-AXC_INLINE inline Vf block_product(__m512i w0, __m512i w1, const uint8_t* levels) {
-  const auto at = [levels](size_t i) AXC_INLINE { return _mm512_loadu_si512(levels + 64 * i); };
-  const __m512i high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), w0, at(0)), w1, at(1));
-  const __m512i both = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_slli_epi32(high, 8), w0, at(2)), w1, at(3));
-  return __builtin_convertvector(Vi(both), Vf);
+template <Levels kPrecision>
+AXC_INLINE inline Vf block_product(__m512i w0, __m512i w1, const __m512i levels[4]) {
+  __m512i sum = _mm512_setzero_si512();
+  if (kPrecision == Levels::Bits16) {
+    sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w0, levels[0]), w1, levels[1]);
+    sum = _mm512_slli_epi32(sum, 8);
+  }
+  return __builtin_convertvector(Vi(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w0, levels[2]), w1, levels[3])), Vf);
 }
 
-// Both dots stay out of the loop that calls them: inlined they run short of registers.
-[[gnu::noinline]] float dot_int8(const Matrix& w, size_t row, const Activations& a, size_t token) {
-  const uint8_t* weights = w.data + row * w.columns;
-  const __m512i flip = _mm512_set1_epi8(-128);
-  const size_t whole = w.columns / kBlock, blocks = a.blocks();
-  Vf total{}, offset{};
-  for (size_t first = 0; first < blocks; first += kGroup) {
-    const size_t entry = a.entry(first, token), count = least(kGroup, blocks - first);
-    const Factors f = factors(a, entry, count, nullptr);
-    offset += f.offset;
-    for (size_t b = 0; b < count; ++b) {
-      const uint8_t* at = weights + (first + b) * kBlock;
-      __m512i w0, w1;
-      if (first + b < whole) {
-        w0 = _mm512_loadu_si512(at), w1 = _mm512_loadu_si512(at + 64);
-      } else {
-        const size_t left = w.columns % kBlock;
-        w0 = _mm512_maskz_loadu_epi8(first_bytes(left), at);
-        w1 = _mm512_maskz_loadu_epi8(first_bytes(left > 64 ? left - 64 : 0), at + 64);
-      }
-      w0 = _mm512_xor_si512(w0, flip), w1 = _mm512_xor_si512(w1, flip);
-      total += block_product(w0, w1, a.levels + (entry + b) * kLevelBytes) * f.of[b];
+// A block of a row as unsigned bytes, `columns` of it.
+template <bool kFour>
+AXC_INLINE inline void unsigned_bytes(const uint8_t* at, size_t columns, __m512i& w0, __m512i& w1) {
+  if (kFour) {
+    constexpr int kFlipped = 0x28;  // as ternary logic: (weights ^ flip) & nibble
+    const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x88)), nibble = _mm512_set1_epi8(15);
+    const __m512i bytes = _mm512_loadu_si512(at);
+    w0 = _mm512_ternarylogic_epi32(bytes, flip, nibble, kFlipped);
+    w1 = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), flip, nibble, kFlipped);
+  } else {
+    const __m512i flip = _mm512_set1_epi8(-128);
+    if (columns == kBlock) {
+      w0 = _mm512_loadu_si512(at), w1 = _mm512_loadu_si512(at + 64);
+    } else {
+      w0 = _mm512_maskz_loadu_epi8(first_bytes(columns), at);
+      w1 = _mm512_maskz_loadu_epi8(first_bytes(columns > 64 ? columns - 64 : 0), at + 64);
     }
+    w0 = _mm512_xor_si512(w0, flip), w1 = _mm512_xor_si512(w1, flip);
   }
-  return sum(total - offset * float{kOffset8});
 }
 
-[[gnu::noinline]] float dot_int4(const Matrix& w, size_t row, const Activations& a, size_t token) {
-  constexpr int kFlipped = 0x28;  // as ternary logic: (weights ^ flip) & nibble
-  const size_t blocks = a.blocks();
-  const uint8_t* weights = w.data + row * blocks * (kBlock / 2);
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x88)), nibble = _mm512_set1_epi8(15);
-  Vf total{}, offset{};
+// kRows rows of a weight with one token. Out of the loop that calls it: inlined it runs short of registers.
+template <bool kFour, Levels kPrecision, size_t kRows>
+[[gnu::noinline]] void dot_rows(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
+  constexpr size_t kBytes = kFour ? kBlock / 2 : kBlock;
+  const size_t blocks = a.blocks(), stride = kFour ? blocks * kBytes : w.columns;
+  const uint8_t *weights = w.data + row * stride, *ahead = weights + kAhead;
+  Vf total[kRows], offset[kRows];
+  repeat<kRows>([&](auto r) AXC_INLINE { total[r] = offset[r] = Vf{}; });
   for (size_t first = 0; first < blocks; first += kGroup) {
     const size_t entry = a.entry(first, token), count = least(kGroup, blocks - first);
-    const Factors f = factors(a, entry, count, w.scales + row * blocks + first);
-    offset += f.offset;
+    const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
+    const Vf scales = Vf(_mm512_maskz_loadu_ps(there, a.scales + entry));
+    const Vf sums = __builtin_convertvector(Vi(_mm512_maskz_loadu_epi32(there, a.sums + entry)), Vf) * scales;
+    alignas(64) float factors[kRows][kGroup];
+    repeat<kRows>([&](auto r) AXC_INLINE {
+      const Vf own = kFour ? Vf(_mm512_maskz_loadu_ps(there, w.scales + (row + r) * blocks + first)) : all(1.0f);
+      if (kFour || r == 0) store(factors[r], scales * own), offset[r] += sums * own;
+    });
     for (size_t b = 0; b < count; ++b) {
-      const __m512i bytes = _mm512_loadu_si512(weights + (first + b) * (kBlock / 2));
-      const __m512i low = _mm512_ternarylogic_epi32(bytes, flip, nibble, kFlipped);
-      const __m512i high = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), flip, nibble, kFlipped);
-      total += block_product(low, high, a.levels + (entry + b) * kLevelBytes) * f.of[b];
+      const uint8_t *at = weights + (first + b) * kBytes, *of = a.levels + (entry + b) * kLevelBytes;
+      const size_t columns = least(kBlock, w.columns - (first + b) * kBlock);
+      __m512i levels[4];
+      for (size_t i = 0; i < 4; ++i) levels[i] = _mm512_loadu_si512(of + 64 * i);
+      for (size_t line = 0; line < kRows * kBytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+      ahead += kRows * kBytes;
+      repeat<kRows>([&](auto r) AXC_INLINE {
+        __m512i w0, w1;
+        unsigned_bytes<kFour>(at + r * stride, columns, w0, w1);
+        total[r] += block_product<kPrecision>(w0, w1, levels) * factors[kFour ? r : 0][b];
+      });
     }
   }
-  return sum(total - offset * float{kOffset4});
+  repeat<kRows>([&](auto r) AXC_INLINE {
+    out[r] = sum(total[r] - offset[kFour ? r : 0] * float{kFour ? kOffset4 : kOffset8});
+  });
+}
+
+template <bool kFour, Levels kPrecision>
+void dots_of(const Matrix& w, size_t row, size_t rows, const Activations& a, size_t token, float* out) {
+  constexpr size_t kTogether = kFour ? 4 : 2;  // what measured fastest
+  size_t r = 0;
+  for (; r + kTogether <= rows; r += kTogether) dot_rows<kFour, kPrecision, kTogether>(w, row + r, a, token, out + r);
+  for (; r < rows; ++r) dot_rows<kFour, kPrecision, 1>(w, row + r, a, token, out + r);
+}
+
+void dots(const Matrix& w, size_t row, size_t rows, const Activations& a, size_t token, float* out) {
+  const bool four = w.arithmetic == Arithmetic::Int4;
+  if (a.precision == Levels::Bits8) {
+    (four ? dots_of<true, Levels::Bits8> : dots_of<false, Levels::Bits8>)(w, row, rows, a, token, out);
+  } else {
+    (four ? dots_of<true, Levels::Bits16> : dots_of<false, Levels::Bits16>)(w, row, rows, a, token, out);
+  }
 }
 
 bool runs_here() {

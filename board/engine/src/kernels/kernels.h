@@ -28,14 +28,20 @@ struct Matrix {
 };
 
 constexpr size_t kBlock = 128;         // activations that share a scale
-constexpr size_t kLevelBytes = 256;    // of a block: 16 bits for each
-constexpr float kTopLevel = 32639;     // = 127 * 256 + 127: both bytes of a level are signed 8-bit numbers
+constexpr size_t kLevelBytes = 256;    // of a block: room for 16 bits each
 constexpr size_t kTokenChunk = 128;    // tokens that share one packing of a weight
 constexpr size_t kTokensByDot = 4;     // up to here a weight is read in place, not packed
 
-// Activations rounded to 16-bit levels, block by block: value = scale x level. Few rows lie one behind the other, as
-// products of single rows read them; many lie side by side, block by block, as packed products do.
+// The precision of activations.
+enum class Levels { Bits16, Bits8 };
+
+// The largest level: both bytes of 127 * 256 + 127 are signed 8-bit numbers.
+constexpr float top_level(Levels levels) { return levels == Levels::Bits8 ? 127.0f : 32639.0f; }
+
+// Activations rounded to levels, block by block: value = scale x level. Few rows lie one behind the other, as products
+// of single rows read them; many lie side by side, block by block, as packed products do.
 struct Activations {
+  Levels precision;
   size_t rows, columns;
   uint8_t* levels;  // kLevelBytes each, in an order of the kernels' own; zeros behind `columns`
   float* scales;

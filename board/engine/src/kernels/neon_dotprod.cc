@@ -63,7 +63,7 @@ void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
   }
 }
 
-template <size_t kRows, bool kScaled>
+template <size_t kRows, bool kScaled, Levels kPrecision>
 void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t*, int32_t, const float* row_scales,
               float* c) {
   int32x4_t high[kRows][2], low[kRows][2];
@@ -79,8 +79,10 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
     repeat<4>([&](auto lane) AXC_INLINE {
       const int8x16_t w0 = vld1q_s8(weights + k * 8 + lane * 32), w1 = vld1q_s8(weights + k * 8 + lane * 32 + 16);
       repeat<kRows>([&](auto t) AXC_INLINE {
-        high[t][0] = vdotq_laneq_s32(high[t][0], w0, h[t], lane);
-        high[t][1] = vdotq_laneq_s32(high[t][1], w1, h[t], lane);
+        if (kPrecision == Levels::Bits16) {
+          high[t][0] = vdotq_laneq_s32(high[t][0], w0, h[t], lane);
+          high[t][1] = vdotq_laneq_s32(high[t][1], w1, h[t], lane);
+        }
         low[t][0] = vdotq_laneq_s32(low[t][0], w0, l[t], lane);
         low[t][1] = vdotq_laneq_s32(low[t][1], w1, l[t], lane);
       });
@@ -97,9 +99,10 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
   });
 }
 
-// Both halves of 16 levels with 16 weights.
+// Both bytes of 16 levels, or the only one, with 16 weights.
+template <Levels kPrecision>
 inline void accumulate(int8x16_t w, const int8_t* levels, int32x4_t& high, int32x4_t& low) {
-  high = vdotq_s32(high, w, vld1q_s8(levels));
+  if (kPrecision == Levels::Bits16) high = vdotq_s32(high, w, vld1q_s8(levels));
   low = vdotq_s32(low, w, vld1q_s8(levels + kBlock));
 }
 
@@ -107,6 +110,7 @@ inline float32x4_t fold(int32x4_t high, int32x4_t low, float factor, float32x4_t
   return vfmaq_n_f32(total, vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(high, 8), low)), factor);
 }
 
+template <Levels kPrecision>
 float dot_int8(const Matrix& w, size_t row, const Activations& a, size_t token) {
   const int8_t* weights = reinterpret_cast<const int8_t*>(w.data) + row * w.columns;
   float32x4_t total = vdupq_n_f32(0);
@@ -115,17 +119,18 @@ float dot_int8(const Matrix& w, size_t row, const Activations& a, size_t token) 
     const int8_t *at = weights + b * kBlock, *levels = reinterpret_cast<const int8_t*>(a.levels + entry * kLevelBytes);
     int32x4_t high = vdupq_n_s32(0), low = high;
     size_t k = 0;
-    for (; k + 16 <= count; k += 16) accumulate(vld1q_s8(at + k), levels + k, high, low);
+    for (; k + 16 <= count; k += 16) accumulate<kPrecision>(vld1q_s8(at + k), levels + k, high, low);
     if (k < count) {
       int8_t rest[16] = {};
       std::memcpy(rest, at + k, count - k);
-      accumulate(vld1q_s8(rest), levels + k, high, low);
+      accumulate<kPrecision>(vld1q_s8(rest), levels + k, high, low);
     }
     total = fold(high, low, a.scales[entry], total);
   }
   return vaddvq_f32(total);
 }
 
+template <Levels kPrecision>
 float dot_int4(const Matrix& w, size_t row, const Activations& a, size_t token) {
   const size_t blocks = a.blocks();
   const uint8_t* weights = w.data + row * blocks * (kBlock / 2);
@@ -137,12 +142,23 @@ float dot_int4(const Matrix& w, size_t row, const Activations& a, size_t token) 
     for (size_t k = 0; k < kBlock / 2; k += 16) {
       int8x16_t even, odd;
       nibbles(vld1q_u8(weights + b * (kBlock / 2) + k), even, odd);
-      accumulate(even, levels + k, high, low);
-      accumulate(odd, levels + kBlock / 2 + k, high, low);
+      accumulate<kPrecision>(even, levels + k, high, low);
+      accumulate<kPrecision>(odd, levels + kBlock / 2 + k, high, low);
     }
     total = fold(high, low, a.scales[entry] * w.scales[row * blocks + b], total);
   }
   return vaddvq_f32(total);
+}
+
+constexpr size_t kDotRows = 1;
+
+template <Levels kPrecision>
+float product(const Matrix& w, size_t row, const Activations& a, size_t token) {
+  return (w.arithmetic == Arithmetic::Int4 ? dot_int4<kPrecision> : dot_int8<kPrecision>)(w, row, a, token);
+}
+
+void dots(const Matrix& w, size_t row, size_t, const Activations& a, size_t token, float* out) {
+  *out = (a.precision == Levels::Bits8 ? product<Levels::Bits8> : product<Levels::Bits16>)(w, row, a, token);
 }
 
 bool runs_here() {

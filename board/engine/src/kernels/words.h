@@ -32,7 +32,7 @@ inline void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* pan
   }
 }
 
-template <size_t kRows, bool kScaled>
+template <size_t kRows, bool kScaled, Levels>
 void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t*, int32_t, const float* row_scales,
               float* c) {
   constexpr size_t kAcross = kIntPanel / kWidth;
@@ -90,6 +90,12 @@ inline float dot_int4(const Matrix& w, size_t row, const Activations& a, size_t 
     total += static_cast<float>(sum) * (a.scales[entry] * w.scales[row * blocks + b]);
   }
   return total;
+}
+
+constexpr size_t kDotRows = 1;
+
+inline void dots(const Matrix& w, size_t row, size_t, const Activations& a, size_t token, float* out) {
+  *out = w.arithmetic == Arithmetic::Int4 ? dot_int4(w, row, a, token) : dot_int8(w, row, a, token);
 }
 
 }  // namespace

@@ -1,0 +1,82 @@
+// Products of many tokens for any instruction set: a block of a weight's rows is packed into a panel, outputs across the
+// lanes, and multiplied with a few tokens at a time.
+#pragma once
+
+#include <utility>
+
+#include "float_tile.h"
+
+namespace axc {
+namespace {
+
+// The weight's next block, fetched a few rows after each tile: a block's rows lie too far apart for the CPU to foresee,
+// and all at once they would hold up the tiles.
+class Ahead {
+ public:
+  Ahead(const uint8_t* data, size_t stride, size_t bytes, size_t rows, size_t turns)
+      : data_(data), stride_(stride), bytes_(bytes), rows_(rows), step_((rows + turns - 1) / turns) {}
+
+  void some() {
+    for (const size_t last = least(next_ + step_, rows_); next_ < last; ++next_) {
+      for (size_t line = 0; line < bytes_; line += 64) __builtin_prefetch(data_ + next_ * stride_ + line, 0, 2);
+    }
+  }
+
+ private:
+  const uint8_t* data_;
+  size_t stride_, bytes_, rows_, step_, next_ = 0;
+};
+
+using IntTile = void (*)(const uint8_t*, const uint8_t*, const float*, const int32_t*, int32_t, const float*, float*);
+
+template <bool kScaled, Levels kPrecision, size_t... kRows>
+constexpr ByCount<IntTile, sizeof...(kRows)> int_tiles(std::index_sequence<kRows...>) {
+  return {{int_tile<kRows + 1, kScaled, kPrecision>...}};
+}
+
+template <Levels kPrecision>
+void panel_linear(const LinearJob& job, size_t first, size_t last, void* scratch) {
+  static constexpr auto kPlain = int_tiles<false, kPrecision>(std::make_index_sequence<kIntRows>());
+  static constexpr auto kScaled = int_tiles<true, kPrecision>(std::make_index_sequence<kIntRows>());
+  const Matrix& w = *job.weight;
+  const Activations& a = *job.levels;
+  const bool four = w.arithmetic == Arithmetic::Int4;
+  const size_t blocks = a.blocks(), block_bytes = four ? kBlock / 2 : kBlock;
+  uint8_t* panel = static_cast<uint8_t*>(scratch);
+  float* c = reinterpret_cast<float*>(panel + 2 * kIntPanel * kBlock);
+  float* row_scales = c + kTokenChunk * kIntPanel;
+  for (size_t begin = 0; begin < job.tokens; begin += kTokenChunk) {
+    const size_t tokens = least(kTokenChunk, job.tokens - begin);
+    for (size_t row = first; row < last; row += kIntPanel) {
+      const size_t rows = least(kIntPanel, last - row);
+      std::memset(c, 0, tokens * kIntPanel * sizeof(float));
+      for (size_t b = 0; b < blocks; ++b) {
+        const uint8_t* data = w.data + row * w.stride() + b * block_bytes;
+        if (four) {
+          pack_int4(data, w.stride(), rows, panel);
+          for (size_t r = 0; r < kIntPanel; ++r) row_scales[r] = r < rows ? w.scales[(row + r) * blocks + b] : 0.0f;
+        } else {
+          pack_int8(reinterpret_cast<const int8_t*>(data), w.stride(), rows, least(kBlock, w.columns - b * kBlock), panel);
+        }
+        const bool more = b + 1 < blocks;
+        const size_t next = more ? row : row + kIntPanel;
+        Ahead ahead(w.data + next * w.stride() + (more ? (b + 1) * block_bytes : 0), w.stride(), block_bytes,
+                    next < last ? least(kIntPanel, last - next) : 0, (tokens + kIntRows - 1) / kIntRows);
+        for (size_t t = 0; t < tokens; t += kIntRows) {
+          const size_t n = least(kIntRows, tokens - t), entry = a.entry(b, begin + t);
+          (four ? kScaled : kPlain).of[n - 1](panel, a.levels + entry * kLevelBytes, a.scales + entry, a.sums + entry,
+                                              four ? kOffset4 : kOffset8, row_scales, c + t * kIntPanel);
+          ahead.some();
+        }
+      }
+      for (size_t t = 0; t < tokens; ++t) {
+        finish_rows(job, begin + t, row, rows, c + t * kIntPanel, four ? nullptr : w.scales + row);
+      }
+    }
+  }
+}
+
+static_assert(2 * kIntPanel * kBlock + (kTokenChunk + 1) * kIntPanel * sizeof(float) <= kLinearScratch);
+
+}  // namespace
+}  // namespace axc

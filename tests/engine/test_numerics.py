@@ -131,6 +131,14 @@ def test_odd_shapes_and_blocks(isa: str, tmp_path: Path, in_process: Run) -> Non
         assert float(worst) <= TOLERANCE["fp32"], (path, worst)
 
 
+@pytest.mark.parametrize(("columns", "block"), [(9, 9), (6, 3), (6, 1)])
+def test_4_bit_rows_and_blocks_begin_with_a_byte(ax: Any, tmp_path: Path, columns: int, block: int) -> None:
+    random = np.random.default_rng(0)
+    path = linear_file(tmp_path, levels(random, "INT4", 4, columns, block), {"axis": 1, "block_size": block})
+    with pytest.raises(BadInput, match="4-bit rows or blocks that begin inside a byte"):
+        ax.open_session(path)
+
+
 @pytest.mark.parametrize("isa", HERE)
 def test_activations_are_rounded_to_the_bits_asked_for(isa: str, tmp_path: Path, in_process: Run) -> None:
     """Products of integers are exact: what is computed is what onnxruntime computes from the rounded activations."""

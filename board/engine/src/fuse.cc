@@ -125,7 +125,9 @@ class Fuser {
       matrix.block = block ? static_cast<size_t>(block) : matrix.columns;
     }
     if ((tensor.type == Type::Int8 || tensor.type == Type::Int4) != (scales != nullptr)) fail(*stored, "has no scales");
-    if (tensor.type == Type::Int4 && matrix.columns % 2) fail(*stored, "has 4-bit rows that begin inside a byte");
+    if (tensor.type == Type::Int4 && (matrix.columns % 2 || matrix.block % 2)) {
+      fail(*stored, "has 4-bit rows or blocks that begin inside a byte");
+    }
     if (tensor.type == Type::Int8 && matrix.block == matrix.columns) matrix.arithmetic = Arithmetic::Int8;
     if (tensor.type == Type::Int4 && matrix.block == kBlock) matrix.arithmetic = Arithmetic::Int4;
     return matrix;

@@ -43,6 +43,24 @@ inline void float_rows(const float* panel, size_t panel_stride, const float* a, 
   }
 }
 
+// Both 4-bit levels of each byte, times a scale.
+inline void widen_pairs(const uint8_t* pairs, size_t count, float scale, float* out) {
+  using Bytes = uint8_t __attribute__((vector_size(kWidth)));
+  constexpr auto kLanes = std::make_index_sequence<kWidth>();
+  const auto level = [scale](Vi bits) AXC_INLINE { return __builtin_convertvector((bits ^ 8) - 8, Vf) * scale; };
+  const auto some = [&](size_t i, size_t n) AXC_INLINE {
+    Bytes bytes{};
+    std::memcpy(&bytes, pairs + i, n);
+    const Vi wide = __builtin_convertvector(bytes, Vi);
+    const Vf low = level(wide & 15), high = level(wide >> 4);
+    const Vf both[2] = {by_turns<0>(low, high, kLanes), by_turns<kWidth / 2>(low, high, kLanes)};
+    std::memcpy(out + 2 * i, both, 2 * n * sizeof(float));
+  };
+  size_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) some(i, kWidth);
+  if (i < count) some(i, count - i);
+}
+
 // Columns [first, first + count) of one row of a weight, as float32.
 inline void widen_row(const Matrix& w, size_t row, size_t first, size_t count, float* out) {
   const uint8_t* data = w.data + row * w.stride();
@@ -51,11 +69,15 @@ inline void widen_row(const Matrix& w, size_t row, size_t first, size_t count, f
     return;
   }
   const float* scales = w.scales + row * (w.columns / w.block);
-  for (size_t i = 0; i < count; ++i) {
-    const size_t k = first + i;
-    const int nibble = w.type == Type::Int4 ? data[k / 2] >> (k % 2 * 4) & 15 : 0;
-    const int level = w.type == Type::Int4 ? (nibble ^ 8) - 8 : static_cast<int8_t>(data[k]);
-    out[i] = scales[k / w.block] * static_cast<float>(level);
+  for (size_t i = 0; i < count;) {
+    const size_t at = first + i, end = i + least(count - i, w.block - at % w.block);
+    const float scale = scales[at / w.block];
+    if (w.type == Type::Int8) {
+      for (; i < end; ++i) out[i] = scale * static_cast<float>(static_cast<int8_t>(data[first + i]));
+    } else {
+      widen_pairs(data + at / 2, (end - i) / 2, scale, out + i);  // blocks and rows of 4-bit weights are even
+      i = end;
+    }
   }
 }
 

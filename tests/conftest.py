@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from toolchain import build
 
 ROOT = Path(__file__).resolve().parents[1]
 Builder = Callable[..., Path]
+
+# A shell that runs tests in the background has them, and all they start, ignore Ctrl-C, which some tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

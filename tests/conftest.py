@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from onnx import TensorProto, helper
 
 from toolchain import build
@@ -17,6 +18,8 @@ Builder = Callable[..., Path]
 
 # A shell that runs tests in the background has them, and all they start, ignore Ctrl-C, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# The same examples in every run, and none too slow. Others: pytest --hypothesis-profile=default
+settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")

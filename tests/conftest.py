@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,15 @@ def bundle_s8(build_tiny: Builder) -> Path:
 def bundle_fp32(build_tiny: Builder) -> Path:
     """float32 hidden state and weights; the embedding table is bfloat16, as the checkpoint has it."""
     return build_tiny(hidden_state_type="fp32", weight_type="fp32", post_weight_type="fp32")
+
+
+@pytest.fixture(scope="session")
+def bundle_long(tiny_qwen2: Path, build_tiny: Builder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A context of 8191 tokens: an answer that only the context ends is still being written when a test gets to it."""
+    config = json.loads((tiny_qwen2 / "config.json").read_text())
+    longer = tmp_path_factory.mktemp("longer") / "config.json"
+    longer.write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    return build_tiny(model_config=longer, kv_cache_len=8191)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import pytest
 import torch
 import transformers
 
-from tests.conftest import Builder
 from tests.serve.server import Server, Start
 
 
@@ -40,14 +39,8 @@ def server(bundle_s8: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def bundle_long(build_tiny: Builder) -> Path:
-    """As the default, with a context of 1023 tokens: answers that last a second or two."""
-    return build_tiny(kv_cache_len=1023)
-
-
-@pytest.fixture(scope="session")
 def server_long(bundle_long: Path) -> Iterator[Server]:
-    """Two slots, and a context of 1023 tokens."""
+    """Two slots, and a context of 8191 tokens."""
     server = Server(bundle_long, "--slots", 2).ready()
     yield server
     assert server.stop() == 0

@@ -39,14 +39,14 @@ class Server:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.url = self.wait_for(r"OpenAI API Server starting on (http://\S+)")[1].replace("0.0.0.0", "127.0.0.1")
-        self.client = httpx.Client(base_url=self.url, timeout=60, limits=httpx.Limits(max_connections=None))
+        self.client = httpx.Client(base_url=self.url, timeout=120, limits=httpx.Limits(max_connections=None))
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line.rstrip("\n"))
 
-    def wait_for(self, pattern: str, seconds: float = 60.0) -> re.Match[str]:
+    def wait_for(self, pattern: str, seconds: float = 120.0) -> re.Match[str]:
         """The first line of standard error that matches."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -63,7 +63,7 @@ class Server:
         self.until(lambda: self.client.get("/health").status_code == 200)
         return self
 
-    def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 30.0) -> int:
+    def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 120.0) -> int:
         """Its exit code; minus the signal where that killed it."""
         if self.process.poll() is None:
             self.process.send_signal(how)
@@ -100,7 +100,7 @@ class Server:
         pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
         return {name: float(value) for name, value in pairs}
 
-    def idle(self, seconds: float = 10.0) -> dict[str, float]:
+    def idle(self, seconds: float = 60.0) -> dict[str, float]:
         """Metrics once no slot is written to. Fails when one is kept."""
 
         def rests() -> dict[str, float] | None:
@@ -109,7 +109,7 @@ class Server:
 
         return self.until(rests, seconds)
 
-    def until(self, condition: Callable[[], T | None], seconds: float = 10.0) -> T:
+    def until(self, condition: Callable[[], T | None], seconds: float = 60.0) -> T:
         """What the condition gives once that is true. Fails when it takes too long."""
         end = time.monotonic() + seconds
         while not (given := condition()):

@@ -159,10 +159,10 @@ def test_answers_under_load_are_those_alone(bundle_s8: Path, start: Start, heldo
     barrier = threading.Barrier(len(bodies))
 
     def ask(first: int) -> list[tuple[int, list[Any]]]:
-        barrier.wait(30)
+        barrier.wait(300)
         numbers = [(first + number) % len(bodies) for number in range(len(bodies))]
         mixed = [(number, busy.complete(**bodies[number])["choices"]) for number in numbers]
-        barrier.wait(120)
+        barrier.wait(300)
         return [*mixed, (longest, busy.complete(**bodies[longest])["choices"])]
 
     with ThreadPoolExecutor(len(bodies)) as pool:

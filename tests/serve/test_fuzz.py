@@ -66,7 +66,7 @@ def fuzz(operation: Any, server: Server, mode: GenerationMode) -> Counter[str]:
     )
     @given(case=operation.as_strategy(generation_mode=mode))
     def answer(case: Any) -> None:
-        response = case.call(base_url=server.url, timeout=30)
+        response = case.call(base_url=server.url, timeout=120)
         case.validate_response(response, checks=list(CHECKS))
         across = response.status_code == 400 and any(words in response.text for words in ACROSS_FIELDS)
         seen["across fields" if across else str(response.status_code)] += 1

@@ -111,7 +111,7 @@ def evaluated(
         input=json.dumps({"tasks": str(tasks), "runs": runs, "output": str(folder / "done.json")}),
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder)},
         text=True,
-        timeout=120,
+        timeout=900,
         check=True,
     )
     done: dict[str, Any] = json.loads((folder / "done.json").read_text())

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,27 +28,19 @@ def data(response: httpx.Response) -> Iterator[str]:
 
 
 def test_killed_it_serves_again(bundle_s8: Path, start: Start) -> None:
-    port = free_port()
-    server = start(bundle_s8, "--port", port).ready()
+    server = start(bundle_s8).ready()
     answer = server.complete("1+1=")["choices"]
     assert server.stop(signal.SIGKILL) == -signal.SIGKILL
-    again = start(bundle_s8, "--port", port).ready()
+    again = start(bundle_s8, "--port", server.url.rpartition(":")[2]).ready()
     assert again.url == server.url
     assert again.complete("1+1=")["choices"] == answer
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_idle_server_ends_at_once(bundle_s8: Path, start: Start, number: signal.Signals) -> None:
-    server = start(bundle_s8).ready()
+    server = start(bundle_s8, "--grace", 3600, "--read-timeout", 3600).ready()
     assert server.client.get("/health").status_code == 200  # an idle connection does not keep it
-    started = time.monotonic()
     assert server.stop(number) == 0
-    assert time.monotonic() - started < 5
     assert not any("Traceback" in line or "rror" in line for line in server.lines)
 
 
@@ -62,17 +52,17 @@ def test_a_signal_while_loading_ends_it(bundle_s8: Path, start: Start) -> None:
 def test_it_finishes_what_it_began_and_refuses_the_rest(
     bundle_long: Path, start: Start, endless: dict[str, int]
 ) -> None:
-    server = start(bundle_long, "--slots", 1, "--grace", 20).ready()
-    whole = server.complete("Once", max_tokens=400, logit_bias=endless)["choices"][0]["text"]
+    server = start(bundle_long, "--slots", 1, "--grace", 300, "--exact").ready()
+    whole = server.complete("Once", max_tokens=3000, logit_bias=endless)["choices"][0]["text"]
     with (
         ThreadPoolExecutor(1) as pool,
-        server.stream("completions", prompt="Once", max_tokens=400, logit_bias=endless) as begun,
+        server.stream("completions", prompt="Once", max_tokens=3000, logit_bias=endless) as begun,
     ):
         rest = data(begun)
         waiting = pool.submit(server.post, "completions", prompt="x")
         server.until(lambda: server.metrics()["axrun_requests_waiting"])
         server.process.send_signal(signal.SIGTERM)
-        refused = waiting.result(10)
+        refused = waiting.result(60)
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
         assert "shutting down" in refused.json()["error"]["message"]
         *parts, done = rest
@@ -87,7 +77,7 @@ def test_it_finishes_what_it_began_and_refuses_the_rest(
 
 def test_what_outlasts_the_grace_is_cut(bundle_long: Path, start: Start, endless: dict[str, int]) -> None:
     server = start(bundle_long, "--grace", "0.2").ready()
-    with server.stream("completions", prompt="Once", max_tokens=900, logit_bias=endless) as begun:
+    with server.stream("completions", prompt="Once", max_tokens=8000, logit_bias=endless) as begun:
         rest = data(begun)
         server.process.send_signal(signal.SIGTERM)
         *_, last = rest
@@ -99,7 +89,7 @@ def test_a_full_queue_says_when_to_come_again(bundle_long: Path, start: Start, e
     server = start(bundle_long, "--slots", 1, "--queue", 1).ready()
     with (
         ThreadPoolExecutor(1) as pool,
-        server.stream("completions", prompt="Once", max_tokens=900, logit_bias=endless) as begun,
+        server.stream("completions", prompt="Once", max_tokens=8000, logit_bias=endless) as begun,
     ):
         _open = data(begun)
         waiting = pool.submit(server.complete, "1+1=", max_tokens=1)
@@ -109,7 +99,7 @@ def test_a_full_queue_says_when_to_come_again(bundle_long: Path, start: Start, e
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         assert refused.json()["error"]["code"] == "rate_limit_exceeded"
         begun.close()  # and the next one is served at once
-        assert waiting.result(5)["choices"][0]["text"]
+        assert waiting.result(60)["choices"][0]["text"]
     assert server.idle()["axrun_cancelled_total"] == 1
 
 
@@ -118,7 +108,7 @@ def test_who_hangs_up_frees_the_slot_at_once(
     bundle_long: Path, server_long: Server, endless: dict[str, int], streamed: bool
 ) -> None:
     before = server_long.metrics()
-    body = json.dumps({"model": MODEL, "prompt": "Once", "max_tokens": 1000, "logit_bias": endless, "stream": streamed})
+    body = json.dumps({"model": MODEL, "prompt": "Once", "max_tokens": 8000, "logit_bias": endless, "stream": streamed})
     host, port = server_long.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -133,29 +123,23 @@ def test_who_hangs_up_frees_the_slot_at_once(
 
 
 def test_two_streams_take_turns(server_long: Server, endless: dict[str, int]) -> None:
-    """Neither waits for the other's end: each gets about every second token."""
-    times: dict[str, list[float]] = {"one": [], "other": []}
-    both = threading.Barrier(2)
-
-    def read(name: str) -> None:
-        both.wait(10)
-        with server_long.stream(
-            "completions", prompt="Once", max_tokens=120, temperature=0, logit_bias=endless
-        ) as begun:
-            times[name] = [time.monotonic() for line in begun.iter_lines() if line]
-
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(read, times))
-    overlap = min(times["one"][-1], times["other"][-1]) - max(times["one"][0], times["other"][0])
-    longest = max(series[-1] - series[0] for series in times.values())
-    assert overlap > 0.6 * longest
+    """Neither waits for the other's end: one that came later and wants less is done first."""
+    cancelled = server_long.metrics()["axrun_cancelled_total"]
+    with server_long.stream("completions", prompt="Once", max_tokens=8000, logit_bias=endless) as begun:
+        rest = data(begun)
+        later = events(server_long.post("completions", prompt="Then", max_tokens=120, logit_bias=endless, stream=True))
+        assert len(later) > 100
+        assert later[-1] == "[DONE]"
+        server_long.until(lambda: server_long.metrics()["axrun_slots_busy"] == 1)
+        assert json.loads(next(rest))["choices"][0]["text"]
+    assert server_long.idle()["axrun_cancelled_total"] == cancelled + 1
 
 
 def test_a_request_has_its_time(bundle_long: Path, start: Start, endless: dict[str, int]) -> None:
-    server = start(bundle_long, "--slots", 1, "--timeout", "0.3").ready()
-    late = server.post("completions", prompt="Once", max_tokens=1000, logit_bias=endless)
+    server = start(bundle_long, "--slots", 1, "--timeout", 3).ready()
+    late = server.post("completions", prompt="Once", max_tokens=8000, logit_bias=endless)
     assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
-    parts = events(server.post("completions", prompt="Once", max_tokens=1000, logit_bias=endless, stream=True))
+    parts = events(server.post("completions", prompt="Once", max_tokens=8000, logit_bias=endless, stream=True))
     assert parts[0]["choices"][0]["text"]
     assert parts[-1]["error"]["code"] == "timeout"
     assert server.idle()["axrun_slots_busy"] == 0
@@ -163,6 +147,8 @@ def test_a_request_has_its_time(bundle_long: Path, start: Start, endless: dict[s
 
 
 def test_a_reader_who_does_not_read_holds_nothing(server_long: Server, endless: dict[str, int]) -> None:
+    written = 'axrun_tokens_total{kind="written"}'
+    before = server_long.metrics()[written]
     body = json.dumps({"model": MODEL, "prompt": "Once", "max_tokens": 500, "logit_bias": endless, "stream": True})
     host, port = server_long.url.removeprefix("http://").split(":")
     with socket.socket() as connection:
@@ -170,8 +156,8 @@ def test_a_reader_who_does_not_read_holds_nothing(server_long: Server, endless: 
         connection.connect((host, int(port)))
         head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
-        server_long.until(lambda: server_long.metrics()["axrun_slots_busy"])
-        server_long.idle(20)
+        server_long.until(lambda: server_long.metrics()[written] == before + 500)
+        server_long.idle()
 
 
 def test_a_key_is_wanted_where_it_is_set(bundle_s8: Path, start: Start) -> None:
@@ -193,7 +179,7 @@ def test_health_says_loading_until_it_is_loaded(bundle_s8: Path, start: Start) -
     server = start(bundle_s8)
     seen: list[tuple[int, str]] = []
     while not seen or seen[-1] != (200, "ok"):
-        response = server.client.get("/health", timeout=30)
+        response = server.client.get("/health")
         seen.append((response.status_code, response.json()["status"]))
         if seen[-1][0] == 503 and len(seen) == 1:
             early = server.post("completions", prompt="x", max_tokens=1)
@@ -215,7 +201,7 @@ def test_metrics_add_up(bundle_s8: Path, start: Start) -> None:
     assert metrics["axrun_request_seconds_count"] == metrics["axrun_first_token_seconds_count"] == 3
     assert metrics['axrun_step_seconds_total{phase="decode"}'] > 0
     assert metrics["process_resident_memory_bytes"] > 1e7
-    assert sum("200" in line for line in server.lines if line.startswith("POST ")) == 3
+    server.until(lambda: sum(line.startswith("POST /v1/chat/completions 200 ") for line in server.lines) == 3)
 
 
 @pytest.mark.parametrize(

@@ -35,14 +35,17 @@ class Figures:
         }
 
 
-def run(server: Server, clients: int, seconds: float) -> Figures:
-    """Clients number 0, 3, 6, ... hang up; what the others get is held against the answer each question gets alone."""
+def run(server: Server, clients: int, seconds: float, whole: int = 0, cut: int = 0) -> Figures:
+    """For `seconds`, and until so many answers were whole and so many cut, however slow the machine is.
+
+    Clients number 0, 3, 6, ... hang up; what the others get is held against the answer each question gets alone.
+    """
     alone = {text: server.chat(text, max_tokens=40)["choices"][0]["message"]["content"] for text in QUESTIONS}
     figures = Figures()
 
     async def client(number: int, http: httpx.AsyncClient, end: float) -> None:
         chosen = random.Random(number)
-        while time.monotonic() < end:
+        while time.monotonic() < end or len(figures.whole) < whole or figures.cut < cut:
             question = chosen.choice(QUESTIONS)
             given = {"messages": [{"role": "user", "content": question}], "max_tokens": 40, "temperature": 0}
             pieces: list[str] = []
@@ -72,7 +75,7 @@ def run(server: Server, clients: int, seconds: float) -> Figures:
 
     async def everyone() -> None:
         limits: Any = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as http:
             end = time.monotonic() + seconds
             await asyncio.gather(*(client(number, http, end) for number in range(clients)))
 

@@ -37,7 +37,7 @@ class Page:
         script = "return [...document.querySelectorAll(arguments[0])].map((found) => found.innerText)"
         return list(self.driver.execute_script(script, selector))
 
-    def until(self, condition: Callable[[], Any], seconds: float = 15) -> Any:
+    def until(self, condition: Callable[[], Any], seconds: float = 120) -> Any:
         return WebDriverWait(self.driver, seconds, 0.02).until(lambda _: condition())
 
     def type(self, *keys: str) -> None:
@@ -90,20 +90,12 @@ def page(driver: Any, server_long: Server) -> Page:
     return page
 
 
-def test_a_question_is_answered_as_it_streams(page: Page, server_long: Server) -> None:
+def test_a_question_is_answered(page: Page, server_long: Server) -> None:
     assert page.find("#empty").is_displayed()
     assert not page.find("#send").is_enabled()
-    page.driver.execute_script(
-        "window.seen = []; new MutationObserver(() => {"
-        "  const found = document.querySelector('.writing .text'); if (found) seen.push(found.textContent)"
-        "}).observe(document.getElementById('log'), {childList: true, subtree: true, characterData: true})"
-    )
     page.ask("who are you?")
     answer = page.answered()
     assert answer == server_long.chat("who are you?")["choices"][0]["message"]["content"]
-    seen = sorted(set(page.driver.execute_script("return seen")), key=len)
-    assert len(seen) > 3, "it came all at once"
-    assert all(answer.startswith(part) for part in seen)
     assert page.texts(".user .text") == ["who are you?"]
     assert " tok/s" in page.texts(".figures")[0]
     assert not page.find("#empty").is_displayed()
@@ -123,7 +115,9 @@ def test_a_second_question_sees_the_first(page: Page) -> None:
     assert count[1] > count[0]
 
 
-def test_stop_keeps_what_came(page: Page, server_long: Server, endless: dict[str, int]) -> None:
+def test_an_answer_is_shown_as_it_streams_and_stop_keeps_what_came(
+    page: Page, server_long: Server, endless: dict[str, int]
+) -> None:
     page.driver.execute_script(
         "const plain = request;"
         "request = () => {"
@@ -134,9 +128,12 @@ def test_stop_keeps_what_came(page: Page, server_long: Server, endless: dict[str
     cancelled = server_long.metrics()["axrun_cancelled_total"]
     for stop in (lambda: page.type(Keys.ESCAPE), lambda: page.find("#stop").click()):
         page.ask("tell me a long story")
-        page.until(lambda: page.texts(".assistant .text")[-1])
+        seen: set[str] = set()
+        while len(seen) < 4:
+            seen.add(page.until(lambda: page.texts(".writing .text")[-1]))
         stop()
-        assert page.answered()
+        answer = page.answered()
+        assert all(answer.startswith(part) for part in seen)
         assert "stopped" in page.texts(".figures")[-1]
     assert server_long.idle()["axrun_cancelled_total"] == cancelled + 2
 
@@ -165,11 +162,11 @@ def test_what_the_model_says_is_never_html(page: Page) -> None:
 
 
 def test_an_error_is_shown_and_can_be_tried_again(page: Page) -> None:
-    page.ask("1+" * 600)
+    page.ask("1+" * 4200)
     page.answered()
-    assert "This model's context is 1023 tokens" in page.texts(".error")[0]
+    assert "This model's context is 8191 tokens" in page.texts(".error")[0]
     page.find(".below button:nth-of-type(2)").click()
-    assert page.find("#prompt").get_property("value") == "1+" * 600
+    assert page.find("#prompt").get_property("value") == "1+" * 4200
     assert page.texts(".turn") == []
     page.find("#prompt").clear()
     page.set("temperature", "9")

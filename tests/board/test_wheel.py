@@ -76,7 +76,7 @@ def python(site: Path, *arguments: object) -> list[str]:
 
 def axrun(site: Path, *arguments: object) -> str:
     command = python(site, *arguments)
-    done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=site, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -118,7 +118,7 @@ def test_it_serves(site: Path, bundle: Path) -> None:
         lines = iter(process.stderr.readline, "")
         try:
             address = next(found[1] for line in lines if (found := re.search(r"starting on (http://\S+)", line)))
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while not healthy(address):
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
@@ -130,4 +130,4 @@ def test_it_serves(site: Path, bundle: Path) -> None:
                 assert b"<script" in page.read()
         finally:
             process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(120) == 0

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 60.0  # seconds
+PATIENCE = 180.0  # seconds
 CTRL_C, CTRL_D, UP = b"\x03", b"\x04", b"\x1b[A"
 STYLE = re.compile(rb"\x1b\[[?0-9;]*[a-zA-Z]")
 

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -38,15 +37,9 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="module")
-def long_bundle(build_tiny: Builder) -> Path:
-    """A context in which an answer takes its time."""
-    return build_tiny(kv_cache_len=1000, last_kv_cache_len=(32, 128, 512))
-
-
-@pytest.fixture(scope="module")
-def endless_bundle(build_tiny: Builder) -> Path:
-    """Its answers end with the context only, which takes a second or two."""
-    bundle = build_tiny(kv_cache_len=1023, last_kv_cache_len=(32, 128, 512))
+def endless_bundle(bundle_long: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its answers end with the context only, and fill the terminal long before: they wait for the test."""
+    bundle = Path(shutil.copytree(bundle_long, tmp_path_factory.mktemp("endless") / "bundle"))
     settings = bundle / "hf" / "generation_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token_id": [1 << 20]}))
     return bundle
@@ -58,7 +51,7 @@ def piped(bundle: Path, text: str | bytes, *flags: object) -> subprocess.Complet
         cwd=ROOT,
         input=text.encode() if isinstance(text, str) else text,
         capture_output=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
 
@@ -173,7 +166,7 @@ def pristine_without_template(tiny_qwen2: Path, tmp_path: Path) -> Path:
 
 def test_a_closed_pipe_is_quiet(bundle_s8: Path) -> None:
     command = f"yes 'who are you?' | {sys.executable} -m board chat {bundle_s8} | head -c 3"
-    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert len(done.stdout) == 3
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
@@ -205,15 +198,15 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(start: Start, endless_bundl
     assert "stopped,avg" in shown
     assert "1 turn" in shown
     length = int(shown.partition("K/V cache: ")[2].split()[0])
-    assert length < 1023
+    assert length < 8191
     tty.type("/undo\r")
     assert "[taken back: tell me a story]" in tty.expect(PROMPT)
     tty.type(CTRL_D)
     assert tty.end() == 0
 
 
-def test_ctrl_c_twice_and_between_answers(start: Start, long_bundle: Path) -> None:
-    tty = start(long_bundle, "--greedy")
+def test_ctrl_c_twice_and_between_answers(start: Start, bundle_long: Path) -> None:
+    tty = start(bundle_long, "--greedy")
     tty.expect(PROMPT)
     for _ in range(3):
         tty.type("1+" + "".join(chr(CTRL_C[0])))
@@ -282,19 +275,18 @@ def test_the_history_outlives_the_program(start: Start, bundle_s8: Path, tmp_pat
     assert again.end() == 0
 
 
-def test_sigterm_ends_it(start: Start, long_bundle: Path) -> None:
-    tty = start(long_bundle, "--temperature", "4")
+def test_sigterm_ends_it(start: Start, endless_bundle: Path) -> None:
+    tty = start(endless_bundle, "--temperature", "4")
     tty.expect(PROMPT)
     os.kill(tty.pid, signal.SIGTERM)
     assert tty.end() == 130
-    writing = start(long_bundle, "--temperature", "4")
+    writing = start(endless_bundle, "--temperature", "4")
     writing.expect(PROMPT)
     writing.type("tell me a story\r")
     writing.expect(r"story\r\n.")
     os.kill(writing.pid, signal.SIGTERM)
-    started = time.monotonic()
     assert writing.end() == 130
-    assert time.monotonic() - started < 30
+    assert b"[context full" not in writing.seen  # nor did it wait for the end of its answer
 
 
 def test_a_model_cannot_steer_the_terminal(start: Start, bundle_s8: Path) -> None:

@@ -55,7 +55,7 @@ def axc(
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
-        timeout=120,
+        timeout=600,
         check=False,
         preexec_fn=limit,
     )

@@ -84,7 +84,7 @@ class Hub:
         if end < len(body):
             if self.stalling:
                 self.stall.set()
-                time.sleep(30)
+                time.sleep(600)  # in a daemon's thread, longer than the client lives
             request.close_connection = True
             request.connection.shutdown(socket.SHUT_RDWR)
 
@@ -158,7 +158,7 @@ class Client:
     def fetch(self, endpoint: str, *args: str, **more: str) -> tuple[int, str, str]:
         """(exit code, stdout, the stderr from `error:` on)"""
         process = self.start(endpoint, *args, **more)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert "Traceback" not in err, err
         return process.returncode, out.strip(), err[err.find("error:") :].strip()
 
@@ -194,8 +194,8 @@ def test_a_cut_connection_is_resumed_within_a_run(hub: Hub, client: Client) -> N
 def test_a_killed_download_is_resumed_by_the_next_run(hub: Hub, client: Client) -> None:
     hub.cut, hub.stalling = [21 << 20], True
     process = client.start(hub.url)
-    assert hub.stall.wait(30)
-    deadline = time.monotonic() + 30
+    assert hub.stall.wait(300)
+    deadline = time.monotonic() + 300
     while not any(part.stat().st_size >= 20 << 20 for part in client.cache.rglob("*.incomplete")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -245,7 +245,7 @@ def test_a_file_the_hub_does_not_have_is_named(hub: Hub, client: Client) -> None
 def test_without_network_one_error_says_both_ways(client: Client, dead_end: str, more: dict[str, str]) -> None:
     started = time.monotonic()
     code, out, err = client.fetch(dead_end, **more)
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 60
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 3
     assert "connect this machine, or name a mirror in HF_ENDPOINT" in err

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -28,7 +28,7 @@ from tests.toolchain.axc import (
 )
 
 FLAGS = ("--check_level", "-1", "-w", "s4")
-PATIENCE = 60  # seconds until something that must happen is taken not to happen
+PATIENCE = 300  # seconds until something that must happen is taken not to happen
 
 Build = subprocess.Popen[str]
 
@@ -96,7 +96,12 @@ def children(process: Build) -> list[int]:
 
 def workers(process: Build) -> list[int]:
     """Those of them that compile."""
-    return [pid for pid in children(process) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    found = []
+    for pid in children(process):
+        with suppress(OSError):  # it ended while we looked
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
 
 
 def alive(pid: int) -> bool:

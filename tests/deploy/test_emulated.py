@@ -75,13 +75,14 @@ def test_the_power_goes_and_the_disk_stays(virtual: Place) -> None:
 
 
 def test_everything_on_the_board_ends_with_its_power(virtual: Place) -> None:
+    sleeps = f"sleep 4321.{os.getpid()}"  # nobody else's
     with place.target(virtual.board) as target:
-        target.get_driver("SSHDriver").run_check("setsid sleep 4321.5 </dev/null >/dev/null 2>&1 & exit")
+        target.get_driver("SSHDriver").run_check(f"setsid {sleeps} </dev/null >/dev/null 2>&1 & exit")
     listed = ["ps", "ax", "-o", "args"]
-    assert "sleep 4321.5" in subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+    assert sleeps in subprocess.run(listed, capture_output=True, text=True, check=True).stdout
     virtual_board.down(virtual.board)
     try:
-        assert "sleep 4321.5" not in subprocess.run(listed, capture_output=True, text=True, check=True).stdout
+        assert sleeps not in subprocess.run(listed, capture_output=True, text=True, check=True).stdout
     finally:
         virtual_board.up(virtual.board, virtual.at)
 

@@ -76,7 +76,7 @@ def wait_for(word: str, text: str = "") -> None:
 
 
 def test_reserved_locked_reached_and_let_go(farm: Board, virtual: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "CLIENT_SECONDS", 20)
+    monkeypatch.setattr(place, "CLIENT_SECONDS", 100)
     with place.hold(farm):
         assert "acquired: " in client("-p", "shelf-1", "show")
         at = place.address(farm)
@@ -86,7 +86,7 @@ def test_reserved_locked_reached_and_let_go(farm: Board, virtual: Place, monkeyp
         monkeypatch.setattr(place, "CLIENT_SECONDS", 3)
         with pytest.raises(BadInput, match="no virtual got free in 3 s"), place.hold(farm):
             pass
-        monkeypatch.setattr(place, "CLIENT_SECONDS", 20)
+        monkeypatch.setattr(place, "CLIENT_SECONDS", 100)
     assert "acquired: None" in client("-p", "shelf-1", "show")
     assert "LG_TOKEN" not in os.environ
     with place.hold(farm):

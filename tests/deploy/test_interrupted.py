@@ -18,6 +18,7 @@ from tests.deploy.conftest import ROOT, Place, host_package
 
 pytestmark = pytest.mark.system
 KILLS = 50
+SPARED = 7  # of so many deploys one is not killed
 
 
 def start(place: Place, package: Path, bundle: Path) -> subprocess.Popen[str]:
@@ -53,18 +54,21 @@ def test_killed_at_fifty_random_points(host: Place, bundles: tuple[Path, Path], 
 
     began = time.monotonic()
     first = start(host, *versions[0][:2])
-    assert first.wait(timeout=120) == 0, first.communicate()
+    assert first.wait(timeout=600) == 0, first.communicate()
     seconds = time.monotonic() - began
 
     current = host.root / "current"
     seen = set()
     ended = 0
     for kill in range(KILLS):
+        began = time.monotonic()
         deploying = start(host, *versions[(kill + 1) % 2][:2])
+        spared = kill % SPARED == SPARED - 1
         try:
-            _, said = deploying.communicate(timeout=random.uniform(0, 1.1 * seconds))
+            _, said = deploying.communicate(timeout=600 if spared else random.uniform(0, 1.1 * seconds))
             assert deploying.returncode == 0, said
             ended += 1
+            seconds = time.monotonic() - began  # the machine may be slower than it was, or faster
         except subprocess.TimeoutExpired:
             deploying.send_signal(signal.SIGKILL)
             deploying.communicate(timeout=60)
@@ -76,7 +80,7 @@ def test_killed_at_fifty_random_points(host: Place, bundles: tuple[Path, Path], 
 
     for folder, bundle, identity in versions:
         last = start(host, folder, bundle)
-        out, said = last.communicate(timeout=120)
+        out, said = last.communicate(timeout=600)
         assert last.returncode == 0, said
         assert "answers '1+1=' with '2'" in out
         assert tuple(path.name for path in (host.root / "models").glob("*[0-9a-f]") if path.is_dir()) == identity[1:]

@@ -53,7 +53,7 @@ def test_the_tests_of_the_engine_pass_with_sanitizers() -> None:
 def test_the_loader_is_fuzzed_for_a_minute(tmp_path: Path) -> None:
     folder = build("fuzz", "-DAXC_FUZZ=ON", CLANG, targets=("fuzz_load",))
     corpus = shutil.copytree(SOURCE / "fuzz" / "corpus", tmp_path / "corpus")
-    limits = [f"-max_total_time={FUZZED_SECONDS}", "-max_len=20000", "-rss_limit_mb=3000", "-timeout=60"]
+    limits = [f"-max_total_time={FUZZED_SECONDS}", "-max_len=20000", "-rss_limit_mb=3000", "-timeout=300"]
     done = subprocess.run(
         [folder / "fuzz_load", corpus, *limits, f"-artifact_prefix={tmp_path}/"],
         env={**os.environ, "AXC_THREADS": "1"},

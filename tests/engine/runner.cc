@@ -75,11 +75,14 @@ AX_ENGINE_HANDLE load(const std::string& path) {
   return handle;
 }
 
+// Counted page by page: what statm and status say may be off by dozens of pages for each processor.
 size_t resident_kb() {
-  std::ifstream statm("/proc/self/statm");
-  size_t total = 0, resident = 0;
-  statm >> total >> resident;
-  return resident * static_cast<size_t>(sysconf(_SC_PAGESIZE)) / 1024;
+  std::ifstream rollup("/proc/self/smaps_rollup");
+  for (std::string word; rollup >> word;) {
+    size_t kb = 0;
+    if (word == "Rss:" && rollup >> kb) return kb;
+  }
+  return 0;
 }
 
 std::vector<char> content(const AX_ENGINE_IO_BUFFER_T& buffer, AX_U32 size) {

@@ -119,7 +119,7 @@ def test_what_is_built_is_not_built_again(libraries: Path, tmp_path: Path) -> No
 
 def test_a_change_of_the_sources_is_noticed(tmp_path: Path) -> None:
     copy = tmp_path / "board" / "engine"
-    shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("lib", "build", "fuzz"))
+    shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("lib", "build", "fuzz", "__pycache__"))
     shutil.copy(SOURCE.parent / "__init__.py", copy.parent)
     assert shipped.fingerprint(copy) == shipped.fingerprint()
     for file in ("src/onnx.cc", "src/kernels/avx2.cc", "include/axc_engine.h", "exports.map", "CMakeLists.txt"):
@@ -136,7 +136,7 @@ def test_a_machine_without_an_engine_is_said(tmp_path: Path) -> None:
 
 def test_sources_that_do_not_compile_are_said(tmp_path: Path) -> None:
     engine = tmp_path / "board" / "engine"
-    shutil.copytree(SOURCE, engine, ignore=shutil.ignore_patterns("lib", "build", "fuzz"))
+    shutil.copytree(SOURCE, engine, ignore=shutil.ignore_patterns("lib", "build", "fuzz", "__pycache__"))
     shutil.copy(SOURCE.parent / "__init__.py", engine.parent)
     (engine / "src" / "abi_sys.cc").write_text("int nonsense = ;\n")
     (tmp_path / "work").mkdir()
@@ -149,7 +149,7 @@ def test_sources_that_do_not_compile_are_said(tmp_path: Path) -> None:
 @pytest.mark.system  # needs no package, but a minute
 def test_the_same_bytes_from_another_folder(libraries: Path, tmp_path: Path) -> None:
     engine = tmp_path / "elsewhere" / "engine"
-    shutil.copytree(SOURCE, engine, ignore=shutil.ignore_patterns("lib", "build", "fuzz"))
+    shutil.copytree(SOURCE, engine, ignore=shutil.ignore_patterns("lib", "build", "fuzz", "__pycache__"))
     shutil.copy(SOURCE.parent / "__init__.py", engine.parent)
     other = shipped.build(tmp_path / "lib", engine=engine, work=tmp_path / "work", say=lambda line: None)
     for name in shipped.LIBRARIES:

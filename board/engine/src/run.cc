@@ -8,8 +8,12 @@ namespace axc {
 namespace {
 
 constexpr size_t kTokensPerItem = 8;
-constexpr size_t kRowStep = 32;             // rows of a weight are handed out in multiples of this
-constexpr size_t kItemsPerThread = 6;       // so that a thread that is held up leaves its share to the others
+
+// How the rows of a weight are handed out: so many items that a thread that is held up leaves its share to the others.
+struct Shares {
+  size_t items, step;  // for each thread; of whose rows the number is a multiple
+};
+constexpr Shares kInPlace{16, 4}, kPacked{6, 32};
 constexpr size_t kGatedRows = 64;           // of a gate and its `up` that are computed before they are joined
 constexpr size_t kAttentionRows = 112;      // query rows that share a pass over the keys
 constexpr size_t kAttentionScratch = 8 << 20;
@@ -172,7 +176,8 @@ class Run {
   }
 
   size_t rows_per_item(size_t rows) const {
-    return std::max<size_t>(ceil_div(rows, pool_.size() * kItemsPerThread * kRowStep), 1) * kRowStep;
+    const auto [items, step] = tokens_ <= kTokensByDot ? kInPlace : kPacked;
+    return std::max<size_t>(ceil_div(rows, pool_.size() * items * step), 1) * step;
   }
 
   void operator()(const Rotate& s) {

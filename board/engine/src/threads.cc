@@ -56,14 +56,23 @@ void Pool::start(size_t count, Call call, const void* context) {
   }
 }
 
+// The next of one's own items, or the last of another's: what its owner reads ahead is the next one.
+bool Pool::Share::draw(bool own, size_t& item) {
+  uint64_t seen = left.load(std::memory_order_relaxed);
+  for (;;) {
+    const uint64_t next = seen & UINT32_MAX, end = seen >> 32;
+    if (next >= end) return false;
+    item = own ? next : end - 1;
+    const uint64_t rest = own ? seen + 1 : seen - (uint64_t{1} << 32);
+    if (left.compare_exchange_weak(seen, rest, std::memory_order_acq_rel, std::memory_order_relaxed)) return true;
+  }
+}
+
 void Pool::take(size_t thread) {
   for (size_t other = 0; other < shares_.size(); ++other) {
-    std::atomic<uint64_t>& left = shares_[(thread + other) % shares_.size()].left;
-    const auto some = [](uint64_t seen) { return (seen & UINT32_MAX) < seen >> 32; };
-    while (some(left.load(std::memory_order_relaxed))) {
-      const uint64_t drawn = left.fetch_add(1, std::memory_order_acq_rel);
-      if (!some(drawn)) break;
-      call_(context_, drawn & UINT32_MAX, thread);
+    Share& share = shares_[(thread + other) % shares_.size()];
+    for (size_t item; share.draw(other == 0, item);) {
+      call_(context_, item, thread);
       done_.fetch_add(1, std::memory_order_release);
     }
   }

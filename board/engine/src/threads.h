@@ -40,6 +40,8 @@ class Pool {
   // What is left of a thread's items: end << 32 | next. A late thread that draws from a newer job's draws a whole item.
   struct alignas(64) Share {
     std::atomic<uint64_t> left{0};
+
+    bool draw(bool own, size_t& item);
   };
 
   std::vector<Share> shares_;

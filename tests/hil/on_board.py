@@ -15,6 +15,7 @@ from ci.place import Board
 SPARE = 15.0  # seconds beyond a command's limit on the board until it is given up here
 MOST_ANSWER = 1 << 20  # characters
 NOT_DONE = 124  # of timeout(1)
+LOST = 255  # of ssh(1), which gives a silent board up after a minute
 
 
 class Hanging(CheckFailed):
@@ -73,6 +74,8 @@ class OnBoard:
             raise Hanging(f"{self.board.name} hangs: no answer to {what} in {seconds} s") from None
         if code == NOT_DONE:
             raise Hanging(f"{what} on {self.board.name} was not done after {seconds} s")
+        if code == LOST:
+            raise Hanging(f"{self.board.name} hangs or is gone: ssh gave it up during {what}")
         if code:
             said = [line for line in [*out, *err] if line.strip()] or ["it said nothing"]
             errors = [line.partition("error: ")[2] for line in said if line.startswith("error: ")]

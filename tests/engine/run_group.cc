@@ -1,5 +1,5 @@
 // Runs one group of an axmodel: inputs from a file, one behind the other, outputs to another. Prints the kernels' name.
-// Arguments: axmodel, group, input file, output file.
+// Arguments: axmodel, group, input file, output file, bits of activations.
 #include <ax_sys_api.h>
 #include <axc_engine.h>
 
@@ -35,6 +35,7 @@ int main(int, char** argv) {
   AX_ENGINE_IO_INFO_T* info = nullptr;
   const AX_U32 group = static_cast<AX_U32>(std::atoi(argv[2]));
   expect(axc_open(&handle, argv[1]) == 0 && AX_ENGINE_CreateContextV2(handle, &context) == 0, "open");
+  expect(axc_set_activation_bits(handle, static_cast<AX_U32>(std::atoi(argv[5]))) == 0, "axc_set_activation_bits");
   expect(AX_ENGINE_GetGroupIOInfo(handle, group, &info) == 0, "GetGroupIOInfo");
   std::vector<AX_ENGINE_IO_BUFFER_T> inputs = buffers(info->pInputs, info->nInputSize);
   std::vector<AX_ENGINE_IO_BUFFER_T> outputs = buffers(info->pOutputs, info->nOutputSize);

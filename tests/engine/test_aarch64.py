@@ -16,7 +16,9 @@ from board.engine import build as shipped
 from board.session import ort
 from tests.engine.compare import exact, filled
 from tests.engine.conftest import CACHE, compile_client
+from tests.engine.rounded import ENGINES, rounded
 from tests.engine.test_library import check_system
+from tests.engine.test_numerics import levels, linear_file
 
 pytestmark = pytest.mark.system
 
@@ -62,16 +64,40 @@ def test_a_boards_cpu_computes_what_onnxruntime_computes(
             inputs = b"".join(arrays[info.name].tobytes() for info in group.inputs)
             if not group.history:  # two dummies as wide as the hidden state come first
                 inputs = bytes(2 * arrays["input"].shape[2] * arrays["input"].itemsize) + inputs
-            (tmp_path / "in").write_bytes(inputs)
-            command = [QEMU, "-cpu", cpu, "-L", GLIBC, "-E", f"AXC_ISA={isa}", "-E", "AXC_THREADS=2"]
-            done = subprocess.run(
-                [*command, program, path, str(group.index), tmp_path / "in", tmp_path / "out"],
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 0, done.stdout + done.stderr
-            assert done.stdout.strip() == (isa or CPUS[cpu])
-            check(plain, group.index, arrays, (tmp_path / "out").read_bytes(), TOLERANCE[hidden])
+            out = run(program, path, group.index, inputs, tmp_path, cpu, isa)
+            check(plain, group.index, arrays, out, TOLERANCE[hidden])
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_a_boards_cpu_rounds_activations_to_the_bits_asked_for(cpu: str, program: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    attributes = {"axis": 1, "block_size": 128}
+    for path in (
+        linear_file(tmp_path, levels(random, "INT8", 37, 300, 0), {"axis": 0}),
+        linear_file(tmp_path, levels(random, "INT4", 37, 384, 128), attributes),
+    ):
+        plain = exact(path)
+        for group in plain.groups:
+            arrays = filled(plain, group.index)
+            inputs, given = arrays["input"].tobytes(), arrays["input"].copy()
+            for bits, (_, top) in ENGINES.items():
+                arrays["input"][...] = rounded(given, top)
+                plain.bind(group.index, arrays).run()
+                out = run(program, path, group.index, inputs, tmp_path, cpu, bits=bits)
+                check(plain, group.index, arrays, out, 1e-5)
+
+
+def run(
+    program: Path, model: Path, group: int, inputs: bytes, folder: Path, cpu: str, isa: str = "", bits: int = 16
+) -> bytes:
+    """The outputs of a group as the engine computes them on an emulated CPU, one behind the other."""
+    (folder / "in").write_bytes(inputs)
+    emulated = [QEMU, "-cpu", cpu, "-L", GLIBC, "-E", f"AXC_ISA={isa}", "-E", "AXC_THREADS=2"]
+    command = [*emulated, program, model, str(group), folder / "in", folder / "out", str(bits)]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() == (isa or CPUS[cpu])
+    return (folder / "out").read_bytes()
 
 
 def check(plain: ort.OrtSession, group: int, arrays: dict[str, Any], out: bytes, tolerance: float) -> None:

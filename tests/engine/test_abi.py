@@ -18,6 +18,7 @@ from board import axmodel
 from board.bundle import Bundle
 from board.dtypes import bf16_to_f32
 from board.errors import BadInput
+from board.session import ax_int8
 from tests.engine.compare import filled
 from tests.engine.conftest import ROOT, SOURCE
 
@@ -165,6 +166,15 @@ def test_without_the_extensions_the_session_uses_the_plain_interface(ax: Any, bu
             other.bind(group.index, seen).run()
             for info in group.outputs:
                 np.testing.assert_array_equal(seen[info.name], expected[info.name])
+
+
+def test_8_bit_activations_are_only_for_an_engine_that_has_them(
+    ax: Any, bundle_s8: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ax.Library(ax.library().sys, ax.library().engine, False)
+    monkeypatch.setattr(ax, "library", lambda ours=True: plain)
+    with pytest.raises(BadInput, match="does not run on our own libax_engine"):
+        ax_int8.open_session(Bundle.open(bundle_s8).post_path)
 
 
 def test_a_binding_of_a_prefix_gives_what_the_whole_group_gives(ax: Any, bundle_s8: Path) -> None:

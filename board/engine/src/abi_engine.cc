@@ -307,7 +307,7 @@ AX_S32 axc_set_activation_bits(AX_ENGINE_HANDLE handle, AX_U32 bits) {
     if (bits != 8 && bits != 16) illegal(std::to_string(bits) + " bits for activations; expected 8 or 16");
     const std::shared_ptr<Handle> given = engine().get(handle);
     const std::scoped_lock lock(Runtime::instance().mutex);
-    given->model.precision = bits == 8 ? Levels::Bits8 : Levels::Bits16;
+    given->model.precision = bits == 8 ? Precision::Bits8 : Precision::Bits16;
   });
 }
 

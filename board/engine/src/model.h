@@ -33,7 +33,7 @@ struct Model {
   Axmodel axmodel;
   Graph graph;
   Program program;
-  Levels precision = Levels::Bits16;  // of activations that integer weights are multiplied with
+  Precision precision = Precision::Bits16;  // of activations that integer weights are multiplied with
 
   // Throws Failure for a file that is no axmodel this engine runs.
   explicit Model(Mapping mapping);

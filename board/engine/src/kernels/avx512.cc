@@ -111,7 +111,7 @@ inline int32_t dword(const uint8_t* at) {
   return value;
 }
 
-template <size_t kRows, bool kScaled, Levels kPrecision>
+template <size_t kRows, bool kScaled, Precision kPrecision>
 void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t* sums, int32_t offset,
               const float* row_scales, float* c) {
   Vi high[kRows][2], low[kRows][2];  // as __m512i GCC 12 would keep them in memory too
@@ -124,7 +124,7 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
     repeat<kRows>([&](auto t) AXC_INLINE {
       const __m512i h = _mm512_set1_epi32(dword(levels + t * kLevelBytes + k));
       const __m512i l = _mm512_set1_epi32(dword(levels + t * kLevelBytes + kBlock + k));
-      if (kPrecision == Levels::Bits16) {
+      if (kPrecision == Precision::Bits16) {
         high[t][0] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][0]), w0, h));
         high[t][1] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][1]), w1, h));
       }
@@ -148,10 +148,10 @@ constexpr size_t kDotRows = 4;
 constexpr size_t kAhead = 16384;   // bytes that are fetched ahead: several rows at once are not foreseen by the CPU
 
 // The sum over a block of unsigned weights times levels, in float32 lanes: 256 high + low, by one chain of sums.
-template <Levels kPrecision>
+template <Precision kPrecision>
 AXC_INLINE inline Vf block_product(__m512i w0, __m512i w1, const __m512i levels[4]) {
   __m512i sum = _mm512_setzero_si512();
-  if (kPrecision == Levels::Bits16) {
+  if (kPrecision == Precision::Bits16) {
     sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w0, levels[0]), w1, levels[1]);
     sum = _mm512_slli_epi32(sum, 8);
   }
@@ -180,7 +180,7 @@ AXC_INLINE inline void unsigned_bytes(const uint8_t* at, size_t columns, __m512i
 }
 
 // kRows rows of a weight with one token. Out of the loop that calls it: inlined it runs short of registers.
-template <bool kFour, Levels kPrecision, size_t kRows>
+template <bool kFour, Precision kPrecision, size_t kRows>
 [[gnu::noinline]] void dot_rows(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
   constexpr size_t kBytes = kFour ? kBlock / 2 : kBlock;
   const size_t blocks = a.blocks(), stride = kFour ? blocks * kBytes : w.columns;
@@ -216,7 +216,7 @@ template <bool kFour, Levels kPrecision, size_t kRows>
   });
 }
 
-template <bool kFour, Levels kPrecision>
+template <bool kFour, Precision kPrecision>
 void dots_of(const Matrix& w, size_t row, size_t rows, const Activations& a, size_t token, float* out) {
   constexpr size_t kTogether = kFour ? 4 : 2;  // what measured fastest
   size_t r = 0;
@@ -226,10 +226,10 @@ void dots_of(const Matrix& w, size_t row, size_t rows, const Activations& a, siz
 
 void dots(const Matrix& w, size_t row, size_t rows, const Activations& a, size_t token, float* out) {
   const bool four = w.arithmetic == Arithmetic::Int4;
-  if (a.precision == Levels::Bits8) {
-    (four ? dots_of<true, Levels::Bits8> : dots_of<false, Levels::Bits8>)(w, row, rows, a, token, out);
+  if (a.precision == Precision::Bits8) {
+    (four ? dots_of<true, Precision::Bits8> : dots_of<false, Precision::Bits8>)(w, row, rows, a, token, out);
   } else {
-    (four ? dots_of<true, Levels::Bits16> : dots_of<false, Levels::Bits16>)(w, row, rows, a, token, out);
+    (four ? dots_of<true, Precision::Bits16> : dots_of<false, Precision::Bits16>)(w, row, rows, a, token, out);
   }
 }
 

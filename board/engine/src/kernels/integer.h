@@ -63,8 +63,8 @@ inline void linear(const LinearJob& job, size_t first, size_t last, void* scratc
   if (job.weight->arithmetic == Arithmetic::Float) {
     float_linear(job, first, last, scratch);
   } else if (job.tokens > kTokensByDot) {
-    const bool short_levels = job.levels->precision == Levels::Bits8;
-    (short_levels ? panel_linear<Levels::Bits8> : panel_linear<Levels::Bits16>)(job, first, last, scratch);
+    const bool narrow = job.levels->precision == Precision::Bits8;
+    (narrow ? panel_linear<Precision::Bits8> : panel_linear<Precision::Bits16>)(job, first, last, scratch);
   } else {
     int_linear_in_place(job, first, last);
   }

@@ -32,16 +32,16 @@ constexpr size_t kLevelBytes = 256;    // of a block: room for 16 bits each
 constexpr size_t kTokenChunk = 128;    // tokens that share one packing of a weight
 constexpr size_t kTokensByDot = 4;     // up to here a weight is read in place, not packed
 
-// The precision of activations.
-enum class Levels { Bits16, Bits8 };
+// Of activations.
+enum class Precision { Bits16, Bits8 };
 
 // The largest level: both bytes of 127 * 256 + 127 are signed 8-bit numbers.
-constexpr float top_level(Levels levels) { return levels == Levels::Bits8 ? 127.0f : 32639.0f; }
+constexpr float top_level(Precision precision) { return precision == Precision::Bits8 ? 127.0f : 32639.0f; }
 
 // Activations rounded to levels, block by block: value = scale x level. Few rows lie one behind the other, as products
 // of single rows read them; many lie side by side, block by block, as packed products do.
 struct Activations {
-  Levels precision;
+  Precision precision;
   size_t rows, columns;
   uint8_t* levels;  // kLevelBytes each, in an order of the kernels' own; zeros behind `columns`
   float* scales;

@@ -63,7 +63,7 @@ void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
   }
 }
 
-template <size_t kRows, bool kScaled, Levels kPrecision>
+template <size_t kRows, bool kScaled, Precision kPrecision>
 void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t*, int32_t, const float* row_scales,
               float* c) {
   int32x4_t high[kRows][2], low[kRows][2];
@@ -79,7 +79,7 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
     repeat<4>([&](auto lane) AXC_INLINE {
       const int8x16_t w0 = vld1q_s8(weights + k * 8 + lane * 32), w1 = vld1q_s8(weights + k * 8 + lane * 32 + 16);
       repeat<kRows>([&](auto t) AXC_INLINE {
-        if (kPrecision == Levels::Bits16) {
+        if (kPrecision == Precision::Bits16) {
           high[t][0] = vdotq_laneq_s32(high[t][0], w0, h[t], lane);
           high[t][1] = vdotq_laneq_s32(high[t][1], w1, h[t], lane);
         }
@@ -100,9 +100,9 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
 }
 
 // Both bytes of 16 levels, or the only one, with 16 weights.
-template <Levels kPrecision>
+template <Precision kPrecision>
 inline void accumulate(int8x16_t w, const int8_t* levels, int32x4_t& high, int32x4_t& low) {
-  if (kPrecision == Levels::Bits16) high = vdotq_s32(high, w, vld1q_s8(levels));
+  if (kPrecision == Precision::Bits16) high = vdotq_s32(high, w, vld1q_s8(levels));
   low = vdotq_s32(low, w, vld1q_s8(levels + kBlock));
 }
 
@@ -110,7 +110,7 @@ inline float32x4_t fold(int32x4_t high, int32x4_t low, float factor, float32x4_t
   return vfmaq_n_f32(total, vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(high, 8), low)), factor);
 }
 
-template <Levels kPrecision>
+template <Precision kPrecision>
 float dot_int8(const Matrix& w, size_t row, const Activations& a, size_t token) {
   const int8_t* weights = reinterpret_cast<const int8_t*>(w.data) + row * w.columns;
   float32x4_t total = vdupq_n_f32(0);
@@ -130,7 +130,7 @@ float dot_int8(const Matrix& w, size_t row, const Activations& a, size_t token) 
   return vaddvq_f32(total);
 }
 
-template <Levels kPrecision>
+template <Precision kPrecision>
 float dot_int4(const Matrix& w, size_t row, const Activations& a, size_t token) {
   const size_t blocks = a.blocks();
   const uint8_t* weights = w.data + row * blocks * (kBlock / 2);
@@ -152,13 +152,13 @@ float dot_int4(const Matrix& w, size_t row, const Activations& a, size_t token) 
 
 constexpr size_t kDotRows = 1;
 
-template <Levels kPrecision>
+template <Precision kPrecision>
 float product(const Matrix& w, size_t row, const Activations& a, size_t token) {
   return (w.arithmetic == Arithmetic::Int4 ? dot_int4<kPrecision> : dot_int8<kPrecision>)(w, row, a, token);
 }
 
 void dots(const Matrix& w, size_t row, size_t, const Activations& a, size_t token, float* out) {
-  *out = (a.precision == Levels::Bits8 ? product<Levels::Bits8> : product<Levels::Bits16>)(w, row, a, token);
+  *out = (a.precision == Precision::Bits8 ? product<Precision::Bits8> : product<Precision::Bits16>)(w, row, a, token);
 }
 
 bool runs_here() {

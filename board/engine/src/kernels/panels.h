@@ -29,12 +29,12 @@ class Ahead {
 
 using IntTile = void (*)(const uint8_t*, const uint8_t*, const float*, const int32_t*, int32_t, const float*, float*);
 
-template <bool kScaled, Levels kPrecision, size_t... kRows>
+template <bool kScaled, Precision kPrecision, size_t... kRows>
 constexpr ByCount<IntTile, sizeof...(kRows)> int_tiles(std::index_sequence<kRows...>) {
   return {{int_tile<kRows + 1, kScaled, kPrecision>...}};
 }
 
-template <Levels kPrecision>
+template <Precision kPrecision>
 void panel_linear(const LinearJob& job, size_t first, size_t last, void* scratch) {
   static constexpr auto kPlain = int_tiles<false, kPrecision>(std::make_index_sequence<kIntRows>());
   static constexpr auto kScaled = int_tiles<true, kPrecision>(std::make_index_sequence<kIntRows>());

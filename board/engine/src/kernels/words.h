@@ -32,7 +32,7 @@ inline void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* pan
   }
 }
 
-template <size_t kRows, bool kScaled, Levels>
+template <size_t kRows, bool kScaled, Precision>
 void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t*, int32_t, const float* row_scales,
               float* c) {
   constexpr size_t kAcross = kIntPanel / kWidth;

@@ -33,6 +33,7 @@ def worst(path: Path, bits: int) -> float:
     difference = 0.0
     for group in ours.groups:
         seen = filled(ours, group.index)
+        seen["input"][0, -1] = np.where(np.arange(seen["input"].shape[-1]) % 5, 1, -1)  # every level is the largest
         wanted = {name: array.copy() for name, array in seen.items()}
         wanted["input"][...] = rounded(wanted["input"], top)
         ours.bind(group.index, seen).run()

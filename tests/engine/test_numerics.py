@@ -21,15 +21,16 @@ from tests.engine.compare import exact, filled
 from tests.engine.conftest import Run
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 2e-2}
-ISAS = {"x86_64": ["portable", "avx2", "avx512"], "aarch64": ["portable", "neon", "neon_dotprod"]}[platform.machine()]
+ISAS = {
+    "x86_64": ["portable", "avx2", "avx512", "avx512_pairs"],
+    "aarch64": ["portable", "neon", "neon_dotprod"],
+}[platform.machine()]
 WEIGHTS = ("fp32", "fp16", "bf16", "s8", "s4")
 
 
-def flags() -> str:
-    return Path("/proc/cpuinfo").read_text()
-
-
-HERE = [isa for isa in ISAS if isa != "avx512" or "avx512_vnni" in flags()]
+CPU = Path("/proc/cpuinfo").read_text()
+NEEDED = {"avx512": ["avx512_vnni"], "avx512_pairs": ["avx512_vnni", "AuthenticAMD"]}
+HERE = [isa for isa in ISAS if all(name in CPU for name in NEEDED.get(isa, ()))]
 
 
 @pytest.fixture(scope="session")
@@ -102,8 +103,9 @@ def levels(random: Any, dtype: str, rows: int, columns: int, block: int) -> list
     """The extremes of a type are among the levels; scales have both signs."""
     scales = random.standard_normal((rows, columns // block) if block else rows).astype(np.float32)
     if dtype == "INT8":
-        data = random.choice(np.array([-127, 127, -1, 0, 5, 90], np.int8), (rows, columns))
+        data = random.choice(np.array([-128, -127, 127, -1, 0, 5, 90], np.int8), (rows, columns))
         data[0, 0] = 127
+        data[-1] = -128
     else:
         data = random.integers(0, 256, rows * columns // 2, np.uint8)
     return [(dtype, (rows, columns), data), ("FLOAT", scales.shape, scales)]

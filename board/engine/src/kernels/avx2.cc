@@ -22,11 +22,16 @@ constexpr size_t kIntRows = 5, kIntPanel = 16;
 namespace axc {
 namespace {
 
-// 16-bit levels; for 4-bit weights the even columns come first: they are the low halves of the bytes.
-void store_levels(const int16_t* levels, Arithmetic order, uint8_t* out) {
+// 16-bit levels; for 4-bit weights the even columns come first: they are the low halves of the bytes. Returns their sum.
+int32_t store_levels(const int16_t* levels, const Activations&, Arithmetic order, uint8_t* out) {
   int16_t sorted[kBlock];
-  for (size_t i = 0; i < kBlock; ++i) sorted[i] = levels[order == Arithmetic::Int4 ? i % 64 * 2 + i / 64 : i];
+  int32_t sum = 0;
+  for (size_t i = 0; i < kBlock; ++i) {
+    sorted[i] = levels[order == Arithmetic::Int4 ? i % 64 * 2 + i / 64 : i];
+    sum += levels[i];
+  }
   std::memcpy(out, sorted, sizeof sorted);
+  return sum;
 }
 
 inline __m256i words_at(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
@@ -52,6 +57,7 @@ inline void pack_columns(uint8_t* panel, size_t k, size_t group, Columns columns
   repeat<kWidth>([&](auto i) AXC_INLINE { std::memcpy(panel + ((k / 2 + i) * kIntPanel + group) * 4, &rows[i], sizeof(Vf)); });
 }
 
+template <Precision>
 void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, uint8_t* panel) {
   for (size_t group = 0; group < kIntPanel; group += kWidth) {
     for (size_t k = 0; k < kBlock; k += 16) {
@@ -66,6 +72,7 @@ void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, uint
   }
 }
 
+template <Precision>
 void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
   const __m256i eight = _mm256_set1_epi16(8), zero = _mm256_setzero_si256();
   for (size_t group = 0; group < kIntPanel; group += kWidth) {

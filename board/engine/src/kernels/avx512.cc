@@ -1,241 +1,29 @@
-// AVX-512 with VNNI. A 16-bit level is two signed bytes, so a product takes two 8-bit dot products with unsigned weights:
-// sum (w + 128) (256 high + low) - 128 sum (256 high + low).
-#include <immintrin.h>
-
-#include <cstddef>
-#include <cstdint>
-
-#include "cpu_x86.h"
-#include "kernels.h"
+// AVX-512 with VNNI.
+#include "avx512_bytes.h"
 
 namespace axc {
 namespace {
 
-constexpr size_t kWidth = 16, kVectors = 2, kFloatRows = 12;
-constexpr int32_t kOffset8 = 128, kOffset4 = 8;
-constexpr size_t kIntRows = 6, kIntPanel = 32;
+constexpr size_t kIntRows = 6;
 
-}  // namespace
-}  // namespace axc
-
-#include "vectors.h"
-
-namespace axc {
-namespace {
-
-// 64 high bytes, 64 high bytes, 64 low bytes, 64 low bytes. For 4-bit weights the even columns come first: they are the
-// low halves of the bytes.
-void store_levels(const int16_t* levels, Arithmetic order, uint8_t* out) {
-  __m512i words[4];
-  for (int i = 0; i < 4; ++i) words[i] = _mm512_loadu_si512(levels + 32 * i);
-  if (order == Arithmetic::Int4) {
-    alignas(64) uint16_t even[32];
-    for (int i = 0; i < 32; ++i) even[i] = static_cast<uint16_t>(2 * i);
-    const __m512i low = _mm512_load_si512(even), high = _mm512_add_epi16(low, _mm512_set1_epi16(1));
-    const __m512i e0 = _mm512_permutex2var_epi16(words[0], low, words[1]), o0 = _mm512_permutex2var_epi16(words[0], high, words[1]);
-    const __m512i e1 = _mm512_permutex2var_epi16(words[2], low, words[3]), o1 = _mm512_permutex2var_epi16(words[2], high, words[3]);
-    words[0] = e0, words[1] = e1, words[2] = o0, words[3] = o1;
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512i high = _mm512_srai_epi16(_mm512_add_epi16(words[i], _mm512_set1_epi16(128)), 8);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * i), _mm512_cvtepi16_epi8(high));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + kBlock + 32 * i), _mm512_cvtepi16_epi8(words[i]));
-  }
+int32_t store_levels(const int16_t* levels, const Activations&, Arithmetic order, uint8_t* out) {
+  return store_bytes(levels, order, out);
 }
 
-// Rows of 16 32-bit numbers become columns.
-inline void transpose(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
-  }
-}
-
-inline __mmask64 first_bytes(size_t count) { return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
-
-// Panel: for every 4 columns 32 outputs x 4 bytes. Missing rows and columns are zero levels.
+template <Precision>
 void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, uint8_t* panel) {
-  const __m512i flip = _mm512_set1_epi8(-128);
-  for (size_t half = 0; half < 2; ++half) {
-    const __mmask64 there = first_bytes(columns > 64 * half ? columns - 64 * half : 0);
-    for (size_t group = 0; group < 2; ++group) {
-      __m512i r[16];
-      for (size_t i = 0; i < 16; ++i) {
-        const size_t row = group * 16 + i;
-        r[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(row < rows ? there : 0, w + row * stride + 64 * half), flip);
-      }
-      transpose(r);
-      for (size_t i = 0; i < 16; ++i) _mm512_store_si512(panel + (half * 16 + i) * 128 + group * 64, r[i]);
-    }
-  }
+  pack_bytes_int8(w, stride, rows, columns, panel);
 }
 
+template <Precision>
 void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x88)), low = _mm512_set1_epi8(15);
-  for (size_t group = 0; group < 2; ++group) {
-    __m512i r[16];
-    for (size_t i = 0; i < 16; ++i) {
-      const size_t row = group * 16 + i;
-      r[i] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(row < rows ? ~__mmask64{0} : 0, w + row * stride), flip);
-    }
-    transpose(r);
-    for (size_t i = 0; i < 16; ++i) {
-      _mm512_store_si512(panel + i * 128 + group * 64, _mm512_and_si512(r[i], low));
-      _mm512_store_si512(panel + (16 + i) * 128 + group * 64, _mm512_and_si512(_mm512_srli_epi16(r[i], 4), low));
-    }
-  }
-}
-
-inline int32_t dword(const uint8_t* at) {
-  int32_t value;
-  __builtin_memcpy(&value, at, sizeof value);
-  return value;
+  pack_bytes_int4(w, stride, rows, panel);
 }
 
 template <size_t kRows, bool kScaled, Precision kPrecision>
-void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t* sums, int32_t offset,
-              const float* row_scales, float* c) {
-  Vi high[kRows][2], low[kRows][2];  // as __m512i GCC 12 would keep them in memory too
-  repeat<kRows>([&](auto t) AXC_INLINE {
-    high[t][0] = high[t][1] = Vi{};
-    low[t][0] = low[t][1] = Vi{} - offset * sums[t];
-  });
-  for (size_t k = 0; k < kBlock; k += 4) {
-    const __m512i w0 = _mm512_load_si512(panel + k * 32), w1 = _mm512_load_si512(panel + k * 32 + 64);
-    repeat<kRows>([&](auto t) AXC_INLINE {
-      const __m512i h = _mm512_set1_epi32(dword(levels + t * kLevelBytes + k));
-      const __m512i l = _mm512_set1_epi32(dword(levels + t * kLevelBytes + kBlock + k));
-      if (kPrecision == Precision::Bits16) {
-        high[t][0] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][0]), w0, h));
-        high[t][1] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][1]), w1, h));
-      }
-      low[t][0] = Vi(_mm512_dpbusd_epi32(__m512i(low[t][0]), w0, l));
-      low[t][1] = Vi(_mm512_dpbusd_epi32(__m512i(low[t][1]), w1, l));
-    });
-  }
-  repeat<kRows>([&](auto t) AXC_INLINE {
-    repeat<2>([&](auto v) AXC_INLINE {
-      float* at = c + t * kIntPanel + 16 * v;
-      const Vi sum = (high[t][v] << 8) + low[t][v];
-      Vf factor = all(scales[t]);
-      if (kScaled) factor *= load(row_scales + 16 * v);
-      store(at, load(at) + __builtin_convertvector(sum, Vf) * factor);
-    });
-  });
-}
+constexpr auto int_tile = byte_tile<kRows, kScaled, kPrecision>;
 
-constexpr size_t kGroup = 16;      // blocks whose scales fill a vector
-constexpr size_t kDotRows = 4;
-constexpr size_t kAhead = 16384;   // bytes that are fetched ahead: several rows at once are not foreseen by the CPU
-
-// The sum over a block of unsigned weights times levels, in float32 lanes: 256 high + low, by one chain of sums.
-template <Precision kPrecision>
-AXC_INLINE inline Vf block_product(__m512i w0, __m512i w1, const __m512i levels[4]) {
-  __m512i sum = _mm512_setzero_si512();
-  if (kPrecision == Precision::Bits16) {
-    sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w0, levels[0]), w1, levels[1]);
-    sum = _mm512_slli_epi32(sum, 8);
-  }
-  return __builtin_convertvector(Vi(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w0, levels[2]), w1, levels[3])), Vf);
-}
-
-// A block of a row as unsigned bytes, `columns` of it.
-template <bool kFour>
-AXC_INLINE inline void unsigned_bytes(const uint8_t* at, size_t columns, __m512i& w0, __m512i& w1) {
-  if (kFour) {
-    constexpr int kFlipped = 0x28;  // as ternary logic: (weights ^ flip) & nibble
-    const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x88)), nibble = _mm512_set1_epi8(15);
-    const __m512i bytes = _mm512_loadu_si512(at);
-    w0 = _mm512_ternarylogic_epi32(bytes, flip, nibble, kFlipped);
-    w1 = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), flip, nibble, kFlipped);
-  } else {
-    const __m512i flip = _mm512_set1_epi8(-128);
-    if (columns == kBlock) {
-      w0 = _mm512_loadu_si512(at), w1 = _mm512_loadu_si512(at + 64);
-    } else {
-      w0 = _mm512_maskz_loadu_epi8(first_bytes(columns), at);
-      w1 = _mm512_maskz_loadu_epi8(first_bytes(columns > 64 ? columns - 64 : 0), at + 64);
-    }
-    w0 = _mm512_xor_si512(w0, flip), w1 = _mm512_xor_si512(w1, flip);
-  }
-}
-
-// kRows rows of a weight with one token. Out of the loop that calls it: inlined it runs short of registers.
-template <bool kFour, Precision kPrecision, size_t kRows>
-[[gnu::noinline]] void dot_rows(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
-  constexpr size_t kBytes = kFour ? kBlock / 2 : kBlock;
-  const size_t blocks = a.blocks(), stride = kFour ? blocks * kBytes : w.columns;
-  const uint8_t *weights = w.data + row * stride, *ahead = weights + kAhead;
-  Vf total[kRows], offset[kRows];
-  repeat<kRows>([&](auto r) AXC_INLINE { total[r] = offset[r] = Vf{}; });
-  for (size_t first = 0; first < blocks; first += kGroup) {
-    const size_t entry = a.entry(first, token), count = least(kGroup, blocks - first);
-    const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
-    const Vf scales = Vf(_mm512_maskz_loadu_ps(there, a.scales + entry));
-    const Vf sums = __builtin_convertvector(Vi(_mm512_maskz_loadu_epi32(there, a.sums + entry)), Vf) * scales;
-    alignas(64) float factors[kRows][kGroup];
-    repeat<kRows>([&](auto r) AXC_INLINE {
-      const Vf own = kFour ? Vf(_mm512_maskz_loadu_ps(there, w.scales + (row + r) * blocks + first)) : all(1.0f);
-      if (kFour || r == 0) store(factors[r], scales * own), offset[r] += sums * own;
-    });
-    for (size_t b = 0; b < count; ++b) {
-      const uint8_t *at = weights + (first + b) * kBytes, *of = a.levels + (entry + b) * kLevelBytes;
-      const size_t columns = least(kBlock, w.columns - (first + b) * kBlock);
-      __m512i levels[4];
-      for (size_t i = 0; i < 4; ++i) levels[i] = _mm512_loadu_si512(of + 64 * i);
-      for (size_t line = 0; line < kRows * kBytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
-      ahead += kRows * kBytes;
-      repeat<kRows>([&](auto r) AXC_INLINE {
-        __m512i w0, w1;
-        unsigned_bytes<kFour>(at + r * stride, columns, w0, w1);
-        total[r] += block_product<kPrecision>(w0, w1, levels) * factors[kFour ? r : 0][b];
-      });
-    }
-  }
-  repeat<kRows>([&](auto r) AXC_INLINE {
-    out[r] = sum(total[r] - offset[kFour ? r : 0] * float{kFour ? kOffset4 : kOffset8});
-  });
-}
-
-template <bool kFour, Precision kPrecision>
-void dots_of(const Matrix& w, size_t row, size_t rows, const Activations& a, size_t token, float* out) {
-  constexpr size_t kTogether = kFour ? 4 : 2;  // what measured fastest
-  size_t r = 0;
-  for (; r + kTogether <= rows; r += kTogether) dot_rows<kFour, kPrecision, kTogether>(w, row + r, a, token, out + r);
-  for (; r < rows; ++r) dot_rows<kFour, kPrecision, 1>(w, row + r, a, token, out + r);
-}
-
-void dots(const Matrix& w, size_t row, size_t rows, const Activations& a, size_t token, float* out) {
-  const bool four = w.arithmetic == Arithmetic::Int4;
-  if (a.precision == Precision::Bits8) {
-    (four ? dots_of<true, Precision::Bits8> : dots_of<false, Precision::Bits8>)(w, row, rows, a, token, out);
-  } else {
-    (four ? dots_of<true, Precision::Bits16> : dots_of<false, Precision::Bits16>)(w, row, rows, a, token, out);
-  }
-}
-
-bool runs_here() {
-  return cpu_has({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"});
-}
+bool runs_here() { return has_avx512(); }
 
 }  // namespace
 }  // namespace axc

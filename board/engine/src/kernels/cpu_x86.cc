@@ -45,6 +45,12 @@ uint64_t enabled_state() {
 
 }  // namespace
 
+bool is_amd() {
+  std::array<uint32_t, 4> seen{};
+  __get_cpuid(0, &seen[Eax], &seen[Ebx], &seen[Ecx], &seen[Edx]);
+  return seen[Ebx] == signature_AMD_ebx && seen[Edx] == signature_AMD_edx && seen[Ecx] == signature_AMD_ecx;
+}
+
 bool cpu_has(std::initializer_list<std::string_view> names) {
   const uint64_t state = enabled_state();
   return std::all_of(names.begin(), names.end(), [state](std::string_view name) {

@@ -2,8 +2,8 @@
 // instruction set. Its file brings, before it includes this:
 //   kOffset8, kOffset4        what packing adds to a level to make it unsigned (0: it stays signed)
 //   kIntRows, kIntPanel       tokens and outputs of a tile
-//   store_levels              one block of activations in the order its products read
-//   pack_int8, pack_int4      one block of kIntPanel rows of a weight
+//   store_levels              one block of activations in the order its products read; returns what they need besides
+//   pack_int8, pack_int4      <precision>: one block of kIntPanel rows of a weight
 //   int_tile                  <tokens, scaled, precision>: c[t][o] += scale[t] (* row_scale[o]) * product
 //   kDotRows, dots            whole rows of a weight, in place, with one token
 #pragma once
@@ -31,16 +31,13 @@ inline void quantise(const float* x, Arithmetic order, size_t first, size_t last
       const float largest = std::bit_cast<float>(peak);
       const bool finite = peak < 0x7F800000;
       const float factor = finite && largest > 1e-30f ? top / largest : 0.0f;
-      int32_t total = 0;
       for (size_t i = 0; i < kBlock; ++i) {
         const int32_t level = std::bit_cast<int32_t>(values[i] * factor + kRound) - std::bit_cast<int32_t>(kRound);
         levels[i] = static_cast<int16_t>(finite ? level : 0);
-        total += levels[i];
       }
       const size_t entry = out.entry(block, row);
       out.scales[entry] = finite ? largest / top : std::bit_cast<float>(0x7FC00000);
-      out.sums[entry] = total;
-      store_levels(levels, order, out.levels + entry * kLevelBytes);
+      out.sums[entry] = store_levels(levels, out, order, out.levels + entry * kLevelBytes);
     }
   }
 }

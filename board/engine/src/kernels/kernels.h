@@ -45,7 +45,7 @@ struct Activations {
   size_t rows, columns;
   uint8_t* levels;  // kLevelBytes each, in an order of the kernels' own; zeros behind `columns`
   float* scales;
-  int32_t* sums;    // of the levels of a block
+  int32_t* sums;    // of a block; of what, is the kernels' own
 
   size_t blocks() const { return (columns + kBlock - 1) / kBlock; }
   size_t entry(size_t block, size_t row) const {
@@ -109,7 +109,7 @@ const Kernels& kernels();
 
 extern const Kernels kPortable;
 #ifdef __x86_64__
-extern const Kernels kAvx2, kAvx512;
+extern const Kernels kAvx2, kAvx512, kAvx512Pairs;
 #endif
 #ifdef __aarch64__
 extern const Kernels kNeon, kNeonDotprod;

@@ -24,16 +24,18 @@ namespace axc {
 namespace {
 
 // 128 high bytes, then 128 low ones; for 4-bit weights the even columns come first: they are the low halves of the bytes.
-void store_levels(const int16_t* levels, Arithmetic order, uint8_t* out) {
+int32_t store_levels(const int16_t* levels, const Activations&, Arithmetic order, uint8_t* out) {
   for (size_t i = 0; i < kBlock; ++i) {
     const int16_t level = levels[order == Arithmetic::Int4 ? i % 64 * 2 + i / 64 : i];
     const int high = (level + 128) >> 8;
     out[i] = static_cast<uint8_t>(high);
     out[kBlock + i] = static_cast<uint8_t>(level - high * 256);
   }
+  return 0;
 }
 
 // Panel: for every 4 columns 8 outputs x 4 bytes.
+template <Precision>
 void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, uint8_t* panel) {
   if (rows < kIntPanel || columns < kBlock) std::memset(panel, 0, kIntPanel * kBlock);
   for (size_t r = 0; r < rows; ++r) {
@@ -47,6 +49,7 @@ inline void nibbles(uint8x16_t bytes, int8x16_t& low, int8x16_t& high) {
   high = vshrq_n_s8(vreinterpretq_s8_u8(bytes), 4);
 }
 
+template <Precision>
 void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
   if (rows < kIntPanel) std::memset(panel, 0, kIntPanel * kBlock);
   for (size_t r = 0; r < rows; ++r) {

@@ -27,6 +27,8 @@ class Ahead {
   size_t stride_, bytes_, rows_, step_, next_ = 0;
 };
 
+constexpr size_t kPanelBytes = (2 * kBlock + sizeof(int32_t)) * kIntPanel;  // 16-bit weights, and a number for each row
+
 using IntTile = void (*)(const uint8_t*, const uint8_t*, const float*, const int32_t*, int32_t, const float*, float*);
 
 template <bool kScaled, Precision kPrecision, size_t... kRows>
@@ -43,7 +45,7 @@ void panel_linear(const LinearJob& job, size_t first, size_t last, void* scratch
   const bool four = w.arithmetic == Arithmetic::Int4;
   const size_t blocks = a.blocks(), block_bytes = four ? kBlock / 2 : kBlock;
   uint8_t* panel = static_cast<uint8_t*>(scratch);
-  float* c = reinterpret_cast<float*>(panel + 2 * kIntPanel * kBlock);
+  float* c = reinterpret_cast<float*>(panel + kPanelBytes);
   float* row_scales = c + kTokenChunk * kIntPanel;
   for (size_t begin = 0; begin < job.tokens; begin += kTokenChunk) {
     const size_t tokens = least(kTokenChunk, job.tokens - begin);
@@ -53,10 +55,10 @@ void panel_linear(const LinearJob& job, size_t first, size_t last, void* scratch
       for (size_t b = 0; b < blocks; ++b) {
         const uint8_t* data = w.data + row * w.stride() + b * block_bytes;
         if (four) {
-          pack_int4(data, w.stride(), rows, panel);
+          pack_int4<kPrecision>(data, w.stride(), rows, panel);
           for (size_t r = 0; r < kIntPanel; ++r) row_scales[r] = r < rows ? w.scales[(row + r) * blocks + b] : 0.0f;
         } else {
-          pack_int8(reinterpret_cast<const int8_t*>(data), w.stride(), rows, least(kBlock, w.columns - b * kBlock), panel);
+          pack_int8<kPrecision>(reinterpret_cast<const int8_t*>(data), w.stride(), rows, least(kBlock, w.columns - b * kBlock), panel);
         }
         const bool more = b + 1 < blocks;
         const size_t next = more ? row : row + kIntPanel;
@@ -76,7 +78,7 @@ void panel_linear(const LinearJob& job, size_t first, size_t last, void* scratch
   }
 }
 
-static_assert(2 * kIntPanel * kBlock + (kTokenChunk + 1) * kIntPanel * sizeof(float) <= kLinearScratch);
+static_assert(kPanelBytes + (kTokenChunk + 1) * kIntPanel * sizeof(float) <= kLinearScratch);
 
 }  // namespace
 }  // namespace axc

@@ -11,10 +11,14 @@ using Vw = int16_t __attribute__((vector_size(kWidth * 2)));
 
 inline int nibble_level(uint8_t byte, int which) { return ((byte >> 4 * which & 15) ^ 8) - 8; }
 
-inline void store_levels(const int16_t* levels, Arithmetic, uint8_t* out) { std::memcpy(out, levels, kLevelBytes); }
+inline int32_t store_levels(const int16_t* levels, const Activations&, Arithmetic, uint8_t* out) {
+  std::memcpy(out, levels, kLevelBytes);
+  return 0;
+}
 
 // Panel: for every column kIntPanel outputs of 16 bits.
-inline void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, uint8_t* panel) {
+template <Precision>
+void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, uint8_t* panel) {
   int16_t* to = reinterpret_cast<int16_t*>(panel);
   if (rows < kIntPanel || columns < kBlock) std::memset(panel, 0, 2 * kIntPanel * kBlock);
   for (size_t r = 0; r < rows; ++r) {
@@ -22,7 +26,8 @@ inline void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t column
   }
 }
 
-inline void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
+template <Precision>
+void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
   int16_t* to = reinterpret_cast<int16_t*>(panel);
   if (rows < kIntPanel) std::memset(panel, 0, 2 * kIntPanel * kBlock);
   for (size_t r = 0; r < rows; ++r) {

@@ -9,16 +9,49 @@ namespace {
 
 constexpr size_t kTokensPerItem = 8;
 
-// How the rows of a weight are handed out: so many items that a thread that is held up leaves its share to the others.
-struct Shares {
-  size_t items, step;  // for each thread; of whose rows the number is a multiple
+// How the rows of weights are handed out: so many items that a thread that is held up leaves its share to the others.
+struct Cut {
+  size_t items, step;  // for each thread; rows, of which an item has a multiple
 };
-constexpr Shares kInPlace{16, 4}, kPacked{6, 32};
+constexpr Cut kInPlace{16, 4}, kPacked{6, 32};
 constexpr size_t kGatedRows = 64;           // of a gate and its `up` that are computed before they are joined
+constexpr size_t kFetched = 64 << 10;       // bytes of the next weight that a thread fetches when it has no more to do
 constexpr size_t kAttentionRows = 112;      // query rows that share a pass over the keys
 constexpr size_t kAttentionScratch = 8 << 20;
 
 constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
+// The rows of weights, one weight's behind the other's, cut into items of about the same size. A gate and its `up` are
+// cut alike, so that only the gate's count.
+class Shares {
+ public:
+  Shares(const Project& step, Cut cut, size_t threads) : parts_(step.parts), step_(cut.step), gated_(step.gated >= 0) {
+    for (size_t i = 0; i < weights(); ++i) steps_ += steps_of(parts_[i]);
+    items_ = std::min(steps_, cut.items * threads);
+  }
+
+  size_t items() const { return items_; }
+
+  // Calls body(part, first row, last row) for what an item has of each weight.
+  template <class Body>
+  void each(size_t item, const Body& body) const {
+    size_t first = steps_ * item / items_, end = steps_ * (item + 1) / items_;
+    for (size_t i = 0; i < weights() && end; ++i) {
+      const size_t steps = steps_of(parts_[i]), rows = parts_[i].weight.rows;
+      if (first < steps) body(parts_[i], first * step_, std::min(end * step_, rows));
+      first -= std::min(first, steps);
+      end -= std::min(end, steps);
+    }
+  }
+
+ private:
+  size_t weights() const { return gated_ ? 1 : parts_.size(); }
+  size_t steps_of(const Part& part) const { return ceil_div(part.weight.rows, step_); }
+
+  const std::vector<Part>& parts_;
+  size_t step_, steps_ = 0, items_ = 0;
+  bool gated_;
+};
 
 class Run {
  public:
@@ -32,6 +65,7 @@ class Run {
 
   void all() {
     for (const Step& step : model_.program.steps) {
+      next_ = std::find_if(&step + 1, steps_end(), [](const Step& later) { return std::holds_alternative<Project>(later); });
       const auto start = std::chrono::steady_clock::now();
       std::visit([this](const auto& kind) { (*this)(kind); }, step);
       const auto took = std::chrono::steady_clock::now() - start;
@@ -133,51 +167,63 @@ class Run {
   }
 
   void project(const Project& s, const Activations& levels) {
-    size_t rows = 0;
-    for (const Part& part : s.parts) rows += part.weight.rows;
-    const size_t share = rows_per_item(rows);
-    items_.clear();
-    for (const Part& part : s.parts) {
-      for (size_t first = 0; first < part.weight.rows; first += share) {
-        items_.push_back({&part, first, std::min(first + share, part.weight.rows)});
-      }
-    }
+    const Shares shares(s, cut(), pool_.size());
     reserve_scratch(kLinearScratch);
-    pool_.each(items_.size(), [&](size_t index, size_t thread) {
-      const Item& item = items_[index];
-      const Part& part = *item.part;
-      const LinearJob job{&part.weight, tokens_, floats(s.x), &levels, part.bias,
-                          part.residual < 0 ? nullptr : floats(part.residual), floats(part.to), part.weight.rows, 0};
-      kernels_.linear(job, item.first, item.last, scratch(thread));
+    pool_.each(shares.items(), [&](size_t item, size_t thread) {
+      shares.each(item, [&](const Part& part, size_t first, size_t last) {
+        const LinearJob job{&part.weight, tokens_, floats(s.x), &levels, part.bias,
+                            part.residual < 0 ? nullptr : floats(part.residual), floats(part.to), part.weight.rows, 0, &part.weight, last};
+        kernels_.linear(job, first, last, scratch(thread));
+      });
+      fetch_next(shares.items(), item, thread);
     });
   }
 
   // Gate and up go no further than the thread's cache.
   void project_gated(const Project& s, const Activations& levels) {
-    const size_t rows = s.parts[0].weight.rows, share = rows_per_item(rows);
-    const size_t strip = tokens_ <= kTokensByDot ? share : kGatedRows;
+    const Shares shares(s, cut(), pool_.size());
+    const size_t rows = s.parts[0].weight.rows;
+    const size_t strip = tokens_ <= kTokensByDot ? ceil_div(rows, shares.items()) + cut().step : kGatedRows;
     reserve_scratch(kLinearScratch + 2 * tokens_ * strip * sizeof(float));
-    pool_.each(ceil_div(rows, share), [&](size_t item, size_t thread) {
+    pool_.each(shares.items(), [&](size_t item, size_t thread) {
       uint8_t* own = scratch(thread);
       float* gate = reinterpret_cast<float*>(own + kLinearScratch);
       float* up = gate + tokens_ * strip;
-      const size_t end = std::min((item + 1) * share, rows);
-      for (size_t first = item * share; first < end; first += strip) {
-        const size_t last = std::min(first + strip, end);
-        for (const auto& [part, y] : {std::pair(&s.parts[0], gate), std::pair(&s.parts[1], up)}) {
-          const LinearJob job{&part->weight, tokens_, floats(s.x), &levels, part->bias, nullptr, y, strip, first};
-          kernels_.linear(job, first, last, own);
+      shares.each(item, [&](const Part&, size_t begin, size_t end) {
+        for (size_t first = begin; first < end; first += strip) {
+          const size_t last = std::min(first + strip, end);
+          const Part &a = s.parts[0], &b = s.parts[1];
+          kernels_.linear({&a.weight, tokens_, floats(s.x), &levels, a.bias, nullptr, gate, strip, first, &b.weight, first},
+                          first, last, own);
+          kernels_.linear({&b.weight, tokens_, floats(s.x), &levels, b.bias, nullptr, up, strip, first, &a.weight, last},
+                          first, last, own);
+          for (size_t token = 0; token < tokens_; ++token) {
+            kernels_.swiglu(gate + token * strip, up + token * strip, last - first, floats(s.gated) + token * rows + first);
+          }
         }
-        for (size_t token = 0; token < tokens_; ++token) {
-          kernels_.swiglu(gate + token * strip, up + token * strip, last - first, floats(s.gated) + token * rows + first);
-        }
-      }
+      });
+      fetch_next(shares.items(), item, thread);
     });
   }
 
-  size_t rows_per_item(size_t rows) const {
-    const auto [items, step] = tokens_ <= kTokensByDot ? kInPlace : kPacked;
-    return std::max<size_t>(ceil_div(rows, pool_.size() * items * step), 1) * step;
+  Cut cut() const { return tokens_ <= kTokensByDot ? kInPlace : kPacked; }
+
+  const Step* steps_end() const { return model_.program.steps.data() + model_.program.steps.size(); }
+
+  // After the last item of a thread's own: the rows of the next weight that it begins with come to its cache while it
+  // would wait for the others and for what lies between two weights.
+  void fetch_next(size_t items, size_t item, size_t thread) const {
+    if (tokens_ > kTokensByDot || item + 1 != items * (thread + 1) / pool_.size() || next_ == steps_end()) return;
+    const Project& next = std::get<Project>(*next_);
+    const Shares shares(next, cut(), pool_.size());
+    shares.each(shares.items() * thread / pool_.size(), [&](const Part& part, size_t first, size_t last) {
+      const size_t weights = next.gated < 0 ? 1 : 2;
+      for (const Part* each = &part; each != &part + weights; ++each) {
+        const uint8_t* rows = each->weight.data + first * each->weight.stride();
+        const size_t bytes = std::min((last - first) * each->weight.stride(), kFetched / weights);
+        for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(rows + line, 0, 2);
+      }
+    });
   }
 
   void operator()(const Rotate& s) {
@@ -259,11 +305,6 @@ class Run {
     });
   }
 
-  struct Item {
-    const Part* part;
-    size_t first, last;
-  };
-
   Runtime& runtime_ = Runtime::instance();
   const Kernels& kernels_ = kernels();
   const Model& model_;
@@ -274,7 +315,7 @@ class Run {
   uint8_t* workspace_ = nullptr;
   uint8_t* scratch_ = nullptr;
   size_t scratch_bytes_ = 0;
-  std::vector<Item> items_;
+  const Step* next_ = nullptr;  // with weights, behind the one that runs
 };
 
 }  // namespace

@@ -50,50 +50,45 @@ inline int32_t store_bytes(const int16_t* levels, Arithmetic order, uint8_t* out
   return _mm512_reduce_add_epi32(sum);
 }
 
-// Rows of 16 32-bit numbers become columns.
-inline void transpose(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xDD);
-  }
-}
-
 inline __mmask64 first_bytes(size_t count) { return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
 
-// `count` bytes of each of 16 rows, turned: r[i] has bytes 4 i to 4 i + 3 of all. Missing rows and bytes are zeros.
-inline void turned(const uint8_t* w, size_t stride, size_t rows, size_t count, __m512i r[16]) {
-  const __mmask64 there = first_bytes(count);
-  for (size_t i = 0; i < 16; ++i) r[i] = _mm512_maskz_loadu_epi8(i < rows ? there : 0, w + i * stride);
-  transpose(r);
+// 64 bytes of each of 16 rows, turned: r[i] has bytes 4 i to 4 i + 3 of every row. Rows 4 apart are put together as they
+// are loaded, which spares half the shuffles.
+AXC_INLINE inline void turned(const uint8_t* w, size_t stride, __m512i r[16]) {
+  repeat<4>([&](auto chunk) AXC_INLINE {
+    __m512i x[4];
+    repeat<4>([&](auto i) AXC_INLINE {
+      const auto quarter = [&](size_t row) AXC_INLINE {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + row * stride + 16 * chunk));
+      };
+      x[i] = _mm512_broadcast_i32x4(quarter(i));
+      x[i] = _mm512_mask_broadcast_i32x4(x[i], 0x00F0, quarter(i + 4));
+      x[i] = _mm512_mask_broadcast_i32x4(x[i], 0x0F00, quarter(i + 8));
+      x[i] = _mm512_mask_broadcast_i32x4(x[i], 0xF000, quarter(i + 12));
+    });
+    const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
+    const __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
+    r[4 * chunk] = _mm512_unpacklo_epi64(a, c), r[4 * chunk + 1] = _mm512_unpackhi_epi64(a, c);
+    r[4 * chunk + 2] = _mm512_unpacklo_epi64(b, d), r[4 * chunk + 3] = _mm512_unpackhi_epi64(b, d);
+  });
 }
 
-// Calls store(group, half, r) for every 16 rows and 64 bytes of a block, turned.
+// Calls store(group, half, r) for every 16 rows and 64 bytes of a block, turned. Missing rows and bytes are zeros.
 template <size_t kBytes, class Store>
 inline void each_turned(const uint8_t* w, size_t stride, size_t rows, size_t bytes, Store store) {
   for (size_t half = 0; half < kBytes / 64; ++half) {
-    const size_t there = bytes > 64 * half ? bytes - 64 * half : 0;
+    const size_t count = bytes > 64 * half ? least(64, bytes - 64 * half) : 0;
     for (size_t group = 0; group < kIntPanel / 16; ++group) {
+      const size_t there = rows > group * 16 ? least(16, rows - group * 16) : 0;
+      const uint8_t* from = w + group * 16 * stride + 64 * half;
       __m512i r[16];
-      turned(w + group * 16 * stride + 64 * half, stride, rows > group * 16 ? rows - group * 16 : 0, there, r);
+      if (there == 16 && count == 64) {
+        turned(from, stride, r);
+      } else {
+        uint8_t padded[16 * 64] = {};
+        for (size_t row = 0; row < there; ++row) std::memcpy(padded + 64 * row, from + row * stride, count);
+        turned(padded, 64, r);
+      }
       store(group, half, r);
     }
   }

@@ -57,15 +57,21 @@ struct PairPanel {
   }
 };
 
+// The lowest bits of each word as a signed number. Of two shifts, which would do, a CPU begins fewer in a cycle.
+template <size_t kBits>
+AXC_INLINE inline __m512i signed_low(__m512i words) {
+  constexpr int kFlipped = 0x28;  // as ternary logic: (words ^ sign) & mask
+  const __m512i sign = _mm512_set1_epi16(1 << (kBits - 1)), mask = _mm512_set1_epi16((1 << kBits) - 1);
+  return _mm512_sub_epi16(_mm512_ternarylogic_epi32(words, sign, mask, kFlipped), sign);
+}
+
 template <Precision kPrecision>
 void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, uint8_t* panel) {
   if (kPrecision == Precision::Bits8) return pack_bytes_int8(w, stride, rows, columns, panel);
   PairPanel to{panel};
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(w);
   each_turned<kBlock>(bytes, stride, rows, columns, [&](size_t group, size_t half, const __m512i* r) AXC_INLINE {
-    for (size_t i = 0; i < 16; ++i) {
-      to.put(half * 16 + i, group, _mm512_srai_epi16(_mm512_slli_epi16(r[i], 8), 8), _mm512_srai_epi16(r[i], 8));
-    }
+    for (size_t i = 0; i < 16; ++i) to.put(half * 16 + i, group, signed_low<8>(r[i]), _mm512_srai_epi16(r[i], 8));
   });
   to.end();
 }
@@ -75,10 +81,9 @@ void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
   if (kPrecision == Precision::Bits8) return pack_bytes_int4(w, stride, rows, panel);
   PairPanel to{panel};
   each_turned<kBlock / 2>(w, stride, rows, kBlock / 2, [&](size_t group, size_t, const __m512i* r) AXC_INLINE {
-    const auto nibble = [](__m512i words, unsigned up) AXC_INLINE { return _mm512_srai_epi16(_mm512_slli_epi16(words, up), 12); };
     for (size_t i = 0; i < 16; ++i) {
-      to.put(2 * i, group, nibble(r[i], 12), nibble(r[i], 8));
-      to.put(2 * i + 1, group, nibble(r[i], 4), nibble(r[i], 0));
+      to.put(2 * i, group, signed_low<4>(r[i]), signed_low<4>(_mm512_srli_epi16(r[i], 4)));
+      to.put(2 * i + 1, group, signed_low<4>(_mm512_srli_epi16(r[i], 8)), _mm512_srai_epi16(r[i], 12));
     }
   });
   to.end();

@@ -63,6 +63,8 @@ struct LinearJob {
   const float* residual;  // [tokens, rows] or null
   float* y;               // [tokens, y_stride], from the weight's row `y_origin` on
   size_t y_stride, y_origin;
+  const Matrix* next;     // of what the thread multiplies after this, and from which row on: it is fetched ahead
+  size_t next_row;
 
   float* at(size_t token, size_t row) const { return y + token * y_stride + (row - y_origin); }
 };

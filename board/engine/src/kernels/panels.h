@@ -9,12 +9,17 @@
 namespace axc {
 namespace {
 
-// The weight's next block, fetched a few rows after each tile: a block's rows lie too far apart for the CPU to foresee,
-// and all at once they would hold up the tiles.
+// Bytes of a block of a row.
+inline size_t block_bytes(const Matrix& w) { return w.arithmetic == Arithmetic::Int4 ? kBlock / 2 : kBlock; }
+
+// The block that is packed next, fetched a few rows before each tile: a block's rows lie too far apart for the CPU to
+// foresee, and all at once they would hold up the tiles.
 class Ahead {
  public:
-  Ahead(const uint8_t* data, size_t stride, size_t bytes, size_t rows, size_t turns)
-      : data_(data), stride_(stride), bytes_(bytes), rows_(rows), step_((rows + turns - 1) / turns) {}
+  // A block of the rows [row, last), before each of so many tiles.
+  Ahead(const Matrix& w, size_t row, size_t last, size_t block, size_t tiles)
+      : data_(w.data + row * w.stride() + block * block_bytes(w)), stride_(w.stride()), bytes_(block_bytes(w)),
+        rows_(row < last ? least(kIntPanel, last - row) : 0), step_((rows_ + tiles - 1) / tiles) {}
 
   void some() {
     for (const size_t last = least(next_ + step_, rows_); next_ < last; ++next_) {
@@ -43,7 +48,7 @@ void panel_linear(const LinearJob& job, size_t first, size_t last, void* scratch
   const Matrix& w = *job.weight;
   const Activations& a = *job.levels;
   const bool four = w.arithmetic == Arithmetic::Int4;
-  const size_t blocks = a.blocks(), block_bytes = four ? kBlock / 2 : kBlock;
+  const size_t blocks = a.blocks();
   uint8_t* panel = static_cast<uint8_t*>(scratch);
   float* c = reinterpret_cast<float*>(panel + kPanelBytes);
   float* row_scales = c + kTokenChunk * kIntPanel;
@@ -53,22 +58,22 @@ void panel_linear(const LinearJob& job, size_t first, size_t last, void* scratch
       const size_t rows = least(kIntPanel, last - row);
       std::memset(c, 0, tokens * kIntPanel * sizeof(float));
       for (size_t b = 0; b < blocks; ++b) {
-        const uint8_t* data = w.data + row * w.stride() + b * block_bytes;
+        const uint8_t* data = w.data + row * w.stride() + b * block_bytes(w);
         if (four) {
           pack_int4<kPrecision>(data, w.stride(), rows, panel);
           for (size_t r = 0; r < kIntPanel; ++r) row_scales[r] = r < rows ? w.scales[(row + r) * blocks + b] : 0.0f;
         } else {
           pack_int8<kPrecision>(reinterpret_cast<const int8_t*>(data), w.stride(), rows, least(kBlock, w.columns - b * kBlock), panel);
         }
-        const bool more = b + 1 < blocks;
-        const size_t next = more ? row : row + kIntPanel;
-        Ahead ahead(w.data + next * w.stride() + (more ? (b + 1) * block_bytes : 0), w.stride(), block_bytes,
-                    next < last ? least(kIntPanel, last - next) : 0, (tokens + kIntRows - 1) / kIntRows);
+        const size_t tiles = (tokens + kIntRows - 1) / kIntRows;
+        Ahead ahead = b + 1 < blocks ? Ahead(w, row, last, b + 1, tiles)
+                      : row + kIntPanel < last ? Ahead(w, row + kIntPanel, last, 0, tiles)
+                                               : Ahead(*job.next, job.next_row, job.next->rows, 0, tiles);
         for (size_t t = 0; t < tokens; t += kIntRows) {
           const size_t n = least(kIntRows, tokens - t), entry = a.entry(b, begin + t);
+          ahead.some();
           (four ? kScaled : kPlain).of[n - 1](panel, a.levels + entry * kLevelBytes, a.scales + entry, a.sums + entry,
                                               four ? kOffset4 : kOffset8, row_scales, c + t * kIntPanel);
-          ahead.some();
         }
       }
       for (size_t t = 0; t < tokens; ++t) {

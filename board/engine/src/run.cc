@@ -15,7 +15,6 @@ struct Cut {
 };
 constexpr Cut kInPlace{16, 4}, kPacked{6, 32};
 constexpr size_t kGatedRows = 64;           // of a gate and its `up` that are computed before they are joined
-constexpr size_t kFetched = 64 << 10;       // bytes of the next weight that a thread fetches when it has no more to do
 constexpr size_t kAttentionRows = 112;      // query rows that share a pass over the keys
 constexpr size_t kAttentionScratch = 8 << 20;
 
@@ -65,7 +64,6 @@ class Run {
 
   void all() {
     for (const Step& step : model_.program.steps) {
-      next_ = std::find_if(&step + 1, steps_end(), [](const Step& later) { return std::holds_alternative<Project>(later); });
       const auto start = std::chrono::steady_clock::now();
       std::visit([this](const auto& kind) { (*this)(kind); }, step);
       const auto took = std::chrono::steady_clock::now() - start;
@@ -175,7 +173,6 @@ class Run {
                             part.residual < 0 ? nullptr : floats(part.residual), floats(part.to), part.weight.rows, 0, &part.weight, last};
         kernels_.linear(job, first, last, scratch(thread));
       });
-      fetch_next(shares.items(), item, thread);
     });
   }
 
@@ -202,29 +199,10 @@ class Run {
           }
         }
       });
-      fetch_next(shares.items(), item, thread);
     });
   }
 
   Cut cut() const { return tokens_ <= kTokensByDot ? kInPlace : kPacked; }
-
-  const Step* steps_end() const { return model_.program.steps.data() + model_.program.steps.size(); }
-
-  // After the last item of a thread's own: the rows of the next weight that it begins with come to its cache while it
-  // would wait for the others and for what lies between two weights.
-  void fetch_next(size_t items, size_t item, size_t thread) const {
-    if (tokens_ > kTokensByDot || item + 1 != items * (thread + 1) / pool_.size() || next_ == steps_end()) return;
-    const Project& next = std::get<Project>(*next_);
-    const Shares shares(next, cut(), pool_.size());
-    shares.each(shares.items() * thread / pool_.size(), [&](const Part& part, size_t first, size_t last) {
-      const size_t weights = next.gated < 0 ? 1 : 2;
-      for (const Part* each = &part; each != &part + weights; ++each) {
-        const uint8_t* rows = each->weight.data + first * each->weight.stride();
-        const size_t bytes = std::min((last - first) * each->weight.stride(), kFetched / weights);
-        for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(rows + line, 0, 2);
-      }
-    });
-  }
 
   void operator()(const Rotate& s) {
     const size_t count = 2 * s.heads * s.half;
@@ -315,7 +293,6 @@ class Run {
   uint8_t* workspace_ = nullptr;
   uint8_t* scratch_ = nullptr;
   size_t scratch_bytes_ = 0;
-  const Step* next_ = nullptr;  // with weights, behind the one that runs
 };
 
 }  // namespace

@@ -130,9 +130,9 @@ writer.write_tensors_to_file()
 writer.close()
 """
 
-# Two threads read files, mapped as the engine has them, as fast as they can, each a half of the bytes: what one has read
-# the other would find cached. They begin together and a pass ends with the later: what one reads alone, when the other
-# rests, is more than half of what both can. Prints the bytes per second of the best pass.
+# Two threads read files, mapped as the engine has them, as fast as they can, each a half of the bytes: what one has
+# read the other would find cached. They begin together and a pass ends with the later: what one reads alone, when the
+# other rests, is more than half of what both can. Prints the bytes per second of the best pass.
 READ = """
 import os, sys, time
 from concurrent.futures import ThreadPoolExecutor

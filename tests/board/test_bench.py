@@ -31,7 +31,7 @@ CPU implementer	: 0x41
 CPU part	: 0xd05
 """
 
-ISAS = "(portable|avx2|avx512|avx512_pairs|neon|neon_dotprod)"
+ISAS = "(portable|avx2|avx512|avx512_bf16|avx512_pairs|neon|neon_dotprod)"
 ENGINES = {
     "ax": rf"ax axc {VERSION} {ISAS}",
     "ax-int8": rf"ax-int8 axc {VERSION} {ISAS}",

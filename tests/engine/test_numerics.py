@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 
 from board.axmodel import OPSET, PRODUCER, Axmodel, Node, Tensor, TensorInfo, encode
 from board.bundle import Bundle
-from board.dtypes import nbytes, to_float32
+from board.dtypes import DTYPES, FLOATS, from_float32, nbytes, to_float32
 from board.errors import BadInput
 from board.model import Model
 from board.session import ax_int8
@@ -22,14 +22,18 @@ from tests.engine.conftest import Run
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-3, "bf16": 2e-2}
 ISAS = {
-    "x86_64": ["portable", "avx2", "avx512", "avx512_pairs"],
+    "x86_64": ["portable", "avx2", "avx512", "avx512_bf16", "avx512_pairs"],
     "aarch64": ["portable", "neon", "neon_dotprod"],
 }[platform.machine()]
 WEIGHTS = ("fp32", "fp16", "bf16", "s8", "s4")
 
 
 CPU = Path("/proc/cpuinfo").read_text()
-NEEDED = {"avx512": ["avx512_vnni"], "avx512_pairs": ["avx512_vnni", "AuthenticAMD"]}
+NEEDED = {
+    "avx512": ["avx512_vnni"],
+    "avx512_bf16": ["avx512_vnni", "avx512_bf16"],
+    "avx512_pairs": ["avx512_vnni", "avx512_bf16", "AuthenticAMD"],
+}
 HERE = [isa for isa in ISAS if all(name in CPU for name in NEEDED.get(isa, ()))]
 
 
@@ -61,8 +65,11 @@ def test_every_group_of_every_type_computes_what_onnxruntime_computes(
         assert float(worst) <= TOLERANCE[hidden], (path, worst)
 
 
-def linear_file(folder: Path, parts: list[tuple[str, tuple[int, ...], Any]], attributes: dict[str, int]) -> Path:
-    """An axmodel that is one linear layer, float32 in and out; `parts` are the tensors of its weight."""
+def linear_file(
+    folder: Path, parts: list[tuple[str, tuple[int, ...], Any]], attributes: dict[str, int], hidden: str = "fp32"
+) -> Path:
+    """An axmodel that is one linear layer, `hidden` in and out; `parts` are the tensors of its weight."""
+    state = FLOATS[hidden]
     tensors = {
         f"weight.{i}": Tensor(f"weight.{i}", dtype, dims, -1, nbytes(dtype, dims), memoryview(data.tobytes()))
         for i, (dtype, dims, data) in enumerate(parts)
@@ -74,27 +81,28 @@ def linear_file(folder: Path, parts: list[tuple[str, tuple[int, ...], Any]], att
     nodes = (
         widen,
         Node("Transpose", ("wide",), ("transposed",), {"perm": (1, 0)}),
-        Node("MatMul", ("input", "transposed"), ("product",)),
-        Node("Cast", ("product",), ("output",), {"to": 1}),
+        Node("Cast", ("input",), ("x",), {"to": DTYPES["FLOAT"].onnx}),
+        Node("MatMul", ("x", "transposed"), ("product",)),
+        Node("Cast", ("product",), ("output",), {"to": DTYPES[state].onnx}),
     )
     metadata = {
         "axmodel.version": "1",
         "axmodel.kind": "post",
         "axmodel.groups": '[{"tokens":1,"history":0},{"tokens":3,"history":0},{"tokens":41,"history":0}]',
-        "axmodel.hidden_state_type": "fp32",
+        "axmodel.hidden_state_type": hidden,
     }
     model = Axmodel(
         producer_name=PRODUCER,
         producer_version="test",
         opset=OPSET,
         metadata=metadata,
-        inputs=(TensorInfo("input", "FLOAT", (1, "M", columns)),),
-        outputs=(TensorInfo("output", "FLOAT", (1, "M", rows)),),
+        inputs=(TensorInfo("input", state, (1, "M", columns)),),
+        outputs=(TensorInfo("output", state, (1, "M", rows)),),
         nodes=nodes,
         initializers=tensors,
         name="linear",
     )
-    path = folder / f"{parts[0][0]}-{rows}x{columns}-{attributes.get('block_size', 0)}.axmodel"
+    path = folder / f"{hidden}-{parts[0][0]}-{rows}x{columns}-{attributes.get('block_size', 0)}.axmodel"
     path.write_bytes(encode(model))
     return path
 
@@ -113,7 +121,7 @@ def levels(random: Any, dtype: str, rows: int, columns: int, block: int) -> list
 
 @pytest.mark.parametrize("isa", HERE)
 def test_odd_shapes_and_blocks(isa: str, tmp_path: Path, in_process: Run) -> None:
-    """Rows and columns that fill no vector, blocks that are not the usual 128, float8 weights."""
+    """Rows and columns that fill no vector, blocks that are not the usual 128, every type of floats."""
     random = np.random.default_rng(0)
     paths = []
     for rows, columns in ((1, 1), (37, 130), (33, 576), (5, 127), (70, 2240)):
@@ -126,11 +134,17 @@ def test_odd_shapes_and_blocks(isa: str, tmp_path: Path, in_process: Run) -> Non
     for dtype, nan in (("FLOAT8E4M3FN", (0x7F, 0xFF)), ("FLOAT8E5M2", (*range(0x7C, 0x80), *range(0xFC, 0x100)))):
         every = np.array([byte for byte in range(256) if byte not in nan], np.uint8)
         paths.append(linear_file(tmp_path, [(dtype, (31, 75), random.choice(every, (31, 75)))], {}))
+    for hidden, weight in (("fp32", "fp32"), ("fp32", "fp16"), ("fp32", "bf16"), ("bf16", "bf16")):
+        for rows, columns in ((1, 1), (37, 130), (33, 575), (5, 127), (70, 2240)):
+            data = from_float32(random.standard_normal((rows, columns), np.float32), FLOATS[weight])
+            paths.append(linear_file(tmp_path, [(FLOATS[weight], (rows, columns), data)], {}, hidden))
     done = in_process("compare.py", *paths, AXC_ISA=isa)
     assert done.returncode == 0, done.stderr[-2000:]
-    for line in done.stdout.splitlines()[1:]:
-        path, _, worst = line.split()
-        assert float(worst) <= TOLERANCE["fp32"], (path, worst)
+    lines = done.stdout.splitlines()[1:]
+    assert len(lines) == len(paths)
+    for line in lines:
+        path, hidden, worst = line.split()
+        assert float(worst) <= TOLERANCE[hidden], (path, worst)
 
 
 @pytest.mark.parametrize(("columns", "block"), [(9, 9), (6, 3), (6, 1)])

@@ -12,7 +12,8 @@ extern "C" {
 #define AXC_EXTENSIONS 2
 AX_U32 axc_extensions(void);
 
-// The kernels in use: portable, avx2, avx512, avx512_pairs, neon or neon_dotprod. AXC_ISA in the environment forces one.
+// The kernels in use: portable, avx2, avx512, avx512_bf16, avx512_pairs, neon or neon_dotprod. AXC_ISA in the environment
+// forces one.
 const char* axc_isa(void);
 
 // What the last failed call of this thread saw, in one line; empty when it had nothing to say.

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cmath>
 #include <optional>
 
@@ -130,7 +131,13 @@ class Fuser {
     }
     if (tensor.type == Type::Int8 && matrix.block == matrix.columns) matrix.arithmetic = Arithmetic::Int8;
     if (tensor.type == Type::Int4 && matrix.block == kBlock) matrix.arithmetic = Arithmetic::Int4;
+    if (tensor.type == Type::BFloat16 && hidden_is_bfloat16()) matrix.arithmetic = Arithmetic::BFloat16;
     return matrix;
+  }
+
+  // Rounding activations to bfloat16 is no loss then that the hidden state does not have too.
+  bool hidden_is_bfloat16() const {
+    return std::any_of(graph_.inputs.begin(), graph_.inputs.end(), [this](int i) { return value(i).type == Type::BFloat16; });
   }
 
   // Mul(Mul(gate, Sigmoid(gate)), up)

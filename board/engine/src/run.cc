@@ -154,7 +154,7 @@ class Run {
   void operator()(const Project& s) {
     const Matrix& any = s.parts[0].weight;
     Activations levels{model_.precision, tokens_, any.columns, nullptr, nullptr, nullptr};
-    if (any.arithmetic != Arithmetic::Float) {
+    if (rounds(any.arithmetic)) {
       const size_t entries = levels.blocks() * tokens_;
       levels.levels = runtime_.levels.reserve(entries * (kLevelBytes + sizeof(float) + sizeof(int32_t)));
       levels.scales = reinterpret_cast<float*>(levels.levels + entries * kLevelBytes);
@@ -162,6 +162,12 @@ class Run {
       each_token([&](size_t token, size_t) { kernels_.quantise(floats(s.x), any.arithmetic, token, token + 1, levels); });
     }
     s.gated < 0 ? project(s, levels) : project_gated(s, levels);
+  }
+
+  // Whether activations are rounded before they are multiplied.
+  bool rounds(Arithmetic arithmetic) const {
+    if (arithmetic == Arithmetic::BFloat16) return kernels_.rounds_bfloat16 && tokens_ > kTokensByDot;
+    return arithmetic != Arithmetic::Float;
   }
 
   void project(const Project& s, const Activations& levels) {

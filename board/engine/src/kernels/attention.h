@@ -66,18 +66,6 @@ inline size_t visible(const float* mask, size_t tokens, size_t columns, float* t
   return count;
 }
 
-// Columns of kPanel rows become rows of kPanel.
-inline void transpose_panel(const float* rows, size_t stride, size_t columns, float* panel) {
-  for (size_t i = 0; i < columns; i += kWidth) {
-    for (size_t j = 0; j < kPanel; j += kWidth) {
-      Vf square[kWidth];
-      repeat<kWidth>([&](auto r) AXC_INLINE { square[r] = load(rows + (j + r) * stride + i); });
-      transpose(square);
-      repeat<kWidth>([&](auto r) AXC_INLINE { store(panel + (i + r) * kPanel + j, square[r]); });
-    }
-  }
-}
-
 constexpr float kHidden = -3.0e38f;
 
 // What is added to a token's scores with the keys `seen`; kHidden for what it does not see.
@@ -120,10 +108,10 @@ inline void attend(const AttentionJob& job, const AttentionShare& share, void* m
       prefetch(cached_row(job, job.v_cache, job.v_current, seen[j], share.kv_head), row_bytes);
       widen(job.type, cached_row(job, job.k_cache, job.k_current, seen[j], share.kv_head), dim, s.wide + j * depth);
     }
-    transpose_panel(s.wide, depth, dim, s.panel);
+    transpose_panel(dim, s.panel, [&](size_t j, size_t i) AXC_INLINE { return load(s.wide + j * depth + i); });
     float* scores = s.scores + first;
     for (size_t r = 0; r < rows; ++r) std::memset(scores + r * width, 0, kPanel * sizeof(float));
-    float_rows(s.panel, kPanel, s.q, dim, rows, dim, scores, width);
+    float_rows(s.panel, kPanel, s.q, dim, rows, dim, scores, width, [] {});
     for (size_t t = 0; t < tokens; ++t) {
       biases(s.mask + t * columns, s.threshold[t], seen, keys, s.bias);
       for (size_t h = 0; h < heads; ++h) add_biases(s.bias, scores + (t * heads + h) * width);
@@ -140,7 +128,7 @@ inline void attend(const AttentionJob& job, const AttentionShare& share, void* m
       for (size_t i = dim; i < depth; ++i) row[i] = 0;
     }
     for (size_t i = 0; i < depth; i += kPanel) {
-      float_rows(s.panel + i, depth, s.scores + first, width, rows, keys, s.out + i, depth);
+      float_rows(s.panel + i, depth, s.scores + first, width, rows, keys, s.out + i, depth, [] {});
     }
   }
   for (size_t r = 0; r < rows; ++r) {

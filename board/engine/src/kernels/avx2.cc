@@ -1,4 +1,4 @@
-// AVX2 with FMA: 256-bit vectors; integer products in 16 bits, pairs of columns at a time (vpmaddwd).
+// AVX2 with FMA and conversion of halves: 256-bit vectors; integer products in 16 bits, pairs of columns at a time (vpmaddwd).
 #include <immintrin.h>
 
 #include <cstddef>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr size_t kWidth = 8, kVectors = 2, kFloatRows = 5;
 constexpr int32_t kOffset8 = 0, kOffset4 = 0;
-constexpr size_t kIntRows = 5, kIntPanel = 16;
+constexpr size_t kIntRows = 5, kIntPanel = 16, kAhead = 16384;
 
 }  // namespace
 }  // namespace axc
@@ -164,7 +164,10 @@ inline void dots(const Matrix& w, size_t row, size_t, const Activations& a, size
   *out = w.arithmetic == Arithmetic::Int4 ? dot_int4(w, row, a, token) : dot_int8(w, row, a, token);
 }
 
-bool runs_here() { return cpu_has({"avx2", "fma"}); }
+constexpr bool kRoundsBfloat16 = false;
+constexpr Linear kBfloat16Linear = nullptr;
+
+bool runs_here() { return cpu_has({"avx2", "fma", "f16c"}); }
 
 }  // namespace
 }  // namespace axc

@@ -15,12 +15,12 @@ namespace {
 
 constexpr size_t kWidth = 16, kVectors = 2, kFloatRows = 12;
 constexpr int32_t kOffset8 = 128, kOffset4 = 8;
-constexpr size_t kIntPanel = 32;
+constexpr size_t kIntPanel = 32, kAhead = 16384;
 
 }  // namespace
 }  // namespace axc
 
-#include "vectors.h"
+#include "ahead.h"
 
 namespace axc {
 namespace {
@@ -160,7 +160,6 @@ void byte_tile(const uint8_t* panel, const uint8_t* levels, const float* scales,
 
 constexpr size_t kGroup = 16;      // blocks whose scales fill a vector
 constexpr size_t kDotRows = 4;
-constexpr size_t kAhead = 16384;   // bytes that are fetched ahead: several rows at once are not foreseen by the CPU
 
 // The sum over a block of unsigned weights times levels, in float32 lanes: 256 high + low, by one chain of sums.
 template <Precision kPrecision>
@@ -217,7 +216,7 @@ template <bool kFour, Precision kPrecision, size_t kRows>
       const size_t columns = least(kBlock, w.columns - (first + b) * kBlock);
       __m512i levels[4];
       for (size_t i = 0; i < 4; ++i) levels[i] = _mm512_loadu_si512(of + 64 * i);
-      for (size_t line = 0; line < kRows * kBytes; line += 64) __builtin_prefetch(ahead + line, 0, 2);
+      fetch(ahead, kRows * kBytes);
       ahead += kRows * kBytes;
       repeat<kRows>([&](auto r) AXC_INLINE {
         __m512i w0, w1;

@@ -1,7 +1,8 @@
-// AVX-512 with VNNI on CPUs that add beside their multipliers, as AMD's do: many tokens of 16 bits take half the products.
+// AVX-512 with VNNI and products of bfloat16 on CPUs that add beside their multipliers, as AMD's do: many tokens of 16 bits take half the products.
 // By two columns at a time, (x0 + w1) (x1 + w0) = x0 w0 + x1 w1 + x0 x1 + w0 w1, where the sums x0 x1 and w0 w1 are of
 // the activations and of the weights alone: S. Winograd, A new algorithm for inner product, 1968, doi:10.1109/TC.1968.227420.
 // 32 bits that overflow on the way do no harm: the sum of a block does not.
+#include "avx512_bfloat16.h"
 #include "avx512_bytes.h"
 
 namespace axc {
@@ -119,7 +120,7 @@ void pair_tile(const uint8_t* panel, const uint8_t* levels, const float* scales,
 template <size_t kRows, bool kScaled, Precision kPrecision>
 constexpr auto int_tile = kPrecision == Precision::Bits8 ? byte_tile<kRows, kScaled, Precision::Bits8> : pair_tile<kRows, kScaled>;
 
-bool runs_here() { return has_avx512() && is_amd(); }
+bool runs_here() { return has_avx512() && cpu_has({"avx512bf16"}) && is_amd(); }
 
 }  // namespace
 }  // namespace axc

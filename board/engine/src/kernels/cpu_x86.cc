@@ -25,7 +25,8 @@ struct Feature {
 };
 
 constexpr std::array kFeatures{
-    Feature{"fma", 1, 0, Ecx, 12, kYmm},        Feature{"avx2", 7, 0, Ebx, 5, kYmm},
+    Feature{"fma", 1, 0, Ecx, 12, kYmm},        Feature{"f16c", 1, 0, Ecx, 29, kYmm},
+    Feature{"avx2", 7, 0, Ebx, 5, kYmm},
     Feature{"avx512f", 7, 0, Ebx, 16, kZmm},    Feature{"avx512dq", 7, 0, Ebx, 17, kZmm},
     Feature{"avx512bw", 7, 0, Ebx, 30, kZmm},   Feature{"avx512vl", 7, 0, Ebx, 31, kZmm},
     Feature{"avx512vnni", 7, 0, Ecx, 11, kZmm}, Feature{"avx512bf16", 7, 1, Eax, 5, kZmm},

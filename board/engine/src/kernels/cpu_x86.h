@@ -6,7 +6,7 @@
 
 namespace axc {
 
-// Whether all of these can be used: fma, avx2, avx512f, -dq, -bw, -vl, -vnni, -bf16, without the dash.
+// Whether all of these can be used: fma, f16c, avx2, avx512f, -dq, -bw, -vl, -vnni, -bf16, without the dash.
 bool cpu_has(std::initializer_list<std::string_view> names);
 
 bool is_amd();

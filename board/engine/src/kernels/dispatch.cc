@@ -10,7 +10,7 @@ namespace {
 // The fastest first.
 constexpr auto kAll = std::to_array<const Kernels*>({
 #ifdef __x86_64__
-    &kAvx512Pairs, &kAvx512, &kAvx2,
+    &kAvx512Pairs, &kAvx512Bf16, &kAvx512, &kAvx2,
 #endif
 #ifdef __aarch64__
     &kNeonDotprod, &kNeon,

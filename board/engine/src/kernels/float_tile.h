@@ -1,13 +1,13 @@
 // float32 multiplication of a few rows with a packed panel; weights of any type and keys of any type are packed.
 #pragma once
 
-#include "vectors.h"
+#include "ahead.h"
 
 namespace axc {
 namespace {
 
 constexpr size_t kPanel = kVectors * kWidth;  // outputs of a panel
-constexpr size_t kDepth = 256;                // columns packed at a time
+constexpr size_t kDepth = 128;                // columns packed at a time
 
 // c[t][o] += sum over k of a[t][k] panel[k][o]
 template <size_t kRows>
@@ -33,13 +33,28 @@ constexpr ByCount<FloatTile, sizeof...(kRows)> float_tiles(std::index_sequence<k
   return {{float_tile<kRows + 1>...}};
 }
 
-// Any number of rows.
+// Any number of rows; `before` is called before each tile.
+template <class Before>
 inline void float_rows(const float* panel, size_t panel_stride, const float* a, size_t a_stride, size_t rows, size_t depth,
-                       float* c, size_t c_stride) {
+                       float* c, size_t c_stride, Before before) {
   static constexpr auto kTiles = float_tiles(std::make_index_sequence<kFloatRows>());
   for (size_t t = 0; t < rows; t += kFloatRows) {
     const size_t n = least(kFloatRows, rows - t);
+    before();
     kTiles.of[n - 1](panel, panel_stride, a + t * a_stride, a_stride, depth, c + t * c_stride, c_stride);
+  }
+}
+
+// Columns of kPanel rows become rows of kPanel; at(row, column) loads a vector of a row.
+template <class At>
+inline void transpose_panel(size_t columns, float* panel, At at) {
+  for (size_t i = 0; i < columns; i += kWidth) {
+    for (size_t j = 0; j < kPanel; j += kWidth) {
+      Vf square[kWidth];
+      repeat<kWidth>([&](auto r) AXC_INLINE { square[r] = at(j + r, i); });
+      transpose(square);
+      repeat<kWidth>([&](auto r) AXC_INLINE { store(panel + (i + r) * kPanel + j, square[r]); });
+    }
   }
 }
 
@@ -81,6 +96,60 @@ inline void widen_row(const Matrix& w, size_t row, size_t first, size_t count, f
   }
 }
 
+// `count` floats of one of the three types that fill no vector, or a whole one.
+template <Type kType>
+AXC_INLINE inline Vf widened(const uint8_t* at, size_t count = kWidth) {
+  if constexpr (kType == Type::Float) {
+    Vf v{};
+    std::memcpy(&v, at, count * sizeof(float));
+    return v;
+  } else {
+    Vh v{};
+    std::memcpy(&v, at, count * sizeof(uint16_t));
+    return kType == Type::BFloat16 ? bf16_to_float(v) : half_to_float(v);
+  }
+}
+
+// kRows rows of a weight of floats with one token, in place.
+template <Type kType, size_t kRows>
+void float_dots(const Matrix& w, size_t row, const float* x, float* out) {
+  constexpr size_t kBytes = kType == Type::Float ? 4 : 2, kTogether = 2 * kWidth;
+  const size_t stride = w.columns * kBytes;
+  const uint8_t *at = w.data + row * stride, *ahead = at + kAhead;
+  Vf acc[kRows][2];
+  repeat<kRows>([&](auto r) AXC_INLINE { acc[r][0] = acc[r][1] = Vf{}; });
+  size_t k = 0;
+  for (; k + kTogether <= w.columns; k += kTogether) {
+    if (kAhead) fetch(ahead, kRows * kTogether * kBytes);
+    ahead += kRows * kTogether * kBytes;
+    repeat<2>([&](auto v) AXC_INLINE {
+      const Vf own = load(x + k + v * kWidth);
+      repeat<kRows>([&](auto r) AXC_INLINE {
+        acc[r][v] += widened<kType>(at + r * stride + (k + v * kWidth) * kBytes) * own;
+      });
+    });
+  }
+  for (; k < w.columns; k += kWidth) {
+    const size_t n = least(kWidth, w.columns - k);
+    const Vf own = load_some(x + k, n);
+    repeat<kRows>([&](auto r) AXC_INLINE { acc[r][0] += widened<kType>(at + r * stride + k * kBytes, n) * own; });
+  }
+  repeat<kRows>([&](auto r) AXC_INLINE { out[r] = sum(acc[r][0] + acc[r][1]); });
+}
+
+using FloatDots = void (*)(const Matrix&, size_t, const float*, float*);
+
+// Null for types that are widened by blocks.
+template <size_t kRows>
+constexpr FloatDots float_dots_of(Type type) {
+  switch (type) {
+    case Type::Float: return float_dots<Type::Float, kRows>;
+    case Type::Float16: return float_dots<Type::Float16, kRows>;
+    case Type::BFloat16: return float_dots<Type::BFloat16, kRows>;
+    default: return nullptr;
+  }
+}
+
 inline float dot(const float* a, const float* b, size_t count) {
   Vf acc[4]{};
   size_t i = 0;
@@ -116,36 +185,77 @@ inline void finish_rows(const LinearJob& job, size_t token, size_t row, size_t r
   for (; r < rows; ++r) finish(job, token, row + r, scales ? values[r] * scales[r] : values[r]);
 }
 
+// A few tokens: the weight is read in place, or a row at a time widened.
+inline void float_linear_in_place(const LinearJob& job, size_t first, size_t last, float* wide) {
+  constexpr size_t kRows = 4;
+  const Matrix& w = *job.weight;
+  size_t row = first;
+  if (const FloatDots dots = float_dots_of<kRows>(w.type)) {
+    for (; row < last; row += kRows) {
+      const size_t rows = least(kRows, last - row);
+      for (size_t t = 0; t < job.tokens; ++t) {
+        float products[kRows];
+        const float* x = job.x + t * w.columns;
+        if (rows == kRows) dots(w, row, x, products);
+        for (size_t r = 0; r < rows; ++r) {
+          if (rows < kRows) float_dots_of<1>(w.type)(w, row + r, x, products + r);
+          finish(job, t, row + r, products[r]);
+        }
+      }
+    }
+    return;
+  }
+  for (; row < last; ++row) {
+    float totals[kTokensByDot]{};
+    for (size_t k = 0; k < w.columns; k += kDepth) {
+      const size_t depth = least(kDepth, w.columns - k);
+      widen_row(w, row, k, depth, wide);
+      for (size_t t = 0; t < job.tokens; ++t) totals[t] += dot(wide, job.x + t * w.columns + k, depth);
+    }
+    for (size_t t = 0; t < job.tokens; ++t) finish(job, t, row, totals[t]);
+  }
+}
+
+// A panel of floats of one of the three types: kPanel rows, kDepth columns from `first` on.
+template <Type kType>
+void pack_floats(const Matrix& w, size_t row, size_t first, float* panel) {
+  constexpr size_t kBytes = kType == Type::Float ? 4 : 2;
+  const size_t stride = w.columns * kBytes;
+  const uint8_t* data = w.data + row * stride + first * kBytes;
+  transpose_panel(kDepth, panel, [&](size_t r, size_t k) AXC_INLINE { return widened<kType>(data + r * stride + k * kBytes); });
+}
+
+// Of any type, and any numbers of rows and columns.
+inline void pack_panel(const Matrix& w, size_t row, size_t rows, size_t first, size_t depth, float* wide, float* panel) {
+  if (rows == kPanel && depth == kDepth) {
+    switch (w.type) {
+      case Type::Float: return pack_floats<Type::Float>(w, row, first, panel);
+      case Type::Float16: return pack_floats<Type::Float16>(w, row, first, panel);
+      case Type::BFloat16: return pack_floats<Type::BFloat16>(w, row, first, panel);
+      default: break;
+    }
+  }
+  if (rows < kPanel) std::memset(wide, 0, kPanel * kDepth * sizeof(float));
+  for (size_t r = 0; r < rows; ++r) widen_row(w, row + r, first, depth, wide + r * kDepth);
+  transpose_panel(kDepth, panel, [wide](size_t r, size_t k) AXC_INLINE { return load(wide + r * kDepth + k); });
+}
+
 inline void float_linear(const LinearJob& job, size_t first, size_t last, void* scratch) {
   const Matrix& w = *job.weight;
   float* panel = static_cast<float*>(scratch);
   float* wide = panel + kPanel * kDepth;
-  float* c = wide + kDepth;
-  if (job.tokens <= kTokensByDot) {
-    for (size_t row = first; row < last; ++row) {
-      float totals[kTokensByDot]{};
-      for (size_t k = 0; k < w.columns; k += kDepth) {
-        const size_t depth = least(kDepth, w.columns - k);
-        widen_row(w, row, k, depth, wide);
-        for (size_t t = 0; t < job.tokens; ++t) totals[t] += dot(wide, job.x + t * w.columns + k, depth);
-      }
-      for (size_t t = 0; t < job.tokens; ++t) finish(job, t, row, totals[t]);
-    }
-    return;
-  }
+  float* c = wide + kPanel * kDepth;
+  if (job.tokens <= kTokensByDot) return float_linear_in_place(job, first, last, wide);
   for (size_t begin = 0; begin < job.tokens; begin += kTokenChunk) {
     const size_t tokens = least(kTokenChunk, job.tokens - begin);
     for (size_t row = first; row < last; row += kPanel) {
       const size_t rows = least(kPanel, last - row);
       std::memset(c, 0, tokens * kPanel * sizeof(float));
-      if (rows < kPanel) std::memset(panel, 0, kPanel * kDepth * sizeof(float));
       for (size_t k = 0; k < w.columns; k += kDepth) {
         const size_t depth = least(kDepth, w.columns - k);
-        for (size_t r = 0; r < rows; ++r) {
-          widen_row(w, row + r, k, depth, wide);
-          for (size_t i = 0; i < depth; ++i) panel[i * kPanel + r] = wide[i];
-        }
-        float_rows(panel, kPanel, job.x + begin * w.columns + k, w.columns, tokens, depth, c, kPanel);
+        pack_panel(w, row, rows, k, depth, wide, panel);
+        Ahead ahead = behind(job, row, last, kPanel, k, kDepth, (tokens + kFloatRows - 1) / kFloatRows);
+        float_rows(panel, kPanel, job.x + begin * w.columns + k, w.columns, tokens, depth, c, kPanel, [&] { ahead.some(); });
       }
       for (size_t t = 0; t < tokens; ++t) {
         finish_rows(job, begin + t, row, rows, c + t * kPanel, nullptr);
@@ -154,7 +264,7 @@ inline void float_linear(const LinearJob& job, size_t first, size_t last, void* 
   }
 }
 
-static_assert((kPanel * kDepth + kDepth + kTokenChunk * kPanel) * sizeof(float) <= kLinearScratch);
+static_assert((2 * kPanel * kDepth + kTokenChunk * kPanel) * sizeof(float) <= kLinearScratch);
 
 }  // namespace
 }  // namespace axc

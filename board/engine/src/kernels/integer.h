@@ -5,6 +5,7 @@
 //   store_levels              one block of activations in the order its products read; returns what they need besides
 //   pack_int8, pack_int4      <precision>: one block of kIntPanel rows of a weight
 //   int_tile                  <tokens, scaled, precision>: c[t][o] += scale[t] (* row_scale[o]) * product
+//   kRoundsBfloat16           whether there is kBfloat16Linear: rows [first, last) by products of bfloat16
 //   kDotRows, dots            whole rows of a weight, in place, with one token
 #pragma once
 
@@ -13,8 +14,20 @@
 namespace axc {
 namespace {
 
+inline void round_to_bfloat16(const float* x, size_t first, size_t last, const Activations& out) {
+  for (size_t row = first; row < last; ++row) {
+    for (size_t block = 0; block < out.blocks(); ++block) {
+      const size_t begin = block * kBlock, count = least(kBlock, out.columns - begin);
+      uint8_t* to = out.levels + out.entry(block, row) * kLevelBytes;
+      std::memset(to, 0, kLevelBytes);
+      narrow(Type::BFloat16, x + row * out.columns + begin, count, to);
+    }
+  }
+}
+
 // The magnitude's bits order as the magnitudes do; a NaN or an infinity makes its block NaN.
 inline void quantise(const float* x, Arithmetic order, size_t first, size_t last, const Activations& out) {
+  if (order == Arithmetic::BFloat16) return round_to_bfloat16(x, first, last, out);
   constexpr float kRound = 12582912.0f;
   const float top = top_level(out.precision);
   for (size_t row = first; row < last; ++row) {
@@ -57,7 +70,10 @@ inline void int_linear_in_place(const LinearJob& job, size_t first, size_t last)
 }
 
 inline void linear(const LinearJob& job, size_t first, size_t last, void* scratch) {
-  if (job.weight->arithmetic == Arithmetic::Float) {
+  const Arithmetic arithmetic = job.weight->arithmetic;
+  if (kRoundsBfloat16 && arithmetic == Arithmetic::BFloat16 && job.tokens > kTokensByDot) {
+    kBfloat16Linear(job, first, last, scratch);
+  } else if (arithmetic == Arithmetic::Float || arithmetic == Arithmetic::BFloat16) {
     float_linear(job, first, last, scratch);
   } else if (job.tokens > kTokensByDot) {
     const bool narrow = job.levels->precision == Precision::Bits8;

@@ -10,9 +10,10 @@ namespace axc {
 
 // How a matrix is multiplied.
 enum class Arithmetic {
-  Float,  // widened to float32; any type and block
-  Int8,   // 8-bit levels, one scale a row, times 16-bit activations
-  Int4,   // 4-bit levels, one scale for each kBlock columns of a row, times 16-bit activations
+  Float,     // widened to float32; any type and block
+  BFloat16,  // bfloat16 times activations rounded to bfloat16, where there are many tokens and such products; else as Float
+  Int8,      // 8-bit levels, one scale a row, times 16-bit activations
+  Int4,      // 4-bit levels, one scale for each kBlock columns of a row, times 16-bit activations
 };
 
 // A weight in the file's layout [rows, columns]; value = scale x level where there are scales.
@@ -43,7 +44,7 @@ constexpr float top_level(Precision precision) { return precision == Precision::
 struct Activations {
   Precision precision;
   size_t rows, columns;
-  uint8_t* levels;  // kLevelBytes each, in an order of the kernels' own; zeros behind `columns`
+  uint8_t* levels;  // kLevelBytes each, in an order of the kernels' own; zeros behind `columns`; or bfloat16, unscaled
   float* scales;
   int32_t* sums;    // of a block; of what, is the kernels' own
 
@@ -87,12 +88,15 @@ struct AttentionShare {
 
 constexpr float kMasked = -60000;  // a mask at or below this hides a column
 
+// Rows [first, last) of the weight. `scratch` has kLinearScratch bytes.
+using Linear = void (*)(const LinearJob& job, size_t first, size_t last, void* scratch);
+
 struct Kernels {
   const char* name;
   bool (*runs_here)();
+  bool rounds_bfloat16;  // whether there are products for Arithmetic::BFloat16
   void (*quantise)(const float* x, Arithmetic order, size_t first, size_t last, const Activations& out);
-  // Rows [first, last) of the weight. `scratch` has kLinearScratch bytes.
-  void (*linear)(const LinearJob& job, size_t first, size_t last, void* scratch);
+  Linear linear;
   size_t (*attention_scratch)(const AttentionJob& job, size_t rows);
   void (*attend)(const AttentionJob& job, const AttentionShare& share, void* scratch);
   void (*rms_norm)(const float* x, const float* scale, float epsilon, size_t width, float* y);
@@ -111,7 +115,7 @@ const Kernels& kernels();
 
 extern const Kernels kPortable;
 #ifdef __x86_64__
-extern const Kernels kAvx2, kAvx512, kAvx512Pairs;
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16, kAvx512Pairs;
 #endif
 #ifdef __aarch64__
 extern const Kernels kNeon, kNeonDotprod;

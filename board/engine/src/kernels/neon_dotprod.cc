@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kWidth = 4, kVectors = 2, kFloatRows = 6;
 constexpr int32_t kOffset8 = 0, kOffset4 = 0;
-constexpr size_t kIntRows = 4, kIntPanel = 8;
+constexpr size_t kIntRows = 4, kIntPanel = 8, kAhead = 0;
 
 }  // namespace
 }  // namespace axc
@@ -163,6 +163,9 @@ float product(const Matrix& w, size_t row, const Activations& a, size_t token) {
 void dots(const Matrix& w, size_t row, size_t, const Activations& a, size_t token, float* out) {
   *out = (a.precision == Precision::Bits8 ? product<Precision::Bits8> : product<Precision::Bits16>)(w, row, a, token);
 }
+
+constexpr bool kRoundsBfloat16 = false;
+constexpr Linear kBfloat16Linear = nullptr;
 
 bool runs_here() {
   constexpr unsigned long kDotProduct = 1 << 20;  // HWCAP_ASIMDDP

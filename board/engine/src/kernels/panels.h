@@ -9,29 +9,6 @@
 namespace axc {
 namespace {
 
-// Bytes of a block of a row.
-inline size_t block_bytes(const Matrix& w) { return w.arithmetic == Arithmetic::Int4 ? kBlock / 2 : kBlock; }
-
-// The block that is packed next, fetched a few rows before each tile: a block's rows lie too far apart for the CPU to
-// foresee, and all at once they would hold up the tiles.
-class Ahead {
- public:
-  // A block of the rows [row, last), before each of so many tiles.
-  Ahead(const Matrix& w, size_t row, size_t last, size_t block, size_t tiles)
-      : data_(w.data + row * w.stride() + block * block_bytes(w)), stride_(w.stride()), bytes_(block_bytes(w)),
-        rows_(row < last ? least(kIntPanel, last - row) : 0), step_((rows_ + tiles - 1) / tiles) {}
-
-  void some() {
-    for (const size_t last = least(next_ + step_, rows_); next_ < last; ++next_) {
-      for (size_t line = 0; line < bytes_; line += 64) __builtin_prefetch(data_ + next_ * stride_ + line, 0, 2);
-    }
-  }
-
- private:
-  const uint8_t* data_;
-  size_t stride_, bytes_, rows_, step_, next_ = 0;
-};
-
 constexpr size_t kPanelBytes = (2 * kBlock + sizeof(int32_t)) * kIntPanel;  // 16-bit weights, and a number for each row
 
 using IntTile = void (*)(const uint8_t*, const uint8_t*, const float*, const int32_t*, int32_t, const float*, float*);
@@ -58,17 +35,14 @@ void panel_linear(const LinearJob& job, size_t first, size_t last, void* scratch
       const size_t rows = least(kIntPanel, last - row);
       std::memset(c, 0, tokens * kIntPanel * sizeof(float));
       for (size_t b = 0; b < blocks; ++b) {
-        const uint8_t* data = w.data + row * w.stride() + b * block_bytes(w);
+        const uint8_t* data = w.data + row * w.stride() + b * (four ? kBlock / 2 : kBlock);
         if (four) {
           pack_int4<kPrecision>(data, w.stride(), rows, panel);
           for (size_t r = 0; r < kIntPanel; ++r) row_scales[r] = r < rows ? w.scales[(row + r) * blocks + b] : 0.0f;
         } else {
           pack_int8<kPrecision>(reinterpret_cast<const int8_t*>(data), w.stride(), rows, least(kBlock, w.columns - b * kBlock), panel);
         }
-        const size_t tiles = (tokens + kIntRows - 1) / kIntRows;
-        Ahead ahead = b + 1 < blocks ? Ahead(w, row, last, b + 1, tiles)
-                      : row + kIntPanel < last ? Ahead(w, row + kIntPanel, last, 0, tiles)
-                                               : Ahead(*job.next, job.next_row, job.next->rows, 0, tiles);
+        Ahead ahead = behind(job, row, last, kIntPanel, b * kBlock, kBlock, (tokens + kIntRows - 1) / kIntRows);
         for (size_t t = 0; t < tokens; t += kIntRows) {
           const size_t n = least(kIntRows, tokens - t), entry = a.entry(b, begin + t);
           ahead.some();

@@ -3,6 +3,12 @@
 // CPU is merged with another's.
 #pragma once
 
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include <bit>
 #include <cstring>
 #include <utility>
@@ -118,8 +124,15 @@ inline Vh float_to_bf16(Vf x) {
   return __builtin_convertvector(nan ? (bits >> 16) | 0x40 : rounded, Vh);
 }
 
-// The exponent is moved by a multiplication, which is exact for subnormal halves too.
+// Where no instruction does it, the exponent is moved by a multiplication, which is exact for subnormal halves too.
 inline Vf half_to_float(Vh half) {
+#if defined(__AVX512F__)
+  return Vf(_mm512_cvtph_ps(__m256i(half)));
+#elif defined(__F16C__)
+  return Vf(_mm256_cvtph_ps(__m128i(half)));
+#elif defined(__aarch64__)
+  if constexpr (kWidth == 4) return Vf(vcvt_f32_f16(vreinterpret_f16_u16(uint16x4_t(half))));
+#endif
   const Vu bits = __builtin_convertvector(half, Vu);
   const Vf magnitude = std::bit_cast<Vf>((bits & 0x7FFF) << 13) * 0x1p112f;
   const Vu finite = std::bit_cast<Vu>(magnitude);

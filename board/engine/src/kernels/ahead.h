@@ -1,0 +1,43 @@
+// What is read soon, fetched to the second cache.
+#pragma once
+
+#include "vectors.h"
+
+namespace axc {
+namespace {
+
+inline void fetch(const uint8_t* from, size_t bytes) {
+  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+}
+
+// The part of a weight that is packed next, fetched a few rows before each tile: its rows lie too far apart for the CPU
+// to foresee, and all at once they would hold up the tiles.
+class Ahead {
+ public:
+  // Columns [first, first + columns) of at most `most` rows from `row` on, before each of so many tiles.
+  Ahead(const Matrix& w, size_t row, size_t end, size_t most, size_t first, size_t columns, size_t tiles)
+      : stride_(w.stride()), data_(w.data + row * stride_ + first * stride_ / w.columns),
+        bytes_(least(columns, w.columns - first) * stride_ / w.columns), rows_(row < end ? least(most, end - row) : 0),
+        step_((rows_ + tiles - 1) / tiles) {}
+
+  void some() {
+    for (const size_t last = least(next_ + step_, rows_); next_ < last; ++next_) fetch(data_ + next_ * stride_, bytes_);
+  }
+
+ private:
+  size_t stride_;
+  const uint8_t* data_;
+  size_t bytes_, rows_, step_, next_ = 0;
+};
+
+// What follows on the columns [first, first + columns) of the panel of rows at `row`: more of its columns, the job's
+// next rows, or what the thread multiplies after the job.
+inline Ahead behind(const LinearJob& job, size_t row, size_t last, size_t most, size_t first, size_t columns, size_t tiles) {
+  const Matrix& w = *job.weight;
+  if (first + columns < w.columns) return {w, row, last, most, first + columns, columns, tiles};
+  if (row + most < last) return {w, row + most, last, most, 0, columns, tiles};
+  return {*job.next, job.next_row, job.next->rows, most, 0, columns, tiles};
+}
+
+}  // namespace
+}  // namespace axc

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "avx512_bytes.h"
-#include "float_tile.h"
+#include "float_linear.h"
 
 namespace axc {
 namespace {

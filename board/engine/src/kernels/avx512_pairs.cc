@@ -1,7 +1,7 @@
-// AVX-512 with VNNI and products of bfloat16 on CPUs that add beside their multipliers, as AMD's do: many tokens of 16 bits take half the products.
-// By two columns at a time, (x0 + w1) (x1 + w0) = x0 w0 + x1 w1 + x0 x1 + w0 w1, where the sums x0 x1 and w0 w1 are of
-// the activations and of the weights alone: S. Winograd, A new algorithm for inner product, 1968, doi:10.1109/TC.1968.227420.
-// 32 bits that overflow on the way do no harm: the sum of a block does not.
+// AVX-512 with VNNI and products of bfloat16 on CPUs that add beside their multipliers, as AMD's do: for many tokens of
+// 16 bits half the products do. Of two columns (x0 + w1) (x1 + w0) = x0 w0 + x1 w1 + x0 x1 + w0 w1, where the sums of
+// x0 x1 and of w0 w1 are the activations' and the weights' own: S. Winograd, A New Algorithm for Inner Product, IEEE
+// Transactions on Computers C-17, 1968. 32 bits that overflow on the way do no harm: the sum of a block does not.
 #include "avx512_bfloat16.h"
 #include "avx512_bytes.h"
 

@@ -4,7 +4,7 @@
 
 #include <utility>
 
-#include "float_tile.h"
+#include "float_linear.h"
 
 namespace axc {
 namespace {

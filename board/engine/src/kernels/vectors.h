@@ -125,13 +125,16 @@ inline Vh float_to_bf16(Vf x) {
 }
 
 // Where no instruction does it, the exponent is moved by a multiplication, which is exact for subnormal halves too.
-inline Vf half_to_float(Vh half) {
+template <class Half>  // Vh: a template, so that only what fits the width is compiled
+inline Vf half_to_float(Half half) {
 #if defined(__AVX512F__)
-  return Vf(_mm512_cvtph_ps(__m256i(half)));
-#elif defined(__F16C__)
-  return Vf(_mm256_cvtph_ps(__m128i(half)));
-#elif defined(__aarch64__)
-  if constexpr (kWidth == 4) return Vf(vcvt_f32_f16(vreinterpret_f16_u16(uint16x4_t(half))));
+  if constexpr (sizeof half == sizeof(__m256i)) return Vf(_mm512_cvtph_ps(__m256i(half)));
+#endif
+#if defined(__F16C__)
+  if constexpr (sizeof half == sizeof(__m128i)) return Vf(_mm256_cvtph_ps(__m128i(half)));
+#endif
+#if defined(__aarch64__)
+  if constexpr (sizeof half == sizeof(uint16x4_t)) return Vf(vcvt_f32_f16(vreinterpret_f16_u16(uint16x4_t(half))));
 #endif
   const Vu bits = __builtin_convertvector(half, Vu);
   const Vf magnitude = std::bit_cast<Vf>((bits & 0x7FFF) << 13) * 0x1p112f;
@@ -185,7 +188,7 @@ inline void convert(const From* from, To* to, size_t count, Function one) {
 inline void widen(Type type, const void* x, size_t count, float* y) {
   switch (type) {
     case Type::BFloat16: convert<Vh>(static_cast<const uint16_t*>(x), y, count, bf16_to_float); break;
-    case Type::Float16: convert<Vh>(static_cast<const uint16_t*>(x), y, count, half_to_float); break;
+    case Type::Float16: convert<Vh>(static_cast<const uint16_t*>(x), y, count, half_to_float<Vh>); break;
     case Type::Float8E4M3:
     case Type::Float8E5M2:
       for (size_t i = 0; i < count; ++i) y[i] = float8_to_float(static_cast<const uint8_t*>(x)[i], type);

@@ -1,0 +1,221 @@
+// Products in float32 with weights of any type: in place for a few tokens, else packed. And what ends every product.
+#pragma once
+
+#include "ahead.h"
+#include "float_tile.h"
+
+namespace axc {
+namespace {
+
+constexpr size_t kDepth = 128;  // columns packed at a time
+
+// Both 4-bit levels of each byte, times a scale.
+inline void widen_pairs(const uint8_t* pairs, size_t count, float scale, float* out) {
+  using Bytes = uint8_t __attribute__((vector_size(kWidth)));
+  constexpr auto kLanes = std::make_index_sequence<kWidth>();
+  const auto level = [scale](Vi bits) AXC_INLINE { return __builtin_convertvector((bits ^ 8) - 8, Vf) * scale; };
+  const auto some = [&](size_t i, size_t n) AXC_INLINE {
+    Bytes bytes{};
+    std::memcpy(&bytes, pairs + i, n);
+    const Vi wide = __builtin_convertvector(bytes, Vi);
+    const Vf low = level(wide & 15), high = level(wide >> 4);
+    const Vf both[2] = {by_turns<0>(low, high, kLanes), by_turns<kWidth / 2>(low, high, kLanes)};
+    std::memcpy(out + 2 * i, both, 2 * n * sizeof(float));
+  };
+  size_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) some(i, kWidth);
+  if (i < count) some(i, count - i);
+}
+
+// Columns [first, first + count) of one row of a weight, as float32.
+inline void widen_row(const Matrix& w, size_t row, size_t first, size_t count, float* out) {
+  const uint8_t* data = w.data + row * w.stride();
+  if (w.type != Type::Int8 && w.type != Type::Int4) {
+    widen(w.type, data + first * static_cast<size_t>(bits_of(w.type)) / 8, count, out);
+    return;
+  }
+  const float* scales = w.scales + row * (w.columns / w.block);
+  for (size_t i = 0; i < count;) {
+    const size_t at = first + i, end = i + least(count - i, w.block - at % w.block);
+    const float scale = scales[at / w.block];
+    if (w.type == Type::Int8) {
+      for (; i < end; ++i) out[i] = scale * static_cast<float>(static_cast<int8_t>(data[first + i]));
+    } else {
+      widen_pairs(data + at / 2, (end - i) / 2, scale, out + i);  // blocks and rows of 4-bit weights are even
+      i = end;
+    }
+  }
+}
+
+// `count` floats of one of the three types that fill no vector, or a whole one.
+template <Type kType>
+AXC_INLINE inline Vf widened(const uint8_t* at, size_t count = kWidth) {
+  if constexpr (kType == Type::Float) {
+    Vf v{};
+    std::memcpy(&v, at, count * sizeof(float));
+    return v;
+  } else {
+    Vh v{};
+    std::memcpy(&v, at, count * sizeof(uint16_t));
+    return kType == Type::BFloat16 ? bf16_to_float(v) : half_to_float(v);
+  }
+}
+
+// kRows rows of a weight of floats with one token, in place.
+template <Type kType, size_t kRows>
+void float_dots(const Matrix& w, size_t row, const float* x, float* out) {
+  constexpr size_t kBytes = kType == Type::Float ? 4 : 2, kTogether = 2 * kWidth;
+  const size_t stride = w.columns * kBytes;
+  const uint8_t *at = w.data + row * stride, *ahead = at + kAhead;
+  Vf acc[kRows][2];
+  repeat<kRows>([&](auto r) AXC_INLINE { acc[r][0] = acc[r][1] = Vf{}; });
+  size_t k = 0;
+  for (; k + kTogether <= w.columns; k += kTogether) {
+    if (kAhead) fetch(ahead, kRows * kTogether * kBytes);
+    ahead += kRows * kTogether * kBytes;
+    repeat<2>([&](auto v) AXC_INLINE {
+      const Vf own = load(x + k + v * kWidth);
+      repeat<kRows>([&](auto r) AXC_INLINE {
+        acc[r][v] += widened<kType>(at + r * stride + (k + v * kWidth) * kBytes) * own;
+      });
+    });
+  }
+  for (; k < w.columns; k += kWidth) {
+    const size_t n = least(kWidth, w.columns - k);
+    const Vf own = load_some(x + k, n);
+    repeat<kRows>([&](auto r) AXC_INLINE { acc[r][0] += widened<kType>(at + r * stride + k * kBytes, n) * own; });
+  }
+  repeat<kRows>([&](auto r) AXC_INLINE { out[r] = sum(acc[r][0] + acc[r][1]); });
+}
+
+using FloatDots = void (*)(const Matrix&, size_t, const float*, float*);
+
+// Null for types that are widened by blocks.
+template <size_t kRows>
+constexpr FloatDots float_dots_of(Type type) {
+  switch (type) {
+    case Type::Float: return float_dots<Type::Float, kRows>;
+    case Type::Float16: return float_dots<Type::Float16, kRows>;
+    case Type::BFloat16: return float_dots<Type::BFloat16, kRows>;
+    default: return nullptr;
+  }
+}
+
+inline float dot(const float* a, const float* b, size_t count) {
+  Vf acc[4]{};
+  size_t i = 0;
+  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
+    for (size_t v = 0; v < 4; ++v) acc[v] += load(a + i + v * kWidth) * load(b + i + v * kWidth);
+  }
+  for (; i < count; i += kWidth) {
+    const size_t n = least(kWidth, count - i);
+    acc[0] += load_some(a + i, n) * load_some(b + i, n);
+  }
+  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
+}
+
+// The epilogue of a product: adds what is to be added and stores.
+inline void finish(const LinearJob& job, size_t token, size_t row, float value) {
+  if (job.bias) value += job.bias[row];
+  if (job.residual) value += job.residual[token * job.weight->rows + row];
+  *job.at(token, row) = value;
+}
+
+// The same for `rows` rows from `row` on; `scales` are theirs, or null.
+inline void finish_rows(const LinearJob& job, size_t token, size_t row, size_t rows, const float* values, const float* scales) {
+  const float* residual = job.residual ? job.residual + token * job.weight->rows + row : nullptr;
+  float* to = job.at(token, row);
+  size_t r = 0;
+  for (; r + kWidth <= rows; r += kWidth) {
+    Vf y = load(values + r);
+    if (scales) y *= load(scales + r);
+    if (job.bias) y += load(job.bias + row + r);
+    if (residual) y += load(residual + r);
+    store(to + r, y);
+  }
+  for (; r < rows; ++r) finish(job, token, row + r, scales ? values[r] * scales[r] : values[r]);
+}
+
+// A few tokens: the weight is read in place, or a row at a time widened.
+inline void float_linear_in_place(const LinearJob& job, size_t first, size_t last, float* wide) {
+  constexpr size_t kRows = 4;
+  const Matrix& w = *job.weight;
+  size_t row = first;
+  if (const FloatDots dots = float_dots_of<kRows>(w.type)) {
+    for (; row < last; row += kRows) {
+      const size_t rows = least(kRows, last - row);
+      for (size_t t = 0; t < job.tokens; ++t) {
+        float products[kRows];
+        const float* x = job.x + t * w.columns;
+        if (rows == kRows) dots(w, row, x, products);
+        for (size_t r = 0; r < rows; ++r) {
+          if (rows < kRows) float_dots_of<1>(w.type)(w, row + r, x, products + r);
+          finish(job, t, row + r, products[r]);
+        }
+      }
+    }
+    return;
+  }
+  for (; row < last; ++row) {
+    float totals[kTokensByDot]{};
+    for (size_t k = 0; k < w.columns; k += kDepth) {
+      const size_t depth = least(kDepth, w.columns - k);
+      widen_row(w, row, k, depth, wide);
+      for (size_t t = 0; t < job.tokens; ++t) totals[t] += dot(wide, job.x + t * w.columns + k, depth);
+    }
+    for (size_t t = 0; t < job.tokens; ++t) finish(job, t, row, totals[t]);
+  }
+}
+
+// A panel of floats of one of the three types: kPanel rows, kDepth columns from `first` on.
+template <Type kType>
+void pack_floats(const Matrix& w, size_t row, size_t first, float* panel) {
+  constexpr size_t kBytes = kType == Type::Float ? 4 : 2;
+  const size_t stride = w.columns * kBytes;
+  const uint8_t* data = w.data + row * stride + first * kBytes;
+  transpose_panel(kDepth, panel, [&](size_t r, size_t k) AXC_INLINE { return widened<kType>(data + r * stride + k * kBytes); });
+}
+
+// Of any type, and any numbers of rows and columns.
+inline void pack_panel(const Matrix& w, size_t row, size_t rows, size_t first, size_t depth, float* wide, float* panel) {
+  if (rows == kPanel && depth == kDepth) {
+    switch (w.type) {
+      case Type::Float: return pack_floats<Type::Float>(w, row, first, panel);
+      case Type::Float16: return pack_floats<Type::Float16>(w, row, first, panel);
+      case Type::BFloat16: return pack_floats<Type::BFloat16>(w, row, first, panel);
+      default: break;
+    }
+  }
+  if (rows < kPanel) std::memset(wide, 0, kPanel * kDepth * sizeof(float));
+  for (size_t r = 0; r < rows; ++r) widen_row(w, row + r, first, depth, wide + r * kDepth);
+  transpose_panel(kDepth, panel, [wide](size_t r, size_t k) AXC_INLINE { return load(wide + r * kDepth + k); });
+}
+
+inline void float_linear(const LinearJob& job, size_t first, size_t last, void* scratch) {
+  const Matrix& w = *job.weight;
+  float* panel = static_cast<float*>(scratch);
+  float* wide = panel + kPanel * kDepth;
+  float* c = wide + kPanel * kDepth;
+  if (job.tokens <= kTokensByDot) return float_linear_in_place(job, first, last, wide);
+  for (size_t begin = 0; begin < job.tokens; begin += kTokenChunk) {
+    const size_t tokens = least(kTokenChunk, job.tokens - begin);
+    for (size_t row = first; row < last; row += kPanel) {
+      const size_t rows = least(kPanel, last - row);
+      std::memset(c, 0, tokens * kPanel * sizeof(float));
+      for (size_t k = 0; k < w.columns; k += kDepth) {
+        const size_t depth = least(kDepth, w.columns - k);
+        pack_panel(w, row, rows, k, depth, wide, panel);
+        Ahead ahead = behind(job, row, last, kPanel, k, kDepth, (tokens + kFloatRows - 1) / kFloatRows);
+        float_rows(panel, kPanel, job.x + begin * w.columns + k, w.columns, tokens, depth, c, kPanel, [&] { ahead.some(); });
+      }
+      for (size_t t = 0; t < tokens; ++t) {
+        finish_rows(job, begin + t, row, rows, c + t * kPanel, nullptr);
+      }
+    }
+  }
+}
+
+static_assert((2 * kPanel * kDepth + kTokenChunk * kPanel) * sizeof(float) <= kLinearScratch);
+
+}  // namespace
+}  // namespace axc

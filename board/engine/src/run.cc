@@ -175,8 +175,9 @@ class Run {
     reserve_scratch(kLinearScratch);
     pool_.each(shares.items(), [&](size_t item, size_t thread) {
       shares.each(item, [&](const Part& part, size_t first, size_t last) {
-        const LinearJob job{&part.weight, tokens_, floats(s.x), &levels, part.bias,
-                            part.residual < 0 ? nullptr : floats(part.residual), floats(part.to), part.weight.rows, 0, &part.weight, last};
+        const float* residual = part.residual < 0 ? nullptr : floats(part.residual);
+        const LinearJob job{&part.weight, tokens_, floats(s.x), &levels, part.bias, residual, floats(part.to),
+                            part.weight.rows, 0, &part.weight, last};
         kernels_.linear(job, first, last, scratch(thread));
       });
     });

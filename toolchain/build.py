@@ -79,9 +79,10 @@ class Options:
         """What to compile for, the lengths held against the model's. Raises BadInput."""
         context = min(model.max_position_embeddings, model.sliding_window or MAX_CONTEXT, MAX_CONTEXT)
         if not 1 <= self.kv_cache_len < context:
+            window = ", its sliding_window" if context == model.sliding_window else ""
             raise BadInput(
                 f"--kv_cache_len is {self.kv_cache_len}; expected 1 to {context - 1}: "
-                f"the model sees {context} positions, one is the current token's"
+                f"the model sees {context} positions{window}, one is the current token's"
             )
         if not 0 <= self.prefill_len <= self.kv_cache_len:
             raise BadInput(
@@ -103,7 +104,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """A build ready to start: every dimension checked, every file known by name and size."""
+    """A build ready to start: every dimension checked, every file known by name and size.
+
+    `notices` say what was passed over or decided against the letter of the checkpoint's files.
+    """
 
     options: Options
     checkpoint: Checkpoint
@@ -113,6 +117,7 @@ class Plan:
     texts: Mapping[str, str]
     jobs: tuple[Job, ...]
     budget: budget.Budget
+    notices: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -139,8 +144,10 @@ class Built(NamedTuple):
 
 def plan(options: Options) -> Plan:
     """Reads the headers of the checkpoint and decides everything. Raises BadInput; writes nothing."""
+    notices: list[str] = []
     checkpoint = Checkpoint.open(options.input_path)
-    model = config.load(checkpoint, options.model_config, options.model_type)
+    model = config.load(checkpoint, options.model_config, options.model_type, notices.append)
+    checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
     target = options.target(model)
     inputs = bundle.input_files(checkpoint.path, checkpoint.files)
     texts = bundle.texts(checkpoint.path, options.model_name or model.model_type, model, target)
@@ -151,7 +158,7 @@ def plan(options: Options) -> Plan:
     small += sum(len(text.encode()) for text in texts.values())
     disk = sum(job.nbytes for job in planned if job.kind != "input") + small + (1 << 20)
     needs = budget.Budget(disk, memory, options.parallel)
-    return Plan(options, checkpoint, model, target, inputs, texts, tuple(planned), needs)
+    return Plan(options, checkpoint, model, target, inputs, texts, tuple(planned), needs, tuple(notices))
 
 
 Progress = Callable[[Job], None]

@@ -1,14 +1,15 @@
 """A Hugging Face checkpoint on disk: which tensors it has, and their rows on demand.
 
 safetensors and PyTorch .bin, in one file or in shards with an index. Nothing is read before it is asked for, and
-no pickle can run code: .bin files go through torch's weights_only loader.
+no pickle can run code: .bin files go through torch's weights_only loader. Tensors have the names transformers gives
+them on loading.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 
 from board.dtypes import DTYPES, bf16_to_f32
 from board.errors import BadInput
+from toolchain import weight_files
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # safetensors' names of the element types a checkpoint may hold -> ONNX's
 STORED_DTYPES = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "F64": "DOUBLE"}
 TORCH_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
@@ -28,44 +31,71 @@ Slice = Callable[[int, int], NDArray[Any]]
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What the checkpoint says of a tensor before its data are read."""
+    """What the checkpoint says of a tensor before its data are read. `key` is its name in the file."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    key: str
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened checkpoint folder. `tensors` by name; `files` are the weight files, in order of name."""
+    """An opened checkpoint folder. `tensors` by name; `files` are the weight files, in order of name.
+
+    `aside` names weight files that lie in the folder and are not read, `source` the file or index that was preferred.
+    """
 
     path: Path
     tensors: Mapping[str, StoredTensor]
     files: tuple[Path, ...]
+    source: str = ""
+    aside: tuple[str, ...] = ()
     _slices: dict[Path, dict[str, Slice]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Reads the headers of a checkpoint's weight files. Raises BadInput for anything missing or damaged."""
-        if not path.is_dir():
-            raise BadInput(f"no checkpoint folder {path}\nGive the folder that holds config.json and the weights.")
-        files = weight_files(path)
+        chosen = weight_files.choose(path)
         tensors: dict[str, StoredTensor] = {}
-        for file in files:
-            headers = LOADERS[file.suffix][0](file)
-            for name in sorted(headers):
+        for file in chosen.files:
+            for stored in sorted(LOADERS[file.suffix][0](file), key=lambda stored: stored.key):
+                name = stored.name
                 if name in tensors:
-                    raise BadInput(f"tensor {name} is in {tensors[name].file.name} and again in {file.name}")
-                tensors[name] = headers[name]
-        return cls(path, tensors, files)
+                    other = tensors[name]
+                    raise BadInput(
+                        f"tensor {name} is stored twice: as {other.key} in {other.file.name} "
+                        f"and again as {stored.key} in {file.name}"
+                    )
+                tensors[name] = stored
+        return cls(path, tensors, chosen.files, chosen.source, chosen.aside)
+
+    def tied(self) -> Checkpoint:
+        """The checkpoint of a model that ties head and embedding: either may be the one that is stored."""
+        if EMBEDDING in self.tensors or HEAD not in self.tensors:
+            return self
+        embedding = replace(self.tensors[HEAD], name=EMBEDDING)
+        others = {name: stored for name, stored in self.tensors.items() if name != HEAD}
+        return replace(self, tensors={**others, EMBEDDING: embedding})
 
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop) along the first dimension as stored; bfloat16 as uint16."""
         stored = self.tensors[name]
         if stored.file not in self._slices:
             self._slices[stored.file] = LOADERS[stored.file.suffix][1](stored.file)
-        return self._slices[stored.file][name](start, stop)
+        return self._slices[stored.file][stored.key](start, stop)
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values; read in blocks. Raises BadInput for values that are not finite."""
+        a, b = self.tensors[one], self.tensors[other]
+        if a.shape != b.shape:
+            return False
+        for start, block in self.blocks(one):
+            beside = self.rows(other, start, start + len(block))
+            if not np.array_equal(_values(block, a.dtype), _values(beside, b.dtype)):
+                return False
+        return True
 
     def blocks(self, name: str, rows: int = 1) -> Iterator[tuple[int, NDArray[Any]]]:
         """The tensor in blocks of whole rows, as stored: (first row, block). Block heights are multiples of `rows`."""
@@ -83,6 +113,10 @@ class Checkpoint:
             return np.concatenate([widen(block, self.tensors[name].dtype) for _, block in self.blocks(name)])
         except OverflowError as overflow:
             raise BadInput(f"{name} holds {overflow}") from None
+
+
+def _values(block: NDArray[Any], dtype: str) -> NDArray[Any]:
+    return bf16_to_f32(block) if dtype == "BFLOAT16" else block
 
 
 def widen(block: NDArray[Any], dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
@@ -114,42 +148,19 @@ def _refuse_non_finite(name: str, block: NDArray[Any], stored: StoredTensor, sta
         )
 
 
-def weight_files(path: Path) -> tuple[Path, ...]:
-    """The files that hold a checkpoint's weights; safetensors where there is a choice."""
-    for index, single in (
-        ("model.safetensors.index.json", "model.safetensors"),
-        ("pytorch_model.bin.index.json", "pytorch_model.bin"),
-    ):
-        if (path / index).is_file():
-            return _shards(path / index)
-        if (path / single).is_file():
-            return (path / single,)
-    present = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-    raise BadInput(
-        f"{path} holds no weights: expected model.safetensors or pytorch_model.bin, or their .index.json\n"
-        f"It holds {present}. GGUF and pre-quantised files are not read."
-    )
+def _stored(file: Path, key: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
+    return StoredTensor(_loaded_name(key), STORED_DTYPES.get(dtype, dtype), shape, file, key)
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
-    try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadInput(f"cannot read the shards' index {index}: {error}\nDownload it again.") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name or Path(name).suffix not in LOADERS:
-            raise BadInput(f"{index.name} names {name!r} as a shard; expected a plain file name beside it")
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
-        raise BadInput(
-            f"{len(missing)} of {len(names)} shards named by {index.name} are missing: {', '.join(missing[:4])}\n"
-            "Download them again into the same folder."
-        )
-    return tuple(index.parent / name for name in names)
+# what stands directly under a base model, such as LlamaModel, and under `model.` in a causal language model
+BASE_MODEL = ("embed_tokens", "layers", "norm")
 
 
-def _stored(file: Path, name: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
-    return StoredTensor(name, STORED_DTYPES.get(dtype, dtype), shape, file)
+def _loaded_name(key: str) -> str:
+    """The name transformers gives a tensor: it adds or removes the base model's prefix (`rename_source_key`)."""
+    if key == f"model.{HEAD}":
+        return HEAD
+    return f"model.{key}" if key.partition(".")[0] in BASE_MODEL else key
 
 
 def _open_safetensors(file: Path) -> Any:
@@ -163,12 +174,12 @@ def _open_safetensors(file: Path) -> Any:
         ) from None
 
 
-def _safetensors_headers(file: Path) -> dict[str, StoredTensor]:
+def _safetensors_headers(file: Path) -> list[StoredTensor]:
     opened = _open_safetensors(file)
-    headers = {}
-    for name in opened.keys():  # noqa: SIM118 - not a mapping
-        view = opened.get_slice(name)
-        headers[name] = _stored(file, name, view.get_dtype(), tuple(view.get_shape()))
+    headers = []
+    for key in opened.keys():  # noqa: SIM118 - not a mapping
+        view = opened.get_slice(key)
+        headers.append(_stored(file, key, view.get_dtype(), tuple(view.get_shape())))
     return headers
 
 
@@ -218,7 +229,12 @@ def _load_bin(file: Path) -> dict[str, Any]:
         raise BadInput(
             f"cannot read {file}: {type(error).__name__} {reason}\nIt is damaged or cut off; download it again."
         ) from None
-    loaded = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    nested = [str(key) for key, value in loaded.items() if isinstance(value, dict)] if isinstance(loaded, dict) else []
+    if nested:
+        raise BadInput(
+            f"{file} holds more than a model: its entry {nested[0]!r:.60} is a dictionary of its own\n"
+            "Save that entry, the model's state_dict, alone."
+        )
     dense = isinstance(loaded, dict) and all(
         isinstance(name, str)
         and isinstance(tensor, torch.Tensor)
@@ -231,11 +247,11 @@ def _load_bin(file: Path) -> dict[str, Any]:
     return {name: tensor.detach() for name, tensor in loaded.items()}
 
 
-def _bin_headers(file: Path) -> dict[str, StoredTensor]:
-    return {
-        name: _stored(file, name, TORCH_DTYPES.get(str(tensor.dtype)[6:], str(tensor.dtype)), tuple(tensor.shape))
-        for name, tensor in _load_bin(file).items()
-    }
+def _bin_headers(file: Path) -> list[StoredTensor]:
+    return [
+        _stored(file, key, TORCH_DTYPES.get(str(tensor.dtype)[6:], str(tensor.dtype)), tuple(tensor.shape))
+        for key, tensor in _load_bin(file).items()
+    ]
 
 
 def _bin_slices(file: Path) -> dict[str, Slice]:
@@ -254,7 +270,7 @@ def _bin_slices(file: Path) -> dict[str, Slice]:
 
 
 # by suffix: what reads the headers, what gives slices
-LOADERS: dict[str, tuple[Callable[[Path], dict[str, StoredTensor]], Callable[[Path], dict[str, Slice]]]] = {
+LOADERS: dict[str, tuple[Callable[[Path], list[StoredTensor]], Callable[[Path], dict[str, Slice]]]] = {
     ".safetensors": (_safetensors_headers, _safetensors_slices),
     ".bin": (_bin_headers, _bin_slices),
 }

@@ -24,6 +24,8 @@ def llm_build(options: build.Options, check_level: int, prompt: str, report: Pat
     """The three steps: prepare, build, check. Raises BadInput, CheckFailed."""
     started = time.monotonic()
     planned = build.plan(options)
+    for notice in planned.notices:
+        print(f"note: {notice}")
     print(f"Config({', '.join(f'{key}={value!r}' for key, value in asdict(planned.config).items() if key != 'rope')})")
     print(f"Target({', '.join(f'{key}={value!r}' for key, value in asdict(planned.target).items())})")
     print(f"bundle {options.output_path} {planned.budget.text()}", flush=True)

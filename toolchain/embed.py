@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from board.dtypes import f32_to_bf16
 from board.errors import BadInput
 from toolchain.axmodel.writer import write_file
-from toolchain.checkpoint import BLOCK_ELEMENTS, Checkpoint, widen
-from toolchain.families.decoder import EMBEDDING
+from toolchain.checkpoint import BLOCK_ELEMENTS, EMBEDDING, Checkpoint, widen
 from toolchain.quantizer.floats import convert
 
 NAME = "model.embed_tokens.weight"

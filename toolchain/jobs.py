@@ -87,6 +87,7 @@ def _stop(cancelled: Callable[[], bool]) -> None:
 
 def _make(work: Work, job: Job, path: Path, tick: Callable[[], None]) -> Written:
     checkpoint = _opened(work.checkpoint, work.stamps)
+    checkpoint = checkpoint.tied() if work.config.tie_word_embeddings else checkpoint
     if job.kind == "embedding":
         return write_file(path, _ticking(embed.bfloat16_blocks(checkpoint), tick))
     model, parameters = _model(work, job)

@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from board.errors import BadInput
 from toolchain.budget import available_memory, megabytes
-from toolchain.checkpoint import Checkpoint, widen
+from toolchain.checkpoint import EMBEDDING, Checkpoint, widen
 from toolchain.config import ModelConfig
-from toolchain.families.decoder import EMBEDDING
 
 try:
     import torch

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from board.errors import BadInput
-from toolchain.config import ModelConfig, Reader
+from toolchain import config_keys
+from toolchain.config import Kin, ModelConfig, Reader
 from toolchain.families import llama, qwen2
 from toolchain.graph import Graph
 
@@ -16,6 +17,10 @@ class Family(Protocol):
     """What the compiler asks of an architecture."""
 
     REDUNDANT: tuple[str, ...]  # endings of tensor names a checkpoint may carry and a build does not need
+    READS: frozenset[str]  # keys of config.json that `read_config` reads
+    DEFAULTS: Mapping[str, Any]  # of keys that are absent, as in transformers' class for the model_type
+    KIN: Mapping[str, Kin]  # other model_types that can be built as this one
+    DIFFERENT: Mapping[str, str]  # model_types that look as if they could, and why they cannot
 
     def read_config(self, reader: Reader) -> ModelConfig: ...
 
@@ -29,14 +34,59 @@ class Family(Protocol):
 FAMILIES: dict[str, Any] = {"qwen2": qwen2, "llama": llama}
 
 
-def find(model_type: object, path: Path) -> Family:
-    """The family of a config.json's model_type. Raises BadInput naming the supported ones and the nearest."""
-    if isinstance(model_type, str) and model_type in FAMILIES:
-        family: Family = FAMILIES[model_type]
-        return family
-    near = difflib.get_close_matches(str(model_type), FAMILIES, 1, 0.3)
-    raise BadInput(
-        f"{path}: model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}\n"
-        + (f"The nearest is {near[0]}: if the architecture is the same, pass --model_type {near[0]}. " if near else "")
-        + f"To add it, write toolchain/families/{str(model_type).replace('-', '_')}.py."
-    )
+def read_config(
+    values: dict[str, Any], path: Path, model_type: str | None, say: Callable[[str], None] = lambda line: None
+) -> tuple[Family, ModelConfig]:
+    """The family and the ModelConfig of a config.json, to be built as `model_type` where that is given.
+
+    `say` is told what is passed over. Raises BadInput for what would be built with another arithmetic.
+    """
+    given = values.get("model_type")
+    name = model_type or given
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise BadInput(_not_supported(values, path, name))
+    family: Family = FAMILIES[name]
+    if isinstance(given, str) and given in family.DIFFERENT:
+        raise BadInput(f"{path}: model_type {given!r} cannot be built as {name}: {family.DIFFERENT[given]}")
+    config_keys.refuse_shared(values, path)
+    if given == name:
+        read, proven = Reader(values, path, family.DEFAULTS), True
+    elif isinstance(given, str) and given in family.KIN:
+        read, proven = _as_kin(family.KIN[given], values, path), True
+    else:
+        config_keys.refuse_unknown(values, family.READS, path, given, name)
+        # a key that is absent has a default nobody knows; a bias or a tied head shows in the tensors
+        seen = {key: value for key, value in family.DEFAULTS.items() if value is None or value is False}
+        read, proven = Reader(values, path, seen), False
+    config = family.read_config(read)
+    unread = config_keys.unread(read.values, family.READS)
+    if unread:
+        say(f"config.json: not read, as in transformers' {given}: {', '.join(unread[:4])}")
+    if not proven:
+        say(f"model_type {given!r:.60} is built as {name}: that the two compute the same rests on --model_type alone")
+    return family, config
+
+
+def _as_kin(kin: Kin, values: dict[str, Any], path: Path) -> Reader:
+    """A config.json of another architecture as one of this family. Raises BadInput where they compute differently."""
+    own = Reader(values, path, kin.defaults)
+    return Reader(kin.as_family(own), path, kin.defaults)
+
+
+def _not_supported(values: dict[str, Any], path: Path, name: object) -> str:
+    """That it is not supported, and how to build it all the same where its config.json proves that one can."""
+    first = f"{path}: model_type {name!r:.60} is not supported; supported are {', '.join(FAMILIES)}"
+    if isinstance(name, str) and values.get("model_type") == name:
+        for other, family in FAMILIES.items():
+            if name in family.KIN:
+                try:
+                    config_keys.refuse_shared(values, path)
+                    config = family.read_config(_as_kin(family.KIN[name], values, path))
+                except BadInput as difference:
+                    what = str(difference).partition("\n")[0].removeprefix(f"{path}: ")
+                    return f"{first}\nIt is not {other} either: {what}."
+                window = config.sliding_window
+                length = f" and a --kv_cache_len below its sliding_window {window}" if window else ""
+                return f"{first}\nThis one computes as {other} does: pass --model_type {other}{length}."
+    file = name.replace("-", "_") if isinstance(name, str) and name.replace("-", "_").isidentifier() else "NAME"
+    return f"{first}\nTo add it, write toolchain/families/{file:.60}.py."

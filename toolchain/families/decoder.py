@@ -5,27 +5,39 @@ Each family that has it says in its own file what is particular to it.
 
 from __future__ import annotations
 
+from board.errors import BadInput
 from toolchain import rope
-from toolchain.config import ModelConfig, Reader, read_rope
+from toolchain.checkpoint import EMBEDDING, HEAD
+from toolchain.config import ROPE_KEYS, ModelConfig, Reader, read_rope
 from toolchain.graph import Graph, Value
 
 REDUNDANT = ("rotary_emb.inv_freq",)
-EMBEDDING = "model.embed_tokens.weight"
+# every key of config.json that shapes such a model or its tensors
+READS = ROPE_KEYS | {
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "sliding_window",
+    "layer_types",
+}
+LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}  # whether a window slides
 
 
 def read_config(
-    reader: Reader,
-    model_type: str,
-    *,
-    positions: int,
-    qkv_bias: bool,
-    o_bias: bool,
-    mlp_bias: bool,
-    sliding_window: int | None = None,
+    reader: Reader, model_type: str, *, qkv_bias: bool, o_bias: bool, mlp_bias: bool, sliding_window: int | None
 ) -> ModelConfig:
-    """What all of them read from config.json; `positions` where max_position_embeddings is absent. Raises BadInput."""
-    reader.expect("hidden_act", "silu")
+    """What all of them read from config.json. Raises BadInput."""
+    reader.expect("hidden_act", "silu", "swish")
     heads, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
+    positions = reader.integer("max_position_embeddings")
     return ModelConfig(
         model_type=model_type,
         hidden_size=hidden,
@@ -35,15 +47,30 @@ def read_config(
         num_key_value_heads=reader.divisor("num_key_value_heads", heads),
         head_dim=reader.head_dim(hidden, heads),
         vocab_size=reader.integer("vocab_size"),
-        max_position_embeddings=reader.integer("max_position_embeddings", positions),
-        rms_norm_eps=reader.number("rms_norm_eps", 1e-6, low=1e-12, high=1),
-        rope=read_rope(reader),
-        tie_word_embeddings=reader.flag("tie_word_embeddings", False),
+        max_position_embeddings=positions,
+        rms_norm_eps=reader.number("rms_norm_eps", low=1e-12, high=1),
+        rope=read_rope(reader, positions),
+        tie_word_embeddings=reader.flag("tie_word_embeddings"),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
         sliding_window=sliding_window,
     )
+
+
+def sliding_layers(reader: Reader) -> bool | None:
+    """Whether `layer_types` has a layer whose window slides; None where it is not given. Raises BadInput."""
+    kinds = reader.values.get("layer_types")
+    if kinds is None:
+        return None
+    layers = reader.integer("num_hidden_layers", high=1024)
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in LAYER_TYPES for kind in kinds):
+        raise BadInput(
+            f"{reader.path}: layer_types is {kinds!r:.60}; expected {' or '.join(LAYER_TYPES)} for each layer"
+        )
+    if len(kinds) != layers:
+        raise BadInput(f"{reader.path}: layer_types has {len(kinds)} entries; expected num_hidden_layers {layers}")
+    return any(LAYER_TYPES[kind] for kind in kinds)
 
 
 def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -70,7 +97,7 @@ def tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
                 expected[f"{layer}{name}.bias"] = (rows,)
     expected["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
-        expected["lm_head.weight"] = (config.vocab_size, hidden)
+        expected[HEAD] = (config.vocab_size, hidden)
     return expected
 
 
@@ -118,7 +145,7 @@ def post(config: ModelConfig, top_k: int, graph: Graph) -> None:
     """Final norm and lm_head: `output` and float32 `logits` [1, M, vocab]; with `top_k` also `indices` and `prob`."""
     x = graph.cast(graph.input("input", graph.hidden_type, 1, "M", config.hidden_size), "FLOAT")
     x = graph.rms_norm(x, "model.norm.weight", config.rms_norm_eps)
-    head = EMBEDDING if config.tie_word_embeddings else "lm_head.weight"
+    head = EMBEDDING if config.tie_word_embeddings else HEAD
     logits = graph.linear(x, head, config.vocab_size)
     graph.output("output", logits, graph.hidden_type)
     if top_k:

@@ -287,9 +287,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-ROPE_KEYS = frozenset(
-    ("rope_theta", "rope_parameters", "rope_scaling", "original_max_position_embeddings", "partial_rotary_factor")
-)
+ROPE_KEYS = frozenset(("rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor"))
 
 
 def read_rope(reader: Reader, positions: int) -> Rope:
@@ -320,14 +318,12 @@ def read_rope(reader: Reader, positions: int) -> Rope:
     if kind == "linear":
         return Rope(theta, kind, inner.number("factor", low=1e-3, high=1e6))
     if kind == "llama3":
-        # beside the object it wins over the one inside
-        outer = reader if "original_max_position_embeddings" in reader.values else inner
         return Rope(
             theta,
             kind,
             inner.number("factor", low=1e-3, high=1e6),
             inner.number("low_freq_factor", low=1e-3, high=1e6),
             inner.number("high_freq_factor", low=1e-3, high=1e6),
-            outer.integer("original_max_position_embeddings"),
+            inner.integer("original_max_position_embeddings"),
         )
     raise BadInput(f"{reader.path}: rope type {kind!r:.60} is not known; expected default, linear or llama3")

@@ -27,7 +27,8 @@ HARMLESS = _keys(
     bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id cls_token_id mask_token_id
     tokenizer_class prefix task_specific_params finetuning_task problem_type num_labels id2label label2id
     attention_dropout attention_probs_dropout_prob hidden_dropout hidden_dropout_prob embd_pdrop resid_pdrop attn_pdrop
-    dropout embedding_dropout residual_dropout classifier_dropout initializer_range pretraining_tp
+    dropout embedding_dropout residual_dropout classifier_dropout initializer_range initializer_factor
+    init_std pretraining_tp
     use_cache cache_implementation gradient_checkpointing attn_implementation experts_implementation return_dict
     use_return_dict output_attentions output_hidden_states output_scores return_dict_in_generate torchscript
     tf_legacy_loss use_bfloat16 is_decoder is_encoder_decoder tie_encoder_decoder add_cross_attention
@@ -64,6 +65,7 @@ _off, _on = _is(None, False), _is(None, True)
 SHARED: dict[str, Neutral] = {
     "is_causal": _is(True),
     "attention_chunk_size": _none,
+    "kv_sharing_modes": _none,
     "partial_rotary_factor": _one,
     "per_layer_config": _is(None, {}),
     "fusion_config": _is(None, {}),
@@ -88,7 +90,8 @@ ARITHMETIC: dict[str, Neutral] = {
     **dict.fromkeys(
         _keys("""
         final_logit_softcapping attn_logit_softcapping query_pre_attn_scalar attention_multiplier scale_depth
-        dim_model_base clip_qkv rope_local_base_freq global_rope_theta local_rope_theta rotary_dim rotary_emb_base
+        dim_model_base clip_qkv original_max_position_embeddings rope_local_base_freq
+        global_rope_theta local_rope_theta rotary_dim rotary_emb_base
         layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon hidden_activation activation_function head_dims
         unpadded_vocab_size attention_softmax_in_fp32_scale vision_config audio_config sliding_window_pattern
         num_experts num_local_experts moe_intermediate_size kv_lora_rank q_lora_rank attention_scale softmax_scale

@@ -197,12 +197,11 @@ def _untied_where_the_head_differs(
     checkpoint: Checkpoint, config: ModelConfig, say: Callable[[str], None]
 ) -> ModelConfig:
     """transformers ties what is tied by config.json, except a stored head that differs from the stored embedding."""
-    stored = checkpoint.tensors
-    both = [stored.get(name) for name in (EMBEDDING, HEAD)]
-    if not config.tie_word_embeddings or any(
-        tensor is None or tensor.dtype not in INFINITY or len(tensor.shape) != 2 for tensor in both
-    ):
+    stored = [checkpoint.tensors.get(name) for name in (EMBEDDING, HEAD)]
+    if not config.tie_word_embeddings or None in stored:
         return config
+    if any(tensor and (tensor.dtype not in INFINITY or len(tensor.shape) != 2) for tensor in stored):
+        return replace(config, tie_word_embeddings=False)  # the cross-check names it
     if checkpoint.equal(EMBEDDING, HEAD):
         return config
     say(f"tie_word_embeddings is true, but the stored {HEAD} differs from {EMBEDDING}: used untied, as in transformers")
@@ -219,9 +218,8 @@ def _cross_check(
         if name in stored and stored[name].shape != shape
     ]
     missing = [name for name in expected if name not in stored]
-    # a head that is stored although it is tied is the embedding again: `load` has compared them
-    redundant = redundant if HEAD in expected else (*redundant, HEAD)
-    unexpected = [name for name in stored if name not in expected and not name.endswith(redundant)]
+    # a head that is stored and not expected is the embedding again: `load` has compared them
+    unexpected = [name for name in stored if name not in expected and name != HEAD and not name.endswith(redundant)]
     odd = [name for name in expected if name in stored and stored[name].dtype not in INFINITY]
     lines = []
     if odd:

@@ -20,7 +20,6 @@ from board.errors import BadInput
 from toolchain import families
 from toolchain.axmodel.writer import write_file
 from toolchain.bundle import HF_FILES, write_json
-from toolchain.config import Reader
 from toolchain.shapes import config_json
 
 SHARD_BYTES = 4 << 30
@@ -28,9 +27,8 @@ BLOCK = 1 << 20
 
 
 def _tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    family = families.FAMILIES[config["model_type"]]
-    shapes: dict[str, tuple[int, ...]] = family.tensors(family.read_config(Reader(config, Path("config.json"))))
-    return shapes
+    family, read = families.read_config(config, Path("config.json"), None)
+    return family.tensors(read)
 
 
 def nbytes(model: str) -> int:

@@ -283,6 +283,20 @@ def test_a_head_that_differs_is_used(folder: Path, tied: Any, where: int, pickle
     assert_agrees(folder, model, "tie_word_embeddings is true", HEAD, "differs")
 
 
+@pytest.mark.parametrize(
+    ("name", "head", "said"),
+    [
+        (HEAD, torch.ones(96, 64, dtype=torch.int8), "lm_head.weight of model.safetensors is stored as I8"),
+        (HEAD, torch.ones(95, 64), "lm_head.weight has shape [95, 64], expected [96, 64]"),
+        (HEAD, torch.ones(96), "lm_head.weight has shape [96]"),
+        (f"draft.{HEAD}", torch.ones(96, 64), "1 tensor is not of this architecture: draft.lm_head.weight"),
+    ],
+)
+def test_a_head_that_is_none_is_not_passed_over(folder: Path, name: str, head: torch.Tensor, said: str) -> None:
+    resave(folder, {**load_file(folder / SINGLE), name: head})
+    assert_refused(folder, said)
+
+
 def test_a_tied_model_that_stores_only_its_head(folder: Path, tied: Any, tmp_path: Path) -> None:
     tensors = load_file(folder / SINGLE)
     resave(folder, {HEAD if name == EMBEDDING else name: tensor for name, tensor in tensors.items()})

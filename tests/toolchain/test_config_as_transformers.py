@@ -265,6 +265,7 @@ def test_every_key_that_transformers_reads_is_known(kind: str) -> None:
     assert shared - known - methods - others == set()
     assert loader - known - methods - others == set()
     assert config_attributes(modeling_layers) - known - methods - others == {
+        "chain_hidden_post_norm",
         "logits_mup_width_multiplier",
         "mtp_hidden_states_first",
         "token_classification_bias",

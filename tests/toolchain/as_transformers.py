@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from board.bundle import Bundle
 from board.model import Model
-from toolchain import build
+from toolchain import build, families
+from toolchain.config import ModelConfig
 
 VOCABULARY = 96
 SMALL: dict[str, Any] = {
@@ -30,6 +31,14 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
+DIMENSIONS = {key: value for key, value in SMALL.items() if not key.endswith("_id") and key != "initializer_range"}
+WHOLE = {**DIMENSIONS, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True}
+AS_ITSELF = ["llama", "qwen2"]
+KIN = ["mistral", "smollm3", "granite"]
+GRANITE = {"attention_multiplier": 0.25}
+NEUTRAL: dict[str, dict[str, Any]] = {"mistral": {}, "smollm3": {}, "granite": GRANITE, "ministral": {}}
+
+
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 40)
 FP32: dict[str, Any] = {"hidden_state_type": "fp32", "weight_type": "fp32", "post_weight_type": "fp32"}
 AUTO: Any = transformers.AutoModelForCausalLM
@@ -77,3 +86,15 @@ def ours(folder: Path, output: Path, ids: NDArray[Any] = IDS, **options: Any) ->
 
 def same(a: NDArray[np.float32], b: NDArray[np.float32]) -> bool:
     return bool(np.abs(a - b).max() <= 1e-4 * np.abs(b).max())
+
+
+def read(values: dict[str, Any], kind: str, family: str | None = None) -> ModelConfig:
+    return families.read_config({"model_type": kind, **values}, Path("config.json"), family)[1]
+
+
+def copy_of(models: dict[str, tuple[Path, Any]], kind: str, to: Path, changes: dict[str, Any]) -> Path:
+    to.mkdir()
+    for path in models[kind][0].iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    change_config(to, changes)
+    return to

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
+from tests.toolchain.as_transformers import AS_ITSELF, KIN, NEUTRAL, SMALL, random_model, theirs
 from toolchain import shapes, synth
 
 Breakable = Callable[..., Path]
@@ -67,3 +69,16 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config |= {"num_attention_heads": 6, "num_key_value_heads": 2}
     synth.synth("llama-2-7b", folder, config=config)
     return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """A tiny checkpoint of each family and each of its kin, at values that make it a Llama."""
+    made = {}
+    for kind in (*AS_ITSELF, *KIN):
+        neutral = {**NEUTRAL.get(kind, {}), **({"sliding_window": None} if kind == "mistral" else {})}
+        config = transformers.AutoConfig.for_model(kind, **SMALL, **neutral, tie_word_embeddings=True)
+        folder = tmp_path_factory.mktemp(kind) / kind
+        random_model(config).save_pretrained(folder)
+        made[kind] = (folder, theirs(folder))
+    return made

@@ -1,37 +1,31 @@
-"""config.json: what AutoConfig makes of it, or a refusal, for keys dropped, respelt, contradicting and unknown."""
+"""config.json: what AutoConfig makes of it, or a refusal, for keys dropped, respelt and contradicting."""
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
 from board.errors import BadInput
-from tests.toolchain.as_transformers import AUTO, IDS, SMALL, change_config, ours, plan, random_model, same, theirs
-from toolchain import config_keys, families
-from toolchain.config import ModelConfig
+from tests.toolchain.as_transformers import (
+    AS_ITSELF,
+    DIMENSIONS,
+    KIN,
+    NEUTRAL,
+    WHOLE,
+    copy_of,
+    plan,
+    read,
+)
+from toolchain import families
 
-DIMENSIONS = {key: value for key, value in SMALL.items() if not key.endswith("_id") and key != "initializer_range"}
-WHOLE = {**DIMENSIONS, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True}
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-AS_ITSELF = ["llama", "qwen2"]
-KIN = ["mistral", "smollm3", "granite"]
-GRANITE = {"attention_multiplier": 0.25}
-NEUTRAL: dict[str, dict[str, Any]] = {"mistral": {}, "smollm3": {}, "granite": GRANITE, "ministral": {}}
-
-
-def read(values: dict[str, Any], kind: str, family: str | None = None) -> ModelConfig:
-    return families.read_config({"model_type": kind, **values}, Path("config.json"), family)[1]
 
 
 def expected(values: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -218,289 +212,6 @@ def test_any_of_them_together(values: dict[str, Any], kind: str) -> None:
     else:
         assert fields
         assert_read_alike(values, kind)
-
-
-# Which keys matter
-
-
-def config_attributes(*modules: Any) -> set[str]:
-    """Every attribute that code reads of a thing called config."""
-    found: set[str] = set()
-    for module in modules:
-        for node in ast.walk(ast.parse(inspect.getsource(module))):
-            if isinstance(node, ast.Attribute) and _is_config(node.value):
-                found.add(node.attr)
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr") and node.args:
-                name = node.args[1]
-                if _is_config(node.args[0]) and isinstance(name, ast.Constant):
-                    found.add(str(name.value))
-    return {name for name in found if not name.startswith("_")}
-
-
-def _is_config(node: ast.expr) -> bool:
-    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-    return name in ("config", "decoder_config", "text_config")
-
-
-@pytest.mark.parametrize("kind", AS_ITSELF)
-def test_every_key_that_transformers_reads_is_known(kind: str) -> None:
-    from importlib import import_module
-
-    from transformers import cache_utils, masking_utils, modeling_layers, modeling_rope_utils, modeling_utils
-    from transformers.integrations import eager_paged, sdpa_attention
-
-    particular = import_module(f"transformers.models.{kind}.modeling_{kind}")
-    own = config_attributes(particular)
-    assert {"hidden_size", "rms_norm_eps", "rope_parameters"} <= own
-    shared = config_attributes(cache_utils, masking_utils, modeling_rope_utils, sdpa_attention, eager_paged)
-    assert {"is_causal", "sliding_window"} <= shared
-    loader = config_attributes(modeling_utils)
-    assert "transformers_weights" in loader
-    family = families.FAMILIES[kind]
-    known = family.READS | config_keys.SHARED.keys() | config_keys.HARMLESS
-    methods = set(dir(transformers.PreTrainedConfig))
-    assert own - known - methods == set()
-    # of classification heads, other caches and rotary embeddings that these architectures do not have
-    others = {"num_kv_shared_layers", "conv_kernel", "distributed_config", "qk_rope_head_dim", "kv_lora_rank"}
-    assert shared - known - methods - others == set()
-    assert loader - known - methods - others == set()
-    assert config_attributes(modeling_layers) - known - methods - others == {
-        "chain_hidden_post_norm",
-        "logits_mup_width_multiplier",
-        "mtp_hidden_states_first",
-        "token_classification_bias",
-        "unpadded_vocab_size",
-    }
-
-
-HARMLESS_HERE: dict[str, Any] = {
-    "unsloth_version": "2025.1",
-    "_name_or_path": "x/y",
-    "pretraining_tp": 4,
-    "use_cache": False,
-    "neuron": {"tp": 8},
-    "transformers.js_config": {"dtype": "q4"},
-    "attention_dropout": 0.5,
-    "torch_dtype": "float32",
-    "temperature": 0.1,
-    "num_labels": 3,
-}
-ELSEWHERE: dict[str, Any] = {
-    "attention_multiplier": 8.0,
-    "embedding_multiplier": 12,
-    "logits_scaling": 4.0,
-    "final_logit_softcapping": 30.0,
-    "query_pre_attn_scalar": 256,
-    "no_rope_layers": [0, 0],
-    "rope_interleaved": True,
-    "use_bidirectional_attention": True,
-    "layer_norm_eps": 1.0,
-    "use_qk_norm": True,
-}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
-    """A tiny checkpoint of each family and each of its kin, at values that make it a Llama."""
-    made = {}
-    for kind in (*AS_ITSELF, *KIN):
-        neutral = {**NEUTRAL.get(kind, {}), **({"sliding_window": None} if kind == "mistral" else {})}
-        config = transformers.AutoConfig.for_model(kind, **SMALL, **neutral, tie_word_embeddings=True)
-        folder = tmp_path_factory.mktemp(kind) / kind
-        random_model(config).save_pretrained(folder)
-        made[kind] = (folder, theirs(folder))
-    return made
-
-
-def copy_of(models: dict[str, tuple[Path, Any]], kind: str, to: Path, changes: dict[str, Any]) -> Path:
-    to.mkdir()
-    for path in models[kind][0].iterdir():
-        (to / path.name).write_bytes(path.read_bytes())
-    change_config(to, changes)
-    return to
-
-
-@pytest.mark.parametrize("kind", AS_ITSELF)
-def test_keys_of_other_architectures_change_nothing_and_are_said(models: Any, kind: str, tmp_path: Path) -> None:
-    folder = copy_of(models, kind, tmp_path / "hf", {**HARMLESS_HERE, **ELSEWHERE})
-    assert same(theirs(folder), models[kind][1])
-    assert same(ours(folder, tmp_path / "out"), models[kind][1])
-    for key, value in ELSEWHERE.items():
-        change_config(folder, {key: value}, without=tuple(other for other in ELSEWHERE if other != key))
-        said = "\n".join(plan(folder, tmp_path / "out").notices)
-        assert f"not read, as in transformers' {kind}: {key} {value!r}" in said
-    change_config(folder, {}, without=tuple(ELSEWHERE))
-    assert plan(folder, tmp_path / "out").notices == ()
-
-
-@pytest.mark.parametrize(
-    ("changes", "loads"),
-    [
-        ({"is_causal": False}, True),
-        ({"is_causal": None}, None),
-        ({"per_layer_config": {"0": {"num_key_value_heads": 4}}}, False),
-        ({"transformers_weights": "other.safetensors"}, False),
-        ({"attention_chunk_size": 8}, None),
-        ({"text_config": {"hidden_size": 32}}, None),
-        ({"configuration_files": ["config.4.0.0.json"]}, None),
-        ({"partial_rotary_factor": 0.5}, None),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, None),
-        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, None),
-        ({"quantization_config": {"quant_method": "gptq"}}, None),
-        ({"quantization": {"group_size": 64, "bits": 4}}, None),
-        ({"compression_config": {"quant_method": "sparseml"}}, None),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, None),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, None),
-        ({"kv_sharing_modes": ["reuse", "reuse"]}, None),
-        ({"layer_types": ["sliding_attention", "full_attention"]}, None),
-        ({"layer_types": ["full_attention"]}, None),
-        ({"layer_types": ["conv", "conv"]}, None),
-    ],
-)
-@pytest.mark.parametrize("kind", AS_ITSELF)
-def test_what_transformers_code_for_all_reads_is_refused(
-    models: Any, kind: str, tmp_path: Path, changes: dict[str, Any], loads: bool | None
-) -> None:
-    """`loads`: transformers loads it and computes something else, or fails; None is not of interest."""
-    folder = copy_of(models, kind, tmp_path / "hf", changes)
-    with pytest.raises(BadInput) as refused:
-        plan(folder, tmp_path / "out")
-    (key,) = changes
-    words = "rope" if key.startswith("rope_") and "partial" not in str(changes) else key
-    words = "partial_rotary_factor" if "partial" in str(changes) else words
-    assert words in str(refused.value)
-    assert len(str(refused.value).splitlines()) <= 3
-    if loads:
-        assert not same(theirs(folder), models[kind][1])
-    elif loads is False:
-        with pytest.raises((OSError, ValueError, RuntimeError, FileNotFoundError)):
-            theirs(folder)
-
-
-# Windows
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes"),
-    [
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "layer_types": None}),
-        ("llama", {"sliding_window": 24}),
-        ("mistral", {"sliding_window": 24}),
-        ("mistral", {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}),
-    ],
-)
-def test_a_context_ends_with_the_window(models: Any, kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
-    folder = copy_of(models, kind, tmp_path / "hf", changes)
-    options: dict[str, Any] = {} if kind in AS_ITSELF else {"model_type": "llama"}
-    with pytest.raises(BadInput, match=r"expected 1 to 23: the model sees 24 positions, its sliding_window"):
-        plan(folder, tmp_path / "out", kv_cache_len=24, **options)
-    got = ours(folder, tmp_path / "out", IDS[:23], kv_cache_len=23, prefill_len=8, **options)
-    assert same(got, theirs(folder, IDS[:23]))
-    if kind != "llama":  # whose prefill sees everything and whose cache does not
-        assert not same(theirs(folder), models[kind][1])
-
-
-def test_transformers_cache_slides_for_a_llama_with_a_window(models: Any, tmp_path: Path) -> None:
-    """Why a Llama's sliding_window, which its layers do not read, bounds the context."""
-    folder = copy_of(models, "llama", tmp_path / "hf", {"sliding_window": 24})
-    model = AUTO.from_pretrained(folder, dtype=torch.float32).eval()
-    cache, rows = None, []
-    with torch.inference_mode():
-        for token in IDS:
-            step = model(torch.tensor([[int(token)]]), past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
-            rows.append(step.logits[0, -1].numpy())
-    plain = models["llama"][1]
-    assert same(np.array(rows)[:24], plain[:24])
-    assert not same(np.array(rows), plain)
-
-
-# Kin
-
-
-@pytest.mark.parametrize("kind", KIN)
-def test_kin_that_compute_as_llama_does(models: Any, kind: str, tmp_path: Path) -> None:
-    folder, logits = models[kind]
-    with pytest.raises(BadInput, match="This one computes as llama does: pass --model_type llama"):
-        plan(folder, tmp_path / "out")
-    assert same(ours(folder, tmp_path / "out", model_type="llama"), logits)
-    assert plan(folder, tmp_path / "out", model_type="llama").notices == ()
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "said"),
-    [
-        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0]"),
-        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2}, "no_rope_layers is [1, 0]"),
-        ("granite", {"attention_multiplier": 1.0}, "attention_multiplier is 1; Llama's is 0.25"),
-        ("granite", {"embedding_multiplier": 12.0}, "embedding_multiplier is 12"),
-        ("granite", {"residual_multiplier": 0.22}, "residual_multiplier is 0.22"),
-        ("granite", {"logits_scaling": 8.0}, "logits_scaling is 8"),
-    ],
-)
-def test_kin_that_compute_otherwise(models: Any, kind: str, changes: dict[str, Any], said: str, tmp_path: Path) -> None:
-    folder = copy_of(models, kind, tmp_path / "hf", changes)
-    assert not same(theirs(folder), models[kind][1])
-    for options in ({}, {"model_type": "llama"}):
-        with pytest.raises(BadInput) as refused:
-            plan(folder, tmp_path / "out", **options)
-        assert said in str(refused.value)
-        assert "pass --model_type" not in str(refused.value)
-
-
-def test_granite_multipliers_that_are_absent_are_granite_s(models: Any, tmp_path: Path) -> None:
-    folder = copy_of(models, "granite", tmp_path / "hf", {})
-    change_config(folder, {}, without=("attention_multiplier",))
-    assert not same(theirs(folder), models["granite"][1])
-    with pytest.raises(BadInput, match="attention_multiplier is 1"):
-        plan(folder, tmp_path / "out", model_type="llama")
-
-
-def test_the_hint_names_the_window(models: Any, tmp_path: Path) -> None:
-    folder = copy_of(models, "mistral", tmp_path / "hf", {"sliding_window": 24})
-    with pytest.raises(BadInput, match=r"pass --model_type llama and a --kv_cache_len below its sliding_window 24"):
-        plan(folder, tmp_path / "out")
-    change_config(folder, {}, without=("sliding_window",))
-    with pytest.raises(BadInput, match=r"below its sliding_window 4096"):
-        plan(folder, tmp_path / "out")
-
-
-# Another model_type, of which nothing is known
-
-
-def test_an_unknown_key_of_an_unknown_architecture_is_refused(models: Any, tmp_path: Path) -> None:
-    folder = copy_of(
-        models, "llama", tmp_path / "hf", {"model_type": "newcomer", "twist_factor": 2.0, "use_cache": True}
-    )
-    with pytest.raises(
-        BadInput, match=r"twist_factor 2\.0 of model_type 'newcomer' may change .* llama does not know it"
-    ):
-        plan(folder, tmp_path / "out", model_type="llama")
-    change_config(folder, {"logits_scaling": 1.0, "no_rope_layers": [1, 1]}, without=("twist_factor",))
-    assert same(ours(folder, tmp_path / "out", model_type="llama"), models["llama"][1])
-    (notice,) = plan(folder, tmp_path / "out", model_type="llama").notices
-    assert "'newcomer' is built as llama" in notice
-
-
-@pytest.mark.parametrize("key", config_keys.ARITHMETIC)
-def test_a_key_of_arithmetic_is_refused_under_another_type(models: Any, key: str) -> None:
-    values = json.loads((models["llama"][0] / "config.json").read_text())
-    with pytest.raises(BadInput, match=key):
-        read({**values, "model_type": "newcomer", key: ["another"]}, "newcomer", "llama")
-
-
-@pytest.mark.parametrize("key", ["rms_norm_eps", "hidden_act", "max_position_embeddings", "num_attention_heads"])
-def test_a_default_of_an_unknown_architecture_is_not_known(key: str) -> None:
-    values = {name: value for name, value in WHOLE.items() if name != key}
-    with pytest.raises(BadInput, match=f"{key} is missing, and its default is not known"):
-        read(values, "newcomer", "llama")
-
-
-def test_the_theta_of_an_unknown_architecture_is_not_known() -> None:
-    values = {name: value for name, value in WHOLE.items() if name != "rope_theta"}
-    with pytest.raises(BadInput, match="rope_theta is missing"):
-        read(values, "newcomer", "llama")
-    assert read({**values, "rope_parameters": {"rope_theta": 7.0}}, "newcomer", "llama").rope.theta == 7.0
 
 
 # The text itself

@@ -31,7 +31,7 @@ KEEPER = $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(VENV)/build.ins
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build run test test-all lint bench engine image base-image verify-reproducible setup clean ready
+.PHONY: help build run test test-all lint bench engine page image base-image verify-reproducible setup clean ready
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 } /^##( |$$)/ { print substr($$0, 4) }' Makefile
@@ -53,6 +53,9 @@ lint: ready ## ruff and mypy only
 
 engine: ready ## only libax_engine, into board/engine/lib (ARGS='--machine aarch64 --into folder' for a board's)
 	@$(INVOKE) engine
+
+page: ready ## what the page of axrun serve shows Markdown with, by npm into board/serve/page/lib
+	@$(INVOKE) page
 
 bench: ready ## speed and memory beside a peer, on this machine
 	@$(INVOKE) bench

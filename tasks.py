@@ -26,6 +26,7 @@ from invoke.tasks import Task, task
 from board.command import INTERRUPTED
 from board.errors import BadInput, Failure
 from requirements.install import SETS, SetupFailed, install, missing_packages
+from requirements.page import bring as bring_page
 
 if TYPE_CHECKING:
     from toolchain.models import ModelSpec
@@ -181,6 +182,7 @@ def test_all(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a tas
         raise BadInput(f"the system tests need more of this machine: apt-get install {' '.join(packages)}")
     more = split(args)
     install(VENV, "reference", "test", "boards")
+    bring_page(VENV)
     lint(context)
     suite("-n", "2", "-m", "not system", *more, none_is_fine=bool(more))
     try:
@@ -207,6 +209,12 @@ def engine(_: Context, args: str = ARGS) -> None:
     from board.engine.build import main as build_engine
 
     succeed(build_engine, split(args))
+
+
+@verb
+def page(_: Context) -> None:
+    """The Markdown libraries of axrun serve's page, by npm at the locked versions."""
+    bring_page(VENV)
 
 
 @verb
@@ -366,7 +374,12 @@ def verify_reproducible(_: Context, base_image: str = BASE_IMAGE, mirror: str = 
 @verb
 def setup(_: Context, extra: Sequence[str] | None = None) -> None:
     """Install the locked requirements, e.g. before going offline."""
-    install(VENV, *(extra or SETS))
+    install(VENV, *(extra or (name for name in SETS if name != "page")))  # which only a machine without npm needs
+    if not extra:
+        try:
+            bring_page(VENV)
+        except SetupFailed as error:
+            print(f"setup: {error}\nuntil `make page` brings them, the page of `axrun serve` shows plain text")
 
 
 @verb

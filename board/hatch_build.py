@@ -1,4 +1,5 @@
-"""A wheel of axrun carries libax_engine: `python -m build --wheel board`, for this machine.
+"""A wheel of axrun carries libax_engine: `python -m build --wheel board`, for this machine. It has the page's Markdown
+libraries where `make page` has brought them.
 
 AXRUN_TARGET in the environment says for which: x86_64, aarch64, or pure for a wheel without the library, whose users
 have another engine. AXRUN_LIBRARIES names a folder of libraries that are built already.
@@ -37,7 +38,11 @@ class EngineHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         machine = target()
-        if version == "editable" or machine == PURE:
+        if version == "editable":
+            return
+        if not Path(self.root, "serve", "page", "lib").is_dir():
+            self.app.display_warning("this wheel's page shows plain text: `make page` brings its Markdown libraries")
+        if machine == PURE:
             return
         builder = engine_build(Path(self.root))
         if machine not in builder.MACHINES:

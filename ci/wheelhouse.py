@@ -24,6 +24,8 @@ from pathlib import Path
 from board.bundle import sha256
 from board.errors import BadInput, CheckFailed
 from ci.listing import Listing
+from requirements.install import SetupFailed
+from requirements.page import bring
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.9", "3.10", "3.11")  # what boards carry; each has its lock, requirements/board-<version>.txt
@@ -67,6 +69,10 @@ def cross(python: str, out: Path) -> Package:
     wheels = folder / "wheels"
     lock = ROOT / "requirements" / f"board-{python}.txt"
     _download(lock, python, wheels)
+    try:
+        bring(Path(sys.prefix))
+    except SetupFailed as error:
+        raise CheckFailed(str(error)) from None
     own = _build(wheels)
     _name_by_hash(wheels, folder / "requirements.txt")
     site, stamp = folder / "site", folder / "site.made-from"

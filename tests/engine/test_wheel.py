@@ -56,6 +56,18 @@ def test_it_holds_the_runner_and_the_libraries_and_nothing_to_build_them(whole: 
     assert "Root-Is-Purelib: false" in about
 
 
+def test_it_holds_what_the_page_is_made_of(whole: Path) -> None:
+    """The Markdown libraries and their licences too, where `make page` has brought them."""
+    page = ROOT / "board" / "serve" / "page"
+    files = {path.relative_to(page).as_posix(): path for path in page.rglob("*") if path.is_file()}
+    files.pop("lib/made-from", None)
+    with zipfile.ZipFile(whole) as archive:
+        inside = {name for name in archive.namelist() if name.startswith("board/serve/page/")}
+        assert inside == {f"board/serve/page/{name}" for name in files}
+        for name, path in files.items():
+            assert archive.read(f"board/serve/page/{name}") == path.read_bytes()
+
+
 def test_it_is_the_same_bytes_again(whole: Path, libraries: Path, tmp_path: Path) -> None:
     wheel(tmp_path, AXRUN_LIBRARIES=str(libraries))
     assert (tmp_path / whole.name).read_bytes() == whole.read_bytes()

@@ -12,7 +12,9 @@ import pytest
 import torch
 import transformers
 
+from tests.serve import saying
 from tests.serve.server import Server, Start
+from toolchain import build
 
 
 @pytest.fixture
@@ -45,6 +47,17 @@ def server_long(bundle_long: Path) -> Iterator[Server]:
     yield server
     assert server.stop() == 0
     assert not [line for line in server.lines if "Traceback" in line]
+
+
+@pytest.fixture(scope="session")
+def bundle_saying(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that says the texts of tests.serve.saying.TEXTS; a context of 1023 tokens."""
+    folder = tmp_path_factory.mktemp("saying")
+    checkpoint = saying.write(folder / "checkpoint", saying.TEXTS, endless="e")
+    options: dict[str, Any] = {"prefill_len": 64, "kv_cache_len": 1023, "last_kv_cache_len": (256, 512)}
+    options.update(dict.fromkeys(("weight_type", "post_weight_type", "hidden_state_type"), "fp32"))
+    build.build(build.plan(build.Options(input_path=checkpoint, output_path=folder / "bundle", **options)))
+    return folder / "bundle"
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from tasks import CONTAINER_SETTINGS, SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = [
-    *("base-image", "bench", "build", "clean", "engine", "image", "lint", "run", "setup", "test", "test-all"),
+    *("base-image", "bench", "build", "clean", "engine", "image", "lint", "page", "run", "setup", "test", "test-all"),
     "verify-reproducible",
 ]
 AWKWARD = """what's $HOME $$1 $(shell id) `id` "2+2"? # \\ % ; é"""

@@ -1,76 +1,83 @@
-"use strict";
+import { button, copy, element } from "/code.js";
+import { estimate, leaveOut, makeRoom, rateOf, shown } from "/context.js";
+import { load as loadMarkdown, plain, Writing } from "/markdown.js";
+import { empty, load, save, Store } from "/store.js";
 
 const $ = (id) => document.getElementById(id);
 const SETTINGS = ["system", "temperature", "top_p", "max_tokens", "seed"];
-const NUMBERS = SETTINGS.slice(1);
+const NUMBERS = SETTINGS.slice(1, 4);
+const SAVE_MS = 1000; // while an answer is written
+const QUIET_MS = 10000; // after which an answer of another tab counts as interrupted
+const RENDER_SHARE = 4; // of the time, at most one part in so many is spent drawing an answer
 
 let model = "";
-let messages = load(localStorage, "axrun.messages", []); // {role, content, figures, error}
+let context = 0; // tokens; 0: not known yet
 let answering = null; // the AbortController of the answer that is being written
-
-function load(storage, key, otherwise) {
-  try {
-    return JSON.parse(storage.getItem(key)) ?? otherwise;
-  } catch {
-    return otherwise;
-  }
-}
-
-function save(storage, key, value) {
-  try {
-    storage.setItem(key, JSON.stringify(value));
-  } catch {
-    // a full or forbidden storage forgets the conversation, and nothing else
-  }
-}
+let leaving = false; // this page is being left: what it was fetching fails
+let elsewhere = 0; // the timer of an answer that another tab is writing
+const store = new Store(() => answering !== null, adopt);
+let conversation = store.open(); // messages: {role, content, figures, error, seed, tries, tokens, writing}
+const drawn = new WeakMap(); // a message's text as shown: {content, text}
 
 // ---- what is shown
 
-function element(kind, className, text) {
-  const made = document.createElement(kind);
-  made.className = className;
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
-
-/** Text as text, and what stands between ``` as code. Nothing the model says is ever HTML. */
-function fill(target, text) {
-  target.replaceChildren(
-    ...text.split(/^```[^\n]*\n?/m).map((part, index) =>
-      index % 2 ? element("pre", "", part.replace(/\n$/, "")) : document.createTextNode(part),
-    ),
-  );
-}
-
-function button(text, act) {
-  const made = element("button", "", text);
-  made.type = "button";
-  made.addEventListener("click", act);
-  return made;
+function textOf(message) {
+  const known = drawn.get(message);
+  if (known?.content === message.content) return known.text;
+  const text = element("div", "text");
+  if (message.role === "user") text.append(...plain(message.content));
+  else new Writing(text).finish(message.content);
+  drawn.set(message, { content: message.content, text });
+  return text;
 }
 
 function show(message, index) {
+  const { messages, start } = conversation;
   const turn = element("article", `turn ${message.role}`);
   turn.setAttribute("aria-label", message.role === "user" ? "You" : "Answer");
-  const text = element("div", "text");
-  fill(text, message.content);
+  turn.classList.toggle("left-out", index < start);
+  const text = textOf(message);
   turn.append(text);
   if (message.error) turn.append(element("div", "error", message.error));
-  if (message.role === "assistant" && message.figures !== undefined) {
+  if (message.role === "assistant" && message !== answering?.message) {
     const below = element("div", "below");
-    if (message.figures) below.append(element("span", "figures", message.figures));
-    if (message.content) below.append(button("Copy", () => navigator.clipboard?.writeText(message.content)));
-    if (index === messages.length - 1) below.append(button("Try again", again), button("Edit question", edit));
+    const told = !message.writing ? message.figures : elsewhere ? "being written in another tab" : "interrupted";
+    if (told) below.append(element("span", "figures", told));
+    if (message.content) below.append(button("Copy", (pressed) => copy(pressed, message.content, text)));
+    if (index === messages.length - 1 && !elsewhere)
+      below.append(button("Try again", again), button("Edit question", edit));
     turn.append(below);
   }
   return turn;
 }
 
 function showAll() {
-  for (const turn of document.querySelectorAll(".turn")) turn.remove();
-  $("log").append(...messages.map(show));
+  for (const turn of document.querySelectorAll(".turn, .note")) turn.remove();
+  const { messages, start } = conversation;
+  const turns = messages.map(show);
+  if (start > 0 && start < messages.length) turns.splice(start, 0, element("p", "note", leftOut(start)));
+  $("log").append(...turns);
   $("empty").hidden = messages.length > 0;
   $("log").scrollTop = $("log").scrollHeight;
+  showGauge(messages.at(-1)?.tokens);
+}
+
+function leftOut(start) {
+  const count = start / 2;
+  const what = count === 1 ? "The turn above is" : `The ${count} turns above are`;
+  return `${what} left out: the model's context of ${context.toLocaleString("en")} tokens got full.`;
+}
+
+/** How full the context is; `tokens` as the server counted, else estimated. */
+function showGauge(tokens) {
+  // The last token of an answer is counted, and has no place of its own yet.
+  const used = Math.min(tokens ?? estimate(shown(conversation, system()), conversation.rate), context);
+  $("gauge").hidden = !context || !conversation.messages.length;
+  $("gauge-bar").max = context;
+  $("gauge-bar").high = context * 0.75;
+  $("gauge-bar").value = used;
+  const about = tokens === undefined ? "about " : "";
+  $("gauge-text").textContent = `${about}${used.toLocaleString("en")} of ${context.toLocaleString("en")} tokens`;
 }
 
 function showState() {
@@ -86,17 +93,52 @@ function fit() {
   prompt.style.height = `${prompt.scrollHeight + 2}px`;
 }
 
+function keep() {
+  $("unkept").hidden = store.save(conversation);
+}
+
+/** Another tab has changed the conversation. */
+function adopt(changed) {
+  conversation = changed;
+  clearTimeout(elsewhere);
+  elsewhere = 0;
+  if (changed.messages.at(-1)?.writing)
+    elsewhere = setTimeout(() => {
+      elsewhere = 0;
+      showAll();
+    }, QUIET_MS);
+  showAll();
+}
+
 // ---- what is asked
 
-function request() {
-  const body = { model, stream: true, stream_options: { include_usage: true } };
-  const system = $("system").value.trim();
-  const spoken = messages.filter((message) => message.content).map(({ role, content }) => ({ role, content }));
-  body.messages = system ? [{ role: "system", content: system }, ...spoken] : spoken;
+const system = () => $("system").value.trim();
+
+function request(seed) {
+  const body = { model, seed, stream: true, stream_options: { include_usage: true } };
+  body.messages = shown(conversation, system());
   for (const name of NUMBERS) if ($(name).value !== "") body[name] = Number($(name).value);
   const headers = { "Content-Type": "application/json" };
   if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
-  return { method: "POST", headers, body: JSON.stringify(body) };
+  return { method: "POST", headers, body: JSON.stringify(body), signal: answering.signal };
+}
+
+/** A seed of its own for every try; those of a chosen seed follow it. */
+function seedOf(tries) {
+  if ($("seed").value !== "") return Number($("seed").value) + tries;
+  return crypto.getRandomValues(new Uint32Array(1))[0];
+}
+
+/** The response to the conversation; where the server finds it too long, with more of the oldest turns left out. */
+async function respond(seed) {
+  for (;;) {
+    const response = await fetch("/v1/chat/completions", request(seed));
+    if (response.ok) return response;
+    const body = await response.json().catch(() => null);
+    if (body?.error?.code === "context_length_exceeded" && leaveOut(conversation)) continue;
+    if (response.status === 401) toggleSettings(true);
+    throw new Error(body?.error?.message ?? `the server answered ${response.status}`);
+  }
 }
 
 /** The JSON of each server-sent event, until [DONE]. */
@@ -116,12 +158,6 @@ async function* events(response) {
   }
 }
 
-async function reason(response) {
-  const body = await response.json().catch(() => null);
-  if (response.status === 401) toggleSettings(true);
-  return body?.error?.message ?? `the server answered ${response.status}`;
-}
-
 function figures(clock, usage, finish) {
   const parts = [];
   if (clock.first) parts.push(`first token ${Math.round(clock.first - clock.start)} ms`);
@@ -133,28 +169,61 @@ function figures(clock, usage, finish) {
     parts.push(`${usage.prompt_tokens} tokens read${cached ? ` (${cached} of them reused)` : ""}`);
   }
   if (tokens) parts.push(`${tokens} written`);
-  if (finish === "length") parts.push("cut at the length limit");
+  if (finish === "length")
+    parts.push(usage?.total_tokens >= context ? "cut: the context is full" : "cut at the length limit");
   if (finish === "stopped") parts.push("stopped");
   return parts.join(" · ");
 }
 
-async function answer() {
-  const message = { role: "assistant", content: "" };
-  const clock = { start: performance.now(), first: 0, last: 0, tokens: 0 };
-  const given = request();
+/** Draws an answer while it is written: once a frame, and not so often that it takes the browser's time. */
+function drawing(text) {
+  const writing = new Writing(text);
+  let message = null;
+  let due = 0;
+  const draw = () => {
+    if (message === null) return;
+    const log = $("log");
+    const below = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+    const began = performance.now();
+    writing.draw(message.content);
+    if (below) log.scrollTop = log.scrollHeight;
+    const now = performance.now();
+    due = now + (RENDER_SHARE - 1) * (now - began);
+    message = null;
+  };
+  return {
+    later(changed) {
+      if (message === null) setTimeout(() => requestAnimationFrame(draw), due - performance.now());
+      message = changed;
+    },
+    finish(changed) {
+      message = null;
+      writing.finish(changed.content);
+      drawn.set(changed, { content: changed.content, text });
+    },
+  };
+}
+
+/** Writes an answer to the last question; `before` is one that was not liked. */
+async function answer(before) {
+  const tries = before ? (before.tries ?? 0) + 1 : 0;
+  const message = { role: "assistant", content: "", seed: seedOf(tries), tries, writing: true };
+  const clock = { start: performance.now(), first: 0, last: 0, tokens: 0, saved: performance.now() };
+  const mine = conversation;
+  const { start } = mine;
   let usage, finish;
-  answering = new AbortController();
-  messages.push(message);
-  const turn = show(message, messages.length - 1);
-  const text = turn.querySelector(".text");
-  turn.classList.add("writing");
-  $("log").append(turn);
-  $("log").scrollTop = $("log").scrollHeight;
+  answering = Object.assign(new AbortController(), { message });
+  mine.messages.push(message);
+  makeRoom(mine, system(), context);
+  keep();
+  showAll();
   showState();
+  const turn = $("log").lastElementChild;
+  turn.classList.add("writing");
+  turn.setAttribute("aria-busy", "true");
+  const draw = drawing(turn.querySelector(".text"));
   try {
-    const response = await fetch("/v1/chat/completions", { ...given, signal: answering.signal });
-    if (!response.ok) throw new Error(await reason(response));
-    for await (const event of events(response)) {
+    for await (const event of events(await respond(message.seed))) {
       if (event.error) throw new Error(event.error.message);
       usage = event.usage ?? usage;
       const choice = event.choices[0];
@@ -163,22 +232,35 @@ async function answer() {
       clock.last = performance.now();
       clock.first ||= clock.last;
       clock.tokens += 1;
-      const log = $("log");
-      const below = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
       message.content += choice.delta.content;
-      fill(text, message.content);
-      if (below) log.scrollTop = log.scrollHeight;
+      draw.later(message);
+      if (clock.last - clock.saved < SAVE_MS) continue;
+      clock.saved = clock.last;
+      keep();
+      showGauge();
     }
   } catch (error) {
+    if (leaving) return keep();
     if (answering.signal.aborted) finish = "stopped";
     else message.error = error instanceof TypeError ? "The server cannot be reached." : error.message;
   }
-  message.figures = figures(clock, usage, finish);
+  if (message.error && !message.content) mine.start = start; // nothing was gained by leaving turns out
   answering = null;
-  save(localStorage, "axrun.messages", messages);
-  showAll();
+  draw.finish(message);
+  if (mine === conversation) complete(message, before, figures(clock, usage, finish), usage);
   showState();
   $("prompt").focus();
+}
+
+/** An answer has come to its end. */
+function complete(message, before, told, usage) {
+  const same = before?.content && before.content === message.content;
+  delete message.writing;
+  message.figures = same ? `${told} · the same again: a temperature above 0 lets answers differ` : told;
+  message.tokens = usage?.total_tokens;
+  if (usage) conversation.rate = rateOf(shown(conversation, system()), usage.total_tokens) ?? conversation.rate;
+  keep();
+  showAll();
 }
 
 function ask() {
@@ -186,26 +268,22 @@ function ask() {
   if (!content || answering) return;
   $("prompt").value = "";
   fit();
-  messages.push({ role: "user", content });
-  save(localStorage, "axrun.messages", messages);
-  showAll();
+  conversation.messages.push({ role: "user", content });
   answer();
 }
 
 function again() {
   if (answering) return;
-  messages.pop();
-  showAll();
-  answer();
+  answer(conversation.messages.pop());
 }
 
 /** Takes the last question back into the field; its answer goes. */
 function edit() {
   if (answering) return;
-  messages.pop();
-  const question = messages.pop();
-  if (question) $("prompt").value = question.content;
-  save(localStorage, "axrun.messages", messages);
+  const [question] = conversation.messages.splice(-2);
+  conversation.start = Math.min(conversation.start, conversation.messages.length);
+  $("prompt").value = question.content;
+  keep();
   showAll();
   fit();
   showState();
@@ -218,8 +296,9 @@ function stop() {
 
 function forget() {
   stop();
-  messages = [];
-  save(localStorage, "axrun.messages", messages);
+  conversation = empty();
+  store.forget();
+  $("unkept").hidden = true;
   showAll();
   $("prompt").focus();
 }
@@ -234,11 +313,12 @@ async function greet() {
   try {
     const response = await fetch("/health");
     const state = await response.json();
-    model = state.model;
+    ({ model, context_length: context } = state);
     health.className = response.ok ? "ok" : "";
     health.title = state.status === "ok" ? `ready: ${state.busy} of ${state.slots} slots busy` : state.status;
     $("model").textContent = $("greeted").textContent = model;
     document.title = `${model} · axrun`;
+    if (!answering) showGauge(conversation.messages.at(-1)?.tokens);
   } catch {
     health.className = "bad";
     health.title = "the server cannot be reached";
@@ -247,6 +327,8 @@ async function greet() {
 }
 
 // ---- hands and keys
+
+$("as-text").hidden = await loadMarkdown();
 
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -277,8 +359,15 @@ $("settings").addEventListener("input", () => {
   save(localStorage, "axrun.settings", Object.fromEntries(SETTINGS.map((name) => [name, $(name).value])));
   save(sessionStorage, "axrun.key", $("key").value);
 });
-for (const message of messages) if (message.role === "assistant") message.figures ??= "interrupted";
-addEventListener("pagehide", () => save(localStorage, "axrun.messages", messages));
+addEventListener("beforeunload", () => {
+  leaving = true;
+  setTimeout(() => (leaving = false), 3000); // it was not left after all
+});
+addEventListener("pagehide", () => {
+  leaving = true;
+  if (answering) keep();
+});
+addEventListener("pageshow", () => (leaving = false));
 showAll();
 showState();
 greet();

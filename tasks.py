@@ -404,7 +404,10 @@ def clean(_: Context) -> None:
 
 @verb
 def lock(_: Context, upgrade: bool = False) -> None:
-    """Compile requirements/*.txt anew from the .in files and pyproject.toml; torch.txt is kept by hand."""
+    """Compile requirements/*.txt anew from the .in files and pyproject.toml; torch.txt is kept by hand.
+
+    package-lock.json is npm's: `npm install --package-lock-only` in requirements/, after a change of package.json.
+    """
     from ci.wheelhouse import PYTHONS
 
     for python in PYTHONS:

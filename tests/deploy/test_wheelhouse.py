@@ -59,6 +59,7 @@ def test_pip_installs_it_offline_by_hash(python: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "target" / "board" / "cli.py").is_file()
+    assert (tmp_path / "target" / "board" / "serve" / "page" / "lib" / "purify.js").is_file()
 
 
 def test_a_python_without_a_lock(tmp_path: Path) -> None:

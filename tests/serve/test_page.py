@@ -172,6 +172,8 @@ def test_an_answer_is_shown_as_it_streams_and_stop_keeps_what_came(sayer: Page, 
         seen: set[str] = set()
         while len(seen) < 4:
             seen.add(sayer.until(lambda: sayer.texts(".writing .text")[-1]))
+        sayer.until(lambda: len(sayer.texts(".writing .text")[-1]) > 1000)
+        assert sayer.driver.execute_script("return log.scrollHeight - log.scrollTop - log.clientHeight") < 60
         stop()
         answer = sayer.answered()
         assert all(answer.startswith(part.rstrip()) for part in seen)

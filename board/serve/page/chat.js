@@ -183,7 +183,7 @@ function drawing(text) {
   const draw = () => {
     if (message === null) return;
     const log = $("log");
-    const below = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+    const below = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
     const began = performance.now();
     writing.draw(message.content);
     if (below) log.scrollTop = log.scrollHeight;
@@ -221,6 +221,7 @@ async function answer(before) {
   const turn = $("log").lastElementChild;
   turn.classList.add("writing");
   turn.setAttribute("aria-busy", "true");
+  $("log").scrollTop = $("log").scrollHeight;
   const draw = drawing(turn.querySelector(".text"));
   try {
     for await (const event of events(await respond(message.seed))) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -250,11 +251,29 @@ def test_a_failed_turn_is_not_sent_again(sayer: Page) -> None:
     assert read == len("one s") + len(saying.TEXTS["s"]) + len("two s")
 
 
-def test_a_conversation_goes_on_past_the_context(sayer: Page) -> None:
+def test_a_conversation_goes_on_past_the_context(page: Page, server_long: Server) -> None:
+    """Room is made before the context is full, and so much at a time that most questions find their beginning read."""
+    refused = 'axrun_requests_total{path="/v1/chat/completions",status="400"}'
+    before = server_long.metrics().get(refused)
+    page.set("max_tokens", "8")
+    page.find("#settings-button").click()
+    read = []
+    for _ in range(7):
+        page.ask("1+" * 700 + "1=")
+        page.answered()
+        read.append(tokens_read(page.texts(".figures")[-1]))
+    assert page.texts(".error") == []
+    assert server_long.metrics().get(refused) == before
+    assert max(read) < 0.75 * 8191
+    shorter = [number for number, (one, after) in enumerate(itertools.pairwise(read), 2) if after < one]
+    assert shorter == [5]
+    assert page.texts(".note") == ["The 3 turns above are left out: the model's context of 8,191 tokens got full."]
+
+
+def test_what_is_left_out_is_shown_and_remembered(sayer: Page) -> None:
     for _ in range(6):
         sayer.ask("and then? l")
         assert sayer.answered() == saying.LONG
-        assert tokens_read(sayer.texts(".figures")[-1]) < 0.75 * 1023
     assert sayer.texts(".error") == []
     notes = sayer.texts(".note")
     assert len(notes) == 1
@@ -399,6 +418,24 @@ def test_a_full_storage_is_said_and_older_conversations_make_room(sayer: Page) -
     sayer.ask("two s")
     sayer.answered()
     assert sayer.find("#unkept").is_displayed()
+
+
+def test_a_browser_that_forbids_storage_still_talks(sayer: Page) -> None:
+    forbid = "for (const name of ['localStorage', 'sessionStorage'])"
+    forbid += " Object.defineProperty(window, name, {get() { throw new DOMException('', 'SecurityError') }})"
+    command = ("Page.addScriptToEvaluateOnNewDocument", {"source": forbid})
+    script = sayer.driver.execute_cdp_cmd(*command)["identifier"]
+    try:
+        sayer.driver.refresh()
+        sayer.ask("one s")
+        assert sayer.answered() == saying.TEXTS["s"]
+        assert sayer.find("#unkept").is_displayed()
+        sayer.find("#new").click()
+        sayer.ask("two s")
+        assert sayer.answered() == saying.TEXTS["s"]
+        assert sayer.driver.get_log("browser") == []
+    finally:
+        sayer.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", {"identifier": script})
 
 
 # ---- Markdown

@@ -166,6 +166,7 @@ def test_clean_removes_what_was_made_and_keeps_the_rest(tmp_path: Path, venv: st
         "Makefile",
         "tasks.py",
         "requirements/install.py",
+        "requirements/page.py",
         "board/__init__.py",
         "board/command.py",
         "board/errors.py",

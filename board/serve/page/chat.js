@@ -353,12 +353,12 @@ $("stop").addEventListener("click", stop);
 $("new").addEventListener("click", forget);
 $("settings-button").addEventListener("click", () => toggleSettings($("settings").hidden));
 
-const kept = load(localStorage, "axrun.settings", {});
+const kept = load("localStorage", "axrun.settings", {});
 for (const name of SETTINGS) $(name).value = kept[name] ?? "";
-$("key").value = load(sessionStorage, "axrun.key", "");
+$("key").value = load("sessionStorage", "axrun.key", "");
 $("settings").addEventListener("input", () => {
-  save(localStorage, "axrun.settings", Object.fromEntries(SETTINGS.map((name) => [name, $(name).value])));
-  save(sessionStorage, "axrun.key", $("key").value);
+  save("localStorage", "axrun.settings", Object.fromEntries(SETTINGS.map((name) => [name, $(name).value])));
+  save("sessionStorage", "axrun.key", $("key").value);
 });
 addEventListener("beforeunload", () => {
   leaving = true;

@@ -6,9 +6,10 @@ const MOST = 20; // conversations; the oldest are removed
 
 const token = () => [...crypto.getRandomValues(new Uint32Array(3))].map((word) => word.toString(36)).join("");
 
+/** `storage`: localStorage or sessionStorage, by name: where storage is forbidden, even to look at them is an error. */
 export function load(storage, key, otherwise) {
   try {
-    return JSON.parse(storage.getItem(key)) ?? otherwise;
+    return JSON.parse(window[storage].getItem(key)) ?? otherwise;
   } catch {
     return otherwise;
   }
@@ -17,7 +18,7 @@ export function load(storage, key, otherwise) {
 /** False where the browser's storage is full or forbidden. */
 export function save(storage, key, value) {
   try {
-    storage.setItem(key, JSON.stringify(value));
+    window[storage].setItem(key, JSON.stringify(value));
     return true;
   } catch {
     return false;
@@ -36,7 +37,7 @@ export class Store {
 
   /** The conversation of this tab, else the latest of this browser, else an empty one. */
   open() {
-    const mine = load(sessionStorage, "axrun.chat", null);
+    const mine = load("sessionStorage", "axrun.chat", null);
     const id = mine && this.read(mine) ? mine : stored().at(-1)?.id;
     const found = id ? this.read(id) : null;
     this.take(found ? id : token(), found?.version ?? null);
@@ -47,14 +48,14 @@ export class Store {
   save(conversation) {
     const before = this.read(this.id);
     if ((before?.version ?? null) !== this.version) this.take(token(), null);
-    if (this.version === null) for (const old of stored().slice(0, 1 - MOST)) localStorage.removeItem(PREFIX + old.id);
+    if (this.version === null) for (const old of stored().slice(0, 1 - MOST)) remove(old.id);
     const version = token();
     const value = { ...conversation, version, parent: this.version, saved: Date.now() };
     for (;;) {
-      if (save(localStorage, PREFIX + this.id, value)) break;
+      if (save("localStorage", PREFIX + this.id, value)) break;
       const oldest = stored().find(({ id }) => id !== this.id);
       if (!oldest) return false;
-      localStorage.removeItem(PREFIX + oldest.id);
+      remove(oldest.id);
     }
     this.version = version;
     return true;
@@ -62,18 +63,18 @@ export class Store {
 
   /** Removes the conversation and begins another. */
   forget() {
-    localStorage.removeItem(PREFIX + this.id);
+    remove(this.id);
     this.take(token(), null);
   }
 
   take(id, version) {
     this.id = id;
     this.version = version;
-    save(sessionStorage, "axrun.chat", id);
+    save("sessionStorage", "axrun.chat", id);
   }
 
   read(id) {
-    return checked(load(localStorage, PREFIX + id, null));
+    return checked(load("localStorage", PREFIX + id, null));
   }
 
   changed(event) {
@@ -89,12 +90,20 @@ export class Store {
   }
 }
 
+function remove(id) {
+  try {
+    localStorage.removeItem(PREFIX + id);
+  } catch {
+    // forbidden: nothing was kept either
+  }
+}
+
 /** Ids of what is kept, oldest first. */
 function stored() {
   try {
     return Object.keys(localStorage)
       .filter((key) => key.startsWith(PREFIX))
-      .map((key) => ({ id: key.slice(PREFIX.length), saved: load(localStorage, key, null)?.saved ?? 0 }))
+      .map((key) => ({ id: key.slice(PREFIX.length), saved: load("localStorage", key, null)?.saved ?? 0 }))
       .sort((one, other) => one.saved - other.saved);
   } catch {
     return [];

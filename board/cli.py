@@ -187,13 +187,27 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--slots", type=int, default=4, metavar="N", help="answers written at a time, each with its K/V (default 4)")
     add("--queue", type=int, default=64, metavar="N", help="requests that may wait for a slot (default 64)")
     add("--timeout", type=float, default=300.0, metavar="S", help="seconds a request may take (default 300)")
-    add("--read-timeout", type=int, default=10, metavar="S", help="seconds for a request to arrive (default 10)")
+    add(
+        "--read-timeout",
+        type=int,
+        default=10,
+        metavar="S",
+        help="seconds for a request to arrive, and for an answer to be taken once it is written (default 10)",
+    )
     add("--grace", type=float, default=10.0, metavar="S", help="seconds to finish answers on SIGTERM (default 10)")
     add("--max-body", type=int, default=1 << 20, metavar="BYTES", help="largest request (default 1048576)")
     add(
         "--api-key",
         metavar="KEY",
         help="ask clients for this key; in the environment, AXRUN_API_KEY, ps does not show it",
+    )
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name that clients may use for this server, repeatable; * is any (default: localhost, addresses, "
+        "and beyond this machine names that nobody can register; see docs/serve.md)",
     )
     add("--exact", action="store_true", help="same answers to the last bit, whatever was asked before; slower turns")
     add("--name", metavar="NAME", help="what clients call the model (default: as the bundle does)")

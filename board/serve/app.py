@@ -17,6 +17,7 @@ from board.serve import schema
 from board.serve.answer import CHAT, COMPLETION, Answer, Style, event, to_json
 from board.serve.errors import ApiError
 from board.serve.exchange import JSON, Exchange, Gone, Receive, Send
+from board.serve.hosts import Hosts
 from board.serve.metrics import Metrics
 from board.serve.openapi import document
 from board.serve.order import Order, Reader
@@ -43,13 +44,16 @@ PAGE_HEADERS = {
 }
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-SLACK_SECONDS = 10.0  # past its time limit, for a slow client to take the end of an answer
+REALM = 'Bearer realm="axrun"'
 GONE = object()
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`timeout` seconds for a whole request, `read_timeout` for its body to arrive, `max_body` bytes of that."""
+    """`timeout` seconds to write an answer, `read_timeout` for a body of up to `max_body` bytes to arrive.
+
+    `read_timeout` is the client's time to take the rest of a written answer, too.
+    """
 
     timeout: float = 300.0
     read_timeout: float = 10.0
@@ -76,12 +80,13 @@ class App:
         scheduler: Scheduler,
         metrics: Metrics,
         limits: Limits,
+        hosts: Hosts,
         api_key: str | None = None,
         log: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._model, self._fingerprint, self._reader = model, fingerprint, reader
         self._scheduler, self._metrics, self._limits = scheduler, metrics, limits
-        self._api_key, self._log = api_key, log
+        self._hosts, self._api_key, self._log = hosts, api_key, log
         self._listing = {
             "id": model,
             "object": "model",
@@ -113,7 +118,7 @@ class App:
         except Gone:
             return
         except ApiError as error:
-            await exchange.refuse(error, self._allowed(exchange) if error.status == 405 else None)
+            await exchange.refuse(error)
         except Exception:
             traceback.print_exc()
             if exchange.status:
@@ -123,43 +128,62 @@ class App:
             self._account(exchange, time.monotonic() - came)
 
     async def _answer(self, exchange: Exchange) -> None:
+        if exchange.has("host"):  # HTTP/1.0 can do without
+            self._hosts.check(exchange.header("host"))
         if exchange.path not in self._routes:
             if exchange.path.startswith("/v1/models/"):
                 raise self._no_model()
             raise ApiError(404, "There is nothing here. /openapi.json lists what there is.", "unknown_url")
         method, handler, guarded = self._routes[exchange.path]
         if exchange.method != method:
-            raise ApiError(405, f"{exchange.path} takes {method} only.", "method_not_allowed")
+            allowed = {"allow": method if method == "POST" else f"{method}, HEAD"}
+            raise ApiError(405, f"{exchange.path} takes {method} only.", "method_not_allowed", headers=allowed)
         if guarded and self._api_key is not None:
-            given = exchange.header("authorization").encode("latin-1")
-            if not hmac.compare_digest(given, b"Bearer " + self._api_key.encode()):
-                raise ApiError(401, "Wrong or no API key; send Authorization: Bearer KEY.", "invalid_api_key")
+            self._authenticate(exchange.header("authorization"), self._api_key)
         await handler(exchange)
+
+    def _authenticate(self, given: str, key: str) -> None:
+        """https://www.rfc-editor.org/rfc/rfc6750"""
+        scheme, _, token = given.partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip(" ").encode("latin-1"), key.encode()):
+            challenge = f'{REALM}, error="invalid_token"' if given else REALM
+            words = "Wrong or no API key; send Authorization: Bearer KEY."
+            raise ApiError(401, words, "invalid_api_key", headers={"www-authenticate": challenge})
 
     async def _write(self, exchange: Exchange) -> None:
         endpoint = self._endpoints[exchange.path]
-        body = await exchange.body(self._limits.max_body, self._limits.read_timeout)
         if exchange.header("content-type").partition(";")[0].strip().lower() != JSON:
             raise ApiError(415, f"Send the body as Content-Type: {JSON}.", "unsupported_media_type")
+        coding = exchange.header("content-encoding").lower()
+        if coding not in ("", "identity"):
+            words = f"The body is sent with Content-Encoding: {coding[:40]!a}; send it as it is."
+            raise ApiError(415, words, "unsupported_media_type")
+        limits = self._limits
+        body = await exchange.body(limits.max_body, limits.read_timeout)
+        exchange.patience(limits.timeout + limits.read_timeout)
         loop = asyncio.get_running_loop()
         order = await loop.run_in_executor(None, self._read, endpoint, body)
         events: asyncio.Queue[Any] = asyncio.Queue()
 
+        def arrived(event: Event) -> None:
+            events.put_nowait(event)
+            if event is None or isinstance(event, ApiError):  # all is written, and only has to be taken
+                exchange.patience(limits.read_timeout)
+
         def deliver(event: Event) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server was told to go at once
-                loop.call_soon_threadsafe(events.put_nowait, event)
+                loop.call_soon_threadsafe(arrived, event)
 
-        ticket = Ticket(deque(order.choices), deliver, time.monotonic() + self._limits.timeout)
+        ticket = Ticket(deque(order.choices), deliver, time.monotonic() + limits.timeout)
         self._scheduler.submit(ticket)
+        exchange.patience(limits.timeout + limits.read_timeout, keep=True)
         watcher = asyncio.ensure_future(exchange.gone())
         watcher.add_done_callback(lambda _: events.put_nowait(GONE))
         answer = Answer(endpoint.style, self._model, self._fingerprint, order.scored, order.n, order.include_usage)
         send = self._stream if order.stream else self._whole
         try:
-            await asyncio.wait_for(send(exchange, answer, _pieces(events)), self._limits.timeout + SLACK_SECONDS)
+            await send(exchange, answer, _pieces(events))
             self._metrics.answered(time.monotonic() - ticket.came)
-        except asyncio.TimeoutError:  # the client reads too slowly, and is cut off
-            raise Gone from None
         finally:
             watcher.cancel()
             self._scheduler.cancel(ticket)
@@ -212,10 +236,6 @@ class App:
 
     def _no_model(self) -> ApiError:
         return ApiError(404, f"There is no such model here; there is: {self._model}.", "model_not_found", "model")
-
-    def _allowed(self, exchange: Exchange) -> dict[str, str]:
-        method = self._routes[exchange.path][0]
-        return {"allow": method if method == "POST" else f"{method}, HEAD"}
 
     def _account(self, exchange: Exchange, seconds: float) -> None:
         known = exchange.path in self._routes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import ipaddress
 import json
@@ -15,18 +14,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import h11
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from board.bundle import Bundle
 from board.chat import ChatTemplate
 from board.errors import BadInput
 from board.load import DEFAULTS, Loading, describe
 from board.sampling import Sampling
-from board.serve.answer import to_json
 from board.serve.app import ASSETS, LIBRARIES, App, Limits
-from board.serve.errors import ApiError
+from board.serve.connection import Protocol
+from board.serve.hosts import ANY, NAME, Hosts
 from board.serve.metrics import Metrics
 from board.serve.order import Reader
 from board.serve.scheduler import Scheduler, Write
@@ -34,7 +31,6 @@ from board.serve.slots import Slot, allocate
 from board.serve.writer import Writer
 from board.tokenizer import Tokenizer
 
-MAX_CONNECTIONS = 512
 KEY_VARIABLE = "AXRUN_API_KEY"
 
 
@@ -42,7 +38,8 @@ KEY_VARIABLE = "AXRUN_API_KEY"
 class Options:
     """How to serve. `name` None: the bundle's. `api_key` None: $AXRUN_API_KEY, and where that is not set, no key.
 
-    `exact`: an answer does not depend on what its slot held before, to the last bit.
+    `exact`: an answer does not depend on what its slot held before, to the last bit. `allowed_host`: names that clients
+    may use for this server, besides those of `board.serve.hosts`; "*" is any.
     """
 
     host: str = "127.0.0.1"
@@ -56,6 +53,7 @@ class Options:
     api_key: str | None = None
     name: str | None = None
     exact: bool = False
+    allowed_host: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""
@@ -70,6 +68,9 @@ class Options:
         ):
             if not holds:
                 raise BadInput(f"{flag} is {value}, expected {expected}")
+        for name in self.allowed_host:
+            if name != ANY and not NAME.fullmatch(name):
+                raise BadInput(f"--allowed-host is {name!r}, expected a name without scheme and port, or {ANY}")
         key = self.key
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
             raise BadInput("the API key is empty or has characters that a header cannot carry; use letters and digits")
@@ -106,11 +107,14 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS) -> None:
     with _listen(options.host, options.port) as listener:
         scheduler = Scheduler(load_slots, options.queue, metrics, ended=lambda: server.leave())
         limits = Limits(options.timeout, options.read_timeout, options.max_body)
-        app = App(name, _fingerprint(bundle), reader, scheduler, metrics, limits, options.key, say)
-        server = Server(app, scheduler, options.grace, options.read_timeout)
         host, port = listener.getsockname()[:2]
+        loopback = ipaddress.ip_address(host).is_loopback
+        own = [options.host] if loopback else [options.host, socket.gethostname()]
+        hosts = Hosts(loopback, options.key is not None, own, options.allowed_host)
+        app = App(name, _fingerprint(bundle), reader, scheduler, metrics, limits, hosts, options.key, say)
+        server = Server(app, scheduler, options.grace, options.read_timeout)
         say(f"Starting server on port {port} with model '{name}'...")
-        if options.key is None and not ipaddress.ip_address(host).is_loopback:
+        if options.key is None and not loopback:
             say(f"warning: whoever reaches {host} may use this model; set {KEY_VARIABLE} to keep strangers out")
         address = f"[{host}]" if ":" in host else host
         if not LIBRARIES.keys() <= ASSETS.keys():
@@ -158,59 +162,6 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._scheduler.stop(0.0 if self.force_exit else self._grace)
         await super().shutdown(sockets)
-
-
-class Protocol(H11Protocol):
-    """HTTP/1.1 that waits for the head of a request no longer than for the next request, and limits connections."""
-
-    _head_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        if len(self.connections) > MAX_CONNECTIONS:
-            self._refuse(ApiError(503, "Too many connections are open.", "service_unavailable"))
-        else:
-            self._time_head()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._time_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_head_timer()
-        super().connection_lost(exc)
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(ApiError(400, msg, "invalid_http"))
-
-    def _time_head(self) -> None:
-        if self.conn.their_state is not h11.IDLE or self.transport.is_closing():
-            self._stop_head_timer()
-        elif self._head_timer is None:
-            self._head_timer = self.loop.call_later(self.timeout_keep_alive, self._head_is_late)
-
-    def _stop_head_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
-
-    def _head_is_late(self) -> None:
-        self._refuse(ApiError(408, f"No request came within {self.timeout_keep_alive} seconds.", "timeout"))
-
-    def _refuse(self, error: ApiError) -> None:
-        """Answers where there is no request yet, and hangs up."""
-        body = to_json(error.json())
-        headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        try:
-            for part in (
-                h11.Response(status_code=error.status, headers=headers, reason=b""),
-                h11.Data(data=body),
-                h11.EndOfMessage(),
-            ):
-                self.transport.write(self.conn.send(part) or b"")
-        except h11.LocalProtocolError:  # an answer is on its way already
-            pass
-        self.transport.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -217,7 +217,7 @@ def connect(server: Server) -> socket.socket:
 
 def head(path: str, length: int) -> bytes:
     return (
-        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
     ).encode()
 
 
@@ -235,9 +235,9 @@ def answer(connection: socket.socket) -> bytes:
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # TLS
         b"GET\r\n\r\n",
         b"GET / HTTP/1.1\r\n\r\n",  # no Host
-        b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 100_000,
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: nonsense\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nA: " + b"a" * 100_000,
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: nonsense\r\n\r\n",
     ],
 )
 def test_what_is_no_http(strict: Server, sent: bytes) -> None:
@@ -251,10 +251,10 @@ def test_what_is_no_http(strict: Server, sent: bytes) -> None:
 def test_slow_senders_do_not_hold_a_connection(bundle_s8: Path, start: Start) -> None:
     """A head that drips, a body that drips, a connection that says nothing, and one that is idle behind an answer."""
     beginnings = {
-        "head": b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow: ",
+        "head": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ",
         "body": head(COMPLETIONS, 5000),
         "silent": b"",
-        "idle": b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+        "idle": b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
     }
     server = start(bundle_s8, "--read-timeout", 2).ready()
     started = time.monotonic()

@@ -111,7 +111,7 @@ def test_who_hangs_up_frees_the_slot_at_once(
     body = json.dumps({"model": MODEL, "prompt": "Once", "max_tokens": 8000, "logit_bias": endless, "stream": streamed})
     host, port = server_long.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         server_long.until(lambda: server_long.metrics()["axrun_slots_busy"])
         if streamed:
@@ -154,7 +154,7 @@ def test_a_reader_who_does_not_read_holds_nothing(server_long: Server, endless: 
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect((host, int(port)))
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         server_long.until(lambda: server_long.metrics()[written] == before + 500)
         server_long.idle()
@@ -162,14 +162,18 @@ def test_a_reader_who_does_not_read_holds_nothing(server_long: Server, endless: 
 
 def test_a_key_is_wanted_where_it_is_set(bundle_s8: Path, start: Start) -> None:
     server = start(bundle_s8, AXRUN_API_KEY="open-sesame").ready()
-    for key in (None, "", "Bearer", "Bearer open", "bearer open-sesame", "Basic open-sesame", "Bearer open-sesame2"):
+    for key in (None, "", "Bearer", "Bearer open", "Basic open-sesame", "Bearer open-sesame2", "open-sesame"):
         for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/metrics")):
             headers: dict[str, str] = {} if key is None else {"authorization": key}
             refused = server.client.request(method, path, headers=headers)
             assert refused.status_code == 401
             assert refused.json()["error"]["code"] == "invalid_api_key"
+            expected = 'Bearer realm="axrun"' + (', error="invalid_token"' if key else "")
+            assert refused.headers["www-authenticate"] == expected
+    for scheme in ("bearer ", "BEARER ", "Bearer   "):
+        headers = {"authorization": f"{scheme}open-sesame"}
+        assert server.client.get("/v1/models", headers=headers).status_code == 200
     headers = {"authorization": "Bearer open-sesame"}
-    assert server.client.get("/v1/models", headers=headers).status_code == 200
     assert server.client.get("/metrics", headers=headers).status_code == 200
     assert server.client.get("/health").status_code == 200
     assert server.client.get("/").status_code == 200

@@ -200,7 +200,7 @@ class Protocol(H11Protocol):
             return
         unread = self._refused or self.conn.their_state in (h11.SEND_BODY, h11.ERROR) or self._ahead()
         self._closing, self._kept = True, False
-        self._wait(LINGER_SECONDS)
+        self._wait(min(LINGER_SECONDS, self.timeout_keep_alive))
         if self._eof or not unread:
             self._raw.close()
             return

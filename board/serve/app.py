@@ -18,6 +18,7 @@ from board.serve.answer import CHAT, COMPLETION, Answer, Style, event, to_json
 from board.serve.errors import ApiError
 from board.serve.exchange import JSON, Exchange, Gone, Receive, Send
 from board.serve.hosts import Hosts
+from board.serve.media import refuse_media
 from board.serve.metrics import Metrics
 from board.serve.openapi import document
 from board.serve.order import Order, Reader
@@ -193,6 +194,7 @@ class App:
         name = given.get("model") if isinstance(given, dict) else None
         if isinstance(name, str) and name != self._model:
             raise self._no_model()
+        refuse_media(given)
         return endpoint.read(self._reader, validate(given, endpoint.schema))
 
     async def _whole(self, exchange: Exchange, answer: Answer, pieces: AsyncIterator[Piece]) -> None:

@@ -116,6 +116,7 @@ SCHEMAS: dict[str, Any] = {
 # status: what it says
 REFUSALS = {
     "400": "The request cannot be answered as it stands.",
+    "403": "The Host header has a name that this server does not answer to.",
     "404": "No such model.",
     "408": "The body did not arrive in time.",
     "413": "The body is too large.",
@@ -136,7 +137,7 @@ def document(model: str) -> dict[str, Any]:
             "title": "axrun serve",
             "version": "1",
             "description": "OpenAI's chat completions and completions, for one model. Fields that are known and "
-            "not supported are refused unless they are switched off.",
+            "not supported are refused unless they are switched off; unknown ones are refused.",
         },
         "paths": {
             "/v1/chat/completions": {

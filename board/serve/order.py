@@ -11,10 +11,9 @@ from board.errors import BadInput
 from board.sampling import Sampling
 from board.serve.errors import invalid
 from board.serve.penalties import Penalties
-from board.serve.schema import MAX_CHOICES
+from board.serve.schema import MAX_CHOICES, NO_LIMIT
 from board.tokenizer import Tokenizer
 
-COMPLETION_TOKENS = 16  # OpenAI's default of max_tokens for completions
 LEAST_TEMPERATURE = 1e-3  # below it drawing is greedy in effect, and divides by next to nothing
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 
@@ -36,6 +35,7 @@ class Choice:
     stop: Sequence[str]
     top: int | None
     echo: bool
+    ignore_eos: bool
 
     @property
     def scores_prompt(self) -> bool:
@@ -84,8 +84,9 @@ class Reader:
         given = body["prompt"]
         listed = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
         prompts = [self._prompt(prompt) for prompt in listed]
-        limit = body.get("max_tokens", COMPLETION_TOKENS)
-        return self._order(body, prompts, "prompt", limit, body.get("logprobs"), echo=body.get("echo", False))
+        return self._order(
+            body, prompts, "prompt", body.get("max_tokens"), body.get("logprobs"), echo=body.get("echo", False)
+        )
 
     def _prompt(self, given: str | list[int]) -> tuple[str | None, list[int]]:
         if not isinstance(given, str):
@@ -131,10 +132,11 @@ class Reader:
                 sampling=sampling,
                 penalties=penalties,
                 seed=None if seed is None else (seed + i) % (1 << 64),
-                max_tokens=max_tokens,
+                max_tokens=None if max_tokens == NO_LIMIT else max_tokens,
                 stop=[stop] if isinstance(stop, str) else stop,
                 top=top,
                 echo=echo,
+                ignore_eos=body.get("ignore_eos", False),
             )
             for number, (text, ids) in enumerate(prompts)
             for i in range(count)
@@ -162,5 +164,5 @@ def _role(role: str) -> str:
 
 
 def _text(message: Mapping[str, Any]) -> str:
-    content = message["content"]
+    content = message.get("content", "")  # of an assistant that only called tools
     return content if isinstance(content, str) else "".join(part["text"] for part in content)

@@ -52,7 +52,7 @@ def parse(body: bytes) -> Any:
 
 
 def validate(value: Any, schema: Schema, name: str = "") -> Any:
-    """The value with whole floats as integers, and without properties that are null, which is as good as absent.
+    """The value with whole floats as integers, without properties that are null, and with defaults of absent ones.
 
     Raises ApiError that names the first property at fault: what it is, what was expected.
     """
@@ -88,7 +88,8 @@ def _object(value: dict[str, Any], schema: Schema, name: str) -> dict[str, Any]:
         entry = entry if rule is True else validate(entry, rule, path)
         if entry is not None:
             checked[key] = entry
-    return checked
+    defaults = {key: rule["default"] for key, rule in properties.items() if "default" in rule and key not in value}
+    return {**defaults, **checked}
 
 
 def _named(key: str, schema: Schema) -> bool:
@@ -102,6 +103,8 @@ def _any_of(value: Any, schema: Schema, name: str) -> Any:
         for kind in (option["type"] if isinstance(option["type"], list) else [option["type"]])
         if _is(value, kind)
     ]
+    if isinstance(value, dict) and len(fitting) > 1:
+        fitting = [_meant(value, fitting)]
     for option in fitting:
         try:
             return validate(value, option, name)
@@ -109,6 +112,17 @@ def _any_of(value: Any, schema: Schema, name: str) -> Any:
             if len(fitting) == 1:
                 raise
     raise _wrong(value, schema, name, schema["title"])
+
+
+def _meant(value: dict[str, Any], options: list[Schema]) -> Schema:
+    """The one of several kinds of object, told by a property of which each has values of its own."""
+    key = next(key for key, rule in options[0]["properties"].items() if "enum" in rule)
+    for option in options:
+        if value.get(key) in option["properties"][key]["enum"]:
+            return option
+    allowed = [each for option in options for each in option["properties"][key]["enum"]]
+    rule = {**options[0]["properties"][key], "enum": allowed}
+    return {"type": "object", "required": [key], "properties": {key: rule}}
 
 
 def _is(value: Any, kind: str) -> bool:

@@ -105,7 +105,7 @@ class _Script:
 
     def add(self, token: int, logits: Logits) -> None:
         """A token of the answer, or the stop token behind it."""
-        self._ended = token in self._tokenizer.stop_ids
+        self._ended = token in self._tokenizer.stop_ids and not self._choice.ignore_eos
         if self._choice.top is not None:
             self._score(token, log_softmax(logits), self._whole, self._ended)
         if not self._ended:

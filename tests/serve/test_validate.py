@@ -79,7 +79,17 @@ def keywords(value: Any) -> set[str]:
 
 @pytest.mark.parametrize("name", list(SCHEMAS))
 def test_the_schemas_use_no_keyword_that_is_not_checked(name: str) -> None:
-    checked = {"type", "anyOf", "items", "properties", "required", "additionalProperties", "propertyNames", *LIMITS}
+    checked = {
+        "type",
+        "anyOf",
+        "items",
+        "properties",
+        "required",
+        "additionalProperties",
+        "propertyNames",
+        "default",
+        *LIMITS,
+    }
     assert keywords(SCHEMAS[name]) <= checked | {"title", "description", "x-refused"}
 
 
@@ -95,6 +105,8 @@ def test_what_is_validated_is_tidied() -> None:
     given = {"model": "m", "prompt": [1.0, 2], "max_tokens": 5.0, "temperature": 1, "stop": None, "seed": None}
     seen = validate(given, SCHEMAS["COMPLETION"])
     assert seen == {"model": "m", "prompt": [1, 2], "max_tokens": 5, "temperature": 1}
+    assert validate({"prompt": "x"}, SCHEMAS["COMPLETION"])["max_tokens"] == 16
+    assert "max_tokens" not in validate({"prompt": "x", "max_tokens": None}, SCHEMAS["COMPLETION"])
     assert all(type(token) is int for token in seen["prompt"])
     assert type(seen["max_tokens"]) is int
 

@@ -1,0 +1,35 @@
+"""docs/serve.md lists the fields that are accepted, as the schemas have them, and the routes and flags there are."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from board.cli import VERBS
+from board.serve.fields import tables
+from tests.serve.server import ROOT, Server
+
+PAGE = (ROOT / "docs" / "serve.md").read_text()
+
+
+def test_the_fields_are_those_of_the_schemas() -> None:
+    """`python -m board.serve.fields` prints what has to stand there."""
+    for heading, lines in tables().items():
+        assert f"\n### {heading}\n\n" + "\n".join(lines) + "\n" in PAGE
+    known = {row.split("`")[1] for lines in tables().values() for row in lines[2:]}
+    assert {"user", "metadata", "reasoning_effort", "verbosity", "cache_prompt", "cache_control", "ignore_eos"} <= known
+
+
+def test_the_routes_are_there(server: Server) -> None:
+    document: dict[str, Any] = server.client.get("/openapi.json").json()
+    for path in document["paths"]:
+        assert f"{path.replace('/qwen2', '/NAME')}`" in PAGE
+
+
+def test_the_flags_are_there() -> None:
+    parser = argparse.ArgumentParser()
+    VERBS["serve"].flags(parser)
+    known = {option for action in parser._actions for option in action.option_strings}
+    named = {word.strip("`'().,;") for word in PAGE.split() if word.strip("`'().,;").startswith("--")}
+    assert named
+    assert named <= known

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
+import random
 import re
 import socket
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -77,13 +80,17 @@ def held(bundle_long: Path) -> Iterator[Server]:
     assert not [line for line in server.lines if "Traceback" in line or "Exception" in line]
 
 
-def connect(server: Server, way: str = "") -> socket.socket:
+def address(server: Server) -> tuple[str, int]:
     host, port = server.url.removeprefix("http://").split(":")
+    return host, int(port)
+
+
+def connect(server: Server, way: str = "") -> socket.socket:
     connection = socket.socket()
     if way == "never reads":
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     connection.settimeout(60)
-    connection.connect((host, int(port)))
+    connection.connect(address(server))
     return connection
 
 
@@ -266,3 +273,40 @@ def test_no_request_is_hidden_in_a_body(held: Server, sent: str, expected: list[
     received = whole(held, COMPLETION + sent, half_close=False)
     assert statuses(received) == expected
     assert b"connection: close" in received.lower()
+
+
+def test_any_mixture_of_requests_cuts_and_ends_leaves_it_whole(held: Server) -> None:
+    """Seeded sessions of pipelined requests, sent in pieces and ended in any way: no 5xx, nothing left behind."""
+    pieces = [begin + drip for begin, drip, _ in WAYS.values() if len(begin) < 2000]
+    pieces += [request({"prompt": "1+1=", "max_tokens": 3, "stream": streamed}) for streamed in (True, False)]
+    files, seen = open_files(held), set()
+
+    async def session(number: int) -> None:
+        chosen = random.Random(number)
+        sent = "".join(chosen.choices(pieces, k=chosen.randint(1, 4))).encode()
+        sent = sent[: chosen.randint(0, len(sent))] if chosen.random() < 0.5 else sent
+        reader, writer = await asyncio.open_connection(*address(held))
+        with contextlib.suppress(OSError):
+            while sent:
+                size = chosen.choice([1, 7, 100, 10_000])
+                writer.write(sent[:size])
+                await writer.drain()
+                sent = sent[size * (1 if len(sent) < 300 else 20) :]
+            end = chosen.choice(["read", "half", "close", "reset"])
+            if end == "half":
+                writer.write_eof()
+            if end in ("read", "half"):
+                seen.update(statuses(await asyncio.wait_for(reader.read(), 60)))
+            if end == "reset":
+                writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        writer.close()
+
+    async def sessions() -> None:
+        for start in range(0, 400, 100):
+            await asyncio.gather(*(session(start + number) for number in range(100)))
+
+    asyncio.run(sessions())
+    assert {200, 400, 404, 408} <= seen
+    assert not [status for status in seen if status >= 500]
+    held.until(lambda: open_files(held) <= files)
+    newcomer(held)

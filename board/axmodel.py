@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union
@@ -21,6 +22,7 @@ from board.dtypes import DTYPES, NAMES, nbytes
 from board.errors import BadInput
 
 PRODUCER = "axc"
+VENDOR = "Pulsar2"
 FORMAT_VERSION = 1
 IR_VERSION = 11  # the first that knows opset 23
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
@@ -95,11 +97,30 @@ class Axmodel:
     name: str = ""
     groups: tuple[Group, ...] = ()
     nbytes: int = 0
+    ir_version: int = 0
+    doc_string: str = ""
 
     @property
     def ours(self) -> bool:
         """Whether the content is open (ours), not the vendor's."""
         return self.producer_name == PRODUCER
+
+    @property
+    def vendors(self) -> bool:
+        """Whether it is code for an NPU, made by the vendor's compiler."""
+        return self.producer_name == VENDOR
+
+    @property
+    def version(self) -> str:
+        """Of the compiler; the vendor's is in the doc_string."""
+        found = re.search(rf"{VENDOR} Version: *(\S.{{0,60}})", self.doc_string) if self.vendors else None
+        return found[1].strip() if found else self.producer_version
+
+    @property
+    def commit(self) -> str:
+        """Of the vendor's compiler; empty for any other."""
+        found = re.search(rf"{VENDOR} Commit: *(\S.{{0,60}})", self.doc_string) if self.vendors else None
+        return found[1].strip() if found else ""
 
     @property
     def kind(self) -> str:
@@ -110,6 +131,11 @@ class Axmodel:
     def layer(self) -> int:
         """The index of a layer's axmodel; -1 for any other."""
         return int(self.metadata.get("axmodel.layer", "-1"))
+
+    @property
+    def part(self) -> str:
+        """What it is of a model: `layer 3`, `post`; empty for the vendor's."""
+        return f"layer {self.metadata.get('axmodel.layer', '?')[:12]}" if self.kind == "layer" else self.kind
 
 
 def read(path: str | os.PathLike[str]) -> Axmodel:
@@ -125,12 +151,34 @@ def read(path: str | os.PathLike[str]) -> Axmodel:
         raise BadInput(f"cannot open axmodel {name}: {error.strerror or error}") from None
     except ValueError:
         raise BadInput(f"{name} is empty, not an axmodel; build or copy it again") from None
+    _refuse_stand_ins(name, mapped)
     try:
         return parse(memoryview(mapped))
     except (wire.WireError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(
             f"{name} is not a whole axmodel: {error}\nIt may be truncated or damaged; build it or copy it again."
         ) from None
+
+
+LFS_POINTER = b"version https://git-lfs"  # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+ENCRYPTED = b"\xde\xad\xbe\xef"
+
+
+def _refuse_stand_ins(name: str, content: mmap.mmap) -> None:
+    """Raises BadInput for files that carry the extension and are no axmodels."""
+    head = content[:512]
+    if head.startswith(LFS_POINTER):
+        size = re.search(rb"\nsize (\d{1,18})\r?\n", head)
+        stored = f" of {int(size[1]):,} bytes" if size else ""
+        raise BadInput(
+            f"{name} is a Git LFS pointer of {len(content):,} bytes, not the file{stored} it stands for\n"
+            "Fetch that in its repository: git lfs install && git lfs pull"
+        )
+    if head.startswith(ENCRYPTED):
+        raise BadInput(
+            f"{name} is an encrypted model (it begins with DE AD BE EF, as the vendor's image processing models do)\n"
+            "Only the vendor's own libraries on a board read it; an axmodel of a language model is not encrypted."
+        )
 
 
 def parse(buffer: memoryview) -> Axmodel:
@@ -152,6 +200,8 @@ def parse(buffer: memoryview) -> Axmodel:
         initializers={tensor.name: tensor for tensor in tensors},
         name=graph.get("name", ""),
         nbytes=len(buffer),
+        ir_version=model.get("ir_version", 0),
+        doc_string=model.get("doc_string", ""),
     )
     if not axmodel.ours:
         return axmodel

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from board.axmodel import TensorInfo
 from board.dtypes import from_float32, to_float32
-from board.errors import BadInput
+from board.errors import BadInput, CheckFailed, NotFinite
 from board.kv_cache import KVCache, fill_mask, visible_and_blocked
 from board.session import Binding, Session, SessionGroup
 
@@ -114,7 +114,7 @@ class Decoder:
         """The layers' output, float32 [n, H], for the hidden states [n, H] of tokens at `position`, position + 1, ...
 
         They are rounded to `dtype`. What the cache holds from `position` on is replaced.
-        Raises BadInput when they end behind `context`.
+        Raises BadInput when they end behind `context`, CheckFailed when a layer gives what is not finite.
         """
         outputs = self.run(from_float32(hidden, self.dtype), position)
         return np.concatenate([to_float32(output, self.dtype) for _, output in outputs])
@@ -140,10 +140,25 @@ class Decoder:
         fill_mask(step.mask, position, count, self._visible, self._blocked)
         keys, values = step.keys[:, :count], step.values[:, :count]
         for layer, binding in enumerate(step.bindings):
-            binding.run()
+            try:
+                binding.run()
+            except NotFinite as error:
+                if error.row < count:  # else padding, which nobody reads
+                    raise self._overflow(error, layer, position + error.row) from None
             self.cache.write(layer, position, keys, values)
         self.cache.length = position + count
         return step.output[0, :count]
+
+    def _overflow(self, error: NotFinite, layer: int, token: int) -> CheckFailed:
+        seen = f"{error.part or f'layer {layer}'} gave a value that is not finite in {error.tensor}, at token {token}"
+        if self.dtype == "FLOAT16":
+            return CheckFailed(
+                f"{seen}: float16 ends at 65504, and it overflows\n"
+                "Build with --hidden_state_type bf16 or fp32."
+            )
+        return CheckFailed(
+            f"{seen}: it overflows or its files are damaged\nRun `axrun run --verify`, or build the bundle again."
+        )
 
     def _step(self, chunk: Chunk) -> Step:
         group = self.groups[chunk.group]

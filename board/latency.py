@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from board.dtypes import FLOATS, from_float32
-from board.errors import BadInput
+from board.errors import BadInput, CheckFailed, NotFinite
 from board.session import Session, open_session
 
 
@@ -35,14 +35,23 @@ def measure(
     engine: str = "ax",
     threads: int | None = None,
 ) -> list[Latency]:
-    """Times one shape group of an axmodel, or all, at its full shape. Raises BadInput."""
+    """Times one shape group of an axmodel, or all, at its full shape.
+
+    Raises BadInput, and CheckFailed when it computes what is not finite.
+    """
     if repeat < 1 or warmup < 0:
         raise BadInput(f"--repeat is {repeat} and --warmup {warmup}; expected at least 1 and 0")
     session = open_session(path, engine, threads)
     chosen = [entry.index for entry in session.groups if group in (None, entry.index)]
     if not chosen:
         raise BadInput(f"{path} has no group {group}; it has 0 to {len(session.groups) - 1}")
-    return [_measure(session, index, warmup, repeat) for index in chosen]
+    try:
+        return [_measure(session, index, warmup, repeat) for index in chosen]
+    except NotFinite as error:
+        raise CheckFailed(
+            f"{path}: {error.tensor} is not finite in row {error.row} for inputs around 1: it overflows or is damaged\n"
+            "Build with --hidden_state_type bf16 or fp32, or copy the file again."
+        ) from None
 
 
 def _measure(session: Session, index: int, warmup: int, repeat: int) -> Latency:

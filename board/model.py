@@ -15,7 +15,8 @@ from board.axmodel import TensorInfo
 from board.bundle import Bundle
 from board.decoder import Decoder
 from board.dtypes import FLOATS, bf16_to_f32, from_float32, to_float32
-from board.errors import BadInput
+from board.errors import BadInput, CheckFailed, NotFinite
+from board.sampling import overflow
 from board.session import Binding, Session, open_session
 
 Array = NDArray[Any]
@@ -68,13 +69,21 @@ class Post:
         self._bound: dict[int, tuple[Binding, Array, Array]] = {}
 
     def __call__(self, hidden: Array) -> Logits:
-        """float32 logits [n, vocab] of hidden states [n, H]; the next call may overwrite them."""
+        """float32 logits [n, vocab] of hidden states [n, H]; the next call may overwrite them.
+
+        Raises CheckFailed when one is not finite.
+        """
         if len(hidden) > self._rows:
             cuts = range(self._rows, len(hidden), self._rows)
             return np.concatenate([self(rows).copy() for rows in np.split(hidden, cuts)])
         binding, source, target = self._binding(len(hidden))
         source[0] = hidden
-        binding.run()
+        try:
+            binding.run()
+        except NotFinite as error:
+            wrong = target[0, error.row]
+            values = to_float32(wrong, self._output.dtype)
+            raise overflow(values[~np.isfinite(values)][0]) from None
         logits: Logits = target[0] if self._output.dtype == "FLOAT" else to_float32(target[0], self._output.dtype)
         return logits
 
@@ -162,7 +171,8 @@ class Model:
         The tokens go to `position`, position + 1, ...: the cache's length unless given. What the cache holds from there
         on is replaced. The last token's logits are overwritten by the next call. `between` is called after each chunk;
         what it raises ends the work, and the cache then holds whole chunks.
-        Raises BadInput when there are no tokens, or more than fit the context.
+        Raises BadInput when there are no tokens, or more than fit the context, CheckFailed when a layer or a logit is
+        not finite.
         """
         if logits == "all":
             return np.concatenate([rows.copy() for rows in self.blocks(ids, position)])

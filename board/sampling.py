@@ -218,7 +218,12 @@ def _check(key: str, value: object) -> None:
 
 def _finite(value: np.float32) -> None:
     if not np.isfinite(value):
-        raise CheckFailed(
-            f"the model gave a logit of {value}: it overflows or its files are damaged\n"
-            "Run `axrun run --verify`, or build with --hidden_state_type bf16 or fp32."
-        )
+        raise overflow(value)
+
+
+def overflow(logit: np.float32) -> CheckFailed:
+    """The error for a logit that is not finite."""
+    return CheckFailed(
+        f"the model gave a logit of {logit}: it overflows or its files are damaged\n"
+        "Run `axrun run --verify`, or build with --hidden_state_type bf16 or fp32."
+    )

@@ -32,6 +32,7 @@ SCHEMA: dict[str, dict[int, Field]] = {
         1: Field("ir_version", "int"),
         2: Field("producer_name", "string"),
         3: Field("producer_version", "string"),
+        6: Field("doc_string", "string"),
         8: Field("opset_import", "OperatorSetId", True),
         14: Field("metadata_props", "StringStringEntry", True),
         7: Field("graph", "Graph"),

@@ -27,7 +27,9 @@ ENGINE = Path(__file__).resolve().parent
 HOST = platform.machine()
 MACHINES = ("x86_64", "aarch64")
 GLIBC = "2.31"
-LIBRARIES = ("libax_sys.so", "libax_engine.so", "ax630c/libax_sys.so", "ax630c/libax_engine.so")
+LIBRARIES = tuple(
+    f"{folder}lib{name}.so" for folder in ("", "ax630c/") for name in ("ax_sys", "ax_engine", "ax_interpreter")
+)
 STAMP = "built.sha256"
 TOOLS = ("ziglang", "cmake", "ninja")
 SOURCES = ("CMakeLists.txt", "exports.map", "build.py", "include/**/*.h", "src/**/*.h", "src/**/*.cc")

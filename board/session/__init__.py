@@ -44,7 +44,10 @@ class Binding(Protocol):
     """A group whose inputs and outputs have their memory."""
 
     def run(self) -> None:
-        """Reads the bound inputs, fills the bound outputs."""
+        """Reads the bound inputs, fills the bound outputs.
+
+        Raises NotFinite, the outputs filled all the same, when one of them holds an infinity or a NaN.
+        """
 
 
 class Session(Protocol):

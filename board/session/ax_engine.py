@@ -20,15 +20,17 @@ from typing import Any
 import numpy as np
 
 from board import axmodel
-from board.axmodel import Axmodel, TensorInfo
+from board.axmodel import VENDOR, Axmodel, TensorInfo
 from board.dtypes import DTYPES, nbytes
-from board.errors import BadInput
+from board.errors import BadInput, NotFinite
+from board.finite import FiniteCheck
 from board.session import CACHES, Array, SessionGroup
 
 FOLDER = "AXRUN_ENGINE"  # an environment variable: the folder of the libraries
 BESIDE = Path(__file__).resolve().parents[1] / "engine" / "lib"  # ours: from a wheel, or of `make engine`
 BOARD = Path("/soc/lib")  # a board's own, for the NPU and the vendor's axmodels; the system may know other places
-EXTENSIONS = 2  # the version of axc_engine.h this file is written for
+EXTENSIONS = 3  # the version of axc_engine.h this file is written for
+NOT_FINITE = 0x80060080  # AXC_ENGINE_NOT_FINITE
 ALIGNMENT = 128  # of buffers, as the vendor's clients have it
 TAG = b"axrun"
 
@@ -105,6 +107,10 @@ class Counter(ctypes.Structure):
     _fields_ = (("kind", c_char_p), ("calls", c_uint64), ("nanoseconds", c_uint64))
 
 
+class EngineMissing(BadInput):
+    """There is no libax_engine.so to load."""
+
+
 @dataclass(frozen=True)
 class Library:
     """Both libraries, initialised, and the folder they come from. `extended`: the engine is ours."""
@@ -120,6 +126,12 @@ class Library:
         code = getattr(library, name)(*arguments)
         if code:
             raise self.failure(name, code)
+
+    def not_finite(self) -> tuple[int, int]:
+        """The index of the output, and its row, after a run of this thread that returned NOT_FINITE."""
+        output, row = c_uint32(), c_uint32()
+        self.engine.axc_not_finite(byref(output), byref(row))
+        return output.value, row.value
 
     def failure(self, name: str, code: int) -> BadInput:
         """The error for a code that the function `name` returned just now in this thread."""
@@ -183,7 +195,7 @@ def _load(folder: str) -> Library:
         system = ctypes.CDLL(f"{where}libax_sys.so", mode=ctypes.RTLD_GLOBAL)
         engine = ctypes.CDLL(f"{where}libax_engine.so")
     except OSError as error:
-        raise BadInput(
+        raise EngineMissing(
             f"engine ax needs libax_engine.so: {error}\n"
             f"Build it with `make engine`, set {FOLDER} to its folder, or use --engine ort."
         ) from None
@@ -248,11 +260,24 @@ def _physical(array: Array) -> int:
 class AxBinding:
     """A run whose arguments C has already."""
 
-    def __init__(self, loaded: Library, call: tuple[Any, ...], synced: Sequence[Sequence[Any]], keep: Any) -> None:
-        """`synced`: address, physical address and size of what is flushed before and of what is invalidated after."""
+    def __init__(
+        self,
+        loaded: Library,
+        call: tuple[Any, ...],
+        synced: Sequence[Sequence[Any]],
+        named: tuple[str, Sequence[str]],
+        check: FiniteCheck | None,
+        keep: Any,
+    ) -> None:
+        """`synced`: address, physical address and size of what is flushed before and of what is invalidated after.
+
+        `named`: the axmodel and its outputs, for errors. `check` None: the function itself looks at what it computed.
+        """
         self._library, self._function, self._arguments = loaded, getattr(loaded.engine, call[0]), call[1:]
         self._name = call[0]
         self._before, self._after = synced
+        self._part, self._outputs = named
+        self._check = check
         self._keep = keep  # C has their addresses only
 
     def run(self) -> None:
@@ -260,16 +285,21 @@ class AxBinding:
             self._library.call("AX_SYS_MflushCache", *arguments)
         code = self._function(*self._arguments)
         if code:
+            if code & 0xFFFFFFFF == NOT_FINITE:
+                output, row = self._library.not_finite()
+                raise NotFinite(self._part, self._outputs[output], row)
             raise self._library.failure(self._name, code)
         for arguments in self._after:
             self._library.call("AX_SYS_MinvalidateCache", *arguments)
+        if self._check:
+            self._check()
 
 
 class AxSession:
     """An axmodel in the engine. `ours`: what its file says, where the file is of our format."""
 
     def __init__(self, loaded: Library, handle: c_void_p, ours: Axmodel | None) -> None:
-        self._library, self._handle = loaded, handle
+        self._library, self._handle, self._part = loaded, handle, ours.part if ours else ""
         weakref.finalize(self, loaded.engine.AX_ENGINE_DestroyHandle, handle)
         self.flexible = loaded.extended and ours is not None
         infos = _infos(loaded, handle)
@@ -312,7 +342,12 @@ class AxSession:
             for buffers, list_ in zip((inputs, outputs), synced):
                 list_ += [(c_uint64(b.phyAddr), c_void_p(b.pVirAddr), c_uint32(b.nSize)) for b in buffers]
         return AxBinding(
-            self._library, self._call(group, expected, byref(io)), synced, (bound, inputs, outputs, io, self)
+            self._library,
+            self._call(group, expected, byref(io)),
+            synced,
+            (self._part, self._outputs),
+            None if self.flexible else FiniteCheck(self._part, shape.outputs, arrays),
+            (bound, inputs, outputs, io, self),
         )
 
     def _call(self, group: int, expected: Mapping[str, TensorInfo], io: Any) -> tuple[Any, ...]:
@@ -427,10 +462,28 @@ def open_session(path: str | os.PathLike[str], threads: int | None = None) -> Ax
     Raises BadInput when there is no engine, or it refuses the file.
     """
     model = axmodel.read(path)
-    loaded = library(model.ours)
+    loaded = library() if model.ours else _boards_library(path, model)
     if loaded.extended:
         loaded.call("axc_set_threads", c_uint32(threads or 0))
     return open_with(loaded, path, model)
+
+
+def _boards_library(path: str | os.PathLike[str], model: Axmodel) -> Library:
+    """The library for an axmodel that is not ours. Raises BadInput where this machine has none."""
+    try:
+        loaded = library(ours=False)
+    except EngineMissing:
+        loaded = None
+    if loaded is None or loaded.extended:  # ours runs ours only
+        name = os.fspath(path)
+        if not model.vendors:
+            raise BadInput(f"{name} is made by {model.producer_name or 'an unknown compiler'}, expected axc or {VENDOR}")
+        raise BadInput(
+            f"{name} is made by {VENDOR} {model.version}".rstrip() + ": it is code for an NPU, and needs a board with one\n"
+            f"Run it on the board, whose libax_engine is in {BOARD} (or where {FOLDER} says). For this machine build "
+            "the checkpoint with `axc llm_build`."
+        )
+    return loaded
 
 
 def version() -> str:

@@ -14,6 +14,7 @@ from board import axmodel
 from board.axmodel import Axmodel, TensorInfo
 from board.dtypes import DTYPES
 from board.errors import BadInput
+from board.finite import FiniteCheck
 from board.session import CACHES, Array, SessionGroup
 from board.session.lowering import lower
 
@@ -34,7 +35,9 @@ CONFIG = {
 class OrtBinding:
     """Arrays wrapped once; onnxruntime works in the caller's memory."""
 
-    def __init__(self, session: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+    def __init__(
+        self, session: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], check: FiniteCheck
+    ) -> None:
         self._run = session.run_with_iobinding
         self._binding = session.io_binding()
         for name, value in inputs.items():
@@ -42,9 +45,11 @@ class OrtBinding:
         for name, value in outputs.items():
             self._binding.bind_ortvalue_output(name, value)
         self._values = (inputs, outputs)  # the binding has their addresses only
+        self._check = check
 
     def run(self) -> None:
         self._run(self._binding)
+        self._check()
 
 
 class OrtSession:
@@ -53,7 +58,7 @@ class OrtSession:
     flexible = True
 
     def __init__(self, model: Axmodel, session: Any) -> None:
-        self._session = session
+        self._session, self._part = session, model.part
         self._inputs = {info.name: info for info in model.inputs}
         self._outputs = {info.name: info for info in model.outputs}
         self.groups = tuple(
@@ -93,6 +98,7 @@ class OrtSession:
             self._session,
             {name: value for name, value in values.items() if name in self._inputs},
             {name: value for name, value in values.items() if name in self._outputs},
+            FiniteCheck(self._part, tuple(self._outputs.values()), bound),
         )
 
 
@@ -105,6 +111,7 @@ def open_session(path: str | os.PathLike[str], threads: int | None = None, lower
     if not model.ours:
         raise BadInput(
             f"{path} is made by {model.producer_name or 'an unknown compiler'}; engine ort runs axmodels of axc only"
+            + ("\nIt is code for an NPU: run it on the board it was compiled for." if model.vendors else "")
         )
     _share_arena()
     options = onnxruntime.SessionOptions()

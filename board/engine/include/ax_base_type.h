@@ -12,3 +12,9 @@ typedef signed char AX_S8;
 typedef char AX_CHAR;
 typedef void AX_VOID;
 typedef float AX_F32;
+typedef long AX_LONG;
+typedef unsigned long AX_ULONG;
+typedef unsigned long AX_ADDR;
+typedef unsigned int AX_SIZE_T;  // 4 bytes, on 64-bit systems too
+
+typedef enum { AX_FALSE = 0, AX_TRUE = 1 } AX_BOOL;

@@ -9,8 +9,24 @@ extern "C" {
 
 typedef void* AX_ENGINE_HANDLE;
 typedef void* AX_ENGINE_CONTEXT_T;
-typedef AX_U32 AX_ENGINE_NPU_SET_T;
+typedef void* AX_ENGINE_EXECUTION_CONTEXT;
+typedef AX_U32 AX_ENGINE_NPU_SET_T;  // a bit for each core
+typedef AX_U32 AX_KERNEL_HANDLE;
 
+#ifdef AXC_CHIP_AX630C
+typedef enum {
+  AX_ENGINE_VIRTUAL_NPU_DISABLE = 0,
+  AX_ENGINE_VIRTUAL_NPU_ENABLE = 1,
+  AX_ENGINE_VIRTUAL_NPU_BUTT = 2,
+} AX_ENGINE_NPU_MODE_T;
+
+// Half of the core, or all of it.
+typedef enum {
+  AX_ENGINE_MODEL_TYPE0 = 0,
+  AX_ENGINE_MODEL_TYPE1 = 1,
+  AX_ENGINE_MODEL_TYPE_BUTT = 2,
+} AX_ENGINE_MODEL_TYPE_T;
+#else
 typedef enum {
   AX_ENGINE_VIRTUAL_NPU_DISABLE = 0,
   AX_ENGINE_VIRTUAL_NPU_STD = 1,
@@ -19,11 +35,14 @@ typedef enum {
   AX_ENGINE_VIRTUAL_NPU_BUTT = 4,
 } AX_ENGINE_NPU_MODE_T;
 
+// One, two or three cores.
 typedef enum {
   AX_ENGINE_MODEL_TYPE0 = 0,
   AX_ENGINE_MODEL_TYPE1 = 1,
   AX_ENGINE_MODEL_TYPE2 = 2,
+  AX_ENGINE_MODEL_TYPE_BUTT = 3,
 } AX_ENGINE_MODEL_TYPE_T;
+#endif
 
 typedef enum {
   AX_ENGINE_TENSOR_LAYOUT_UNKNOWN = 0,
@@ -44,9 +63,27 @@ typedef enum {
   AX_ENGINE_DT_UINT32 = 7,
   AX_ENGINE_DT_FLOAT64 = 8,
   AX_ENGINE_DT_BFLOAT16 = 9,
+  AX_ENGINE_DT_UINT10_PACKED = 100,
+  AX_ENGINE_DT_UINT12_PACKED = 101,
+  AX_ENGINE_DT_UINT14_PACKED = 102,
+  AX_ENGINE_DT_UINT16_PACKED = 103,
 } AX_ENGINE_DATA_TYPE_T;
 
-typedef enum { AX_ENGINE_CS_FEATUREMAP = 0 } AX_ENGINE_COLOR_SPACE_T;
+typedef enum {
+  AX_ENGINE_CS_FEATUREMAP = 0,
+  AX_ENGINE_CS_RAW10 = 1,
+  AX_ENGINE_CS_RAW12 = 2,
+  AX_ENGINE_CS_RAW16 = 3,
+  AX_ENGINE_CS_NV12 = 4,
+  AX_ENGINE_CS_NV21 = 5,
+  AX_ENGINE_CS_RGB = 6,
+  AX_ENGINE_CS_BGR = 7,
+  AX_ENGINE_CS_RGBA = 8,
+  AX_ENGINE_CS_GRAY = 9,
+  AX_ENGINE_CS_YUV444 = 10,
+  AX_ENGINE_CS_RAW14 = 11,
+  AX_ENGINE_CS_RAW8 = 12,
+} AX_ENGINE_COLOR_SPACE_T;
 
 typedef struct {
   AX_ENGINE_NPU_MODE_T eHardMode;
@@ -59,7 +96,7 @@ typedef struct {
 } AX_ENGINE_IOMETA_EX_T;
 
 typedef struct {
-  AX_CHAR* pName;
+  AX_CHAR* pName;  // one pointer for all groups of a handle; clients compare it
   AX_S32* pShape;
   AX_U8 nShapeSize;
   AX_ENGINE_TENSOR_LAYOUT_T eLayout;
@@ -78,7 +115,7 @@ typedef struct {
   AX_ENGINE_IOMETA_T* pOutputs;
   AX_U32 nOutputSize;
   AX_U32 nMaxBatchSize;
-  AX_S32 bDynamicBatchSize;
+  AX_BOOL bDynamicBatchSize;
   AX_U64 u64Reserved[11];
 } AX_ENGINE_IO_INFO_T;
 
@@ -115,7 +152,7 @@ typedef struct {
 
 typedef struct {
   AX_U32 nCMMSize;
-} AX_ENGINE_CMM_INFO;
+} AX_ENGINE_CMM_INFO, AX_ENGINE_CMM_INFO_T;
 
 const AX_CHAR* AX_ENGINE_GetVersion(AX_VOID);
 AX_S32 AX_ENGINE_Init(AX_ENGINE_NPU_ATTR_T* pNpuAttr);

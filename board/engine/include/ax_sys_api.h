@@ -7,6 +7,8 @@
 extern "C" {
 #endif
 
+// Comes first: what allocates, synchronises or maps memory fails before it, and AX_ENGINE_Init does. Each AX_SYS_Init
+// has its AX_SYS_Deinit.
 AX_S32 AX_SYS_Init(void);
 AX_S32 AX_SYS_Deinit(void);
 
@@ -20,6 +22,8 @@ AX_S32 AX_SYS_MinvalidateCache(AX_U64 phyaddr, AX_VOID* pviraddr, AX_U32 size);
 // Another view of what is allocated: any range inside one block.
 AX_VOID* AX_SYS_Mmap(AX_U64 phyaddr, AX_U32 size);
 AX_VOID* AX_SYS_MmapCache(AX_U64 phyaddr, AX_U32 size);
+AX_VOID* AX_SYS_MmapFast(AX_U64 phyaddr, AX_U32 size);
+AX_VOID* AX_SYS_MmapCacheFast(AX_U64 phyaddr, AX_U32 size);
 AX_S32 AX_SYS_Munmap(AX_VOID* pviraddr, AX_U32 size);
 
 #ifdef AXC_CHIP_AX630C

@@ -9,7 +9,7 @@ extern "C" {
 #endif
 
 // Version of these extensions; a client refuses one it does not know.
-#define AXC_EXTENSIONS 2
+#define AXC_EXTENSIONS 3
 AX_U32 axc_extensions(void);
 
 // The kernels in use: portable, avx2, avx512, avx512_bf16, avx512_pairs, neon or neon_dotprod. AXC_ISA in the environment
@@ -30,8 +30,12 @@ AX_U32 axc_threads(void);
 // or 8, which is faster and less exact.
 AX_S32 axc_set_activation_bits(AX_ENGINE_HANDLE handle, AX_U32 bits);
 
-// Runs with any numbers of tokens and history, not only a group's. A null output is not delivered.
+// Runs with any numbers of tokens and history, not only a group's. A null output is not delivered. Returns
+// AXC_ENGINE_NOT_FINITE, with all outputs delivered, when one of them holds an infinity or a NaN.
 AX_S32 axc_run(AX_ENGINE_HANDLE handle, AX_U32 tokens, AX_U32 history, AX_ENGINE_IO_T* io);
+
+// After such a run, in the same thread: the first row that is not finite, and the index of the output that has it.
+void axc_not_finite(AX_U32* output, AX_U32* row);
 
 // Wall time of the steps of one kind in this process since the last reset.
 typedef struct {

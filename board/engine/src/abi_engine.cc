@@ -9,8 +9,12 @@
 
 #include "axc_engine.h"
 #include "chip/chip.h"
+#include "cmm.h"
+#include "finite.h"
 #include "handle.h"
+#include "report.h"
 #include "runtime.h"
+#include "vendor.h"
 
 #ifndef AXC_VERSION
 #define AXC_VERSION "0"
@@ -21,6 +25,7 @@ namespace {
 using namespace axc;
 
 thread_local std::string last_error;
+thread_local NotFinite last_not_finite{};
 
 class Engine {
  public:
@@ -34,6 +39,7 @@ class Engine {
     mode_ = mode;
   }
   void stop() {
+    mode();
     const std::scoped_lock lock(mutex_);
     mode_.reset();
   }
@@ -103,6 +109,15 @@ AX_S32 guarded(Body body) {
   }
 }
 
+// Of the vendor's interface, whose clients show a number at most: what is wrong with a model goes to stderr.
+template <class Body>
+AX_S32 guarded_load(Body body) {
+  bool looked = false;
+  const AX_S32 code = guarded([&] { body(looked); });
+  if (looked && code) report_refused(last_error);
+  return code;
+}
+
 template <class... Pointers>
 void expect(const Pointers*... pointers) {
   if ((!pointers || ...)) throw Failure(AXC_ENGINE_NULL, "a null pointer");
@@ -146,6 +161,7 @@ AX_S32 AX_ENGINE_Init(AX_ENGINE_NPU_ATTR_T* pNpuAttr) {
     if (mode < 0 || mode >= kChip.npu_modes) {
       illegal("virtual NPU mode " + std::to_string(mode) + "; an " + kChip.name + " has " + std::to_string(kChip.npu_modes));
     }
+    if (!axc_sys_ready()) throw Failure(AXC_ENGINE_NOT_READY, "AX_SYS_Init comes first");
     kernels();
     engine().start(pNpuAttr->eHardMode);
   });
@@ -167,25 +183,35 @@ AX_S32 AX_ENGINE_Deinit(AX_VOID) {
 AX_S32 AX_ENGINE_NPUReset(AX_VOID) { return AXC_OK; }
 
 AX_S32 AX_ENGINE_GetModelType(const AX_VOID* pData, AX_U32 nDataSize, AX_ENGINE_MODEL_TYPE_T* pModelType) {
-  return guarded([&] {
+  return guarded_load([&](bool& looked) {
     expect(pModelType);
-    read_axmodel(bytes_of(pData, nDataSize));
-    *pModelType = AX_ENGINE_MODEL_TYPE0;
+    const Bytes file = bytes_of(pData, nDataSize);
+    looked = true;
+    refuse_stand_ins(file);
+    const std::optional<int> vendors = vendor_model_type(file);
+    if (!vendors) read_axmodel(file);
+    if (vendors.value_or(0) >= kChip.model_types) {
+      illegal("model type " + std::to_string(*vendors) + "; an " + kChip.name + " has " + std::to_string(kChip.model_types));
+    }
+    *pModelType = static_cast<AX_ENGINE_MODEL_TYPE_T>(vendors.value_or(0));
   });
 }
 
 AX_S32 AX_ENGINE_CreateHandle(AX_ENGINE_HANDLE* pHandle, const AX_VOID* pData, AX_U32 nDataSize) {
-  return guarded([&] {
-    expect(pHandle);
-    *pHandle = nullptr;
-    engine().mode();
-    *pHandle = engine().add(Mapping::copy_of(bytes_of(pData, nDataSize)));
-  });
+  return AX_ENGINE_CreateHandleV2(pHandle, pData, nDataSize, nullptr);
 }
 
 AX_S32 AX_ENGINE_CreateHandleV2(AX_ENGINE_HANDLE* pHandle, const AX_VOID* pData, AX_U32 nDataSize,
-                                AX_ENGINE_HANDLE_EXTRA_T*) {
-  return AX_ENGINE_CreateHandle(pHandle, pData, nDataSize);
+                                AX_ENGINE_HANDLE_EXTRA_T* pExtraParam) {
+  return guarded_load([&](bool& looked) {
+    expect(pHandle);
+    *pHandle = nullptr;
+    engine().mode();
+    const Bytes file = bytes_of(pData, nDataSize);
+    looked = true;
+    *pHandle = engine().add(Mapping::copy_of(file));
+    if (pExtraParam) engine().get(*pHandle)->affinity = pExtraParam->nNpuSet;
+  });
 }
 
 AX_S32 AX_ENGINE_DestroyHandle(AX_ENGINE_HANDLE nHandle) {
@@ -311,12 +337,24 @@ AX_S32 axc_set_activation_bits(AX_ENGINE_HANDLE handle, AX_U32 bits) {
   });
 }
 
+void axc_not_finite(AX_U32* output, AX_U32* row) {
+  if (output) *output = static_cast<AX_U32>(last_not_finite.output);
+  if (row) *row = static_cast<AX_U32>(last_not_finite.row);
+}
+
 AX_S32 axc_run(AX_ENGINE_HANDLE handle, AX_U32 tokens, AX_U32 history, AX_ENGINE_IO_T* io) {
   return guarded([&] {
     expect(io);
     engine().mode();
     if (!tokens || tokens >= kMostTokens || history >= kMostTokens) illegal("a shape of no group");
-    engine().get(handle)->run(tokens, history, *io, true);
+    const std::shared_ptr<Handle> given = engine().get(handle);
+    const std::vector<void*> outputs = given->run(tokens, history, *io, true);
+    const std::optional<NotFinite> found = first_not_finite(given->model, tokens, outputs);
+    if (!found) return;
+    last_not_finite = *found;
+    const Graph& graph = given->model.graph;
+    throw Failure(AXC_ENGINE_NOT_FINITE,
+                  graph.values[graph.outputs[found->output]].name + " is not finite in row " + std::to_string(found->row));
   });
 }
 

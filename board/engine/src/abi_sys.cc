@@ -22,8 +22,24 @@ struct Block {
 
 class Registry {
  public:
+  void start() {
+    const std::scoped_lock lock(mutex_);
+    ++users_;
+  }
+  int stop() {
+    const std::scoped_lock lock(mutex_);
+    if (!users_) return AXC_SYS_NOT_READY;
+    --users_;
+    return AXC_OK;
+  }
+  bool ready() {
+    const std::scoped_lock lock(mutex_);
+    return users_ > 0;
+  }
+
   int allocate(AX_U64* physical, void** address, uint64_t size, uint64_t alignment) {
     if (!physical || !address) return AXC_SYS_NULL;
+    if (!ready()) return AXC_SYS_NOT_READY;
     if (!alignment) alignment = kPage;
     if (!size || alignment & (alignment - 1) || alignment > (1 << 30)) return AXC_SYS_ILLEGAL;
     const uint64_t extra = alignment > kPage ? alignment : 0;
@@ -53,6 +69,13 @@ class Registry {
     return ::munmap(block.memory - block.lead, block.mapped) ? AXC_SYS_FREE : AXC_OK;
   }
 
+  // What a client may synchronise or map: AXC_OK when `size` bytes lie in one block.
+  int check(uint64_t physical, uint64_t size) {
+    if (!ready()) return AXC_SYS_NOT_READY;
+    return find(physical, size) ? AXC_OK : AXC_SYS_ILLEGAL;
+  }
+  void* map(uint64_t physical, uint64_t size) { return ready() ? find(physical, size) : nullptr; }
+
   // The bytes at a physical address, when `size` of them lie in one block.
   void* find(uint64_t physical, uint64_t size) {
     const std::scoped_lock lock(mutex_);
@@ -75,6 +98,7 @@ class Registry {
 
  private:
   std::mutex mutex_;
+  uint64_t users_ = 0;                       // AX_SYS_Init less AX_SYS_Deinit
   std::map<uint64_t, Block> blocks_;         // by physical address
   std::map<uint64_t, uint64_t> by_address_;  // virtual to physical
   uint64_t next_ = kFirst;
@@ -91,9 +115,13 @@ extern "C" {
 
 uint64_t axc_sys_room(const void* address) { return registry().room(address); }
 void* axc_sys_virtual(uint64_t physical) { return registry().find(physical, 1); }
+int axc_sys_ready(void) { return registry().ready(); }
 
-AX_S32 AX_SYS_Init(void) { return AXC_OK; }
-AX_S32 AX_SYS_Deinit(void) { return AXC_OK; }
+AX_S32 AX_SYS_Init(void) {
+  registry().start();
+  return AXC_OK;
+}
+AX_S32 AX_SYS_Deinit(void) { return registry().stop(); }
 
 AX_S32 AX_SYS_MemAlloc(AX_U64* phyaddr, AX_VOID** pviraddr, AX_U32 size, AX_U32 align, const AX_S8*) {
   return registry().allocate(phyaddr, pviraddr, size, align);
@@ -104,15 +132,13 @@ AX_S32 AX_SYS_MemAllocCached(AX_U64* phyaddr, AX_VOID** pviraddr, AX_U32 size, A
 AX_S32 AX_SYS_MemFree(AX_U64 phyaddr, AX_VOID* pviraddr) { return registry().free(phyaddr, pviraddr); }
 
 // CPU memory is coherent with itself; what is checked is that the client means a block it has.
-AX_S32 AX_SYS_MflushCache(AX_U64 phyaddr, AX_VOID*, AX_U32 size) {
-  return registry().find(phyaddr, size) ? AXC_OK : AXC_SYS_ILLEGAL;
-}
-AX_S32 AX_SYS_MinvalidateCache(AX_U64 phyaddr, AX_VOID*, AX_U32 size) {
-  return registry().find(phyaddr, size) ? AXC_OK : AXC_SYS_ILLEGAL;
-}
+AX_S32 AX_SYS_MflushCache(AX_U64 phyaddr, AX_VOID*, AX_U32 size) { return registry().check(phyaddr, size); }
+AX_S32 AX_SYS_MinvalidateCache(AX_U64 phyaddr, AX_VOID*, AX_U32 size) { return registry().check(phyaddr, size); }
 
-AX_VOID* AX_SYS_Mmap(AX_U64 phyaddr, AX_U32 size) { return registry().find(phyaddr, size); }
-AX_VOID* AX_SYS_MmapCache(AX_U64 phyaddr, AX_U32 size) { return registry().find(phyaddr, size); }
+AX_VOID* AX_SYS_Mmap(AX_U64 phyaddr, AX_U32 size) { return registry().map(phyaddr, size); }
+AX_VOID* AX_SYS_MmapCache(AX_U64 phyaddr, AX_U32 size) { return registry().map(phyaddr, size); }
+AX_VOID* AX_SYS_MmapFast(AX_U64 phyaddr, AX_U32 size) { return registry().map(phyaddr, size); }
+AX_VOID* AX_SYS_MmapCacheFast(AX_U64 phyaddr, AX_U32 size) { return registry().map(phyaddr, size); }
 AX_S32 AX_SYS_Munmap(AX_VOID* pviraddr, AX_U32 size) {
   return registry().room(pviraddr) >= size ? AXC_OK : AXC_SYS_UNMAP;
 }

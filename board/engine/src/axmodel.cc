@@ -80,10 +80,12 @@ class GroupsReader {
 Axmodel read_axmodel(Bytes file) {
   Axmodel model{read_onnx(file), false, {}};
   const std::string_view version = entry(model.onnx, "axmodel.version");
-  if (version != "1") unsupported("axmodel version " + std::string(version.substr(0, 20)));
-  if (model.onnx.opset != kOpset) unsupported("opset " + std::to_string(model.onnx.opset));
+  if (version != "1") unsupported("axmodel version " + std::string(version.substr(0, 20)) + ", expected 1");
+  if (model.onnx.opset != kOpset) {
+    unsupported("opset " + std::to_string(model.onnx.opset) + ", expected " + std::to_string(kOpset));
+  }
   const std::string_view kind = entry(model.onnx, "axmodel.kind");
-  if (kind != "layer" && kind != "post") illegal("axmodel.kind " + std::string(kind.substr(0, 20)));
+  if (kind != "layer" && kind != "post") illegal("axmodel.kind " + std::string(kind.substr(0, 20)) + ", expected layer or post");
   model.layer = kind == "layer";
   model.groups = GroupsReader(entry(model.onnx, "axmodel.groups")).read();
   return model;

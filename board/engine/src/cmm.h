@@ -9,4 +9,6 @@ extern "C" {
 uint64_t axc_sys_room(const void* address);
 // The virtual address of a physical one; null when it lies in no block.
 void* axc_sys_virtual(uint64_t physical);
+// Whether AX_SYS_Init has been called.
+int axc_sys_ready(void);
 }

@@ -48,6 +48,13 @@ class Fuser {
   }
   int index_of(const Operation& operation) const { return static_cast<int>(&operation - graph_.operations.data()); }
   bool is(const Operation* operation, Op op) const { return operation && operation->op == op; }
+  // The constant vector that is added or multiplied, and the value it meets; null and -1 for two values.
+  std::pair<const Tensor*, int> vector_of(const Operation& operation) const {
+    for (const int index : operation.inputs) {
+      if (value(index).tensor) return {value(index).tensor, other(operation, index)};
+    }
+    return {nullptr, -1};
+  }
   static int other(const Operation& operation, int index) {
     return operation.inputs[0] == index ? operation.inputs[1] : operation.inputs[0];
   }
@@ -89,13 +96,13 @@ class Fuser {
     Part part{matrix(matmul.inputs[1]), nullptr, -1, matmul.outputs[0]};
     const Operation* root = &matmul;
     const Operation* add = only_user(part.to);
-    if (is(add, Op::Add) && free(add) && add->inputs[0] == part.to && value(add->inputs[1]).tensor) {
-      part.bias = floats(*value(add->inputs[1]).tensor);
+    if (is(add, Op::Add) && free(add) && vector_of(*add).first) {
+      part.bias = floats(*vector_of(*add).first);
       absorb(*root);
       root = add, part.to = add->outputs[0];
       add = only_user(part.to);
     }
-    if (is(add, Op::Add) && free(add) && !value(add->inputs[1]).tensor && add->inputs[0] != add->inputs[1]) {
+    if (is(add, Op::Add) && free(add) && !vector_of(*add).first) {  // the only user, so of two different values
       part.residual = other(*add, part.to);
       absorb(*root);
       root = add, part.to = add->outputs[0];
@@ -144,7 +151,8 @@ class Fuser {
   void match_swiglu(const Operation& outer) {
     for (const int silu : outer.inputs) {
       const Operation* inner = maker(silu);
-      if (!is(inner, Op::Mul) || !free(inner) || only_user(silu) != &outer) continue;
+      const bool alone = only_user(silu) == &outer && !value(other(outer, silu)).tensor;
+      if (!is(inner, Op::Mul) || !free(inner) || !alone) continue;
       for (const int sigmoid : inner->inputs) {
         const Operation* source = maker(sigmoid);
         const int gate = other(*inner, sigmoid);
@@ -236,9 +244,10 @@ class Fuser {
       }
       case Op::Add:
       case Op::Mul: {
-        const Value& b = value(operation.inputs[1]);
-        if (b.tensor) return emit(Binary{x, -1, to, false, floats(*b.tensor)});
-        return emit(Binary{x, operation.inputs[1], to, operation.op == Op::Mul, nullptr});
+        const bool product = operation.op == Op::Mul;
+        const auto [vector, rows] = vector_of(operation);
+        if (vector) return emit(Binary{rows, -1, to, product, floats(*vector)});
+        return emit(Binary{x, operation.inputs[1], to, product, nullptr});
       }
       case Op::Sigmoid: return emit(Unary{x, to, false});
       case Op::Softmax: return emit(Unary{x, to, true});

@@ -100,17 +100,13 @@ std::vector<Result> infer_matmul(Builder& b, const Operation& operation) {
   return {{Type::Float, {x.shape[0], x.shape[1], w.shape[1]}}};
 }
 
-std::vector<Result> infer_add(Builder& b, const Operation& operation) {
-  const Value &x = b.in(operation, 0), &y = b.in(operation, 1);
+// Add and Mul: two values of one shape, or a value and a constant vector as wide as its rows, in either order.
+std::vector<Result> infer_binary(Builder& b, const Operation& operation) {
+  const Value &first = b.in(operation, 0), &second = b.in(operation, 1);
+  const Value &x = first.tensor ? second : first, &y = first.tensor ? first : second;
   expect(x.type == Type::Float && y.type == Type::Float, operation, "types");
   const bool vector = y.tensor && y.shape.size() == 1 && y.shape[0] == x.shape.back();
-  expect(!x.tensor && (x.shape == y.shape || vector), operation, "shapes");
-  return {{Type::Float, x.shape}};
-}
-
-std::vector<Result> infer_mul(Builder& b, const Operation& operation) {
-  const Value &x = b.in(operation, 0), &y = b.in(operation, 1);
-  expect(x.type == Type::Float && y.type == Type::Float && x.shape == y.shape, operation, "types or shapes");
+  expect(!x.tensor && (vector || (!y.tensor && x.shape == y.shape)), operation, "shapes");
   return {{Type::Float, x.shape}};
 }
 
@@ -200,8 +196,8 @@ constexpr OpRow kOps[] = {
     {"DequantizeLinear", Op::DequantizeLinear, 2, infer_dequantize, {{{"axis", kInt}, {"block_size", kInt}}}},
     {"Transpose", Op::Transpose, 1, infer_transpose, {{{"perm", kInts}}}},
     {"MatMul", Op::MatMul, 2, infer_matmul, {}},
-    {"Add", Op::Add, 2, infer_add, {}},
-    {"Mul", Op::Mul, 2, infer_mul, {}},
+    {"Add", Op::Add, 2, infer_binary, {}},
+    {"Mul", Op::Mul, 2, infer_binary, {}},
     {"RotaryEmbedding", Op::RotaryEmbedding, 4, infer_rotary,
      {{{"num_heads", kInt}, {"interleaved", kInt}, {"rotary_embedding_dim", kInt}}}},
     {"Concat", Op::Concat, 2, infer_concat, {{{"axis", kInt}}}},

@@ -70,7 +70,7 @@ AX_ENGINE_IOMETA_T GroupInfo::meta(const Model& model, int index, const Group& g
   } else {
     for (const Dim& dim : value.shape) shape.push_back(static_cast<AX_S32>(dim.at(group.tokens, group.history)));
   }
-  meta.pName = names_.emplace_back(value.name).data();
+  meta.pName = const_cast<char*>(value.name.c_str());  // the graph's: the same in all groups
   meta.pShape = shape.data();
   meta.nShapeSize = static_cast<AX_U8>(shape.size());
   meta.eDataType = shown(value.type);
@@ -83,7 +83,7 @@ Handle::Handle(Mapping mapping) : model(std::move(mapping)) {
   tools_version = std::string(model.axmodel.onnx.producer) + " " + std::string(model.axmodel.onnx.producer_version);
 }
 
-void Handle::run(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bool outputs_may_miss) const {
+std::vector<void*> Handle::run(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bool outputs_may_miss) const {
   const Graph& graph = model.graph;
   if (!io.pInputs || !io.pOutputs) throw Failure(AXC_ENGINE_NULL, "no array of buffers");
   if (io.nInputSize != graph.inputs.size() || io.nOutputSize != graph.outputs.size()) {
@@ -105,6 +105,7 @@ void Handle::run(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bo
     if (!outputs.back() && !outputs_may_miss) throw Failure(AXC_ENGINE_NULL, "output " + value.name + " has no buffer");
   }
   axc::run(model, tokens, history, inputs, outputs);
+  return outputs;
 }
 
 }  // namespace axc

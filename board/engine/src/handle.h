@@ -20,7 +20,6 @@ class GroupInfo {
  private:
   AX_ENGINE_IOMETA_T meta(const Model& model, int value, const Group& group);
 
-  std::deque<std::string> names_;
   std::deque<std::vector<AX_S32>> shapes_;
   std::vector<AX_ENGINE_IOMETA_T> inputs_, outputs_;
 };
@@ -34,8 +33,9 @@ struct Handle {
 
   explicit Handle(Mapping mapping);
 
-  // Runs with the client's buffers. Throws Failure when one is missing or too small.
-  void run(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bool outputs_may_miss) const;
+  // Runs with the client's buffers; returns where each output lies, null where it was not delivered. Throws Failure when
+  // a buffer is missing or too small.
+  std::vector<void*> run(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bool outputs_may_miss) const;
 };
 
 }  // namespace axc

@@ -1,5 +1,7 @@
 #include "onnx.h"
 
+#include "vendor.h"
+
 #include <array>
 
 namespace axc {
@@ -193,6 +195,14 @@ int64_t read_opset(Bytes bytes) {
   return version;
 }
 
+[[noreturn]] void refuse_producer(const Onnx& model) {
+  std::string who(model.producer.substr(0, 40));
+  if (who != "Pulsar2") unsupported("an axmodel of " + (who.empty() ? "no producer" : who) + ", not of axc");
+  const std::string version = vendor_version(model.doc_string);
+  if (!version.empty()) who += " " + version;
+  unsupported("an axmodel of " + who + ", not of axc: code for an NPU, which only the board's own libax_engine runs");
+}
+
 }  // namespace
 
 int bits_of(Type type) {
@@ -212,6 +222,7 @@ std::string name_of(Type type) {
 }
 
 Onnx read_onnx(Bytes file) {
+  refuse_stand_ins(file);
   Onnx model;
   bool graph = false;
   std::vector<Bytes> opsets;
@@ -221,9 +232,10 @@ Onnx read_onnx(Bytes file) {
       case 1: model.ir_version = field.integer(); break;
       case 2: model.producer = field.text(); break;
       case 3: model.producer_version = field.text(); break;
+      case 6: model.doc_string = field.text(); break;
       case 7:
         if (graph) illegal("two graphs");
-        if (model.producer != "axc") unsupported("an axmodel of " + std::string(model.producer.substr(0, 40)) + ", not of axc");
+        if (model.producer != "axc") refuse_producer(model);
         graph = true;
         read_graph(field.bytes(), file.data(), model);
         break;

@@ -56,7 +56,7 @@ struct Node {
 
 struct Onnx {
   int64_t ir_version = 0;
-  std::string_view producer, producer_version;
+  std::string_view producer, producer_version, doc_string;
   int64_t opset = 0;
   std::map<std::string_view, std::string_view> metadata;
   std::vector<Node> nodes;

@@ -1,3 +1,3 @@
 #include "chip/chip.h"
 
-const axc::Chip axc::kChip{"AX650", 4};
+const axc::Chip axc::kChip{"AX650", 4, 3};

@@ -3,7 +3,7 @@
 #include "axc_errors.h"
 #include "chip/chip.h"
 
-const axc::Chip axc::kChip{"AX630C", 2};
+const axc::Chip axc::kChip{"AX630C", 2, 2};
 
 extern "C" {
 

@@ -1,0 +1,1 @@
+// libax_interpreter, which runners link and call nothing of. It exports nothing.

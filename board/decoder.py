@@ -153,8 +153,7 @@ class Decoder:
         seen = f"{error.part or f'layer {layer}'} gave a value that is not finite in {error.tensor}, at token {token}"
         if self.dtype == "FLOAT16":
             return CheckFailed(
-                f"{seen}: float16 ends at 65504, and it overflows\n"
-                "Build with --hidden_state_type bf16 or fp32."
+                f"{seen}: float16 ends at 65504, and it overflows\nBuild with --hidden_state_type bf16 or fp32."
             )
         return CheckFailed(
             f"{seen}: it overflows or its files are damaged\nRun `axrun run --verify`, or build the bundle again."

@@ -15,7 +15,7 @@ from board.axmodel import TensorInfo
 from board.bundle import Bundle
 from board.decoder import Decoder
 from board.dtypes import FLOATS, bf16_to_f32, from_float32, to_float32
-from board.errors import BadInput, CheckFailed, NotFinite
+from board.errors import BadInput, NotFinite
 from board.sampling import overflow
 from board.session import Binding, Session, open_session
 

@@ -10,6 +10,9 @@ from typing import Any
 from board.axmodel import Axmodel, TensorInfo, read
 from board.bundle import Bundle
 from board.errors import BadInput
+from toolchain import vendor_axmodel
+
+NOT_SHOWN = ("axmodel.groups", vendor_axmodel.EXTRA_DATA)  # of the metadata: shown decoded
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -30,9 +33,11 @@ def describe_axmodel(model: Axmodel, path: Path) -> dict[str, Any]:
         "file": path.name,
         "bytes": model.nbytes,
         "producer": model.producer_name,
-        "version": model.producer_version,
-        "maker": "axc" if model.ours else "vendor or other",
+        "version": model.version,
+        "maker": "axc" if model.ours else "vendor" if model.vendors else "other",
+        "ir_version": model.ir_version,
         "opset": model.opset,
+        **({"vendor": vendor_axmodel.describe(model)} if model.vendors else {}),
         "metadata": dict(sorted(model.metadata.items())),
         "groups": [{"group": g.index, "tokens": g.tokens, "history": g.history} for g in model.groups]
         or [{"group": index, "node": node.name or node.op_type} for index, node in enumerate(_npu_nodes(model))],
@@ -40,7 +45,14 @@ def describe_axmodel(model: Axmodel, path: Path) -> dict[str, Any]:
         "outputs": [_info(info) for info in model.outputs],
         "operators": dict(sorted(Counter(node.op_type for node in model.nodes).items())),
         "initializers": [
-            {"name": t.name, "dtype": t.dtype, "dims": list(t.dims), "bytes": t.nbytes, "offset": t.offset}
+            {
+                "name": t.name,
+                "dtype": t.dtype,
+                "dims": list(t.dims),
+                "bytes": t.nbytes,
+                "offset": t.offset,
+                **({"holds": vendor_axmodel.blob(t.name)} if model.vendors else {}),
+            }
             for t in largest
         ],
     }
@@ -62,14 +74,22 @@ def as_json(path: Path) -> str:
 def as_text(path: Path) -> str:
     """Columns for a terminal."""
     about = describe(path)
-    return _bundle_text(about) if "bundle" in about else _axmodel_text(about)
+    text = _bundle_text(about) if "bundle" in about else _axmodel_text(about)
+    return "\n".join(map(_printable, text.split("\n")))
+
+
+def _printable(line: str) -> str:
+    """What a file says of itself may hold what a terminal takes for commands."""
+    return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def _axmodel_text(about: dict[str, Any]) -> str:
     lines = [
         f"{about['file']}  {about['bytes']:,} bytes",
-        f"producer     {about['producer']} {about['version']} ({about['maker']}), opset {about['opset']}",
-        *(f"{key:<34} {value}" for key, value in about["metadata"].items() if key != "axmodel.groups"),
+        f"producer     {about['producer']} {about['version']} ({about['maker']}), "
+        f"IR version {about['ir_version']}, opset {about['opset']}",
+        *_vendor_lines(about.get("vendor")),
+        *(f"{key:<34} {value}" for key, value in about["metadata"].items() if key not in NOT_SHOWN),
     ]
     for group in about["groups"]:
         what = f"node {group['node']}" if "node" in group else f"{group['tokens']} tokens after {group['history']} rows"
@@ -81,8 +101,23 @@ def _axmodel_text(about: dict[str, Any]) -> str:
     total = sum(tensor["bytes"] for tensor in about["initializers"])
     lines.append(f"initializers {len(about['initializers'])}, {total:,} bytes")
     for tensor in about["initializers"]:
-        lines.append(f"  {tensor['bytes']:>13,}  {tensor['dtype']:<9} {tensor['dims']!s:<16} {tensor['name']}")
+        holds = f"  ({tensor['holds']})" if tensor.get("holds") else ""
+        lines.append(f"  {tensor['bytes']:>13,}  {tensor['dtype']:<9} {tensor['dims']!s:<16} {tensor['name']}{holds}")
     return "\n".join(lines)
+
+
+def _vendor_lines(about: dict[str, Any] | None) -> list[str]:
+    """What is the vendor's own, one line each."""
+    if about is None:
+        return []
+    lines = [f"{key:<12} {about[key]}" for key in ("commit", "npu_mode", "chip") if about.get(key)]
+    for node in about["nodes"]:
+        lines.append(f"node         {node['name']}: {node['op_type']}")
+        lines += [f"  {name:<16} {json.dumps(value)}" for name, value in node["attributes"].items()]
+    if vendor_axmodel.EXTRA_DATA in about:
+        decoded = about[vendor_axmodel.EXTRA_DATA]
+        lines.append(f"{vendor_axmodel.EXTRA_DATA:<12} {decoded if isinstance(decoded, str) else json.dumps(decoded)}")
+    return lines
 
 
 def _bundle_text(about: dict[str, Any]) -> str:

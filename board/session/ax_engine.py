@@ -477,9 +477,12 @@ def _boards_library(path: str | os.PathLike[str], model: Axmodel) -> Library:
     if loaded is None or loaded.extended:  # ours runs ours only
         name = os.fspath(path)
         if not model.vendors:
-            raise BadInput(f"{name} is made by {model.producer_name or 'an unknown compiler'}, expected axc or {VENDOR}")
+            raise BadInput(
+                f"{name} is made by {model.producer_name or 'an unknown compiler'}, expected axc or {VENDOR}"
+            )
         raise BadInput(
-            f"{name} is made by {VENDOR} {model.version}".rstrip() + ": it is code for an NPU, and needs a board with one\n"
+            f"{name} is made by {VENDOR} {model.version}".rstrip()
+            + ": it is code for an NPU, and needs a board with one\n"
             f"Run it on the board, whose libax_engine is in {BOARD} (or where {FOLDER} says). For this machine build "
             "the checkpoint with `axc llm_build`."
         )

@@ -35,9 +35,7 @@ CONFIG = {
 class OrtBinding:
     """Arrays wrapped once; onnxruntime works in the caller's memory."""
 
-    def __init__(
-        self, session: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], check: FiniteCheck
-    ) -> None:
+    def __init__(self, session: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], check: FiniteCheck) -> None:
         self._run = session.run_with_iobinding
         self._binding = session.io_binding()
         for name, value in inputs.items():

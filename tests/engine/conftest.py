@@ -58,7 +58,9 @@ def compile_client(name: str, libraries: Path, made: Path, machine: str = shippe
     command = [shipped.program("ziglang", "zig"), "c++", "-target", f"{machine}-linux-gnu.{shipped.GLIBC}"]
     command += ["-std=c++20", "-Wall", "-Wextra", "-O3", "-s", f"-I{SOURCE / 'include'}"]
     command += [str(Path(__file__).parent / name)]
-    command += ["-o", str(made), f"-L{libraries}", "-lax_engine", "-lax_sys", f"-Wl,-rpath,{libraries}"]
+    command += ["-o", str(made), f"-L{libraries}"]
+    # those the vendor's runner links
+    command += ["-Wl,--no-as-needed", "-lax_engine", "-lax_interpreter", "-lax_sys", f"-Wl,-rpath,{libraries}"]
     env = shipped.environment(SOURCE / "build" / "cache")
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from board.dtypes import bf16_to_f32
 from board.errors import BadInput
 from board.session import ax_int8
 from tests.engine.compare import filled
-from tests.engine.conftest import ROOT, SOURCE
+from tests.engine.conftest import ROOT, SOURCE, compile_client
 
 SEED = SOURCE / "fuzz" / "corpus" / "qwen2-bf16-s8-layer"  # the smallest layer there is
 
@@ -35,6 +35,25 @@ def test_the_runners_way(layer: str, cycles: int, runner: Path, bundle_s8: Path)
     settled, after = (int(figure) for figure in re.findall(r"(\d+) kB", done.stdout))
     held_back = 65536 if "ASAN_OPTIONS" in os.environ else 0  # a sanitizer frees late
     assert 0 < after <= settled + 512 + held_back
+
+
+def test_the_context_runners_way(libraries: Path, ax: Any, bundle_s8: Path, tmp_path: Path) -> None:
+    """Names are compared as pointers; K/V of the decode group serve the prefill groups, found that way."""
+    client = compile_client("context_runner.cc", libraries, tmp_path / "context_runner")
+    path = Bundle.open(bundle_s8).layer_path(0)
+    done = subprocess.run([client, path, tmp_path / "group2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "done\n"
+    session, content, at = ax.open_session(path), (tmp_path / "group2").read_bytes(), 0
+    group = session.groups[2]
+    arrays = {info.name: session.allocate(info) for info in group.inputs + group.outputs}
+    for info in group.inputs:
+        array = arrays[info.name]
+        array[...] = np.frombuffer(content, array.dtype, array.size, at).reshape(array.shape)
+        at += array.nbytes
+    assert arrays["K_cache"].any()
+    session.bind(2, arrays).run()
+    assert arrays["output"].tobytes() == content[at:]
 
 
 class Meta(ctypes.Structure):
@@ -280,7 +299,9 @@ def test_the_axmodels_producer_decides_whose_library_runs_it(
     beside = ROOT / "board" / "engine" / "lib"
     assert said[0][0] == str(beside)
     assert said[0][1].startswith(f"this process runs libax_engine of {beside}; the axmodel is for that of {board} ")
-    assert re.search(r"vendor.axmodel is made by Pulsar2: it is code for an NPU, and needs a board with one", said[1][0])
+    assert re.search(
+        r"vendor.axmodel is made by Pulsar2: it is code for an NPU, and needs a board with one", said[1][0]
+    )
     assert said[1][1].startswith(f"this process runs libax_engine of {board}; the axmodel is for that of {beside} ")
 
 

@@ -17,7 +17,11 @@ from elftools.elf.elffile import ELFFile
 from board.engine import build as shipped
 from tests.engine.conftest import ROOT, SOURCE
 
-HEADERS = {"libax_sys.so": "ax_sys_api.h", "libax_engine.so": "ax_engine_api.h", "libax_interpreter.so": "ax_ivps_api.h"}
+HEADERS = {
+    "libax_sys.so": "ax_sys_api.h",
+    "libax_engine.so": "ax_engine_api.h",
+    "libax_interpreter.so": "ax_ivps_api.h",
+}
 EVERYWHERE = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2"}  # where glibc is
 LOADER = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
 # What the vendor's AX650 library exports; an AX630C's has five more.
@@ -168,6 +172,19 @@ def test_the_headers_are_plain_c(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "client.o").exists()
+
+
+@pytest.mark.parametrize("chip", ["", "-DAXC_CHIP_AX630C"])
+@pytest.mark.parametrize("language", [["cc", "-std=c11", "-xc"], ["c++", "-std=c++20", "-xc++"]])
+def test_structures_and_numbers_are_the_documented_ones(language: list[str], chip: str, tmp_path: Path) -> None:
+    """layout.c asserts them where it is compiled."""
+    source = Path(__file__).parent / "layout.c"
+    command = [shipped.program("ziglang", "zig"), *language, "-target", f"{shipped.HOST}-linux-gnu.{shipped.GLIBC}"]
+    command += ["-O3", "-Wall", "-Wextra", "-Werror", *([chip] if chip else [])]
+    command += [f"-I{SOURCE / 'include'}", "-c", str(source), "-o", "layout.o"]
+    env = shipped.environment(SOURCE / "build" / "cache")
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_python_finds_the_structures_sizes(libraries: Path) -> None:

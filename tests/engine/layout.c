@@ -1,0 +1,118 @@
+/* The C interface as programs in C and C++ see it, against its documented sizes, offsets and numbers. Compiles or not. */
+#include <ax_engine_api.h>
+#include <ax_ivps_api.h>
+#include <ax_sys_api.h>
+#include <axc_engine.h>
+#include <stddef.h>
+
+#ifdef __cplusplus
+#define HOLDS(condition) static_assert(condition, #condition)
+#else
+#define HOLDS(condition) _Static_assert(condition, #condition)
+#endif
+#define AT(type, field, offset) HOLDS(offsetof(type, field) == (offset))
+
+HOLDS(sizeof(AX_U64) == 8 && sizeof(AX_S64) == 8 && sizeof(AX_U32) == 4 && sizeof(AX_S32) == 4);
+HOLDS(sizeof(AX_U16) == 2 && sizeof(AX_S16) == 2 && sizeof(AX_U8) == 1 && sizeof(AX_S8) == 1 && sizeof(AX_CHAR) == 1);
+HOLDS((AX_S8)-1 < 0 && sizeof(AX_F32) == 4 && sizeof(AX_BOOL) == 4 && AX_FALSE == 0 && AX_TRUE == 1);
+HOLDS(sizeof(AX_LONG) == 8 && sizeof(AX_ULONG) == 8 && sizeof(AX_ADDR) == 8 && sizeof(AX_SIZE_T) == 4);
+HOLDS(sizeof(AX_ENGINE_HANDLE) == 8 && sizeof(AX_ENGINE_CONTEXT_T) == 8 && sizeof(AX_ENGINE_EXECUTION_CONTEXT) == 8);
+HOLDS(sizeof(AX_ENGINE_NPU_SET_T) == 4 && sizeof(AX_KERNEL_HANDLE) == 4);
+
+HOLDS(sizeof(AX_ENGINE_NPU_ATTR_T) == 36);
+AT(AX_ENGINE_NPU_ATTR_T, eHardMode, 0);
+AT(AX_ENGINE_NPU_ATTR_T, reserve, 4);
+
+HOLDS(sizeof(AX_ENGINE_IOMETA_EX_T) == 152);
+AT(AX_ENGINE_IOMETA_EX_T, eColorSpace, 0);
+AT(AX_ENGINE_IOMETA_EX_T, u64Reserved, 8);
+
+HOLDS(sizeof(AX_ENGINE_IOMETA_T) == 128);
+AT(AX_ENGINE_IOMETA_T, pName, 0);
+AT(AX_ENGINE_IOMETA_T, pShape, 8);
+AT(AX_ENGINE_IOMETA_T, nShapeSize, 16);
+AT(AX_ENGINE_IOMETA_T, eLayout, 20);
+AT(AX_ENGINE_IOMETA_T, eMemoryType, 24);
+AT(AX_ENGINE_IOMETA_T, eDataType, 28);
+AT(AX_ENGINE_IOMETA_T, pExtraMeta, 32);
+AT(AX_ENGINE_IOMETA_T, nSize, 40);
+AT(AX_ENGINE_IOMETA_T, nQuantizationValue, 44);
+AT(AX_ENGINE_IOMETA_T, pStride, 48);
+AT(AX_ENGINE_IOMETA_T, u64Reserved, 56);
+
+HOLDS(sizeof(AX_ENGINE_IO_INFO_T) == 128);
+AT(AX_ENGINE_IO_INFO_T, pInputs, 0);
+AT(AX_ENGINE_IO_INFO_T, nInputSize, 8);
+AT(AX_ENGINE_IO_INFO_T, pOutputs, 16);
+AT(AX_ENGINE_IO_INFO_T, nOutputSize, 24);
+AT(AX_ENGINE_IO_INFO_T, nMaxBatchSize, 28);
+AT(AX_ENGINE_IO_INFO_T, bDynamicBatchSize, 32);
+AT(AX_ENGINE_IO_INFO_T, u64Reserved, 40);
+
+HOLDS(sizeof(AX_ENGINE_IO_BUFFER_T) == 128);
+AT(AX_ENGINE_IO_BUFFER_T, phyAddr, 0);
+AT(AX_ENGINE_IO_BUFFER_T, pVirAddr, 8);
+AT(AX_ENGINE_IO_BUFFER_T, nSize, 16);
+AT(AX_ENGINE_IO_BUFFER_T, pStride, 24);
+AT(AX_ENGINE_IO_BUFFER_T, nStrideSize, 32);
+AT(AX_ENGINE_IO_BUFFER_T, u64Reserved, 40);
+
+HOLDS(sizeof(AX_ENGINE_IO_SETTING_T) == 64);
+AT(AX_ENGINE_IO_SETTING_T, nWbtIndex, 0);
+AT(AX_ENGINE_IO_SETTING_T, u64Reserved, 8);
+
+HOLDS(sizeof(AX_ENGINE_IO_T) == 128);
+AT(AX_ENGINE_IO_T, pInputs, 0);
+AT(AX_ENGINE_IO_T, nInputSize, 8);
+AT(AX_ENGINE_IO_T, pOutputs, 16);
+AT(AX_ENGINE_IO_T, nOutputSize, 24);
+AT(AX_ENGINE_IO_T, nBatchSize, 28);
+AT(AX_ENGINE_IO_T, pIoSetting, 32);
+AT(AX_ENGINE_IO_T, nParallelRun, 40);
+AT(AX_ENGINE_IO_T, u64Reserved, 48);
+
+HOLDS(sizeof(AX_ENGINE_HANDLE_EXTRA_T) == 48);
+AT(AX_ENGINE_HANDLE_EXTRA_T, nNpuSet, 0);
+AT(AX_ENGINE_HANDLE_EXTRA_T, pName, 8);
+AT(AX_ENGINE_HANDLE_EXTRA_T, reserve, 16);
+HOLDS(sizeof(AX_ENGINE_CMM_INFO) == 4 && sizeof(AX_ENGINE_CMM_INFO_T) == 4);
+
+HOLDS(sizeof(AX_ENGINE_TENSOR_LAYOUT_T) == 4 && sizeof(AX_ENGINE_MEMORY_TYPE_T) == 4 && sizeof(AX_ENGINE_DATA_TYPE_T) == 4);
+HOLDS(sizeof(AX_ENGINE_COLOR_SPACE_T) == 4 && sizeof(AX_ENGINE_NPU_MODE_T) == 4 && sizeof(AX_ENGINE_MODEL_TYPE_T) == 4);
+
+HOLDS(AX_ENGINE_TENSOR_LAYOUT_UNKNOWN == 0 && AX_ENGINE_TENSOR_LAYOUT_NHWC == 1 && AX_ENGINE_TENSOR_LAYOUT_NCHW == 2);
+HOLDS(AX_ENGINE_MT_PHYSICAL == 0 && AX_ENGINE_MT_VIRTUAL == 1 && AX_ENGINE_MT_OCM == 2);
+HOLDS(AX_ENGINE_DT_UNKNOWN == 0 && AX_ENGINE_DT_UINT8 == 1 && AX_ENGINE_DT_UINT16 == 2 && AX_ENGINE_DT_FLOAT32 == 3);
+HOLDS(AX_ENGINE_DT_SINT16 == 4 && AX_ENGINE_DT_SINT8 == 5 && AX_ENGINE_DT_SINT32 == 6 && AX_ENGINE_DT_UINT32 == 7);
+HOLDS(AX_ENGINE_DT_FLOAT64 == 8 && AX_ENGINE_DT_BFLOAT16 == 9);
+HOLDS(AX_ENGINE_DT_UINT10_PACKED == 100 && AX_ENGINE_DT_UINT12_PACKED == 101);
+HOLDS(AX_ENGINE_DT_UINT14_PACKED == 102 && AX_ENGINE_DT_UINT16_PACKED == 103);
+HOLDS(AX_ENGINE_CS_FEATUREMAP == 0 && AX_ENGINE_CS_RAW10 == 1 && AX_ENGINE_CS_RAW12 == 2 && AX_ENGINE_CS_RAW16 == 3);
+HOLDS(AX_ENGINE_CS_NV12 == 4 && AX_ENGINE_CS_NV21 == 5 && AX_ENGINE_CS_RGB == 6 && AX_ENGINE_CS_BGR == 7);
+HOLDS(AX_ENGINE_CS_RGBA == 8 && AX_ENGINE_CS_GRAY == 9 && AX_ENGINE_CS_YUV444 == 10);
+HOLDS(AX_ENGINE_CS_RAW14 == 11 && AX_ENGINE_CS_RAW8 == 12);
+HOLDS(AX_ENGINE_VIRTUAL_NPU_DISABLE == 0 && AX_ENGINE_MODEL_TYPE0 == 0 && AX_ENGINE_MODEL_TYPE1 == 1);
+#ifdef AXC_CHIP_AX630C
+HOLDS(AX_ENGINE_VIRTUAL_NPU_ENABLE == 1 && AX_ENGINE_VIRTUAL_NPU_BUTT == 2 && AX_ENGINE_MODEL_TYPE_BUTT == 2);
+HOLDS(NONE_CHIP_TYPE == 0 && AX620Q_CHIP == 1 && AX630C_CHIP == 4);
+#else
+HOLDS(AX_ENGINE_VIRTUAL_NPU_STD == 1 && AX_ENGINE_VIRTUAL_NPU_BIG_LITTLE == 2 && AX_ENGINE_VIRTUAL_NPU_LITTLE_BIG == 3);
+HOLDS(AX_ENGINE_VIRTUAL_NPU_BUTT == 4 && AX_ENGINE_MODEL_TYPE2 == 2 && AX_ENGINE_MODEL_TYPE_BUTT == 3);
+#endif
+
+HOLDS((AX_U32)AXC_ENGINE_ILLEGAL == 0x8006000Au && (AX_U32)AXC_ENGINE_NULL == 0x8006000Bu);
+HOLDS((AX_U32)AXC_ENGINE_NOT_READY == 0x80060010u && (AX_U32)AXC_ENGINE_NOT_INIT == 0x80060012u);
+HOLDS((AX_U32)AXC_ENGINE_UNSUPPORTED == 0x80060014u && (AX_U32)AXC_ENGINE_MISSING == 0x80060017u);
+HOLDS((AX_U32)AXC_ENGINE_NO_MEMORY == 0x80060018u && (AX_U32)AXC_ENGINE_UNKNOWN == 0x80060029u);
+HOLDS((AX_U32)AXC_SYS_ILLEGAL == 0x800B000Au && (AX_U32)AXC_SYS_NULL == 0x800B000Bu);
+HOLDS((AX_U32)AXC_SYS_NOT_READY == 0x800B0010u && (AX_U32)AXC_SYS_NO_MEMORY == 0x800B0018u);
+HOLDS((AX_U32)AXC_SYS_UNMAP == 0x800B0081u && (AX_U32)AXC_SYS_FREE == 0x800B0082u);
+
+/* In C a prototype that differs from the header's does not compile. */
+AX_S32 AX_SYS_Init(void);
+AX_S32 AX_SYS_Deinit(void);
+AX_S32 AX_SYS_MemAlloc(AX_U64*, AX_VOID**, AX_U32, AX_U32, const AX_S8*);
+AX_S32 AX_SYS_MemAllocCached(AX_U64*, AX_VOID**, AX_U32, AX_U32, const AX_S8*);
+AX_S32 AX_SYS_MemFree(AX_U64, AX_VOID*);
+AX_S32 AX_SYS_MflushCache(AX_U64, AX_VOID*, AX_U32);
+AX_S32 AX_SYS_MinvalidateCache(AX_U64, AX_VOID*, AX_U32);

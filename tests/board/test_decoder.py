@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from board.axmodel import TensorInfo
 from board.bundle import Bundle
 from board.decoder import Chunk, Decoder, chunks
-from board.errors import BadInput
+from board.errors import BadInput, CheckFailed
 from board.model import Model, Post
 from board.session import Array, Binding, Session, SessionGroup, open_session
 
@@ -128,7 +128,11 @@ def test_a_nan_does_not_outlive_the_tokens_it_came_with(
     model_fp32: Model, heldout: list[int], heldout_logits: NDArray[np.float32]
 ) -> None:
     broken = np.full((20, 128), np.nan, np.float32)
-    model_fp32.decoder.forward(broken, 0)
+    model_fp32.forward(heldout[:3])
+    with pytest.raises(CheckFailed, match="layer 0 gave a value that is not finite in K_cache_out, at token 3"):
+        model_fp32.decoder.forward(broken, 3)
+    assert model_fp32.length == 3
+    np.testing.assert_allclose(model_fp32.forward(heldout[3:6]), heldout_logits[5], rtol=0, atol=1e-4)
     model_fp32.decoder.cache.reset()
     np.testing.assert_allclose(model_fp32.forward(heldout[:3]), heldout_logits[2], rtol=0, atol=1e-4)
 

@@ -19,7 +19,9 @@ from typing import Any
 
 import pytest
 
+from board.bundle import Bundle
 from board.cli import main
+from tests import vendor_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -355,3 +357,28 @@ def test_model_refuses_what_is_no_axmodel(tmp_path: Path, capsys: pytest.Capture
     path.write_bytes(b"not one")
     assert main(["model", str(path)]) == 2
     assert "not a whole axmodel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["run", "serve", "bench", "chat", "model"])
+def test_a_vendors_axmodel_needs_a_board(verb: str, copied: Path, tmp_path: Path, engine: str) -> None:
+    layer = Bundle.open(copied).layer_path(0)
+    layer.write_bytes(vendor_files.write(tmp_path, vendor_files.ROWS["4.1"]).read_bytes())
+    flags = {"run": ["--prompt", "1+1="], "serve": ["--port", "0"]}.get(verb, [])
+    done = axrun(verb, layer if verb == "model" else copied, *flags, "--engine", engine, stdin="1+1=\n")
+    error = done.stderr[done.stderr.index("error: ") :].splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Traceback" not in done.stderr
+    assert len(error) <= 3
+    assert error[0].startswith(f"error: {layer} is made by Pulsar2")
+    if engine == "ort":
+        assert error[1] == "It is code for an NPU: run it on the board it was compiled for."
+    else:
+        assert error[0].endswith("made by Pulsar2 4.1-patch1: it is code for an NPU, and needs a board with one")
+
+
+def test_a_file_of_another_compiler_is_called_that(tmp_path: Path) -> None:
+    path = tmp_path / "other.axmodel"
+    path.write_bytes(vendor_files.encode(vendor_files.ROWS["4.1"], "").replace(b"Pulsar2", b"pytorch", 1))
+    done = axrun("model", path, "--engine", "ax")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {path} is made by pytorch, expected axc or Pulsar2\n"

@@ -20,17 +20,17 @@ from board.errors import CheckFailed, NotFinite
 from board.finite import PIECE, FiniteCheck
 from board.model import Model
 from board.session import open_session
+from tests.damage import OVERFLOW, set_float
 
 BAD = [np.inf, -np.inf, np.nan]
 LARGEST = {"FLOAT": 3.4e38, "FLOAT16": 65504.0, "BFLOAT16": 3.38e38}
-OVERFLOW = 3e5  # what a down projection of tiny-qwen2 is scaled by to leave float16
 
 
 @pytest.mark.parametrize("dtype", LARGEST)
 @pytest.mark.parametrize("bad", BAD)
 def test_the_first_row_that_is_not_finite_is_named(dtype: str, bad: float) -> None:
     infos = [TensorInfo("K_cache_out", dtype, (1, 9, 4)), TensorInfo("output", dtype, (1, 9, PIECE // 8))]
-    arrays = {info.name: np.zeros(info.shape, DTYPES[dtype].numpy) for info in infos}  # type: ignore[arg-type]
+    arrays = {info.name: np.zeros(info.shape, DTYPES[dtype].numpy) for info in infos}  # type: ignore[type-var]
     check = FiniteCheck("layer 3", [*infos, TensorInfo("indices", "INT32", (1, 9, 4))], arrays)
     for value in (LARGEST[dtype], -LARGEST[dtype], 1e-44):
         arrays["output"][0, 8, -1] = from_float32(np.array([value], np.float32), dtype)[0]
@@ -43,21 +43,12 @@ def test_the_first_row_that_is_not_finite_is_named(dtype: str, bad: float) -> No
         check()
 
 
-def poisoned(file: Path, tensor: str, row: int, value: float) -> None:
-    """Makes one float32 number in each row of a weight of an axmodel, or one of a vector, something else."""
-    stored = axmodel.read(file).initializers[tensor]
-    width = stored.dims[-1] if len(stored.dims) > 1 else 1
-    with file.open("r+b") as opened:
-        opened.seek(stored.offset + 4 * row * width)
-        opened.write(np.float32(value).tobytes())
-
-
 @pytest.fixture
 def broken(build_tiny_fp16: Path, tmp_path: Path) -> Path:
     """A float16 bundle in which layer 2 adds a value beyond 65504 to every token."""
     bundle = Path(shutil.copytree(build_tiny_fp16, tmp_path / "broken"))
     file = Bundle.open(bundle).layer_path(2)
-    poisoned(file, "model.layers.2.mlp.down_proj.weight_scale", 5, OVERFLOW)
+    set_float(file, "model.layers.2.mlp.down_proj.weight_scale", 5, OVERFLOW)
     return bundle
 
 
@@ -122,7 +113,7 @@ def test_keys_and_values_are_looked_at(
     """A key of minus infinity hides behind a softmax: no output would show it."""
     file = tmp_path / "layer.axmodel"
     shutil.copy(Bundle.open(build_tiny_fp16).layer_path(1), file)
-    poisoned(file, f"model.layers.1.self_attn.{tensor}", 3, -1e6)
+    set_float(file, f"model.layers.1.self_attn.{tensor}", 3, -1e6)
     decoder = Decoder([open_session(file, engine)])
     with pytest.raises(CheckFailed, match=f"layer 1 gave a value that is not finite in {output}, at token 0"):
         decoder.forward(np.ones((3, 128), np.float32), 0)
@@ -145,7 +136,7 @@ def test_padding_is_not_looked_at(build_tiny_fp16: Path, engine: str, tmp_path: 
     """What stands behind the tokens is nobody's: a session names its row, and the decoder knows better."""
     file = tmp_path / "layer.axmodel"
     shutil.copy(Bundle.open(build_tiny_fp16).layer_path(1), file)
-    poisoned(file, "model.layers.1.mlp.down_proj.weight_scale", 5, 1.0)  # hundreds are added, not yet 65504
+    set_float(file, "model.layers.1.mlp.down_proj.weight_scale", 5, 1.0)  # hundreds are added, not yet 65504
     decoder = Decoder([open_session(file, engine)])
     step = decoder._step(next(iter(decoder.chunks(0, 3))))
     run, seen = step.bindings[0].run, []

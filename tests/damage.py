@@ -1,0 +1,20 @@
+"""Axmodels with one number changed where the file has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from board import axmodel
+
+OVERFLOW = 3e5  # as a scale of tiny-qwen2's s8 weights: every product leaves float16
+
+
+def set_float(file: Path, tensor: str, index: int, value: float) -> None:
+    """Sets element `index` of a float32 vector."""
+    stored = axmodel.read(file).initializers[tensor]
+    assert stored.dtype == "FLOAT"
+    with file.open("r+b") as opened:
+        opened.seek(stored.offset + 4 * index)
+        opened.write(np.float32(value).tobytes())

@@ -15,7 +15,9 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from board.engine import build as shipped
+from tests import vendor_files
 from tests.engine.conftest import ROOT, SOURCE
+from tests.engine.test_refusals import client
 
 HEADERS = {
     "libax_sys.so": "ax_sys_api.h",
@@ -84,6 +86,14 @@ print(engine.AX_ENGINE_GetTotalOps(), system.AX_SYS_GetChipType()) if hasattr(en
 def test_each_chip_has_its_modes(folder: str, said: list[str], libraries: Path) -> None:
     done = subprocess.run([sys.executable, "-c", AX630C, libraries / folder], capture_output=True, text=True)
     assert (done.stdout.splitlines(), done.stderr) == (said, "")
+
+
+def test_an_ax630c_has_two_model_types(libraries: Path, tmp_path: Path) -> None:
+    files = [vendor_files.write(tmp_path, vendor_files.ROWS["AX620E"], npu) for npu in (0, 1, 2)]
+    out, said = client(libraries / "ax630c", [["AX_ENGINE_GetModelType", file, "kind"] for file in files])
+    assert out == ["0 0", "0 1", "8006000a 1"]
+    (line,) = said
+    assert "model type 2; an AX630C has 2" in line
 
 
 def requirements(library: Path) -> Iterator[tuple[str, str]]:

@@ -21,7 +21,8 @@ APART = ("test_library.py", "test_wheel.py", "test_sanitized.py", "test_aarch64.
 
 
 def test_the_tests_of_the_engine_pass_with_sanitizers() -> None:
-    folder = build("sanitized", "-DAXC_SANITIZE=ON", "-DAXC_STATIC_RUNTIME=OFF", CLANG, targets=("ax_sys", "ax_engine"))
+    targets = ("ax_sys", "ax_engine", "ax_interpreter")
+    folder = build("sanitized", "-DAXC_SANITIZE=ON", "-DAXC_STATIC_RUNTIME=OFF", CLANG, targets=targets)
     name = f"libclang_rt.asan-{os.uname().machine}.so"
     found = subprocess.run(["clang++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
     environment = {

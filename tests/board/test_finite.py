@@ -30,7 +30,7 @@ LARGEST = {"FLOAT": 3.4e38, "FLOAT16": 65504.0, "BFLOAT16": 3.38e38}
 @pytest.mark.parametrize("bad", BAD)
 def test_the_first_row_that_is_not_finite_is_named(dtype: str, bad: float) -> None:
     infos = [TensorInfo("K_cache_out", dtype, (1, 9, 4)), TensorInfo("output", dtype, (1, 9, PIECE // 8))]
-    arrays = {info.name: from_float32(np.zeros(info.shape, np.float32), dtype) for info in infos}
+    arrays = {info.name: from_float32(np.zeros(tuple(map(int, info.shape)), np.float32), dtype) for info in infos}
     check = FiniteCheck("layer 3", [*infos, TensorInfo("indices", "INT32", (1, 9, 4))], arrays)
     for value in (LARGEST[dtype], -LARGEST[dtype], 1e-44):
         arrays["output"][0, 8, -1] = from_float32(np.array([value], np.float32), dtype)[0]

@@ -359,8 +359,11 @@ def test_model_refuses_what_is_no_axmodel(tmp_path: Path, capsys: pytest.Capture
     assert "not a whole axmodel" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["run", "serve", "bench", "chat", "model"])
-def test_a_vendors_axmodel_needs_a_board(verb: str, copied: Path, tmp_path: Path, engine: str) -> None:
+VERBS = ("run", "serve", "bench", "chat", "model")
+
+
+@pytest.mark.parametrize(("engine", "verb"), [*(("ax", verb) for verb in VERBS), ("ax-int8", "run"), ("ort", "model")])
+def test_a_vendors_axmodel_needs_a_board(engine: str, verb: str, copied: Path, tmp_path: Path) -> None:
     layer = Bundle.open(copied).layer_path(0)
     layer.write_bytes(vendor_files.write(tmp_path, vendor_files.ROWS["4.1"]).read_bytes())
     flags = {"run": ["--prompt", "1+1="], "serve": ["--port", "0"]}.get(verb, [])

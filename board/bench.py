@@ -129,6 +129,7 @@ class Report:
     bundle: str
     manifest_sha256: str
     maker: str
+    compiler: str
     weight_type: str
     engine: str
     threads: int
@@ -176,6 +177,7 @@ class Report:
     def _about(self) -> Iterator[str]:
         where = f"{self.machine.board}, {self.machine.cpu}" if self.machine.board else self.machine.cpu
         yield f"{self.bundle} ({self.weight_type}, made by {self.maker}, manifest {self.manifest_sha256[:12]})"
+        yield f"compiler: {self.compiler}"
         yield f"{where}: {self.threads} of {self.machine.cpus} threads, engine {self.engine}, axrun {self.axrun}"
         peak = "unknown" if self.peak_rss is None else f"{self.peak_rss / 1e6:.0f} MB"
         yield f"load {self.load_seconds:.2f} s, peak memory {peak}"
@@ -199,6 +201,7 @@ def bench(path: Path, options: Options, loading: Loading = DEFAULTS) -> Report:
         bundle=bundle.name,
         manifest_sha256=sha256(path / MANIFEST),
         maker=bundle.maker,
+        compiler=bundle.compiler,
         weight_type=bundle.flag("weight_type"),
         engine=f"{loading.engine} {engine_version(loading.engine)}".strip(),
         threads=loading.threads or ran.cpus,

@@ -96,6 +96,11 @@ class Bundle:
         """Which compiler made the axmodels: cpu (ours) or pulsar2 (the vendor's)."""
         return str(self.manifest["maker"])
 
+    @property
+    def compiler(self) -> str:
+        """The version and digest of the compiler that made it, and of what it computed with."""
+        return compiler(self.manifest)
+
     def flag(self, name: str) -> str:
         """A flag it was built with, e.g. weight_type; empty where the manifest does not tell."""
         flags = self.manifest.get("flags")
@@ -131,6 +136,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for key in ("model", "tools", "memory"):
         if not isinstance(manifest.get(key), dict):
             raise _damaged(folder, f"its {key} is {manifest.get(key)!a:.60}")
+    if not all(type(value) is str and f"{name}{value}".isprintable() for name, value in manifest["tools"].items()):
+        raise _damaged(folder, f"its tools are {manifest['tools']!a:.60}")
     if not all(type(value) is int for value in manifest["memory"].values()):
         raise _damaged(folder, f"its memory is {manifest['memory']!a:.60}")
     for name, entry in files.items():
@@ -145,6 +152,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ):
             raise _damaged(folder, f"its entry for {name} is {entry!r:.60}")
     return manifest
+
+
+def compiler(manifest: Mapping[str, Any]) -> str:
+    """What made a bundle, in words: `axc 0.1.0, digest 0123456789abcdef, numpy 2.4.6`."""
+    return ", ".join(f"{name} {version}" for name, version in manifest["tools"].items())
 
 
 def verify(folder: Path, progress: Callable[[int], None] = lambda nbytes: None) -> dict[str, Any]:

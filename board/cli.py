@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     description = "Runs axmodel bundles on Axera boards and on any CPU."
     epilog = "start with:\n  axrun run out/tiny-qwen2 --prompt '1+1='"
-    return dispatch(argv, "axrun", VERSION, description, epilog, VERBS)
+    return dispatch(argv, "axrun", lambda: VERSION, description, epilog, VERBS)
 
 
 def _speed_flags(parser: argparse.ArgumentParser) -> None:

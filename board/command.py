@@ -34,12 +34,26 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\nSee `{self.prog} --help`.\n")
 
 
+class ShowVersion(argparse.Action):
+    """Prints the version, which `const` finds out, and ends the program."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print(f"{parser.prog} {self.const()}")
+        parser.exit()
+
+
 def dispatch(
-    argv: Sequence[str] | None, prog: str, version: str, description: str, epilog: str, verbs: Mapping[str, Verb]
+    argv: Sequence[str] | None,
+    prog: str,
+    version: Callable[[], str],
+    description: str,
+    epilog: str,
+    verbs: Mapping[str, Verb],
 ) -> int:
     """Runs one verb and returns the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
     parser = Parser(prog=prog, description=description, epilog=epilog)
-    parser.add_argument("--version", action="version", version=f"{prog} {version}")
+    shown = "show program's version number and exit"
+    parser.add_argument("--version", action=ShowVersion, nargs=0, const=version, help=shown)
     listed = parser.add_subparsers(dest="verb", metavar="COMMAND", title="commands")
     for name, verb in verbs.items():
         verb.flags(listed.add_parser(name, help=verb.summary, description=verb.summary, epilog=verb.examples))

@@ -66,6 +66,7 @@ class Evaluation:
     manifest_sha256: str
     reference_sha256: str
     maker: str
+    compiler: str
     engine: str
 
     def json(self) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class Evaluation:
         greedy = "not in the reference"
         if quality.greedy_same is not None:
             greedy = f"{quality.greedy_same:.1f} of {quality.greedy_tokens} tokens, {quality.greedy_answers} answers"
-        yield f"{self.bundle}, made by {self.maker}, on engine {self.engine}"
+        yield f"{self.bundle}, made by {self.maker} ({self.compiler}), on engine {self.engine}"
         for name, text in (
             ("tokens scored", f"{quality.positions} in {quality.windows} windows of {quality.window}"),
             ("perplexity", f"{quality.perplexity:.4f}  (x {quality.perplexity_ratio:.4f})"),
@@ -119,6 +120,7 @@ def evaluate(path: Path, reference: Path | None = None, loading: Loading = DEFAU
         manifest_sha256=sha256(path / MANIFEST),
         reference_sha256=sha256(file),
         maker=bundle.maker,
+        compiler=bundle.compiler,
         engine=loading.engine,
     )
 

@@ -14,19 +14,19 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from board.bundle import MANIFEST, read_manifest, sha256, verify
+from board.bundle import sha256
 from board.dtypes import FLOATS
-from board.errors import BadInput, CheckFailed
-from toolchain import VERSION, budget, bundle, config, jobs
+from board.errors import BadInput
+from toolchain import budget, bundle, config, identity, jobs, standing
 from toolchain.axmodel.writer import Written
 from toolchain.checkpoint import Checkpoint
 from toolchain.compile import Target
 from toolchain.jobs import Job, Work
 from toolchain.quantizer import WEIGHT_TYPES
 from toolchain.staging import KeepStaging, publish, refuse_other_content, staged_bytes, staging
+from toolchain.standing import MODEL_CONFIG, as_json
 
 CHIPS = ("AX620E", "AX650")
-MODEL_CONFIG = "model_config"  # what the manifest calls a config.json given in place of the checkpoint's
 MAX_CONTEXT = 1 << 20  # positions: eight times what the longest models of these families see
 
 
@@ -130,9 +130,12 @@ class Plan:
 
     @property
     def stamps(self) -> tuple[tuple[str, int, int], ...]:
-        """What tells a changed input without reading it: (name, bytes, mtime in ns)."""
+        """What tells a changed input without reading it: (name, bytes, ctime in ns).
+
+        Not mtime: an archive restores that, the same for every file in a reproducible one.
+        """
         files = [*self.inputs, *([self.options.model_config] if self.options.model_config else [])]
-        return tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+        return tuple((path.name, path.stat().st_size, path.stat().st_ctime_ns) for path in files)
 
 
 class Built(NamedTuple):
@@ -171,12 +174,12 @@ def build(planned: Plan, progress: Progress = lambda job: None) -> Built:
     """
     output = planned.output
     try:
-        standing = _standing(planned)
-        if standing is not None:
-            return Built(standing, fresh=False)
+        found = standing.find(planned)
+        if found.manifest is not None:
+            return Built(found.manifest, fresh=False)
         if planned.options.output_path.is_symlink() and not output.exists():
             raise BadInput(f"{planned.options.output_path} is a link to nothing\nChoose another --output_path.")
-        refuse_other_content(output, force=planned.options.force)
+        refuse_other_content(output, found.reason, force=planned.options.force)
         budget.require_disk(planned.budget.disk - staged_bytes(output), output)
         return Built(_build(planned, output, progress), fresh=True)
     except OSError as error:
@@ -187,7 +190,7 @@ def build(planned: Plan, progress: Progress = lambda job: None) -> Built:
 
 
 def _build(planned: Plan, output: Path, progress: Progress) -> dict[str, Any]:
-    with staging(output, _key(planned)) as folder:
+    with staging(output, staging_key(planned)) as folder:
         work = Work(planned.checkpoint.path, planned.stamps, folder, planned.config, planned.target)
         done = dict(_run(work, planned.jobs, planned.options.parallel, progress))
         inputs = {Path(job.file).name: written for job, written in done.items() if job.kind == "input"}
@@ -204,40 +207,13 @@ def _digest(path: Path) -> tuple[str, int]:
     return sha256(path), path.stat().st_size
 
 
-def _standing(planned: Plan) -> dict[str, Any] | None:
-    """The manifest of the bundle at the output path if it is what this build would make, and whole."""
-    if not (planned.output / MANIFEST).is_file():
-        return None
-    files = {path.name: path for path in planned.inputs}
-    if planned.options.model_config:
-        files[MODEL_CONFIG] = planned.options.model_config
-    try:
-        manifest = read_manifest(planned.output)
-        recorded = manifest["inputs"]
-        same = (
-            manifest["flags"] == _as_json(asdict(planned.target))
-            and manifest["tools"] == {"axc": VERSION}
-            and manifest["model"]["name"] == planned.name
-            and set(files) == set(recorded)
-            and all(path.stat().st_size == recorded[name]["size"] for name, path in files.items())
-            and all(sha256(path) == recorded[name]["sha256"] for name, path in files.items())
-        )
-        return verify(planned.output) if same else None
-    except (BadInput, CheckFailed, KeyError, TypeError):
-        return None
-
-
-def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-def _key(planned: Plan) -> dict[str, Any]:
+def staging_key(planned: Plan) -> dict[str, Any]:
     """What finished files of a killed build must have been made from to be taken over."""
     return {
-        "axc": VERSION,
+        "tools": identity.tools(),
         "name": planned.name,
-        "config": _as_json(asdict(planned.config)),
-        "target": _as_json(asdict(planned.target)),
+        "config": as_json(asdict(planned.config)),
+        "target": as_json(asdict(planned.target)),
         "inputs": [list(stamp) for stamp in planned.stamps],
     }
 

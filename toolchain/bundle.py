@@ -8,12 +8,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from board.bundle import MANIFEST, SCHEMA, read_manifest, sha256
 from board.errors import BadInput
-from toolchain import VERSION
+from toolchain import identity
 from toolchain.axmodel.writer import Written
 from toolchain.compile import Target
 from toolchain.config import ModelConfig, read_json
@@ -54,7 +53,7 @@ def finish(
     outputs: Mapping[str, Written],
     *,
     maker: str = "cpu",
-    tools: Mapping[str, str] = MappingProxyType({"axc": VERSION}),
+    tools: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Adds the small files to `folder` and, last, the manifest over all; returns it.
 
@@ -77,7 +76,7 @@ def finish(
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "maker": maker,
-        "tools": dict(tools),
+        "tools": dict(identity.tools() if tools is None else tools),
         "model": {
             "name": name,
             "model_type": config.model_type,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from board.command import Verb, dispatch
-from toolchain import VERSION
+from toolchain import VERSION, identity
 
 WEIGHTS = ("fp32", "fp16", "bf16", "s8", "s4")
 
@@ -18,7 +18,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     description = "Compiles Hugging Face LLM checkpoints to axmodel bundles for AX650 and AX630C boards."
     epilog = "start with:\n  axc llm_build --input_path models/tiny-qwen2 --output_path out/tiny-qwen2 -c 2"
-    return dispatch(argv, "axc", VERSION, description, epilog, VERBS)
+    return dispatch(argv, "axc", _version, description, epilog, VERBS)
+
+
+def _version() -> str:
+    return f"{VERSION} (digest {identity.digest()})"
 
 
 def _llm_build_flags(parser: argparse.ArgumentParser) -> None:

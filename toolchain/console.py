@@ -73,8 +73,8 @@ def verify(path: Path, *, as_json: bool) -> None:
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", file=sys.stderr, leave=False, disable=None) as bar:
         manifest = bundle.verify(path, bar.update)
     summary: dict[str, Any] = {"bundle": str(path), "files": len(manifest["files"]), "bytes": total}
-    text = f"{path}: {summary['files']} files, {megabytes(total)}, all as built"
-    print(json.dumps({**summary, "verified": True}) if as_json else text)
+    text = f"{path}: {summary['files']} files, {megabytes(total)}, all as built by {bundle.compiler(manifest)}"
+    print(json.dumps({**summary, "tools": manifest["tools"], "verified": True}) if as_json else text)
 
 
 def reference(options: logits.Options) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from board.axmodel import Axmodel, TensorInfo, read
-from board.bundle import Bundle
+from board.bundle import Bundle, compiler
 from board.errors import BadInput
 from toolchain import vendor_axmodel
 
@@ -121,7 +121,7 @@ def _vendor_lines(about: dict[str, Any] | None) -> list[str]:
 
 
 def _bundle_text(about: dict[str, Any]) -> str:
-    lines = [f"{about['bundle']}  maker {about['maker']}, " + ", ".join(f"{k} {v}" for k, v in about["tools"].items())]
+    lines = [f"{about['bundle']}  maker {about['maker']}, {compiler(about)}"]
     lines += [f"{key:<20} {value}" for key, value in about["model"].items() if key != "groups"]
     for index, group in enumerate(about["model"]["groups"]):
         lines.append(f"group {index:<14} {group['tokens']} tokens after {group['history']} rows")

@@ -23,7 +23,7 @@ DONE = ".done"  # what a finished file's record is called after it
 
 @dataclass(frozen=True)
 class Work:
-    """What every job of a build needs to know. `stamps` tell whether a file changed: (name, bytes, mtime in ns)."""
+    """What every job of a build needs to know. `stamps` tell whether a file changed: (name, bytes, ctime in ns)."""
 
     checkpoint: Path
     stamps: tuple[tuple[str, int, int], ...]

@@ -21,9 +21,9 @@ from board.axmodel import Axmodel, Group, TensorInfo, read
 from board.bundle import sha256
 from board.dtypes import FLOATS
 from board.errors import BadInput, CheckFailed
-from toolchain import VERSION, budget, bundle, jobs
+from toolchain import budget, bundle, identity, jobs
 from toolchain.axmodel.writer import Written
-from toolchain.build import Plan
+from toolchain.build import Plan, staging_key
 from toolchain.compile import Target
 from toolchain.config import ModelConfig
 from toolchain.jobs import Job, Work
@@ -62,7 +62,7 @@ def build(planned: Plan, compiler: Compiler, say: Say = print) -> dict[str, Any]
     output = planned.output
     refuse_other_content(output, force=planned.options.force)
     budget.require_disk(2 * planned.budget.disk, output)
-    key = {"maker": MAKER, "image": compiler.identity, "target": dataclasses.asdict(planned.target)}
+    key = {**staging_key(planned), "maker": MAKER, "image": compiler.identity}
     with staging(output, key) as folder:
         tries = [folder / name for name in (".first", ".second")]
         for place in tries:
@@ -236,7 +236,7 @@ def _finish(planned: Plan, compiler: Compiler, folder: Path, outputs: dict[str, 
     outputs = {**outputs, **{job.file: written for job, written in done.items() if job.kind == "embedding"}}
     first = read(folder / (planned.target.layer_file(planned.config) % 0))
     tools = {
-        "axc": VERSION,
+        **identity.tools(),
         MAKER: compiler.version,
         "image": compiler.identity,
         "producer": f"{first.producer_name} {first.producer_version}".strip(),

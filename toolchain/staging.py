@@ -115,15 +115,18 @@ def publish(folder: Path, output: Path, *, replace: bool) -> None:
     folder.rename(output)
 
 
-def refuse_other_content(output: Path, *, force: bool) -> None:
-    """Raises BadInput when `output` holds anything but a bundle, or a bundle and `force` was not given."""
+def refuse_other_content(output: Path, reason: str = "", *, force: bool) -> None:
+    """Raises BadInput when `output` holds anything but a bundle, or a bundle and `force` was not given.
+
+    `reason` says what tells that bundle from the one to be built.
+    """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / MANIFEST).is_file():
         raise BadInput(f"{output} holds something that is no bundle, and stays as it is\nChoose another --output_path.")
     if not force:
         raise BadInput(
-            f"{output} holds another bundle\n"
+            f"{output} holds another bundle{': ' if reason else ''}{reason}\n"
             "Pass --force (make: FORCE=1) to replace it, or choose another --output_path."
         )
 

@@ -67,6 +67,7 @@ def test_json_has_every_figure_and_what_ran_it(
     assert found["manifest_sha256"] == hashlib.sha256((bundle_s8 / "manifest.json").read_bytes()).hexdigest()
     assert re.fullmatch(ENGINES[engine], found["engine"])
     assert (found["bundle"], found["maker"], found["weight_type"]) == ("qwen2", "cpu", "s8")
+    assert re.fullmatch(r"axc \S+, digest [0-9a-f]{16}, numpy \S+", found["compiler"])
     assert (found["threads"], found["axrun"], found["warmup"]) == (1, VERSION, 1)
     assert found["machine"]["python"] == platform.python_version()
     assert found["peak_rss"] > 30e6
@@ -83,7 +84,7 @@ def test_the_tables(bundle_s8: Path, capsys: pytest.CaptureFixture[str]) -> None
     flags = ["--prompt-lengths", "5", "--depths", "9", "--tokens", "2", "--repeat", "1"]
     assert main(["bench", str(bundle_s8), *flags]) == 0
     out, err = capsys.readouterr()
-    assert [line.split(",")[0] for line in out.splitlines()[4:]] == ["prompt of 5", "turn of 16 at 9", "decode at 9"]
+    assert [line.split(",")[0] for line in out.splitlines()[5:]] == ["prompt of 5", "turn of 16 at 9", "decode at 9"]
     assert "decode at 9" in err
     assert main(["bench", str(bundle_s8), "--markdown", *flags]) == 0
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]

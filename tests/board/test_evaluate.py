@@ -136,6 +136,7 @@ def test_the_table_and_the_json(bundle_s8: Path, files: dict[int, Path], capsys:
     assert found["mean_kld"] == pytest.approx(quality.mean_kld, rel=1e-6)
     assert found["divergence"] == "lower bound"
     assert (found["bundle"], found["maker"], found["engine"]) == ("qwen2", "cpu", "ax")
+    assert found["compiler"].startswith("axc ")
     for key, path in (("manifest_sha256", bundle_s8 / "manifest.json"), ("reference_sha256", files[32])):
         done = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True)
         assert done.stdout.split()[0] == found[key]

@@ -12,6 +12,7 @@ import pytest
 import transformers
 
 from tests.toolchain.as_transformers import AS_ITSELF, KIN, NEUTRAL, SMALL, random_model, theirs
+from tests.toolchain.axc import ROOT
 from toolchain import shapes, synth
 
 Breakable = Callable[..., Path]
@@ -48,6 +49,19 @@ def checkpoint(pristine: Path, tmp_path: Path) -> Breakable:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def other_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout whose compiler rounds weights to s8 and s4 otherwise."""
+    checkout = tmp_path_factory.mktemp("other") / "checkout"
+    for package in ("board", "toolchain"):
+        shutil.copytree(ROOT / package, checkout / package, ignore=shutil.ignore_patterns("engine", "__pycache__"))
+    quantizer = checkout / "toolchain" / "quantizer" / "round_to_nearest.py"
+    source = quantizer.read_text()
+    assert "np.rint(" in source
+    quantizer.write_text(source.replace("np.rint(", "np.trunc("))
+    return checkout
 
 
 @pytest.fixture(scope="session")

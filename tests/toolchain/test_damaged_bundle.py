@@ -164,6 +164,8 @@ def test_a_damaged_manifest(bundle: Path, change: Callable[[Manifest], None]) ->
         pytest.param(without("memory"), id="no memory"),
         pytest.param(with_value("much", "memory", "axmodels"), id="memory in words"),
         pytest.param(with_value([], "tools"), id="a list of tools"),
+        pytest.param(with_value(1, "tools", "axc"), id="a number for a version"),
+        pytest.param(with_value("1\n2", "tools", "axc"), id="a version of two lines"),
         pytest.param(name_a_file("\ud800"), id="half a character in a file's name"),
     ],
 )

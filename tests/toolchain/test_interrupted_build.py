@@ -34,13 +34,13 @@ Build = subprocess.Popen[str]
 
 
 @contextmanager
-def building(checkpoint: Path, output: Path, parallel: int) -> Iterator[Build]:
-    """A build under way, in a process group of its own as a shell starts it."""
+def building(checkpoint: Path, output: Path, parallel: int, compiler: Path = ROOT) -> Iterator[Build]:
+    """A build under way by the checkout `compiler`, in a process group of its own as a shell starts it."""
     arguments = ("llm_build", "--input_path", checkpoint, "--output_path", output, *FLAGS, "--parallel", parallel)
     process = subprocess.Popen(
         command(*arguments),
-        cwd=ROOT,
-        env=environment(),
+        cwd=compiler,
+        env=environment({"PYTHONPATH": str(compiler)}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -217,6 +217,19 @@ def test_kill_9_then_the_same_command_goes_on(
             assert_all_end(started)
     assert not output.exists()
     resume(many_layers, output, finished(output))
+    assert_same_files(output, uninterrupted)
+
+
+def test_what_another_compiler_left_is_not_taken_over(
+    many_layers: Path, tmp_path: Path, uninterrupted: Path, other_compiler: Path
+) -> None:
+    output = tmp_path / "bundle"
+    with building(many_layers, output, 1, other_compiler) as process:
+        wait_for_layers(process, output)
+        process.kill()
+        process.wait(PATIENCE)
+    assert finished(output)
+    assert_done(llm_build(many_layers, output, "-w", "s4", "--parallel", 2))
     assert_same_files(output, uninterrupted)
 
 

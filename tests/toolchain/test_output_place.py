@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from board.bundle import read_manifest
 from board.errors import BadInput
 from tests.toolchain.axc import (
     assert_build_refused,
@@ -22,6 +23,7 @@ from tests.toolchain.axc import (
     tree,
 )
 from tests.toolchain.conftest import Breakable
+from toolchain import build
 from toolchain.budget import require_memory
 
 # Flags out of range
@@ -173,15 +175,23 @@ def test_the_same_build_again_with_a_config_of_its_own(pristine: Path, tmp_path:
 
 
 @pytest.mark.parametrize(
-    "flags", [["-w", "s4"], ["--kv_cache_len", 63], ["-t", "fp16"], ["--chip", "AX620E"], ["--model_name", "other"]]
+    ("flags", "said"),
+    [
+        (["-w", "s4"], "it has --weight_type s8, this build s4"),
+        (["--kv_cache_len", 63], "it has --kv_cache_len 127, this build 63"),
+        (["-t", "fp16"], "it has --hidden_state_type bf16, this build fp16"),
+        (["--prefill_len", 16, "--last_kv_cache_len", 64], "--last_kv_cache_len none, this build 64; it has --prefill"),
+        (["--chip", "AX620E"], "it has --chip AX650, this build AX620E"),
+        (["--model_name", "other"], "its model's name is 'qwen2', this build's 'other'"),
+    ],
 )
 def test_a_different_bundle_is_replaced_only_when_told(
-    pristine: Path, bundle_of_defaults: Path, tmp_path: Path, flags: list[object]
+    pristine: Path, bundle_of_defaults: Path, tmp_path: Path, flags: list[object], said: str
 ) -> None:
     output = tmp_path / "bundle"
     shutil.copytree(bundle_of_defaults, output)
     with nothing_changes(tmp_path):
-        assert_refused(llm_build(pristine, output, *flags), "holds another bundle", "--force", "--output_path")
+        assert_refused(llm_build(pristine, output, *flags), "holds another bundle", said, "--force", "--output_path")
     assert_done(llm_build(pristine, output, *flags, "--force"))
     assert_done(llm_build(pristine, tmp_path / "fresh", *flags))
     assert_same_files(output, tmp_path / "fresh")
@@ -203,7 +213,48 @@ def test_a_bundle_of_other_weights_is_another(checkpoint: Breakable, bundle_of_d
     data[-1] ^= 1
     weights.write_bytes(data)
     with nothing_changes(tmp_path):
-        assert_refused(llm_build(folder, output), "another bundle", "--force")
+        assert_refused(llm_build(folder, output), "another bundle: model.safetensors has changed since", "--force")
+
+
+def test_a_bundle_of_another_compiler_is_another(
+    pristine: Path, bundle_of_defaults: Path, other_compiler: Path, tmp_path: Path
+) -> None:
+    """Of the same version, flags and inputs."""
+    output = tmp_path / "bundle"
+    assert_done(llm_build(pristine, output, cwd=other_compiler, env={"PYTHONPATH": str(other_compiler)}))
+    made, mine = (read_manifest(folder)["tools"] for folder in (output, bundle_of_defaults))
+    assert made["axc"] == mine["axc"]
+    said = f"another compiler made it (digest {made['digest']}, here {mine['digest']})"
+    with nothing_changes(tmp_path):
+        assert_refused(llm_build(pristine, output), "holds another bundle", said, "--force (make: FORCE=1)")
+    assert_done(llm_build(pristine, output, "--force"))
+    assert_same_files(output, bundle_of_defaults)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tools": {"axc": "0.1.0"}}, "another compiler made it (digest unknown, here "),
+        ({"maker": "pulsar2"}, "its axmodels were made by 'pulsar2'"),
+        ({"inputs": {}}, "it was made without config.json; it was made without generation_config.json (and 3 more)"),
+        ({"flags": []}, "its manifest does not say what it was made from"),
+        (
+            {"model": {"name": "qwen2", "model_type": "llama"}},
+            "its model's model_type is 'llama', this build's 'qwen2'",
+        ),
+    ],
+)
+def test_what_tells_a_bundle_apart_is_said(
+    pristine: Path, bundle_of_defaults: Path, tmp_path: Path, change: dict[str, object], said: str
+) -> None:
+    output = tmp_path / "bundle"
+    shutil.copytree(bundle_of_defaults, output)
+    manifest = json.loads((output / "manifest.json").read_text())
+    (output / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    planned = build.plan(build.Options(pristine, output))
+    with nothing_changes(tmp_path), pytest.raises(BadInput) as refused:
+        build.build(planned)
+    assert said in str(refused.value)
 
 
 @pytest.mark.parametrize("name", ["qwen2_l1.axmodel", "manifest.json", "hf/tokenizer.json"])

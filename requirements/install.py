@@ -47,7 +47,7 @@ SETS = {
     "build": Requirements(
         "what axc, axrun and the tasks need",
         ("build.txt", "../pyproject.toml", "../board/pyproject.toml"),
-        "import huggingface_hub.file_download, invoke, jinja2, numpy, onnx, onnxruntime, safetensors, tokenizers, tqdm",
+        "import huggingface_hub.file_download, invoke, jinja2, numpy, onnxruntime, safetensors, tokenizers, tqdm",
     ),
     "reference": Requirements(
         "torch for the CPU and transformers, to check a build against",

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
-from requirements.install import LOCKS, SETS, SetupFailed, install, install_torch, torch_wheel
+from requirements.install import LOCKS, ROOT, SETS, SetupFailed, install, install_torch, torch_wheel
 
 FILES = sorted(LOCKS.glob("*.txt"))
 
@@ -91,3 +95,41 @@ def test_a_wheel_with_other_bytes_than_the_locked_ones_is_refused(bare: Path, of
     with pytest.raises(SetupFailed, match="DO NOT MATCH THE HASHES"):
         install_torch(bare)
     assert not list(bare.glob("lib/python*/site-packages/torch*"))
+
+
+# What a package declares and what it imports
+
+DISTRIBUTIONS = {"huggingface-hub": "huggingface_hub", "prometheus-client": "prometheus_client"}  # where names differ
+BUNDLED = {"board", "toolchain"}
+# Not declared, with the reason.
+UNDECLARED = {
+    "hatchling": "board/hatch_build.py is run by the build backend",
+    "typing_extensions": "imported for type checkers only",
+}
+
+
+def declared(project: Path) -> set[str]:
+    """The import names of all dependencies of a pyproject.toml, extras included."""
+    table = tomllib.loads(project.read_text())["project"]
+    lines = [*table["dependencies"], *itertools.chain(*table.get("optional-dependencies", {}).values())]
+    names = {Requirement(line).name.lower().replace("_", "-") for line in lines}
+    return {DISTRIBUTIONS.get(name, name) for name in names} - {"axrun"}  # which is board
+
+
+def imported(folder: Path) -> set[str]:
+    """The packages of others that the sources in `folder` import, at the top or in a function."""
+    found = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(str(node.module).partition(".")[0])
+    return found - set(sys.stdlib_module_names) - BUNDLED
+
+
+@pytest.mark.parametrize(("package", "project"), [("toolchain", "pyproject.toml"), ("board", "board/pyproject.toml")])
+def test_a_package_declares_what_it_imports_and_nothing_else(package: str, project: str) -> None:
+    used = imported(ROOT / package)
+    assert declared(ROOT / project) - used == set()
+    assert used - declared(ROOT / project) - set(UNDECLARED) == set()

@@ -10,6 +10,8 @@ OUT       ?= out
 PARALLEL  ?=
 FORCE     ?=
 ARGS      ?=
+PEER      ?=
+TORCH     ?=
 WHEELS    ?=
 ENGINE    ?= auto
 BACKEND   ?= cpu
@@ -20,7 +22,7 @@ VENDOR_SHA256 ?=
 VENDOR_LICENCE ?=
 
 # Passed on as typed: make expands no $ in a prompt, and no shell reads it a second time.
-SETTINGS = MODEL MODEL_DIR PROMPT OUT PARALLEL FORCE ARGS WHEELS
+SETTINGS = MODEL MODEL_DIR PROMPT OUT PARALLEL FORCE ARGS PEER TORCH WHEELS
 SETTINGS += ENGINE BACKEND BASE_IMAGE MIRROR VENDOR_IMAGE VENDOR_SHA256 VENDOR_LICENCE
 $(foreach name,$(SETTINGS),$(eval override $(name) := $$(value $(name))))
 export $(SETTINGS)
@@ -57,7 +59,7 @@ engine: ready ## only libax_engine, into board/engine/lib (ARGS='--machine aarch
 page: ready ## what the page of axrun serve shows Markdown with, by npm into board/serve/page/lib
 	@$(INVOKE) page
 
-bench: ready ## speed and memory beside a peer, on this machine
+bench: ready ## speed and memory on this machine, beside llama.cpp with PEER=llama.cpp (ARGS='-k load' for a part)
 	@$(INVOKE) bench
 
 image: ready ## the pinned container: where `make build` works from then on, with the same bytes
@@ -86,6 +88,8 @@ ready:
 ## PARALLEL=cores      layers compiled at a time         FORCE=1              replace a different bundle
 ## ARGS='...'          more flags for the command        WHEELS=folder        more wheels to install from
 ## PYTHON=python3.12   another Python (3.11 to 3.14)     VENV=.venv           another environment
+## TORCH=cpu           what a build is checked with: cpu, pypi (the package index's, 3 GB) or none (no check)
+## PEER=llama.cpp      what `make bench` builds to measure beside
 ## ENGINE=auto         auto, docker or local             BASE_IMAGE=image     another Debian image to build on
 ## BACKEND=cpu         cpu, or pulsar2 with VENDOR_IMAGE  MIRROR=address       another Debian mirror
 ##                     (VENDOR_SHA256, VENDOR_LICENCE)   see docs/container.md

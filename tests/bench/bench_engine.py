@@ -1,7 +1,8 @@
 """The engine beside onnxruntime and llama.cpp, Qwen2-0.5B shapes, two cores: load, prefill, decode, memory bound.
 
-`make bench ARGS='-k engine'`. llama.cpp joins when LLAMA_PYTHON names a Python that has llama-cpp-python and gguf.
-Engines take turns, and the best of the rounds counts: other work on the machine only ever slows one down.
+`make bench ARGS='-k engine'`. llama.cpp joins with PEER=llama.cpp, or when LLAMA_PYTHON names a Python that has
+llama-cpp-python and gguf. Engines take turns, and the best of the rounds counts: other work on the machine only ever
+slows one down.
 """
 
 from __future__ import annotations
@@ -189,7 +190,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("weight", CASES)
-def test_engine_beside_others(weight: str, checkpoint: Path, benchmark: BenchmarkFixture, tmp_path: Path) -> None:
+def test_engine_beside_others(
+    weight: str, checkpoint: Path, llama: str | None, benchmark: BenchmarkFixture, tmp_path: Path
+) -> None:
     bundle, gguf = tmp_path / "bundle", tmp_path / "weights.gguf"
     command = [
         sys.executable,
@@ -212,7 +215,7 @@ def test_engine_beside_others(weight: str, checkpoint: Path, benchmark: Benchmar
     }
     if weight not in INTEGERS:  # no activations are rounded to 8 bits there
         del rivals["ax-int8"]
-    if llama := os.environ.get("LLAMA_PYTHON"):
+    if llama:
         script(llama, GGUF, checkpoint, gguf, CASES[weight])
         rivals["llama.cpp"] = lambda: script(llama, LLAMA, gguf)
     best: dict[str, dict[str, float]] = {name: {} for name in rivals}

@@ -1,12 +1,11 @@
 """How far 8-bit weights take the logits from float32's: our engine beside llama.cpp's Q8_0 of the same checkpoint.
 
-`make bench ARGS='-k accuracy'`, with LLAMA_PYTHON and BENCH_CHECKPOINT as in bench_engine.py. The reference is
+`make bench ARGS='-k accuracy'`, with PEER=llama.cpp and BENCH_CHECKPOINT as in bench_engine.py. The reference is
 transformers in float32; the measure is the mean Kullback-Leibler divergence of the next token's distribution.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +85,7 @@ def ids_of(name: str, width: int = 256) -> Floats:
 @pytest.mark.parametrize("hidden", ["bf16", "fp32"])
 @pytest.mark.parametrize("name", ["tiny-qwen2", "random"])
 def test_accuracy_beside_q8_0(
-    name: str, hidden: str, checkpoint: Path, benchmark: BenchmarkFixture, tmp_path: Path
+    name: str, hidden: str, checkpoint: Path, llama: str | None, benchmark: BenchmarkFixture, tmp_path: Path
 ) -> None:
     source = TINY if name == "tiny-qwen2" else checkpoint
     ids, bundle, gguf = tmp_path / "ids.npy", tmp_path / "bundle", tmp_path / "weights.gguf"
@@ -103,7 +102,7 @@ def test_accuracy_beside_q8_0(
 
     found = {"ax": divergence(reference, benchmark.pedantic(ours, ("ax",)))}
     found["ax-int8"] = divergence(reference, ours("ax-int8"))
-    if llama := os.environ.get("LLAMA_PYTHON"):
+    if llama:
         script(llama, GGUF, source, gguf, "Q8_0")
         script(llama, LLAMA, gguf, ids, tmp_path / "llama.npy")
         found["Q8_0"] = divergence(reference, np.load(tmp_path / "llama.npy"))

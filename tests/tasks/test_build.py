@@ -14,12 +14,12 @@ from toolchain.inventory import inventory
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def invoke(*words: str) -> subprocess.CompletedProcess[str]:
+def invoke(*words: str, **said: str) -> subprocess.CompletedProcess[str]:
     environment = {key: os.environ[key] for key in ("PATH", "HOME") if key in os.environ}
     return subprocess.run(
         [sys.executable, "-m", "invoke", *words],
         cwd=ROOT,
-        env={**environment, "PYTHONUNBUFFERED": "1"},
+        env={**environment, "PYTHONUNBUFFERED": "1", **said},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -45,6 +45,24 @@ def test_build_makes_checks_lists_and_asks(out: Path) -> None:
     asked = invoke("run", "--out", str(out), "--prompt", "12+30=")
     assert asked.returncode == 0, asked.stderr
     assert "42" in asked.stdout.splitlines()
+
+
+def test_without_torch_it_is_built_and_answers_and_says_what_was_left_out(tmp_path: Path) -> None:
+    done = invoke("build", "--out", str(tmp_path), "--engine", "local", TORCH="none")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "2" in lines[lines.index(f"{tmp_path / 'tiny-qwen2'} holds") :]
+    assert next(line for line in lines if line.startswith("check ")) == "check 0: load and run"
+    assert not [line for line in lines if line.startswith(("check 1", "check 2"))]
+    at = lines.index("not checked against the float32 reference: TORCH=none leaves torch out")
+    assert lines[at + 1] == f"to check it: make build OUT={tmp_path} TORCH=pypi, or WHEELS=folder"
+
+
+def test_an_unknown_source_of_torch_is_told_the_known_ones(tmp_path: Path) -> None:
+    done = invoke("build", "--out", str(tmp_path / "out"), "--engine", "local", TORCH="gpu")
+    assert done.returncode == 2
+    assert done.stderr == "error: TORCH is 'gpu'; expected cpu, pypi or none\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_inventory_counts_layers_and_folders_as_one(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from requirements.install import fingerprint
+from requirements.install import SETS, fingerprint
 from tasks import CONTAINER_SETTINGS, SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,7 +47,7 @@ def script(path: Path, text: str) -> Path:
 def venv(tmp_path: Path) -> str:
     """The environment of this test run, under another name and as complete as `make` wants it."""
     script(tmp_path / "venv" / "bin" / "python", f'exec "{sys.executable}" "$@"')
-    (tmp_path / "venv" / "build.installed").write_text(fingerprint("build"))
+    (tmp_path / "venv" / "build.installed").write_text(fingerprint(SETS["build"].files))
     return f"VENV={tmp_path / 'venv'}"
 
 

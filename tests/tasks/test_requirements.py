@@ -13,7 +13,21 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from requirements.install import LOCKS, ROOT, SETS, SetupFailed, install, install_torch, torch_wheel
+from requirements.install import (
+    LOCKS,
+    NEWEST,
+    OLDEST,
+    ROOT,
+    SETS,
+    TORCH_LOCKS,
+    NoTorch,
+    SetupFailed,
+    fingerprint,
+    install,
+    install_peer,
+    install_torch,
+    torch_wheel,
+)
 
 FILES = sorted(LOCKS.glob("*.txt"))
 
@@ -36,13 +50,25 @@ def test_every_entry_is_one_version_with_hashes_and_no_address(lock: Path) -> No
 
 
 def test_no_accelerator_library_is_locked_and_torch_for_linux_is_the_cpu_build() -> None:
-    entries = [entry for lock in FILES for entry in pins(lock)]
+    """But where TORCH=pypi asks for them."""
+    entries = [entry for lock in FILES if lock.name != TORCH_LOCKS["pypi"] for entry in pins(lock)]
     assert not [entry for entry in entries if re.match(r"nvidia|triton|cuda|cupy", entry)]
     torch = [entry for entry in entries if entry.startswith("torch==")]
     assert [re.sub(r"==[\d.]+", "==", entry) for entry in torch] == [
         "torch==+cpu ; sys_platform == 'linux'",
         "torch== ; sys_platform == 'darwin'",
     ]
+
+
+def test_both_torches_are_one_version_and_the_index_has_a_wheel_for_every_python() -> None:
+    locks = [pins(LOCKS / name) for name in TORCH_LOCKS.values()]
+    torches = [(entry, hashes) for lock in locks for entry, hashes in lock.items() if entry.startswith("torch==")]
+    assert len({re.split(r"[+ ]", entry)[0] for entry, _ in torches}) == 1
+    assert {entry.partition(" ;")[0] for entry in pins(LOCKS / "reference.txt")} >= {
+        entry for entry in pins(LOCKS / TORCH_LOCKS["pypi"]) if re.match(r"(filelock|fsspec|jinja2|sympy)==", entry)
+    }
+    (of_index,) = [hashes for entry, hashes in torches if entry == torches[-1][0]]
+    assert len(of_index) >= 2 * (NEWEST[1] - OLDEST[1] + 1)  # x86_64 and aarch64
 
 
 def test_the_sets_agree_on_every_package_they_share() -> None:
@@ -58,6 +84,28 @@ def test_the_sets_agree_on_every_package_they_share() -> None:
 def test_an_unknown_set_is_told_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(SetupFailed, match=rf"'tests': there are {', '.join(SETS)}"):
         install(tmp_path, "tests")
+
+
+def test_a_reference_with_torch_of_either_source_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that TORCH=pypi made is not made anew without it; where it is not, pip would be missed here."""
+    monkeypatch.delenv("TORCH", raising=False)
+    for lock in TORCH_LOCKS.values():
+        (tmp_path / "reference.installed").write_text(fingerprint(("reference.txt", lock)))
+        install(tmp_path, "reference")
+
+
+def test_torch_may_be_unwanted_even_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "reference.installed").write_text(fingerprint(SETS["reference"].files))
+    monkeypatch.setenv("TORCH", "none")
+    with pytest.raises(NoTorch, match=r"^TORCH=none leaves torch out\n"):
+        install(tmp_path, "reference")
+
+
+def test_a_peer_without_a_compiler_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O3")
+    with pytest.raises(SetupFailed, match=r"no no-such-compiler here\n.*apt-get install g\+\+"):
+        install_peer("llama.cpp", tmp_path / "venv")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +130,13 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.usefixtures("offline")
 def test_without_torch_one_error_names_the_wheel_and_the_way(bare: Path) -> None:
-    with pytest.raises(SetupFailed) as error:
+    with pytest.raises(NoTorch) as error:
         install_torch(bare)
-    first, second = str(error.value).splitlines()
+    first, second, third = str(error.value).splitlines()
     assert first.startswith(f"no {torch_wheel()}: pip says 'ERROR: No matching distribution found for torch==2")
     assert "error: No solution found" in first
-    assert "WHEELS=folder (or PIP_FIND_LINKS)" in second
+    assert second.startswith("make TORCH=pypi ... takes the package index's torch")
+    assert third.startswith("WHEELS=folder (or PIP_FIND_LINKS)")
 
 
 def test_a_wheel_with_other_bytes_than_the_locked_ones_is_refused(bare: Path, offline: Path) -> None:

@@ -88,7 +88,7 @@ ready:
 ## PARALLEL=cores      layers compiled at a time         FORCE=1              replace a different bundle
 ## ARGS='...'          more flags for the command        WHEELS=folder        more wheels to install from
 ## PYTHON=python3.12   another Python (3.11 to 3.14)     VENV=.venv           another environment
-## TORCH=cpu           what a build is checked with: cpu, pypi (the package index's, 3 GB) or none (no check)
+## TORCH=cpu           torch for a build's check: cpu, pypi (as the package index has it, 3 GB), or none: no check
 ## PEER=llama.cpp      what `make bench` builds to measure beside
 ## ENGINE=auto         auto, docker or local             BASE_IMAGE=image     another Debian image to build on
 ## BACKEND=cpu         cpu, or pulsar2 with VENDOR_IMAGE  MIRROR=address       another Debian mirror

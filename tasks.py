@@ -25,7 +25,7 @@ from invoke.tasks import Task, task
 
 from board.command import INTERRUPTED
 from board.errors import BadInput, Failure
-from requirements.install import PEERS, SETS, NoTorch, SetupFailed, install, install_peer, missing_packages
+from requirements.install import PEERS, PYPI_SIZE, SETS, NoTorch, SetupFailed, install, install_peer, missing_packages
 from requirements.page import bring as bring_page
 
 if TYPE_CHECKING:
@@ -148,11 +148,11 @@ def build(
         succeed(axc, ["llm_build", *flags])
     print(f"\n{bundle} holds\n{inventory(bundle)}\n", flush=True)
     ask(bundle, question)
-    said = (("MODEL", model, "tiny-qwen2"), ("OUT", out, "out"))
+    said = (("VENV", str(VENV), str(ROOT / ".venv")), ("MODEL", model, "tiny-qwen2"), ("OUT", out, "out"))
     where = "".join(f" {name}={shlex.quote(value)}" for name, value, usual in said if value != usual)
     if unchecked:
         print(f"\nnot checked against the float32 reference: {unchecked}")
-        print(f"to check it: make build{where} TORCH=pypi, or WHEELS=folder")
+        print(f"to check it: make build{where} TORCH=pypi ({PYPI_SIZE}), or WHEELS=folder with that wheel")
     print(f"\nask it more: make run{where} PROMPT='12+30='")
 
 
@@ -446,8 +446,9 @@ def without_reference() -> str:
     try:
         install(VENV, "reference")
     except NoTorch as missing:
-        reason = str(missing).partition("\n")[0]
+        reason, *more = str(missing).splitlines()
         print(f"setup: {reason}: the build goes on without its check against the reference", flush=True)
+        print(*more, sep="\n", flush=True)
         return reason
     return ""
 

@@ -64,6 +64,7 @@ SETS = {
 }
 # Where torch comes from, by the value of TORCH: its locked CPU build, or what the package index has for this machine.
 TORCH_LOCKS = {"cpu": "torch.txt", "pypi": "torch-pypi.txt"}
+PYPI_SIZE = "3 GB to download"
 # What the benchmarks are measured beside: each has an environment of its own.
 PEERS = {
     "llama.cpp": Requirements(
@@ -106,7 +107,7 @@ def install(venv: Path, *names: str) -> None:
         if name == "build":
             pip(venv, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT / "board"), "-e", str(ROOT))
         if source == "pypi":
-            print("setup: torch of the package index, and the accelerator libraries it needs (3 GB) ...", flush=True)
+            print(f"setup: torch of the package index, and the libraries it needs ({PYPI_SIZE}) ...", flush=True)
             pip(venv, *INSTALL, "-r", str(LOCKS / TORCH_LOCKS["pypi"]))
             wanted = pypi_fingerprint()
         elif name == "reference":
@@ -237,9 +238,9 @@ def install_torch(venv: Path) -> None:
             return
         reasons.append(last_error(tried.stderr))
     raise NoTorch(
-        f"no {torch_wheel()}: pip says {reasons[0]!r}, uv {reasons[1]!r}\n"
-        "make TORCH=pypi ... takes the package index's torch (3 GB to download, 6 GB of disk),\n"
-        "WHEELS=folder (or PIP_FIND_LINKS) that wheel from a folder"
+        f"{torch_wheel()} is not to be had here\n"
+        f"pip says {reasons[0]!r}, uv {reasons[1]!r}\n"
+        f"make TORCH=pypi ... takes the package index's ({PYPI_SIZE}), WHEELS=folder that wheel from a folder"
     )
 
 

@@ -55,7 +55,10 @@ def test_without_torch_it_is_built_and_answers_and_says_what_was_left_out(tmp_pa
     assert next(line for line in lines if line.startswith("check ")) == "check 0: load and run"
     assert not [line for line in lines if line.startswith(("check 1", "check 2"))]
     at = lines.index("not checked against the float32 reference: TORCH=none leaves torch out")
-    assert lines[at + 1] == f"to check it: make build OUT={tmp_path} TORCH=pypi, or WHEELS=folder"
+    assert (
+        lines[at + 1]
+        == f"to check it: make build OUT={tmp_path} TORCH=pypi (3 GB to download), or WHEELS=folder with that wheel"
+    )
 
 
 def test_an_unknown_source_of_torch_is_told_the_known_ones(tmp_path: Path) -> None:

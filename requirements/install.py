@@ -141,8 +141,11 @@ def install_peer(name: str, venv: Path) -> Path:
     tools, source = (str(LOCKS / file) for file in PEERS[name].files)
     pip(place, *INSTALL, "-r", tools)
     from_source = [word for word in INSTALL if not word.startswith("--only-binary")]
-    with_tools = {"PATH": os.pathsep.join([str(place / "bin"), os.environ.get("PATH", os.defpath)])}
-    pip(place, *from_source, "--no-binary=:all:", "--no-build-isolation", "-r", source, env=with_tools)
+    building = {
+        "PATH": os.pathsep.join([str(place / "bin"), os.environ.get("PATH", os.defpath)]),
+        "CMAKE_ARGS": f"-DLLAVA_BUILD=OFF {os.environ.get('CMAKE_ARGS', '')}",  # no pictures
+    }
+    pip(place, *from_source, "--no-binary=:all:", "--no-build-isolation", "-r", source, env=building)
     prove(place, name, PEERS[name])
     stamp.write_text(wanted)
     print(f"setup: {name} is there after {time.monotonic() - started:.0f} s", flush=True)

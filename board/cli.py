@@ -53,9 +53,15 @@ def _loading(arguments: argparse.Namespace) -> Loading:
     return Loading(arguments.verify, _engine(arguments), arguments.threads, allow, _say, _progress)
 
 
+def _parse_special_flag(parser: argparse.ArgumentParser) -> None:
+    what = "special tokens that a message spells, e.g. <|im_end|>, are control tokens, not text; in raw prompts always"
+    parser.add_argument("--parse-special", action="store_true", help=what)
+
+
 def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--system", metavar="TEXT", help="system message, for a bundle with a chat template")
+    _parse_special_flag(parser)
     add("--max-tokens", type=int, metavar="N", help="longest answer (default: to the end of the context)")
     add("--greedy", action="store_true", help="always the likeliest token, whatever post_config.json says")
     add("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own distribution")
@@ -72,7 +78,7 @@ def _options(arguments: argparse.Namespace) -> Options:
     sampling = {key: getattr(arguments, key) for key in SAMPLING_FLAGS}
     if arguments.greedy:
         sampling["temperature"] = 0.0
-    return Options(arguments.system, arguments.max_tokens, sampling, arguments.seed)
+    return Options(arguments.system, arguments.max_tokens, sampling, arguments.seed, arguments.parse_special)
 
 
 def _engine(arguments: argparse.Namespace) -> str:
@@ -210,6 +216,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         "and beyond this machine names that nobody can register; see docs/serve.md)",
     )
     add("--exact", action="store_true", help="same answers to the last bit, whatever was asked before; slower turns")
+    _parse_special_flag(parser)
     add("--name", metavar="NAME", help="what clients call the model (default: as the bundle does)")
     _bundle_flags(parser)
 

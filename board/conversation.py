@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from board.chat import ChatTemplate
+from board.chat import ChatTemplate, chat_ids
 from board.decoder import expect_room
 from board.generate import Stats, generate
 from board.kv_cache import common_prefix
@@ -48,10 +48,15 @@ class Conversation:
         sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
         max_tokens: int | None = None,
         seed: int = 0,
+        parse_special: bool = False,
     ) -> None:
-        """`max_tokens` None: an answer may go on to the end of the context."""
+        """`max_tokens` None: an answer may go on to the end of the context.
+
+        `parse_special`: special tokens that a message spells are control tokens, not text.
+        """
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._sampling, self._max_tokens, self._seed = sampling, max_tokens, seed
+        self._parse_special = parse_special
         self._cached: list[int] = []  # whose K/V the cache holds
         self._system: str | None = None
         self.messages: list[Message] = []
@@ -152,4 +157,6 @@ class Conversation:
 
     def _tokens(self, messages: Sequence[Message]) -> list[int]:
         system: list[Message] = [] if self._system is None else [{"role": "system", "content": self._system}]
-        return self._tokenizer.encode(self._template.render([*system, *messages]), special=False)
+        ids = chat_ids(self._tokenizer, self._template, [*system, *messages], self._parse_special)
+        self._tokenizer.expect_within(ids, self._model.post.vocab_size)
+        return ids

@@ -30,7 +30,9 @@ def chat(path: Path, options: Options, terminal: Terminal, loading: Loading = DE
     model = loading.load(bundle)
     for line in describe(model, bundle):
         say(line)
-    conversation = Conversation(model, tokenizer, template, sampling, options.max_tokens, options.seed)
+    conversation = Conversation(
+        model, tokenizer, template, sampling, options.max_tokens, options.seed, options.parse_special
+    )
     conversation.system = options.system
     if terminal.interactive:
         say("Type a question. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")

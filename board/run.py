@@ -42,12 +42,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Options:
-    """How to answer. What is not None in `sampling` overrides post_config.json."""
+    """How to answer. What is not None in `sampling` overrides post_config.json.
+
+    `parse_special`: special tokens that a message spells are control tokens, not text.
+    """
 
     system: str | None = None
     max_tokens: int | None = None
     sampling: Mapping[str, float | None] = field(default_factory=dict)
     seed: int = 0
+    parse_special: bool = False
 
     def __post_init__(self) -> None:
         """Raises BadInput for a number out of range."""
@@ -80,7 +84,8 @@ def run(path: Path, question: Question, loading: Loading = DEFAULTS, write: Say 
     say("LLM init start")
     tokenizer = Tokenizer.open(bundle.hf)
     template = None if question.raw else ChatTemplate.find(bundle.hf)
-    ids = prompt_ids(tokenizer, template, question.prompt, options.system)
+    ids = prompt_ids(tokenizer, template, question.prompt, options.system, options.parse_special)
+    tokenizer.expect_within(ids, bundle.vocab_size)
     expect_room(len(ids), bundle.kv_cache_len)
     model = loading.load(bundle)
     for line in describe(model, bundle):

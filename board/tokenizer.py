@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from board import stop_ids
+from board.chat import ChatTemplate
 from board.errors import BadInput
+from board.hf_files import read_json
 
 REPLACEMENT = "\ufffd"  # what bytes that are no UTF-8, or not yet, decode to
 LONGEST_CHARACTER = 4  # bytes of one in UTF-8, and so tokens
 CONTEXT = 8  # tokens without a text that may change the first one that has some
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 # How Qwen2 cuts text before its merges, for a checkpoint that has vocab.json and merges.txt alone.
 # https://huggingface.co/Qwen/Qwen2-0.5B-Instruct/blob/main/tokenizer.json
@@ -39,11 +41,18 @@ BYTE_LEVEL = _byte_level()
 
 
 class Tokenizer:
-    """`stop_ids` end a generation: as generation_config.json, else config.json, else the tokenizer names them."""
+    """`stop_ids` end a generation; `stop_sources` say for each of them what names it.
 
-    def __init__(self, backend: tokenizers.Tokenizer, stop_ids: frozenset[int]) -> None:
-        self._backend, self.stop_ids = backend, stop_ids
+    `special_ids` are the tokens that `decode` leaves out.
+    """
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, stop_sources: Mapping[int, tuple[str, ...]] | None = None
+    ) -> None:
+        self._backend, self.stop_sources = backend, dict(stop_sources)
+        self.stop_ids = frozenset(self.stop_sources)
         self._added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(number for number, token in self._added.items() if token.special)
         self._byte_level = backend.token_to_id("\u0120") is not None  # how byte-level BPE spells a space
 
     @classmethod
@@ -68,11 +77,12 @@ class Tokenizer:
                 )
             else:
                 return None
+            sources = stop_ids.find(hf, backend, _template(hf))
         except BadInput:
             raise
         except Exception as error:  # tokenizers raises nothing more particular
             raise BadInput(f"the tokenizer in {hf} is damaged: {error}\nBuild or copy the bundle again.") from None
-        return cls(backend, _stop_ids(hf, backend))
+        return cls(backend, sources)
 
     @classmethod
     def open(cls, hf: Path) -> Tokenizer:
@@ -87,15 +97,11 @@ class Tokenizer:
 
         Raises BadInput for text that is no Unicode.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise BadInput(f"the text is not UTF-8 at character {error.start}: {text[error.start]!a}") from None
-        return list(self._backend.encode(text, add_special_tokens=special).ids)
+        return list(self._encode(text, special).ids)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text without special tokens."""
-        return str(self._backend.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """Text; special tokens are left out, or spelled with `special`. An id without a token gives none."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=not special))
 
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for inside a text, special ones spelled out; nothing for an id without a token."""
@@ -106,6 +112,68 @@ class Tokenizer:
             return bytes(BYTE_LEVEL[character] for character in piece if character in BYTE_LEVEL)
         byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)  # SentencePiece's fallback
         return bytes.fromhex(byte[1]) if byte else piece.replace("\u2581", " ").encode()
+
+    def expect_within(self, ids: Iterable[int], vocab_size: int) -> None:
+        """Raises BadInput for a token that the model has not."""
+        wrong = next((token for token in ids if token >= vocab_size), None)
+        if wrong is not None:
+            piece = self._backend.id_to_token(wrong)
+            known = f": the tokenizer has {piece!r:.60} and the model has not" if piece is not None else ""
+            raise BadInput(f"token id {wrong} is outside the vocabulary of {vocab_size}{known}")
+
+    def spells_special(self, text: str) -> bool:
+        """Whether a special token is spelled in a text."""
+        return bool(self.special_spans(text)) if self._normalized else self._special.search(text) is not None
+
+    def special_spans(self, text: str) -> list[tuple[int, int]]:
+        """Where special tokens are spelled in a text: (start, stop), rising."""
+        if self._normalized:  # only the tokenizer knows what the normalizer makes one of
+            encoding = self._encode(text, False)
+            spans = zip(encoding.ids, encoding.offsets)
+            return [span for token, span in spans if token in self.special_ids and span[0] < span[1]]
+        return [match.span() for match in self._special.finditer(text)]
+
+    def encode_after(self, text: str, plain: bool) -> list[int]:
+        """Token ids of what goes on from other text; `plain`: special tokens that it spells are text.
+
+        Encoded behind a line feed, which is taken off again: tokenizers give the beginning of a text a space.
+        """
+        encode = self._plain if plain else functools.partial(self.encode, special=False)
+        first, ids = encode("\n"), encode("\n" + text)
+        ids = ids[len(first) :] if ids[: len(first)] == first else encode(text)
+        if plain and not self.special_ids.isdisjoint(ids):  # spelled in the vocabulary itself
+            if len(text) == 1:
+                raise BadInput(f"the tokenizer cannot write {text!r} as text: it is a special token\nLeave it out.")
+            return self.encode_after(text[:1], True) + self.encode_after(text[1:], True)
+        return ids
+
+    def _encode(self, text: str, special: bool) -> tokenizers.Encoding:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadInput(f"the text is not UTF-8 at character {error.start}: {text[error.start]!a}") from None
+        return self._backend.encode(text, add_special_tokens=special)
+
+    def _plain(self, text: str) -> list[int]:
+        """Token ids by the model alone. Not by the backend's `encode_special_tokens`: threads share the backend."""
+        backend = self._backend
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        words: Sequence[tuple[str, Any]] = [(text, None)]
+        if backend.pre_tokenizer is not None:
+            words = backend.pre_tokenizer.pre_tokenize_str(text)
+        return [token.id for word, _ in words for token in backend.model.tokenize(word)]
+
+    @functools.cached_property
+    def _special(self) -> re.Pattern[str]:
+        pieces = sorted((self._added[number].content for number in self.special_ids), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, pieces)) or "(?!)")
+
+    @functools.cached_property
+    def _normalized(self) -> bool:
+        """Whether special tokens are looked for in normalized text."""
+        tokens = (self._added[number] for number in self.special_ids)
+        return self._backend.normalizer is not None and any(token.normalized for token in tokens)
 
 
 class TextStream:
@@ -144,34 +212,12 @@ class TextStream:
         return text
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file. Raises BadInput when it is damaged."""
-    if not path.is_file():
-        return {}
+def _template(hf: Path) -> ChatTemplate | None:
+    """For its end of turn. One that is damaged is an error for who uses it, and a raw prompt does not."""
     try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"cannot read {path}: {error}\nBuild or copy the bundle again.") from None
-    if not isinstance(values, dict):
-        raise BadInput(f"{path} holds a {type(values).__name__}, expected a JSON object")
-    return values
-
-
-def special_tokens(hf: Path) -> dict[str, str]:
-    """The special tokens by the names that chat templates use, e.g. bos_token."""
-    named = {**read_json(hf / "special_tokens_map.json"), **read_json(hf / "tokenizer_config.json")}
-    found = {name: named[name] for name in SPECIAL if named.get(name)}
-    return {name: str(token["content"] if isinstance(token, dict) else token) for name, token in found.items()}
-
-
-def _stop_ids(hf: Path, backend: tokenizers.Tokenizer) -> frozenset[int]:
-    for name in ("generation_config.json", "config.json"):
-        ids = read_json(hf / name).get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [ids]
-        if ids and all(type(token) is int for token in ids):
-            return frozenset(ids)
-    token = backend.token_to_id(special_tokens(hf).get("eos_token", ""))
-    return frozenset() if token is None else frozenset([token])
+        return ChatTemplate.find(hf)
+    except BadInput:
+        return None
 
 
 def _qwen2(hf: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from board.chat import ChatTemplate
+from board.chat import ChatTemplate, chat_ids
 from board.errors import BadInput
 from board.sampling import Sampling
 from board.serve.errors import invalid
@@ -22,7 +22,8 @@ SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
 class Choice:
     """One answer to write. `text` is the prompt as the client gave it, None where it gave token ids.
 
-    `max_tokens` None goes to the end of the context; `top` None wants no log probabilities, else so many likeliest.
+    `stop_ids` end it as the model's own do. `max_tokens` None goes to the end of the context; `top` None wants no log
+    probabilities, else so many likeliest.
     """
 
     index: int
@@ -33,6 +34,7 @@ class Choice:
     seed: int | None
     max_tokens: int | None
     stop: Sequence[str]
+    stop_ids: frozenset[int]
     top: int | None
     echo: bool
     ignore_eos: bool
@@ -56,13 +58,17 @@ class Order:
 
 @dataclass(frozen=True)
 class Reader:
-    """What orders are read with: all of it belongs to one bundle."""
+    """What orders are read with: all of it belongs to one bundle.
+
+    `parse_special`: special tokens that a chat message spells are control tokens, not text.
+    """
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
     sampling: Sampling
     context: int
     vocab_size: int
+    parse_special: bool = False
 
     def chat(self, body: Mapping[str, Any]) -> Order:
         """Raises ApiError for what cannot be answered."""
@@ -70,9 +76,9 @@ class Reader:
             raise invalid("This model has no chat template; use /v1/completions.", "messages")
         if "top_logprobs" in body and not body.get("logprobs"):
             raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
-        messages = [{"role": _role(message["role"]), "content": _text(message)} for message in body["messages"]]
+        messages = [{"role": _role(message["role"]), "content": message.get("content", "")} for message in body["messages"]]
         try:
-            ids = self.tokenizer.encode(self.template.render(messages), special=False)
+            ids = chat_ids(self.tokenizer, self.template, messages, self.parse_special)
         except BadInput as error:
             raise invalid(str(error), "messages") from None
         limit = body.get("max_completion_tokens", body.get("max_tokens"))
@@ -90,9 +96,6 @@ class Reader:
 
     def _prompt(self, given: str | list[int]) -> tuple[str | None, list[int]]:
         if not isinstance(given, str):
-            wrong = next((token for token in given if token >= self.vocab_size), None)
-            if wrong is not None:
-                raise invalid(f"Token id {wrong} is outside the vocabulary of {self.vocab_size}.", "prompt")
             return None, given
         try:
             return given, self.tokenizer.encode(given)
@@ -117,10 +120,13 @@ class Reader:
                     param,
                     "context_length_exceeded",
                 )
+            self._expect_within(ids, param)
         count = body.get("n", 1)
         if len(prompts) * count > MAX_CHOICES:
             raise invalid(f"{len(prompts)} prompts x n={count} is more than {MAX_CHOICES} answers.", "n")
         options, stop, seed = body.get("stream_options", {}), body.get("stop", []), body.get("seed")
+        stop_ids = frozenset(body.get("stop_token_ids", []))
+        self._expect_within(stop_ids, "stop_token_ids")
         if options and not body.get("stream"):
             raise invalid("stream_options needs stream to be true.", "stream_options")
         sampling, penalties = self._sampling(body), self._penalties(body)
@@ -134,6 +140,7 @@ class Reader:
                 seed=None if seed is None else (seed + i) % (1 << 64),
                 max_tokens=None if max_tokens == NO_LIMIT else max_tokens,
                 stop=[stop] if isinstance(stop, str) else stop,
+                stop_ids=stop_ids,
                 top=top,
                 echo=echo,
                 ignore_eos=body.get("ignore_eos", False),
@@ -153,16 +160,15 @@ class Reader:
 
     def _penalties(self, body: Mapping[str, Any]) -> Penalties:
         bias = {int(token): added for token, added in body.get("logit_bias", {}).items()}
-        wrong = next((token for token in bias if token >= self.vocab_size), None)
-        if wrong is not None:
-            raise invalid(f"Token id {wrong} is outside the vocabulary of {self.vocab_size}.", "logit_bias")
+        self._expect_within(bias, "logit_bias")
         return Penalties(body.get("presence_penalty", 0.0), body.get("frequency_penalty", 0.0), bias)
+
+    def _expect_within(self, ids: Iterable[int], param: str) -> None:
+        try:
+            self.tokenizer.expect_within(ids, self.vocab_size)
+        except BadInput as error:
+            raise invalid(f"{str(error)[:1].upper()}{str(error)[1:]}.", param) from None
 
 
 def _role(role: str) -> str:
     return "system" if role == "developer" else role
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content", "")  # of an assistant that only called tools
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)

@@ -12,6 +12,7 @@ Fields = dict[str, dict[str, Any]]
 MAX_CHOICES = 64  # prompts x n of one request
 MAX_N = 16
 MAX_STOPS = 16
+MAX_STOP_IDS = 64
 MAX_LENGTH = (1 << 31) - 1
 NO_LIMIT = -1  # of tokens
 IGNORED = "Accepted; changes nothing here."
@@ -81,7 +82,13 @@ COMMON: Fields = {
             {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "minLength": 1, "maxLength": 256}},
         ],
         "title": f"a string, or a list of up to {MAX_STOPS}, none of them empty",
-        "description": "The answer ends before the first of these; it is not part of it.",
+        "description": "The answer ends before the first of these, special tokens spelled out; it is not part of it.",
+    },
+    "stop_token_ids": {
+        "type": ["array", "null"],
+        "description": "The answer ends before the first of these token ids, as before those of the model.",
+        "maxItems": MAX_STOP_IDS,
+        "items": {"type": "integer", "minimum": 0, "maximum": MAX_LENGTH},
     },
     "ignore_eos": _optional("boolean", "Go on past the tokens that end the model's answers; for benchmarks."),
     "user": _ignored("string"),

@@ -39,7 +39,8 @@ class Options:
     """How to serve. `name` None: the bundle's. `api_key` None: $AXRUN_API_KEY, and where that is not set, no key.
 
     `exact`: an answer does not depend on what its slot held before, to the last bit. `allowed_host`: names that clients
-    may use for this server, besides those of `board.serve.hosts`; "*" is any.
+    may use for this server, besides those of `board.serve.hosts`; "*" is any. `parse_special`: special tokens that a
+    chat message spells are control tokens, not text.
     """
 
     host: str = "127.0.0.1"
@@ -54,6 +55,7 @@ class Options:
     name: str | None = None
     exact: bool = False
     allowed_host: Sequence[str] = ()
+    parse_special: bool = False
 
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""
@@ -93,6 +95,7 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS) -> None:
         Sampling.from_post_config(bundle.post_config),
         bundle.kv_cache_len,
         bundle.vocab_size,
+        options.parse_special,
     )
     name = options.name or bundle.name
     metrics = Metrics(name)

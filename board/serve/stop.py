@@ -1,4 +1,7 @@
-"""Stop strings in text that comes in pieces: nothing is let through that may yet turn out to be one."""
+"""Stop strings in text that comes in pieces: nothing is let through that may yet turn out to be one.
+
+Special tokens of an answer are not shown, and yet a stop string may spell one: they are looked at as hidden text.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,15 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
+        self._hidden: list[tuple[int, int]] = []  # of what is held: not to be shown, (start, stop)
         self.found = False
 
-    def push(self, text: str) -> str:
-        """The text that is safe to show now."""
+    def push(self, text: str, hidden: str = "") -> str:
+        """The text that is safe to show now. `hidden` follows `text` and is only looked at."""
         self._held += text
+        if hidden and self._stops:
+            self._hidden.append((len(self._held), len(self._held) + len(hidden)))
+            self._held += hidden
         starts = [start for start in (self._held.find(stop) for stop in self._stops) if start >= 0]
         self.found = bool(starts)
         return self._let(min(starts) if starts else len(self._held) - self._longest_beginning())
@@ -25,7 +32,13 @@ class StopStrings:
         return "" if self.found else self._let(len(self._held))
 
     def _let(self, count: int) -> str:
-        shown, self._held = self._held[:count], self._held[count:]
+        shown, at = "", 0
+        for start, stop in self._hidden:
+            shown += self._held[at : max(min(start, count), at)]
+            at = min(stop, count)
+        shown += self._held[at:count]
+        self._held = self._held[count:]
+        self._hidden = [(max(start - count, 0), stop - count) for start, stop in self._hidden if stop > count]
         return shown
 
     def _longest_beginning(self) -> int:

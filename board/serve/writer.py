@@ -105,14 +105,19 @@ class _Script:
 
     def add(self, token: int, logits: Logits) -> None:
         """A token of the answer, or the stop token behind it."""
-        self._ended = token in self._tokenizer.stop_ids and not self._choice.ignore_eos
+        ends = token in self._tokenizer.stop_ids and not self._choice.ignore_eos
+        self._ended = ends or token in self._choice.stop_ids
         if self._choice.top is not None:
             self._score(token, log_softmax(logits), self._whole, self._ended)
         if not self._ended:
             self.written += 1
             text = self._stream.push(token)
             self._whole += len(text)
-            self._show(self._stops.push(text))
+            self._show(self._stops.push(text, self._hidden(token)))
+
+    def _hidden(self, token: int) -> str:
+        """The spelling of a special token, which is not shown."""
+        return self._tokenizer.token_bytes(token).decode() if token in self._tokenizer.special_ids else ""
 
     def prompt_scores(self, ids: Sequence[int], rows: Logits) -> None:
         """The next tokens of the prompt by their log probabilities, [n, vocab]."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, trainers
 
 from board.errors import BadInput
-from board.tokenizer import TextStream, Tokenizer, special_tokens
+from board.hf_files import special_tokens
+from board.tokenizer import TextStream, Tokenizer
 
 TEXTS = [
     "1+1=",
@@ -88,23 +90,34 @@ def test_vocabulary_and_merges_alone_are_enough_for_qwen2(
     assert alone.stop_ids == tokenizer.stop_ids
 
 
-def test_stop_ids_come_from_the_first_file_that_names_them(tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_every_id_that_a_file_or_the_template_names_stops(tiny_qwen2: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_qwen2 / "tokenizer.json", tmp_path)
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text_end, turn_end = (backend.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
-    end = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).token_to_id("<|endoftext|>")
-    assert _stop_ids(tmp_path) == {end}
+    assert _stop_ids(tmp_path) == {text_end: ("tokenizer_config.json",)}
     (tmp_path / "config.json").write_text('{"eos_token_id": 511}')
-    assert _stop_ids(tmp_path) == {511}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [510, 511]}')
-    assert _stop_ids(tmp_path) == {510, 511}
+    files = {510: ("generation_config.json",), 511: ("generation_config.json", "config.json")}
+    assert _stop_ids(tmp_path) == {**files, text_end: ("tokenizer_config.json",)}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
-    assert _stop_ids(tmp_path) == {511}
+    template = "{% for m in messages %}{{ m.role }} {{ m.content }} <|im_end|>{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    expected = {511: ("config.json",), text_end: ("tokenizer_config.json",), turn_end: ("chat template",)}
+    assert _stop_ids(tmp_path) == expected
 
 
-def _stop_ids(folder: Path) -> frozenset[int]:
+def test_a_damaged_template_is_no_hindrance_to_raw_prompts(tiny_qwen2: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_qwen2 / "tokenizer.json", tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages")
+    assert _stop_ids(tmp_path) == {}
+
+
+def _stop_ids(folder: Path) -> Mapping[int, tuple[str, ...]]:
     found = Tokenizer.find(folder)
     assert found is not None
-    return found.stop_ids
+    assert found.stop_ids == set(found.stop_sources)
+    return found.stop_sources
 
 
 def test_what_the_tokenizer_adds_by_itself_can_be_left_out(sentencepiece_like: Tokenizer) -> None:
@@ -160,11 +173,11 @@ def test_streaming_takes_time_linear_in_the_tokens(tokenizer: Tokenizer) -> None
     counted: list[int] = []
 
     class Counting(Tokenizer):
-        def decode(self, ids: Any) -> str:
+        def decode(self, ids: Any, special: bool = False) -> str:
             counted.append(len(ids))
-            return super().decode(ids)
+            return super().decode(ids, special)
 
-    stream = TextStream(Counting(tokenizer._backend, frozenset()))
+    stream = TextStream(Counting(tokenizer._backend, {}))
     for token in tokenizer.encode("漢字 and words " * 200):
         stream.push(token)
     assert max(counted) <= 12

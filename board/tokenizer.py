@@ -92,6 +92,16 @@ class Tokenizer:
             raise BadInput(f"{hf} has no tokenizer, so there is no way to ask; build from a checkpoint that has one")
         return found
 
+    @property
+    def added_tokens(self) -> Mapping[int, tokenizers.AddedToken]:
+        """Tokens that are looked for in a text before it is cut into others."""
+        return self._added
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """All tokens, as the vocabulary spells them."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids. `special` False: without those that the tokenizer adds by itself, which a chat template writes.
 

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -114,7 +114,6 @@ class Plan:
     config: config.ModelConfig
     target: Target
     inputs: tuple[Path, ...]
-    texts: Mapping[str, str]
     jobs: tuple[Job, ...]
     budget: budget.Budget
     notices: tuple[str, ...] = ()
@@ -153,24 +152,24 @@ def plan(options: Options) -> Plan:
     checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
     target = options.target(model)
     inputs = bundle.input_files(checkpoint.path, checkpoint.files)
-    texts = bundle.texts(checkpoint.path, options.model_name or model.model_type, model, target)
     memory = budget.memory(model, target)
     budget.require_memory(memory, options.parallel)  # the tables are made below
     planned = jobs.plan(Work(checkpoint.path, (), Path(), model, target), inputs)
-    small = sum(path.stat().st_size for path in inputs if path not in checkpoint.files)
-    small += sum(len(text.encode()) for text in texts.values())
+    small = 2 * sum(path.stat().st_size for path in inputs if path not in checkpoint.files)  # and what is made of them
     disk = sum(job.nbytes for job in planned if job.kind != "input") + small + (1 << 20)
     needs = budget.Budget(disk, memory, options.parallel)
-    return Plan(options, checkpoint, model, target, inputs, texts, tuple(planned), needs, tuple(notices))
+    return Plan(options, checkpoint, model, target, inputs, tuple(planned), needs, tuple(notices))
 
 
 Progress = Callable[[Job], None]
+Say = Callable[[str], None]
 
 
-def build(planned: Plan, progress: Progress = lambda job: None) -> Built:
+def build(planned: Plan, progress: Progress = lambda job: None, say: Say = lambda line: None) -> Built:
     """Makes the bundle; one that is there already, whole and the same, is left as it is.
 
-    `progress(job)` is called as each ends. Raises BadInput; leaves nothing behind when it does.
+    `progress(job)` is called as each ends, `say` gets a line for all that was mended or is odd in the text files.
+    Raises BadInput; leaves nothing behind when it does.
     """
     output = planned.output
     try:
@@ -181,7 +180,7 @@ def build(planned: Plan, progress: Progress = lambda job: None) -> Built:
             raise BadInput(f"{planned.options.output_path} is a link to nothing\nChoose another --output_path.")
         refuse_other_content(output, found.reason, force=planned.options.force)
         budget.require_disk(planned.budget.disk - staged_bytes(output), output)
-        return Built(_build(planned, output, progress), fresh=True)
+        return Built(_build(planned, output, progress, say), fresh=True)
     except OSError as error:
         raise BadInput(
             f"cannot write {error.filename or output}: {error.strerror or error}\n"
@@ -189,16 +188,19 @@ def build(planned: Plan, progress: Progress = lambda job: None) -> Built:
         ) from None
 
 
-def _build(planned: Plan, output: Path, progress: Progress) -> dict[str, Any]:
+def _build(planned: Plan, output: Path, progress: Progress, say: Say) -> dict[str, Any]:
     with staging(output, staging_key(planned)) as folder:
+        what = planned.name, planned.config, planned.target
+        made = bundle.write_texts(folder, planned.checkpoint.path, *what, planned.options.model_config)
+        for remark in made.remarks:
+            say(remark)
         work = Work(planned.checkpoint.path, planned.stamps, folder, planned.config, planned.target)
         done = dict(_run(work, planned.jobs, planned.options.parallel, progress))
         inputs = {Path(job.file).name: written for job, written in done.items() if job.kind == "input"}
         if planned.options.model_config:
             inputs[MODEL_CONFIG] = Written(*_digest(planned.options.model_config))
         outputs = {job.file: written for job, written in done.items() if job.kind != "input"}
-        made_of = (planned.checkpoint.path, planned.name, planned.config, planned.target, planned.texts)
-        manifest = bundle.finish(folder, *made_of, inputs, outputs)
+        manifest = bundle.finish(folder, *what, made, inputs, outputs)
         publish(folder, output, replace=planned.options.force)
     return manifest
 

@@ -44,7 +44,7 @@ def llm_build(options: build.Options, check_level: int, prompt: str, report: Pat
         for row, title in enumerate(dict.fromkeys(BARS.values()))
     }
     try:
-        manifest, fresh = build.build(planned, lambda job: bars[BARS[job.kind]].update())
+        manifest, fresh = build.build(planned, lambda job: bars[BARS[job.kind]].update(), tqdm.write)
     finally:
         for bar in bars.values():
             bar.close()

@@ -26,6 +26,7 @@ from toolchain.axmodel.writer import Written
 from toolchain.build import Plan, staging_key
 from toolchain.compile import Target
 from toolchain.config import ModelConfig
+from toolchain.hf_folder import HfFolder
 from toolchain.jobs import Job, Work
 from toolchain.staging import publish, refuse_other_content, staging
 
@@ -64,6 +65,10 @@ def build(planned: Plan, compiler: Compiler, say: Say = print) -> dict[str, Any]
     budget.require_disk(2 * planned.budget.disk, output)
     key = {**staging_key(planned), "maker": MAKER, "image": compiler.identity}
     with staging(output, key) as folder:
+        what = planned.name, planned.config, planned.target
+        made = bundle.write_texts(folder, planned.checkpoint.path, *what, planned.options.model_config)
+        for remark in made.remarks:
+            say(remark)
         tries = [folder / name for name in (".first", ".second")]
         for place in tries:
             say(f"{MAKER} {compiler.version}: {command}, {place.name[1:]} time")
@@ -76,7 +81,7 @@ def build(planned: Plan, compiler: Compiler, say: Say = print) -> dict[str, Any]
             (tries[0] / name).rename(folder / name)
         for place in tries:
             shutil.rmtree(place)
-        manifest = _finish(planned, compiler, folder, outputs)
+        manifest = _finish(planned, compiler, folder, made, outputs)
         publish(folder, output, replace=planned.options.force)
     return manifest
 
@@ -228,8 +233,10 @@ def _alike(planned: Plan, outputs: dict[str, Written]) -> None:
             )
 
 
-def _finish(planned: Plan, compiler: Compiler, folder: Path, outputs: dict[str, Written]) -> dict[str, Any]:
-    """Embedding, tokenizer, configs and manifest, as for our own axmodels."""
+def _finish(
+    planned: Plan, compiler: Compiler, folder: Path, made: HfFolder, outputs: dict[str, Written]
+) -> dict[str, Any]:
+    """Embedding and manifest, as for our own axmodels."""
     work = Work(planned.checkpoint.path, planned.stamps, folder, planned.config, planned.target)
     done: dict[Job, Written] = {job: jobs.run(work, job) for job in planned.jobs if job.kind in ("embedding", "input")}
     inputs = {Path(job.file).name: written for job, written in done.items() if job.kind == "input"}
@@ -241,6 +248,5 @@ def _finish(planned: Plan, compiler: Compiler, folder: Path, outputs: dict[str, 
         "image": compiler.identity,
         "producer": f"{first.producer_name} {first.producer_version}".strip(),
     }
-    made_of = (planned.checkpoint.path, planned.name, planned.config, planned.target)
-    texts = bundle.texts(*made_of)
-    return bundle.finish(folder, *made_of, texts, inputs, outputs, maker=MAKER, tools=tools)
+    what = planned.name, planned.config, planned.target
+    return bundle.finish(folder, *what, made, inputs, outputs, maker=MAKER, tools=tools)

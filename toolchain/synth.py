@@ -19,7 +19,8 @@ from board.dtypes import f32_to_bf16
 from board.errors import BadInput
 from toolchain import families
 from toolchain.axmodel.writer import write_file
-from toolchain.bundle import HF_FILES, write_json
+from toolchain.bundle import write_json
+from toolchain.hf_folder import HF_FILES
 from toolchain.shapes import config_json
 
 SHARD_BYTES = 4 << 30

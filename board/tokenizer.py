@@ -46,9 +46,7 @@ class Tokenizer:
     `special_ids` are the tokens that `decode` leaves out.
     """
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, stop_sources: Mapping[int, tuple[str, ...]] | None = None
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, stop_sources: Mapping[int, tuple[str, ...]]) -> None:
         self._backend, self.stop_sources = backend, dict(stop_sources)
         self.stop_ids = frozenset(self.stop_sources)
         self._added = backend.get_added_tokens_decoder()

@@ -47,7 +47,7 @@ def axllm_config(
     added = ([], []) if tokenizer is None else added_around(tokenizer)
     return {
         "model_name": name,
-        "tokenizer_type": tokenizer_type(hf, config),
+        "tokenizer_type": tokenizer_type(hf, config.model_type),
         "url_tokenizer_model": TOKENIZER_TXT if has_tokenizer_txt else "hf/tokenizer.json",
         "template_filename_axmodel": target.layer_file(config),
         "axmodel_num": config.num_hidden_layers,
@@ -62,11 +62,11 @@ def axllm_config(
     }
 
 
-def tokenizer_type(hf: Path, config: ModelConfig) -> str:
+def tokenizer_type(hf: Path, model_type: str) -> str:
     """What `axllm` calls the tokenizer; without one, what the model type has as a rule."""
     path = hf / "tokenizer.json"
-    byte_level = _byte_level(read_json(path)) if path.is_file() else config.model_type in BYTE_LEVEL_TYPES
-    return BYTE_LEVEL_TYPES.get(config.model_type, OTHER_BYTE_LEVEL) if byte_level else SENTENCEPIECE
+    byte_level = _byte_level(read_json(path)) if path.is_file() else model_type in BYTE_LEVEL_TYPES
+    return BYTE_LEVEL_TYPES.get(model_type, OTHER_BYTE_LEVEL) if byte_level else SENTENCEPIECE
 
 
 def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

@@ -40,7 +40,7 @@ HF_FILES = (
 )
 # what transformers may read beside them, and the runner does not
 OTHER_FILES = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
-OTHER_TEMPLATES = "chat_templates/*.jinja"
+OTHER_TEMPLATES = "additional_chat_templates/*.jinja"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", *OTHER_FILES)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 INSTALL = "Run `make setup`, or: pip install transformers sentencepiece tiktoken"
@@ -105,7 +105,8 @@ def _copy(source: Path, target: Path, made: HfFolder) -> None:
 
 
 def _advice(message: str) -> str:
-    last = message.splitlines()[-1]
+    _, *rest = message.splitlines()
+    last = rest[-1] if rest else "Build or copy the bundle again."
     if "chat template is damaged" in message:
         return "Mend the template or remove it: a bundle without one takes raw prompts."
     return "Download the checkpoint again, or mend that file." if last.startswith("Build or copy") else last
@@ -123,8 +124,8 @@ def _prove(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFolder
         import transformers
 
         made.tokenizer = _mended_tokenizer(hf, theirs, made)
-        _mend_special(hf, theirs, made)
         _mend_template(hf, theirs, made)
+        _mend_special(hf, theirs, made)
         if made.mended_by:
             made.mended_by = f"transformers {transformers.__version__}"
             made.tokenizer = Tokenizer.open(hf)  # its stop ids are of files that are now others
@@ -169,9 +170,7 @@ def _expect_no_need(checkpoint: Path, hf: Path) -> None:
         if (hf / "vocab.json").is_file() and (hf / "merges.txt").is_file():
             return  # the runner may know how; it says if not
         found = ", ".join(name for name in TOKENIZERS if (checkpoint / name).is_file())
-        raise BadInput(
-            f"{checkpoint} has a tokenizer ({found}), but no tokenizer.json: making one needs transformers\n{INSTALL}"
-        )
+        raise BadInput(f"{checkpoint} has {found}, but no tokenizer.json: making one needs transformers\n{INSTALL}")
     lacking = list(_lacking(hf))
     if lacking:
         raise BadInput(
@@ -247,8 +246,9 @@ def _sections(path: Path, theirs: Any) -> str:
 def _mend_special(hf: Path, theirs: Any, made: HfFolder) -> None:
     """The special tokens by name, which templates use and of which one ends an answer."""
     wanted = {name: token for name, token in theirs.special_tokens_map.items() if name in SPECIAL}
-    ours = special_tokens(hf)
-    if ours == wanted:
+    ours, source = special_tokens(hf), template_source(hf) or ""
+    names = sorted(name for name in {*ours, *wanted} if ours.get(name) != wanted.get(name))
+    if not any(name == "eos_token" or name in source for name in names):
         return
     path = hf / "tokenizer_config.json"
     settings = {key: value for key, value in hf_files.read_json(path).items() if key not in SPECIAL}
@@ -258,10 +258,8 @@ def _mend_special(hf: Path, theirs: Any, made: HfFolder) -> None:
         for number, token in theirs.added_tokens_decoder.items()
     }
     path.write_text(_json({**settings, **wanted, "added_tokens_decoder": added}), "utf-8", newline="\n")
-    names = sorted(name for name in {*ours, *wanted} if ours.get(name) != wanted.get(name))
-    _mended(
-        made, path.name, f"{', '.join(f'{name} is {wanted.get(name)!r}' for name in names)}, as transformers has it"
-    )
+    listed = ", ".join(f"{name} is {wanted.get(name)!r}" for name in names)
+    _mended(made, path.name, f"{listed}, as transformers has it")
 
 
 def _mend_template(hf: Path, theirs: Any, made: HfFolder) -> None:

@@ -93,13 +93,18 @@ def test_vocabulary_and_merges_alone_are_enough_for_qwen2(
 def test_every_id_that_a_file_or_the_template_names_stops(tiny_qwen2: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_qwen2 / "tokenizer.json", tmp_path)
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    text_end, turn_end = (backend.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>"))
+    vocabulary = backend.get_vocab()
+    text_end, turn_end = vocabulary["<|endoftext|>"], vocabulary["<|im_end|>"]
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
     assert _stop_ids(tmp_path) == {text_end: ("tokenizer_config.json",)}
     (tmp_path / "config.json").write_text('{"eos_token_id": 511}')
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [510, 511]}')
-    files = {510: ("generation_config.json",), 511: ("generation_config.json", "config.json")}
-    assert _stop_ids(tmp_path) == {**files, text_end: ("tokenizer_config.json",)}
+    files: dict[int, tuple[str, ...]] = {
+        510: ("generation_config.json",),
+        511: ("generation_config.json", "config.json"),
+    }
+    files[text_end] = ("tokenizer_config.json",)
+    assert _stop_ids(tmp_path) == files
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": null}')
     template = "{% for m in messages %}{{ m.role }} {{ m.content }} <|im_end|>{% endfor %}"
     (tmp_path / "chat_template.jinja").write_text(template)

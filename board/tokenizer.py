@@ -79,7 +79,8 @@ class Tokenizer:
         except BadInput:
             raise
         except Exception as error:  # tokenizers raises nothing more particular
-            raise BadInput(f"the tokenizer in {hf} is damaged: {error}\nBuild or copy the bundle again.") from None
+            name = "tokenizer.json" if (hf / "tokenizer.json").is_file() else "vocab.json"
+            raise BadInput(f"{hf / name} is damaged: {error}\nBuild or copy the bundle again.") from None
         return cls(backend, sources)
 
     @classmethod

@@ -115,15 +115,16 @@ def _advice(message: str) -> str:
 def _prove(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFolder) -> None:
     if not any((checkpoint / name).is_file() for name in TOKENIZERS):
         return
+    made.tokenizer, made.template = _opened(hf), ChatTemplate.find(hf)
     theirs = _reference(checkpoint, hf, model_config, made)
     if theirs is None:
         _expect_no_need(checkpoint, hf)
-        made.tokenizer, made.template = Tokenizer.open(hf), ChatTemplate.find(hf)
+        made.tokenizer = made.tokenizer or Tokenizer.open(hf)
         made.remarks.append(f"tokenizer: opened, not compared: transformers is not installed. {INSTALL}")
     else:
         import transformers
 
-        made.tokenizer = _mended_tokenizer(hf, theirs, made)
+        made.tokenizer = _mended_tokenizer(made.tokenizer, hf, theirs, made)
         _mend_template(hf, theirs, made)
         _mend_special(hf, theirs, made)
         if made.mended_by:
@@ -154,14 +155,19 @@ def _reference(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFo
     except BaseException as error:  # a panic of the tokenizers library is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
-        _open(hf)  # the runner's words, where it cannot read it either, are shorter
         words = " ".join(str(error).split())
         advice = INSTALL if "pip install" in words or "requires the" in words else "Is its tokenizer whole?"
         raise BadInput(f"transformers cannot read the tokenizer of {checkpoint}: {words:.300}\n{advice}") from None
 
 
-def _open(hf: Path) -> Tokenizer | None:
-    return Tokenizer.find(hf) if (hf / "tokenizer.json").is_file() else None
+def _opened(hf: Path) -> Tokenizer | None:
+    """As the runner opens it; None where there is no tokenizer.json and it knows no other way. Raises BadInput."""
+    try:
+        return Tokenizer.find(hf)
+    except BadInput:
+        if (hf / "tokenizer.json").is_file():
+            raise
+        return None
 
 
 def _expect_no_need(checkpoint: Path, hf: Path) -> None:
@@ -196,14 +202,13 @@ def _lacking(hf: Path) -> Iterator[str]:
     yield from (content for content in dict.fromkeys(special_tokens(hf).values()) if content not in have)
 
 
-def _mended_tokenizer(hf: Path, theirs: Any, made: HfFolder) -> Tokenizer:
+def _mended_tokenizer(ours: Tokenizer | None, hf: Path, theirs: Any, made: HfFolder) -> Tokenizer:
     """The runner's tokenizer. transformers' takes its place where it differs, or cannot be opened. Raises BadInput."""
     path, name = hf / "tokenizer.json", "tokenizer.json"
-    if not path.is_file() and not _readable(hf):
+    if ours is None:
         sources = [source for source in TOKENIZERS if source != name and (hf / source).is_file()]
         what = f"made from {' and '.join(sources) or 'other files'}"
     else:
-        ours = Tokenizer.open(hf)
         lacking = text_proof.added_differences(ours, theirs)
         if lacking:
             what = f"tokens written as transformers has them: {_some(lacking)}"
@@ -227,13 +232,6 @@ def _mended_tokenizer(hf: Path, theirs: Any, made: HfFolder) -> Tokenizer:
     if (fault := next(faults, None)) is not None:
         raise BadInput(f"the tokenizer cannot be read as transformers reads it: {fault}\nReport it with that folder.")
     return ours
-
-
-def _readable(hf: Path) -> bool:
-    try:
-        return Tokenizer.find(hf) is not None
-    except BadInput:
-        return False
 
 
 def _sections(path: Path, theirs: Any) -> str:

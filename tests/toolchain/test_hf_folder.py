@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import sentencepiece
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -329,3 +330,31 @@ def test_the_shipped_tokenizer_is_copied(tiny_qwen2: Path, tmp_path: Path) -> No
     made = hf_folder.write(tiny_qwen2, tmp_path / "hf", 640)
     assert (made.mended, made.remarks) == ({}, [])
     shutil.rmtree(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_sentencepiece_model_becomes_a_tokenizer_json(kind: str, tmp_path: Path) -> None:
+    checkpoint = kinds.save(
+        tmp_path / "checkpoint", None, kinds.LLAMA2, tokenizer_class="LlamaTokenizer", **kinds.LLAMA
+    )
+    (tmp_path / "corpus.txt").write_text("\n".join(kinds.CORPUS * 20))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(checkpoint / "tokenizer"),
+        model_type=kind,
+        vocab_size=320,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        normalization_rule_name="identity",  # as Llama's
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (checkpoint / "tokenizer.vocab").unlink()
+    made = write(checkpoint)
+    assert made.mended == {"tokenizer.json": "made from tokenizer.model"}
+    ours = Tokenizer.open(checkpoint.with_name("hf"))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(checkpoint / "tokenizer.model"))
+    for text in ("the cat sat", "on  the log", "漢字", "A b"):
+        if kind == "bpe":  # of what transformers makes of a unigram model, only transformers knows
+            assert ours.encode(text, special=False) == reference.encode(text)
+        assert ours.encode(text) == transformers.AutoTokenizer.from_pretrained(checkpoint)(text)["input_ids"]

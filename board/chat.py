@@ -33,11 +33,11 @@ Messages = Sequence[Mapping[str, Any]]
 STRING, PARTS = "string", "parts"
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning, the standard one first
 PROBE = "qzx7probe"  # survives trimming, changes of case and JSON
-# Conversations that show how a template takes the content of a role, PROBE being that content.
-TURNS: dict[str, tuple[str, ...]] = {
-    "user": ("user",),
-    "system": ("system", "user"),
-    "assistant": ("user", "assistant", "user"),
+# Conversations that show how a template takes the content of a role; some templates want a system message first.
+TURNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "user": (("user",), ("system", "user")),
+    "system": (("system", "user"),),
+    "assistant": (("user", "assistant", "user"), ("system", "user", "assistant", "user")),
 }
 
 
@@ -139,18 +139,17 @@ class ChatTemplate:
         None for a user's content that does not reach it; other roles are then as the user's.
         """
         found: dict[str, str | None] = {}
-        for role, turns in TURNS.items():
+        for role, conversations in TURNS.items():
             usual = found.get("user")
-            forms = (STRING, PARTS) if usual is None else (usual, PARTS if usual == STRING else STRING)
-            found[role] = next((form for form in forms if self._reaches(role, turns, form, usual or form)), usual)
+            tries = ((form, turns) for form in (STRING, PARTS) for turns in conversations)
+            reached = (form for form, turns in tries if self._reaches(role, turns, form, usual or form))
+            found[role] = next(reached, usual)
         return found
 
     def _reaches(self, role: str, turns: Sequence[str], form: str, usual: str) -> bool:
         messages = [
             {"role": turn, "content": _as(form, PROBE) if turn == role else _as(usual, "question")} for turn in turns
         ]
-        if role == "user":
-            messages = [{"role": turn, "content": _as(form, PROBE)} for turn in turns]
         try:
             return PROBE in self.render(messages).lower()
         except BadInput:

@@ -184,3 +184,67 @@ def test_a_question_becomes_ids_with_the_special_tokens_once(tiny_qwen2: Path, h
     assert prompt_ids(tokenizer, None, "1+1=") == hf_tokenizer("1+1=")["input_ids"]
     with pytest.raises(BadInput, match="a system message needs a chat template"):
         prompt_ids(tokenizer, None, "1+1=", "Be kind.")
+
+
+PARTED = (
+    "{% for m in messages %}[{{ m.role }}]"
+    "{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% endif %}{% endfor %}{% endfor %}"
+)
+EITHER = (
+    "{% for m in messages %}"
+    "{% if m.content is string %}{{ m.content }}{% else %}{{ m.content[0].text }}!{% endif %}{% endfor %}"
+)
+MIXED = "{% for m in messages %}{{ m.content | upper if m.role == 'system' else m.content[0].text }}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "forms", "prompt"),
+    [
+        (PARTED, {"user": "parts", "system": "parts", "assistant": "parts"}, "[system]Be kind.[user]ab"),
+        (EITHER, {"user": "string", "system": "string", "assistant": "string"}, "Be kind.ab"),
+        (MIXED, {"user": "parts", "system": "string", "assistant": "parts"}, "BE KIND.ab"),
+    ],
+)
+@pytest.mark.parametrize("typed", [False, True])
+def test_content_comes_in_the_form_that_the_template_takes(
+    source: str, forms: dict[str, str], prompt: str, typed: bool
+) -> None:
+    template = ChatTemplate(source, {})
+    assert template.forms == forms
+    content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}] if typed else "ab"
+    messages: list[dict[str, Any]] = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": content}]
+    assert template.render(template.fit(messages)) == prompt
+
+
+def test_a_template_may_want_a_system_message_first() -> None:
+    refuse = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    assert ChatTemplate(refuse + EITHER, {}).forms["user"] == "string"
+
+
+def test_a_template_that_drops_the_question_gives_no_prompt() -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m.role }}{% endfor %}", {})
+    with pytest.raises(BadInput, match=r"drops what the user says.*\n.*--raw"):
+        template.fit([{"role": "user", "content": "?"}])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ messages[0] | tojson(indent=1, sort_keys=true, separators=(',', ':')) }}",
+        "{% set ns = namespace(a=1) %}{% generation %}{% set ns.a = 2 %}{% set b = 3 %}{% endgeneration %}{{ ns.a }}",
+        "{% generation %}{% set b = 3 %}{% endgeneration %}{{ b }}",
+        "{{ messages[0].reasoning_content }}|{{ messages[0].thinking }}|{{ messages[0].name is defined }}",
+        "{{ dict(a=1) }}{{ messages[0].items() | list | length }}",
+    ],
+)
+def test_what_a_template_may_use_is_what_transformers_gives_it(folder: Path, source: str) -> None:
+    configure(folder, chat_template=source)
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "ü <1>", "reasoning": "so", "name": None}]
+    ours, theirs = both(folder, messages)
+    assert ours == theirs
+
+
+def test_a_namespace_takes_no_private_names() -> None:
+    for source in ("{% set ns = namespace(_a=1) %}", "{% set ns = namespace() %}{% set ns._a = 1 %}"):
+        with pytest.raises(BadInput, match="underscore"):
+            ChatTemplate(source, {}).render(ASK)

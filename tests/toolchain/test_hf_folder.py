@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +18,9 @@ from board.chat import ChatTemplate, chat_ids
 from board.errors import BadInput
 from board.tokenizer import Tokenizer
 from tests.toolchain import tokenizer_kinds as kinds
+from tests.toolchain.conftest import Breakable
 from tests.toolchain.tokenizer_kinds import KINDS, MENDED
-from toolchain import axllm, hf_folder, text_proof
+from toolchain import axllm, build, hf_folder, text_proof
 from toolchain.hf_folder import HfFolder
 
 VOCABULARY = 1000
@@ -326,10 +326,25 @@ def test_a_tokenizer_that_adds_an_end_is_measured_so(tmp_path: Path) -> None:
     assert axllm.added_around(Tokenizer.open(checkpoint)) == ([1], [2])
 
 
-def test_the_shipped_tokenizer_is_copied(tiny_qwen2: Path, tmp_path: Path) -> None:
-    made = hf_folder.write(tiny_qwen2, tmp_path / "hf", 640)
-    assert (made.mended, made.remarks) == ({}, [])
-    shutil.rmtree(tmp_path / "hf")
+def test_a_bundle_lists_the_stop_ids_that_the_runner_finds(bundle_s8: Path, tiny_qwen2: Path) -> None:
+    listed = json.loads((bundle_s8 / "manifest.json").read_text())["text"]
+    sources = Tokenizer.open(bundle_s8 / "hf").stop_sources
+    assert listed == {"stop_ids": {str(number): list(named) for number, named in sources.items()}}
+    assert sources[639] == ("generation_config.json", "config.json", "tokenizer_config.json", "chat template")
+    assert (bundle_s8 / "hf" / "tokenizer.json").read_bytes() == (tiny_qwen2 / "tokenizer.json").read_bytes()
+    config = json.loads((bundle_s8 / "config.json").read_text())
+    assert (config["tokenizer_type"], config["bos"], config["eos"]) == ("Qwen2_5", False, False)
+
+
+def test_a_build_says_what_it_mended(checkpoint: Breakable, tmp_path: Path) -> None:
+    broken = checkpoint()
+    config = (broken / "tokenizer_config.json").read_bytes()
+    (broken / "tokenizer_config.json").write_bytes(b"\xef\xbb\xbf" + config)
+    _set(broken / "generation_config.json", eos_token_id=637)
+    lines: list[str] = []
+    build.build(build.plan(build.Options(broken, tmp_path / "out")), say=lines.append)
+    assert lines[0] == "tokenizer_config.json: byte order mark removed"
+    assert "disagree" in lines[1]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])

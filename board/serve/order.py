@@ -76,7 +76,8 @@ class Reader:
             raise invalid("This model has no chat template; use /v1/completions.", "messages")
         if "top_logprobs" in body and not body.get("logprobs"):
             raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
-        messages = [{"role": _role(message["role"]), "content": message.get("content", "")} for message in body["messages"]]
+        given = body["messages"]  # an assistant that only called tools said nothing
+        messages = [{"role": _role(message["role"]), "content": message.get("content", "")} for message in given]
         try:
             ids = chat_ids(self.tokenizer, self.template, messages, self.parse_special)
         except BadInput as error:

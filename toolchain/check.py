@@ -1,15 +1,16 @@
-"""Checks of a bundle. The yardstick is the float32 reference of the checkpoint, never our own quantised copy.
+"""Checks of a bundle against its checkpoint, as transformers reads and computes it: never our own quantised copy.
 
-Level 0 loads and runs every axmodel. Level 1 also compares every layer, in prefill and decode, and the post model with
-the reference. Level 2 also generates from a prompt, beside the reference, and compares the logits of whole models.
+Level 0 loads and runs every axmodel. Level 1 compares every layer and the post model over a walk through the shape
+groups, each layer fed with the reference's hidden states. Level 2 compares whole models over that walk, the token ids
+of the prompt, and a greedy answer. No more than one layer of the bundle is in memory at a time.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,50 +20,44 @@ from numpy.typing import NDArray
 from board.bundle import Bundle
 from board.chat import ChatTemplate, prompt_ids
 from board.decoder import Decoder
-from board.dtypes import FLOATS, from_float32
+from board.dtypes import FLOATS, from_float32, to_float32
 from board.errors import CheckFailed
-from board.generate import generate
-from board.model import Model, Post
-from board.sampling import Sampling
+from board.model import Embedding, Post
 from board.session import open_session
 from board.tokenizer import Tokenizer
+from toolchain import walk
+from toolchain.agreement import (
+    GAP,
+    Agreement,
+    Rows,
+    centred,
+    divergence,
+    explained,
+    logit_errors,
+    update_errors,
+)
+from toolchain.expected import Answer, Expected, expect
+from toolchain.walk import Step
 
 if TYPE_CHECKING:
     from toolchain.build import Plan
-    from toolchain.reference import Reference
 
 Floats = NDArray[np.float32]
 Say = Callable[[str], None]
 
-ENGINE = "ort"  # not our own: what one hand wrote twice, compiler and engine, may be wrong twice alike
+ENGINE = "ort"  # not our own: a bug shared by compiler and engine would go unseen
 LEVELS = ("load and run", "layers against the float32 reference", "whole model against the float32 reference")
-ANSWER_TOKENS = 32  # of a level 2 generation
-DECODED = 2  # tokens of a level 1 sequence that go through the decode group
-# The least cosine of a layer's output rows, and the most mean KL divergence of a model, by weight type: a flipped scale
-# or a lost bias is far outside, the rounding of the type well inside.
-LEAST_COSINE = {"fp32": 0.999, "fp16": 0.999, "bf16": 0.999, "s8": 0.998, "s4": 0.9}
-MOST_DIVERGENCE = {"fp32": 0.005, "fp16": 0.005, "bf16": 0.005, "s8": 0.02, "s4": 0.5}
+LOGIT_ROWS = 64  # compared at a time
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How rows agree with the reference's: the least cosine of a row, the largest error over the largest value."""
+@dataclass
+class Found:
+    """What the bundle makes of the walk and of the answer: hidden states [n, hidden] behind the last layer so far."""
 
-    part: str
-    stage: str
-    cosine: float
-    worst_error: float
-
-    def text(self) -> str:
-        return f"{self.part:<9} {self.stage:<8} cosine {self.cosine:.6f}  worst error {self.worst_error:.2e}"
-
-
-def agreement(part: str, stage: str, ours: Floats, reference: Floats) -> Agreement:
-    """Compares rows [n, width]."""
-    a, b = ours.astype(np.float64), reference.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    cosine = float(((a * b).sum(axis=1) / np.maximum(norms, 1e-300)).min())
-    return Agreement(part, stage, cosine, float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-300)))
+    walk: Floats
+    answer: Floats
+    agreements: list[Agreement] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
 
 
 def check(plan: Plan, level: int, prompt: str, say: Say, report: Path | None = None) -> None:
@@ -75,29 +70,24 @@ def check(plan: Plan, level: int, prompt: str, say: Say, report: Path | None = N
     say(f"check 0: {LEVELS[0]}")
     _load_and_run(bundle)
     say(f"  {bundle.layers} layers and post run, {len(bundle.groups)} groups")
-    failures: list[str] = []
+    faults: list[str] = []
     if level >= 1:
-        from toolchain.reference import Reference
-
-        reference = Reference(plan.checkpoint, plan.config, plan.options.model_config)
-        ids = sample_ids(bundle, prompt)
-        say(f"check 1: {LEVELS[1]}, {len(ids)} tokens")
-        agreements, logits = _layers(bundle, reference, ids, say)
-        results["layers"] = [asdict(entry) for entry in agreements]
-        failures += _disagreements(plan, agreements)
-    if level >= 2:
-        say(f"check 2: {LEVELS[2]}")
-        results["model"], text = _whole(bundle, reference, ids, logits, prompt)
-        say(text)
-        most = max(MOST_DIVERGENCE[name] for name in (plan.target.weight_type, plan.target.post_weight_type))
-        divergence = results["model"]["mean_kld"]
-        if not divergence <= most:
-            failures.append(f"mean KL divergence from the reference is {divergence:.4g}, expected at most {most}")
+        asked = _asked(bundle, prompt) if level >= 2 else []
+        expected = expect(plan.options, bundle, prompt, asked, say)
+        say(f"check 1: {LEVELS[1]}, {expected.reach}")
+        found = _layers(plan, bundle, expected, say)
+        whole = _post(plan, bundle, expected, found, say)
+        results |= {"reach": expected.reach, "layers": [asdict(entry) for entry in found.agreements]}
+        faults += found.faults
+        if level >= 2:
+            say(f"check 2: {LEVELS[2]}")
+            faults += _other_prompt(bundle, plan.options.input_path, prompt)
+            results["model"] = _whole(plan, bundle, expected, whole, prompt, say, faults)
     if report is not None:
-        report.write_text(json.dumps({**results, "failures": failures}, indent=2) + "\n", "utf-8")
-    if failures:
-        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
-        raise CheckFailed(f"{bundle.path} does not agree with its checkpoint: {failures[0]}{more}\nDo not ship it.")
+        report.write_text(json.dumps(_as_json({**results, "failures": faults}), indent=2) + "\n", "utf-8")
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise CheckFailed(f"{bundle.path} does not agree with its checkpoint: {faults[0]}{more}\nDo not ship it.")
 
 
 def _load_and_run(bundle: Bundle) -> None:
@@ -107,7 +97,9 @@ def _load_and_run(bundle: Bundle) -> None:
         for group in sorted(bundle.groups, key=lambda group: group.history):
             rows = np.zeros((min(group.tokens, bundle.kv_cache_len), bundle.hidden_size), np.float32)
             start = min(decoder.cache.length, bundle.kv_cache_len - len(rows))
-            if not np.isfinite(decoder.forward(rows, start)).all():
+            values = [decoder.forward(rows, start)]
+            values += [to_float32(kept, decoder.dtype) for kept in (*decoder.cache.keys, *decoder.cache.values)]
+            if not all(np.isfinite(each).all() for each in values):
                 raise CheckFailed(f"layer {index} gives values that are not finite in group {group.index}")
     hidden = from_float32(np.zeros((1, bundle.hidden_size), np.float32), FLOATS[bundle.hidden_state_type])
     logits = Post(open_session(bundle.post_path, ENGINE))(hidden)
@@ -115,87 +107,219 @@ def _load_and_run(bundle: Bundle) -> None:
         raise CheckFailed("the post model gives logits that are not finite")
 
 
-def sample_ids(bundle: Bundle, prompt: str) -> NDArray[np.int64]:
-    """Token ids that go through the first prefill group, the next one where there is one, and decode.
-
-    The prompt over and over; where the checkpoint has no tokenizer, ids spread over the vocabulary.
-    """
-    prefill = bundle.prefill_len * min(len(bundle.groups) - 1, 2)
-    count = min(max(prefill, 1) + DECODED, bundle.kv_cache_len)
+def _asked(bundle: Bundle, prompt: str) -> list[int]:
+    """The prompt as the runner asks it; none without a tokenizer."""
     tokenizer = Tokenizer.find(bundle.hf)
-    ids = tokenizer.encode(prompt) if tokenizer else []
-    if not ids:
-        ids = [(7919 * i) % bundle.vocab_size for i in range(count)]
-    return np.resize(np.array(ids, np.int64), count)
+    return prompt_ids(tokenizer, ChatTemplate.find(bundle.hf), prompt) if tokenizer else []
 
 
-def _layers(bundle: Bundle, reference: Reference, ids: NDArray[np.int64], say: Say) -> tuple[list[Agreement], Floats]:
-    """Each layer of ours fed with the reference's hidden states; also the reference's logits [n, vocab]."""
-    found = []
-    prefilled = len(ids) - DECODED if bundle.prefill_len else 0
-    for index, given, expected in reference.layers(ids):
+def _layers(plan: Plan, bundle: Bundle, expected: Expected, say: Say) -> Found:
+    """Each layer fed with the reference's hidden states, and the layers one after another."""
+    dtype = FLOATS[bundle.hidden_state_type]
+    noise = explained(bundle.hidden_state_type, *_rounding(plan.target.weight_type, expected))
+    steps = list(walk.steps(bundle.prefill_len, len(expected.ids)))
+    answer = expected.answer
+    ids = answer.asked + answer.tokens[:-1] if answer else []
+    turns = [Step("prefill", 0, len(answer.asked))] if answer else []
+    turns += [Step("decode", at, at + 1) for at in range(turns[0].stop if turns else 0, len(ids))]
+    embedding = Embedding(bundle.embedding_path, bundle.vocab_size, bundle.hidden_size, dtype)
+    found = Found(to_float32(embedding(expected.ids.tolist()), dtype), to_float32(embedding(ids), dtype))
+    _embedding(plan, expected, found)
+    for index in range(bundle.layers):
         decoder = Decoder([open_session(bundle.layer_path(index), ENGINE)])
-        for stage, rows in _stages(prefilled, len(ids)):
-            ours = np.concatenate([decoder.forward(given[part], part.start) for part in rows])
-            span = slice(rows[0].start, rows[-1].stop)
-            found.append(agreement(f"layer {index}", stage, ours, expected[span]))
-            say("  " + found[-1].text())
-    logits = reference.logits(expected)
-    ours = Post(open_session(bundle.post_path, ENGINE))(from_float32(expected, FLOATS[bundle.hidden_state_type]))
-    found.append(agreement("post", "logits", ours, logits))
-    say("  " + found[-1].text())
-    return found, logits
+        entries = list(_layer(decoder, index, steps, expected, bundle.hidden_state_type))
+        found.agreements += entries
+        found.faults += [fault for entry in entries if (fault := entry.fault(noise, entries[0]))]
+        say("  " + _line(entries))
+        found.walk = _through(decoder, steps, found.walk)
+        found.answer = _through(decoder, turns, found.answer)
+    return found
 
 
-def _stages(prefilled: int, count: int) -> Iterator[tuple[str, list[slice]]]:
-    """What goes through prefill at once, and what through decode token by token."""
-    if prefilled:
-        yield "prefill", [slice(0, prefilled)]
-    yield "decode", [slice(i, i + 1) for i in range(prefilled, count)]
+def _embedding(plan: Plan, expected: Expected, found: Found) -> None:
+    """The table has the reference's rows, rounded to bfloat16 by contract and to the hidden state's type."""
+    rows, table = found.walk, expected.trace.embedded
+    error = np.abs(rows.astype(np.float64) - table)
+    least = 2.0**-8 + {"fp16": 2.0**-11}.get(plan.target.hidden_state_type, 0.0)
+    if not (error <= least * np.abs(table) + 2.0**-25).all():
+        found.faults.append(
+            f"the embedding table differs from the checkpoint's by {error.max():.2e}, more than rounding"
+        )
 
 
-def _disagreements(plan: Plan, agreements: list[Agreement]) -> list[str]:
-    faults = []
-    for entry in agreements:
-        least = LEAST_COSINE[plan.target.post_weight_type if entry.part == "post" else plan.target.weight_type]
-        if not entry.cosine >= least:
-            faults.append(f"{entry.part} in {entry.stage} has cosine {entry.cosine:.6f}, expected at least {least}")
-    return faults
+def _layer(
+    decoder: Decoder, index: int, steps: Sequence[Step], expected: Expected, hidden_type: str
+) -> Iterator[Agreement]:
+    """One layer in every stage, in their order."""
+    given, wanted = expected.trace.inputs[index], expected.trace.outputs[index]
+    stages: dict[str, list[Rows]] = {}
+    for step in steps:
+        part = slice(step.start, step.stop)
+        out = decoder.forward(given[part], step.start)
+        stages.setdefault(step.stage, []).append(update_errors(out, wanted[part], given[part], hidden_type))
+    for probe in expected.probes:
+        start = probe.step.start
+        _remember(decoder, *probe.history[index])
+        rows, given = probe.trace.inputs[index], probe.trace.outputs[index]
+        pieces = [slice(i, i + 1) for i in range(len(rows))] if probe.step.stage == "end" else [slice(0, len(rows))]
+        out = np.concatenate([decoder.forward(rows[part], start + part.start) for part in pieces])
+        stages.setdefault(probe.step.stage, []).append(update_errors(out, given, rows, hidden_type))
+    for stage, found in stages.items():
+        yield Agreement.of(f"layer {index}", stage, Rows(*map(np.concatenate, zip(*found, strict=True))))
 
 
-def divergence(reference: Floats, ours: Floats) -> NDArray[np.float64]:
-    """KL(reference || ours) in nats for rows of logits [n, vocab]: [n]."""
-    p, q = _log_softmax(reference), _log_softmax(ours)
-    return np.asarray((np.exp(p) * (p - q)).sum(axis=1))
+def _remember(decoder: Decoder, keys: Floats, values: Floats) -> None:
+    """The cache of a single layer holds these rows [n, kv_size], and no others."""
+    decoder.cache.reset()
+    decoder.cache.write(0, 0, *(from_float32(rows[None], decoder.dtype) for rows in (keys, values)))
+    decoder.cache.length = len(keys)
 
 
-def _log_softmax(logits: Floats) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True)))
+def _through(decoder: Decoder, steps: Sequence[Step], hidden: Floats) -> Floats:
+    """The outputs [n, hidden] of a layer for a sequence from the beginning, as the steps leave them."""
+    decoder.cache.reset()
+    out = np.empty_like(hidden)
+    for step in steps:
+        out[step.start : step.stop] = decoder.forward(hidden[step.start : step.stop], step.start)
+    return out
+
+
+def _post(plan: Plan, bundle: Bundle, expected: Expected, found: Found, say: Say) -> dict[str, Any]:
+    """The post model on the reference's hidden states, and on the bundle's own, a few rows of logits at a time."""
+    dtype = FLOATS[bundle.hidden_state_type]
+    post = Post(open_session(bundle.post_path, ENGINE))
+    alone, whole, divergences, spreads, same = [], [], [], [], []
+    for start in range(0, len(expected.ids), LOGIT_ROWS):
+        rows = slice(start, start + LOGIT_ROWS)
+        wanted = expected.trace.logits[rows]
+        alone.append(logit_errors(post(from_float32(expected.trace.outputs[-1][rows], dtype)), wanted))
+        logits = post(from_float32(found.walk[rows], dtype))
+        whole.append(logit_errors(logits, wanted))
+        divergences.append(divergence(wanted, logits))
+        spreads.append((centred(logits) - centred(wanted)).std(axis=1))
+        same.append(logits.argmax(axis=1) == wanted.argmax(axis=1))
+    entry = Agreement.of("post", "logits", Rows(*map(np.concatenate, zip(*alone, strict=True))))
+    noise = explained(bundle.hidden_state_type, *_rounding(plan.target.post_weight_type, expected))
+    found.agreements.append(entry)
+    found.faults += [fault] if (fault := entry.fault(noise, entry)) else []
+    say("  " + _line([entry]))
+    answer = expected.answer
+    said = post(from_float32(found.answer[len(answer.asked) - 1 :], dtype)) if answer else None
+    return {
+        "errors": Agreement.of("model", "logits", Rows(*map(np.concatenate, zip(*whole, strict=True)))),
+        "kld": np.concatenate(divergences),
+        "logit_error": float(np.sqrt((np.concatenate(spreads) ** 2).mean())),
+        "same": np.concatenate(same),
+        "answer": said,
+    }
 
 
 def _whole(
-    bundle: Bundle, reference: Reference, ids: NDArray[np.int64], expected: Floats, prompt: str
-) -> tuple[dict[str, Any], str]:
-    model = Model.load(bundle, ENGINE)
-    logits = model.forward(ids.tolist(), 0, logits="all")
-    found: dict[str, Any] = {
-        "mean_kld": float(divergence(expected, logits).mean()),
-        "top1_agreement": float((expected.argmax(axis=1) == logits.argmax(axis=1)).mean()),
+    plan: Plan, bundle: Bundle, expected: Expected, whole: dict[str, Any], prompt: str, say: Say, faults: list[str]
+) -> dict[str, Any]:
+    """Figures of the whole model; what they may not be is appended to `faults`."""
+    target, rounded = plan.target, expected.trace.embedded
+    types = {bundle.hidden_state_type, *_rounding(target.weight_type, expected)}
+    types |= {*_rounding(target.post_weight_type, expected), *([] if _is_bfloat16(rounded) else ["bf16"])}
+    noise = explained(*sorted(types))
+    errors, kld = whole["errors"], float(whole["kld"].mean())
+    results: dict[str, Any] = {
+        "mean_kld": kld,
+        "most_kld": noise.kld,
+        "top1_agreement": float(whole["same"].mean()),
+        "logits": asdict(errors),
+        "logit_error": whole["logit_error"],
     }
-    text = f"  mean KL divergence {found['mean_kld']:.2e}, top-1 agreement {found['top1_agreement']:.1%}"
+    say(f"  mean KL divergence {kld:.2e}, top-1 agreement {results['top1_agreement']:.1%}")
+    if not kld <= noise.kld:
+        faults.append(f"mean KL divergence from the reference is {kld:.2e}, expected at most {noise.kld:.2e}")
+    if not errors.rms <= noise.logits:
+        faults.append(f"the logits have error {errors.rms:.2e}, expected at most {noise.logits:.2e}")
     tokenizer = Tokenizer.find(bundle.hf)
-    if tokenizer is None:
-        return found, text + "\n  no tokenizer in the checkpoint: nothing generated"
-    asked = prompt_ids(tokenizer, ChatTemplate.find(bundle.hf), prompt)
-    stop = tokenizer.stop_ids
-    model.decoder.cache.reset()
-    room = min(ANSWER_TOKENS, bundle.kv_cache_len - len(asked))
-    ours = [token.id for token in generate(model, asked, Sampling(), room, stop)]
-    theirs = reference.generate(np.array(asked, np.int64), room, stop)
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False)))
-    found |= {"answer": tokenizer.decode(ours), "reference": tokenizer.decode(theirs), "same_tokens": same}
-    return found, (
-        f"{text}\n  prompt     {prompt}\n  compiled   {found['answer']}\n  reference  {found['reference']}\n"
-        f"  the first {same} of {len(theirs)} tokens are the same"
-    )
+    if expected.answer is None or tokenizer is None:
+        say("  no tokenizer in the checkpoint: no answer" if tokenizer is None else "  an empty prompt: no answer")
+        return results
+    answer, stop = expected.answer, tokenizer.stop_ids
+    chosen, wrong = _compared(answer, whole["answer"], GAP * whole["logit_error"])
+    faults += wrong
+    same = sum(a == b for a, b in zip(chosen, answer.tokens, strict=True))
+    texts = [tokenizer.decode(token for token in tokens if token not in stop) for tokens in (chosen, answer.tokens)]
+    results |= {"answer": texts[0], "reference": texts[1], "same_tokens": same, "compared_tokens": len(chosen)}
+    results["margins"] = _margins(answer.logits)
+    say(f"  prompt     {prompt}\n  compiled   {texts[0]}\n  reference  {texts[1]}")
+    say(f"  {same} of {len(chosen)} tokens are the same, each after the reference's own")
+    return results
+
+
+def _compared(answer: Answer, ours: Floats, gap: float) -> tuple[list[int], list[str]]:
+    """The bundle's choice after each of the reference's tokens; a fault where no rounding explains another choice."""
+    chosen, faults = ours.argmax(axis=1).tolist(), []
+    for at, (mine, theirs) in enumerate(zip(chosen, answer.tokens, strict=True)):
+        margin = float(answer.logits[at, theirs] - answer.logits[at, mine])
+        if not np.isfinite(ours[at]).all() or not margin <= gap:
+            faults.append(
+                f"token {at + 1} of the answer is {mine}, the reference says {theirs} by {margin:.2e}; "
+                f"the measured errors explain {gap:.2e}"
+            )
+    return chosen, faults
+
+
+def _margins(logits: Floats) -> list[float]:
+    """How far the reference's first choice lies before its second, of each row."""
+    top = np.partition(logits, -2, axis=1)[:, -2:]
+    return [float(margin) for margin in top[:, 1] - top[:, 0]]
+
+
+def _other_prompt(bundle: Bundle, checkpoint: Path, prompt: str) -> list[str]:
+    """Where AutoTokenizer of the checkpoint's folder has other token ids for the prompt than the runner."""
+    from toolchain.reference import Refused, tokenizer
+
+    ours, template = Tokenizer.find(bundle.hf), ChatTemplate.find(bundle.hf)
+    if ours is None:
+        return []
+    try:
+        theirs = tokenizer(checkpoint)
+    except Refused as refused:
+        return [str(refused)]
+    if (template is None) != (theirs.chat_template is None):
+        having, lacking = ("AutoTokenizer", "the bundle") if template is None else ("the bundle", "AutoTokenizer")
+        return [f"{having} has a chat template, {lacking} has none"]
+    pairs = [
+        ("prompt", ours.encode(prompt), theirs.encode(prompt)),
+        ("prompt without special tokens", ours.encode(prompt, False), theirs.encode(prompt, add_special_tokens=False)),
+    ]
+    if template is not None:
+        messages = [{"role": "user", "content": prompt}]
+        rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        pairs.append(("prompt in the chat template", prompt_ids(ours, template, prompt), rendered))
+    return [_difference(what, mine, other) for what, mine, other in pairs if mine != other]
+
+
+def _difference(what: str, ours: list[int], theirs: list[int]) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return f"the {what} is {ours[at : at + 4]} from token {at + 1} on, {theirs[at : at + 4]} by AutoTokenizer"
+
+
+def _rounding(weight_type: str, expected: Expected) -> list[str]:
+    """The weight type, where it cannot hold the checkpoint's values."""
+    return [] if weight_type in expected.exact else [weight_type]
+
+
+def _is_bfloat16(values: Floats) -> bool:
+    return not (values.view(np.uint32) & 0xFFFF).any()
+
+
+def _line(entries: Sequence[Agreement]) -> str:
+    """A part in one line: its worst figures over all stages."""
+    worst = max(entries, key=lambda entry: entry.worst)
+    cosine, rms = min(entry.cosine for entry in entries), max(entry.rms for entry in entries)
+    return f"{worst.part:<9} cosine {cosine:.6f}  error {rms:.1e}, at worst {worst.worst:.1e} in {worst.stage}"
+
+
+def _as_json(value: Any) -> Any:
+    """JSON has no infinity and no NaN: null."""
+    if isinstance(value, dict):
+        return {key: _as_json(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_as_json(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -139,11 +139,12 @@ def _reference_flags(parser: argparse.ArgumentParser) -> None:
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--output_path", type=Path, metavar="FILE", help="file to write")
     place.add_argument("--bundle", type=Path, metavar="DIR", help="bundle of the checkpoint to put it into")
-    add("--window", type=int, help="tokens seen at a time (default 512, or the bundle's kv_cache_len if that is less)")
+    add("--window", type=int, help="tokens seen at a time (default 512, with --bundle what all its groups need)")
     add("--tokens", type=int, default=16384, help="most of the text that is used (default 16384)")
     add("--top_k", type=int, default=256, help="likeliest tokens that are kept of each position (default 256)")
     add("--greedy_tokens", type=int, default=32, help="length of the greedy answers; 0: none (default 32)")
     add("--model_config", type=Path, help="a config.json to use in place of the checkpoint's")
+    add("--model_type", help="architecture of a checkpoint whose own model_type transformers does not know")
 
 
 def _reference(arguments: argparse.Namespace) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,25 +16,26 @@ from board.bundle import read_manifest, sha256
 from board.errors import BadInput
 from board.evaluate import log_softmax
 from board.logits import NAME, ReferenceLogits
-from board.tokenizer import Tokenizer
-from toolchain import VERSION, config
-from toolchain.bundle import add_file, input_files
-from toolchain.checkpoint import Checkpoint
+from toolchain import VERSION
+from toolchain.bundle import HF_FILES, add_file
 
 Floats = NDArray[np.float32]
 Progress = Callable[[str], None]
 
 WINDOW = 512
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+MODEL_CONFIG = "model_config"  # what a manifest calls a config.json given in place of the checkpoint's
 ROWS = 128  # of logits at a time
 MOST_ANSWERS = 16  # greedy continuations, one a window
 
 
 @dataclass(frozen=True)
 class Options:
-    """`window` None: 512 tokens, or the context of `bundle`, or the whole text, whichever is least.
+    """`window` None: 512 tokens, more where `bundle` prefills more, or the context of `bundle`, or the whole text.
 
     `tokens` is the most of the text that is used, `top_k` how many log-probabilities are kept of each position,
-    `greedy_tokens` how long the greedy continuations are (0: none; they need the whole model in memory).
+    `greedy_tokens` how long the greedy continuations are (0: none). `model_config` stands for the checkpoint's
+    config.json, `model_type` for a model_type that transformers does not know.
     """
 
     input_path: Path
@@ -45,6 +47,7 @@ class Options:
     top_k: int = 256
     greedy_tokens: int = 32
     model_config: Path | None = None
+    model_type: str | None = None
 
     def __post_init__(self) -> None:
         if (self.output_path is None) == (self.bundle is None):
@@ -65,12 +68,10 @@ def write(options: Options, progress: Progress = lambda line: None) -> tuple[Pat
     Raises BadInput when the checkpoint or the text cannot be used, or the bundle was built from another checkpoint.
     """
     manifest = None if options.bundle is None else read_manifest(options.bundle)
-    checkpoint = Checkpoint.open(options.input_path)
-    inputs = {path.name: sha256(path) for path in input_files(checkpoint.path, checkpoint.files)}
+    inputs = {path.name: sha256(path) for path in _inputs(options, manifest)}
     if manifest is not None:
         _expect_same(manifest, inputs, options)
-    context = None if manifest is None else int(manifest["model"]["kv_cache_len"])
-    logits = compute(options, checkpoint, inputs, context, progress)
+    logits = compute(options, inputs, {} if manifest is None else manifest["model"], progress)
     if options.bundle is not None:
         add_file(options.bundle, NAME, logits.encode())
         return options.bundle / NAME, logits
@@ -85,83 +86,121 @@ def write(options: Options, progress: Progress = lambda line: None) -> tuple[Pat
 
 def compute(
     options: Options,
-    checkpoint: Checkpoint,
     inputs: dict[str, str],
-    context: int | None = None,
+    model: Mapping[str, Any] = MappingProxyType({}),
     progress: Progress = lambda line: None,
 ) -> ReferenceLogits:
     """The reference logits of a text in windows of equal length; what is left at its end is not used.
 
-    `context` is the longest window where the options give none. Raises BadInput.
+    `model` is the description in a bundle's manifest, for the length of a window where the options give none. Raises
+    BadInput.
     """
     import transformers
 
     from toolchain.reference import Reference
 
-    model = config.load(checkpoint, options.model_config)
-    text, ids = _tokens(options, checkpoint)
-    length = options.window or min(WINDOW, context or WINDOW, len(ids))
+    text, ids = _tokens(options)
+    length = options.window or min(_window_of(model), len(ids))
     if len(ids) < length:
         raise BadInput(f"{options.text} has {len(ids)} tokens, expected at least --window {length}")
     windows = np.array(ids[: len(ids) // length * length], np.int64).reshape(-1, length)
+    remarks = list(_not_reached(model, length))
     prompt = max(length // 2, 1)
     answers = min(len(windows), MOST_ANSWERS) if options.greedy_tokens else 0
-    reference = Reference(checkpoint, model, options.model_config)
+    reference = Reference(options.input_path, options.model_config, options.model_type)
     continuations = np.zeros((answers, min(options.greedy_tokens, length - prompt)), np.uint32)
-    for number in range(answers):
-        given = windows[number, :prompt]
-        continuations[number] = reference.generate(given, continuations.shape[1], frozenset())
-        progress(f"[{number + 1}/{answers}] greedy answers")
-    hidden = reference.hidden(windows, progress)
-    top = min(options.top_k, model.vocab_size)
+    if continuations.size:
+        continuations[:] = reference.generate(windows[:answers, :prompt], continuations.shape[1]).tokens
+        progress(f"[{answers}/{answers}] greedy answers")
     parts = []
-    for number, (rows, following) in enumerate(zip(hidden, windows[:, 1:], strict=True)):
-        parts.append(_window(reference.logits, rows[:-1], following, top))
+    for number, tokens in enumerate(windows):
+        logits = reference.logits(tokens)
+        vocabulary = logits.shape[1]
+        parts.append(_window(logits[:-1], tokens[1:], min(options.top_k, vocabulary)))
         progress(f"[{number + 1}/{len(windows)}] windows")
     kept, logprobs, rest, chosen = (np.stack(column) for column in zip(*parts, strict=True))
     return ReferenceLogits(
         tokens=windows.astype(np.uint32),
-        ids=kept.astype(np.uint16 if model.vocab_size <= 1 << 16 else np.uint32),
+        ids=kept.astype(np.uint16 if vocabulary <= 1 << 16 else np.uint32),
         logprobs=logprobs,
         rest=rest,
         following=chosen,
         continuations=continuations,
         about={
-            "model_type": model.model_type,
-            "vocab_size": model.vocab_size,
+            "model_type": reference.model_type,
+            "vocab_size": vocabulary,
             "prompt": prompt,
             "inputs": inputs,
+            "remarks": [*remarks, *reference.remarks],
             "text": {"sha256": hashlib.sha256(text).hexdigest(), "size": len(text)},
             "tools": {"axc": VERSION, "transformers": transformers.__version__},
         },
     )
 
 
-def _tokens(options: Options, checkpoint: Checkpoint) -> tuple[bytes, list[int]]:
-    """The text and its token ids, as many as are wanted."""
-    tokenizer = Tokenizer.find(checkpoint.path)
-    if tokenizer is None:
-        raise BadInput(f"{checkpoint.path} has no tokenizer to cut the text with")
+def _window_of(model: Mapping[str, Any]) -> int:
+    """Tokens of a window that goes past the first prefill and through every group, within the context."""
+    if not model:
+        return WINDOW
+    history = max((group["history"] for group in model["groups"] if group["tokens"] > 1), default=0)
+    return int(min(max(WINDOW, history + model["prefill_len"]), model["kv_cache_len"]))
+
+
+def _not_reached(model: Mapping[str, Any], length: int) -> Iterator[str]:
+    """What of a bundle windows of this length leave unmeasured."""
+    if not model:
+        return
+    histories = sorted(group["history"] for group in model["groups"] if group["tokens"] > 1)
+    if model["prefill_len"] and length <= model["prefill_len"]:
+        yield (
+            f"windows of {length} tokens never leave the first prefill of {model['prefill_len']}: "
+            "K/V history and decode are not measured; give a longer text"
+        )
+    elif histories and length <= max(histories[:-1], default=0):
+        yield f"windows of {length} tokens do not reach the group behind {histories[-1]} rows; give a longer text"
+
+
+def _inputs(options: Options, manifest: dict[str, Any] | None) -> Iterator[Path]:
+    """The files of the checkpoint: those that the bundle was built from, else all that a model is made of."""
+    folder = options.input_path
+    if not folder.is_dir():
+        raise BadInput(f"no checkpoint folder {folder}\nGive the folder that holds config.json and the weights.")
+    names = {*HF_FILES}
+    if manifest is not None and isinstance(manifest.get("inputs"), dict):
+        names |= {name for name in manifest["inputs"] if "/" not in name}
+    else:
+        names |= {path.name for pattern in WEIGHTS for path in folder.glob(pattern)}
+    yield from (folder / name for name in sorted(names) if (folder / name).is_file())
+
+
+def _tokens(options: Options) -> tuple[bytes, list[int]]:
+    """The text and its token ids by AutoTokenizer, as many as are wanted."""
+    from toolchain.reference import tokenizer
+
     try:
         text = options.text.read_bytes()
-        ids = tokenizer.encode(text.decode("utf-8"))[: options.tokens]
+        decoded = text.decode("utf-8")
     except OSError as error:
         raise BadInput(f"cannot read {options.text}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{options.text} is not UTF-8 at byte {error.start}") from None
+    ids = list(tokenizer(options.input_path).encode(decoded))[: options.tokens]
     if len(ids) < 2:
-        raise BadInput(f"{options.text} has {len(ids)} tokens, expected at least 2")
+        raise BadInput(
+            f"{options.text} has {len(ids)} tokens, expected at least 2"
+            + (f"\nHas {options.input_path} a tokenizer?" if text else "")
+        )
     return text, ids
 
 
 Columns = tuple[NDArray[np.int64], Floats, Floats, Floats]
 
 
-def _window(logits: Callable[[Floats], Floats], hidden: Floats, following: NDArray[np.int64], top: int) -> Columns:
+def _window(logits: Floats, following: NDArray[np.int64], top: int) -> Columns:
     """ids [n, K], their log-probabilities, the log of the other mass [n], the log-probability of what follows [n]."""
     found = [
-        _rows(log_softmax(logits(hidden[start : start + ROWS])), following[start : start + ROWS], top)
-        for start in range(0, len(hidden), ROWS)
+        _rows(log_softmax(logits[start : start + ROWS]), following[start : start + ROWS], top)
+        for start in range(0, len(logits), ROWS)
     ]
     ids, logprobs, rest, chosen = (np.concatenate(column) for column in zip(*found, strict=True))
     return ids, logprobs, rest, chosen
@@ -185,7 +224,9 @@ def _expect_same(manifest: dict[str, Any], inputs: dict[str, str], options: Opti
     """Raises BadInput when the bundle is not of this checkpoint."""
     built = manifest.get("inputs")
     recorded = {name: entry.get("sha256") for name, entry in built.items()} if isinstance(built, dict) else {}
-    other = sorted(name for name in inputs if recorded.get(name) != inputs[name])
+    if options.model_config is not None:
+        inputs = {**inputs, MODEL_CONFIG: sha256(options.model_config)}
+    other = sorted(name for name in {**recorded, **inputs} if recorded.get(name) != inputs.get(name))
     if other:
         raise BadInput(
             f"{options.bundle} was not built from {options.input_path}: {other[0]} is another\n"
@@ -198,4 +239,5 @@ def lines(path: Path, logits: ReferenceLogits) -> Iterator[str]:
     windows, length = logits.tokens.shape
     bound = "exact" if logits.exact else f"a lower bound, of {logits.ids.shape[2]} tokens and the rest"
     yield f"{path}: {windows} windows of {length} tokens, {path.stat().st_size:,} bytes; divergence is {bound}"
+    yield from logits.about.get("remarks", ())
     yield f"greedy answers: {len(logits.continuations)} of {logits.continuations.shape[1]} tokens"

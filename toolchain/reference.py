@@ -1,27 +1,29 @@
-"""The independent reference: transformers in float32, one decoder layer in memory at a time.
+"""The independent reference: transformers reads the checkpoint's folder by its own rules and computes in float32.
 
-It reads the checkpoint as it is, never our quantised copy of it.
+Nothing of our reader is used: AutoConfig, AutoModelForCausalLM and AutoTokenizer open the folder themselves, so what we
+misread, they show. The decoder layers are found by structure, not by the names that our families know.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
+import contextlib
+import logging
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from board.errors import BadInput
 from toolchain.budget import available_memory, megabytes
-from toolchain.checkpoint import EMBEDDING, Checkpoint, widen
-from toolchain.config import ModelConfig
 
 try:
     import torch
     import transformers
+    from transformers.modeling_utils import load_state_dict
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 except ImportError:
     raise BadInput(
         "the float32 reference needs torch and transformers, which are not installed\n"
@@ -29,120 +31,273 @@ except ImportError:
     ) from None
 
 Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the files that transformers may take weights from
+WIDENED = (torch.bfloat16, torch.float16)  # types whose values are all float32 values
+HEADROOM = 1 << 30  # bytes for activations and logits beside the weights
+STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+class Refused(BadInput):
+    """transformers does not read the folder as a whole model."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A forward pass over n tokens: `inputs` and `outputs` [n, hidden] of each decoder layer, `logits` [n, vocab].
+
+    `embedded` are the rows of the embedding table, [n, hidden].
+    """
+
+    embedded: Floats
+    inputs: list[Floats]
+    outputs: list[Floats]
+    logits: Floats
+
+
+class Answer(NamedTuple):
+    """Greedy `tokens` [sequences, n], and the `logits` [sequences, n, vocab] that each was taken from."""
+
+    tokens: Ids
+    logits: Floats
 
 
 class Reference:
-    """Float32 hidden states and logits of a checkpoint, by transformers' own modules."""
+    """A checkpoint's folder as transformers loads it.
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, model_config: Path | None = None) -> None:
+    `remarks` are what a user must be told about it. Where memory cannot hold the model in float32, weights stay in the
+    files' own type, mapped, and each layer is widened to float32 while it runs; the results are the same bits.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model_config: Path | None = None,
+        model_type: str | None = None,
+        available: int | None = None,
+    ) -> None:
+        """`model_config` stands for the folder's config.json; `model_type` for a type that transformers does not know.
+
+        `available` is the memory in bytes, by default what the machine has. Raises Refused, and BadInput when memory
+        does not suffice.
+        """
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.checkpoint, self.config = checkpoint, config
-        self.hf_config = transformers.AutoConfig.from_pretrained(
-            model_config or checkpoint.path, local_files_only=True, trust_remote_code=False
-        )
-        self.hf_config._attn_implementation = "eager"
-        auto: Any = transformers.AutoModelForCausalLM
-        with torch.device("meta"):
-            self.skeleton = auto.from_config(self.hf_config, dtype=torch.float32)
-        self.rotary = type(self.skeleton.model.rotary_emb)(config=self.hf_config)
-
-    def embed(self, ids: NDArray[np.int64]) -> Floats:
-        """Rows of the embedding table: [n, hidden]."""
-        return np.concatenate([_float32(self.checkpoint, EMBEDDING, int(token), int(token) + 1) for token in ids])
-
-    @torch.inference_mode()
-    def layers(self, ids: NDArray[np.int64]) -> Iterator[tuple[int, Floats, Floats]]:
-        """(index, input, output) of every decoder layer over a whole sequence; both [n, hidden]."""
-        hidden = torch.from_numpy(self.embed(ids))[None]
-        for index, layer in self._layers(len(ids)):
-            out = layer(hidden)
-            yield index, hidden[0].numpy(), out[0].numpy()
-            hidden = out
-
-    @torch.inference_mode()
-    def hidden(self, ids: NDArray[np.int64], progress: Callable[[str], None] = lambda line: None) -> Floats:
-        """The last decoder layer's output [n, length, hidden] for sequences [n, length].
-
-        Each layer is read once, whatever their number. `progress(line)` is called after each.
-        """
-        hidden = torch.from_numpy(self.embed(ids.reshape(-1))).view(*ids.shape, -1)
-        for index, layer in self._layers(ids.shape[1]):
-            for sequence in hidden:
-                sequence.copy_(layer(sequence[None])[0])
-            progress(f"[{index + 1}/{self.config.num_hidden_layers}] layers")
-        return np.asarray(hidden.numpy())
-
-    def _layers(self, length: int) -> Iterator[tuple[int, Callable[[Any], Any]]]:
-        """Every decoder layer as a function of hidden states [1, length, hidden]."""
-        positions = torch.arange(length)[None]
-        rotary = self.rotary(torch.zeros(1), positions)
-        mask = torch.full((length, length), torch.finfo(torch.float32).min).triu(1)[None, None]
-        for index in range(self.config.num_hidden_layers):
-            layer = self._materialise(self.skeleton.model.layers[index], f"model.layers.{index}.")
-
-            def run(hidden: Any, layer: Any = layer) -> Any:
-                out = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
-                return out[0] if isinstance(out, tuple) else out
-
-            yield index, run
-
-    @torch.inference_mode()
-    def logits(self, hidden: Floats) -> Floats:
-        """Final norm and lm_head of [n, hidden]: [n, vocab]."""
-        norm = self._materialise(self.skeleton.model.norm, "model.norm.")
-        name = EMBEDDING if self.config.tie_word_embeddings else "lm_head.weight"
-        normed = norm(torch.from_numpy(hidden))
-        columns = [
-            normed @ torch.from_numpy(widen(block, self.checkpoint.tensors[name].dtype)).T
-            for _, block in self.checkpoint.blocks(name)
-        ]
-        return np.asarray(torch.cat(columns, dim=1).numpy())
-
-    @torch.inference_mode()
-    def generate(self, ids: NDArray[np.int64], tokens: int, stop: frozenset[int]) -> list[int]:
-        """Greedy continuation by the whole model in float32, without the token that stops it.
-
-        Raises BadInput when memory cannot hold the model.
-        """
-        out: list[int] = []
-        cache, given = None, torch.from_numpy(ids)[None]
-        while len(out) < tokens:
-            step = self._whole(given, past_key_values=cache, use_cache=True)
-            cache, token = step.past_key_values, int(step.logits[0, -1].argmax())
-            if token in stop:
-                break
-            out.append(token)
-            given = torch.tensor([[token]])
-        return out
-
-    @functools.cached_property
-    def _whole(self) -> Any:
-        need = 4 * sum(int(np.prod(stored.shape)) for stored in self.checkpoint.tensors.values())
-        available = available_memory()
-        if available is not None and available < need:
+        self.path, self.remarks = path, list[str]()
+        self.config = self._read_config(model_config or path, model_type)
+        self.config._attn_implementation = "eager"
+        with _refusing(path):
+            with torch.device("meta"):
+                auto: Any = transformers.AutoModelForCausalLM
+                skeleton = auto.from_config(self.config, dtype=torch.float32, trust_remote_code=False)
+            self.stored = stored = _stored_types(path)
+        whole = 0 if stored == {torch.float32} else 4 * _count(skeleton)  # float32 files are mapped
+        layers = _decoder_layers(skeleton)
+        largest = max(_count(layer) for layer in layers)
+        widened = 4 * (_count(skeleton) - sum(_count(layer) for layer in layers) + largest)
+        available = available_memory() if available is None else available
+        streamed = available is not None and available < whole + HEADROOM
+        need = widened if streamed and len(stored) == 1 and stored <= {*WIDENED} else whole
+        if available is not None and available < need + HEADROOM:
             raise BadInput(
-                f"to generate, the float32 reference is held in memory: {megabytes(need)}, {megabytes(available)} are "
-                "available\nGo without: llm_build --check_level 1, reference --greedy_tokens 0."
+                f"the float32 reference of {path} needs {megabytes(need + HEADROOM)} of memory, {megabytes(available)} "
+                "are available\nClose other programs, or go without: llm_build --check_level 0."
             )
+        self.model = self._load(min(stored, key=str) if streamed else torch.float32)
+        self._layers = _decoder_layers(self.model)
+        if streamed:
+            self._stream()
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.model_type)
+
+    @torch.no_grad()
+    def trace(self, ids: Ids, cache: Any = None) -> Trace:
+        """One pass over the tokens [n], after the rows that `cache` holds."""
+        inputs: list[Any] = []
+        outputs: list[Any] = []
+
+        def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            inputs.append((arguments[0] if arguments else named["hidden_states"])[0].clone())
+
+        def after(_: Any, __: Any, out: Any) -> None:
+            outputs.append((out[0] if isinstance(out, tuple) else out)[0].clone())
+
+        hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in self._layers]
+        hooks += [layer.register_forward_hook(after) for layer in self._layers]
+        given = torch.from_numpy(np.array(ids, np.int64))[None]
+        try:
+            out = self.model(given, past_key_values=cache, use_cache=cache is not None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        embedded = self.model.get_input_embeddings().weight[given[0]].float()
+        return Trace(embedded.numpy(), [x.numpy() for x in inputs], [x.numpy() for x in outputs], out.logits[0].numpy())
+
+    @torch.no_grad()
+    def logits(self, ids: Ids) -> Floats:
+        """[n, vocab] for the tokens [n]."""
+        out = self.model(torch.from_numpy(np.array(ids, np.int64))[None], use_cache=False)
+        return np.asarray(out.logits[0].numpy())
+
+    def exact_in(self, weight_type: str) -> bool:
+        """Whether that type has every value that the weights are stored with."""
+        return weight_type == "fp32" or self.stored == {STORED.get(weight_type)}
+
+    @torch.no_grad()
+    def generate(self, ids: Ids, tokens: int, stop: frozenset[int] = frozenset(), keep_logits: bool = False) -> Answer:
+        """Greedy continuation of sequences of one length, [sequences, n].
+
+        It ends with a token of `stop` where there is one sequence, and has it. `keep_logits` False: none are kept.
+        """
+        cache, given = None, torch.from_numpy(np.array(ids, np.int64))
+        chosen: list[Any] = []
+        logits: list[Any] = []
+        while len(chosen) < tokens:
+            step = self.model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, given = step.past_key_values, step.logits[:, -1].argmax(dim=1, keepdim=True)
+            chosen.append(given)
+            if keep_logits:
+                logits.append(step.logits[:, -1:])
+            if len(ids) == 1 and int(given) in stop:
+                break
+        if not chosen:
+            return Answer(np.zeros((len(ids), 0), np.int64), np.zeros((len(ids), 0, 0), np.float32))
+        kept = torch.cat(logits, dim=1).numpy() if logits else np.zeros((len(ids), 0, 0), np.float32)
+        return Answer(torch.cat(chosen, dim=1).numpy(), kept)
+
+    def empty_cache(self) -> Any:
+        """A K/V cache for `trace` that keeps every row of every layer, windows or not."""
+        return transformers.DynamicCache()
+
+    def resampled(
+        self, cache: Any, rows: Ids, rounded: Callable[[Floats], Floats]
+    ) -> tuple[Any, list[tuple[Floats, Floats]]] | None:
+        """A cache of other rows of a cache, each `rounded`; and those as K and V [n, heads * head_dim] of each layer.
+
+        None where layers keep something else between tokens.
+        """
+        made, flat = self.empty_cache(), list[tuple[Floats, Floats]]()
+        for index, layer in enumerate(cache.layers):
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if keys is None or values is None or keys.ndim != 4 or values.ndim != 4:
+                return None
+            k, v = (torch.from_numpy(rounded(np.asarray(kept[0][:, rows]))) for kept in (keys, values))
+            made.update(k[None], v[None], index)
+            flat.append((_flat(k), _flat(v)))
+        return made, flat
+
+    def _read_config(self, source: Path, model_type: str | None) -> Any:
+        """The config by its own model_type: a wrong --model_type of ours must not be followed."""
+        with _refusing(source):
+            values, _ = transformers.PreTrainedConfig.get_config_dict(source, local_files_only=True)
+            own = values.get("model_type")
+            if own in CONFIG_MAPPING:
+                return transformers.AutoConfig.from_pretrained(source, **LOCAL)
+            if model_type is not None and model_type in CONFIG_MAPPING:
+                self.remarks.append(
+                    f"transformers {transformers.__version__} does not know model_type {own!r}: the reference is a "
+                    f"{model_type} as --model_type says; whether that is right is not checked"
+                )
+                return CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
+        raise Refused(f"transformers {transformers.__version__} does not know model_type {own!r} of {source}")
+
+    def _load(self, dtype: torch.dtype) -> Any:
         auto: Any = transformers.AutoModelForCausalLM
-        return auto.from_pretrained(
-            self.checkpoint.path,
-            config=self.hf_config,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            weights_only=True,
-        ).eval()
+        with _refusing(self.path):
+            model, report = auto.from_pretrained(
+                self.path, config=self.config, dtype=dtype, weights_only=True, output_loading_info=True, **LOCAL
+            )
+        for what, names in (("misses", report["missing_keys"]), ("does not use", report["unexpected_keys"])):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise Refused(
+                    f"transformers, as {type(model).__name__}, {what} {min(names)}{more}: {self.path} is no whole model"
+                )
+        if report["mismatched_keys"] or report["error_msgs"]:
+            raise Refused(
+                f"transformers cannot load {self.path}: {min(map(str, report['mismatched_keys']), default='')}"
+            )
+        return model.eval()
 
-    def _materialise(self, module: Any, prefix: str) -> Any:
-        """A module of the skeleton, with the checkpoint's weights in float32."""
-        module = copy.deepcopy(module).to_empty(device="cpu")
-        state = {name: torch.from_numpy(_float32(self.checkpoint, prefix + name)) for name in module.state_dict()}
-        module.load_state_dict(state, strict=True)
-        return module.eval()
+    def _stream(self) -> None:
+        """Leaves the layers' weights as they are stored, widened while a layer runs; everything else is widened now."""
+        narrow = [name for name, buffer in self.model.named_buffers() if buffer.dtype in WIDENED]
+        if narrow:
+            raise BadInput(
+                f"the float32 reference of {self.path} does not fit in memory, and {narrow[0]} is no weight that could "
+                "be widened\nClose other programs, or go without: llm_build --check_level 0."
+            )
+        self.remarks.append("memory is short: the reference widens one layer at a time to float32")
+        inside = {id(weight) for layer in self._layers for weight in layer.parameters()}
+        for weight in self.model.parameters():
+            if id(weight) not in inside:
+                weight.data = weight.data.float()
+        for layer in self._layers:
+            stored = [(weight, weight.data) for weight in layer.parameters()]
+
+            def widen(*_: Any, stored: Any = stored) -> None:
+                for weight, data in stored:
+                    weight.data = data.float()
+
+            def restore(*_: Any, stored: Any = stored) -> None:
+                for weight, data in stored:
+                    weight.data = data
+
+            layer.register_forward_pre_hook(widen)
+            layer.register_forward_hook(restore, always_call=True)
 
 
-def _float32(checkpoint: Checkpoint, name: str, start: int = 0, stop: int | None = None) -> Floats:
-    stop = checkpoint.tensors[name].shape[0] if stop is None else stop
-    return widen(checkpoint.rows(name, start, stop), checkpoint.tensors[name].dtype)
+def tokenizer(path: Path) -> Any:
+    """AutoTokenizer of the folder. Raises Refused."""
+    transformers.logging.set_verbosity_error()
+    auto: Any = transformers.AutoTokenizer
+    with _refusing(path):
+        return auto.from_pretrained(path, **LOCAL)
+
+
+@contextlib.contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Whatever transformers raises over a folder becomes one line."""
+    logger = logging.getLogger("transformers")
+    silent, logger.disabled = logger.disabled, True
+    try:
+        yield
+    except (BadInput, KeyboardInterrupt):
+        raise
+    except Exception as error:  # its loaders name no limit to what they raise
+        text = " ".join(str(error).split())[:240] or type(error).__name__
+        raise Refused(f"transformers {transformers.__version__} does not load {path}: {text}") from None
+    finally:
+        logger.disabled = silent
+
+
+def _stored_types(path: Path) -> set[torch.dtype]:
+    """The element types in the folder's weight files, whichever of them are taken."""
+    found: set[torch.dtype] = set()
+    for pattern in WEIGHTS:
+        for file in sorted(path.glob(pattern)):
+            found |= {tensor.dtype for tensor in load_state_dict(file, map_location="meta").values()}
+    return found
+
+
+def _flat(rows: Any) -> Floats:
+    """[heads, n, head_dim] as a bundle keeps it, [n, heads * head_dim]."""
+    return np.asarray(rows.transpose(0, 1).reshape(rows.shape[1], -1).numpy())
+
+
+def _count(module: Any) -> int:
+    """Weights, each counted once where it is shared."""
+    return sum(int(weight.numel()) for weight in module.parameters())
+
+
+def _decoder_layers(model: Any) -> Any:
+    """The list of the decoder's layers: as long as the config says, and with the most weights. Raises Refused."""
+    length = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == length]
+    if not lists:
+        raise Refused(f"{type(model).__name__} of transformers has no list of {length} layers")
+    return max(lists, key=_count)

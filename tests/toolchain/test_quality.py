@@ -18,7 +18,7 @@ from board.model import Model
 from board.sampling import Sampling
 from board.tokenizer import Tokenizer
 from tests.conftest import Builder
-from toolchain.check import divergence
+from toolchain.agreement import divergence
 
 Floats = NDArray[np.float32]
 WINDOW = 250  # tokens seen at a time: within the bundles' context, and longer than every prefill group alone

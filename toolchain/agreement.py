@@ -6,6 +6,7 @@ the hidden state's own rounding explains. Whole models are compared by their log
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -43,8 +44,10 @@ NOISE = {
     "s8": Noise(0.08, 0.3, 0.25, 0.025),
     "s4": Noise(0.8, 5.0, 1.2, 1.5),
 }
-MEDIAN_RISE = 3.0  # the median error of many rows behind a history, over that of the first rows
-MANY = 32  # rows whose median tells something
+# The errors of a stage over those of the first one, geometric mean over the layers: at most 1.30 was measured without a
+# fault; 1.9 to 3.4 where one cached row of 200 is hidden. Below NEGLIGIBLE it is the order of sums in float32.
+RISE = 1.7
+NEGLIGIBLE = 1e-4
 GAP = 8.0  # root mean square errors of a logit by which the reference may prefer its token to the bundle's
 
 
@@ -64,7 +67,7 @@ class Rows(NamedTuple):
 class Agreement:
     """How a part agrees with the reference in a stage: least cosine of a row, relative errors over `rows` rows.
 
-    `rms`, `median` and `worst` are of a layer's updates, or of the post model's centred logits.
+    `rms` and `worst` are of a layer's updates, or of the post model's centred logits.
     """
 
     part: str
@@ -72,26 +75,34 @@ class Agreement:
     rows: int
     cosine: float
     rms: float
-    median: float
     worst: float
 
     @classmethod
     def of(cls, part: str, stage: str, rows: Rows) -> Agreement:
         error = np.where(np.isfinite(rows.error), rows.error, np.inf)
         rms = float(np.sqrt((error**2).mean()))
-        return cls(part, stage, len(error), float(rows.cosine.min()), rms, float(np.median(error)), float(error.max()))
+        return cls(part, stage, len(error), float(rows.cosine.min()), rms, float(error.max()))
 
-    def fault(self, noise: Noise, first: Agreement) -> str:
-        """What is wrong, in words; empty where nothing is. `first` is the same part in its first stage."""
+    def fault(self, noise: Noise) -> str:
+        """What is wrong, in words; empty where nothing is."""
         for name, value, most in (("error", self.rms, noise.rms), ("worst error", self.worst, noise.row)):
             if not value <= most:
                 return f"{self.part} in {self.stage} has {name} {value:.2e}, expected at most {most:.2e}"
-        rise = MEDIAN_RISE * max(first.median, 1e-6)
-        if min(self.rows, first.rows) >= MANY and not self.median <= rise:
-            return (
-                f"{self.part} in {self.stage} has median error {self.median:.2e}, {first.median:.2e} in {first.stage}"
-            )
         return ""
+
+
+def rises(layers: Sequence[Agreement]) -> Iterator[str]:
+    """Stages in which the layers' errors are larger than in their first stage: what rounding does not depend on."""
+    first: dict[str, Agreement] = {}
+    ratios: dict[str, list[float]] = {}
+    for entry in layers:
+        start = first.setdefault(entry.part, entry)
+        if start.rms > NEGLIGIBLE:
+            ratios.setdefault(entry.stage, []).append(float(np.log(entry.rms / start.rms)))
+    for stage, logarithms in ratios.items():
+        rise = float(np.exp(np.mean(logarithms)))
+        if not rise <= RISE:
+            yield f"the layers' errors rise by {rise:.2f} in {stage}, expected at most {RISE}"
 
 
 def update_errors(ours: Floats, reference: Floats, given: Floats, hidden_type: str) -> Rows:

@@ -34,6 +34,7 @@ from toolchain.agreement import (
     divergence,
     explained,
     logit_errors,
+    rises,
     update_errors,
 )
 from toolchain.expected import Answer, Expected, expect
@@ -129,10 +130,11 @@ def _layers(plan: Plan, bundle: Bundle, expected: Expected, say: Say) -> Found:
         decoder = Decoder([open_session(bundle.layer_path(index), ENGINE)])
         entries = list(_layer(decoder, index, steps, expected, bundle.hidden_state_type))
         found.agreements += entries
-        found.faults += [fault for entry in entries if (fault := entry.fault(noise, entries[0]))]
+        found.faults += [fault for entry in entries if (fault := entry.fault(noise))]
         say("  " + _line(entries))
         found.walk = _through(decoder, steps, found.walk)
         found.answer = _through(decoder, turns, found.answer)
+    found.faults += rises(found.agreements)
     return found
 
 
@@ -201,7 +203,7 @@ def _post(plan: Plan, bundle: Bundle, expected: Expected, found: Found, say: Say
     entry = Agreement.of("post", "logits", Rows(*map(np.concatenate, zip(*alone, strict=True))))
     noise = explained(bundle.hidden_state_type, *_rounding(plan.target.post_weight_type, expected))
     found.agreements.append(entry)
-    found.faults += [fault] if (fault := entry.fault(noise, entry)) else []
+    found.faults += [fault] if (fault := entry.fault(noise)) else []
     say("  " + _line([entry]))
     answer = expected.answer
     said = post(from_float32(found.answer[len(answer.asked) - 1 :], dtype)) if answer else None

@@ -209,18 +209,23 @@ class Reference:
         auto: Any = transformers.AutoModelForCausalLM
         with _refusing(self.path):
             model, report = auto.from_pretrained(
-                self.path, config=self.config, dtype=dtype, weights_only=True, output_loading_info=True, **LOCAL
+                self.path,
+                config=self.config,
+                dtype=dtype,
+                weights_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **LOCAL,
             )
+        kind = type(model).__name__
+        for name, stored, wanted in sorted(report["mismatched_keys"]):
+            raise Refused(f"{kind} of transformers has {name} in {list(wanted)}, {self.path} in {list(stored)}")
         for what, names in (("misses", report["missing_keys"]), ("does not use", report["unexpected_keys"])):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise Refused(
-                    f"transformers, as {type(model).__name__}, {what} {min(names)}{more}: {self.path} is no whole model"
-                )
-        if report["mismatched_keys"] or report["error_msgs"]:
-            raise Refused(
-                f"transformers cannot load {self.path}: {min(map(str, report['mismatched_keys']), default='')}"
-            )
+                raise Refused(f"{kind} of transformers {what} {min(names)}{more}: {self.path} is not its checkpoint")
+        if report["error_msgs"]:
+            raise Refused(f"{kind} of transformers cannot load {self.path}: {report['error_msgs'][0]}")
         return model.eval()
 
     def _stream(self) -> None:

@@ -48,6 +48,7 @@ NOISE = {
 # fault; 1.9 to 3.4 where one cached row of 200 is hidden. Below NEGLIGIBLE it is the order of sums in float32.
 RISE = 1.7
 NEGLIGIBLE = 1e-4
+QUIET = np.errstate(invalid="ignore", over="ignore")  # what is not finite is found by the bounds
 GAP = 8.0  # root mean square errors of a logit by which the reference may prefer its token to the bundle's
 
 
@@ -105,6 +106,7 @@ def rises(layers: Sequence[Agreement]) -> Iterator[str]:
             yield f"the layers' errors rise by {rise:.2f} in {stage}, expected at most {RISE}"
 
 
+@QUIET
 def update_errors(ours: Floats, reference: Floats, given: Floats, hidden_type: str) -> Rows:
     """Compares a layer's outputs [n, hidden] for the inputs `given`, which it saw rounded to `hidden_type`."""
     dtype = FLOATS[hidden_type]
@@ -118,6 +120,7 @@ def update_errors(ours: Floats, reference: Floats, given: Floats, hidden_type: s
     return Rows(cosines(out, expected), _norm(error) / np.maximum(scale, 1e-300))
 
 
+@QUIET
 def logit_errors(ours: Floats, reference: Floats) -> Rows:
     """Compares rows of logits [n, vocab], their means left out: softmax does not see them."""
     a, b = centred(ours), centred(reference)
@@ -129,6 +132,7 @@ def centred(logits: Floats) -> Doubles:
     return np.asarray(values - values.mean(axis=1, keepdims=True))
 
 
+@QUIET
 def cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> Doubles:
     """Of rows [n, width]; 1 where both are zero."""
     a, b = a.astype(np.float64), b.astype(np.float64)
@@ -136,6 +140,7 @@ def cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> Doubles:
     return np.asarray(np.where(norms == 0, (a == b).all(axis=1), (a * b).sum(axis=1) / np.where(norms == 0, 1, norms)))
 
 
+@QUIET
 def divergence(reference: Floats, ours: Floats) -> Doubles:
     """KL(reference || ours) in nats for rows of logits [n, vocab]: [n]."""
     p, q = _log_softmax(reference), _log_softmax(ours)

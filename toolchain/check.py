@@ -242,7 +242,7 @@ def _whole(
         say("  no tokenizer in the checkpoint: no answer" if tokenizer is None else "  an empty prompt: no answer")
         return results
     answer, stop = expected.answer, tokenizer.stop_ids
-    chosen, wrong = _compared(answer, whole["answer"], GAP * whole["logit_error"])
+    chosen, wrong = compared(answer, whole["answer"], GAP * whole["logit_error"])
     faults += wrong
     same = sum(a == b for a, b in zip(chosen, answer.tokens, strict=True))
     texts = [tokenizer.decode(token for token in tokens if token not in stop) for tokens in (chosen, answer.tokens)]
@@ -253,7 +253,7 @@ def _whole(
     return results
 
 
-def _compared(answer: Answer, ours: Floats, gap: float) -> tuple[list[int], list[str]]:
+def compared(answer: Answer, ours: Floats, gap: float) -> tuple[list[int], list[str]]:
     """The bundle's choice after each of the reference's tokens; a fault where no rounding explains another choice."""
     chosen, faults = ours.argmax(axis=1).tolist(), []
     for at, (mine, theirs) in enumerate(zip(chosen, answer.tokens, strict=True)):

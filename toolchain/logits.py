@@ -186,10 +186,7 @@ def _tokens(options: Options) -> tuple[bytes, list[int]]:
         raise BadInput(f"{options.text} is not UTF-8 at byte {error.start}") from None
     ids = list(tokenizer(options.input_path).encode(decoded))[: options.tokens]
     if len(ids) < 2:
-        raise BadInput(
-            f"{options.text} has {len(ids)} tokens, expected at least 2"
-            + (f"\nHas {options.input_path} a tokenizer?" if text else "")
-        )
+        raise BadInput(f"{options.text} has {len(ids)} tokens, expected at least 2")
     return text, ids
 
 

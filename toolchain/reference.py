@@ -257,11 +257,14 @@ class Reference:
 
 
 def tokenizer(path: Path) -> Any:
-    """AutoTokenizer of the folder. Raises Refused."""
+    """AutoTokenizer of the folder. Raises Refused, also where it makes one up that knows special tokens only."""
     transformers.logging.set_verbosity_error()
     auto: Any = transformers.AutoTokenizer
     with _refusing(path):
-        return auto.from_pretrained(path, **LOCAL)
+        found = auto.from_pretrained(path, **LOCAL)
+        if not set(found.get_vocab()) - set(found.all_special_tokens):
+            raise Refused(f"{path} has no tokenizer that transformers {transformers.__version__} finds")
+        return found
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,12 @@ import pytest
 
 from board import axmodel
 from board.bundle import sha256
+from board.dtypes import bf16_to_f32, f32_to_bf16
+from board.errors import CheckFailed
+from toolchain import build, check
+from toolchain.agreement import NOISE, Agreement, Rows, divergence, logit_errors, update_errors
 from toolchain.cli import main
+from toolchain.expected import Answer
 
 
 def arguments(checkpoint: Path, output: Path, report: Path) -> list[str]:
@@ -35,12 +41,16 @@ def test_level_2_answers(tiny_qwen2: Path, tmp_path: Path, capsys: pytest.Captur
         shown.index(f"{step} done") for step in ("prepare", "build", "check")
     )
     assert seen["model"]["answer"] == seen["model"]["reference"] == "2"
-    assert {(entry["part"], entry["stage"]) for entry in seen["layers"]} == {
-        *((f"layer {index}", stage) for index in range(4) for stage in ("prefill", "decode")),
+    assert seen["model"]["same_tokens"] == seen["model"]["compared_tokens"] == len(seen["model"]["margins"]) == 2
+    stages = ("prefill", "decode", "history", "rollback")
+    assert [(entry["part"], entry["stage"]) for entry in seen["layers"]] == [
+        *((f"layer {index}", stage) for index in range(4) for stage in stages),
         ("post", "logits"),
-    }
-    assert all(entry["cosine"] > 0.999 for entry in seen["layers"])
-    assert seen["model"]["top1_agreement"] >= 0.99
+    ]
+    assert [entry["rows"] for entry in seen["layers"]][:4] == [32, 6, 217, 32]
+    assert all(entry["cosine"] > 0.999 and 0 < entry["rms"] <= entry["worst"] < 0.02 for entry in seen["layers"])
+    assert seen["reach"] == "255 tokens, the whole context"
+    assert 0 < seen["model"]["mean_kld"] < 4e-3
     assert seen["failures"] == []
 
 
@@ -70,3 +80,76 @@ def test_a_planted_fault_is_found(
     error = capsys.readouterr().err
     assert "does not agree with its checkpoint: layer 1 in" in error
     assert len(error.strip().splitlines()) <= 3
+
+
+def plan_of(checkpoint: Path, bundle: Path) -> build.Plan:
+    return build.plan(build.Options(checkpoint, bundle, prefill_len=32, kv_cache_len=255, last_kv_cache_len=(32, 128)))
+
+
+@pytest.fixture
+def bundle(bundle_s8: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(bundle_s8, tmp_path / "bundle"))
+
+
+def found(plan: build.Plan, level: int = 2) -> str:
+    with pytest.raises(CheckFailed) as failed:
+        check.check(plan, level, "what is 1+1=", lambda line: None)
+    return str(failed.value)
+
+
+def test_a_tokenizer_that_differs_is_found(tiny_qwen2: Path, bundle: Path) -> None:
+    path = bundle / "hf" / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["normalizer"] = {"type": "Lowercase"} | {"type": "Replace", "pattern": {"String": "1"}, "content": "2"}
+    path.write_text(json.dumps(values))
+    said = found(plan_of(tiny_qwen2, bundle))
+    assert "the prompt is [" in said
+    assert "by AutoTokenizer" in said
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", None])
+def test_a_template_that_differs_is_found(template: str | None, tiny_qwen2: Path, bundle: Path) -> None:
+    path = bundle / "hf" / "tokenizer_config.json"
+    values = json.loads(path.read_text())
+    values["chat_template"] = template
+    path.write_text(json.dumps(values))
+    said = found(plan_of(tiny_qwen2, bundle))
+    assert ("chat template is [" if template else "AutoTokenizer has a chat template, the bundle has none") in said
+
+
+@pytest.mark.parametrize(("margin", "gap", "good"), [(0.3, 0.2, False), (0.3, 0.4, True), (float("nan"), 0.4, False)])
+def test_another_token_is_excused_by_a_near_tie_only(margin: float, gap: float, good: bool) -> None:
+    """Token 1 in place of the reference's token 0, which leads by the margin."""
+    wanted = np.array([[1.0, 1.0 - margin, -2.0], [1.0, 0.0, 3.0]], np.float32)
+    ours = np.array([[0.9, 1.0, -2.0], [1.0, 0.0, 3.0]], np.float32)
+    chosen, faults = check.compared(Answer([5], [0, 2], wanted), ours, gap)
+    assert chosen == [1, 2]
+    assert (not faults) is good
+
+
+def test_logits_that_are_no_numbers_are_no_answer() -> None:
+    wanted, ours = np.zeros((1, 3), np.float32), np.full((1, 3), np.nan, np.float32)
+    assert check.compared(Answer([5], [0], wanted), ours, 1.0)[1]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_a_failure_in_every_figure(value: float) -> None:
+    good = np.ones((4, 8), np.float32)
+    bad = good.copy()
+    bad[2, 3] = value
+    for rows in (update_errors(bad, good, good / 2, "bf16"), logit_errors(bad + np.arange(8), good + np.arange(8))):
+        entry = Agreement.of("layer 0", "decode", Rows(*(np.asarray(each, np.float64) for each in rows)))
+        assert "expected at most" in entry.fault(NOISE["s4"])
+    assert not divergence(good, bad).mean() <= NOISE["s4"].kld
+
+
+def test_rounding_of_the_hidden_state_is_no_error_of_a_layer() -> None:
+    """A layer that does all right, and whose input and output are rounded as they must be."""
+    random = np.random.default_rng(4)
+    update = random.standard_normal((50, 64), np.float32)
+    given = random.standard_normal((50, 64), np.float32) * np.float32(100)
+    expected = given + update
+    ours = bf16_to_f32(f32_to_bf16(bf16_to_f32(f32_to_bf16(given)) + update))
+    assert update_errors(ours, expected, given, "bf16").error.max() < 1e-4
+    assert update_errors(ours, expected, given, "fp32").error.min() > 0.05

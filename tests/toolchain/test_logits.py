@@ -19,7 +19,7 @@ from board.errors import BadInput
 from board.logits import ReferenceLogits
 from tests.toolchain.axc import assert_done, assert_refused, axc
 from toolchain import build
-from toolchain.logits import Options, write
+from toolchain.logits import Options, _not_reached, _window_of, write
 
 WINDOW = 40
 
@@ -135,6 +135,41 @@ def test_a_bundle_of_another_checkpoint_is_left_as_it_is(bundle: Path, tiny_qwen
     with pytest.raises(BadInput, match=r"was not built from .*: generation_config.json is another"):
         write(Options(other, tiny_qwen2 / "heldout.txt", bundle=bundle))
     verify(bundle)
+
+
+def test_windows_go_through_every_group_of_the_bundle() -> None:
+    groups = [{"tokens": 1, "history": 1023}, *({"tokens": 128, "history": n} for n in (0, 128, 256, 512, 896))]
+    model = {"groups": groups, "prefill_len": 128, "kv_cache_len": 1023}
+    assert _window_of(model) == 1023
+    assert _window_of({**model, "groups": groups[:4], "kv_cache_len": 4095}) == 512
+    assert _window_of({}) == 512
+    assert not list(_not_reached(model, 1023))
+    assert "do not reach the group behind 896 rows" in "".join(_not_reached(model, 512))
+    assert "never leave the first prefill of 128" in "".join(_not_reached(model, 128))
+
+
+def test_a_text_too_short_for_the_groups_is_said(bundle: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("Once upon a board.")
+    ended = axc("reference", "--input_path", tiny_qwen2, "--text", text, "--bundle", bundle, "--greedy_tokens", 0)
+    assert_done(ended)
+    assert "never leave the first prefill of 32" in ended.out
+
+
+def test_a_bundle_of_another_config_json_is_left_as_it_is(bundle: Path, tiny_qwen2: Path) -> None:
+    """Whether one was given in place of the checkpoint's is compared both ways."""
+    options = Options(
+        tiny_qwen2, tiny_qwen2 / "heldout.txt", bundle=bundle, model_config=tiny_qwen2 / "config.json", greedy_tokens=0
+    )
+    with pytest.raises(BadInput, match="model_config is another"):
+        write(options)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tiny_qwen2: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(tiny_qwen2 / name, tmp_path / name)
+    with pytest.raises(BadInput, match="has no tokenizer that transformers"):
+        write(Options(tmp_path, tiny_qwen2 / "heldout.txt", tmp_path / "x"))
 
 
 @pytest.mark.parametrize(

@@ -175,8 +175,6 @@ def _inputs(options: Options, manifest: dict[str, Any] | None) -> Iterator[Path]
 
 def _tokens(options: Options) -> tuple[bytes, list[int]]:
     """The text and its token ids by AutoTokenizer, as many as are wanted."""
-    from toolchain.reference import tokenizer
-
     try:
         text = options.text.read_bytes()
         decoded = text.decode("utf-8")
@@ -184,6 +182,8 @@ def _tokens(options: Options) -> tuple[bytes, list[int]]:
         raise BadInput(f"cannot read {options.text}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise BadInput(f"{options.text} is not UTF-8 at byte {error.start}") from None
+    from toolchain.reference import tokenizer  # torch: not before the text is known to be one
+
     ids = list(tokenizer(options.input_path).encode(decoded))[: options.tokens]
     if len(ids) < 2:
         raise BadInput(f"{options.text} has {len(ids)} tokens, expected at least 2")

@@ -149,7 +149,7 @@ def test_rounding_of_the_hidden_state_is_no_error_of_a_layer() -> None:
     random = np.random.default_rng(4)
     update = random.standard_normal((50, 64), np.float32)
     given = random.standard_normal((50, 64), np.float32) * np.float32(100)
-    expected = given + update
-    ours = bf16_to_f32(f32_to_bf16(bf16_to_f32(f32_to_bf16(given)) + update))
+    expected = np.asarray(given + update, np.float32)
+    ours = bf16_to_f32(f32_to_bf16(np.asarray(bf16_to_f32(f32_to_bf16(given)) + update, np.float32)))
     assert update_errors(ours, expected, given, "bf16").error.max() < 1e-4
     assert update_errors(ours, expected, given, "fp32").error.min() > 0.05

@@ -148,7 +148,7 @@ def test_rounding_of_the_hidden_state_is_no_error_of_a_layer() -> None:
     """A layer that does all right, and whose input and output are rounded as they must be."""
     random = np.random.default_rng(4)
     update = random.standard_normal((50, 64), np.float32)
-    given = random.standard_normal((50, 64), np.float32) * np.float32(100)
+    given = np.asarray(random.standard_normal((50, 64), np.float32) * 100, np.float32)
     expected = np.asarray(given + update, np.float32)
     ours = bf16_to_f32(f32_to_bf16(np.asarray(bf16_to_f32(f32_to_bf16(given)) + update, np.float32)))
     assert update_errors(ours, expected, given, "bf16").error.max() < 1e-4

@@ -138,7 +138,10 @@ def test_values_that_are_not_finite_are_a_failure_in_every_figure(value: float) 
     good = np.ones((4, 8), np.float32)
     bad = good.copy()
     bad[2, 3] = value
-    for rows in (update_errors(bad, good, good / 2, "bf16"), logit_errors(bad + np.arange(8), good + np.arange(8))):
+    for rows in (
+        update_errors(bad, good, np.asarray(good / 2, np.float32), "bf16"),
+        logit_errors(np.asarray(bad + np.arange(8), np.float32), np.asarray(good + np.arange(8), np.float32)),
+    ):
         entry = Agreement.of("layer 0", "decode", Rows(*(np.asarray(each, np.float64) for each in rows)))
         assert "expected at most" in entry.fault(NOISE["s4"])
     assert not divergence(good, bad).mean() <= NOISE["s4"].kld

@@ -16,8 +16,8 @@ from board.bundle import read_manifest, sha256
 from board.errors import BadInput
 from board.evaluate import log_softmax
 from board.logits import NAME, ReferenceLogits
-from toolchain import VERSION
-from toolchain.bundle import HF_FILES, add_file
+from toolchain import VERSION, hf_folder
+from toolchain.bundle import add_file
 
 Floats = NDArray[np.float32]
 Progress = Callable[[str], None]
@@ -165,12 +165,12 @@ def _inputs(options: Options, manifest: dict[str, Any] | None) -> Iterator[Path]
     folder = options.input_path
     if not folder.is_dir():
         raise BadInput(f"no checkpoint folder {folder}\nGive the folder that holds config.json and the weights.")
-    names = {*HF_FILES}
+    files = {*hf_folder.input_files(folder)}
     if manifest is not None and isinstance(manifest.get("inputs"), dict):
-        names |= {name for name in manifest["inputs"] if "/" not in name}
+        files |= {folder / name for name in manifest["inputs"] if "/" not in name}
     else:
-        names |= {path.name for pattern in WEIGHTS for path in folder.glob(pattern)}
-    yield from (folder / name for name in sorted(names) if (folder / name).is_file())
+        files |= {path for pattern in WEIGHTS for path in folder.glob(pattern)}
+    yield from (path for path in sorted(files) if path.is_file())
 
 
 def _tokens(options: Options) -> tuple[bytes, list[int]]:

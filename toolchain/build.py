@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from board.bundle import sha256
 from board.dtypes import FLOATS
 from board.errors import BadInput
-from toolchain import budget, bundle, config, identity, jobs, standing
+from toolchain import budget, bundle, config, hf_folder, identity, jobs, standing
 from toolchain.axmodel.writer import Written
 from toolchain.checkpoint import Checkpoint
 from toolchain.compile import Target
@@ -153,11 +153,12 @@ def plan(options: Options) -> Plan:
     target = options.target(model)
     inputs = bundle.input_files(checkpoint.path, checkpoint.files)
     memory = budget.memory(model, target)
-    budget.require_memory(memory, options.parallel)  # the tables are made below
+    proof = budget.proof(hf_folder.tokenizer_bytes(checkpoint.path))
+    budget.require_memory(memory, options.parallel, proof)  # the tables are made below
     planned = jobs.plan(Work(checkpoint.path, (), Path(), model, target), inputs)
     small = 2 * sum(path.stat().st_size for path in inputs if path not in checkpoint.files)  # and what is made of them
     disk = sum(job.nbytes for job in planned if job.kind != "input") + small + (1 << 20)
-    needs = budget.Budget(disk, memory, options.parallel)
+    needs = budget.Budget(disk, memory, options.parallel, proof)
     return Plan(options, checkpoint, model, target, inputs, tuple(planned), needs, tuple(notices))
 
 

@@ -76,6 +76,11 @@ def input_files(checkpoint: Path) -> tuple[Path, ...]:
     return tuple(path for path in (*named, *sorted(checkpoint.glob(OTHER_TEMPLATES))) if path.is_file())
 
 
+def tokenizer_bytes(checkpoint: Path) -> int:
+    """Bytes of the files that a tokenizer is made from."""
+    return sum((checkpoint / name).stat().st_size for name in TOKENIZERS if (checkpoint / name).is_file())
+
+
 def write(checkpoint: Path, hf: Path, vocab_size: int, model_config: Path | None = None) -> HfFolder:
     """Fills `hf` and proves it. Raises BadInput for what is damaged, or is read differently and cannot be mended."""
     made = HfFolder()
@@ -143,7 +148,9 @@ def _reference(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFo
     """
     try:
         import transformers
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
         return None
     transformers.logging.set_verbosity_error()
     how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -155,7 +162,7 @@ def _reference(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFo
     except BaseException as error:  # a panic of the tokenizers library is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
-        words = " ".join(str(error).split())
+        words = " ".join(str(error).split()) or type(error).__name__
         advice = INSTALL if "pip install" in words or "requires the" in words else "Is its tokenizer whole?"
         raise BadInput(f"transformers cannot read the tokenizer of {checkpoint}: {words:.300}\n{advice}") from None
 

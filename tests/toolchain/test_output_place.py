@@ -305,7 +305,7 @@ def test_a_disk_too_small_is_found_before_work_starts(pristine: Path) -> None:
 
 def test_memory_too_small_is_found_before_work_starts(pristine: Path, tmp_path: Path) -> None:
     limits = {resource.RLIMIT_DATA: 200_000_000}
-    assert_build_refused(pristine, tmp_path, "ulimit -d allows 200 MB", "needs 2", "Raise it", limits=limits)
+    assert_build_refused(pristine, tmp_path, "ulimit -d allows 200 MB", "the build needs 4", "Raise it", limits=limits)
 
 
 def test_memory_that_no_machine_has(tmp_path: Path) -> None:
@@ -315,7 +315,7 @@ def test_memory_that_no_machine_has(tmp_path: Path) -> None:
 
 def test_the_budget_is_enough(pristine: Path, tmp_path: Path) -> None:
     """What the estimate asks for under `ulimit -d` is what the build then gets along with."""
-    limits = {resource.RLIMIT_DATA: 240_000_000}
+    limits = {resource.RLIMIT_DATA: 440_000_000}
     assert_done(llm_build(pristine, tmp_path / "bundle", "--parallel", 2, limits=limits))
 
 

@@ -15,8 +15,8 @@ from typing import Any
 from board.errors import BadInput
 
 
-def _keys(text: str) -> frozenset[str]:
-    return frozenset(text.split())
+def _keys(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
 
 
 # read by no modelling code: names and versions, token ids, dtypes, training, caching, labels, outputs;

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from board.errors import BadInput, CheckFailed
-from ci.place import BOARDS, Address, Board
+from ci.place import SSH, Address, Board
 
 ON_BOARD = Path(__file__).resolve().parent / "on_board.py"
 CONNECT_SECONDS, REQUEST_SECONDS, STALL_SECONDS = 15, 120, 300
@@ -192,7 +192,7 @@ class Connection:
 
     def _ssh(self) -> list[str]:
         return [
-            *(str(BOARDS / "ssh"), "-x", "-T", "-o", f"ConnectTimeout={CONNECT_SECONDS}"),
+            *(str(SSH), "-x", "-T", "-o", f"ConnectTimeout={CONNECT_SECONDS}"),
             *("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=6"),
             *("-i", str(self.at.keyfile), "-p", str(self.at.port), "-l", self.at.user),
         ]

@@ -23,6 +23,7 @@ from board.errors import BadInput, CheckFailed
 
 ROOT = Path(__file__).resolve().parent.parent
 BOARDS = ROOT / "ci" / "boards"
+SSH = BOARDS / "ssh"  # checks the host key; labgrid's own way of calling ssh would accept any
 CLIENT_SECONDS = 30
 HELD = "LG_BOARD_HELD"  # the state folder of a board that is held already
 
@@ -122,11 +123,28 @@ def target(board: Board) -> Iterator[Any]:
     with _environment(board.variables()):
         environment = Environment(str(board.yaml))
         try:
+            check_host_keys(environment.config)
             yield environment.get_target("main")
         except (InvalidConfigError, NoResourceFoundError, FarmError, ConnectionRefusedError) as error:
             raise BadInput(f"labgrid does not reach {board.name} as {board.yaml} has it: {error}") from None
         finally:
             environment.cleanup()
+
+
+def check_host_keys(config: Any) -> None:
+    """Makes a labgrid configuration use SSH, wherever its YAML lies. Call it before a target is made of it.
+
+    labgrid looks for the YAML's `tools.ssh` beside the YAML and takes the system's ssh where there is none.
+    Raises BadInput for a YAML that names another ssh, which nobody knows to check host keys.
+    """
+    tools = config.data.setdefault("tools", {})
+    named = tools.get("ssh", "ssh") if isinstance(tools, dict) else tools
+    if named != "ssh" and not (isinstance(named, str) and Path(config.resolve_path(named)).resolve() == SSH):
+        raise BadInput(
+            f"{config.filename}: tools.ssh is {named!a:.80}, which may accept any host key\n"
+            f"Leave it out: {SSH} is used, which checks the key against known_hosts."
+        )
+    tools["ssh"] = str(SSH)
 
 
 def address(board: Board) -> Address:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from labgrid.pytestplugin.hooks import LABGRID_ENV_KEY
 
 from board.errors import BadInput
 from ci import gate, place
@@ -34,6 +35,14 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("no board was named: --lg-env ci/boards/virtual.yaml")
     try:
         os.environ.update(place.find(str(yaml)).variables())
+    except BadInput as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Before labgrid makes a target of the environment it has read: host keys are checked, wherever the YAML lies."""
+    try:
+        place.check_host_keys(session.config.stash[LABGRID_ENV_KEY].config)
     except BadInput as error:
         raise pytest.UsageError(str(error)) from None
 

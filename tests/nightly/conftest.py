@@ -99,7 +99,7 @@ class Desk:
 
     def yaml(self, name: str, on: str | None = None, off: str | None = None) -> Path:
         """The board's environment with other power commands."""
-        text = VIRTUAL.read_text().replace("$BASE/../..", str(ROOT)).replace("ssh: ssh", f"ssh: {VIRTUAL.parent}/ssh")
+        text = VIRTUAL.read_text().replace("$BASE/../..", str(ROOT))
         for key, command in (("cmd_on", on), ("cmd_off", off)):
             if command is not None:
                 text = re.sub(f"{key}: .*", f"{key}: {command}", text)

@@ -276,14 +276,15 @@ def deploy(
 ) -> None:
     """Runner and bundle onto a board: sent, verified, asked, and only then switched to."""
     install(VENV, "boards")
-    from ci import deploy, place, wheelhouse
+    from ci import deploy, evidence, place, wheelhouse
     from toolchain.models import load_model
 
     spec, found = load_model(model), place.find(board)
     bundle = built(spec.name, out)
     with place.hold(found):
         package = wheelhouse.cross(found.python, Path(out))
-        deploy.deploy(found, place.address(found), package, bundle, prompt or spec.prompt, keep, TELL)
+        at, record = place.address(found), evidence.place(Path(out), found.name)
+        deploy.deploy(found, at, package, bundle, prompt or spec.prompt, keep, TELL, record)
 
 
 @verb

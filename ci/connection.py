@@ -72,12 +72,17 @@ ANSWERS: Mapping[str, Any] = {
     },
     "survey": {"whole": bool, "into": str, "like": (str, None), "needed": int, "free": int},
     "verify": [str],
+    "inventory": {
+        "root": str,
+        "current": (str, None),
+        **{key: [[str]] for key in ("folders", "release", "package", "model")},
+    },
     "release": {"engine": str, "prompt": str, "tokens": ([int], None)},
     "ask": {"code": (int, None), "stdout": str, "stderr": str},
     "switch": (str, None),
     "previous": (str, None),
     "prune": [str],
-    **dict.fromkeys(("lock", "keep", "assemble", "back", "drop")),
+    **dict.fromkeys(("lock", "keep", "assemble", "back", "drop", "forget_compiled")),
 }
 NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded")
 
@@ -103,7 +108,7 @@ class Connection:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the connection)
         self._unread = b""
         self._process = subprocess.Popen(
-            [*self._ssh(), at.host, f"exec python3 -u -c {shlex.quote(START)} {shlex.quote(board.root)}"],
+            [*self._ssh(), at.host, f"exec python3 -I -S -u -c {shlex.quote(START)} {shlex.quote(board.root)}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
@@ -154,12 +159,7 @@ class Connection:
         """
         command = [
             *("rsync", "--recursive", "--checksum", "--delete", "--stats", "--partial-dir=.rsync-partial"),
-            *(
-                "--chmod=D0755,Fu+rw,Fgo+r,Fgo-w",
-                "--exclude=__pycache__",
-                f"--timeout={STALL_SECONDS}",
-                "--protect-args",
-            ),
+            *("--chmod=D0755,Fu+rw,Fgo+r,Fgo-w", f"--timeout={STALL_SECONDS}", "--protect-args"),
             *([f"--link-dest={like}"] if like else []),
             *("--rsh", shlex.join(self._ssh())),
             *(f"{source}/", f"{self.at.host}:{into}/"),

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from board.bundle import read_manifest
+from board import logits
+from board.bundle import Bundle, read_manifest
 from board.errors import BadInput, Failure
 from board.logits import NAME as REFERENCE
-from ci import place, stage
+from ci import evidence, place, stage
 from ci.place import Board
 from ci.stage import Stage
 from toolchain.fetch import fetch
@@ -24,9 +25,15 @@ from toolchain.models import ModelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "models" / "tiny-qwen2" / "heldout.txt"  # what accuracy is measured over, whatever the model
-ACCURACY = {"window": 128, "tokens": 512, "top_k": 1024, "greedy_tokens": 8}  # flags of axc reference
+# Flags of axc reference beside --window and --tokens: a window is as long as the context and passes every shape group.
+ACCURACY = {"top_k": 1024, "greedy_tokens": 8}
+WINDOWS, POSITIONS = 2, 1024  # the fewest of a reference
+MOST_WINDOW = 8192  # longer ones take more memory than the machine that computes the reference may have
+BYTES_A_TOKEN = 8  # of TEXT, more than any tokenizer makes of it
 CHIPS = {"ax630c": "AX620E"}  # boards whose chip is not the one of models/*.toml
 MEASURE = "measure"
+PROBE = "probe.json"  # of ci/probe.py
+DEPLOYED = "deployed.json"  # the record of the deploy, in the folder of the night
 ON_BOARD = 0.4  # of the time limit of MEASURE is what one command on the board may take: there are two
 
 # seconds a stage may take, unless --limit says otherwise
@@ -34,6 +41,7 @@ LIMITS = {
     "power on": 2400.0,
     "build": 3600.0,
     "reference": 3600.0,
+    "probe": 300.0,
     "package": 1800.0,
     "deploy": 1800.0,
     MEASURE: 3600.0,
@@ -89,7 +97,9 @@ class Course:
         self.options, self.board, self.spec, self.folder = options, board, spec, folder
         self.base = folder.parents[2]  # what build, cross and deploy know as their --out
         self.bundle = self.base / spec.name
+        self.deployed = evidence.place(self.base, board.name)
         self.stages: list[Stage] = []
+        self.unjudged = False  # the first nights of a maker have no gates
         self._say, self._stop = say, stop
 
     def reserve(self, last: contextlib.ExitStack) -> None:
@@ -120,9 +130,13 @@ class Course:
             self._take(self.options.bundle)
         if flags := self._reference_flags():
             self._run("reference", [*python, "toolchain", "reference", *flags])
+        self._run("probe", [*python, "ci.probe", str(self._tokenizer()), str(self.folder / PROBE)])
         where = ["--board", board, "--out", str(self.base)]
         self._run("package", [*python, "invoke", "cross", *where])
+        self.deployed.unlink(missing_ok=True)
         self._run("deploy", [*python, "invoke", "deploy", "--model", name, *where])
+        with contextlib.suppress(OSError):
+            shutil.copyfile(self.deployed, self.folder / DEPLOYED)
         self._run(MEASURE, [*python, "pytest", "tests/hil", *self._hil_flags()])
 
     def power_off(self) -> None:
@@ -170,20 +184,29 @@ class Course:
             reason = str(failure)
         except OSError as error:
             reason = f"cannot copy {bundle}: {error.strerror or error}"
-        self.note("build", started, reason, f"{bundle}, made by {maker}, was built before")
+        self.note(stage.HANDED_IN, started, reason, f"{bundle}, made by {maker}, was handed in: nothing was built")
 
     def _reference_flags(self) -> list[str]:
-        """Flags of axc reference; none where the bundle has its reference logits. Raises StageFailed."""
+        """Flags of axc reference; none where the bundle has one that reaches the end of the context.
+
+        Raises StageFailed.
+        """
         started = time.monotonic()
-        sizes = [word for name, value in ACCURACY.items() for word in (f"--{name}", str(value))]
         try:
-            if REFERENCE in read_manifest(self.bundle)["files"]:
+            context = Bundle.open(self.bundle).kv_cache_len
+            if reaches(self.bundle, context):
                 return []
             checkpoint = fetch(self.spec, self.options.model_dir)
         except Failure as failure:
             self.note("reference", started, str(failure))
             raise
-        return ["--input_path", str(checkpoint), "--text", str(TEXT), "--bundle", str(self.bundle), *sizes]
+        text = self.folder / "text.txt"
+        text.write_bytes(long_enough(TEXT.read_bytes(), context))
+        return ["--input_path", str(checkpoint), "--text", str(text), "--bundle", str(self.bundle), *sizes(context)]
+
+    def _tokenizer(self) -> Path:
+        """Whose ids the board's are compared with: the checkpoint's, or those of a bundle that was handed in."""
+        return self.bundle / "hf" if self.options.bundle else fetch(self.spec, self.options.model_dir)
 
     def _boot_seconds(self) -> float:
         """For a board to answer; the rest of the stage's limit is for switching it on."""
@@ -198,7 +221,9 @@ class Course:
     def _hil_flags(self) -> list[str]:
         return [
             *("--lg-env", str(self.board.yaml), "--hil-model", self.spec.name),
-            *("--hil-figures", str(self.folder / "figures.json")),
+            *("--hil-deployed", str(self.deployed), "--hil-figures", str(self.folder / "figures.json")),
+            *("--hil-probe", str(self.folder / PROBE)),
+            *(["--hil-unjudged"] if self.unjudged else []),
             *("--hil-limit", str(ON_BOARD * self.options.limit(MEASURE))),
             *("--junitxml", str(self.folder / "junit.xml")),
             *("--benchmark-json", str(self.folder / "benchmark.json")),
@@ -207,6 +232,27 @@ class Course:
 
     def _console(self, name: str) -> Path:
         return self.folder / f"{name.replace(' ', '-')}.log"
+
+
+def sizes(context: int) -> list[str]:
+    """Flags of axc reference for a bundle: windows to the end of its context, past each group's history."""
+    window = min(context + 1, MOST_WINDOW)
+    tokens = max(WINDOWS, -(-POSITIONS // window)) * window
+    values = {"window": window, "tokens": tokens, **ACCURACY}
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def long_enough(text: bytes, context: int) -> bytes:
+    """The text, again and again where it is too short for the windows of `sizes`."""
+    tokens = int(sizes(context)[3])
+    return text * -(-tokens * BYTES_A_TOKEN // len(text))
+
+
+def reaches(bundle: Path, context: int) -> bool:
+    """Whether a bundle has reference logits that reach the end of its context. Raises BadInput for damaged ones."""
+    if REFERENCE not in read_manifest(bundle)["files"]:
+        return False
+    return bool(logits.read(bundle / REFERENCE).tokens.shape[1] > min(context, MOST_WINDOW - 1))
 
 
 def limits(given: Sequence[str]) -> dict[str, float]:

@@ -16,7 +16,9 @@ from board import bundle as bundles
 from board.bundle import Bundle
 from board.errors import BadInput, CheckFailed
 from board.memory import needs
+from ci import evidence
 from ci.connection import Connection
+from ci.evidence import Record
 from ci.listing import Listing
 from ci.place import Address, Board, owner
 from ci.wheelhouse import Package
@@ -52,8 +54,9 @@ def deploy(
     prompt: str,
     keep: int = KEEP,
     say: Say = lambda line: None,
+    record: Path | None = None,
 ) -> Deployed:
-    """Makes package and bundle the board's current release.
+    """Makes package and bundle the board's current release, and writes what they are to the file `record`.
 
     Raises BadInput when the board cannot be reached or cannot take it, CheckFailed when what arrived is not what was
     sent or answers otherwise than here. The board then runs what it ran before.
@@ -77,9 +80,17 @@ def deploy(
         say(f"release {name} answers {prompt!r} with {answer!r}")
         was = link.call("switch", name=name)
         say(f"current is {name}, {'as before' if was == name else f'was {was}' if was else 'the first'}")
+        if record is not None:
+            evidence.write(record, _record(board, name, release, package.listing, model))
         for gone in link.call("prune", keep=keep):
             say(f"removed {gone}")
     return Deployed(name, was, answer, sum(sent), package.listing.size + model.size)
+
+
+def _record(board: Board, name: str, release: Mapping[str, Any], package: Listing, model: Listing) -> Record:
+    text = json.dumps(release, sort_keys=True)  # as ci/on_board.py writes it
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Record(board.name, name, package.id, model.id, digest, evidence.files(package), evidence.files(model))
 
 
 def rollback(board: Board, at: Address, say: Say = lambda line: None) -> Deployed:

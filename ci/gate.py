@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import statistics
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from board.errors import BadInput
 from ci.metrics import Figures, Metric, find, number, rank
+from ci.place import EMULATED
 
 GATES = Path(__file__).resolve().parent / "gates"
 MAKERS = ("cpu", "pulsar2")
 BASES = ("measured", "published")
-EMULATED = ("virtual",)
+MOST_DIGITS = 14  # beside the usual ones: as many as a float has
 FEWEST_NIGHTS = 3  # a spread of fewer says little
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
@@ -45,8 +48,18 @@ class Gate:
     def most(self) -> float:
         return self.expected + self.tolerance
 
-    def text(self) -> str:
-        return f"{number(self.expected)} ± {number(self.tolerance)} {self.unit}".strip()
+    def text(self, more: int = 0) -> str:
+        """For a reader; `more` digits than usual."""
+        return f"{number(self.expected, more)} ± {number(self.tolerance, more)} {self.unit}".strip()
+
+    def digits(self, value: float) -> int:
+        """How many more digits than usual show on which side of its bounds a value is."""
+        inside = self.least <= value <= self.most
+        for more in range(MOST_DIGITS):
+            seen, middle, around = (Decimal(number(each, more)) for each in (value, self.expected, self.tolerance))
+            if (middle - around <= seen <= middle + around) == inside:
+                return more
+        return MOST_DIGITS
 
 
 @dataclass(frozen=True)
@@ -65,13 +78,26 @@ class Judgement:
     def red(self) -> bool:
         return self.outcome in ("worse", "too good", "not measured")
 
+    @property
+    def value_text(self) -> str:
+        """The figure for a reader, with as many digits as show on which side of the gate it is."""
+        return "not measured" if self.value is None else self.metric.text(self.value, self._digits)
+
+    @property
+    def gate_text(self) -> str:
+        """The gate as `value_text` has the figure; empty where there is none."""
+        return self.gate.text(self._digits) if self.gate else ""
+
+    @property
+    def _digits(self) -> int:
+        return 0 if self.gate is None or self.value is None else self.gate.digits(self.value)
+
     def reason(self) -> str:
         """Why it is red, for the first line."""
-        assert self.gate is not None
         if self.value is None:
-            return f"{self.metric.label} was not measured; its gate expects {self.gate.text()}"
+            return f"{self.metric.label} was not measured; its gate expects {self.gate_text}"
         verdict = "worse than its gate" if self.outcome == "worse" else "too good to be taken on trust: its gate"
-        return f"{self.metric.label} is {self.metric.text(self.value)}, {verdict} {self.gate.text()}"
+        return f"{self.metric.label} is {self.value_text}, {verdict} {self.gate_text}"
 
 
 OUTCOMES = ("within", "worse", "too good", "not measured", "no gate")
@@ -83,7 +109,7 @@ def load(board: str, model: str, maker: str, gates: Path = GATES) -> dict[str, G
     Raises BadInput for a file that does not say what it must.
     """
     file = place(board, model, gates)
-    return _read(file).get(maker, {}) if file.is_file() else {}
+    return _read(file).get(maker, {}) if os.path.lexists(file) else {}
 
 
 def place(board: str, model: str, gates: Path = GATES) -> Path:

@@ -35,9 +35,11 @@ class Night:
     """What one night was, and what it measured.
 
     `started` in UTC, ISO 8601; `seconds` it took; `stage` the one that failed, empty when green. `commit` is of this
-    repository, with `+` where the working tree had changes. `files` are the bundle's digests by name, `pins` the locked
-    version of every requirement, `figures` by metric, `layers` what the build's check found of each: least cosine of a
-    row and worst error, by part and stage ("layer 0 prefill").
+    repository, with `+` where the working tree had changes. `handed_in`: the bundle was built elsewhere. `files` are
+    the bundle's digests by name, `release`, `package` and `engine_sha256` what ran on the board, `pins` the locked
+    version of every requirement, `figures` by metric, `gates` what each had to be, `layers` what the build's check
+    found of each: least cosine of a row and worst error, by part and stage ("layer 0 prefill"). A green night with a
+    `reason` was not judged.
     """
 
     board: str
@@ -52,6 +54,11 @@ class Night:
     engine: str = ""
     manifest_sha256: str = ""
     reference_sha256: str = ""
+    release: str = ""
+    package: str = ""
+    engine_sha256: str = ""
+    handed_in: bool = False
+    gates: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     pins: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
@@ -61,6 +68,11 @@ class Night:
     @property
     def green(self) -> bool:
         return self.verdict == "green"
+
+    @property
+    def judged_green(self) -> bool:
+        """Green, by gates."""
+        return self.green and not self.reason
 
 
 class History(NamedTuple):
@@ -100,6 +112,17 @@ def append(folder: Path, night: Night) -> Path:
     return file
 
 
+def require_writable(folder: Path, board: str, model: str) -> None:
+    """Raises BadInput when a night could not be added."""
+    file = place(folder, board, model)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "ab"):
+            pass
+    except OSError as error:
+        raise BadInput(f"cannot add to {file}: {error.strerror or error}\nName another folder: --history") from None
+
+
 def read(folder: Path, board: str, model: str) -> History:
     """Every night of a board and a model; none where there is no file. Raises BadInput when it cannot be read."""
     file = place(folder, board, model)
@@ -119,7 +142,8 @@ def read(folder: Path, board: str, model: str) -> History:
 
 
 def last_green(nights: Iterable[Night]) -> Night | None:
-    return next((night for night in reversed(tuple(nights)) if night.green), None)
+    """The last that was judged, and found good."""
+    return next((night for night in reversed(tuple(nights)) if night.judged_green), None)
 
 
 def measured(nights: Iterable[Night], maker: str) -> list[Night]:
@@ -154,7 +178,11 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, dict) and all(_is_figure(key, entry) for key, entry in value.items())
     if name == "layers":
         return isinstance(value, dict) and all(_is_pair(entry) for entry in value.values())
-    if name in ("files", "pins", "machine"):
+    if name == "handed_in":
+        return isinstance(value, bool)
+    if name == "gates" and not (isinstance(value, dict) and all(_is_figure(key, 0.0) for key in value)):
+        return False
+    if name in ("files", "pins", "machine", "gates"):
         return isinstance(value, dict) and all(isinstance(entry, str) for entry in value.values())
     return isinstance(value, str) and re.fullmatch(FORMS.get(name, "(?s).{0,10000}"), value) is not None
 

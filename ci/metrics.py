@@ -35,9 +35,9 @@ class Metric:
     floor: float
     timed: bool = False
 
-    def text(self, value: float) -> str:
-        """A value with its unit, for a reader."""
-        return f"{number(value)} {self.unit}".strip()
+    def text(self, value: float, more: int = 0) -> str:
+        """A value with its unit, for a reader; `more` digits than usual."""
+        return f"{number(value, more)} {self.unit}".strip()
 
 
 # In the order a reader wants them: what is wrong comes before what is slow.
@@ -47,6 +47,8 @@ METRICS = (
     Metric("top1_agreement", "same top token as the checkpoint", "%", True, 0.002),
     Metric("perplexity_ratio", "perplexity over the checkpoint's", "x", False, 0.001),
     Metric("greedy_same", "greedy tokens before one differs", "tokens", True, 0.02),
+    Metric("cache_kld", "KL divergence on the worst way through the K/V cache", "nats", False, 0.5),
+    Metric("cache_difference", "largest difference of a logit by way through the cache", "", False, 1.0),
     Metric("ttft_n", "first token of a prompt of {n}", "ms", False, 0.05, timed=True),
     Metric("turn_n", "first token of a turn behind {n}", "ms", False, 0.05, timed=True),
     Metric("decode_n", "decode behind {n}", "token/s", True, 0.05, timed=True),
@@ -56,6 +58,19 @@ METRICS = (
 )
 ORDER = {metric.name: place for place, metric in enumerate(METRICS)}
 ACCURACY = ("mean_kld", "kld_99_9", "top1_agreement", "perplexity_ratio", "greedy_same")
+CACHE = ("cache_kld", "cache_difference")
+QUALITY = (*ACCURACY, *CACHE)
+WAYS = ("fresh", "decode", "chunks", "rollback")  # through the K/V cache, of tests/hil/cache_paths.py
+
+
+LENGTHS, DEPTHS = (16, 128), (128,)  # of prompts, and tokens in the cache, of the bench of a night
+# Every figure that a night measures, on any board.
+MEASURED = (
+    *QUALITY,
+    *(f"ttft_{length}" for length in LENGTHS),
+    *(f"{kind}_{depth}" for kind in ("turn", "decode") for depth in DEPTHS),
+    *("work", "load", "peak_memory"),
+)
 
 
 def find(name: str) -> Metric:
@@ -85,6 +100,18 @@ def accuracy(evaluation: Mapping[str, Any]) -> dict[str, float]:
     return {name: 100 * value if name == "top1_agreement" else value for name, value in figures.items()}
 
 
+def cache(ways: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of tests/hil/cache_paths.py: the worst of its ways. Raises BadInput."""
+    where = "the ways through the cache"
+    for way in WAYS:
+        if not isinstance(ways, Mapping) or not isinstance(ways.get(way), Mapping):
+            raise BadInput(f"{where} have no {way!r}: expected {', '.join(WAYS)}")
+    return {
+        "cache_kld": max(_finite(ways[way], "mean_kld", where) for way in WAYS),
+        "cache_difference": max(_finite(ways[way], "difference", where) for way in WAYS),
+    }
+
+
 def speed(report: Mapping[str, Any], cpu_seconds: float, yardstick: float) -> dict[str, float]:
     """The figures of an `axrun bench --json`, and the processor time that it took in yardsticks.
 
@@ -108,13 +135,13 @@ def speed(report: Mapping[str, Any], cpu_seconds: float, yardstick: float) -> di
     return dict(sorted(figures.items(), key=lambda item: rank(item[0])))
 
 
-def number(value: float) -> str:
-    """Four significant digits, five around 1, where ratios are; no exponent where it can be read without."""
+def number(value: float, more: int = 0) -> str:
+    """Four significant digits, five around 1, where ratios are, and `more`; an exponent only where it is shorter."""
     if value != 0 and not 1e-3 <= abs(value) < 1e7:
-        return f"{value:.2e}"
+        return f"{value:.{2 + more}e}"
     if abs(value) >= 1000:
-        return f"{value:.0f}"
-    return f"{value:.5g}" if 0.9 < abs(value) < 1.1 else f"{value:.4g}"
+        return f"{value:.{more}f}"
+    return f"{value:.{5 + more}g}" if 0.9 < abs(value) < 1.1 else f"{value:.{4 + more}g}"
 
 
 Scale = Callable[[float], float]

@@ -22,10 +22,11 @@ from typing import Any
 
 from board.bundle import MANIFEST, read_manifest, sha256
 from board.errors import BadInput, Failure
-from ci import gate, history, place, stage
-from ci.course import Course, Interrupted, Options, StageFailed
-from ci.gate import Gate, Judgement
+from ci import evidence, gate, history, place, preflight, stage
+from ci.course import DEPLOYED, MEASURE, Course, Interrupted, Options, StageFailed
+from ci.gate import Judgement
 from ci.history import History, Night
+from ci.preflight import Plan
 from ci.report import changes
 from ci.report.page import Page, render
 from ci.stage import Stage
@@ -39,6 +40,7 @@ ARTIFACTS = {
     "junit.xml": "every board test, for a CI system",
     "benchmark.json": "the board's times, as pytest-benchmark writes them",
     "figures.json": "what axrun eval and axrun bench printed on the board",
+    "deployed.json": "what was deployed: sha256 of every file",
     "check.json": "what the check after the build found of every layer",
 }
 
@@ -54,6 +56,7 @@ class Held:
     stages: tuple[Stage, ...]
     judged: tuple[Judgement, ...]
     report: Path
+    notes: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[str]:
         """For a console; the first says it all."""
@@ -61,9 +64,10 @@ class Held:
         if self.verdict.advice:
             yield f"  {self.verdict.advice}"
         for entry in self.judged:
-            value = "-" if entry.value is None else entry.metric.text(entry.value)
-            bounds = f"gate {entry.gate.text()}" if entry.gate else ""
+            value = "-" if entry.value is None else entry.value_text
+            bounds = f"gate {entry.gate_text}" if entry.gate else ""
             yield f"  {entry.metric.label:<46}{value:<18}{entry.outcome:<14}{bounds}".rstrip()
+        yield from (f"  {note}" for note in self.notes)
         yield f"  {', '.join(f'{entry.name} {entry.seconds:.1f} s' for entry in self.stages)}"
         yield f"  report: {self.report}"
 
@@ -105,10 +109,15 @@ def nightly(options: Options, say: Say = lambda line: None) -> Held:
     """Holds a night and reports it. Raises BadInput for a board, a model or a folder that there is not."""
     board, spec = place.find(options.board), load_model(options.model)
     before = history.read(options.history, board.name, spec.name)
+    plan = preflight.check(board, spec.name, options.bundle, options.history, before)
+    for line in (plan.unjudged, *plan.notes):
+        if line:
+            say(line)
     started = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     clock, folder = time.monotonic(), _folder(options.out / board.name / "nights" / spec.name, started)
     signals = Signals()
     course = Course(options, board, spec, folder, say, lambda: signals.reason)
+    course.unjudged = bool(plan.unjudged)
     stage.adopt_orphans()
     others = set(stage.children(os.getpid()))
     with signals.caught():
@@ -116,7 +125,7 @@ def nightly(options: Options, say: Say = lambda line: None) -> Held:
         stage.sweep(others)
         known = {"commit": _commit(), "pins": _pins(), **_seen(course)}
         night = Night(board.name, spec.name, started, time.monotonic() - clock, "red", "", **known)
-        return _report(course, night, before)
+        return _report(course, replace(night, maker=night.maker or plan.maker), before, plan)
 
 
 def record(board: str, model: str, maker: str, folder: Path, nights: int) -> Path:
@@ -146,9 +155,9 @@ def _hold(course: Course, signals: Signals) -> None:
 
 def _seen(course: Course) -> dict[str, Any]:
     """What the stages left: digests of the bundle, figures, what the board says of itself."""
-    seen: dict[str, Any] = {}
+    seen: dict[str, Any] = {"handed_in": course.options.bundle is not None}
     with contextlib.suppress(Failure):
-        if not any(done.name == "build" and not done.failed for done in course.stages):
+        if not any(done.name in ("build", stage.HANDED_IN) and not done.failed for done in course.stages):
             raise BadInput("what lies there is of another night")
         manifest = read_manifest(course.bundle)
         files = {name: entry["sha256"][:16] for name, entry in manifest["files"].items()}
@@ -164,34 +173,51 @@ def _seen(course: Course) -> dict[str, Any]:
     seen["machine"] = {name: _text(machine[name]) for name in ("board", "cpu", "system", "python") if machine.get(name)}
     seen["engine"], seen["reference_sha256"] = _text(found.get("engine", "")), _text(found.get("reference_sha256", ""))
     seen["figures"] = found.get("figures", {})
+    named = found.get("evidence")
+    named = named if isinstance(named, dict) else {}
+    seen["release"], seen["package"] = _text(named.get("release", "")), _text(named.get("package", ""))
+    loaded = named.get("library")
+    seen["engine_sha256"] = _text(loaded.get("sha256", "")) if isinstance(loaded, dict) else ""
     return seen
 
 
-def _report(course: Course, night: Night, before: History) -> Held:
-    """Judges the night, adds it to history, and writes its page."""
-    folder, notes = course.folder, list(before.faults)
-    gates: dict[str, Gate] = {}
-    stages = list(course.stages)
+def _unlike(course: Course) -> list[str]:
+    """Where what was built, deployed and measured are not the same."""
+    found = _json(course.folder / "figures.json")
+    kept = found.get("evidence")
+    if not found.get("figures") and not (isinstance(kept, dict) and kept.get("faults")):
+        return []  # nothing was measured
     try:
-        gates = gate.load(night.board, night.model, night.maker or "cpu")
+        return evidence.differences(evidence.read(course.folder / DEPLOYED), read_manifest(course.bundle), found)
     except Failure as failure:
-        stages.append(_failed("gates", folder, failure))
+        return [str(failure)]
+
+
+def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
+    """Judges the night, adds it to history, and writes its page."""
+    folder, notes, gates = course.folder, [*before.faults, *plan.notes], plan.gates
+    stages = list(course.stages)
     judged = gate.judge(night.figures, gates) if night.figures else []
-    found = verdict(stages, judged, failures(folder / "junit.xml"), before.nights, night)
-    night = replace(night, verdict=found.word, reason=found.reason, stage=found.stage)
+    unlike = _unlike(course)
+    found = verdict(stages, judged, failures(folder / "junit.xml"), before.nights, night, unlike, plan.unjudged)
+    bounds = {name: entry.text() for name, entry in gates.items()} if night.figures else {}
+    night = replace(night, verdict=found.word, reason=found.reason, stage=found.stage, gates=bounds)
+    stages = [_explained(done, found) for done in stages]
     try:
         kept = str(history.append(course.options.history, night))
     except Failure as failure:
         kept = ""
         stages.append(_failed("history", folder, failure))
-        found = found if found.code else verdict(stages, judged, [], before.nights, night)
+        found = found if found.code else verdict(stages, judged, [], before.nights, night, unlike, plan.unjudged)
     green = history.last_green(before.nights)
     notes += drifts(night.figures, gates, before.nights, night.maker)
     well = f"{sum(entry.outcome == 'within' for entry in judged)} figures within their gates"
-    headline = f"{found.word}: {night.model} on {night.board}: {found.reason or well}"
+    what = f"{night.model} (bundle handed in)" if night.handed_in else night.model
+    headline = f"{found.word}: {what} on {course.board.title}: {found.reason or well}"
     artifacts = [(name, what) for name, what in ARTIFACTS.items() if (folder / name).is_file()]
     page = Page(
         night=night,
+        board=course.board.title,
         headline=headline,
         advice=found.advice,
         stages=stages,
@@ -204,7 +230,12 @@ def _report(course: Course, night: Night, before: History) -> Held:
     )
     report = folder / "report.html"
     report.write_text(render(page), "utf-8")
-    return Held(headline, found, tuple(stages), tuple(judged), report)
+    return Held(headline, found, tuple(stages), tuple(judged), report, tuple(notes))
+
+
+def _explained(done: Stage, found: Verdict) -> Stage:
+    """A stage whose own last words say less than the verdict does of it."""
+    return replace(done, reason=found.reason) if done.failed and done.name == found.stage == MEASURE else done
 
 
 def _failed(name: str, folder: Path, failure: Failure) -> Stage:

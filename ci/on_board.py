@@ -1,6 +1,7 @@
 """What a deploy runs on the board: sent over SSH, it reads one JSON object a line and answers each with one.
 
     <root>/packages/<id>/   the runner with all it imports        named by its content
+    <root>/packages/<id>.compiled/  what Python made of it
     <root>/models/<id>/     a bundle                              named by its content
     <root>/releases/<id>/   package -> ../../packages/<id>, model -> ../../models/<id>, axrun, release.json
     <root>/current          -> releases/<id>
@@ -22,10 +23,12 @@ import re
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -127,9 +130,37 @@ class Releases:
         wanted = {path for path, _, _ in listing}
         for file in sorted(folder.rglob("*")):
             path = file.relative_to(folder).as_posix()
-            if (file.is_symlink() or not file.is_dir()) and path not in wanted and "__pycache__" not in file.parts:
+            if (file.is_symlink() or not file.is_dir()) and path not in wanted:
                 faults.append(f"{path} does not belong there")
         return faults[:20]
+
+    def inventory(self, release: str, package: str, model: str) -> dict[str, Any]:
+        """What lies on the board: where `current` points, and every entry of a release, its package and its model.
+
+        Entries are [path, what]: a file's sha256, "link to ...", "empty folder" or "no file"; no link is followed.
+        `folders` are the folders above them that must be folders of their own, not links to others.
+        """
+        places = {
+            "release": self.root / "releases" / _identity(release),
+            "package": self.root / "packages" / _identity(package),
+            "model": self.root / "models" / _identity(model),
+        }
+        found: dict[str, Any] = {
+            what: list(_entries(path)) if path.is_dir() and not path.is_symlink() else []
+            for what, path in places.items()
+        }
+        above = [folder for path in places.values() for folder in (path.parent, path)]
+        found["folders"] = [[path.relative_to(self.root).as_posix(), _kind(path)] for path in above]
+        found["root"] = os.path.realpath(str(self.root))
+        try:
+            found["current"] = os.readlink(str(self.current))
+        except OSError:
+            found["current"] = "no link" if self.current.exists() else None
+        return found
+
+    def forget_compiled(self, package: str) -> None:
+        """Removes what Python compiled of a package, so that it is compiled anew from the files that are there."""
+        shutil.rmtree(str(self.root / "packages" / f"{_identity(package)}.compiled"), ignore_errors=True)
 
     def keep(self, store: str, name: str, listing: Listing) -> None:
         """What has been verified gets its place."""
@@ -230,6 +261,7 @@ class Releases:
                 if folder.name not in used:
                     self._remove(folder)
                     (folder.parent / f"{folder.name}.json").unlink(missing_ok=True)
+                    shutil.rmtree(f"{folder}.compiled", ignore_errors=True)
         shutil.rmtree(str(self.root / "incoming"), ignore_errors=True)
         return sorted(folder.name for folder in removed)
 
@@ -305,6 +337,35 @@ def _identity(name: str) -> str:
     if not isinstance(name, str) or not re.fullmatch("[0-9a-f]{16}", name):
         raise Refused("bad", f"{name!r} is no name of a release")
     return name
+
+
+def _entries(folder: Path) -> Iterator[list[str]]:
+    """[path, what] of everything below a folder but the folders that hold something."""
+    waiting = [folder]
+    while waiting:
+        inside = waiting.pop()
+        listed = sorted(os.scandir(str(inside)), key=lambda entry: entry.name)
+        if not listed and inside != folder:
+            yield [inside.relative_to(folder).as_posix(), "empty folder"]
+        for entry in listed:
+            path = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(path)
+            else:
+                yield [path.relative_to(folder).as_posix(), _kind(path)]
+
+
+def _kind(path: Path) -> str:
+    """A file's sha256, "link to ...", "folder", "nothing", or "no file" for a device and the like."""
+    try:
+        mode = os.lstat(str(path)).st_mode
+    except FileNotFoundError:
+        return "nothing"
+    if stat.S_ISLNK(mode):
+        return f"link to {os.readlink(str(path))}"
+    if stat.S_ISDIR(mode):
+        return "folder"
+    return _sha256(path) if stat.S_ISREG(mode) else "no file"
 
 
 def _sha256(path: Path) -> str:

@@ -24,6 +24,7 @@ from board.errors import BadInput, CheckFailed
 ROOT = Path(__file__).resolve().parent.parent
 BOARDS = ROOT / "ci" / "boards"
 SSH = BOARDS / "ssh"  # checks the host key; labgrid's own way of calling ssh would accept any
+EMULATED = ("virtual",)
 CLIENT_SECONDS = 30
 HELD = "LG_BOARD_HELD"  # the state folder of a board that is held already
 
@@ -60,6 +61,16 @@ class Board:
     @property
     def in_farm(self) -> bool:
         return bool(self.reserve)
+
+    @property
+    def emulated(self) -> bool:
+        """Whether this machine emulates it: its times say nothing about a board."""
+        return self.name in EMULATED
+
+    @property
+    def title(self) -> str:
+        """For a reader."""
+        return f"{self.name} (emulated)" if self.emulated else self.name
 
     def variables(self) -> dict[str, str]:
         """What its YAML and its ssh refer to; for the environment of whatever works on the board, pytest too."""
@@ -150,11 +161,16 @@ def check_host_keys(config: Any) -> None:
 def address(board: Board) -> Address:
     """Where the board is reached: of its YAML, or of the place held in a farm. Raises BadInput."""
     with target(board) as found:
-        service = found.get_resource("NetworkService")
-        driver = found.get_driver("SSHDriver", activate=False)
-        user = driver.username or service.username
-        keyfile = Path(found.env.config.resolve_path(driver.keyfile))
-        return Address(str(service.address), int(service.port), str(user), keyfile)
+        return address_of(found)
+
+
+def address_of(target: Any) -> Address:
+    """Where a labgrid target's SSHDriver connects."""
+    service = target.get_resource("NetworkService")
+    driver = target.get_driver("SSHDriver", activate=False)
+    user = driver.username or service.username
+    keyfile = Path(target.env.config.resolve_path(driver.keyfile))
+    return Address(str(service.address), int(service.port), str(user), keyfile)
 
 
 @contextlib.contextmanager
@@ -173,6 +189,32 @@ def power(board: Board) -> Iterator[Any]:
         except subprocess.CalledProcessError as error:
             said = (error.output or b"").decode(errors="replace").strip().splitlines()
             raise CheckFailed(f"the power of {board.name} could not be switched: {(said or [error])[-1]}") from None
+
+
+def require_power(board: Board) -> None:
+    """Raises BadInput for a board whose YAML names no power port, which a night needs. Switches nothing.
+
+    Of a farm's place nothing is known before it is held but the driver in the YAML.
+    """
+    from labgrid import Environment, target_factory
+    from labgrid.exceptions import NoDriverFoundError, NoSupplierFoundError
+    from labgrid.protocol import PowerProtocol
+
+    missing = BadInput(
+        f"{board.yaml} has no power port, and a night switches its board off and on\n"
+        "Name one of labgrid's power drivers there: docs/boards.md."
+    )
+    if not board.in_farm:
+        try:
+            with target(board) as found:
+                found.get_driver(PowerProtocol, activate=False)
+        except (NoDriverFoundError, NoSupplierFoundError):
+            raise missing from None
+        return
+    with _environment(board.variables()):
+        _, drivers = target_factory.normalize_config(Environment(str(board.yaml)).config.get_targets()["main"])
+    if not any(issubclass(target_factory.drivers.get(kind, object), PowerProtocol) for kind in drivers):
+        raise missing
 
 
 @contextlib.contextmanager
@@ -291,6 +333,6 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 def emulated(name: str) -> Board:
     """As `find`, of a board that this machine emulates. Raises BadInput for any other."""
     found = find(name)
-    if found.name != "virtual":
+    if not found.emulated:
         raise BadInput(f"{name} is a board of its own: only a virtual one is started and stopped here")
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,9 +25,11 @@ GRACE = 10.0  # seconds between asking a command to end and making it
 MOST_REASON = 400  # characters
 TAIL = 60  # lines of a console that a report shows
 POLL = 0.1  # seconds
+HANDED_IN = "bundle handed in"  # the stage of a bundle that was built elsewhere
 TIMED_OUT = 124  # as timeout(1) exits
 INTERRUPTED = 130
-OUTCOMES = {0: "done", TIMED_OUT: "timed out", INTERRUPTED: "interrupted"}
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
+OUTCOMES = {0: "done", **dict.fromkeys(KILLED, "killed"), TIMED_OUT: "timed out", INTERRUPTED: "interrupted"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Stage:
 
     @property
     def outcome(self) -> str:
+        if self.name == HANDED_IN and not self.failed:
+            return "taken"
         return OUTCOMES.get(self.code, "failed")
 
     def tail(self) -> str:
@@ -80,7 +85,7 @@ def run(
     """
     before = set(children(os.getpid()))
     started = time.monotonic()
-    code = 0
+    code, memory = 0, Memory()
     with console.open("wb") as stream:
         try:
             process = subprocess.Popen(
@@ -95,7 +100,7 @@ def run(
         except OSError as error:
             raise BadInput(f"{name}: cannot start {command[0]}: {error.strerror}") from None
         try:
-            code = _wait(process, limit, stop)
+            code = _wait(process, limit, stop, memory.look)
         finally:
             end(process)
             if not leaves:
@@ -105,14 +110,57 @@ def run(
         reason = f"{name} did not end within {limit:.0f} s; the last it said: {last_line(console)}"
     elif code == INTERRUPTED and stop():
         reason = stop()
+    elif code in KILLED:
+        reason = memory.reason(name, last_line(console))
     elif code:
         reason = last_error(console) or f"{name} ended with exit code {code} and said nothing"
     return Stage(name, code, time.monotonic() - started, limit, reason[:MOST_REASON], console)
 
 
-def _wait(process: subprocess.Popen[bytes], limit: float, stop: Callable[[], str]) -> int:
+class Memory:
+    """What this machine had left while a command ran, and whether its kernel killed for memory meanwhile."""
+
+    def __init__(self) -> None:
+        self.least = self.first = _available()
+        self._kills = _kills()
+
+    def look(self) -> None:
+        self.least = min(self.least, _available())
+
+    def reason(self, name: str, said: str) -> str:
+        """Why a command was killed that nobody here killed."""
+        kills = _kills() - self._kills
+        left = f"{self.first >> 20} MB of memory were available when it began, {self.least >> 20} MB at the least"
+        why = "for want of memory" if kills else "from outside, as a kernel without memory does"
+        last = f"; the last it said: {said}" if said else ""
+        return f"{name} was killed {why}: {left}{last}\nGive it more memory, or less to do at a time: PARALLEL=1."
+
+
+def _available() -> int:
+    """Bytes; 0 where the system does not tell."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(Path("/proc/meminfo")), re.MULTILINE)
+    return int(found[1]) << 10 if found else 0
+
+
+def _kills() -> int:
+    """Processes that the kernel has killed for memory: of this machine, or of this container."""
+    texts = _text(Path("/proc/vmstat")), _text(Path("/sys/fs/cgroup/memory.events"))
+    return sum(int(count) for text in texts for count in re.findall(r"^oom_kill (\d+)$", text, re.MULTILINE))
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _wait(
+    process: subprocess.Popen[bytes], limit: float, stop: Callable[[], str], look: Callable[[], None] = lambda: None
+) -> int:
     deadline = time.monotonic() + limit
     while True:
+        look()
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(POLL)
         if stop():

@@ -24,7 +24,10 @@ GREEN, RED, NOT_HELD = 0, 1, 2  # exit codes
 
 @dataclass(frozen=True)
 class Verdict:
-    """`reason` is empty when green; `stage` the one that failed; `code` what the nightly exits with."""
+    """`reason` is empty when green by gates, else why it is red or was not judged.
+
+    `stage` is the one that failed, `code` what the nightly exits with.
+    """
 
     reason: str
     advice: str = ""
@@ -37,11 +40,18 @@ class Verdict:
 
 
 def verdict(
-    stages: Sequence[Stage], judged: Sequence[Judgement], tests: Sequence[str], before: Sequence[Night], night: Night
+    stages: Sequence[Stage],
+    judged: Sequence[Judgement],
+    tests: Sequence[str],
+    before: Sequence[Night],
+    night: Night,
+    unlike: Sequence[str] = (),
+    unjudged: str = "",
 ) -> Verdict:
     """The first reason to be red, the one that explains the others; green where there is none.
 
-    `tests` are the board tests that failed, `before` the nights of history, `night` what is known of this one.
+    `tests` are the board tests that failed, `before` the nights of history, `night` what is known of this one,
+    `unlike` where what was measured is not what was built and deployed, `unjudged` why no gate judges it.
     """
     failed = [stage for stage in stages if stage.failed]
     first = failed[0] if failed else None
@@ -49,28 +59,30 @@ def verdict(
         reason, _, advice = first.reason.partition("\n")
         code = NOT_HELD if first.code in (NOT_HELD, INTERRUPTED) else RED
         return Verdict(f"{first.name}: {reason}", advice, first.name, code)
+    if unlike:
+        more = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""
+        return Verdict(
+            f"what was measured is not what was deployed: {unlike[0].partition(chr(10))[0]}{more}",
+            "The figures are of something else. Find who writes to the board beside the deploys, then deploy again.",
+            MEASURE,
+            RED,
+        )
     red = sorted((entry for entry in judged if entry.red), key=_weight)
-    gated = [entry.reason() for entry in red]
-    known = (*gated, NO_GATE)
-    broken = [test for test in tests if not test.startswith(known)]
+    known = (*(entry.reason() for entry in red), NO_GATE)
+    broken = [test for test in dict.fromkeys(tests) if not test.startswith(known)]
     reasons = broken + [entry.reason() for entry in red if not broken or entry.value is not None]
-    ungated = bool(judged) and not any(entry.gate for entry in judged)
+    ungated = bool(judged) and not unjudged and not any(entry.gate for entry in judged)
     if not reasons and first is not None and not ungated:
         reasons = [f"{first.name}: {first.reason}"]
     if reasons:
         more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
         first_line, _, rest = reasons[0].partition("\n")
-        return Verdict(first_line + more, rest or _advice(night), MEASURE, RED)
+        advice = _advice(night) if not broken and red and red[0].value is not None else ""
+        return Verdict(first_line + more, rest or advice, MEASURE, RED)
     if not judged:
         return Verdict("nothing was measured on the board", "", MEASURE, RED)
     if ungated:
-        return Verdict(
-            f"{NO_GATE} what {night.maker} bundles must measure here",
-            "When the figures of three nights are right, record them: "
-            f"invoke gate.record --board {night.board} --model {night.model}",
-            MEASURE,
-            RED,
-        )
+        return Verdict(f"{NO_GATE} what {night.maker} bundles must measure here", _recorded(night), MEASURE, RED)
     if twin := _twin(before, night):
         files = other_bytes(twin, night)
         return Verdict(
@@ -80,12 +92,12 @@ def verdict(
             "build",
             RED,
         )
-    return Verdict("")
+    return Verdict(unjudged, _recorded(night) if unjudged else "")
 
 
 def drifts(figures: metrics.Figures, gates: Mapping[str, Gate], before: Sequence[Night], maker: str) -> Iterator[str]:
     """Figures within their gates that have moved by more than half a tolerance from what green nights had."""
-    green = [night for night in before if night.green and night.maker == maker][-TREND:]
+    green = [night for night in before if night.judged_green and night.maker == maker][-TREND:]
     for name, value in figures.items():
         past = [night.figures[name] for night in green if name in night.figures]
         if name not in gates or len(past) < FEWEST_FOR_TREND:
@@ -128,13 +140,24 @@ def _weight(judged: Judgement) -> tuple[int, int, int]:
 def _advice(night: Night) -> str:
     return (
         "Look at what changed. If the jump is right, record the gates anew from the nights that show it: "
-        f"invoke gate.record --board {night.board} --model {night.model}"
+        f"invoke gate.record --board {night.board} --model {night.model} --maker {night.maker or 'cpu'}"
+    )
+
+
+def _recorded(night: Night) -> str:
+    return (
+        "When the figures of three nights are right, record them: "
+        f"invoke gate.record --board {night.board} --model {night.model} --maker {night.maker}"
     )
 
 
 def _twin(before: Sequence[Night], night: Night) -> Night | None:
-    """The last night that built the same commit with the same maker to other bytes."""
-    if not night.files or not night.commit or night.commit.endswith("+"):
+    """The last night that built the same commit with the same maker to other bytes; none of a bundle handed in."""
+    if not night.files or not night.commit or night.commit.endswith("+") or night.handed_in:
         return None
-    same = [past for past in before if past.files and past.commit == night.commit and past.maker == night.maker]
+    same = [
+        past
+        for past in before
+        if past.files and not past.handed_in and past.commit == night.commit and past.maker == night.maker
+    ]
     return same[-1] if same and other_bytes(same[-1], night) else None

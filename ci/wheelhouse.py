@@ -37,8 +37,13 @@ INSTALL_SECONDS, DOWNLOAD_SECONDS = 300, 1800
 
 LAUNCHER = """#!/bin/sh
 # The runner of this release: axrun run model --prompt '1+1='
+# Python takes modules from this folder and its own library only (-I -S: no PYTHONPATH, no site-packages), and keeps
+# its compiled files beside the folder, which so holds what was deployed and nothing else.
 here=$(dirname "$(readlink -f "$0")")
-PYTHONPATH="$here" exec python3 -m board "$@"
+exec python3 -I -S -X utf8 -X pycache_prefix="$here.compiled" -c '
+import runpy, sys
+sys.path.insert(0, sys.argv.pop(1))
+runpy.run_module("board", run_name="__main__", alter_sys=True)' "$here" "$@"
 """
 
 

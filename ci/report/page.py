@@ -37,6 +37,7 @@ class Page:
     """What a report shows. `nights` are those before and this one, oldest first; `changes` None: no green night yet."""
 
     night: Night
+    board: str
     headline: str
     advice: str
     stages: Sequence[Stage]
@@ -61,11 +62,11 @@ class Page:
 
     @property
     def accuracy(self) -> list[Figure]:
-        return [figure for figure in self.figures if figure.judgement.metric.name in metrics.ACCURACY]
+        return [figure for figure in self.figures if figure.judgement.metric.name in metrics.QUALITY]
 
     @property
     def speed(self) -> list[Figure]:
-        return [figure for figure in self.figures if figure.judgement.metric.name not in metrics.ACCURACY]
+        return [figure for figure in self.figures if figure.judgement.metric.name not in metrics.QUALITY]
 
     @property
     def heat(self) -> tuple[heat.Row, ...]:

@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 import tomllib
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,28 @@ def test_a_reason_says_what_was_seen_and_what_was_expected() -> None:
         "mean KL divergence from the checkpoint is 0.031 nats, worse than its gate 8.00e-06 ± 4.00e-07 nats"
     )
     assert slow.reason() == "decode behind 128 is 14.52 token/s, worse than its gate 29 ± 3 token/s"
+
+
+def test_a_reason_shows_on_which_side_of_its_gate_a_figure_is() -> None:
+    (ratio,) = judge({"perplexity_ratio": 1.001014}, {"perplexity_ratio": expects(1.0, 0.00101, "x")})
+    assert ratio.reason() == "perplexity over the checkpoint's is 1.001014 x, worse than its gate 1 ± 0.00101 x"
+    (near,) = judge({"mean_kld": 1.1000001e-5}, {"mean_kld": expects(1e-5, 1e-6, "nats")})
+    assert near.reason().endswith("is 1.1000001e-05 nats, worse than its gate 1.0000000e-05 ± 1.0000000e-06 nats")
+
+
+@given(
+    expected=st.floats(-1e6, 1e6),
+    tolerance=st.floats(0, 1e3),
+    offset=st.floats(-2, 2),
+)
+def test_a_figure_is_printed_apart_from_its_gate(expected: float, tolerance: float, offset: float) -> None:
+    """What a reader computes from the text is what was judged."""
+    bounds = expects(expected, tolerance, "token/s")
+    (entry,) = judge({"decode_128": expected + offset * tolerance}, {"decode_128": bounds})
+    value = Decimal(entry.value_text.split()[0])
+    middle, _, around, _ = entry.gate_text.split()
+    inside = Decimal(middle) - Decimal(around) <= value <= Decimal(middle) + Decimal(around)
+    assert inside == (entry.outcome == "within") or bounds.digits(entry.value or 0.0) == gate.MOST_DIGITS
 
 
 def test_what_has_a_gate_and_was_not_measured_is_red_and_what_has_none_is_not() -> None:

@@ -87,6 +87,7 @@ def page(folder: Path, said: str = "fine") -> Page:
     green = earlier[-1]
     return Page(
         night=now,
+        board="virtual (emulated)",
         headline=f"red: {said}",
         advice=said,
         stages=stages(folder, said),
@@ -244,6 +245,7 @@ def test_a_night_that_measured_nothing_has_a_page_too(tmp_path: Path) -> None:
     first = Night("virtual", "tiny-qwen2", "2026-11-01T02:00:00Z", 3.0, "red", "the place is locked by another")
     shown = Page(
         night=first,
+        board="virtual (emulated)",
         headline="red: tiny-qwen2 on virtual: the place is locked by another",
         advice="",
         stages=[],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,6 +89,18 @@ def test_a_reason_is_what_the_command_said_last_of_its_failure(code: str, reason
     done = hold(tmp_path, code)
     assert done.failed
     assert done.reason == reason
+
+
+def test_a_command_that_is_killed_says_what_memory_there_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "import os, signal; print('layer 3 of 24', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    done = hold(tmp_path, code)
+    assert (done.code, done.outcome) == (-9, "killed")
+    said = r"build was killed from outside, as a kernel without memory does: \d+ MB of memory were available when it "
+    assert re.match(said + r"began, \d+ MB at the least; the last it said: layer 3 of 24\n", done.reason)
+    assert hold(tmp_path, "raise SystemExit(137)").outcome == "killed"
+    kills = iter((7, 8))
+    monkeypatch.setattr(stage, "_kills", lambda: next(kills))
+    assert hold(tmp_path, code).reason.startswith("build was killed for want of memory: ")
 
 
 def test_a_command_beyond_its_limit_is_ended_with_all_of_its_session(tmp_path: Path) -> None:

@@ -87,9 +87,45 @@ def test_the_same_commit_must_build_the_same_bytes() -> None:
     assert found.reason == (
         "the bundle is not the one that the same commit built on 2026-11-01: b.axmodel has other bytes"
     )
-    for other in ({"commit": "36dd881"}, {"commit": "5b2a0a6+"}, {"maker": "pulsar2"}):
+    for other in ({"commit": "36dd881"}, {"commit": "5b2a0a6+"}, {"maker": "pulsar2"}, {"handed_in": True}):
         changed = night(2, **{"files": now.files, **other})
         assert verdict([held("measure")], judged(), [], before, changed).word == "green"
+    handed_in = [night(1, files=files, handed_in=True)]  # of any commit
+    assert verdict([held("measure")], judged(), [], handed_in, now).word == "green"
+
+
+def test_what_was_measured_must_be_what_was_deployed() -> None:
+    unlike = ["models/0/hf/tokenizer.json has other bytes than were deployed", "current points at releases/1"]
+    found = verdict([held("measure", 1, "1 failed")], judged(mean_kld=0.01), ["x"], [], night(), unlike)
+    assert found.reason == f"what was measured is not what was deployed: {unlike[0]} (and 1 more)"
+    assert (found.code, found.stage) == (1, "measure")
+
+
+def test_a_night_without_gates_is_green_only_where_it_says_that_it_is_not_judged() -> None:
+    unjudged = "recorded, not judged: no gates for cpu bundles yet, night 1 of 5"
+    found = verdict([held("measure")], gate.judge(WELL, {}), [], [], night(), (), unjudged)
+    assert (found.word, found.code, found.reason) == ("green", 0, unjudged)
+    assert "invoke gate.record --board virtual --model tiny-qwen2 --maker cpu" in found.advice
+    broken = verdict([held("measure", 1, "")], gate.judge(WELL, {}), ["it hangs"], [], night(), (), unjudged)
+    assert (broken.word, broken.reason) == ("red", "it hangs")
+    assert verdict([held("measure")], [], [], [], night(), (), unjudged).reason == "nothing was measured on the board"
+
+
+@pytest.mark.parametrize(
+    ("stages", "tests"),
+    [
+        ([held("power on", 1, "virtual was switched on and does not answer")], []),
+        ([held("build", -9, "build was killed for want of memory")], []),
+        ([held("measure", 1, "")], ["virtual hangs: no answer to axrun bench in 40 s"]),
+        ([held("measure", 1, "")], ["axrun eval was killed on virtual: it had 812 MB"]),
+        ([held("measure", 4, "ERROR: file or directory not found: tests/hil")], []),
+    ],
+)
+def test_gates_are_recorded_anew_only_for_figures(stages: list[Stage], tests: list[str]) -> None:
+    found = verdict(stages, judged(decode_128=None), tests, [], night())
+    assert found.code
+    assert "gate.record" not in found.advice
+    assert "gate.record" in verdict([held("measure", 1, "")], judged(mean_kld=0.01), [], [], night()).advice
 
 
 def test_failures_are_read_as_pytest_writes_them(tmp_path: Path) -> None:

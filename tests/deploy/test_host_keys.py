@@ -52,7 +52,7 @@ def test_another_key_is_refused_through_labgrid(tools: str, copied: Board, host:
     with place.target(copied) as target:
         driver = target.get_driver("SSHDriver", activate=False)
         driver.connection_timeout = 1.0
-        with pytest.raises(Exception, match="(?i)timeout while waiting for ssh connection"):
+        with pytest.raises(Exception, match=r"(?i)timeout while waiting for ssh connection"):
             target.activate(driver)
 
 

@@ -16,14 +16,20 @@ import pytest
 from labgrid.pytestplugin.hooks import LABGRID_ENV_KEY
 
 from board.errors import BadInput
-from ci import gate, place
-from tests.hil.on_board import Hanging, OnBoard
+from ci import evidence, gate, place
+from ci.connection import Connection, Lost
+from ci.evidence import Record
+from ci.place import Address, Board
+from tests.hil.on_board import Hanging, OnBoard, Otherwise
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hil", "tests on a board")
     group.addoption("--hil-model", default="tiny-qwen2", help="the model that was deployed (default tiny-qwen2)")
     group.addoption("--hil-figures", type=Path, help="write what was measured to this JSON file")
+    group.addoption("--hil-deployed", type=Path, help="the record of the deploy (default out/deployed/BOARD.json)")
+    group.addoption("--hil-probe", type=Path, help="what python -m ci.probe wrote: texts and their token ids")
+    group.addoption("--hil-unjudged", action="store_true", help="without gates, record figures and judge nothing")
     group.addoption("--hil-limit", type=float, default=900.0, help="seconds for a command on the board (default 900)")
 
 
@@ -63,23 +69,49 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
-    if call.excinfo is not None and isinstance(call.excinfo.value, Hanging):
+    if call.excinfo is not None and isinstance(call.excinfo.value, (Hanging, Otherwise)):
         item.session.shouldstop = str(call.excinfo.value)
     return report
 
 
 @pytest.fixture(scope="session")
 def on_board(request: pytest.FixtureRequest, target: Any) -> Iterator[OnBoard]:
-    """The board of --lg-env, reached. What was measured is written as the session ends."""
+    """The board of --lg-env, reached, holding what was deployed: every file is compared, before and after.
+
+    What was measured is written as the session ends, with the release it was measured on.
+    """
     options = request.config.option
     found = place.find(str(options.lg_env))
+    record = evidence.read(options.hil_deployed or evidence.place(Path("out"), found.name))
+    if record.board != found.name:
+        raise BadInput(f"the record is of a deploy to {record.board}, this board is {found.name}")
     try:
         driver = target.get_driver("CommandProtocol")
     except Exception as error:  # labgrid raises a bare Exception for a board that does not answer
         pytest.fail(f"{found.name} does not answer over SSH: {error}", pytrace=False)
-    measured = OnBoard(found, driver, options.hil_limit)
-    yield measured
-    keep(measured, options.hil_figures)
+    at = place.address_of(target)
+    seen = inventory(found, at, record, options.hil_limit)
+    measured = OnBoard(found, driver, options.hil_limit, record, str(seen["root"]))
+    measured.seen["evidence"] = {**record.named(), "faults": []}
+    try:
+        measured.require("what lies", evidence.compare(record, seen))
+        yield measured
+        if not request.session.shouldstop:
+            seen = inventory(found, at, record, options.hil_limit)
+            measured.require("after the measurement, what lies", evidence.compare(record, seen))
+    finally:
+        keep(measured, options.hil_figures)
+
+
+def inventory(board: Board, at: Address, record: Record, seconds: float) -> dict[str, Any]:
+    """What lies on the board; compiled Python is forgotten, so that nothing stale of it runs. Raises Hanging."""
+    names = {"package": record.package, "model": record.model}
+    try:
+        with Connection(board, at) as link:
+            link.call("forget_compiled", package=record.package)
+            return dict(link.call("inventory", seconds, release=record.release, **names))
+    except Lost as error:
+        raise Hanging(str(error)) from None
 
 
 def keep(on_board: OnBoard, file: Path | None) -> None:
@@ -96,6 +128,8 @@ def expect(on_board: OnBoard, request: pytest.FixtureRequest) -> Any:
         keep(on_board, request.config.option.hil_figures)  # whatever comes next
         found, model = on_board.board, request.config.option.hil_model
         gates = gate.load(found.name, model, maker)
+        if not gates and request.config.option.hil_unjudged:
+            return
         if not gates:
             pytest.fail(f"no gate says what {maker} bundles must measure here: {model} on {found.name}", pytrace=False)
         red = [entry for entry in gate.judge(figures, gates) if entry.red and entry.value is not None]

@@ -12,10 +12,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from board.errors import BadInput
 from ci import metrics
-from ci.gate import EMULATED
 from tests.hil.on_board import OnBoard
 
-FLAGS = ("--prompt-lengths", "16,128", "--depths", "128", "--tokens", "8", "--repeat", "7")
+LENGTHS, DEPTHS = (",".join(map(str, counts)) for counts in (metrics.LENGTHS, metrics.DEPTHS))
+FLAGS = ("--prompt-lengths", LENGTHS, "--depths", DEPTHS, "--tokens", "8", "--repeat", "7")
 YARDSTICK = Path(__file__).with_name("yardstick.py")
 
 
@@ -44,7 +44,7 @@ def bench(on_board: OnBoard) -> dict[str, Any]:
 
 def threads(on_board: OnBoard) -> tuple[str, ...]:
     """One on an emulated board: two that wait for each other would measure the load of the machine beneath."""
-    return ("--threads", "1") if on_board.board.name in EMULATED else ()
+    return ("--threads", "1") if on_board.board.emulated else ()
 
 
 def measure_yardstick(on_board: OnBoard) -> float:
@@ -68,7 +68,7 @@ def test_speed_is_within_its_gates(on_board: OnBoard, bench: dict[str, Any], exp
     ids=["ttft_16", "ttft_128", "decode_128"],
 )
 def test_times_for_pytest_benchmark(
-    group: str, key: str, place: int, bench: dict[str, Any], benchmark: BenchmarkFixture
+    group: str, key: str, place: int, bench: dict[str, Any], benchmark: BenchmarkFixture, on_board: OnBoard
 ) -> None:
     """Seconds of a first token, or of one decoded token; tokens a second are in extra_info."""
     entry = bench[group][place]
@@ -78,7 +78,8 @@ def test_times_for_pytest_benchmark(
     def run() -> None:
         CLOCK.now += next(told)
 
-    benchmark.extra_info |= {"tokens_per_second": entry["tokens_per_second"], "engine": str(bench["engine"])[:80]}
+    measured = {"tokens_per_second": entry["tokens_per_second"], "engine": str(bench["engine"])[:80]}
+    benchmark.extra_info |= {**measured, **{key: value for key, value in on_board.seen["evidence"].items() if value}}
     benchmark.pedantic(run, rounds=len(runs))
 
 

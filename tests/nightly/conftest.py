@@ -187,18 +187,17 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
 @pytest.fixture(scope="session")
 def bundle(desk: Desk) -> Path:
     """A bundle with reference logits, as the nightly makes it: nights that are about other things start from it."""
-    from ci.course import ACCURACY, TEXT
+    from ci.course import TEXT, sizes
 
     path = desk.folder / "bundle"
     checkpoint = ["--input_path", str(ROOT / "models" / "tiny-qwen2")]
     flags = ["--prefill_len", "64", "--kv_cache_len", "255", "--model_name", "tiny-qwen2", "--check_level", "-1"]
     flags += [word for length in (64, 128, 192) for word in ("--last_kv_cache_len", str(length))]
-    sizes = [word for name, value in ACCURACY.items() for word in (f"--{name}", str(value))]
 
     def axc(*words: str) -> None:
         command = [sys.executable, "-m", "toolchain", *words]
         subprocess.run(command, cwd=ROOT, check=True, timeout=NIGHT_SECONDS, stdout=subprocess.DEVNULL)
 
     axc("llm_build", *checkpoint, "--output_path", str(path), *flags)
-    axc("reference", *checkpoint, "--text", str(TEXT), "--bundle", str(path), *sizes)
+    axc("reference", *checkpoint, "--text", str(TEXT), "--bundle", str(path), *sizes(255))
     return path

@@ -11,49 +11,54 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 
-from board import axmodel
-from board.bundle import MANIFEST, sha256
+from board.bundle import sha256
 from ci import history, place
+from tests.ci import plants
 from tests.nightly.conftest import ROOT, Desk, on_board, processes
 
 pytestmark = pytest.mark.system
 
-SLOWER = 8
-# Every run of the engine happens SLOWER times, in `axrun bench` only.
-SLOW_DOWN = f"""
+RED, GREEN = "red: tiny-qwen2 on virtual (emulated): ", "green: tiny-qwen2 on virtual (emulated): "
+HANDED_IN = "red: tiny-qwen2 (bundle handed in) on virtual (emulated): "
+# Every run of the engine happens twice, in `axrun bench` only.
+SLOW_DOWN = """
 
 import sys as _sys
 if "bench" in _sys.argv:
     _run = AxBinding.run
-    AxBinding.run = lambda self: [_run(self) for _ in range({SLOWER})] and None
+    AxBinding.run = lambda self: [_run(self) for _ in range(2)] and None
 """
 
 
 def test_a_night_is_green(desk: Desk) -> None:
     night = desk.start()
     code, said = night.end()
-    assert re.fullmatch(r"green: tiny-qwen2 on virtual: \d+ figures within their gates", said[0])
+    assert re.fullmatch(re.escape(GREEN) + r"\d+ figures within their gates", said[0])
     assert code == 0
     assert desk.left(night) == []
 
     (held,) = history.read(desk.history, "virtual", "tiny-qwen2").nights
     assert (held.verdict, held.reason, held.maker) == ("green", "", "cpu")
     assert held.figures["top1_agreement"] > 99
-    assert {"mean_kld", "decode_128", "work", "ttft_128"} <= set(held.figures)
+    assert {"mean_kld", "cache_kld", "decode_128", "work", "ttft_128"} <= set(held.figures)
+    assert set(held.gates) <= set(held.figures)
     assert "layer 0 prefill" in held.layers
     assert held.machine["system"] == "Linux aarch64"
     folder = desk.newest()
     cases = list(ElementTree.parse(folder / "junit.xml").iter("testcase"))
-    assert len(cases) == 5
+    assert len(cases) == 7
     assert not [case for case in cases if len(case.findall("*")) > len(case.findall("properties"))]
     marks = {entry["name"]: entry for entry in json.loads((folder / "benchmark.json").read_text())["benchmarks"]}
     bench = json.loads((folder / "figures.json").read_text())["bench"]
     recorded = marks["test_times_for_pytest_benchmark[decode_128]"]
     assert recorded["stats"]["median"] == pytest.approx(bench["decode"][0]["token_seconds"]["median"], rel=1e-3)
     assert recorded["extra_info"]["tokens_per_second"] == bench["decode"][0]["tokens_per_second"]
+    library = recorded["extra_info"]["library"]
+    current = (desk.root / "current").resolve()
+    assert recorded["extra_info"]["release"] == current.name == held.release
+    assert library["sha256"] == held.engine_sha256 == sha256(current / "package" / "board/engine/lib/libax_engine.so")
     page = (folder / "report.html").read_text()
     assert f"<h1>{said[0]}</h1>" in page
     assert said[-1] == f"  report: {folder / 'report.html'}"
@@ -62,25 +67,25 @@ def test_a_night_is_green(desk: Desk) -> None:
 def test_a_flipped_scale_is_told_by_its_accuracy(desk: Desk, bundle: Path, tmp_path: Path) -> None:
     """Bytes and digests agree, it answers as on this machine; only what it says is worse."""
     flipped = shutil.copytree(bundle, tmp_path / "flipped")
-    flip_a_scale(flipped)
+    plants.flip_a_scale(flipped)
     night = desk.start("--bundle", str(flipped))
     code, said = night.end()
-    assert said[0].startswith("red: tiny-qwen2 on virtual: mean KL divergence from the checkpoint is ")
+    assert said[0].startswith(HANDED_IN + "mean KL divergence from the checkpoint is ")
     assert "worse than its gate" in said[0]
     assert code == 1
     assert desk.left(night) == []
     assert "deploy done" in " ".join(night.said)
 
 
-def test_a_slowdown_is_told_by_its_speed(desk: Desk, bundle: Path) -> None:
-    """The engine on the board is made slower behind the deploy's back."""
+def test_what_somebody_changed_on_the_board_is_told(desk: Desk, bundle: Path) -> None:
+    """Behind the deploy's back: a slower engine. Its figures are those of another release, whatever they are."""
     night = desk.start("--bundle", str(bundle))
     night.wait_for("deploy done")
     (engine,) = (desk.root / "current").resolve().glob("package/board/session/ax_engine.py")
     engine.write_text(engine.read_text() + SLOW_DOWN)
     code, said = night.end()
-    assert said[0].startswith("red: tiny-qwen2 on virtual: processor time of the bench is ")
-    assert "worse than its gate" in said[0]
+    assert said[0].startswith(f"{HANDED_IN}what was measured is not what was deployed: packages/")
+    assert "/board/session/ax_engine.py has other bytes than were deployed (sha256 " in said[0]
     assert code == 1
     assert desk.left(night) == []
 
@@ -90,8 +95,7 @@ def test_a_dead_board_is_told(desk: Desk) -> None:
     night = desk.start("--limit", "power on=60", board=str(dead))
     code, said = night.end()
     assert said[0] == (
-        "red: tiny-qwen2 on virtual: power on: virtual was switched on and does not answer: no sshd at "
-        f"{desk.board.address} port 2222 in 30 s"
+        f"{RED}power on: virtual was switched on and does not answer: no sshd at {desk.board.address} port 2222 in 30 s"
     )
     assert code == 1
     assert desk.left(night) == []
@@ -101,7 +105,7 @@ def test_a_full_disk_is_told(desk: Desk, bundle: Path) -> None:
     on = f"{sys.executable} -m invoke --search-root {ROOT} board.up --board virtual --disk 24M"
     night = desk.start("--bundle", str(bundle), board=str(desk.yaml("small", on=on)))
     code, said = night.end()
-    assert re.match(r"red: tiny-qwen2 on virtual: deploy: the disk of virtual has \d+ MB free, the p.* needs", said[0])
+    assert re.match(re.escape(HANDED_IN) + r"deploy: the disk of virtual has \d+ MB free, the p.* needs", said[0])
     assert code == 2
     assert desk.left(night) == []
 
@@ -116,12 +120,12 @@ def test_a_full_disk_is_told(desk: Desk, bundle: Path) -> None:
 def test_a_board_that_hangs_in_a_test_is_told(desk: Desk, bundle: Path, limit: int, told: str) -> None:
     night = desk.start("--bundle", str(bundle), "--limit", f"measure={limit}")
     night.wait_for("measure ...")
-    while not any("board eval" in what for pid, what in processes() if pid in on_board(desk.board)):
+    while not any(" eval " in what for pid, what in processes() if pid in on_board(desk.board)):
         assert night.process.poll() is None
     for pid in on_board(desk.board):
         os.kill(pid, signal.SIGSTOP)
     code, said = night.end()
-    assert said[0] == f"red: tiny-qwen2 on virtual: {told}"
+    assert said[0] == HANDED_IN + told
     assert code == 1
     assert desk.left(night) == []
 
@@ -130,7 +134,7 @@ def test_a_board_that_somebody_holds_is_told(desk: Desk) -> None:
     with place.hold(desk.board):
         night = desk.start()
         code, said = night.end()
-        assert said[0] == f"red: tiny-qwen2 on virtual: reserve: virtual is held by {place.owner()}"
+        assert said[0] == f"{RED}reserve: virtual is held by {place.owner()}"
     assert code == 2
     assert desk.left(night) == []
 
@@ -141,7 +145,7 @@ def test_a_night_that_is_ended_lets_go_of_the_board(number: signal.Signals, desk
     night.wait_for("deploy ...")
     night.process.send_signal(number)
     code, said = night.end()
-    assert said[0] == f"red: tiny-qwen2 on virtual: deploy: {number.name} ended the night"
+    assert said[0] == f"{HANDED_IN}deploy: {number.name} ended the night"
     assert code == 2
     assert desk.left(night) == []
 
@@ -152,6 +156,8 @@ def test_a_night_that_is_ended_lets_go_of_the_board(number: signal.Signals, desk
         (["--limit", "measure=soon"], "--limit 'measure=soon': expected a stage and its seconds: measure=600"),
         (["--limit", "sleep=5"], "--limit sleep=5: expected seconds of a stage: power on, build,"),
         (["--model", "tiny-qwen"], "no model is named 'tiny-qwen'"),
+        (["--bundle", "none"], "no bundle folder none"),
+        (["--history", "/dev/null"], "cannot add to /dev/null/virtual/tiny-qwen2.jsonl: "),
         (["virtuel"], "no board is named 'virtuel': ci/boards/ has "),
     ],
 )
@@ -171,20 +177,3 @@ def test_every_night_is_in_history(desk: Desk) -> None:
     assert len(nights) == len(folders)
     assert all((folder / "report.html").is_file() for folder in folders)
     assert all(night.reason or night.green for night in nights)
-
-
-def flip_a_scale(bundle: Path) -> None:
-    """The scale of one row of a quantised matrix gets the other sign; the manifest is made to agree."""
-    name = "qwen2_p64_l2_together.axmodel"
-    file = bundle / name
-    tensors = axmodel.read(file).initializers
-    scale = next(entry for key, entry in tensors.items() if "down_proj" in key and entry.dtype in ("FLOAT", "FLOAT16"))
-    size = np.dtype({"FLOAT": np.float32, "FLOAT16": np.float16}[scale.dtype]).itemsize
-    with file.open("r+b") as stream:
-        stream.seek(scale.offset + size - 1)  # little-endian: the sign is in the last byte
-        sign = stream.read(1)[0] ^ 0x80
-        stream.seek(scale.offset + size - 1)
-        stream.write(bytes([sign]))
-    manifest = json.loads((bundle / MANIFEST).read_text())
-    manifest["files"][name]["sha256"] = sha256(file)
-    (bundle / MANIFEST).write_text(json.dumps(manifest))

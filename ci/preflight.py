@@ -1,0 +1,104 @@
+"""What would make a night red for nothing, said before it begins: gates, history, power. Raises BadInput, exit code 2.
+
+A board and a model need gates to be judged by. The first nights of a maker have none yet: up to UNJUDGED of them are
+recorded and not judged, and say so; then gates must be recorded, or the next night is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from board.bundle import read_manifest
+from board.errors import BadInput
+from ci import gate, history, metrics, place
+from ci.gate import Gate
+from ci.history import History
+from ci.place import Board
+
+UNJUDGED = 5  # nights of a maker that may be recorded without gates
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a night is judged by. `unjudged` says why it is not, empty where it is; `notes` are for the report."""
+
+    maker: str
+    gates: Mapping[str, Gate]
+    unjudged: str
+    notes: tuple[str, ...]
+
+
+def check(
+    board: Board, model: str, bundle: Path | None, folder: Path, before: History, gates: Path = gate.GATES
+) -> Plan:
+    """Raises BadInput with the first thing that is in the way of a night.
+
+    `bundle` is one that was handed in, `folder` that of the histories, `before` the nights in it.
+    """
+    maker = "cpu" if bundle is None else str(read_manifest(bundle)["maker"])
+    place.require_power(board)
+    history.require_writable(folder, board.name, model)
+    found = gate.load(board.name, model, maker, gates)
+    _require_measurable(gate.place(board.name, model, gates), maker, found)
+    unjudged = "" if found else _unjudged(board, model, maker, before, gates)
+    return Plan(maker, found, unjudged, tuple(_gone(found, maker, before)))
+
+
+def _require_measurable(file: Path, maker: str, gates: Mapping[str, Gate]) -> None:
+    for name in gates:
+        if name not in metrics.MEASURED:
+            raise BadInput(
+                f"{file}: {maker}.{name} is a figure that no night measures; a night measures "
+                f"{', '.join(metrics.MEASURED)}\nName the one that is meant, or remove the gate."
+            )
+
+
+def _unjudged(board: Board, model: str, maker: str, before: History, gates: Path) -> str:
+    """Why a night without gates is held all the same. Raises BadInput where it is not."""
+    file = gate.place(board.name, model, gates)
+    if meant := _near(file, gates):
+        raise BadInput(f"there is no {file}, but {meant}: is that its name misspelled?")
+    judged = [night for night in before.nights if night.maker == maker and night.gates]
+    if judged:
+        raise BadInput(
+            f"the gates for {maker} bundles of {model} on {board.name} went away: {len(judged[-1].gates)} judged the "
+            f"night of {judged[-1].started[:10]}\nBring them back into {file}."
+        )
+    held = history.measured(before.nights, maker)
+    if len(held) >= UNJUDGED:
+        raise BadInput(
+            f"{len(held)} nights of {maker} bundles of {model} on {board.name} are recorded, and no gate judges them\n"
+            "When their figures are right, make gates of them: "
+            f"invoke gate.record --board {board.name} --model {model} --maker {maker}"
+        )
+    return f"recorded, not judged: no gates for {maker} bundles yet, night {len(held) + 1} of {UNJUDGED}"
+
+
+def _near(file: Path, gates: Path) -> Path | None:
+    """A file of gates whose name is nearly the one that is looked for, and is of no model or no board."""
+    models = {path.stem for path in (place.ROOT / "models").glob("*.toml")}
+    boards = {path.stem for path in place.BOARDS.glob("*.yaml")}
+    there = [path for path in gates.glob("*/*") if path.name != file.name or path.parent != file.parent]
+    strays = {
+        f"{path.parent.name}/{path.name}": path
+        for path in there
+        if path.suffix != ".toml" or path.stem not in models or path.parent.name not in boards
+    }
+    near = difflib.get_close_matches(f"{file.parent.name}/{file.name}", strays, 1, 0.85)
+    return strays[near[0]] if near else None
+
+
+def _gone(gates: Mapping[str, Gate], maker: str, before: History) -> Iterator[str]:
+    """Gates that the last judged night had and this one has not."""
+    judged = [night for night in before.nights if night.maker == maker and night.gates]
+    if not judged or not gates:
+        return
+    for name, text in judged[-1].gates.items():
+        if name not in gates:
+            yield (
+                f"a gate went away since the night of {judged[-1].started[:10]}: {metrics.find(name).label} had to be "
+                f"{text}, and is judged no more"
+            )

@@ -1,0 +1,247 @@
+"""What lies on a board beside the record of its deploy: every planted difference is told, and names its file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from board.bundle import MANIFEST, read_manifest, sha256
+from board.errors import BadInput
+from ci import evidence
+from ci.evidence import Record, compare, differences
+from ci.listing import Listing
+from ci.on_board import Releases
+
+Plant = Callable[[Path, Record], None]
+LIBRARY = "board/engine/lib/libax_engine.so"
+
+
+@pytest.fixture(scope="module")
+def deployed(bundle_s8: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Record]:
+    """A folder of releases as deploys leave it, with an older release, and the record of the last."""
+    root = tmp_path_factory.mktemp("board") / "axrun"
+    root.mkdir()
+    package = root.with_name("package")
+    (package / LIBRARY).parent.mkdir(parents=True)
+    for name, text in (("axrun", "#!/bin/sh\n"), ("board/evaluate.py", "new = 1\n"), (LIBRARY, "\x7fELF")):
+        (package / name).write_text(text)
+    make(root, package, bundle_s8, "an older one")
+    (package / "board" / "evaluate.py").write_text("new = 2\n")
+    return root, make(root, package, bundle_s8, "the last one")
+
+
+def make(root: Path, package: Path, bundle: Path, prompt: str) -> Record:
+    """What ci.deploy does, on this machine's disk."""
+    releases = Releases(str(root))
+    listings = {"packages": Listing.of(package), "models": Listing.of(bundle)}
+    for store, source in (("packages", package), ("models", bundle)):
+        listing = [list(entry) for entry in listings[store].files]
+        found = releases.survey(store, listings[store].id, listing)
+        if not found["whole"]:
+            shutil.copytree(source, found["into"], dirs_exist_ok=True)
+        assert releases.verify(store, listings[store].id, listing) == []
+        releases.keep(store, listings[store].id, listing)
+    release = {"package": listings["packages"].id, "model": listings["models"].id, "prompt": prompt}
+    text = json.dumps(release, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    releases.assemble(digest[:16], release)
+    releases.switch(digest[:16])
+    files = [evidence.files(listings[store]) for store in ("packages", "models")]
+    return Record("host", digest[:16], release["package"], release["model"], digest, *files)
+
+
+@pytest.fixture
+def board(deployed: tuple[Path, Record], tmp_path: Path) -> tuple[Path, Record]:
+    """A copy to plant something in."""
+    root = shutil.copytree(deployed[0], tmp_path / "axrun", symlinks=True)
+    return root, deployed[1]
+
+
+def inventory(root: Path, record: Record) -> dict[str, Any]:
+    return Releases(str(root)).inventory(record.release, record.package, record.model)
+
+
+def older(root: Path, record: Record) -> str:
+    """The name of the release before."""
+    return next(path.name for path in (root / "releases").iterdir() if path.name != record.release)
+
+
+def test_what_was_deployed_is_what_lies_there(board: tuple[Path, Record]) -> None:
+    root, record = board
+    assert compare(record, inventory(root, record)) == []
+
+
+def another_tokenizer(root: Path, record: Record) -> None:
+    file = root / "models" / record.model / "hf" / "tokenizer.json"
+    file.write_text(file.read_text().replace("1", "2", 1))
+
+
+def another_layer(root: Path, record: Record) -> None:
+    """Of the same size, and the manifest made to agree."""
+    model = root / "models" / record.model
+    name = "qwen2_p32_l2_together.axmodel"
+    shutil.copyfile(model / "qwen2_p32_l1_together.axmodel", model / name)
+    manifest = json.loads((model / MANIFEST).read_text())
+    manifest["files"][name]["sha256"] = sha256(model / name)
+    (model / MANIFEST).write_text(json.dumps(manifest))
+
+
+def current_is_older(root: Path, record: Record) -> None:
+    (root / "current").unlink()
+    (root / "current").symlink_to(f"releases/{older(root, record)}")
+
+
+def current_is_a_folder(root: Path, record: Record) -> None:
+    (root / "current").unlink()
+    shutil.copytree(root / "releases" / record.release, root / "current", symlinks=True)
+
+
+def release_has_the_older_package(root: Path, record: Record) -> None:
+    release = root / "releases" / record.release
+    (release / "package").unlink()
+    shutil.copy(root / "releases" / older(root, record) / "package", release / "package", follow_symlinks=False)
+
+
+def older_runner_over_the_package(root: Path, record: Record) -> None:
+    folders = [path for path in (root / "packages").iterdir() if path.is_dir()]
+    (before,) = (path for path in folders if path.name != record.package)
+    shutil.copyfile(before / "board" / "evaluate.py", root / "packages" / record.package / "board" / "evaluate.py")
+
+
+def package_is_a_link(root: Path, record: Record) -> None:
+    package = root / "packages" / record.package
+    package.rename(root / "elsewhere")
+    package.symlink_to(root / "elsewhere")
+
+
+def packages_is_a_link(root: Path, record: Record) -> None:
+    (root / "packages").rename(root / "elsewhere")
+    (root / "packages").symlink_to("elsewhere")
+
+
+def a_file_is_a_link_to_the_same_bytes(root: Path, record: Record) -> None:
+    file = root / "models" / record.model / "config.json"
+    file.rename(root / "config.json")
+    file.symlink_to(root / "config.json")
+
+
+def added(name: str) -> Plant:
+    def plant(root: Path, record: Record) -> None:
+        file = root / "packages" / record.package / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b"0")
+
+    return plant
+
+
+def an_empty_folder(root: Path, record: Record) -> None:
+    (root / "packages" / record.package / "numpy").mkdir()
+
+
+def another_engine(root: Path, record: Record) -> None:
+    (root / "packages" / record.package / LIBRARY).write_text("\x7fELV")
+
+
+def engine_is_gone(root: Path, record: Record) -> None:
+    (root / "packages" / record.package / LIBRARY).unlink()
+
+
+def a_device_in_its_place(root: Path, record: Record) -> None:
+    file = root / "models" / record.model / "post_config.json"
+    file.unlink()
+    os.mkfifo(file)
+
+
+def another_question(root: Path, record: Record) -> None:
+    file = root / "releases" / record.release / "release.json"
+    file.write_text(file.read_text().replace("last", "next"))
+
+
+@pytest.mark.parametrize(
+    ("plant", "told"),
+    [
+        (another_tokenizer, "models/{model}/hf/tokenizer.json has other bytes than were deployed (sha256 "),
+        (another_layer, "models/{model}/manifest.json has other bytes than were deployed"),
+        (another_layer, "models/{model}/qwen2_p32_l2_together.axmodel has other bytes than were deployed"),
+        (current_is_older, "current points at releases/{older}, deployed was releases/{release}"),
+        (current_is_a_folder, "current points at no link, deployed was releases/{release}"),
+        (release_has_the_older_package, "releases/{release}/package is link to ../../packages/"),
+        (older_runner_over_the_package, "packages/{package}/board/evaluate.py has other bytes than were deployed"),
+        (package_is_a_link, "packages/{package} is link to "),
+        (packages_is_a_link, "packages is link to elsewhere, expected a folder of its own"),
+        (a_file_is_a_link_to_the_same_bytes, "models/{model}/config.json is link to "),
+        (added("sitecustomize.py"), "packages/{package}/sitecustomize.py was not deployed: a file"),
+        (added("numpy.py"), "packages/{package}/numpy.py was not deployed: a file"),
+        (added("board/__pycache__/evaluate.cpython-311.pyc"), "board/__pycache__/evaluate.cpython-311.pyc was not"),
+        (an_empty_folder, "packages/{package}/numpy was not deployed: empty folder"),
+        (another_engine, "packages/{package}/board/engine/lib/libax_engine.so has other bytes than were deployed"),
+        (engine_is_gone, "packages/{package}/board/engine/lib/libax_engine.so is missing"),
+        (a_device_in_its_place, "models/{model}/post_config.json is no file, deployed was a file"),
+        (another_question, "releases/{release}/release.json has other bytes than were deployed"),
+    ],
+)
+def test_a_difference_is_told_and_names_its_file(plant: Plant, told: str, board: tuple[Path, Record]) -> None:
+    root, record = board
+    plant(root, record)
+    faults = compare(record, inventory(root, record))
+    expected = told.format(**record.named(), older=older(root, record))
+    assert any(expected in fault for fault in faults), faults
+
+
+def test_a_record_is_read_as_it_was_written(deployed: tuple[Path, Record], tmp_path: Path) -> None:
+    file = evidence.place(tmp_path, "host")
+    evidence.write(file, deployed[1])
+    assert evidence.read(file) == deployed[1]
+    with pytest.raises(BadInput, match="no deploy is recorded in"):
+        evidence.read(tmp_path / "none.json")
+    file.write_text('{"schema": 1}')
+    with pytest.raises(BadInput, match="is no record of a deploy"):
+        evidence.read(file)
+
+
+def test_libraries_are_the_packages_own(deployed: tuple[Path, Record]) -> None:
+    record = deployed[1]
+    inside = f"/home/board/axrun/packages/{record.package}/{LIBRARY}"
+    good = {inside: record.package_files[LIBRARY], "/lib/libc.so.6": "1" * 64}
+
+    def told(libraries: dict[str, str], variables: tuple[str, ...] = ("HOME",), ours: bool = True) -> list[str]:
+        return evidence.loaded(record, "/home/board/axrun", libraries, variables, ours)
+
+    assert told(good) == []
+    assert evidence.engine(good) == {"path": inside, "sha256": record.package_files[LIBRARY]}
+    (fault,) = told({**good, inside: "2" * 64})
+    assert fault.endswith("libax_engine.so was loaded and is not what was deployed (sha256 222222222222)")
+    (fault,) = told({"/soc/lib/libax_engine.so": "3" * 64})
+    assert fault == "/soc/lib/libax_engine.so was loaded in place of the package's libax_engine.so"
+    assert told({"/soc/lib/libax_engine.so": "3" * 64}, ours=False) == []  # the vendor's axmodels need the vendor's
+    assert told({}) == ["no libax_engine.so was loaded: nothing says which engine ran"]
+    (fault,) = told(good, ("AXC_ISA", "LD_LIBRARY_PATH"))
+    assert fault == "the board's environment sets AXC_ISA, which changes what runs"
+
+
+def test_what_figures_name_is_what_was_built_and_deployed(deployed: tuple[Path, Record], bundle_s8: Path) -> None:
+    record, manifest = deployed[1], read_manifest(bundle_s8)
+    named = {**record.named(), "faults": []}
+    measured = {"manifest_sha256": record.manifest_sha256}
+    good = {"evidence": named, "bench": measured}
+    assert differences(record, manifest, good) == []
+    assert differences(record, manifest, {}) == [
+        "nothing says which release was measured: figures.json has no evidence"
+    ]
+    for key in named.keys() - {"faults"}:
+        (fault,) = differences(record, manifest, {**good, "evidence": {**named, key: "0" * 16}})
+        assert fault.startswith(f"what was measured names {key} '0000000000000000', deployed was ")
+    (fault,) = differences(record, manifest, {**good, "bench": {"manifest_sha256": "0"}})
+    assert fault == "axrun bench measured a bundle whose manifest.json is another than the deployed one"
+    (fault,) = differences(record, manifest, {**good, "evidence": {**named, "faults": ["x.py is missing"]}})
+    assert fault == "x.py is missing"
+    other = dataclasses.replace(record, model_files={**record.model_files, "hf/tokenizer.json": "0" * 64})
+    assert "hf/tokenizer.json was deployed otherwise than it was built" in differences(other, manifest, good)

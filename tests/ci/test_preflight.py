@@ -1,0 +1,156 @@
+"""What is said before a night begins: gates that are missing, misspelled, gone or never measured; history; power."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from board.errors import BadInput
+from ci import gate, history, place, preflight
+from ci.history import History, Night
+from ci.place import Board
+from tests.ci.test_history import night
+
+GATES = {"mean_kld": "1e-5 ± 1e-6 nats", "decode_128": "20 ± 4 token/s"}
+TABLE = '[{}]\nexpected = 20.0\ntolerance = 4.0\nunit = "{}"\nbasis = "measured"\nsource = "nights"\n'
+
+
+@pytest.fixture
+def board() -> Board:
+    return place.find("virtual")
+
+
+@pytest.fixture
+def gates(tmp_path: Path) -> Path:
+    folder = tmp_path / "gates"
+    write(folder, "virtual/tiny-qwen2.toml", "cpu.decode_128", "cpu.ttft_16")
+    return folder
+
+
+def write(folder: Path, name: str, *figures: str) -> Path:
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(TABLE.format(name, "ms" if "ttft" in name else "token/s") for name in figures))
+    return file
+
+
+def check(board: Board, gates: Path, *nights: Night, **given: Any) -> preflight.Plan:
+    options = {"model": "tiny-qwen2", "bundle": None, "folder": gates.parent / "history", **given}
+    return preflight.check(board, options["model"], options["bundle"], options["folder"], History(nights, ()), gates)
+
+
+def refused(board: Board, gates: Path, *nights: Night, **given: Any) -> str:
+    with pytest.raises(BadInput) as caught:
+        check(board, gates, *nights, **given)
+    assert len(str(caught.value).splitlines()) <= 3
+    return str(caught.value)
+
+
+def test_a_night_that_can_be_held_and_judged(board: Board, gates: Path) -> None:
+    plan = check(board, gates, night(gates={"decode_128": "20 ± 4 token/s"}))
+    assert (plan.maker, plan.unjudged, plan.notes) == ("cpu", "", ())
+    assert list(plan.gates) == ["ttft_16", "decode_128"] or set(plan.gates) == {"ttft_16", "decode_128"}
+
+
+def test_the_first_nights_of_a_maker_are_recorded(board: Board, gates: Path) -> None:
+    (gates / "virtual" / "tiny-qwen2.toml").unlink()
+    write(gates, "virtual/tiny-qwen2.toml", "pulsar2.decode_128")
+    plan = check(board, gates)
+    assert plan.unjudged == "recorded, not judged: no gates for cpu bundles yet, night 1 of 5"
+    four = [night(number, gates={}) for number in range(1, 5)]
+    others = [night(9, maker="pulsar2", gates=GATES), night(9, figures={}, gates={})]
+    assert check(board, gates, *four, *others).unjudged.endswith("night 5 of 5")
+    text = refused(board, gates, *four, night(5, gates={}))
+    assert text.startswith("5 nights of cpu bundles of tiny-qwen2 on virtual are recorded, and no gate judges them\n")
+    assert "invoke gate.record --board virtual --model tiny-qwen2 --maker cpu" in text
+
+
+def test_gates_that_went_away_altogether_are_no_first_night(board: Board, gates: Path) -> None:
+    (gates / "virtual" / "tiny-qwen2.toml").unlink()
+    text = refused(board, gates, night(1, gates=GATES), night(2, gates={}))
+    assert text.startswith(
+        "the gates for cpu bundles of tiny-qwen2 on virtual went away: 2 judged the night of 2026-11-01\n"
+    )
+
+
+def test_one_gate_that_went_away_is_told(board: Board, gates: Path) -> None:
+    plan = check(board, gates, night(1, gates=GATES))
+    assert plan.notes == (
+        "a gate went away since the night of 2026-11-01: mean KL divergence from the checkpoint had to be "
+        "1e-5 ± 1e-6 nats, and is judged no more",
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["virtual/tiny-qwen.toml", "virtaul/tiny-qwen2.toml", "virtual/tiny-qwen2.tml", "virtual/tiny_qwen2.toml"]
+)
+def test_a_misspelled_name_is_told(name: str, board: Board, gates: Path) -> None:
+    (gates / "virtual" / "tiny-qwen2.toml").unlink()
+    write(gates, name, "cpu.decode_128")
+    assert f"{gates / name}: is that its name misspelled?" in refused(board, gates)
+
+
+def test_another_models_gates_are_no_misspelling(board: Board, gates: Path) -> None:
+    (gates / "virtual" / "tiny-qwen2.toml").unlink()
+    write(gates, "virtual/qwen2-0.5b.toml", "cpu.decode_128")
+    write(gates, "ax650/tiny-qwen2.toml", "cpu.decode_128")
+    assert check(board, gates).unjudged
+
+
+def test_a_gate_that_no_night_measures(board: Board, gates: Path) -> None:
+    write(gates, "virtual/tiny-qwen2.toml", "cpu.decode_512")
+    text = refused(board, gates)
+    assert "cpu.decode_512 is a figure that no night measures; a night measures mean_kld, " in text
+
+
+@pytest.mark.parametrize("what", ["a loop", "a folder", "no TOML"])
+def test_a_file_that_cannot_be_read(what: str, board: Board, gates: Path) -> None:
+    file = gates / "virtual" / "tiny-qwen2.toml"
+    file.unlink()
+    if what == "a loop":
+        file.symlink_to(file)
+    elif what == "a folder":
+        file.mkdir()
+    else:
+        file.write_text("[cpu")
+    assert refused(board, gates).startswith(f"{file}: ")
+
+
+def test_the_shipped_gates_can_all_be_reached() -> None:
+    for file in sorted(gate.GATES.rglob("*.toml")):
+        for maker in gate.MAKERS:
+            preflight._require_measurable(file, maker, gate.load(file.parent.name, file.stem, maker))
+
+
+def test_the_shipped_boards_can_hold_their_nights(tmp_path: Path) -> None:
+    """Of the workflow: cpu bundles where only the vendor's have gates."""
+    for name, model in (("virtual", "tiny-qwen2"), ("ax650-farm", "qwen2-0.5b"), ("ax630c", "qwen2-0.5b")):
+        board = place.find(name)
+        plan = preflight.check(board, model, None, tmp_path, history.read(tmp_path, board.name, model))
+        assert bool(plan.unjudged) == (board.name != "virtual")
+
+
+def test_a_history_that_cannot_be_written(board: Board, gates: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    text = refused(board, gates, folder=tmp_path / "file")
+    assert text.startswith(f"cannot add to {tmp_path / 'file' / 'virtual' / 'tiny-qwen2.jsonl'}: Not a directory")
+    assert history.read(tmp_path / "history", "virtual", "tiny-qwen2").nights == ()
+
+
+def test_a_board_without_a_power_port(board: Board, gates: Path, tmp_path: Path) -> None:
+    for name in ("virtual", "ax650", "ax650-farm"):
+        text = (place.BOARDS / f"{name}.yaml").read_text()
+        start = min(
+            text.find(word) for word in ("      ExternalPowerDriver", "      NetworkPowerDriver") if word in text
+        )
+        yaml = tmp_path / f"{name}.yaml"
+        yaml.write_text(text[:start] + text[text.index("options:") :])
+        without = dataclasses.replace(place.find(str(yaml)), state=board.state)
+        assert f"{yaml} has no power port, and a night switches its board off and on" in refused(without, gates)
+
+
+def test_a_bundle_that_is_not_there(board: Board, gates: Path, tmp_path: Path) -> None:
+    assert refused(board, gates, bundle=tmp_path / "none").startswith("no bundle folder ")

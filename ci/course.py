@@ -17,7 +17,7 @@ from board import logits
 from board.bundle import Bundle, read_manifest
 from board.errors import BadInput, Failure
 from board.logits import NAME as REFERENCE
-from ci import evidence, place, stage
+from ci import evidence, instructions, place, stage
 from ci.place import Board
 from ci.stage import Stage
 from toolchain.fetch import fetch
@@ -32,6 +32,7 @@ MOST_WINDOW = 8192  # longer ones take more memory than the machine that compute
 BYTES_A_TOKEN = 8  # of TEXT, more than any tokenizer makes of it
 CHIPS = {"ax630c": "AX620E"}  # boards whose chip is not the one of models/*.toml
 MEASURE = "measure"
+INSTRUCTIONS = "instructions.json"  # of ci/instructions.py
 PROBE = "probe.json"  # of ci/probe.py
 DEPLOYED = "deployed.json"  # the record of the deploy, in the folder of the night
 ON_BOARD = 0.4  # of the time limit of MEASURE is what one command on the board may take: there are two
@@ -42,6 +43,7 @@ LIMITS = {
     "build": 3600.0,
     "reference": 3600.0,
     "probe": 300.0,
+    "count": 1200.0,
     "package": 1800.0,
     "deploy": 1800.0,
     MEASURE: 3600.0,
@@ -99,6 +101,7 @@ class Course:
         self.bundle = self.base / spec.name
         self.deployed = evidence.place(self.base, board.name)
         self.stages: list[Stage] = []
+        self.counts = board.emulated and not instructions.unable()
         self.unjudged = False  # the first nights of a maker have no gates
         self._say, self._stop = say, stop
 
@@ -131,6 +134,8 @@ class Course:
         if flags := self._reference_flags():
             self._run("reference", [*python, "toolchain", "reference", *flags])
         self._run("probe", [*python, "ci.probe", str(self._tokenizer()), str(self.folder / PROBE)])
+        if self.counts:
+            self._run("count", [*python, "ci.instructions", str(self.bundle), str(self.folder / INSTRUCTIONS)])
         where = ["--board", board, "--out", str(self.base)]
         self._run("package", [*python, "invoke", "cross", *where])
         self.deployed.unlink(missing_ok=True)

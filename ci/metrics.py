@@ -47,12 +47,14 @@ METRICS = (
     Metric("top1_agreement", "same top token as the checkpoint", "%", True, 0.002),
     Metric("perplexity_ratio", "perplexity over the checkpoint's", "x", False, 0.001),
     Metric("greedy_same", "greedy tokens before one differs", "tokens", True, 0.02),
-    Metric("cache_kld", "KL divergence on the worst way through the K/V cache", "nats", False, 0.5),
-    Metric("cache_difference", "largest difference of a logit by way through the cache", "", False, 1.0),
+    Metric("cache_kld", "KL divergence, worst way through the K/V cache", "nats", False, 0.5),
+    Metric("cache_difference", "difference of a logit by way through the cache", "", False, 1.0),
     Metric("ttft_n", "first token of a prompt of {n}", "ms", False, 0.05, timed=True),
     Metric("turn_n", "first token of a turn behind {n}", "ms", False, 0.05, timed=True),
     Metric("decode_n", "decode behind {n}", "token/s", True, 0.05, timed=True),
     Metric("work", "processor time of the bench", "yardsticks", False, 0.6),
+    Metric("engine_instructions", "instructions of the engine, a fixed answer", "M", False, 0.02),
+    Metric("runner_instructions_n", "instructions of the runner, Python {n}", "M", False, 0.02),
     Metric("load", "load", "s", False, 0.2, timed=True),
     Metric("peak_memory", "peak memory", "MB", False, 0.2),
 )
@@ -71,11 +73,15 @@ MEASURED = (
     *(f"{kind}_{depth}" for kind in ("turn", "decode") for depth in DEPTHS),
     *("work", "load", "peak_memory"),
 )
+COUNTED = (
+    "engine_instructions",
+    "runner_instructions",
+)  # for an emulated board, on the machine beneath: ci/instructions
 
 
 def find(name: str) -> Metric:
     """The metric of a figure's name, its number filled in: decode_128. Raises BadInput for an unknown one."""
-    found = re.fullmatch(r"([a-z]+)_(\d{1,7})", name)
+    found = re.fullmatch(r"([a-z_]+)_(\d{1,7})", name)
     family = f"{found[1]}_n" if found else name
     place = ORDER.get(family if family in ORDER else name)
     if place is None or name.endswith("_n"):

@@ -23,7 +23,7 @@ from typing import Any
 from board.bundle import MANIFEST, read_manifest, sha256
 from board.errors import BadInput, Failure
 from ci import evidence, gate, history, place, preflight, stage
-from ci.course import DEPLOYED, MEASURE, Course, Interrupted, Options, StageFailed
+from ci.course import DEPLOYED, INSTRUCTIONS, MEASURE, Course, Interrupted, Options, StageFailed
 from ci.gate import Judgement
 from ci.history import History, Night
 from ci.preflight import Plan
@@ -173,6 +173,8 @@ def _seen(course: Course) -> dict[str, Any]:
     seen["machine"] = {name: _text(machine[name]) for name in ("board", "cpu", "system", "python") if machine.get(name)}
     seen["engine"], seen["reference_sha256"] = _text(found.get("engine", "")), _text(found.get("reference_sha256", ""))
     seen["figures"] = found.get("figures", {})
+    if seen["figures"]:
+        seen["figures"] |= _json(course.folder / INSTRUCTIONS)
     named = found.get("evidence")
     named = named if isinstance(named, dict) else {}
     seen["release"], seen["package"] = _text(named.get("release", "")), _text(named.get("package", ""))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from board.bundle import read_manifest
 from board.errors import BadInput
-from ci import gate, history, metrics, place
+from ci import gate, history, instructions, metrics, place
 from ci.gate import Gate
 from ci.history import History
 from ci.place import Board
@@ -42,14 +42,17 @@ def check(
     place.require_power(board)
     history.require_writable(folder, board.name, model)
     found = gate.load(board.name, model, maker, gates)
-    _require_measurable(gate.place(board.name, model, gates), maker, found)
+    _require_measurable(gate.place(board.name, model, gates), board, maker, found)
     unjudged = "" if found else _unjudged(board, model, maker, before, gates)
-    return Plan(maker, found, unjudged, tuple(_gone(found, maker, before)))
+    notes = [*_gone(found, maker, before), *_unheld(found)]
+    held = {name: entry for name, entry in found.items() if not instructions.unheld(name)}
+    return Plan(maker, held, unjudged, tuple(notes))
 
 
-def _require_measurable(file: Path, maker: str, gates: Mapping[str, Gate]) -> None:
+def _require_measurable(file: Path, board: Board, maker: str, gates: Mapping[str, Gate]) -> None:
     for name in gates:
-        if name not in metrics.MEASURED:
+        counted = board.emulated and name.startswith(metrics.COUNTED)
+        if name not in metrics.MEASURED and not counted:
             raise BadInput(
                 f"{file}: {maker}.{name} is a figure that no night measures; a night measures "
                 f"{', '.join(metrics.MEASURED)}\nName the one that is meant, or remove the gate."
@@ -89,6 +92,13 @@ def _near(file: Path, gates: Path) -> Path | None:
     }
     near = difflib.get_close_matches(f"{file.parent.name}/{file.name}", strays, 1, 0.85)
     return strays[near[0]] if near else None
+
+
+def _unheld(gates: Mapping[str, Gate]) -> Iterator[str]:
+    """Gates that judge nothing here: the coarser one of processor time does alone."""
+    for name in gates:
+        if why := instructions.unheld(name):
+            yield f"not judged: {metrics.find(name).label}: {why}"
 
 
 def _gone(gates: Mapping[str, Gate], maker: str, before: History) -> Iterator[str]:

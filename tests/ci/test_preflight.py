@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from board.errors import BadInput
-from ci import gate, history, place, preflight
+from ci import gate, history, instructions, metrics, place, preflight
 from ci.history import History, Night
 from ci.place import Board
 from tests.ci.test_history import night
@@ -30,10 +30,14 @@ def gates(tmp_path: Path) -> Path:
     return folder
 
 
+def unit(name: str) -> str:
+    return metrics.find(name.partition(".")[2]).unit if "512" not in name else "token/s"
+
+
 def write(folder: Path, name: str, *figures: str) -> Path:
     file = folder / name
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(TABLE.format(name, "ms" if "ttft" in name else "token/s") for name in figures))
+    file.write_text("".join(TABLE.format(name, unit(name)) for name in figures))
     return file
 
 
@@ -106,6 +110,22 @@ def test_a_gate_that_no_night_measures(board: Board, gates: Path) -> None:
     assert "cpu.decode_512 is a figure that no night measures; a night measures mean_kld, " in text
 
 
+def test_gates_of_instructions_are_held_where_they_can_be_counted(
+    board: Board, gates: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = (instructions.ENGINE, instructions.RUNNER, "runner_instructions_399")
+    write(gates, "virtual/tiny-qwen2.toml", "cpu.decode_128", *(f"cpu.{name}" for name in names))
+    monkeypatch.setattr(instructions, "unable", lambda: "")
+    plan = check(board, gates)
+    assert set(plan.gates) == {"decode_128", *names[:2]}
+    (note,) = plan.notes
+    assert note.startswith("not judged: instructions of the runner, Python 399: this is Python 3.")
+    monkeypatch.setattr(instructions, "unable", lambda: "there is no valgrind")
+    plan = check(board, gates)
+    assert set(plan.gates) == {"decode_128"}
+    assert len(plan.notes) == 3
+
+
 @pytest.mark.parametrize("what", ["a loop", "a folder", "no TOML"])
 def test_a_file_that_cannot_be_read(what: str, board: Board, gates: Path) -> None:
     file = gates / "virtual" / "tiny-qwen2.toml"
@@ -122,7 +142,8 @@ def test_a_file_that_cannot_be_read(what: str, board: Board, gates: Path) -> Non
 def test_the_shipped_gates_can_all_be_reached() -> None:
     for file in sorted(gate.GATES.rglob("*.toml")):
         for maker in gate.MAKERS:
-            preflight._require_measurable(file, maker, gate.load(file.parent.name, file.stem, maker))
+            gates = gate.load(file.parent.name, file.stem, maker)
+            preflight._require_measurable(file, place.find(file.parent.name), maker, gates)
 
 
 def test_the_shipped_boards_can_hold_their_nights(tmp_path: Path) -> None:

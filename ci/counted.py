@@ -1,0 +1,32 @@
+"""The fixed work whose instructions ci/instructions.py counts: python counted.py BUNDLE, under callgrind.
+
+A prompt and a greedy answer behind it, once to warm up and once to be counted. getpgid(2) marks where counting begins,
+getsid(2) where it ends.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from board.bundle import Bundle
+from board.generate import generate
+from board.model import Model
+from board.sampling import Sampling
+
+PROMPT, TOKENS, STRIDE = 192, 32, 7919
+
+
+def work(model: Model, vocabulary: int) -> None:
+    prompt = min(PROMPT, model.context - TOKENS)
+    model.decoder.cache.reset()
+    for _ in generate(model, [(STRIDE * index + 1) % vocabulary for index in range(prompt)], Sampling(), TOKENS):
+        pass
+
+
+if __name__ == "__main__":
+    bundle = Bundle.open(Path(sys.argv[1]))
+    model = Model.load(bundle, "ax", threads=1)
+    work(model, bundle.vocab_size)
+    os.getpgid(0)
+    work(model, bundle.vocab_size)
+    os.getsid(0)

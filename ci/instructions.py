@@ -45,7 +45,9 @@ def unheld(name: str) -> str:
 
 
 def count(bundle: Path, root: Path = ROOT) -> dict[str, float]:
-    """Millions of instructions of the engine, and of all else, the least of a few runs. `root` is the folder of the package `board`.
+    """Millions of instructions of the engine, and of all else: the least of a few runs.
+
+    `root` is the folder of the package `board`.
 
     Raises BadInput where they cannot be counted, CheckFailed when the run fails.
     """
@@ -53,7 +55,9 @@ def count(bundle: Path, root: Path = ROOT) -> dict[str, float]:
         raise BadInput(reason)
     with tempfile.TemporaryDirectory() as folder:
         out, package, linked = (Path(folder) / name for name in ("out", "root", "bundle"))
-        package.symlink_to(root)  # paths as long wherever the checkout is: how strings lie in memory costs instructions
+        package.symlink_to(
+            root.resolve()
+        )  # paths as long wherever the checkout is: how strings lie in memory costs instructions
         linked.symlink_to(bundle.resolve())
         callgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", "--dump-instr=no"]
         marks = [f"--zero-before={BEGIN}", f"--dump-before={END}"]

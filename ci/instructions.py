@@ -55,9 +55,8 @@ def count(bundle: Path, root: Path = ROOT) -> dict[str, float]:
         raise BadInput(reason)
     with tempfile.TemporaryDirectory() as folder:
         out, package, linked = (Path(folder) / name for name in ("out", "root", "bundle"))
-        package.symlink_to(
-            root.resolve()
-        )  # paths as long wherever the checkout is: how strings lie in memory costs instructions
+        # Paths as long wherever the checkout is: how strings lie in memory costs instructions.
+        package.symlink_to(root.resolve())
         linked.symlink_to(bundle.resolve())
         callgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", "--dump-instr=no"]
         marks = [f"--zero-before={BEGIN}", f"--dump-before={END}"]

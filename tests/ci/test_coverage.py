@@ -91,6 +91,14 @@ def test_rotary_that_is_zero_from_a_position_on_is_red(
     assert {"mean_kld", "perplexity_ratio", "cache_kld"} <= red(found, healthy), found
 
 
+def test_a_flipped_scale_is_red(
+    night_bundle: Path, healthy: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faulty = shutil.copytree(night_bundle, tmp_path / "faulty")
+    plants.flip_a_scale(faulty)
+    assert {"mean_kld", "cache_kld"} <= red(measured(faulty, monkeypatch), healthy)
+
+
 def lose_last_row(past: int, count: int) -> bool:
     return past >= 192
 

@@ -64,13 +64,13 @@ def test_a_night_is_green(desk: Desk) -> None:
     assert said[-1] == f"  report: {folder / 'report.html'}"
 
 
-def test_a_flipped_scale_is_told_by_its_accuracy(desk: Desk, bundle: Path, tmp_path: Path) -> None:
-    """Bytes and digests agree, it answers as on this machine; only what it says is worse."""
-    flipped = shutil.copytree(bundle, tmp_path / "flipped")
-    plants.flip_a_scale(flipped)
-    night = desk.start("--bundle", str(flipped))
+def test_a_fault_behind_position_128_is_told_by_its_accuracy(desk: Desk, bundle: Path, tmp_path: Path) -> None:
+    """Bytes and digests agree, it answers as on this machine; only what it says far into a text is worse."""
+    faulty = shutil.copytree(bundle, tmp_path / "faulty")
+    plants.zero_rotary(faulty, 128)
+    night = desk.start("--bundle", str(faulty))
     code, said = night.end()
-    assert said[0].startswith(HANDED_IN + "mean KL divergence from the checkpoint is ")
+    assert said[0].startswith(f"{HANDED_IN}mean KL divergence from the checkpoint is ")
     assert "worse than its gate" in said[0]
     assert code == 1
     assert desk.left(night) == []

@@ -125,7 +125,7 @@ def nightly(options: Options, say: Say = lambda line: None) -> Held:
         stage.sweep(others)
         known = {"commit": _commit(), "pins": _pins(), **_seen(course)}
         night = Night(board.name, spec.name, started, time.monotonic() - clock, "red", "", **known)
-        return _report(course, replace(night, maker=night.maker or plan.maker), before, plan)
+        return _report(course, night, before, plan)
 
 
 def record(board: str, model: str, maker: str, folder: Path, nights: int) -> Path:

@@ -66,7 +66,7 @@ class Held:
         for entry in self.judged:
             value = "-" if entry.value is None else entry.value_text
             bounds = f"gate {entry.gate_text}" if entry.gate else ""
-            yield f"  {entry.metric.label:<46}{value:<18}{entry.outcome:<14}{bounds}".rstrip()
+            yield f"  {entry.metric.label:<48}{value:<18}{entry.outcome:<14}{bounds}".rstrip()
         yield from (f"  {note}" for note in self.notes)
         yield f"  {', '.join(f'{entry.name} {entry.seconds:.1f} s' for entry in self.stages)}"
         yield f"  report: {self.report}"
@@ -133,7 +133,8 @@ def record(board: str, model: str, maker: str, folder: Path, nights: int) -> Pat
     past = history.measured(history.read(folder, place.find(board).name, model).nights, maker)[-nights:]
     if not past:
         raise BadInput(f"{folder} has no night of {model} by {maker} on {board}: invoke nightly --board {board}")
-    source = f"{len(past)} nights {past[0].started[:10]} to {past[-1].started[:10]} at {past[-1].commit[:7]}"
+    commit = f" at {past[-1].commit[:7]}" if past[-1].commit else ""
+    source = f"{len(past)} nights {past[0].started[:10]} to {past[-1].started[:10]}{commit}"
     return gate.record(place.find(board).name, model, maker, [night.figures for night in past], source)
 
 

@@ -157,7 +157,6 @@ def test_a_night_that_is_ended_lets_go_of_the_board(number: signal.Signals, desk
         (["--limit", "sleep=5"], "--limit sleep=5: expected seconds of a stage: power on, build,"),
         (["--model", "tiny-qwen"], "no model is named 'tiny-qwen'"),
         (["--bundle", "none"], "no bundle folder none"),
-        (["--history", "/dev/null"], "cannot add to /dev/null/virtual/tiny-qwen2.jsonl: "),
         (["virtuel"], "no board is named 'virtuel': ci/boards/ has "),
     ],
 )

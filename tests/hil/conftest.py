@@ -82,13 +82,13 @@ def on_board(request: pytest.FixtureRequest, target: Any) -> Iterator[OnBoard]:
     """
     options = request.config.option
     found = place.find(str(options.lg_env))
-    record = evidence.read(options.hil_deployed or evidence.place(Path("out"), found.name))
-    if record.board != found.name:
-        raise BadInput(f"the record is of a deploy to {record.board}, this board is {found.name}")
     try:
         driver = target.get_driver("CommandProtocol")
     except Exception as error:  # labgrid raises a bare Exception for a board that does not answer
         pytest.fail(f"{found.name} does not answer over SSH: {error}", pytrace=False)
+    record = evidence.read(options.hil_deployed or evidence.place(Path("out"), found.name))
+    if record.board != found.name:
+        raise BadInput(f"the record is of a deploy to {record.board}, this board is {found.name}")
     at = place.address_of(target)
     seen = inventory(found, at, record, options.hil_limit)
     measured = OnBoard(found, driver, options.hil_limit, record, str(seen["root"]))

@@ -291,10 +291,21 @@ def _other_prompt(bundle: Bundle, checkpoint: Path, prompt: str) -> list[str]:
         ("prompt without special tokens", ours.encode(prompt, False), theirs.encode(prompt, add_special_tokens=False)),
     ]
     if template is not None:
-        messages = [{"role": "user", "content": prompt}]
-        rendered = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        pairs.append(("prompt in the chat template", prompt_ids(ours, template, prompt), rendered))
+        mine = prompt_ids(ours, template, prompt, parse_special=True)
+        pairs.append(("prompt in the chat template", mine, _templated(theirs, prompt, mine)))
     return [_difference(what, mine, other) for what, mine, other in pairs if mine != other]
+
+
+def _templated(theirs: Any, prompt: str, wanted: list[int]) -> list[int]:
+    """The prompt in AutoTokenizer's template, as text or as a list of parts: templates are written for either."""
+    found: list[list[int]] = []
+    for content in (prompt, [{"type": "text", "text": prompt}]):
+        message = {"role": "user", "content": content}
+        try:
+            found.append(theirs.apply_chat_template([message], add_generation_prompt=True, return_dict=False))
+        except Exception:  # the template is a program, and may be written for the other form
+            continue
+    return wanted if wanted in found else [*found, []][0]
 
 
 def _difference(what: str, ours: list[int], theirs: list[int]) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from board.bundle import Bundle
 from board.decoder import expect_room
 from board.dtypes import FLOATS, from_float32, to_float32
-from board.errors import CheckFailed
+from board.errors import BadInput, CheckFailed
 from board.tokenizer import Tokenizer
 from toolchain import walk
 from toolchain.agreement import NOISE
@@ -84,6 +84,11 @@ def expect(options: Options, bundle: Bundle, prompt: str, asked: list[int], say:
     answer = None
     if tokenizer and asked:
         expect_room(len(asked) + 1, bundle.kv_cache_len)
+        if max(asked) >= bundle.vocab_size:
+            raise BadInput(
+                f"token id {max(asked)} of the prompt is outside the vocabulary of {bundle.vocab_size}\n"
+                "Give another --prompt."
+            )
         room = min(ANSWER_TOKENS, bundle.kv_cache_len - len(asked))
         tokens, logits = reference.generate(np.array([asked]), room, tokenizer.stop_ids, keep_logits=True)
         answer = Answer(asked, tokens[0].tolist(), logits[0])

@@ -73,4 +73,5 @@ def sample(prompt: Sequence[int], count: int, vocabulary: int) -> NDArray[np.int
     A prompt repeated would hide errors of position: rows far apart would hold the same.
     """
     spread = np.random.default_rng(SEED).integers(0, vocabulary, count)
-    return np.concatenate([np.array(prompt, np.int64), spread])[:count]
+    known = [token for token in prompt if token < vocabulary]
+    return np.concatenate([np.array(known, np.int64), spread])[:count]

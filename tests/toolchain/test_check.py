@@ -156,3 +156,18 @@ def test_rounding_of_the_hidden_state_is_no_error_of_a_layer() -> None:
     ours = bf16_to_f32(f32_to_bf16(np.asarray(bf16_to_f32(f32_to_bf16(given)) + update, np.float32)))
     assert update_errors(ours, expected, given, "bf16").error.max() < 1e-4
     assert update_errors(ours, expected, given, "fp32").error.min() > 0.05
+
+
+def test_a_prompt_with_special_tokens_is_asked_as_text_and_compared_as_templates_are(
+    tiny_qwen2: Path, bundle: Path
+) -> None:
+    check.check(plan_of(tiny_qwen2, bundle), 2, "what is <|im_end|>1+1=", lambda line: None)
+
+
+def test_templates_for_text_and_for_parts_are_both_compared(tiny_qwen2: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_qwen2, tmp_path / "hf"))
+    parts = "{% for m in messages %}{% for part in m['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}="
+    (folder / "chat_template.jinja").write_text(parts)
+    plan = plan_of(folder, tmp_path / "out")
+    build.build(plan)
+    check.check(plan, 2, "1+1", lambda line: None)

@@ -64,6 +64,7 @@ SETS = {
 }
 # Where torch comes from, by the value of TORCH: its locked CPU build, or what the package index has for this machine.
 TORCH_LOCKS = {"cpu": "torch.txt", "pypi": "torch-pypi.txt"}
+NONE = "none"
 PYPI_SIZE = "3 GB to download"
 # What the benchmarks are measured beside: each has an environment of its own.
 PEERS = {
@@ -73,6 +74,9 @@ PEERS = {
         "import gguf, llama_cpp, ml_dtypes, safetensors.numpy",
     ),
 }
+# No vision library; and on x86 no AMX, whose kernels crash: https://github.com/ggml-org/llama.cpp/issues/20824
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if platform.machine() == "x86_64" else ""
+LLAMA_CMAKE = f"-DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS='{NO_AMX}' -DCMAKE_CXX_FLAGS='{NO_AMX}'"
 
 
 class SetupFailed(Exception):
@@ -94,10 +98,11 @@ def install(venv: Path, *names: str) -> None:
     for name in names:
         if name not in SETS:
             raise SetupFailed(f"no set of requirements is named {name!r}: there are {', '.join(SETS)}")
-        source = torch_source() if name == "reference" else ""
+        if name == "reference":
+            install_reference(venv)
+            continue
         stamp, wanted = venv / f"{name}.installed", fingerprint(SETS[name].files)
-        good = [wanted, *([pypi_fingerprint()] if name == "reference" else [])]
-        if stamp.is_file() and stamp.read_text() in good:
+        if stamp.is_file() and stamp.read_text() == wanted:
             continue
         started = time.monotonic()
         if name == "build":
@@ -106,16 +111,40 @@ def install(venv: Path, *names: str) -> None:
         pip(venv, *INSTALL, "-r", str(LOCKS / f"{name}.txt"))
         if name == "build":
             pip(venv, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT / "board"), "-e", str(ROOT))
-        if source == "pypi":
-            print(f"setup: torch of the package index, and the libraries it needs ({PYPI_SIZE}) ...", flush=True)
-            pip(venv, *INSTALL, "-r", str(LOCKS / TORCH_LOCKS["pypi"]))
-            wanted = pypi_fingerprint()
-        elif name == "reference":
-            install_torch(venv)
         prove(venv, name, SETS[name])
         stamp.write_text(wanted)
         importlib.invalidate_caches()  # this process may be about to use it
         print(f"setup: {name} is there after {time.monotonic() - started:.0f} s", flush=True)
+
+
+def install_reference(venv: Path) -> None:
+    """Bring transformers into `venv`, and torch from where TORCH says; torch of either source will do.
+
+    Raises NoTorch with transformers installed: a build reads the tokenizer with it.
+    """
+    source, made, stamp = torch_source(), SETS["reference"], venv / "reference.installed"
+    whole = {key: fingerprint(("reference.txt", lock)) for key, lock in TORCH_LOCKS.items()}
+    without = fingerprint(("reference.txt",))
+    found = stamp.read_text() if stamp.is_file() else ""
+    if found in whole.values() and source != NONE:
+        return
+    started = time.monotonic()
+    if found not in (without, *whole.values()):
+        print(f"setup: reference ({made.purpose}) into {os.path.relpath(venv)} ...", flush=True)
+        pip(venv, *INSTALL, "-r", str(LOCKS / "reference.txt"))
+        stamp.write_text(without)
+        importlib.invalidate_caches()  # this process may be about to use it
+    if source == NONE:
+        raise NoTorch(f"TORCH={NONE} leaves torch out\nmake TORCH=cpu ..., the default, installs it")
+    if source == "pypi":
+        print(f"setup: torch of the package index, and the libraries it needs ({PYPI_SIZE}) ...", flush=True)
+        pip(venv, *INSTALL, "-r", str(LOCKS / TORCH_LOCKS["pypi"]))
+    else:
+        install_torch(venv)
+    prove(venv, "reference", made)
+    stamp.write_text(whole[source])
+    importlib.invalidate_caches()
+    print(f"setup: reference is there after {time.monotonic() - started:.0f} s", flush=True)
 
 
 def install_peer(name: str, venv: Path) -> Path:
@@ -126,7 +155,8 @@ def install_peer(name: str, venv: Path) -> Path:
     if name not in PEERS:
         raise SetupFailed(f"no peer is named {name!r}: there is {', '.join(PEERS)}")
     place = venv.with_name(f"{venv.name}-{name}")
-    stamp, wanted = place / f"{name}.installed", fingerprint(PEERS[name].files)
+    cmake = f"{LLAMA_CMAKE} {os.environ.get('CMAKE_ARGS', '')}".strip()
+    stamp, wanted = place / f"{name}.installed", f"{fingerprint(PEERS[name].files)} {cmake}"
     if stamp.is_file() and stamp.read_text() == wanted:
         return place / "bin" / "python"
     compiler = os.environ.get("CXX") or "c++"
@@ -143,7 +173,7 @@ def install_peer(name: str, venv: Path) -> Path:
     from_source = [word for word in INSTALL if not word.startswith("--only-binary")]
     building = {
         "PATH": os.pathsep.join([str(place / "bin"), os.environ.get("PATH", os.defpath)]),
-        "CMAKE_ARGS": f"-DLLAVA_BUILD=OFF {os.environ.get('CMAKE_ARGS', '')}",  # no pictures
+        "CMAKE_ARGS": cmake,
     }
     pip(place, *from_source, "--no-binary=:all:", "--no-build-isolation", "-r", source, env=building)
     prove(place, name, PEERS[name])
@@ -177,11 +207,6 @@ def fingerprint(files: tuple[str, ...]) -> str:
     return digest.hexdigest()
 
 
-def pypi_fingerprint() -> str:
-    """What `reference` depends on where its torch is the package index's."""
-    return fingerprint(("reference.txt", TORCH_LOCKS["pypi"]))
-
-
 def create(venv: Path) -> None:
     """Make `venv` with this Python, unless it is there and whole."""
     inside = venv / "lib" / f"python{HERE}" / "site-packages" / "pip"
@@ -212,15 +237,10 @@ def add_system_venv() -> None:
 
 
 def torch_source() -> str:
-    """Where TORCH says that torch comes from, a key of `TORCH_LOCKS`.
-
-    Raises NoTorch where it is `none`, SetupFailed where it is something else.
-    """
+    """Where TORCH says that torch comes from: a key of `TORCH_LOCKS`, or NONE. Raises SetupFailed."""
     wanted = os.environ.get("TORCH") or "cpu"
-    if wanted == "none":
-        raise NoTorch("TORCH=none leaves torch out\nmake TORCH=cpu ..., the default, installs it")
-    if wanted not in TORCH_LOCKS:
-        raise SetupFailed(f"TORCH is {wanted!r}; expected {', '.join(TORCH_LOCKS)} or none")
+    if wanted not in (*TORCH_LOCKS, NONE):
+        raise SetupFailed(f"TORCH is {wanted!r}; expected {', '.join(TORCH_LOCKS)} or {NONE}")
     return wanted
 
 

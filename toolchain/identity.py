@@ -10,6 +10,7 @@ bundle passes for a current one.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -23,8 +24,9 @@ from toolchain import VERSION
 
 ROOTS = ("toolchain.build", "toolchain.pulsar2")
 PLACES = MappingProxyType({package.__name__: Path(*package.__path__) for package in (board, toolchain)})
-# Third-party packages whose arithmetic is written into a bundle. Those that are only read with decide nothing.
-COMPUTING = ("numpy",)
+# Third-party packages that compute what is written into a bundle: weights, and a tokenizer that had to be mended. Those
+# that only read or compare decide nothing.
+COMPUTING = ("numpy", "tokenizers", "transformers")
 DIGITS = 16  # of SHA-256, in hexadecimal
 
 
@@ -36,7 +38,14 @@ def digest() -> str:
 
 def tools() -> dict[str, str]:
     """The compiler as a manifest names it: versions by name, and the digest."""
-    return {"axc": VERSION, "digest": digest(), **{name: metadata.version(name) for name in COMPUTING}}
+    return {"axc": VERSION, "digest": digest(), **dict(_versions())}
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Of those that are installed: transformers may be left out."""
+    for name in COMPUTING:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            yield name, metadata.version(name)
 
 
 def digest_of(places: Mapping[str, Path]) -> str:

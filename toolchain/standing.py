@@ -56,7 +56,7 @@ def _made_otherwise(planned: Plan, manifest: Mapping[str, Any]) -> list[str]:
         found.append(f"its axmodels were made by {maker!a:.40}")
     elif made != mine:
         others = [name for name in (*mine, *made) if made.get(name) != mine.get(name)]
-        pairs = (f"{name} {made.get(name, 'unknown')}, here {mine.get(name, 'unknown')}" for name in others)
+        pairs = (f"{name} {made.get(name, 'none')}, here {mine.get(name, 'none')}" for name in others)
         found.append(f"another compiler made it ({'; '.join(dict.fromkeys(pairs))})")
     mender, version = manifest["text"].get("mended_by"), _transformers()
     if mender and mender != version:

@@ -18,7 +18,7 @@ from toolchain import VERSION, identity
 from toolchain.identity import COMPUTING, PLACES, digest, digest_of, sources
 
 DECIDING = sources(PLACES)
-READING = {"safetensors", "torch"}  # checkpoints are read with them: what they give is in the files already
+READING = {"jinja2", "safetensors", "torch"}  # what they give is in the checkpoint already, or only compared
 
 
 @pytest.fixture

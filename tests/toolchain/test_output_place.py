@@ -234,7 +234,7 @@ def test_a_bundle_of_another_compiler_is_another(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"tools": {"axc": "0.1.0"}}, "another compiler made it (digest unknown, here "),
+        ({"tools": {"axc": "0.1.0"}}, "another compiler made it (digest none, here "),
         ({"maker": "pulsar2"}, "its axmodels were made by 'pulsar2'"),
         ({"inputs": {}}, "it was made without config.json; it was made without generation_config.json (and 3 more)"),
         ({"flags": []}, "its manifest does not say what it was made from"),

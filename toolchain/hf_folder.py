@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -127,13 +128,11 @@ def _prove(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFolder
         made.tokenizer = made.tokenizer or Tokenizer.open(hf)
         made.remarks.append(f"tokenizer: opened, not compared: transformers is not installed. {INSTALL}")
     else:
-        import transformers
-
         made.tokenizer = _mended_tokenizer(made.tokenizer, hf, theirs, made)
         _mend_template(hf, theirs, made)
         _mend_special(hf, theirs, made)
         if made.mended_by:
-            made.mended_by = f"transformers {transformers.__version__}"
+            made.mended_by = mender()
             made.tokenizer = Tokenizer.open(hf)  # its stop ids are of files that are now others
         made.template = ChatTemplate.find(hf)
         _expect_same(hf, theirs, made)
@@ -165,6 +164,14 @@ def _reference(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFo
         words = " ".join(str(error).split()) or type(error).__name__
         advice = INSTALL if "pip install" in words or "requires the" in words else "Is its tokenizer whole?"
         raise BadInput(f"transformers cannot read the tokenizer of {checkpoint}: {words:.300}\n{advice}") from None
+
+
+def mender() -> str:
+    """What mends a tokenizer here, as a manifest names it; empty without transformers."""
+    try:
+        return ", ".join(f"{name} {metadata.version(name)}" for name in ("transformers", "tokenizers"))
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _opened(hf: Path) -> Tokenizer | None:

@@ -10,7 +10,6 @@ bundle passes for a current one.
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -24,9 +23,9 @@ from toolchain import VERSION
 
 ROOTS = ("toolchain.build", "toolchain.pulsar2")
 PLACES = MappingProxyType({package.__name__: Path(*package.__path__) for package in (board, toolchain)})
-# Third-party packages that compute what is written into a bundle: weights, and a tokenizer that had to be mended. Those
-# that only read or compare decide nothing.
-COMPUTING = ("numpy", "tokenizers", "transformers")
+# Third-party packages whose arithmetic is written into a bundle. Those that only read or compare decide nothing; what
+# mended a tokenizer is named in the manifest's `text`, where one had to be.
+COMPUTING = ("numpy",)
 DIGITS = 16  # of SHA-256, in hexadecimal
 
 
@@ -38,14 +37,7 @@ def digest() -> str:
 
 def tools() -> dict[str, str]:
     """The compiler as a manifest names it: versions by name, and the digest."""
-    return {"axc": VERSION, "digest": digest(), **dict(_versions())}
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    """Of those that are installed: transformers may be left out."""
-    for name in COMPUTING:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            yield name, metadata.version(name)
+    return {"axc": VERSION, "digest": digest(), **{name: metadata.version(name) for name in COMPUTING}}
 
 
 def digest_of(places: Mapping[str, Path]) -> str:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from board.bundle import MANIFEST, read_manifest, sha256, verify
 from board.errors import BadInput, CheckFailed
-from toolchain import identity
+from toolchain import hf_folder, identity
 
 if TYPE_CHECKING:
     from toolchain.build import Plan
@@ -58,9 +57,9 @@ def _made_otherwise(planned: Plan, manifest: Mapping[str, Any]) -> list[str]:
         others = [name for name in (*mine, *made) if made.get(name) != mine.get(name)]
         pairs = (f"{name} {made.get(name, 'none')}, here {mine.get(name, 'none')}" for name in others)
         found.append(f"another compiler made it ({'; '.join(dict.fromkeys(pairs))})")
-    mender, version = manifest["text"].get("mended_by"), _transformers()
-    if mender and mender != version:
-        found.append(f"its tokenizer files were mended by {mender!a:.40}, here is {version or 'no transformers'}")
+    mended_by, here = manifest["text"].get("mended_by"), hf_folder.mender()
+    if mended_by and mended_by != here:
+        found.append(f"its tokenizer was mended by {mended_by!a:.60}, here is {here or 'no transformers'}")
     wanted, given = as_json(asdict(planned.target)), manifest["flags"]
     for flag in sorted({*wanted, *given}):
         if wanted.get(flag) != given.get(flag):
@@ -69,14 +68,6 @@ def _made_otherwise(planned: Plan, manifest: Mapping[str, Any]) -> list[str]:
         if manifest["model"][what] != value:
             found.append(f"its model's {what} is {manifest['model'][what]!a:.40}, this build's {value!r:.40}")
     return found
-
-
-def _transformers() -> str:
-    """What would mend tokenizer files here, as a manifest names it; empty without it."""
-    try:
-        return f"transformers {metadata.version('transformers')}"
-    except metadata.PackageNotFoundError:
-        return ""
 
 
 def _made_from_others(planned: Plan, recorded: Mapping[str, Any]) -> Iterator[str]:

@@ -123,7 +123,7 @@ def test_what_is_shown_is_always_whole_characters(bundle_s8: Path) -> None:
             assert data.decode("utf-8")
             shown += 1
     assert process.returncode == 0
-    assert shown > 20  # it came in pieces
+    assert shown > 1  # in pieces: how many depends on the machine
 
 
 @pytest.mark.parametrize(

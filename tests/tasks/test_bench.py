@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -27,7 +28,9 @@ def written() -> dict[str, list[str]]:
 def collected(*more: str) -> set[str]:
     """What the command of `make bench` collects."""
     command = [sys.executable, "-m", *BENCH, *more, "--collect-only", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # Beside xdist, pytest-benchmark switches itself off: this run is not one of its workers.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return set(re.findall(r"^(tests/\S+?::\w+)", done.stdout, re.M))
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import sentencepiece
+import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -150,7 +151,7 @@ def test_what_is_read_otherwise_is_mended_said_and_recorded_and_twice_the_same(k
     differences = [*text_proof.tokenizer_differences(naive, both.theirs)]
     assert differences or text_proof.added_differences(naive, both.theirs)
     assert list(text_proof.tokenizer_differences(both.ours, both.theirs)) == []
-    assert both.made.mended_by == f"transformers {transformers.__version__}"
+    assert both.made.mended_by == f"transformers {transformers.__version__}, tokenizers {tokenizers.__version__}"
     assert "tokenizer.json" in both.made.mended
     assert any("tokenizer.json: " in remark for remark in both.made.remarks)
     again = hf_folder.write(checkpoint, tmp_path / "again", VOCABULARY)

@@ -237,6 +237,7 @@ def test_a_bundle_of_another_compiler_is_another(
         ({"tools": {"axc": "0.1.0"}}, "another compiler made it (digest none, here "),
         ({"maker": "pulsar2"}, "its axmodels were made by 'pulsar2'"),
         ({"inputs": {}}, "it was made without config.json; it was made without generation_config.json (and 3 more)"),
+        ({"text": {"mended_by": "transformers 5.0.0"}}, "its tokenizer was mended by 'transformers 5.0.0', here is"),
         ({"flags": []}, "its manifest does not say what it was made from"),
         (
             {"model": {"name": "qwen2", "model_type": "llama"}},

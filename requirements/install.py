@@ -175,7 +175,8 @@ def install_peer(name: str, venv: Path) -> Path:
         "PATH": os.pathsep.join([str(place / "bin"), os.environ.get("PATH", os.defpath)]),
         "CMAKE_ARGS": cmake,
     }
-    pip(place, *from_source, "--no-binary=:all:", "--no-build-isolation", "-r", source, env=building)
+    anew = ("--no-cache-dir", "--force-reinstall", "--no-binary=:all:", "--no-build-isolation")  # with these flags
+    pip(place, *from_source, *anew, "-r", source, env=building)
     prove(place, name, PEERS[name])
     stamp.write_text(wanted)
     print(f"setup: {name} is there after {time.monotonic() - started:.0f} s", flush=True)

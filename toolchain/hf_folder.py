@@ -8,6 +8,7 @@ that it found are written where the runner looks. What cannot be mended is refus
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -145,6 +146,7 @@ def _reference(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFo
 
     None without transformers. Raises BadInput when it cannot read the checkpoint.
     """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
     try:
         import transformers
     except ModuleNotFoundError as error:

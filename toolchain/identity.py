@@ -12,7 +12,7 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -59,7 +59,7 @@ def sources(places: Mapping[str, Path]) -> dict[str, Path]:
         if path is None:
             continue
         found[name] = path
-        waiting += [name.rpartition(".")[0], *_imports(path)]
+        waiting += [name.rpartition(".")[0], *_imports(path.read_bytes())]
         if name not in places and path.name == "__init__.py":
             waiting += [f"{name}.{entry.stem}" for entry in path.parent.iterdir() if _is_module(entry)]
     return found
@@ -86,11 +86,13 @@ def _file(places: Mapping[str, Path], name: str) -> Path | None:
     return source
 
 
-def _imports(path: Path) -> Iterator[str]:
+@functools.cache
+def _imports(source: bytes) -> tuple[str, ...]:
     """What a source imports anywhere in it: modules, and names of modules that may be submodules."""
-    for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
+    found: list[str] = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield str(node.module)  # relative imports are not used here, and a test says so
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):  # never relative: a test says so
+            found += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(found)

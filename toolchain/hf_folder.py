@@ -53,7 +53,8 @@ LISTED = 4  # tokens or differences that are named
 class HfFolder:
     """What the folder holds. `stop_ids` say what names each; `tokenizer_json` is None without a tokenizer.
 
-    `mended` tells of each file that is not the checkpoint's what was done, `mended_by` with which version of what.
+    `mended` tells of each file that is not the checkpoint's what was done, `mended_by` with which version of what;
+    `compared` is False where there was no transformers to compare with.
     """
 
     tokenizer: Tokenizer | None = None
@@ -61,6 +62,7 @@ class HfFolder:
     stop_ids: dict[int, tuple[str, ...]] = field(default_factory=dict)
     mended: dict[str, str] = field(default_factory=dict)
     mended_by: str = ""
+    compared: bool = True
     remarks: list[str] = field(default_factory=list)
 
     def manifest(self) -> dict[str, Any]:
@@ -69,6 +71,7 @@ class HfFolder:
             "stop_ids": {str(number): list(sources) for number, sources in self.stop_ids.items()},
             **({"mended": self.mended} if self.mended else {}),
             **({"mended_by": self.mended_by} if self.mended_by else {}),
+            **({} if self.compared else {"compared": False}),
         }
 
 
@@ -127,6 +130,7 @@ def _prove(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFolder
     if theirs is None:
         _expect_no_need(checkpoint, hf)
         made.tokenizer = made.tokenizer or Tokenizer.open(hf)
+        made.compared = False
         made.remarks.append(f"tokenizer: opened, not compared: transformers is not installed. {INSTALL}")
     else:
         made.tokenizer = _mended_tokenizer(made.tokenizer, hf, theirs, made)

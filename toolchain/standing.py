@@ -60,6 +60,8 @@ def _made_otherwise(planned: Plan, manifest: Mapping[str, Any]) -> list[str]:
     mended_by, here = manifest["text"].get("mended_by"), hf_folder.mender()
     if mended_by and mended_by != here:
         found.append(f"its tokenizer was mended by {mended_by!a:.60}, here is {here or 'no transformers'}")
+    if here and not manifest["text"].get("compared", True):
+        found.append("its tokenizer was not compared with transformers', which is here")
     wanted, given = as_json(asdict(planned.target)), manifest["flags"]
     for flag in sorted({*wanted, *given}):
         if wanted.get(flag) != given.get(flag):

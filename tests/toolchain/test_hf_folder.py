@@ -241,9 +241,10 @@ class TestWithoutTransformers:
         with pytest.raises(BadInput, match="chat template is damaged"):
             write(plain)
 
-    def test_the_bytes_are_the_same_where_nothing_had_to_be_mended(self, plain: Path) -> None:
+    def test_the_manifest_says_that_nothing_was_compared(self, plain: Path) -> None:
         made = write(plain)
-        assert made.manifest() == {"stop_ids": {"314": ["tokenizer_config.json", "chat template"]}}
+        stops = {"314": ["tokenizer_config.json", "chat template"]}
+        assert made.manifest() == {"stop_ids": stops, "compared": False}
 
     @pytest.mark.parametrize("kind", ["added_tokens_decoder", "added_tokens.json", "tokens only named", "other flags"])
     def test_what_needs_it_is_refused_with_the_command_that_installs_it(self, kind: str, tmp_path: Path) -> None:

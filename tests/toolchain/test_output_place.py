@@ -238,6 +238,7 @@ def test_a_bundle_of_another_compiler_is_another(
         ({"maker": "pulsar2"}, "its axmodels were made by 'pulsar2'"),
         ({"inputs": {}}, "it was made without config.json; it was made without generation_config.json (and 3 more)"),
         ({"text": {"mended_by": "transformers 5.0.0"}}, "its tokenizer was mended by 'transformers 5.0.0', here is"),
+        ({"text": {"compared": False}}, "its tokenizer was not compared with transformers', which is here"),
         ({"flags": []}, "its manifest does not say what it was made from"),
         (
             {"model": {"name": "qwen2", "model_type": "llama"}},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import traceback
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -21,9 +22,9 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
-from board.control_tokens import encode_marked, mark
+from board.control_tokens import Marker, control_ids, encode_marked
 from board.errors import BadInput
-from board.hf_files import special_tokens, template_source
+from board.hf_files import read_json, special_tokens, template_file
 
 if TYPE_CHECKING:
     from board.tokenizer import Tokenizer
@@ -72,10 +73,22 @@ class Namespace(jinja2.utils.Namespace):
 
 
 class ChatTemplate:
-    """A compiled template. `special` are the special tokens it may name."""
+    """A compiled template. `special` are the special tokens it may name, `file` is where it stands.
 
-    def __init__(self, source: str, special: Mapping[str, str]) -> None:
+    `control_tokens` are those of tokenizer_config.json's `chat_control_tokens`, None where it has none.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        special: Mapping[str, str],
+        file: str = "",
+        control_tokens: Sequence[str] | None = None,
+    ) -> None:
         """Raises BadInput when the template is no Jinja."""
+        self.control_tokens = control_tokens
+        self.refusal: str | None = None  # why it refuses every conversation of a user, once `forms` are known
+        self._file = file
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
         )
@@ -85,27 +98,61 @@ class ChatTemplate:
         environment.globals["namespace"] = Namespace
         self._special = dict(special)
         try:
+            self._tree = environment.parse(source)
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise BadInput(f"the chat template is damaged: {error}\nAsk without it: --raw.") from None
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise BadInput(f"the chat template is damaged: {self._told(error)}\nAsk without it: --raw.") from None
 
     @classmethod
     def find(cls, hf: Path) -> ChatTemplate | None:
         """The template of a folder of Hugging Face files, None where it has none. Raises BadInput."""
-        source = template_source(hf)
-        return None if source is None else cls(source, special_tokens(hf))
+        found = template_file(hf)
+        if found is None:
+            return None
+        listed = read_json(hf / "tokenizer_config.json").get("chat_control_tokens")
+        control = [str(token) for token in listed] if isinstance(listed, list) else None
+        return cls(found[1], special_tokens(hf), found[0], control)
+
+    @functools.cached_property
+    def literals(self) -> frozenset[str]:
+        """The pieces of text that stand in the template itself."""
+        texts = {node.data for node in self._tree.find_all(jinja2.nodes.TemplateData)}
+        constants = (node.value for node in self._tree.find_all(jinja2.nodes.Const))
+        return frozenset(texts.union(value for value in constants if isinstance(value, str)))
 
     def render(self, messages: Messages, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The prompt for messages of `role` and `content`; its special tokens are all there, add no more.
 
         Raises BadInput with the template's own words where it refuses them.
         """
-        given = {"tools": None, "documents": None, **self._special, **variables}
-        plain = [_message(message) for message in messages]
         try:
-            return self._template.render(messages=plain, add_generation_prompt=add_generation_prompt, **given)
+            return self._rendered(messages, add_generation_prompt, variables)
         except Exception as error:  # the template is a program of its own
             raise BadInput(f"the chat template refuses these messages: {error}") from None
+
+    def _rendered(self, messages: Messages, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+        given = {"tools": None, "documents": None, **self._special, **variables}
+        plain = [_message(message) for message in messages]
+        return self._template.render(messages=plain, add_generation_prompt=add_generation_prompt, **given)
+
+    def _told(self, error: Exception) -> str:
+        """An error of the template, with its file and line."""
+        lines = [error.lineno] if isinstance(error, jinja2.TemplateSyntaxError) else []
+        frames = traceback.extract_tb(error.__traceback__)
+        lines += [frame.lineno for frame in frames if frame.filename == "<template>" and frame.lineno][-1:]
+        where = " ".join([*([self._file] if self._file else []), *(f"line {line}" for line in lines[:1])])
+        words = " ".join(str(error).split()) or type(error).__name__
+        return f"{where}: {words:.300}" if where else f"{words:.300}"
+
+    def expect_question(self) -> None:
+        """Raises BadInput for a template that refuses what a user says, or drops it."""
+        if self.forms["user"] is None:
+            raise BadInput(
+                f"the chat template refuses every question: {self.refusal}"
+                if self.refusal is not None
+                else "the chat template drops what the user says, be it a string or a list of parts of type text: "
+                "no prompt would hold the question"
+            )
 
     def fit(self, messages: Messages) -> list[dict[str, Any]]:
         """The messages with their text as the template takes it: a string, or a list of one part of type text.
@@ -122,10 +169,10 @@ class ChatTemplate:
             return content
         form = self.forms.get(str(message.get("role")), self.forms["user"])
         if form is None:
-            raise BadInput(
-                "the chat template drops what the user says, be it a string or a list of parts: no prompt would hold "
-                "the question\nAsk without the template: axrun run --raw, or /v1/completions."
-            )
+            try:
+                self.expect_question()
+            except BadInput as error:
+                raise BadInput(f"{error}\nAsk without the template: axrun run --raw, or /v1/completions.") from None
         if isinstance(content, list):
             if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
                 return content
@@ -139,21 +186,27 @@ class ChatTemplate:
         None for a user's content that does not reach it; other roles are then as the user's.
         """
         found: dict[str, str | None] = {}
+        refusals: list[str | None] = []  # of a user's conversations; None for one that is only without the content
         for role, conversations in TURNS.items():
             usual = found.get("user")
             tries = ((form, turns) for form in (STRING, PARTS) for turns in conversations)
-            reached = (form for form, turns in tries if self._reaches(role, turns, form, usual or form))
+            reached = (form for form, turns in tries if self._reaches(role, turns, form, usual or form, refusals))
             found[role] = next(reached, usual)
+            if role == "user" and found[role] is None and None not in refusals:
+                self.refusal = refusals[0]
         return found
 
-    def _reaches(self, role: str, turns: Sequence[str], form: str, usual: str) -> bool:
+    def _reaches(self, role: str, turns: Sequence[str], form: str, usual: str, refusals: list[str | None]) -> bool:
         messages = [
             {"role": turn, "content": _as(form, PROBE) if turn == role else _as(usual, "question")} for turn in turns
         ]
         try:
-            return PROBE in self.render(messages).lower()
-        except BadInput:
+            reached = PROBE in self._rendered(messages, True, {}).lower()
+        except Exception as error:  # the template is a program of its own
+            refusals.append(self._told(error))
             return False
+        refusals.append(None)
+        return reached
 
 
 def _as(form: str, text: str) -> Any:
@@ -165,14 +218,18 @@ def chat_ids(
 ) -> list[int]:
     """Token ids of a conversation, in the template, which writes its own special tokens.
 
-    Special tokens that are spelled in a message are text, and control tokens only with `parse_special`.
+    Control tokens that are spelled in a message are text, and control tokens only with `parse_special`.
     Raises BadInput for messages that the template refuses, and for text that is no Unicode.
     """
     fitted = template.fit(messages)
-    marked = None if parse_special else mark(tokenizer, fitted)
-    if marked is None:
+    if parse_special:
         return tokenizer.encode(template.render(fitted, **variables), special=False)
-    return encode_marked(tokenizer, template.render(marked, **variables))
+    control = control_ids(tokenizer, template)
+    marker = Marker(tokenizer, control)
+    prompt = template.render(marker.mark(fitted), **marker.mark(variables))
+    if not marker.spelled:
+        return tokenizer.encode(prompt, special=False)
+    return encode_marked(tokenizer, prompt, marker, control)
 
 
 def prompt_ids(

@@ -40,14 +40,20 @@ def special_tokens(hf: Path) -> dict[str, str]:
 
 
 def template_source(hf: Path) -> str | None:
-    """The chat template, None where there is none.
+    """The chat template, None where there is none. Raises BadInput."""
+    found = template_file(hf)
+    return None if found is None else found[1]
+
+
+def template_file(hf: Path) -> tuple[str, str] | None:
+    """The chat template behind the name of its file, None where there is none. Raises BadInput.
 
     chat_template.jinja comes before tokenizer_config.json, chat_template.json (which only processors have) last.
     """
     file = hf / "chat_template.jinja"
     if file.is_file():
         try:
-            return file.read_text("utf-8")
+            return file.name, file.read_text("utf-8")
         except (OSError, ValueError) as error:
             raise BadInput(f"cannot read {file}: {error}\nBuild or copy the bundle again.") from None
     for name in ("tokenizer_config.json", "chat_template.json"):
@@ -56,5 +62,5 @@ def template_source(hf: Path) -> str | None:
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default")
         if isinstance(template, str):
-            return template
+            return name, template
     return None

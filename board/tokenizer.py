@@ -51,6 +51,8 @@ class Tokenizer:
         self.stop_ids = frozenset(self.stop_sources)
         self._added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in self._added.items() if token.special)
+        self._patterns: dict[frozenset[int], re.Pattern[str] | None] = {}  # of some added tokens
+        self._characters: dict[str, list[int]] = {}  # as text
         self._byte_level = backend.token_to_id("\u0120") is not None  # how byte-level BPE spells a space
 
     @classmethod
@@ -65,7 +67,9 @@ class Tokenizer:
                 backend = tokenizers.Tokenizer.from_file(str(hf / "tokenizer.json"))
                 backend.no_truncation()
                 backend.no_padding()
-            elif str(settings.get("tokenizer_class", "")).startswith("Qwen2Tokenizer"):
+            elif str(settings.get("tokenizer_class", "")).startswith("Qwen2Tokenizer") and all(
+                (hf / name).is_file() for name in ("vocab.json", "merges.txt")
+            ):
                 backend = _qwen2(hf, settings)
             elif any((hf / name).is_file() for name in ("vocab.json", "tokenizer.model", "vocab.txt")):
                 raise BadInput(
@@ -130,31 +134,36 @@ class Tokenizer:
             known = f": the tokenizer has {piece!r:.60} and the model has not" if piece is not None else ""
             raise BadInput(f"token id {wrong} is outside the vocabulary of {vocab_size}{known}")
 
-    def spells_special(self, text: str) -> bool:
-        """Whether a special token is spelled in a text."""
-        return bool(self.special_spans(text)) if self._normalized else self._special.search(text) is not None
-
-    def special_spans(self, text: str) -> list[tuple[int, int]]:
-        """Where special tokens are spelled in a text: (start, stop), rising."""
-        if self._normalized:  # only the tokenizer knows what the normalizer makes one of
+    def spans(self, text: str, tokens: frozenset[int]) -> list[tuple[int, int]]:
+        """Where some of the added tokens are spelled in a text: (start, stop), rising."""
+        pattern = self._spelled(tokens)
+        if pattern is None:  # only the tokenizer knows what the normalizer makes one of
             encoding = self._encode(text, False)
-            spans = zip(encoding.ids, encoding.offsets)
-            return [span for token, span in spans if token in self.special_ids and span[0] < span[1]]
-        return [match.span() for match in self._special.finditer(text)]
+            found = zip(encoding.ids, encoding.offsets)
+            return [span for token, span in found if token in tokens and span[0] < span[1]]
+        return [match.span() for match in pattern.finditer(text)]
 
-    def encode_after(self, text: str, plain: bool) -> list[int]:
-        """Token ids of what goes on from other text; `plain`: special tokens that it spells are text.
+    def encode_after(self, text: str, plain: frozenset[int] = frozenset()) -> list[int]:
+        """Token ids of what goes on from other text; `plain`: added tokens are text, of which none of these may come.
 
         Encoded behind a line feed, which is taken off again: tokenizers give the beginning of a text a space.
         """
+        ids = self._after(text, bool(plain))
+        if plain.isdisjoint(ids):
+            return ids
+        return [token for character in text for token in self._character(character, plain)]  # spelled in the vocabulary
+
+    def _after(self, text: str, plain: bool) -> list[int]:
         encode = self._plain if plain else functools.partial(self.encode, special=False)
         first, ids = encode("\n"), encode("\n" + text)
-        ids = ids[len(first) :] if ids[: len(first)] == first else encode(text)
-        if plain and not self.special_ids.isdisjoint(ids):  # spelled in the vocabulary itself
-            if len(text) == 1:
-                raise BadInput(f"the tokenizer cannot write {text!r} as text: it is a special token\nLeave it out.")
-            return self.encode_after(text[:1], True) + self.encode_after(text[1:], True)
-        return ids
+        return ids[len(first) :] if ids[: len(first)] == first else encode(text)
+
+    def _character(self, text: str, plain: frozenset[int]) -> list[int]:
+        if text not in self._characters:
+            self._characters[text] = self._after(text, True)
+        if not plain.isdisjoint(self._characters[text]):
+            raise BadInput(f"the tokenizer cannot write {text!r} as text: it is a special token\nLeave it out.")
+        return self._characters[text]
 
     def _encode(self, text: str, special: bool) -> tokenizers.Encoding:
         try:
@@ -173,16 +182,15 @@ class Tokenizer:
             words = backend.pre_tokenizer.pre_tokenize_str(text)
         return [token.id for word, _ in words for token in backend.model.tokenize(word)]
 
-    @functools.cached_property
-    def _special(self) -> re.Pattern[str]:
-        pieces = sorted((self._added[number].content for number in self.special_ids), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, pieces)) or "(?!)")
-
-    @functools.cached_property
-    def _normalized(self) -> bool:
-        """Whether special tokens are looked for in normalized text."""
-        tokens = (self._added[number] for number in self.special_ids)
-        return self._backend.normalizer is not None and any(token.normalized for token in tokens)
+    def _spelled(self, tokens: frozenset[int]) -> re.Pattern[str] | None:
+        """What finds these added tokens; None where they are looked for in normalized text."""
+        if tokens not in self._patterns:
+            added = [self._added[number] for number in tokens]
+            normalized = self._backend.normalizer is not None and any(token.normalized for token in added)
+            pieces = sorted((token.content for token in added if token.content), key=len, reverse=True)
+            pattern = re.compile("|".join(map(re.escape, pieces)) or "(?!)")
+            self._patterns[tokens] = None if normalized else pattern
+        return self._patterns[tokens]
 
 
 class TextStream:

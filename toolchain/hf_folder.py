@@ -25,6 +25,7 @@ from board.errors import BadInput
 from board.hf_files import SPECIAL, special_tokens, template_source
 from board.tokenizer import Tokenizer
 from toolchain import text_proof
+from toolchain.weight_files import refuse_lfs_pointer
 
 # copied into hf/ where the checkpoint has them
 HF_FILES = (
@@ -89,6 +90,8 @@ def tokenizer_bytes(checkpoint: Path) -> int:
 def write(checkpoint: Path, hf: Path, vocab_size: int, model_config: Path | None = None) -> HfFolder:
     """Fills `hf` and proves it. Raises BadInput for what is damaged, or is read differently and cannot be mended."""
     made = HfFolder()
+    for path in input_files(checkpoint):
+        refuse_lfs_pointer(path)
     shutil.rmtree(hf, ignore_errors=True)
     hf.mkdir()
     for name in HF_FILES:
@@ -117,13 +120,14 @@ def _copy(source: Path, target: Path, made: HfFolder) -> None:
 def _advice(message: str) -> str:
     _, *rest = message.splitlines()
     last = rest[-1] if rest else "Build or copy the bundle again."
-    if "chat template is damaged" in message:
+    if any(f"chat template {fault}" in message for fault in ("is damaged", "refuses every", "drops")):
         return "Mend the template or remove it: a bundle without one takes raw prompts."
     return "Download the checkpoint again, or mend that file." if last.startswith("Build or copy") else last
 
 
 def _prove(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFolder) -> None:
     if not any((checkpoint / name).is_file() for name in TOKENIZERS):
+        made.remarks.append("no tokenizer (tokenizer.json or another's file): the bundle takes token ids only")
         return
     made.tokenizer, made.template = _opened(hf), ChatTemplate.find(hf)
     theirs = _reference(checkpoint, hf, model_config, made)
@@ -142,7 +146,7 @@ def _prove(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFolder
         made.template = ChatTemplate.find(hf)
         _expect_same(hf, theirs, made)
     if made.template is not None:
-        text_proof.expect_question(made.template)
+        made.template.expect_question()
 
 
 def _reference(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFolder) -> Any:

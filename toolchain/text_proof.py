@@ -14,7 +14,6 @@ from typing import Any
 
 import board.chat
 from board.chat import ChatTemplate
-from board.errors import BadInput
 from board.tokenizer import Tokenizer
 
 MOST_SINGLE = 2048  # ids that are decoded alone, spread over a vocabulary
@@ -264,12 +263,3 @@ def _at_difference(text: str | None, other: str | None) -> str:
 def _short(value: object) -> str:
     text = ascii(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def expect_question(template: ChatTemplate) -> None:
-    """Raises BadInput for a template that drops what the user says."""
-    if template.forms["user"] is None:
-        raise BadInput(
-            "the chat template drops what the user says, be it a string or a list of parts of type text\n"
-            "Mend the template: no prompt would hold the question."
-        )

@@ -113,7 +113,6 @@ def test_special_tokens_of_a_message_are_text_and_the_templates_are_not(both: Bo
     unknown = both.ours.vocabulary.get("<unk>")
     assert [i for i in ids if i in special and i != unknown] == [i for i in neutral if i in special and i != unknown]
     theirs = both.theirs
-    theirs.chat_control_tokens = []  # special tokens alone
     try:
         expected = theirs.apply_chat_template(
             both.template.fit(messages), add_generation_prompt=True, return_dict=False, sanitize_control_tokens=True
@@ -206,7 +205,18 @@ def test_names_that_only_transformers_knows_reach_the_template(plain: Path) -> N
     [
         ({"chat_template.jinja": "{% for m in messages %}{{ m.content }"}, "the chat template is damaged"),
         ({"chat_template.jinja": "{% for m in messages %}{{ m.role }}{% endfor %}"}, "drops what the user says"),
-        ({"chat_template.jinja": "{{ messages[0].content | nothing }}"}, "damaged|drops what the user says"),
+        (
+            {"chat_template.jinja": "{{ messages[0].content | nothing }}"},
+            "damaged: chat_template.jinja line 1: .*nothing",
+        ),
+        (
+            {"chat_template.jinja": "\n{{ a.b }}"},
+            "refuses every question: chat_template.jinja line 2: 'a' is undefined",
+        ),
+        (
+            {"chat_template.jinja": "{{ raise_exception('not\\nyet') }}"},
+            "question: chat_template.jinja line 1: not yet",
+        ),
         ({"tokenizer.json": "{"}, "damaged"),
         ({"tokenizer_config.json": "[]"}, "expected a JSON object"),
         ({"tokenizer.json": None, "tokenizer.model": "\n\x0e\n\x05<unk>"}, "transformers cannot read the tokenizer"),
@@ -226,7 +236,17 @@ def test_without_a_tokenizer_there_is_nothing_to_prove(plain: Path) -> None:
     (plain / "tokenizer.json").unlink()
     (plain / "chat_template.jinja").unlink()
     made = write(plain)
-    assert (made.tokenizer, made.remarks, made.manifest()) == (None, [], {"stop_ids": {}})
+    said = ["no tokenizer (tokenizer.json or another's file): the bundle takes token ids only"]
+    assert (made.tokenizer, made.remarks, made.manifest()) == (None, said, {"stop_ids": {}})
+    with pytest.raises(BadInput, match="has no tokenizer, so there is no way to ask"):
+        Tokenizer.open(plain.with_name("hf"))
+
+
+@pytest.mark.parametrize("name", [name for name in hf_folder.HF_FILES if name != "config.json"])
+def test_a_git_lfs_pointer_is_called_that(plain: Path, name: str) -> None:
+    (plain / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(BadInput, match=rf"{name} is a Git LFS pointer.*\n.*git lfs pull"):
+        write(plain)
 
 
 class TestWithoutTransformers:

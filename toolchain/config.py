@@ -286,6 +286,14 @@ def _some(names: list[str]) -> str:
 
 
 ROPE_KEYS = frozenset(("rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor"))
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+_PLAIN = frozenset(("rope_type", "type", "rope_theta", "partial_rotary_factor"))
+# what is read inside of rope_parameters, by kind of rope
+NESTED_ROPE_KEYS = {
+    "default": _PLAIN,
+    "linear": _PLAIN | {"factor"},
+    "llama3": _PLAIN | {"factor", "low_freq_factor", "high_freq_factor", ORIGINAL_LENGTH},
+}
 
 
 def read_rope(reader: Reader, positions: int) -> Rope:
@@ -304,10 +312,12 @@ def read_rope(reader: Reader, positions: int) -> Rope:
         reader.path,
         {
             "rope_theta": reader.get("rope_theta") if "rope_theta" not in nested else None,
-            "original_max_position_embeddings": positions,
+            ORIGINAL_LENGTH: positions,
         },
     )
     theta = inner.number("rope_theta", low=1, high=1e15)
+    if ORIGINAL_LENGTH in reader.values:  # `standardize_rope_params` prefers what stands beside the rope's own keys
+        inner.values = {**nested, ORIGINAL_LENGTH: reader.values[ORIGINAL_LENGTH]}
     if nested.get("partial_rotary_factor", 1) not in (1, None):
         raise BadInput(f"{reader.path}: partial_rotary_factor is {nested['partial_rotary_factor']!r:.60}; expected 1")
     kind = nested.get("rope_type", nested.get("type", "default"))
@@ -322,6 +332,6 @@ def read_rope(reader: Reader, positions: int) -> Rope:
             inner.number("factor", low=1e-3, high=1e6),
             inner.number("low_freq_factor", low=1e-3, high=1e6),
             inner.number("high_freq_factor", low=1e-3, high=1e6),
-            inner.integer("original_max_position_embeddings"),
+            inner.integer(ORIGINAL_LENGTH),
         )
     raise BadInput(f"{reader.path}: rope type {kind!r:.60} is not known; expected default, linear or llama3")

@@ -160,6 +160,20 @@ def refuse_unknown(values: dict[str, Any], reads: Iterable[str], path: Path, sou
         )
 
 
+def refuse_unknown_rope(values: dict[str, Any], reads: Iterable[str], path: Path, source: object, family: str) -> None:
+    """The same for keys inside of rope_scaling and rope_parameters."""
+    known = frozenset(reads)
+    for where in ("rope_scaling", "rope_parameters"):
+        nested = values.get(where) or {}
+        odd = [f"{key} {_shown(value)}" for key, value in nested.items() if key not in known and value is not None]
+        if odd:
+            raise BadInput(
+                f"{path}: {', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''} in {where} of model_type "
+                f"{_shown(source)} may change what the model computes, and {family} does not read it\n"
+                "If the arithmetic is the same, give a config.json without it as --model_config."
+            )
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

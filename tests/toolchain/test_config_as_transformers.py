@@ -7,10 +7,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from board.errors import BadInput
 from tests.toolchain.as_transformers import (
@@ -31,6 +33,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 def expected(values: dict[str, Any], kind: str) -> dict[str, Any]:
     """What transformers' class for the model_type makes of it, in the terms of ModelConfig."""
     config: Any = transformers.AutoConfig.for_model(kind).from_dict(json.loads(json.dumps(values)))
+    config.standardize_rope_params()  # again, as a model does that is made from it
     rope = config.rope_parameters
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kinds = getattr(config, "layer_types", None)
@@ -83,7 +86,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rope_theta inside rope_scaling": {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 3e4}},
     "llama3": {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 32}},
     "llama3 without its original length": {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
-    "llama3, the original length beside it is not read": {
+    "llama3, the original length beside it wins": {
         "rope_scaling": {"rope_type": "llama3", **LLAMA3, "original_max_position_embeddings": 32},
         "original_max_position_embeddings": 64,
     },
@@ -130,6 +133,26 @@ def test_every_spelling_of_kin(kind: str, variant: str) -> None:
     if kind == "mistral" and "layer_types" in values:
         kind = "ministral"  # as AutoConfig decides
     assert_read_alike(values, kind, "llama")
+
+
+@pytest.mark.parametrize("nested", [{}, {"original_max_position_embeddings": 32}])
+@pytest.mark.parametrize("kind", [*AS_ITSELF, *KIN])
+def test_llama3_frequencies_where_the_original_length_stands_beside_them(kind: str, nested: dict[str, Any]) -> None:
+    from toolchain.rope import frequencies
+
+    values = {
+        **WHOLE,
+        **NEUTRAL.get(kind, {}),
+        "model_type": kind,
+        "rope_scaling": {"rope_type": "llama3", **LLAMA3, **nested},
+        "original_max_position_embeddings": 64,
+    }
+    said: list[str] = []
+    ours = families.read_config(values, Path("config.json"), "llama" if kind in KIN else None, said.append)[1]
+    config: Any = transformers.AutoConfig.for_model(kind).from_dict(json.loads(json.dumps(values)))
+    theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    np.testing.assert_allclose(np.array(frequencies(ours.rope, ours.head_dim), float), theirs.numpy(), rtol=1e-6)
+    assert not any("original_max_position_embeddings" in line for line in said)
 
 
 UNFIT = {  # where the class's default does not fit the other values

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,3 +198,34 @@ def test_the_theta_of_an_unknown_architecture_is_not_known() -> None:
     with pytest.raises(BadInput, match="rope_theta is missing"):
         read(values, "newcomer", "llama")
     assert read({**values, "rope_parameters": {"rope_theta": 7.0}}, "newcomer", "llama").rope.theta == 7.0
+
+
+def test_a_key_that_is_absent_has_the_default_of_its_own_class_where_transformers_has_one() -> None:
+    """cwm's class has a window in three of four layers, and another rope: neither stands in the config.json."""
+    config = read(WHOLE, "cwm", "llama")
+    theirs: Any = transformers.AutoConfig.for_model("cwm").from_dict({**WHOLE})
+    assert config.sliding_window == theirs.sliding_window == 8192
+    assert "sliding_attention" in theirs.layer_types
+    assert config.head_dim == theirs.head_dim
+    assert (config.rope.kind, config.rope.theta) == ("llama3", theirs.rope_parameters["rope_theta"])
+    with pytest.raises(BadInput, match=r"partial_rotary_factor is 0\.5"):
+        read(WHOLE, "glm", "llama")
+    with pytest.raises(BadInput, match="sliding_window_pattern 4 of model_type 'exaone4'"):
+        read(WHOLE, "exaone4", "llama")
+
+
+@pytest.mark.parametrize("kind", ["cwm", "newcomer"])
+def test_without_transformers_another_type_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(BadInput, match=f"what model_type '{kind}' computes where keys are absent is known to transf"):
+        read(WHOLE, kind, "llama")
+    assert read(WHOLE, "mistral", "llama").sliding_window == 4096  # proven: its defaults are known here
+
+
+@pytest.mark.parametrize("kind", ["ministral3", "newcomer"])
+@pytest.mark.parametrize("where", ["rope_parameters", "rope_scaling"])
+def test_an_unknown_key_inside_of_the_rope_of_another_type_is_refused(kind: str, where: str) -> None:
+    nested = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
+    with pytest.raises(BadInput, match=r"llama_4_scaling_beta 0\.5.* in rope_\w+ of model_type"):
+        read({**WHOLE, "sliding_window": None, where: nested}, kind, "llama")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from board.errors import BadInput
 from toolchain import config_keys
-from toolchain.config import Kin, ModelConfig, Reader
+from toolchain.config import NESTED_ROPE_KEYS, ORIGINAL_LENGTH, Kin, ModelConfig, Reader
 from toolchain.families import llama, qwen2
 from toolchain.graph import Graph
 
@@ -55,11 +56,12 @@ def read_config(
         read, proven = _as_kin(family.KIN[given], values, path), True
     else:
         config_keys.refuse_unknown(values, family.READS, path, given, name)
-        # a key that is absent has a default nobody knows; a bias or a tied head shows in the tensors
-        seen = {key: value for key, value in family.DEFAULTS.items() if value is None or value is False}
-        read, proven = Reader(values, path, seen), False
+        read, proven = _as_foreign(family, values, path, name), False
     config = family.read_config(read)
-    unread = config_keys.unread(read.values, family.READS)
+    if not proven:
+        config_keys.refuse_unknown_rope(read.values, NESTED_ROPE_KEYS[config.rope.kind], path, given, name)
+    known = family.READS | {ORIGINAL_LENGTH} if config.rope.kind == "llama3" else family.READS
+    unread = config_keys.unread(read.values, known)
     if unread:
         say(f"config.json: not read, as in transformers' {given}: {', '.join(unread[:4])}")
     if not proven:
@@ -71,6 +73,37 @@ def _as_kin(kin: Kin, values: dict[str, Any], path: Path) -> Reader:
     """A config.json of another architecture as one of this family. Raises BadInput where they compute differently."""
     own = Reader(values, path, kin.defaults)
     return Reader(kin.as_family(own), path, kin.defaults)
+
+
+def _as_foreign(family: Family, values: dict[str, Any], path: Path, name: str) -> Reader:
+    """A config.json of a model_type of which nothing is proven: absent keys at the defaults of its class, if any.
+
+    Raises BadInput where those defaults change what the model computes, or where nobody knows them.
+    """
+    given = str(values.get("model_type"))
+    try:
+        import transformers
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    except ImportError:
+        raise BadInput(
+            f"{path}: what model_type {given!r:.60} computes where keys are absent is known to transformers only, "
+            f"which is not installed\nRun `make setup`, or give the config.json of a {name} as --model_config."
+        ) from None
+    if given not in CONFIG_MAPPING:
+        # a key that is absent has a default nobody knows; a bias or a tied head shows in the tensors
+        seen = {key: value for key, value in family.DEFAULTS.items() if value is None or value is False}
+        return Reader(values, path, seen)
+    transformers.logging.set_verbosity_error()
+    try:
+        filled = CONFIG_MAPPING[given].from_dict(copy.deepcopy(values)).to_dict()
+    except Exception as error:  # its classes name no limit to what they raise
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise BadInput(f"{path}: transformers does not read it as model_type {given!r:.60}: {words:.200}") from None
+    config_keys.refuse_shared(filled, path)
+    config_keys.refuse_unknown(filled, family.READS, path, given, name)
+    # a bias, a tied head and a window that its class does not have are none
+    absent = {key: value for key, value in family.DEFAULTS.items() if value is None or value is False}
+    return Reader(filled, path, absent)
 
 
 def _not_supported(values: dict[str, Any], path: Path, name: object) -> str:

@@ -115,8 +115,9 @@ def _probe(bundle: Bundle, reference: Reference, cache: Any, count: int) -> tupl
     for step in walk.probes(bundle, count):
         if step.start > most:
             continue
-        rows = np.arange(step.start) % count
-        resumed = reference.resampled(cache, rows, lambda values: to_float32(from_float32(values, dtype), dtype))
+        rows = np.random.default_rng(walk.SEED).integers(0, count, step.start)  # no pattern: a shift of rows shows
+        trend = np.linspace(-1, 1, step.start, dtype=np.float32)  # and rows that are left out
+        resumed = reference.resampled(cache, rows, trend, lambda values: to_float32(from_float32(values, dtype), dtype))
         if resumed is None or resumed[1][0][0].shape[1] != bundle.kv_size:
             break
         ids = walk.sample([], step.stop, bundle.vocab_size)[step.start :]

@@ -88,6 +88,7 @@ class Reference:
         self.path, self.remarks = path, list[str]()
         self.config = self._read_config(model_config or path, model_type)
         self.config._attn_implementation = "eager"
+        self.config.return_dict = True  # outputs are taken by name, whatever config.json says of their form
         with _refusing(path):
             with torch.device("meta"):
                 auto: Any = transformers.AutoModelForCausalLM
@@ -130,7 +131,8 @@ class Reference:
         hooks += [layer.register_forward_hook(after) for layer in self._layers]
         given = torch.from_numpy(np.array(ids, np.int64))[None]
         try:
-            out = self.model(given, past_key_values=cache, use_cache=cache is not None)
+            with _refusing(self.path, "run"):
+                out = self.model(given, past_key_values=cache, use_cache=cache is not None)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -140,7 +142,8 @@ class Reference:
     @torch.no_grad()
     def logits(self, ids: Ids) -> Floats:
         """[n, vocab] for the tokens [n]."""
-        out = self.model(torch.from_numpy(np.array(ids, np.int64))[None], use_cache=False)
+        with _refusing(self.path, "run"):
+            out = self.model(torch.from_numpy(np.array(ids, np.int64))[None], use_cache=False)
         return np.asarray(out.logits[0].numpy())
 
     def exact_in(self, weight_type: str) -> bool:
@@ -157,7 +160,8 @@ class Reference:
         chosen: list[Any] = []
         logits: list[Any] = []
         while len(chosen) < tokens:
-            step = self.model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            with _refusing(self.path, "run"):
+                step = self.model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, given = step.past_key_values, step.logits[:, -1].argmax(dim=1, keepdim=True)
             chosen.append(given)
             if keep_logits:
@@ -174,10 +178,11 @@ class Reference:
         return transformers.DynamicCache()
 
     def resampled(
-        self, cache: Any, rows: Ids, rounded: Callable[[Floats], Floats]
+        self, cache: Any, rows: Ids, trend: Floats, rounded: Callable[[Floats], Floats]
     ) -> tuple[Any, list[tuple[Floats, Floats]]] | None:
         """A cache of other rows of a cache, each `rounded`; and those as K and V [n, heads * head_dim] of each layer.
 
+        V follows `trend` [n], from -1 to 1, along one direction for each head: its mean tells which rows were seen.
         None where layers keep something else between tokens.
         """
         made, flat = self.empty_cache(), list[tuple[Floats, Floats]]()
@@ -185,7 +190,12 @@ class Reference:
             keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
             if keys is None or values is None or keys.ndim != 4 or values.ndim != 4:
                 return None
-            k, v = (torch.from_numpy(rounded(np.asarray(kept[0][:, rows]))) for kept in (keys, values))
+            whole: Floats = np.asarray(values[0], np.float32)
+            common = whole[:, whole.shape[1] // 2, None] * trend[:, None]
+            k, v = (
+                torch.from_numpy(rounded(np.asarray(kept, np.float32)))
+                for kept in (keys[0][:, rows], whole[:, rows] / 2 + common)
+            )
             made.update(k[None], v[None], index)
             flat.append((_flat(k), _flat(v)))
         return made, flat
@@ -268,8 +278,8 @@ def tokenizer(path: Path) -> Any:
 
 
 @contextlib.contextmanager
-def _refusing(path: Path) -> Iterator[None]:
-    """Whatever transformers raises over a folder becomes one line."""
+def _refusing(path: Path, what: str = "load") -> Iterator[None]:
+    """Whatever transformers raises over a folder becomes one line: it does not load it, or not run it."""
     logger = logging.getLogger("transformers")
     silent, logger.disabled = logger.disabled, True
     try:
@@ -278,7 +288,7 @@ def _refusing(path: Path) -> Iterator[None]:
         raise
     except Exception as error:  # its loaders name no limit to what they raise
         text = " ".join(str(error).split())[:240] or type(error).__name__
-        raise Refused(f"transformers {transformers.__version__} does not load {path}: {text}") from None
+        raise Refused(f"transformers {transformers.__version__} does not {what} {path}: {text}") from None
     finally:
         logger.disabled = silent
 
@@ -287,7 +297,7 @@ def _stored_types(path: Path) -> set[torch.dtype]:
     """The element types in the folder's weight files, whichever of them are taken."""
     found: set[torch.dtype] = set()
     for pattern in WEIGHTS:
-        for file in sorted(path.glob(pattern)):
+        for file in sorted(file for file in path.glob(pattern) if file.is_file()):
             found |= {tensor.dtype for tensor in load_state_dict(file, map_location="meta").values()}
     return found
 

@@ -134,6 +134,47 @@ def test_a_window_far_behind_the_walk_is_found(tmp_path: Path) -> None:
         check.check(misread, 1, "", said.append)
 
 
+def test_a_window_of_most_of_the_context_is_found_in_small_types(tmp_path: Path) -> None:
+    """s8 weights, bfloat16: the oldest 2 of 12 thousand rows are seen or not."""
+    windowed = made(tmp_path / "mistral", config(transformers.MistralConfig, sliding_window=10000, num_hidden_layers=2))
+    folder = Path(shutil.copytree(windowed, tmp_path / "llama"))
+    values = json.loads((windowed / "config.json").read_text())
+    plain = {key: value for key, value in values.items() if key != "sliding_window"}
+    plain |= {"model_type": "llama", "max_position_embeddings": 12000}
+    (folder / "config.json").write_text(json.dumps(plain))
+    plan = built(folder, tmp_path / "out", prefill_len=128, kv_cache_len=11999)
+    assert (plan.target.hidden_state_type, plan.target.weight_type) == ("bf16", "s8")
+    check.check(plan, 1, "", lambda line: None)
+    misread = dataclasses.replace(plan, options=dataclasses.replace(plan.options, input_path=windowed))
+    with pytest.raises(CheckFailed, match=r"layer 0 in (far|end)"):
+        check.check(misread, 1, "", lambda line: None)
+
+
+def test_outputs_are_taken_by_name_whatever_config_json_says_of_their_form(tmp_path: Path) -> None:
+    folder = made(tmp_path / "hf", config())
+    wanted = Reference(folder).logits(IDS)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, "return_dict": False}))
+    reference = Reference(folder)
+    np.testing.assert_array_equal(reference.logits(IDS), wanted)
+    assert reference.generate(IDS[None], 1).tokens.shape == (1, 1)
+    reference.trace(IDS)
+
+
+def test_what_transformers_raises_while_it_computes_is_one_line(tmp_path: Path) -> None:
+    reference = Reference(made(tmp_path / "hf", config()))
+    beyond = np.array([640])
+    for call in (reference.logits, reference.trace, lambda ids: reference.generate(ids[None], 1)):
+        with pytest.raises(Refused, match=r"transformers \S+ does not run \S+: index out of range"):
+            call(beyond)
+
+
+def test_a_folder_that_is_named_like_a_weight_file_is_none(tmp_path: Path) -> None:
+    folder = made(tmp_path / "hf", config())
+    (folder / "pytorch_model.bin").mkdir()
+    assert Reference(folder).stored == {torch.bfloat16}
+
+
 def test_a_bundle_without_prefill_is_walked_and_probed(tmp_path: Path) -> None:
     folder = made(tmp_path / "hf", config())
     said: list[str] = []

@@ -244,7 +244,8 @@ def _load_bin(file: Path) -> dict[str, Any]:
     )
     if not dense:
         raise BadInput(f"{file} is not a dictionary of dense tensors by name\nSave the model's state_dict.")
-    return {name: tensor.detach() for name, tensor in loaded.items()}
+    # a tensor may be stored as the negative or the conjugate of its bytes
+    return {name: tensor.detach().resolve_conj().resolve_neg() for name, tensor in loaded.items()}
 
 
 def _bin_headers(file: Path) -> list[StoredTensor]:

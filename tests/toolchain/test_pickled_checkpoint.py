@@ -61,6 +61,15 @@ def assert_builds_the_same(folder: Path, output: Path, from_safetensors: Path, *
     assert ours == theirs
 
 
+def test_tensors_that_are_stored_as_the_negative_of_their_bytes(
+    folder: Path, tensors: dict[str, torch.Tensor], tmp_path: Path, from_safetensors: Path
+) -> None:
+    save(folder, {**tensors, NORM: torch._neg_view(-tensors[NORM])})
+    stored = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    assert stored[NORM].is_neg()
+    assert_builds_the_same(folder, tmp_path / "bundle", from_safetensors)
+
+
 def test_one_file(folder: Path, tensors: dict[str, Any], tmp_path: Path, from_safetensors: Path) -> None:
     save(folder, tensors)
     assert_builds_the_same(folder, tmp_path / "bundle", from_safetensors)

@@ -164,16 +164,34 @@ def _reference(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFo
     transformers.logging.set_verbosity_error()
     how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     folder = hf if made.mended else checkpoint
+    what = f"the tokenizer of {checkpoint}" if model_config is None else str(model_config)
     try:
         if model_config is not None:
             how["config"] = transformers.AutoConfig.from_pretrained(model_config, **how)
+            what = f"the tokenizer of {checkpoint}"
         return transformers.AutoTokenizer.from_pretrained(folder, **how)
     except BaseException as error:  # a panic of the tokenizers library is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
         words = " ".join(str(error).split()) or type(error).__name__
-        advice = INSTALL if "pip install" in words or "requires the" in words else "Is its tokenizer whole?"
-        raise BadInput(f"transformers cannot read the tokenizer of {checkpoint}: {words:.300}\n{advice}") from None
+        if model_config is None and not _config_is_read(folder):
+            what = f"config.json of {checkpoint}"
+        advice = "Is its tokenizer whole?" if what.startswith("the tokenizer") else "Is each value of the right kind?"
+        advice = INSTALL if "pip install" in words or "requires the" in words else advice
+        raise BadInput(f"transformers cannot read {what}: {words:.300}\n{advice}") from None
+
+
+def _config_is_read(folder: Path) -> bool:
+    """Whether it is not config.json that keeps AutoTokenizer from reading a folder."""
+    import transformers
+
+    try:
+        transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ValueError as error:
+        return "model type" in str(error) or "model_type" in str(error)  # of a type it does not know: no fault here
+    except Exception:  # its classes name no limit to what they raise
+        return False
+    return True
 
 
 def mender() -> str:

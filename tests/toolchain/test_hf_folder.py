@@ -221,6 +221,7 @@ def test_names_that_only_transformers_knows_reach_the_template(plain: Path) -> N
         ({"tokenizer_config.json": "[]"}, "expected a JSON object"),
         ({"tokenizer.json": None, "tokenizer.model": "\n\x0e\n\x05<unk>"}, "transformers cannot read the tokenizer"),
         ({"tokenizer.json": None, "vocab.txt": "a\n"}, "transformers cannot read the tokenizer"),
+        ({"config.json": '{"model_type": "llama", "id2label": [1]}'}, "transformers cannot read config.json of"),
     ],
 )
 def test_what_no_runner_could_use_is_refused(plain: Path, files: dict[str, str | None], words: str) -> None:

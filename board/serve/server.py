@@ -127,6 +127,8 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS) -> None:
             signal.signal(number, server.handle_exit)  # which uvicorn puts back when it is done: no signal is a failure
         scheduler.start()
         server.run([listener])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # one that comes while the interpreter ends would be its exit code
     scheduler.join(timeout=1.0)
     if scheduler.failure is not None:
         raise scheduler.failure

@@ -110,7 +110,7 @@ def test_a_build_imports_no_torch(pristine: Path, tmp_path: Path) -> None:
     shutil.copytree(pristine, folder, ignore=shutil.ignore_patterns("*token*"))
     script = (
         "import sys; from toolchain.cli import main; code = main(sys.argv[1:]); "
-        "sys.exit(code or 'torch' in sys.modules or 'transformers' in sys.modules or 'onnxruntime' in sys.modules)"
+        "sys.exit(code or any(sys.modules.get(name) for name in ('torch', 'transformers', 'onnxruntime')))"
     )
     arguments = ["llm_build", "--input_path", str(folder), "--output_path", str(tmp_path / "bundle"), "-c", "-1"]
     ran = subprocess.run(

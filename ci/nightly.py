@@ -165,8 +165,9 @@ def _seen(course: Course) -> dict[str, Any]:
         seen |= {"maker": manifest["maker"], "files": files, "manifest_sha256": sha256(course.bundle / MANIFEST)}
     check = _json(course.folder / "check.json")
     seen["layers"] = {
-        f"{entry['part']} {entry['stage']}": [entry["cosine"], entry["worst_error"]]
+        f"{entry['part']} {entry['stage']}": [entry["cosine"], entry["worst"]]
         for entry in check.get("layers", [])
+        if None not in (entry["cosine"], entry["worst"])  # a value that is not finite: the build has failed by it
     }
     found = _json(course.folder / "figures.json")
     machine = found.get("machine")

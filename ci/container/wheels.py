@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from packaging.markers import Marker
@@ -31,11 +31,11 @@ def gather(folder: Path, venv: Path) -> None:
     """Brings the wheels of `SETS` into `folder`; those that are there are not fetched again. Raises BadInput."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in SETS:
-        _download(folder, venv, LOCKS / f"{name}.txt")
+        download(folder, venv, LOCKS / f"{name}.txt")
     try:
-        _download(folder, venv, LOCKS / "torch.txt")
+        download(folder, venv, LOCKS / "torch.txt")
     except BadInput:
-        _download(folder, venv, LOCKS / "torch.txt", f"--extra-index-url={TORCH_INDEX}")
+        download(folder, venv, LOCKS / "torch.txt", f"--extra-index-url={TORCH_INDEX}")
 
 
 def entries(lock: str) -> Iterator[str]:
@@ -59,11 +59,13 @@ def entries(lock: str) -> Iterator[str]:
             yield " ".join([pin.strip(), *(f"--hash={digest.strip()}" for digest in hashes)])
 
 
-def _download(folder: Path, venv: Path, lock: Path, *more: str) -> None:
+def download(folder: Path, venv: Path, lock: Path, *more: str, only: Collection[str] = ()) -> None:
+    """Brings the image's wheels of a lock, or those of the distributions `only`, into `folder`. Raises BadInput."""
     platforms = [f"manylinux_2_{minor}_{platform.machine()}" for minor in range(GLIBC, 4, -1)]
     platforms += [f"manylinux{year}_{platform.machine()}" for year in ("2014", "2010", "1")]
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as flat:
-        flat.writelines(f"{entry}\n" for entry in entries(lock.read_text("utf-8")))
+        wanted = entries(lock.read_text("utf-8"))
+        flat.writelines(f"{entry}\n" for entry in wanted if not only or entry.partition("==")[0] in only)
         flat.flush()
         command = pip_command(
             venv,

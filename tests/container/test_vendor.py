@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import sys
 import tarfile
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,26 +15,41 @@ import docker
 import pytest
 
 from board.bundle import sha256, verify
+from ci.container.wheels import download
+from requirements.install import LOCKS
 from tests.container.conftest import ROOT, invoke
 
 pytestmark = pytest.mark.system
 STAND_IN = ROOT / "tests" / "stand_in" / "pulsar2"
+IMPORTS = ("onnx", "ml-dtypes")  # what the stand-in imports and our image does not hold
 
 
 @pytest.fixture(scope="module")
-def stand_in(client: docker.DockerClient, axc: str) -> Iterator[Callable[..., str]]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of Python packages for the stand-in."""
+    wheels, folder = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("vendor") / "site"
+    download(wheels, Path(sys.prefix), LOCKS / "test.txt", only=IMPORTS)
+    for wheel in wheels.iterdir():
+        with zipfile.ZipFile(wheel) as content:
+            content.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stand_in(client: docker.DockerClient, axc: str, site: Path) -> Iterator[Callable[..., str]]:
     """Makes an image of the stand-in and returns its id; variables decide how it behaves."""
     made = []
 
     def make(**variables: str) -> str:
-        settings = "".join(f"ENV {name}={value}\n" for name, value in variables.items())
-        dockerfile = f"FROM {axc}\nCOPY pulsar2 /usr/local/bin/pulsar2\n{settings}".encode()
+        settings = "".join(f"ENV {name}={value}\n" for name, value in {"PYTHONPATH": "/site", **variables}.items())
+        dockerfile = f"FROM {axc}\nCOPY site /site\nCOPY pulsar2 /usr/local/bin/pulsar2\n{settings}".encode()
         context = io.BytesIO()
         with tarfile.open(fileobj=context, mode="w") as tar:
             entry = tarfile.TarInfo("Dockerfile")
             entry.size = len(dockerfile)
             tar.addfile(entry, io.BytesIO(dockerfile))
             tar.add(STAND_IN, "pulsar2")
+            tar.add(site, "site")
         context.seek(0)
         image, _ = client.images.build(fileobj=context, custom_context=True, network_mode="none", rm=True)
         made.append(str(image.id))

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from ci.tasks.common import CONTAINER_SETTINGS, SETTINGS
 from requirements.install import SETS, fingerprint
-from tasks import CONTAINER_SETTINGS, SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 TARGETS = [
@@ -170,6 +170,9 @@ def test_clean_removes_what_was_made_and_keeps_the_rest(tmp_path: Path, venv: st
         "board/__init__.py",
         "board/command.py",
         "board/errors.py",
+        "ci/tasks/boards.py",
+        "ci/tasks/common.py",
+        "ci/tasks/nights.py",
     ):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
@@ -177,7 +180,8 @@ def test_clean_removes_what_was_made_and_keeps_the_rest(tmp_path: Path, venv: st
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text("")
     assert call("make", "clean", venv, cwd=checkout, said={"PYTHONDONTWRITEBYTECODE": "1"}).returncode == 0
-    assert sorted(path.name for path in checkout.iterdir()) == ["Makefile", "board", "mine", "requirements", "tasks.py"]
+    kept = ["Makefile", "board", "ci", "mine", "requirements", "tasks.py"]
+    assert sorted(path.name for path in checkout.iterdir()) == kept
     assert sorted(path.name for path in (checkout / "board").iterdir()) == ["__init__.py", "command.py", "errors.py"]
 
 

@@ -1,0 +1,118 @@
+"""What a doctor says: the stages it walked, and the first thing that disagrees.
+
+Every stage is compared with something that shares no code with it: the checkpoint as transformers reads it, or the
+figures that a build left of that. The first stage that disagrees ends the walk, since what follows only inherits it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+# In the order they are walked: each rests on those before it.
+STAGES = {
+    "files": "every file is there, as the manifest lists it",
+    "versions": "the board, its driver, the engine and the compiler fit the bundle",
+    "tokenizer": "texts become the token ids of the checkpoint's own tokenizer, and ids become its texts",
+    "template": "chats become the prompt of the checkpoint's own template; it stops at the same tokens",
+    "embedding": "the table has the checkpoint's rows",
+    "layers": "each layer in prefill, with history and in decode, fed with the reference's hidden states",
+    "cache": "the K/V rows in the cache, where the layers put them and where they read them",
+    "post": "the post model's logits",
+    "sampling": "the token that is chosen from known logits",
+    "answer": "the greedy answer of the whole model",
+}
+HEALTHY, FAULTY, UNDECIDED = "healthy", "faulty", "undecided"
+AGREES, DISAGREES, LEFT = "agrees", "disagrees", "not examined"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Where something disagrees, and what usually causes it.
+
+    `part` says where inside the stage: "layer 3, prefill behind 64 rows, output". `file` is relative to the bundle or
+    to the release, empty where no file is to blame. `cause` is what explains it, and says "probably" where it guesses.
+    """
+
+    stage: str
+    part: str
+    file: str
+    expected: str
+    seen: str
+    cause: str
+    advice: str
+
+    def lines(self) -> Iterator[str]:
+        yield f"{self.stage}: {self.part}" + (f" ({self.file})" if self.file else "")
+        yield f"  expected: {self.expected}"
+        yield f"  seen:     {self.seen}"
+        yield f"  cause:    {self.cause}"
+        yield f"  do:       {self.advice}"
+
+
+@dataclass(frozen=True)
+class Walked:
+    """One stage: `outcome` is AGREES, DISAGREES or LEFT; `text` says how far it looked, or why it did not."""
+
+    stage: str
+    outcome: str
+    text: str
+    seconds: float
+
+
+@dataclass
+class Report:
+    """What was walked so far. `place` is where: this machine, or a board's name; `engine` what computed the layers."""
+
+    bundle: str
+    maker: str
+    place: str
+    engine: str
+    walked: list[Walked] = field(default_factory=list)
+    finding: Finding | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Healthy only when every stage was examined and agrees."""
+        if self.finding:
+            return FAULTY
+        done = {entry.stage for entry in self.walked if entry.outcome == AGREES}
+        return HEALTHY if done == set(STAGES) else UNDECIDED
+
+    @property
+    def exit_code(self) -> int:
+        return 1 if self.finding else 0
+
+    def headline(self) -> str:
+        """The one line that says it all."""
+        if self.finding:
+            return f"{FAULTY}: {next(self.finding.lines())}: {self.finding.cause}"
+        left = [
+            stage for stage in STAGES if all(entry.stage != stage or entry.outcome == LEFT for entry in self.walked)
+        ]
+        return (
+            f"{HEALTHY}: all {len(STAGES)} stages agree"
+            if not left
+            else f"{UNDECIDED}: not examined: {', '.join(left)}"
+        )
+
+    def lines(self) -> Iterator[str]:
+        """For a console: a line for each stage, then the finding or the verdict."""
+        for entry in self.walked:
+            yield f"  {entry.stage:<10} {entry.outcome:<13} {entry.text} ({entry.seconds:.1f} s)"
+        if self.finding:
+            yield from self.finding.lines()
+        yield self.headline()
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "bundle": self.bundle,
+            "maker": self.maker,
+            "place": self.place,
+            "engine": self.engine,
+            "verdict": self.verdict,
+            "stages": [dataclasses.asdict(entry) for entry in self.walked],
+            "finding": dataclasses.asdict(self.finding) if self.finding else None,
+        }

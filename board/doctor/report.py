@@ -89,14 +89,9 @@ class Report:
         """The one line that says it all."""
         if self.finding:
             return f"{FAULTY}: {next(self.finding.lines())}: {self.finding.cause}"
-        left = [
-            stage for stage in STAGES if all(entry.stage != stage or entry.outcome == LEFT for entry in self.walked)
-        ]
-        return (
-            f"{HEALTHY}: all {len(STAGES)} stages agree"
-            if not left
-            else f"{UNDECIDED}: not examined: {', '.join(left)}"
-        )
+        seen = {entry.stage for entry in self.walked if entry.outcome != LEFT}
+        left = ", ".join(stage for stage in STAGES if stage not in seen)
+        return f"{UNDECIDED}: not examined: {left}" if left else f"{HEALTHY}: all {len(STAGES)} stages agree"
 
     def lines(self) -> Iterator[str]:
         """For a console: a line for each stage, then the finding or the verdict."""

@@ -1,0 +1,1 @@
+"""What is wrong with a bundle, and where: the stages between a checkpoint and an answer, in order."""

@@ -132,8 +132,8 @@ def _layers(plan: Plan, bundle: Bundle, expected: Expected, say: Say) -> Found:
         found.agreements += entries
         found.faults += [fault for entry in entries if (fault := entry.fault(noise))]
         say("  " + _line(entries))
-        found.walk = _through(decoder, steps, found.walk)
-        found.answer = _through(decoder, turns, found.answer)
+        found.walk = through(decoder, steps, found.walk)
+        found.answer = through(decoder, turns, found.answer)
     found.faults += rises(found.agreements)
     return found
 
@@ -177,7 +177,7 @@ def _remember(decoder: Decoder, keys: Floats, values: Floats) -> None:
     decoder.cache.length = len(keys)
 
 
-def _through(decoder: Decoder, steps: Sequence[Step], hidden: Floats) -> Floats:
+def through(decoder: Decoder, steps: Sequence[Step], hidden: Floats) -> Floats:
     """The outputs [n, hidden] of a layer for a sequence from the beginning, as the steps leave them."""
     decoder.cache.reset()
     out = np.empty_like(hidden)

@@ -177,6 +177,35 @@ class Reference:
         """A K/V cache for `trace` that keeps every row of every layer, windows or not."""
         return transformers.DynamicCache()
 
+    def kept(self, cache: Any) -> list[tuple[Floats, Floats]] | None:
+        """K and V [n, heads * head_dim] of each layer of a cache; None where layers keep something else."""
+        pairs: list[tuple[Any, Any]] = [
+            (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
+        ]
+        if any(rows is None or rows.ndim != 4 for pair in pairs for rows in pair):
+            return None
+        return [(_flat(keys[0].float()), _flat(values[0].float())) for keys, values in pairs]
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each weight by its name; a head that is tied to the embedding is listed too."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: tuple(weight.shape) for name, weight in named}
+
+    @torch.no_grad()
+    def embedding(self, start: int, stop: int | None) -> Floats:
+        """Rows [start, stop) of the embedding table, in float32."""
+        return np.asarray(self.model.get_input_embeddings().weight[start:stop].float().numpy())
+
+    @torch.no_grad()
+    def head(self, start: int, stop: int | None) -> Floats:
+        """Rows [start, stop) of the matrix that gives the logits, in float32."""
+        return np.asarray(self.model.get_output_embeddings().weight[start:stop].float().numpy())
+
+    @torch.no_grad()
+    def weight(self, name: str, start: int = 0, stop: int | None = None) -> Floats:
+        """Rows [start, stop) of a weight, in float32."""
+        return np.asarray(self.model.get_parameter(name)[start:stop].float().numpy())
+
     def resampled(
         self, cache: Any, rows: Ids, trend: Floats, rounded: Callable[[Floats], Floats]
     ) -> tuple[Any, list[tuple[Floats, Floats]]] | None:

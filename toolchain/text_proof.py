@@ -213,14 +213,14 @@ Added = dict[int, tuple[str, dict[str, bool]]]
 
 
 def _added_by_id(ours: Tokenizer) -> Added:
-    return _described(ours.added_tokens)
+    return described(ours.added_tokens)
 
 
 def _added_by_id_of(theirs: Any) -> Added:
-    return _described(theirs.added_tokens_decoder)
+    return described(theirs.added_tokens_decoder)
 
 
-def _described(tokens: Any) -> Added:
+def described(tokens: Any) -> Added:
     flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
     return {
         int(number): (token.content, {flag: bool(getattr(token, flag)) for flag in flags})

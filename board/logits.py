@@ -2,7 +2,8 @@
 
 For each position the K likeliest tokens and their log-probabilities, and the log of the mass that is left: K + 1
 buckets. The Kullback-Leibler divergence over the buckets is exact where K is the whole vocabulary, elsewhere a lower
-bound (merging outcomes cannot add divergence: Cover and Thomas, Elements of Information Theory, 2.7). `about.json` in the file says which.
+bound (merging outcomes cannot add divergence: Cover and Thomas, Elements of Information Theory, 2.7). `about.json` in
+the file says which.
 """
 
 from __future__ import annotations

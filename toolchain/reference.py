@@ -7,6 +7,7 @@ misread, they show. The decoder layers are found by structure, not by the names 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -145,6 +146,11 @@ class Reference:
         with _refusing(self.path, "run"):
             out = self.model(torch.from_numpy(np.array(ids, np.int64))[None], use_cache=False)
         return np.asarray(out.logits[0].numpy())
+
+    def table(self) -> Any:
+        """The embedding table, a torch tensor [vocab, hidden] in the type it is kept in."""
+        model: Any = self.model
+        return model.get_input_embeddings().weight.detach()
 
     def exact_in(self, weight_type: str) -> bool:
         """Whether that type has every value that the weights are stored with."""
@@ -334,6 +340,11 @@ def _stored_types(path: Path) -> set[torch.dtype]:
 def _flat(rows: Any) -> Floats:
     """[heads, n, head_dim] as a bundle keeps it, [n, heads * head_dim]."""
     return np.asarray(rows.transpose(0, 1).reshape(rows.shape[1], -1).numpy())
+
+
+def _headed(rows: Floats, heads: int) -> Any:
+    """[n, heads * head_dim] as a cache keeps it, [1, heads, n, head_dim]."""
+    return torch.from_numpy(rows).reshape(len(rows), heads, -1).transpose(0, 1)[None]
 
 
 def _count(module: Any) -> int:

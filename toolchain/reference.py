@@ -212,6 +212,44 @@ class Reference:
         """Rows [start, stop) of a weight, in float32."""
         return np.asarray(self.model.get_parameter(name)[start:stop].float().numpy())
 
+    @torch.no_grad()
+    def fed(
+        self, hidden: list[Floats], history: list[tuple[Floats, Floats]], heads: list[int]
+    ) -> tuple[list[Floats], list[tuple[Floats, Floats]]]:
+        """Each layer's outputs [n, H] for hidden states [n, H] of its own, and the K and V [n, width] that it adds.
+
+        No layer sees what the one before gave. `history` is K and V [past, width] of each, of `heads` heads.
+        """
+        cache = self.empty_cache()
+        for index, ((keys, values), count) in enumerate(zip(history, heads, strict=True)):
+            if len(keys):
+                cache.update(_headed(keys, count), _headed(values, count), index)
+        outputs: list[Any] = []
+        given = [torch.from_numpy(rows)[None] for rows in hidden]
+
+        def before(index: int, _: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            if arguments:
+                return (given[index], *arguments[1:]), named
+            return arguments, {**named, "hidden_states": given[index]}
+
+        def after(_: Any, __: Any, out: Any) -> None:
+            outputs.append((out[0] if isinstance(out, tuple) else out)[0].clone())
+
+        hooks = []
+        for index, layer in enumerate(self._layers):
+            own: Any = functools.partial(before, index)
+            hooks += [layer.register_forward_pre_hook(own, with_kwargs=True), layer.register_forward_hook(after)]
+        past = len(history[0][0])
+        ids = torch.zeros((1, len(hidden[0])), dtype=torch.int64)
+        try:
+            with _refusing(self.path, "run"):
+                self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        rows = [(keys[past:], values[past:]) for keys, values in self.kept(cache) or ()]
+        return [out.numpy() for out in outputs], rows
+
     def resampled(
         self, cache: Any, rows: Ids, trend: Floats, rounded: Callable[[Floats], Floats]
     ) -> tuple[Any, list[tuple[Floats, Floats]]] | None:

@@ -69,7 +69,7 @@ def _cause(ours: Floats, reference: Floats, most: float) -> str:
             return f"the head's rows stand {shift:+d} from their place"
     if (cosines(centred(ours), centred(reference)) > 0.999).all():
         ratio = float((centred(ours) * centred(reference)).sum() / (centred(reference) ** 2).sum())
-        return f"logits are scaled by {ratio:.4g}: a scale or a soft cap is missing, or is there twice"
+        return f"logits are scaled by {ratio:.3g}: a scale or a soft cap is missing, or is there twice"
     few = _few(ours, reference)
     if few:
         return f"{len(few)} logits are far off, token {few[0]} first: rows of the head were damaged"

@@ -106,14 +106,15 @@ class Report:
     def parse(cls, values: object) -> Report:
         """A report from what `json` gave, which may come from another machine. Raises ValueError for anything else."""
         found = _object(values, "a report")
-        report = cls(*(_text(found, key) for key in ("bundle", "maker", "place", "engine")))
+        report = cls(_text(found, "bundle"), _text(found, "maker"), _text(found, "place"), _text(found, "engine"))
         stages = found.get("stages")
         if not isinstance(stages, list) or len(stages) > len(STAGES):
             raise ValueError(f"its stages are {stages!r:.60}")
         for entry in stages:
             walked = _object(entry, "a stage")
-            stage, outcome, seconds = walked.get("stage"), walked.get("outcome"), walked.get("seconds")
-            if stage not in STAGES or outcome not in (AGREES, DISAGREES, LEFT) or type(seconds) not in (int, float):
+            stage, outcome, seconds = _text(walked, "stage"), _text(walked, "outcome"), walked.get("seconds")
+            known = stage in STAGES and outcome in (AGREES, DISAGREES, LEFT)
+            if not known or not isinstance(seconds, (int, float)):
                 raise ValueError(f"it has the stage {walked!r:.60}")
             report.walked.append(Walked(stage, outcome, _text(walked, "text"), float(seconds)))
         if found.get("finding") is not None:

@@ -42,9 +42,10 @@ class Slip(NamedTuple):
 
 def examine(case: Case) -> str | Finding:
     """Every layer over the walk; leaves the hidden states behind the last layer in `case.examined`."""
-    bundle, expected = case.bundle, case.expected
+    bundle = case.bundle
     if bundle.maker != "cpu":
         raise NotExamined("needs a board with an NPU: run `axrun doctor` there")
+    expected = case.expected
     assert expected.rows is not None
     steps = list(walk.steps(bundle.prefill_len, len(expected.ids)))
     answer = expected.answer
@@ -85,7 +86,7 @@ def _layer(case: Case, decoder: Decoder, index: int, steps: list[Step]) -> Findi
         fault = measured.fault(noise)
         most = RISE * 2 * max(alone.values(), default=np.inf)
         if not fault and len(rows.error) > 8 and measured.rms > max(most, 1e-4):
-            fault = f"has error {measured.rms:.2e}, expected at most {most:.2e}, twice what the layer has by itself"
+            fault = f"it has error {measured.rms:.2e}, expected at most {most:.2e}, which the layer has by itself"
         if fault:
             seen, _, limit = fault.partition(" has ")[2].partition(", expected ")
             return _finding(case, index, step, out, seen, f"the reference's output, error {limit}")
@@ -124,7 +125,12 @@ def _misplaced(case: Case, index: int, name: str, seen: Floats, row: int) -> str
     """What a row of the cache holds instead."""
     assert case.expected.rows is not None
     keys, values = case.expected.rows[index]
+    wanted = (keys if name == "K" else values)[row]
     if not seen[row].any():
+        scores = seen @ wanted / (np.linalg.norm(seen, axis=1) * np.linalg.norm(wanted) + 1e-30)
+        best = int(np.argmax(scores))
+        if scores[best] > 0.98:
+            return f"{name} of position {row} lies in row {best}: rows are put in the wrong place"
         return f"the row of {name} was not written, or was cleared"
     for called, rows in (("K", keys), ("V", values)):
         scores = rows @ seen[row] / (np.linalg.norm(rows, axis=1) * np.linalg.norm(seen[row]) + 1e-30)
@@ -151,23 +157,32 @@ def _finding(case: Case, index: int, step: Step, out: Floats | None, seen: str, 
 def _slipped(case: Case, index: int, step: Step, out: Floats) -> str:
     """Which mask or which positions bring the layer to what the runner got."""
     layer = Layer(case.bundle.layer_path(index), case.engine, case.bundle.hidden_state_type)
-    visit = _visit(layer, step)
-    if visit is None:
+    visits = _visits(layer, step)
+    if not visits:
         return "probably how it cuts a prompt into chunks"
     assert case.expected.rows is not None
     keys, values = case.expected.rows[index]
-    part = slice(visit.start, visit.start + visit.tokens)
-    given = case.expected.trace.inputs[index][part]
-    update = np.linalg.norm(out[: visit.tokens] - given) or 1.0
+    count = sum(visit.tokens for visit in visits)
+    given = case.expected.trace.inputs[index]
+
+    def outputs(slip: Slip) -> Floats:
+        rows = []
+        for visit in visits:
+            start, first = visit.start, visit.start - step.start
+            mask = slip.mask[first : first + visit.tokens, : start + visit.tokens]
+            hidden = given[start : start + visit.tokens]
+            rows.append(layer.run(visit, hidden, keys[:start], values[:start], slip.shift, mask).output)
+        return np.concatenate(rows)
+
+    update = np.linalg.norm(out[:count] - given[step.start : step.start + count]) or 1.0
     best, least = "probably its mask or its positions", np.inf
-    for slip in slips(visit.start, visit.tokens):
-        tried = layer.run(visit, given, keys[: visit.start], values[: visit.start], slip.shift, slip.mask).output
-        error = float(np.linalg.norm(tried - out[: visit.tokens]) / update)
+    for slip in slips(step.start, count):
+        error = float(np.linalg.norm(outputs(slip) - out[:count]) / update)
         if error < least:
             best, least = slip.text, error
-    right = layer.run(visit, given, keys[: visit.start], values[: visit.start]).output
-    usual = float(np.linalg.norm(right - out[: visit.tokens]) / update)
-    if least < 0.3 * usual:
+    right = outputs(Slip("", causal(step.start, count)))
+    usual = float(np.linalg.norm(right - out[:count]) / update)
+    if least < 0.5 * usual:
         return best
     return (
         "probably its mask, its positions, or how it cuts a prompt into chunks"
@@ -176,15 +191,15 @@ def _slipped(case: Case, index: int, step: Step, out: Floats) -> str:
     )
 
 
-def _visit(layer: Layer, step: Step) -> Visit | None:
-    """The group that a step runs in as a whole, or its first part."""
-    fitting = [group for group in layer.session.groups if group.history >= step.start]
-    wide = [group for group in fitting if group.tokens > 1] if step.stop - step.start > 1 else []
-    groups = wide or [group for group in fitting if group.tokens == 1]
-    if not groups:
-        return None
-    group = min(groups, key=lambda group: group.history)
-    return Visit(step.stage, group.index, step.start, min(group.tokens, step.stop - step.start))
+def _visits(layer: Layer, step: Step) -> list[Visit]:
+    """The prefill group that holds a step, as much of it as fits; without one, token by token in a decode group."""
+    count = step.stop - step.start
+    prefill = [group for group in layer.session.groups if group.history >= step.start and group.tokens > 1]
+    if prefill and count > 1:
+        group = min(prefill, key=lambda group: group.history)
+        return [Visit(step.stage, group.index, step.start, min(group.tokens, count))]
+    decode = [group for group in layer.session.groups if group.history >= step.stop - 1 and group.tokens == 1]
+    return [Visit(step.stage, decode[0].index, at, 1) for at in range(step.start, step.stop) if decode]
 
 
 def slips(start: int, count: int) -> Iterator[Slip]:

@@ -46,8 +46,9 @@ class Result(NamedTuple):
     output: Floats
 
     @property
-    def finite(self) -> bool:
-        return all(bool(np.isfinite(rows).all()) for rows in self)
+    def finite(self) -> tuple[bool, bool, bool]:
+        keys, values, output = (bool(np.isfinite(rows).all()) for rows in self)
+        return keys, values, output
 
 
 class Layer:

@@ -7,6 +7,7 @@ one row of a matrix may hide below what quantisation explains.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from toolchain.doctor.weight_faults import Fault
 
 PER_POSITION = 2.0**-22  # relative error of a rotated row: of its angle, for each position
 OUTPUTS = ("K_cache_out", "V_cache_out", "output")
+APART = 3.0  # times the largest error of a right row, that of most wrong ones
 LARGEST_FLOAT16 = 65504.0
 
 
@@ -36,7 +38,7 @@ class Measured(NamedTuple):
 
     visit: Visit
     errors: tuple[Rows, Rows, Rows]
-    finite: bool
+    finite: tuple[bool, bool, bool]
 
 
 class Trouble(NamedTuple):
@@ -141,15 +143,15 @@ def find_trouble(case: Case, index: int, measured: list[Measured]) -> Trouble | 
     """The first visit with rows that no rounding explains: K before V before the output."""
     noise = case.noise(case.bundle.flag("weight_type") or "s4")
     for entry in measured:
-        for name, rows in zip(OUTPUTS, entry.errors, strict=True):
+        for name, rows, finite in zip(OUTPUTS, entry.errors, entry.finite, strict=True):
             last = entry.visit.start + entry.visit.tokens
             limits = noise._replace(
                 rms=noise.rms + (PER_POSITION * last if name == "K_cache_out" else 0),
                 row=noise.row + (PER_POSITION * last if name == "K_cache_out" else 0),
             )
             fault = Agreement.of(f"layer {index}", entry.visit.text, rows).fault(limits)
-            if fault or not entry.finite:
-                return Trouble(entry.visit, name, fault, entry.finite, measured, limits)
+            if fault or not finite:
+                return Trouble(entry.visit, name, fault if finite else "", finite, measured, limits)
     return None
 
 
@@ -164,7 +166,11 @@ def _agreements(index: int, measured: list[Measured]) -> Iterator[Agreement]:
 def _unloadable(case: Case, index: int, refused: BadInput) -> Finding:
     """The engine refuses the file: the file's fault, unless the other engine takes it."""
     path = case.bundle.layer_path(index)
-    seen = str(refused).partition("\n")[0]
+    seen = str(refused).partition("\n")[0].replace(f"{path} ", "")
+    model = axmodel.read(path)
+    found = _quiet(case, index, model) or _graph(case, index, model)
+    if found is not None:
+        return dataclasses.replace(found, part=f"layer {index}", seen=f"{seen}; {found.seen}")
     try:
         Layer(path, case.other_engine, case.bundle.hidden_state_type)
     except BadInput:
@@ -205,9 +211,9 @@ def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Find
     part = f"layer {index}, {trouble.visit.text}, {trouble.output}"
     shown = trouble.text.partition(" has ")[2] or "values that are not finite"
     seen, _, most = shown.partition(", expected ")
-    expected = f"{trouble.output} of the reference, error {most or 'finite'}"
+    expected = f"the reference's {trouble.output}, error {most or 'finite'}"
     marked = [_mark(entry, trouble) for entry in trouble.measured]
-    where = positions.pattern(marked)
+    where = positions.pattern(marked) if _separable(trouble.measured, trouble) else ""
     seen += f"; {where}" if where else ""
     case.say(f"  layer {index} disagrees: asking engine {case.other_engine}")
     if _other_agrees(case, index):
@@ -220,16 +226,34 @@ def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Find
     case.say("  comparing its weights with the checkpoint's")
     faults = list(faulty_weights(case, index, tensors))
     if faults:
-        return _weight_finding(case, "layers", part, file, faults, f" ({seen})", expected)
+        return _weight_finding(case, "layers", part, file, faults, seen, expected)
     for constant in constants.differences(model, tensors, case.reference, index):
-        cause = f"{constant.what} is {constant.seen}: {constant.cause}{case.origin('config.json')}"
-        return Finding("layers", part, file, f"{expected}; {constant.expected}", seen, cause, REBUILD)
-    target = graphs.target(case.bundle.manifest)
-    if target is not None and (
-        changed := graphs.difference(model, compiler.layer_model(case.config, target, index)[0])
-    ):
-        return Finding("layers", part, file, expected, seen, changed, REBUILD)
+        cause = constant.cause + case.origin("config.json")
+        wanted = f"{expected}; {constant.what}: {constant.expected}"
+        return Finding("layers", part, file, wanted, f"{seen}; {constant.seen}", cause, REBUILD)
+    if (changed := _graph(case, index, model)) is not None:
+        return dataclasses.replace(changed, part=part, expected=expected, seen=seen)
     return Finding("layers", part, file, expected, seen, _guess(case, index, trouble, where), REPORT)
+
+
+def _graph(case: Case, index: int, model: Axmodel) -> Finding | None:
+    """How the graph differs from what this compiler writes, where the manifest tells with which flags."""
+    target = graphs.target(case.bundle.manifest)
+    if target is None:
+        return None
+    changed = graphs.difference(model, compiler.layer_model(case.config, target, index)[0])
+    if not changed:
+        return None
+    file = case.bundle.layer_path(index).name
+    return Finding("layers", f"layer {index}", file, "the graph that axc writes", changed, changed, REBUILD)
+
+
+def _separable(measured: list[Measured], trouble: Trouble) -> bool:
+    """Whether rows are right or wrong, and few between."""
+    which = OUTPUTS.index(trouble.output)
+    errors = np.concatenate([entry.errors[which].error for entry in measured])
+    wrong = errors > trouble.limits.rms
+    return bool(wrong.all() or not wrong.any() or np.median(errors[wrong]) > APART * errors[~wrong].max())
 
 
 def _mark(entry: Measured, trouble: Trouble) -> Marked:
@@ -337,8 +361,8 @@ def _weight_finding(
         stage,
         part,
         file,
-        f"{expected}; {first.expected}" if expected else first.expected,
-        f"{first.seen}{seen}",
+        f"{expected}; {first.tensor}: {first.expected}" if expected else first.expected,
+        f"{seen}; {first.seen}" if seen else first.seen,
         cause,
         REBUILD,
     )

@@ -79,6 +79,7 @@ ANSWERS: Mapping[str, Any] = {
     },
     "release": {"engine": str, "prompt": str, "tokens": ([int], None)},
     "ask": {"code": (int, None), "stdout": str, "stderr": str},
+    "examine": {"release": str, "code": (int, None), "stdout": str, "stderr": str},
     "switch": (str, None),
     "previous": (str, None),
     "prune": [str],

@@ -17,7 +17,7 @@ from board import logits
 from board.bundle import Bundle, read_manifest
 from board.errors import BadInput, Failure
 from board.logits import NAME as REFERENCE
-from ci import evidence, instructions, place, stage
+from ci import doctor, evidence, instructions, place, stage
 from ci.place import Board
 from ci.stage import Stage
 from toolchain.fetch import fetch
@@ -47,6 +47,7 @@ LIMITS = {
     "package": 1800.0,
     "deploy": 1800.0,
     MEASURE: 3600.0,
+    doctor.STAGE: 1800.0,
     "power off": 300.0,
 }
 
@@ -143,6 +144,15 @@ class Course:
         with contextlib.suppress(OSError):
             shutil.copyfile(self.deployed, self.folder / DEPLOYED)
         self._run(MEASURE, [*python, "pytest", "tests/hil", *self._hil_flags()])
+
+    def examine(self) -> None:
+        """The doctor looks for what made the last stage fail; why the night is red does not depend on it."""
+        with contextlib.suppress(StageFailed, Failure):
+            failed, checkpoint = self.stages[-1].name, fetch(self.spec, self.options.model_dir)
+            seconds = self.options.limit(doctor.STAGE)
+            command = doctor.command(failed, self.board, self.folder, self.bundle, checkpoint, seconds)
+            if command and not self._stop():
+                self._run(doctor.STAGE, command)
 
     def power_off(self) -> None:
         """Whatever happened before; a signal does not end it."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from board.bundle import MANIFEST, read_manifest, sha256
 from board.errors import BadInput, Failure
-from ci import evidence, gate, history, place, preflight, stage
+from ci import doctor, evidence, gate, history, place, preflight, stage
 from ci.course import DEPLOYED, INSTRUCTIONS, MEASURE, Course, Interrupted, Options, StageFailed
 from ci.gate import Judgement
 from ci.history import History, Night
@@ -42,6 +42,7 @@ ARTIFACTS = {
     "figures.json": "what axrun eval and axrun bench printed on the board",
     "deployed.json": "what was deployed: sha256 of every file",
     "check.json": "what the check after the build found of every layer",
+    doctor.FILE: "what the doctor found, stage by stage, here and on the board",
 }
 
 Say = Callable[[str], None]
@@ -148,6 +149,9 @@ def _hold(course: Course, signals: Signals) -> None:
                     course.reserve(last)
                 try:
                     course.measure()
+                except StageFailed:
+                    course.examine()
+                    raise
                 finally:
                     course.power_off()
         except Failure as failure:
@@ -217,7 +221,11 @@ def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
     notes += drifts(night.figures, gates, before.nights, night.maker)
     well = f"{sum(entry.outcome == 'within' for entry in judged)} figures within their gates"
     what = f"{night.model} (bundle handed in)" if night.handed_in else night.model
-    headline = f"{found.word}: {what} on {course.board.title}: {found.reason or well}"
+    diagnosis = doctor.read(folder / doctor.FILE)
+    reason = diagnosis.first(found.reason) if found.code else found.reason
+    headline = f"{found.word}: {what} on {course.board.title}: {reason or well}"
+    notes = [*diagnosis.notes(), *notes]
+    found = replace(found, advice=diagnosis.advice(found.advice)) if found.code else found
     artifacts = [(name, what) for name, what in ARTIFACTS.items() if (folder / name).is_file()]
     page = Page(
         night=night,

@@ -37,6 +37,7 @@ BLOCK = 1 << 20
 LOCK_SECONDS = 5  # for one that was interrupted to notice it
 POLL_SECONDS = 0.05
 SHOWN = 4000  # characters of what a program said
+REPORT = 1 << 19  # of a doctor's report
 STORES = ("packages", "models")
 ENGINE_LIBRARIES = ("/soc/lib/libax_engine.so", "/usr/lib/libax_engine.so", "/opt/lib/libax_engine.so")
 
@@ -210,20 +211,16 @@ class Releases:
             "--greedy",
         ]
         command += ["--max-tokens", str(tokens), "--engine", engine]
-        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
-            )
-            deadline = time.monotonic() + limit
-            while process.poll() is None:
-                gone = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])  # nothing but its end is to come now
-                if gone or time.monotonic() > deadline:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-                    if gone:
-                        sys.exit()
-                    return {"code": None, "stdout": "", "stderr": ""}
-            return {"code": process.returncode, "stdout": _start(stdout), "stderr": _end(stderr)}
+        return _run(command, limit, SHOWN)
+
+    def examine(self, engine: str, limit: float) -> dict[str, Any]:
+        """What `axrun doctor` of the current release says of its bundle, as `ask` returns it."""
+        name = self._linked()
+        if name is None:
+            raise Refused("bad", "there is no release yet: nothing was deployed")
+        folder = self.root / "releases" / name
+        command = ["sh", str(folder / "axrun"), "doctor", str(folder / "model"), "--json", "--engine", engine]
+        return {"release": name, **_run(command, limit, REPORT)}
 
     def switch(self, name: str) -> str | None:
         """`current` becomes a release, and what came after the one it was is forgotten; returns what it was."""
@@ -333,6 +330,24 @@ class Releases:
         shutil.rmtree(str(gone))
 
 
+def _run(command: list[str], limit: float, shown: int) -> dict[str, Any]:
+    """A program's exit code (None: not done in time), the start of its stdout and the end of its stderr."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+        )
+        deadline = time.monotonic() + limit
+        while process.poll() is None:
+            gone = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])  # nothing but its end is to come now
+            if gone or time.monotonic() > deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                if gone:
+                    sys.exit()
+                return {"code": None, "stdout": "", "stderr": ""}
+        return {"code": process.returncode, "stdout": _start(stdout, shown), "stderr": _end(stderr)}
+
+
 def _identity(name: str) -> str:
     if not isinstance(name, str) or not re.fullmatch("[0-9a-f]{16}", name):
         raise Refused("bad", f"{name!r} is no name of a release")
@@ -384,9 +399,9 @@ def _sync(folder: Path) -> None:
         os.close(opened)
 
 
-def _start(file: IO[bytes]) -> str:
+def _start(file: IO[bytes], shown: int) -> str:
     file.seek(0)
-    return file.read(SHOWN).decode("utf-8", "replace")
+    return file.read(shown).decode("utf-8", "replace")
 
 
 def _end(file: IO[bytes]) -> str:

@@ -17,16 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from board.bundle import Bundle
-from board.chat import ChatTemplate, prompt_ids
-from board.decoder import Decoder
-from board.dtypes import FLOATS, from_float32, to_float32
-from board.errors import CheckFailed
-from board.model import Embedding, Post
-from board.session import open_session
-from board.tokenizer import Tokenizer
-from toolchain import walk
-from toolchain.agreement import (
+from board.agreement import (
     GAP,
     Agreement,
     Rows,
@@ -37,6 +28,15 @@ from toolchain.agreement import (
     rises,
     update_errors,
 )
+from board.bundle import Bundle
+from board.chat import ChatTemplate, prompt_ids
+from board.decoder import Decoder
+from board.dtypes import FLOATS, from_float32, to_float32
+from board.errors import CheckFailed
+from board.model import Embedding, Post
+from board.session import open_session
+from board.tokenizer import Tokenizer
+from toolchain import walk
 from toolchain.expected import Answer, Expected, expect
 from toolchain.walk import Step
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from board.agreement import NOISE
 from board.bundle import Bundle
 from board.decoder import expect_room
 from board.dtypes import FLOATS, from_float32, to_float32
 from board.errors import BadInput, CheckFailed
 from board.tokenizer import Tokenizer
 from toolchain import walk
-from toolchain.agreement import NOISE
 from toolchain.walk import Step
 
 if TYPE_CHECKING:

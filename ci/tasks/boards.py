@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 
 from invoke.context import Context
 
-from ci.tasks.common import MODEL, OUT, PROMPT, TELL, VENV, built, verb
+from ci.tasks.common import MODEL, OUT, PROMPT, TELL, VENV, built, finish, verb
 from requirements.install import install
 
 
@@ -63,6 +64,20 @@ def deploy(
         package = wheelhouse.cross(found.python, Path(out))
         at, record = place.address(found), evidence.place(Path(out), found.name)
         deploy.deploy(found, at, package, bundle, prompt or spec.prompt, keep, TELL, record)
+
+
+@verb
+def board_doctor(_: Context, board: str = "virtual", model: str = "", json: bool = False) -> None:
+    """Say what is wrong with the bundle on a board, and where: axrun doctor of its current release."""
+    install(VENV, "boards")
+    from ci import doctor, place
+
+    found = place.find(board)
+    if not json:
+        TELL(f"examining what {found.name} has ...")
+    report = doctor.on_board(found, place.address(found), model=model)
+    print(dumps(report.json()) if json else "\n".join(report.lines()))
+    finish(report.exit_code)
 
 
 @verb

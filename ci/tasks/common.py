@@ -61,6 +61,7 @@ HELP = {
     "limit": "seconds a stage may take, e.g. measure=600; may be repeated",
     "maker": "who made the axmodels: cpu or pulsar2 (default cpu)",
     "nights": "how many of the last nights to record from (default 5)",
+    "json": "one JSON object on stdout, and nothing else there",
     "fresh": "throw the virtual board's old disk away",
 }
 

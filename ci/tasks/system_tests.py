@@ -22,7 +22,7 @@ def run(*more: str) -> None:
     fine = (0, NO_TESTS) if more else (0,)
     with tempfile.TemporaryDirectory() as folder:
         beside, here = Path(folder) / "container", Path(folder) / "others"  # pytest's memory of what failed
-        words = {beside: (CONTAINER,), here: (f"--ignore={CONTAINER}",)}
+        words = {beside: (CONTAINER,), here: (f"--deselect={CONTAINER}/",)}
         log = beside.with_suffix(".log")
         with log.open("wb") as file:
             process = _start(beside, *words[beside], *more, into=file)

@@ -6,6 +6,7 @@ misread, they show. The decoder layers are found by structure, not by the names 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import functools
 import logging
@@ -361,9 +362,19 @@ def _refusing(path: Path, what: str = "load") -> Iterator[None]:
         raise
     except Exception as error:  # its loaders name no limit to what they raise
         text = " ".join(str(error).split())[:240] or type(error).__name__
+        if marked := [file.name for file in sorted(path.glob("*.json")) if _has_byte_order_mark(file)]:
+            text += f"\n{', '.join(marked)} begins with a byte order mark: remove its first 3 bytes"
         raise Refused(f"transformers {transformers.__version__} does not {what} {path}: {text}") from None
     finally:
         logger.disabled = silent
+
+
+def _has_byte_order_mark(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    except OSError:
+        return False
 
 
 def _stored_types(path: Path) -> set[torch.dtype]:

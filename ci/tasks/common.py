@@ -96,12 +96,17 @@ def finish(code: int) -> None:
         raise Exit(code=code)
 
 
-def tool(name: str, *args: str) -> None:
-    """Run a tool of the environment over the checkout, with an environment that no variable of make reaches."""
+def command(name: str, *args: str) -> tuple[list[str], dict[str, str]]:
+    """A tool of the environment: its words, and an environment that no variable of make reaches."""
     made = {*SETTINGS, *CONTAINER_SETTINGS, "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
-    environment = {key: value for key, value in os.environ.items() if key not in made}
+    return [sys.executable, "-m", name, *args], {key: value for key, value in os.environ.items() if key not in made}
+
+
+def tool(name: str, *args: str) -> None:
+    """Run a tool of the environment over the checkout."""
+    argv, environment = command(name, *args)
     sys.stdout.flush()
-    if code := subprocess.run([sys.executable, "-m", name, *args], cwd=ROOT, env=environment, check=False).returncode:
+    if code := subprocess.run(argv, cwd=ROOT, env=environment, check=False).returncode:
         raise Exit(code=code)
 
 

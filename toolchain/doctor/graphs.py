@@ -7,6 +7,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from board.axmodel import Axmodel, Node
 from toolchain.compile import Target
 
@@ -43,9 +45,8 @@ def difference(model: Axmodel, fresh: Axmodel) -> str:
         right = [other_numbers.get(name, name) for name in other.inputs]
         if wiring != right:
             at = next((i for i, (a, b) in enumerate(zip(wiring, right, strict=False)) if a != b), 0)
-            return (
-                f"input {at} of {_named(node, model)} is {node.inputs[at]!r}, the compiler writes {other.inputs[at]!r}"
-            )
+            sources = _source(model, node.inputs[at]), _source(fresh, other.inputs[at])
+            return f"input {at} of {_named(node, model)} is {sources[0]}, the compiler takes {sources[1]}"
     for info, wanted in zip((*model.inputs, *model.outputs), (*fresh.inputs, *fresh.outputs), strict=False):
         if info != wanted:
             shapes = [f"{each.name} {each.dtype}{list(each.shape)}" for each in (info, wanted)]
@@ -60,7 +61,15 @@ def unused(model: Axmodel) -> set[str]:
 
 def _signature(node: Node, graph: Axmodel) -> str:
     constants = [name if name in graph.initializers else "" for name in node.inputs]
-    return repr((node.op_type, node.domain, constants, sorted(node.attributes.items())))
+    return repr((node.op_type, node.domain, constants, sorted(_plain(node).items())))
+
+
+def _plain(node: Node) -> dict[str, Any]:
+    """Attributes as the file can hold them: floats of 32 bits."""
+    return {
+        name: float(f"{np.float32(value):.7g}") if isinstance(value, float) else value
+        for name, value in node.attributes.items()
+    }
 
 
 def _named(node: Node, graph: Axmodel) -> str:
@@ -72,10 +81,20 @@ def _attributes(node: Node, other: Node) -> str:
     if node.op_type != other.op_type:
         return ""
     for name in sorted({*node.attributes, *other.attributes}):
-        seen, wanted = node.attributes.get(name), other.attributes.get(name)
+        seen, wanted = _plain(node).get(name), _plain(other).get(name)
         if seen != wanted:
             return f"{name} of {node.op_type} is {seen}, the compiler writes {wanted}"
     return ""
+
+
+def _source(graph: Axmodel, name: str) -> str:
+    """A value by the input or weight that it is first made of."""
+    made = {output: node for node in graph.nodes for output in node.outputs}
+    known, what = name, ""
+    while known in made and made[known].inputs:
+        what = what or made[known].op_type
+        known = made[known].inputs[0]
+    return f"{known} by way of {what}" if what else known
 
 
 def _numbers(graph: Axmodel) -> dict[str, str]:

@@ -7,27 +7,29 @@ one row of a matrix may hide below what quantisation explains.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from board import axmodel
+from board.agreement import Agreement, Noise, Rows, cosines, rises, update_errors
 from board.axmodel import Axmodel
+from board.doctor.direct import OUTPUTS, Layer, Result
 from board.doctor.report import Finding
 from board.doctor.walk import NotExamined
 from board.errors import BadInput
 from toolchain import compile as compiler
-from toolchain.agreement import Agreement, Noise, Rows, cosines, rises, update_errors
 from toolchain.doctor import constants, graphs, positions, stored, weight_faults
 from toolchain.doctor.case import ENGINES, REBUILD, REPORT, Case
-from toolchain.doctor.direct import Layer, Result, Visit, visits
 from toolchain.doctor.positions import Marked
 from toolchain.doctor.stored import Floats, Stored
+from toolchain.doctor.visits import Visit, visits
 from toolchain.doctor.weight_faults import Fault
 
 PER_POSITION = 2.0**-22  # relative error of a rotated row: of its angle, for each position
-OUTPUTS = ("K_cache_out", "V_cache_out", "output")
+APART = 3.0  # times the largest error of a right row, that of most wrong ones
 LARGEST_FLOAT16 = 65504.0
 
 
@@ -36,7 +38,7 @@ class Measured(NamedTuple):
 
     visit: Visit
     errors: tuple[Rows, Rows, Rows]
-    finite: bool
+    finite: tuple[bool, bool, bool]
 
 
 class Trouble(NamedTuple):
@@ -96,7 +98,7 @@ def _layer(case: Case, index: int, agreements: list[Agreement]) -> Finding | Non
 def measure(case: Case, index: int, engine: str) -> Iterator[Measured]:
     """All visits of one layer. Raises BadInput when the engine does not load it."""
     bundle, expected = case.bundle, case.expected
-    layer = Layer(bundle.layer_path(index), engine, bundle.hidden_state_type)
+    layer = Layer(bundle.layer_path(index), engine, None, bundle.hidden_state_type)
     for visit in visits(layer.session.groups, bundle.kv_cache_len, len(expected.ids), expected.probes):
         result = run(case, layer, index, visit)
         yield _measured(case, index, visit, result)
@@ -105,7 +107,7 @@ def measure(case: Case, index: int, engine: str) -> Iterator[Measured]:
 def run(case: Case, layer: Layer, index: int, visit: Visit, shift: int = 0) -> Result:
     """One visit with the reference's hidden states and history."""
     given, _, (keys, values) = _reference(case, index, visit)
-    return layer.run(visit, given, keys[: visit.start], values[: visit.start], shift)
+    return layer.run(visit.group, visit.start, given, keys[: visit.start], values[: visit.start], shift)
 
 
 def _reference(case: Case, index: int, visit: Visit) -> tuple[Floats, Floats, tuple[Floats, Floats]]:
@@ -127,7 +129,12 @@ def _measured(case: Case, index: int, visit: Visit, result: Result) -> Measured:
         for rows, known in zip(result[:2], kept, strict=True)
     ]
     output = update_errors(result.output, wanted, given, case.bundle.hidden_state_type)
-    return Measured(visit, (errors[0], errors[1], output), result.finite)
+    return Measured(visit, (errors[0], errors[1], output), _finite(result))
+
+
+def _finite(result: Result) -> tuple[bool, bool, bool]:
+    keys, values, output = (bool(np.isfinite(rows).all()) for rows in result)
+    return keys, values, output
 
 
 @np.errstate(all="ignore")
@@ -141,15 +148,15 @@ def find_trouble(case: Case, index: int, measured: list[Measured]) -> Trouble | 
     """The first visit with rows that no rounding explains: K before V before the output."""
     noise = case.noise(case.bundle.flag("weight_type") or "s4")
     for entry in measured:
-        for name, rows in zip(OUTPUTS, entry.errors, strict=True):
+        for name, rows, finite in zip(OUTPUTS, entry.errors, entry.finite, strict=True):
             last = entry.visit.start + entry.visit.tokens
             limits = noise._replace(
                 rms=noise.rms + (PER_POSITION * last if name == "K_cache_out" else 0),
                 row=noise.row + (PER_POSITION * last if name == "K_cache_out" else 0),
             )
             fault = Agreement.of(f"layer {index}", entry.visit.text, rows).fault(limits)
-            if fault or not entry.finite:
-                return Trouble(entry.visit, name, fault, entry.finite, measured, limits)
+            if fault or not finite:
+                return Trouble(entry.visit, name, fault if finite else "", finite, measured, limits)
     return None
 
 
@@ -164,9 +171,13 @@ def _agreements(index: int, measured: list[Measured]) -> Iterator[Agreement]:
 def _unloadable(case: Case, index: int, refused: BadInput) -> Finding:
     """The engine refuses the file: the file's fault, unless the other engine takes it."""
     path = case.bundle.layer_path(index)
-    seen = str(refused).partition("\n")[0]
+    seen = str(refused).partition("\n")[0].replace(f"{path} ", "")
+    model = axmodel.read(path)
+    found = _quiet(case, index, model) or _graph(case, index, model)
+    if found is not None:
+        return dataclasses.replace(found, part=f"layer {index}", seen=f"{seen}; {found.seen}")
     try:
-        Layer(path, case.other_engine, case.bundle.hidden_state_type)
+        Layer(path, case.other_engine, None, case.bundle.hidden_state_type)
     except BadInput:
         return Finding(
             "layers", f"layer {index}", path.name, "an axmodel that loads", seen, "the file is broken", REBUILD
@@ -205,9 +216,9 @@ def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Find
     part = f"layer {index}, {trouble.visit.text}, {trouble.output}"
     shown = trouble.text.partition(" has ")[2] or "values that are not finite"
     seen, _, most = shown.partition(", expected ")
-    expected = f"{trouble.output} of the reference, error {most or 'finite'}"
+    expected = f"the reference's {trouble.output}, error {most or 'finite'}"
     marked = [_mark(entry, trouble) for entry in trouble.measured]
-    where = positions.pattern(marked)
+    where = positions.pattern(marked) if _separable(trouble.measured, trouble) else ""
     seen += f"; {where}" if where else ""
     case.say(f"  layer {index} disagrees: asking engine {case.other_engine}")
     if _other_agrees(case, index):
@@ -220,16 +231,34 @@ def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Find
     case.say("  comparing its weights with the checkpoint's")
     faults = list(faulty_weights(case, index, tensors))
     if faults:
-        return _weight_finding(case, "layers", part, file, faults, f" ({seen})", expected)
+        return _weight_finding(case, "layers", part, file, faults, seen, expected)
     for constant in constants.differences(model, tensors, case.reference, index):
-        cause = f"{constant.what} is {constant.seen}: {constant.cause}{case.origin('config.json')}"
-        return Finding("layers", part, file, f"{expected}; {constant.expected}", seen, cause, REBUILD)
-    target = graphs.target(case.bundle.manifest)
-    if target is not None and (
-        changed := graphs.difference(model, compiler.layer_model(case.config, target, index)[0])
-    ):
-        return Finding("layers", part, file, expected, seen, changed, REBUILD)
+        cause = constant.cause + case.origin("config.json")
+        wanted = f"{expected}; {constant.what}: {constant.expected}"
+        return Finding("layers", part, file, wanted, f"{seen}; {constant.seen}", cause, REBUILD)
+    if (changed := _graph(case, index, model)) is not None:
+        return dataclasses.replace(changed, part=part, expected=expected, seen=seen)
     return Finding("layers", part, file, expected, seen, _guess(case, index, trouble, where), REPORT)
+
+
+def _graph(case: Case, index: int, model: Axmodel) -> Finding | None:
+    """How the graph differs from what this compiler writes, where the manifest tells with which flags."""
+    target = graphs.target(case.bundle.manifest)
+    if target is None:
+        return None
+    changed = graphs.difference(model, compiler.layer_model(case.config, target, index)[0])
+    if not changed:
+        return None
+    file = case.bundle.layer_path(index).name
+    return Finding("layers", f"layer {index}", file, "the graph that axc writes", changed, changed, REBUILD)
+
+
+def _separable(measured: list[Measured], trouble: Trouble) -> bool:
+    """Whether rows are right or wrong, and few between."""
+    which = OUTPUTS.index(trouble.output)
+    errors = np.concatenate([entry.errors[which].error for entry in measured])
+    wrong = errors > trouble.limits.rms
+    return bool(wrong.all() or not wrong.any() or np.median(errors[wrong]) > APART * errors[~wrong].max())
 
 
 def _mark(entry: Measured, trouble: Trouble) -> Marked:
@@ -255,7 +284,7 @@ def _guess(case: Case, index: int, trouble: Trouble, where: str) -> str:
                 f"{reached:.3g}; build with --hidden_state_type bf16 or fp32"
             )
         return "it overflows: weights, constants and graph are those of the checkpoint"
-    layer = Layer(case.bundle.layer_path(index), case.engine, case.bundle.hidden_state_type)
+    layer = Layer(case.bundle.layer_path(index), case.engine, None, case.bundle.hidden_state_type)
     for shift in (-1, 1):
         again = _measured(case, index, trouble.visit, run(case, layer, index, trouble.visit, shift))
         if find_trouble(case, index, [again]) is None:
@@ -337,8 +366,8 @@ def _weight_finding(
         stage,
         part,
         file,
-        f"{expected}; {first.expected}" if expected else first.expected,
-        f"{first.seen}{seen}",
+        f"{expected}; {first.tensor}: {first.expected}" if expected else first.expected,
+        f"{seen}; {first.seen}" if seen else first.seen,
         cause,
         REBUILD,
     )

@@ -47,6 +47,9 @@ def tokenizer(case: Case) -> str | Finding:
         cause = _why(case, file, theirs)
         named = next((called for key, called in SECTIONS.items() if f"{called} " in cause), "")
         return Finding("tokenizer", f"{named + ', ' if named else ''}{part}", file, expected, seen, cause, COPY)
+    changed = _other_model(case, file, theirs)
+    if changed is not None:
+        return changed
     texts = len(text_proof.PLAIN) + 38 * len(ours.added_tokens) // 6
     return f"{len(ours.vocabulary)} tokens, {len(ours.added_tokens)} of them added; over {texts} texts are alike"
 
@@ -88,10 +91,35 @@ def _why(case: Case, file: str, theirs: Any) -> str:
         return "the file says the same: another version of the package tokenizers reads it otherwise"
     for key in differing:
         if _mended_by(ours, wanted, key, theirs):
-            return f"the {SECTIONS[key]} is another than the checkpoint's{_detail(key, ours, wanted)}"
+            return f"the {SECTIONS[key]} {_differs(key)} from the checkpoint's{_detail(key, ours, wanted)}"
     listed = ", ".join(SECTIONS[key] for key in differing)
     whole = "; the file is another model's" if len(differing) > 2 else ""
-    return f"the {listed} are others than the checkpoint's{_detail(differing[0], ours, wanted)}{whole}"
+    return f"the {listed} differ from the checkpoint's{_detail(differing[0], ours, wanted)}{whole}"
+
+
+def _differs(section: str) -> str:
+    return "differ" if section == "added_tokens" else "differs"
+
+
+def _other_model(case: Case, file: str, theirs: Any) -> Finding | None:
+    """Vocabulary and merges, entry by entry: rare merges show in few texts. Beside the checkpoint's own file where the
+    bundle has it as it was."""
+    backend, path = getattr(theirs, "backend_tokenizer", None), case.bundle.path / file
+    text = case.bundle.manifest.get("text")
+    mended = isinstance(text, dict) and path.name in (text.get("mended") or {})
+    if backend is None or path.name != "tokenizer.json":
+        return None
+    original = case.options.checkpoint / path.name
+    source = original.read_text("utf-8-sig") if original.is_file() and not mended else backend.to_str()
+    ours, wanted = json.loads(path.read_text("utf-8")), json.loads(source)
+    detail = _detail("model", ours, wanted)
+    if not detail:
+        return None
+    seen, _, expected = detail.removeprefix(": ").partition(", expected ")
+    return Finding(
+        "tokenizer", SECTIONS["model"], file, expected, seen,
+        f"the {SECTIONS['model']} differs from the checkpoint's", COPY,
+    )  # fmt: skip
 
 
 def _mended_by(ours: dict[str, Any], wanted: dict[str, Any], key: str, theirs: Any) -> bool:

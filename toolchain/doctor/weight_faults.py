@@ -6,13 +6,13 @@ was is found by trying: other tensors, other orders of rows and columns, other s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from board.dtypes import DTYPES, from_float32, to_float32
+from board.dtypes import from_float32, to_float32
 from toolchain.doctor.stored import ENDS, Floats, Stored, dequantized
 
 Bools = NDArray[np.bool_]
@@ -85,7 +85,7 @@ def explain(
     first = tuple(int(x) for x in np.argwhere(bad)[0])
     where = _rows(bad_rows) if few else ""
     figures = (
-        f"{wanted[start:stop][first]:.6g} at {[first[0] + start, *first[1:]]}, rounded to {stored.dtype}",
+        f"{wanted[start:stop][first]:.6g} at {[first[0] + start, *first[1:]]}{_rounding(stored)}",
         f"{seen[first]:.6g}",
     )
     tests = _few_rows if few else _whole
@@ -100,6 +100,10 @@ def explain(
     return Fault(stored.name, where, cause, *figures)
 
 
+def _rounding(stored: Stored) -> str:
+    return "" if stored.dtype == "FLOAT" else f", rounded to {stored.dtype}"
+
+
 def _few_rows(
     stored: Stored, wanted: Floats, bad: Bools, bad_rows: NDArray[np.intp], start: int, stop: int
 ) -> Iterator[str]:
@@ -109,7 +113,7 @@ def _few_rows(
     plural = "rows are" if len(bad_rows) > 1 else "row is"
     if not np.isfinite(rows).all():
         yield f"the {plural} not finite"
-    elif not rows.any():
+    elif (rows == 0).all():
         yield f"the {plural} zeroed"
     elif stored.integer:
         yield from _scales(stored, wanted, bad_rows)
@@ -130,21 +134,21 @@ def _whole(
 ) -> Iterator[str]:
     """Causes that touch most rows and need no other tensor."""
     rows, right = stored.values(start, stop), wanted[start:stop]
-    if not rows.any():
+    if (rows == 0).all():
         yield "it is zeroed"
-    if not stored.integer:
-        yield from _floats(stored, rows, right, start, stop)
-    else:
-        yield from _levels(stored, wanted, right, start, stop)
     if _near(-rows, right, stored.dtype):
         yield "its sign is flipped"
+    if stored.integer:
+        yield from _levels(stored, wanted, right, start, stop)
+    else:
+        yield from _floats(stored, rows, right, start, stop)
     if _near(rows + 1, right, stored.dtype):
         yield "1 was subtracted"
     if _near(rows - 1, right, stored.dtype):
         yield "1 was added, as models of the Gemma kind ask for"
     ratio = _ratio(rows, right)
     if _near(rows, right * ratio, stored.dtype) and abs(ratio - 1) > 1e-4:
-        yield f"it is scaled by {ratio:.4g}"
+        yield f"it is scaled by {ratio:.4g}" if abs(ratio - 1) > 1e-3 else f"it is scaled by {ratio:.6g}"
 
 
 def _floats(stored: Stored, rows: Floats, right: Floats, start: int, stop: int) -> Iterator[str]:
@@ -205,19 +209,21 @@ def _scales(stored: Stored, wanted: Floats, rows: NDArray[np.intp]) -> Iterator[
     off = ~(np.abs(ratios - 1) < (0.02 if stored.dtype == "INT8" else 0.2)) & (fitted != 0)
     if not off.any():
         return
-    whole = _fitted(stored.levels(0, stored.shape[0]), wanted, block) if stored.tensor.nbytes < 1 << 26 else fitted
-    flat = np.concatenate([stored.scale_rows(0, stored.shape[0])]).reshape(-1) if len(whole) > len(fitted) else None
+    whole = _fitted(stored.levels(0, stored.shape[0]), wanted, block)
+    flat = stored.scale_rows(0, stored.shape[0]).reshape(-1)
     swapped = scales.byteswap()
     if _alike(swapped, fitted):
         yield "the byte order of its scales is swapped (big endian)"
     per_row = whole.shape[1]
-    if flat is not None and len(rows) > 1:
+    if len(rows) > 1:
         for step in (*range(1, 9), *(per_row * n for n in range(1, 9) if per_row > 8 or n * per_row > 8)):
             for shift in (step, -step):
                 if _alike(np.roll(flat, shift), whole.reshape(-1)):
                     unit = "row" if shift % per_row == 0 else "block"
                     count = abs(shift) // per_row if unit == "row" else abs(shift)
                     yield f"its scales are shifted by {count} {unit}{'s' if count > 1 else ''}"
+    if len(rows) == len(whole) and per_row > 1 and _alike(flat.reshape(per_row, -1).T, whole):
+        yield "its scales are transposed: [blocks, rows] in the place of [rows, blocks]"
     if not scales[off].any():
         yield f"{_count(off, 'scale')} zero"
     values = ratios[off]
@@ -254,13 +260,15 @@ def _elsewhere(
         rows, columns = stored.shape
         whole = stored.values() if stored.tensor.nbytes < MOST_WHOLE else None
         if whole is not None:
-            if rows == columns and _near(whole, wanted.T, kind):
-                yield "it is transposed"
-            if rows != columns and _near(whole.reshape(columns, rows).T, wanted, kind):
-                yield "it is transposed: [in, out] in the place of [out, in]"
-            for cause, order in _row_orders(rows, head_dim):
+            transposed = "it is transposed: [in, out] in the place of [out, in]"
+            if _near(whole.reshape(columns, rows).T, wanted, kind):
+                yield transposed
+            orders = list(_row_orders(rows, head_dim))
+            for cause, order in orders:
                 if _near(whole, wanted[order], kind):
                     yield cause
+            if stored.integer:
+                yield from _levels_elsewhere(stored, wanted, [(transposed, None), *orders])
         for cause in _shifted(seen, wanted, start, kind):
             yield cause
     for other, described in others.items():
@@ -281,6 +289,25 @@ def _elsewhere(
         yield from _mapped(seen, wanted, start)
     elif len(seen) >= 8 and np.allclose(np.sort(seen), np.sort(wanted), rtol=CLOSE[kind]):
         yield "its values are in another order"
+
+
+def _levels_elsewhere(
+    stored: Stored, wanted: Floats, orders: Sequence[tuple[str, NDArray[np.intp] | None]]
+) -> Iterator[str]:
+    """Levels in another order than their scales, which are in the right one."""
+    levels, scales = stored.levels(0, stored.shape[0]), stored.scale_rows(0, stored.shape[0])
+    for cause, order in orders:
+        if order is None:
+            mended = np.ascontiguousarray(levels.reshape(levels.shape[::-1]).T)
+        else:
+            mended = np.empty_like(levels)
+            mended[order] = levels
+        if _near(dequantized(mended, scales, stored.block), wanted, stored.dtype):
+            yield f"{cause}; its scales are in the right order"
+    for step in range(1, min(9, len(levels))):
+        for shift in (step, -step):
+            if _near(dequantized(np.roll(levels, shift, axis=0), scales, stored.block), wanted, stored.dtype):
+                yield f"its rows are shifted by {step}, its scales are not"
 
 
 def _row_orders(rows: int, head_dim: int) -> Iterator[tuple[str, NDArray[np.intp]]]:
@@ -364,4 +391,4 @@ def _count(off: Bools, what: str) -> str:
     return f"one {what} is" if total == 1 else f"{total} {what}s are"
 
 
-__all__ = ["DTYPES", "Fault", "compare", "explain", "wrong_elements"]
+__all__ = ["Fault", "compare", "explain", "wrong_elements"]

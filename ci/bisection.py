@@ -365,6 +365,7 @@ def _worktree(repository: Path, tree: Path, held: Holding | None) -> Iterator[Pa
         held.worktree(tree)
     _git(repository, "worktree", "add", "--quiet", "--detach", str(tree), "HEAD")
     try:
+        _seed(repository, tree)
         yield tree
     finally:
         _git(repository, "worktree", "remove", "--force", "--force", str(tree), check=False)
@@ -372,6 +373,16 @@ def _worktree(repository: Path, tree: Path, held: Holding | None) -> Iterator[Pa
         _git(repository, "worktree", "prune", check=False)
         for venv in tree.parent.glob("venv-*"):
             shutil.rmtree(venv, ignore_errors=True)
+
+
+def _seed(repository: Path, tree: Path) -> None:
+    """What the compiler of the engine knows already, so that it compiles no more than what a commit changed."""
+    for path in KEPT:
+        try:
+            if (repository / path).is_dir():
+                shutil.copytree(repository / path, tree / path, symlinks=True, dirs_exist_ok=True)
+        except (OSError, shutil.Error):  # somebody builds there now
+            shutil.rmtree(tree / path, ignore_errors=True)
 
 
 def _between(tree: Path) -> str:

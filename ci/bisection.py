@@ -244,6 +244,7 @@ class Steps:
         self.examined: list[str] = []
         self._course, self._target, self._gates, self._folder = course, target, gates, folder
         self._tree, self._held, self._limit, self._say = tree, held, limit, say
+        self._board = course.board.name
 
     @contextlib.contextmanager
     def board(self) -> Iterator[None]:
@@ -279,7 +280,7 @@ class Steps:
             if time.monotonic() > self._limit:
                 raise NotFound(f"the time for it ended in {failed.name} of {commit[:12]}") from None
             if (failed.name, "stage") == (self._target.name, self._target.kind):
-                if retry.cause(failed, [], self._course.board.name) or failed.code in stage.KILLED:
+                if retry.cause(failed, [], self._board) or failed.code in stage.KILLED:
                     return SKIP, failed.reason
                 return BAD, failed.reason
             if failed.name != MEASURE:
@@ -288,9 +289,10 @@ class Steps:
             return SKIP, str(failure).partition("\n")[0]
         if self._target.kind == "stage":
             return GOOD, f"{self._target.name} is done"
-        return self._figure(folder) if self._target.kind == "figure" else self._test(folder)
+        return self.figure(folder) if self._target.kind == "figure" else self.test(folder)
 
-    def _figure(self, folder: Path) -> tuple[str, str]:
+    def figure(self, folder: Path) -> tuple[str, str]:
+        """What a step's figure says, by the gate that judged the night."""
         figures: dict[str, float] = {}
         for name in ("figures.json", INSTRUCTIONS):
             with contextlib.suppress(OSError, ValueError):
@@ -302,10 +304,11 @@ class Steps:
         (judgement,) = gate.judge({name: figures[name]}, {name: self._gates[name]})
         return BAD if judgement.red else GOOD, judgement.value_text
 
-    def _test(self, folder: Path) -> tuple[str, str]:
+    def test(self, folder: Path) -> tuple[str, str]:
+        """What a step's junit.xml says of the test."""
         mine = [case for case in cases(folder / "junit.xml") if case.test == self._target.name]
         messages = [message for case in mine for message in case.messages]
-        if any(retry.lost(message, self._course.board.name) for message in messages):
+        if any(retry.lost(message, self._board) for message in messages):
             return SKIP, messages[0].partition("\n")[0]
         if messages:
             return BAD, messages[0].partition("\n")[0]

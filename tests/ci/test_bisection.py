@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from ci.history import Night
 from ci.junit import Case
 from ci.stage import INTERRUPTED, Stage
 from tests.ci.test_history import night
-from tests.ci.test_verdict import WORSE, held, judged
+from tests.ci.test_verdict import GATES, WORSE, held, judged
 
 CHECK = """
 import value
@@ -209,3 +210,38 @@ def test_it_goes_no_further_than_it_must() -> None:
     assert (speed.tests, speed.needs_reference) == (["tests/hil/test_speed.py"], False)
     hil = Path(__file__).resolve().parents[1] / "hil"
     assert all((hil / name).is_file() for name in {*bisection.FILES.values(), "test_speed.py"})
+
+
+class Answers(bisection.Steps):
+    """What is read of the files that a step left."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._gates = {"mean_kld": GATES["mean_kld"]}
+        self._board = "virtual"
+
+
+def test_a_step_is_judged_by_the_gate_of_the_night(tmp_path: Path) -> None:
+    steps = Answers(Target("figure", "mean_kld"))
+    assert steps.figure(tmp_path) == (SKIP, "mean_kld was not measured")
+    for value, answer in ((1e-5, GOOD), (0.01, BAD)):
+        (tmp_path / "figures.json").write_text(json.dumps({"figures": {"mean_kld": value}}))
+        assert steps.figure(tmp_path)[0] == answer
+
+
+@pytest.mark.parametrize(
+    ("inside", "answer"),
+    [
+        ("", (GOOD, "it passes")),
+        ('<failure message="other ids&#10;more"/>', (BAD, "other ids")),
+        ('<failure message="virtual hangs: no answer to axrun eval in 40 s"/>', (SKIP, None)),
+        ("<skipped/>", (SKIP, "the test did not run")),
+    ],
+)
+def test_a_step_is_judged_by_the_test_that_failed(inside: str, answer: tuple[str, str | None], tmp_path: Path) -> None:
+    steps = Answers(Target("test", "test_texts"))
+    assert steps.test(tmp_path) == (SKIP, "the test did not run")
+    case = f'<testsuite><testcase name="test_texts[a]">{inside}</testcase></testsuite>'
+    (tmp_path / "junit.xml").write_text(case)
+    assert steps.test(tmp_path)[0] == answer[0]
+    assert answer[1] is None or steps.test(tmp_path)[1] == answer[1]

@@ -164,6 +164,22 @@ def test_a_note_that_is_none_names_nothing(board: Board, tmp_path: Path) -> None
     assert list(folder.iterdir()) == []
 
 
+def test_a_checkout_of_a_bisection_is_removed(board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "repository"
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for words in (["init", "--quiet", "."], [*who, "commit", "--quiet", "--allow-empty", "-m", "first"]):
+        repository.mkdir(exist_ok=True)
+        subprocess.run(["git", *words], cwd=repository, check=True)
+    monkeypatch.setattr(place, "ROOT", repository)
+    tree = tmp_path / "checkout"
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree)], cwd=repository, check=True)
+    note = Note("bisection of tiny-qwen2", "then", boot="another", worktrees=[str(tree)])
+    (board.state / "held").mkdir(parents=True)
+    (board.state / "held" / f"{note.mark}.json").write_text(json.dumps(dataclasses.asdict(note)))
+    assert list(holding.free(board))[1:] == [f"  checkout {tree}: removed"]
+    assert not tree.exists()
+
+
 def test_within_a_hold_nothing_is_noted(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(place.HELD, str(board.state))
     with holding.hold(board, "deploy") as held, holding.marked(held):

@@ -238,7 +238,7 @@ class Course:
         variables = {**self.board.variables(), place.HELD: str(self.board.state), "PYTHONUNBUFFERED": "1"}
         if self.holding:
             self.holding.stage(name, power=name == "power on")
-            variables |= self.holding.variables()
+            variables |= self.holding.variables(temporary=not leaves)
         try:
             done = stage.run(
                 name,

@@ -71,9 +71,9 @@ class Holding:
         self.note = Note(what, now)
         self._file = _folder(board) / f"{self.note.mark}.json"
 
-    def variables(self) -> dict[str, str]:
-        """For the environment of everything that the holder starts."""
-        return {MARK: self.note.mark, **({"TMPDIR": self.note.temporary} if self.note.temporary else {})}
+    def variables(self, *, temporary: bool = True) -> dict[str, str]:
+        """For the environment of everything that the holder starts; `temporary`: its files go when the holder does."""
+        return {MARK: self.note.mark, **({"TMPDIR": self.note.temporary} if temporary else {})}
 
     def begin(self) -> None:
         self.note.temporary = tempfile.mkdtemp(prefix=TEMPORARY)

@@ -45,7 +45,7 @@ def change(before: Night | None, night: Night) -> str:
         return f"{before.verdict} -> {night.verdict}"
     if not night.green and _cause(before) != _cause(night):
         return "red for another reason"
-    if bool(before.flaky) != bool(night.flaky):
+    if night.green and bool(before.flaky) != bool(night.flaky):
         return "flaky" if night.flaky else "flaky no more"
     return ""
 

@@ -58,10 +58,10 @@ def set_aside(folder: Path) -> None:
 
 
 def flaky(nights: Iterable[Night]) -> str:
-    """How often a board was flaky in its last nights; empty where it never was."""
+    """How often a board needed a second try in its last nights; empty where it never did."""
     last = list(nights)[-LAST:]
     count = sum(bool(night.flaky) for night in last)
-    return f"{last[-1].board} was flaky in {count} of its last {len(last)} nights" if count else ""
+    return f"{last[-1].board} needed a second try in {count} of its last {len(last)} nights" if count else ""
 
 
 def _first_line(text: str) -> str:

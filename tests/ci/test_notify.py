@@ -36,6 +36,7 @@ def red(reason: str = "deploy: the disk of virtual has 24 MB free", **said: obje
         (night(flaky="deploy: lost"), night(flaky="power on: relay"), ""),
         (night(flaky="deploy: lost"), night(), "flaky no more"),
         (night(flaky="deploy: lost"), red(), "green -> red"),
+        (red(flaky="deploy: lost"), red(), ""),
     ],
 )
 def test_it_is_told_once_per_change(before: Night | None, now: Night, told: str) -> None:

@@ -150,7 +150,7 @@ def test_flaky_quarantined_and_culprit_are_shown_as_text(tmp_path: Path) -> None
     for words in (
         "! quarantined",
         "! tried again",
-        "red, flaky",
+        "the first try",
         "red since the commit",
         "abc1234",
         "; quarantined: stage x",

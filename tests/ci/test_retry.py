@@ -99,5 +99,5 @@ def test_flaky_nights_of_a_board_are_counted_over_its_models(tmp_path: Path) -> 
         history.append(tmp_path, night(number, model="other", flaky="power on: relay" if number == 24 else ""))
     nights = history.of_board(tmp_path, "virtual")
     assert [entry.started for entry in nights] == sorted(entry.started for entry in nights)
-    assert retry.flaky(nights) == "virtual was flaky in 2 of its last 30 nights"
+    assert retry.flaky(nights) == "virtual needed a second try in 2 of its last 30 nights"
     assert retry.flaky(night(number) for number in range(1, 5)) == ""

@@ -58,7 +58,7 @@ def test_red_both_times_is_told_once(dead: Path) -> None:
     assert said[0] == f"red: tiny-qwen2 on relay: {REASON} (on the second try; the first: {REASON})", done.stderr
     assert done.returncode == 1
     assert f"power on is tried once more, after a power cycle: {REASON.partition(': ')[2]}" in done.stderr.splitlines()
-    assert "  relay was flaky in 1 of its last 1 nights" in said
+    assert "  relay needed a second try in 1 of its last 1 nights" in said
     assert "  not bisected: power on is not red by a commit: a red of the board or of this machine" in said
     (held,) = history.read(dead.parent / "history", "relay", "tiny-qwen2").nights
     assert (held.flaky, held.culprit, held.stage) == (REASON, "", "power on")

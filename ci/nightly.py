@@ -213,7 +213,8 @@ def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
     night = replace(night, flaky=course.flaky, quarantined=excused.record())
     stages = [_explained(done, found) for done in stages]
     if course.options.bisect:
-        named = bisection.run(course, night, before.nights, judged, cases)
+        counted = [case for case in cases if set(case.messages) <= set(excused.tests)]
+        named = bisection.run(course, night, before.nights, judged, counted)
         night = replace(night, culprit=named.culprit, seconds=night.seconds + named.seconds)
         notes += named.notes
         stages += named.stages

@@ -37,7 +37,7 @@ WITHOUT_BOARD = CODE[:-1]
 FULL = re.compile(r"\bdisk\b|No space|quota", re.IGNORECASE)
 # the file of tests/hil that measures a figure; those counted on this machine need none
 FILES = {**dict.fromkeys(metrics.ACCURACY, "test_accuracy.py"), **dict.fromkeys(metrics.CACHE, "test_cache.py")}
-LOCKS = ("requirements/*.txt", "requirements/install.py", "pyproject.toml", "board/pyproject.toml")
+LOCKS = "requirements/*.txt"
 KEPT = ("board/engine/build", "board/engine/lib")  # of a checkout from commit to commit: build.py knows its sources
 GOOD, BAD, SKIP = "good", "bad", "skip"
 FIRST_BAD = re.compile(r"^([0-9a-f]{40}) is the first bad commit", re.MULTILINE)
@@ -408,9 +408,8 @@ def _title(tree: Path, commit: str) -> str:
 def _locks(tree: Path) -> str:
     """A digest of what decides the environment."""
     digest = hashlib.sha256()
-    for pattern in LOCKS:
-        for file in sorted(tree.glob(pattern)):
-            digest.update(f"{file.relative_to(tree)}\0".encode() + file.read_bytes())
+    for file in sorted(tree.glob(LOCKS)):
+        digest.update(f"{file.relative_to(tree)}\0".encode() + file.read_bytes())
     return digest.hexdigest()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from board.errors import CheckFailed
 from ci import bisection
 from ci.bisection import BAD, GOOD, SKIP, NotFound, Target
 from ci.history import Night
@@ -219,6 +221,15 @@ class Answers(bisection.Steps):
         self._target = target
         self._gates = {"mean_kld": GATES["mean_kld"]}
         self._board = "virtual"
+        self.said: list[str] = []
+        self._say = self.said.append
+
+    def python(self, folder: Path) -> str:
+        self._folder, self._tree = folder, folder / "tree"
+        return self._python(folder)
+
+    def _stop(self) -> str:
+        return ""
 
 
 def test_a_step_is_judged_by_the_gate_of_the_night(tmp_path: Path) -> None:
@@ -245,3 +256,22 @@ def test_a_step_is_judged_by_the_test_that_failed(inside: str, answer: tuple[str
     (tmp_path / "junit.xml").write_text(case)
     assert steps.test(tmp_path)[0] == answer[0]
     assert answer[1] is None or steps.test(tmp_path)[1] == answer[1]
+
+
+def test_a_commit_with_other_locks_gets_an_environment_of_its_own(tmp_path: Path) -> None:
+    locks = tmp_path / "tree" / "requirements"
+    shutil.copytree(bisection.ROOT / "requirements", locks, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    steps = Answers(Target("stage", "build"))
+    assert steps.python(tmp_path) == sys.executable
+    (locks / "build.txt").write_text("numpy==0\n")
+    (locks / "install.py").write_text("raise SystemExit('error: numpy 0 is nowhere')")
+    with pytest.raises(CheckFailed, match="its environment cannot be made: numpy 0 is nowhere"):
+        steps.python(tmp_path)
+    install = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'venv', '--without-pip', sys.argv[1]])"
+    (locks / "install.py").write_text(install)
+    own = steps.python(tmp_path)
+    assert Path(own).parents[2] == tmp_path
+    assert subprocess.run([own, "-c", "import sys; print(sys.prefix)"], capture_output=True, check=True).stdout
+    assert steps.said == ["its locks are others: it gets an environment of its own"] * 2
+    assert steps.python(tmp_path) == own  # kept for the next commit with the same locks
+    assert len(steps.said) == 2

@@ -1,14 +1,16 @@
 """What a night or a deploy holds of a board, noted as it takes it: who is killed leaves a note of what to clear.
 
-The notes are STATE/held/MARK.json in the board's state folder. Everything that a holder starts has the mark in its
-environment, daemons in sessions of their own included. Processes are found by that mark, never by a number that another
-process may have by now.
+The notes are STATE/held/MARK.json in the board's state folder, beside MARK.lock, whose lock the kernel frees when the
+holder ends: from within a container too, that tells the living from the dead. Everything that a holder starts has the
+mark in its environment, daemons in sessions of their own included. Processes are found by that mark, never by a number
+that another process may have by now.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import re
@@ -21,6 +23,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import IO
 
 from board.errors import BadInput, Failure
 from ci import place
@@ -35,7 +38,7 @@ ROUNDS = 20  # of looking for processes: those that fork while they are being ki
 
 @dataclass
 class Note:
-    """One holder. `pid`, `started` (clock ticks) and `boot` (of this machine's kernel) say which process it is.
+    """One holder. `pid` is for a reader: nothing is done by it.
 
     `power`: it switched the board on. `reservation` is labgrid's token in a farm, `temporary` its folder of temporary
     files, `worktrees` the checkouts that it made, `stage` what it was doing.
@@ -45,17 +48,11 @@ class Note:
     since: str
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
     pid: int = field(default_factory=os.getpid)
-    started: int = field(default_factory=lambda: started(os.getpid()) or 0)
-    boot: str = field(default_factory=lambda: _boot())
     power: bool = False
     reservation: str = ""
     temporary: str = ""
     stage: str = ""
     worktrees: list[str] = field(default_factory=list)
-
-    @property
-    def alive(self) -> bool:
-        return self.boot == _boot() and started(self.pid) == self.started
 
     @property
     def title(self) -> str:
@@ -70,6 +67,7 @@ class Holding:
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self.note = Note(what, now)
         self._file = _folder(board) / f"{self.note.mark}.json"
+        self._lock: IO[bytes] | None = None
 
     def variables(self, *, temporary: bool = True) -> dict[str, str]:
         """For the environment of everything that the holder starts; `temporary`: its files go when the holder does."""
@@ -96,10 +94,15 @@ class Holding:
     def end(self) -> None:
         """Everything was let go."""
         shutil.rmtree(self.note.temporary or "/nonexistent", ignore_errors=True)
-        self._file.unlink(missing_ok=True)
+        _forget(self._file)
+        if self._lock:
+            self._lock.close()
 
     def _write(self) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self._lock is None:
+            self._lock = self._file.with_suffix(".lock").open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         fresh = self._file.with_suffix(".new")
         fresh.write_text(json.dumps(asdict(self.note)) + "\n", "utf-8")
         os.replace(fresh, self._file)
@@ -139,7 +142,7 @@ def free(board: Board) -> Iterator[str]:
     """
     notes = read(board)
     for note in notes:
-        if note.alive:
+        if alive(board, note):
             raise BadInput(
                 f"{board.name} is held by {note.title}, which is running: nothing was touched\n"
                 f"Wait for it, or end it: kill {note.pid}"
@@ -155,7 +158,7 @@ def free(board: Board) -> Iterator[str]:
 def clear(board: Board) -> Iterator[str]:
     """Clears what dead holders left, but leaves the board's power as it is: a deploy needs it, a night cycles it."""
     for note in read(board):
-        if not note.alive:
+        if not alive(board, note):
             yield f"{note.title} was killed; clearing what it left"
             yield from (f"  {line}" for line in _release(board, note, power=False))
 
@@ -163,16 +166,28 @@ def clear(board: Board) -> Iterator[str]:
 def read(board: Board) -> list[Note]:
     """The notes that lie in a board's state folder; what is none is removed."""
     found = []
-    for file in sorted(_folder(board).glob("*")):
+    for file in sorted(_folder(board).glob("*.json")):
         try:
             values = json.loads(file.read_text("utf-8"))
             note = Note(**values)
         except (OSError, ValueError, TypeError):
-            file.unlink(missing_ok=True)  # torn: a note is renamed into place, so that nothing was held by it yet
+            _forget(file)  # no note of ours: those are renamed into place whole
             continue
         if FORM.fullmatch(note.mark) and file.stem == note.mark:
             found.append(note)
     return found
+
+
+def alive(board: Board, note: Note) -> bool:
+    """Whether a holder still runs: it has the lock beside its note."""
+    try:
+        with (_folder(board) / f"{note.mark}.lock").open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 def _release(board: Board, note: Note, power: bool) -> Iterator[str]:
@@ -193,7 +208,7 @@ def _release(board: Board, note: Note, power: bool) -> Iterator[str]:
     elif note.power and (on or not board.emulated):
         yield f"the power of {board.name} stays as it is"
     yield from _folders(note)
-    (_folder(board) / f"{note.mark}.json").unlink(missing_ok=True)
+    _forget(_folder(board) / f"{note.mark}.json")
 
 
 def _switch_off(board: Board) -> Iterator[str]:
@@ -282,15 +297,6 @@ def end(mark: str, but: set[int] | None = None) -> list[str]:
     return ended
 
 
-def started(pid: int) -> int | None:
-    """When a process started, clock ticks since the machine did (proc(5), stat field 22); None where it is no more."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else int(fields[19])
-
-
 def _kill(pid: int, mark: str) -> bool:
     """Whether this very process was killed: its handle is taken before its mark is read, so that no other is hit."""
     try:
@@ -339,11 +345,9 @@ def _emulator(board: Board) -> int | None:
     return found.pid if found else None
 
 
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
-    except OSError:
-        return ""
+def _forget(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    file.with_suffix(".lock").unlink(missing_ok=True)
 
 
 def _folder(board: Board) -> Path:

@@ -21,7 +21,7 @@ from board.errors import BadInput
 from ci import holding, place
 from ci.holding import MARK, Note
 from ci.place import Board
-from tests.ci.test_stage import DAEMON, WAIT
+from tests.ci.test_stage import DAEMON, WAIT, alive
 
 ROOT = Path(__file__).resolve().parents[2]
 RELAY = """
@@ -69,7 +69,7 @@ def killed(board: Board, tmp_path: Path) -> Iterator[int]:
     )
     assert done.returncode == -signal.SIGKILL
     pid = int((tmp_path / "pid").read_text())
-    assert holding.started(pid)
+    assert alive(pid)
     yield pid
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
@@ -89,7 +89,7 @@ def until(true: Callable[[], bool]) -> None:
 
 def test_board_free_clears_everything_and_says_so(board: Board, killed: int) -> None:
     (note,) = holding.read(board)
-    assert not note.alive
+    assert not holding.alive(board, note)
     assert Path(note.temporary, "half a wheel").exists()
     lines = list(holding.free(board))
     assert (
@@ -98,7 +98,7 @@ def test_board_free_clears_everything_and_says_so(board: Board, killed: int) -> 
     assert any(line.startswith(f"  process {killed} (") and line.endswith("): ended") for line in lines)
     assert "  the power of relay: switched off" in lines
     assert f"  temporary files in {note.temporary}: removed" in lines
-    assert holding.started(killed) is None
+    assert not alive(killed)
     assert not Path(note.temporary).exists()
     assert relay(board) == ["off"]
     assert list(holding.free(board)) == ["nothing of relay was held"]
@@ -111,7 +111,7 @@ def test_the_next_holder_clears_it_and_leaves_the_power(board: Board, killed: in
         assert said[0].startswith("nightly of tiny-qwen2 (pid ")
         assert said[0].endswith(" was killed; clearing what it left")
         assert "  the power of relay stays as it is" in said
-        assert holding.started(killed) is None
+        assert not alive(killed)
         assert relay(board) == []
         assert [note.mark for note in holding.read(board)] == [held.note.mark]
     assert holding.read(board) == []
@@ -135,13 +135,12 @@ def test_a_number_that_another_process_has_by_now_is_not_killed(board: Board) ->
     other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1)
     nearly = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, env={**os.environ, MARK: uuid.uuid4().hex})
     for note in (
-        Note("nightly", "then", pid=other.pid, started=1),  # its number was given to another process
-        Note("nightly", "then", pid=os.getpid(), boot="another"),  # this machine was started anew
+        Note("nightly", "then", pid=other.pid),  # its number was given to another process
+        Note("nightly", "then", pid=os.getpid()),  # this machine was started anew
     ):
         file = board.state / "held" / f"{note.mark}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(dataclasses.asdict(note)))
-        assert not note.alive
         assert list(holding.free(board)) == [f"held by {note.title}, which was killed:"]
     for process in (other, nearly):
         assert process.poll() is None
@@ -155,7 +154,7 @@ def test_a_note_that_is_none_names_nothing(board: Board, tmp_path: Path) -> None
     precious.mkdir()
     folder = board.state / "held"
     folder.mkdir(parents=True)
-    note = Note("nightly", "then", boot="another", temporary=str(precious), worktrees=[str(precious)])
+    note = Note("nightly", "then", temporary=str(precious), worktrees=[str(precious)])
     (folder / f"{note.mark}.json").write_text(json.dumps(dataclasses.asdict(note)))
     for name, text in (("torn.json", '{"what"'), ("a.json", "[]"), ("b.json", '{"what": "x"}')):
         (folder / name).write_text(text)
@@ -173,7 +172,7 @@ def test_a_checkout_of_a_bisection_is_removed(board: Board, tmp_path: Path, monk
     monkeypatch.setattr(place, "ROOT", repository)
     tree = tmp_path / "checkout"
     subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree)], cwd=repository, check=True)
-    note = Note("bisection of tiny-qwen2", "then", boot="another", worktrees=[str(tree)])
+    note = Note("bisection of tiny-qwen2", "then", worktrees=[str(tree)])
     (board.state / "held").mkdir(parents=True)
     (board.state / "held" / f"{note.mark}.json").write_text(json.dumps(dataclasses.asdict(note)))
     assert list(holding.free(board))[1:] == [f"  checkout {tree}: removed"]

@@ -172,7 +172,7 @@ def test_kill_9_leaves_nothing_that_the_next_command_does_not_clear(desk: Desk, 
         night.process.kill()
         night.process.wait()
         shutil.rmtree(desk.newest())  # a night that is in no history
-        (note,) = (desk.board.state / "held").iterdir()
+        (note,) = (desk.board.state / "held").glob("*.json")
         return Path(json.loads(note.read_text())["temporary"])
 
     first = desk.start()

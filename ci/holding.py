@@ -138,15 +138,17 @@ def marked(holding: Holding | None) -> Iterator[None]:
 def free(board: Board) -> Iterator[str]:
     """Clears what dead holders left, the power included, and says each thing; nothing where nothing was held.
 
-    Raises BadInput, before anything is touched, when a holder is alive.
+    Raises BadInput, before anything is touched, when its holder is alive; in a farm that has another board.
     """
     notes = read(board)
-    for note in notes:
-        if alive(board, note):
+    for note in [note for note in notes if alive(board, note)]:
+        if not board.in_farm:
             raise BadInput(
                 f"{board.name} is held by {note.title}, which is running: nothing was touched\n"
                 f"Wait for it, or end it: kill {note.pid}"
             )
+        notes.remove(note)
+        yield f"{note.title} is running and was left alone"
     with contextlib.nullcontext() if board.in_farm else place.hold(board):
         for note in notes:
             yield f"held by {note.title}, which was killed:"

@@ -228,8 +228,14 @@ class Course:
             failed, checkpoint = self.stages[-1].name, fetch(self.spec, self.options.model_dir)
             seconds = self.options.limit(doctor.STAGE)
             command = doctor.command(failed, self.board, self.folder, self.bundle, checkpoint, seconds)
-            if command and not self._stop():
+            if not command or self._stop():
+                return
+            try:
                 self._run(doctor.STAGE, command)
+            finally:
+                self.stages[-1] = dataclasses.replace(
+                    self.stages[-1], excused="failed, which does not count" if self.stages[-1].failed else ""
+                )
 
     def power_off(self) -> None:
         """Whatever happened before; a signal does not end it."""

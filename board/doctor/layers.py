@@ -48,10 +48,12 @@ def layers(context: Context) -> str | Finding:
                 return refused(STAGE, failure, f"layer {index} does not run", name)
             entries += compare(figures, index, visit, made)
             outputs.append(_outputs(context, index, visit, made))
-        if bad := wrong(entries, noise):
-            return _finding(context, index, bad, entries, noise)
-        if channels := wrong_channels(outputs, figures.hidden_type):
+        bad = wrong(entries, noise)
+        channels = wrong_channels(outputs, figures.hidden_type)
+        if channels and {entry.what for entry in bad} <= {OUTPUT}:
             return _channels(name, index, channels, outputs)
+        if bad:
+            return _finding(context, index, bad, entries, noise)
         worst = max(worst, *(entry.error for entry in entries))
     visits = list(_visits(context))
     return (

@@ -15,6 +15,7 @@ from board.doctor.figures import WALK, Array, Figures, unpacked
 # What the vendor's compiler may cost beyond ours of the same types. Not measured: no board was at hand.
 VENDORS = 2.0
 MOST_MEDIAN, LEAST_WRONG, FAR = 0.05, 0.7, 8.0  # of channels: see wrong_channels
+ABRUPT = 0.02  # of the error of wrong K rows: what right ones have before a table ends, not where its base is another
 OUTPUT, KEYS, VALUES = "output", "K row", "V row"
 
 
@@ -156,8 +157,13 @@ def pattern(bad: Sequence[Measured], entries: Sequence[Measured]) -> str:
     if kinds == {OUTPUT}:
         return _output_pattern(bad, entries)
     if KEYS in kinds and VALUES not in kinds:
-        if _only_from(bad, entries, KEYS):
-            return "K is right at position 0 and wrong behind it: probably the rotary tables (base, scaling or order)"
+        keys = [entry for entry in bad if entry.what == KEYS]
+        right = max((entry.error for entry in good if entry.what == KEYS and entry.position), default=np.inf)
+        start = _only_from(keys, entries, KEYS)
+        if start and right < ABRUPT * min(entry.error for entry in keys):
+            return f"K is right before position {start} and wrong from there on: the rotary tables end or change there"
+        if start:
+            return "K is right at position 0 and not behind it: probably the rotary tables (base, scaling or order)"
         if not any(entry.what == KEYS for entry in good):
             return "K is wrong everywhere: probably k_proj, its bias, its norm, the order of heads, or rotary"
         return "K is wrong at some positions: probably the rotary tables"

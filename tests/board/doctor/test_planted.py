@@ -158,8 +158,14 @@ def other_template(folder: Path) -> None:
 
 PLANTED: dict[str, tuple[Plant, Callable[[Context], str | Finding], str, str, str]] = {
     "layers swapped": (swapped_layers, layers.layers, L0, "layer 0", "it is the axmodel of layer 1"),
-    "rotary from 128 on": (lambda folder: plants.zero_rotary(folder, 128), layers.layers, L0, "K row", "rotary"),
-    "rotary base": (other_base, layers.layers, L1, "K row", "right at position 0 and wrong behind it: probably the ro"),
+    "rotary from 128 on": (
+        lambda folder: plants.zero_rotary(folder, 128),
+        layers.layers,
+        L0,
+        "K row",
+        "from there on: the rotary",
+    ),
+    "rotary base": (other_base, layers.layers, L1, "K row", "right at position 0 and not behind it: probably the ro"),
     "eps": (other_eps, layers.layers, L1, "layer 1", "the norm before them (weight, eps)"),
     "not finite": (nan_scale, layers.layers, L1, "output", "not finite"),
     "k_proj": (scales("k_proj", 1.7), layers.layers, L1, "K row", "K is wrong everywhere: probably k_proj"),

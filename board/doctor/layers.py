@@ -6,9 +6,20 @@ from collections.abc import Iterator, Sequence
 
 from board.agreement import Noise
 from board.doctor.context import Context
-from board.doctor.direct import Layer, Result
+from board.doctor.direct import Floats, Layer, Result
 from board.doctor.figures import WALK
-from board.doctor.measured import KEYS, OUTPUT, VALUES, Measured, allowed, compare, pattern, wrong
+from board.doctor.measured import (
+    KEYS,
+    OUTPUT,
+    VALUES,
+    Measured,
+    allowed,
+    compare,
+    expected,
+    pattern,
+    wrong,
+    wrong_channels,
+)
 from board.doctor.report import Finding
 from board.doctor.walk import refused
 from board.errors import BadInput, Failure
@@ -29,19 +40,51 @@ def layers(context: Context) -> str | Finding:
         except BadInput as failure:
             return refused(STAGE, failure, f"layer {index} does not load", name)
         entries: list[Measured] = []
+        outputs = []
         for visit in _visits(context):
             try:
                 made = _run(context, layer, index, visit)
             except Failure as failure:
                 return refused(STAGE, failure, f"layer {index} does not run", name)
             entries += compare(figures, index, visit, made)
-        if bad := wrong(entries, noise):
+            outputs.append(_outputs(context, index, visit, made))
+        bad = wrong(entries, noise)
+        channels = wrong_channels(outputs, figures.hidden_type)
+        if channels and {entry.what for entry in bad} <= {OUTPUT}:
+            return _channels(name, index, channels, outputs)
+        if bad:
             return _finding(context, index, bad, entries, noise)
         worst = max(worst, *(entry.error for entry in entries))
     visits = list(_visits(context))
     return (
         f"{bundle.layers} layers in {len(visits)} visits of {len(bundle.groups)} groups: outputs, K and V within "
         f"{noise.row:.2g}, at worst {worst:.2g}"
+    )
+
+
+def _outputs(context: Context, index: int, visit: int, made: Result) -> tuple[Floats, Floats, Floats]:
+    """A layer's outputs at the probes of a visit, what it should add to its inputs there, and these: [n, H] each."""
+    figures = context.figures
+    _, start, count = figures.visits[visit].tolist()
+    probes = figures.of_visit(visit)
+    inside = figures.probes[probes, 1].astype(int) - start
+    given = figures.inputs(index, start, start + count)[inside]
+    return made.output[inside], expected(figures, index, probes).updates, given
+
+
+def _channels(
+    file: str, index: int, channels: Sequence[int], outputs: Sequence[tuple[Floats, Floats, Floats]]
+) -> Finding:
+    ours, updates, given = (rows[0] for rows in outputs[0])
+    first = channels[0]
+    return Finding(
+        STAGE,
+        f"layer {index}, channel {first} of the output" + f" and {len(channels) - 1} more" * (len(channels) > 1),
+        file,
+        f"it adds {updates[first]:.4g}",
+        f"it adds {ours[first] - given[first]:.4g}; the other channels agree",
+        "a row of down_proj or o_proj was damaged, or has another row's scale",
+        "Copy or build the bundle again; `axc doctor` compares the weights themselves.",
     )
 
 

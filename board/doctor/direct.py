@@ -43,9 +43,20 @@ class Layer:
         self.dtype = FLOATS[hidden_type]
         self._bound: dict[int, tuple[dict[str, Array], Any]] = {}
 
-    def run(self, index: int, start: int, hidden: Floats, keys: Floats, values: Floats) -> Result:
+    def run(
+        self,
+        index: int,
+        start: int,
+        hidden: Floats,
+        keys: Floats,
+        values: Floats,
+        shift: int = 0,
+        seen: Floats | None = None,
+    ) -> Result:
         """What group `index` makes of hidden states [count, H] behind K and V rows [start, D].
 
+        `shift` is added to the positions; `seen` [count, start + count] stands in for the causal mask: what a runner
+        that is wrong would give.
         What is not finite is returned as it is. Raises BadInput when the engine refuses to run.
         """
         arrays, binding = self._buffers(index)
@@ -53,8 +64,10 @@ class Layer:
         arrays["input"][...] = 0
         arrays["input"][0, :count] = from_float32(hidden, self.dtype)
         arrays["indices"][...] = 0
-        arrays["indices"][0, :count] = np.arange(start, start + count)
-        arrays["mask"][0] = from_float32(_mask(group, start, count, self.dtype), self.dtype)
+        arrays["indices"][0, :count] = np.maximum(np.arange(start, start + count) + shift, 0)
+        arrays["mask"][0] = from_float32(
+            _mask(group, causal(start, count) if seen is None else seen, self.dtype), self.dtype
+        )
         if group.history:
             for name, rows in (("K_cache", keys), ("V_cache", values)):
                 arrays[name][...] = 0
@@ -71,12 +84,20 @@ class Layer:
         return self._bound[index]
 
 
-def _mask(group: SessionGroup, start: int, count: int, dtype: str) -> Floats:
-    """The causal mask [tokens, history + tokens] of a group; padding sees itself only."""
+def causal(start: int, count: int) -> Floats:
+    """[count, start + count]: 0 where a token sees a row, BLOCKED where it must not."""
+    rows, columns = np.arange(count)[:, None] + start, np.arange(start + count)[None, :]
+    return np.where(columns <= rows, 0.0, BLOCKED).astype(np.float32)
+
+
+def _mask(group: SessionGroup, seen: Floats, dtype: str) -> Floats:
+    """The mask [tokens, history + tokens] of a group, from that of its tokens; padding sees itself only."""
     lowest = max(BLOCKED, -65504.0) if dtype == "FLOAT16" else BLOCKED
     tokens, history = group.tokens, group.history
     whole = np.full((tokens, history + tokens), lowest, np.float32)
     np.fill_diagonal(whole[:, history:], 0.0)
-    whole[:count, :start] = 0.0
-    whole[:count, history : history + count][np.tri(count, dtype=bool)] = 0.0
+    count = len(seen)
+    start = seen.shape[1] - count
+    whole[:count, :start] = np.maximum(seen[:, :start], lowest)
+    whole[:count, history : history + count] = np.maximum(seen[:, start:], lowest)
     return whole

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
+from board.agreement import GAP, Agreement, Rows, centred, divergence, explained, logit_errors
 from board.doctor.report import Finding
 from board.doctor.walk import NotExamined
 from board.dtypes import from_float32
 from board.model import Post
 from board.session import open_session
-from toolchain.agreement import GAP, Agreement, Rows, centred, divergence, explained, logit_errors
 from toolchain.check import compared
 from toolchain.doctor.case import REPORT, Case
+from toolchain.doctor.post import spread
 
-ROWS = 64
 CAUSE = "every part agrees by itself, so errors add up: probably the weight type is too coarse for this model"
 FINER = "Build with finer weights (-w s8 or bf16); if it stays, report it with this output."
 
@@ -26,14 +26,13 @@ def examine(case: Case) -> str | Finding:
     walked = case.examined["walk"]
     post = Post(open_session(bundle.post_path, case.engine))
     errors, divergences, spreads = [], [], []
-    for start in range(0, len(expected.ids), ROWS):
-        rows = slice(start, start + ROWS)
+    for rows in spread(len(expected.ids)):
         logits, wanted = post(from_float32(walked[rows], case.dtype)), expected.trace.logits[rows]
         errors.append(logit_errors(logits, wanted))
         divergences.append(divergence(wanted, logits))
         spreads.append((centred(logits) - centred(wanted)).std(axis=1))
     kld = float(np.concatenate(divergences).mean())
-    spread = float(np.sqrt((np.concatenate(spreads) ** 2).mean()))
+    deviation = float(np.sqrt((np.concatenate(spreads) ** 2).mean()))
     measured = Agreement.of("model", "logits", Rows(*map(np.concatenate, zip(*errors, strict=True))))
     types = {bundle.hidden_state_type, "bf16"}  # the table is bfloat16 by contract
     types |= {bundle.flag(name) or "s4" for name in ("weight_type", "post_weight_type")} - expected.exact
@@ -51,7 +50,7 @@ def examine(case: Case) -> str | Finding:
     if expected.answer is None:
         return f"mean KL divergence {kld:.1e}; no tokenizer, so no answer"
     said = post(from_float32(case.examined["answer"][len(expected.answer.asked) - 1 :], case.dtype))
-    chosen, wrong = compared(expected.answer, said, GAP * spread)
+    chosen, wrong = compared(expected.answer, said, GAP * deviation)
     if wrong:
         at = next(i for i, (a, b) in enumerate(zip(chosen, expected.answer.tokens, strict=True)) if a != b)
         gap = float(expected.answer.logits[at, expected.answer.tokens[at]] - expected.answer.logits[at, chosen[at]])
@@ -60,7 +59,7 @@ def examine(case: Case) -> str | Finding:
             f"token {at + 1} after {case.options.prompt!r:.40}",
             "",
             f"token {expected.answer.tokens[at]}, by {gap:.3g} in logits",
-            f"token {chosen[at]}; the measured errors explain {GAP * spread:.3g}",
+            f"token {chosen[at]}; the measured errors explain {GAP * deviation:.3g}",
             CAUSE,
             REPORT,
         )

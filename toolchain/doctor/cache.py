@@ -12,20 +12,21 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from board.agreement import LEAST_UPDATE, ROUNDING, SMALLEST
 from board.axmodel import BLOCKED
 from board.decoder import Decoder
+from board.doctor.direct import Layer, Result, causal
 from board.doctor.report import Finding
 from board.doctor.walk import NotExamined
 from board.dtypes import to_float32
 from board.errors import CheckFailed
 from board.session import open_session
 from toolchain import walk
-from toolchain.agreement import LEAST_UPDATE, ROUNDING, SMALLEST
 from toolchain.check import through
 from toolchain.doctor.case import Case
-from toolchain.doctor.direct import Layer, Result, Visit, causal
 from toolchain.doctor.layers import relative
 from toolchain.doctor.stored import Floats
+from toolchain.doctor.visits import Visit
 from toolchain.walk import Step
 
 # of a layer's update: what the order of sums changes between two runs of one engine, 4 times what was measured
@@ -76,7 +77,7 @@ def examine(case: Case) -> str | Finding:
 def _layer(case: Case, decoder: Decoder, index: int, steps: list[Step]) -> Finding | None:
     """The decoder beside the layer by itself, which gets the decoder's history and masks of its own."""
     bundle, given = case.bundle, case.expected.trace.inputs[index]
-    layer = Layer(bundle.layer_path(index), case.engine, bundle.hidden_state_type)
+    layer = Layer(bundle.layer_path(index), case.engine, None, bundle.hidden_state_type)
     most = SAME.get(bundle.flag("weight_type"), USUALLY)
     for step in steps:
         visits = _visits(layer, step)
@@ -117,7 +118,7 @@ def replay(layer: Layer, visits: list[Visit], given: Floats, history: tuple[Floa
     for visit in visits:
         start, row = visit.start, visit.start - first
         mask = slip.mask[row : row + visit.tokens, : start + visit.tokens]
-        found = layer.run(visit, given[start : start + visit.tokens], keys, values, slip.shift, mask)
+        found = layer.run(visit.group, start, given[start : start + visit.tokens], keys, values, slip.shift, mask)
         keys, values = np.concatenate([keys, found.keys]), np.concatenate([values, found.values])
         results.append(found.output)
     return Result(keys[first:], values[first:], np.concatenate(results))

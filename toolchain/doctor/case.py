@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from board import session
+from board.agreement import Noise, explained
 from board.bundle import Bundle, sha256
 from board.chat import ChatTemplate, prompt_ids
 from board.doctor.report import Finding
@@ -16,7 +17,6 @@ from board.dtypes import FLOATS
 from board.errors import BadInput, CheckFailed
 from board.tokenizer import Tokenizer
 from toolchain import config, expected, hf_folder
-from toolchain.agreement import Noise, explained
 from toolchain.checkpoint import Checkpoint
 
 if TYPE_CHECKING:

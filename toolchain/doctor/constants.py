@@ -136,7 +136,7 @@ def _tables(model: Axmodel, stored: Mapping[str, Stored], reference: Reference) 
         wanted = rotary(reference, len(cos))
         if wanted is None:
             return
-        yield from _angles(node.inputs[1:3], cos, sin, *wanted)
+        yield from angles(node.inputs[1:3], cos, sin, *wanted)
 
 
 def rotary(reference: Reference, positions: int) -> tuple[Floats, Floats] | None:
@@ -157,9 +157,10 @@ def rotary(reference: Reference, positions: int) -> tuple[Floats, Floats] | None
     return None
 
 
-def _angles(
+def angles(
     names: tuple[str, ...], cos: Floats, sin: Floats, right_cos: Floats, right_sin: Floats
 ) -> Iterator[Constant]:
+    """Tables [positions, head_dim / 2] beside the right ones: one constant where any value differs."""
     if cos.shape != right_cos.shape:
         yield Constant(
             names[0],

@@ -14,21 +14,21 @@ from typing import NamedTuple
 import numpy as np
 
 from board import axmodel
+from board.agreement import Agreement, Noise, Rows, cosines, rises, update_errors
 from board.axmodel import Axmodel
+from board.doctor.direct import OUTPUTS, Layer, Result
 from board.doctor.report import Finding
 from board.doctor.walk import NotExamined
 from board.errors import BadInput
 from toolchain import compile as compiler
-from toolchain.agreement import Agreement, Noise, Rows, cosines, rises, update_errors
 from toolchain.doctor import constants, graphs, positions, stored, weight_faults
 from toolchain.doctor.case import ENGINES, REBUILD, REPORT, Case
-from toolchain.doctor.direct import Layer, Result, Visit, visits
 from toolchain.doctor.positions import Marked
 from toolchain.doctor.stored import Floats, Stored
+from toolchain.doctor.visits import Visit, visits
 from toolchain.doctor.weight_faults import Fault
 
 PER_POSITION = 2.0**-22  # relative error of a rotated row: of its angle, for each position
-OUTPUTS = ("K_cache_out", "V_cache_out", "output")
 APART = 3.0  # times the largest error of a right row, that of most wrong ones
 LARGEST_FLOAT16 = 65504.0
 
@@ -98,7 +98,7 @@ def _layer(case: Case, index: int, agreements: list[Agreement]) -> Finding | Non
 def measure(case: Case, index: int, engine: str) -> Iterator[Measured]:
     """All visits of one layer. Raises BadInput when the engine does not load it."""
     bundle, expected = case.bundle, case.expected
-    layer = Layer(bundle.layer_path(index), engine, bundle.hidden_state_type)
+    layer = Layer(bundle.layer_path(index), engine, None, bundle.hidden_state_type)
     for visit in visits(layer.session.groups, bundle.kv_cache_len, len(expected.ids), expected.probes):
         result = run(case, layer, index, visit)
         yield _measured(case, index, visit, result)
@@ -107,7 +107,7 @@ def measure(case: Case, index: int, engine: str) -> Iterator[Measured]:
 def run(case: Case, layer: Layer, index: int, visit: Visit, shift: int = 0) -> Result:
     """One visit with the reference's hidden states and history."""
     given, _, (keys, values) = _reference(case, index, visit)
-    return layer.run(visit, given, keys[: visit.start], values[: visit.start], shift)
+    return layer.run(visit.group, visit.start, given, keys[: visit.start], values[: visit.start], shift)
 
 
 def _reference(case: Case, index: int, visit: Visit) -> tuple[Floats, Floats, tuple[Floats, Floats]]:
@@ -129,7 +129,12 @@ def _measured(case: Case, index: int, visit: Visit, result: Result) -> Measured:
         for rows, known in zip(result[:2], kept, strict=True)
     ]
     output = update_errors(result.output, wanted, given, case.bundle.hidden_state_type)
-    return Measured(visit, (errors[0], errors[1], output), result.finite)
+    return Measured(visit, (errors[0], errors[1], output), _finite(result))
+
+
+def _finite(result: Result) -> tuple[bool, bool, bool]:
+    keys, values, output = (bool(np.isfinite(rows).all()) for rows in result)
+    return keys, values, output
 
 
 @np.errstate(all="ignore")
@@ -172,7 +177,7 @@ def _unloadable(case: Case, index: int, refused: BadInput) -> Finding:
     if found is not None:
         return dataclasses.replace(found, part=f"layer {index}", seen=f"{seen}; {found.seen}")
     try:
-        Layer(path, case.other_engine, case.bundle.hidden_state_type)
+        Layer(path, case.other_engine, None, case.bundle.hidden_state_type)
     except BadInput:
         return Finding(
             "layers", f"layer {index}", path.name, "an axmodel that loads", seen, "the file is broken", REBUILD
@@ -279,7 +284,7 @@ def _guess(case: Case, index: int, trouble: Trouble, where: str) -> str:
                 f"{reached:.3g}; build with --hidden_state_type bf16 or fp32"
             )
         return "it overflows: weights, constants and graph are those of the checkpoint"
-    layer = Layer(case.bundle.layer_path(index), case.engine, case.bundle.hidden_state_type)
+    layer = Layer(case.bundle.layer_path(index), case.engine, None, case.bundle.hidden_state_type)
     for shift in (-1, 1):
         again = _measured(case, index, trouble.visit, run(case, layer, index, trouble.visit, shift))
         if find_trouble(case, index, [again]) is None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from toolchain.doctor.direct import Visit
+from toolchain.doctor.visits import Visit
 
 
 class Marked(NamedTuple):

@@ -113,7 +113,7 @@ def _few_rows(
     plural = "rows are" if len(bad_rows) > 1 else "row is"
     if not np.isfinite(rows).all():
         yield f"the {plural} not finite"
-    elif not rows.any():
+    elif (rows == 0).all():
         yield f"the {plural} zeroed"
     elif stored.integer:
         yield from _scales(stored, wanted, bad_rows)
@@ -134,21 +134,21 @@ def _whole(
 ) -> Iterator[str]:
     """Causes that touch most rows and need no other tensor."""
     rows, right = stored.values(start, stop), wanted[start:stop]
-    if not rows.any():
+    if (rows == 0).all():
         yield "it is zeroed"
-    if not stored.integer:
-        yield from _floats(stored, rows, right, start, stop)
-    else:
-        yield from _levels(stored, wanted, right, start, stop)
     if _near(-rows, right, stored.dtype):
         yield "its sign is flipped"
+    if stored.integer:
+        yield from _levels(stored, wanted, right, start, stop)
+    else:
+        yield from _floats(stored, rows, right, start, stop)
     if _near(rows + 1, right, stored.dtype):
         yield "1 was subtracted"
     if _near(rows - 1, right, stored.dtype):
         yield "1 was added, as models of the Gemma kind ask for"
     ratio = _ratio(rows, right)
     if _near(rows, right * ratio, stored.dtype) and abs(ratio - 1) > 1e-4:
-        yield f"it is scaled by {ratio:.6g}"
+        yield f"it is scaled by {ratio:.4g}" if abs(ratio - 1) > 1e-3 else f"it is scaled by {ratio:.6g}"
 
 
 def _floats(stored: Stored, rows: Floats, right: Floats, start: int, stop: int) -> Iterator[str]:

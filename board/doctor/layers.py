@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from board.agreement import Noise
+from board.doctor.constants import constants
 from board.doctor.context import Context
 from board.doctor.direct import Layer, Result
 from board.doctor.figures import WALK
-from board.doctor.measured import KEYS, OUTPUT, VALUES, Measured, allowed, compare, pattern, wrong
+from board.doctor.measured import KEYS, OUTPUT, VALUES, Measured, allowed, compare, odd_columns, pattern, wrong
 from board.doctor.report import Finding
 from board.doctor.walk import refused
 from board.errors import BadInput, Failure
@@ -29,14 +30,17 @@ def layers(context: Context) -> str | Finding:
         except BadInput as failure:
             return refused(STAGE, failure, f"layer {index} does not load", name)
         entries: list[Measured] = []
+        results: dict[int, Result] = {}
         for visit in _visits(context):
             try:
-                made = _run(context, layer, index, visit)
+                made = results[visit] = _run(context, layer, index, visit)
             except Failure as failure:
                 return refused(STAGE, failure, f"layer {index} does not run", name)
             entries += compare(figures, index, visit, made)
         if bad := wrong(entries, noise):
             return _finding(context, index, bad, entries, noise)
+        if found := constants(context, STAGE, index) or _columns(context, index, results):
+            return found
         worst = max(worst, *(entry.error for entry in entries))
     visits = list(_visits(context))
     return (
@@ -85,6 +89,23 @@ def _finding(
         f"an error of {first.error:.2g}, cosine {first.cosine:.4f}; {len(bad)} of {len(entries)} rows are wrong",
         cause,
         advice,
+    )
+
+
+def _columns(context: Context, index: int, results: Mapping[int, Result]) -> Finding | None:
+    """One wrong row of a matrix is lost in a whole output's error, and stands out in its own column of it."""
+    found = odd_columns(context.figures, index, results)
+    if not found:
+        return None
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return Finding(
+        STAGE,
+        f"layer {index}, column {found[0]}{more} of its output",
+        context.bundle.layer_path(index).name,
+        "errors as in the other columns",
+        f"far larger ones in {len(found)} of {context.bundle.hidden_size}",
+        f"row {found[0]} of down_proj or o_proj is damaged, or has another's scale",
+        "Build the bundle again.",
     )
 
 

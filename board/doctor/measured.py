@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from board.agreement import NOISE, Noise, explained, update_errors
+from board.agreement import NOISE, ROUNDING, Noise, explained, update_errors
 from board.bundle import Bundle
 from board.doctor.direct import Floats, Result
 from board.doctor.figures import WALK, Array, Figures, unpacked
 
 # What the vendor's compiler may cost beyond ours of the same types. Not measured: no board was at hand.
 VENDORS = 2.0
+# Of a column of the output: its error over the median of all columns, and over its own size.
+ODD, ODD_SHARE = 6.0, 0.15
 OUTPUT, KEYS, VALUES = "output", "K row", "V row"
 
 
@@ -108,6 +110,26 @@ def compare(
                 for at, cosine, error in zip(positions, *rows)
             ]
     return found
+
+
+def odd_columns(figures: Figures, layer: int, results: Mapping[int, Result]) -> list[int]:
+    """Columns of a layer's output whose errors over all visits are far beyond the others', and the column's own size.
+
+    `results` by visit.
+    """
+    errors, updates = [], []
+    for visit, made in results.items():
+        _, start, count = (int(value) for value in figures.visits[visit])
+        probes = figures.of_visit(visit)
+        places = figures.probes[probes, 1].astype(int) - start
+        wanted = expected(figures, layer, probes).updates
+        whole = wanted + figures.inputs(layer, start, start + count)[places]
+        rounding = ROUNDING[figures.hidden_type] * np.abs(whole)
+        errors.append(np.maximum(np.abs(made.output[places] - whole) - rounding, 0))
+        updates.append(wanted)
+    error, size = (np.sqrt((np.concatenate(rows).astype(np.float64) ** 2).mean(axis=0)) for rows in (errors, updates))
+    odd = (error > ODD * np.median(error)) & (error > ODD_SHARE * size)
+    return [int(column) for column in np.flatnonzero(odd)]
 
 
 def stage_of(figures: Figures, visit: int) -> str:

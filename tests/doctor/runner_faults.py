@@ -226,14 +226,15 @@ def cut_logits(patch: Patch, call: Any = Post.__call__) -> None:
 
 
 def never_stop(patch: Patch) -> None:
-    opened = Tokenizer.open
+    find = Tokenizer.find
 
-    def endless(hf: Path) -> Tokenizer:
-        tokenizer = opened(hf)
-        tokenizer.stop_ids = frozenset()
+    def endless(hf: Path) -> Tokenizer | None:
+        tokenizer = find(hf)
+        if tokenizer is not None:
+            tokenizer.stop_ids = frozenset()
         return tokenizer
 
-    patch.setattr(Tokenizer, "open", endless)
+    patch.setattr(Tokenizer, "find", endless)
 
 
 def runner() -> list[RunnerFault]:

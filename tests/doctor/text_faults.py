@@ -69,10 +69,6 @@ def small_contractions(values: dict[str, Any]) -> None:
     split["Regex"] = "(?:" + split["Regex"][4:]
 
 
-def cut(values: dict[str, Any]) -> None:
-    values["truncation"] = {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0}
-
-
 def prefix_space(values: dict[str, Any]) -> None:
     values["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
 
@@ -99,7 +95,6 @@ def tokenizer() -> list[Fault]:
         ids("the decoder is lost", lambda values: values.update(decoder={"type": "Fuse"})),
         ids("an added token takes the spaces before it", flag("lstrip", True)),
         ids("a control token is plain text", flag("special", False)),
-        ids("long texts are cut", cut),
     ]
 
 

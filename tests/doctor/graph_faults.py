@@ -156,7 +156,7 @@ def layers() -> list[Fault]:
         every("the rope base is wrong by a fifth", "fp32", every_layer(rotary(12000.0)), f"{rope}.*(base|theta)"),
         every("the rope scaling is lost", "llama", every_layer(rotary(500000.0)), f"{rope}.*scal"),
         one("one layer has another rope base", "s8", rotary(5e5), rope),
-        one("rotary is interleaved", "s8", interleave, "interleav"),
+        one("rotary is interleaved", "s8", interleave, "interleav|neighbour"),
         one("cosine and sine are exchanged", "s8", exchange_tables, f"{rope}|cos"),
         every("rotary is zero from 128 on", "s8", every_layer(zero_rotary), f"{rope}|position"),
         one("rotary is zero at the last position", "s8", zero_the_last_position, f"{rope}|position"),

@@ -62,13 +62,6 @@ def flag(name: str, value: bool) -> Edit:
     return change
 
 
-def small_contractions(values: dict[str, Any]) -> None:
-    """As GPT-2 cuts: 's is cut off, and 'S is not."""
-    split = values["pre_tokenizer"]["pretokenizers"][0]["pattern"]
-    assert split["Regex"].startswith("(?i:")
-    split["Regex"] = "(?:" + split["Regex"][4:]
-
-
 def prefix_space(values: dict[str, Any]) -> None:
     values["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
 
@@ -89,7 +82,6 @@ def tokenizer() -> list[Fault]:
         ids("an added token is lost", lose_an_added_token),
         ids("the normalizer is lost", lambda values: values.update(normalizer=None)),
         ids("the normalizer makes small letters", lambda values: values.update(normalizer={"type": "Lowercase"})),
-        ids("contractions are cut as by GPT-2", small_contractions),
         ids("a space is put before a text", prefix_space),
         ids("a BOS is put before a text", lambda values: values.update(post_processor=BOS)),
         ids("the decoder is lost", lambda values: values.update(decoder={"type": "Fuse"})),

@@ -201,7 +201,7 @@ def layers() -> list[Fault]:
         one("the two norms are exchanged", "s8", in_layer(exchange(NORM, SECOND_NORM)), "norm"),
         one("a down row is 1.5 times as large", "s8", in_layer(scale_row(DOWN, 77, 1.5)), "scale|row|down"),
         one("an up row is 1.5 times as large", "s8", in_layer(scale_row(UP, 200, 1.5)), "scale|row", alone=False),
-        one("the scale of a q row has another sign", "s8", in_layer(scale_row(Q, 40, -1)), "scale|row|q_proj", alone=False),
+        one("a q row has another sign", "s8", in_layer(scale_row(Q, 40, -1)), "scale|row|q_proj", alone=False),
         one("scales are shifted by a row", "s8", in_layer(values(DOWN + "_scale", shifted(0))), "scale|row"),
         one("scales are shifted by a block", "s4", in_layer(values(DOWN + "_scale", shifted(1))), "scale|block"),
         one("scales are a column's", "s8", in_layer(column_scales), "axis|column|scale|graph|Dequantize", EARLY),

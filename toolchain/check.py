@@ -222,7 +222,7 @@ def _whole(
     """Figures of the whole model; what they may not be is appended to `faults`."""
     target, rounded = plan.target, expected.trace.embedded
     types = {bundle.hidden_state_type, *_rounding(target.weight_type, expected)}
-    types |= {*_rounding(target.post_weight_type, expected), *([] if _is_bfloat16(rounded) else ["bf16"])}
+    types |= {*_rounding(target.post_weight_type, expected), *([] if is_bfloat16(rounded) else ["bf16"])}
     noise = explained(*sorted(types))
     errors, kld = whole["errors"], float(whole["kld"].mean())
     results: dict[str, Any] = {
@@ -318,7 +318,8 @@ def _rounding(weight_type: str, expected: Expected) -> list[str]:
     return [] if weight_type in expected.exact else [weight_type]
 
 
-def _is_bfloat16(values: Floats) -> bool:
+def is_bfloat16(values: Floats) -> bool:
+    """Whether bfloat16 has every value."""
     return not (values.view(np.uint32) & 0xFFFF).any()
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from board.agreement import NOISE
 from board.bundle import Bundle
 from board.chat import ChatTemplate
 from board.doctor import spelling
@@ -21,7 +22,6 @@ from board.doctor.constants import EPSILON, checksum
 from board.doctor.figures import MOST_BYTES, NAME, TABLE_ROWS, WALK, Figures, packed, picked
 from board.dtypes import FLOATS, from_float32, to_float32
 from toolchain import VERSION, walk
-from toolchain.agreement import NOISE
 from toolchain.bundle import add_file
 from toolchain.text_proof import CONVERSATIONS, PLAIN
 

@@ -70,9 +70,17 @@ def test_a_fault_behind_position_128_is_told_by_its_accuracy(desk: Desk, bundle:
     plants.zero_rotary(faulty, 128)
     night = desk.start("--bundle", str(faulty))
     code, said = night.end()
-    assert said[0].startswith(f"{HANDED_IN}mean KL divergence from the checkpoint is ")
-    assert "worse than its gate" in said[0]
+    assert said[0].startswith(f"{HANDED_IN}layers: layer 0, ")
+    assert "rotary" in said[0]
+    assert re.search(r"\(mean KL divergence from the checkpoint is .* worse than its gate.*\)$", said[0])
     assert code == 1
+    reports = json.loads((desk.newest() / "doctor.json").read_text())["reports"]
+    assert {where: found["finding"]["stage"] for where, found in reports.items()} == {
+        "here": "layers",
+        "virtual": "layers",
+    }
+    (*_, held) = history.read(desk.history, "virtual", "tiny-qwen2").nights
+    assert held.reason.startswith("mean KL divergence")
     assert desk.left(night) == []
     assert "deploy done" in " ".join(night.said)
 

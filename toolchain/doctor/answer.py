@@ -10,7 +10,7 @@ from board.doctor.walk import NotExamined
 from board.dtypes import from_float32
 from board.model import Post
 from board.session import open_session
-from toolchain.check import compared
+from toolchain.check import compared, is_bfloat16
 from toolchain.doctor.case import REPORT, Case
 from toolchain.doctor.post import spread
 
@@ -34,9 +34,9 @@ def examine(case: Case) -> str | Finding:
     kld = float(np.concatenate(divergences).mean())
     deviation = float(np.sqrt((np.concatenate(spreads) ** 2).mean()))
     measured = Agreement.of("model", "logits", Rows(*map(np.concatenate, zip(*errors, strict=True))))
-    types = {bundle.hidden_state_type, "bf16"}  # the table is bfloat16 by contract
+    types = {bundle.hidden_state_type, *([] if is_bfloat16(expected.trace.embedded) else ["bf16"])}
     types |= {bundle.flag(name) or "s4" for name in ("weight_type", "post_weight_type")} - expected.exact
-    noise = explained(*sorted(types | {bundle.hidden_state_type}))
+    noise = explained(*sorted(types))
     if not kld <= noise.kld or not measured.rms <= noise.logits:
         return Finding(
             "answer",

@@ -139,7 +139,7 @@ def _rows(
 ) -> Finding | None:
     """The cache's rows beside those of the layer by itself; what was there before stays."""
     after = kept(decoder, step.start + len(replayed.keys))
-    width = USUALLY + 2 * ROUNDING[case.bundle.hidden_state_type]
+    width = SAME.get(case.bundle.flag("weight_type"), USUALLY) + 2 * ROUNDING[case.bundle.hidden_state_type]
     for name, seen, old, new in zip("KV", after, before, (replayed.keys, replayed.values), strict=True):
         errors = relative(seen, np.concatenate([old, new])).error
         bad = np.flatnonzero(~(errors <= width))

@@ -12,7 +12,6 @@ from board import session
 from board.agreement import Noise, explained
 from board.bundle import Bundle, sha256
 from board.chat import ChatTemplate, prompt_ids
-from board.doctor.report import Finding
 from board.dtypes import FLOATS
 from board.errors import BadInput, CheckFailed
 from board.tokenizer import Tokenizer
@@ -96,14 +95,22 @@ class Case:
     def expected(self) -> expected.Expected:
         """What the reference makes of a walk through the context. Raises Unusable for another model's checkpoint."""
         reference, bundle = self.reference, self.bundle
-        tokenizer = self.tokenizer
-        asked = prompt_ids(tokenizer, ChatTemplate.find(bundle.hf), self.options.prompt) if tokenizer else []
+        asked = self._asked()[: bundle.kv_cache_len - 1]
         self.say("  asking the reference")
-        room = bundle.kv_cache_len - 1
         try:
-            return expected.ask(reference, bundle, self.options.prompt, asked[:room], keep_rows=True)
+            return expected.ask(reference, bundle, self.options.prompt, asked, keep_rows=True)
         except CheckFailed as refused:
             raise Unusable(BadInput(str(refused).partition("\n")[0])) from None
+
+    def _asked(self) -> list[int]:
+        """The prompt as the runner asks it; nothing where the model has no such tokens."""
+        if self.tokenizer is None:
+            return []
+        ids = prompt_ids(self.tokenizer, ChatTemplate.find(self.bundle.hf), self.options.prompt)
+        if ids and max(ids) >= self.bundle.vocab_size:
+            self.say(f"  token id {max(ids)} of the prompt is outside the vocabulary: no answer is compared")
+            return []
+        return ids
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -169,8 +176,3 @@ class Case:
         if not names:
             return ""
         return f"; the manifest records another {', '.join(names[:3])} than this checkpoint has"
-
-    def finding(
-        self, stage: str, part: str, file: str, expected: str, seen: str, cause: str, advice: str = REBUILD
-    ) -> Finding:
-        return Finding(stage, part, file, expected, seen, cause, advice)

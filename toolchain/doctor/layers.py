@@ -29,6 +29,7 @@ from toolchain.doctor.visits import Visit, visits
 from toolchain.doctor.weight_faults import Fault
 
 PER_POSITION = 2.0**-22  # relative error of a rotated row: of its angle, for each position
+FEWEST = 32  # rows of a stage whose errors are compared with those of another
 APART = 3.0  # times the largest error of a right row, that of most wrong ones
 LARGEST_FLOAT16 = 65504.0
 
@@ -65,7 +66,7 @@ def examine(case: Case) -> str | Finding:
         finding = _layer(case, index, agreements)
         if finding is not None:
             return finding
-    for rise in rises(agreements):
+    for rise in rises([entry for entry in agreements if entry.rows >= FEWEST]):
         return Finding(
             "layers",
             "all layers",

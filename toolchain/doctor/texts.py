@@ -50,8 +50,8 @@ def tokenizer(case: Case) -> str | Finding:
     changed = _other_model(case, file, theirs)
     if changed is not None:
         return changed
-    texts = len(text_proof.PLAIN) + 38 * len(ours.added_tokens) // 6
-    return f"{len(ours.vocabulary)} tokens, {len(ours.added_tokens)} of them added; over {texts} texts are alike"
+    texts = len(text_proof.probe(ours, theirs))
+    return f"{len(ours.vocabulary)} tokens, {len(ours.added_tokens)} of them added; {texts} texts are alike"
 
 
 def tokenizer_file(hf: Path) -> str:
@@ -106,13 +106,14 @@ def _other_model(case: Case, file: str, theirs: Any) -> Finding | None:
     bundle has it as it was."""
     backend, path = getattr(theirs, "backend_tokenizer", None), case.bundle.path / file
     text = case.bundle.manifest.get("text")
-    mended = isinstance(text, dict) and path.name in (text.get("mended") or {})
+    mended = isinstance(text, dict) and "mended_by" in text and path.name in (text.get("mended") or {})
     if backend is None or path.name != "tokenizer.json":
         return None
     original = case.options.checkpoint / path.name
     source = original.read_text("utf-8-sig") if original.is_file() and not mended else backend.to_str()
     ours, wanted = json.loads(path.read_text("utf-8")), json.loads(source)
-    detail = _detail("model", ours, wanted)
+    parts = ({"model": {key: values["model"].get(key) for key in ("vocab", "merges")}} for values in (ours, wanted))
+    detail = _detail("model", *parts)
     if not detail:
         return None
     seen, _, expected = detail.removeprefix(": ").partition(", expected ")

@@ -19,7 +19,7 @@ Bools = NDArray[np.bool_]
 Weight = Callable[[str], Floats]
 
 SLACK = 1e-3  # of a step: float32 arithmetic on levels up to 127
-LARGEST = {"INT8": 1.03, "INT4": 1.6}  # how far beyond the last level a value may lie, relative to it
+LARGEST = {"INT8": 1.03, "INT4": 1.6}  # how far a value may lie beyond the last level: 1 / the least of FACTORS
 CLOSE = {"FLOAT": 1e-5, "FLOAT16": 2e-3, "BFLOAT16": 1e-2, "INT8": 0.04, "INT4": 0.4}  # relative error of a match
 ROWS = 2048  # compared at a time
 MOST_SHIFT = 64
@@ -61,9 +61,9 @@ def wrong_elements(stored: Stored, start: int, stop: int, wanted: Floats) -> Boo
     with np.errstate(all="ignore"):
         ideal = (wanted.reshape(rows, -1, stored.block) / scales[:, :, None]).reshape(rows, columns)
         away = np.abs(ideal - levels) > 0.5 + SLACK
-        most = LARGEST[stored.dtype]
-        away &= ~((levels >= high) & (ideal > high) & (ideal <= high * most))
-        away &= ~((levels <= low) & (ideal < low) & (ideal >= low * most))
+        most = LARGEST[stored.dtype] * -low
+        away &= ~((levels >= high) & (ideal > high) & (ideal <= most))
+        away &= ~((levels <= low) & (ideal < low) & (ideal >= -most))
     return np.asarray(away | ~np.isfinite(ideal))
 
 

@@ -12,6 +12,7 @@ import pytest
 from board import axmodel, decoder
 from board.bundle import MANIFEST, sha256
 from board.doctor.report import STAGES
+from board.errors import BadInput
 from board.kv_cache import fill_mask
 from toolchain import cli
 from toolchain.doctor import on_board
@@ -99,10 +100,10 @@ def test_a_folder_that_is_no_bundle(tiny_qwen2: Path, capsys: pytest.CaptureFixt
 
 def test_a_board_is_asked_from_a_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_board, "ROOT", tmp_path)
-    with pytest.raises(on_board.BadInput, match="needs a checkout"):
+    with pytest.raises(BadInput, match="needs a checkout"):
         on_board.examine("virtual", None)
 
 
 def test_a_board_that_is_not_known_is_named() -> None:
-    with pytest.raises(on_board.BadInput, match="board no-such-board gave no report"):
+    with pytest.raises(BadInput, match="board no-such-board gave no report"):
         on_board.examine("no-such-board", None)

@@ -73,7 +73,7 @@ ANSWERS: Mapping[str, Any] = {
     "survey": {"whole": bool, "into": str, "like": (str, None), "needed": int, "free": int},
     "verify": [str],
     "inventory": {
-        "root": str,
+        **dict.fromkeys(("root", "boot"), str),
         "current": (str, None),
         **{key: [[str]] for key in ("folders", "release", "package", "model")},
     },
@@ -83,6 +83,7 @@ ANSWERS: Mapping[str, Any] = {
     "switch": (str, None),
     "previous": (str, None),
     "prune": [str],
+    "incoming": int,
     **dict.fromkeys(("lock", "keep", "assemble", "back", "drop", "forget_compiled")),
 }
 NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded")

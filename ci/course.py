@@ -17,7 +17,9 @@ from board import logits
 from board.bundle import Bundle, read_manifest
 from board.errors import BadInput, Failure
 from board.logits import NAME as REFERENCE
-from ci import doctor, evidence, instructions, place, stage
+from ci import doctor, evidence, holding, instructions, place, retry, stage
+from ci.holding import Holding
+from ci.junit import failures
 from ci.place import Board
 from ci.stage import Stage
 from toolchain.fetch import fetch
@@ -50,6 +52,7 @@ LIMITS = {
     doctor.STAGE: 1800.0,
     "power off": 300.0,
 }
+BISECT, BISECT_SECONDS = "bisect", 4 * 3600.0  # a limit for all steps of a bisection (ci/bisect.py)
 
 BOOT_SECONDS = 180.0
 
@@ -64,12 +67,18 @@ class StageFailed(Exception):
     """The night goes no further than this stage."""
 
 
+class Reached(Exception):
+    """The last stage that is wanted is done."""
+
+
 @dataclass(frozen=True)
 class Options:
     """`board` and `model` by name; `out` is the folder of reports, `history` the folder of nights that were held.
 
     `bundle` is one that was built elsewhere, in place of a build; `model_dir` the checkpoint where there is no
-    network. `wait` is how many seconds to wait for a board that is held; `limits` override LIMITS.
+    network. `wait` is how many seconds to wait for a board that is held; `limits` override LIMITS. `retry`: what the
+    network or the board did is tried once more. `bisect` names the commit of a red, `notify` is a command that is told
+    of a change of state.
     """
 
     board: str
@@ -80,37 +89,60 @@ class Options:
     model_dir: Path | None = None
     wait: float = 0.0
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    retry: bool = True
+    bisect: bool = False
+    notify: str = ""
 
     def __post_init__(self) -> None:
         """Raises BadInput for a limit of no stage."""
         for name, seconds in self.limits.items():
-            if name not in LIMITS or not 0 < seconds < 1e6:
-                raise BadInput(f"--limit {name}={seconds:g}: expected seconds of a stage: {', '.join(LIMITS)}")
+            if name not in (*LIMITS, BISECT) or not 0 < seconds < 1e6:
+                raise BadInput(
+                    f"--limit {name}={seconds:g}: expected seconds of a stage: {', '.join((*LIMITS, BISECT))}"
+                )
 
     def limit(self, name: str) -> float:
-        return self.limits.get(name, LIMITS[name])
+        return self.limits.get(name, BISECT_SECONDS if name == BISECT else LIMITS[name])
 
 
 class Course:
     """What happens in a night, and what became of it: `stages`, in their order."""
 
     def __init__(
-        self, options: Options, board: Board, spec: ModelSpec, folder: Path, say: Say, stop: Callable[[], str]
+        self,
+        options: Options,
+        board: Board,
+        spec: ModelSpec,
+        folder: Path,
+        say: Say,
+        stop: Callable[[], str],
+        base: Path | None = None,
     ) -> None:
         self.options, self.board, self.spec, self.folder = options, board, spec, folder
-        self.base = folder.parents[2]  # what build, cross and deploy know as their --out
+        self.base = base or folder.parents[2]  # what build, cross and deploy know as their --out
         self.bundle = self.base / spec.name
         self.deployed = evidence.place(self.base, board.name)
         self.stages: list[Stage] = []
         self.counts = board.emulated and not instructions.unable()
         self.unjudged = False  # the first nights of a maker have no gates
-        self._say, self._stop = say, stop
+        self.flaky = ""  # what the network or the board did to the first try
+        self.holding: Holding | None = None
+        self.say, self._stop = say, stop
+        # what is measured, and how far: other commits in a bisection
+        self.root, self.python = ROOT, sys.executable
+        self.tests, self.needs_reference, self._last = ["tests/hil"], True, ""
+
+    @property
+    def interrupted(self) -> str:
+        """Why the night is to end now."""
+        return self._stop()
 
     def reserve(self, last: contextlib.ExitStack) -> None:
         """The board is nobody else's until `last` is closed. Raises StageFailed when it is somebody's."""
         started, reason = time.monotonic(), ""
         try:
-            last.enter_context(place.hold(self.board, int(self.options.wait)))
+            what = f"nightly of {self.spec.name}"
+            self.holding = last.enter_context(holding.hold(self.board, what, int(self.options.wait), self.say))
         except (Failure, Interrupted) as failure:
             reason = str(failure)
         self.note("reserve", started, reason, f"{self.board.name} is held by {place.owner()}")
@@ -124,26 +156,71 @@ class Course:
 
     def measure(self) -> None:
         """Everything between holding the board and switching it off. Raises StageFailed."""
-        python = [sys.executable, "-m"]
-        board, name = str(self.board.yaml), self.spec.name
-        self._run("power on", [*python, "ci.power", "on", board, str(self._boot_seconds())], leaves=True)
+        self.power_on()
+        self._prepare()
+        self._twice(self._measure_there)
+
+    def measure_only(self, last: str, *, board: bool) -> None:
+        """On a board that is on, where a `board` is needed. Raises StageFailed, Reached after the stage `last`."""
+        self._last = last
+        self._prepare()
+        if board:
+            self._twice(self._measure_there)
+
+    def power_on(self) -> None:
+        """Raises StageFailed."""
+        self._twice(self._power_on)
+
+    def _power_on(self) -> None:
+        board = [str(self.board.yaml), str(self._boot_seconds())]
+        self._run("power on", [self.python, "-m", "ci.power", "on", *board], leaves=True)
+
+    def _prepare(self) -> None:
+        """What comes before the board is needed. Raises StageFailed."""
+        python = [self.python, "-m"]
         shutil.rmtree(self.bundle, ignore_errors=True)  # a night builds anew, whatever the night before left
         if self.options.bundle is None:
             self._run("build", [*python, "invoke", "build", *self._build_flags()])
         else:
             self._take(self.options.bundle)
-        if flags := self._reference_flags():
+        if self.needs_reference and (flags := self._reference_flags()):
             self._run("reference", [*python, "toolchain", "reference", *flags])
         self._run("probe", [*python, "ci.probe", str(self._tokenizer()), str(self.folder / PROBE)])
         if self.counts:
             self._run("count", [*python, "ci.instructions", str(self.bundle), str(self.folder / INSTRUCTIONS)])
-        where = ["--board", board, "--out", str(self.base)]
-        self._run("package", [*python, "invoke", "cross", *where])
+        self._run("package", [*python, "invoke", "cross", *self._where()])
+
+    def _measure_there(self) -> None:
+        """Deploys and measures. Raises StageFailed."""
+        python = [self.python, "-m"]
         self.deployed.unlink(missing_ok=True)
-        self._run("deploy", [*python, "invoke", "deploy", "--model", name, *where])
+        self._run("deploy", [*python, "invoke", "deploy", "--model", self.spec.name, *self._where()])
         with contextlib.suppress(OSError):
             shutil.copyfile(self.deployed, self.folder / DEPLOYED)
-        self._run(MEASURE, [*python, "pytest", "tests/hil", *self._hil_flags()])
+        self._run(MEASURE, [*python, "pytest", *self._hil_flags()])
+
+    def _where(self) -> list[str]:
+        return ["--board", str(self.board.yaml), "--out", str(self.base)]
+
+    def _twice(self, attempt: Callable[[], None]) -> None:
+        """Once more, after a power cycle, where the network or the board made it fail; once in a night.
+
+        Raises StageFailed.
+        """
+        try:
+            attempt()
+        except StageFailed:
+            failed = self.stages[-1]
+            why = retry.cause(failed, failures(self.folder / "junit.xml"), self.board.name)
+            if not why or self.flaky or not self.options.retry or self._stop():
+                raise
+            self.flaky = f"{failed.name}: {why}"
+            self.stages[-1] = dataclasses.replace(failed, excused="tried again")
+            self.say(f"{failed.name} is tried once more, after a power cycle: {why}")
+            if failed.name not in retry.POWER:
+                retry.set_aside(self.folder)
+                self._power_on()
+            attempt()
 
     def examine(self) -> None:
         """The doctor looks for what made the last stage fail; why the night is red does not depend on it."""
@@ -156,22 +233,29 @@ class Course:
 
     def power_off(self) -> None:
         """Whatever happened before; a signal does not end it."""
-        self._stop = str
+        stop, self._stop = self._stop, str
         with contextlib.suppress(StageFailed):
-            self._run("power off", [sys.executable, "-m", "ci.power", "off", str(self.board.yaml)])
+            self._twice(self._power_off)
+        self._stop = stop
+
+    def _power_off(self) -> None:
+        self._run("power off", [self.python, "-m", "ci.power", "off", str(self.board.yaml)])
 
     def _run(self, name: str, command: Sequence[str], *, leaves: bool = False) -> None:
         """Raises StageFailed."""
-        self._say(f"{name} ...")
+        self.say(f"{name} ...")
         started, limit = time.monotonic(), self.options.limit(name)
         variables = {**self.board.variables(), place.HELD: str(self.board.state), "PYTHONUNBUFFERED": "1"}
+        if self.holding:
+            self.holding.stage(name, power=name == "power on")
+            variables |= self.holding.variables(temporary=not leaves)
         try:
             done = stage.run(
                 name,
                 command,
                 limit=limit,
                 console=self._console(name),
-                cwd=ROOT,
+                cwd=self.root,
                 environment=variables,
                 leaves=leaves,
                 stop=self._stop,
@@ -185,9 +269,11 @@ class Course:
         """Raises StageFailed for one that failed."""
         self.stages.append(done)
         why = f": {done.reason}" if done.failed else ""
-        self._say(f"{done.name} {done.outcome} after {done.seconds:.1f} s{why}")
+        self.say(f"{done.name} {done.outcome} after {done.seconds:.1f} s{why}")
         if done.failed:
             raise StageFailed
+        if done.name == self._last:
+            raise Reached
 
     def _take(self, bundle: Path) -> None:
         """A copy of a bundle that was built elsewhere: the reference logits are added to it. Raises StageFailed."""
@@ -235,7 +321,7 @@ class Course:
 
     def _hil_flags(self) -> list[str]:
         return [
-            *("--lg-env", str(self.board.yaml), "--hil-model", self.spec.name),
+            *(*self.tests, "--lg-env", str(self.board.yaml), "--hil-model", self.spec.name),
             *("--hil-deployed", str(self.deployed), "--hil-figures", str(self.folder / "figures.json")),
             *("--hil-probe", str(self.folder / PROBE)),
             *(["--hil-unjudged"] if self.unjudged else []),
@@ -246,7 +332,8 @@ class Course:
         ]
 
     def _console(self, name: str) -> Path:
-        return self.folder / f"{name.replace(' ', '-')}.log"
+        before = sum(done.name == name for done in self.stages)
+        return self.folder / f"{name.replace(' ', '-')}{f'-{before + 1}' if before else ''}.log"
 
 
 def sizes(context: int) -> list[str]:

@@ -39,7 +39,9 @@ class Night:
     the bundle's digests by name, `release`, `package` and `engine_sha256` what ran on the board, `pins` the locked
     version of every requirement, `figures` by metric, `gates` what each had to be, `layers` what the build's check
     found of each: least cosine of a row and worst error, by part and stage ("layer 0 prefill"). A green night with a
-    `reason` was not judged.
+    `reason` was not judged. `flaky` is what the network or the board did to the first try, where there was a second;
+    `quarantined` what was red and did not count, with owner and end date (ci/quarantine.py); `culprit` the commit that
+    a bisection named, with its subject.
     """
 
     board: str
@@ -58,6 +60,9 @@ class Night:
     package: str = ""
     engine_sha256: str = ""
     handed_in: bool = False
+    flaky: str = ""
+    culprit: str = ""
+    quarantined: Mapping[str, str] = field(default_factory=dict)
     gates: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     pins: Mapping[str, str] = field(default_factory=dict)
@@ -141,6 +146,14 @@ def read(folder: Path, board: str, model: str) -> History:
     return History(tuple(nights), tuple(faults))
 
 
+def of_board(folder: Path, board: str) -> tuple[Night, ...]:
+    """The nights of a board, of whatever model, in the order they were held; unreadable lines are left out."""
+    files = sorted((folder / board).glob("*.jsonl"))
+    models = [file.stem for file in files if NAME.fullmatch(file.stem)]
+    found = [night for model in models for night in read(folder, board, model).nights]
+    return tuple(sorted(found, key=lambda night: night.started))
+
+
 def last_green(nights: Iterable[Night]) -> Night | None:
     """The last that was judged, and found good."""
     return next((night for night in reversed(tuple(nights)) if night.judged_green), None)
@@ -182,7 +195,7 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, bool)
     if name == "gates" and not (isinstance(value, dict) and all(_is_figure(key, 0.0) for key in value)):
         return False
-    if name in ("files", "pins", "machine", "gates"):
+    if name in ("files", "pins", "machine", "gates", "quarantined"):
         return isinstance(value, dict) and all(isinstance(entry, str) for entry in value.values())
     return isinstance(value, str) and re.fullmatch(FORMS.get(name, "(?s).{0,10000}"), value) is not None
 

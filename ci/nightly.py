@@ -22,7 +22,7 @@ from typing import Any
 
 from board.bundle import MANIFEST, read_manifest, sha256
 from board.errors import BadInput, Failure
-from ci import doctor, evidence, gate, history, place, preflight, stage
+from ci import bisection, doctor, evidence, gate, history, junit, notify, place, preflight, quarantine, retry, stage
 from ci.course import DEPLOYED, INSTRUCTIONS, MEASURE, Course, Interrupted, Options, StageFailed
 from ci.gate import Judgement
 from ci.history import History, Night
@@ -30,7 +30,7 @@ from ci.preflight import Plan
 from ci.report import changes
 from ci.report.page import Page, render
 from ci.stage import Stage
-from ci.verdict import Verdict, drifts, failures, verdict
+from ci.verdict import Verdict, drifts, verdict
 from toolchain.models import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,6 +111,7 @@ def nightly(options: Options, say: Say = lambda line: None) -> Held:
     board, spec = place.find(options.board), load_model(options.model)
     before = history.read(options.history, board.name, spec.name)
     plan = preflight.check(board, spec.name, options.bundle, options.history, before)
+    notify.words(options.notify)
     for line in (plan.unjudged, *plan.notes):
         if line:
             say(line)
@@ -204,28 +205,45 @@ def _unlike(course: Course) -> list[str]:
 def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
     """Judges the night, adds it to history, and writes its page."""
     folder, notes, gates = course.folder, [*before.faults, *plan.notes], plan.gates
-    stages = list(course.stages)
     judged = gate.judge(night.figures, gates) if night.figures else []
     unlike = _unlike(course)
-    found = verdict(stages, judged, failures(folder / "junit.xml"), before.nights, night, unlike, plan.unjudged)
+    cases = junit.cases(folder / "junit.xml")
+    excused = quarantine.excuse(plan.quarantine, course.stages, judged, cases)
+    stages, judged = list(excused.stages), list(excused.judged)
+    found = verdict(stages, judged, excused.tests, before.nights, night, unlike, plan.unjudged)
+    found = excused.verdict(found).after(course.flaky)
     bounds = {name: entry.text() for name, entry in gates.items()} if night.figures else {}
     night = replace(night, verdict=found.word, reason=found.reason, stage=found.stage, gates=bounds)
+    night = replace(night, flaky=course.flaky, quarantined=excused.record())
     stages = [_explained(done, found) for done in stages]
+    if course.options.bisect:
+        counted = [case for case in cases if set(case.messages) <= set(excused.tests)]
+        named = bisection.run(course, night, before.nights, judged, counted)
+        night = replace(night, culprit=named.culprit, seconds=night.seconds + named.seconds)
+        notes += named.notes
+        stages += named.stages
     try:
         kept = str(history.append(course.options.history, night))
     except Failure as failure:
         kept = ""
         stages.append(_failed("history", folder, failure))
         found = found if found.code else verdict(stages, judged, [], before.nights, night, unlike, plan.unjudged)
+    notes += excused.notes()
+    if often := retry.flaky([*history.of_board(course.options.history, night.board), *([] if kept else [night])]):
+        notes.append(often)
     green = history.last_green(before.nights)
     notes += drifts(night.figures, gates, before.nights, night.maker)
     well = f"{sum(entry.outcome == 'within' for entry in judged)} figures within their gates"
     what = f"{night.model} (bundle handed in)" if night.handed_in else night.model
     diagnosis = doctor.read(folder / doctor.FILE)
     reason = diagnosis.first(found.reason) if found.code else found.reason
-    headline = f"{found.word}: {what} on {course.board.title}: {reason or well}"
+    headline = f"{found.word}: {what} on {course.board.title}: {reason or well}{excused.headline()}"
     notes = [*diagnosis.notes(), *notes]
     found = replace(found, advice=diagnosis.advice(found.advice)) if found.code else found
+    if night.flaky and not found.code:
+        headline += f"; flaky: {night.flaky}, passed on the second try"
+    if night.culprit:
+        headline += f"; since {night.culprit}"
     artifacts = [(name, what) for name, what in ARTIFACTS.items() if (folder / name).is_file()]
     page = Page(
         night=night,
@@ -242,7 +260,20 @@ def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
     )
     report = folder / "report.html"
     report.write_text(render(page), "utf-8")
+    if failed := _tell(course.options.notify, before, night, headline, found, report):
+        notes.append(failed)
+        report.write_text(render(page), "utf-8")  # page.notes is this list
     return Held(headline, found, tuple(stages), tuple(judged), report, tuple(notes))
+
+
+def _tell(command: str, before: History, night: Night, headline: str, found: Verdict, report: Path) -> str:
+    """Calls the command of --notify where the state changed; returns what went wrong."""
+    last = before.nights[-1] if before.nights else None
+    changed = notify.change(last, night)
+    if not command or not changed:
+        return ""
+    text = "\n".join([headline, *([found.advice] if found.advice else []), f"changed: {changed}", f"report: {report}"])
+    return notify.send(notify.words(command), text, notify.facts(changed, last, night, headline, report))
 
 
 def _explained(done: Stage, found: Verdict) -> Stage:

@@ -153,6 +153,7 @@ class Releases:
         above = [folder for path in places.values() for folder in (path.parent, path)]
         found["folders"] = [[path.relative_to(self.root).as_posix(), _kind(path)] for path in above]
         found["root"] = os.path.realpath(str(self.root))
+        found["boot"] = _boot()
         try:
             found["current"] = os.readlink(str(self.current))
         except OSError:
@@ -262,6 +263,10 @@ class Releases:
         shutil.rmtree(str(self.root / "incoming"), ignore_errors=True)
         return sorted(folder.name for folder in removed)
 
+    def incoming(self) -> int:
+        """Bytes of what is on its way and did not arrive."""
+        return sum(os.lstat(str(path)).st_size for path in (self.root / "incoming").rglob("*") if path.is_file())
+
     def drop(self) -> None:
         """Forgets what is on its way, to make room again."""
         shutil.rmtree(str(self.root / "incoming"), ignore_errors=True)
@@ -352,6 +357,12 @@ def _identity(name: str) -> str:
     if not isinstance(name, str) or not re.fullmatch("[0-9a-f]{16}", name):
         raise Refused("bad", f"{name!r} is no name of a release")
     return name
+
+
+def _boot() -> str:
+    """Another text after every start of the board: its kernel's, and of its first process."""
+    first = _text("/proc/1/stat").rpartition(")")[2].split()
+    return f"{_text('/proc/sys/kernel/random/boot_id').strip()} {first[19] if len(first) > 19 else ''}"
 
 
 def _entries(folder: Path) -> Iterator[list[str]]:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from board.agreement import Noise
 from board.doctor.constants import constants
 from board.doctor.context import Context
-from board.doctor.direct import Layer, Result
+from board.doctor.direct import Floats, Layer, Result
 from board.doctor.figures import WALK
-from board.doctor.measured import KEYS, OUTPUT, VALUES, Measured, allowed, compare, odd_columns, pattern, wrong
+from board.doctor.measured import (
+    KEYS,
+    OUTPUT,
+    VALUES,
+    Measured,
+    allowed,
+    compare,
+    expected,
+    pattern,
+    wrong,
+    wrong_channels,
+)
 from board.doctor.report import Finding
 from board.doctor.walk import refused
 from board.errors import BadInput, Failure
@@ -30,22 +41,51 @@ def layers(context: Context) -> str | Finding:
         except BadInput as failure:
             return refused(STAGE, failure, f"layer {index} does not load", name)
         entries: list[Measured] = []
-        results: dict[int, Result] = {}
+        outputs = []
         for visit in _visits(context):
             try:
-                made = results[visit] = _run(context, layer, index, visit)
+                made = _run(context, layer, index, visit)
             except Failure as failure:
                 return refused(STAGE, failure, f"layer {index} does not run", name)
             entries += compare(figures, index, visit, made)
+            outputs.append(_outputs(context, index, visit, made))
         if bad := wrong(entries, noise):
             return _finding(context, index, bad, entries, noise)
-        if found := constants(context, STAGE, index) or _columns(context, index, results):
+        if found := constants(context, STAGE, index):
             return found
+        if channels := wrong_channels(outputs, figures.hidden_type):
+            return _channels(name, index, channels, outputs)
         worst = max(worst, *(entry.error for entry in entries))
     visits = list(_visits(context))
     return (
         f"{bundle.layers} layers in {len(visits)} visits of {len(bundle.groups)} groups: outputs, K and V within "
         f"{noise.row:.2g}, at worst {worst:.2g}"
+    )
+
+
+def _outputs(context: Context, index: int, visit: int, made: Result) -> tuple[Floats, Floats, Floats]:
+    """A layer's outputs at the probes of a visit, what it should add to its inputs there, and these: [n, H] each."""
+    figures = context.figures
+    _, start, count = figures.visits[visit].tolist()
+    probes = figures.of_visit(visit)
+    inside = figures.probes[probes, 1].astype(int) - start
+    given = figures.inputs(index, start, start + count)[inside]
+    return made.output[inside], expected(figures, index, probes).updates, given
+
+
+def _channels(
+    file: str, index: int, channels: Sequence[int], outputs: Sequence[tuple[Floats, Floats, Floats]]
+) -> Finding:
+    ours, updates, given = (rows[0] for rows in outputs[0])
+    first = channels[0]
+    return Finding(
+        STAGE,
+        f"layer {index}, channel {first} of the output" + f" and {len(channels) - 1} more" * (len(channels) > 1),
+        file,
+        f"it adds {updates[first]:.4g}",
+        f"it adds {ours[first] - given[first]:.4g}; the other channels agree",
+        "a row of down_proj or o_proj was damaged, or has another row's scale",
+        "Copy or build the bundle again; `axc doctor` compares the weights themselves.",
     )
 
 
@@ -89,23 +129,6 @@ def _finding(
         f"an error of {first.error:.2g}, cosine {first.cosine:.4f}; {len(bad)} of {len(entries)} rows are wrong",
         cause,
         advice,
-    )
-
-
-def _columns(context: Context, index: int, results: Mapping[int, Result]) -> Finding | None:
-    """One wrong row of a matrix is lost in a whole output's error, and stands out in its own column of it."""
-    found = odd_columns(context.figures, index, results)
-    if not found:
-        return None
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    return Finding(
-        STAGE,
-        f"layer {index}, column {found[0]}{more} of its output",
-        context.bundle.layer_path(index).name,
-        "errors as in the other columns",
-        f"far larger ones in {len(found)} of {context.bundle.hidden_size}",
-        f"row {found[0]} of down_proj or o_proj is damaged, or has another's scale",
-        "Build the bundle again.",
     )
 
 

@@ -55,12 +55,12 @@ def deploy(
 ) -> None:
     """Runner and bundle onto a board: sent, verified, asked, and only then switched to."""
     install(VENV, "boards")
-    from ci import deploy, evidence, place, wheelhouse
+    from ci import deploy, evidence, holding, place, wheelhouse
     from toolchain.models import load_model
 
     spec, found = load_model(model), place.find(board)
     bundle = built(spec.name, out)
-    with place.hold(found):
+    with holding.hold(found, f"deploy of {spec.name}", say=TELL) as held, holding.marked(held):
         package = wheelhouse.cross(found.python, Path(out))
         at, record = place.address(found), evidence.place(Path(out), found.name)
         deploy.deploy(found, at, package, bundle, prompt or spec.prompt, keep, TELL, record)
@@ -84,8 +84,18 @@ def board_doctor(_: Context, board: str = "virtual", model: str = "", json: bool
 def rollback(_: Context, board: str = "virtual") -> None:
     """The release before the current one is current again."""
     install(VENV, "boards")
-    from ci import deploy, place
+    from ci import deploy, holding, place
 
     found = place.find(board)
-    with place.hold(found):
+    with holding.hold(found, "rollback", say=TELL) as held, holding.marked(held):
         deploy.rollback(found, place.address(found), TELL)
+
+
+@verb
+def board_free(_: Context, board: str = "virtual") -> None:
+    """Clear what a night or a deploy left that was killed: processes, lock, place, power, temporary files."""
+    install(VENV, "boards")
+    from ci import holding, place
+
+    for line in holding.free(place.find(board)):
+        TELL(line)

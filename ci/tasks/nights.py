@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,9 @@ def nightly(
     history: str = "",
     wait: int = 0,
     limit: Sequence[str] | None = None,
+    retry: bool = True,
+    bisect: bool = False,
+    notify: str = os.environ.get("NIGHTLY_NOTIFY", ""),
 ) -> None:
     """Hold a board, build, deploy, measure, judge by its gates, let go, report: green, or red with the reason."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout begins with the verdict
@@ -41,6 +45,9 @@ def nightly(
         model_dir=Path(model_dir).expanduser() if model_dir else None,
         wait=wait,
         limits=limits(limit or []),
+        retry=retry,
+        bisect=bisect,
+        notify=notify,
     )
     held = nightly(options, lambda line: print(line, file=sys.stderr, flush=True))
     print("\n".join(held.lines()), flush=True)

@@ -97,7 +97,9 @@ def on_board(request: pytest.FixtureRequest, target: Any) -> Iterator[OnBoard]:
         measured.require("what lies", evidence.compare(record, seen))
         yield measured
         if not request.session.shouldstop:
-            seen = inventory(found, at, record, options.hil_limit)
+            booted, seen = seen["boot"], inventory(found, at, record, options.hil_limit)
+            if seen["boot"] != booted:
+                raise Hanging(f"{found.name} was started anew during the tests: {booted}, then {seen['boot']}")
             measured.require("after the measurement, what lies", evidence.compare(record, seen))
     finally:
         keep(measured, options.hil_figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 from collections.abc import Callable
@@ -14,12 +15,14 @@ from numpy.typing import NDArray
 
 from board import axmodel, decoder, kv_cache
 from board.axmodel import Axmodel
-from board.doctor import embedding, layers, post, text
+from board.doctor import cache, embedding, layers, post, text
 from board.doctor.context import Context
 from board.doctor.report import Finding
+from board.session import ax_engine
 from tests.ci import plants
 
 L0, L1 = "qwen2_p32_l0_together.axmodel", "qwen2_p32_l1_together.axmodel"
+L2 = "qwen2_p32_l2_together.axmodel"
 POST, TABLE = "qwen2_post.axmodel", "model.embed_tokens.weight.bfloat16.bin"
 HIDDEN = 128
 
@@ -162,6 +165,13 @@ PLANTED: dict[str, tuple[Plant, Callable[[Context], str | Finding], str, str, st
     "k_proj": (scales("k_proj", 1.7), layers.layers, L1, "K row", "K is wrong everywhere: probably k_proj"),
     "v_proj": (scales("v_proj", 0.0), layers.layers, L1, "V row", "probably v_proj"),
     "down_proj": (scales("down_proj", -1.0), layers.layers, L1, "output", "the MLP"),
+    "a scale's sign": (
+        plants.flip_a_scale,
+        layers.layers,
+        L2,
+        "layer 2, channel 0 of the output",
+        "another row's scale",
+    ),
     "row late": (
         table(lambda rows: np.roll(rows, 1, axis=0)),
         embedding.embedding,
@@ -212,6 +222,24 @@ def test_a_fault_is_named(fault: str, copy: Path, context: Callable[[Path], Cont
     assert cause in found.cause
 
 
+def test_the_vendors_interface_is_enough(
+    examined: Path, context: Callable[[Path], Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of our library's extensions: groups as the engine shows them, files handed over as bytes."""
+    extended = ax_engine.library()
+    plain = ax_engine.Library(extended.sys, extended.engine, False, extended.folder)
+
+    def opened(path: Path, threads: int | None = None) -> ax_engine.AxSession:
+        handle, content = ctypes.c_void_p(), path.read_bytes()
+        plain.call("AX_ENGINE_CreateHandle", ctypes.byref(handle), content, ctypes.c_uint32(len(content)))
+        return ax_engine.AxSession(plain, handle, None)
+
+    monkeypatch.setattr(ax_engine, "open_session", opened)
+    for stage in (layers.layers, cache.cache, post.post, post.answer):
+        found = stage(context(examined))
+        assert isinstance(found, str), list(found.lines())
+
+
 def test_a_runner_that_puts_rows_elsewhere_is_told_from_the_layers(
     examined: Path,
     context: Callable[[Path], Context],
@@ -251,8 +279,6 @@ def test_a_runner_that_leaves_a_layer_out_is_told(
 def test_an_engine_that_is_wrong_is_told_from_the_axmodel(
     examined: Path, found: Callable[[Path], Finding], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from board.session import ax_engine
-
     run = ax_engine.AxBinding.run
 
     def late(self: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from board.agreement import NOISE, Noise, explained, update_errors
+from board.agreement import NOISE, ROUNDING, Noise, explained, update_errors
 from board.bundle import Bundle
 from board.doctor.direct import Floats, Result
 from board.doctor.figures import WALK, Array, Figures, unpacked

@@ -199,7 +199,7 @@ def layers() -> list[Fault]:
         one("a V bias is lost", "s8", in_layer(values("v_proj.bias", np.zeros_like)), "bias"),
         one("a norm weight has 1 added", "s8", in_layer(values(NORM, lambda weights: weights + 1)), "norm"),
         one("the two norms are exchanged", "s8", in_layer(exchange(NORM, SECOND_NORM)), "norm"),
-        one("a down row is 1.5 times as large", "s8", in_layer(scale_row(DOWN, 77, 1.5)), "scale|row|down", alone=False),
+        one("a down row is 1.5 times as large", "s8", in_layer(scale_row(DOWN, 77, 1.5)), "row|down", alone=False),
         one("an up row is 1.5 times as large", "s8", in_layer(scale_row(UP, 200, 1.5)), "scale|row", alone=False),
         one("a q row has another sign", "s8", in_layer(scale_row(Q, 40, -1)), "scale|row|q_proj", alone=False),
         one("scales are shifted by a row", "s8", in_layer(values(DOWN + "_scale", shifted(0))), "scale|row"),

@@ -12,6 +12,8 @@ import tokenizers
 from board import stop_ids
 from board.chat import ChatTemplate
 from board.doctor.report import Finding
+from board.doctor.walk import refused
+from board.errors import BadInput
 from board.hf_files import SPECIAL, special_tokens, template_file
 from board.tokenizer import Tokenizer
 from toolchain import text_proof
@@ -170,7 +172,9 @@ def template(case: Case) -> str | Finding:
         return "no tokenizer, so no chats"
     hf = case.bundle.hf
     found = template_file(hf)
-    file = f"hf/{found[0]}" if found else "hf/chat_template.jinja"
+    theirs_in = template_file(case.options.checkpoint)
+    named = found or theirs_in
+    file = f"hf/{named[0]}" if named else "hf/tokenizer_config.json"
     source = theirs.chat_template
     source = source.get("default") if isinstance(source, dict) else source
     if (found is None) != (source is None):
@@ -179,7 +183,10 @@ def template(case: Case) -> str | Finding:
             "template", "chat template", file, f"{having} has a chat template, so has {lacking}",
             f"{lacking} has none", "a file of hf/ was not copied, or is of another model", COPY,
         )  # fmt: skip
-    rendered = ChatTemplate.find(hf)
+    try:
+        rendered = ChatTemplate.find(hf)
+    except BadInput as failure:
+        return refused("template", failure, "chat template", file)
     if rendered is not None and source is not None:
         difference = next(text_proof.template_differences(rendered, theirs, source), None)
         if difference is not None:

@@ -150,7 +150,7 @@ def _detail(key: str, ours: dict[str, Any], wanted: dict[str, Any]) -> str:
             (at for at, (a, b) in enumerate(zip(merges, right_merges, strict=True)) if _merge(a) != _merge(b)), None
         )
         if at is not None:
-            return f": merge {at} is {_merge(merges[at])!r}, expected {_merge(right_merges[at])!r}"
+            return f": merge {at} is {_merge(merges[at])!r}, expected merge {at} {_merge(right_merges[at])!r}"
         names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
         return f": {names[0]} is {one.get(names[0])!r:.40}, expected {other.get(names[0])!r:.40}" if names else ""
     return f": {_short(one)}, expected {_short(other)}" if key != "added_tokens" else ""

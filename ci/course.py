@@ -17,7 +17,7 @@ from board import logits
 from board.bundle import Bundle, read_manifest
 from board.errors import BadInput, Failure
 from board.logits import NAME as REFERENCE
-from ci import evidence, instructions, place, stage
+from ci import beside, evidence, instructions, place, stage
 from ci.place import Board
 from ci.stage import Stage
 from toolchain.fetch import fetch
@@ -47,6 +47,7 @@ LIMITS = {
     "package": 1800.0,
     "deploy": 1800.0,
     MEASURE: 3600.0,
+    **beside.LIMITS,
     "power off": 300.0,
 }
 
@@ -68,7 +69,8 @@ class Options:
     """`board` and `model` by name; `out` is the folder of reports, `history` the folder of nights that were held.
 
     `bundle` is one that was built elsewhere, in place of a build; `model_dir` the checkpoint where there is no
-    network. `wait` is how many seconds to wait for a board that is held; `limits` override LIMITS.
+    network. `wait` is how many seconds to wait for a board that is held, `soak` asks for the long one, `limits`
+    override LIMITS.
     """
 
     board: str
@@ -78,6 +80,7 @@ class Options:
     bundle: Path | None = None
     model_dir: Path | None = None
     wait: float = 0.0
+    soak: bool = False
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -101,6 +104,7 @@ class Course:
         self.bundle = self.base / spec.name
         self.deployed = evidence.place(self.base, board.name)
         self.stages: list[Stage] = []
+        self.beside = beside.Beside(board, folder)
         self.counts = board.emulated and not instructions.unable()
         self.unjudged = False  # the first nights of a maker have no gates
         self._say, self._stop = say, stop
@@ -125,7 +129,9 @@ class Course:
         """Everything between holding the board and switching it off. Raises StageFailed."""
         python = [sys.executable, "-m"]
         board, name = str(self.board.yaml), self.spec.name
+        self.beside.begin()
         self._run("power on", [*python, "ci.power", "on", board, str(self._boot_seconds())], leaves=True)
+        self._run(beside.HEALTH, [*python, *self.beside.health(self.options.history, self.base)])
         shutil.rmtree(self.bundle, ignore_errors=True)  # a night builds anew, whatever the night before left
         if self.options.bundle is None:
             self._run("build", [*python, "invoke", "build", *self._build_flags()])
@@ -143,12 +149,15 @@ class Course:
         with contextlib.suppress(OSError):
             shutil.copyfile(self.deployed, self.folder / DEPLOYED)
         self._run(MEASURE, [*python, "pytest", "tests/hil", *self._hil_flags()])
+        self._run(beside.SOAK, [*python, *self.beside.soak(self.deployed, self.options.soak)])
 
     def power_off(self) -> None:
         """Whatever happened before; a signal does not end it."""
         self._stop = str
+        self.beside.log(self.stages)
         with contextlib.suppress(StageFailed):
             self._run("power off", [sys.executable, "-m", "ci.power", "off", str(self.board.yaml)])
+        self.beside.end()
 
     def _run(self, name: str, command: Sequence[str], *, leaves: bool = False) -> None:
         """Raises StageFailed."""
@@ -177,6 +186,7 @@ class Course:
         why = f": {done.reason}" if done.failed else ""
         self._say(f"{done.name} {done.outcome} after {done.seconds:.1f} s{why}")
         if done.failed:
+            self.beside.failed(done)
             raise StageFailed
 
     def _take(self, bundle: Path) -> None:

@@ -100,16 +100,18 @@ def check(
     renew: bool = False,
     bundle: Path | None = None,
     package: Callable[[], Package] | None = None,
+    at: Address | None = None,
 ) -> Check:
     """Checks a board that is on, and adds what was found to its log in `history`.
 
     `work` is where a package is made when the board has no known bundle yet, or a new one is asked for: `renew`, or
-    `bundle` to use another than MODEL, such as one for the NPU. `package` is what to send then.
+    `bundle` to use another than MODEL, such as one for the NPU. `package` makes what is sent then, `at` is
+    where the board is.
     Raises BadInput for a board that cannot be reached or has no room, CheckFailed when it was lost.
     """
     folder = health_log.place(history, board.name)
     before = health_log.read(folder)
-    at = place.address(board)
+    at = at or place.address(board)
     mine = dataclasses.replace(board, root=f"{board.root}/{FOLDER}")
     kit = None if renew or bundle else Kit.read(folder / KIT)
     try:

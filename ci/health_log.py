@@ -14,7 +14,6 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from board.errors import BadInput
 from ci.gate import NAME
@@ -101,20 +100,20 @@ def read(folder: Path) -> list[Check]:
 def worse(before: Sequence[Check], found: Check) -> Iterator[str]:
     """Where a check is worse than the last good ones of the same board."""
     for name, (share, least) in MISSING.items():
-        past = _past(before, lambda check, name=name: check.sizes.get(name))  # type: ignore[misc]
+        past = _past(before, "sizes", name)
         if len(past) < FEWEST or name not in found.sizes:
             continue
         usual, now = statistics.median(past), found.sizes[name]
         if usual - now > max(share * usual, least):
             yield (
-                f"{NOUNS[name]} does not come back: {now / MB:.0f} MB are free after a restart, "
+                f"{NOUNS[name]} does not come back: {now / MB:.0f} MB are free, "
                 f"the last {len(past)} checks had {usual / MB:.0f} MB"
             )
     if found.sizes.get("disk", math.inf) < LEAST_DISK:
         yield f"its disk is full: {found.sizes['disk'] / MB:.0f} MB are free, a release needs {LEAST_DISK / MB:.0f} MB"
     rate = "decode_tokens_per_s"
     same = [check for check in before if check.kit == found.kit]
-    past = _past(same, lambda check: check.speed.get(rate))
+    past = _past(same, "speed", rate)
     if len(past) >= FEWEST and rate in found.speed:
         usual, now = statistics.median(past), found.speed[rate]
         if usual - now > max(SLOWER * usual, 2 * (max(past) - min(past))):
@@ -126,7 +125,7 @@ def worse(before: Sequence[Check], found: Check) -> Iterator[str]:
 
 def trends(before: Sequence[Check], found: Check) -> Iterator[str]:
     """What is not wrong yet: a disk that fills up, a board that got faster."""
-    past = [*_past(before, lambda check: check.sizes.get("disk"))[-4:], found.sizes.get("disk", math.nan)]
+    past = [*_past(before, "sizes", "disk")[-4:], found.sizes.get("disk", math.nan)]
     falls = len(past) == 5 and all(now < was for was, now in itertools.pairwise(past))
     if falls:
         each = (past[0] - past[-1]) / (len(past) - 1)
@@ -134,7 +133,7 @@ def trends(before: Sequence[Check], found: Check) -> Iterator[str]:
         if left < SOON:
             yield f"its disk fills up by {each / MB:.0f} MB a check: full in {max(0, math.floor(left))} more"
     rate = "decode_tokens_per_s"
-    rates = _past([check for check in before if check.kit == found.kit], lambda check: check.speed.get(rate))
+    rates = _past([check for check in before if check.kit == found.kit], "speed", rate)
     if len(rates) >= FEWEST and rate in found.speed:
         usual, now = statistics.median(rates), found.speed[rate]
         if now - usual > max(SLOWER * usual, 2 * (max(rates) - min(rates))):
@@ -151,10 +150,10 @@ def changes(before: Sequence[Check], found: Check) -> Iterator[str]:
             yield f"the board's {name} is {found.versions.get(name, 'gone')}, was {was.get(name, 'not told')}"
 
 
-def _past(before: Sequence[Check], value: Any) -> list[float]:
-    """The values of the last good checks."""
-    good = [found for check in before if check.word != ILL and (found := value(check)) is not None]
-    return good[-PAST:]
+def _past(before: Sequence[Check], table: str, name: str) -> list[float]:
+    """A figure of the last good checks, of their `speed` or `sizes`."""
+    good = [getattr(check, table) for check in before if check.word != ILL]
+    return [values[name] for values in good if name in values][-PAST:]
 
 
 def _check(line: bytes) -> Check | None:

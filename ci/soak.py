@@ -342,7 +342,7 @@ def on_board(board: Board, deployed: Path, requests: int, say: Callable[[str], N
 
 def report(found: Soak, board: Board) -> Mapping[str, Any]:
     """What is kept of a soak."""
-    return {"board": board.name, **dataclasses.asdict(found), "figures": found.figures()}
+    return {"board": board.name, **dataclasses.asdict(found), "figures": found.figures(), "told": list(found.told())}
 
 
 def main(argv: Sequence[str]) -> int:

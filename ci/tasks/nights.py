@@ -24,6 +24,7 @@ def nightly(
     out: str = OUT or "out",
     history: str = "",
     wait: int = 0,
+    soak: bool = False,
     limit: Sequence[str] | None = None,
 ) -> None:
     """Hold a board, build, deploy, measure, judge by its gates, let go, report: green, or red with the reason."""
@@ -40,6 +41,7 @@ def nightly(
         bundle=Path(bundle) if bundle else None,
         model_dir=Path(model_dir).expanduser() if model_dir else None,
         wait=wait,
+        soak=soak,
         limits=limits(limit or []),
     )
     held = nightly(options, lambda line: print(line, file=sys.stderr, flush=True))

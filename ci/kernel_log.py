@@ -6,14 +6,14 @@ A step of the nightly, in a process of its own so that it can be given up: what 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from board.errors import BadInput, Failure
 from ci import place
 from ci.connection import Connection
 from ci.console import printable
-from ci.place import Board
+from ci.place import Address, Board
 
 STATE = Path(__file__).resolve().parent / "on_board_state.py"
 NAME = "dmesg.log"
@@ -21,11 +21,11 @@ SECONDS = 40.0
 EMULATED = "an emulated board has no kernel of its own, and none of its messages"
 
 
-def read(board: Board) -> str:
+def read(board: Board, connect: Callable[[Board, Address, Path], Connection] = Connection) -> str:
     """The end of the log, made printable. Raises BadInput with why it cannot be read."""
     if board.emulated:
         raise BadInput(EMULATED)
-    with Connection(board, place.address(board), STATE) as link:
+    with connect(board, place.address(board), STATE) as link:
         found = link.call("log", SECONDS)
     if not found["text"]:
         raise BadInput(

@@ -58,10 +58,10 @@ METRICS = (
     Metric("runner_instructions_n", "instructions of the runner, Python {n}", "M", False, 0.02),
     Metric("load", "load", "s", False, 0.2, timed=True),
     Metric("peak_memory", "peak memory", "MB", False, 0.2),
-    Metric("soak_ttft_n", "soak: first token for several users, {n} % of them", "ms", False, 0.2, timed=True),
-    Metric("soak_answer_n", "soak: answer for several users, {n} % of them", "ms", False, 0.2, timed=True),
-    Metric("soak_memory", "soak: growth of the server in 1000 requests", "MB", False, 0.2, gated=False),
-    Metric("soak_differing", "soak: other answers where the cache was reused", "%", False, 0.2, gated=False),
+    Metric("soak_ttft_n", "soak: first token, fastest {n} %", "ms", False, 0.2, timed=True),
+    Metric("soak_answer_n", "soak: whole answer, fastest {n} %", "ms", False, 0.2, timed=True),
+    Metric("soak_memory", "soak: growth of memory in 1000 requests", "MB", False, 0.2, gated=False),
+    Metric("soak_differing", "soak: other answers by a reused cache", "%", False, 0.2, gated=False),
 )
 ORDER = {metric.name: place for place, metric in enumerate(METRICS)}
 ACCURACY = ("mean_kld", "kld_99_9", "top1_agreement", "perplexity_ratio", "greedy_same")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from board.errors import BadInput
-from ci import console, kernel_log, place
+from ci import console, place
 from ci.console import Log
 from ci.place import Board
 
@@ -193,8 +193,3 @@ def test_a_console_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert " bytes before this are left out]" in text
     assert "line 999" in text
     assert all(len(line) <= console.LONGEST + 11 for line in text.splitlines())
-
-
-def test_an_emulated_board_has_no_kernel_log() -> None:
-    with pytest.raises(BadInput, match="an emulated board has no kernel of its own"):
-        kernel_log.read(place.find("virtual"))

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import tty
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def keep(board: Board, log: Log, ended: threading.Event) -> None:
     from pexpect import TIMEOUT
     from serial import SerialException
 
-    with driver(board, ended) as serial:
+    with driver(board, ended) as (serial, follow):
         last = time.monotonic()
         while not ended.is_set():
             try:
@@ -146,6 +146,8 @@ def keep(board: Board, log: Log, ended: threading.Event) -> None:
                         serial.open()
                         log.say("the serial port is back")
                         break
+        if follow is not None:
+            follow.join(END_SECONDS)  # all that was said before `ended` is on its way
         with contextlib.suppress(TIMEOUT, SerialException, OSError):
             while True:
                 log.add(_read(serial))
@@ -163,44 +165,59 @@ def _read(serial: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def driver(board: Board, ended: threading.Event) -> Iterator[Any]:
-    """labgrid's SerialDriver of a board, active. Raises BadInput where there is no port, or it cannot be opened."""
+def driver(board: Board, ended: threading.Event) -> Iterator[tuple[Any, threading.Thread | None]]:
+    """labgrid's SerialDriver of a board, active, and the thread that feeds it, where one does.
+
+    Raises BadInput where there is no port, or it cannot be opened.
+    """
     from labgrid.driver import SerialDriver
     from labgrid.exceptions import NoDriverFoundError, NoSupplierFoundError
     from labgrid.resource import NetworkSerialPort, RawSerialPort, SerialPort
     from serial import SerialException
 
     with place.target(board) as target, contextlib.ExitStack() as last:
+        speaks = None
         try:
             found = target.get_driver("SerialDriver", activate=False)
         except (NoDriverFoundError, NoSupplierFoundError):
             if not any(isinstance(entry, (SerialPort, NetworkSerialPort)) for entry in target.resources):
                 if not board.emulated:
                     raise BadInput(NO_PORT.format(yaml=board.yaml.name)) from None
-                terminal = last.enter_context(pseudo_terminal(board.state / NAME, ended))
-                RawSerialPort(target, "console", port=terminal)
+                speaks, listens = last.enter_context(pseudo_terminal())
+                RawSerialPort(target, "console", port=listens)
             found = SerialDriver(target, "console")
         try:
             target.activate(found)
         except (SerialException, OSError) as error:
             raise BadInput(f"no serial console: {error}") from None
-        yield found
+        follow = None
+        if speaks is not None:  # not before: pyserial throws away what has come when it opens a port
+            follow = last.enter_context(following(board.state / NAME, speaks, ended))
+        yield found, follow
 
 
 @contextlib.contextmanager
-def pseudo_terminal(file: Path, ended: threading.Event) -> Iterator[str]:
-    """A terminal that says what is written to `file`, from its beginning, anew where it is written anew."""
+def pseudo_terminal() -> Iterator[tuple[int, str]]:
+    """The side that speaks, and the path of the one that listens."""
     master, slave = os.openpty()
     tty.setraw(slave)
-    follow = threading.Thread(target=_follow, args=(file, master, ended), daemon=True)
+    try:
+        yield master, os.ttyname(slave)
+    finally:
+        os.close(slave)
+        os.close(master)
+
+
+@contextlib.contextmanager
+def following(file: Path, into: int, ended: threading.Event) -> Iterator[threading.Thread]:
+    """What is written to `file` goes into a terminal, from its beginning, anew where it is written anew."""
+    follow = threading.Thread(target=_follow, args=(file, into, ended), daemon=True)
     follow.start()
     try:
-        yield os.ttyname(slave)
+        yield follow
     finally:
         ended.set()
         follow.join(END_SECONDS)
-        os.close(slave)
-        os.close(master)
 
 
 def _follow(file: Path, into: int, ended: threading.Event) -> None:
@@ -221,7 +238,7 @@ def _follow(file: Path, into: int, ended: threading.Event) -> None:
         ended.wait(POLL_SECONDS)
 
 
-def main(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> int:
+def main(argv: Sequence[str]) -> int:
     name, file = argv
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

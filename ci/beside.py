@@ -99,7 +99,7 @@ class Beside:
 
     def health(self, history: Path, base: Path) -> list[str]:
         """The command of the stage."""
-        return ["ci.health", str(self.board.yaml), str(history), str(base), str(self.folder / HEALTH_FILE)]
+        return ["ci.health", *map(str, (self.board.yaml, history.resolve(), base, self.folder / HEALTH_FILE))]
 
     def soak(self, deployed: Path, long: bool) -> list[str]:
         """The command of the stage."""

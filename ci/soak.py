@@ -327,6 +327,8 @@ def _settled(port: int, found: Soak, sent: int) -> None:
 
 def on_board(board: Board, deployed: Path, requests: int, say: Callable[[str], None]) -> Soak:
     """A soak of the release that was deployed. Raises BadInput, CheckFailed."""
+    if requests < 1:
+        raise BadInput(f"a soak of {requests} requests asks nothing; expected at least 1")
     record = evidence.read(deployed)
     if record.board != board.name:
         raise BadInput(f"{deployed} is the record of a deploy to {record.board}, this board is {board.name}")

@@ -141,7 +141,8 @@ def blame(stages: Sequence[Stage], failed: str, red: bool, worse: bool) -> str:
         reason = next((done.reason for done in stages if done.name == failed), "")
         return "board" if failed == POWER_ON or reason.startswith(BOARD) else "code"
     healthy = any(done.name == HEALTH and not done.failed for done in stages)
-    return "code" if healthy and (failed in CODE or (failed == MEASURE and worse)) else ""
+    broke = any(done.name == failed and done.outcome == "failed" for done in stages)  # by itself, and in time
+    return "code" if healthy and broke and (failed in CODE or (failed == MEASURE and worse)) else ""
 
 
 def _rows(summary: Any) -> dict[str, list[float]]:

@@ -19,6 +19,10 @@ from board.errors import BadInput
 from ci.gate import NAME
 
 BOARD = "board: "  # how the reason of a night begins that is red because of the board
+ADVICE = (
+    "Nothing new ran. Look at the board's power, cooling, disk and kernel log, restart it, then: "
+    "invoke board.health --board {board} (--renew sends the known bundle anew)"
+)
 HEALTHY, FIRST, ILL = "healthy", "first", "ill"
 CHECKS = "checks.jsonl"
 SCHEMA, LONGEST = 1, 1 << 16
@@ -52,11 +56,7 @@ class Check:
     def reason(self, board: str) -> str:
         """Why a night ends here, and what to do."""
         more = f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else ""
-        return (
-            f"{BOARD}{self.faults[0]}{more}\n"
-            "Nothing new ran: look at its power, cooling, disk and kernel log, restart it, then: invoke board.health "
-            f"--board {board} (--renew sends the known bundle anew)"
-        )
+        return f"{BOARD}{self.faults[0]}{more}\n{ADVICE.format(board=board)}"
 
     def told(self) -> Iterator[str]:
         """For a console."""

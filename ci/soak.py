@@ -333,7 +333,8 @@ def on_board(board: Board, deployed: Path, requests: int, say: Callable[[str], N
     if record.board != board.name:
         raise BadInput(f"{deployed} is the record of a deploy to {record.board}, this board is {board.name}")
     release = f"{board.root}/releases/{record.release}"
-    flags = ["--port", "0", "--engine", board.engine, *(["--threads", "1"] if board.emulated else [])]
+    patient = ["--threads", "1", "--read-timeout", "60"]  # with a machine that emulates a board and does other things
+    flags = ["--port", "0", "--engine", board.engine, *(patient if board.emulated else [])]
     command = ["sh", f"{release}/axrun", "serve", f"{release}/model", *flags]
     try:
         with Connection(board, place.address(board), ON_BOARD) as link:

@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from ci import metrics
 from ci.course import MEASURE
 from ci.gate import Gate, Judgement
-from ci.health_log import BOARD
+from ci.health_log import ADVICE, BOARD
 from ci.history import Night
 from ci.report.changes import other_bytes
 from ci.stage import INTERRUPTED, Stage
@@ -59,8 +59,9 @@ def verdict(
     if first is not None and (first.name != MEASURE or first.outcome != "failed"):
         reason, _, advice = first.reason.partition("\n")
         code = NOT_HELD if first.code in (NOT_HELD, INTERRUPTED) else RED
-        told = reason if reason.startswith(BOARD) else f"{first.name}: {reason}"
-        return Verdict(told, advice, first.name, code)
+        if reason.startswith(BOARD):
+            return Verdict(reason, advice or ADVICE.format(board=night.board), first.name, code)
+        return Verdict(f"{first.name}: {reason}", advice, first.name, code)
     if unlike:
         more = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""
         return Verdict(

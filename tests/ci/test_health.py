@@ -188,6 +188,8 @@ def test_a_night_on_an_ill_board_is_red_at_once_and_says_board(tmp_path: Path) -
     assert (found.reason, found.advice) == (reason.partition("\n")[0], "Make room.")
     assert (found.stage, found.code) == ("health", 1)
     assert beside.blame(held, found.stage, True, False) == "board"
+    (short,) = stages(tmp_path, "health", failed="health", reason="board: slow")
+    assert "invoke board.health --board virtual" in verdict([short], [], [], [], night(1)).advice
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from ci.soak import Sample, Soak
 ROOT = Path(__file__).resolve().parents[2]
 FEW = 24  # requests
 
-# Python for the server's process, before it starts: what a request does beside, from the tenth on.
+# Python for the server's process, before it starts: what a request does beside, from the tenth or sixteenth on.
 PLANT = """
 import os
 from board.serve import answer, app
@@ -35,17 +35,17 @@ async def _write(self, exchange):
         kept.append(b"x" * (2 << 20))
     if len(asked) == 16 and FAULT == "die":
         os._exit(3)
-    if len(asked) == 16 and FAULT == "refuse":
+    if len(asked) >= 16 and FAULT == "refuse":
         raise ApiError(500, "The server failed.", "internal_error")
     await write(self, exchange)
 app.App._write = _write
 chunk, end = answer.Answer._choice, answer.Answer.end
 def _choice(self, index, body, *more):
-    if len(asked) == 16 and FAULT == "change" and body.get("delta", {}).get("content"):
+    if len(asked) >= 16 and FAULT == "change" and body.get("delta", {}).get("content"):
         body = {"delta": {"content": "0"}}
     return chunk(self, index, body, *more)
 answer.Answer._choice = _choice
-answer.Answer.end = lambda self: b"" if len(asked) == 16 and FAULT == "drop" else end(self)
+answer.Answer.end = lambda self: b"" if len(asked) >= 16 and FAULT == "drop" else end(self)
 if FAULT == "stay":
     from board.serve import server
     server.Server.handle_exit = lambda self, number, frame: None
@@ -75,7 +75,7 @@ def command(bundle: Path, fault: str = "") -> list[str]:
     code = (
         f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{plant}\nrunpy.run_module('board', run_name='__main__')"
     )
-    return [sys.executable, "-c", code, "serve", str(bundle), "--port", "0", "--threads", "1"]
+    return [sys.executable, "-c", code, "serve", str(bundle), "--port", "0", "--threads", "1", "--read-timeout", "60"]
 
 
 def test_a_good_server_has_no_faults(link: Connection, bundle_s8: Path) -> None:

@@ -17,7 +17,7 @@ from board import logits
 from board.bundle import Bundle, read_manifest
 from board.errors import BadInput, Failure
 from board.logits import NAME as REFERENCE
-from ci import doctor, evidence, holding, instructions, place, retry, stage
+from ci import beside, doctor, evidence, holding, instructions, place, retry, stage
 from ci.holding import Holding
 from ci.junit import failures
 from ci.place import Board
@@ -50,6 +50,7 @@ LIMITS = {
     "deploy": 1800.0,
     MEASURE: 3600.0,
     doctor.STAGE: 1800.0,
+    **beside.LIMITS,
     "power off": 300.0,
 }
 BISECT, BISECT_SECONDS = "bisect", 4 * 3600.0  # a limit for all steps of a bisection (ci/bisect.py)
@@ -76,9 +77,9 @@ class Options:
     """`board` and `model` by name; `out` is the folder of reports, `history` the folder of nights that were held.
 
     `bundle` is one that was built elsewhere, in place of a build; `model_dir` the checkpoint where there is no
-    network. `wait` is how many seconds to wait for a board that is held; `limits` override LIMITS. `retry`: what the
-    network or the board did is tried once more. `bisect` names the commit of a red, `notify` is a command that is told
-    of a change of state.
+    network. `wait` is how many seconds to wait for a board that is held, `soak` asks for the long one; `limits`
+    override LIMITS. `retry`: what the network or the board did is tried once more. `bisect` names the commit of a red, `notify`
+    is a command that is told of a change of state.
     """
 
     board: str
@@ -88,6 +89,7 @@ class Options:
     bundle: Path | None = None
     model_dir: Path | None = None
     wait: float = 0.0
+    soak: bool = False
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     retry: bool = True
     bisect: bool = False
@@ -123,6 +125,7 @@ class Course:
         self.bundle = self.base / spec.name
         self.deployed = evidence.place(self.base, board.name)
         self.stages: list[Stage] = []
+        self.beside = beside.Beside(board, folder)
         self.counts = board.emulated and not instructions.unable()
         self.unjudged = False  # the first nights of a maker have no gates
         self.flaky = ""  # what the network or the board did to the first try
@@ -156,7 +159,10 @@ class Course:
 
     def measure(self) -> None:
         """Everything between holding the board and switching it off. Raises StageFailed."""
+        self.beside.begin()
         self.power_on()
+        health = self.beside.health(self.options.history, self.base)
+        self._run(beside.HEALTH, [self.python, "-m", *health])
         self._prepare()
         self._twice(self._measure_there)
 
@@ -198,6 +204,7 @@ class Course:
         with contextlib.suppress(OSError):
             shutil.copyfile(self.deployed, self.folder / DEPLOYED)
         self._run(MEASURE, [*python, "pytest", *self._hil_flags()])
+        self._run(beside.SOAK, [*python, *self.beside.soak(self.deployed, self.options.soak)])
 
     def _where(self) -> list[str]:
         return ["--board", str(self.board.yaml), "--out", str(self.base)]
@@ -240,8 +247,10 @@ class Course:
     def power_off(self) -> None:
         """Whatever happened before; a signal does not end it."""
         stop, self._stop = self._stop, str
+        self.beside.log(self.stages)
         with contextlib.suppress(StageFailed):
             self._twice(self._power_off)
+        self.beside.end()
         self._stop = stop
 
     def _power_off(self) -> None:
@@ -277,6 +286,7 @@ class Course:
         why = f": {done.reason}" if done.failed else ""
         self.say(f"{done.name} {done.outcome} after {done.seconds:.1f} s{why}")
         if done.failed:
+            self.beside.failed(done)
             raise StageFailed
         if done.name == self._last:
             raise Reached

@@ -22,7 +22,21 @@ from typing import Any
 
 from board.bundle import MANIFEST, read_manifest, sha256
 from board.errors import BadInput, Failure
-from ci import bisection, doctor, evidence, gate, history, junit, notify, place, preflight, quarantine, retry, stage
+from ci import (
+    beside,
+    bisection,
+    doctor,
+    evidence,
+    gate,
+    history,
+    junit,
+    notify,
+    place,
+    preflight,
+    quarantine,
+    retry,
+    stage,
+)
 from ci.course import DEPLOYED, INSTRUCTIONS, MEASURE, Course, Interrupted, Options, StageFailed
 from ci.gate import Judgement
 from ci.history import History, Night
@@ -43,6 +57,7 @@ ARTIFACTS = {
     "deployed.json": "what was deployed: sha256 of every file",
     "check.json": "what the check after the build found of every layer",
     doctor.FILE: "what the doctor found, stage by stage, here and on the board",
+    **beside.ARTIFACTS,
 }
 
 Say = Callable[[str], None]
@@ -178,10 +193,11 @@ def _seen(course: Course) -> dict[str, Any]:
     machine = found.get("machine")
     machine = machine if isinstance(machine, dict) else {}
     seen["machine"] = {name: _text(machine[name]) for name in ("board", "cpu", "system", "python") if machine.get(name)}
+    seen["machine"] |= course.beside.versions()
     seen["engine"], seen["reference_sha256"] = _text(found.get("engine", "")), _text(found.get("reference_sha256", ""))
     seen["figures"] = found.get("figures", {})
     if seen["figures"]:
-        seen["figures"] |= _json(course.folder / INSTRUCTIONS)
+        seen["figures"] |= _json(course.folder / INSTRUCTIONS) | course.beside.soaked()
     named = found.get("evidence")
     named = named if isinstance(named, dict) else {}
     seen["release"], seen["package"] = _text(named.get("release", "")), _text(named.get("package", ""))
@@ -205,6 +221,7 @@ def _unlike(course: Course) -> list[str]:
 def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
     """Judges the night, adds it to history, and writes its page."""
     folder, notes, gates = course.folder, [*before.faults, *plan.notes], plan.gates
+    measured = _json(folder / "figures.json")
     judged = gate.judge(night.figures, gates) if night.figures else []
     unlike = _unlike(course)
     cases = junit.cases(folder / "junit.xml")
@@ -213,8 +230,11 @@ def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
     found = verdict(stages, judged, excused.tests, before.nights, night, unlike, plan.unjudged)
     found = excused.verdict(found).after(course.flaky)
     bounds = {name: entry.text() for name, entry in gates.items()} if night.figures else {}
+    told, worse = course.beside.told(measured), any(entry.red and entry.value is not None for entry in judged)
+    blame = beside.blame(stages, found.stage, bool(found.code), worse)
+    notes += [*([beside.CODE_NOTE] if blame == "code" else []), *course.beside.found(measured)]
     night = replace(night, verdict=found.word, reason=found.reason, stage=found.stage, gates=bounds)
-    night = replace(night, flaky=course.flaky, quarantined=excused.record())
+    night = replace(night, blame=blame, sensors=told.sensors, flaky=course.flaky, quarantined=excused.record())
     stages = [_explained(done, found) for done in stages]
     if course.options.bisect:
         counted = [case for case in cases if set(case.messages) <= set(excused.tests)]
@@ -256,6 +276,7 @@ def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
         last_green=green,
         changes=changes.between(green, night, ROOT) if green else None,
         notes=notes,
+        board_told=told,
         artifacts=[*artifacts, *([(kept, "every night, a JSON object a line")] if kept else [])],
     )
     report = folder / "report.html"

@@ -6,12 +6,13 @@ Everything that came from a board, a log or a commit is escaped by the template;
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import jinja2
 
 from ci import metrics
+from ci.beside import Told
 from ci.gate import Judgement
 from ci.history import Night
 from ci.report import heat
@@ -47,6 +48,7 @@ class Page:
     changes: Changes | None
     notes: Sequence[str]
     artifacts: Sequence[tuple[str, str]]
+    board_told: Told = field(default_factory=Told)
 
     @property
     def figures(self) -> list[Figure]:

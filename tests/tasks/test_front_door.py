@@ -72,6 +72,7 @@ def test_invoke_lists_the_same_tasks() -> None:
     done = call(sys.executable, "-m", "invoke", "--list")
     assert done.returncode == 0
     further = ["board.down", "board.free", "board.up", "cross", "deploy", "gate.record", "lock", "nightly", "rollback"]
+    further.append("site")
     assert sorted(re.findall(r"^  ([\w.-]+)  ", done.stdout, re.M)) == sorted([*TARGETS, *further])
 
 

@@ -34,7 +34,7 @@ def encode(arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> byte
         for name, array in arrays.items():
             with archive.open(_entry(f"{name}.npy"), "w") as file:
                 np.lib.format.write_array(file, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-        archive.writestr(_entry(ABOUT), json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        archive.writestr(_entry(ABOUT), json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     return buffer.getvalue()
 
 

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from board.errors import CheckFailed, Failure
@@ -318,7 +318,8 @@ class Steps:
         """A course of its own for one commit, in the same folder of bundles and packages as the night."""
         night = self._course
         # The limits of a night hold for each stage of a step; the limit of all steps ends one that is on its way.
-        step = Course(night.options, night.board, night.spec, folder, self._quiet, self._stop, night.base)
+        options = replace(night.options, built=None)  # which is of the night's own commit
+        step = Course(options, night.board, night.model, folder, self._quiet, self._stop, night.base)
         step.root, step.holding = self._tree, self._held
         step.tests, step.counts = self._target.tests, self._target.last == "count"
         step.needs_reference, step.unjudged = self._target.needs_reference, True

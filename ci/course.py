@@ -17,13 +17,13 @@ from board import logits
 from board.bundle import Bundle, read_manifest
 from board.errors import BadInput, Failure
 from board.logits import NAME as REFERENCE
-from ci import doctor, evidence, holding, instructions, place, retry, stage
+from ci import beside, built, doctor, evidence, holding, instructions, place, retry, stage
 from ci.holding import Holding
 from ci.junit import failures
 from ci.place import Board
 from ci.stage import Stage
+from ci.variant import Variant
 from toolchain.fetch import fetch
-from toolchain.models import ModelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "models" / "tiny-qwen2" / "heldout.txt"  # what accuracy is measured over, whatever the model
@@ -50,6 +50,7 @@ LIMITS = {
     "deploy": 1800.0,
     MEASURE: 3600.0,
     doctor.STAGE: 1800.0,
+    **beside.LIMITS,
     "power off": 300.0,
 }
 BISECT, BISECT_SECONDS = "bisect", 4 * 3600.0  # a limit for all steps of a bisection (ci/bisect.py)
@@ -75,10 +76,10 @@ class Reached(Exception):
 class Options:
     """`board` and `model` by name; `out` is the folder of reports, `history` the folder of nights that were held.
 
-    `bundle` is one that was built elsewhere, in place of a build; `model_dir` the checkpoint where there is no
-    network. `wait` is how many seconds to wait for a board that is held; `limits` override LIMITS. `retry`: what the
-    network or the board did is tried once more. `bisect` names the commit of a red, `notify` is a command that is told
-    of a change of state.
+    `bundle` is one that was built elsewhere, in place of a build; `built` the folder of a build that several boards
+    share (ci/built.py); `model_dir` the checkpoint where there is no network. `wait` is how many seconds to wait for a
+    board that is held, `soak` asks for the long one; `limits` override LIMITS. `retry`: what the network or the board
+    did is tried once more. `bisect` names the commit of a red, `notify` is a command that is told of a change of state.
     """
 
     board: str
@@ -86,15 +87,19 @@ class Options:
     out: Path
     history: Path
     bundle: Path | None = None
+    built: Path | None = None
     model_dir: Path | None = None
     wait: float = 0.0
+    soak: bool = False
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
     retry: bool = True
     bisect: bool = False
     notify: str = ""
 
     def __post_init__(self) -> None:
-        """Raises BadInput for a limit of no stage."""
+        """Raises BadInput for a limit of no stage, and for two bundles."""
+        if self.bundle is not None and self.built is not None:
+            raise BadInput("--bundle and --built both bring a bundle: give one of them")
         for name, seconds in self.limits.items():
             if name not in (*LIMITS, BISECT) or not 0 < seconds < 1e6:
                 raise BadInput(
@@ -112,17 +117,19 @@ class Course:
         self,
         options: Options,
         board: Board,
-        spec: ModelSpec,
+        model: Variant,
         folder: Path,
         say: Say,
         stop: Callable[[], str],
         base: Path | None = None,
     ) -> None:
-        self.options, self.board, self.spec, self.folder = options, board, spec, folder
+        self.options, self.board, self.model, self.folder = options, board, model, folder
+        spec = self.spec = model.spec
         self.base = base or folder.parents[2]  # what build, cross and deploy know as their --out
         self.bundle = self.base / spec.name
         self.deployed = evidence.place(self.base, board.name)
         self.stages: list[Stage] = []
+        self.beside = beside.Beside(board, folder)
         self.counts = board.emulated and not instructions.unable()
         self.unjudged = False  # the first nights of a maker have no gates
         self.flaky = ""  # what the network or the board did to the first try
@@ -147,16 +154,31 @@ class Course:
             reason = str(failure)
         self.note("reserve", started, reason, f"{self.board.name} is held by {place.owner()}")
 
-    def note(self, name: str, started: float, reason: str, well: str = "") -> None:
-        """A stage that was no command of its own. Raises StageFailed when there is a `reason` to."""
+    def require_built(self) -> None:
+        """A shared build that failed is told before a board is held for it. Raises StageFailed."""
+        if self.options.built is not None:
+            started = time.monotonic()
+            try:
+                built.require(self.options.built, self.model, chip(self.board, self.model))
+            except Failure as failure:
+                self.note("build", started, str(failure), code=failure.exit_code)
+
+    def note(self, name: str, started: float, reason: str, well: str = "", code: int = 2) -> None:
+        """A stage that was no command of its own; `code` is for one that failed, which is one with a `reason`.
+
+        Raises StageFailed for one that failed.
+        """
         console = self._console(name)
         console.write_text(f"error: {reason}\n" if reason else f"{well}\n", "utf-8")
         limit = self.options.limit(name) if name in LIMITS else self.options.wait
-        self._add(Stage(name, 2 if reason else 0, time.monotonic() - started, limit, reason, console))
+        self._add(Stage(name, code if reason else 0, time.monotonic() - started, limit, reason, console))
 
     def measure(self) -> None:
         """Everything between holding the board and switching it off. Raises StageFailed."""
+        self.beside.begin()
         self.power_on()
+        health = self.beside.health(self.options.history, self.base)
+        self._run(beside.HEALTH, [self.python, "-m", *health])
         self._prepare()
         self._twice(self._measure_there)
 
@@ -179,7 +201,9 @@ class Course:
         """What comes before the board is needed. Raises StageFailed."""
         python = [self.python, "-m"]
         shutil.rmtree(self.bundle, ignore_errors=True)  # a night builds anew, whatever the night before left
-        if self.options.bundle is None:
+        if self.options.built is not None:
+            self._share(self.options.built)
+        elif self.options.bundle is None:
             self._run("build", [*python, "invoke", "build", *self._build_flags()])
         else:
             self._take(self.options.bundle)
@@ -198,6 +222,7 @@ class Course:
         with contextlib.suppress(OSError):
             shutil.copyfile(self.deployed, self.folder / DEPLOYED)
         self._run(MEASURE, [*python, "pytest", *self._hil_flags()])
+        self._run(beside.SOAK, [*python, *self.beside.soak(self.deployed, self.options.soak)])
 
     def _where(self) -> list[str]:
         return ["--board", str(self.board.yaml), "--out", str(self.base)]
@@ -240,8 +265,10 @@ class Course:
     def power_off(self) -> None:
         """Whatever happened before; a signal does not end it."""
         stop, self._stop = self._stop, str
+        self.beside.log(self.stages)
         with contextlib.suppress(StageFailed):
             self._twice(self._power_off)
+        self.beside.end()
         self._stop = stop
 
     def _power_off(self) -> None:
@@ -277,6 +304,7 @@ class Course:
         why = f": {done.reason}" if done.failed else ""
         self.say(f"{done.name} {done.outcome} after {done.seconds:.1f} s{why}")
         if done.failed:
+            self.beside.failed(done)
             raise StageFailed
         if done.name == self._last:
             raise Reached
@@ -293,6 +321,20 @@ class Course:
             reason = f"cannot copy {bundle}: {error.strerror or error}"
         self.note(stage.HANDED_IN, started, reason, f"{bundle}, made by {maker}, was handed in: nothing was built")
 
+    def _share(self, folder: Path) -> None:
+        """A copy of a build that other boards have too. Raises StageFailed."""
+        started, reason, code, well = time.monotonic(), "", 2, ""
+        try:
+            found = built.require(folder, self.model, chip(self.board, self.model))
+            well = f"built once for all boards of the matrix, in {found.seconds:.1f} s: {folder}"
+            shutil.copytree(folder / self.spec.name, self.bundle)
+            shutil.copyfile(folder / built.CHECK, self.folder / built.CHECK)
+        except Failure as failure:
+            reason, code = str(failure), failure.exit_code
+        except OSError as error:
+            reason = f"cannot copy {folder}: {error.strerror or error}"
+        self.note("build", started, reason, well, code)
+
     def _reference_flags(self) -> list[str]:
         """Flags of axc reference; none where the bundle has one that reaches the end of the context.
 
@@ -300,16 +342,10 @@ class Course:
         """
         started = time.monotonic()
         try:
-            context = Bundle.open(self.bundle).kv_cache_len
-            if reaches(self.bundle, context):
-                return []
-            checkpoint = fetch(self.spec, self.options.model_dir)
+            return reference_flags(self.bundle, self.model, self.options.model_dir, self.folder / "text.txt")
         except Failure as failure:
             self.note("reference", started, str(failure))
             raise
-        text = self.folder / "text.txt"
-        text.write_bytes(long_enough(TEXT.read_bytes(), context))
-        return ["--input_path", str(checkpoint), "--text", str(text), "--bundle", str(self.bundle), *sizes(context)]
 
     def _tokenizer(self) -> Path:
         """Whose ids the board's are compared with: the checkpoint's, or those of a bundle that was handed in."""
@@ -320,10 +356,8 @@ class Course:
         return min(BOOT_SECONDS, self.options.limit("power on") / 2)
 
     def _build_flags(self) -> list[str]:
-        chip = CHIPS.get(self.board.name)
-        more = ["--check_report", str(self.folder / "check.json"), *(["--chip", chip] if chip else [])]
-        where = ["--model-dir", str(self.options.model_dir)] if self.options.model_dir else []
-        return ["--model", self.spec.name, "--out", str(self.base), "--args", shlex.join(more), *where]
+        made_for = chip(self.board, self.model)
+        return build_flags(self.model, made_for, self.base, self.folder / built.CHECK, self.options.model_dir)
 
     def _hil_flags(self) -> list[str]:
         return [
@@ -340,6 +374,32 @@ class Course:
     def _console(self, name: str) -> Path:
         before = sum(done.name == name for done in self.stages)
         return self.folder / f"{name.replace(' ', '-')}{f'-{before + 1}' if before else ''}.log"
+
+
+def chip(board: Board, model: Variant) -> str:
+    """What a bundle for a board is built for."""
+    return CHIPS.get(board.name, model.spec.build.chip)
+
+
+def build_flags(model: Variant, made_for: str, out: Path, report: Path, model_dir: Path | None) -> list[str]:
+    """Flags of `invoke build` for a night: the bundle comes to `out`, what its check found to `report`."""
+    other = [] if made_for == model.spec.build.chip else ["--chip", made_for]
+    more = ["--check_report", str(report), *model.flags(), *other]
+    where = ["--model-dir", str(model_dir)] if model_dir else []
+    return ["--model", model.spec.name, "--out", str(out), "--args", shlex.join(more), *where]
+
+
+def reference_flags(bundle: Path, model: Variant, model_dir: Path | None, text: Path) -> list[str]:
+    """Flags of axc reference; none where the bundle has one that reaches the end of the context. Writes `text`.
+
+    Raises BadInput.
+    """
+    context = Bundle.open(bundle).kv_cache_len
+    if reaches(bundle, context):
+        return []
+    checkpoint = fetch(model.spec, model_dir)
+    text.write_bytes(long_enough(TEXT.read_bytes(), context))
+    return ["--input_path", str(checkpoint), "--text", str(text), "--bundle", str(bundle), *sizes(context)]
 
 
 def sizes(context: int) -> list[str]:

@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO
 
@@ -171,8 +171,8 @@ def read(board: Board) -> list[Note]:
     for file in sorted(_folder(board).glob("*.json")):
         try:
             values = json.loads(file.read_text("utf-8"))
-            note = Note(**values)
-        except (OSError, ValueError, TypeError):
+            note = Note(**{entry.name: values[entry.name] for entry in fields(Note)})
+        except (OSError, ValueError, TypeError, KeyError):
             _forget(file)  # no note of ours: those are renamed into place whole
             continue
         if FORM.fullmatch(note.mark) and file.stem == note.mark:

@@ -25,7 +25,6 @@ from board.errors import BadInput, CheckFailed
 ROOT = Path(__file__).resolve().parent.parent
 BOARDS = ROOT / "ci" / "boards"
 SSH = BOARDS / "ssh"  # checks the host key; labgrid's own way of calling ssh would accept any
-EMULATED = ("virtual",)
 CLIENT_SECONDS = 30
 TELL_SECONDS = 30.0  # between two lines about a board that is waited for
 HELD = "LG_BOARD_HELD"  # the state folder of a board that is held already
@@ -78,7 +77,7 @@ class Board:
     @property
     def emulated(self) -> bool:
         """Whether this machine emulates it: its times say nothing about a board."""
-        return self.name in EMULATED
+        return is_emulated(self.name)
 
     @property
     def title(self) -> str:
@@ -364,6 +363,11 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def is_emulated(name: str) -> bool:
+    """Whether boards of this name are emulated: `virtual`, and `virtual-2` and the like of YAMLs of one's own."""
+    return name == "virtual" or name.startswith("virtual-")
 
 
 def emulated(name: str) -> Board:

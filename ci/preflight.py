@@ -13,7 +13,7 @@ from pathlib import Path
 
 from board.bundle import read_manifest
 from board.errors import BadInput
-from ci import gate, history, instructions, metrics, place, quarantine
+from ci import gate, history, instructions, metrics, place, quarantine, variant
 from ci.gate import Gate
 from ci.history import History
 from ci.place import Board
@@ -99,7 +99,7 @@ def _near(file: Path, gates: Path) -> Path | None:
     strays = {
         f"{path.parent.name}/{path.name}": path
         for path in there
-        if path.suffix != ".toml" or path.stem not in models or path.parent.name not in boards
+        if path.suffix != ".toml" or variant.model_of(path.stem) not in models or path.parent.name not in boards
     }
     near = difflib.get_close_matches(f"{file.parent.name}/{file.name}", strays, 1, 0.85)
     return strays[near[0]] if near else None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from ci import metrics
 from ci.course import MEASURE
 from ci.gate import Gate, Judgement
+from ci.health_log import ADVICE, BOARD
 from ci.history import Night
 from ci.junit import failures as failures
 from ci.report.changes import other_bytes
@@ -61,6 +62,8 @@ def verdict(
     if first is not None and (first.name != MEASURE or first.outcome != "failed"):
         reason, _, advice = first.reason.partition("\n")
         code = NOT_HELD if first.code in (NOT_HELD, INTERRUPTED) else RED
+        if reason.startswith(BOARD):
+            return Verdict(reason, advice or ADVICE.format(board=night.board), first.name, code)
         return Verdict(f"{first.name}: {reason}", advice, first.name, code)
     if unlike:
         more = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from board.agreement import NOISE
 from board.bundle import Bundle
 from board.chat import ChatTemplate
+from board.doctor import spelling
+from board.doctor.constants import EPSILON, checksum
 from board.doctor.figures import MOST_BYTES, NAME, TABLE_ROWS, WALK, Figures, packed, picked
 from board.dtypes import FLOATS, from_float32, to_float32
 from toolchain import VERSION, walk
@@ -114,6 +116,7 @@ def compute(reference: Reference, bundle: Bundle, ids: Sequence[int], text: dict
             "vocab_size": bundle.vocab_size,
             "exact": sorted(name for name in NOISE if reference.exact_in(name)),
             "text": text,
+            **_constants(reference),
             "tools": {"axc": VERSION, "transformers": transformers.__version__},
         },
     )
@@ -179,6 +182,17 @@ def _layers(
     return updates, (news[0], news[1])
 
 
+def _constants(reference: Reference) -> dict[str, Any]:
+    """Checksums of the vectors by their names, and the epsilon of the norms where all have the same."""
+    epsilons = {float(getattr(module, "variance_epsilon", 0)) for module in reference.model.modules()} - {0.0}
+    vectors = {
+        name: checksum(weight.detach().float().numpy())
+        for name, weight in reference.model.named_parameters()
+        if weight.ndim == 1
+    }
+    return {"vectors": vectors, **({EPSILON: epsilons.pop()} if len(epsilons) == 1 else {})}
+
+
 def text(checkpoint: Path) -> dict[str, Any]:
     """Texts and conversations as transformers' tokenizer and template of the checkpoint read them; none without one."""
     from toolchain.reference import Refused, tokenizer
@@ -192,10 +206,12 @@ def text(checkpoint: Path) -> dict[str, Any]:
         ids = list(theirs(line)["input_ids"])
         back = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         texts.append({"text": line, "ids": ids, "decoded": back})
+    backend = getattr(theirs, "backend_tokenizer", None)
+    vocabulary = {} if backend is None else {"vocabulary": spelling.vocabulary(backend)}
     source = theirs.chat_template
     template = ChatTemplate.find(checkpoint)
     if template is None or not isinstance(source, str) or "strftime_now" in source:
-        return {"texts": texts, "conversations": [], "template": source is not None}
+        return {**vocabulary, "texts": texts, "conversations": [], "template": source is not None}
     conversations = []
     for name, (messages, given) in CONVERSATIONS.items():
         try:
@@ -203,7 +219,7 @@ def text(checkpoint: Path) -> dict[str, Any]:
         except Exception:  # a template is a program of its own
             prompt = None
         conversations.append({"name": name, "messages": messages, "given": given, "prompt": prompt})
-    return {"texts": texts, "conversations": conversations, "template": True}
+    return {**vocabulary, "texts": texts, "conversations": conversations, "template": True}
 
 
 def _table(table: Any, draw: np.random.Generator) -> dict[str, NDArray[Any]]:

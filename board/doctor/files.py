@@ -45,7 +45,9 @@ def files(folder: Path, progress: Progress = lambda nbytes: None) -> str | Findi
         if found:
             return found
     except Failure as failure:
-        return refused(STAGE, failure, "the manifest" if MANIFEST in str(failure) else "the bundle's description")
+        if MANIFEST in str(failure):
+            return refused(STAGE, failure, "the manifest", MANIFEST)
+        return refused(STAGE, failure, "the bundle's description")
     entries = manifest["files"]
     size = sum(entry["size"] for entry in entries.values())
     return (
@@ -179,6 +181,11 @@ def _readable(folder: Path, manifest: Mapping[str, Any]) -> Finding | None:
 
 def _axmodels(bundle: Bundle) -> Finding | None:
     """Every axmodel is whole and describes the layer, the groups, types and shapes that the manifest says."""
+    context = max((group.history for group in bundle.groups if group.tokens == 1), default=0)
+    if context != bundle.kv_cache_len:
+        seen = f"a decode group behind {context} rows"
+        cause = "the manifest was edited, or is another build's"
+        return _finding("kv_cache_len", MANIFEST, f"a context of {bundle.kv_cache_len}", seen, cause, BUILD)
     names = [(bundle.layer_path(index), f"layer {index}") for index in range(bundle.layers)]
     for path, part in [*names, (bundle.post_path, "post")]:
         try:
@@ -206,6 +213,9 @@ def _differences(bundle: Bundle, part: str, model: Axmodel) -> Iterator[tuple[st
         return
     if model.part != part:
         yield "part", part, model.part or "none"
+    chip = bundle.flag("chip")
+    if chip and (seen_chip := model.metadata.get("axmodel.chip", "")) != chip:
+        yield "chip", chip, seen_chip or "none"
     groups = bundle.groups if part != "post" else model.groups
     if (seen := [(group.tokens, group.history) for group in model.groups]) != (
         expected := [(group.tokens, group.history) for group in groups]

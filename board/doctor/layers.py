@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from board.agreement import Noise
+from board.doctor.constants import constants
 from board.doctor.context import Context
 from board.doctor.direct import Floats, Layer, Result
 from board.doctor.figures import WALK
@@ -54,6 +55,8 @@ def layers(context: Context) -> str | Finding:
             return _channels(name, index, channels, outputs)
         if bad:
             return _finding(context, index, bad, entries, noise)
+        if found := constants(context, STAGE, index):
+            return found
         worst = max(worst, *(entry.error for entry in entries))
     visits = list(_visits(context))
     return (

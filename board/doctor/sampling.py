@@ -1,4 +1,4 @@
-"""The stage `sampling`: the sampler on logits whose answer is known, the stop ids, and post_config.json.
+"""The stage `sampling`: the sampler on logits whose answer is known, and post_config.json.
 
 The expected values are worked out here in plain Python from the definitions, not with what the sampler uses.
 """
@@ -14,9 +14,8 @@ import numpy as np
 
 from board.bundle import Bundle
 from board.doctor.report import Finding
-from board.errors import BadInput, Failure
-from board.sampling import Sampler, Sampling, weights
-from board.tokenizer import Tokenizer
+from board.errors import BadInput
+from board.sampling import SWITCHES, Sampler, Sampling, weights
 
 STAGE = "sampling"
 CODE = "axrun: board/sampling.py"
@@ -39,9 +38,9 @@ class Case:
 def sampling(bundle: Bundle, rows: Sequence[tuple[Any, int]] = ()) -> str | Finding:
     """Runs the sampler over known logits, then over `rows` of logits [vocab] and the token that is likeliest in each.
 
-    Also reads post_config.json, and compares the stop ids with those that the build found.
+    Also reads post_config.json.
     """
-    found = _known() or _seeded() or _post_config(bundle) or _stops(bundle)
+    found = _known() or _seeded() or _post_config(bundle)
     if found:
         return found
     for number, (logits, expected) in enumerate(rows):
@@ -49,7 +48,7 @@ def sampling(bundle: Bundle, rows: Sequence[tuple[Any, int]] = ()) -> str | Find
         if token != expected:
             return _finding(f"greedy, row {number} of the reference", CODE, f"token {expected}", f"token {token}")
     also = f", {len(rows)} rows of the reference" if rows else ""
-    return f"{len(CASES) + 3} known answers{also}; stop ids {_stop_words(bundle)}; post_config.json is readable"
+    return f"{len(CASES) + 3} known answers{also}; post_config.json takes the likeliest token"
 
 
 def _known() -> Finding | None:
@@ -83,7 +82,7 @@ def _seeded() -> Finding | None:
 
 def _post_config(bundle: Bundle) -> Finding | None:
     try:
-        Sampling.from_post_config(bundle.post_config)
+        sampling = Sampling.from_post_config(bundle.post_config)
     except BadInput as failure:
         return Finding(
             STAGE,
@@ -94,47 +93,18 @@ def _post_config(bundle: Bundle) -> Finding | None:
             "edited by hand",
             "Mend the value, or build the bundle again.",
         )
-    return None
-
-
-def _stops(bundle: Bundle) -> Finding | None:
-    """The ids that end an answer are those that the build found in the checkpoint."""
-    try:
-        tokenizer = Tokenizer.find(bundle.hf)
-    except Failure:
-        return None  # the stage tokenizer says it
-    listed = _listed(bundle)
-    if tokenizer is None:
-        return None
-    seen = sorted(token for token in tokenizer.stop_ids if token < bundle.vocab_size)  # the build leaves others out
-    if listed is not None and listed != seen:
-        missing, other = sorted(set(listed) - set(seen)), sorted(set(seen) - set(listed))
-        cause = "an answer does not end, or ends too early: " + " and ".join(
-            [f"{missing} no longer stop"] * bool(missing) + [f"{other} stop"] * bool(other)
-        )
+    if sampling != Sampling(penalty_window=sampling.penalty_window):
+        switches = ", ".join(name for name in SWITCHES if bundle.post_config.get(name) is True)
         return Finding(
             STAGE,
-            "stop ids",
-            "hf/generation_config.json",
-            f"{listed}, as the build found them",
-            f"{seen}",
-            cause,
-            "hf/ is not the build's: copy or build the bundle again.",
+            "post_config.json",
+            "post_config.json",
+            "the likeliest token, as a build writes it",
+            f"{switches}: true",
+            "edited by hand: answers are drawn or penalised, not greedy",
+            "Keep it if that is meant, and sign it by building anew; else copy or build the bundle again.",
         )
     return None
-
-
-def _listed(bundle: Bundle) -> list[int] | None:
-    text = bundle.manifest.get("text")
-    ids = text.get("stop_ids") if isinstance(text, dict) else None
-    if not isinstance(ids, dict) or not all(number.isdecimal() and len(number) < 10 for number in ids):
-        return None
-    return sorted(int(number) for number in ids)
-
-
-def _stop_words(bundle: Bundle) -> str:
-    listed = _listed(bundle)
-    return "not listed by the build" if listed is None else ", ".join(map(str, listed)) or "none"
 
 
 def _softmax(logits: Sequence[float], temperature: float = 1.0, kept: Sequence[int] | None = None) -> list[float]:

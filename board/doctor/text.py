@@ -8,6 +8,8 @@ from typing import Any
 from board.chat import ChatTemplate
 from board.doctor.context import Context
 from board.doctor.report import Finding
+from board.doctor.spelling import different, vocabulary
+from board.doctor.stops import stops
 from board.doctor.walk import NotExamined, refused
 from board.errors import Failure
 from board.hf_files import template_file
@@ -23,7 +25,7 @@ def tokenizer(context: Context) -> str | Finding:
     try:
         ours = Tokenizer.find(hf)
     except Failure as failure:
-        return refused(TOKENIZER, failure, "the tokenizer's files", _file(context))
+        return refused(TOKENIZER, failure, "the tokenizer's files")
     texts = _listed(context.figures.about["text"], "texts", ("text", "ids", "decoded"))
     if ours is None:
         if texts:
@@ -43,18 +45,24 @@ def tokenizer(context: Context) -> str | Finding:
             part = f"the ids of {entry['text'][:30]!a} as text"
             cause = "another decoder in tokenizer.json: spaces or parts of characters are put together otherwise"
             return _finding(context, part, f"{entry['decoded'][:50]!a}", f"{text[:50]!a}", cause)
+    listed = context.figures.about["text"].get("vocabulary")
+    if isinstance(listed, list) and (other := different(listed, vocabulary(ours.backend))):
+        part, expected, seen = other
+        return _finding(context, part, expected, seen, "tokenizer.json was edited, or is another model's")
     return f"{len(texts)} texts to ids and back, as transformers has them"
 
 
 def template(context: Context) -> str | Finding:
-    """Conversations as the checkpoint's own template writes them. The stop ids are looked at in `sampling`."""
-    hf = context.bundle.hf
+    """Conversations as the checkpoint's own template writes them, and the ids that end an answer."""
+    hf, name = context.bundle.hf, "hf/tokenizer_config.json"  # where most checkpoints have it
     try:
-        ours = ChatTemplate.find(hf)
         file = template_file(hf)
+        name = f"hf/{file[0]}" if file else name
+        ours = ChatTemplate.find(hf)
     except Failure as failure:
-        return refused(TEMPLATE, failure, "the chat template", "hf/chat_template.jinja")
-    name = f"hf/{file[0]}" if file else "hf/"
+        return refused(TEMPLATE, failure, "the chat template", name)
+    if found := stops(context.bundle):
+        return found
     about = context.figures.about["text"]
     if not isinstance(about.get("template"), bool):
         raise NotExamined("the figures hold no conversations: transformers found no tokenizer in the checkpoint")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from invoke.context import Context
 
-from ci.tasks.common import MODEL, OUT, PROMPT, TELL, VENV, built, finish, verb
+from ci.tasks.common import MODEL, OUT, PROMPT, TELL, VENV, built, finish, succeed, verb
 from requirements.install import install
 
 
@@ -102,3 +102,38 @@ def board_free(_: Context, board: str = "virtual") -> None:
 
     for line in holding.free(place.find(board)):
         TELL(line)
+
+
+@verb
+def board_health(
+    _: Context,
+    board: str = "virtual",
+    bundle: str = "",
+    renew: bool = False,
+    out: str = OUT or "out",
+    history: str = "",
+) -> None:
+    """A known bundle on a board that is on: its files, its answer, speed, memory and disk, beside earlier checks."""
+    install(VENV, "boards")
+    from ci import place
+    from ci.health import main
+
+    found, nightly = place.find(board), Path(out) / "nightly"
+    work = nightly / found.name
+    work.mkdir(parents=True, exist_ok=True)
+    words = [str(found.yaml), history or str(nightly / "history"), str(work), str(work / "health.json")]
+    with place.hold(found):
+        succeed(main, [*words, *(["--renew"] if renew else []), *(["--bundle", bundle] if bundle else [])])
+
+
+@verb
+def board_soak(_: Context, board: str = "virtual", requests: int = 1000, out: str = OUT or "out") -> None:
+    """Several users ask axrun serve of the deployed release at once: answers, lost requests, memory, latencies."""
+    install(VENV, "boards")
+    from ci import evidence, place
+    from ci.soak import main
+
+    found = place.find(board)
+    deployed = evidence.place(Path(out), found.name)
+    with place.hold(found):
+        succeed(main, [str(found.yaml), str(deployed), str(Path(out) / f"soak-{found.name}.json"), str(requests)])

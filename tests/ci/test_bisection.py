@@ -15,6 +15,7 @@ import pytest
 from board.errors import CheckFailed
 from ci import bisection
 from ci.bisection import BAD, GOOD, SKIP, NotFound, Target
+from ci.course import ROOT
 from ci.history import Night
 from ci.junit import Case
 from ci.stage import INTERRUPTED, Stage
@@ -260,7 +261,7 @@ def test_a_step_is_judged_by_the_test_that_failed(inside: str, answer: tuple[str
 
 def test_a_commit_with_other_locks_gets_an_environment_of_its_own(tmp_path: Path) -> None:
     locks = tmp_path / "tree" / "requirements"
-    shutil.copytree(bisection.ROOT / "requirements", locks, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copytree(ROOT / "requirements", locks, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     steps = Answers(Target("stage", "build"))
     assert steps.python(tmp_path) == sys.executable
     (locks / "build.txt").write_text("numpy==0\n")

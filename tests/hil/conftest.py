@@ -16,7 +16,7 @@ import pytest
 from labgrid.pytestplugin.hooks import LABGRID_ENV_KEY
 
 from board.errors import BadInput
-from ci import evidence, gate, place
+from ci import evidence, gate, place, sensors
 from ci.connection import Connection, Lost
 from ci.evidence import Record
 from ci.place import Address, Board
@@ -95,7 +95,9 @@ def on_board(request: pytest.FixtureRequest, target: Any) -> Iterator[OnBoard]:
     measured.seen["evidence"] = {**record.named(), "faults": []}
     try:
         measured.require("what lies", evidence.compare(record, seen))
-        yield measured
+        with sensors.reading(found, at) as readings:
+            yield measured
+        measured.seen["sensors"] = {"summary": readings.summary(), "notes": list(readings.notes())}
         if not request.session.shouldstop:
             booted, seen = seen["boot"], inventory(found, at, record, options.hil_limit)
             if seen["boot"] != booted:

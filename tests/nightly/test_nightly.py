@@ -62,6 +62,18 @@ def test_a_night_is_green(desk: Desk) -> None:
     assert library["sha256"] == held.engine_sha256 == sha256(current / "package" / "board/engine/lib/libax_engine.so")
     page = (folder / "report.html").read_text()
     assert f"<h1>{said[0]}</h1>" in page
+
+    health = json.loads((folder / "health.json").read_text())
+    assert health["word"] in ("first", "healthy")
+    assert health["faults"] == []
+    assert health["versions"].items() >= {"system": "Debian GNU/Linux 12 (bookworm)"}.items()
+    assert health["kit"] in page
+    assert {"soak_ttft_50", "soak_answer_99", "soak_memory"} <= set(held.figures)
+    assert json.loads((folder / "soak.json").read_text())["faults"] == []
+    console = (folder / "console.log").read_text()
+    assert f"Server listening on {desk.board.address} port 2222" in console, "the board's sshd, on its console"
+    assert (held.blame, held.sensors) == ("", {})
+    assert "The board shows no temperatures and no clocks." in page
     assert said[-1] == f"  report: {folder / 'report.html'}"
 
 
@@ -113,9 +125,35 @@ def test_a_full_disk_is_told(desk: Desk, bundle: Path) -> None:
     on = f"{sys.executable} -m invoke --search-root {ROOT} board.up --board virtual --disk 24M"
     night = desk.start("--bundle", str(bundle), board=str(desk.yaml("small", on=on)))
     code, said = night.end()
-    assert re.match(re.escape(HANDED_IN) + r"deploy: the disk of virtual has \d+ MB free, the p.* needs", said[0])
+    assert re.match(re.escape(HANDED_IN) + r"board: the disk of virtual has \d+ MB free, the p.* needs", said[0])
     assert code == 2
     assert desk.left(night) == []
+    assert history.read(desk.history, "virtual", "tiny-qwen2").nights[-1].blame == "board"
+
+
+def test_a_fault_of_the_board_is_told_before_anything_is_built(desk: Desk) -> None:
+    """Somebody, or a dying disk, changed a file of the known bundle."""
+    if not (desk.root / "health").exists():  # where this test runs alone
+        desk.start("--limit", "build=0.1").end()
+    (tokenizer,) = (desk.root / "health").glob("models/*/hf/tokenizer.json")
+    text = tokenizer.read_text()
+    tokenizer.write_text(text.replace("a", "b", 1))
+    try:
+        night = desk.start()
+        code, said = night.end()
+    finally:
+        tokenizer.write_text(text)
+    assert said[0].startswith(f"{RED}board: the known bundle is not what was sent: health/models/")
+    assert "/hf/tokenizer.json has other bytes than were deployed" in said[0]
+    assert "invoke board.health --board virtual" in said[1]
+    assert code == 1
+    assert "build ..." not in night.said
+    assert desk.left(night) == []
+    held = history.read(desk.history, "virtual", "tiny-qwen2").nights[-1]
+    assert (held.stage, held.blame) == ("health", "board")
+    page = (desk.newest() / "report.html").read_text()
+    assert "serial console when <b>health</b> failed" in page
+    assert "Server listening on" in page
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,8 @@ def test_invoke_lists_the_same_tasks() -> None:
         "board.doctor",
         "board.down",
         "board.free",
+        "board.health",
+        "board.soak",
         "board.up",
         "cross",
         "deploy",
@@ -82,6 +84,7 @@ def test_invoke_lists_the_same_tasks() -> None:
         "lock",
         "nightly",
         "rollback",
+        "site",
     ]
     assert sorted(re.findall(r"^  ([\w.-]+)  ", done.stdout, re.M)) == sorted([*TARGETS, *further])
 

@@ -12,6 +12,7 @@ from board.model import Post
 from board.session import open_session
 from toolchain.check import compared, is_bfloat16
 from toolchain.doctor.case import REPORT, Case
+from toolchain.doctor.layers import SENSITIVE
 from toolchain.doctor.post import spread
 
 CAUSE = "every part agrees by itself, so errors add up: probably the weight type is too coarse for this model"
@@ -37,12 +38,13 @@ def examine(case: Case) -> str | Finding:
     types = {bundle.hidden_state_type, *([] if is_bfloat16(expected.trace.embedded) else ["bf16"])}
     types |= {bundle.flag(name) or "s4" for name in ("weight_type", "post_weight_type")} - expected.exact
     noise = explained(*sorted(types))
-    if not kld <= noise.kld or not measured.rms <= noise.logits:
+    most, limit = SENSITIVE * noise.kld, SENSITIVE * noise.logits
+    if not kld <= most or not measured.rms <= limit:
         return Finding(
             "answer",
             "logits of the whole model",
             "",
-            f"mean KL divergence at most {noise.kld:.2e}, error of logits at most {noise.logits:.2e}",
+            f"mean KL divergence at most {most:.2e}, error of logits at most {limit:.2e}",
             f"{kld:.2e} and {measured.rms:.2e}",
             CAUSE,
             FINER,

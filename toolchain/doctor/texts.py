@@ -12,6 +12,8 @@ import tokenizers
 from board import stop_ids
 from board.chat import ChatTemplate
 from board.doctor.report import Finding
+from board.doctor.walk import refused
+from board.errors import BadInput
 from board.hf_files import SPECIAL, special_tokens, template_file
 from board.tokenizer import Tokenizer
 from toolchain import text_proof
@@ -148,7 +150,7 @@ def _detail(key: str, ours: dict[str, Any], wanted: dict[str, Any]) -> str:
             (at for at, (a, b) in enumerate(zip(merges, right_merges, strict=True)) if _merge(a) != _merge(b)), None
         )
         if at is not None:
-            return f": merge {at} is {_merge(merges[at])!r}, expected {_merge(right_merges[at])!r}"
+            return f": merge {at} is {_merge(merges[at])!r}, expected merge {at} {_merge(right_merges[at])!r}"
         names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
         return f": {names[0]} is {one.get(names[0])!r:.40}, expected {other.get(names[0])!r:.40}" if names else ""
     return f": {_short(one)}, expected {_short(other)}" if key != "added_tokens" else ""
@@ -170,7 +172,9 @@ def template(case: Case) -> str | Finding:
         return "no tokenizer, so no chats"
     hf = case.bundle.hf
     found = template_file(hf)
-    file = f"hf/{found[0]}" if found else "hf/chat_template.jinja"
+    theirs_in = template_file(case.options.checkpoint)
+    named = found or theirs_in
+    file = f"hf/{named[0]}" if named else "hf/tokenizer_config.json"
     source = theirs.chat_template
     source = source.get("default") if isinstance(source, dict) else source
     if (found is None) != (source is None):
@@ -179,7 +183,10 @@ def template(case: Case) -> str | Finding:
             "template", "chat template", file, f"{having} has a chat template, so has {lacking}",
             f"{lacking} has none", "a file of hf/ was not copied, or is of another model", COPY,
         )  # fmt: skip
-    rendered = ChatTemplate.find(hf)
+    try:
+        rendered = ChatTemplate.find(hf)
+    except BadInput as failure:
+        return refused("template", failure, "chat template", file)
     if rendered is not None and source is not None:
         difference = next(text_proof.template_differences(rendered, theirs, source), None)
         if difference is not None:

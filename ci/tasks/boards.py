@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from json import dumps
 from pathlib import Path
 
@@ -69,7 +71,8 @@ def deploy(
 @verb
 def board_doctor(_: Context, board: str = "virtual", model: str = "", json: bool = False) -> None:
     """Say what is wrong with the bundle on a board, and where: axrun doctor of its current release."""
-    install(VENV, "boards")
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is the report
+        install(VENV, "boards")
     from ci import doctor, place
 
     found = place.find(board)

@@ -18,7 +18,7 @@ from board.errors import Failure
 from board.session import open_session
 
 STAGE = "cache"
-SMALL, FLIPS = 1e-5, 1 / 16  # of a row: a difference that is none, and the share of values that may round otherwise
+SMALL, FLIPS = 1e-5, 1 / 3  # of a row: a difference that is none, and the share of values that may round otherwise
 DECODED = 3  # tokens taken one at a time, behind the first prefill and at the end
 
 

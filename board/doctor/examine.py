@@ -44,6 +44,8 @@ def examine(
         raise BadInput(f"unknown engine {engine!r}; there are: {', '.join(sorted(ENGINES))}")
     if not path.is_dir():
         raise BadInput(f"no bundle folder {path}\nGive the folder that has {MANIFEST}.")
+    if not (path / MANIFEST).is_file() and not any(path.glob("*.axmodel")):
+        raise BadInput(f"{path} is no bundle: it has no {MANIFEST} and no axmodels\nGive the folder that has them.")
     if engine == "ort":
         engine_version(engine)  # refuses where it is not installed
     here = look() if installed is None else installed

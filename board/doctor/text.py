@@ -25,7 +25,7 @@ def tokenizer(context: Context) -> str | Finding:
     try:
         ours = Tokenizer.find(hf)
     except Failure as failure:
-        return refused(TOKENIZER, failure, "the tokenizer's files", _file(context))
+        return refused(TOKENIZER, failure, "the tokenizer's files")
     texts = _listed(context.figures.about["text"], "texts", ("text", "ids", "decoded"))
     if ours is None:
         if texts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Union
@@ -40,6 +42,8 @@ def walk(report: Report, stages: Mapping[str, Stage], say: Say = lambda line: No
         except Failure as failure:
             report.finding = refused(name, failure)
             outcome, text = DISAGREES, report.finding.part
+        if report.finding and not report.finding.file:
+            report.finding = dataclasses.replace(report.finding, file=_named(report.finding.seen, report.bundle))
         report.walked.append(Walked(name, outcome, text, time.monotonic() - started))
         if report.finding:
             break
@@ -58,6 +62,13 @@ def refused(stage: str, failure: Failure, part: str = "cannot be read", file: st
         "damaged, incomplete or made for something else",
         advice.replace("\n", " ") or "Build or copy the bundle again.",
     )
+
+
+def _named(seen: str, bundle: str) -> str:
+    """The file of the bundle that a message begins with, empty where it begins with none."""
+    path = seen.partition(": ")[0].partition(" ")[0]
+    inside = path.startswith(f"{bundle}/") and os.path.isfile(path)
+    return path[len(bundle) + 1 :] if inside else ""
 
 
 def _missing(name: str) -> str:

@@ -22,6 +22,7 @@ from board.bundle import Bundle
 from board.doctor import sampling as stage
 from board.doctor.report import Finding
 from board.doctor.sampling import CASES, LOGITS, Case, sampling
+from board.doctor.stops import stops
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -73,7 +74,7 @@ def test_a_row_of_the_reference_that_is_not_chosen_is_found(examined: Path) -> N
 def test_other_stop_ids_are_found(copy: Path) -> None:
     file = copy / "hf" / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 5}))
-    found = sampling(Bundle.open(copy))
+    found = stops(Bundle.open(copy))
     assert isinstance(found, Finding)
     assert (found.part, found.file) == ("stop ids", "hf/generation_config.json")
     assert "[5] stop" in found.cause

@@ -33,7 +33,7 @@ PYTHONS = ("3.9", "3.10", "3.11")  # what boards carry; each has its lock, requi
 # Wheels may ask for a glibc as new as 2.31, which is Debian 11's and Ubuntu 20.04's. https://peps.python.org/pep-0600/
 PLATFORMS = ("manylinux2014_aarch64", *(f"manylinux_2_{minor}_aarch64" for minor in range(17, 32)))
 EPOCH = "315532800"  # 1980-01-01, the oldest time a zip archive can hold
-INSTALL_SECONDS, DOWNLOAD_SECONDS = 300, 1800
+INSTALL_SECONDS, DOWNLOAD_SECONDS = 1800, 1800
 
 LAUNCHER = """#!/bin/sh
 # The runner of this release: axrun run model --prompt '1+1='

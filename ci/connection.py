@@ -67,7 +67,7 @@ ANSWERS: Mapping[str, Any] = {
         **dict.fromkeys(("architecture", "python", "glibc", "root"), str),
         **dict.fromkeys(("rsync", "engine_library", "current"), (str, None)),
         **dict.fromkeys(("memory", "cmm"), (int, None)),
-        "writable": bool,
+        **dict.fromkeys(("writable", "read_only"), bool),
         "free": int,
     },
     "survey": {"whole": bool, "into": str, "like": (str, None), "needed": int, "free": int},

@@ -17,7 +17,7 @@ from board import logits
 from board.bundle import Bundle, read_manifest
 from board.errors import BadInput, Failure
 from board.logits import NAME as REFERENCE
-from ci import evidence, instructions, place, stage
+from ci import evidence, instructions, place, power, stage
 from ci.place import Board
 from ci.stage import Stage
 from toolchain.fetch import fetch
@@ -125,7 +125,10 @@ class Course:
         """Everything between holding the board and switching it off. Raises StageFailed."""
         python = [sys.executable, "-m"]
         board, name = str(self.board.yaml), self.spec.name
-        self._run("power on", [*python, "ci.power", "on", board, str(self._boot_seconds())], leaves=True)
+        if self.board.switch == "port":
+            self._run("power on", [*python, "ci.power", "on", board, str(self._boot_seconds())], leaves=True)
+        else:
+            self._power_by_hand()
         shutil.rmtree(self.bundle, ignore_errors=True)  # a night builds anew, whatever the night before left
         if self.options.bundle is None:
             self._run("build", [*python, "invoke", "build", *self._build_flags()])
@@ -144,8 +147,19 @@ class Course:
             shutil.copyfile(self.deployed, self.folder / DEPLOYED)
         self._run(MEASURE, [*python, "pytest", "tests/hil", *self._hil_flags()])
 
+    def _power_by_hand(self) -> None:
+        """Raises StageFailed for a board that does not answer."""
+        started, reason, well = time.monotonic(), "", ""
+        try:
+            well = power.by_hand(self.board, self._say, self._boot_seconds(), self._stop)
+        except Failure as failure:
+            reason = str(failure)
+        self.note("power on", started, reason, well)
+
     def power_off(self) -> None:
-        """Whatever happened before; a signal does not end it."""
+        """Whatever happened before; a signal does not end it. A board that nothing switches stays on."""
+        if self.board.switch != "port":
+            return
         self._stop = str
         with contextlib.suppress(StageFailed):
             self._run("power off", [sys.executable, "-m", "ci.power", "off", str(self.board.yaml)])

@@ -74,6 +74,7 @@ class Releases:
             "rsync": shutil.which("rsync"),
             "root": str(self.root),
             "writable": os.access(str(above), os.W_OK | os.X_OK),
+            "read_only": bool(disk.f_flag & os.ST_RDONLY),
             "free": disk.f_bavail * disk.f_frsize,
             "memory": int(memory.group(1)) << 10 if memory else None,
             "cmm": int(cmm.group(1)) << 10 if cmm else None,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from board.bundle import read_manifest
 from board.errors import BadInput
-from ci import gate, history, instructions, metrics, place
+from ci import commands, gate, history, instructions, metrics, place, power
 from ci.gate import Gate
 from ci.history import History
 from ci.place import Board
@@ -44,7 +44,7 @@ def check(
     found = gate.load(board.name, model, maker, gates)
     _require_measurable(gate.place(board.name, model, gates), board, maker, found)
     unjudged = "" if found else _unjudged(board, model, maker, before, gates)
-    notes = [*_gone(found, maker, before), *_unheld(found)]
+    notes = [*power.unable(board), *_gone(found, maker, before), *_unheld(found)]
     held = {name: entry for name, entry in found.items() if not instructions.unheld(name)}
     return Plan(maker, held, unjudged, tuple(notes))
 
@@ -75,7 +75,7 @@ def _unjudged(board: Board, model: str, maker: str, before: History, gates: Path
         raise BadInput(
             f"{len(held)} nights of {maker} bundles of {model} on {board.name} are recorded, and no gate judges them\n"
             "When their figures are right, make gates of them: "
-            f"invoke gate.record --board {board.name} --model {model} --maker {maker}"
+            + commands.invoke("gate.record", "--board", board.argument, "--model", model, "--maker", maker)
         )
     return f"recorded, not judged: no gates for {maker} bundles yet, night {len(held) + 1} of {UNJUDGED}"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from invoke.context import Context
 
+from board.errors import BadInput
 from ci.tasks.common import MODEL, OUT, PROMPT, TELL, VENV, built, verb
 from requirements.install import install
 
@@ -17,7 +18,7 @@ def cross(_: Context, board: str = "virtual", out: str = OUT or "out") -> None:
     from ci import place, wheelhouse
     from toolchain.inventory import decimal
 
-    package = wheelhouse.cross(place.find(board).python, Path(out))
+    package = wheelhouse.cross(place.find(board).python, Path(out), TELL)
     wheels = sorted(package.wheels.iterdir())
     size = sum(wheel.stat().st_size for wheel in wheels)
     print(f"{package.folder}: {len(wheels)} wheels, {decimal(size)}; installed {decimal(package.listing.size)}")
@@ -25,22 +26,32 @@ def cross(_: Context, board: str = "virtual", out: str = OUT or "out") -> None:
 
 @verb
 def board_up(_: Context, board: str = "virtual", disk: str = "", fresh: bool = False) -> None:
-    """Start an emulated arm64 board on this machine (root; Debian packages, cached)."""
+    """Start an emulated arm64 board on this machine (root; Debian packages, cached), or switch a board's port on."""
     install(VENV, "boards")
-    from ci import place, virtual_board
+    from ci import place, power, virtual_board
 
-    found = place.emulated(board)
-    virtual_board.up(found, place.address(found), disk, fresh, TELL)
+    found = place.find(board)
+    if found.emulated:
+        virtual_board.up(found, place.address(found), disk, fresh, TELL)
+        return
+    if disk or fresh:
+        raise BadInput(f"{board} is a board of its own: --disk and --fresh are for the emulated one")
+    with place.hold(found):
+        power.up(found, TELL)
 
 
 @verb
 def board_down(_: Context, board: str = "virtual") -> None:
-    """Cut the emulated board's power; its disk stays."""
+    """Cut a board's power: the emulated one's, whose disk stays, or by a board's port."""
     install(VENV, "boards")
-    from ci import place, virtual_board
+    from ci import place, power, virtual_board
 
-    found = place.emulated(board)
-    print(f"{found.name} is off" if virtual_board.down(found) else f"{found.name} was off already")
+    found = place.find(board)
+    if found.emulated:
+        print(f"{found.name} is off" if virtual_board.down(found) else f"{found.name} was off already")
+        return
+    with place.hold(found):
+        power.off(found)
 
 
 @verb
@@ -60,7 +71,10 @@ def deploy(
     spec, found = load_model(model), place.find(board)
     bundle = built(spec.name, out)
     with place.hold(found):
-        package = wheelhouse.cross(found.python, Path(out))
+
+        def package() -> wheelhouse.Package:
+            return wheelhouse.cross(found.python, Path(out), TELL)
+
         at, record = place.address(found), evidence.place(Path(out), found.name)
         deploy.deploy(found, at, package, bundle, prompt or spec.prompt, keep, TELL, record)
 

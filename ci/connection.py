@@ -77,6 +77,13 @@ ANSWERS: Mapping[str, Any] = {
         "current": (str, None),
         **{key: [[str]] for key in ("folders", "release", "package", "model")},
     },
+    "status": {
+        **dict.fromkeys(("user", "host", "system", "kernel"), str),
+        **dict.fromkeys(("board", "bsp", "board_id", "chip", "locked", "package", "model", "prompt"), (str, None)),
+        **dict.fromkeys(("uptime", "memory_total", "cmm_total", "disk_total"), (int, None)),
+        **{key: [[str]] for key in ("temperatures", "devices", "engines")},
+        "releases": [str],
+    },
     "release": {"engine": str, "prompt": str, "tokens": ([int], None)},
     "ask": {"code": (int, None), "stdout": str, "stderr": str},
     "switch": (str, None),
@@ -108,11 +115,11 @@ class Connection:
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the connection)
         self._unread = b""
         self._process = subprocess.Popen(
-            [*self._ssh(), at.host, f"exec python3 -I -S -u -c {shlex.quote(START)} {shlex.quote(board.root)}"],
+            [*ssh_command(at), at.host, f"exec python3 -I -S -u -c {shlex.quote(START)} {shlex.quote(board.root)}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            env=self._environment(),
+            env=ssh_environment(board),
         )
         try:
             program = ON_BOARD.read_bytes()
@@ -161,7 +168,7 @@ class Connection:
             *("rsync", "--recursive", "--checksum", "--delete", "--stats", "--partial-dir=.rsync-partial"),
             *("--chmod=D0755,Fu+rw,Fgo+r,Fgo-w", f"--timeout={STALL_SECONDS}", "--protect-args"),
             *([f"--link-dest={like}"] if like else []),
-            *("--rsh", shlex.join(self._ssh())),
+            *("--rsh", shlex.join(ssh_command(self.at))),
             *(f"{source}/", f"{self.at.host}:{into}/"),
         ]
         if setpriv := shutil.which("setpriv"):
@@ -169,7 +176,7 @@ class Connection:
         try:
             done = subprocess.run(
                 command,
-                env=self._environment(),
+                env=ssh_environment(self.board),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -189,16 +196,6 @@ class Connection:
             _number(done.stdout, name) for name in ("Total bytes sent", "Total bytes received", "Total file size")
         ]
         return Moved(numbers[0] + numbers[1], numbers[2])
-
-    def _ssh(self) -> list[str]:
-        return [
-            *(str(SSH), "-x", "-T", "-o", f"ConnectTimeout={CONNECT_SECONDS}"),
-            *("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=6"),
-            *("-i", str(self.at.keyfile), "-p", str(self.at.port), "-l", self.at.user),
-        ]
-
-    def _environment(self) -> dict[str, str]:
-        return {**os.environ, **self.board.variables(), "LC_ALL": "C"}
 
     def _send(self, data: bytes) -> None:
         assert self._process.stdin
@@ -258,18 +255,35 @@ class Connection:
         return Lost(meaning or f"{self.board.name} was lost during {verb}: {_last(said)} (exit code {code})")
 
     def _meaning(self, said: str) -> str:
-        """What ssh's words mean, for who deploys; empty where they are not known."""
-        for pattern, text in SSH_SAYS:
-            if re.search(pattern, said):
-                return text.format(
-                    at=f"{self.at.user}@{self.at.host} port {self.at.port}",
-                    host=self.at.host,
-                    port=self.at.port,
-                    keyfile=self.at.keyfile,
-                    known_hosts=self.board.state / "known_hosts",
-                    said=_last(said),
-                )
-        return ""
+        return ssh_meaning(self.board, self.at, said)
+
+
+def ssh_command(at: Address, *options: str) -> list[str]:
+    """ssh to an address, without the host: it checks the host key and asks nobody."""
+    return [
+        *(str(SSH), "-x", *(options or ("-T",)), "-o", f"ConnectTimeout={CONNECT_SECONDS}"),
+        *("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=6"),
+        *("-i", str(at.keyfile), "-p", str(at.port), "-l", at.user),
+    ]
+
+
+def ssh_environment(board: Board) -> dict[str, str]:
+    return {**os.environ, **board.variables(), "LC_ALL": "C"}
+
+
+def ssh_meaning(board: Board, at: Address, said: str) -> str:
+    """What ssh's words mean, for who uses the board; empty where they are not known."""
+    for pattern, text in SSH_SAYS:
+        if re.search(pattern, said):
+            return text.format(
+                at=f"{at.user}@{at.host} port {at.port}",
+                host=at.host,
+                port=at.port,
+                keyfile=at.keyfile,
+                known_hosts=board.state / "known_hosts",
+                said=_last(said),
+            )
+    return ""
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -11,7 +11,7 @@ from ci import commands, settings
 from ci.place import Address, Board
 from ci.progress import Say, took
 
-PATIENCE = 8.0  # seconds for a board that is on
+PATIENCE = 7.0  # seconds for a board that is on
 NAME_UNKNOWN = "its name is not known here"
 NO_SSH = "what listens there is no SSH server"
 

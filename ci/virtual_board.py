@@ -41,7 +41,7 @@ HOOKS = (
     f"chroot \"$1\" usermod --password '*' {USER}",  # no password fits, a key does
     'rm -f "$1"/etc/ssh/ssh_host_*',  # every board gets its own
 )
-MAKING = "two to five minutes"
+MAKING = "two to eight minutes"
 MAKING_SECONDS, BOOT_SECONDS, POLL_SECONDS = 1800, 120, 0.1
 
 # What a kernel and an init would have set up. $1 root file system, $2 address, $3 port, $4 size of the disk for

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from invoke.context import Context
 
 from board.errors import BadInput
-from ci.tasks.common import MODEL, OUT, PROMPT, TELL, VENV, built, verb
+from ci.tasks.common import ARGS, MODEL, OUT, PROMPT, TELL, VENV, built, finish, split, verb
 from requirements.install import install
+
+if TYPE_CHECKING:
+    from ci.place import Board
 
 
 @verb
@@ -88,3 +96,94 @@ def rollback(_: Context, board: str = "virtual") -> None:
     found = place.find(board)
     with place.hold(found):
         deploy.rollback(found, place.address(found), TELL)
+
+
+@verb
+def board_status(_: Context, board: str = "virtual", json: bool = False) -> None:
+    """Whether a board answers, what it is, what runs there, who holds it, and where each setting is from."""
+    import json as format_json
+
+    install(VENV, "boards")
+    from ci import board_status, place
+
+    found = place.find(board)
+    with _reached(found):
+        seen = board_status.status(found, place.address(found))
+    print(format_json.dumps(seen, indent=1) if json else "\n".join(board_status.lines(seen)), flush=True)
+    finish(1 if seen["answers"] else 0)
+
+
+@verb
+def board_shell(_: Context, board: str = "virtual", command: str = "") -> None:
+    """A shell on a board, or one command there."""
+    install(VENV, "boards")
+    from ci import board_shell, board_status, place, reach
+
+    found = place.find(board)
+    with _reached(found):
+        at = place.address(found)
+        reach.require(found, at)
+        if who := board_status.holder(found):
+            print(f"note: {found.name} is held by {who}: what you do there may disturb it", file=sys.stderr, flush=True)
+        finish(board_shell.shell(found, at, command))
+
+
+@verb
+def board_ask(_: Context, prompt: str, board: str = "virtual", args: str = ARGS) -> None:
+    """The current release's answer to a prompt (- reads it from stdin), as it is written."""
+    install(VENV, "boards")
+    from ci import attended, place, reach
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    found = place.find(board)
+    with place.hold(found):
+        at = place.address(found)
+        reach.require(found, at)
+        finish(attended.ask(found, at, text, sys.stdout, sys.stderr, split(args)))
+
+
+@verb
+def board_serve(_: Context, board: str = "virtual", port: int = 0, args: str = ARGS) -> None:
+    """The current release's server on a board, reached at a port of this machine's loopback, until Ctrl-C."""
+    install(VENV, "boards")
+    from ci import attended, place, reach
+
+    found = place.find(board)
+    with place.hold(found), _ending():
+        at = place.address(found)
+        reach.require(found, at, TELL)
+        with attended.served(found, at, port, TELL, split(args)) as (url, far):
+            TELL(f"{url}  (page at /, OpenAI's routes at /v1; Ctrl-C ends both sides)")
+            try:
+                finish(far.wait())
+            except KeyboardInterrupt:
+                TELL("\nending the server on the board ...")
+                far.close()
+                TELL(f"{found.name}: axrun serve has ended")
+
+
+@contextlib.contextmanager
+def _reached(board: Board) -> Iterator[None]:
+    """A farm's place must be held to be reached; a board on the desk is looked at whoever holds it."""
+    from ci import place
+
+    if board.in_farm:
+        with place.hold(board):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what runs as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+from ci import commands
 from ci.connection import ssh_command, ssh_environment
 from ci.place import Address, Board
+
+SSH_FAILED = 255
 
 
 def shell(board: Board, at: Address, command: str = "") -> int:
@@ -15,4 +18,7 @@ def shell(board: Board, at: Address, command: str = "") -> int:
     words = [*ssh_command(at, "-t" if terminal else "-T"), at.host]
     sys.stdout.flush()
     done = subprocess.run([*words, *([command] if command else [])], env=ssh_environment(board), check=False)
+    if done.returncode == SSH_FAILED:  # or the command's own; ssh has said what it saw
+        why = commands.invoke("board.status", "--board", board.argument)
+        print(f"note: where ssh did not get in, this says why: {why}", file=sys.stderr)
     return done.returncode

@@ -71,7 +71,8 @@ def test_a_target_is_one_line_into_its_task(target: str, venv: str) -> None:
 def test_invoke_lists_the_same_tasks() -> None:
     done = call(sys.executable, "-m", "invoke", "--list")
     assert done.returncode == 0
-    further = ["board.down", "board.up", "cross", "deploy", "gate.record", "lock", "nightly", "rollback"]
+    boards = [f"board.{name}" for name in ("ask", "down", "serve", "shell", "status", "up")]
+    further = [*boards, "cross", "deploy", "gate.record", "lock", "nightly", "rollback"]
     assert sorted(re.findall(r"^  ([\w.-]+)  ", done.stdout, re.M)) == sorted([*TARGETS, *further])
 
 

@@ -28,7 +28,7 @@ from ci.progress import took
 
 ENGINES = ("auto", "docker", "local")
 LABEL = "axc.run"  # on our containers: the process that waits for them
-MAKING = "about ten minutes with two cores"
+MAKING = "ten to thirty minutes on two cores"
 STOP_SECONDS = 60  # for a build to put away what it has half written
 OUT_OF_MEMORY = 137
 

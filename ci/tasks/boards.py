@@ -16,7 +16,7 @@ from ci.tasks.common import ARGS, MODEL, OUT, PROMPT, TELL, VENV, built, finish,
 from requirements.install import install
 
 if TYPE_CHECKING:
-    from ci.place import Board
+    from ci.place import Address, Board
 
 
 @verb
@@ -123,6 +123,7 @@ def board_shell(_: Context, board: str = "virtual", command: str = "") -> None:
     with _reached(found):
         at = place.address(found)
         reach.require(found, at)
+        _log_in(found, at)
         if who := board_status.holder(found):
             print(f"note: {found.name} is held by {who}: what you do there may disturb it", file=sys.stderr, flush=True)
         finish(board_shell.shell(found, at, command))
@@ -139,6 +140,7 @@ def board_ask(_: Context, prompt: str, board: str = "virtual", args: str = ARGS)
     with place.hold(found):
         at = place.address(found)
         reach.require(found, at)
+        _log_in(found, at)
         finish(attended.ask(found, at, text, sys.stdout, sys.stderr, split(args)))
 
 
@@ -152,6 +154,7 @@ def board_serve(_: Context, board: str = "virtual", port: int = 0, args: str = A
     with place.hold(found), _ending():
         at = place.address(found)
         reach.require(found, at, TELL)
+        _log_in(found, at)
         with attended.served(found, at, port, TELL, split(args)) as (url, far):
             TELL(f"{url}  (page at /, OpenAI's routes at /v1; Ctrl-C ends both sides)")
             try:
@@ -160,6 +163,14 @@ def board_serve(_: Context, board: str = "virtual", port: int = 0, args: str = A
                 TELL("\nending the server on the board ...")
                 far.close()
                 TELL(f"{found.name}: axrun serve has ended")
+
+
+def _log_in(board: Board, at: Address) -> None:
+    """Raises BadInput in our words for a board that ssh does not get into."""
+    from ci.connection import Connection
+
+    with Connection(board, at):
+        pass
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def ask(place: Place, prompt: str, *words: str) -> tuple[int, str, str]:
 
 def left(place: Place) -> list[str]:
     """Processes of this machine that work on the board or run there."""
-    listed = subprocess.run(["ps", "ax", "-o", "args"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
     marks = (str(place.board.root), str(place.board.state / "known_hosts"))
     return [line for line in listed.splitlines() if any(mark in line for mark in marks)]
 

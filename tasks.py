@@ -14,17 +14,15 @@ from typing import TYPE_CHECKING
 
 from invoke.collection import Collection
 from invoke.context import Context
-from invoke.exceptions import Exit
 from invoke.tasks import Task
 
 from board.errors import BadInput
-from ci.tasks import boards, nights
+from ci.tasks import boards, nights, system_tests
 from ci.tasks.common import (
     ARGS,
     BACKEND,
     BASE_IMAGE,
     ENGINE,
-    FAILED_TESTS,
     FORCE,
     MIRROR,
     MODEL,
@@ -153,13 +151,7 @@ def test_all(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a tas
     bring_page(VENV)
     lint(context)
     suite("-n", "2", "-m", "not system", *more, none_is_fine=bool(more))
-    try:
-        suite("-m", "system", *more, none_is_fine=bool(more))
-    except Exit as ended:
-        if ended.code != FAILED_TESTS:
-            raise
-        print("error: system tests failed. Once more, those alone: what an emulated board missed in time may pass.")
-        suite("-m", "system", "--last-failed", "--last-failed-no-failures=none", *more)
+    system_tests.run(*more)
 
 
 @verb

@@ -230,7 +230,10 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
-        raise BadInput(f"{path.parent} is no bundle: it has no {path.name}\nBuild or copy the bundle again.") from None
+        advice = "Build or copy the bundle again."
+        if (path.parent / "config.json").is_file():
+            advice = f"A checkpoint becomes one by: axc llm_build --input_path {path.parent} --output_path FOLDER"
+        raise BadInput(f"{path.parent} is no bundle: it has no {path.name}\n{advice}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"cannot read {path}: {error}\nBuild or copy the bundle again.") from None
     if not isinstance(values, dict):

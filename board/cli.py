@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from board import VERSION
 from board.command import Verb, dispatch
-from board.errors import BadInput
+from board.errors import BadInput, CheckFailed
 
 if TYPE_CHECKING:  # numpy and an engine take their time, which --help does not need
     from board.load import Loading
@@ -253,6 +253,26 @@ def _model(arguments: argparse.Namespace) -> None:
         print(f"{entry.group:5}{entry.tokens:8}{entry.history:9}{figures}")
 
 
+def _doctor_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
+    _engine_flags(parser)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from board.doctor.examine import examine
+
+    report = examine(arguments.bundle, _engine(arguments), arguments.threads, _doctor_progress)
+    print(json.dumps(report.json()) if arguments.json else "\n".join(report.lines()), flush=True)
+    if report.finding:
+        raise CheckFailed(f"{report.bundle} is {report.verdict}: {report.finding.stage}: {report.finding.part}")
+
+
+def _doctor_progress(line: str) -> None:
+    """Stages everywhere, what is done inside them on a terminal only."""
+    if sys.stderr.isatty() or line.startswith("["):
+        _progress(line)
+
+
 def _stdin() -> str:
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
@@ -324,6 +344,16 @@ VERBS = {
         "examples:\n"
         "  axrun bench out/tiny-qwen2\n"
         "  axrun bench out/qwen2-0.5b --prompt-lengths 23,128 --depths 128,512 --threads 2 --json",
+    ),
+    "doctor": Verb(
+        _doctor_flags,
+        _doctor,
+        "Say what is wrong with a bundle, and where: stage after stage, to the first that disagrees.",
+        "`axc reference --bundle` leaves the figures in a bundle that layers, cache and answers are compared with.\n"
+        "Exits with 1 when something disagrees, with 0 when nothing does; what was not examined is said.\n"
+        "examples:\n"
+        "  axrun doctor out/tiny-qwen2\n"
+        "  axrun doctor out/qwen2-0.5b --engine ax --json",
     ),
     "model": Verb(
         _model_flags,

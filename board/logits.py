@@ -1,17 +1,13 @@
 """Reference logits on disk: what the float32 checkpoint says of every token of a text, small enough for a board.
 
-An .npz that numpy opens without pickle, its arrays stored as they are. For each position the K likeliest tokens and
-their log-probabilities, and the log of the mass that is left: K + 1 buckets. The Kullback-Leibler divergence over the
-buckets is exact where K is the whole vocabulary, elsewhere a lower bound (merging outcomes cannot add divergence:
-Cover and Thomas, Elements of Information Theory, 2.7). `about.json` in the file says which.
+For each position the K likeliest tokens and their log-probabilities, and the log of the mass that is left: K + 1
+buckets. The Kullback-Leibler divergence over the buckets is exact where K is the whole vocabulary, elsewhere a lower
+bound (merging outcomes cannot add divergence: Cover and Thomas, Elements of Information Theory, 2.7). `about.json` in
+the file says which.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import math
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from board import npz
 from board.errors import BadInput
 
 NAME = "reference.npz"  # in a bundle
-ABOUT = "about.json"
 SCHEMA = 1
-MOST_ABOUT = 1 << 20  # bytes
 # array: (kind of dtype, dimensions)
 ARRAYS = {
     "tokens": ("u", 2),
@@ -35,7 +30,6 @@ ARRAYS = {
     "following": ("f", 2),
     "continuations": ("u", 2),
 }
-NO_TIME = (1980, 1, 1, 0, 0, 0)  # zip has none earlier
 
 
 @dataclass(frozen=True)
@@ -69,14 +63,7 @@ class ReferenceLogits:
     def encode(self) -> bytes:
         """The file; the same values give the same bytes."""
         about = {**self.about, "schema": SCHEMA, "divergence": "exact" if self.exact else "lower bound"}
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w") as archive:
-            for name in ARRAYS:
-                array = np.ascontiguousarray(getattr(self, name))
-                with archive.open(_entry(f"{name}.npy"), "w") as file:
-                    np.lib.format.write_array(file, array, version=(1, 0), allow_pickle=False)
-            archive.writestr(_entry(ABOUT), json.dumps(about, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-        return buffer.getvalue()
+        return npz.encode({name: getattr(self, name) for name in ARRAYS}, about)
 
 
 def read(path: Path) -> ReferenceLogits:
@@ -85,57 +72,14 @@ def read(path: Path) -> ReferenceLogits:
     Raises BadInput when the file cannot be read, is none, or holds what no checkpoint can say.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            stored = _entries(path, archive)
-            arrays = {name: _array(archive, stored[f"{name}.npy"], *ARRAYS[name]) for name in ARRAYS}
-            about = json.loads(archive.read(stored[ABOUT]))
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, EOFError, KeyError, ValueError, RecursionError, RuntimeError) as error:
+        arrays, about = npz.read(path, ARRAYS, SCHEMA)
+    except npz.Damaged as error:
         raise _damaged(path, str(error)) from None
-    if not isinstance(about, dict) or about.get("schema") != SCHEMA:
-        seen = about.get("schema") if isinstance(about, dict) else about
-        raise _damaged(path, f"it has schema {seen!r:.40}, this reader knows {SCHEMA}")
     logits = ReferenceLogits(**arrays, about=about)
     fault = _fault(logits)
     if fault:
         raise _damaged(path, fault)
     return logits
-
-
-def _entry(name: str) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo(name, NO_TIME)
-    info.create_system, info.external_attr = 3, 0o644 << 16  # the same on any system
-    return info
-
-
-def _entries(path: Path, archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """By name; stored, so that none is larger than the file."""
-    expected = {ABOUT, *(f"{name}.npy" for name in ARRAYS)}
-    infos = archive.infolist()
-    if len(infos) != len(expected) or {info.filename for info in infos} != expected:
-        raise ValueError(f"it holds {sorted(info.filename for info in infos)!r:.80}")
-    for info in infos:
-        if info.compress_type != zipfile.ZIP_STORED or info.file_size > path.stat().st_size:
-            raise ValueError(f"{info.filename} is compressed")
-    stored = {info.filename: info for info in infos}
-    if stored[ABOUT].file_size > MOST_ABOUT:
-        raise ValueError(f"{ABOUT} has {stored[ABOUT].file_size} bytes")
-    return stored
-
-
-def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kind: str, dimensions: int) -> NDArray[Any]:
-    """An array; its header is held against the bytes that are there before any memory is taken."""
-    data = io.BytesIO(archive.read(info))
-    if np.lib.format.read_magic(data) != (1, 0):
-        raise ValueError(f"{info.filename} is no array of version 1.0")
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(data)
-    rest = info.file_size - data.tell()
-    if dtype.kind != kind or dtype.itemsize > 4 or len(shape) != dimensions or fortran:
-        raise ValueError(f"{info.filename} is {dtype}{list(shape)}")
-    if min(shape) < 0 or math.prod(shape) * dtype.itemsize != rest:
-        raise ValueError(f"{info.filename} is {dtype}{list(shape)} in {rest} bytes")
-    return np.frombuffer(data.getbuffer(), dtype, offset=data.tell()).reshape(shape)
 
 
 def _fault(logits: ReferenceLogits) -> str:

@@ -105,6 +105,11 @@ class Tokenizer:
         """All tokens, as the vocabulary spells them."""
         return dict(self._backend.get_vocab(with_added_tokens=True))
 
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer of the library, which threads share: it must not be changed."""
+        return self._backend
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids. `special` False: without those that the tokenizer adds by itself, which a chat template writes.
 

@@ -12,10 +12,11 @@ import re
 import select
 import shlex
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -61,7 +62,7 @@ SSH_SAYS = (
         "{at} cannot be reached: {said}\nIs the board on and on the network, and its address right?",
     ),
 )
-# what each verb of ci/on_board.py returns: a type, (one of several), [of entries], {key: of its value}
+# what each verb of the programs on the board returns: a type, (one of several), [of entries], {key: of its value}
 ANSWERS: Mapping[str, Any] = {
     "facts": {
         **dict.fromkeys(("architecture", "python", "glibc", "root"), str),
@@ -73,7 +74,7 @@ ANSWERS: Mapping[str, Any] = {
     "survey": {"whole": bool, "into": str, "like": (str, None), "needed": int, "free": int},
     "verify": [str],
     "inventory": {
-        "root": str,
+        **dict.fromkeys(("root", "boot"), str),
         "current": (str, None),
         **{key: [[str]] for key in ("folders", "release", "package", "model")},
     },
@@ -86,9 +87,22 @@ ANSWERS: Mapping[str, Any] = {
     },
     "release": {"engine": str, "prompt": str, "tokens": ([int], None)},
     "ask": {"code": (int, None), "stdout": str, "stderr": str},
+    "examine": {"release": str, "code": (int, None), "stdout": str, "stderr": str},
     "switch": (str, None),
     "previous": (str, None),
     "prune": [str],
+    "incoming": int,
+    "state": {
+        "versions": {},
+        **dict.fromkeys(("memory_total", "memory", "cmm"), (int, None)),
+        **dict.fromkeys(("disk_total", "disk"), int),
+    },
+    "limits": {"hot": {}, "most": {}, "governor": str},
+    "readings": {"degrees": {}, "clocks": {}, "cooling": {}},
+    "log": {"text": str, "why": str},
+    "start": {"port": int, "seconds": float, "why": str},
+    "sample": {**dict.fromkeys(("code", "rss", "available", "cmm"), (int, None)), "said": str},
+    "stop": {"code": (int, None), "traceback": str, "said": str},
     **dict.fromkeys(("lock", "keep", "assemble", "back", "drop", "forget_compiled")),
 }
 NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded")
@@ -109,21 +123,21 @@ class Moved:
 class Connection:
     """A board's program, running. Close it, or the board's lock is held until it notices."""
 
-    def __init__(self, board: Board, at: Address) -> None:
-        """Raises BadInput when the board cannot be reached, is not the known one or has no Python for this."""
+    def __init__(self, board: Board, at: Address, program: Path = ON_BOARD) -> None:
+        """`program` is what is sent. Raises BadInput for a board out of reach, unknown or without a Python for it."""
         self.board, self.at = board, at
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the connection)
         self._unread = b""
         self._process = subprocess.Popen(
-            [*ssh_command(at), at.host, f"exec python3 -I -S -u -c {shlex.quote(START)} {shlex.quote(board.root)}"],
+            [*self._shell(), f"exec python3 -I -S -u -c {shlex.quote(START)} {shlex.quote(board.root)}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
             env=ssh_environment(board),
         )
         try:
-            program = ON_BOARD.read_bytes()
-            self._send(b"%d\n%s" % (len(program), program))
+            code = program.read_bytes()
+            self._send(b"%d\n%s" % (len(code), code))
             self._receive("start", CONNECT_SECONDS + REQUEST_SECONDS)
         except BaseException:
             self.close()
@@ -196,6 +210,41 @@ class Connection:
             _number(done.stdout, name) for name in ("Total bytes sent", "Total bytes received", "Total file size")
         ]
         return Moved(numbers[0] + numbers[1], numbers[2])
+
+    @contextlib.contextmanager
+    def forwarded(self, port: int) -> Iterator[int]:
+        """A port of this machine's loopback that leads to the board's. Raises Lost when there is none."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            here = int(free.getsockname()[1])
+        words = ["-o", "ExitOnForwardFailure=yes", "-N", "-L", f"127.0.0.1:{here}:127.0.0.1:{port}", self.at.host]
+        with tempfile.TemporaryFile() as said:
+            process = subprocess.Popen(
+                [*ssh_command(self.at), *words],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                env=ssh_environment(self.board),
+            )
+            try:
+                deadline = time.monotonic() + CONNECT_SECONDS + REQUEST_SECONDS
+                while not _listens(here):
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        said.seek(0)
+                        text = said.read(1 << 16).decode("utf-8", "replace")
+                        raise Lost(self._meaning(text) or f"no port of {self.board.name} is forwarded: {_last(text)}")
+                    time.sleep(0.05)
+                yield here
+            finally:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=5)
+                process.kill()
+                process.wait()
+
+    def _shell(self) -> list[str]:
+        """What runs a command line on the board."""
+        return [*ssh_command(self.at), self.at.host]
 
     def _send(self, data: bytes) -> None:
         assert self._process.stdin
@@ -284,6 +333,14 @@ def ssh_meaning(board: Board, at: Address, said: str) -> str:
                 said=_last(said),
             )
     return ""
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -17,11 +17,13 @@ from board import logits
 from board.bundle import Bundle, read_manifest
 from board.errors import BadInput, Failure
 from board.logits import NAME as REFERENCE
-from ci import evidence, instructions, place, power, stage
+from ci import beside, built, doctor, evidence, holding, instructions, place, power, retry, stage
+from ci.holding import Holding
+from ci.junit import failures
 from ci.place import Board
 from ci.stage import Stage
+from ci.variant import Variant
 from toolchain.fetch import fetch
-from toolchain.models import ModelSpec
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = ROOT / "models" / "tiny-qwen2" / "heldout.txt"  # what accuracy is measured over, whatever the model
@@ -47,8 +49,11 @@ LIMITS = {
     "package": 1800.0,
     "deploy": 1800.0,
     MEASURE: 3600.0,
+    doctor.STAGE: 1800.0,
+    **beside.LIMITS,
     "power off": 300.0,
 }
+BISECT, BISECT_SECONDS = "bisect", 4 * 3600.0  # a limit for all steps of a bisection (ci/bisect.py)
 
 BOOT_SECONDS = 180.0
 
@@ -63,12 +68,18 @@ class StageFailed(Exception):
     """The night goes no further than this stage."""
 
 
+class Reached(Exception):
+    """The last stage that is wanted is done."""
+
+
 @dataclass(frozen=True)
 class Options:
     """`board` and `model` by name; `out` is the folder of reports, `history` the folder of nights that were held.
 
-    `bundle` is one that was built elsewhere, in place of a build; `model_dir` the checkpoint where there is no
-    network. `wait` is how many seconds to wait for a board that is held; `limits` override LIMITS.
+    `bundle` is one that was built elsewhere, in place of a build; `built` the folder of a build that several boards
+    share (ci/built.py); `model_dir` the checkpoint where there is no network. `wait` is how many seconds to wait for a
+    board that is held, `soak` asks for the long one; `limits` override LIMITS. `retry`: what the network or the board
+    did is tried once more. `bisect` names the commit of a red, `notify` is a command that is told of a change of state.
     """
 
     board: str
@@ -76,106 +87,222 @@ class Options:
     out: Path
     history: Path
     bundle: Path | None = None
+    built: Path | None = None
     model_dir: Path | None = None
     wait: float = 0.0
+    soak: bool = False
     limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    retry: bool = True
+    bisect: bool = False
+    notify: str = ""
 
     def __post_init__(self) -> None:
-        """Raises BadInput for a limit of no stage."""
+        """Raises BadInput for a limit of no stage, and for two bundles."""
+        if self.bundle is not None and self.built is not None:
+            raise BadInput("--bundle and --built both bring a bundle: give one of them")
         for name, seconds in self.limits.items():
-            if name not in LIMITS or not 0 < seconds < 1e6:
-                raise BadInput(f"--limit {name}={seconds:g}: expected seconds of a stage: {', '.join(LIMITS)}")
+            if name not in (*LIMITS, BISECT) or not 0 < seconds < 1e6:
+                raise BadInput(
+                    f"--limit {name}={seconds:g}: expected seconds of a stage: {', '.join((*LIMITS, BISECT))}"
+                )
 
     def limit(self, name: str) -> float:
-        return self.limits.get(name, LIMITS[name])
+        return self.limits.get(name, BISECT_SECONDS if name == BISECT else LIMITS[name])
 
 
 class Course:
     """What happens in a night, and what became of it: `stages`, in their order."""
 
     def __init__(
-        self, options: Options, board: Board, spec: ModelSpec, folder: Path, say: Say, stop: Callable[[], str]
+        self,
+        options: Options,
+        board: Board,
+        model: Variant,
+        folder: Path,
+        say: Say,
+        stop: Callable[[], str],
+        base: Path | None = None,
     ) -> None:
-        self.options, self.board, self.spec, self.folder = options, board, spec, folder
-        self.base = folder.parents[2]  # what build, cross and deploy know as their --out
+        self.options, self.board, self.model, self.folder = options, board, model, folder
+        spec = self.spec = model.spec
+        self.base = base or folder.parents[2]  # what build, cross and deploy know as their --out
         self.bundle = self.base / spec.name
         self.deployed = evidence.place(self.base, board.name)
         self.stages: list[Stage] = []
+        self.beside = beside.Beside(board, folder)
         self.counts = board.emulated and not instructions.unable()
         self.unjudged = False  # the first nights of a maker have no gates
-        self._say, self._stop = say, stop
+        self.flaky = ""  # what the network or the board did to the first try
+        self.holding: Holding | None = None
+        self.say, self._stop = say, stop
+        # what is measured, and how far: other commits in a bisection
+        self.root, self.python = ROOT, sys.executable
+        self.tests, self.needs_reference, self._last = ["tests/hil"], True, ""
+
+    @property
+    def interrupted(self) -> str:
+        """Why the night is to end now."""
+        return self._stop()
 
     def reserve(self, last: contextlib.ExitStack) -> None:
         """The board is nobody else's until `last` is closed. Raises StageFailed when it is somebody's."""
         started, reason = time.monotonic(), ""
         try:
-            last.enter_context(place.hold(self.board, int(self.options.wait)))
+            what = f"nightly of {self.spec.name}"
+            self.holding = last.enter_context(holding.hold(self.board, what, int(self.options.wait), self.say))
         except (Failure, Interrupted) as failure:
             reason = str(failure)
         self.note("reserve", started, reason, f"{self.board.name} is held by {place.owner()}")
 
-    def note(self, name: str, started: float, reason: str, well: str = "") -> None:
-        """A stage that was no command of its own. Raises StageFailed when there is a `reason` to."""
+    def require_built(self) -> None:
+        """A shared build that failed is told before a board is held for it. Raises StageFailed."""
+        if self.options.built is not None:
+            started = time.monotonic()
+            try:
+                built.require(self.options.built, self.model, chip(self.board, self.model))
+            except Failure as failure:
+                self.note("build", started, str(failure), code=failure.exit_code)
+
+    def note(self, name: str, started: float, reason: str, well: str = "", code: int = 2) -> None:
+        """A stage that was no command of its own; `code` is for one that failed, which is one with a `reason`.
+
+        Raises StageFailed for one that failed.
+        """
         console = self._console(name)
         console.write_text(f"error: {reason}\n" if reason else f"{well}\n", "utf-8")
         limit = self.options.limit(name) if name in LIMITS else self.options.wait
-        self._add(Stage(name, 2 if reason else 0, time.monotonic() - started, limit, reason, console))
+        self._add(Stage(name, code if reason else 0, time.monotonic() - started, limit, reason, console))
 
     def measure(self) -> None:
         """Everything between holding the board and switching it off. Raises StageFailed."""
-        python = [sys.executable, "-m"]
-        board, name = str(self.board.yaml), self.spec.name
-        if self.board.switch == "port":
-            self._run("power on", [*python, "ci.power", "on", board, str(self._boot_seconds())], leaves=True)
-        else:
+        self.beside.begin()
+        self.power_on()
+        health = self.beside.health(self.options.history, self.base)
+        self._run(beside.HEALTH, [self.python, "-m", *health])
+        self._prepare()
+        self._twice(self._measure_there)
+
+    def measure_only(self, last: str, *, board: bool) -> None:
+        """On a board that is on, where a `board` is needed. Raises StageFailed, Reached after the stage `last`."""
+        self._last = last
+        self._prepare()
+        if board:
+            self._twice(self._measure_there)
+
+    def power_on(self) -> None:
+        """Raises StageFailed."""
+        self._twice(self._power_on)
+
+    def _power_on(self) -> None:
+        if self.board.switch != "port":
             self._power_by_hand()
+            return
+        board = [str(self.board.yaml), str(self._boot_seconds())]
+        self._run("power on", [self.python, "-m", "ci.power", "on", *board], leaves=True)
+
+    def _prepare(self) -> None:
+        """What comes before the board is needed. Raises StageFailed."""
+        python = [self.python, "-m"]
         shutil.rmtree(self.bundle, ignore_errors=True)  # a night builds anew, whatever the night before left
-        if self.options.bundle is None:
+        if self.options.built is not None:
+            self._share(self.options.built)
+        elif self.options.bundle is None:
             self._run("build", [*python, "invoke", "build", *self._build_flags()])
         else:
             self._take(self.options.bundle)
-        if flags := self._reference_flags():
+        if self.needs_reference and (flags := self._reference_flags()):
             self._run("reference", [*python, "toolchain", "reference", *flags])
         self._run("probe", [*python, "ci.probe", str(self._tokenizer()), str(self.folder / PROBE)])
         if self.counts:
             self._run("count", [*python, "ci.instructions", str(self.bundle), str(self.folder / INSTRUCTIONS)])
-        where = ["--board", board, "--out", str(self.base)]
-        self._run("package", [*python, "invoke", "cross", *where])
+        self._run("package", [*python, "invoke", "cross", *self._where()])
+
+    def _measure_there(self) -> None:
+        """Deploys and measures. Raises StageFailed."""
+        python = [self.python, "-m"]
         self.deployed.unlink(missing_ok=True)
-        self._run("deploy", [*python, "invoke", "deploy", "--model", name, *where])
+        self._run("deploy", [*python, "invoke", "deploy", "--model", self.spec.name, *self._where()])
         with contextlib.suppress(OSError):
             shutil.copyfile(self.deployed, self.folder / DEPLOYED)
-        self._run(MEASURE, [*python, "pytest", "tests/hil", *self._hil_flags()])
+        self._run(MEASURE, [*python, "pytest", *self._hil_flags()])
+        self._run(beside.SOAK, [*python, *self.beside.soak(self.deployed, self.options.soak)])
+
+    def _where(self) -> list[str]:
+        return ["--board", str(self.board.yaml), "--out", str(self.base)]
+
+    def _twice(self, attempt: Callable[[], None]) -> None:
+        """Once more, after a power cycle, where the network or the board made it fail; once in a night.
+
+        Raises StageFailed.
+        """
+        try:
+            attempt()
+        except StageFailed:
+            failed = self.stages[-1]
+            why = retry.cause(failed, failures(self.folder / "junit.xml"), self.board.name)
+            if not why or self.flaky or not self.options.retry or self._stop():
+                raise
+            self.flaky = f"{failed.name}: {why}"
+            self.stages[-1] = dataclasses.replace(failed, excused="tried again")
+            self.say(f"{failed.name} is tried once more, after a power cycle: {why}")
+            if failed.name not in retry.POWER:
+                retry.set_aside(self.folder)
+                self._power_on()
+            attempt()
+
+    def examine(self) -> None:
+        """The doctor looks for what made the last stage fail; why the night is red does not depend on it."""
+        with contextlib.suppress(StageFailed, Failure):
+            failed, checkpoint = self.stages[-1].name, fetch(self.spec, self.options.model_dir)
+            seconds = self.options.limit(doctor.STAGE)
+            command = doctor.command(failed, self.board, self.folder, self.bundle, checkpoint, seconds)
+            if not command or self._stop():
+                return
+            try:
+                self._run(doctor.STAGE, command)
+            finally:
+                self.stages[-1] = dataclasses.replace(
+                    self.stages[-1], excused="failed, which does not count" if self.stages[-1].failed else ""
+                )
 
     def _power_by_hand(self) -> None:
         """Raises StageFailed for a board that does not answer."""
         started, reason, well = time.monotonic(), "", ""
         try:
-            well = power.by_hand(self.board, self._say, self._boot_seconds(), self._stop)
+            well = power.by_hand(self.board, self.say, self._boot_seconds(), self._stop)
         except Failure as failure:
             reason = str(failure)
         self.note("power on", started, reason, well)
 
     def power_off(self) -> None:
         """Whatever happened before; a signal does not end it. A board that nothing switches stays on."""
+        stop, self._stop = self._stop, str
+        self.beside.log(self.stages)
+        with contextlib.suppress(StageFailed):
+            self._twice(self._power_off)
+        self.beside.end()
+        self._stop = stop
+
+    def _power_off(self) -> None:
         if self.board.switch != "port":
             return
-        self._stop = str
-        with contextlib.suppress(StageFailed):
-            self._run("power off", [sys.executable, "-m", "ci.power", "off", str(self.board.yaml)])
+        self._run("power off", [self.python, "-m", "ci.power", "off", str(self.board.yaml)])
 
     def _run(self, name: str, command: Sequence[str], *, leaves: bool = False) -> None:
         """Raises StageFailed."""
-        self._say(f"{name} ...")
+        self.say(f"{name} ...")
         started, limit = time.monotonic(), self.options.limit(name)
         variables = {**self.board.variables(), place.HELD: str(self.board.state), "PYTHONUNBUFFERED": "1"}
+        if self.holding:
+            self.holding.stage(name, power=name == "power on")
+            variables |= self.holding.variables(temporary=not leaves)
         try:
             done = stage.run(
                 name,
                 command,
                 limit=limit,
                 console=self._console(name),
-                cwd=ROOT,
+                cwd=self.root,
                 environment=variables,
                 leaves=leaves,
                 stop=self._stop,
@@ -189,9 +316,12 @@ class Course:
         """Raises StageFailed for one that failed."""
         self.stages.append(done)
         why = f": {done.reason}" if done.failed else ""
-        self._say(f"{done.name} {done.outcome} after {done.seconds:.1f} s{why}")
+        self.say(f"{done.name} {done.outcome} after {done.seconds:.1f} s{why}")
         if done.failed:
+            self.beside.failed(done)
             raise StageFailed
+        if done.name == self._last:
+            raise Reached
 
     def _take(self, bundle: Path) -> None:
         """A copy of a bundle that was built elsewhere: the reference logits are added to it. Raises StageFailed."""
@@ -205,6 +335,20 @@ class Course:
             reason = f"cannot copy {bundle}: {error.strerror or error}"
         self.note(stage.HANDED_IN, started, reason, f"{bundle}, made by {maker}, was handed in: nothing was built")
 
+    def _share(self, folder: Path) -> None:
+        """A copy of a build that other boards have too. Raises StageFailed."""
+        started, reason, code, well = time.monotonic(), "", 2, ""
+        try:
+            found = built.require(folder, self.model, chip(self.board, self.model))
+            well = f"built once for all boards of the matrix, in {found.seconds:.1f} s: {folder}"
+            shutil.copytree(folder / self.spec.name, self.bundle)
+            shutil.copyfile(folder / built.CHECK, self.folder / built.CHECK)
+        except Failure as failure:
+            reason, code = str(failure), failure.exit_code
+        except OSError as error:
+            reason = f"cannot copy {folder}: {error.strerror or error}"
+        self.note("build", started, reason, well, code)
+
     def _reference_flags(self) -> list[str]:
         """Flags of axc reference; none where the bundle has one that reaches the end of the context.
 
@@ -212,16 +356,10 @@ class Course:
         """
         started = time.monotonic()
         try:
-            context = Bundle.open(self.bundle).kv_cache_len
-            if reaches(self.bundle, context):
-                return []
-            checkpoint = fetch(self.spec, self.options.model_dir)
+            return reference_flags(self.bundle, self.model, self.options.model_dir, self.folder / "text.txt")
         except Failure as failure:
             self.note("reference", started, str(failure))
             raise
-        text = self.folder / "text.txt"
-        text.write_bytes(long_enough(TEXT.read_bytes(), context))
-        return ["--input_path", str(checkpoint), "--text", str(text), "--bundle", str(self.bundle), *sizes(context)]
 
     def _tokenizer(self) -> Path:
         """Whose ids the board's are compared with: the checkpoint's, or those of a bundle that was handed in."""
@@ -232,14 +370,12 @@ class Course:
         return min(BOOT_SECONDS, self.options.limit("power on") / 2)
 
     def _build_flags(self) -> list[str]:
-        chip = CHIPS.get(self.board.name)
-        more = ["--check_report", str(self.folder / "check.json"), *(["--chip", chip] if chip else [])]
-        where = ["--model-dir", str(self.options.model_dir)] if self.options.model_dir else []
-        return ["--model", self.spec.name, "--out", str(self.base), "--args", shlex.join(more), *where]
+        made_for = chip(self.board, self.model)
+        return build_flags(self.model, made_for, self.base, self.folder / built.CHECK, self.options.model_dir)
 
     def _hil_flags(self) -> list[str]:
         return [
-            *("--lg-env", str(self.board.yaml), "--hil-model", self.spec.name),
+            *(*self.tests, "--lg-env", str(self.board.yaml), "--hil-model", self.spec.name),
             *("--hil-deployed", str(self.deployed), "--hil-figures", str(self.folder / "figures.json")),
             *("--hil-probe", str(self.folder / PROBE)),
             *(["--hil-unjudged"] if self.unjudged else []),
@@ -250,7 +386,34 @@ class Course:
         ]
 
     def _console(self, name: str) -> Path:
-        return self.folder / f"{name.replace(' ', '-')}.log"
+        before = sum(done.name == name for done in self.stages)
+        return self.folder / f"{name.replace(' ', '-')}{f'-{before + 1}' if before else ''}.log"
+
+
+def chip(board: Board, model: Variant) -> str:
+    """What a bundle for a board is built for."""
+    return CHIPS.get(board.name, model.spec.build.chip)
+
+
+def build_flags(model: Variant, made_for: str, out: Path, report: Path, model_dir: Path | None) -> list[str]:
+    """Flags of `invoke build` for a night: the bundle comes to `out`, what its check found to `report`."""
+    other = [] if made_for == model.spec.build.chip else ["--chip", made_for]
+    more = ["--check_report", str(report), *model.flags(), *other]
+    where = ["--model-dir", str(model_dir)] if model_dir else []
+    return ["--model", model.spec.name, "--out", str(out), "--args", shlex.join(more), *where]
+
+
+def reference_flags(bundle: Path, model: Variant, model_dir: Path | None, text: Path) -> list[str]:
+    """Flags of axc reference; none where the bundle has one that reaches the end of the context. Writes `text`.
+
+    Raises BadInput.
+    """
+    context = Bundle.open(bundle).kv_cache_len
+    if reaches(bundle, context):
+        return []
+    checkpoint = fetch(model.spec, model_dir)
+    text.write_bytes(long_enough(TEXT.read_bytes(), context))
+    return ["--input_path", str(checkpoint), "--text", str(text), "--bundle", str(bundle), *sizes(context)]
 
 
 def sizes(context: int) -> list[str]:

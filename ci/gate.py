@@ -21,14 +21,14 @@ from typing import Any
 from board.errors import BadInput
 from ci import commands
 from ci.metrics import Figures, Metric, find, number, rank
-from ci.place import EMULATED
+from ci.place import is_emulated
 
 GATES = Path(__file__).resolve().parent / "gates"
 MAKERS = ("cpu", "pulsar2")
 BASES = ("measured", "published")
 MOST_DIGITS = 14  # beside the usual ones: as many as a float has
 FEWEST_NIGHTS = 3  # a spread of fewer says little
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+NAME = re.compile(r"[a-z0-9][a-z0-9._@-]{0,63}")  # of a board, of a model, of tiny-qwen2@s4: ci/variant.py
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def record(board: str, model: str, maker: str, nights: Sequence[Figures], source
     recorded = {}
     for name in sorted(names, key=rank):
         metric, values = find(name), [night[name] for night in nights]
-        if metric.timed and board in EMULATED:
+        if not metric.gated or (metric.timed and is_emulated(board)):
             continue
         expected, spread = statistics.median(values), max(values) - min(values)
         tolerance = max(2 * spread, metric.floor * abs(expected))

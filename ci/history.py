@@ -25,6 +25,7 @@ LONGEST = 1 << 20  # bytes of a line
 NEEDED = {"board", "model", "started", "seconds", "verdict", "reason"}
 FORMS = {
     "verdict": "green|red",
+    "blame": "(board|code)?",
     "commit": r"([0-9a-f]{7,64}\+?)?",
     "started": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ",
 }
@@ -39,7 +40,10 @@ class Night:
     the bundle's digests by name, `release`, `package` and `engine_sha256` what ran on the board, `pins` the locked
     version of every requirement, `figures` by metric, `gates` what each had to be, `layers` what the build's check
     found of each: least cosine of a row and worst error, by part and stage ("layer 0 prefill"). A green night with a
-    `reason` was not judged.
+    `reason` was not judged. `blame` is board or code where a red night's health check tells, `sensors` least, median
+    and most of each while it measured. `flaky` is what the network or the board did to the first try, where there was a
+    second; `quarantined` what was red and did not count, with owner and end date (ci/quarantine.py); `culprit` the
+    commit that a bisection named, with its subject.
     """
 
     board: str
@@ -58,12 +62,17 @@ class Night:
     package: str = ""
     engine_sha256: str = ""
     handed_in: bool = False
+    flaky: str = ""
+    culprit: str = ""
+    quarantined: Mapping[str, str] = field(default_factory=dict)
     gates: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     pins: Mapping[str, str] = field(default_factory=dict)
     machine: Mapping[str, str] = field(default_factory=dict)
     figures: Mapping[str, float] = field(default_factory=dict)
     layers: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    blame: str = ""
+    sensors: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
     @property
     def green(self) -> bool:
@@ -141,6 +150,14 @@ def read(folder: Path, board: str, model: str) -> History:
     return History(tuple(nights), tuple(faults))
 
 
+def of_board(folder: Path, board: str) -> tuple[Night, ...]:
+    """The nights of a board, of whatever model, in the order they were held; unreadable lines are left out."""
+    files = sorted((folder / board).glob("*.jsonl"))
+    models = [file.stem for file in files if NAME.fullmatch(file.stem)]
+    found = [night for model in models for night in read(folder, board, model).nights]
+    return tuple(sorted(found, key=lambda night: night.started))
+
+
 def last_green(nights: Iterable[Night]) -> Night | None:
     """The last that was judged, and found good."""
     return next((night for night in reversed(tuple(nights)) if night.judged_green), None)
@@ -178,11 +195,15 @@ def _fits(name: str, value: Any) -> bool:
         return isinstance(value, dict) and all(_is_figure(key, entry) for key, entry in value.items())
     if name == "layers":
         return isinstance(value, dict) and all(_is_pair(entry) for entry in value.values())
+    if name == "sensors":
+        return isinstance(value, dict) and all(
+            isinstance(entry, list) and all(map(_is_number, entry)) for entry in value.values()
+        )
     if name == "handed_in":
         return isinstance(value, bool)
     if name == "gates" and not (isinstance(value, dict) and all(_is_figure(key, 0.0) for key in value)):
         return False
-    if name in ("files", "pins", "machine", "gates"):
+    if name in ("files", "pins", "machine", "gates", "quarantined"):
         return isinstance(value, dict) and all(isinstance(entry, str) for entry in value.values())
     return isinstance(value, str) and re.fullmatch(FORMS.get(name, "(?s).{0,10000}"), value) is not None
 
@@ -196,7 +217,11 @@ def _is_figure(name: str, value: Any) -> bool:
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_is_number, value))
+    return _are_numbers(value) and len(value) == 2
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
 
 
 def _is_number(value: Any) -> bool:

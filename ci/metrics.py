@@ -25,7 +25,7 @@ class Metric:
 
     `higher` says which way is better; `timed`, that it follows the clock of what it runs on. `floor` is the least
     tolerance of a recorded gate, as a share of the expected value: what two nights of the same code may differ by
-    although the few that were seen did not.
+    although the few that were seen did not. `gated` False: judged where it is measured, by a bound of its own.
     """
 
     name: str
@@ -34,6 +34,7 @@ class Metric:
     higher: bool
     floor: float
     timed: bool = False
+    gated: bool = True
 
     def text(self, value: float, more: int = 0) -> str:
         """A value with its unit, for a reader; `more` digits than usual."""
@@ -57,6 +58,10 @@ METRICS = (
     Metric("runner_instructions_n", "instructions of the runner, Python {n}", "M", False, 0.02),
     Metric("load", "load", "s", False, 0.2, timed=True),
     Metric("peak_memory", "peak memory", "MB", False, 0.2),
+    Metric("soak_ttft_n", "soak: first token, fastest {n} %", "ms", False, 0.2, timed=True),
+    Metric("soak_answer_n", "soak: whole answer, fastest {n} %", "ms", False, 0.2, timed=True),
+    Metric("soak_memory", "soak: growth of memory in 1000 requests", "MB", False, 0.2, gated=False),
+    Metric("soak_differing", "soak: other answers by a reused cache", "%", False, 0.2, gated=False),
 )
 ORDER = {metric.name: place for place, metric in enumerate(METRICS)}
 ACCURACY = ("mean_kld", "kld_99_9", "top1_agreement", "perplexity_ratio", "greedy_same")
@@ -66,12 +71,17 @@ WAYS = ("fresh", "decode", "chunks", "rollback")  # through the K/V cache, of te
 
 
 LENGTHS, DEPTHS = (16, 128), (128,)  # of prompts, and tokens in the cache, of the bench of a night
+SOAK = (
+    *(f"soak_{what}_{share}" for what in ("ttft", "answer") for share in (50, 99)),
+    *("soak_memory", "soak_differing"),
+)
 # Every figure that a night measures, on any board.
 MEASURED = (
     *QUALITY,
     *(f"ttft_{length}" for length in LENGTHS),
     *(f"{kind}_{depth}" for kind in ("turn", "decode") for depth in DEPTHS),
     *("work", "load", "peak_memory"),
+    *SOAK,
 )
 COUNTED = (
     "engine_instructions",

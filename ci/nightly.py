@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -22,7 +21,24 @@ from typing import Any
 
 from board.bundle import MANIFEST, read_manifest, sha256
 from board.errors import BadInput, Failure
-from ci import commands, evidence, gate, history, place, preflight, stage
+from ci import (
+    beside,
+    bisection,
+    checkout,
+    commands,
+    doctor,
+    evidence,
+    gate,
+    history,
+    junit,
+    notify,
+    place,
+    preflight,
+    quarantine,
+    retry,
+    stage,
+    variant,
+)
 from ci.course import DEPLOYED, INSTRUCTIONS, MEASURE, Course, Interrupted, Options, StageFailed
 from ci.gate import Judgement
 from ci.history import History, Night
@@ -30,8 +46,7 @@ from ci.preflight import Plan
 from ci.report import changes
 from ci.report.page import Page, render
 from ci.stage import Stage
-from ci.verdict import Verdict, drifts, failures, verdict
-from toolchain.models import load_model
+from ci.verdict import Verdict, drifts, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT_NIGHTS = 30  # folders of reports
@@ -42,6 +57,8 @@ ARTIFACTS = {
     "figures.json": "what axrun eval and axrun bench printed on the board",
     "deployed.json": "what was deployed: sha256 of every file",
     "check.json": "what the check after the build found of every layer",
+    doctor.FILE: "what the doctor found, stage by stage, here and on the board",
+    **beside.ARTIFACTS,
 }
 
 Say = Callable[[str], None]
@@ -56,6 +73,7 @@ class Held:
     stages: tuple[Stage, ...]
     judged: tuple[Judgement, ...]
     report: Path
+    night: Night
     notes: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[str]:
@@ -107,24 +125,25 @@ class Signals:
 
 def nightly(options: Options, say: Say = lambda line: None) -> Held:
     """Holds a night and reports it. Raises BadInput for a board, a model or a folder that there is not."""
-    board, spec = place.find(options.board), load_model(options.model)
-    before = history.read(options.history, board.name, spec.name)
-    plan = preflight.check(board, spec.name, options.bundle, options.history, before)
+    board, model = place.find(options.board), variant.find(options.model)
+    before = history.read(options.history, board.name, model.name)
+    plan = preflight.check(board, model.name, options.bundle, options.history, before)
+    notify.words(options.notify)
     for line in (plan.unjudged, *plan.notes):
         if line:
             say(line)
     started = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    clock, folder = time.monotonic(), _folder(options.out / board.name / "nights" / spec.name, started)
+    clock, folder = time.monotonic(), _folder(options.out / board.name / "nights" / model.name, started)
     signals = Signals()
-    course = Course(options, board, spec, folder, say, lambda: signals.reason)
+    course = Course(options, board, model, folder, say, lambda: signals.reason)
     course.unjudged = bool(plan.unjudged)
     stage.adopt_orphans()
     others = set(stage.children(os.getpid()))
     with signals.caught():
         _hold(course, signals)
         stage.sweep(others)
-        known = {"commit": _commit(), "pins": _pins(), **_seen(course)}
-        night = Night(board.name, spec.name, started, time.monotonic() - clock, "red", "", **known)
+        known = {"commit": checkout.commit(), "pins": checkout.pins(), **_seen(course)}
+        night = Night(board.name, model.name, started, time.monotonic() - clock, "red", "", **known)
         return _report(course, night, before, plan)
 
 
@@ -146,10 +165,14 @@ def _hold(course: Course, signals: Signals) -> None:
     with contextlib.suppress(StageFailed):
         try:
             with contextlib.ExitStack() as last:
+                course.require_built()
                 with signals.raised():
                     course.reserve(last)
                 try:
                     course.measure()
+                except StageFailed:
+                    course.examine()
+                    raise
                 finally:
                     course.power_off()
         except Failure as failure:
@@ -175,10 +198,11 @@ def _seen(course: Course) -> dict[str, Any]:
     machine = found.get("machine")
     machine = machine if isinstance(machine, dict) else {}
     seen["machine"] = {name: _text(machine[name]) for name in ("board", "cpu", "system", "python") if machine.get(name)}
+    seen["machine"] |= course.beside.versions()
     seen["engine"], seen["reference_sha256"] = _text(found.get("engine", "")), _text(found.get("reference_sha256", ""))
     seen["figures"] = found.get("figures", {})
     if seen["figures"]:
-        seen["figures"] |= _json(course.folder / INSTRUCTIONS)
+        seen["figures"] |= _json(course.folder / INSTRUCTIONS) | course.beside.soaked()
     named = found.get("evidence")
     named = named if isinstance(named, dict) else {}
     seen["release"], seen["package"] = _text(named.get("release", "")), _text(named.get("package", ""))
@@ -202,24 +226,49 @@ def _unlike(course: Course) -> list[str]:
 def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
     """Judges the night, adds it to history, and writes its page."""
     folder, notes, gates = course.folder, [*before.faults, *plan.notes], plan.gates
-    stages = list(course.stages)
+    measured = _json(folder / "figures.json")
     judged = gate.judge(night.figures, gates) if night.figures else []
     unlike = _unlike(course)
-    found = verdict(stages, judged, failures(folder / "junit.xml"), before.nights, night, unlike, plan.unjudged)
+    cases = junit.cases(folder / "junit.xml")
+    excused = quarantine.excuse(plan.quarantine, course.stages, judged, cases)
+    stages, judged = list(excused.stages), list(excused.judged)
+    found = verdict(stages, judged, excused.tests, before.nights, night, unlike, plan.unjudged)
+    found = excused.verdict(found).after(course.flaky)
     bounds = {name: entry.text() for name, entry in gates.items()} if night.figures else {}
+    told, worse = course.beside.told(measured), any(entry.red and entry.value is not None for entry in judged)
+    blame = beside.blame(stages, found.stage, bool(found.code), worse)
+    notes += [*([beside.CODE_NOTE] if blame == "code" else []), *course.beside.found(measured)]
     night = replace(night, verdict=found.word, reason=found.reason, stage=found.stage, gates=bounds)
+    night = replace(night, blame=blame, sensors=told.sensors, flaky=course.flaky, quarantined=excused.record())
     stages = [_explained(done, found) for done in stages]
+    if course.options.bisect:
+        counted = [case for case in cases if set(case.messages) <= set(excused.tests)]
+        named = bisection.run(course, night, before.nights, judged, counted)
+        night = replace(night, culprit=named.culprit, seconds=night.seconds + named.seconds)
+        notes += named.notes
+        stages += named.stages
     try:
         kept = str(history.append(course.options.history, night))
     except Failure as failure:
         kept = ""
         stages.append(_failed("history", folder, failure))
         found = found if found.code else verdict(stages, judged, [], before.nights, night, unlike, plan.unjudged)
+    notes += excused.notes()
+    if often := retry.flaky([*history.of_board(course.options.history, night.board), *([] if kept else [night])]):
+        notes.append(often)
     green = history.last_green(before.nights)
     notes += drifts(night.figures, gates, before.nights, night.maker)
     well = f"{sum(entry.outcome == 'within' for entry in judged)} figures within their gates"
     what = f"{night.model} (bundle handed in)" if night.handed_in else night.model
-    headline = f"{found.word}: {what} on {course.board.title}: {found.reason or well}"
+    diagnosis = doctor.read(folder / doctor.FILE)
+    reason = diagnosis.first(found.reason) if found.code else found.reason
+    headline = f"{found.word}: {what} on {course.board.title}: {reason or well}{excused.headline()}"
+    notes = [*diagnosis.notes(), *notes]
+    found = replace(found, advice=diagnosis.advice(found.advice)) if found.code else found
+    if night.flaky and not found.code:
+        headline += f"; flaky: {night.flaky}, passed on the second try"
+    if night.culprit:
+        headline += f"; since {night.culprit}"
     artifacts = [(name, what) for name, what in ARTIFACTS.items() if (folder / name).is_file()]
     page = Page(
         night=night,
@@ -232,11 +281,25 @@ def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
         last_green=green,
         changes=changes.between(green, night, ROOT) if green else None,
         notes=notes,
+        board_told=told,
         artifacts=[*artifacts, *([(kept, "every night, a JSON object a line")] if kept else [])],
     )
     report = folder / "report.html"
     report.write_text(render(page), "utf-8")
-    return Held(headline, found, tuple(stages), tuple(judged), report, tuple(notes))
+    if failed := _tell(course.options.notify, before, night, headline, found, report):
+        notes.append(failed)
+        report.write_text(render(page), "utf-8")  # page.notes is this list
+    return Held(headline, found, tuple(stages), tuple(judged), report, night, tuple(notes))
+
+
+def _tell(command: str, before: History, night: Night, headline: str, found: Verdict, report: Path) -> str:
+    """Calls the command of --notify where the state changed; returns what went wrong."""
+    last = before.nights[-1] if before.nights else None
+    changed = notify.change(last, night)
+    if not command or not changed:
+        return ""
+    text = "\n".join([headline, *([found.advice] if found.advice else []), f"changed: {changed}", f"report: {report}"])
+    return notify.send(notify.words(command), text, notify.facts(changed, last, night, headline, report))
 
 
 def _explained(done: Stage, found: Verdict) -> Stage:
@@ -265,30 +328,6 @@ def _folder(nights: Path, started: str) -> Path:
     except OSError as error:
         raise BadInput(f"cannot make a folder in {nights}: {error.strerror or error}") from None
     raise BadInput(f"{nights} has a hundred nights of this second already")
-
-
-def _commit() -> str:
-    """This checkout's commit, with + where files differ from it; empty where it is no checkout."""
-    try:
-        head = _git("rev-parse", "HEAD")
-        return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
-    return done.stdout.strip()
-
-
-def _pins() -> dict[str, str]:
-    """The locked version of every requirement, the board's apart from this machine's."""
-    pins = {}
-    for lock in sorted((ROOT / "requirements").glob("*.txt")):
-        where = f"{lock.stem}: " if lock.stem.startswith("board-") else ""
-        for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", lock.read_text("utf-8"), re.M):
-            pins[where + name] = version
-    return pins
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -38,6 +38,7 @@ BLOCK = 1 << 20
 LOCK_SECONDS = 5  # for one that was interrupted to notice it
 POLL_SECONDS = 0.05
 SHOWN = 4000  # characters of what a program said
+REPORT = 1 << 19  # of a doctor's report
 STORES = ("packages", "models")
 ENGINE_LIBRARIES = ("/soc/lib/libax_engine.so", "/usr/lib/libax_engine.so", "/opt/lib/libax_engine.so")
 
@@ -207,6 +208,7 @@ class Releases:
         above = [folder for path in places.values() for folder in (path.parent, path)]
         found["folders"] = [[path.relative_to(self.root).as_posix(), _kind(path)] for path in above]
         found["root"] = os.path.realpath(str(self.root))
+        found["boot"] = _boot()
         try:
             found["current"] = os.readlink(str(self.current))
         except OSError:
@@ -265,20 +267,16 @@ class Releases:
             "--greedy",
         ]
         command += ["--max-tokens", str(tokens), "--engine", engine]
-        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
-            )
-            deadline = time.monotonic() + limit
-            while process.poll() is None:
-                gone = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])  # nothing but its end is to come now
-                if gone or time.monotonic() > deadline:
-                    os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
-                    if gone:
-                        sys.exit()
-                    return {"code": None, "stdout": "", "stderr": ""}
-            return {"code": process.returncode, "stdout": _start(stdout), "stderr": _end(stderr)}
+        return _run(command, limit, SHOWN)
+
+    def examine(self, engine: str, limit: float) -> dict[str, Any]:
+        """What `axrun doctor` of the current release says of its bundle, as `ask` returns it."""
+        name = self._linked()
+        if name is None:
+            raise Refused("bad", "there is no release yet: nothing was deployed")
+        folder = self.root / "releases" / name
+        command = ["sh", str(folder / "axrun"), "doctor", str(folder / "model"), "--json", "--engine", engine]
+        return {"release": name, **_run(command, limit, REPORT)}
 
     def switch(self, name: str) -> str | None:
         """`current` becomes a release, and what came after the one it was is forgotten; returns what it was."""
@@ -319,6 +317,10 @@ class Releases:
                     shutil.rmtree(f"{folder}.compiled", ignore_errors=True)
         shutil.rmtree(str(self.root / "incoming"), ignore_errors=True)
         return sorted(folder.name for folder in removed)
+
+    def incoming(self) -> int:
+        """Bytes of what is on its way and did not arrive."""
+        return sum(os.lstat(str(path)).st_size for path in (self.root / "incoming").rglob("*") if path.is_file())
 
     def drop(self) -> None:
         """Forgets what is on its way, to make room again."""
@@ -388,10 +390,34 @@ class Releases:
         shutil.rmtree(str(gone))
 
 
+def _run(command: list[str], limit: float, shown: int) -> dict[str, Any]:
+    """A program's exit code (None: not done in time), the start of its stdout and the end of its stderr."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+        )
+        deadline = time.monotonic() + limit
+        while process.poll() is None:
+            gone = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])  # nothing but its end is to come now
+            if gone or time.monotonic() > deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                if gone:
+                    sys.exit()
+                return {"code": None, "stdout": "", "stderr": ""}
+        return {"code": process.returncode, "stdout": _start(stdout, shown), "stderr": _end(stderr)}
+
+
 def _identity(name: str) -> str:
     if not isinstance(name, str) or not re.fullmatch("[0-9a-f]{16}", name):
         raise Refused("bad", f"{name!r} is no name of a release")
     return name
+
+
+def _boot() -> str:
+    """Another text after every start of the board: its kernel's, and of its first process."""
+    first = _text("/proc/1/stat").rpartition(")")[2].split()
+    return f"{_text('/proc/sys/kernel/random/boot_id').strip()} {first[19] if len(first) > 19 else ''}"
 
 
 def _entries(folder: Path) -> Iterator[list[str]]:
@@ -439,9 +465,9 @@ def _sync(folder: Path) -> None:
         os.close(opened)
 
 
-def _start(file: IO[bytes]) -> str:
+def _start(file: IO[bytes], shown: int) -> str:
     file.seek(0)
-    return file.read(SHOWN).decode("utf-8", "replace")
+    return file.read(shown).decode("utf-8", "replace")
 
 
 def _end(file: IO[bytes]) -> str:

@@ -14,7 +14,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,9 @@ from ci.settings import Setting
 ROOT = Path(__file__).resolve().parent.parent
 BOARDS = ROOT / "ci" / "boards"
 SSH = BOARDS / "ssh"  # checks the host key; labgrid's own way of calling ssh would accept any
-EMULATED = ("virtual",)
 BY_HAND = ("manual", "none")  # values of `power` that name no port
 CLIENT_SECONDS = 30
+TELL_SECONDS = 30.0  # between two lines about a board that is waited for
 HELD = "LG_BOARD_HELD"  # the state folder of a board that is held already
 
 # what a board's YAML says under `options`, beside what labgrid reads of it
@@ -39,6 +40,17 @@ OPTIONS = {
     "root": r"/?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*",
     "engine": r"[a-z0-9_]{1,32}",
 }
+
+
+Say = Callable[[str], None]
+
+
+def quiet(line: str) -> None:
+    """Says nothing."""
+
+
+class Waited(BadInput):
+    """A farm's coordinator did not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class Board:
     @property
     def emulated(self) -> bool:
         """Whether this machine emulates it: its times say nothing about a board."""
-        return self.name in EMULATED
+        return is_emulated(self.name)
 
     @property
     def title(self) -> str:
@@ -150,15 +162,15 @@ def target(board: Board) -> Iterator[Any]:
     from labgrid.exceptions import InvalidConfigError, NoResourceFoundError
     from labgrid.remote.client import Error as FarmError
 
-    with _environment(board.variables()):
-        environment = Environment(str(board.yaml))
+    with environment(board.variables()):
+        made = Environment(str(board.yaml))
         try:
-            settle(board, environment.config)
-            yield environment.get_target("main")
+            settle(board, made.config)
+            yield made.get_target("main")
         except (InvalidConfigError, NoResourceFoundError, FarmError, ConnectionRefusedError) as error:
             raise BadInput(f"labgrid does not reach {board.name} as {board.yaml} has it: {error}") from None
         finally:
-            environment.cleanup()
+            made.cleanup()
 
 
 def settle(board: Board, config: Any) -> None:
@@ -269,29 +281,30 @@ def require_power(board: Board) -> None:
         except (NoDriverFoundError, NoSupplierFoundError):
             raise missing from None
         return
-    with _environment(board.variables()):
+    with environment(board.variables()):
         _, drivers = target_factory.normalize_config(Environment(str(board.yaml)).config.get_targets()["main"])
     if not any(issubclass(target_factory.drivers.get(kind, object), PowerProtocol) for kind in drivers):
         raise missing
 
 
 @contextlib.contextmanager
-def hold(board: Board, seconds: int = 0) -> Iterator[None]:
+def hold(board: Board, seconds: int = 0, say: Say = quiet, reserved: Say = quiet) -> Iterator[None]:
     """Nobody else's hands on the board while this is open: a farm's place reserved and locked, else a local lock.
 
-    Waits up to `seconds`. A command that a holder starts with HELD in its environment need not wait for that holder.
+    Waits up to `seconds`; who is waited for is said at once and every TELL_SECONDS. `reserved` is told the token of a
+    farm's reservation. A command that a holder starts with HELD in its environment need not wait for that holder.
     Raises BadInput naming who has it.
     """
     if os.environ.get(HELD) == str(board.state):
         yield
         return
     if board.in_farm:
-        with _place(board, seconds):
+        with _place(board, seconds, say, reserved):
             yield
         return
     board.state.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (board.state / "lock").open("a+") as lock:
-        _flock(lock, board, seconds)
+        _flock(lock, board, seconds, say)
         lock.truncate(0)
         lock.write(f"{owner()}\n")
         lock.flush()
@@ -304,45 +317,66 @@ def owner() -> str:
     return f"{getpass.getuser()}@{socket.gethostname()} (pid {os.getpid()})"
 
 
-def _flock(lock: Any, board: Board, seconds: int) -> None:
-    import time
-
-    deadline = time.monotonic() + seconds
+def _flock(lock: Any, board: Board, seconds: int, say: Say) -> None:
+    began = told = time.monotonic()
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            if time.monotonic() >= deadline:
-                lock.seek(0)
-                who = lock.readline(200).strip() or "somebody"
+            now = time.monotonic()
+            lock.seek(0)
+            who = "".join(c if c.isprintable() else "�" for c in lock.readline(200).strip()) or "somebody"
+            if now >= began + seconds:
                 raise BadInput(f"{board.name} is held by {who}\nWait for it, or ask them to let go.") from None
+            if told == began or now >= told + TELL_SECONDS:
+                say(f"{board.name} is held by {who}; waited {now - began:.0f} s of at most {seconds} s")
+                told = now
         time.sleep(0.2)
 
 
 @contextlib.contextmanager
-def _place(board: Board, seconds: int) -> Iterator[None]:
+def _place(board: Board, seconds: int, say: Say, reserved: Say) -> Iterator[None]:
     """Reserves any place with the board's tags and locks it; LG_PLACE says which while it is held."""
     if not os.environ.get("LG_COORDINATOR"):
         raise BadInput(f"{board.name} is in a farm: name its coordinator, LG_COORDINATOR=host:20408")
-    said = _client(board, "reserve", "--shell", board.reserve)
+    said = client(board, "reserve", "--shell", board.reserve)
     token = re.search(r"^export LG_TOKEN=(\w+)$", said, re.M)
     if token is None:
         raise CheckFailed(f"labgrid-client reserved {board.reserve}, but named no token: {said.strip()[:200]}")
+    reserved(token[1])
     try:
-        _client(board, "wait", token[1], seconds=max(seconds, CLIENT_SECONDS))
-        with _environment({"LG_TOKEN": token[1], "LG_PLACE": "+"}):
-            _client(board, "-p", "+", "lock")
+        _await(board, token[1], max(seconds, CLIENT_SECONDS), say)
+        with environment({"LG_TOKEN": token[1], "LG_PLACE": "+"}):
+            client(board, "-p", "+", "lock")
             try:
                 yield
             finally:
-                _client(board, "-p", "+", "unlock")
+                client(board, "-p", "+", "unlock")
     finally:
-        _client(board, "cancel-reservation", token[1])
+        client(board, "cancel-reservation", token[1])
 
 
-def _client(board: Board, *words: str, seconds: int = CLIENT_SECONDS) -> str:
-    """labgrid-client, which the environment tells the coordinator. Raises BadInput with its last line."""
+def _await(board: Board, token: str, seconds: int, say: Say) -> None:
+    """Returns when the reservation has a place. Says who has those of the farm, and how long it has waited."""
+    began = time.monotonic()
+    while True:
+        left = began + seconds - time.monotonic()
+        try:
+            client(board, "wait", token, seconds=max(1.0, min(left, TELL_SECONDS)))
+            return
+        except Waited:
+            waited = time.monotonic() - began
+            if waited >= seconds:
+                raise BadInput(f"no {board.name} got free in {seconds} s (labgrid-client wait {token})") from None
+            with contextlib.suppress(BadInput):
+                who = [" ".join(line.split()) for line in client(board, "who").splitlines()[1:]]
+                held = "; ".join("".join(c for c in line if c.isprintable()) for line in who)[:300]
+                say(f"no {board.name} is free; waited {waited:.0f} s of at most {seconds} s; held: {held or 'none'}")
+
+
+def client(board: Board, *words: str, seconds: float = CLIENT_SECONDS) -> str:
+    """labgrid-client, which the environment tells the coordinator. Raises BadInput with its last line, Waited."""
     program = shutil.which("labgrid-client", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
     if program is None:
         raise BadInput(
@@ -353,7 +387,7 @@ def _client(board: Board, *words: str, seconds: int = CLIENT_SECONDS) -> str:
             [program, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=seconds, check=False
         )
     except subprocess.TimeoutExpired:
-        raise BadInput(f"no {board.name} got free in {seconds} s (labgrid-client {' '.join(words)})") from None
+        raise Waited(f"labgrid-client {' '.join(words)} did not answer in {seconds:.0f} s") from None
     if done.returncode:
         last = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()][-1:]
         raise BadInput(f"labgrid-client {' '.join(words)}: {(last or ['it said nothing'])[0][:300]}")
@@ -377,7 +411,8 @@ def _options(yaml: Path) -> Mapping[str, Any]:
 
 
 @contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """This process's environment has these variables too while this is open."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -388,3 +423,8 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def is_emulated(name: str) -> bool:
+    """Whether boards of this name are emulated: `virtual`, and `virtual-2` and the like of YAMLs of one's own."""
+    return name == "virtual" or name.startswith("virtual-")

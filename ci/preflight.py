@@ -13,10 +13,11 @@ from pathlib import Path
 
 from board.bundle import read_manifest
 from board.errors import BadInput
-from ci import commands, gate, history, instructions, metrics, place, power
+from ci import commands, gate, history, instructions, metrics, place, power, quarantine, variant
 from ci.gate import Gate
 from ci.history import History
 from ci.place import Board
+from ci.quarantine import Quarantine
 
 UNJUDGED = 5  # nights of a maker that may be recorded without gates
 
@@ -29,10 +30,17 @@ class Plan:
     gates: Mapping[str, Gate]
     unjudged: str
     notes: tuple[str, ...]
+    quarantine: Quarantine = quarantine.NONE
 
 
 def check(
-    board: Board, model: str, bundle: Path | None, folder: Path, before: History, gates: Path = gate.GATES
+    board: Board,
+    model: str,
+    bundle: Path | None,
+    folder: Path,
+    before: History,
+    gates: Path = gate.GATES,
+    quarantined: Path = quarantine.FILE,
 ) -> Plan:
     """Raises BadInput with the first thing that is in the way of a night.
 
@@ -44,9 +52,12 @@ def check(
     found = gate.load(board.name, model, maker, gates)
     _require_measurable(gate.place(board.name, model, gates), board, maker, found)
     unjudged = "" if found else _unjudged(board, model, maker, before, gates)
-    notes = [*power.unable(board), *_gone(found, maker, before), *_unheld(found)]
+    models = sorted(path.stem for path in (place.ROOT / "models").glob("*.toml"))
+    boards = sorted({board.name, *(path.stem for path in place.BOARDS.glob("*.yaml"))})
+    kept = quarantine.load(board.name, model, models, boards, quarantined, gates)
+    notes = [*power.unable(board), *_gone(found, maker, before), *_unheld(found), *kept.notes()]
     held = {name: entry for name, entry in found.items() if not instructions.unheld(name)}
-    return Plan(maker, held, unjudged, tuple(notes))
+    return Plan(maker, held, unjudged, tuple(notes), kept)
 
 
 def _require_measurable(file: Path, board: Board, maker: str, gates: Mapping[str, Gate]) -> None:
@@ -88,7 +99,7 @@ def _near(file: Path, gates: Path) -> Path | None:
     strays = {
         f"{path.parent.name}/{path.name}": path
         for path in there
-        if path.suffix != ".toml" or path.stem not in models or path.parent.name not in boards
+        if path.suffix != ".toml" or variant.model_of(path.stem) not in models or path.parent.name not in boards
     }
     near = difflib.get_close_matches(f"{file.parent.name}/{file.name}", strays, 1, 0.85)
     return strays[near[0]] if near else None

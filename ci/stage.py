@@ -36,7 +36,7 @@ OUTCOMES = {0: "done", **dict.fromkeys(KILLED, "killed"), TIMED_OUT: "timed out"
 class Stage:
     """A stage that ended: its command's exit status, the seconds it took and might have taken.
 
-    `reason` is empty when all is well.
+    `reason` is empty when all is well. `excused` says why a failure does not count: tried again, quarantined.
     """
 
     name: str
@@ -45,15 +45,18 @@ class Stage:
     limit: float
     reason: str
     console: Path
+    excused: str = ""
 
     @property
     def failed(self) -> bool:
-        return self.code != 0
+        return self.code != 0 and not self.excused
 
     @property
     def outcome(self) -> str:
         if self.name == HANDED_IN and not self.failed:
             return "taken"
+        if self.excused:
+            return self.excused
         return OUTCOMES.get(self.code, "failed")
 
     def tail(self) -> str:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from xml.etree import ElementTree
+from dataclasses import dataclass, replace
 
 from ci import commands, metrics
 from ci.course import MEASURE
 from ci.gate import Gate, Judgement
+from ci.health_log import ADVICE, BOARD
 from ci.history import Night
+from ci.junit import failures as failures
 from ci.report.changes import other_bytes
 from ci.stage import INTERRUPTED, Stage
 
@@ -38,6 +37,11 @@ class Verdict:
     def word(self) -> str:
         return "red" if self.code else "green"
 
+    def after(self, first: str) -> Verdict:
+        """Of a night whose first try failed for that reason: a red one has both."""
+        reason = f"{self.reason} (on the second try; the first: {first})"
+        return replace(self, reason=reason) if first and self.code else self
+
 
 def verdict(
     stages: Sequence[Stage],
@@ -58,6 +62,8 @@ def verdict(
     if first is not None and (first.name != MEASURE or first.outcome != "failed"):
         reason, _, advice = first.reason.partition("\n")
         code = NOT_HELD if first.code in (NOT_HELD, INTERRUPTED) else RED
+        if reason.startswith(BOARD):
+            return Verdict(reason, advice or ADVICE.format(board=night.board), first.name, code)
         return Verdict(f"{first.name}: {reason}", advice, first.name, code)
     if unlike:
         more = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""
@@ -99,7 +105,11 @@ def drifts(figures: metrics.Figures, gates: Mapping[str, Gate], before: Sequence
     """Figures within their gates that have moved by more than half a tolerance from what green nights had."""
     green = [night for night in before if night.judged_green and night.maker == maker][-TREND:]
     for name, value in figures.items():
-        past = [night.figures[name] for night in green if name in night.figures]
+        past = [
+            night.figures[name]
+            for night in green
+            if name in night.figures and f"figure {name}" not in night.quarantined
+        ]
         if name not in gates or len(past) < FEWEST_FOR_TREND:
             continue
         usual, metric = statistics.median(past), metrics.find(name)
@@ -109,26 +119,6 @@ def drifts(figures: metrics.Figures, gates: Mapping[str, Gate], before: Sequence
                 f"{metric.label} is drifting: {metric.text(value)}, while the last {len(past)} green nights had "
                 f"{metric.text(usual)}; its gate still holds"
             )
-
-
-def failures(junit: Path) -> list[str]:
-    """The messages of the board tests that failed, as pytest wrote them; none where it wrote nothing."""
-    try:
-        cases = list(ElementTree.parse(junit).iter("testcase"))
-    except (OSError, ElementTree.ParseError):
-        return []
-    messages = []
-    for case in cases:
-        for entry in (*case.iter("failure"), *case.iter("error")):
-            message = (entry.get("message") or "it said nothing").strip()
-            messages.append(_plain(message))
-    return messages
-
-
-def _plain(message: str) -> str:
-    """Without what pytest puts around it: the exception's class, and where a fixture raised it."""
-    message = re.sub(r'(?s)^failed on (?:setup|teardown) with "(.*)"$', r"\1", message)
-    return re.sub(r"^(?:[a-z_]\w*\.)*[A-Z]\w*: ", "", message)
 
 
 def _weight(judged: Judgement) -> tuple[int, int, int]:

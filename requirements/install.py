@@ -43,10 +43,11 @@ class Requirements:
     proof: str
 
 
+EDITABLE = "../pyproject.toml"  # of the set with the packages of this checkout, installed from where they are
 SETS = {
     "build": Requirements(
         "what axc, axrun and the tasks need",
-        ("build.txt", "../pyproject.toml", "../board/pyproject.toml"),
+        ("build.txt", EDITABLE, "../board/pyproject.toml"),
         "import huggingface_hub.file_download, invoke, jinja2, numpy, onnxruntime, safetensors, tokenizers, tqdm",
     ),
     "reference": Requirements(
@@ -202,7 +203,7 @@ def missing_packages() -> list[str]:
 
 def fingerprint(files: tuple[str, ...]) -> str:
     """What an installed set depends on: its locks, this Python, and for the editable packages where they are."""
-    digest = hashlib.sha256(f"{HERE} {ROOT}".encode())
+    digest = hashlib.sha256(f"{HERE} {ROOT if EDITABLE in files else ''}".encode())
     for file in files:
         digest.update((LOCKS / file).read_bytes())
     return digest.hexdigest()

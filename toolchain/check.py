@@ -17,16 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from board.bundle import Bundle
-from board.chat import ChatTemplate, prompt_ids
-from board.decoder import Decoder
-from board.dtypes import FLOATS, from_float32, to_float32
-from board.errors import CheckFailed
-from board.model import Embedding, Post
-from board.session import open_session
-from board.tokenizer import Tokenizer
-from toolchain import walk
-from toolchain.agreement import (
+from board.agreement import (
     GAP,
     Agreement,
     Rows,
@@ -37,6 +28,15 @@ from toolchain.agreement import (
     rises,
     update_errors,
 )
+from board.bundle import Bundle
+from board.chat import ChatTemplate, prompt_ids
+from board.decoder import Decoder
+from board.dtypes import FLOATS, from_float32, to_float32
+from board.errors import CheckFailed
+from board.model import Embedding, Post
+from board.session import open_session
+from board.tokenizer import Tokenizer
+from toolchain import walk
 from toolchain.expected import Answer, Expected, expect
 from toolchain.walk import Step
 
@@ -132,8 +132,8 @@ def _layers(plan: Plan, bundle: Bundle, expected: Expected, say: Say) -> Found:
         found.agreements += entries
         found.faults += [fault for entry in entries if (fault := entry.fault(noise))]
         say("  " + _line(entries))
-        found.walk = _through(decoder, steps, found.walk)
-        found.answer = _through(decoder, turns, found.answer)
+        found.walk = through(decoder, steps, found.walk)
+        found.answer = through(decoder, turns, found.answer)
     found.faults += rises(found.agreements)
     return found
 
@@ -177,7 +177,7 @@ def _remember(decoder: Decoder, keys: Floats, values: Floats) -> None:
     decoder.cache.length = len(keys)
 
 
-def _through(decoder: Decoder, steps: Sequence[Step], hidden: Floats) -> Floats:
+def through(decoder: Decoder, steps: Sequence[Step], hidden: Floats) -> Floats:
     """The outputs [n, hidden] of a layer for a sequence from the beginning, as the steps leave them."""
     decoder.cache.reset()
     out = np.empty_like(hidden)
@@ -222,7 +222,7 @@ def _whole(
     """Figures of the whole model; what they may not be is appended to `faults`."""
     target, rounded = plan.target, expected.trace.embedded
     types = {bundle.hidden_state_type, *_rounding(target.weight_type, expected)}
-    types |= {*_rounding(target.post_weight_type, expected), *([] if _is_bfloat16(rounded) else ["bf16"])}
+    types |= {*_rounding(target.post_weight_type, expected), *([] if is_bfloat16(rounded) else ["bf16"])}
     noise = explained(*sorted(types))
     errors, kld = whole["errors"], float(whole["kld"].mean())
     results: dict[str, Any] = {
@@ -318,7 +318,8 @@ def _rounding(weight_type: str, expected: Expected) -> list[str]:
     return [] if weight_type in expected.exact else [weight_type]
 
 
-def _is_bfloat16(values: Floats) -> bool:
+def is_bfloat16(values: Floats) -> bool:
+    """Whether bfloat16 has every value."""
     return not (values.view(np.uint32) & 0xFFFF).any()
 
 

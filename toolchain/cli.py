@@ -132,6 +132,37 @@ def _verify(arguments: argparse.Namespace) -> None:
     console.verify(arguments.path, as_json=arguments.json)
 
 
+def _doctor_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of the checkpoint it was built from")
+    add("--model_config", type=Path, metavar="FILE", help="the config.json that the bundle was built with, if another")
+    add("--model_type", help="the architecture that the bundle was built as, if it was given")
+    add(
+        "--engine",
+        choices=("auto", "ax", "ort"),
+        default="auto",
+        help="what runs axmodels (default auto: as axrun does)",
+    )
+    add("--board", metavar="B", help="examine it on this board of the checkout too, where it is deployed")
+    add("--model", metavar="NAME", help="name under which it is deployed there (default: the bundle folder's)")
+    add("--json", action="store_true", help="machine-readable")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from toolchain.doctor import console
+    from toolchain.doctor.case import Options
+
+    options = Options(
+        bundle=arguments.bundle,
+        checkpoint=arguments.checkpoint,
+        model_config=arguments.model_config,
+        model_type=arguments.model_type,
+        engine=arguments.engine,
+    )
+    console.doctor(options, as_json=arguments.json, board=arguments.board, model=arguments.model)
+
+
 def _reference_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input_path", type=Path, required=True, help="folder of the checkpoint")
@@ -194,6 +225,14 @@ VERBS = {
         _verify,
         "Hold every file of a bundle against its manifest.",
         "example:\n  axc verify out/tiny-qwen2",
+    ),
+    "doctor": Verb(
+        _doctor_flags,
+        _doctor,
+        "Find the first stage at which a bundle disagrees with its checkpoint, and why. Exit code 1 where one does.",
+        "examples:\n"
+        "  axc doctor out/tiny-qwen2 --checkpoint models/tiny-qwen2\n"
+        "  axc doctor out/qwen2-0.5b --checkpoint Qwen2-0.5B-Instruct --json",
     ),
     "reference": Verb(
         _reference_flags,

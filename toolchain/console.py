@@ -89,7 +89,7 @@ def verify(path: Path, *, as_json: bool) -> None:
 
 def reference(options: logits.Options) -> None:
     """Writes reference logits and says what they hold. Raises BadInput."""
-    path, written = logits.write(options, _show)
+    path, written = logits.write(options, _show, print)
     for line in logits.lines(path, written):
         print(line)
 

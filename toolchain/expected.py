@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from board.agreement import NOISE
 from board.bundle import Bundle
 from board.decoder import expect_room
 from board.dtypes import FLOATS, from_float32, to_float32
 from board.errors import BadInput, CheckFailed
 from board.tokenizer import Tokenizer
 from toolchain import walk
-from toolchain.agreement import NOISE
 from toolchain.walk import Step
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class Answer:
 class Expected:
     """`ids` of the walk and the reference's pass over them; `reach` says in words how far the check gets.
 
-    `exact` are the weight types that hold every value of the checkpoint.
+    `exact` are the weight types that hold every value of the checkpoint. `rows` are K and V of the walk, [n, kv_size]
+    of each layer, where they were asked for and are what the layers keep.
     """
 
     ids: Ids
@@ -60,10 +61,11 @@ class Expected:
     reach: str
     exact: frozenset[str]
     answer: Answer | None
+    rows: list[tuple[Floats, Floats]] | None = None
 
 
 def expect(options: Options, bundle: Bundle, prompt: str, asked: list[int], say: Callable[[str], None]) -> Expected:
-    """Asks the reference. `asked` are the token ids to answer, none for no answer.
+    """Loads the reference and asks it.
 
     Raises CheckFailed when transformers does not read the checkpoint as the bundle's model, BadInput when memory or
     the context do not suffice.
@@ -76,6 +78,14 @@ def expect(options: Options, bundle: Bundle, prompt: str, asked: list[int], say:
         raise CheckFailed(f"{refused}\nThe bundle was built from something else; do not ship it.") from None
     for remark in reference.remarks:
         say(f"  {remark}")
+    return ask(reference, bundle, prompt, asked)
+
+
+def ask(reference: Reference, bundle: Bundle, prompt: str, asked: list[int], *, keep_rows: bool = False) -> Expected:
+    """Asks the reference. `asked` are the token ids to answer, none for no answer.
+
+    Raises CheckFailed when it is another model than the bundle's, BadInput when the context does not suffice.
+    """
     count, cache, tokenizer = walk.length(bundle), reference.empty_cache(), Tokenizer.find(bundle.hf)
     ids = walk.sample(tokenizer.encode(prompt) if tokenizer else [], count, bundle.vocab_size)
     trace = reference.trace(ids, cache)
@@ -93,7 +103,8 @@ def expect(options: Options, bundle: Bundle, prompt: str, asked: list[int], say:
         tokens, logits = reference.generate(np.array([asked]), room, tokenizer.stop_ids, keep_logits=True)
         answer = Answer(asked, tokens[0].tolist(), logits[0])
     exact = frozenset(name for name in NOISE if reference.exact_in(name))
-    return Expected(ids, trace, probes, reach, exact, answer)
+    rows = reference.kept(cache) if keep_rows else None
+    return Expected(ids, trace, probes, reach, exact, answer, rows)
 
 
 def _expect_shape(bundle: Bundle, trace: Trace) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,11 @@ from board.bundle import read_manifest, sha256
 from board.errors import BadInput
 from board.evaluate import log_softmax
 from board.logits import NAME, ReferenceLogits
-from toolchain import VERSION, hf_folder
+from toolchain import VERSION, figures, hf_folder
 from toolchain.bundle import add_file
+
+if TYPE_CHECKING:
+    from toolchain.reference import Reference
 
 Floats = NDArray[np.float32]
 Progress = Callable[[str], None]
@@ -62,18 +65,22 @@ class Options:
                 raise BadInput(f"{flag} is {value}; expected {least} to {most}")
 
 
-def write(options: Options, progress: Progress = lambda line: None) -> tuple[Path, ReferenceLogits]:
+def write(
+    options: Options, progress: Progress = lambda line: None, say: Progress = lambda line: None
+) -> tuple[Path, ReferenceLogits]:
     """Computes the logits and writes them to a file, or into a bundle and its manifest; the path, and what it holds.
 
-    Raises BadInput when the checkpoint or the text cannot be used, or the bundle was built from another checkpoint.
+    A bundle gets the figures of a doctor too; `say` is told of those. Raises BadInput when the checkpoint or the text
+    cannot be used, or the bundle was built from another checkpoint.
     """
     manifest = None if options.bundle is None else read_manifest(options.bundle)
     inputs = {path.name: sha256(path) for path in _inputs(options, manifest)}
     if manifest is not None:
         _expect_same(manifest, inputs, options)
-    logits = compute(options, inputs, {} if manifest is None else manifest["model"], progress)
+    logits, reference = compute(options, inputs, {} if manifest is None else manifest["model"], progress)
     if options.bundle is not None:
         add_file(options.bundle, NAME, logits.encode())
+        figures.leave(options.bundle, options.input_path, reference, logits.tokens[0].tolist(), progress, say)
         return options.bundle / NAME, logits
     assert options.output_path is not None
     try:
@@ -89,8 +96,8 @@ def compute(
     inputs: dict[str, str],
     model: Mapping[str, Any] = MappingProxyType({}),
     progress: Progress = lambda line: None,
-) -> ReferenceLogits:
-    """The reference logits of a text in windows of equal length; what is left at its end is not used.
+) -> tuple[ReferenceLogits, Reference]:
+    """The reference logits of a text in windows of equal length, and who gave them; the text's end may not be used.
 
     `model` is the description in a bundle's manifest, for the length of a window where the options give none. Raises
     BadInput.
@@ -119,7 +126,7 @@ def compute(
         parts.append(_window(logits[:-1], tokens[1:], min(options.top_k, vocabulary)))
         progress(f"[{number + 1}/{len(windows)}] windows")
     kept, logprobs, rest, chosen = (np.stack(column) for column in zip(*parts, strict=True))
-    return ReferenceLogits(
+    found = ReferenceLogits(
         tokens=windows.astype(np.uint32),
         ids=kept.astype(np.uint16 if vocabulary <= 1 << 16 else np.uint32),
         logprobs=logprobs,
@@ -136,6 +143,7 @@ def compute(
             "tools": {"axc": VERSION, "transformers": transformers.__version__},
         },
     )
+    return found, reference
 
 
 def _window_of(model: Mapping[str, Any]) -> int:

@@ -6,7 +6,9 @@ misread, they show. The decoder layers are found by structure, not by the names 
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -146,6 +148,11 @@ class Reference:
             out = self.model(torch.from_numpy(np.array(ids, np.int64))[None], use_cache=False)
         return np.asarray(out.logits[0].numpy())
 
+    def table(self) -> Any:
+        """The embedding table, a torch tensor [vocab, hidden] in the type it is kept in."""
+        model: Any = self.model
+        return model.get_input_embeddings().weight.detach()
+
     def exact_in(self, weight_type: str) -> bool:
         """Whether that type has every value that the weights are stored with."""
         return weight_type == "fp32" or self.stored == {STORED.get(weight_type)}
@@ -176,6 +183,73 @@ class Reference:
     def empty_cache(self) -> Any:
         """A K/V cache for `trace` that keeps every row of every layer, windows or not."""
         return transformers.DynamicCache()
+
+    def kept(self, cache: Any) -> list[tuple[Floats, Floats]] | None:
+        """K and V [n, heads * head_dim] of each layer of a cache; None where layers keep something else."""
+        pairs: list[tuple[Any, Any]] = [
+            (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
+        ]
+        if any(rows is None or rows.ndim != 4 for pair in pairs for rows in pair):
+            return None
+        return [(_flat(keys[0].float()), _flat(values[0].float())) for keys, values in pairs]
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each weight by its name; a head that is tied to the embedding is listed too."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: tuple(weight.shape) for name, weight in named}
+
+    @torch.no_grad()
+    def embedding(self, start: int, stop: int | None) -> Floats:
+        """Rows [start, stop) of the embedding table, in float32."""
+        return np.asarray(self.model.get_input_embeddings().weight[start:stop].float().numpy())
+
+    @torch.no_grad()
+    def head(self, start: int, stop: int | None) -> Floats:
+        """Rows [start, stop) of the matrix that gives the logits, in float32."""
+        return np.asarray(self.model.get_output_embeddings().weight[start:stop].float().numpy())
+
+    @torch.no_grad()
+    def weight(self, name: str, start: int = 0, stop: int | None = None) -> Floats:
+        """Rows [start, stop) of a weight, in float32."""
+        return np.asarray(self.model.get_parameter(name)[start:stop].float().numpy())
+
+    @torch.no_grad()
+    def fed(
+        self, hidden: list[Floats], history: list[tuple[Floats, Floats]], heads: list[int]
+    ) -> tuple[list[Floats], list[tuple[Floats, Floats]]]:
+        """Each layer's outputs [n, H] for hidden states [n, H] of its own, and the K and V [n, width] that it adds.
+
+        No layer sees what the one before gave. `history` is K and V [past, width] of each, of `heads` heads.
+        """
+        cache = self.empty_cache()
+        for index, ((keys, values), count) in enumerate(zip(history, heads, strict=True)):
+            if len(keys):
+                cache.update(_headed(keys, count), _headed(values, count), index)
+        outputs: list[Any] = []
+        given = [torch.from_numpy(rows)[None] for rows in hidden]
+
+        def before(index: int, _: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            if arguments:
+                return (given[index], *arguments[1:]), named
+            return arguments, {**named, "hidden_states": given[index]}
+
+        def after(_: Any, __: Any, out: Any) -> None:
+            outputs.append((out[0] if isinstance(out, tuple) else out)[0].clone())
+
+        hooks = []
+        for index, layer in enumerate(self._layers):
+            own: Any = functools.partial(before, index)
+            hooks += [layer.register_forward_pre_hook(own, with_kwargs=True), layer.register_forward_hook(after)]
+        past = len(history[0][0])
+        ids = torch.zeros((1, len(hidden[0])), dtype=torch.int64)
+        try:
+            with _refusing(self.path, "run"):
+                self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        rows = [(keys[past:], values[past:]) for keys, values in self.kept(cache) or ()]
+        return [out.numpy() for out in outputs], rows
 
     def resampled(
         self, cache: Any, rows: Ids, trend: Floats, rounded: Callable[[Floats], Floats]
@@ -288,9 +362,19 @@ def _refusing(path: Path, what: str = "load") -> Iterator[None]:
         raise
     except Exception as error:  # its loaders name no limit to what they raise
         text = " ".join(str(error).split())[:240] or type(error).__name__
+        if marked := [file.name for file in sorted(path.glob("*.json")) if _has_byte_order_mark(file)]:
+            text += f"\n{', '.join(marked)} begins with a byte order mark: remove its first 3 bytes"
         raise Refused(f"transformers {transformers.__version__} does not {what} {path}: {text}") from None
     finally:
         logger.disabled = silent
+
+
+def _has_byte_order_mark(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    except OSError:
+        return False
 
 
 def _stored_types(path: Path) -> set[torch.dtype]:
@@ -305,6 +389,11 @@ def _stored_types(path: Path) -> set[torch.dtype]:
 def _flat(rows: Any) -> Floats:
     """[heads, n, head_dim] as a bundle keeps it, [n, heads * head_dim]."""
     return np.asarray(rows.transpose(0, 1).reshape(rows.shape[1], -1).numpy())
+
+
+def _headed(rows: Floats, heads: int) -> Any:
+    """[n, heads * head_dim] as a cache keeps it, [1, heads, n, head_dim]."""
+    return torch.from_numpy(rows).reshape(len(rows), heads, -1).transpose(0, 1)[None]
 
 
 def _count(module: Any) -> int:

@@ -122,8 +122,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 def tokenizer_differences(ours: Tokenizer, theirs: Any) -> Iterator[str]:
     """What the two encode or decode differently, in words; nothing where they agree. `theirs` is transformers'."""
-    added = _added(ours) | _added_of(theirs)
-    texts = [*PLAIN, *_with_tokens(sorted(added))]
+    texts = probe(ours, theirs)
     lists: list[list[int]] = []
     for special in (True, False):
         expected = theirs(texts, add_special_tokens=special)["input_ids"]
@@ -138,6 +137,11 @@ def tokenizer_differences(ours: Tokenizer, theirs: Any) -> Iterator[str]:
             text = theirs.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
             if (got_text := ours.decode(ids, special)) != text:
                 yield f"{_short(ids)} decodes to {_short(got_text)}, and to {_short(text)} with transformers"
+
+
+def probe(ours: Tokenizer, theirs: Any) -> list[str]:
+    """The texts that are encoded: odd ones, and the added tokens of both in and beside others."""
+    return [*PLAIN, *_with_tokens(sorted(_added(ours) | _added_of(theirs)))]
 
 
 def added_differences(ours: Tokenizer, theirs: Any) -> list[str]:
@@ -213,14 +217,14 @@ Added = dict[int, tuple[str, dict[str, bool]]]
 
 
 def _added_by_id(ours: Tokenizer) -> Added:
-    return _described(ours.added_tokens)
+    return described(ours.added_tokens)
 
 
 def _added_by_id_of(theirs: Any) -> Added:
-    return _described(theirs.added_tokens_decoder)
+    return described(theirs.added_tokens_decoder)
 
 
-def _described(tokens: Any) -> Added:
+def described(tokens: Any) -> Added:
     flags = ("lstrip", "normalized", "rstrip", "single_word", "special")
     return {
         int(number): (token.content, {flag: bool(getattr(token, flag)) for flag in flags})

@@ -25,6 +25,7 @@ STAGES = {
     "answer": "the greedy answer of the whole model",
 }
 HEALTHY, FAULTY, UNDECIDED = "healthy", "faulty", "undecided"
+MOST_TEXT = 1000  # characters of a text in a report of another machine
 AGREES, DISAGREES, LEFT = "agrees", "disagrees", "not examined"
 
 
@@ -101,6 +102,28 @@ class Report:
             yield from self.finding.lines()
         yield self.headline()
 
+    @classmethod
+    def parse(cls, values: object) -> Report:
+        """A report from what `json` gave, which may come from another machine. Raises ValueError for anything else."""
+        found = _object(values, "a report")
+        report = cls(_text(found, "bundle"), _text(found, "maker"), _text(found, "place"), _text(found, "engine"))
+        stages = found.get("stages")
+        if not isinstance(stages, list) or len(stages) > len(STAGES):
+            raise ValueError(f"its stages are {stages!r:.60}")
+        for entry in stages:
+            walked = _object(entry, "a stage")
+            stage, outcome, seconds = _text(walked, "stage"), _text(walked, "outcome"), walked.get("seconds")
+            known = stage in STAGES and outcome in (AGREES, DISAGREES, LEFT)
+            if not known or not isinstance(seconds, (int, float)):
+                raise ValueError(f"it has the stage {walked!r:.60}")
+            report.walked.append(Walked(stage, outcome, _text(walked, "text"), float(seconds)))
+        if found.get("finding") is not None:
+            finding = _object(found["finding"], "a finding")
+            report.finding = Finding(*(_text(finding, field.name) for field in dataclasses.fields(Finding)))
+            if report.finding.stage not in STAGES:
+                raise ValueError(f"it finds something in the stage {report.finding.stage[:40]!r}")
+        return report
+
     def json(self) -> dict[str, Any]:
         return {
             "bundle": self.bundle,
@@ -111,3 +134,17 @@ class Report:
             "stages": [dataclasses.asdict(entry) for entry in self.walked],
             "finding": dataclasses.asdict(self.finding) if self.finding else None,
         }
+
+
+def _object(value: object, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is {value!r:.60}")
+    return value
+
+
+def _text(values: dict[str, Any], key: str) -> str:
+    """A string, made printable and short. Raises ValueError for anything else."""
+    value = values.get(key)
+    if not isinstance(value, str):
+        raise ValueError(f"its {key} is {value!r:.60}")
+    return "".join(c if c.isprintable() else "\ufffd" for c in value[:MOST_TEXT])

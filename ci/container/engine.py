@@ -24,6 +24,7 @@ from board.errors import BadInput, CheckFailed
 from ci.container import image
 from ci.container.archive import Image
 from ci.container.daemon import cause, connect, is_local
+from ci.holding import MARK
 from ci.progress import took
 
 ENGINES = ("auto", "docker", "local")
@@ -153,7 +154,7 @@ def run(
                 cap_drop=["ALL"],
                 cap_add=["DAC_OVERRIDE"],  # root may write to anybody's folder; nobody else is given it
                 security_opt=["no-new-privileges"],
-                labels={LABEL: str(os.getpid())},
+                labels={LABEL: str(os.getpid()), **({MARK: os.environ[MARK]} if MARK in os.environ else {})},
                 tty=terminal,
             )
         except APIError as error:

@@ -31,7 +31,12 @@ class Changes:
 def between(since: Night, now: Night, repository: Path) -> Changes:
     """What changed from one night to another."""
     commits, note = _commits(since.commit, now.commit, repository)
-    others = [
+    return Changes(since, commits, note, others(since, now))
+
+
+def others(since: Night, now: Night) -> tuple[tuple[str, str, str], ...]:
+    """What beside commits changed: requirements, the machine, maker, engine, reference, bundle; (what, was, is)."""
+    found = [
         *((f"requirement {name}", was, new) for name, was, new in _differences(since.pins, now.pins)),
         *((f"board's {name}", was, new) for name, was, new in _differences(since.machine, now.machine)),
     ]
@@ -41,10 +46,10 @@ def between(since: Night, now: Night, repository: Path) -> Changes:
         ("reference logits", since.reference_sha256[:12], now.reference_sha256[:12]),
     ):
         if was != new and new:
-            others.append((what, was or "none", new))
+            found.append((what, was or "none", new))
     if files := _files(since.files, now.files):
-        others.append(("bundle", f"{len(since.files)} files", files))
-    return Changes(since, commits, note, tuple(others))
+        found.append(("bundle", f"{len(since.files)} files", files))
+    return tuple(found)
 
 
 def other_bytes(since: Night, now: Night) -> Sequence[str]:

@@ -6,17 +6,16 @@ Everything that came from a board, a log or a commit is escaped by the template;
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-import jinja2
+from dataclasses import dataclass, field
 
 from ci import metrics
+from ci.beside import Told
 from ci.gate import Judgement
 from ci.history import Night
 from ci.report import heat
 from ci.report.changes import Changes
 from ci.report.chart import Chart, draw
+from ci.report.html import environment
 from ci.stage import Stage
 
 MOST_NIGHTS = 30  # in the table at the end
@@ -47,6 +46,7 @@ class Page:
     changes: Changes | None
     notes: Sequence[str]
     artifacts: Sequence[tuple[str, str]]
+    board_told: Told = field(default_factory=Told)
 
     @property
     def figures(self) -> list[Figure]:
@@ -90,12 +90,4 @@ def _change(old: float, new: float) -> str:
 
 def render(page: Page) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals |= {"number": metrics.number, "headings": heat.HEADINGS, "steps": heat.STEPS}
-    return environment.get_template("page.html.j2").render(page=page, night=page.night)
+    return environment().get_template("page.html.j2").render(page=page, night=page.night)

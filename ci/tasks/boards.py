@@ -6,13 +6,14 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from invoke.context import Context
 
 from board.errors import BadInput
-from ci.tasks.common import ARGS, MODEL, OUT, PROMPT, TELL, VENV, built, finish, split, verb
+from ci.tasks.common import ARGS, MODEL, OUT, PROMPT, TELL, VENV, built, finish, split, succeed, verb
 from requirements.install import install
 
 if TYPE_CHECKING:
@@ -73,12 +74,12 @@ def deploy(
 ) -> None:
     """Runner and bundle onto a board: sent, verified, asked, and only then switched to."""
     install(VENV, "boards")
-    from ci import deploy, evidence, place, wheelhouse
+    from ci import deploy, evidence, holding, place, wheelhouse
     from toolchain.models import load_model
 
     spec, found = load_model(model), place.find(board)
     bundle = built(spec.name, out)
-    with place.hold(found):
+    with holding.hold(found, f"deploy of {spec.name}", say=TELL) as held, holding.marked(held):
 
         def package() -> wheelhouse.Package:
             return wheelhouse.cross(found.python, Path(out), TELL)
@@ -88,14 +89,74 @@ def deploy(
 
 
 @verb
+def board_doctor(_: Context, board: str = "virtual", model: str = "", json: bool = False) -> None:
+    """Say what is wrong with the bundle on a board, and where: axrun doctor of its current release."""
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is the report
+        install(VENV, "boards")
+    from ci import doctor, place
+
+    found = place.find(board)
+    if not json:
+        TELL(f"examining what {found.name} has ...")
+    report = doctor.on_board(found, place.address(found), model=model)
+    print(dumps(report.json()) if json else "\n".join(report.lines()))
+    finish(report.exit_code)
+
+
+@verb
 def rollback(_: Context, board: str = "virtual") -> None:
     """The release before the current one is current again."""
     install(VENV, "boards")
-    from ci import deploy, place
+    from ci import deploy, holding, place
 
     found = place.find(board)
-    with place.hold(found):
+    with holding.hold(found, "rollback", say=TELL) as held, holding.marked(held):
         deploy.rollback(found, place.address(found), TELL)
+
+
+@verb
+def board_free(_: Context, board: str = "virtual") -> None:
+    """Clear what a night or a deploy left that was killed: processes, lock, place, power, temporary files."""
+    install(VENV, "boards")
+    from ci import holding, place
+
+    for line in holding.free(place.find(board)):
+        TELL(line)
+
+
+@verb
+def board_health(
+    _: Context,
+    board: str = "virtual",
+    bundle: str = "",
+    renew: bool = False,
+    out: str = OUT or "out",
+    history: str = "",
+) -> None:
+    """A known bundle on a board that is on: its files, its answer, speed, memory and disk, beside earlier checks."""
+    install(VENV, "boards")
+    from ci import place
+    from ci.health import main
+
+    found, nightly = place.find(board), Path(out) / "nightly"
+    work = nightly / found.name
+    work.mkdir(parents=True, exist_ok=True)
+    words = [str(found.yaml), history or str(nightly / "history"), str(work), str(work / "health.json")]
+    with place.hold(found):
+        succeed(main, [*words, *(["--renew"] if renew else []), *(["--bundle", bundle] if bundle else [])])
+
+
+@verb
+def board_soak(_: Context, board: str = "virtual", requests: int = 1000, out: str = OUT or "out") -> None:
+    """Several users ask axrun serve of the deployed release at once: answers, lost requests, memory, latencies."""
+    install(VENV, "boards")
+    from ci import evidence, place
+    from ci.soak import main
+
+    found = place.find(board)
+    deployed = evidence.place(Path(out), found.name)
+    with place.hold(found):
+        succeed(main, [str(found.yaml), str(deployed), str(Path(out) / f"soak-{found.name}.json"), str(requests)])
 
 
 @verb

@@ -60,9 +60,20 @@ HELP = {
     "history": "the folder of the nights that were held (default OUT/nightly/history)",
     "wait": "seconds to wait for a board that somebody else holds (default 0)",
     "limit": "seconds a stage may take, e.g. measure=600; may be repeated",
+    "retry": "--no-retry: do not try once more what the network or the board did",
+    "bisect": "name the commit that made a night red, by building and measuring those since the last green one",
+    "notify": "a command that gets a note on stdin once per change of state (NIGHTLY_NOTIFY)",
+    "soak": "ask axrun serve 1000 questions, in place of 40",
+    "renew": "send the known bundle of the health check anew",
+    "requests": "how many questions to ask (default 1000)",
+    "matrix": "a TOML of boards, models and weight types: a night for each, boards at the same time (ci/matrix.toml)",
+    "built": "the folder of a build that boards share, in place of a build (what --matrix gives its nights)",
+    "summary": "a file for the night's verdict and figures, as JSON",
+    "into": "the folder of the site (default HISTORY/site)",
+    "targets": "what figures are to reach (default ci/targets.toml)",
     "maker": "who made the axmodels: cpu or pulsar2 (default cpu)",
     "nights": "how many of the last nights to record from (default 5)",
-    "json": "one JSON object",
+    "json": "one JSON object on stdout, and nothing else there",
     "command": "what to run there, as its shell reads it (default: a session)",
     "port": "the port on this machine's loopback (default: any that is free)",
     "fresh": "throw the virtual board's old disk away",
@@ -99,12 +110,17 @@ def finish(code: int) -> None:
         raise Exit(code=code)
 
 
-def tool(name: str, *args: str) -> None:
-    """Run a tool of the environment over the checkout, with an environment that no variable of make reaches."""
+def command(name: str, *args: str) -> tuple[list[str], dict[str, str]]:
+    """A tool of the environment: its words, and an environment that no variable of make reaches."""
     made = {*SETTINGS, *CONTAINER_SETTINGS, "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
-    environment = {key: value for key, value in os.environ.items() if key not in made}
+    return [sys.executable, "-m", name, *args], {key: value for key, value in os.environ.items() if key not in made}
+
+
+def tool(name: str, *args: str) -> None:
+    """Run a tool of the environment over the checkout."""
+    argv, environment = command(name, *args)
     sys.stdout.flush()
-    if code := subprocess.run([sys.executable, "-m", name, *args], cwd=ROOT, env=environment, check=False).returncode:
+    if code := subprocess.run(argv, cwd=ROOT, env=environment, check=False).returncode:
         raise Exit(code=code)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from invoke.context import Context
 from invoke.exceptions import Exit
 
+from board.errors import BadInput
 from ci.tasks.common import MODEL, MODEL_DIR, OUT, VENV, verb
 from requirements.install import install
 
@@ -17,35 +19,81 @@ from requirements.install import install
 @verb
 def nightly(
     _: Context,
-    board: str = "virtual",
-    model: str = MODEL or "tiny-qwen2",
+    board: str = "",
+    model: str = MODEL,
     model_dir: str = MODEL_DIR,
     bundle: str = "",
     out: str = OUT or "out",
     history: str = "",
     wait: int = 0,
+    soak: bool = False,
     limit: Sequence[str] | None = None,
+    retry: bool = True,
+    bisect: bool = False,
+    notify: str = os.environ.get("NIGHTLY_NOTIFY", ""),
+    matrix: str = "",
+    built: str = "",
+    summary: str = "",
 ) -> None:
     """Hold a board, build, deploy, measure, judge by its gates, let go, report: green, or red with the reason."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout begins with the verdict
         install(VENV, "boards", "reference", "test")
+    from ci import nights
+    from ci import summary as summaries
     from ci.course import Options, limits
     from ci.nightly import nightly
 
+    kept, checkpoint = _history(history, out), Path(model_dir).expanduser() if model_dir else None
+    if matrix:
+        if given := [name for name, value in (("--board", board), ("--bundle", bundle), ("--built", built)) if value]:
+            raise BadInput(f"{given[0]} and --matrix: a matrix names its boards, and builds for them")
+        more = [*([] if retry else ["--no-retry"]), *(["--bisect"] if bisect else []), f"--notify={notify}"]
+        page = nights.hold(Path(matrix), Path(out), kept, checkpoint, wait, limit or [], _tell, more)
+        print("\n".join(page.lines()), flush=True)
+        nights.renew(kept, Path(out) / "nightly", _tell, page.matrix.targets)
+        if page.code:
+            raise Exit(code=page.code)
+        return
     options = Options(
-        board=board,
-        model=model,
+        board=board or "virtual",
+        model=model or "tiny-qwen2",
         out=Path(out) / "nightly",
-        history=Path(history or Path(out) / "nightly" / "history"),
+        history=kept,
         bundle=Path(bundle) if bundle else None,
-        model_dir=Path(model_dir).expanduser() if model_dir else None,
+        built=Path(built) if built else None,
+        model_dir=checkpoint,
         wait=wait,
+        soak=soak,
         limits=limits(limit or []),
+        retry=retry,
+        bisect=bisect,
+        notify=notify,
     )
-    held = nightly(options, lambda line: print(line, file=sys.stderr, flush=True))
+    held = nightly(options, _tell)
+    if summary:
+        summaries.write(Path(summary), held)
     print("\n".join(held.lines()), flush=True)
+    if not built:  # of a matrix: it renews the site when all its nights are held
+        nights.renew(kept, options.out, _tell)
     if held.verdict.code:
         raise Exit(code=held.verdict.code)
+
+
+@verb
+def site(
+    _: Context,
+    history: str = "",
+    out: str = OUT or "out",
+    into: str = "",
+    targets: str = "",
+) -> None:
+    """A static site over all nights of a history: verdicts, trends, targets beside measurements, badges."""
+    install(VENV, "boards", "reference")
+    from ci import nights
+
+    kept = _history(history, out)
+    folder = Path(into) if into else kept / "site"
+    print(nights.site(kept, Path(out) / "nightly", folder, Path(targets) if targets else None))
 
 
 @verb
@@ -62,4 +110,12 @@ def gate_record(
     install(VENV, "boards")
     from ci.nightly import record
 
-    print(record(board, model, maker, Path(history or Path(out) / "nightly" / "history"), nights))
+    print(record(board, model, maker, _history(history, out), nights))
+
+
+def _history(given: str, out: str) -> Path:
+    return Path(given or Path(out) / "nightly" / "history")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

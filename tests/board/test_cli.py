@@ -200,6 +200,13 @@ def test_bad_input_is_one_short_error(
     assert message.count("\n") <= 3
 
 
+def test_a_checkpoint_in_place_of_a_bundle_is_told_how_it_becomes_one(
+    tiny_qwen2: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", str(tiny_qwen2), "--prompt=1+1="]) == 2
+    assert f"axc llm_build --input_path {tiny_qwen2}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [["run"], ["run", "x", "--prompt", "y", "--seed", "z"], ["fly"], ["model"], ["model", "x", "--repeat", "?"]],

@@ -68,9 +68,11 @@ def test_a_torn_line_is_reported_and_nothing_is_rewritten(tmp_path: Path) -> Non
         ({"figures": {"decode_128": True}}, "its figures is"),
         ({"layers": {"layer 0 prefill": [1.0]}}, "its layers is"),
         ({"seconds": None}, "its seconds is None"),
+        ({"blame": "weather"}, "its blame is 'weather'"),
+        ({"sensors": {"soc 0, °C": ["hot"]}}, "its sensors is"),
         ({"commit": "--output=x"}, "its commit is '--output=x'"),
         ({"started": "yesterday"}, "its started is 'yesterday'"),
-        ({"mood": "good"}, "it has board, commit,"),
+        ({"mood": "good"}, "it has blame, board, commit,"),
     ],
 )
 def test_a_line_that_is_no_night_is_left_out_with_its_reason(

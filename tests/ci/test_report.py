@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -133,6 +134,28 @@ def test_the_verdict_comes_first_and_in_words(tmp_path: Path) -> None:
     assert "published, not measured here: a vendor" in text
     assert "✗ not measured" in text
     assert outline.of("html") == [{"lang": "en"}]
+
+
+def test_flaky_quarantined_and_culprit_are_shown_as_text(tmp_path: Path) -> None:
+    shown = page(tmp_path)
+    now = replace(
+        shown.night, flaky=f"deploy: {HOSTILE}", culprit=f"abc1234 {HOSTILE}", quarantined={"stage x": HOSTILE}
+    )
+    judgements = [replace(entry, outcome="quarantined") for entry in shown.judgements]
+    tried = [replace(entry, excused="tried again" if entry.code else "") for entry in shown.stages]
+    html = render(replace(shown, night=now, nights=[*shown.nights[:-1], now], judgements=judgements, stages=tried))
+    outline = Outline(html)
+    text = " ".join("".join(outline.text).split())
+    assert not {tag for tag, _ in outline.seen} & {"script", "img"}
+    for words in (
+        "! quarantined",
+        "! tried again",
+        "the first try",
+        "red since the commit",
+        "abc1234",
+        "; quarantined: stage x",
+    ):
+        assert words in text
 
 
 def test_each_chart_says_what_it_shows(tmp_path: Path) -> None:

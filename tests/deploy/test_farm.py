@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from board.errors import BadInput
-from ci import place
+from ci import holding, place
 from ci.connection import Connection
 from ci.place import Board
 from tests.deploy.conftest import Place
@@ -98,6 +99,26 @@ def test_let_go_when_what_was_done_there_fails(farm: Board) -> None:
         raise ZeroDivisionError
     assert "acquired: None" in client("-p", "shelf-1", "show")
     assert "Reservation" not in client("reservations")
+
+
+def test_let_go_by_board_free_when_its_holder_was_killed(farm: Board) -> None:
+    code = """if True:
+        import os, signal, sys
+        from ci import holding, place
+        with holding.hold(place.find(sys.argv[1]), "nightly", 100):
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    environment = {**os.environ, "LG_BOARD_STATE": str(farm.state)}
+    done = subprocess.run([sys.executable, "-c", code, str(farm.yaml)], cwd=place.ROOT, env=environment, timeout=600)
+    assert done.returncode == -signal.SIGKILL
+    assert "acquired: None" not in client("-p", "shelf-1", "show")
+    first, *lines = holding.free(farm)
+    assert first.startswith("held by nightly (pid ")
+    assert [line.partition(" of reservation ")[0] for line in lines[:2]] == ["  the place", "  the reservation"]
+    assert all(line.endswith(": let go") for line in lines[:2])
+    assert "acquired: None" in client("-p", "shelf-1", "show")
+    assert "Reservation" not in client("reservations")
+    assert list(holding.free(farm)) == ["nothing of virtual was held"]
 
 
 def test_a_coordinator_that_is_not_there(farm: Board, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import pytest
 from labgrid.pytestplugin.hooks import LABGRID_ENV_KEY
 
 from board.errors import BadInput
-from ci import evidence, gate, place
+from ci import evidence, gate, place, sensors
 from ci.connection import Connection, Lost
 from ci.evidence import Record
 from ci.place import Address, Board
@@ -95,9 +95,13 @@ def on_board(request: pytest.FixtureRequest, target: Any) -> Iterator[OnBoard]:
     measured.seen["evidence"] = {**record.named(), "faults": []}
     try:
         measured.require("what lies", evidence.compare(record, seen))
-        yield measured
+        with sensors.reading(found, at) as readings:
+            yield measured
+        measured.seen["sensors"] = {"summary": readings.summary(), "notes": list(readings.notes())}
         if not request.session.shouldstop:
-            seen = inventory(found, at, record, options.hil_limit)
+            booted, seen = seen["boot"], inventory(found, at, record, options.hil_limit)
+            if seen["boot"] != booted:
+                raise Hanging(f"{found.name} was started anew during the tests: {booted}, then {seen['boot']}")
             measured.require("after the measurement, what lies", evidence.compare(record, seen))
     finally:
         keep(measured, options.hil_figures)

@@ -63,10 +63,10 @@ class Night:
         for line in self.process.stderr:
             self.said.append(line.rstrip("\n"))
 
-    def wait_for(self, line: str) -> None:
-        """Returns when the console has a line that begins so."""
+    def wait_for(self, line: str, times: int = 1) -> None:
+        """Returns when the console has a line that begins so, or that many."""
         deadline = time.monotonic() + NIGHT_SECONDS
-        while not any(entry.startswith(line) for entry in self.said):
+        while sum(entry.startswith(line) for entry in self.said) < times:
             assert self.process.poll() is None, self.said
             assert time.monotonic() < deadline, self.said
             time.sleep(0.05)
@@ -130,6 +130,16 @@ class Desk:
     def newest(self) -> Path:
         """The folder of the last night."""
         return max((self.folder / "out" / "nightly" / "virtual" / "nights" / "tiny-qwen2").iterdir())
+
+    def running(self, night: Night) -> list[int]:
+        """The processes that a night started, those on the board apart."""
+        return [pid for pid, _ in processes() if _of(pid, night.mark, Path("/nonexistent"))]
+
+    def invoke(self, *words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "invoke", *words, "--board", "virtual"]
+        return subprocess.run(
+            command, cwd=ROOT, env=self.variables(), capture_output=True, text=True, timeout=NIGHT_SECONDS
+        )
 
     def left(self, night: Night) -> list[str]:
         """What a night left running or locked; nothing where all is well."""

@@ -71,8 +71,22 @@ def test_a_target_is_one_line_into_its_task(target: str, venv: str) -> None:
 def test_invoke_lists_the_same_tasks() -> None:
     done = call(sys.executable, "-m", "invoke", "--list")
     assert done.returncode == 0
-    boards = [f"board.{name}" for name in ("ask", "down", "serve", "shell", "status", "up")]
-    further = [*boards, "cross", "deploy", "gate.record", "lock", "nightly", "rollback"]
+    further = [
+        *(f"board.{name}" for name in ("ask", "serve", "shell", "status")),
+        "board.doctor",
+        "board.down",
+        "board.free",
+        "board.health",
+        "board.soak",
+        "board.up",
+        "cross",
+        "deploy",
+        "gate.record",
+        "lock",
+        "nightly",
+        "rollback",
+        "site",
+    ]
     assert sorted(re.findall(r"^  ([\w.-]+)  ", done.stdout, re.M)) == sorted([*TARGETS, *further])
 
 
@@ -174,6 +188,7 @@ def test_clean_removes_what_was_made_and_keeps_the_rest(tmp_path: Path, venv: st
         "ci/tasks/boards.py",
         "ci/tasks/common.py",
         "ci/tasks/nights.py",
+        "ci/tasks/system_tests.py",
     ):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)

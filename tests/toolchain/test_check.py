@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from board import axmodel
+from board.agreement import NOISE, Agreement, Rows, divergence, logit_errors, update_errors
 from board.bundle import sha256
 from board.dtypes import bf16_to_f32, f32_to_bf16
 from board.errors import CheckFailed
 from toolchain import build, check
-from toolchain.agreement import NOISE, Agreement, Rows, divergence, logit_errors, update_errors
 from toolchain.cli import main
 from toolchain.expected import Answer
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 
+from board.agreement import divergence
 from board.bundle import Bundle
 from board.chat import ChatTemplate, prompt_ids
 from board.generate import generate
@@ -18,7 +19,6 @@ from board.model import Model
 from board.sampling import Sampling
 from board.tokenizer import Tokenizer
 from tests.conftest import Builder
-from toolchain.agreement import divergence
 
 Floats = NDArray[np.float32]
 WINDOW = 250  # tokens seen at a time: within the bundles' context, and longer than every prefill group alone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 import shutil
@@ -16,7 +17,7 @@ import transformers
 from board.errors import BadInput, CheckFailed
 from toolchain import build, check
 from toolchain.build import Options
-from toolchain.reference import HEADROOM, Reference, Refused
+from toolchain.reference import HEADROOM, Reference, Refused, tokenizer
 from toolchain.synth import synth
 
 IDS = np.random.default_rng(2).integers(0, 640, 90)
@@ -193,3 +194,12 @@ def test_the_synthetic_checkpoint_passes(tmp_path: Path) -> None:
     values = {**SMALL, "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu"}
     synth("qwen2-0.5b", tmp_path / "hf", config=values)
     check.check(built(tmp_path / "hf", tmp_path / "out", prefill_len=32), 2, "", lambda line: None)
+
+
+def test_a_byte_order_mark_that_transformers_cannot_read_is_named(tiny_qwen2: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "vocab.json", "merges.txt"):
+        shutil.copy(tiny_qwen2 / name, tmp_path)
+    marked = tmp_path / "tokenizer_config.json"
+    marked.write_bytes(codecs.BOM_UTF8 + (tiny_qwen2 / marked.name).read_bytes())
+    with pytest.raises(Refused, match=r"tokenizer_config\.json begins with a byte order mark: remove"):
+        tokenizer(tmp_path)

@@ -54,7 +54,7 @@ GAP = 8.0  # root mean square errors of a logit by which the reference may prefe
 
 def explained(*types: str) -> Noise:
     """What several types may cost together."""
-    return Noise(*(sum(values) for values in zip(*(NOISE[name] for name in types), strict=True)))
+    return Noise(*(sum(values) for values in zip(*(NOISE[name] for name in types))))
 
 
 class Rows(NamedTuple):

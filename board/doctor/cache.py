@@ -1,0 +1,125 @@
+"""The stage `cache`: layers through the runner's own chunks, masks and K/V cache, as a prompt and an answer go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from board.decoder import Decoder
+from board.doctor.context import Context
+from board.doctor.direct import Floats, Layer, Result
+from board.doctor.figures import WALK
+from board.doctor.measured import KEYS, OUTPUT, VALUES, allowed, compare, wrong
+from board.doctor.report import Finding
+from board.doctor.walk import NotExamined, refused
+from board.dtypes import to_float32
+from board.errors import Failure
+from board.session import open_session
+
+STAGE = "cache"
+SMALL, FLIPS = 1e-5, 1 / 3  # of a row: a difference that is none, and the share of values that may round otherwise
+DECODED = 3  # tokens taken one at a time, behind the first prefill and at the end
+
+
+def cache(context: Context) -> str | Finding:
+    """Each layer alone takes a walk of tokens; its output, and what then stands in its cache, are compared."""
+    context.expect_runnable()
+    bundle, figures = context.bundle, context.figures
+    walks = [visit for visit, (group, *_) in enumerate(figures.visits.tolist()) if group == WALK]
+    if not walks:
+        raise NotExamined("the figures hold no walk through the cache")
+    visit, noise = walks[0], allowed(bundle, figures)
+    count = int(figures.visits[visit][2])
+    for index in range(bundle.layers):
+        context.say(f"  cache of layer {index} of {bundle.layers}")
+        try:
+            session = open_session(bundle.layer_path(index), context.engine, context.threads)
+            hidden = figures.inputs(index, 0, count)
+            made = _walked(Decoder([session]), hidden, bundle.prefill_len)
+            direct = _direct(context, index, hidden)
+        except Failure as failure:
+            return refused(STAGE, failure, f"layer {index} behind its cache", bundle.layer_path(index).name)
+        entries = compare(figures, index, visit, made)
+        if bad := wrong(entries, noise):
+            first = bad[0]
+            stored = {entry.what for entry in bad} & {KEYS, VALUES}
+            cause = (
+                "the rows are not put where they belong"
+                if stored
+                else "the rows in the cache are right and are not read so: the mask, or where a chunk begins"
+            )
+            if OUTPUT not in {entry.what for entry in bad}:
+                cause = "the rows in the cache were changed after the layer gave them, or put at other positions"
+            return Finding(
+                STAGE,
+                f"layer {index}, {first.what} at position {first.position} of {count} tokens in the runner's chunks",
+                "axrun: board/decoder.py",
+                f"the float32 reference's, with an error of at most {noise.row:.2g}",
+                f"an error of {first.error:.2g}; asked directly, the layer is right",
+                cause,
+                "Install or deploy axrun again: its files are not the release's, or the engine's chunks are wrong.",
+            )
+        if differing := _differing(made, direct):
+            what, position = differing
+            return Finding(
+                STAGE,
+                f"layer {index}, {what} at position {position} of {count} tokens in the runner's chunks",
+                "axrun: board/decoder.py",
+                "what the layer gives when it is asked directly",
+                "others: the runner's mask, positions or cached rows are not those of the tokens before",
+                "a mask or a row that is off by one, a history that is cut, or a rollback that leaves rows",
+                "Install or deploy axrun again: its files are not the release's.",
+            )
+    return (
+        f"{bundle.layers} layers over {count} tokens in prefill, behind history and in decode: the same K, V and output"
+    )
+
+
+def _direct(context: Context, index: int, hidden: Floats) -> Result:
+    """The same walk without the runner: each step by the layer's own groups, behind the rows it made before."""
+    bundle = context.bundle
+    layer = Layer(bundle.layer_path(index), context.engine, context.threads, bundle.hidden_state_type)
+    made = Result(*(np.zeros((len(hidden), width), np.float32) for width in (bundle.kv_size,) * 2 + hidden.shape[1:]))
+    for start, stop in steps(len(hidden), bundle.prefill_len):
+        fitting = [group for group in bundle.groups if group.history >= start and group.tokens >= stop - start]
+        size = stop - start if fitting else 1
+        for at in range(start, stop, size):
+            fits = [group for group in bundle.groups if group.history >= at and group.tokens >= size]
+            group = min(fits, key=lambda group: (group.tokens, group.history))
+            rows = layer.run(group.index, at, hidden[at : at + size], made.keys[:at], made.values[:at])
+            for whole, part in zip(made, rows):
+                whole[at : at + size] = part
+    return made
+
+
+def _differing(made: Result, direct: Result) -> tuple[str, int] | None:
+    """What differs first, and where."""
+    for what, ours, theirs in zip((KEYS, VALUES, OUTPUT), made, direct):
+        size = np.sqrt((theirs**2).mean(axis=1, keepdims=True))
+        rows = np.flatnonzero(~((np.abs(ours - theirs) <= SMALL * size).mean(axis=1) >= 1 - FLIPS))
+        if len(rows):
+            return what, int(rows[0])
+    return None
+
+
+def _walked(decoder: Decoder, hidden: Floats, prefill: int) -> Result:
+    """The outputs of a walk [n, H], and what the cache holds behind it [n, D].
+
+    Other tokens stood in the cache before, and were rolled back.
+    """
+    decoder.forward(hidden[::-1][: max(2 * prefill, DECODED)], 0)
+    outputs = [decoder.forward(hidden[start:stop], start) for start, stop in steps(len(hidden), prefill)]
+    rows = [to_float32(kept[0][0, : len(hidden)], decoder.dtype) for kept in (decoder.cache.keys, decoder.cache.values)]
+    return Result(rows[0], rows[1], np.concatenate(outputs))
+
+
+def steps(count: int, prefill: int) -> Iterator[tuple[int, int]]:
+    """A prefill, a few single tokens, prefills behind them, and single tokens to the end."""
+    end = max(count - DECODED, 1)
+    first = min(prefill or 1, end)
+    again = min(first + DECODED, end)
+    yield 0, first
+    yield from ((at, at + 1) for at in range(first, again))
+    yield from ((at, min(at + (prefill or 1), end)) for at in range(again, end, prefill or 1))
+    yield from ((at, at + 1) for at in range(end, count))

@@ -1,0 +1,65 @@
+"""A health check over a real SSH server: the known bundle is sent once, and what becomes of it there is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ci import deploy, health, health_log
+from ci.health_log import FIRST, HEALTHY, ILL, Check
+from tests.deploy.conftest import Place, host_package
+
+pytestmark = pytest.mark.system
+
+
+def test_the_known_bundle_is_sent_once_and_told_when_it_changes(
+    host: Place, bundles: tuple[Path, Path], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    package = host_package(tmp_path / "package")
+
+    def check() -> Check:
+        return health.check(
+            host.board, tmp_path / "history", tmp_path, said.append, package=lambda: package, at=host.at
+        )
+
+    first = check()
+    assert (first.word, first.faults) == (FIRST, ())
+    assert first.tokens == health.ANSWER
+    assert first.speed["decode_tokens_per_s"] > 0
+    assert first.sizes["memory"] > 0
+    assert first.versions["python"] == f"{host.board.python}.{first.versions['python'].rpartition('.')[2]}"
+
+    deploy.deploy(host.board, host.at, host_package(tmp_path / "night", b"other"), bundles[0], "1+1=", keep=1)
+    said.clear()
+    second = check()
+    assert (second.word, second.kit) == (HEALTHY, first.kit), "a deploy prunes its own releases"
+    assert said == []
+
+    kit = host.root / "health"
+    (tokenizer,) = kit.glob("models/*/hf/tokenizer.json")
+    text = tokenizer.read_text()
+    tokenizer.write_text(text.replace("a", "b", 1))
+    changed = check()
+    assert changed.word == ILL
+    assert changed.faults[0].startswith("the known bundle is not what was sent: health/models/")
+    assert "/hf/tokenizer.json has other bytes than were deployed" in changed.faults[0]
+    tokenizer.write_text(text)
+
+    record = health_log.place(tmp_path / "history", "host") / health.KIT
+    kept = json.loads(record.read_text())
+    record.write_text(json.dumps({**kept, "tokens": [*kept["tokens"][:4], 1, 2]}))
+    otherwise = check()
+    assert otherwise.faults == (
+        "it answers 'who are you?' otherwise than is known from token 5 on: [88, 12, 80, 86], expected [1, 2]",
+    )
+    record.write_text(json.dumps(kept))
+
+    shutil.rmtree(kit)
+    fresh = check()
+    assert fresh.faults == ()
+    assert said[0] == "no known bundle is on the board yet: it is sent"
+    assert [found.word for found in health_log.read(record.parent)] == [FIRST, HEALTHY, ILL, ILL, fresh.word]

@@ -1,0 +1,132 @@
+"""Healthy bundles, built once; copies of them to damage; and both doctors, called in this process."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import board.cli
+import toolchain.cli
+from tests.conftest import ROOT, Builder
+from tests.doctor import axmodels, checkpoints
+from toolchain import logits, reference
+
+GROUPS: dict[str, Any] = {"prefill_len": 32, "kv_cache_len": 255, "last_kv_cache_len": (32, 128)}
+TYPES: dict[str, dict[str, str]] = {
+    "s8": {},
+    "s4": {"weight_type": "s4", "post_weight_type": "s4"},
+    "fp32": {"hidden_state_type": "fp32", "weight_type": "fp32", "post_weight_type": "fp32"},
+    "fp16": {"hidden_state_type": "fp16", "weight_type": "fp16", "post_weight_type": "fp16"},
+}
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a doctor printed with --json, its exit code, and stderr."""
+
+    code: int
+    report: dict[str, Any]
+    errors: str
+
+    @property
+    def finding(self) -> dict[str, str]:
+        return dict(self.report.get("finding") or {})
+
+    def __str__(self) -> str:
+        stages = [(each["stage"], each["outcome"], each["text"]) for each in self.report.get("stages", ())]
+        return f"exit {self.code}, {self.report.get('verdict')}, {self.finding}, {stages}, {self.errors}"
+
+
+Doctor = Callable[..., Said]
+Base = Callable[[str], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_once() -> Iterator[None]:
+    """transformers' reading of a checkpoint is the same for every bundle of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "Reference", functools.lru_cache(16)(reference.Reference))
+        patch.setattr(reference, "tokenizer", functools.lru_cache(16)(reference.tokenizer))
+        yield
+
+
+@pytest.fixture(scope="session")
+def llama(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 checkpoint with its own head and scaled rotary."""
+    return checkpoints.llama(tmp_path_factory.mktemp("checkpoint") / "llama", tiny_qwen2)
+
+
+@pytest.fixture(scope="session")
+def base(build_tiny: Builder, tiny_qwen2: Path, llama: Path) -> Base:
+    """The healthy bundle of a name, and its checkpoint: tiny-qwen2 in s8, s4, fp32; a Llama: llama (fp32), fp16."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def get(name: str) -> tuple[Path, Path]:
+        if name not in made:
+            checkpoint = llama if name in ("llama", "fp16") else tiny_qwen2
+            bundle = build_tiny(input_path=checkpoint, **TYPES["fp32" if name == "llama" else name])
+            leave_figures(bundle, checkpoint)
+            made[name] = bundle, checkpoint
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def copy(base: Base, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
+    """A copy of a healthy bundle, which shares every byte until a file is rewritten; and its checkpoint."""
+
+    def make(name: str) -> tuple[Path, Path]:
+        bundle, checkpoint = base(name)
+        return Path(shutil.copytree(bundle, tmp_path / "bundle", copy_function=os.link)), checkpoint
+
+    return make
+
+
+def leave_figures(bundle: Path, checkpoint: Path, **options: Any) -> None:
+    """What `axc reference --bundle` leaves for a doctor without a checkpoint, from a short text."""
+    text = ROOT / "models" / "tiny-qwen2" / "heldout.txt"
+    short: dict[str, Any] = {"window": 48, "tokens": 96, "top_k": 8, "greedy_tokens": 8}
+    logits.write(logits.Options(input_path=checkpoint, text=text, bundle=bundle, **short, **options))
+
+
+def placed(pattern: str, bundle: Path) -> list[str]:
+    """The files that a fault's `file` stands for."""
+    names = {"layer0": axmodels.layer(bundle, 0), "layer": axmodels.layer(bundle, 1), "post": axmodels.post(bundle)}
+    return [name.format(**names) for name in pattern.split("|")]
+
+
+@pytest.fixture
+def axc_doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
+    """axc doctor BUNDLE --checkpoint DIR --json."""
+
+    def ask(bundle: Path, checkpoint: Path, *flags: str) -> Said:
+        capsys.readouterr()
+        code = toolchain.cli.main(["doctor", str(bundle), "--checkpoint", str(checkpoint), "--json", *flags])
+        return _said(code, capsys)
+
+    return ask
+
+
+@pytest.fixture
+def axrun_doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
+    """axrun doctor BUNDLE --json."""
+
+    def ask(bundle: Path, *flags: str) -> Said:
+        capsys.readouterr()
+        return _said(board.cli.main(["doctor", str(bundle), "--json", *flags]), capsys)
+
+    return ask
+
+
+def _said(code: int, capsys: pytest.CaptureFixture[str]) -> Said:
+    printed = capsys.readouterr()
+    return Said(code, json.loads(printed.out) if printed.out.strip() else {}, printed.err)

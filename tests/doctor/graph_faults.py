@@ -1,0 +1,184 @@
+"""Faults that a bundle's builder could have made in the graphs and their tables, rightly signed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from tests.doctor.axmodels import attribute, edit, get, node, put
+from tests.doctor.fault import Fault
+from tests.doctor.weight_faults import Plant, in_layer, in_post
+
+POSITIONS = np.arange(1024, dtype=np.float64)[:, None]
+
+
+def rotary(theta: float, dim: int = 32) -> Callable[[onnx.ModelProto], None]:
+    """Tables of plain rotary frequencies."""
+
+    def change(model: onnx.ModelProto) -> None:
+        angles = POSITIONS * theta ** (-np.arange(0, dim, 2) / dim)
+        for name, function in (("rotary.cos", np.cos), ("rotary.sin", np.sin)):
+            put(model, name, function(angles[: len(get(model, name))]).astype(np.float32))
+
+    return change
+
+
+def every_layer(change: Callable[[onnx.ModelProto], object]) -> Plant:
+    def plant(bundle: Path, checkpoint: Path) -> None:
+        for path in sorted(bundle.glob("*_l*.axmodel")):
+            edit(bundle, path.name, lambda model: (change(model), None)[1])
+
+    return plant
+
+
+def zero_rotary(model: onnx.ModelProto) -> None:
+    """From position 128 on."""
+    for name in ("rotary.cos", "rotary.sin"):
+        values = get(model, name)
+        values[128:] = 0
+        put(model, name, values)
+
+
+def zero_the_last_position(model: onnx.ModelProto) -> None:
+    values = get(model, "rotary.cos")
+    values[254] = 0
+    put(model, "rotary.cos", values)
+
+
+def exchange_tables(model: onnx.ModelProto) -> None:
+    cos, sin = get(model, "rotary.cos"), get(model, "rotary.sin")
+    put(model, "rotary.cos", sin)
+    put(model, "rotary.sin", cos)
+
+
+def interleave(model: onnx.ModelProto) -> None:
+    for index in (0, 1):
+        attribute(node(model, "RotaryEmbedding", index), "interleaved", 1)
+
+
+def epsilon(value: float, *norms: int) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        for index in norms:
+            attribute(node(model, "RMSNormalization", index), "epsilon", value)
+
+    return change
+
+
+def attention(**attributes: float) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        for name, value in attributes.items():
+            attribute(node(model, "Attention"), name, value)
+
+    return change
+
+
+def no_mask(model: onnx.ModelProto) -> None:
+    """Attention sees everything; the input stays declared."""
+    del node(model, "Attention").input[3:]
+
+
+def new_rows_first(model: onnx.ModelProto) -> None:
+    """The cached rows belong in front of the new ones."""
+    for index in (0, 1):
+        concat = node(model, "Concat", index)
+        concat.input[:] = reversed(concat.input)
+
+
+def unrotated_keys(model: onnx.ModelProto) -> None:
+    """Attention reads the right keys, and the cache gets those before rotary."""
+    written = next(entry for entry in model.graph.node if "K_cache_out" in entry.output)
+    before = next(entry for entry in model.graph.node if written.input[0] in entry.output)
+    right = helper.make_node("Cast", [written.input[0]], ["right"], to=TensorProto.FLOAT)
+    narrow = helper.make_node("Cast", ["right"], ["right keys"], to=written.attribute[0].i)
+    written.input[0] = before.input[0]
+    concat = node(model, "Concat", 0)
+    concat.input[1] = "right keys"
+    at = list(model.graph.node).index(written)
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend([*nodes[:at], right, narrow, *nodes[at:]])
+
+
+def keys_for_values(model: onnx.ModelProto) -> None:
+    """K_cache_out has the values and V_cache_out the keys; what is new is attended rightly."""
+    keys, values = (next(e for e in model.graph.node if name in e.output) for name in ("K_cache_out", "V_cache_out"))
+    keys.output[0], values.output[0] = values.output[0], keys.output[0]
+    for index, name in enumerate(("V_cache_out", "K_cache_out")):
+        node(model, "Concat", index).input[1] = name
+
+
+def other_activation(model: onnx.ModelProto) -> None:
+    """The gate is a sigmoid, not SiLU."""
+    sigmoid = node(model, "Sigmoid")
+    silu = next(entry for entry in model.graph.node if sigmoid.output[0] in entry.input)
+    for entry in model.graph.node:
+        entry.input[:] = [sigmoid.output[0] if name == silu.output[0] else name for name in entry.input]
+    model.graph.node.remove(silu)
+
+
+def residual_of_the_norm(model: onnx.ModelProto) -> None:
+    """The attention's result is added to the normed input."""
+    normed = node(model, "RMSNormalization", 0)
+    add = next(entry for entry in model.graph.node if entry.op_type == "Add" and normed.input[0] in entry.input)
+    add.input[list(add.input).index(normed.input[0])] = normed.output[0]
+
+
+def no_second_norm(model: onnx.ModelProto) -> None:
+    """The MLP reads the residual stream as it is."""
+    norm = node(model, "RMSNormalization", 1)
+    for entry in model.graph.node:
+        entry.input[:] = [norm.input[0] if name == norm.output[0] else name for name in entry.input]
+    model.graph.node.remove(norm)
+
+
+def no_final_norm(model: onnx.ModelProto) -> None:
+    norm = node(model, "RMSNormalization", 0)
+    for entry in model.graph.node:
+        entry.input[:] = [norm.input[0] if name == norm.output[0] else name for name in entry.input]
+    model.graph.node.remove(norm)
+
+
+def layers() -> list[Fault]:
+    def one(name: str, base: str, change: Any, says: str, stage: str = "layers", part: str = "layer 1") -> Fault:
+        return Fault(name, base, stage, "{layer}", in_layer(change), part=part, says=says)
+
+    def every(name: str, base: str, plant: Plant, says: str) -> Fault:
+        return Fault(name, base, "layers", "{layer0}", plant, part="layer 0", says=says)
+
+    rope, kept = "[Rr]o(pe|tary)", "layers|cache"
+    return [
+        every("the rope base is wrong", "s8", every_layer(rotary(1e6)), f"{rope}.*(base|theta)"),
+        every("the rope base is wrong by a fifth", "fp32", every_layer(rotary(12000.0)), f"{rope}.*(base|theta)"),
+        every("the rope scaling is lost", "llama", every_layer(rotary(500000.0)), f"{rope}.*scal"),
+        one("one layer has another rope base", "s8", rotary(5e5), rope),
+        one("rotary is interleaved", "s8", interleave, "interleav|neighbour"),
+        one("cosine and sine are exchanged", "s8", exchange_tables, f"{rope}|cos"),
+        every("rotary is zero from 128 on", "s8", every_layer(zero_rotary), f"{rope}|position"),
+        one("rotary is zero at the last position", "s8", zero_the_last_position, f"{rope}|position"),
+        one("eps is 1e-2", "s8", epsilon(1e-2, 0, 1), "eps"),
+        one("eps is 1e-4", "fp32", epsilon(1e-4, 0, 1), "eps"),
+        one("eps of the second norm is 1e-5", "fp32", epsilon(1e-5, 1), "eps"),
+        one("attention is scaled by head_dim", "s8", attention(scale=1 / 32), "scale"),
+        one("attention is not scaled", "fp32", attention(scale=1.0), "scale"),
+        one("attention is capped", "fp32", attention(softcap=5.0), "softcap|cap|attention"),
+        one("the mask is not read", "s8", no_mask, "mask"),
+        one("new rows come before the cached ones", "s8", new_rows_first, "order|cached|history|K/V", kept),
+        one("the cache gets keys before rotary", "s8", unrotated_keys, f"{rope}|K_cache_out|K ", kept),
+        one("the cache gets values for keys", "s8", keys_for_values, "K_cache_out|K and V|K/V|values|swapped", kept),
+        one("the activation is another", "s8", other_activation, "activation|SiLU|sigmoid|graph|operator|mlp|MLP"),
+        one("the residual is of the normed input", "s8", residual_of_the_norm, "residual|norm|graph|operator"),
+        one("the second norm is missing", "s8", no_second_norm, "norm"),
+    ]  # fmt: skip
+
+
+def head() -> list[Fault]:
+    return [
+        Fault("the final norm is missing", "s8", "post", "{post}", in_post(no_final_norm), says="norm"),
+        Fault("eps of the final norm is 1e-2", "s8", "post", "{post}", in_post(epsilon(1e-2, 0)), says="eps"),
+        Fault("eps of the final norm is 1e-4", "fp32", "post", "{post}", in_post(epsilon(1e-4, 0)), says="eps"),
+    ]

@@ -1,0 +1,263 @@
+"""Faults of the runner and of its engines, put in place for one test; the bundle is as it was built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from board import decoder, sampling
+from board.kv_cache import KVCache, fill_mask
+from board.model import Embedding, Post
+from board.sampling import Sampler
+from board.session import CACHES, ax_engine, ort
+from board.tokenizer import Tokenizer
+from tests.doctor.fault import RunnerFault
+
+Patch = pytest.MonkeyPatch
+Arrays = dict[str, Any]
+Hook = Callable[[Arrays], object]
+Plant = Callable[[Patch], None]
+
+
+def around(before: Hook = lambda arrays: None, after: Hook = lambda arrays: None) -> Plant:
+    """A plant in both engines: what a bound group does before it computes, and afterwards, with its arrays."""
+
+    class Faulty:
+        def __init__(self, binding: Any, arrays: Arrays) -> None:
+            self.binding, self.arrays = binding, arrays
+
+        def run(self) -> None:
+            undo = before(self.arrays)
+            try:
+                self.binding.run()
+            finally:
+                if callable(undo):
+                    undo()
+            after(self.arrays)
+
+    def plant(patch: Patch) -> None:
+        for session in (ax_engine.AxSession, ort.OrtSession):
+
+            def bind(self: Any, group: int, arrays: Arrays, bind: Any = session.bind) -> Any:
+                return Faulty(bind(self, group, arrays), dict(arrays))
+
+            patch.setattr(session, "bind", bind)
+
+    return plant
+
+
+def tokens_and_history(arrays: Arrays) -> tuple[int, int]:
+    if "indices" not in arrays:
+        return 0, 0
+    return arrays["indices"].shape[1], arrays["K_cache"].shape[1] if "K_cache" in arrays else 0
+
+
+def late_in_decode(arrays: Arrays) -> Any:
+    """A single token is rotated as the one before it."""
+    tokens, history = tokens_and_history(arrays)
+    if tokens != 1 or not history or not arrays["indices"][0, 0]:
+        return None
+    arrays["indices"] -= 1
+    return lambda: np.add(arrays["indices"], 1, out=arrays["indices"])
+
+
+def from_zero_behind_history(arrays: Arrays) -> Any:
+    """A chunk behind a history is rotated as if it stood at the beginning."""
+    tokens, history = tokens_and_history(arrays)
+    if tokens == 1 or not history:
+        return None
+    kept = arrays["indices"].copy()
+    arrays["indices"][0] = np.maximum(kept[0].astype(np.int64) - int(kept[0, 0]), 0)
+    return lambda: np.copyto(arrays["indices"], kept)
+
+
+def first_row_is_lost(arrays: Arrays) -> Any:
+    """The engine reads zeros for the first cached row."""
+    if not tokens_and_history(arrays)[1]:
+        return None
+    kept = [arrays[name][:, 0].copy() for name in CACHES]
+
+    def undo() -> None:
+        for name, rows in zip(CACHES, kept, strict=True):
+            arrays[name][:, 0] = rows
+
+    for name in CACHES:
+        arrays[name][:, 0] = 0
+    return undo
+
+
+def coarse(arrays: Arrays) -> None:
+    """Outputs have bfloat16's precision, whatever their type."""
+    for name in ("output", "logits"):
+        if name in arrays and arrays[name].dtype == np.float32:
+            arrays[name].view(np.uint32)[...] &= np.uint32(0xFFFF0000)
+
+
+def mask(change: Callable[[Any, int, int, Any, Any], None]) -> Callable[[Patch], None]:
+    """A plant that changes the masks that are filled."""
+
+    def plant(patch: Patch, fill: Any = fill_mask) -> None:
+        def filled(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
+            fill(rows, past, count, visible, blocked)
+            change(rows, past, count, visible, blocked)
+
+        patch.setattr(decoder, "fill_mask", filled)
+
+    return plant
+
+
+def hide_the_last(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
+    if past > 192:
+        rows[0, :count, past - 1] = blocked
+
+
+def hide_the_last_cached(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
+    if past:
+        rows[0, :count, past - 1] = blocked
+
+
+def see_the_next(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
+    at = np.arange(count - 1)
+    rows[0, at, rows.shape[2] - rows.shape[1] + at + 1] = visible
+
+
+def see_behind_the_cache(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
+    history = rows.shape[2] - rows.shape[1]
+    if past < history:
+        rows[0, :count, past] = visible
+
+
+def miss_oneself(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
+    if past:
+        rows[0, 0, rows.shape[2] - rows.shape[1]] = blocked
+
+
+def writes(change: Callable[..., tuple[int, int, Any, Any]]) -> Callable[[Patch], None]:
+    """A plant that changes what is written into the cache, and where."""
+
+    def plant(patch: Patch, write: Any = KVCache.write) -> None:
+        def written(self: KVCache, layer: int, position: int, keys: Any, values: Any) -> None:
+            write(self, *change(self, layer, position, keys, values))
+
+        patch.setattr(KVCache, "write", written)
+
+    return plant
+
+
+def one_row_late(cache: KVCache, layer: int, position: int, keys: Any, values: Any) -> Any:
+    late = keys.shape[1] == 1 and position + 1 < cache.keys[0].shape[1]
+    return layer, position + late, keys, values
+
+
+def exchanged(cache: KVCache, layer: int, position: int, keys: Any, values: Any) -> Any:
+    return layer, position, values, keys
+
+
+def next_layers(cache: KVCache, layer: int, position: int, keys: Any, values: Any) -> Any:
+    return (layer + 1) % len(cache.keys), position, keys, values
+
+
+def keep_stale_rows(patch: Patch, write: Any = KVCache.write) -> None:
+    """What was rolled back stays, and what is written in its place is not."""
+
+    def truncate(self: KVCache, length: int) -> None:
+        self.length = length
+
+    def written(self: KVCache, layer: int, position: int, keys: Any, values: Any) -> None:
+        there = self.keys[layer][0, position : position + keys.shape[1]].any(axis=1)
+        free = keys.shape[1] if not there.any() else int(there.argmax())
+        write(self, layer, position, keys[:, :free], values[:, :free])
+
+    patch.setattr(KVCache, "truncate", truncate)
+    patch.setattr(KVCache, "write", written)
+
+
+def chooses(change: Callable[[Any], int]) -> Callable[[Patch], None]:
+    """A plant that changes which token is the likeliest."""
+
+    def plant(patch: Patch, call: Any = Sampler.__call__) -> None:
+        def sample(self: Sampler, logits: Any, past: Sequence[int] = ()) -> int:
+            return change(np.asarray(logits)) if not self.sampling.temperature else int(call(self, logits, past))
+
+        patch.setattr(Sampler, "__call__", sample)
+
+    return plant
+
+
+def second_best(logits: Any) -> int:
+    return int(np.argsort(-logits, kind="stable")[1])
+
+
+def last_of_equals(logits: Any) -> int:
+    return len(logits) - 1 - int(logits[::-1].argmax())
+
+
+def penalise(patch: Patch, penalised: Any = sampling.penalised) -> None:
+    """A repetition penalty that nobody asked for."""
+
+    def always(logits: Any, past: Sequence[int], asked: Any, out: Any) -> Any:
+        return penalised(logits, past, asked.override(repetition_penalty=1.5), out)
+
+    patch.setattr(sampling, "penalised", always)
+
+
+def shift_ids(patch: Patch, call: Any = Embedding.__call__) -> None:
+    patch.setattr(Embedding, "__call__", lambda self, ids: call(self, [(token + 1) % 640 for token in ids]))
+
+
+def last_logits_first(patch: Patch, call: Any = Post.__call__) -> None:
+    """Logits of several rows, each the row's before."""
+    patch.setattr(Post, "__call__", lambda self, hidden: np.roll(call(self, hidden), 1, axis=0))
+
+
+def cut_logits(patch: Patch, call: Any = Post.__call__) -> None:
+    """The upper half of the vocabulary is not computed."""
+
+    def half(self: Post, hidden: Any) -> Any:
+        logits = call(self, hidden).copy()
+        logits[:, logits.shape[1] // 2 :] = 0
+        return logits
+
+    patch.setattr(Post, "__call__", half)
+
+
+def never_stop(patch: Patch) -> None:
+    find = Tokenizer.find
+
+    def endless(hf: Path) -> Tokenizer | None:
+        tokenizer = find(hf)
+        if tokenizer is not None:
+            tokenizer.stop_ids = frozenset()
+        return tokenizer
+
+    patch.setattr(Tokenizer, "find", endless)
+
+
+def runner() -> list[RunnerFault]:
+    seen, rows = "layers|cache", "layers|cache|answer"
+    return [
+        RunnerFault("the last cached row is hidden", "s8", seen, mask(hide_the_last_cached), says="mask|row|history"),
+        RunnerFault("the last row is hidden behind 192", "s8", seen, mask(hide_the_last), says="mask|row|history"),
+        RunnerFault("a token sees the next", "s8", seen, mask(see_the_next), says="mask|next"),
+        RunnerFault("a token sees a row behind the cache", "fp32", seen, mask(see_behind_the_cache), says="mask|row"),
+        RunnerFault("a token does not see itself", "s8", seen, mask(miss_oneself), says="mask|history|row"),
+        RunnerFault("positions are one late in decode", "s8", seen, around(late_in_decode), part="decode"),
+        RunnerFault("positions restart behind a history", "s8", seen, around(from_zero_behind_history)),
+        RunnerFault("the first cached row reads as zero", "s8", seen, around(first_row_is_lost), says="history|row"),
+        RunnerFault("the engine computes in bfloat16", "fp32", "layers", around(after=coarse)),
+        RunnerFault("decode writes its row one late", "s8", rows, writes(one_row_late), says="row|decode"),
+        RunnerFault("the cache has K for V", "s8", rows, writes(exchanged), says="K"),
+        RunnerFault("the cache has the layer's before", "s8", rows, writes(next_layers)),
+        RunnerFault("a rollback keeps stale rows", "s8", rows, keep_stale_rows, says="roll|stale|row"),
+        RunnerFault("token ids are shifted", "s8", "embedding|answer", shift_ids),
+        RunnerFault("logits are those of the row before", "s8", "post|answer", last_logits_first),
+        RunnerFault("half of the logits are missing", "s8", "post", cut_logits),
+        RunnerFault("the second best is chosen", "s8", "sampling", chooses(second_best)),
+        RunnerFault("of equal logits the last is chosen", "s8", "sampling", chooses(last_of_equals)),
+        RunnerFault("repetition is penalised", "s8", "sampling", penalise),
+        RunnerFault("nothing stops", "s8", "template|answer", never_stop, says="stop"),
+    ]  # fmt: skip

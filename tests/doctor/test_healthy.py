@@ -1,0 +1,41 @@
+"""Healthy bundles of every family and type: a doctor finds nothing in them, with a checkpoint and without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.doctor.conftest import Doctor, leave_figures
+from tests.doctor.healthy import HEALTHY, Healthy
+from toolchain import build
+
+STAGES = 10
+
+
+@pytest.mark.parametrize("case", HEALTHY, ids=lambda case: case.name)
+def test_nothing_is_found(
+    case: Healthy, tiny_qwen2: Path, tmp_path: Path, axc_doctor: Doctor, axrun_doctor: Doctor
+) -> None:
+    checkpoint = case.make(tmp_path / "checkpoint", tiny_qwen2)
+    bundle = tmp_path / "bundle"
+    build.build(build.plan(build.Options(checkpoint, bundle, **case.options)))
+    same = {flag: case.options[flag] for flag in ("model_type",) if flag in case.options}
+    leave_figures(bundle, checkpoint, **same)
+    flags = [f"--{flag}={value}" for flag, value in same.items()]
+    for said in (axc_doctor(bundle, checkpoint, *flags), axrun_doctor(bundle)):
+        assert (said.code, said.report["verdict"]) == (0, "healthy"), said
+        assert [each["outcome"] for each in said.report["stages"]] == ["agrees"] * STAGES, said
+
+
+def test_there_are_at_least_fifty() -> None:
+    assert len(HEALTHY) >= 50
+    for flag in ("weight_type", "hidden_state_type"):
+        assert {case.options.get(flag) for case in HEALTHY} >= {"fp32", "fp16", "bf16"}
+
+
+@pytest.mark.parametrize("name", ["s8", "s4", "fp32", "llama", "fp16"])
+def test_nothing_is_found_on_the_other_engine(name: str, base: Any, axc_doctor: Doctor) -> None:
+    said = axc_doctor(*base(name), "--engine", "ort")
+    assert (said.code, said.report["verdict"]) == (0, "healthy"), said

@@ -1,0 +1,231 @@
+"""Odd inputs: one clear error and no traceback, or a report that is one JSON object. Nothing else on stdout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import board.cli
+import toolchain.cli
+from tests import vendor_files
+from tests.doctor import axmodels, checkpoints
+from tests.doctor.conftest import Base, Doctor
+
+BAD_INPUT, FAULTY = 2, 1
+Copy = Callable[[str], tuple[Path, Path]]
+Ended = tuple[int, str, str]
+Run = Callable[..., Ended]
+
+
+@pytest.fixture
+def doctor(capsys: pytest.CaptureFixture[str]) -> Run:
+    """axc doctor in this process: exit code, stdout, stderr."""
+
+    def run(bundle: Path, checkpoint: Path, *flags: str) -> Ended:
+        capsys.readouterr()
+        code = toolchain.cli.main(["doctor", str(bundle), "--checkpoint", str(checkpoint), "--json", *flags])
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def alone(capsys: pytest.CaptureFixture[str]) -> Run:
+    """axrun doctor in this process."""
+
+    def run(bundle: Path, *flags: str) -> Ended:
+        capsys.readouterr()
+        code = board.cli.main(["doctor", str(bundle), "--json", *flags])
+        return (code, *capsys.readouterr())
+
+    return run
+
+
+def refused(ended: Ended, *words: str) -> None:
+    """Bad input, said in one error of one to three lines."""
+    code, out, err = ended
+    assert (code, out) == (BAD_INPUT, ""), ended
+    assert "Traceback" not in err, err
+    errors = err[err.index("error: ") :].splitlines()
+    assert 1 <= len(errors) <= 3, err
+    assert all(word in err for word in words), err
+
+
+def one_object(ended: Ended) -> dict[str, Any]:
+    """What it says on stdout, whatever it found."""
+    code, out, err = ended
+    assert "Traceback" not in err, err
+    report = json.loads(out)
+    assert isinstance(report, dict)
+    assert code == (FAULTY if report["verdict"] == "faulty" else 0)
+    assert bool(report["finding"]) == (code == FAULTY)
+    return report
+
+
+@pytest.mark.parametrize("what", ["nothing", "an empty folder", "a file"])
+def test_no_bundle(what: str, tiny_qwen2: Path, tmp_path: Path, doctor: Run, alone: Run) -> None:
+    place = tmp_path / "place"
+    if what == "an empty folder":
+        place.mkdir()
+    elif what == "a file":
+        place.write_text("{}")
+    refused(doctor(place, tiny_qwen2), str(place))
+    refused(alone(place), str(place))
+
+
+@pytest.mark.parametrize("what", ["nothing", "an empty folder", "a file", "no weights", "no config", "config"])
+def test_no_checkpoint(what: str, base: Base, tiny_qwen2: Path, tmp_path: Path, doctor: Run) -> None:
+    place = tmp_path / "place"
+    if what == "an empty folder":
+        place.mkdir()
+    elif what == "a file":
+        place.write_text("{}")
+    elif what != "nothing":
+        shutil.copytree(tiny_qwen2, place)
+        if what == "no weights":
+            (place / "model.safetensors").unlink()
+        elif what == "no config":
+            (place / "config.json").unlink()
+        else:
+            (place / "config.json").write_text('{"model_type": "qwen2", "hidden_size": 1e400}')
+    refused(doctor(base("s8")[0], place), str(place))
+
+
+def test_the_weights_are_cut_short(base: Base, tiny_qwen2: Path, tmp_path: Path, doctor: Run) -> None:
+    place = Path(shutil.copytree(tiny_qwen2, tmp_path / "place"))
+    content = (place / "model.safetensors").read_bytes()
+    (place / "model.safetensors").write_bytes(content[:-1000])
+    refused(doctor(base("s8")[0], place), str(place))
+
+
+def test_the_checkpoint_of_another_model(base: Base, llama: Path, doctor: Run) -> None:
+    """It is not the bundle that is wrong, or nobody can tell: the error names both."""
+    refused(doctor(base("s8")[0], llama), str(llama), "another")
+
+
+def test_a_checkpoint_of_the_same_shapes(base: Base, tiny_qwen2: Path, tmp_path: Path, doctor: Run) -> None:
+    """Another training run of the bundle's architecture: what it finds names that the manifest records other files."""
+    config = json.loads((tiny_qwen2 / "config.json").read_text())
+    other = checkpoints.with_text(checkpoints.save(tmp_path / "other", config), tiny_qwen2)
+    code, _, err = ended = doctor(base("s8")[0], other)
+    if code == BAD_INPUT:
+        refused(ended, "other")
+    else:
+        finding = one_object(ended)["finding"]
+        assert "manifest" in " ".join(finding.values()), (finding, err)
+
+
+def test_a_bundle_as_the_vendors_compiler_makes(copy: Copy, doctor: Run, alone: Run) -> None:
+    """Its axmodels are an NPU's, and there is none here: nothing is called healthy that was not run."""
+    bundle, checkpoint = copy("s8")
+    content = vendor_files.encode(vendor_files.ROWS["4.1"], vendor_files.extra_data(vendor_files.ROWS["4.1"], 0))
+    for path in bundle.glob("*.axmodel"):
+        axmodels.rewrite(path, content)
+        axmodels.sign(bundle, path.name)
+    axmodels.manifest(bundle, lambda values: values.update(maker="pulsar2"))
+    for ended in (doctor(bundle, checkpoint), alone(bundle)):
+        assert one_object(ended)["verdict"] != "healthy"
+
+
+def test_one_of_the_vendors_among_ours(copy: Copy, doctor: Run) -> None:
+    bundle, checkpoint = copy("s8")
+    content = vendor_files.encode(vendor_files.ROWS["4.1"], vendor_files.extra_data(vendor_files.ROWS["4.1"], 0))
+    axmodels.replace(bundle, axmodels.layer(bundle, 1), content)
+    report = one_object(doctor(bundle, checkpoint))
+    assert report["finding"]["file"] == axmodels.layer(bundle, 1)
+
+
+DAMAGES: dict[str, bytes] = {
+    "no JSON": b"{",
+    "no object": b"[]",
+    "no text": b"\xff\xfe\x00",
+    "deep": b"[" * 100000,
+    "a huge number": b'{"schema": 1e999}',
+    "a long number": b'{"schema": ' + b"9" * 5000 + b"}",
+    "nothing": b"",
+    "null": b"null",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "hf/tokenizer.json", "hf/tokenizer_config.json", "hf/config.json", "post_config.json"]
+)
+def test_json_that_is_damaged(name: str, damage: str, copy: Copy, doctor: Run, alone: Run) -> None:
+    bundle, checkpoint = copy("s8")
+    axmodels.rewrite(bundle / name, DAMAGES[damage])
+    if name != "manifest.json":
+        axmodels.sign(bundle, name)
+    for ended in (doctor(bundle, checkpoint), alone(bundle)):
+        if ended[0] == BAD_INPUT:
+            refused(ended, name.rpartition("/")[2])
+        else:
+            report = one_object(ended)
+            if damage != "a huge number" or name == "manifest.json":
+                assert report["finding"]["file"] == name, report
+
+
+HUGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "layers": lambda values: values["model"].update(layers=10**9),
+    "vocabulary": lambda values: values["model"].update(vocab_size=1 << 62),
+    "hidden size": lambda values: values["model"].update(hidden_size=1 << 40),
+    "context": lambda values: values["model"].update(kv_cache_len=1 << 40),
+    "groups": lambda values: values["model"].update(groups=[{"tokens": 1 << 23, "history": 1 << 23}]),
+    "negative": lambda values: values["model"].update(kv_cache_len=-5),
+    "a path": lambda values: values["model"].update(post_file="../../../etc/passwd"),
+    "a type": lambda values: values["model"].update(layers="four"),
+    "sizes": lambda values: values["files"]["post_config.json"].update(size=1 << 70),
+    "memory": lambda values: values["memory"].update(axmodels=10**30),
+}
+
+
+@pytest.mark.parametrize("what", HUGE)
+def test_a_manifest_of_odd_numbers(what: str, copy: Copy, doctor: Run, alone: Run) -> None:
+    bundle, checkpoint = copy("s8")
+    axmodels.manifest(bundle, HUGE[what])  # type: ignore[arg-type]
+    for ended in (doctor(bundle, checkpoint), alone(bundle)):
+        if ended[0] == BAD_INPUT:
+            refused(ended)
+        else:
+            assert one_object(ended)["verdict"] == "faulty" or what == "memory"
+
+
+def test_figures_that_are_damaged(copy: Copy, alone: Run) -> None:
+    """What the build left of the reference is a file of the bundle as any other."""
+    bundle, _ = copy("s8")
+    name = next(path.name for path in sorted(bundle.glob("*.npz")) if "figures" in path.name)
+    content = (bundle / name).read_bytes()
+    for damaged in (content[: len(content) // 2], b"", b"PK\x03\x04" + b"\x00" * 100, content[:200] + content[300:]):
+        axmodels.replace(bundle, name, damaged)
+        ended = alone(bundle)
+        if ended[0] == BAD_INPUT:
+            refused(ended, name)
+        else:
+            report = one_object(ended)
+            assert report["finding"]["file"] == name, report
+
+
+def test_no_figures(copy: Copy, alone: Run) -> None:
+    """Without them it cannot tell, and says what would."""
+    bundle, _ = copy("s8")
+    for path in bundle.glob("*.npz"):
+        path.unlink()
+        axmodels.manifest(bundle, lambda values, name=path.name: values["files"].pop(name))  # type: ignore[misc]
+    report = one_object(alone(bundle))
+    assert report["verdict"] == "undecided"
+    assert any("axc reference" in each["text"] for each in report["stages"])
+
+
+def test_a_bundle_without_a_tokenizer(tiny_qwen2: Path, tmp_path: Path, axc_doctor: Doctor) -> None:
+    """The checkpoint has none either: nothing is wrong."""
+    from toolchain import build
+
+    checkpoint = checkpoints.save(tmp_path / "checkpoint", {"model_type": "llama"})
+    build.build(build.plan(build.Options(checkpoint, tmp_path / "bundle", prefill_len=16, kv_cache_len=63)))
+    said = axc_doctor(tmp_path / "bundle", checkpoint)
+    assert said.code == 0, said

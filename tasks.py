@@ -32,6 +32,7 @@ from ci.tasks.common import (
     PEER,
     PROMPT,
     ROOT,
+    TELL,
     VENDOR_IMAGE,
     VENDOR_LICENCE,
     VENDOR_SHA256,
@@ -202,7 +203,7 @@ def base_image(_: Context, out: str = OUT or "out", mirror: str = MIRROR, record
     from toolchain.inventory import decimal
 
     Path(out).mkdir(parents=True, exist_ok=True)
-    made = base.make(Path(out) / "axc-base.tar", mirror, renew=record)
+    made = base.make(Path(out) / "axc-base.tar", mirror, renew=record, say=TELL)
     print(f"{made.path}: {made.id}, {decimal(made.nbytes)}, {len(base.Record.read().packages)} packages as recorded")
     print(engine.offer(made, base.TAG))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from board.bundle import Bundle
+from board.cgroup import memory_left
 from board.dtypes import DTYPES, FLOATS
 from board.errors import BadInput
 from board.model import POST_ROWS
@@ -116,9 +117,15 @@ def cmm_left(cmm_info: Path = CMM_INFO) -> int | None:
 
 
 def available(meminfo: Path = MEMINFO) -> int | None:
-    """Bytes of the host's memory that can be taken without swapping; None where that is not known."""
+    """Bytes of the host's memory that can be taken without swapping; None where that is not known.
+
+    In a container that is what its limit leaves, where that is less.
+    """
     found = re.search(r"MemAvailable:\s+(\d+) kB", _text(meminfo))
-    return int(found[1]) << 10 if found else None
+    if found is None:
+        return None
+    there, left = int(found[1]) << 10, memory_left()
+    return there if left is None else min(there, left)
 
 
 def _text(path: Path) -> str:

@@ -68,7 +68,7 @@ ANSWERS: Mapping[str, Any] = {
         **dict.fromkeys(("architecture", "python", "glibc", "root"), str),
         **dict.fromkeys(("rsync", "engine_library", "current"), (str, None)),
         **dict.fromkeys(("memory", "cmm"), (int, None)),
-        "writable": bool,
+        **dict.fromkeys(("writable", "read_only"), bool),
         "free": int,
     },
     "survey": {"whole": bool, "into": str, "like": (str, None), "needed": int, "free": int},
@@ -77,6 +77,13 @@ ANSWERS: Mapping[str, Any] = {
         **dict.fromkeys(("root", "boot"), str),
         "current": (str, None),
         **{key: [[str]] for key in ("folders", "release", "package", "model")},
+    },
+    "status": {
+        **dict.fromkeys(("user", "host", "system", "kernel"), str),
+        **dict.fromkeys(("board", "bsp", "board_id", "chip", "locked", "package", "model", "prompt"), (str, None)),
+        **dict.fromkeys(("uptime", "memory_total", "cmm_total", "disk_total"), (int, None)),
+        **{key: [[str]] for key in ("temperatures", "devices", "engines")},
+        "releases": [str],
     },
     "release": {"engine": str, "prompt": str, "tokens": ([int], None)},
     "ask": {"code": (int, None), "stdout": str, "stderr": str},
@@ -126,7 +133,7 @@ class Connection:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            env=self._environment(),
+            env=ssh_environment(board),
         )
         try:
             code = program.read_bytes()
@@ -175,7 +182,7 @@ class Connection:
             *("rsync", "--recursive", "--checksum", "--delete", "--stats", "--partial-dir=.rsync-partial"),
             *("--chmod=D0755,Fu+rw,Fgo+r,Fgo-w", f"--timeout={STALL_SECONDS}", "--protect-args"),
             *([f"--link-dest={like}"] if like else []),
-            *("--rsh", shlex.join(self._ssh())),
+            *("--rsh", shlex.join(ssh_command(self.at))),
             *(f"{source}/", f"{self.at.host}:{into}/"),
         ]
         if setpriv := shutil.which("setpriv"):
@@ -183,7 +190,7 @@ class Connection:
         try:
             done = subprocess.run(
                 command,
-                env=self._environment(),
+                env=ssh_environment(self.board),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -213,7 +220,11 @@ class Connection:
         words = ["-o", "ExitOnForwardFailure=yes", "-N", "-L", f"127.0.0.1:{here}:127.0.0.1:{port}", self.at.host]
         with tempfile.TemporaryFile() as said:
             process = subprocess.Popen(
-                [*self._ssh(), *words], stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=self._environment()
+                [*ssh_command(self.at), *words],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                env=ssh_environment(self.board),
             )
             try:
                 deadline = time.monotonic() + CONNECT_SECONDS + REQUEST_SECONDS
@@ -233,17 +244,7 @@ class Connection:
 
     def _shell(self) -> list[str]:
         """What runs a command line on the board."""
-        return [*self._ssh(), self.at.host]
-
-    def _ssh(self) -> list[str]:
-        return [
-            *(str(SSH), "-x", "-T", "-o", f"ConnectTimeout={CONNECT_SECONDS}"),
-            *("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=6"),
-            *("-i", str(self.at.keyfile), "-p", str(self.at.port), "-l", self.at.user),
-        ]
-
-    def _environment(self) -> dict[str, str]:
-        return {**os.environ, **self.board.variables(), "LC_ALL": "C"}
+        return [*ssh_command(self.at), self.at.host]
 
     def _send(self, data: bytes) -> None:
         assert self._process.stdin
@@ -303,18 +304,35 @@ class Connection:
         return Lost(meaning or f"{self.board.name} was lost during {verb}: {_last(said)} (exit code {code})")
 
     def _meaning(self, said: str) -> str:
-        """What ssh's words mean, for who deploys; empty where they are not known."""
-        for pattern, text in SSH_SAYS:
-            if re.search(pattern, said):
-                return text.format(
-                    at=f"{self.at.user}@{self.at.host} port {self.at.port}",
-                    host=self.at.host,
-                    port=self.at.port,
-                    keyfile=self.at.keyfile,
-                    known_hosts=self.board.state / "known_hosts",
-                    said=_last(said),
-                )
-        return ""
+        return ssh_meaning(self.board, self.at, said)
+
+
+def ssh_command(at: Address, *options: str) -> list[str]:
+    """ssh to an address, without the host: it checks the host key and asks nobody."""
+    return [
+        *(str(SSH), "-x", *(options or ("-T",)), "-o", f"ConnectTimeout={CONNECT_SECONDS}"),
+        *("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=6"),
+        *("-i", str(at.keyfile), "-p", str(at.port), "-l", at.user),
+    ]
+
+
+def ssh_environment(board: Board) -> dict[str, str]:
+    return {**os.environ, **board.variables(), "LC_ALL": "C"}
+
+
+def ssh_meaning(board: Board, at: Address, said: str) -> str:
+    """What ssh's words mean, for who uses the board; empty where they are not known."""
+    for pattern, text in SSH_SAYS:
+        if re.search(pattern, said):
+            return text.format(
+                at=f"{at.user}@{at.host} port {at.port}",
+                host=at.host,
+                port=at.port,
+                keyfile=at.keyfile,
+                known_hosts=board.state / "known_hosts",
+                said=_last(said),
+            )
+    return ""
 
 
 def _listens(port: int) -> bool:

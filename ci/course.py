@@ -17,7 +17,7 @@ from board import logits
 from board.bundle import Bundle, read_manifest
 from board.errors import BadInput, Failure
 from board.logits import NAME as REFERENCE
-from ci import beside, built, doctor, evidence, holding, instructions, place, retry, stage
+from ci import beside, built, doctor, evidence, holding, instructions, place, power, retry, stage
 from ci.holding import Holding
 from ci.junit import failures
 from ci.place import Board
@@ -194,6 +194,9 @@ class Course:
         self._twice(self._power_on)
 
     def _power_on(self) -> None:
+        if self.board.switch != "port":
+            self._power_by_hand()
+            return
         board = [str(self.board.yaml), str(self._boot_seconds())]
         self._run("power on", [self.python, "-m", "ci.power", "on", *board], leaves=True)
 
@@ -262,8 +265,17 @@ class Course:
                     self.stages[-1], excused="failed, which does not count" if self.stages[-1].failed else ""
                 )
 
+    def _power_by_hand(self) -> None:
+        """Raises StageFailed for a board that does not answer."""
+        started, reason, well = time.monotonic(), "", ""
+        try:
+            well = power.by_hand(self.board, self.say, self._boot_seconds(), self._stop)
+        except Failure as failure:
+            reason = str(failure)
+        self.note("power on", started, reason, well)
+
     def power_off(self) -> None:
-        """Whatever happened before; a signal does not end it."""
+        """Whatever happened before; a signal does not end it. A board that nothing switches stays on."""
         stop, self._stop = self._stop, str
         self.beside.log(self.stages)
         with contextlib.suppress(StageFailed):
@@ -272,6 +284,8 @@ class Course:
         self._stop = stop
 
     def _power_off(self) -> None:
+        if self.board.switch != "port":
+            return
         self._run("power off", [self.python, "-m", "ci.power", "off", str(self.board.yaml)])
 
     def _run(self, name: str, command: Sequence[str], *, leaves: bool = False) -> None:

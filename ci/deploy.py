@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,12 @@ from board import bundle as bundles
 from board.bundle import Bundle
 from board.errors import BadInput, CheckFailed
 from board.memory import needs
-from ci import evidence
+from ci import evidence, reach, settings
 from ci.connection import Connection
 from ci.evidence import Record
 from ci.listing import Listing
 from ci.place import Address, Board, owner
+from ci.progress import took
 from ci.wheelhouse import Package
 
 KEEP = 3  # releases on the board, the current one among them
@@ -49,7 +52,7 @@ class Deployed:
 def deploy(
     board: Board,
     at: Address,
-    package: Package,
+    package: Package | Callable[[], Package],
     bundle: Path,
     prompt: str,
     keep: int = KEEP,
@@ -58,33 +61,38 @@ def deploy(
 ) -> Deployed:
     """Makes package and bundle the board's current release, and writes what they are to the file `record`.
 
+    A package that takes long to make is a function that makes it: it is called once the board is known to take it.
     Raises BadInput when the board cannot be reached or cannot take it, CheckFailed when what arrived is not what was
     sent or answers otherwise than here. The board then runs what it ran before.
     """
-    manifest = bundles.verify(bundle)
     opened = Bundle.open(bundle)
-    model = Listing.of(bundle)
-    contents = (("packages", package.site, package.listing), ("models", bundle, model))
-    release: dict[str, Any] = {"package": package.listing.id, "model": model.id, "name": opened.name, "prompt": prompt}
-    release["engine"] = board.engine
-    release["tokens"] = _tokens_here(bundle, prompt) if manifest["maker"] == "cpu" else None
+    reach.require(board, at, say)
     with Connection(board, at) as link:
         facts = link.call("facts")
         say(_introduce(board, facts))
         _require(board, facts, opened)
+        manifest = bundles.verify(bundle)
         link.call("lock", owner=owner())
+        made = package if isinstance(package, Package) else package()
+        model = Listing.of(bundle)
+        contents = (("packages", made.site, made.listing), ("models", bundle, model))
+        release: dict[str, Any] = {"package": made.listing.id, "model": model.id, "name": opened.name}
+        release |= {"prompt": prompt, "engine": board.engine}
+        release["tokens"] = _tokens_here(bundle, prompt) if manifest["maker"] == "cpu" else None
         sent = [_send(link, board, store, source, listing, say) for store, source, listing in contents]
         name = hashlib.sha256(json.dumps(release, sort_keys=True).encode()).hexdigest()[:16]
         link.call("assemble", name=name, release=release)
+        say(f"asking release {name} {prompt!r} ...")
+        started = time.monotonic()
         answer = _smoke(link, board, name, release)
-        say(f"release {name} answers {prompt!r} with {answer!r}")
+        say(f"release {name} answers {prompt!r} with {answer!r}{took(started)}")
         was = link.call("switch", name=name)
         say(f"current is {name}, {'as before' if was == name else f'was {was}' if was else 'the first'}")
         if record is not None:
-            evidence.write(record, _record(board, name, release, package.listing, model))
+            evidence.write(record, _record(board, name, release, made.listing, model))
         for gone in link.call("prune", keep=keep):
             say(f"removed {gone}")
-    return Deployed(name, was, answer, sum(sent), package.listing.size + model.size)
+    return Deployed(name, was, answer, sum(sent), made.listing.size + model.size)
 
 
 def _record(board: Board, name: str, release: Mapping[str, Any], package: Listing, model: Listing) -> Record:
@@ -98,6 +106,7 @@ def rollback(board: Board, at: Address, say: Say = lambda line: None) -> Deploye
 
     Raises BadInput when there is none, CheckFailed when it does not answer so; the current one then stays.
     """
+    reach.require(board, at, say)
     with Connection(board, at) as link:
         link.call("lock", owner=owner())
         was, name = link.call("facts")["current"], link.call("previous")
@@ -113,15 +122,16 @@ def _send(link: Connection, board: Board, store: str, source: Path, listing: Lis
     """Bytes over the wire. A folder that is there is verified too, and what is wrong with it is sent again."""
     place: dict[str, Any] = {"store": store, "name": listing.id, "listing": [list(entry) for entry in listing.files]}
     found = link.call("survey", **place)
-    what = f"{store[:-1]} {listing.id}, {listing.size / 1e6:.1f} MB"
+    what, started = f"{store[:-1]} {listing.id}, {listing.size / 1e6:.1f} MB", time.monotonic()
     if found["whole"] and not link.call("verify", VERIFY_SECONDS, **place):
-        say(f"{what}: there, verified")
+        say(f"{what}: there, verified{took(started)}")
         return 0
     if found["needed"] + SPARE_BYTES > found["free"]:
         raise BadInput(
             f"the disk of {board.name} has {found['free'] >> 20} MB free, the {store[:-1]} needs "
             f"{(found['needed'] + SPARE_BYTES) >> 20} MB\nMake room in {found['into'].partition('/incoming')[0]}."
         )
+    say(f"{what}: sending {found['needed'] / 1e6:.1f} MB ...")
     try:
         moved = link.send(source, found["into"], found["like"])
     except BadInput:
@@ -132,7 +142,7 @@ def _send(link: Connection, board: Board, store: str, source: Path, listing: Lis
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise CheckFailed(f"the {store[:-1]} on {board.name} is not what was sent: {str(faults[0])[:200]!a}{more}")
     link.call("keep", VERIFY_SECONDS, **place)
-    say(f"{what}: sent {moved.wire / 1e6:.2f} MB, verified")
+    say(f"{what}: sent {moved.wire / 1e6:.2f} MB, verified{took(started)}")
     return moved.wire
 
 
@@ -186,6 +196,14 @@ def _introduce(board: Board, facts: Mapping[str, Any]) -> str:
     return f"{board.name}: {', '.join(told)}"
 
 
+def _unwritable(board: Board, facts: Mapping[str, Any]) -> str:
+    root = f"{facts['root']!a} on {board.name} cannot be written"
+    if facts["read_only"]:
+        return f"{root}: its disk is mounted read-only\nAn unclean disk is: dmesg and mount say more, there."
+    said = board.given["root"].source if "root" in board.given else board.yaml
+    return f"{root}: is root right ({board.root}, from {said}), and {board.name}'s user its owner?"
+
+
 def _require(board: Board, facts: Mapping[str, Any], bundle: Bundle) -> None:
     """What the board must be and have. Raises BadInput with the first thing that is wrong."""
     vendor = bundle.maker == "pulsar2"
@@ -200,14 +218,17 @@ def _require(board: Board, facts: Mapping[str, Any], bundle: Bundle) -> None:
         ),
         (
             minor != board.python,
-            f"{board.name} has Python {minor!a}, its YAML says {board.python}: change python in {board.yaml}",
+            f"{board.name} has Python {minor!a}, its settings say {board.python}\n"
+            f'Say which it has: python = "{minor}" in {settings.file(board.yaml.stem)}'
+            if re.fullmatch(r"3\.\d{1,2}", minor)
+            else f"{board.name} has Python {minor!a}, its settings say {board.python}",
         ),
         (
             len(seen) == 2 and seen < GLIBC,
             f"{board.name} has glibc {facts['glibc']!a}, the runner needs {GLIBC[0]}.{GLIBC[1]}",
         ),
         (not facts["rsync"], f"{board.name} has no rsync: apt-get install rsync, there"),
-        (not facts["writable"], f"{facts['root']!a} on {board.name} cannot be written: is root in its YAML right?"),
+        (not facts["writable"], _unwritable(board, facts)),
         (
             vendor and not facts["engine_library"],
             f"{board.name} has no libax_engine.so in /soc/lib, and {bundle.name} is for the NPU",

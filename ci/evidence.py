@@ -18,6 +18,7 @@ from typing import Any
 from board.bundle import MANIFEST
 from board.errors import BadInput
 from board.logits import NAME as REFERENCE
+from ci import commands
 from ci.listing import Listing
 
 ENGINES = re.compile(r"libax_(engine|sys)\.so(\.\d+)*")
@@ -80,13 +81,16 @@ def read(file: Path) -> Record:
         values = json.loads(file.read_text("utf-8"))
     except FileNotFoundError:
         raise BadInput(
-            f"no deploy is recorded in {file}: what is on the board is not known\nFirst: invoke deploy"
+            f"no deploy is recorded in {file}: what is on the board is not known\n"
+            f"First: {commands.invoke('deploy', '--board', file.stem)}"
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"cannot read {file}: {error}") from None
     known = {entry.name: entry for entry in dataclasses.fields(Record)}
     if not isinstance(values, dict) or values.pop("schema", None) != SCHEMA or set(values) != set(known):
-        raise BadInput(f"{file} is no record of a deploy\nDeploy again: invoke deploy")
+        raise BadInput(
+            f"{file} is no record of a deploy\nDeploy again: {commands.invoke('deploy', '--board', file.stem)}"
+        )
     return Record(**values)
 
 

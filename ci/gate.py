@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from board.errors import BadInput
+from ci import commands
 from ci.metrics import Figures, Metric, find, number, rank
 from ci.place import is_emulated
 
@@ -139,7 +140,7 @@ def record(board: str, model: str, maker: str, nights: Sequence[Figures], source
     if len(nights) < FEWEST_NIGHTS:
         raise BadInput(
             f"{len(nights)} measured nights of {model} by {maker} on {board}, expected at least {FEWEST_NIGHTS}\n"
-            f"Hold more: invoke nightly --board {board} --model {model}"
+            f"Hold more: {commands.invoke('nightly', '--board', board, '--model', model)}"
         )
     names = set.intersection(*(set(night) for night in nights))
     recorded = {}

@@ -25,6 +25,7 @@ from ci import (
     beside,
     bisection,
     checkout,
+    commands,
     doctor,
     evidence,
     gate,
@@ -150,7 +151,9 @@ def record(board: str, model: str, maker: str, folder: Path, nights: int) -> Pat
     """Writes the gates of a board and a model from the last `nights` that measured something. Raises BadInput."""
     past = history.measured(history.read(folder, place.find(board).name, model).nights, maker)[-nights:]
     if not past:
-        raise BadInput(f"{folder} has no night of {model} by {maker} on {board}: invoke nightly --board {board}")
+        raise BadInput(
+            f"{folder} has no night of {model} by {maker} on {board}: {commands.invoke('nightly', '--board', board)}"
+        )
     commit = f" at {past[-1].commit[:7]}" if past[-1].commit else ""
     source = f"{len(past)} nights {past[0].started[:10]} to {past[-1].started[:10]}{commit}"
     return gate.record(place.find(board).name, model, maker, [night.figures for night in past], source)

@@ -15,6 +15,7 @@ this ends, `current` is a whole release. It needs Python 3.9 and nothing else.
 from __future__ import annotations
 
 import fcntl
+import getpass
 import hashlib
 import json
 import os
@@ -75,12 +76,66 @@ class Releases:
             "rsync": shutil.which("rsync"),
             "root": str(self.root),
             "writable": os.access(str(above), os.W_OK | os.X_OK),
+            "read_only": bool(disk.f_flag & os.ST_RDONLY),
             "free": disk.f_bavail * disk.f_frsize,
             "memory": int(memory.group(1)) << 10 if memory else None,
             "cmm": int(cmm.group(1)) << 10 if cmm else None,
             "engine_library": next((path for path in ENGINE_LIBRARIES if os.path.exists(path)), None),
             "current": self._linked(),
         }
+
+    def status(self) -> dict[str, Any]:
+        """What the board says of itself and of its current release; None where it does not tell. Sizes in bytes."""
+        above = next(path for path in (self.root, *self.root.parents) if path.is_dir())
+        disk = os.statvfs(above)
+        current = self._linked()
+        try:
+            release = self.release(current) if current else {}
+        except Refused:
+            release = {}
+        cmm = re.search(r"total size=(\d+)KB", _text("/proc/ax_proc/mem_cmm_info"))
+        memory = re.search(r"^MemTotal:\s+(\d+) kB", _text("/proc/meminfo"), re.MULTILINE)
+        system = re.search(r'^PRETTY_NAME="?([^"\n]*)', _text("/etc/os-release"), re.MULTILINE)
+        uptime = re.match(r"\d+", _text("/proc/uptime"))
+        return {
+            "user": getpass.getuser(),
+            "host": platform.node(),
+            "system": system.group(1) if system else platform.system(),
+            "kernel": platform.release(),
+            "board": _word("/proc/device-tree/model"),
+            "bsp": _word("/proc/ax_proc/version"),
+            "board_id": _word("/proc/ax_proc/board_id"),
+            "chip": _word("/proc/ax_proc/chip_type"),
+            "uptime": int(uptime.group()) if uptime else None,
+            "memory_total": int(memory.group(1)) << 10 if memory else None,
+            "cmm_total": int(cmm.group(1)) << 10 if cmm else None,
+            "disk_total": disk.f_blocks * disk.f_frsize,
+            "temperatures": _temperatures(),
+            "devices": [[path, "yes" if os.access(path, os.R_OK | os.W_OK) else "no"] for path in _devices()],
+            "engines": [[path, _engine_version(path)] for path in self._engines()],
+            "releases": [name for name in self._past() if (self.root / "releases" / name).is_dir()],
+            "package": str(release["package"]) if "package" in release else None,
+            "model": str(release["name"]) if "name" in release else None,
+            "prompt": str(release["prompt"])[:SHOWN] if "prompt" in release else None,
+            "locked": self._held(),
+        }
+
+    def _held(self) -> str | None:
+        """Who deploys right now."""
+        try:
+            with (self.root / "lock").open("r") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return lock.read(200).strip() or "somebody"
+        except OSError:
+            pass
+        return None
+
+    def _engines(self) -> list[str]:
+        """The engine's libraries: the package's for this kind of machine, and the vendor's."""
+        ours = sorted(str(path) for path in (self.current / "package").glob("*/engine/lib/libax_engine.so"))
+        return [*ours, *(path for path in ENGINE_LIBRARIES if os.path.exists(path))]
 
     def lock(self, owner: str) -> None:
         """Until this process ends, however it ends, nobody else gets the lock."""
@@ -418,6 +473,43 @@ def _start(file: IO[bytes], shown: int) -> str:
 def _end(file: IO[bytes]) -> str:
     file.seek(max(file.seek(0, os.SEEK_END) - SHOWN, 0))
     return file.read(SHOWN).decode("utf-8", "replace")
+
+
+def _word(path: str) -> str | None:
+    """The first line of a file, None where there is no such file."""
+    lines = _text(path).replace("\0", "").strip().splitlines()
+    return lines[0][:SHOWN] if lines else None
+
+
+def _devices() -> list[str]:
+    return sorted(str(path) for path in Path("/dev").glob("ax_*"))[:32]
+
+
+def _temperatures() -> list[list[str]]:
+    """[zone, degrees Celsius] of every sensor that the kernel knows."""
+    zones = sorted(Path("/sys/class/thermal").glob("thermal_zone*"))[:16]
+    found = [(_word(str(zone / "type")) or zone.name, _word(str(zone / "temp")) or "") for zone in zones]
+    return [[name, f"{int(text) / 1000:.1f}"] for name, text in found if re.fullmatch(r"-?\d+", text)]
+
+
+def _engine_version(path: str) -> str:
+    """What a libax_engine says its version is, asked in a process of its own; empty where it does not."""
+    code = (
+        "import ctypes, sys; get = ctypes.CDLL(sys.argv[1]).AX_ENGINE_GetVersion; get.restype = ctypes.c_char_p; "
+        "print((get() or b'').decode('utf-8', 'replace'))"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", code, path],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=20,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.decode("utf-8", "replace").strip()[:200]
 
 
 def _text(path: str | Path) -> str:

@@ -16,15 +16,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from board.errors import BadInput, CheckFailed
+from ci import commands, relay, settings
+from ci.settings import Setting
 
 ROOT = Path(__file__).resolve().parent.parent
 BOARDS = ROOT / "ci" / "boards"
 SSH = BOARDS / "ssh"  # checks the host key; labgrid's own way of calling ssh would accept any
+BY_HAND = ("manual", "none")  # values of `power` that name no port
 CLIENT_SECONDS = 30
 TELL_SECONDS = 30.0  # between two lines about a board that is waited for
 HELD = "LG_BOARD_HELD"  # the state folder of a board that is held already
@@ -57,6 +60,7 @@ class Board:
     `name` is what gates and history know it by, `architecture` as uname -m has it, `python` its version ("3.11"),
     `root` the folder of the releases (relative to the user's home there), `engine` what executes axmodels on it.
     `state` is the folder of its keys on this machine, `reserve` the tags of a farm's place (empty: not in a farm).
+    `given` is what the environment and the user's own file say of it (ci/settings.py), in place of the YAML.
     """
 
     name: str
@@ -69,6 +73,17 @@ class Board:
     address: str = ""
     power: str = ""
     reserve: str = ""
+    given: Mapping[str, Setting] = field(default_factory=dict, compare=False)
+
+    @property
+    def argument(self) -> str:
+        """What --board takes for it."""
+        return self.yaml.stem if self.yaml.parent == BOARDS else str(self.yaml)
+
+    @property
+    def switch(self) -> str:
+        """What switches it: a power "port", its user ("manual"), or "none"."""
+        return self.power if self.power in BY_HAND else "port"
 
     @property
     def in_farm(self) -> bool:
@@ -86,7 +101,9 @@ class Board:
 
     def variables(self) -> dict[str, str]:
         """What its YAML and its ssh refer to; for the environment of whatever works on the board, pytest too."""
+        said = {settings.KNOWN[key][0]: setting.value for key, setting in self.given.items()}
         return {
+            **said,
             "LG_ENV": str(self.yaml),
             "LG_BOARD_STATE": str(self.state),
             "LG_BOARD_PYTHON": sys.executable,
@@ -109,14 +126,15 @@ class Address:
 def find(name: str) -> Board:
     """The board of ci/boards/<name>.yaml, or of the YAML file `name` is the path of.
 
-    LG_BOARD_ADDRESS, LG_BOARD_POWER and LG_BOARD_STATE override where it is and where its keys are.
+    The environment and the user's own settings (ci/settings.py) override the YAML.
     Raises BadInput for a name that is not known and for a YAML that lacks what deploying needs.
     """
     yaml = Path(name) if name.endswith(".yaml") else BOARDS / f"{name}.yaml"
     if not yaml.is_file():
         known = sorted(path.stem for path in BOARDS.glob("*.yaml"))
         raise BadInput(f"no board is named {name!r}: ci/boards/ has {', '.join(known)}\nOr give a .yaml of your own.")
-    options = _options(yaml)
+    options, given = dict(_options(yaml)), settings.read(yaml.stem)
+    options |= {key: setting.value for key, setting in given.items()}
     for key, pattern in OPTIONS.items():
         if not re.fullmatch(pattern, str(options.get(key))):
             raise BadInput(f"{yaml}: options.{key} is {options.get(key)!r}, expected {pattern}")
@@ -125,10 +143,11 @@ def find(name: str) -> Board:
     return Board(
         name=str(options["board"]),
         yaml=yaml.resolve(),
-        state=Path(os.environ.get("LG_BOARD_STATE") or home / "axc" / "boards" / str(options["board"])).absolute(),
-        address=os.environ.get("LG_BOARD_ADDRESS") or str(options.get("address", "")),
-        power=os.environ.get("LG_BOARD_POWER") or str(options.get("power", "")),
+        state=Path(options.get("state") or home / "axc" / "boards" / str(options["board"])).expanduser().absolute(),
+        address=str(options.get("address", "")),
+        power=str(options.get("power", "")),
         reserve=str(options.get("reserve", "")),
+        given=given,
         **kept,
     )
 
@@ -146,12 +165,43 @@ def target(board: Board) -> Iterator[Any]:
     with environment(board.variables()):
         made = Environment(str(board.yaml))
         try:
-            check_host_keys(made.config)
+            settle(board, made.config)
             yield made.get_target("main")
         except (InvalidConfigError, NoResourceFoundError, FarmError, ConnectionRefusedError) as error:
             raise BadInput(f"labgrid does not reach {board.name} as {board.yaml} has it: {error}") from None
         finally:
             made.cleanup()
+
+
+def settle(board: Board, config: Any) -> None:
+    """Puts the board's own settings into a labgrid configuration, and has host keys checked with any.
+
+    Call it before a target is made of it. Raises BadInput.
+    """
+    check_host_keys(config)
+    now = {"address": board.address, "power": board.power}
+    settings.apply({key: Setting(now.get(key, said.value), said.source) for key, said in board.given.items()}, config)
+    if port := relay_port(board, config):
+        relay.check_model(port)
+
+
+def relay_port(board: Board, config: Any) -> relay.Port | None:
+    """The relay's port in a labgrid configuration; None where it has none, as in a farm."""
+    for section in settings.sections(config.data):
+        for kind, values in section:
+            if kind == "NetworkPowerPort":
+                model, host, index = (str(values.get(key, "")) for key in ("model", "host", "index"))
+                return relay.Port(board.name, model, host, index, _where(board))
+    return None
+
+
+def _where(board: Board) -> str:
+    """Where the settings of a relay are."""
+    found = {key: board.given[key].source for key in ("power", "power_model", "power_index") if key in board.given}
+    said = [f"{key} is from {source}" for key, source in found.items()]
+    rest = [key for key in ("power", "power_model", "power_index") if key not in found]
+    named = f"{', '.join(rest)} from {board.yaml}, or set in {settings.file(board.yaml.stem)}"
+    return "; ".join([*said, *([named] if rest else [])])
 
 
 def check_host_keys(config: Any) -> None:
@@ -186,39 +236,47 @@ def address_of(target: Any) -> Address:
 
 
 @contextlib.contextmanager
-def power(board: Board) -> Iterator[Any]:
-    """labgrid's power driver of the board, with `on()`, `off()` and `cycle()`. Raises BadInput when it has none."""
+def power(board: Board) -> Iterator[relay.Switch]:
+    """What switches the board. Raises BadInput when it has none, or one that is not rightly named."""
     from labgrid.exceptions import NoDriverFoundError
     from labgrid.protocol import PowerProtocol
 
+    if board.switch != "port":
+        raise BadInput(f"power is {board.switch!r} for {board.name}: it is switched by hand")
     with target(board) as found:
+        port = relay_port(board, found.env.config)
+        if port:
+            relay.check(port)
         try:
             driver = found.get_driver(PowerProtocol)
         except NoDriverFoundError:
             raise BadInput(f"{board.yaml} has no power port: {board.name} cannot be switched on and off") from None
-        try:
-            yield driver
-        except subprocess.CalledProcessError as error:
-            said = (error.output or b"").decode(errors="replace").strip().splitlines()
-            raise CheckFailed(f"the power of {board.name} could not be switched: {(said or [error])[-1]}") from None
+        except ValueError as error:  # of an address that labgrid takes apart
+            raise port.wrong(str(error)) if port else BadInput(f"{board.yaml}: {error}") from None
+        yield relay.Switch(board.name, driver, port)
 
 
 def require_power(board: Board) -> None:
-    """Raises BadInput for a board whose YAML names no power port, which a night needs. Switches nothing.
+    """Raises BadInput for a board whose YAML names no power port, which a night needs, or a wrong one.
 
-    Of a farm's place nothing is known before it is held but the driver in the YAML.
+    Switches nothing. Of a farm's place nothing is known before it is held but the driver in the YAML. A board whose
+    `power` is manual or none needs no port.
     """
+    if board.switch != "port":
+        return
     from labgrid import Environment, target_factory
     from labgrid.exceptions import NoDriverFoundError, NoSupplierFoundError
     from labgrid.protocol import PowerProtocol
 
     missing = BadInput(
         f"{board.yaml} has no power port, and a night switches its board off and on\n"
-        "Name one of labgrid's power drivers there: docs/boards.md."
+        "Name one of labgrid's power drivers there, or say power: none among its options: docs/boards.md."
     )
     if not board.in_farm:
         try:
             with target(board) as found:
+                if port := relay_port(board, found.env.config):
+                    relay.check(port)
                 found.get_driver(PowerProtocol, activate=False)
         except (NoDriverFoundError, NoSupplierFoundError):
             raise missing from None
@@ -321,7 +379,9 @@ def client(board: Board, *words: str, seconds: float = CLIENT_SECONDS) -> str:
     """labgrid-client, which the environment tells the coordinator. Raises BadInput with its last line, Waited."""
     program = shutil.which("labgrid-client", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
     if program is None:
-        raise BadInput("there is no labgrid-client beside this Python: invoke setup --extra boards")
+        raise BadInput(
+            f"there is no labgrid-client beside this Python: {commands.invoke('setup', '--extra', 'boards')}"
+        )
     try:
         done = subprocess.run(
             [program, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=seconds, check=False
@@ -368,11 +428,3 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 def is_emulated(name: str) -> bool:
     """Whether boards of this name are emulated: `virtual`, and `virtual-2` and the like of YAMLs of one's own."""
     return name == "virtual" or name.startswith("virtual-")
-
-
-def emulated(name: str) -> Board:
-    """As `find`, of a board that this machine emulates. Raises BadInput for any other."""
-    found = find(name)
-    if not found.emulated:
-        raise BadInput(f"{name} is a board of its own: only a virtual one is started and stopped here")
-    return found

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from board.bundle import read_manifest
 from board.errors import BadInput
-from ci import gate, history, instructions, metrics, place, quarantine, variant
+from ci import commands, gate, history, instructions, metrics, place, power, quarantine, variant
 from ci.gate import Gate
 from ci.history import History
 from ci.place import Board
@@ -55,7 +55,7 @@ def check(
     models = sorted(path.stem for path in (place.ROOT / "models").glob("*.toml"))
     boards = sorted({board.name, *(path.stem for path in place.BOARDS.glob("*.yaml"))})
     kept = quarantine.load(board.name, model, models, boards, quarantined, gates)
-    notes = [*_gone(found, maker, before), *_unheld(found), *kept.notes()]
+    notes = [*power.unable(board), *_gone(found, maker, before), *_unheld(found), *kept.notes()]
     held = {name: entry for name, entry in found.items() if not instructions.unheld(name)}
     return Plan(maker, held, unjudged, tuple(notes), kept)
 
@@ -86,7 +86,7 @@ def _unjudged(board: Board, model: str, maker: str, before: History, gates: Path
         raise BadInput(
             f"{len(held)} nights of {maker} bundles of {model} on {board.name} are recorded, and no gate judges them\n"
             "When their figures are right, make gates of them: "
-            f"invoke gate.record --board {board.name} --model {model} --maker {maker}"
+            + commands.invoke("gate.record", "--board", board.argument, "--model", model, "--maker", maker)
         )
     return f"recorded, not judged: no gates for {maker} bundles yet, night {len(held) + 1} of {UNJUDGED}"
 

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from board.errors import BadInput, Failure
+from ci import commands
 
 SCHEMA = 1
+AGAIN = f"Make it: {commands.python('ci.probe', 'CHECKPOINT')}"
 VARIABLES = {"date_string": "01 Jan 2025"}  # a template that writes the date shall write the same one here and there
 TEXTS = (
     "1+1=",
@@ -82,9 +84,9 @@ def read(file: Path) -> Probe:
     try:
         found = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise BadInput(f"cannot read {file}: {error}\nMake it: python -m ci.probe CHECKPOINT {file}") from None
+        raise BadInput(f"cannot read {file}: {error}\n{AGAIN} {file}") from None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-        raise BadInput(f"{file} is no probe of a tokenizer\nMake it: python -m ci.probe CHECKPOINT {file}")
+        raise BadInput(f"{file} is no probe of a tokenizer\n{AGAIN} {file}")
     return found
 
 

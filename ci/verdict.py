@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ci import metrics
+from ci import commands, metrics
 from ci.course import MEASURE
 from ci.gate import Gate, Judgement
 from ci.health_log import ADVICE, BOARD
@@ -94,7 +94,7 @@ def verdict(
         return Verdict(
             f"the bundle is not the one that the same commit built on {twin.started[:10]}: {files[0]} has other bytes"
             + (f" (and {len(files) - 1} more)" if len(files) > 1 else ""),
-            "Builds must be reproducible: make verify-reproducible",
+            f"Builds must be reproducible: {commands.make('verify-reproducible')}",
             "build",
             RED,
         )
@@ -128,17 +128,18 @@ def _weight(judged: Judgement) -> tuple[int, int, int]:
 
 
 def _advice(night: Night) -> str:
-    return (
-        "Look at what changed. If the jump is right, record the gates anew from the nights that show it: "
-        f"invoke gate.record --board {night.board} --model {night.model} --maker {night.maker or 'cpu'}"
+    return "Look at what changed. If the jump is right, record the gates anew from the nights that show it: " + _record(
+        night
     )
 
 
 def _recorded(night: Night) -> str:
-    return (
-        "When the figures of three nights are right, record them: "
-        f"invoke gate.record --board {night.board} --model {night.model} --maker {night.maker}"
-    )
+    return "When the figures of three nights are right, record them: " + _record(night)
+
+
+def _record(night: Night) -> str:
+    where = ("--board", night.board, "--model", night.model, "--maker", night.maker or "cpu")
+    return commands.invoke("gate.record", *where)
 
 
 def _twin(before: Sequence[Night], night: Night) -> Night | None:

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from board.errors import BadInput, CheckFailed
-from ci import binfmt
+from ci import binfmt, commands
 from ci.place import Address, Board
+from ci.progress import took, watched
 
 # the command and the Debian package that brings it
 TOOLS = {
@@ -40,6 +41,7 @@ HOOKS = (
     f"chroot \"$1\" usermod --password '*' {USER}",  # no password fits, a key does
     'rm -f "$1"/etc/ssh/ssh_host_*',  # every board gets its own
 )
+MAKING = "two to eight minutes"
 MAKING_SECONDS, BOOT_SECONDS, POLL_SECONDS = 1800, 120, 0.1
 
 # What a kernel and an init would have set up. $1 root file system, $2 address, $3 port, $4 size of the disk for
@@ -89,9 +91,15 @@ def up(
     """Switches the board on and returns when its sshd answers; does nothing when it is on.
 
     `disk` ("64M") gives the releases a disk of that size, empty at every start; `fresh` throws the old disk away.
-    Raises BadInput for what this machine lacks, CheckFailed when the board does not come up.
+    Raises BadInput for what this machine lacks and for a disk asked of a board that is on, CheckFailed when the board
+    does not come up.
     """
     if running(board) is not None:
+        if disk or fresh:
+            raise BadInput(
+                f"{board.name} is on, and {'--fresh' if fresh else '--disk'} is for its next start\n"
+                f"Switch it off first: {commands.invoke('board.down', '--board', board.argument)}"
+            )
         say(f"{board.name} is on: {at.user}@{at.host} port {at.port}")
         return
     _require_machine()
@@ -159,7 +167,7 @@ def running(board: Board) -> Running | None:
 def root_archive(say: Callable[[str], None] = lambda line: None) -> Path:
     """The root file system as a tar, made once for each recipe. Raises CheckFailed when it cannot be made."""
     recipe = [
-        *("mmdebstrap", "--mode=root", "--arch=arm64", "--variant=essential", "--quiet"),
+        *("mmdebstrap", "--mode=root", "--arch=arm64", "--variant=essential"),
         f"--include={','.join(PACKAGES)}",
         '--aptopt=APT::Install-Recommends "false"',
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in LEFT_OUT),
@@ -172,29 +180,28 @@ def root_archive(say: Callable[[str], None] = lambda line: None) -> Path:
     with (cache / "board.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not archive.is_file():
-            say(f"making an arm64 {SUITE} for the virtual board, once, which takes minutes ...")
-            _make(recipe, archive)
+            say(f"making an arm64 {SUITE} for the virtual board, once: {MAKING} ...")
+            started = time.monotonic()
+            _make(recipe, archive, say)
+            say(f"{archive}: {archive.stat().st_size / 1e6:.0f} MB{took(started)}")
     return archive
 
 
-def _make(recipe: list[str], archive: Path) -> None:
+def _make(recipe: list[str], archive: Path, say: Callable[[str], None]) -> None:
     part = archive.with_suffix(".part")
     mirror = os.environ.get("MIRROR")
     try:
-        done = subprocess.run(
+        done = watched(
             [*recipe, "--format=tar", SUITE, str(part), *([mirror] if mirror else [])],
-            env={**os.environ, "SOURCE_DATE_EPOCH": EPOCH, "LC_ALL": "C"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=MAKING_SECONDS,
-            check=False,
+            "  mmdebstrap",
+            say,
+            seconds=MAKING_SECONDS,
+            environment={**os.environ, "SOURCE_DATE_EPOCH": EPOCH, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired:
         raise CheckFailed(f"mmdebstrap was not done after {MAKING_SECONDS} s") from None
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("E:")] or done.stderr.splitlines()
+        said = [line for line in done.stdout.splitlines() if line.startswith("E:")] or done.stdout.splitlines()[-1:]
         raise CheckFailed(
             f"mmdebstrap made no root file system: {(said or ['it said nothing'])[0][:300]}\n"
             "It takes packages from MIRROR, else from Debian's own mirror."

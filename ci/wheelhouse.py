@@ -18,6 +18,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from pathlib import Path
 from board.bundle import sha256
 from board.errors import BadInput, CheckFailed
 from ci.listing import Listing
+from ci.progress import Say, took, watched
 from requirements.install import SetupFailed
 from requirements.page import bring
 
@@ -64,7 +66,7 @@ class Package:
         return self.folder / "site"
 
 
-def cross(python: str, out: Path) -> Package:
+def cross(python: str, out: Path, say: Say = lambda line: None) -> Package:
     """Builds the package for boards with Python `python` ("3.11") under `out`, or takes what is there and current.
 
     Raises BadInput for a Python without a lock, CheckFailed when a tool failed.
@@ -74,25 +76,25 @@ def cross(python: str, out: Path) -> Package:
     folder = out / "board-package" / f"aarch64-cp{python.replace('.', '')}"
     wheels = folder / "wheels"
     lock = ROOT / "requirements" / f"board-{python}.txt"
-    _download(lock, python, wheels)
+    _download(lock, python, wheels, say)
     try:
         bring(Path(sys.prefix))
     except SetupFailed as error:  # the page has a way without them; a board must not wait for npm's registry
         print(f"note: {error}\nUntil then the page of `axrun serve` on the board shows plain text.", file=sys.stderr)
-    own = _build(wheels)
+    _build(wheels, say)
     _name_by_hash(wheels, folder / "requirements.txt")
     site, stamp = folder / "site", folder / "site.made-from"
     made_from = hashlib.sha256(b"".join(sorted(sha256(path).encode() for path in wheels.iterdir()))).hexdigest()
     if not (stamp.is_file() and stamp.read_text() == made_from and site.is_dir()):
         stamp.unlink(missing_ok=True)
-        _install(wheels, own, python, site)
+        _install(wheels, python, site, say)
         stamp.write_text(made_from)
     listing = Listing.of(site)
     (folder / "SHA256SUMS").write_text(listing.text)
     return Package(folder, python, listing)
 
 
-def _download(lock: Path, python: str, wheels: Path) -> None:
+def _download(lock: Path, python: str, wheels: Path, say: Say) -> None:
     """The wheels a lock names, unless the folder has been filled from this very lock."""
     stamp, wanted = wheels.parent / "wheels.made-from", sha256(lock)
     if stamp.is_file() and stamp.read_text() == wanted and wheels.is_dir():
@@ -101,6 +103,8 @@ def _download(lock: Path, python: str, wheels: Path) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     local = os.environ.get("WHEELS")
+    started = time.monotonic()
+    say(f"package: the wheels of {lock.name}, by hash ...")
     _run(
         [
             *(sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-input", "--no-deps"),
@@ -109,20 +113,25 @@ def _download(lock: Path, python: str, wheels: Path) -> None:
         ],
         "the board's wheels did not come",
         DOWNLOAD_SECONDS,
+        say,
     )
+    say(f"package: {len(list(fresh.iterdir()))} wheels{took(started)}")
     shutil.rmtree(wheels, ignore_errors=True)
     fresh.rename(wheels)
     stamp.write_text(wanted)
 
 
-def _build(wheels: Path) -> Path:
+def _build(wheels: Path, say: Say) -> None:
     """The runner's own wheel, in place of any older one."""
     fresh = wheels.with_name("own.part")
     shutil.rmtree(fresh, ignore_errors=True)
+    started = time.monotonic()
+    say("package: the runner's wheel; its engine is compiled for aarch64 where that has changed, in about a minute ...")
     _run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(fresh.resolve())],
         "the runner's wheel could not be built",
         INSTALL_SECONDS,
+        say,
         cwd=ROOT / "board",
     )
     (made,) = fresh.glob("*.whl")
@@ -130,12 +139,12 @@ def _build(wheels: Path) -> Path:
         old.unlink()
     own = made.replace(wheels / made.name)
     fresh.rmdir()
-    return own
+    say(f"package: {own.name}{took(started)}")
 
 
-def _install(wheels: Path, own: Path, python: str, site: Path) -> None:
+def _install(wheels: Path, python: str, site: Path, say: Say) -> None:
     """Unpacks every wheel for the board, on this machine; nothing of this machine gets into the folder."""
-    fresh = site.with_name("site.part")
+    fresh, started = site.with_name("site.part"), time.monotonic()
     shutil.rmtree(fresh, ignore_errors=True)
     _run(
         [
@@ -145,7 +154,9 @@ def _install(wheels: Path, own: Path, python: str, site: Path) -> None:
         ],
         "the board's wheels could not be installed",
         INSTALL_SECONDS,
+        say,
     )
+    say(f"package: unpacked into {site}{took(started)}")
     shutil.rmtree(fresh / "bin", ignore_errors=True)  # scripts with this machine's Python in their first line
     for record in fresh.glob("*.dist-info/*"):
         if record.name in ("direct_url.json", "RECORD", "REQUESTED", "INSTALLER"):
@@ -173,23 +184,20 @@ def _target(python: str) -> list[str]:
     return [*platforms, "--python-version", python, "--implementation", "cp"]
 
 
-def _run(command: Sequence[str], on_failure: str, seconds: int, cwd: Path = ROOT) -> None:
+def _run(command: Sequence[str], on_failure: str, seconds: int, say: Say, cwd: Path = ROOT) -> None:
     kept = {name: value for name, value in os.environ.items() if name not in ("PIP_TARGET", "PIP_USER", "PYTHONPATH")}
     try:
-        done = subprocess.run(
+        done = watched(
             command,
+            f"  {command[2]}",
+            say,
+            seconds=seconds,
             cwd=cwd,
-            env={**kept, "SOURCE_DATE_EPOCH": EPOCH, "AXRUN_TARGET": "aarch64"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-            check=False,
+            environment={**kept, "SOURCE_DATE_EPOCH": EPOCH, "AXRUN_TARGET": "aarch64"},
         )
     except subprocess.TimeoutExpired:
         raise CheckFailed(f"{on_failure}: {command[2]} was not done after {seconds} s") from None
     if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
+        said = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["it said nothing"]
         errors = [line for line in said if line.lower().startswith("error")]
         raise CheckFailed(f"{on_failure}: {(errors or said)[-1][:300]}\nWith its cause mended, run the same again.")

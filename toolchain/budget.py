@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from board import memory as runtime_memory
 from board.errors import BadInput
 from toolchain.compile import Target
 from toolchain.config import ModelConfig
@@ -85,14 +86,8 @@ def require_memory(needed: int, processes: int, proof: int = 0) -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes the kernel could hand out without swapping; None where it does not say."""
-    try:
-        for line in Path("/proc/meminfo").read_text("ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    return None
+    """Bytes that can be had without swapping, within a container's limit; None where the system does not say."""
+    return runtime_memory.available()
 
 
 def megabytes(count: int) -> str:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from board.errors import BadInput, CheckFailed
+from ci import commands
 from ci.container.archive import Image, settle_layer, write
+from ci.progress import Say, took, watched
 
 TAG = "axc-base:latest"
+MAKING, MAKING_SECONDS = "one to five minutes", 3600
 SUITE = "bookworm"  # its Python is 3.11, the oldest that the locks hold wheels for
 OWN = "Debian's own mirror"  # mmdebstrap knows where that is
 INCLUDE = ("ca-certificates", "python3", "python3-venv")
@@ -74,7 +77,9 @@ class Record:
             packages = [Package(*row) for row in rows]
             return cls(int(epoch), {package.name: package for package in packages})
         except (ValueError, TypeError):
-            raise BadInput(f"{path} is damaged\nRestore it, or write it anew: invoke base-image --record") from None
+            raise BadInput(
+                f"{path} is damaged\nRestore it, or write it anew: {commands.invoke('base-image', '--record')}"
+            ) from None
 
 
 def epoch(record: Path = RECORD) -> int:
@@ -85,16 +90,19 @@ def epoch(record: Path = RECORD) -> int:
     return int(said) if said else Record.read(record).epoch
 
 
-def make(output: Path, mirror: str, *, record: Path = RECORD, renew: bool = False) -> Image:
+def make(
+    output: Path, mirror: str, *, record: Path = RECORD, renew: bool = False, say: Say = lambda line: None
+) -> Image:
     """Makes the base image as an archive at `output`; an empty `mirror` is Debian's own.
 
     Raises BadInput, and CheckFailed naming the packages that are not as recorded; with `renew` what the mirror has is
     written into the record instead.
     """
     made_at = epoch(record)
-    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+    # absolute: mmdebstrap runs in the scratch folder, and Python before 3.12 keeps a relative one relative
+    with tempfile.TemporaryDirectory(dir=output.parent.resolve()) as scratch:
         tree = Path(scratch) / "base.tar"
-        found = _debootstrap(tree, mirror, made_at)
+        found = _debootstrap(tree, mirror, made_at, say)
         if renew:
             rows = "".join(f"{found[name].line()}\n" for name in sorted(found))
             record.write_text(HEADER.format(epoch=made_at) + rows, "utf-8")
@@ -103,7 +111,7 @@ def make(output: Path, mirror: str, *, record: Path = RECORD, renew: bool = Fals
             raise CheckFailed(
                 f"{len(faults)} packages of {mirror or OWN} are not as recorded: {'; '.join(faults[:SHOWN])}{more}\n"
                 "Name a mirror that still has the recorded ones (MIRROR=..., such as a day of Debian's snapshots), "
-                "or record these: invoke base-image --record"
+                f"or record these: {commands.invoke('base-image', '--record')}"
             )
         layer = Path(scratch) / "layer.tar"
         with tree.open("rb") as source:
@@ -133,7 +141,7 @@ def architecture() -> str:
     return {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
 
 
-def _debootstrap(tree: Path, mirror: str, made_at: int) -> dict[str, Package]:
+def _debootstrap(tree: Path, mirror: str, made_at: int, say: Say) -> dict[str, Package]:
     """A root file system as a tar at `tree`; returns what is installed in it."""
     if shutil.which("mmdebstrap") is None:
         raise BadInput(
@@ -148,21 +156,21 @@ def _debootstrap(tree: Path, mirror: str, made_at: int) -> dict[str, Package]:
         f"--setup-hook=sed -i '/ {SUITE} main$/!d' \"$1\"/etc/apt/sources.list",
         *(SUITE, str(tree), *([mirror] if mirror else [])),
     ]
-    done = subprocess.run(
+    started = time.monotonic()
+    say(f"base image: {SUITE} from {mirror or OWN}: {MAKING} ...")
+    done = watched(
         command,
+        "  mmdebstrap",
+        say,
+        seconds=MAKING_SECONDS,
         cwd=tree.parent,
-        env={**os.environ, "SOURCE_DATE_EPOCH": str(made_at)},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
+        environment={**os.environ, "SOURCE_DATE_EPOCH": str(made_at)},
     )
     if done.returncode:
         said = [line for line in done.stdout.splitlines() if line.startswith("E: ")] or done.stdout.splitlines()
         asked = f"Is {mirror or OWN} a Debian mirror that answers?"
         raise BadInput(f"mmdebstrap failed: {' '.join(said[:1])[:400]}\n{asked}")
+    say(f"base image: its packages are there{took(started)}")
     return {package.name: package for package in _packages((tree.parent / STANZAS).read_text("utf-8"))}
 
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,11 @@ from ci.container import image
 from ci.container.archive import Image
 from ci.container.daemon import cause, connect, is_local
 from ci.holding import MARK
+from ci.progress import took
 
 ENGINES = ("auto", "docker", "local")
 LABEL = "axc.run"  # on our containers: the process that waits for them
+MAKING = "ten to thirty minutes on two cores"
 STOP_SECONDS = 60  # for a build to put away what it has half written
 OUT_OF_MEMORY = 137
 
@@ -77,10 +80,12 @@ def ready(client: docker.DockerClient, *, base_image: str, mirror: str, say: Cal
 
 def renew(client: docker.DockerClient, *, base_image: str, mirror: str, say: Callable[[str], None] = print) -> Image:
     """Makes the image and hands it to the daemon. Raises BadInput, CheckFailed."""
+    say(f"{image.TAG}: base image, wheels, build and rewrite: {MAKING}, once for every change of the locks")
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="axc-image-") as scratch:
         made = image.make(client, Path(scratch) / "image.tar", base_image=base_image, mirror=mirror, say=say)
         image.load(client, made, image.TAG)
-        say(f"{image.TAG}: {made.id}, {made.nbytes / 1e6:.0f} MB in {len(made.layers)} layers")
+        say(f"{image.TAG}: {made.id}, {made.nbytes / 1e6:.0f} MB in {len(made.layers)} layers{took(started)}")
     return made
 
 

@@ -6,6 +6,7 @@ import hashlib
 import sys
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,7 @@ from board.errors import BadInput
 from ci.container import base, wheels
 from ci.container.archive import Image, settle
 from ci.container.daemon import cause
+from ci.progress import took
 from toolchain import VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,16 +55,19 @@ def make(
     that base. Raises BadInput with what the builder said, and CheckFailed as `base.make` does.
     """
     if not base_image and label(client, base.TAG, base.LABEL) != base.digest():
-        say(f"base image: {base.SUITE} from {mirror or base.OWN} ...")
         with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
-            load(client, base.make(Path(scratch) / "base.tar", mirror), base.TAG)
-    say("wheels: the locked ones, by hash ...")
+            load(client, base.make(Path(scratch) / "base.tar", mirror, say=say), base.TAG)
+    started = time.monotonic()
+    say("wheels: the locked ones, by hash: some minutes the first time ...")
     wheels.gather(EXTRA / "wheels", Path(sys.prefix))
+    say(f"wheels: they are there{took(started)}")
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         saved = Path(scratch) / "saved.tar"
         try:
+            started = time.monotonic()
+            say("image: built by the daemon ...")
             _build(client, base_image, fresh, say)
-            say("image: written without the builder's times ...")
+            say(f"image: built{took(started)}; written again without the builder's times ...")
             with saved.open("wb") as file:
                 file.writelines(client.api.get_image(BUILT, chunk_size=BLOCK))
         except APIError as error:

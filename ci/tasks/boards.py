@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+from collections.abc import Iterator
 from json import dumps
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from invoke.context import Context
 
-from ci.tasks.common import MODEL, OUT, PROMPT, TELL, VENV, built, finish, succeed, verb
+from board.errors import BadInput
+from ci.tasks.common import ARGS, MODEL, OUT, PROMPT, TELL, VENV, built, finish, split, succeed, verb
 from requirements.install import install
+
+if TYPE_CHECKING:
+    from ci.place import Address, Board
 
 
 @verb
@@ -20,7 +27,7 @@ def cross(_: Context, board: str = "virtual", out: str = OUT or "out") -> None:
     from ci import place, wheelhouse
     from toolchain.inventory import decimal
 
-    package = wheelhouse.cross(place.find(board).python, Path(out))
+    package = wheelhouse.cross(place.find(board).python, Path(out), TELL)
     wheels = sorted(package.wheels.iterdir())
     size = sum(wheel.stat().st_size for wheel in wheels)
     print(f"{package.folder}: {len(wheels)} wheels, {decimal(size)}; installed {decimal(package.listing.size)}")
@@ -28,22 +35,32 @@ def cross(_: Context, board: str = "virtual", out: str = OUT or "out") -> None:
 
 @verb
 def board_up(_: Context, board: str = "virtual", disk: str = "", fresh: bool = False) -> None:
-    """Start an emulated arm64 board on this machine (root; Debian packages, cached)."""
+    """Start an emulated arm64 board on this machine (root; Debian packages, cached), or switch a board's port on."""
     install(VENV, "boards")
-    from ci import place, virtual_board
+    from ci import place, power, virtual_board
 
-    found = place.emulated(board)
-    virtual_board.up(found, place.address(found), disk, fresh, TELL)
+    found = place.find(board)
+    if found.emulated:
+        virtual_board.up(found, place.address(found), disk, fresh, TELL)
+        return
+    if disk or fresh:
+        raise BadInput(f"{board} is a board of its own: --disk and --fresh are for the emulated one")
+    with place.hold(found):
+        power.up(found, TELL)
 
 
 @verb
 def board_down(_: Context, board: str = "virtual") -> None:
-    """Cut the emulated board's power; its disk stays."""
+    """Cut a board's power: the emulated one's, whose disk stays, or by a board's port."""
     install(VENV, "boards")
-    from ci import place, virtual_board
+    from ci import place, power, virtual_board
 
-    found = place.emulated(board)
-    print(f"{found.name} is off" if virtual_board.down(found) else f"{found.name} was off already")
+    found = place.find(board)
+    if found.emulated:
+        print(f"{found.name} is off" if virtual_board.down(found) else f"{found.name} was off already")
+        return
+    with place.hold(found):
+        power.off(found)
 
 
 @verb
@@ -63,7 +80,10 @@ def deploy(
     spec, found = load_model(model), place.find(board)
     bundle = built(spec.name, out)
     with holding.hold(found, f"deploy of {spec.name}", say=TELL) as held, holding.marked(held):
-        package = wheelhouse.cross(found.python, Path(out))
+
+        def package() -> wheelhouse.Package:
+            return wheelhouse.cross(found.python, Path(out), TELL)
+
         at, record = place.address(found), evidence.place(Path(out), found.name)
         deploy.deploy(found, at, package, bundle, prompt or spec.prompt, keep, TELL, record)
 
@@ -137,3 +157,105 @@ def board_soak(_: Context, board: str = "virtual", requests: int = 1000, out: st
     deployed = evidence.place(Path(out), found.name)
     with place.hold(found):
         succeed(main, [str(found.yaml), str(deployed), str(Path(out) / f"soak-{found.name}.json"), str(requests)])
+
+
+@verb
+def board_status(_: Context, board: str = "virtual", json: bool = False) -> None:
+    """Whether a board answers, what it is, what runs there, who holds it, and where each setting is from."""
+    import json as format_json
+
+    install(VENV, "boards")
+    from ci import board_status, place
+
+    found = place.find(board)
+    with _reached(found):
+        seen = board_status.status(found, place.address(found))
+    print(format_json.dumps(seen, indent=1) if json else "\n".join(board_status.lines(seen)), flush=True)
+    finish(1 if seen["answers"] else 0)
+
+
+@verb
+def board_shell(_: Context, board: str = "virtual", command: str = "") -> None:
+    """A shell on a board, or one command there."""
+    install(VENV, "boards")
+    from ci import board_shell, board_status, place, reach
+
+    found = place.find(board)
+    with _reached(found):
+        at = place.address(found)
+        reach.require(found, at)
+        _log_in(found, at)
+        if who := board_status.holder(found):
+            print(f"note: {found.name} is held by {who}: what you do there may disturb it", file=sys.stderr, flush=True)
+        finish(board_shell.shell(found, at, command))
+
+
+@verb
+def board_ask(_: Context, prompt: str, board: str = "virtual", args: str = ARGS) -> None:
+    """The current release's answer to a prompt (- reads it from stdin), as it is written."""
+    install(VENV, "boards")
+    from ci import attended, place, reach
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    found = place.find(board)
+    with place.hold(found):
+        at = place.address(found)
+        reach.require(found, at)
+        _log_in(found, at)
+        finish(attended.ask(found, at, text, sys.stdout, sys.stderr, split(args)))
+
+
+@verb
+def board_serve(_: Context, board: str = "virtual", port: int = 0, args: str = ARGS) -> None:
+    """The current release's server on a board, reached at a port of this machine's loopback, until Ctrl-C."""
+    install(VENV, "boards")
+    from ci import attended, place, reach
+
+    found = place.find(board)
+    with place.hold(found), _ending():
+        at = place.address(found)
+        reach.require(found, at, TELL)
+        _log_in(found, at)
+        with attended.served(found, at, port, TELL, split(args)) as (url, far):
+            TELL(f"{url}  (page at /, OpenAI's routes at /v1; Ctrl-C ends both sides)")
+            try:
+                finish(far.wait())
+            except KeyboardInterrupt:
+                TELL("\nending the server on the board ...")
+                far.close()
+                TELL(f"{found.name}: axrun serve has ended")
+
+
+def _log_in(board: Board, at: Address) -> None:
+    """Raises BadInput in our words for a board that ssh does not get into."""
+    from ci.connection import Connection
+
+    with Connection(board, at):
+        pass
+
+
+@contextlib.contextmanager
+def _reached(board: Board) -> Iterator[None]:
+    """A farm's place must be held to be reached; a board on the desk is looked at whoever holds it."""
+    from ci import place
+
+    if board.in_farm:
+        with place.hold(board):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def _ending() -> Iterator[None]:
+    """SIGTERM and SIGHUP end what runs as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

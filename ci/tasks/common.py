@@ -21,6 +21,7 @@ from invoke.tasks import task
 
 from board.command import INTERRUPTED
 from board.errors import BadInput, Failure
+from ci import commands
 from requirements.install import PEERS, SETS, SetupFailed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,8 @@ HELP = {
     "maker": "who made the axmodels: cpu or pulsar2 (default cpu)",
     "nights": "how many of the last nights to record from (default 5)",
     "json": "one JSON object on stdout, and nothing else there",
+    "command": "what to run there, as its shell reads it (default: a session)",
+    "port": "the port on this machine's loopback (default: any that is free)",
     "fresh": "throw the virtual board's old disk away",
 }
 
@@ -140,7 +143,8 @@ def split(args: str) -> list[str]:
 def built(name: str, out: str) -> Path:
     bundle = Path(out) / name
     if not bundle.is_dir():
-        raise BadInput(f"there is no bundle {bundle} yet: make build MODEL={name}")
+        where = [] if out == "out" else [f"OUT={bundle.parent.absolute()}"]
+        raise BadInput(f"there is no bundle {bundle} yet: {commands.make('build', f'MODEL={name}', *where)}")
     return bundle
 
 

@@ -41,8 +41,10 @@ def test_deployed_asked_and_taken_back(invoke: Invoke, virtual: Place, tmp_path:
     first = invoke("deploy", "--board", "virtual")
     assert first.returncode == 0, first.stderr
     lines = [line for line in first.stdout.splitlines() if not line.startswith("setup:")]
-    assert lines[0].startswith("virtual: aarch64, Python 3.11.")
-    assert lines[-2].endswith("answers '1+1=' with '2'")
+    assert lines[0].startswith("virtual (emulated): is it on? ")
+    assert lines[1].startswith("virtual answers (")
+    assert lines[2].startswith("virtual: aarch64, Python 3.11.")
+    assert "answers '1+1=' with '2' (" in lines[-2]
     current = (virtual.root / "current").resolve()
     assert lines[-1] == f"current is {current.name}, the first"
 
@@ -92,7 +94,7 @@ def test_everything_on_the_board_ends_with_its_power(virtual: Place) -> None:
     [
         (["deploy", "--board", "ax65"], "error: no board is named 'ax65': ci/boards/ has ax630c, ax630c-farm, ax650"),
         (["deploy", "--board", "virtual", "--model", "qwen2-0.5b"], "error: there is no bundle "),
-        (["board.up", "--board", "ax650"], "error: ax650 is a board of its own"),
+        (["board.up", "--board", "ax650", "--fresh"], "error: ax650 is a board of its own"),
         (["rollback", "--board", "ax650-farm"], "error: ax650 is in a farm: name its coordinator, LG_COORDINATOR="),
     ],
 )

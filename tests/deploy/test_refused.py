@@ -47,7 +47,7 @@ def deployed(place: Place, package: Package, bundle: Path) -> Deployed:
 
 def test_a_board_that_is_off(host: Place, package: Package, bundle: Path) -> None:
     off = Place(host.board, dataclasses.replace(host.at, port=1))
-    assert "cannot be reached" in refusal(BadInput, off, package, bundle)
+    assert "does not answer at" in refusal(BadInput, off, package, bundle)
 
 
 def test_another_host_key_than_the_known_one(host: Place, package: Package, bundle: Path) -> None:
@@ -84,7 +84,8 @@ def test_another_architecture(host: Place, package: Package, bundle: Path) -> No
 
 def test_another_python(host: Place, package: Package, bundle: Path) -> None:
     board = dataclasses.replace(host.board, python="3.99")
-    assert "its YAML says 3.99" in refusal(BadInput, Place(board, host.at), package, bundle)
+    text = refusal(BadInput, Place(board, host.at), package, bundle)
+    assert "its settings say 3.99\nSay which it has: python = " in text
 
 
 def test_no_python(virtual: Place, package: Package, bundle: Path) -> None:

@@ -48,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Before labgrid makes a target of the environment it has read: host keys are checked, wherever the YAML lies."""
     try:
-        place.check_host_keys(session.config.stash[LABGRID_ENV_KEY].config)
+        place.settle(place.find(str(session.config.option.lg_env)), session.config.stash[LABGRID_ENV_KEY].config)
     except BadInput as error:
         raise pytest.UsageError(str(error)) from None
 

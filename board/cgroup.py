@@ -1,0 +1,55 @@
+"""What this process's control groups leave it of memory: a container's limit, which /proc/meminfo does not know.
+
+https://docs.kernel.org/admin-guide/cgroup-v2.html#memory and, for version 1,
+https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUP = Path("/proc/self/cgroup")
+MOUNT = Path("/sys/fs/cgroup")
+# limit, usage, and the key in memory.stat of file pages that the kernel can drop: usage counts those too
+VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def memory_left(cgroup: Path = CGROUP, mount: Path = MOUNT) -> int | None:
+    """Bytes until the tightest of the groups is full; None where none of them has a limit."""
+    found = [left for folder, names in _groups(cgroup, mount) for left in [_left(folder, *names)] if left is not None]
+    return max(min(found), 0) if found else None
+
+
+def _groups(cgroup: Path, mount: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Each group from this process's up to the root; one that a container does not see is left out."""
+    for number, controllers, path in re.findall(r"^(\d+):([^:]*):/(.*)$", _text(cgroup), re.MULTILINE):
+        if number == "0":
+            top, names = mount, VERSION_2
+        elif "memory" in controllers.split(","):
+            top, names = mount / "memory", VERSION_1
+        else:
+            continue
+        folder = top / path
+        for group in (folder, *folder.parents):
+            if group.is_relative_to(top):
+                yield group, names
+
+
+def _left(folder: Path, limit: str, usage: str, droppable: str) -> int | None:
+    most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
+    if not (most.isdigit() and used.isdigit()):  # version 2 says "max" where there is none
+        return None
+    if int(most) >= 1 << 62:  # version 1 has the largest number there is instead
+        return None
+    cached = re.search(rf"^{droppable} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
+    return int(most) - int(used) + (int(cached[1]) if cached else 0)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""

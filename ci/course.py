@@ -231,7 +231,7 @@ class Course:
         return ["--board", str(self.board.yaml), "--out", str(self.base)]
 
     def _twice(self, attempt: Callable[[], None]) -> None:
-        """Once more, after a power cycle, where the network or the board made it fail; once in a night.
+        """Once more where the network or the board made it fail, once in a night; after a power cycle, with a port.
 
         Raises StageFailed.
         """
@@ -244,7 +244,8 @@ class Course:
                 raise
             self.flaky = f"{failed.name}: {why}"
             self.stages[-1] = dataclasses.replace(failed, excused="tried again")
-            self.say(f"{failed.name} is tried once more, after a power cycle: {why}")
+            cycle = "after a power cycle" if self.board.switch == "port" else "without a power cycle"
+            self.say(f"{failed.name} is tried once more, {cycle}: {why}")
             if failed.name not in retry.POWER:
                 retry.set_aside(self.folder)
                 self._power_on()

@@ -38,7 +38,7 @@ def cause(done: Stage, tests: Sequence[str], board: str) -> str:
     """
     if done.name in POWER:
         return _first_line(done.reason) if done.code in (1, TIMED_OUT) else ""
-    if done.code == TIMED_OUT or done.name not in ("deploy", "measure"):
+    if done.code == TIMED_OUT or done.name not in ("deploy", "measure", "soak"):
         return ""
     said = [_first_line(text) for text in tests] if tests else [_first_line(done.reason)]
     return said[0] if said and all(lost(text, board) for text in said) else ""

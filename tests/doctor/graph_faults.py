@@ -166,12 +166,12 @@ def layers() -> list[Fault]:
         one("attention is scaled by head_dim", "s8", attention(scale=1 / 32), "scale"),
         one("attention is not scaled", "fp32", attention(scale=1.0), "scale"),
         one("attention is capped", "fp32", attention(softcap=5.0), "softcap|cap|attention"),
-        one("the mask is not read", "s8", no_mask, "mask"),
+        one("the mask is not read", "s8", no_mask, "mask|Attention has other inputs"),
         one("new rows come before the cached ones", "s8", new_rows_first, "order|cached|history|K/V", kept),
         one("the cache gets keys before rotary", "s8", unrotated_keys, f"{rope}|K_cache_out|K ", kept),
         one("the cache gets values for keys", "s8", keys_for_values, "K_cache_out|K and V|K/V|values|swapped", kept),
         one("the activation is another", "s8", other_activation, "activation|SiLU|sigmoid|graph|operator|mlp|MLP"),
-        one("the residual is of the normed input", "s8", residual_of_the_norm, "residual|norm|graph|operator"),
+        one("the residual is of the normed input", "s8", residual_of_the_norm, "residual|norm|Norm|graph|operator"),
         one("the second norm is missing", "s8", no_second_norm, "norm"),
     ]  # fmt: skip
 

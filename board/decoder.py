@@ -159,13 +159,16 @@ class Decoder:
             f"{seen}: it overflows or its files are damaged\nRun `axrun run --verify`, or build the bundle again."
         )
 
-    def _step(self, chunk: Chunk) -> Step:
+    def shape(self, chunk: Chunk) -> tuple[int, int]:
+        """Tokens and history that a chunk is run with: its group's, or on a flexible engine less padding."""
         group = self.groups[chunk.group]
-        tokens, history = group.tokens, group.history
-        if self.flexible:
-            tokens = 1 if chunk.count == 1 else min(self._most, _ceil(chunk.count, TOKENS_STEP))
-            history = min(history, _ceil(max(chunk.position, 1), HISTORY_STEP))
-        key = (chunk.group, tokens, history)
+        if not self.flexible:
+            return group.tokens, group.history
+        tokens = 1 if chunk.count == 1 else min(self._most, _ceil(chunk.count, TOKENS_STEP))
+        return tokens, min(group.history, _ceil(max(chunk.position, 1), HISTORY_STEP))
+
+    def _step(self, chunk: Chunk) -> Step:
+        key = (chunk.group, *self.shape(chunk))
         if key not in self._steps:
             self._steps[key] = self._bind(*key)
         return self._steps[key]

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from board.decoder import Decoder
-from board.doctor.context import Context
-from board.doctor.direct import Floats, Result
+from board.doctor.context import OURS, Context
+from board.doctor.direct import Floats, Layer, Result
 from board.doctor.figures import WALK
 from board.doctor.measured import KEYS, OUTPUT, VALUES, allowed, compare, wrong
+from board.doctor.replay import difference
 from board.doctor.report import Finding
 from board.doctor.walk import NotExamined, refused
 from board.dtypes import to_float32
@@ -18,6 +19,7 @@ from board.errors import Failure
 from board.session import open_session
 
 STAGE = "cache"
+INSTALL = "Install or deploy axrun again: its files are not the release's, or the engine's chunks are wrong."
 DECODED = 3  # tokens taken one at a time, behind the first prefill and at the end
 
 
@@ -35,9 +37,23 @@ def cache(context: Context) -> str | Finding:
         try:
             session = open_session(bundle.layer_path(index), context.engine, context.threads)
             hidden = figures.inputs(index, 0, count)
-            made = _walked(Decoder([session]), hidden, bundle.prefill_len)
+            decoder = Decoder([session])
+            made = _walked(decoder, hidden, bundle.prefill_len)
+            layer = Layer(bundle.layer_path(index), context.engine, context.threads, figures.hidden_type, session)
+            ours = bundle.maker == OURS
+            differing = difference(decoder, layer, hidden, steps(count, bundle.prefill_len), ours)
         except Failure as failure:
             return refused(STAGE, failure, f"layer {index} behind its cache", bundle.layer_path(index).name)
+        if differing is not None:
+            return Finding(
+                STAGE,
+                f"layer {index}, {differing.place}",
+                "axrun: board/decoder.py",
+                differing.expected,
+                differing.seen,
+                f"asked directly, the layer is right, so the runner is at fault: {differing.cause}",
+                INSTALL,
+            )
         entries = compare(figures, index, visit, made)
         if bad := wrong(entries, noise):
             first = bad[0]
@@ -56,7 +72,7 @@ def cache(context: Context) -> str | Finding:
                 f"the float32 reference's, with an error of at most {noise.row:.2g}",
                 f"an error of {first.error:.2g}; asked directly, the layer is right",
                 cause,
-                "Install or deploy axrun again: its files are not the release's, or the engine's chunks are wrong.",
+                INSTALL,
             )
     return (
         f"{bundle.layers} layers over {count} tokens in prefill, behind history and in decode: the same K, V and output"

@@ -14,17 +14,21 @@ from toolchain.check import compared, is_bfloat16
 from toolchain.doctor.case import REPORT, Case
 from toolchain.doctor.layers import SENSITIVE
 from toolchain.doctor.post import spread
+from toolchain.doctor.whole import examine_whole
 
 CAUSE = "every part agrees by itself, so errors add up: probably the weight type is too coarse for this model"
 FINER = "Build with finer weights (-w s8 or bf16); if it stays, report it with this output."
 
 
 def examine(case: Case) -> str | Finding:
-    """Takes the hidden states that the stage `cache` left."""
+    """Takes what the stage `cache` left."""
     bundle, expected = case.bundle, case.expected
     if bundle.maker != "cpu":
         raise NotExamined("needs a board with an NPU: run `axrun doctor` there")
-    walked = case.examined["walk"]
+    walked, spoken = case.examined["walk"], case.examined["spoken"]
+    finding = examine_whole(case, spoken)
+    if finding is not None:
+        return finding
     post = Post(open_session(bundle.post_path, case.engine))
     errors, divergences, spreads = [], [], []
     for rows in spread(len(expected.ids)):
@@ -51,7 +55,7 @@ def examine(case: Case) -> str | Finding:
         )
     if expected.answer is None:
         return f"mean KL divergence {kld:.1e}; no tokenizer, so no answer"
-    said = post(from_float32(case.examined["answer"][len(expected.answer.asked) - 1 :], case.dtype))
+    said = post(from_float32(spoken.hidden[len(expected.answer.asked) - 1 :], case.dtype))
     chosen, wrong = compared(expected.answer, said, GAP * deviation)
     if wrong:
         at = next(i for i, (a, b) in enumerate(zip(chosen, expected.answer.tokens, strict=True)) if a != b)

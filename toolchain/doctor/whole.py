@@ -1,0 +1,101 @@
+"""The whole model as `axrun run` has it, all layers in one decoder, beside its layers one after another.
+
+Both run the same axmodels on the same shapes: K, V, logits and tokens are the same to the bit, or the runner puts layers
+together wrongly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from board import memory
+from board.bundle import Bundle
+from board.doctor.report import Finding
+from board.dtypes import from_float32, to_float32
+from board.errors import Failure
+from board.generate import generate
+from board.model import Model, Post
+from board.sampling import Sampling
+from toolchain.doctor.cache import INSTALL, Spoken
+from toolchain.doctor.case import Case
+from toolchain.doctor.stored import Floats
+
+GENERATED = 4  # tokens that the runner's own loop is asked for
+MODEL, GENERATE = "board/model.py", "board/generate.py"
+
+
+def examine_whole(case: Case, spoken: Spoken) -> Finding | None:
+    """None where it agrees, and where memory is too short to load the model."""
+    bundle = case.bundle
+    shortage = memory.shortage(bundle, case.engine)
+    if shortage is not None:
+        case.say(f"  the layers are not run as one model: {shortage.text()}")
+        return None
+    case.say("  the whole model, as `axrun run` has it")
+    try:
+        model = Model.load(bundle, case.engine)
+        logits = _forced(model, spoken)
+    except Failure as failed:
+        seen = str(failed).partition("\n")[0]
+        return _finding("the whole model", MODEL, "logits", seen, "layers and post run by themselves")
+    for layer, rows in enumerate(spoken.rows):
+        for name, caches, wanted in zip("KV", (model.decoder.cache.keys, model.decoder.cache.values), rows, strict=True):
+            seen_rows = to_float32(caches[layer][0, : len(spoken.ids)], case.dtype)
+            bad = np.flatnonzero((seen_rows != wanted).any(axis=1))
+            if len(bad):
+                part = f"row {bad[0]} of {name} of layer {layer}, all layers in one decoder"
+                seen = f"others; {len(bad)} of {len(wanted)} rows are"
+                cause = _holds(bundle, spoken, seen_rows[bad[0]], name, layer)
+                return _finding(part, "board/decoder.py", "the rows that the layer gives in a decoder alone", seen, cause)
+    post = Post(model.post.session)
+    for at, row in enumerate(logits):
+        last = spoken.hidden[spoken.asked - 1 + at : spoken.asked + at]
+        alone = post(from_float32(last, case.dtype))[0]
+        if not np.array_equal(row, alone):
+            token = int(np.flatnonzero(row != alone)[0])
+            part = f"logits after {spoken.asked + at} tokens"
+            seen = f"{row[token]:.6g} for token {token}"
+            cause = "K and V are right: how the runner hands hidden states from layer to layer or to post"
+            return _finding(part, MODEL, f"{alone[token]:.6g}, layer after layer", seen, cause)
+    return _generated(case, model, spoken, logits)
+
+
+def _forced(model: Model, spoken: Spoken) -> list[Floats]:
+    """Logits after the prompt, and after each further token."""
+    return [
+        model.forward(spoken.ids[: spoken.asked], 0).copy(),
+        *(model.forward([token]).copy() for token in spoken.ids[spoken.asked :]),
+    ]
+
+
+def _holds(bundle: Bundle, spoken: Spoken, seen: Floats, name: str, layer: int) -> str:
+    """Where the row belongs."""
+    for other, (keys, values) in enumerate(spoken.rows):
+        for called, rows in (("K", keys), ("V", values)):
+            found = np.flatnonzero((rows == seen).all(axis=1))
+            if len(found) and seen.any():
+                return f"it holds {called} of layer {other}, row {found[0]}: rows are put into another layer's cache"
+    return "not written" if not seen.any() else f"the {bundle.layers} layers do not get each other's output, or share rows"
+
+
+def _generated(case: Case, model: Model, spoken: Spoken, logits: list[Floats]) -> Finding | None:
+    """The runner's own loop, as far as its tokens are those that the logits are for."""
+    model.decoder.cache.reset()
+    asked = spoken.ids[: spoken.asked]
+    wanted = spoken.ids[spoken.asked :]
+    for at, token in enumerate(generate(model, asked, Sampling(), min(GENERATED, len(logits)))):
+        best = int(logits[at].argmax())
+        if token.id != best:
+            part = f"token {at + 1} of an answer"
+            return _finding(part, GENERATE, f"token {best}, the likeliest", f"token {token.id}", "the runner's own loop")
+        if at >= len(wanted) or best != wanted[at]:
+            break
+    return None
+
+
+def _finding(part: str, file: str, expected: str, seen: str, cause: str) -> Finding:
+    cause = f"each layer agrees by itself, so the runner is at fault: {cause}"
+    return Finding("answer", part, file, expected, seen, cause, INSTALL)
+
+
+__all__ = ["examine_whole"]

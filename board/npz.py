@@ -5,6 +5,7 @@ The same values give the same bytes. A reader takes no more memory than the file
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -53,6 +54,8 @@ def read(
             arrays = {name: _array(archive, stored[f"{name}.npy"], *kinds[name]) for name in kinds}
             about = json.loads(archive.read(stored[ABOUT]))
     except OSError as error:
+        if error.errno == errno.EINVAL:  # zipfile goes to an offset before the file's beginning
+            raise Damaged("its directory of entries points outside of it") from None
         raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
     except (zipfile.BadZipFile, EOFError, KeyError, ValueError, RecursionError, RuntimeError) as error:
         raise Damaged(str(error)) from None

@@ -16,6 +16,9 @@ Stage = Callable[[], Union[str, Finding]]
 Say = Callable[[str], None]
 
 
+UNREAD = "cannot read "  # as messages of readers begin where the system refuses
+
+
 class NotExamined(Exception):
     """A stage cannot be compared with anything here; its text says why, and what would let it."""
 
@@ -65,8 +68,9 @@ def refused(stage: str, failure: Failure, part: str = "cannot be read", file: st
 
 
 def _named(seen: str, bundle: str) -> str:
-    """The file of the bundle that a message begins with, empty where it begins with none."""
-    path = seen.partition(": ")[0].partition(" ")[0]
+    """The file of the bundle that a message begins with, or says that it cannot read; empty where there is none."""
+    start = seen[len(UNREAD) :] if seen.startswith(UNREAD) else seen
+    path = start.partition(": ")[0].partition(" ")[0]
     inside = path.startswith(f"{bundle}/") and os.path.isfile(path)
     return path[len(bundle) + 1 :] if inside else ""
 

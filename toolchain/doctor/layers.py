@@ -17,6 +17,7 @@ from board import axmodel
 from board.agreement import Agreement, Noise, Rows, cosines, rises, update_errors
 from board.axmodel import Axmodel
 from board.doctor.direct import OUTPUTS, Layer, Result
+from board.doctor.replay import EXPLAINED
 from board.doctor.report import Finding
 from board.doctor.walk import NotExamined
 from board.errors import BadInput
@@ -242,6 +243,8 @@ def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Find
         return Finding("layers", part, file, wanted, f"{seen}; {constant.seen}", cause, REBUILD)
     if (changed := _graph(case, index, model)) is not None:
         return dataclasses.replace(changed, part=part, expected=expected, seen=seen)
+    if cause := _shifted(case, index, trouble):
+        return Finding("layers", part, file, expected, seen, cause, REPORT)
     if target_known(case) and others and _sensitive(trouble, others):
         return None
     return Finding("layers", part, file, expected, seen, _guess(case, index, trouble, where), REPORT)
@@ -307,13 +310,21 @@ def _guess(case: Case, index: int, trouble: Trouble, where: str) -> str:
                 f"{reached:.3g}; build with --hidden_state_type bf16 or fp32"
             )
         return "it overflows: weights, constants and graph are those of the checkpoint"
-    layer = Layer(case.bundle.layer_path(index), case.engine, None, case.bundle.hidden_state_type)
-    for shift in (-1, 1):
-        again = _measured(case, index, trouble.visit, run(case, layer, index, trouble.visit, shift))
-        if find_trouble(case, index, [again]) is None:
-            return f"the positions in the file are off by {-shift}: it agrees when they are given {shift:+d}"
     reason = f" ({where})" if where else ""
     return f"weights, constants and graph are those of the checkpoint; probably both engines share a fault{reason}"
+
+
+def _shifted(case: Case, index: int, trouble: Trouble) -> str:
+    """Whether other positions than were given leave little of the error; rounding alone no shift makes smaller."""
+    visit = trouble.visit
+    layer = Layer(case.bundle.layer_path(index), case.engine, None, case.bundle.hidden_state_type)
+    which = OUTPUTS.index(trouble.output)
+    before = next(entry.errors[which].error for entry in trouble.measured if entry.visit == visit)
+    for shift in (-1, 1):
+        again = _measured(case, index, visit, run(case, layer, index, visit, shift)).errors[which].error
+        if np.linalg.norm(again) < EXPLAINED * np.linalg.norm(before):
+            return f"the positions in the file are off by {-shift}: it agrees when they are given {shift:+d}"
+    return ""
 
 
 def faulty_weights(case: Case, index: int | None, tensors: dict[str, Stored]) -> Iterator[Fault]:

@@ -37,6 +37,8 @@ def examine(case: Case) -> str | Finding:
     model = axmodel.read(bundle.post_path)
     tensors = stored.read(model)
     try:
+        if (differing := _runners(case)) is not None:
+            return differing
         measured = _measured(case, case.engine)
         fault, text = measured.fault(noise), f"error {measured.rms:.1e}, at worst {measured.worst:.1e}"
     except CheckFailed as failed:
@@ -79,6 +81,24 @@ def _measured(case: Case, engine: str) -> Agreement:
         logits = post(from_float32(expected.trace.outputs[-1][rows], case.dtype))
         alone.append(logit_errors(logits, expected.trace.logits[rows]))
     return Agreement.of("post", "logits", Rows(*map(np.concatenate, zip(*alone, strict=True))))
+
+
+def _runners(case: Case) -> Finding | None:
+    """The runner's logits of single rows beside the post model's by itself: the same to the bit."""
+    session = open_session(case.bundle.post_path, case.engine)
+    post, hidden = Post(session), from_float32(case.expected.trace.outputs[-1], case.dtype)
+    for row in sorted({0, len(hidden) - 1}):
+        found = _all_outputs(session, hidden[row : row + 1])
+        alone = found["logits"][0, 0] if "logits" in found else to_float32(found["output"][0, 0], case.dtype)
+        seen = post(hidden[row : row + 1])[0]
+        if not np.array_equal(seen, alone, equal_nan=True):
+            token = int(np.flatnonzero(seen != alone)[0])
+            part, count = f"logits of row {row}, by the runner", int((seen != alone).sum())
+            wanted = f"{alone[token]:.6g} for token {token}, as the post model gives it by itself"
+            cause = f"the runner is at fault: {count} of {len(alone)} logits are not those of the post model"
+            advice = "Install axrun again; if it stays, report it with this output."
+            return Finding("post", part, "board/model.py", wanted, f"{seen[token]:.6g}", cause, advice)
+    return None
 
 
 def spread(count: int) -> Iterator[NDArray[np.intp]]:

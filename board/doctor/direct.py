@@ -61,7 +61,7 @@ class Layer:
         """What group `index` makes of hidden states [count, H] behind K and V rows [start, D].
 
         `shift` is added to the positions; `seen` [count, start + count] stands in for the causal mask: what a runner
-        that is wrong would give. `shape`: other numbers of tokens and history than the group's; a flexible engine's only.
+        that is wrong would give. `shape`: other numbers of tokens and history than the group's, for a flexible engine.
         What is not finite is returned as it is. Raises BadInput when the engine refuses to run.
         """
         tokens, history = shape or (self.session.groups[index].tokens, self.session.groups[index].history)

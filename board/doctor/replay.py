@@ -1,8 +1,8 @@
 """The runner's decoder beside a layer that is asked directly, in the same chunks and shapes.
 
 Both run one axmodel in one engine on the same shapes, so that rounding and the order of sums are the same: where our
-engines are asked, the rows are the same to the bit, whatever the types. What differs is the runner's own: its masks, its
-positions, or the rows in its cache.
+engines are asked, the rows are the same to the bit, whatever the types. What differs is the runner's own: its masks,
+its positions, or the rows in its cache.
 """
 
 from __future__ import annotations

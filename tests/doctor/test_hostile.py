@@ -103,6 +103,14 @@ def test_the_weights_are_cut_short(base: Base, tiny_qwen2: Path, tmp_path: Path,
     refused(doctor(base("s8")[0], place), str(place))
 
 
+def test_a_byte_order_mark(base: Base, tiny_qwen2: Path, tmp_path: Path, doctor: Run) -> None:
+    """The runner reads such a file, transformers does not: there is nothing to compare with."""
+    place = Path(shutil.copytree(tiny_qwen2, tmp_path / "place"))
+    path = place / "tokenizer_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    refused(doctor(base("s8")[0], place), str(place), "tokenizer_config.json begins with a byte order mark")
+
+
 def test_the_checkpoint_of_another_model(base: Base, llama: Path, doctor: Run) -> None:
     """It is not the bundle that is wrong, or nobody can tell: the error names both."""
     refused(doctor(base("s8")[0], llama), str(llama), "another")

@@ -1,7 +1,7 @@
 """The whole model as `axrun run` has it, all layers in one decoder, beside its layers one after another.
 
-Both run the same axmodels on the same shapes: K, V, logits and tokens are the same to the bit, or the runner puts layers
-together wrongly.
+Both run the same axmodels on the same shapes: K, V, logits and tokens are the same to the bit, or the runner puts
+layers together wrongly.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import numpy as np
 
 from board import memory
-from board.bundle import Bundle
 from board.doctor.report import Finding
 from board.dtypes import from_float32, to_float32
 from board.errors import Failure
 from board.generate import generate
 from board.model import Model, Post
 from board.sampling import Sampling
-from toolchain.doctor.cache import INSTALL, Spoken
+from toolchain.doctor.cache import DECODER, INSTALL, Spoken
 from toolchain.doctor.case import Case
 from toolchain.doctor.stored import Floats
 
@@ -38,15 +37,8 @@ def examine_whole(case: Case, spoken: Spoken) -> Finding | None:
     except Failure as failed:
         seen = str(failed).partition("\n")[0]
         return _finding("the whole model", MODEL, "logits", seen, "layers and post run by themselves")
-    for layer, rows in enumerate(spoken.rows):
-        for name, caches, wanted in zip("KV", (model.decoder.cache.keys, model.decoder.cache.values), rows, strict=True):
-            seen_rows = to_float32(caches[layer][0, : len(spoken.ids)], case.dtype)
-            bad = np.flatnonzero((seen_rows != wanted).any(axis=1))
-            if len(bad):
-                part = f"row {bad[0]} of {name} of layer {layer}, all layers in one decoder"
-                seen = f"others; {len(bad)} of {len(wanted)} rows are"
-                cause = _holds(bundle, spoken, seen_rows[bad[0]], name, layer)
-                return _finding(part, "board/decoder.py", "the rows that the layer gives in a decoder alone", seen, cause)
+    if (finding := _cached(case, model, spoken)) is not None:
+        return finding
     post = Post(model.post.session)
     for at, row in enumerate(logits):
         last = spoken.hidden[spoken.asked - 1 + at : spoken.asked + at]
@@ -68,14 +60,31 @@ def _forced(model: Model, spoken: Spoken) -> list[Floats]:
     ]
 
 
-def _holds(bundle: Bundle, spoken: Spoken, seen: Floats, name: str, layer: int) -> str:
-    """Where the row belongs."""
-    for other, (keys, values) in enumerate(spoken.rows):
-        for called, rows in (("K", keys), ("V", values)):
+def _cached(case: Case, model: Model, spoken: Spoken) -> Finding | None:
+    """K and V of the whole model beside those of each layer in a decoder alone."""
+    caches = (model.decoder.cache.keys, model.decoder.cache.values)
+    for layer, pair in enumerate(spoken.rows):
+        for name, cache, wanted in zip("KV", caches, pair, strict=True):
+            rows = to_float32(cache[layer][0, : len(spoken.ids)], case.dtype)
+            bad = np.flatnonzero((rows != wanted).any(axis=1))
+            if len(bad):
+                part = f"row {bad[0]} of {name} of layer {layer}, all layers in one decoder"
+                seen = f"others; {len(bad)} of {len(wanted)} rows are"
+                cause = _holds(spoken, rows[bad[0]])
+                return _finding(part, DECODER, "the rows that the layer leaves in a decoder alone", seen, cause)
+    return None
+
+
+def _holds(spoken: Spoken, seen: Floats) -> str:
+    """Where a row belongs."""
+    if not seen.any():
+        return "the row was not written, or was cleared"
+    for layer, pair in enumerate(spoken.rows):
+        for name, rows in zip("KV", pair, strict=True):
             found = np.flatnonzero((rows == seen).all(axis=1))
-            if len(found) and seen.any():
-                return f"it holds {called} of layer {other}, row {found[0]}: rows are put into another layer's cache"
-    return "not written" if not seen.any() else f"the {bundle.layers} layers do not get each other's output, or share rows"
+            if len(found):
+                return f"it holds {name} of layer {layer}, row {found[0]}: rows are put into another layer's cache"
+    return "layers do not get each other's output, or share rows"
 
 
 def _generated(case: Case, model: Model, spoken: Spoken, logits: list[Floats]) -> Finding | None:
@@ -87,7 +96,9 @@ def _generated(case: Case, model: Model, spoken: Spoken, logits: list[Floats]) -
         best = int(logits[at].argmax())
         if token.id != best:
             part = f"token {at + 1} of an answer"
-            return _finding(part, GENERATE, f"token {best}, the likeliest", f"token {token.id}", "the runner's own loop")
+            return _finding(
+                part, GENERATE, f"token {best}, the likeliest", f"token {token.id}", "the runner's own loop"
+            )
         if at >= len(wanted) or best != wanted[at]:
             break
     return None

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from board.decoder import Decoder
 from board.doctor.context import OURS, Context
-from board.doctor.direct import Floats, Layer, Result
+from board.doctor.direct import Layer, Result
 from board.doctor.figures import WALK
 from board.doctor.measured import KEYS, OUTPUT, VALUES, allowed, compare, wrong
-from board.doctor.replay import difference
+from board.doctor.replay import difference, kept
 from board.doctor.report import Finding
 from board.doctor.walk import NotExamined, refused
-from board.dtypes import to_float32
 from board.errors import Failure
 from board.session import open_session
 
@@ -38,10 +35,9 @@ def cache(context: Context) -> str | Finding:
             session = open_session(bundle.layer_path(index), context.engine, context.threads)
             hidden = figures.inputs(index, 0, count)
             decoder = Decoder([session])
-            made = _walked(decoder, hidden, bundle.prefill_len)
             layer = Layer(bundle.layer_path(index), context.engine, context.threads, figures.hidden_type, session)
             ours = bundle.maker == OURS
-            differing = difference(decoder, layer, hidden, steps(count, bundle.prefill_len), ours)
+            outputs, differing = difference(decoder, layer, hidden, steps(count, bundle.prefill_len), ours)
         except Failure as failure:
             return refused(STAGE, failure, f"layer {index} behind its cache", bundle.layer_path(index).name)
         if differing is not None:
@@ -54,7 +50,8 @@ def cache(context: Context) -> str | Finding:
                 f"asked directly, the layer is right, so the runner is at fault: {differing.cause}",
                 INSTALL,
             )
-        entries = compare(figures, index, visit, made)
+        keys, values = kept(decoder)
+        entries = compare(figures, index, visit, Result(keys[:count], values[:count], outputs))
         if bad := wrong(entries, noise):
             first = bad[0]
             stored = {entry.what for entry in bad} & {KEYS, VALUES}
@@ -77,17 +74,6 @@ def cache(context: Context) -> str | Finding:
     return (
         f"{bundle.layers} layers over {count} tokens in prefill, behind history and in decode: the same K, V and output"
     )
-
-
-def _walked(decoder: Decoder, hidden: Floats, prefill: int) -> Result:
-    """The outputs of a walk [n, H], and what the cache holds behind it [n, D].
-
-    Other tokens stood in the cache before, and were rolled back.
-    """
-    decoder.forward(hidden[::-1][: max(2 * prefill, DECODED)], 0)
-    outputs = [decoder.forward(hidden[start:stop], start) for start, stop in steps(len(hidden), prefill)]
-    rows = [to_float32(kept[0][0, : len(hidden)], decoder.dtype) for kept in (decoder.cache.keys, decoder.cache.values)]
-    return Result(rows[0], rows[1], np.concatenate(outputs))
 
 
 def steps(count: int, prefill: int) -> Iterator[tuple[int, int]]:

@@ -51,30 +51,33 @@ class Difference(NamedTuple):
 
 def difference(
     decoder: Decoder, layer: Layer, hidden: Floats, steps: Iterable[tuple[int, int]], exact: bool = True
-) -> Difference | None:
+) -> tuple[Floats, Difference | None]:
     """Takes the decoder of a single layer over steps (start, stop) of hidden states [n, H], from 0 on.
 
     Other tokens stand in the cache before; a step that goes back is given other tokens than were there. `exact`: the
-    engine gives the same bits for the same shapes.
+    engine gives the same bits for the same shapes. What the decoder gave [n, H] comes first, to the difference.
     """
     other = hidden[::-1]
     decoder.cache.reset()
     most = max(group.tokens for group in decoder.groups)
     count = min(max(2 * most if most > 1 else 0, DISCARDED), len(hidden))
     made = Result(*(np.zeros((len(hidden), width), np.float32) for width in (decoder.kv_size,) * 2 + hidden.shape[1:]))
+    outputs, start, stop = np.zeros_like(hidden), 0, count
     try:
         decoder.forward(other[:count], 0)
         for start, stop in steps:
             given = hidden[start:stop] if start == decoder.cache.length or not start else other[start:stop]
             stale = kept(decoder)
             out = decoder.forward(given, start)
+            outputs[start:stop] = out
             found = _step(decoder, layer, given, start, made, out, stale, exact)
             if found is not None:
-                return found
+                return outputs, found
     except CheckFailed as failed:
         seen = str(failed).partition("\n")[0]
-        return Difference(start, stop, OUTPUT, start, "finite values", seen, "it gives values that are not finite")
-    return None
+        cause = "it gives values that are not finite"
+        return outputs, Difference(start, stop, OUTPUT, start, "finite values", seen, cause)
+    return outputs, None
 
 
 def kept(decoder: Decoder) -> Rows:

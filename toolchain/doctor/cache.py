@@ -57,7 +57,7 @@ def examine(case: Case) -> str | Finding:
         session = open_session(path, case.engine)
         decoder, layer = Decoder([session]), Layer(path, case.engine, None, bundle.hidden_state_type, session)
         given = expected.trace.inputs[index]
-        differing = difference(decoder, layer, given, [(step.start, step.stop) for step in steps])
+        _, differing = difference(decoder, layer, given, [(step.start, step.stop) for step in steps])
         if differing is not None:
             cause = f"the layer agrees by itself, so the runner is at fault: {differing.cause}"
             part = f"layer {index}, {differing.place}"

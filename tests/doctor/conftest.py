@@ -16,9 +16,12 @@ import torch
 
 import board.cli
 import toolchain.cli
+from board import axmodel
+from board.doctor import installed
+from board.tokenizer import Tokenizer
 from tests.conftest import ROOT, Builder
 from tests.doctor import axmodels, checkpoints
-from toolchain import logits, reference
+from toolchain import expected, logits, reference
 
 GROUPS: dict[str, Any] = {"prefill_len": 32, "kv_cache_len": 255, "last_kv_cache_len": (32, 128)}
 TYPES: dict[str, dict[str, str]] = {
@@ -61,11 +64,48 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _read_once() -> Iterator[None]:
-    """transformers' reading of a checkpoint is the same for every bundle of it."""
+    """What is the same for every bundle: transformers' reading of a checkpoint, and what the engine's library says of
+    itself, for which a process is started. And what the stages of one walk read again: axmodels, the reference's rows.
+    """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(installed, "ask", functools.lru_cache(installed.ask))
+        patch.setattr(axmodel, "read", _by_file(axmodel.read))
+        patch.setattr(expected, "ask", _by_question(expected.ask))
         patch.setattr(reference, "Reference", functools.lru_cache(16)(reference.Reference))
         patch.setattr(reference, "tokenizer", functools.lru_cache(16)(reference.tokenizer))
         yield
+
+
+def _by_file(read: Callable[[Path], axmodel.Axmodel]) -> Callable[[Path], axmodel.Axmodel]:
+    """Read once for each path, time and size."""
+    known: dict[tuple[object, ...], axmodel.Axmodel] = {}
+
+    def again(path: Path) -> axmodel.Axmodel:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return read(path)
+        key = (os.fspath(path), status.st_ino, status.st_mtime_ns, status.st_size)
+        if key not in known:
+            known[key] = read(path)
+        return known[key]
+
+    return again
+
+
+def _by_question(ask: Callable[..., expected.Expected]) -> Callable[..., expected.Expected]:
+    """Asked once for each reference, shape of a bundle and prompt."""
+    known: dict[tuple[object, ...], tuple[object, expected.Expected]] = {}
+
+    def again(reference: Any, bundle: Any, prompt: str, asked: list[int], **options: Any) -> expected.Expected:
+        tokenizer = Tokenizer.find(bundle.hf)
+        ids = (tuple(asked), tuple(tokenizer.encode(prompt)), tokenizer.stop_ids) if tokenizer else ()
+        key = (id(reference), json.dumps(bundle.manifest["model"], sort_keys=True), ids, *sorted(options.items()))
+        if key not in known:
+            known[key] = reference, ask(reference, bundle, prompt, asked, **options)
+        return known[key][1]
+
+    return again
 
 
 @pytest.fixture(scope="session")

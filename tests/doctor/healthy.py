@@ -1,4 +1,4 @@
-"""The table of healthy bundles: every family, type, shape, form of a checkpoint and kind of tokenizer."""
+"""The table of healthy bundles, beside those of conftest.py: families, types, shapes, checkpoints, tokenizers."""
 
 from __future__ import annotations
 
@@ -110,10 +110,6 @@ def sentencepiece_model(folder: Path) -> Path:
     return folder
 
 
-def bos_template(folder: Path, source: Path) -> Path:
-    return checkpoints.llama(folder, source)
-
-
 def disagreeing_stops(folder: Path, source: Path) -> Path:
     """generation_config.json, config.json and the template each name another end."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -141,9 +137,6 @@ TEXTS = {
     "tokenizer.model": sentencepiece_model,
 }
 HEALTHY: tuple[Healthy, ...] = (
-    Healthy("shipped, s8", shipped, groups(32, 255, 32, 128)),
-    Healthy("shipped, s4", shipped, {**types("bf16", "s4"), **groups(32, 255, 32, 128)}),
-    Healthy("shipped, fp32", shipped, {**FP32, **groups(32, 255, 32, 128)}),
     Healthy("shipped, bf16", shipped, {**types("bf16", "bf16"), **groups(32, 255, 32)}),
     Healthy("shipped, fp16", shipped, {**types("fp16", "fp16"), **groups(16, 127)}),
     Healthy("shipped, s8 in fp16", shipped, {**types("fp16", "s8"), **groups(64, 255)}),
@@ -182,7 +175,6 @@ HEALTHY: tuple[Healthy, ...] = (
     Healthy("llama, three query heads to one", llama(hidden_size=96, num_attention_heads=6), groups(16, 63)),
     Healthy("llama, odd sizes, s4", llama(hidden_size=72, intermediate_size=100), {**S4, **groups(16, 63)}),
     Healthy("llama, .bin shards", as_bin(llama(), *HALVES), groups(16, 63)),
-    Healthy("llama, BOS in its template", bos_template, {**FP32, **groups(32, 255, 32, 128)}),
     Healthy("llama, one layer, fp16", llama(num_hidden_layers=1), {**types("fp16", "fp16"), **groups(0, 31)}),
     Healthy("mistral", random("mistral", sliding_window=None), {**KIN, **groups(16, 63)}),
     Healthy("mistral, a window", random("mistral", sliding_window=64), {**KIN, **groups(16, 63, 16)}),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.doctor.conftest import Doctor, leave_figures
+from tests.doctor.conftest import Base, Doctor, leave_figures
 from tests.doctor.healthy import HEALTHY, Healthy
 from toolchain import build
 
@@ -37,6 +36,10 @@ def test_there_are_at_least_fifty() -> None:
 
 
 @pytest.mark.parametrize("name", ["s8", "s4", "fp32", "llama", "fp16"])
-def test_nothing_is_found_on_the_other_engine(name: str, base: Any, axc_doctor: Doctor) -> None:
-    said = axc_doctor(*base(name), "--engine", "ort")
-    assert (said.code, said.report["verdict"]) == (0, "healthy"), said
+def test_nothing_is_found_in_what_faults_are_planted_in(
+    name: str, base: Base, axc_doctor: Doctor, axrun_doctor: Doctor
+) -> None:
+    bundle, checkpoint = base(name)
+    for engine in ("ax", "ort"):
+        for said in (axc_doctor(bundle, checkpoint, "--engine", engine), axrun_doctor(bundle, "--engine", engine)):
+            assert (said.code, said.report["verdict"]) == (0, "healthy"), said

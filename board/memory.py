@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from board.bundle import Bundle
-from board.cgroup import memory_left
 from board.dtypes import DTYPES, FLOATS
 from board.errors import BadInput
+from board.free_memory import MEMINFO, available
 from board.model import POST_ROWS
 
 CMM_INFO = Path("/proc/ax_proc/mem_cmm_info")  # Axera's driver: total size=...,remain=<kb>KB(<mb>MB + <kb>KB)
-MEMINFO = Path("/proc/meminfo")  # https://docs.kernel.org/filesystems/proc.html#meminfo
 
 # An interpreter with numpy, tokenizers and an engine.
 RUNTIME_BYTES = {"ax": 44 << 20, "ax-int8": 44 << 20, "ort": 80 << 20}
@@ -114,18 +113,6 @@ def cmm_left(cmm_info: Path = CMM_INFO) -> int | None:
     """Bytes of contiguous memory that the NPU's driver can still give; None where there is no such driver."""
     found = re.search(r"total size.*?remain=(\d+)KB\(", _text(cmm_info))
     return int(found[1]) << 10 if found else None
-
-
-def available(meminfo: Path = MEMINFO) -> int | None:
-    """Bytes of the host's memory that can be taken without swapping; None where that is not known.
-
-    In a container that is what its limit leaves, where that is less.
-    """
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _text(meminfo))
-    if found is None:
-        return None
-    there, left = int(found[1]) << 10, memory_left()
-    return there if left is None else min(there, left)
 
 
 def _text(path: Path) -> str:

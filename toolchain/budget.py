@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from board import memory as runtime_memory
+from board import free_memory
 from board.errors import BadInput
 from toolchain.compile import Target
 from toolchain.config import ModelConfig
@@ -87,7 +87,7 @@ def require_memory(needed: int, processes: int, proof: int = 0) -> None:
 
 def available_memory() -> int | None:
     """Bytes that can be had without swapping, within a container's limit; None where the system does not say."""
-    return runtime_memory.available()
+    return free_memory.available()
 
 
 def megabytes(count: int) -> str:

@@ -14,7 +14,8 @@ import pytest
 
 from board.bundle import Bundle
 from board.errors import BadInput
-from board.memory import MEMINFO, available, cmm_left, needs, refuse, remaining, require, shortage
+from board.free_memory import MEMINFO, available
+from board.memory import cmm_left, needs, refuse, remaining, require, shortage
 from board.model import Model
 from tests.board.tty import Tty
 

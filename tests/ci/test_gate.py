@@ -126,7 +126,7 @@ def test_recording_leaves_the_other_maker_and_needs_three_nights(tmp_path: Path)
     record(BOARD, MODEL, MAKER, [{"decode_128": 3.0}] * 3, "ours", tmp_path)
     assert gate.load(BOARD, MODEL, "pulsar2", tmp_path)["decode_128"].expected == 29
     assert gate.load(BOARD, MODEL, MAKER, tmp_path)["decode_128"].expected == 3
-    with pytest.raises(BadInput, match=r"2 measured nights .* expected at least 3\nHold more: invoke nightly"):
+    with pytest.raises(BadInput, match=r"2 measured nights .* expected at least 3\nHold more: \S*invoke nightly"):
         record(BOARD, MODEL, MAKER, [{"decode_128": 3.0}] * 2, "ours", tmp_path)
 
 

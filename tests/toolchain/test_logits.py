@@ -15,6 +15,7 @@ import transformers
 
 from board import logits as reference_logits
 from board.bundle import MANIFEST, verify
+from board.doctor.figures import NAME as FIGURES
 from board.errors import BadInput
 from board.logits import ReferenceLogits
 from tests.toolchain.axc import assert_done, assert_refused, axc
@@ -111,6 +112,8 @@ def test_a_bundle_takes_it_in_and_is_whole(bundle: Path, tiny_qwen2: Path) -> No
     entry = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "size": size}
     after = json.loads((bundle / MANIFEST).read_text())
     assert after["files"].pop(reference_logits.NAME) == entry
+    figures = after["files"].pop(FIGURES)  # what `axrun doctor` is held against
+    assert figures["size"] == (bundle / FIGURES).stat().st_size
     assert after == before
     assert_done(axc("verify", bundle))
     again = axc("reference", "--input_path", tiny_qwen2, "--text", text, "--bundle", bundle, *few, "--top_k", 9)

@@ -61,6 +61,7 @@ def test_what_cannot_be_examined_at_all(words: list[str], told: str) -> None:
     assert err.startswith(f"error: {told}")
 
 
-def test_a_folder_that_is_no_bundle_is_faulty(tmp_path: Path) -> None:
-    code, out, _ = doctor(str(tmp_path), "--json")
-    assert (code, json.loads(out)["finding"]["stage"]) == (1, "files")
+def test_a_folder_that_is_no_bundle_is_bad_input(tmp_path: Path) -> None:
+    code, out, err = doctor(str(tmp_path), "--json")
+    assert (code, out) == (2, "")
+    assert f"{tmp_path} is no bundle: it has no manifest.json" in err

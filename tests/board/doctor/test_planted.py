@@ -209,7 +209,7 @@ PLANTED: dict[str, tuple[Plant, Callable[[Context], str | Finding], str, str, st
         "logits",
         "+1 from their",
     ),
-    "final norm": (head(lambda old: old * 2), post.post, POST, "logits", "scaled by 2"),
+    "final norm": (head(lambda old: old * 2), post.post, POST, "model.norm.weight", "is not the checkpoint's"),
     "row of the head": (head(damaged_row, "scale"), post.post, POST, "token 77", "rows of the head"),
     "vocabulary": (other_vocabulary, text.tokenizer, "hf/tokenizer.json", "the text", "tokenizer of another model"),
     "template": (other_template, text.template, "hf/tokenizer_config.json", "the conversation", "another template"),

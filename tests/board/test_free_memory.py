@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from board import memory
-from board.cgroup import MOUNT, memory_left
+from board import free_memory
+from board.free_memory import MOUNT, memory_left
 
 MB = 1 << 20
 
@@ -78,9 +78,9 @@ def real_group() -> Iterator[Path]:
 
 @pytest.mark.system
 def test_a_process_in_a_real_group_sees_its_limit() -> None:
-    whole = memory.available()
+    whole = free_memory.available()
     assert whole is not None
-    code = "from board import memory; print(memory.available())"
+    code = "from board import free_memory; print(free_memory.available())"
     with real_group() as folder:
         done = subprocess.run(
             ["sh", "-c", 'echo $$ >"$1"/cgroup.procs; shift; exec "$@"', "sh", folder, sys.executable, "-c", code],

@@ -1,5 +1,6 @@
-"""What this process's control groups leave it of memory: a container's limit, which /proc/meminfo does not know.
+"""How much memory this process can still take: what the machine has left, and what its control groups leave it.
 
+A container's limit is one of a control group, which /proc/meminfo does not know.
 https://docs.kernel.org/admin-guide/cgroup-v2.html#memory and, for version 1,
 https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
 """
@@ -10,11 +11,24 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+MEMINFO = Path("/proc/meminfo")  # https://docs.kernel.org/filesystems/proc.html#meminfo
 CGROUP = Path("/proc/self/cgroup")
 MOUNT = Path("/sys/fs/cgroup")
 # limit, usage, and the key in memory.stat of file pages that the kernel can drop: usage counts those too
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 VERSION_2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def available(meminfo: Path = MEMINFO) -> int | None:
+    """Bytes of the host's memory that can be taken without swapping; None where that is not known.
+
+    In a container that is what its limit leaves, where that is less.
+    """
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _text(meminfo))
+    if found is None:
+        return None
+    there, left = int(found[1]) << 10, memory_left()
+    return there if left is None else min(there, left)
 
 
 def memory_left(cgroup: Path = CGROUP, mount: Path = MOUNT) -> int | None:

@@ -18,6 +18,7 @@ import board.cli
 import toolchain.cli
 from board import axmodel
 from board.doctor import installed
+from board.session import ax_engine, ort
 from board.tokenizer import Tokenizer
 from tests.conftest import ROOT, Builder
 from tests.doctor import axmodels, checkpoints
@@ -30,6 +31,7 @@ TYPES: dict[str, dict[str, str]] = {
     "fp32": {"hidden_state_type": "fp32", "weight_type": "fp32", "post_weight_type": "fp32"},
     "fp16": {"hidden_state_type": "fp16", "weight_type": "fp16", "post_weight_type": "fp16"},
 }
+TEXTS = (".json", ".jinja", ".model", ".txt")  # files from which a tokenizer is made
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,19 @@ Base = Callable[[str], tuple[Path, Path]]
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """The models are so small that torch's threads would only wait for each other."""
+    """The models are so small that threads would only wait for each other: of torch, tokenizers and both engines."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        for engine in (ax_engine, ort):
+            patch.setattr(engine, "open_session", functools.partial(_alone, engine.open_session))
+        yield
     torch.set_num_threads(threads)
+
+
+def _alone(open_session: Callable[..., Any], path: Path, threads: int | None = None) -> Any:
+    return open_session(path, threads or 1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,8 +82,50 @@ def _read_once() -> Iterator[None]:
         patch.setattr(axmodel, "read", _by_file(axmodel.read))
         patch.setattr(expected, "ask", _by_question(expected.ask))
         patch.setattr(reference, "Reference", functools.lru_cache(16)(reference.Reference))
-        patch.setattr(reference, "tokenizer", functools.lru_cache(16)(reference.tokenizer))
+        patch.setattr(reference, "tokenizer", _remembering(reference.tokenizer))
         yield
+
+
+def _remembering(tokenizer: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    """transformers' tokenizer is the same for the same files, and gives the same for the same texts and ids."""
+    known: dict[tuple[object, ...], Any] = {}
+
+    def opened(path: Path) -> Any:
+        try:
+            key = tuple((file.name, _content(file)) for file in sorted(path.iterdir()) if file.suffix in TEXTS)
+        except ValueError:
+            return tokenizer(path)
+        if key not in known:
+            known[key] = remembering(tokenizer(path))
+        return known[key]
+
+    def remembering(theirs: Any) -> Any:
+        kind: Any = type(theirs)
+        encoded: dict[str, Any] = {}
+        decoded: dict[str, str] = {}
+
+        def call(self: Any, *given: Any, **options: Any) -> Any:
+            key = repr((given, sorted(options.items())))
+            if key not in encoded:
+                encoded[key] = kind.__call__(self, *given, **options)
+            return encoded[key]
+
+        def decode(self: Any, *given: Any, **options: Any) -> Any:
+            key = repr((given, sorted(options.items())))
+            if key not in decoded:
+                decoded[key] = kind.decode(self, *given, **options)
+            return decoded[key]
+
+        theirs.__class__ = type(kind.__name__, (kind,), {"__call__": call, "decode": decode})
+        return theirs
+
+    return opened
+
+
+def _content(file: Path) -> bytes:
+    """What a tokenizer sees of a file: the family that config.json names, and all of any other."""
+    content = file.read_bytes()
+    return str(json.loads(content).get("model_type")).encode() if file.name == "config.json" else content
 
 
 def _by_file(read: Callable[[Path], axmodel.Axmodel]) -> Callable[[Path], axmodel.Axmodel]:

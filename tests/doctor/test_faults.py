@@ -14,6 +14,8 @@ from tests.doctor.fault import Fault, RunnerFault
 from tests.doctor.faults import BUNDLE, RUNNER
 
 Copy = Callable[[str], tuple[Path, Path]]
+SHARED = {"files", "versions", "sampling"}  # stages that are the same code in both doctors: asked in one of them
+ALONE = [fault for fault in BUNDLE if fault.alone and not SHARED.issuperset(fault.stage.split("|"))]
 KEYS = {"stage", "part", "file", "expected", "seen", "cause", "advice"}
 
 
@@ -39,7 +41,7 @@ def test_a_fault_in_the_bundle(fault: Fault, copy: Copy, axc_doctor: Doctor) -> 
     assert finding["file"] in places, finding
 
 
-@pytest.mark.parametrize("fault", [fault for fault in BUNDLE if fault.alone], ids=lambda fault: fault.name)
+@pytest.mark.parametrize("fault", ALONE, ids=lambda fault: fault.name)
 def test_a_fault_in_the_bundle_without_a_checkpoint(fault: Fault, copy: Copy, axrun_doctor: Doctor) -> None:
     """What is found by the figures that the build left; why, nobody can tell without the weights."""
     bundle, checkpoint = copy(fault.base)

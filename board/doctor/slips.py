@@ -36,6 +36,9 @@ def slips(start: int, count: int) -> Iterator[Slip]:
         half = right.copy()
         half[:, : start // 2] = BLOCKED
         yield Slip("its mask hides the earlier half of the history: as a window would", half)
+        later = right.copy()
+        later[:, start // 2 : start] = BLOCKED
+        yield Slip("its mask hides the later half of the history", later)
         own = right.copy()
         own[0, start] = BLOCKED
         yield Slip("its mask hides the first token of a chunk from itself", own)

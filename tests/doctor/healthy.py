@@ -184,3 +184,26 @@ HEALTHY: tuple[Healthy, ...] = (
     Healthy("text: template with a day", text(with_a_day), groups(16, 47), "template"),
     *(Healthy(f"mended text: {name}", text(kind), groups(16, 47)) for name, kind in kinds.MENDED.items()),
 )  # fmt: skip
+
+# Of a kind that another one has too, in a dearer or cheaper shape: they run where the whole suite does.
+DOUBLES = frozenset(
+    {
+        "shipped, s4 in fp16",
+        "shipped, bf16 in fp32",
+        "shipped, fp16 in bf16",
+        "shipped, fp32 in bf16",
+        "shipped, no prefill, defaults",
+        "shipped, five groups",
+        "qwen2, every head its own K/V",
+        "qwen2, window not in use",
+        "qwen2, eps 1e-5, six layers",
+        "qwen2, float32 files",
+        "qwen2, untied",
+        "llama 3.2",
+        "llama, biases everywhere",
+        "llama, .bin shards",
+        "mistral",
+        "text: byte-level, prefix space",
+        "text: metaspace first",
+    }
+)

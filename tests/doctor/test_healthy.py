@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.doctor.conftest import Base, Doctor, leave_figures
-from tests.doctor.healthy import HEALTHY, Healthy
+from tests.doctor.healthy import DOUBLES, HEALTHY, Healthy
 from toolchain import build
 
 STAGES = 10
 
 
-@pytest.mark.parametrize("case", HEALTHY, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=[pytest.mark.system] * (case.name in DOUBLES)) for case in HEALTHY],
+)
 def test_nothing_is_found(
     case: Healthy, tiny_qwen2: Path, tmp_path: Path, axc_doctor: Doctor, axrun_doctor: Doctor
 ) -> None:
@@ -31,6 +34,7 @@ def test_nothing_is_found(
 
 def test_there_are_at_least_fifty() -> None:
     assert len(HEALTHY) >= 50
+    assert {case.name for case in HEALTHY} > DOUBLES
     for flag in ("weight_type", "hidden_state_type"):
         assert {case.options.get(flag) for case in HEALTHY} >= {"fp32", "fp16", "bf16"}
 

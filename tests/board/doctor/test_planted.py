@@ -259,7 +259,7 @@ def test_a_runner_that_puts_rows_elsewhere_is_told_from_the_layers(
     assert isinstance(layers.layers(context(examined)), str)
     finding = found(examined)
     assert (finding.stage, finding.file) == ("cache", "axrun: board/decoder.py")
-    assert "put at other positions" in finding.cause
+    assert "in the wrong place" in finding.cause
 
 
 def test_a_runner_whose_mask_hides_too_much_is_told(
@@ -269,7 +269,7 @@ def test_a_runner_whose_mask_hides_too_much_is_told(
     monkeypatch.setattr(decoder, "fill_mask", lambda mask, past, *rest: fill(mask, past // 2, *rest))
     finding = found(examined)
     assert finding.stage == "cache"
-    assert "the mask" in finding.cause
+    assert "its mask hides the later half of the history" in finding.cause
 
 
 def test_a_runner_that_leaves_a_layer_out_is_told(

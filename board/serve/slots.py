@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from board.decoder import Chunk, Decoder
 from board.errors import BadInput
+from board.free_memory import available
 from board.kv_cache import common_prefix
-from board.memory import Allow, available, refuse
+from board.memory import Allow, refuse
 
 Array = NDArray[Any]
 Embed = Callable[[Sequence[int]], Array]

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.system
 
 def start(desk: Desk, file: Path, *flags: str, variables: dict[str, str] | None = None) -> Night:
     mark = uuid.uuid4().hex
-    where = ["--matrix", str(file), "--out", str(desk.folder / "out"), "--history", str(desk.folder / "matrices")]
+    kept = desk.folder / f"history of {file.stem}"
+    where = ["--matrix", str(file), "--out", str(desk.folder / "out"), "--history", str(kept)]
     process = subprocess.Popen(
         [sys.executable, "-m", "invoke", "nightly", *where, *flags],
         cwd=ROOT,
@@ -85,14 +86,14 @@ def test_a_matrix_is_green(desk: Desk) -> None:
     ]
     assert code == 0
     assert desk.left(night) == []
-    (held,) = history.read(desk.folder / "matrices", "virtual", "tiny-qwen2").nights
+    (held,) = history.read(desk.folder / "history of one", "virtual", "tiny-qwen2").nights
     assert (held.verdict, held.reason, held.handed_in) == ("green", "", False)
     assert "layer 0 prefill" in held.layers  # of the shared build's check
     folder = Path(said[-1].removeprefix("  page: ")).parent
     (case,) = ElementTree.parse(folder / "junit.xml").iter("testcase")
     assert not case.findall("failure")
     assert "mean KL divergence from the checkpoint" in (folder / "matrix.html").read_text()
-    site = desk.folder / "matrices" / "site"
+    site = desk.folder / "history of one" / "site"
     assert "green: the last night of tiny-qwen2 on virtual" in (site / "index.html").read_text()
     assert (
         dataclasses.asdict(held)["figures"]

@@ -55,7 +55,7 @@ Doctor = Callable[..., Said]
 Base = Callable[[str], tuple[Path, Path]]
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)  # no longer: other tests want threads
 def _one_thread() -> Iterator[None]:
     """The models are so small that threads would only wait for each other: of torch, tokenizers and both engines."""
     threads = torch.get_num_threads()
@@ -68,11 +68,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def _alone(open_session: Callable[..., Any], path: Path, threads: int | None = None) -> Any:
-    return open_session(path, threads or 1)
+def _alone(open_session: Callable[..., Any], path: Path, threads: int | None = None, **more: Any) -> Any:
+    return open_session(path, threads or 1, **more)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="package", autouse=True)
 def _read_once() -> Iterator[None]:
     """What is the same for every bundle: transformers' reading of a checkpoint, and what the engine's library says of
     itself, for which a process is started. And what the stages of one walk read again: axmodels, the reference's rows.

@@ -197,7 +197,7 @@ def test_a_board_that_loses_power_once_is_flaky(desk: Desk, bundle: Path, tmp_pa
     held = history.read(desk.history, "virtual", "tiny-qwen2").nights[-1]
     assert (held.verdict, held.reason) == ("green", "")
     assert held.flaky == note.read_text()
-    assert any(re.match(r"  virtual needed a second try in 1 of its last \d+ nights", line) for line in said)
+    assert any(re.match(r"  virtual needed a second try in [1-9] of its last \d+ nights", line) for line in said)
     page = (desk.newest() / "report.html").read_text()
     assert "tried again" in page
     assert f"<h1>{said[0].replace(chr(39), '&#39;')}</h1>" in page

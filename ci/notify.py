@@ -40,7 +40,7 @@ def words(command: str) -> list[str]:
 def change(before: Night | None, night: Night) -> str:
     """What changed since the night before, in a few words; empty where nothing did."""
     if before is None:
-        return "the first night is red" if not night.green else ""
+        return "the first night is red" if not night.green else "the first night is flaky" if night.flaky else ""
     if before.verdict != night.verdict:
         return f"{before.verdict} -> {night.verdict}"
     if not night.green and _cause(before) != _cause(night):

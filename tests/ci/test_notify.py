@@ -26,6 +26,7 @@ def red(reason: str = "deploy: the disk of virtual has 24 MB free", **said: obje
     [
         (None, night(), ""),
         (None, red(), "the first night is red"),
+        (None, night(flaky="deploy: lost"), "the first night is flaky"),
         (night(), night(), ""),
         (night(), red(), "green -> red"),
         (red(), night(), "red -> green"),

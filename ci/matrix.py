@@ -16,14 +16,13 @@ What is wrong is refused before anything is reserved or built: by `read` with it
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from board.errors import BadInput, Failure
-from ci import course, history, place, preflight, targets, variant
+from ci import course, history, place, preflight, targets, toml_lines, variant
 from ci.place import Board
 from ci.preflight import Plan
 from ci.targets import Target
@@ -35,7 +34,6 @@ KEYS = ("boards", "models", "weight_type", "targets", "exclude")
 EXCLUDE = ("board", "model", "weight_type", "reason")
 OF_ONE = ("LG_BOARD_ADDRESS", "LG_BOARD_POWER", "LG_BOARD_STATE")  # variables that are for one board
 MOST = 1000  # nights, and characters of a reason
-LONGEST = 1 << 20  # bytes of a file
 
 Found = TypeVar("Found")
 
@@ -72,14 +70,7 @@ class Matrix:
 
 def read(file: Path) -> Matrix:
     """The matrix of a file. Raises BadInput with the line of what is wrong."""
-    try:
-        data = file.read_bytes()
-        if len(data) > LONGEST:
-            raise BadInput(f"{file} has {len(data)} bytes, expected a matrix")
-        text = data.decode("utf-8")
-        content = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadInput(f"{file}: {getattr(error, 'strerror', None) or error}") from None
+    text, content = toml_lines.read(file)
     return _Reader(file, text, content).matrix()
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from board.errors import BadInput, Failure
+from board.errors import Failure
 from ci import place, stage, summary
 from ci.matrix import Cell, Matrix
 from ci.nightly import Signals
@@ -313,22 +313,6 @@ def commands(
         ]
 
     return Commands(night, build, package)
-
-
-def new_folder(runs: Path, started: str, kept: int) -> Path:
-    """A folder for a run in `runs`; the oldest go. Raises BadInput when it cannot be made."""
-    try:
-        runs.mkdir(parents=True, exist_ok=True)
-        old = sorted(path for path in runs.iterdir() if path.is_dir() and path.name[:2] == "20")
-        for gone in old[: max(0, len(old) - kept + 1)]:
-            shutil.rmtree(gone, ignore_errors=True)
-        for folder in (runs / started, *(runs / f"{started}-{number}" for number in range(2, 100))):
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                return folder.resolve()
-    except OSError as error:
-        raise BadInput(f"cannot make a folder in {runs}: {error.strerror or error}") from None
-    raise BadInput(f"{runs} has a hundred runs of this second already")
 
 
 def _end_with_parent() -> None:

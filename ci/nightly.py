@@ -10,8 +10,6 @@ import contextlib
 import datetime
 import json
 import os
-import re
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +34,7 @@ from ci import (
     preflight,
     quarantine,
     retry,
+    run_folder,
     stage,
     variant,
 )
@@ -133,7 +132,8 @@ def nightly(options: Options, say: Say = lambda line: None) -> Held:
         if line:
             say(line)
     started = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    clock, folder = time.monotonic(), _folder(options.out / board.name / "nights" / model.name, started)
+    clock = time.monotonic()
+    folder = run_folder.new(options.out / board.name / "nights" / model.name, started, KEPT_NIGHTS)
     signals = Signals()
     course = Course(options, board, model, folder, say, lambda: signals.reason)
     course.unjudged = bool(plan.unjudged)
@@ -311,23 +311,6 @@ def _failed(name: str, folder: Path, failure: Failure) -> Stage:
     console = folder / f"{name}.log"
     console.write_text(f"error: {failure}\n")
     return Stage(name, failure.exit_code, 0.0, 0.0, str(failure), console)
-
-
-def _folder(nights: Path, started: str) -> Path:
-    """A new folder for this night; the oldest go when there are many. Raises BadInput when it cannot be made."""
-    try:
-        nights.mkdir(parents=True, exist_ok=True)
-        old = sorted(path for path in nights.iterdir() if re.fullmatch(r"\d{8}T\d{6}Z(-\d+)?", path.name))
-        for gone in old[: max(0, len(old) - KEPT_NIGHTS + 1)]:
-            shutil.rmtree(gone, ignore_errors=True)
-        name = re.sub("[-:]", "", started)
-        for folder in (nights / name, *(nights / f"{name}-{number}" for number in range(2, 100))):
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()
-                return folder.resolve()
-    except OSError as error:
-        raise BadInput(f"cannot make a folder in {nights}: {error.strerror or error}") from None
-    raise BadInput(f"{nights} has a hundred nights of this second already")
 
 
 def _json(file: Path) -> dict[str, Any]:

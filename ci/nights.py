@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from board.errors import Failure
-from ci import matrix, matrix_run, targets
+from ci import matrix, matrix_run, run_folder, targets
 from ci.course import limits
 from ci.report import site as report_site
 from ci.report.matrix import Page
@@ -42,7 +41,7 @@ def hold(
             if line:
                 say(f"[{cell.board.name} {cell.model.name}] {line}")
     started, clock = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), time.monotonic()
-    folder = matrix_run.new_folder(out / "nightly" / "matrix", re.sub("[-:]", "", started), KEPT_RUNS)
+    folder = run_folder.new(out / "nightly" / "matrix", started, KEPT_RUNS)
     run = matrix_run.Run(found, folder, matrix_run.commands(out, history, model_dir, wait, given, more), say)
     ran = run.hold()
     page = Page(found, ran, started, time.monotonic() - clock, folder, run.signals.reason.replace("night", "matrix"))

@@ -7,19 +7,17 @@ has none for a figure that follows the clock of the machine beneath.
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from board.errors import BadInput
-from ci import metrics, place, variant
+from ci import metrics, place, toml_lines, variant
 from ci.toml_lines import line
 
 FILE = Path(__file__).resolve().parent / "targets.toml"
 BASES = ("published", "goal")
-LONGEST = 1 << 20  # bytes of a file
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,7 @@ class Target:
 
 def read(file: Path = FILE) -> tuple[Target, ...]:
     """Raises BadInput, with the line, for a file that does not say what it must."""
-    try:
-        data = file.read_bytes()
-        if len(data) > LONGEST:
-            raise BadInput(f"{file} has {len(data)} bytes")
-        text = data.decode("utf-8")
-        content = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise BadInput(f"{file}: {error}") from None
+    text, content = toml_lines.read(file)
     if unknown := sorted(set(content) - {"target"}):
         raise BadInput(f"{file} line {_line(text, unknown[0])}: {unknown[0]!a:.40} is not known: expected [[target]]")
     tables = content.get("target", [])

@@ -1,12 +1,33 @@
-"""Where in a TOML file something is: tomllib keeps no places, and an error about a file names its line."""
+"""A TOML file of bounded size, and where in it something is: tomllib keeps no places, and errors name the line."""
 
 from __future__ import annotations
 
 import json
 import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from board.errors import BadInput
+
+LONGEST = 1 << 20  # bytes of a file
 
 HEADER = re.compile(r"\s*\[{1,2}\s*([^\[\]]+?)\s*\]{1,2}\s*(#.*)?$")
 KEY = re.compile(r'\s*"?([A-Za-z0-9_-]+)"?\s*=')
+
+
+def read(file: Path) -> tuple[str, dict[str, Any]]:
+    """The text of a file and what it says. Raises BadInput."""
+    try:
+        data = file.read_bytes()
+        if len(data) > LONGEST:
+            raise BadInput(f"{file} has {len(data)} bytes, expected at most {LONGEST}")
+        text = data.decode("utf-8")
+        return text, tomllib.loads(text)
+    except OSError as error:
+        raise BadInput(f"cannot read {file}: {error.strerror or error}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise BadInput(f"{file}: {error}") from None
 
 
 def line(text: str, key: str = "", value: object = None, *, table: str = "", index: int = 0, nth: int = 0) -> int:

@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import pytest
 
 from board.errors import BadInput, CheckFailed
-from ci import built, checkout, history, matrix, matrix_run, nights, place, preflight, summary, variant
+from ci import built, checkout, history, matrix, nights, place, preflight, run_folder, summary, variant
 from ci.matrix import Cell, Matrix
 from ci.matrix_run import Commands, Ran, Run
 from ci.place import Board
@@ -614,8 +614,8 @@ def test_a_site_that_cannot_be_renewed_is_said_and_nothing_else(tmp_path: Path) 
     nights.renew(tmp_path / "none", tmp_path, said.append)
     (note,) = said
     assert note.startswith(f"note: the site was not renewed: no history in {tmp_path / 'none'}: name the folder")
-    assert matrix_run.new_folder(tmp_path / "runs", "20261103T020000Z", 3).name == "20261103T020000Z"
-    assert matrix_run.new_folder(tmp_path / "runs", "20261103T020000Z", 3).name == "20261103T020000Z-2"
+    assert run_folder.new(tmp_path / "runs", "2026-11-03T02:00:00Z", 3).name == "20261103T020000Z"
+    assert run_folder.new(tmp_path / "runs", "2026-11-03T02:00:00Z", 3).name == "20261103T020000Z-2"
     for day in range(4, 8):
-        matrix_run.new_folder(tmp_path / "runs", f"202611{day:02d}T020000Z", 3)
+        run_folder.new(tmp_path / "runs", f"2026-11-{day:02d}T02:00:00Z", 3)
     assert len(list((tmp_path / "runs").iterdir())) == 3

@@ -60,7 +60,7 @@ METRICS = (
     Metric("peak_memory", "peak memory", "MB", False, 0.2),
     Metric("soak_ttft_n", "soak: first token, fastest {n} %", "ms", False, 0.2, timed=True),
     Metric("soak_answer_n", "soak: whole answer, fastest {n} %", "ms", False, 0.2, timed=True),
-    Metric("soak_memory", "soak: growth of memory in 1000 requests", "MB", False, 0.2, gated=False),
+    Metric("soak_memory", "soak: memory that a server grew by", "MB", False, 0.2, gated=False),
     Metric("soak_differing", "soak: other answers by a reused cache", "%", False, 0.2, gated=False),
 )
 ORDER = {metric.name: place for place, metric in enumerate(METRICS)}

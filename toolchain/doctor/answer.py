@@ -71,4 +71,5 @@ def examine(case: Case) -> str | Finding:
         )
     same = sum(a == b for a, b in zip(chosen, expected.answer.tokens, strict=True))
     text = case.tokenizer.decode(chosen) if case.tokenizer else ""
-    return f"{same} of {len(chosen)} tokens are the reference's: {text!r:.40}; mean KL divergence {kld:.1e}"
+    more = f", more than the {noise.kld:.1e} that the types explain" if kld > noise.kld else ""
+    return f"{same} of {len(chosen)} tokens are the reference's: {text!r:.40}; mean KL divergence {kld:.1e}{more}"

@@ -63,9 +63,10 @@ def examine(case: Case) -> str | Finding:
     if case.expected.rows is None:
         raise NotExamined("the reference keeps no K/V rows that a bundle could have")
     agreements: list[Agreement] = []
+    beyond: list[int] = []
     for index in range(bundle.layers):
         case.say(f"  layer {index + 1} of {bundle.layers}")
-        finding = _layer(case, index, agreements)
+        finding = _layer(case, index, agreements, beyond)
         if finding is not None:
             return finding
     for rise in rises([entry for entry in agreements if entry.rows >= FEWEST]):
@@ -80,11 +81,14 @@ def examine(case: Case) -> str | Finding:
         )
     worst = max(agreements, key=lambda entry: entry.worst)
     case.examined["layers"] = agreements
-    return f"{bundle.layers} layers over {case.expected.reach}; worst error {worst.worst:.1e} ({worst.part})"
+    found = f"{bundle.layers} layers over {case.expected.reach}; worst error {worst.worst:.1e} ({worst.part})"
+    if beyond:
+        found += f"; more than the types explain in layers {', '.join(map(str, beyond))}, where nothing is wrong"
+    return found
 
 
-def _layer(case: Case, index: int, agreements: list[Agreement]) -> Finding | None:
-    """None where it agrees."""
+def _layer(case: Case, index: int, agreements: list[Agreement], beyond: list[int]) -> Finding | None:
+    """None where it agrees; `beyond` gets a layer whose errors are above the bounds though all of it is right."""
     path = case.bundle.layer_path(index)
     try:
         measured = list(measure(case, index, case.engine))
@@ -95,6 +99,7 @@ def _layer(case: Case, index: int, agreements: list[Agreement]) -> Finding | Non
     finding = _quiet(case, index, model) if trouble is None else _explained(case, index, model, trouble)
     if finding is None:
         agreements += _agreements(index, measured)
+        beyond += [index] if trouble else []
     return finding
 
 

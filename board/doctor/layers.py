@@ -60,8 +60,8 @@ def layers(context: Context) -> str | Finding:
         worst = max(worst, *(entry.error for entry in entries))
     visits = list(_visits(context))
     return (
-        f"{bundle.layers} layers in {len(visits)} visits of {len(bundle.groups)} groups: outputs, K and V within "
-        f"{noise.row:.2g}, at worst {worst:.2g}"
+        f"{bundle.layers} layers in {len(visits)} visits of {len(bundle.groups)} groups: outputs, K and V; "
+        f"worst error {worst:.2g} of {noise.row:.2g} allowed"
     )
 
 

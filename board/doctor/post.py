@@ -44,7 +44,7 @@ def post(context: Context) -> str | Finding:
     worst = int(errors.error.argmax())
     most = float(errors.error[worst])
     if most <= noise.row and not (few := _few(ours, reference)):
-        return f"{len(ours)} rows of {bundle.vocab_size:,} logits within {noise.row:.2g}, at worst {most:.2g}"
+        return f"{len(ours)} rows of {bundle.vocab_size:,} logits; worst error {most:.2g} of {noise.row:.2g} allowed"
     if most <= noise.row:
         part = f"the logit of token {few[0]}" + f" and {len(few) - 1} more" * (len(few) > 1)
         wanted, seen = f"{reference[0, few[0]]:.4g}", f"{ours[0, few[0]]:.4g}"
@@ -124,7 +124,7 @@ def answer(context: Context) -> str | Finding:
             cause = f"the reference prefers its token by {margin:.2g}, and errors explain {gap:.2g}"
             return _finding(ANSWER, part, "", f"token {theirs}", f"token {mine}", cause)
     return (
-        f"{same} of {len(tokens)} greedy tokens are the same, each after the reference's own; logits within {rms:.2g}"
+        f"{same} of {len(tokens)} greedy tokens are the same, each after the reference's own; error of logits {rms:.2g}"
     )
 
 

@@ -21,8 +21,9 @@ COPY ci/container/extra /extra
 RUN cat /etc/ssl/certs/ca-certificates.crt /extra/certificates/*.crt >$SSL_CERT_FILE 2>/dev/null || true
 COPY requirements /axc/requirements
 COPY pyproject.toml LICENSE /axc/
-COPY board/pyproject.toml board/hatch_build.py board/__init__.py /axc/board/
-COPY toolchain/__init__.py /axc/toolchain/
+COPY board/pyproject.toml board/hatch_build.py /axc/board/
+COPY board/axrun/__init__.py /axc/board/axrun/
+COPY toolchain/axc/__init__.py /axc/toolchain/axc/
 COPY ci/container/settle.sh /extra/
 RUN WHEELS=/extra/wheels PIP_CERT=$SSL_CERT_FILE PYTHONPATH=/axc python3 -c "from pathlib import Path; \
     from requirements.install import install; install(Path('/opt/axc'), 'build', 'reference')" \

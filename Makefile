@@ -56,7 +56,7 @@ lint: ready ## ruff and mypy only
 engine: ready ## only libax_engine, into board/engine/lib (ARGS='--machine aarch64 --into folder' for a board's)
 	@$(INVOKE) engine
 
-page: ready ## what the page of axrun serve shows Markdown with, by npm into board/serve/page/lib
+page: ready ## what the page of axrun serve shows Markdown with, by npm into board/axrun/serve/page/lib
 	@$(INVOKE) page
 
 bench: ready ## speed and memory on this machine, beside llama.cpp with PEER=llama.cpp (ARGS='-k load' for a part)

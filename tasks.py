@@ -16,7 +16,7 @@ from invoke.collection import Collection
 from invoke.context import Context
 from invoke.tasks import Task
 
-from board.errors import BadInput
+from axrun.errors import BadInput
 from ci.tasks import boards, nights, system_tests
 from ci.tasks.common import (
     ARGS,
@@ -50,7 +50,7 @@ from requirements.install import PEERS, PYPI_SIZE, SETS, NoTorch, SetupFailed, i
 from requirements.page import bring as bring_page
 
 if TYPE_CHECKING:
-    from toolchain.models import ModelSpec
+    from axc.models import ModelSpec
 
 BACKENDS = ("cpu", "pulsar2")
 BENCH = ("pytest", "--override-ini=python_files=bench_*.py", "--override-ini=testpaths=tests/bench", "--benchmark-only")
@@ -70,10 +70,10 @@ def build(
     backend: str = BACKEND or "cpu",
 ) -> None:
     """A checkpoint becomes a checked bundle, and the bundle answers."""
+    from axc.fetch import fetch
+    from axc.inventory import inventory
+    from axc.models import load_model
     from ci.container.engine import choose, llm_build, ready
-    from toolchain.fetch import fetch
-    from toolchain.inventory import inventory
-    from toolchain.models import load_model
 
     if backend not in BACKENDS:
         raise BadInput(f"BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}")
@@ -104,7 +104,7 @@ def build(
         ready(chosen.client, base_image=BASE_IMAGE, mirror=MIRROR)
         finish(llm_build(chosen.client, flags))
     else:
-        from toolchain.cli import main as axc
+        from axc.cli import main as axc
 
         succeed(axc, ["llm_build", *flags])
     print(f"\n{bundle} holds\n{inventory(bundle)}\n", flush=True)
@@ -126,7 +126,7 @@ def run(
     args: str = ARGS,
 ) -> None:
     """Ask a bundle that is there."""
-    from toolchain.models import load_model
+    from axc.models import load_model
 
     spec = load_model(model)
     ask(built(spec.name, out), prompt or spec.prompt, split(args))
@@ -166,7 +166,7 @@ def lint(_: Context) -> None:
 @verb
 def engine(_: Context, args: str = ARGS) -> None:
     """libax_engine from its sources, for this machine or another."""
-    from board.engine.build import main as build_engine
+    from engine.build import main as build_engine
 
     succeed(build_engine, split(args))
 
@@ -199,8 +199,8 @@ def image(_: Context, base_image: str = BASE_IMAGE, mirror: str = MIRROR) -> Non
 @verb
 def base_image(_: Context, out: str = OUT or "out", mirror: str = MIRROR, record: bool = False) -> None:
     """The image's base from Debian packages, as OUT/axc-base.tar and in the Docker daemon if one answers."""
+    from axc.inventory import decimal
     from ci.container import base, engine
-    from toolchain.inventory import decimal
 
     Path(out).mkdir(parents=True, exist_ok=True)
     made = base.make(Path(out) / "axc-base.tar", mirror, renew=record, say=TELL)
@@ -254,7 +254,7 @@ def lock(_: Context, upgrade: bool = False) -> None:
 
     package-lock.json is npm's: `npm install --package-lock-only` in requirements/, after a change of package.json.
     """
-    from ci.wheelhouse import PYTHONS
+    from ci.device.wheelhouse import PYTHONS
 
     for python in PYTHONS:
         tool(
@@ -286,9 +286,9 @@ def without_reference() -> str:
 
 
 def build_by_vendor(spec: ModelSpec, checkpoint: Path, bundle: Path, *, force: bool) -> None:
+    from axc import build, pulsar2
     from ci.container import vendor
     from ci.container.daemon import connect
-    from toolchain import build, pulsar2
 
     options = build.Options(
         input_path=checkpoint, output_path=bundle, model_name=spec.name, force=force, **spec.build.given()
@@ -298,7 +298,7 @@ def build_by_vendor(spec: ModelSpec, checkpoint: Path, bundle: Path, *, force: b
 
 
 def ask(bundle: Path, prompt: str, more: Sequence[str] = ()) -> None:
-    from board.cli import main as axrun
+    from axrun.cli import main as axrun
 
     succeed(axrun, ["run", str(bundle), f"--prompt={prompt}", *more])
 

@@ -40,7 +40,7 @@ class EngineHook(BuildHookInterface[Any]):
         machine = target()
         if version == "editable":
             return
-        if not Path(self.root, "serve", "page", "lib").is_dir():
+        if not Path(self.root, "axrun", "serve", "page", "lib").is_dir():
             self.app.display_warning("this wheel's page shows plain text: `make page` brings its Markdown libraries")
         if machine == PURE:
             return
@@ -59,7 +59,7 @@ class EngineHook(BuildHookInterface[Any]):
             raise SystemExit(f"error: {error}") from None
         for name in builder.LIBRARIES:
             check(folder / name, machine)
-            build_data["force_include"][str(folder / name)] = f"engine/lib/{name}"  # `sources` puts board/ before it
+            build_data["force_include"][str(folder / name)] = f"axrun/engine/lib/{name}"
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-manylinux_{builder.GLIBC.replace('.', '_')}_{machine}"
 

@@ -1,4 +1,4 @@
-"""Bring the chat page's Markdown libraries into board/serve/page/lib, as requirements/package-lock.json locks them.
+"""Bring the chat page's Markdown libraries into board/axrun/serve/page/lib, as package-lock.json locks them.
 
 npm fetches the archives; the machine's own npm, or else the one of the set `page`. An archive that lies in the folder
 WHEELS is taken from there, so that a machine without a network can have them too. Every archive is checked by its hash.
@@ -23,7 +23,7 @@ from pathlib import Path
 from requirements.install import LOCKS, ROOT, SetupFailed, environment, install, last_error
 
 LOCK = LOCKS / "package-lock.json"
-LIB = ROOT / "board" / "serve" / "page" / "lib"
+LIB = ROOT / "board" / "axrun" / "serve" / "page" / "lib"
 # package: the file of it that the page loads, and the name that is served
 MODULES = {
     "dompurify": ("dist/purify.es.mjs", "purify.js"),

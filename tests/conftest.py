@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings
 from onnx import TensorProto, helper
 
-from toolchain import build
+from axc import build
 
 ROOT = Path(__file__).resolve().parents[1]
 Builder = Callable[..., Path]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from board import axmodel
+from axrun.format import axmodel
 
 OVERFLOW = 3e5  # as a scale of tiny-qwen2's s8 weights: every product leaves float16
 

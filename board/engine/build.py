@@ -89,7 +89,7 @@ def fingerprint(engine: Path = ENGINE, machine: str = HOST) -> str:
     """What the libraries depend on: the sources, the version they show, the compiler and the machine."""
     digest = hashlib.sha256(f"{machine} {' '.join(map(version_of, TOOLS))}".encode())
     sources = {path for pattern in SOURCES for path in engine.glob(pattern)}
-    for path in sorted({*sources, engine.parent / "__init__.py"}):
+    for path in sorted({*sources, engine.parent / "axrun" / "__init__.py"}):
         name = os.path.relpath(path, engine)
         digest.update(f"\0{name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
     return digest.hexdigest()

@@ -22,8 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from board.bundle import sha256
-from board.errors import BadInput
+from axrun.errors import BadInput
+from axrun.format.bundle import sha256
 
 MANIFEST = "manifest.json"
 # of a builder's config; the rest names its host, its parent image or its version

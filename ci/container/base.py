@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from board.errors import BadInput, CheckFailed
-from ci import commands
+from axrun.errors import BadInput, CheckFailed
 from ci.container.archive import Image, settle_layer, write
-from ci.progress import Say, took, watched
+from ci.device import commands
+from ci.device.progress import Say, took, watched
 
 TAG = "axc-base:latest"
 MAKING, MAKING_SECONDS = "one to five minutes", 3600

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from board import axmodel
-from board.errors import BadInput
+from axrun.errors import BadInput
+from axrun.format import axmodel
 from ci.container.archive import config_of, layers_of
 
 BLOCK = 1 << 18

@@ -13,7 +13,7 @@ from pathlib import Path
 import docker
 from docker.errors import DockerException
 
-from board.errors import BadInput
+from axrun.errors import BadInput
 
 START_SECONDS = 180.0  # a daemon on a busy machine
 STOP_SECONDS = 60.0

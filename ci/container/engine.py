@@ -19,13 +19,13 @@ from docker.errors import APIError
 from docker.models.containers import Container
 from docker.types import Mount
 
-from board.command import INTERRUPTED
-from board.errors import BadInput, CheckFailed
+from axrun.command import INTERRUPTED
+from axrun.errors import BadInput, CheckFailed
 from ci.container import image
 from ci.container.archive import Image
 from ci.container.daemon import cause, connect, is_local
-from ci.holding import MARK
-from ci.progress import took
+from ci.device.holding import MARK
+from ci.device.progress import took
 
 ENGINES = ("auto", "docker", "local")
 LABEL = "axc.run"  # on our containers: the process that waits for them

@@ -15,12 +15,12 @@ import docker
 from docker.errors import APIError, ImageNotFound
 from docker.utils.build import exclude_paths
 
-from board.errors import BadInput
+from axc import VERSION
+from axrun.errors import BadInput
 from ci.container import base, wheels
 from ci.container.archive import Image, settle
 from ci.container.daemon import cause
-from ci.progress import took
-from toolchain import VERSION
+from ci.device.progress import took
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "axc:latest"

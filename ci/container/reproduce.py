@@ -11,11 +11,11 @@ from pathlib import Path
 
 import docker
 
-from board.errors import BadInput, CheckFailed
+from axc.fetch import fetch
+from axc.models import load_model
+from axrun.errors import BadInput, CheckFailed
 from ci.container import base, compare, engine, image
 from ci.container.archive import Image
-from toolchain.fetch import fetch
-from toolchain.models import load_model
 
 MODEL = "tiny-qwen2"
 SHOWN = 20  # differences, before the rest is only counted

@@ -11,9 +11,9 @@ from pathlib import Path
 import docker
 from docker.errors import APIError, ContainerError, ImageNotFound
 
-from board.bundle import sha256
-from board.command import INTERRUPTED
-from board.errors import BadInput
+from axrun.command import INTERRUPTED
+from axrun.errors import BadInput
+from axrun.format.bundle import sha256
 from ci.container import engine
 from ci.container.daemon import cause
 
@@ -24,7 +24,7 @@ MAX_VERSION = 200  # characters of what it says about itself
 
 @dataclass(frozen=True)
 class Vendor:
-    """A `toolchain.pulsar2.Compiler`. `licence` says which folder here appears where in the container."""
+    """An `axc.pulsar2.Compiler`. `licence` says which folder here appears where in the container."""
 
     client: docker.DockerClient
     identity: str

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from packaging.markers import Marker
 
-from board.errors import BadInput
+from axrun.errors import BadInput
 from ci.container.base import architecture
 from requirements.install import LOCKS, last_error, pip_command
 

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 
 from invoke.context import Context
 
-from board.errors import BadInput
+from axrun.errors import BadInput
 from ci.tasks.common import ARGS, MODEL, OUT, PROMPT, TELL, VENV, built, finish, split, succeed, verb
 from requirements.install import install
 
 if TYPE_CHECKING:
-    from ci.place import Address, Board
+    from ci.device.place import Address, Board
 
 
 @verb
 def cross(_: Context, board: str = "virtual", out: str = OUT or "out") -> None:
     """The runner and everything it needs, as aarch64 wheels for a board's Python."""
     install(VENV, "boards")
-    from ci import place, wheelhouse
-    from toolchain.inventory import decimal
+    from axc.inventory import decimal
+    from ci.device import place, wheelhouse
 
     package = wheelhouse.cross(place.find(board).python, Path(out), TELL)
     wheels = sorted(package.wheels.iterdir())
@@ -37,7 +37,7 @@ def cross(_: Context, board: str = "virtual", out: str = OUT or "out") -> None:
 def board_up(_: Context, board: str = "virtual", disk: str = "", fresh: bool = False) -> None:
     """Start an emulated arm64 board on this machine (root; Debian packages, cached), or switch a board's port on."""
     install(VENV, "boards")
-    from ci import place, power, virtual_board
+    from ci.device import place, power, virtual_board
 
     found = place.find(board)
     if found.emulated:
@@ -53,7 +53,7 @@ def board_up(_: Context, board: str = "virtual", disk: str = "", fresh: bool = F
 def board_down(_: Context, board: str = "virtual") -> None:
     """Cut a board's power: the emulated one's, whose disk stays, or by a board's port."""
     install(VENV, "boards")
-    from ci import place, power, virtual_board
+    from ci.device import place, power, virtual_board
 
     found = place.find(board)
     if found.emulated:
@@ -74,8 +74,8 @@ def deploy(
 ) -> None:
     """Runner and bundle onto a board: sent, verified, asked, and only then switched to."""
     install(VENV, "boards")
-    from ci import deploy, evidence, holding, place, wheelhouse
-    from toolchain.models import load_model
+    from axc.models import load_model
+    from ci.device import deploy, evidence, holding, place, wheelhouse
 
     spec, found = load_model(model), place.find(board)
     bundle = built(spec.name, out)
@@ -93,7 +93,7 @@ def board_doctor(_: Context, board: str = "virtual", model: str = "", json: bool
     """Say what is wrong with the bundle on a board, and where: axrun doctor of its current release."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is the report
         install(VENV, "boards")
-    from ci import doctor, place
+    from ci.device import doctor, place
 
     found = place.find(board)
     if not json:
@@ -107,7 +107,7 @@ def board_doctor(_: Context, board: str = "virtual", model: str = "", json: bool
 def rollback(_: Context, board: str = "virtual") -> None:
     """The release before the current one is current again."""
     install(VENV, "boards")
-    from ci import deploy, holding, place
+    from ci.device import deploy, holding, place
 
     found = place.find(board)
     with holding.hold(found, "rollback", say=TELL) as held, holding.marked(held):
@@ -118,7 +118,7 @@ def rollback(_: Context, board: str = "virtual") -> None:
 def board_free(_: Context, board: str = "virtual") -> None:
     """Clear what a night or a deploy left that was killed: processes, lock, place, power, temporary files."""
     install(VENV, "boards")
-    from ci import holding, place
+    from ci.device import holding, place
 
     for line in holding.free(place.find(board)):
         TELL(line)
@@ -135,8 +135,8 @@ def board_health(
 ) -> None:
     """A known bundle on a board that is on: its files, its answer, speed, memory and disk, beside earlier checks."""
     install(VENV, "boards")
-    from ci import place
-    from ci.health import main
+    from ci.device import place
+    from ci.nightly.health import main
 
     found, nightly = place.find(board), Path(out) / "nightly"
     work = nightly / found.name
@@ -150,8 +150,8 @@ def board_health(
 def board_soak(_: Context, board: str = "virtual", requests: int = 1000, out: str = OUT or "out") -> None:
     """Several users ask axrun serve of the deployed release at once: answers, lost requests, memory, latencies."""
     install(VENV, "boards")
-    from ci import evidence, place
-    from ci.soak import main
+    from ci.device import evidence, place
+    from ci.nightly.soak import main
 
     found = place.find(board)
     deployed = evidence.place(Path(out), found.name)
@@ -165,7 +165,7 @@ def board_status(_: Context, board: str = "virtual", json: bool = False) -> None
     import json as format_json
 
     install(VENV, "boards")
-    from ci import board_status, place
+    from ci.device import board_status, place
 
     found = place.find(board)
     with _reached(found):
@@ -178,7 +178,7 @@ def board_status(_: Context, board: str = "virtual", json: bool = False) -> None
 def board_shell(_: Context, board: str = "virtual", command: str = "") -> None:
     """A shell on a board, or one command there."""
     install(VENV, "boards")
-    from ci import board_shell, board_status, place, reach
+    from ci.device import board_shell, board_status, place, reach
 
     found = place.find(board)
     with _reached(found):
@@ -194,7 +194,7 @@ def board_shell(_: Context, board: str = "virtual", command: str = "") -> None:
 def board_ask(_: Context, prompt: str, board: str = "virtual", args: str = ARGS) -> None:
     """The current release's answer to a prompt (- reads it from stdin), as it is written."""
     install(VENV, "boards")
-    from ci import attended, place, reach
+    from ci.device import attended, place, reach
 
     text = sys.stdin.read() if prompt == "-" else prompt
     found = place.find(board)
@@ -209,7 +209,7 @@ def board_ask(_: Context, prompt: str, board: str = "virtual", args: str = ARGS)
 def board_serve(_: Context, board: str = "virtual", port: int = 0, args: str = ARGS) -> None:
     """The current release's server on a board, reached at a port of this machine's loopback, until Ctrl-C."""
     install(VENV, "boards")
-    from ci import attended, place, reach
+    from ci.device import attended, place, reach
 
     found = place.find(board)
     with place.hold(found), _ending():
@@ -228,7 +228,7 @@ def board_serve(_: Context, board: str = "virtual", port: int = 0, args: str = A
 
 def _log_in(board: Board, at: Address) -> None:
     """Raises BadInput in our words for a board that ssh does not get into."""
-    from ci.connection import Connection
+    from ci.device.connection import Connection
 
     with Connection(board, at):
         pass
@@ -237,7 +237,7 @@ def _log_in(board: Board, at: Address) -> None:
 @contextlib.contextmanager
 def _reached(board: Board) -> Iterator[None]:
     """A farm's place must be held to be reached; a board on the desk is looked at whoever holds it."""
-    from ci import place
+    from ci.device import place
 
     if board.in_farm:
         with place.hold(board):

@@ -19,9 +19,9 @@ from typing import Any
 from invoke.exceptions import Exit
 from invoke.tasks import task
 
-from board.command import INTERRUPTED
-from board.errors import BadInput, Failure
-from ci import commands
+from axrun.command import INTERRUPTED
+from axrun.errors import BadInput, Failure
+from ci.device import commands
 from requirements.install import PEERS, SETS, SetupFailed
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ from pathlib import Path
 from invoke.context import Context
 from invoke.exceptions import Exit
 
-from board.errors import BadInput
+from axrun.errors import BadInput
 from ci.tasks.common import MODEL, MODEL_DIR, OUT, VENV, verb
 from requirements.install import install
 
@@ -38,10 +38,10 @@ def nightly(
     """Hold a board, build, deploy, measure, judge by its gates, let go, report: green, or red with the reason."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout begins with the verdict
         install(VENV, "boards", "reference", "test")
-    from ci import nights
-    from ci import summary as summaries
-    from ci.course import Options, limits
-    from ci.nightly import nightly
+    from ci.nightly import nights
+    from ci.nightly import summary as summaries
+    from ci.nightly.course import Options, limits
+    from ci.nightly.night import nightly
 
     kept, checkpoint = _history(history, out), Path(model_dir).expanduser() if model_dir else None
     if matrix:
@@ -89,7 +89,7 @@ def site(
 ) -> None:
     """A static site over all nights of a history: verdicts, trends, targets beside measurements, badges."""
     install(VENV, "boards", "reference")
-    from ci import nights
+    from ci.nightly import nights
 
     kept = _history(history, out)
     folder = Path(into) if into else kept / "site"
@@ -108,7 +108,7 @@ def gate_record(
 ) -> None:
     """What the last nights measured becomes what the next must measure."""
     install(VENV, "boards")
-    from ci.nightly import record
+    from ci.nightly.night import record
 
     print(record(board, model, maker, _history(history, out), nights))
 

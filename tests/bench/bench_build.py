@@ -45,9 +45,7 @@ writer.close()
 
 def synth(model: str, folder: Path) -> Path:
     output = folder / model
-    subprocess.run(
-        [sys.executable, "-m", "toolchain", "synth", "--model", model, "--output_path", str(output)], check=True
-    )
+    subprocess.run([sys.executable, "-m", "axc", "synth", "--model", model, "--output_path", str(output)], check=True)
     return output
 
 
@@ -59,7 +57,7 @@ def build(checkpoint: Path, output: Path, *more: str, limit_kb: int | None = Non
         if limit_kb:
             resource.setrlimit(resource.RLIMIT_DATA, (limit_kb << 10, limit_kb << 10))
 
-    command = [sys.executable, "-m", "toolchain", "llm_build", "--input_path", str(checkpoint)]
+    command = [sys.executable, "-m", "axc", "llm_build", "--input_path", str(checkpoint)]
     command += ["--output_path", str(output), *FLAGS, "--parallel", "2", "--check_level", "-1", *more]
     started = time.perf_counter()
     subprocess.run(command, check=True, preexec_fn=limit, stdout=subprocess.DEVNULL)

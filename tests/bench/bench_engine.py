@@ -30,8 +30,8 @@ OWN = ("ax", "ax-int8")
 OURS = """
 import json, sys, time
 import numpy as np
-from board.bundle import Bundle
-from board.model import Model
+from axrun.format.bundle import Bundle
+from axrun.model import Model
 random = np.random.default_rng(0)
 def timed(run):
     started = time.perf_counter()
@@ -184,7 +184,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if given := os.environ.get("BENCH_CHECKPOINT"):
         return Path(given)
     output = tmp_path_factory.mktemp("checkpoint") / "qwen2-0.5b"
-    command = [sys.executable, "-m", "toolchain", "synth", "--model", "qwen2-0.5b", "--output_path", str(output)]
+    command = [sys.executable, "-m", "axc", "synth", "--model", "qwen2-0.5b", "--output_path", str(output)]
     subprocess.run(command, check=True, cwd=ROOT)
     return output
 
@@ -197,7 +197,7 @@ def test_engine_beside_others(
     command = [
         sys.executable,
         "-m",
-        "toolchain",
+        "axc",
         "llm_build",
         "--input_path",
         str(checkpoint),

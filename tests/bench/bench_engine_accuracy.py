@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 from tokenizers import Tokenizer
 
-from board.evaluate import log_softmax
+from axrun.evaluate import log_softmax
 from tests.bench.bench_engine import GGUF, ROOT, checkpoint, script
 from tests.engine.conftest import build
 
@@ -39,8 +39,8 @@ with torch.no_grad():
 OURS = """
 import sys
 import numpy as np
-from board.bundle import Bundle
-from board.model import Model
+from axrun.format.bundle import Bundle
+from axrun.model import Model
 model = Model.load(Bundle.open(sys.argv[1]), engine=sys.argv[4], threads=2)
 np.save(sys.argv[3], np.concatenate([rows.copy() for rows in model.blocks(np.load(sys.argv[2]).tolist())]))
 """
@@ -90,7 +90,7 @@ def test_accuracy_beside_q8_0(
     source = TINY if name == "tiny-qwen2" else checkpoint
     ids, bundle, gguf = tmp_path / "ids.npy", tmp_path / "bundle", tmp_path / "weights.gguf"
     np.save(ids, ids_of(name))
-    command = [sys.executable, "-m", "toolchain", "llm_build", "--input_path", str(source), "-t", hidden, "-w", "s8"]
+    command = [sys.executable, "-m", "axc", "llm_build", "--input_path", str(source), "-t", hidden, "-w", "s8"]
     command += ["--output_path", str(bundle), "--kv_cache_len", "1023", "--prefill_len", "128", "--check_level", "-1"]
     subprocess.run([*command, "--post_weight_type", "s8"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     script(sys.executable, FLOAT32, source, ids, tmp_path / "float32.npy")

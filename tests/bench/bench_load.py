@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from board.engine import build as shipped
+from engine import build as shipped
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 3
@@ -24,9 +24,9 @@ ROUNDS = 3
 LOAD = """
 import json, re, sys, time
 from pathlib import Path
-from board.bundle import Bundle
-from board.model import Model
-from board.session import engine_version
+from axrun.format.bundle import Bundle
+from axrun.model import Model
+from axrun.session import engine_version
 bundle, engine = Bundle.open(sys.argv[1]), sys.argv[2]
 def memory():
     text = Path("/proc/self/smaps_rollup").read_text()
@@ -50,7 +50,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if given := os.environ.get("BENCH_BUNDLE"):
         return Path(given)
     folder = tmp_path_factory.mktemp("load")
-    axc = [sys.executable, "-m", "toolchain"]
+    axc = [sys.executable, "-m", "axc"]
     sizes = ["--kv_cache_len", "1023", "--prefill_len", "128", "--check_level", "-1"]
     for command in (
         ["synth", "--model", "qwen2-0.5b", "--output_path", str(folder / "checkpoint")],

@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from board.bundle import Bundle
-from board.chat import ChatTemplate
-from board.conversation import Conversation
-from board.decoder import Decoder
-from board.generate import Stats, Token, generate
-from board.model import Model, Post
-from board.sampling import Sampler, Sampling
-from board.session import Array, Binding, Session, SessionGroup
-from board.tokenizer import Tokenizer
+from axrun.chat import ChatTemplate
+from axrun.conversation import Conversation
+from axrun.decoder import Decoder
+from axrun.format.bundle import Bundle
+from axrun.generate import Stats, Token, generate
+from axrun.model import Model, Post
+from axrun.sampling import Sampler, Sampling
+from axrun.session import Array, Binding, Session, SessionGroup
+from axrun.tokenizer import Tokenizer
 from tests.conftest import Builder
 
 ROUNDS, TOKENS = 7, 32
@@ -40,7 +40,7 @@ SAMPLINGS = {
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("runner")
-    axc = [sys.executable, "-m", "toolchain"]
+    axc = [sys.executable, "-m", "axc"]
     subprocess.run([*axc, "synth", "--model", "qwen2-0.5b", "--output_path", folder / "checkpoint"], check=True)
     flags = ["--prefill_len", "128", "--kv_cache_len", "1023"]
     flags += [word for length in (128, 512, 1023) for word in ("--last_kv_cache_len", str(length))]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.board.tty import CTRL_C, CTRL_D, UP, Tty
+from tests.axrun.tty import CTRL_C, CTRL_D, UP, Tty
 from tests.conftest import Builder
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +47,7 @@ def endless_bundle(bundle_long: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 def piped(bundle: Path, text: str | bytes, *flags: object) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [sys.executable, "-m", "board", "chat", str(bundle), *map(str, flags)],
+        [sys.executable, "-m", "axrun", "chat", str(bundle), *map(str, flags)],
         cwd=ROOT,
         input=text.encode() if isinstance(text, str) else text,
         capture_output=True,
@@ -112,7 +112,7 @@ def test_an_answer_that_ends_with_the_context_says_so(build_tiny: Builder) -> No
 
 def test_what_is_shown_is_always_whole_characters(bundle_s8: Path) -> None:
     """At this temperature half of the tokens are stray bytes."""
-    command = [sys.executable, "-u", "-m", "board", "chat", str(bundle_s8), "--temperature", "9", "--max-tokens", "90"]
+    command = [sys.executable, "-u", "-m", "axrun", "chat", str(bundle_s8), "--temperature", "9", "--max-tokens", "90"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
         assert process.stdout
@@ -165,7 +165,7 @@ def pristine_without_template(tiny_qwen2: Path, tmp_path: Path) -> Path:
 
 
 def test_a_closed_pipe_is_quiet(bundle_s8: Path) -> None:
-    command = f"yes 'who are you?' | {sys.executable} -m board chat {bundle_s8} | head -c 3"
+    command = f"yes 'who are you?' | {sys.executable} -m axrun chat {bundle_s8} | head -c 3"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert len(done.stdout) == 3
     assert "Traceback" not in done.stderr

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from board import axmodel
-from board.bundle import MANIFEST, read_manifest, sha256
+from axrun.format import axmodel
+from axrun.format.bundle import MANIFEST, read_manifest, sha256
 
 
 def flip_a_scale(bundle: Path, layer: int = 2) -> None:

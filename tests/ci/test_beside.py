@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from board.errors import BadInput
-from ci import console, kernel_log, place
-from ci.beside import Beside, Told
-from ci.connection import Connection
-from ci.place import Board
-from ci.report.page import render
-from ci.stage import Stage
+from axrun.errors import BadInput
+from ci.device import console, kernel_log, place
+from ci.device.connection import Connection
+from ci.device.place import Board
+from ci.nightly.beside import Beside, Told
+from ci.nightly.report.page import render
+from ci.nightly.stage import Stage
 from tests.ci.test_report import HOSTILE, Outline, page
 
 

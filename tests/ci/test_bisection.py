@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import CheckFailed
-from ci import bisection
-from ci.bisection import BAD, GOOD, SKIP, NotFound, Target
-from ci.course import ROOT
-from ci.history import Night
-from ci.junit import Case
-from ci.stage import INTERRUPTED, Stage
+from axrun.errors import CheckFailed
+from ci.nightly import bisection
+from ci.nightly.bisection import BAD, GOOD, SKIP, NotFound, Target
+from ci.nightly.course import ROOT
+from ci.nightly.history import Night
+from ci.nightly.junit import Case
+from ci.nightly.stage import INTERRUPTED, Stage
 from tests.ci.test_history import night
 from tests.ci.test_verdict import GATES, WORSE, held, judged
 

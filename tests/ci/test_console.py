@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci import console, place
-from ci.console import Log
-from ci.place import Board
+from axrun.errors import BadInput
+from ci.device import console, place
+from ci.device.console import Log
+from ci.device.place import Board
 
 ROOT = Path(__file__).resolve().parents[2]
 BOOT = b"\x1b[2J\x1b[32mU-Boot 2020.04\x1b[0m\r\nDRAM:\t8 GiB\r\nlogin: "
@@ -154,7 +154,7 @@ def test_a_port_that_is_not_there_is_told(tmp_path: Path) -> None:
 def test_it_ends_when_who_started_it_is_killed(tmp_path: Path) -> None:
     board = dataclasses.replace(place.find("virtual"), state=tmp_path)
     code = (
-        "import sys, dataclasses; from pathlib import Path; from ci import console, place\n"
+        "import sys, dataclasses; from pathlib import Path; from ci.device import console, place\n"
         "board = dataclasses.replace(place.find('virtual'), state=Path(sys.argv[1]))\n"
         "print(console.start(board, Path(sys.argv[1]) / 'kept.log').pid, flush=True); sys.stdin.read()"
     )

@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 
-from board import kv_cache
-from board.bundle import Bundle
-from board.errors import BadInput
-from board.evaluate import evaluate
-from board.kv_cache import KVCache
-from board.load import Loading
-from ci import course, gate, metrics, probe
-from ci.gate import Gate
+from axc import logits
+from axc.models import load_model
+from axrun import kv_cache
+from axrun.errors import BadInput
+from axrun.evaluate import evaluate
+from axrun.format.bundle import Bundle
+from axrun.kv_cache import KVCache
+from axrun.load import Loading
+from ci.nightly import course, gate, metrics, probe
+from ci.nightly.gate import Gate
 from tests.ci import plants
 from tests.conftest import Builder
-from toolchain import logits
-from toolchain.models import load_model
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = ROOT / "tests" / "hil" / "cache_paths.py"
@@ -134,7 +134,7 @@ def test_a_lost_row_of_the_cache_is_red(
         if when(past, count):
             mask[0, :count, past - 1] = blocked
 
-    monkeypatch.setattr("board.decoder.fill_mask", forget)
+    monkeypatch.setattr("axrun.decoder.fill_mask", forget)
     found = measured(night_bundle, monkeypatch)
     assert figures <= red(found, healthy), found
 

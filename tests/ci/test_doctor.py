@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from board.doctor.report import Finding, Report, Walked
-from board.errors import BadInput, CheckFailed
-from ci import doctor, place
-from ci.doctor import Diagnosis
+from axrun.doctor.report import Finding, Report, Walked
+from axrun.errors import BadInput, CheckFailed
+from ci.device import doctor, place
+from ci.device.doctor import Diagnosis
 
 LAYERS = Finding("layers", "layer 3, decode", "l3.axmodel", "that", "this", "swapped with layer 4", "Build again.")
 FILES = Finding("files", "x is missing", "x", "that", "this", "the copy was cut short", "Copy again.")

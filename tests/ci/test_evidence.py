@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from board.bundle import MANIFEST, read_manifest, sha256
-from board.errors import BadInput
-from ci import evidence
-from ci.evidence import Record, compare, differences
-from ci.listing import Listing
-from ci.on_board import Releases
+from axrun.errors import BadInput
+from axrun.format.bundle import MANIFEST, read_manifest, sha256
+from ci.device import evidence
+from ci.device.evidence import Record, compare, differences
+from ci.device.listing import Listing
+from ci.device.on_board import Releases
 
 Plant = Callable[[Path, Record], None]
-LIBRARY = "board/engine/lib/libax_engine.so"
+LIBRARY = "axrun/engine/lib/libax_engine.so"
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +31,16 @@ def deployed(bundle_s8: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     root.mkdir()
     package = root.with_name("package")
     (package / LIBRARY).parent.mkdir(parents=True)
-    for name, text in (("axrun", "#!/bin/sh\n"), ("board/evaluate.py", "new = 1\n"), (LIBRARY, "\x7fELF")):
+    (package / "bin").mkdir()
+    for name, text in (("bin/axrun", "#!/bin/sh\n"), ("axrun/evaluate.py", "new = 1\n"), (LIBRARY, "\x7fELF")):
         (package / name).write_text(text)
     make(root, package, bundle_s8, "an older one")
-    (package / "board" / "evaluate.py").write_text("new = 2\n")
+    (package / "axrun" / "evaluate.py").write_text("new = 2\n")
     return root, make(root, package, bundle_s8, "the last one")
 
 
 def make(root: Path, package: Path, bundle: Path, prompt: str) -> Record:
-    """What ci.deploy does, on this machine's disk."""
+    """What ci.device.deploy does, on this machine's disk."""
     releases = Releases(str(root))
     listings = {"packages": Listing.of(package), "models": Listing.of(bundle)}
     for store, source in (("packages", package), ("models", bundle)):
@@ -113,7 +114,7 @@ def release_has_the_older_package(root: Path, record: Record) -> None:
 def older_runner_over_the_package(root: Path, record: Record) -> None:
     folders = [path for path in (root / "packages").iterdir() if path.is_dir()]
     (before,) = (path for path in folders if path.name != record.package)
-    shutil.copyfile(before / "board" / "evaluate.py", root / "packages" / record.package / "board" / "evaluate.py")
+    shutil.copyfile(before / "axrun" / "evaluate.py", root / "packages" / record.package / "axrun" / "evaluate.py")
 
 
 def package_is_a_link(root: Path, record: Record) -> None:
@@ -174,16 +175,16 @@ def another_question(root: Path, record: Record) -> None:
         (current_is_older, "current points at releases/{older}, deployed was releases/{release}"),
         (current_is_a_folder, "current points at no link, deployed was releases/{release}"),
         (release_has_the_older_package, "releases/{release}/package is link to ../../packages/"),
-        (older_runner_over_the_package, "packages/{package}/board/evaluate.py has other bytes than were deployed"),
+        (older_runner_over_the_package, "packages/{package}/axrun/evaluate.py has other bytes than were deployed"),
         (package_is_a_link, "packages/{package} is link to "),
         (packages_is_a_link, "packages is link to elsewhere, expected a folder of its own"),
         (a_file_is_a_link_to_the_same_bytes, "models/{model}/config.json is link to "),
         (added("sitecustomize.py"), "packages/{package}/sitecustomize.py was not deployed: a file"),
         (added("numpy.py"), "packages/{package}/numpy.py was not deployed: a file"),
-        (added("board/__pycache__/evaluate.cpython-311.pyc"), "board/__pycache__/evaluate.cpython-311.pyc was not"),
+        (added("axrun/__pycache__/evaluate.cpython-311.pyc"), "axrun/__pycache__/evaluate.cpython-311.pyc was not"),
         (an_empty_folder, "packages/{package}/numpy was not deployed: empty folder"),
-        (another_engine, "packages/{package}/board/engine/lib/libax_engine.so has other bytes than were deployed"),
-        (engine_is_gone, "packages/{package}/board/engine/lib/libax_engine.so is missing"),
+        (another_engine, "packages/{package}/axrun/engine/lib/libax_engine.so has other bytes than were deployed"),
+        (engine_is_gone, "packages/{package}/axrun/engine/lib/libax_engine.so is missing"),
         (a_device_in_its_place, "models/{model}/post_config.json is no file, deployed was a file"),
         (another_question, "releases/{release}/release.json has other bytes than were deployed"),
     ],

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from board.errors import BadInput
-from ci import gate, metrics
-from ci.gate import GATES, Gate, judge, record
+from axrun.errors import BadInput
+from ci.nightly import gate, metrics
+from ci.nightly.gate import GATES, Gate, judge, record
 
 BOARD, MODEL, MAKER = "ax650", "tiny-qwen2", "cpu"
 GOOD = '[cpu.mean_kld]\nexpected = 1e-5\ntolerance = 1e-6\nunit = "nats"\nbasis = "measured"\nsource = "three nights"\n'
@@ -178,7 +178,7 @@ def test_every_gate_that_is_kept_can_be_read_and_is_named_like_a_board_and_a_mod
     for file in files:
         for maker in tomllib.loads(file.read_text()):
             assert gate.load(file.parent.name, file.stem, maker)
-        assert (Path(gate.__file__).parents[1] / "models" / f"{file.stem}.toml").is_file()
+        assert (Path(gate.__file__).parents[2] / "models" / f"{file.stem}.toml").is_file()
 
 
 def test_the_first_baselines_of_the_boards_are_marked_as_published() -> None:
@@ -256,18 +256,18 @@ def test_times_that_are_none_are_an_error(cpu: float, yardstick: float) -> None:
 
 def test_every_figure_of_a_real_bundle_is_known(tmp_path: Path) -> None:
     """What axrun prints today, on this machine."""
-    root = Path(metrics.__file__).parents[1]
+    root = Path(metrics.__file__).parents[2]
     call = [sys.executable, "-m"]
     source = ["--input_path", str(root / "models" / "tiny-qwen2")]
     flags = ["--output_path", str(tmp_path / "b"), "--prefill_len", "16", "--check_level", "-1"]
     text = [*source, "--text", str(root / "models" / "tiny-qwen2" / "heldout.txt"), "--bundle", str(tmp_path / "b")]
     small = ["--window", "32", "--tokens", "64", "--greedy_tokens", "2"]
-    subprocess.run([*call, "toolchain", "llm_build", *source, *flags], check=True, cwd=root, timeout=300)
-    subprocess.run([*call, "toolchain", "reference", *text, *small], check=True, cwd=root, timeout=300)
+    subprocess.run([*call, "axc", "llm_build", *source, *flags], check=True, cwd=root, timeout=300)
+    subprocess.run([*call, "axc", "reference", *text, *small], check=True, cwd=root, timeout=300)
 
     def axrun(*words: str) -> dict[str, object]:
         done = subprocess.run(
-            [*call, "board", *words, "--json"], check=True, cwd=root, timeout=300, capture_output=True, text=True
+            [*call, "axrun", *words, "--json"], check=True, cwd=root, timeout=300, capture_output=True, text=True
         )
         return dict(json.loads(done.stdout))
 

@@ -10,14 +10,15 @@ import pytest
 import torch
 import transformers
 
-from board.errors import CheckFailed
-from ci import beside, health, health_log, place
-from ci.evidence import Record
-from ci.health import Kit, Seen
-from ci.health_log import FIRST, HEALTHY, ILL, Check
-from ci.place import Board
-from ci.stage import Stage
-from ci.verdict import verdict
+from axrun.errors import CheckFailed
+from ci.device import place
+from ci.device.evidence import Record
+from ci.device.place import Board
+from ci.nightly import beside, health, health_log
+from ci.nightly.health import Kit, Seen
+from ci.nightly.health_log import FIRST, HEALTHY, ILL, Check
+from ci.nightly.stage import Stage
+from ci.nightly.verdict import verdict
 from tests.ci.test_history import night
 
 RECORD = Record("ax650", "a" * 16, "b" * 16, "c" * 16, "", {}, {})

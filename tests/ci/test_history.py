@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci import history
-from ci.history import Night
+from axrun.errors import BadInput
+from ci.nightly import history
+from ci.nightly.history import Night
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,7 +89,8 @@ def test_a_line_that_is_no_night_is_left_out_with_its_reason(
 
 def test_writers_at_once_each_get_their_line(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from ci import history; from tests.ci.test_history import night\n"
+        "import sys; from pathlib import Path; from ci.nightly import history; "
+        "from tests.ci.test_history import night\n"
         "for number in range(20): history.append(Path(sys.argv[1]), night(1, reason=sys.argv[2] * 5000))"
     )
     writers = [

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci import holding, place
-from ci.holding import MARK, Note
-from ci.place import Board
+from axrun.errors import BadInput
+from ci.device import holding, place
+from ci.device.holding import MARK, Note
+from ci.device.place import Board
 from tests.ci.test_stage import DAEMON, WAIT, alive
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ options: {{board: relay, architecture: aarch64, python: "3.11", root: axrun, eng
 # Holds the board, switches it on, leaves a daemon in a session of its own, and is killed.
 HOLDER = """
 import os, signal, subprocess, sys
-from ci import holding, place
+from ci.device import holding, place
 with holding.hold(place.find(sys.argv[1]), "nightly of tiny-qwen2") as held:
     held.stage("power on", power=True)
     held.stage("build")
@@ -191,7 +191,7 @@ def test_who_is_waited_for_is_said(board: Board, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(place, "TELL_SECONDS", 0.5)
     code = """
         import sys
-        from ci import place
+        from ci.device import place
         with place.hold(place.find(sys.argv[1])):
             print(place.owner(), flush=True)
             sys.stdin.read()

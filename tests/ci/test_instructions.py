@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput, CheckFailed
-from ci import gate, instructions, metrics
-from ci.instructions import ENGINE, RUNNER, count
+from axrun.errors import BadInput, CheckFailed
+from ci.nightly import gate, instructions, metrics
+from ci.nightly.instructions import ENGINE, RUNNER, count
 
 ROOT = Path(__file__).resolve().parents[2]
 PROFILE = """version: 1
@@ -90,8 +90,8 @@ def test_a_slowdown_of_5_percent_is_red(bundle_s8: Path, tmp_path: Path) -> None
     assert count(bundle_s8) == pytest.approx(healthy, rel=2e-3)
     for name, file, plant in ((ENGINE, "session/ax_engine.py", SLOW_ENGINE), (RUNNER, "decoder.py", SLOW_RUNNER)):
         copy = tmp_path / name
-        shutil.copytree(ROOT / "board", copy / "board", ignore=shutil.ignore_patterns("build", "__pycache__"))
-        with (copy / "board" / file).open("a") as stream:
+        shutil.copytree(ROOT / "board", copy, ignore=shutil.ignore_patterns("build", "__pycache__"))
+        with (copy / "axrun" / file).open("a") as stream:
             stream.write(plant)
         slower = count(bundle_s8, copy)
         assert 1.02 < slower[name] / healthy[name] < 1.075

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ci.wheelhouse import LAUNCHER
+from ci.device.wheelhouse import LAUNCHER
 
 MAIN = """
 import json, os, sys
@@ -23,18 +23,19 @@ if __name__ == "__main__":
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     folder = tmp_path / "packages" / "1234"
-    (folder / "board").mkdir(parents=True)
-    (folder / "board" / "__init__.py").write_text("")
-    (folder / "board" / "__main__.py").write_text(MAIN)
+    (folder / "axrun").mkdir(parents=True)
+    (folder / "axrun" / "__init__.py").write_text("")
+    (folder / "axrun" / "__main__.py").write_text(MAIN)
     (folder / "mine.py").write_text("name = 'the package'\n")
-    (folder / "axrun").write_text(LAUNCHER)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "axrun").write_text(LAUNCHER)
     return folder
 
 
 def axrun(package: Path, *arguments: str, **variables: str) -> list[object]:
     link = package.parent / "axrun"
     if not link.exists():
-        link.symlink_to(package / "axrun")  # as a release has it
+        link.symlink_to(package / "bin" / "axrun")  # as a release has it
     done = subprocess.run(
         ["sh", str(link), *arguments],
         env={**os.environ, **variables},

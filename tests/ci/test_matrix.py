@@ -16,13 +16,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from board.errors import BadInput, CheckFailed
-from ci import built, checkout, history, matrix, nights, place, preflight, run_folder, summary, variant
-from ci.matrix import Cell, Matrix
-from ci.matrix_run import Commands, Ran, Run
-from ci.place import Board
-from ci.report.matrix import Page
-from ci.summary import Judged, Summary
+from axrun.errors import BadInput, CheckFailed
+from ci.device import place
+from ci.device.place import Board
+from ci.nightly import built, checkout, history, matrix, nights, preflight, run_folder, summary, variant
+from ci.nightly.matrix import Cell, Matrix
+from ci.nightly.matrix_run import Commands, Ran, Run
+from ci.nightly.report.matrix import Page
+from ci.nightly.summary import Judged, Summary
 from tests.ci.test_history import night
 from tests.ci.test_report import HOSTILE, Outline
 
@@ -323,8 +324,8 @@ def test_one_night_that_fails_stops_no_other(tmp_path: Path) -> None:
 DRIVER = """
 import sys
 from pathlib import Path
-from ci import matrix
-from ci.matrix_run import Run
+from ci.nightly import matrix
+from ci.nightly.matrix_run import Run
 from tests.ci.test_matrix import acting
 folder = Path(sys.argv[1])
 ran = Run(matrix.read(folder / "matrix.toml"), folder, acting(folder / "log", 100, lambda cell: 0), print).hold()

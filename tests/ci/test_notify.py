@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci import notify
-from ci.history import Night
+from axrun.errors import BadInput
+from ci.nightly import notify
+from ci.nightly.history import Night
 from tests.ci.test_history import night
 
 HOSTILE = "x'; touch /tmp/owned; $(reboot) `id` \x1b[2J\x07 \x00 end"

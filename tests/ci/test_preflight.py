@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from board.errors import BadInput
-from ci import gate, history, instructions, metrics, place, preflight
-from ci.history import History, Night
-from ci.place import Board
+from axrun.errors import BadInput
+from ci.device import place
+from ci.device.place import Board
+from ci.nightly import gate, history, instructions, metrics, preflight
+from ci.nightly.history import History, Night
 from tests.ci.test_history import night
 
 GATES = {"mean_kld": "1e-5 ± 1e-6 nats", "decode_128": "20 ± 4 token/s"}

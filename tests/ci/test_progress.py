@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci import place, virtual_board
-from ci.progress import watched
+from axrun.errors import BadInput
+from ci.device import place, virtual_board
+from ci.device.progress import watched
 
 TALKS = "import sys, time; print('first', flush=True); print('I: extracting\\x1b[31m', file=sys.stderr, flush=True)"
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci import gate, history, preflight, quarantine
-from ci.junit import Case, cases
-from ci.quarantine import Excused, Quarantine
-from ci.stage import Stage
-from ci.verdict import verdict
+from axrun.errors import BadInput
+from ci.nightly import gate, history, preflight, quarantine
+from ci.nightly.junit import Case, cases
+from ci.nightly.quarantine import Excused, Quarantine
+from ci.nightly.stage import Stage
+from ci.nightly.verdict import verdict
 from tests.ci.test_history import night
 from tests.ci.test_verdict import WORSE, held, judged
 
@@ -146,7 +146,7 @@ def test_an_entry_that_says_too_little_is_refused(text: str, told: str, tmp_path
 
 
 def test_it_is_refused_before_the_night(tmp_path: Path) -> None:
-    from ci import place
+    from ci.device import place
 
     file = tmp_path / "quarantine.toml"
     file.write_text(entry(owner=None))

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput, CheckFailed
-from ci import place, power, reach
-from ci.place import Address, Board
+from axrun.errors import BadInput, CheckFailed
+from ci.device import place, power, reach
+from ci.device.place import Address, Board
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -93,7 +93,7 @@ def test_a_board_that_nobody_but_its_user_switches(board: Board, hand: str) -> N
 
 def test_the_command_that_is_named_works_when_pasted(tmp_path: Path) -> None:
     """From the checkout, from a folder of it and from elsewhere, without invoke on the PATH."""
-    code = "from ci import commands; print(commands.invoke('board.up', '--board', 'no such'))"
+    code = "from ci.device import commands; print(commands.invoke('board.up', '--board', 'no such'))"
     for folder in (ROOT, ROOT / "ci" / "boards", tmp_path):
         kept = {**os.environ, "PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)}
         told = subprocess.run(
@@ -104,7 +104,7 @@ def test_the_command_that_is_named_works_when_pasted(tmp_path: Path) -> None:
 
 
 def test_deploy_looks_before_it_builds_a_package(tmp_path: Path, bundle_s8: Path) -> None:
-    from ci import deploy
+    from ci.device import deploy
 
     board = dataclasses.replace(place.find("virtual"), state=tmp_path)
     made: list[int] = []

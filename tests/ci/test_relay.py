@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput, Failure
-from ci import place, relay, settings
-from ci.place import Board
+from axrun.errors import BadInput, Failure
+from ci.device import place, relay, settings
+from ci.device.place import Board
 
 
 @pytest.fixture(autouse=True)

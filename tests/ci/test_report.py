@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ci import gate, metrics
-from ci.gate import Gate
-from ci.history import Night
-from ci.report import changes, chart, heat
-from ci.report.page import Page, render
-from ci.stage import Stage
+from ci.nightly import gate, metrics
+from ci.nightly.gate import Gate
+from ci.nightly.history import Night
+from ci.nightly.report import changes, chart, heat
+from ci.nightly.report.page import Page, render
+from ci.nightly.stage import Stage
 from tests.ci.test_history import night
 
 VOID = {"meta", "br", "img", "input", "link", "hr"}

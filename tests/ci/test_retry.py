@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from ci import connection, history, retry
-from ci.course import MEASURE
-from ci.stage import INTERRUPTED, TIMED_OUT, Stage
-from ci.verdict import Verdict
+from ci.device import connection
+from ci.nightly import history, retry
+from ci.nightly.course import MEASURE
+from ci.nightly.stage import INTERRUPTED, TIMED_OUT, Stage
+from ci.nightly.verdict import Verdict
 from tests.ci.test_history import night
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,15 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from ci import history, place
+from ci.device import place
+from ci.nightly import history
 from tests.ci.test_holding import RELAY
 
 ROOT = Path(__file__).resolve().parents[2]
 NIGHT = """
 import sys
 from pathlib import Path
-from ci.course import Options
-from ci.nightly import nightly
+from ci.nightly.course import Options
+from ci.nightly.night import nightly
 yaml, folder, command = sys.argv[1:]
 options = Options(yaml, "tiny-qwen2", Path(folder, "out"), Path(folder, "history"), notify=command, bisect=True)
 held = nightly(options, lambda line: print(line, file=sys.stderr))

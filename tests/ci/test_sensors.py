@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from ci import on_board_state, place, sensors
-from ci.connection import Connection
-from ci.place import Address, Board
-from ci.sensors import Readings
+from ci.device import on_board_state, place, sensors
+from ci.device.connection import Connection
+from ci.device.place import Address, Board
+from ci.device.sensors import Readings
 
 
 class Here(Connection):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci import board_status, place, settings
+from axrun.errors import BadInput
+from ci.device import board_status, place, settings
 
 SAID = """
 address = "192.168.1.50"

@@ -14,11 +14,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from board.errors import BadInput
-from ci import history, metrics, targets
-from ci.history import Night
-from ci.report import badge, chart, site, state
-from ci.targets import Target
+from axrun.errors import BadInput
+from ci.nightly import history, metrics, targets
+from ci.nightly.history import Night
+from ci.nightly.report import badge, chart, site, state
+from ci.nightly.targets import Target
 from tests.ci.test_history import night
 from tests.ci.test_report import HOSTILE, Outline
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci import evidence, gate, metrics, place, soak
-from ci.connection import Connection
-from ci.evidence import Record
-from ci.place import Address
-from ci.soak import Sample, Soak
+from axrun.errors import BadInput
+from ci.device import evidence, place
+from ci.device.connection import Connection
+from ci.device.evidence import Record
+from ci.device.place import Address
+from ci.nightly import gate, metrics, soak
+from ci.nightly.soak import Sample, Soak
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = 24  # requests
@@ -25,8 +26,8 @@ FEW = 24  # requests
 # Python for the server's process, before it starts: what a request does beside, from the tenth or sixteenth on.
 PLANT = """
 import os
-from board.serve import answer, app
-from board.serve.errors import ApiError
+from axrun.serve import answer, app
+from axrun.serve.errors import ApiError
 asked, kept = [], []
 write = app.App._write
 async def _write(self, exchange):
@@ -47,7 +48,7 @@ def _choice(self, index, body, *more):
 answer.Answer._choice = _choice
 answer.Answer.end = lambda self: b"" if len(asked) >= 16 and FAULT == "drop" else end(self)
 if FAULT == "stay":
-    from board.serve import server
+    from axrun.serve import server
     server.Server.handle_exit = lambda self, number, frame: None
 """
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci import stage
+from axrun.errors import BadInput
+from ci.nightly import stage
 
 ROOT = Path(__file__).resolve().parents[2]
 WAIT = 300.0  # seconds for what takes no time on an idle machine
@@ -58,7 +58,7 @@ def hold(folder: Path, code: str, *words: str, limit: float = WAIT) -> stage.Sta
 
 def in_a_process(code: str, *words: str) -> subprocess.Popen[str]:
     """A night of its own, so that orphans come to it and not to the test."""
-    start = "import sys; from pathlib import Path; from ci import stage; stage.adopt_orphans()\n"
+    start = "import sys; from pathlib import Path; from ci.nightly import stage; stage.adopt_orphans()\n"
     return subprocess.Popen(
         [sys.executable, "-u", "-c", start + textwrap.dedent(code), *words],
         cwd=ROOT,

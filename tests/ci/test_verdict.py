@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from ci import gate
-from ci.gate import Gate, Judgement
-from ci.history import Night
-from ci.stage import INTERRUPTED, TIMED_OUT, Stage
-from ci.verdict import drifts, failures, verdict
+from ci.nightly import gate
+from ci.nightly.gate import Gate, Judgement
+from ci.nightly.history import Night
+from ci.nightly.junit import failures
+from ci.nightly.stage import INTERRUPTED, TIMED_OUT, Stage
+from ci.nightly.verdict import drifts, verdict
 from tests.ci.test_history import night
 
 GATES = {
@@ -133,7 +134,7 @@ def test_failures_are_read_as_pytest_writes_them(tmp_path: Path) -> None:
     junit.write_text(
         "<testsuites><testsuite>"
         '<testcase name="a"><failure message="Failed: it is slow &lt;b&gt;">x</failure></testcase>'
-        '<testcase name="b"><error message="board.errors.CheckFailed: no answer&#10;Look."/></testcase>'
+        '<testcase name="b"><error message="axrun.errors.CheckFailed: no answer&#10;Look."/></testcase>'
         '<testcase name="c"/><testcase name="d"><failure message="assert 1 == 2"/></testcase>'
         '<testcase name="f"><error message="failed on setup with &quot;Failed: it is off&quot;"/></testcase>'
         '<testcase name="e"><skipped message="x"/></testcase></testsuite></testsuites>'

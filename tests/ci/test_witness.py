@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import CheckFailed
-from board.session.ax_engine import BESIDE
-from ci import place
-from ci.evidence import Record
+from axrun.errors import CheckFailed
+from axrun.session.ax_engine import BESIDE
+from ci.device import place
+from ci.device.evidence import Record
 from tests.hil.on_board import OnBoard, Otherwise
 
-LIBRARY = "board/engine/lib/libax_engine.so"
+LIBRARY = "axrun/engine/lib/libax_engine.so"
 
 
 class Here:

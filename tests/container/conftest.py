@@ -14,7 +14,7 @@ from pathlib import Path
 import docker
 import pytest
 
-from board.errors import BadInput
+from axrun.errors import BadInput
 from ci.container import image
 from ci.container.daemon import connect, own_daemon
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput, CheckFailed
+from axrun.errors import BadInput, CheckFailed
 from ci.container import base
 
 OTHER = "0" * 64

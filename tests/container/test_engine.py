@@ -13,9 +13,9 @@ from pathlib import Path
 import docker
 import pytest
 
-from board.bundle import verify
-from board.command import INTERRUPTED
-from board.errors import BadInput, CheckFailed
+from axrun.command import INTERRUPTED
+from axrun.errors import BadInput, CheckFailed
+from axrun.format.bundle import verify
 from ci.container import base, compare, engine, image
 from tests.container.conftest import ROOT, invoke
 
@@ -128,7 +128,7 @@ class TestInTheContainer:
 
     def test_ctrl_c_stops_it_and_leaves_nothing(self, client: docker.DockerClient, axc: str, tmp_path: Path) -> None:
         checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
-        synth = ["-m", "toolchain", "synth", "--model", "qwen2-0.5b", "--output_path", str(checkpoint)]
+        synth = ["-m", "axc", "synth", "--model", "qwen2-0.5b", "--output_path", str(checkpoint)]
         subprocess.run([sys.executable, *synth], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
         words = ["--engine", "docker", "--out", str(out), "--args", f"--input_path {checkpoint} --check_level -1"]
         build = subprocess.Popen(

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from board import axmodel
-from board.errors import BadInput
+from axrun.errors import BadInput
+from axrun.format import axmodel
 from ci.container import compare
 from ci.container.archive import Image, settle, settle_layer, write
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import docker
 import pytest
 
-from board.bundle import sha256, verify
+from axrun.format.bundle import sha256, verify
 from ci.container.wheels import download
 from requirements.install import LOCKS
 from tests.container.conftest import ROOT, invoke

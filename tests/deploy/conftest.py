@@ -17,15 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from ci import place, virtual_board, wheelhouse
-from ci.listing import Listing
-from ci.place import Address, Board
-from ci.wheelhouse import Package
+from ci.device import place, virtual_board, wheelhouse
+from ci.device.listing import Listing
+from ci.device.place import Address, Board
+from ci.device.wheelhouse import Package
 from tests.conftest import Builder
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = f"""#!/bin/sh
-PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$(dirname "$(readlink -f "$0")")" exec {sys.executable} -m board "$@"
+PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$(dirname "$(dirname "$(readlink -f "$0")")")" exec {sys.executable} -m axrun "$@"
 """
 
 
@@ -139,9 +139,10 @@ def aarch64(virtual: Place, tmp_path_factory: pytest.TempPathFactory) -> Package
 def host_package(folder: Path, ballast: bytes = b"", launcher: str = LAUNCHER) -> Package:
     """The runner for this machine, which has all it imports; `ballast` makes it another package, and larger."""
     site = folder / "site"
-    shutil.copytree(ROOT / "board", site / "board", ignore=shutil.ignore_patterns("__pycache__", "engine"))
-    (site / "axrun").write_text(launcher)
-    (site / "axrun").chmod(0o755)
+    shutil.copytree(ROOT / "board" / "axrun", site / "axrun", ignore=shutil.ignore_patterns("__pycache__"))
+    (site / "bin").mkdir()
+    (site / "bin" / "axrun").write_text(launcher)
+    (site / "bin" / "axrun").chmod(0o755)
     (site / "ballast").write_bytes(ballast)
     return Package(folder, "", Listing.of(site))
 

@@ -6,11 +6,11 @@ import json
 import sys
 from pathlib import Path
 
-from board.errors import Failure
-from ci.deploy import deploy
-from ci.listing import Listing
-from ci.place import Address, Board
-from ci.wheelhouse import Package
+from axrun.errors import Failure
+from ci.device.deploy import deploy
+from ci.device.listing import Listing
+from ci.device.place import Address, Board
+from ci.device.wheelhouse import Package
 
 
 def main(given: dict[str, str]) -> int:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci import attended, board_shell, board_status
-from ci.deploy import deploy
-from ci.place import Address
+from axrun.errors import BadInput
+from ci.device import attended, board_shell, board_status
+from ci.device.deploy import deploy
+from ci.device.place import Address
 from tests.deploy.conftest import ROOT, Place, host_package, loopback
 
 pytestmark = pytest.mark.system
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.system
 SERVE = """
 import json, sys
 from pathlib import Path
-from ci import attended
-from ci.place import Address, Board
+from ci.device import attended
+from ci.device.place import Address, Board
 given = json.loads(sys.argv[1])
 board = Board("host", *map(Path, given["paths"]), *given["rest"])
 with attended.served(board, Address(*given["at"][:3], Path(given["at"][3])), 0, print) as (url, far):

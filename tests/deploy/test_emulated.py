@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ci import place, virtual_board
+from ci.device import place, virtual_board
 from tests.deploy.conftest import ROOT, Place
 
 pytestmark = pytest.mark.system

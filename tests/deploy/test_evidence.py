@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ci import evidence
-from ci.connection import Connection
-from ci.deploy import deploy
+from ci.device import evidence
+from ci.device.connection import Connection
+from ci.device.deploy import deploy
 from tests.deploy.conftest import Place, host_package
 
 pytestmark = pytest.mark.system

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci import holding, place
-from ci.connection import Connection
-from ci.place import Board
+from axrun.errors import BadInput
+from ci.device import holding, place
+from ci.device.connection import Connection
+from ci.device.place import Board
 from tests.deploy.conftest import Place
 
 pytestmark = pytest.mark.system
@@ -104,7 +104,7 @@ def test_let_go_when_what_was_done_there_fails(farm: Board) -> None:
 def test_let_go_by_board_free_when_its_holder_was_killed(farm: Board) -> None:
     code = """if True:
         import os, signal, sys
-        from ci import holding, place
+        from ci.device import holding, place
         with holding.hold(place.find(sys.argv[1]), "nightly", 100):
             os.kill(os.getpid(), signal.SIGKILL)
     """

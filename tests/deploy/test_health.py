@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ci import deploy, health, health_log
-from ci.health_log import FIRST, HEALTHY, ILL, Check
+from ci.device import deploy
+from ci.nightly import health, health_log
+from ci.nightly.health_log import FIRST, HEALTHY, ILL, Check
 from tests.deploy.conftest import Place, host_package
 
 pytestmark = pytest.mark.system

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci import place
-from ci.place import Board
+from axrun.errors import BadInput
+from ci.device import place
+from ci.device.place import Board
 from tests.deploy.conftest import ROOT, Place
 
 pytestmark = pytest.mark.system

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ci.listing import Listing
+from ci.device.listing import Listing
 from tests.deploy.conftest import ROOT, Place, host_package
 
 pytestmark = pytest.mark.system

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput, CheckFailed, Failure
-from ci import connection, virtual_board
-from ci.connection import Connection, Lost
-from ci.deploy import Deployed, deploy
-from ci.wheelhouse import Package
+from axrun.errors import BadInput, CheckFailed, Failure
+from ci.device import connection, virtual_board
+from ci.device.connection import Connection, Lost
+from ci.device.deploy import Deployed, deploy
+from ci.device.wheelhouse import Package
 from tests.deploy.conftest import Place, host_package, sshd
 
 pytestmark = pytest.mark.system
@@ -107,9 +107,9 @@ def test_a_folder_that_cannot_be_written(virtual: Place, package: Package, bundl
 
 def test_no_memory_for_it(host: Place, package: Package, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's own memory against a bundle that would need more than any has."""
-    from board.memory import Needs
+    from axrun.memory import Needs
 
-    monkeypatch.setattr("ci.deploy.needs", lambda bundle, engine: Needs(1 << 50, 0, 0))
+    monkeypatch.setattr("ci.device.deploy.needs", lambda bundle, engine: Needs(1 << 50, 0, 0))
     assert "MB of memory, host has" in refusal(BadInput, host, package, bundle)
 
 
@@ -170,7 +170,7 @@ def test_a_runner_that_hangs(
     host: Place, package: Package, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = deployed(host, package, bundle)
-    monkeypatch.setattr("ci.deploy.SMOKE_SECONDS", 2)
+    monkeypatch.setattr("ci.device.deploy.SMOKE_SECONDS", 2)
     sleeps = f"sleep 1000.{os.getpid()}"  # nobody else's
     slow = host_package(tmp_path / "slow", launcher=f"#!/bin/sh\nexec {sleeps}\n")
     assert "did not answer in 2 s on host" in refusal(CheckFailed, host, slow, bundle)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci.connection import Connection
-from ci.deploy import deploy, rollback
-from ci.listing import Listing
+from axrun.errors import BadInput
+from ci.device.connection import Connection
+from ci.device.deploy import deploy, rollback
+from ci.device.listing import Listing
 from tests.deploy.conftest import Place, host_package
 
 pytestmark = pytest.mark.system

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from ci.listing import Listing
-from ci.wheelhouse import PLATFORMS, PYTHONS, Package, cross
+from axrun.errors import BadInput
+from ci.device.listing import Listing
+from ci.device.wheelhouse import PLATFORMS, PYTHONS, Package, cross
 
 pytestmark = pytest.mark.system
 EM_AARCH64 = 183  # https://refspecs.linuxfoundation.org/elf/gabi4+/ch4.eheader.html
@@ -58,8 +58,8 @@ def test_pip_installs_it_offline_by_hash(python: str, tmp_path: Path) -> None:
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "target" / "board" / "cli.py").is_file()
-    assert (tmp_path / "target" / "board" / "serve" / "page" / "lib" / "purify.js").is_file()
+    assert (tmp_path / "target" / "axrun" / "cli.py").is_file()
+    assert (tmp_path / "target" / "axrun" / "serve" / "page" / "lib" / "purify.js").is_file()
 
 
 def test_a_python_without_a_lock(tmp_path: Path) -> None:

@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-import board.cli
-import toolchain.cli
-from board import axmodel
-from board.doctor import installed
-from board.session import ax_engine, ort
-from board.tokenizer import Tokenizer
+import axc.cli
+import axrun.cli
+from axc import expected, logits, reference
+from axrun.doctor import installed
+from axrun.format import axmodel
+from axrun.session import ax_engine, ort
+from axrun.tokenizer import Tokenizer
 from tests.conftest import ROOT, Builder
 from tests.doctor import axmodels, checkpoints
-from toolchain import expected, logits, reference
 
 GROUPS: dict[str, Any] = {"prefill_len": 32, "kv_cache_len": 255, "last_kv_cache_len": (32, 128)}
 TYPES: dict[str, dict[str, str]] = {
@@ -212,7 +212,7 @@ def axc_doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
 
     def ask(bundle: Path, checkpoint: Path, *flags: str) -> Said:
         capsys.readouterr()
-        code = toolchain.cli.main(["doctor", str(bundle), "--checkpoint", str(checkpoint), "--json", *flags])
+        code = axc.cli.main(["doctor", str(bundle), "--checkpoint", str(checkpoint), "--json", *flags])
         return _said(code, capsys)
 
     return ask
@@ -224,7 +224,7 @@ def axrun_doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
 
     def ask(bundle: Path, *flags: str) -> Said:
         capsys.readouterr()
-        return _said(board.cli.main(["doctor", str(bundle), "--json", *flags]), capsys)
+        return _said(axrun.cli.main(["doctor", str(bundle), "--json", *flags]), capsys)
 
     return ask
 

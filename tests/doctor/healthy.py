@@ -14,9 +14,9 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file
 
+from tests.axc import tokenizer_kinds as kinds
 from tests.doctor import checkpoints
 from tests.doctor.checkpoints import LLAMA3_ROPE
-from tests.toolchain import tokenizer_kinds as kinds
 
 Make = Callable[[Path, Path], Path]
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from board import decoder, sampling
-from board.kv_cache import KVCache, fill_mask
-from board.model import Embedding, Post
-from board.sampling import Sampler
-from board.session import CACHES, ax_engine, ort
-from board.tokenizer import Tokenizer
+from axrun import decoder, sampling
+from axrun.kv_cache import KVCache, fill_mask
+from axrun.model import Embedding, Post
+from axrun.sampling import Sampler
+from axrun.session import CACHES, ax_engine, ort
+from axrun.tokenizer import Tokenizer
 from tests.doctor.fault import RunnerFault
 
 Patch = pytest.MonkeyPatch

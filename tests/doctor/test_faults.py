@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from board.bundle import verify
+from axrun.format.bundle import verify
 from tests.doctor.conftest import Base, Doctor, Said, placed
 from tests.doctor.fault import Fault, RunnerFault
 from tests.doctor.faults import BUNDLE, RUNNER

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from axc import build
 from tests.doctor.conftest import Base, Doctor, leave_figures
 from tests.doctor.healthy import DOUBLES, HEALTHY, Healthy
-from toolchain import build
 
 STAGES = 10
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-import board.cli
-import toolchain.cli
+import axc.cli
+import axrun.cli
 from tests import vendor_files
 from tests.doctor import axmodels, checkpoints
 from tests.doctor.conftest import Base, Doctor
@@ -28,7 +28,7 @@ def doctor(capsys: pytest.CaptureFixture[str]) -> Run:
 
     def run(bundle: Path, checkpoint: Path, *flags: str) -> Ended:
         capsys.readouterr()
-        code = toolchain.cli.main(["doctor", str(bundle), "--checkpoint", str(checkpoint), "--json", *flags])
+        code = axc.cli.main(["doctor", str(bundle), "--checkpoint", str(checkpoint), "--json", *flags])
         return (code, *capsys.readouterr())
 
     return run
@@ -40,7 +40,7 @@ def alone(capsys: pytest.CaptureFixture[str]) -> Run:
 
     def run(bundle: Path, *flags: str) -> Ended:
         capsys.readouterr()
-        code = board.cli.main(["doctor", str(bundle), "--json", *flags])
+        code = axrun.cli.main(["doctor", str(bundle), "--json", *flags])
         return (code, *capsys.readouterr())
 
     return run
@@ -231,7 +231,7 @@ def test_no_figures(copy: Copy, alone: Run) -> None:
 
 def test_a_bundle_without_a_tokenizer(tiny_qwen2: Path, tmp_path: Path, axc_doctor: Doctor) -> None:
     """The checkpoint has none either: nothing is wrong."""
-    from toolchain import build
+    from axc import build
 
     checkpoint = checkpoints.save(tmp_path / "checkpoint", {"model_type": "llama"})
     build.build(build.plan(build.Options(checkpoint, tmp_path / "bundle", prefill_len=16, kv_cache_len=63)))

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.axc import tokenizer_kinds
 from tests.doctor.axmodels import replace
 from tests.doctor.fault import Fault
-from tests.toolchain import tokenizer_kinds
 
 TOKENIZER, SETTINGS, GENERATION = "hf/tokenizer.json", "hf/tokenizer_config.json", "hf/generation_config.json"
 BOS = {

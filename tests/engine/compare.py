@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from board import axmodel
-from board.dtypes import from_float32, to_float32
-from board.session import ax_engine, ort
+from axrun.format import axmodel
+from axrun.format.dtypes import from_float32, to_float32
+from axrun.session import ax_engine, ort
 
 
 def exact(path: Path) -> ort.OrtSession:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from board.engine import build as shipped
+from engine import build as shipped
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = ROOT / "board" / "engine"
@@ -90,8 +90,8 @@ def in_process(libraries: Path) -> Run:
 
 @pytest.fixture(scope="session")
 def ax(libraries: Path) -> Any:
-    """board.session.ax_engine with the shipped engine, in this process."""
-    from board.session import ax_engine
+    """axrun.session.ax_engine with the shipped engine, in this process."""
+    from axrun.session import ax_engine
 
     assert ax_engine.library().folder == str(libraries)
     return ax_engine

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from board.session import ax_engine, ax_int8
+from axrun.session import ax_engine, ax_int8
 from tests.engine.compare import exact, filled
 
 BLOCK = 128

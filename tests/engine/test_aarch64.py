@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from board.bundle import Bundle
-from board.dtypes import to_float32
-from board.engine import build as shipped
-from board.session import ort
+from axrun.format.bundle import Bundle
+from axrun.format.dtypes import to_float32
+from axrun.session import ort
+from engine import build as shipped
 from tests.engine.compare import exact, filled
 from tests.engine.conftest import CACHE, compile_client
 from tests.engine.rounded import ENGINES, rounded

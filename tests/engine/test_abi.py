@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from board import axmodel
-from board.bundle import Bundle
-from board.dtypes import bf16_to_f32
-from board.errors import BadInput
-from board.session import ax_int8
+from axrun.errors import BadInput
+from axrun.format import axmodel
+from axrun.format.bundle import Bundle
+from axrun.format.dtypes import bf16_to_f32
+from axrun.session import ax_int8
 from tests.engine.compare import filled
 from tests.engine.conftest import ROOT, SOURCE, compile_client
 
@@ -242,7 +242,7 @@ def test_a_position_outside_the_tables_is_an_error(ax: Any, bundle_s8: Path) -> 
 
 
 def test_memory_goes_back_when_the_last_view_is_gone(ax: Any) -> None:
-    from board.axmodel import TensorInfo
+    from axrun.format.axmodel import TensorInfo
 
     array = ax.allocate(TensorInfo("input", "FLOAT", (1, 3, 5)))
     before, view = len(ax._blocks), array[0, 1:]
@@ -273,8 +273,8 @@ def test_counters_tell_where_the_time_goes(ax: Any, bundle_s8: Path) -> None:
 VENDORS = """
 import sys
 from pathlib import Path
-from board.errors import BadInput
-from board.session import ax_engine
+from axrun.errors import BadInput
+from axrun.session import ax_engine
 ax_engine.BOARD = Path(sys.argv[1])
 for path in sys.argv[2:]:
     try:
@@ -308,7 +308,7 @@ def test_the_axmodels_producer_decides_whose_library_runs_it(
 MAPPED = """
 import re, sys
 from pathlib import Path
-from board.session import open_session
+from axrun.session import open_session
 from tests.engine.compare import filled
 path = sys.argv[1]
 session = open_session(path)

@@ -17,12 +17,12 @@ import onnx
 import onnxruntime
 import pytest
 
-from board import axmodel
-from board.axmodel import OPSET, PRODUCER, Axmodel, Node, Tensor, TensorInfo, encode
-from board.bundle import Bundle
-from board.dtypes import FLOATS, NAMES, nbytes, to_float32
-from board.errors import BadInput, NotFinite
-from board.session.ort import OrtSession
+from axrun.errors import BadInput, NotFinite
+from axrun.format import axmodel
+from axrun.format.axmodel import OPSET, PRODUCER, Axmodel, Node, Tensor, TensorInfo, encode
+from axrun.format.bundle import Bundle
+from axrun.format.dtypes import FLOATS, NAMES, nbytes, to_float32
+from axrun.session.ort import OrtSession
 from tests.engine.compare import filled
 
 WIDTH = 8

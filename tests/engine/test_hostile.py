@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from board.bundle import Bundle
-from board.errors import BadInput, NotFinite
+from axrun.errors import BadInput, NotFinite
+from axrun.format.bundle import Bundle
 from tests.engine.compare import filled
 from tests.engine.conftest import SOURCE
 

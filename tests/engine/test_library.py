@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from board.engine import build as shipped
+from engine import build as shipped
 from tests import vendor_files
 from tests.engine.conftest import ROOT, SOURCE
 from tests.engine.test_refusals import client
@@ -134,7 +134,8 @@ def test_what_is_built_is_not_built_again(libraries: Path, tmp_path: Path) -> No
 def test_a_change_of_the_sources_is_noticed(tmp_path: Path) -> None:
     copy = tmp_path / "board" / "engine"
     shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("lib", "build", "fuzz", "__pycache__"))
-    shutil.copy(SOURCE.parent / "__init__.py", copy.parent)
+    (copy.parent / "axrun").mkdir()
+    shutil.copy(SOURCE.parent / "axrun" / "__init__.py", copy.parent / "axrun")
     assert shipped.fingerprint(copy) == shipped.fingerprint()
     for file in ("src/onnx.cc", "src/kernels/avx2.cc", "include/axc_engine.h", "exports.map", "CMakeLists.txt"):
         before = shipped.fingerprint(copy)
@@ -151,7 +152,8 @@ def test_a_machine_without_an_engine_is_said(tmp_path: Path) -> None:
 def test_sources_that_do_not_compile_are_said(tmp_path: Path) -> None:
     engine = tmp_path / "board" / "engine"
     shutil.copytree(SOURCE, engine, ignore=shutil.ignore_patterns("lib", "build", "fuzz", "__pycache__"))
-    shutil.copy(SOURCE.parent / "__init__.py", engine.parent)
+    (engine.parent / "axrun").mkdir()
+    shutil.copy(SOURCE.parent / "axrun" / "__init__.py", engine.parent / "axrun")
     (engine / "src" / "abi_sys.cc").write_text("int nonsense = ;\n")
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "cache").symlink_to(SOURCE / "build" / "cache")
@@ -164,7 +166,8 @@ def test_sources_that_do_not_compile_are_said(tmp_path: Path) -> None:
 def test_the_same_bytes_from_another_folder(libraries: Path, tmp_path: Path) -> None:
     engine = tmp_path / "elsewhere" / "engine"
     shutil.copytree(SOURCE, engine, ignore=shutil.ignore_patterns("lib", "build", "fuzz", "__pycache__"))
-    shutil.copy(SOURCE.parent / "__init__.py", engine.parent)
+    (engine.parent / "axrun").mkdir()
+    shutil.copy(SOURCE.parent / "axrun" / "__init__.py", engine.parent / "axrun")
     other = shipped.build(tmp_path / "lib", engine=engine, work=tmp_path / "work", say=lambda line: None)
     for name in shipped.LIBRARIES:
         data = (libraries / name).read_bytes()
@@ -199,7 +202,7 @@ def test_structures_and_numbers_are_the_documented_ones(language: list[str], chi
 
 def test_python_finds_the_structures_sizes(libraries: Path) -> None:
     """ctypes' idea of the structures is the headers', which the library's own sources assert."""
-    from board.session import ax_engine
+    from axrun.session import ax_engine
 
     sizes = {"IoBuffer": 128, "Io": 128, "IoMeta": 128, "IoInfo": 128, "NpuAttr": 36}
     assert {name: ctypes.sizeof(getattr(ax_engine, name)) for name in sizes} == sizes

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from board.axmodel import OPSET, PRODUCER, Axmodel, Node, Tensor, TensorInfo, encode
-from board.bundle import Bundle
-from board.dtypes import DTYPES, FLOATS, from_float32, nbytes, to_float32
-from board.errors import BadInput
-from board.model import Model
-from board.session import ax_int8
+from axrun.errors import BadInput
+from axrun.format.axmodel import OPSET, PRODUCER, Axmodel, Node, Tensor, TensorInfo, encode
+from axrun.format.bundle import Bundle
+from axrun.format.dtypes import DTYPES, FLOATS, from_float32, nbytes, to_float32
+from axrun.model import Model
+from axrun.session import ax_int8
 from tests.engine.compare import exact, filled
 from tests.engine.conftest import Run
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from board.bundle import Bundle
+from axrun.format.bundle import Bundle
 from tests import vendor_files
 from tests.engine.conftest import ROOT
 
@@ -229,7 +229,7 @@ def test_what_is_wrong_with_a_call_is_no_ones_line(libraries: Path, bundle_s8: P
 def test_our_own_session_says_it_once(libraries: Path, bundle_s8: Path, tmp_path: Path) -> None:
     path = tmp_path / "odd.axmodel"
     path.write_bytes(edited(Bundle.open(bundle_s8).layer_path(0).read_bytes(), b"Sigmoid", b"Sigmojd"))
-    command = [sys.executable, "-m", "board", "model", str(path), "--engine", "ax"]
+    command = [sys.executable, "-m", "axrun", "model", str(path), "--engine", "ax"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("operator Sigmojd") == 1

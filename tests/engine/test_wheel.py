@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from board import VERSION
-from board.engine import build as shipped
+from axrun import VERSION
+from engine import build as shipped
 from tests.engine.conftest import ROOT
 
 
@@ -45,27 +45,27 @@ def test_it_holds_the_runner_and_the_libraries_and_nothing_to_build_them(whole: 
     with zipfile.ZipFile(whole) as archive:
         names = set(archive.namelist())
         for name in shipped.LIBRARIES:
-            assert archive.read(f"board/engine/lib/{name}") == (libraries / name).read_bytes()
+            assert archive.read(f"axrun/engine/lib/{name}") == (libraries / name).read_bytes()
         about = archive.read(f"axrun-{VERSION}.dist-info/WHEEL").decode()
-    assert {"board/cli.py", "board/session/ax_engine.py", "board/serve/page/chat.js"} <= names
-    assert {name for name in names if name.startswith("board/engine/")} == {
-        f"board/engine/lib/{name}" for name in shipped.LIBRARIES
+    assert {"axrun/cli.py", "axrun/session/ax_engine.py", "axrun/serve/page/chat.js"} <= names
+    assert {name for name in names if name.startswith("axrun/engine/")} == {
+        f"axrun/engine/lib/{name}" for name in shipped.LIBRARIES
     }
-    assert "board/hatch_build.py" not in names
+    assert "axrun/hatch_build.py" not in names
     assert f"Tag: py3-none-manylinux_2_31_{shipped.HOST}" in about
     assert "Root-Is-Purelib: false" in about
 
 
 def test_it_holds_what_the_page_is_made_of(whole: Path) -> None:
     """The Markdown libraries and their licences too, where `make page` has brought them."""
-    page = ROOT / "board" / "serve" / "page"
+    page = ROOT / "board" / "axrun" / "serve" / "page"
     files = {path.relative_to(page).as_posix(): path for path in page.rglob("*") if path.is_file()}
     files.pop("lib/made-from", None)
     with zipfile.ZipFile(whole) as archive:
-        inside = {name for name in archive.namelist() if name.startswith("board/serve/page/")}
-        assert inside == {f"board/serve/page/{name}" for name in files}
+        inside = {name for name in archive.namelist() if name.startswith("axrun/serve/page/")}
+        assert inside == {f"axrun/serve/page/{name}" for name in files}
         for name, path in files.items():
-            assert archive.read(f"board/serve/page/{name}") == path.read_bytes()
+            assert archive.read(f"axrun/serve/page/{name}") == path.read_bytes()
 
 
 def test_it_is_the_same_bytes_again(whole: Path, libraries: Path, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_it_is_the_same_bytes_again(whole: Path, libraries: Path, tmp_path: Path
 def test_unpacked_it_finds_its_own_engine(whole: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(whole) as archive:
         archive.extractall(tmp_path)
-    script = "from board.session import ax_engine as ax, usual_engine as usual\n"
+    script = "from axrun.session import ax_engine as ax, usual_engine as usual\n"
     script += "print(ax.library().folder, usual(), ax.version())"
     kept = {name: value for name, value in os.environ.items() if name != "AXRUN_ENGINE"}
     done = subprocess.run(
@@ -86,7 +86,7 @@ def test_unpacked_it_finds_its_own_engine(whole: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.stdout.startswith(f"{tmp_path / 'board' / 'engine' / 'lib'} ax axc {VERSION} "), done.stderr
+    assert done.stdout.startswith(f"{tmp_path / 'axrun' / 'engine' / 'lib'} ax axc {VERSION} "), done.stderr
 
 
 def test_without_the_engine_it_is_for_any_machine_when_asked_for(tmp_path: Path) -> None:

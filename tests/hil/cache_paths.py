@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from board import logits as reference_logits
-from board.bundle import Bundle
-from board.model import Model
+from axrun.format import logits as reference_logits
+from axrun.format.bundle import Bundle
+from axrun.model import Model
 
 AROUND, WRONG = 3, 5  # tokens on each side of a boundary; tokens that are taken back
 

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 from labgrid.pytestplugin.hooks import LABGRID_ENV_KEY
 
-from board.errors import BadInput
-from ci import evidence, gate, place, sensors
-from ci.connection import Connection, Lost
-from ci.evidence import Record
-from ci.place import Address, Board
+from axrun.errors import BadInput
+from ci.device import evidence, place, sensors
+from ci.device.connection import Connection, Lost
+from ci.device.evidence import Record
+from ci.device.place import Address, Board
+from ci.nightly import gate
 from tests.hil.on_board import Hanging, OnBoard, Otherwise
 
 
@@ -28,7 +29,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--hil-model", default="tiny-qwen2", help="the model that was deployed (default tiny-qwen2)")
     group.addoption("--hil-figures", type=Path, help="write what was measured to this JSON file")
     group.addoption("--hil-deployed", type=Path, help="the record of the deploy (default out/deployed/BOARD.json)")
-    group.addoption("--hil-probe", type=Path, help="what python -m ci.probe wrote: texts and their token ids")
+    group.addoption("--hil-probe", type=Path, help="what python -m ci.nightly.probe wrote: texts and their token ids")
     group.addoption("--hil-unjudged", action="store_true", help="without gates, record figures and judge nothing")
     group.addoption("--hil-limit", type=float, default=900.0, help="seconds for a command on the board (default 900)")
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from board.errors import CheckFailed
-from ci import evidence
-from ci.evidence import Record
-from ci.place import Board
+from axrun.errors import CheckFailed
+from ci.device import evidence
+from ci.device.evidence import Record
+from ci.device.place import Board
 
 WITNESS = Path(__file__).with_name("witness.py")
 # One thread and one kind of kernel: OpenBLAS takes an emulated CPU for one with SVE, whose emulation is 20 x slower.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ci import metrics
+from ci.nightly import metrics
 from tests.hil.on_board import OnBoard
 
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from board.errors import CheckFailed
-from ci import metrics
+from axrun.errors import CheckFailed
+from ci.nightly import metrics
 from tests.hil.on_board import OnBoard
 
 PATHS = Path(__file__).with_name("cache_paths.py")

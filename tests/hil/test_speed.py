@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from board.errors import BadInput
-from ci import metrics
+from axrun.errors import BadInput
+from ci.nightly import metrics
 from tests.hil.on_board import OnBoard
 
 LENGTHS, DEPTHS = (",".join(map(str, counts)) for counts in (metrics.LENGTHS, metrics.DEPTHS))

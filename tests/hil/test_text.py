@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import CheckFailed
-from ci import probe
+from axrun.errors import CheckFailed
+from ci.nightly import probe
 from tests.hil.on_board import OnBoard
 
 TEXT_IDS = Path(__file__).with_name("text_ids.py")
@@ -17,7 +17,9 @@ TEXT_IDS = Path(__file__).with_name("text_ids.py")
 def test_texts_are_cut_as_by_the_checkpoint(on_board: OnBoard, request: pytest.FixtureRequest) -> None:
     file = request.config.option.hil_probe
     if file is None:
-        pytest.fail("no probe was named: --hil-probe FILE, made by: python -m ci.probe CHECKPOINT FILE", pytrace=False)
+        pytest.fail(
+            "no probe was named: --hil-probe FILE, made by: python -m ci.nightly.probe CHECKPOINT FILE", pytrace=False
+        )
     expected = probe.read(file)
     texts = [entry["text"] for entry in expected["texts"]]
     conversations = [entry["messages"] for entry in expected["conversations"]]

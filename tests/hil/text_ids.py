@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from board.chat import ChatTemplate
-from board.errors import Failure
-from board.tokenizer import Tokenizer
+from axrun.chat import ChatTemplate
+from axrun.errors import Failure
+from axrun.tokenizer import Tokenizer
 
 hf, probe = Path(sys.argv[1]) / "hf", json.loads(sys.argv[2])
 tokenizer, template = Tokenizer.open(hf), ChatTemplate.find(hf)

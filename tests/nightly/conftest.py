@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from ci import place, virtual_board
-from ci.place import Board
+from ci.device import place, virtual_board
+from ci.device.place import Board
 from requirements.install import install
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,7 +197,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
 @pytest.fixture(scope="session")
 def bundle(desk: Desk) -> Path:
     """A bundle with reference logits, as the nightly makes it: nights that are about other things start from it."""
-    from ci.course import TEXT, sizes
+    from ci.nightly.course import TEXT, sizes
 
     path = desk.folder / "bundle"
     checkpoint = ["--input_path", str(ROOT / "models" / "tiny-qwen2")]
@@ -205,7 +205,7 @@ def bundle(desk: Desk) -> Path:
     flags += [word for length in (64, 128, 192) for word in ("--last_kv_cache_len", str(length))]
 
     def axc(*words: str) -> None:
-        command = [sys.executable, "-m", "toolchain", *words]
+        command = [sys.executable, "-m", "axc", *words]
         subprocess.run(command, cwd=ROOT, check=True, timeout=NIGHT_SECONDS, stdout=subprocess.DEVNULL)
 
     axc("llm_build", *checkpoint, "--output_path", str(path), *flags)

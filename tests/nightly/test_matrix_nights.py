@@ -14,8 +14,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ci import history, place, virtual_board
-from ci.place import Board
+from ci.device import place, virtual_board
+from ci.device.place import Board
+from ci.nightly import history
 from tests.nightly.conftest import MARK, ROOT, VIRTUAL, Desk, Night, loopback
 
 pytestmark = pytest.mark.system

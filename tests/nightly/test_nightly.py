@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from board.bundle import sha256
-from ci import history, place, virtual_board
+from axrun.format.bundle import sha256
+from ci.device import place, virtual_board
+from ci.nightly import history
 from tests.ci import plants
 from tests.nightly.conftest import ROOT, Desk, Night, on_board, processes
 
@@ -59,7 +60,7 @@ def test_a_night_is_green(desk: Desk) -> None:
     library = recorded["extra_info"]["library"]
     current = (desk.root / "current").resolve()
     assert recorded["extra_info"]["release"] == current.name == held.release
-    assert library["sha256"] == held.engine_sha256 == sha256(current / "package" / "board/engine/lib/libax_engine.so")
+    assert library["sha256"] == held.engine_sha256 == sha256(current / "package" / "axrun/engine/lib/libax_engine.so")
     page = (folder / "report.html").read_text()
     assert f"<h1>{said[0]}</h1>" in page
 
@@ -102,11 +103,11 @@ def test_what_somebody_changed_on_the_board_is_told(desk: Desk, bundle: Path) ->
     """Behind the deploy's back: a slower engine. Its figures are those of another release, whatever they are."""
     night = desk.start("--bundle", str(bundle))
     night.wait_for("deploy done")
-    (engine,) = (desk.root / "current").resolve().glob("package/board/session/ax_engine.py")
+    (engine,) = (desk.root / "current").resolve().glob("package/axrun/session/ax_engine.py")
     engine.write_text(engine.read_text() + SLOW_DOWN)
     code, said = night.end()
     assert said[0].startswith(f"{HANDED_IN}what was measured is not what was deployed: packages/")
-    assert "/board/session/ax_engine.py has other bytes than were deployed (sha256 " in said[0]
+    assert "/axrun/session/ax_engine.py has other bytes than were deployed (sha256 " in said[0]
     assert code == 1
     assert desk.left(night) == []
 
@@ -223,7 +224,7 @@ def test_kill_9_leaves_nothing_that_the_next_command_does_not_clear(desk: Desk, 
 
     first = desk.start()
     first.wait_for("build ...")
-    while not any("toolchain" in what or "invoke build" in what for _, what in processes()):
+    while not any("-m axc" in what or "invoke build" in what for _, what in processes()):
         assert first.process.poll() is None
     temporary = kill(first)
     assert desk.running(first)

@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 
+from axc import build
 from tests.serve import saying
 from tests.serve.server import Server, Start
-from toolchain import build
 
 
 @pytest.fixture

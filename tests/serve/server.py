@@ -26,11 +26,11 @@ class Server:
     """A running server. Its standard error is read as it comes, so that it never blocks on it."""
 
     def __init__(self, bundle: Path, *flags: object, **environment: str) -> None:
-        command = [sys.executable, "-m", "board", "serve", str(bundle), "--port", "0", "--threads", "1"]
+        command = [sys.executable, "-m", "axrun", "serve", str(bundle), "--port", "0", "--threads", "1"]
         self.process = subprocess.Popen(
             [*command, *map(str, flags)],
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**os.environ, "PYTHONPATH": str(ROOT / "board"), **environment},
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,

@@ -18,7 +18,7 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from board.serve.connection import MAX_CONNECTIONS
+from axrun.serve.connection import MAX_CONNECTIONS
 from tests.serve.server import MODEL, Server
 
 KEY = {"authorization": "Bearer k"}

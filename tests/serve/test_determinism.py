@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from board.bundle import Bundle
-from board.decoder import Decoder
-from board.errors import BadInput
-from board.model import Model
-from board.serve.slots import Slot, allocate
+from axrun.decoder import Decoder
+from axrun.errors import BadInput
+from axrun.format.bundle import Bundle
+from axrun.model import Model
+from axrun.serve.slots import Slot, allocate
 from tests.serve.server import Start
 
 
@@ -132,12 +132,12 @@ def test_a_reset_forgets_what_a_failed_step_left(model: Model, ids: list[int]) -
 
 def test_slots_that_do_not_fit_are_refused_with_the_numbers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     each = model.decoder.cache.nbytes
-    monkeypatch.setattr("board.serve.slots.available", lambda: (64 << 20) + 10 * each)
+    monkeypatch.setattr("axrun.serve.slots.available", lambda: (64 << 20) + 10 * each)
     assert len(allocate(model.decoder, 11, model.embedding)) == 11
     with pytest.raises(BadInput, match=r"(?s)12 slots need .* MB more .*--slots 11"):
         allocate(model.decoder, 12, model.embedding)
     assert len(allocate(model.decoder, 12, model.embedding, lambda shortage: "12 slots" in shortage)) == 12
-    monkeypatch.setattr("board.serve.slots.available", lambda: None)
+    monkeypatch.setattr("axrun.serve.slots.available", lambda: None)
     assert len(allocate(model.decoder, 12, model.embedding)) == 12
 
 

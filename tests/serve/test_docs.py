@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from board.cli import VERBS
-from board.serve.fields import tables
+from axrun.cli import VERBS
+from axrun.serve.fields import tables
 from tests.serve.server import ROOT, Server
 
 PAGE = (ROOT / "docs" / "serve.md").read_text()
 
 
 def test_the_fields_are_those_of_the_schemas() -> None:
-    """`python -m board.serve.fields` prints what has to stand there."""
+    """`python -m axrun.serve.fields` prints what has to stand there."""
     for heading, lines in tables().items():
         assert f"\n### {heading}\n\n" + "\n".join(lines) + "\n" in PAGE
     known = {row.split("`")[1] for lines in tables().values() for row in lines[2:]}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from board.serve import schema
+from axrun.serve import schema
 from tests.serve.server import Server
 
 ASK = [{"role": "user", "content": "who are you?"}]

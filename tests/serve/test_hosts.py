@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from board.errors import BadInput
-from board.serve.errors import ApiError
-from board.serve.hosts import Hosts
-from board.serve.server import Options
+from axrun.errors import BadInput
+from axrun.serve.errors import ApiError
+from axrun.serve.hosts import Hosts
+from axrun.serve.server import Options
 from tests.serve.server import Server, Start
 
 LOCAL = [

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from board.errors import CheckFailed
-from board.serve.logprobs import likeliest, log_softmax
-from board.serve.penalties import Penalties
-from board.tokenizer import Tokenizer
+from axrun.errors import CheckFailed
+from axrun.serve.logprobs import likeliest, log_softmax
+from axrun.serve.penalties import Penalties
+from axrun.tokenizer import Tokenizer
 
 LOGITS = arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 40)), elements=st.floats(-50, 50, width=32))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from board.bundle import Bundle
+from axrun.format.bundle import Bundle
 from tests.damage import OVERFLOW, set_float
 from tests.serve.server import Start
 

@@ -732,7 +732,7 @@ def test_a_server_without_the_libraries_says_so(
     driver: Any, bundle_saying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(ROOT / "board", tmp_path / "board", ignore=shutil.ignore_patterns("build", "__pycache__"))
-    shutil.rmtree(tmp_path / "board" / "serve" / "page" / "lib")
+    shutil.rmtree(tmp_path / "board" / "axrun" / "serve" / "page" / "lib")
     monkeypatch.setattr("tests.serve.server.ROOT", tmp_path)
     server = Server(bundle_saying).ready()
     try:

@@ -13,9 +13,9 @@ from typing import Any
 import httpx2 as httpx
 import pytest
 
-from board.cli import main
-from board.errors import BadInput
-from board.serve.server import Options
+from axrun.cli import main
+from axrun.errors import BadInput
+from axrun.serve.server import Options
 from tests.serve.server import MODEL, Server, Start, events
 
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from board.serve import schema
-from board.serve.errors import ApiError
-from board.serve.openapi import document
-from board.serve.validate import LIMITS, parse, validate
+from axrun.serve import schema
+from axrun.serve.errors import ApiError
+from axrun.serve.openapi import document
+from axrun.serve.validate import LIMITS, parse, validate
 
 SCHEMAS = {name: schema.request(getattr(schema, name), "m") for name in ("CHAT", "COMPLETION")}
 

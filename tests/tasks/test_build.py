@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from toolchain.inventory import inventory
+from axc.inventory import inventory
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -182,9 +182,9 @@ def test_clean_removes_what_was_made_and_keeps_the_rest(tmp_path: Path, venv: st
         "tasks.py",
         "requirements/install.py",
         "requirements/page.py",
-        "board/__init__.py",
-        "board/command.py",
-        "board/errors.py",
+        "board/axrun/__init__.py",
+        "board/axrun/command.py",
+        "board/axrun/errors.py",
         "ci/tasks/boards.py",
         "ci/tasks/common.py",
         "ci/tasks/nights.py",
@@ -192,13 +192,17 @@ def test_clean_removes_what_was_made_and_keeps_the_rest(tmp_path: Path, venv: st
     ):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
-    for name in ("out/toy/manifest.json", ".mypy_cache/x", "board/__pycache__/errors.pyc", "mine/notes"):
+    for name in ("out/toy/manifest.json", ".mypy_cache/x", "board/axrun/__pycache__/errors.pyc", "mine/notes"):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).write_text("")
     assert call("make", "clean", venv, cwd=checkout, said={"PYTHONDONTWRITEBYTECODE": "1"}).returncode == 0
     kept = ["Makefile", "board", "ci", "mine", "requirements", "tasks.py"]
     assert sorted(path.name for path in checkout.iterdir()) == kept
-    assert sorted(path.name for path in (checkout / "board").iterdir()) == ["__init__.py", "command.py", "errors.py"]
+    assert sorted(path.name for path in (checkout / "board" / "axrun").iterdir()) == [
+        "__init__.py",
+        "command.py",
+        "errors.py",
+    ]
 
 
 def test_all_tests_ask_for_the_packages_that_are_missing(venv: str, tmp_path: Path) -> None:

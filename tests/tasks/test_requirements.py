@@ -149,7 +149,7 @@ def test_a_wheel_with_other_bytes_than_the_locked_ones_is_refused(bare: Path, of
 # What a package declares and what it imports
 
 DISTRIBUTIONS = {"huggingface-hub": "huggingface_hub", "prometheus-client": "prometheus_client"}  # where names differ
-BUNDLED = {"board", "toolchain"}
+BUNDLED = {"axc", "axrun", "engine"}
 # Declared and imported by others.
 INDIRECT = {
     "protobuf": "transformers reads a tokenizer.model with it",
@@ -167,7 +167,7 @@ def declared(project: Path) -> set[str]:
     table = tomllib.loads(project.read_text())["project"]
     lines = [*table["dependencies"], *itertools.chain(*table.get("optional-dependencies", {}).values())]
     names = {Requirement(line).name.lower().replace("_", "-") for line in lines}
-    return {DISTRIBUTIONS.get(name, name) for name in names} - {"axrun"}  # which is board
+    return {DISTRIBUTIONS.get(name, name) for name in names} - {"axrun"}
 
 
 def imported(folder: Path) -> set[str]:

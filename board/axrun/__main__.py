@@ -1,0 +1,8 @@
+"""`python -m axrun` is `axrun`."""
+
+import sys
+
+from axrun.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,366 @@
+"""axrun: the runner's commands. Each verb is a function of another module; here are flags and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from axrun import VERSION
+from axrun.command import Verb, dispatch
+from axrun.errors import BadInput, CheckFailed
+
+if TYPE_CHECKING:  # numpy and an engine take their time, which --help does not need
+    from axrun.load import Loading
+    from axrun.run import Options
+
+JSON_HELP = "one JSON object on stdout, and nothing else there"
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "repetition_penalty", "penalty_window")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    description = "Runs axmodel bundles on Axera boards and on any CPU."
+    epilog = "start with:\n  axrun run out/tiny-qwen2 --prompt '1+1='"
+    return dispatch(argv, "axrun", lambda: VERSION, description, epilog, VERBS)
+
+
+def _speed_flags(parser: argparse.ArgumentParser) -> None:
+    engines = (
+        "what executes axmodels: ax (libax_engine, the default where there is one), ax-int8 (our own, with 8-bit "
+        "activations: faster, less exact) or ort (onnxruntime)"
+    )
+    parser.add_argument("--engine", metavar="NAME", help=engines)
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each usable CPU)")
+
+
+def _bundle_flags(parser: argparse.ArgumentParser) -> None:
+    """What every command that loads a bundle has."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
+    parser.add_argument("--verify", action="store_true", help="first hold every file against the manifest")
+    parser.add_argument("--force", action="store_true", help="load even where memory looks too small")
+    _speed_flags(parser)
+
+
+def _loading(arguments: argparse.Namespace) -> Loading:
+    from axrun.load import Loading
+
+    allow = _allow(arguments)
+    return Loading(arguments.verify, _engine(arguments), arguments.threads, allow, _say, _progress)
+
+
+def _parse_special_flag(parser: argparse.ArgumentParser) -> None:
+    what = "special tokens that a message spells, e.g. <|im_end|>, are control tokens, not text; in raw prompts always"
+    parser.add_argument("--parse-special", action="store_true", help=what)
+
+
+def _sampling_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--system", metavar="TEXT", help="system message, for a bundle with a chat template")
+    _parse_special_flag(parser)
+    add("--max-tokens", type=int, metavar="N", help="longest answer (default: to the end of the context)")
+    add("--greedy", action="store_true", help="always the likeliest token, whatever post_config.json says")
+    add("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own distribution")
+    add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that have probability P together")
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    add("--repetition-penalty", type=float, metavar="R", help="above 1 makes recent tokens less likely")
+    add("--penalty-window", type=int, metavar="N", help="how many tokens back the penalty looks")
+    add("--seed", type=int, default=0, metavar="N", help="of the draws: same seed, same answer (default 0)")
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    from axrun.run import Options
+
+    sampling = {key: getattr(arguments, key) for key in SAMPLING_FLAGS}
+    if arguments.greedy:
+        sampling["temperature"] = 0.0
+    return Options(arguments.system, arguments.max_tokens, sampling, arguments.seed, arguments.parse_special)
+
+
+def _engine(arguments: argparse.Namespace) -> str:
+    from axrun.session import usual_engine
+
+    return arguments.engine or usual_engine()
+
+
+def _engine_flags(parser: argparse.ArgumentParser) -> None:
+    _speed_flags(parser)
+    parser.add_argument("--json", action="store_true", help=JSON_HELP)
+
+
+def _run_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompt", required=True, metavar="TEXT", help="what to ask; - reads it from stdin")
+    add("--raw", action="store_true", help="give the prompt to the model as it is, without the chat template")
+    add("--json", action="store_true", help=JSON_HELP)
+    _bundle_flags(parser)
+    _sampling_flags(parser)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from axrun.load import silent
+    from axrun.run import Question, run
+
+    prompt = _stdin() if arguments.prompt == "-" else arguments.prompt
+    question = Question(prompt, arguments.raw, _options(arguments))
+    answer = run(arguments.bundle, question, _loading(arguments), silent if arguments.json else _write)
+    if arguments.json:
+        print(json.dumps(answer.json(), ensure_ascii=False))
+
+
+def _chat_flags(parser: argparse.ArgumentParser) -> None:
+    _bundle_flags(parser)
+    _sampling_flags(parser)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from axrun.repl import chat
+    from axrun.terminal import Terminal
+
+    chat(arguments.bundle, _options(arguments), Terminal(), _loading(arguments))
+
+
+def _eval_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--reference", type=Path, metavar="FILE", help="what `axc reference` wrote (default: the bundle's own)")
+    add("--max-kld", type=float, metavar="X", help="exit with 1 when the mean KLD is above X")
+    add("--min-top1", type=float, metavar="X", help="exit with 1 when the share of same top tokens is below X")
+    add("--json", action="store_true", help=JSON_HELP)
+    _bundle_flags(parser)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from axrun.evaluate import evaluate
+
+    evaluation = evaluate(arguments.bundle, arguments.reference, _loading(arguments))
+    print(json.dumps(evaluation.json()) if arguments.json else "\n".join(evaluation.table()), flush=True)
+    evaluation.require(arguments.max_kld, arguments.min_top1)
+
+
+def _bench_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--prompt-lengths", type=_numbers, metavar="N,N", help="of prompts, tokens (default 16,128,512, if they fit)")
+    add("--depths", type=_numbers, metavar="N,N", help="tokens in the K/V cache before decoding (default the same)")
+    add("--tokens", type=int, default=32, metavar="N", help="decoded in a run (default 32)")
+    add("--warmup", type=int, default=1, metavar="N", help="runs before the clock starts (default 1)")
+    add("--repeat", type=int, default=5, metavar="N", help="runs that are timed (default 5)")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help=JSON_HELP)
+    form.add_argument("--markdown", action="store_true", help="a table for a page")
+    _bundle_flags(parser)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from axrun.bench import Options, bench
+
+    lengths = arguments.prompt_lengths, arguments.depths
+    options = Options(*lengths, arguments.tokens, arguments.warmup, arguments.repeat)
+    report = bench(arguments.bundle, options, _loading(arguments))
+    if arguments.json:
+        print(json.dumps(report.json()))
+    else:
+        print("\n".join(report.markdown() if arguments.markdown else report.lines()))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(","))
+
+
+def _allow(arguments: argparse.Namespace) -> Callable[[str], bool]:
+    """Who says whether a bundle is loaded that memory looks too small for: the flag, a person, or nobody."""
+
+    def forced(shortage: str) -> bool:
+        _say(f"warning: {shortage}")
+        return True
+
+    def asked(shortage: str) -> bool:
+        print(f"{shortage}\nTry it all the same? [y/N] ", end="", file=sys.stderr, flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    if arguments.force:
+        return forced
+    return asked if sys.stdin.isatty() and sys.stderr.isatty() else lambda shortage: False
+
+
+def _serve_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1: this machine only)")
+    add("--port", type=int, default=8000, metavar="N", help="port (default 8000; 0: any that is free)")
+    add("--slots", type=int, default=4, metavar="N", help="answers written at a time, each with its K/V (default 4)")
+    add("--queue", type=int, default=64, metavar="N", help="requests that may wait for a slot (default 64)")
+    add("--timeout", type=float, default=300.0, metavar="S", help="seconds a request may take (default 300)")
+    add(
+        "--read-timeout",
+        type=int,
+        default=10,
+        metavar="S",
+        help="seconds for a request to arrive, and for an answer to be taken once it is written (default 10)",
+    )
+    add("--grace", type=float, default=10.0, metavar="S", help="seconds to finish answers on SIGTERM (default 10)")
+    add("--max-body", type=int, default=1 << 20, metavar="BYTES", help="largest request (default 1048576)")
+    add(
+        "--api-key",
+        metavar="KEY",
+        help="ask clients for this key; in the environment, AXRUN_API_KEY, ps does not show it",
+    )
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name that clients may use for this server, repeatable; * is any (default: localhost, addresses, "
+        "and beyond this machine names that nobody can register; see docs/serve.md)",
+    )
+    add("--exact", action="store_true", help="same answers to the last bit, whatever was asked before; slower turns")
+    _parse_special_flag(parser)
+    add("--name", metavar="NAME", help="what clients call the model (default: as the bundle does)")
+    _bundle_flags(parser)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from axrun.serve.server import Options, serve
+
+    options = Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
+    serve(arguments.bundle, options, _loading(arguments))
+
+
+def _model_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("file", type=Path, metavar="FILE", help="an .axmodel")
+    add("--group", type=int, metavar="G", help="one shape group (default: each)")
+    add("--warmup", type=int, default=3, metavar="N", help="runs before the clock starts (default 3)")
+    add("--repeat", type=int, default=20, metavar="N", help="runs that are timed (default 20)")
+    _engine_flags(parser)
+
+
+def _model(arguments: argparse.Namespace) -> None:
+    from axrun.latency import measure
+
+    latencies = measure(
+        arguments.file, arguments.group, arguments.warmup, arguments.repeat, _engine(arguments), arguments.threads
+    )
+    if arguments.json:
+        print(json.dumps({"file": str(arguments.file), "groups": [latency._asdict() for latency in latencies]}))
+        return
+    print(f"{arguments.file}: {arguments.repeat} runs of each group, milliseconds")
+    print("group  tokens  history       min       max       avg    median")
+    for entry in latencies:
+        figures = "".join(f"{ms:10.3f}" for ms in (entry.min_ms, entry.max_ms, entry.avg_ms, entry.median_ms))
+        print(f"{entry.group:5}{entry.tokens:8}{entry.history:9}{figures}")
+
+
+def _doctor_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
+    _engine_flags(parser)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from axrun.doctor.examine import examine
+
+    report = examine(arguments.bundle, _engine(arguments), arguments.threads, _doctor_progress)
+    print(json.dumps(report.json()) if arguments.json else "\n".join(report.lines()), flush=True)
+    if report.finding:
+        raise CheckFailed(f"{report.bundle} is {report.verdict}: {report.finding.stage}: {report.finding.part}")
+
+
+def _doctor_progress(line: str) -> None:
+    """Stages everywhere, what is done inside them on a terminal only."""
+    if sys.stderr.isatty() or line.startswith("["):
+        _progress(line)
+
+
+def _stdin() -> str:
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"stdin is not UTF-8 at byte {error.start}") from None
+    return text[:-1] if text.endswith("\n") else text
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _progress(line: str) -> None:
+    """One line that changes on a terminal, a line each elsewhere. `[n/n]` is the last."""
+    if not sys.stderr.isatty():
+        _say(line)
+        return
+    done, _, total = line[1:].partition("]")[0].partition("/")
+    print(f"\r\x1b[K{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+VERBS = {
+    "run": Verb(
+        _run_flags,
+        _run,
+        "Ask a bundle one question. The answer goes to stdout, everything else to stderr.",
+        "examples:\n"
+        "  axrun run out/tiny-qwen2 --prompt '1+1='\n"
+        "  axrun run out/qwen2-0.5b --prompt 'Why is the sky blue?' --temperature 0.7 --top-p 0.8 --seed 1\n"
+        "  echo 'Once upon a time' | axrun run out/qwen2-0.5b --prompt - --raw --max-tokens 50 > story.txt",
+    ),
+    "chat": Verb(
+        _chat_flags,
+        _chat,
+        "Talk with a bundle, in a terminal or through a pipe. What was said stays in the K/V cache.",
+        "examples:\n"
+        "  axrun chat out/tiny-qwen2\n"
+        "  axrun chat out/qwen2-0.5b --system 'You answer in one sentence.' --temperature 0.7 --top-p 0.8\n"
+        "  printf '1+1=\\n2+2=\\n' | axrun chat out/tiny-qwen2 2> log.txt",
+    ),
+    "serve": Verb(
+        _serve_flags,
+        _serve,
+        "Answer over HTTP as OpenAI does, with a page to chat in at /. Ends on Ctrl-C and SIGTERM.",
+        "examples:\n"
+        "  axrun serve out/tiny-qwen2\n"
+        "  AXRUN_API_KEY=secret axrun serve out/qwen2-0.5b --host 0.0.0.0 --slots 2\n"
+        "  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\\n"
+        '      -d \'{"model": "qwen2-0.5b", "prompt": "Once upon a time", "max_tokens": 20}\'',
+    ),
+    "eval": Verb(
+        _eval_flags,
+        _eval,
+        "Measure what is left of the checkpoint: perplexity, KL divergence, same tokens.",
+        "examples:\n"
+        "  axc reference --input_path models/tiny-qwen2 --text models/tiny-qwen2/heldout.txt --bundle out/tiny-qwen2\n"
+        "  axrun eval out/tiny-qwen2\n"
+        "  axrun eval out/qwen2-0.5b --reference qwen2.npz --json --max-kld 0.01 --min-top1 0.95",
+    ),
+    "bench": Verb(
+        _bench_flags,
+        _bench,
+        "Measure speed: load, time to first token, prefill and decode, at several depths.",
+        "examples:\n"
+        "  axrun bench out/tiny-qwen2\n"
+        "  axrun bench out/qwen2-0.5b --prompt-lengths 23,128 --depths 128,512 --threads 2 --json",
+    ),
+    "doctor": Verb(
+        _doctor_flags,
+        _doctor,
+        "Say what is wrong with a bundle, and where: stage after stage, to the first that disagrees.",
+        "`axc reference --bundle` leaves the figures in a bundle that layers, cache and answers are compared with.\n"
+        "Exits with 1 when something disagrees, with 0 when nothing does; what was not examined is said.\n"
+        "examples:\n"
+        "  axrun doctor out/tiny-qwen2\n"
+        "  axrun doctor out/qwen2-0.5b --engine ax --json",
+    ),
+    "model": Verb(
+        _model_flags,
+        _model,
+        "Time one axmodel, shape group by shape group.",
+        "examples:\n"
+        "  axrun model out/tiny-qwen2/qwen2_post.axmodel\n"
+        "  axrun model out/qwen2-0.5b/qwen2_p128_l0_together.axmodel --group 0 --repeat 100 --threads 1 --json",
+    ),
+}

@@ -1,0 +1,162 @@
+"""A conversation that stays in the K/V cache: of each turn only what is new to the cache is prefilled.
+
+The chat template is rendered for the whole conversation and cut into tokens; those that the cache begins with are
+reused. The rule for a full context: the system message stays, the oldest turns go, a question with its answer at a
+time, until the prompt leaves the reserve for an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from axrun.chat import ChatTemplate, chat_ids
+from axrun.decoder import expect_room
+from axrun.generate import Stats, generate
+from axrun.kv_cache import common_prefix
+from axrun.model import Model
+from axrun.sampling import Sampling
+from axrun.tokenizer import TextStream, Tokenizer
+
+Message = Mapping[str, str]
+
+
+class Stopped(Exception):
+    """Raised by `between` to end an answer where it is."""
+
+
+@dataclass
+class Turn:
+    """How a turn went. `reused` tokens of its prompt were in the cache; the other `stats.prompt_tokens` were prefilled.
+
+    `forgotten` are the turns that were dropped to make room. `stats.stop` may also be `stopped`.
+    """
+
+    reused: int
+    forgotten: int
+    stats: Stats = field(default_factory=Stats)
+
+
+class Conversation:
+    """`messages` are the turns that are remembered, questions and answers in turn, without the system message."""
+
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        sampling: Sampling = Sampling(),  # noqa: B008  (frozen)
+        max_tokens: int | None = None,
+        seed: int = 0,
+        parse_special: bool = False,
+    ) -> None:
+        """`max_tokens` None: an answer may go on to the end of the context.
+
+        `parse_special`: special tokens that a message spells are control tokens, not text.
+        """
+        self._model, self._tokenizer, self._template = model, tokenizer, template
+        self._sampling, self._max_tokens, self._seed = sampling, max_tokens, seed
+        self._parse_special = parse_special
+        self._cached: list[int] = []  # whose K/V the cache holds
+        self._system: str | None = None
+        self.messages: list[Message] = []
+        self.turn: Turn | None = None
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit."""
+        return self._model.context
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache."""
+        return self._model.length
+
+    @property
+    def reserve(self) -> int:
+        """Tokens that are kept free for an answer: `max_tokens`, or a quarter of the context; at most half of it."""
+        wanted = self.context // 4 if self._max_tokens is None else self._max_tokens
+        return min(wanted, self.context // 2)
+
+    @property
+    def system(self) -> str | None:
+        return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        """Raises BadInput when the template takes no system message, and keeps the old one."""
+        before, self._system = self._system, text
+        try:
+            self._tokens([{"role": "user", "content": "?"}])
+        except Exception:
+            self._system = before
+            raise
+
+    def reset(self) -> None:
+        """Forgets all turns; the system message stays."""
+        self.messages, self.turn = [], None
+
+    def undo(self) -> str | None:
+        """Forgets the last question and its answer, and returns the question; None when there is none."""
+        if not self.messages:
+            return None
+        question = self.messages[-2]["content"]
+        self.messages, self.turn = self.messages[:-2], None
+        return question
+
+    def ask(self, question: str, between: Callable[[], None] = lambda: None) -> tuple[Turn, Iterator[str]]:
+        """How the turn goes, known as far as it has gone, and the answer's text as it comes.
+
+        `between` is called between tokens and may raise Stopped: what was said until then stays said. A question that
+        got no token is forgotten. Raises BadInput when the question alone does not fit the context.
+        """
+        messages, prompt, forgotten = self._fit([*self.messages, {"role": "user", "content": question}])
+        reused = min(common_prefix(self._cached, prompt), len(prompt) - 1)  # the last token's logits are wanted
+        self._model.decoder.cache.truncate(reused)
+        self._cached = prompt[:reused]
+        turn = self.turn = Turn(reused, forgotten)
+        return turn, self._answer(turn, messages, prompt, between)
+
+    def _answer(
+        self, turn: Turn, messages: list[Message], prompt: list[int], between: Callable[[], None]
+    ) -> Iterator[str]:
+        answer: list[int] = []
+        stream, pieces = TextStream(self._tokenizer), []
+        tokens = generate(
+            self._model,
+            prompt[turn.reused :],
+            self._sampling,
+            self._max_tokens,
+            self._tokenizer.stop_ids,
+            past=prompt[: turn.reused],
+            seed=self._seed + len(messages),
+            stats=turn.stats,
+            between=between,
+        )
+        try:
+            for token in tokens:
+                answer.append(token.id)
+                pieces.append(stream.push(token.id))
+                yield pieces[-1]
+        except Stopped:
+            turn.stats.stop = "stopped"
+        finally:
+            self._cached = (prompt + answer)[: self._model.length]
+        pieces.append(stream.finish())
+        yield pieces[-1]
+        if answer:
+            self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+
+    def _fit(self, messages: list[Message]) -> tuple[list[Message], list[int], int]:
+        """The messages that are kept, their prompt, and how many turns went."""
+        forgotten = 0
+        while len(prompt := self._tokens(messages)) + self.reserve > self.context and len(messages) > 1:
+            messages, forgotten = messages[2:], forgotten + 1
+        expect_room(len(prompt), self.context)
+        return messages, prompt, forgotten
+
+    def _tokens(self, messages: Sequence[Message]) -> list[int]:
+        system: list[Message] = [] if self._system is None else [{"role": "system", "content": self._system}]
+        ids = chat_ids(self._tokenizer, self._template, [*system, *messages], self._parse_special)
+        self._tokenizer.expect_within(ids, self._model.post.vocab_size)
+        return ids

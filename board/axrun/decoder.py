@@ -1,0 +1,202 @@
+"""Decoder layers with their K/V: hidden states in, hidden states out, in chunks that fit the shape groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axrun.errors import BadInput, CheckFailed, NotFinite
+from axrun.format.axmodel import TensorInfo
+from axrun.format.dtypes import from_float32, to_float32
+from axrun.kv_cache import KVCache, fill_mask, visible_and_blocked
+from axrun.session import Binding, Session, SessionGroup
+
+Array = NDArray[Any]
+
+# A flexible engine gets no more padding than this, and no more different shapes.
+TOKENS_STEP = 8
+HISTORY_STEP = 64
+
+TENSORS = {"indices", "input", "mask", "K_cache_out", "V_cache_out", "output"}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """`count` tokens from `position` on, to be run by a group."""
+
+    group: int
+    position: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """Every layer bound for one shape; `output` is the last layer's, and the arrays are views of shared buffers."""
+
+    bindings: Sequence[Binding]
+    indices: Array
+    mask: Array
+    input: Array
+    output: Array
+    keys: Array
+    values: Array
+
+
+def chunks(groups: Sequence[SessionGroup], position: int, count: int, flexible: bool = False) -> Iterator[Chunk]:
+    """Cuts `count` tokens from `position` on into runs of shape groups.
+
+    A chunk goes to the prefill group with the least history that holds what is cached before it. One token alone, and
+    whatever no prefill group has the history for, goes to a decode group: token by token, or on a flexible engine as
+    many at a time as in any prefill.
+    """
+    most = max(group.tokens for group in groups)
+    while count:
+        fitting = [group for group in groups if group.history >= position]
+        prefill = [group for group in fitting if group.tokens > 1 and count > 1]
+        group = min(prefill or [group for group in fitting if group.tokens == 1], key=lambda group: group.history)
+        taken = min(most if flexible else group.tokens, count)
+        yield Chunk(group.index, position, taken)
+        position, count = position + taken, count - taken
+
+
+def expect_room(count: int, context: int) -> None:
+    """Raises BadInput when `count` tokens are more than the K/V cache has rows."""
+    if count > context:
+        raise BadInput(
+            f"{count} tokens do not fit the context of {context} (kv_cache_len)\n"
+            "Shorten the prompt, or build the bundle with a larger --kv_cache_len."
+        )
+
+
+class Decoder:
+    """Layers of one model in order, or a single one. `dtype` is their hidden_state_type, as ONNX names it."""
+
+    def __init__(self, sessions: Sequence[Session]) -> None:
+        """Raises BadInput when the layers do not belong together."""
+        self.sessions = sessions
+        self.groups = sessions[0].groups
+        infos = {info.name: info for group in self.groups for info in group.inputs + group.outputs}
+        if not infos.keys() >= TENSORS:
+            raise BadInput(f"layer 0 has no {', '.join(sorted(TENSORS - infos.keys()))}: it is no layer's axmodel")
+        for index, session in enumerate(sessions):
+            if session.groups != self.groups:
+                raise BadInput(f"layer {index} has other shape groups or tensors than layer 0; build the bundle again")
+        decode = [group for group in self.groups if group.tokens == 1]
+        if not decode:
+            raise BadInput("the layers have no decode group (one of 1 token); build the bundle again")
+        self.flexible = all(session.flexible for session in sessions)
+        self.context = max(group.history for group in decode)
+        self.dtype = infos["input"].dtype
+        self.hidden_size, self.kv_size = int(infos["input"].shape[2]), int(infos["K_cache_out"].shape[2])
+        self._visible, self._blocked = visible_and_blocked(self.dtype)
+        tokens = self._most = max(group.tokens for group in self.groups)
+        history = max(group.history for group in self.groups)
+        self.cache = KVCache(
+            [self._allocate("K_cache", 1, history, self.kv_size, layer=i) for i in range(len(sessions))],
+            [self._allocate("V_cache", 1, history, self.kv_size, layer=i) for i in range(len(sessions))],
+        )
+        self._hidden = [self._allocate(name, 1, tokens, self.hidden_size) for name in ("input", "output")]
+        self._rows = [self._allocate(name, 1, tokens, self.kv_size) for name in ("K_cache_out", "V_cache_out")]
+        self._indices = self._allocate("indices", 1, tokens, dtype="UINT32")
+        masks = [group.tokens * (group.tokens + group.history) for group in self.groups]
+        self._mask = self._allocate("mask", tokens * (tokens + history) if self.flexible else max(masks))
+        self._steps: dict[tuple[int, int, int], Step] = {}
+
+    def chunks(self, position: int, count: int) -> Iterator[Chunk]:
+        """How `count` tokens from `position` on are run."""
+        return chunks(self.groups, position, count, self.flexible)
+
+    def forward(self, hidden: NDArray[np.float32], position: int) -> NDArray[np.float32]:
+        """The layers' output, float32 [n, H], for the hidden states [n, H] of tokens at `position`, position + 1, ...
+
+        They are rounded to `dtype`. What the cache holds from `position` on is replaced.
+        Raises BadInput when they end behind `context`, CheckFailed when a layer gives what is not finite.
+        """
+        outputs = self.run(from_float32(hidden, self.dtype), position)
+        return np.concatenate([to_float32(output, self.dtype) for _, output in outputs])
+
+    def run(self, hidden: Array, position: int) -> Iterator[tuple[Chunk, Array]]:
+        """What `forward` computes, in the carrier of `dtype`, chunk by chunk; the next overwrites an output."""
+        if not 0 <= position <= self.cache.length:
+            raise ValueError(f"position {position} leaves a gap after the {self.cache.length} tokens in the cache")
+        expect_room(position + len(hidden), self.context)
+        self.cache.truncate(position)
+        done = 0
+        for chunk in self.chunks(position, len(hidden)):
+            yield chunk, self._run(chunk, hidden[done : done + chunk.count])
+            done += chunk.count
+
+    def _run(self, chunk: Chunk, hidden: Array) -> Array:
+        step = self._step(chunk)
+        position, count = chunk.position, chunk.count
+        step.input[0, :count] = hidden
+        step.input[0, count:] = 0  # padding: a NaN left there would show through the mask
+        step.indices[0] = 0
+        step.indices[0, :count] = np.arange(position, position + count)
+        fill_mask(step.mask, position, count, self._visible, self._blocked)
+        keys, values = step.keys[:, :count], step.values[:, :count]
+        for layer, binding in enumerate(step.bindings):
+            try:
+                binding.run()
+            except NotFinite as error:
+                if error.row < count:  # else padding, which nobody reads
+                    raise self._overflow(error, layer, position + error.row) from None
+            self.cache.write(layer, position, keys, values)
+        self.cache.length = position + count
+        return step.output[0, :count]
+
+    def _overflow(self, error: NotFinite, layer: int, token: int) -> CheckFailed:
+        seen = f"{error.part or f'layer {layer}'} gave a value that is not finite in {error.tensor}, at token {token}"
+        if self.dtype == "FLOAT16":
+            return CheckFailed(
+                f"{seen}: float16 ends at 65504, and it overflows\nBuild with --hidden_state_type bf16 or fp32."
+            )
+        return CheckFailed(
+            f"{seen}: it overflows or its files are damaged\nRun `axrun run --verify`, or build the bundle again."
+        )
+
+    def shape(self, chunk: Chunk) -> tuple[int, int]:
+        """Tokens and history that a chunk is run with: its group's, or on a flexible engine less padding."""
+        group = self.groups[chunk.group]
+        if not self.flexible:
+            return group.tokens, group.history
+        tokens = 1 if chunk.count == 1 else min(self._most, _ceil(chunk.count, TOKENS_STEP))
+        return tokens, min(group.history, _ceil(max(chunk.position, 1), HISTORY_STEP))
+
+    def _step(self, chunk: Chunk) -> Step:
+        key = (chunk.group, *self.shape(chunk))
+        if key not in self._steps:
+            self._steps[key] = self._bind(*key)
+        return self._steps[key]
+
+    def _bind(self, group: int, tokens: int, history: int) -> Step:
+        indices = self._indices[:, :tokens]
+        mask = self._mask[: tokens * (history + tokens)].reshape(1, tokens, history + tokens)
+        hidden = [array[:, :tokens] for array in self._hidden]
+        keys, values = (array[:, :tokens] for array in self._rows)
+        bindings = []
+        for layer, session in enumerate(self.sessions):
+            arrays = {
+                "indices": indices,
+                "input": hidden[layer % 2],
+                "mask": mask,
+                "K_cache_out": keys,
+                "V_cache_out": values,
+                "output": hidden[(layer + 1) % 2],
+            }
+            if history:
+                arrays["K_cache"] = self.cache.keys[layer][:, :history]
+                arrays["V_cache"] = self.cache.values[layer][:, :history]
+            bindings.append(session.bind(group, arrays))
+        return Step(bindings, indices, mask, hidden[0], hidden[len(bindings) % 2], keys, values)
+
+    def _allocate(self, name: str, *shape: int, dtype: str = "", layer: int = 0) -> Array:
+        return self.sessions[layer].allocate(TensorInfo(name, dtype or self.dtype, shape))
+
+
+def _ceil(number: int, step: int) -> int:
+    return -(-number // step) * step

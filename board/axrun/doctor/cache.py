@@ -1,0 +1,87 @@
+"""The stage `cache`: layers through the runner's own chunks, masks and K/V cache, as a prompt and an answer go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from axrun.decoder import Decoder
+from axrun.doctor.context import OURS, Context
+from axrun.doctor.direct import Layer, Result
+from axrun.doctor.figures import WALK
+from axrun.doctor.measured import KEYS, OUTPUT, VALUES, allowed, compare, wrong
+from axrun.doctor.replay import difference, kept
+from axrun.doctor.report import Finding
+from axrun.doctor.walk import NotExamined, refused
+from axrun.errors import Failure
+from axrun.session import open_session
+
+STAGE = "cache"
+INSTALL = "Install or deploy axrun again: its files are not the release's, or the engine's chunks are wrong."
+DECODED = 3  # tokens taken one at a time, behind the first prefill and at the end
+
+
+def cache(context: Context) -> str | Finding:
+    """Each layer alone takes a walk of tokens; its output, and what then stands in its cache, are compared."""
+    context.expect_runnable()
+    bundle, figures = context.bundle, context.figures
+    walks = [visit for visit, (group, *_) in enumerate(figures.visits.tolist()) if group == WALK]
+    if not walks:
+        raise NotExamined("the figures hold no walk through the cache")
+    visit, noise = walks[0], allowed(bundle, figures)
+    count = int(figures.visits[visit][2])
+    for index in range(bundle.layers):
+        context.say(f"  cache of layer {index} of {bundle.layers}")
+        try:
+            session = open_session(bundle.layer_path(index), context.engine, context.threads)
+            hidden = figures.inputs(index, 0, count)
+            decoder = Decoder([session])
+            layer = Layer(bundle.layer_path(index), context.engine, context.threads, figures.hidden_type, session)
+            ours = bundle.maker == OURS
+            outputs, differing = difference(decoder, layer, hidden, steps(count, bundle.prefill_len), ours)
+        except Failure as failure:
+            return refused(STAGE, failure, f"layer {index} behind its cache", bundle.layer_path(index).name)
+        if differing is not None:
+            return Finding(
+                STAGE,
+                f"layer {index}, {differing.place}",
+                "axrun: board/axrun/decoder.py",
+                differing.expected,
+                differing.seen,
+                f"asked directly, the layer is right, so the runner is at fault: {differing.cause}",
+                INSTALL,
+            )
+        keys, values = kept(decoder)
+        entries = compare(figures, index, visit, Result(keys[:count], values[:count], outputs))
+        if bad := wrong(entries, noise):
+            first = bad[0]
+            stored = {entry.what for entry in bad} & {KEYS, VALUES}
+            cause = (
+                "the rows are not put where they belong"
+                if stored
+                else "the rows in the cache are right and are not read so: the mask, or where a chunk begins"
+            )
+            if OUTPUT not in {entry.what for entry in bad}:
+                cause = "the rows in the cache were changed after the layer gave them, or put at other positions"
+            return Finding(
+                STAGE,
+                f"layer {index}, {first.what} at position {first.position} of {count} tokens in the runner's chunks",
+                "axrun: board/axrun/decoder.py",
+                f"the float32 reference's, with an error of at most {noise.row:.2g}",
+                f"an error of {first.error:.2g}; asked directly, the layer is right",
+                cause,
+                INSTALL,
+            )
+    return (
+        f"{bundle.layers} layers over {count} tokens in prefill, behind history and in decode: the same K, V and output"
+    )
+
+
+def steps(count: int, prefill: int) -> Iterator[tuple[int, int]]:
+    """A prefill, a few single tokens, prefills behind them, and single tokens to the end."""
+    end = max(count - DECODED, 1)
+    first = min(prefill or 1, end)
+    again = min(first + DECODED, end)
+    yield 0, first
+    yield from ((at, at + 1) for at in range(first, again))
+    yield from ((at, min(at + (prefill or 1), end)) for at in range(again, end, prefill or 1))
+    yield from ((at, at + 1) for at in range(end, count))

@@ -1,0 +1,94 @@
+"""axrun doctor: examines a bundle alone, where it lies, against figures that were left in it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from axrun import machine
+from axrun.doctor.cache import cache
+from axrun.doctor.context import Context
+from axrun.doctor.embedding import embedding
+from axrun.doctor.files import files
+from axrun.doctor.installed import Installed, look
+from axrun.doctor.layers import layers
+from axrun.doctor.post import answer, post
+from axrun.doctor.report import Finding, Report
+from axrun.doctor.sampling import sampling
+from axrun.doctor.text import template, tokenizer
+from axrun.doctor.versions import versions
+from axrun.doctor.walk import Say, Stage, walk
+from axrun.errors import BadInput, Failure
+from axrun.format import logits
+from axrun.format.bundle import MANIFEST, Bundle, read_manifest
+from axrun.session import ENGINES, engine_version
+
+SAMPLED = 16  # rows of the reference logits that the sampler chooses from
+
+
+def examine(
+    path: Path,
+    engine: str,
+    threads: int | None = None,
+    say: Say = lambda line: None,
+    installed: Installed | None = None,
+) -> Report:
+    """Walks the stages of a bundle. `say` gets progress.
+
+    Raises BadInput when there is no such folder, or no such engine here.
+    """
+    if engine not in ENGINES:
+        raise BadInput(f"unknown engine {engine!r}; there are: {', '.join(sorted(ENGINES))}")
+    if not path.is_dir():
+        raise BadInput(f"no bundle folder {path}\nGive the folder that has {MANIFEST}.")
+    if not (path / MANIFEST).is_file() and not any(path.glob("*.axmodel")):
+        raise BadInput(f"{path} is no bundle: it has no {MANIFEST} and no axmodels\nGive the folder that has them.")
+    if engine == "ort":
+        engine_version(engine)  # refuses where it is not installed
+    here = look() if installed is None else installed
+    report = Report(str(path), _maker(path), machine.describe().board or "this machine", engine)
+
+    @functools.cache
+    def context() -> Context:
+        return Context(Bundle.open(path), engine, threads, here, say)
+
+    def of(stage: Callable[[Context], str | Finding]) -> Stage:
+        return lambda: stage(context())
+
+    stages: dict[str, Stage] = {
+        "files": lambda: files(path),
+        "versions": lambda: versions(context().bundle, engine, here),
+        "tokenizer": of(tokenizer),
+        "template": of(template),
+        "embedding": of(embedding),
+        "layers": of(layers),
+        "cache": of(cache),
+        "post": of(post),
+        "sampling": lambda: sampling(context().bundle, list(_rows(context().bundle))),
+        "answer": of(answer),
+    }
+    return walk(report, stages, say)
+
+
+def _maker(path: Path) -> str:
+    try:
+        return str(read_manifest(path)["maker"])
+    except Failure:
+        return "unknown"
+
+
+def _rows(bundle: Bundle) -> Iterator[tuple[Any, int]]:
+    """Logits of the reference, as far as they were kept, and the likeliest token of each."""
+    if logits.NAME not in bundle.manifest["files"]:
+        return
+    reference = logits.read(bundle.path / logits.NAME)
+    if reference.about["vocab_size"] != bundle.vocab_size:
+        return
+    for ids, kept in zip(reference.ids[0][:SAMPLED], reference.logprobs[0][:SAMPLED]):
+        row = np.full(bundle.vocab_size, -1e4, np.float32)
+        row[ids] = kept
+        yield row, int(ids[kept == kept.max()].min())

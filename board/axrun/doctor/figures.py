@@ -1,0 +1,249 @@
+"""Figures of the checkpoint in a bundle, against which a board examines it alone: `axc reference` leaves them.
+
+A layer is asked about hidden states and K/V rows that are picked from a few real ones of it, so that a prefill of its
+full width and a history of the whole context take no more room than the picks. Only a few tokens' outputs are kept.
+What the file takes: about 4 MB for Qwen2-0.5B (24 layers of 896, six groups), growing with layers x hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axrun import npz
+from axrun.errors import BadInput
+from axrun.format.bundle import Bundle
+from axrun.format.dtypes import FLOATS, bf16_to_f32, from_float32, to_float32
+
+NAME = "figures.npz"  # in a bundle
+SCHEMA = 1
+MOST_BYTES = 256 << 20
+TABLE_ROWS = 64  # of the embedding table that share a checksum
+WALK = -1  # as the group of a visit: all of it through the runner's own chunks and cache
+
+# array: (kinds of dtype, dimensions); L layers, B base rows, N positions, V visits, P probes
+ARRAYS = {
+    "hidden": ("uf", 3),
+    "keys": ("uf", 3),
+    "values": ("uf", 3),
+    "given": ("u", 1),
+    "kept": ("u", 1),
+    "visits": ("i", 2),
+    "probes": ("u", 2),
+    "updates": ("if", 3),
+    "updates_scale": ("f", 2),
+    "new_keys": ("if", 3),
+    "new_keys_scale": ("f", 2),
+    "new_values": ("if", 3),
+    "new_values_scale": ("f", 2),
+    "table_ids": ("u", 1),
+    "table_rows": ("u", 2),
+    "table_sums": ("u", 1),
+    "post_hidden": ("uf", 2),
+    "post_logits": ("if", 2),
+    "post_logits_scale": ("f", 1),
+    "asked": ("u", 1),
+    "answer": ("u", 1),
+    "answer_ids": ("u", 1),
+    "answer_logits": ("f", 2),
+}
+
+CARRIED = ("hidden", "keys", "values", "post_hidden", "table_rows")  # unsigned where they are bfloat16
+
+Array = NDArray[Any]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the float32 checkpoint makes of a bundle's layers, post model and prompt.
+
+    `hidden` [L, B, H], `keys` and `values` [L, B, D] are the base rows, in the carrier of the hidden state's type;
+    `given` and `kept` [N] which of them stand at each position. `visits` [V, 3]: group (WALK: the runner's chunks),
+    start, count. `probes` [P, 2]: visit, position in the context. `updates` [L, P, H], what each layer adds to its
+    input, and `new_keys`, `new_values` [L, P, D], its K/V rows: whole numbers times a scale for each row, or floats
+    with scales of 1. `table_ids`, `table_rows` [n, H]: rows of the embedding table in bfloat16, `table_sums` CRC-32 of
+    each TABLE_ROWS rows. `post_hidden` [r, H] and `post_logits` [r, vocab]. `asked`, `answer`: a prompt and its greedy
+    answer, `answer_logits` [tokens, n] what each was taken from, of `answer_ids`. `about`: vocab_size, exact (weight
+    types that hold the checkpoint's values), text (ids by the checkpoint's tokenizer), what it was made from.
+    """
+
+    hidden: Array
+    keys: Array
+    values: Array
+    given: Array
+    kept: Array
+    visits: Array
+    probes: Array
+    updates: Array
+    updates_scale: Floats
+    new_keys: Array
+    new_keys_scale: Floats
+    new_values: Array
+    new_values_scale: Floats
+    table_ids: Array
+    table_rows: Array
+    table_sums: Array
+    post_hidden: Array
+    post_logits: Array
+    post_logits_scale: Floats
+    asked: Array
+    answer: Array
+    answer_ids: Array
+    answer_logits: Floats
+    about: Mapping[str, Any]
+
+    @property
+    def hidden_type(self) -> str:
+        return str(self.about["hidden_state_type"])
+
+    def encode(self) -> bytes:
+        """The file; the same values give the same bytes."""
+        return npz.encode({name: getattr(self, name) for name in ARRAYS}, {**self.about, "schema": SCHEMA})
+
+    def inputs(self, layer: int, start: int, stop: int) -> Floats:
+        """Hidden states [stop - start, H] that a layer is given at these positions."""
+        return to_float32(self.hidden[layer][self.given[start:stop]], FLOATS[self.hidden_type])
+
+    def history(self, layer: int, start: int) -> tuple[Floats, Floats]:
+        """K and V [start, D] before position `start`."""
+        return picked(self.keys[layer], self.values[layer], self.kept[:start], self.hidden_type)
+
+    def of_visit(self, visit: int) -> Array:
+        """Indices of the probes of a visit."""
+        return np.flatnonzero(self.probes[:, 0] == visit)
+
+
+def picked(keys: Array, values: Array, picks: Array, hidden_type: str) -> tuple[Floats, Floats]:
+    """K and V [n, D] of the base rows that `picks` name, in float32 values of the hidden state's type.
+
+    V follows a trend along the positions, from -1 to 1 times one of its rows: its mean tells which rows were seen.
+    """
+    dtype = FLOATS[hidden_type]
+    trend = np.linspace(-1, 1, len(picks), dtype=np.float32)[:, None]
+    base = to_float32(values, dtype)
+    mixed = base[picks] * np.float32(0.5) + base[len(base) // 2] * trend
+    return to_float32(keys, dtype)[picks], to_float32(from_float32(mixed, dtype), dtype)
+
+
+def packed(rows: Floats, exact: bool) -> tuple[Array, Floats]:
+    """Rows [..., n] as int16 and a float32 scale [...] each; `exact`: as they are, with scales of 1."""
+    if exact:
+        return rows.astype(np.float32), np.ones(rows.shape[:-1], np.float32)
+    scale = np.maximum(np.abs(rows).max(axis=-1, initial=0.0) / 32767, np.float32(1e-30)).astype(np.float32)
+    return np.rint(rows / scale[..., None]).clip(-32767, 32767).astype(np.int16), scale
+
+
+def unpacked(rows: Array, scale: Any) -> Floats:
+    """The float32 rows of `packed`."""
+    return np.asarray(rows.astype(np.float32) * np.asarray(scale, np.float32)[..., None])
+
+
+def read(path: Path, bundle: Bundle) -> Figures:
+    """Opens the figures of a bundle; everything in them is checked before it is used.
+
+    Raises BadInput when the file cannot be read, is damaged, or is of another bundle.
+    """
+    try:
+        arrays, about = npz.read(path, ARRAYS, SCHEMA, MOST_BYTES)
+    except npz.Damaged as error:
+        raise _damaged(path, str(error)) from None
+    figures = Figures(**arrays, about=about)
+    fault = _about_fault(about, bundle) or _fault(figures, bundle)
+    if fault:
+        raise _damaged(path, fault)
+    return figures
+
+
+def _about_fault(about: Mapping[str, Any], bundle: Bundle) -> str:
+    if about.get("hidden_state_type") != bundle.hidden_state_type:
+        return f"its hidden_state_type is {about.get('hidden_state_type')!r:.40}, not {bundle.hidden_state_type!r}"
+    if about.get("vocab_size") != bundle.vocab_size:
+        return f"its vocab_size is {about.get('vocab_size')!r:.40}, the bundle's {bundle.vocab_size}"
+    exact, text = about.get("exact"), about.get("text")
+    if not isinstance(exact, list) or not all(type(name) is str for name in exact):
+        return f"its exact types are {exact!r:.60}"
+    if not isinstance(text, dict):
+        return f"its text is {text!r:.60}"
+    return ""
+
+
+def _fault(figures: Figures, bundle: Bundle) -> str:
+    """What is wrong with the values, in words; empty where nothing is."""
+    layers, width, hidden = bundle.layers, bundle.kv_size, bundle.hidden_size
+    base, positions = figures.hidden.shape[1], len(figures.given)
+    probes, visits, rows = len(figures.probes), len(figures.visits), len(figures.post_hidden)
+    carrier = {"fp32": "f4", "fp16": "f2", "bf16": "u2"}[bundle.hidden_state_type]
+    if not base or not 0 < positions <= max(bundle.kv_cache_len, 1) or not visits or not probes:
+        return f"it has {base} base rows, {positions} positions, {visits} visits and {probes} probes"
+    for name, shape in (
+        ("hidden", (layers, base, hidden)),
+        ("keys", (layers, base, width)),
+        ("values", (layers, base, width)),
+        ("kept", (positions,)),
+        ("visits", (visits, 3)),
+        ("probes", (probes, 2)),
+        ("updates", (layers, probes, hidden)),
+        ("updates_scale", (layers, probes)),
+        ("new_keys", (layers, probes, width)),
+        ("new_keys_scale", (layers, probes)),
+        ("new_values", (layers, probes, width)),
+        ("new_values_scale", (layers, probes)),
+        ("table_rows", (len(figures.table_ids), hidden)),
+        ("table_sums", (-(-bundle.vocab_size // TABLE_ROWS),)),
+        ("post_hidden", (rows, hidden)),
+        ("post_logits", (rows, bundle.vocab_size)),
+        ("post_logits_scale", (rows,)),
+        ("answer_logits", (len(figures.answer), len(figures.answer_ids))),
+    ):
+        if getattr(figures, name).shape != shape:
+            return f"its {name} are {list(getattr(figures, name).shape)}, expected {list(shape)}"
+    for name in ("hidden", "keys", "values", "post_hidden"):
+        if getattr(figures, name).dtype.str[1:] != carrier:
+            return f"its {name} are {getattr(figures, name).dtype}, not in the type {bundle.hidden_state_type}"
+    if figures.table_rows.dtype.itemsize != 2:
+        return f"its table_rows are {figures.table_rows.dtype}"
+    for name, most in (("given", base), ("kept", base), ("table_ids", bundle.vocab_size)):
+        if int(getattr(figures, name).max(initial=0)) >= most:
+            return f"its {name} name rows beyond {most}"
+    for name in ("asked", "answer", "answer_ids"):
+        if int(getattr(figures, name).max(initial=0)) >= bundle.vocab_size:
+            return f"its {name} are outside the vocabulary of {bundle.vocab_size}"
+    if len(figures.asked) + len(figures.answer) > bundle.kv_cache_len:
+        return f"its answer of {len(figures.asked)} + {len(figures.answer)} tokens does not fit the context"
+    return _visits_fault(figures, bundle, positions) or _values_fault(figures)
+
+
+def _visits_fault(figures: Figures, bundle: Bundle, positions: int) -> str:
+    for group, start, count in figures.visits.tolist():
+        walk = group == WALK and start == 0
+        if not walk and not (0 <= group < len(bundle.groups) and 0 <= start <= bundle.groups[group].history):
+            return f"it visits group {group} behind {start} rows"
+        if not 0 < count <= (positions if walk else bundle.groups[group].tokens) or start + count > positions:
+            return f"it visits {count} tokens behind {start} rows in group {group}"
+    for visit, position in figures.probes.tolist():
+        if visit >= len(figures.visits):
+            return f"it probes visit {visit} of {len(figures.visits)}"
+        _, start, count = figures.visits[visit].tolist()
+        if not start <= position < start + count:
+            return f"it probes position {position} of visit {visit}"
+    return ""
+
+
+def _values_fault(figures: Figures) -> str:
+    for name in ARRAYS:
+        array = getattr(figures, name)
+        if name in CARRIED and array.dtype.kind == "u":
+            array = bf16_to_f32(array)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            return f"its {name} are not finite"
+    return ""
+
+
+def _damaged(path: Path, what: str) -> BadInput:
+    return BadInput(f"{path} holds no figures of this bundle: {what}\nWrite them anew with `axc reference --bundle`.")

@@ -1,0 +1,118 @@
+"""What a machine has installed that runs axmodels, as it tells it itself; nothing of it is loaded into this process."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from axrun.doctor import fits
+from axrun.session import ax_engine
+
+PROC = Path("/proc/ax_proc")  # Axera's driver
+MOST = 4096  # characters of what a file or a library says
+SECONDS = 30.0  # for a library to say its version
+
+# In a process of its own: two libraries of one name do not go together, and a damaged one may end it.
+ASK = """
+import ctypes, json, os, sys
+folder = sys.argv[1]
+ctypes.CDLL(os.path.join(folder, "libax_sys.so"), mode=ctypes.RTLD_GLOBAL)
+engine = ctypes.CDLL(os.path.join(folder, "libax_engine.so"))
+engine.AX_ENGINE_GetVersion.restype = ctypes.c_char_p
+print(json.dumps({
+    "version": (engine.AX_ENGINE_GetVersion() or b"").decode("utf-8", "replace"),
+    "affinity": hasattr(engine, "AX_ENGINE_SetAffinity"),
+    "ops": hasattr(engine, "AX_ENGINE_GetTotalOps"),
+    "extensions": engine.axc_extensions() if hasattr(engine, "axc_extensions") else 0,
+}))
+"""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A libax_engine.so. `extensions` is 0 for any but ours; `chip` the family its functions are of, or empty.
+
+    `fault` is why it does not load, empty where it does. `interpreter`: libax_interpreter.so, which it needs, is there.
+    """
+
+    folder: str
+    version: str = ""
+    chip: str = ""
+    extensions: int = 0
+    interpreter: bool = True
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """`bsp` and `chip_type` are what the driver says, empty without one.
+
+    `ours` and `vendors` are the engines that would run our axmodels and the vendor's, None where there is none.
+    """
+
+    bsp: str
+    chip_type: str
+    ours: Engine | None
+    vendors: Engine | None
+    machine: str
+    python: str
+    libc: str
+
+    @property
+    def chip(self) -> str:
+        """The family of the chip, by the driver, else by the vendor's engine; empty where neither tells."""
+        return fits.family(self.chip_type) or (self.vendors.chip if self.vendors else "")
+
+
+def look(proc: Path = PROC, soc: Path = ax_engine.BOARD) -> Installed:
+    """Asks the driver's files and the libraries. `soc` is where a board has the vendor's."""
+    ours = ax_engine.folder(ours=True)
+    vendors = os.environ.get(ax_engine.FOLDER) or os.fspath(soc)
+    engines = {folder: ask(folder) for folder in {ours, vendors} if Path(folder, "libax_engine.so").exists()}
+    return Installed(
+        bsp=_line(proc / "version"),
+        chip_type=_line(proc / "chip_type"),
+        ours=engines.get(ours),
+        vendors=engines.get(vendors),
+        machine=platform.machine(),
+        python=platform.python_version(),
+        libc=" ".join(platform.libc_ver()).strip() or "an unknown C library",
+    )
+
+
+def ask(folder: str) -> Engine:
+    """What the engine in a folder says of itself."""
+    interpreter = Path(folder, "libax_interpreter.so").exists()
+    command = [sys.executable, "-I", "-S", "-c", ASK, folder]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return Engine(folder, interpreter=interpreter, fault=f"it says nothing within {SECONDS:.0f} s")
+    try:
+        told = json.loads(done.stdout[:MOST])
+        symbols = bool(told["affinity"]), bool(told["ops"])
+        chip = fits.BY_SYMBOLS.get(symbols, "")
+        return Engine(folder, printable(str(told["version"])), chip, int(told["extensions"]), interpreter)
+    except (ValueError, KeyError, TypeError):
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        why = printable(said[-1]) if said else f"the process that loaded it ended with {done.returncode}"
+        return Engine(folder, interpreter=interpreter, fault=why)
+
+
+def printable(text: str) -> str:
+    """Text of another program, short and without control characters."""
+    return "".join(character for character in text if character.isprintable())[:200]
+
+
+def _line(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MOST).decode("utf-8", "replace")
+    except OSError:
+        return ""
+    return printable(text.strip().partition("\n")[0])

@@ -1,0 +1,167 @@
+"""The stage `layers`: each layer in prefill, with history and in decode, fed with rows of the reference's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from axrun.agreement import Noise
+from axrun.doctor.constants import constants
+from axrun.doctor.context import Context
+from axrun.doctor.direct import Floats, Layer, Result
+from axrun.doctor.figures import WALK
+from axrun.doctor.measured import (
+    KEYS,
+    OUTPUT,
+    VALUES,
+    Measured,
+    allowed,
+    compare,
+    expected,
+    pattern,
+    wrong,
+    wrong_channels,
+)
+from axrun.doctor.report import Finding
+from axrun.doctor.walk import refused
+from axrun.errors import BadInput, Failure
+
+STAGE = "layers"
+
+
+def layers(context: Context) -> str | Finding:
+    """Runs each layer's shape groups by the engine's interface, without the runner's masks and caches."""
+    context.expect_runnable()
+    bundle, figures = context.bundle, context.figures
+    noise, worst = allowed(bundle, figures), 0.0
+    for index in range(bundle.layers):
+        context.say(f"  layer {index} of {bundle.layers}")
+        name = bundle.layer_path(index).name
+        try:
+            layer = _open(context, index, context.engine)
+        except BadInput as failure:
+            return refused(STAGE, failure, f"layer {index} does not load", name)
+        entries: list[Measured] = []
+        outputs = []
+        for visit in _visits(context):
+            try:
+                made = _run(context, layer, index, visit)
+            except Failure as failure:
+                return refused(STAGE, failure, f"layer {index} does not run", name)
+            entries += compare(figures, index, visit, made)
+            outputs.append(_outputs(context, index, visit, made))
+        bad = wrong(entries, noise)
+        channels = wrong_channels(outputs, figures.hidden_type)
+        if channels and {entry.what for entry in bad} <= {OUTPUT}:
+            return _channels(name, index, channels, outputs)
+        if bad:
+            return _finding(context, index, bad, entries, noise)
+        if found := constants(context, STAGE, index):
+            return found
+        worst = max(worst, *(entry.error for entry in entries))
+    visits = list(_visits(context))
+    return (
+        f"{bundle.layers} layers in {len(visits)} visits of {len(bundle.groups)} groups: outputs, K and V; "
+        f"worst error {worst:.2g} of {noise.row:.2g} allowed"
+    )
+
+
+def _outputs(context: Context, index: int, visit: int, made: Result) -> tuple[Floats, Floats, Floats]:
+    """A layer's outputs at the probes of a visit, what it should add to its inputs there, and these: [n, H] each."""
+    figures = context.figures
+    _, start, count = figures.visits[visit].tolist()
+    probes = figures.of_visit(visit)
+    inside = figures.probes[probes, 1].astype(int) - start
+    given = figures.inputs(index, start, start + count)[inside]
+    return made.output[inside], expected(figures, index, probes).updates, given
+
+
+def _channels(
+    file: str, index: int, channels: Sequence[int], outputs: Sequence[tuple[Floats, Floats, Floats]]
+) -> Finding:
+    ours, updates, given = (rows[0] for rows in outputs[0])
+    first = channels[0]
+    return Finding(
+        STAGE,
+        f"layer {index}, channel {first} of the output" + f" and {len(channels) - 1} more" * (len(channels) > 1),
+        file,
+        f"it adds {updates[first]:.4g}",
+        f"it adds {ours[first] - given[first]:.4g}; the other channels agree",
+        "a row of down_proj or o_proj was damaged, or has another row's scale",
+        "Copy or build the bundle again; `axc doctor` compares the weights themselves.",
+    )
+
+
+def _open(context: Context, index: int, engine: str) -> Layer:
+    return Layer(context.bundle.layer_path(index), engine, context.threads, context.bundle.hidden_state_type)
+
+
+def _visits(context: Context) -> Iterator[int]:
+    return (visit for visit, (group, *_) in enumerate(context.figures.visits.tolist()) if group != WALK)
+
+
+def _run(context: Context, layer: Layer, source: int, visit: int) -> Result:
+    """What a layer makes of a visit with the inputs and the history of layer `source`."""
+    group, start, count = context.figures.visits[visit].tolist()
+    keys, values = context.figures.history(source, start)
+    return layer.run(group, start, context.figures.inputs(source, start, start + count), keys, values)
+
+
+def _finding(
+    context: Context, index: int, bad: Sequence[Measured], entries: Sequence[Measured], noise: Noise
+) -> Finding:
+    order = {KEYS: 0, VALUES: 1, OUTPUT: 2}  # the output follows from the others
+    first = min(bad, key=lambda entry: order[entry.what])
+    file = context.bundle.layer_path(index).name
+    most = noise.row if first.error > noise.row else noise.rms
+    cause, advice = pattern(bad, entries), "Build the bundle again; if it stays, report it with this output."
+    other = _whose(context, index, noise)
+    if other is not None:
+        cause = f"it is the axmodel of layer {other}: two layers were swapped, or one was copied over another"
+        advice = "Copy or build the bundle again."
+    elif beside := _other_engine(context, index, noise):
+        file, cause = beside
+        advice = "Install axrun again; if it stays, report the engine with this output."
+    elif context.other_engine:
+        cause += f"; engine {context.other_engine} finds the same"
+    return Finding(
+        STAGE,
+        f"layer {index}, {first.place}, {first.what}",
+        file,
+        f"the float32 reference's, with an error of at most {most:.2g}",
+        f"an error of {first.error:.2g}, cosine {first.cosine:.4f}; {len(bad)} of {len(entries)} rows are wrong",
+        cause,
+        advice,
+    )
+
+
+def _whose(context: Context, index: int, noise: Noise) -> int | None:
+    """The layer whose figures this axmodel agrees with, in its first visit."""
+    figures, visit = context.figures, next(_visits(context))
+    layer = _open(context, index, context.engine)
+    for other in range(context.bundle.layers):
+        if other == index:
+            continue
+        made = _run(context, layer, other, visit)
+        if not wrong(compare(figures, other, visit, made), noise):
+            return other
+    return None
+
+
+def _other_engine(context: Context, index: int, noise: Noise) -> tuple[str, str] | None:
+    """File and cause where an engine that shares no code agrees with the figures."""
+    other = context.other_engine
+    if not other:
+        return None
+    try:
+        layer = _open(context, index, other)
+        entries = [
+            entry
+            for visit in _visits(context)
+            for entry in compare(context.figures, index, visit, _run(context, layer, index, visit))
+        ]
+    except Failure:
+        return None
+    if wrong(entries, noise):
+        return None
+    library = "libax_engine.so" if context.engine.startswith("ax") else "onnxruntime"
+    return library, f"the engine: {other} agrees with the reference on the same axmodel"

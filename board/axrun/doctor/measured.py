@@ -1,0 +1,192 @@
+"""Rows that a layer made beside the figures' rows: how far apart, and what the pattern of those apart says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from axrun.agreement import NOISE, ROUNDING, Noise, explained, update_errors
+from axrun.doctor.direct import Floats, Result
+from axrun.doctor.figures import WALK, Array, Figures, unpacked
+from axrun.format.bundle import Bundle
+
+# What the vendor's compiler may cost beyond ours of the same types. Not measured: no board was at hand.
+VENDORS = 2.0
+MOST_MEDIAN, LEAST_WRONG, FAR = 0.05, 0.7, 8.0  # of channels: see wrong_channels
+ABRUPT = 0.02  # of the error of wrong K rows: what right ones have before a table ends, not where its base is another
+OUTPUT, KEYS, VALUES = "output", "K row", "V row"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row: `what` of OUTPUT, KEYS and VALUES, at a position of a visit."""
+
+    what: str
+    stage: str
+    group: int
+    start: int
+    position: int
+    cosine: float
+    error: float
+
+    @property
+    def place(self) -> str:
+        if self.stage == "decode":
+            return f"decode at position {self.position}"
+        behind = f" behind {self.start} rows" if self.start else ""
+        return f"{self.stage}{behind}, position {self.position}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Rows of the reference at the probes of a visit: what the layer adds to its input, and its K and V."""
+
+    updates: Floats
+    keys: Floats
+    values: Floats
+
+
+def allowed(bundle: Bundle, figures: Figures) -> Noise:
+    """What the types of a bundle's layers may cost."""
+    return _noise(bundle, figures, bundle.flag("weight_type"))
+
+
+def allowed_whole(bundle: Bundle, figures: Figures) -> Noise:
+    """The same with the post model's and the embedding table's, which is bfloat16."""
+    types = {bundle.flag("weight_type"), bundle.flag("post_weight_type")}
+    return _noise(bundle, figures, *sorted(types), *(() if "bf16" in figures.about["exact"] else ("bf16",)))
+
+
+def allowed_post(bundle: Bundle, figures: Figures) -> Noise:
+    return _noise(bundle, figures, bundle.flag("post_weight_type"))
+
+
+def _noise(bundle: Bundle, figures: Figures, *weight_types: str) -> Noise:
+    exact = figures.about["exact"]
+    types = {bundle.hidden_state_type, *(name if name in NOISE else "s4" for name in weight_types if name not in exact)}
+    noise = explained(*sorted(types))
+    return noise if bundle.maker == "cpu" else Noise(*(VENDORS * value for value in noise))
+
+
+def expected(figures: Figures, layer: int, probes: Array) -> Expected:
+    """What the figures say of a layer at some probes."""
+    return Expected(
+        unpacked(figures.updates[layer][probes], figures.updates_scale[layer][probes]),
+        unpacked(figures.new_keys[layer][probes], figures.new_keys_scale[layer][probes]),
+        unpacked(figures.new_values[layer][probes], figures.new_values_scale[layer][probes]),
+    )
+
+
+def compare(
+    figures: Figures, layer: int, visit: int, made: Result, against: int | None = None, kinds: Sequence[str] = ()
+) -> list[Measured]:
+    """What a layer made in a visit beside the figures of that layer, or of another: one entry a row and output.
+
+    `made` has the rows of all of the visit's tokens.
+    """
+    group, start, count = (int(value) for value in figures.visits[visit])
+    probes = figures.of_visit(visit)
+    positions = figures.probes[probes, 1].astype(int)
+    wanted = expected(figures, layer if against is None else against, probes)
+    source = layer if against is None else against
+    given = figures.inputs(source, start, start + count)[positions - start]
+    nothing = np.zeros_like(wanted.keys)
+    with np.errstate(all="ignore"):
+        pairs = {
+            OUTPUT: (made.output, wanted.updates + given, given),
+            KEYS: (made.keys, wanted.keys, nothing),
+            VALUES: (made.values, wanted.values, nothing),
+        }
+        found = []
+        stage = stage_of(figures, visit)
+        for what, (ours, reference, before) in pairs.items():
+            if kinds and what not in kinds:
+                continue
+            rows = update_errors(ours[positions - start], reference, before, figures.hidden_type)
+            found += [
+                Measured(what, stage, group, start, int(at), float(cosine), float(error))
+                for at, cosine, error in zip(positions, *rows)
+            ]
+    return found
+
+
+def stage_of(figures: Figures, visit: int) -> str:
+    """prefill, history (a prefill behind cached rows), decode, or walk."""
+    group, start, count = (int(value) for value in figures.visits[visit])
+    if group == WALK:
+        return "walk"
+    return "decode" if count == 1 else "history" if start else "prefill"
+
+
+def wrong(entries: Sequence[Measured], noise: Noise) -> list[Measured]:
+    """Those that the noise does not explain; all of a kind where their root mean square does not."""
+    found = [entry for entry in entries if not entry.error <= noise.row]
+    for what in (OUTPUT, KEYS, VALUES):
+        errors = np.array([entry.error for entry in entries if entry.what == what])
+        if not found and len(errors) and not np.sqrt((errors**2).mean()) <= noise.rms:
+            found = [entry for entry in entries if entry.what == what and not entry.error <= noise.rms]
+    return found
+
+
+def wrong_channels(pairs: Sequence[tuple[Floats, Floats, Floats]], hidden_type: str) -> list[int]:
+    """Channels of the output whose error is far beyond the others' and most of what the layer adds there.
+
+    `pairs`: a layer's outputs, what it should add, and its inputs, [n, H] each. One row of a matrix among many moves
+    the whole row's error by little. Seen on tiny-qwen2: at most 0.04 of the update with s8 where nothing is wrong, 1.6
+    where a scale has the other sign. Four bits leave too much noise to tell: no channel is then called wrong.
+    """
+    ours, updates, given = (np.concatenate(column).astype(np.float64) for column in zip(*pairs))
+    error = np.maximum(np.abs(ours - updates - given) - ROUNDING[hidden_type] * np.abs(updates + given), 0)
+    errors, moved = (np.sqrt((values**2).mean(axis=0)) for values in (error, updates))
+    with np.errstate(all="ignore"):
+        relative = np.where(moved > 0, errors / moved, 0)
+    if not np.median(relative) < MOST_MEDIAN:
+        return []
+    far = (relative > LEAST_WRONG) & (errors > FAR * np.median(errors)) & (errors > 1e-4 * moved.max())
+    return [int(channel) for channel in np.flatnonzero(far)]
+
+
+def pattern(bad: Sequence[Measured], entries: Sequence[Measured]) -> str:
+    """Which of a layer's rows are wrong, in words, and what usually causes that."""
+    if not np.isfinite([entry.error for entry in bad]).all():
+        return "values that are not finite: an overflow, or damaged weights"
+    kinds = {entry.what for entry in bad}
+    good = [entry for entry in entries if entry not in bad]
+    if kinds == {OUTPUT}:
+        return _output_pattern(bad, entries)
+    if KEYS in kinds and VALUES not in kinds:
+        keys = [entry for entry in bad if entry.what == KEYS]
+        right = max((entry.error for entry in good if entry.what == KEYS and entry.position), default=np.inf)
+        start = _only_from(keys, entries, KEYS)
+        if start and right < ABRUPT * min(entry.error for entry in keys):
+            return f"K is right before position {start} and wrong from there on: the rotary tables end or change there"
+        if start:
+            return "K is right at position 0 and not behind it: probably the rotary tables (base, scaling or order)"
+        if not any(entry.what == KEYS for entry in good):
+            return "K is wrong everywhere: probably k_proj, its bias, its norm, the order of heads, or rotary"
+        return "K is wrong at some positions: probably the rotary tables"
+    if VALUES in kinds and KEYS not in kinds:
+        return "V is wrong and K is right: probably v_proj or its bias"
+    return "K and V are wrong: another layer's or another model's weights, or the norm before them (weight, eps)"
+
+
+def _output_pattern(bad: Sequence[Measured], entries: Sequence[Measured]) -> str:
+    """The same where K and V are right."""
+    right = [entry for entry in entries if entry.what == OUTPUT and entry not in bad]
+    if right and {entry.stage for entry in bad} == {"decode"}:
+        return "wrong in decode only: the decode group, or the engine's path for one token"
+    if right and all(entry.start for entry in bad) and any(entry.start == 0 for entry in right):
+        return "wrong behind cached rows only: how the layer reads its cache or its mask"
+    if start := _only_from(bad, entries, OUTPUT):
+        return f"right before position {start} and wrong from there on: rotary, or what the mask hides"
+    return "K and V are right and the output is not: q_proj, o_proj, the MLP, a norm, or the attention's scale"
+
+
+def _only_from(bad: Sequence[Measured], entries: Sequence[Measured], what: str) -> int:
+    """The first wrong position where all from there on are wrong and all before it are right; 0 where it is not so."""
+    first = min(entry.position for entry in bad)
+    of_kind = [entry for entry in entries if entry.what == what]
+    after = all(entry in bad for entry in of_kind if entry.position >= first)
+    return first if after and any(entry.position < first for entry in of_kind) else 0

@@ -1,0 +1,47 @@
+"""The ids that end an answer, in the stage `template`: those that the build found, and tokens of the model."""
+
+from __future__ import annotations
+
+from axrun.doctor.report import Finding
+from axrun.errors import Failure
+from axrun.format.bundle import Bundle
+from axrun.tokenizer import Tokenizer
+
+STAGE, PART = "template", "stop ids"
+
+
+def stops(bundle: Bundle) -> Finding | None:
+    """What is wrong with them, if anything."""
+    try:
+        tokenizer = Tokenizer.find(bundle.hf)
+    except Failure:
+        return None  # the stage tokenizer says it
+    if tokenizer is None:
+        return None
+    listed = _listed(bundle)
+    seen = sorted(token for token in tokenizer.stop_ids if token < bundle.vocab_size)  # the build leaves others out
+    if listed is not None and sorted(listed) != seen:
+        missing, other = sorted(set(listed) - set(seen)), sorted(set(seen) - set(listed))
+        cause = "an answer does not end, or ends too early: " + " and ".join(
+            [f"{missing} no longer stop"] * bool(missing) + [f"{other} stop"] * bool(other)
+        )
+        named = tokenizer.stop_sources[other[0]][0] if other else listed[missing[0]]
+        advice = "hf/ is not the build's: copy or build the bundle again."
+        return Finding(
+            STAGE, PART, _file(bundle, named), f"{sorted(listed)}, as the build found them", f"{seen}", cause, advice
+        )
+    return None
+
+
+def _listed(bundle: Bundle) -> dict[int, str] | None:
+    """Stop ids as the build found them, with the first file that names each."""
+    text = bundle.manifest.get("text")
+    ids = text.get("stop_ids") if isinstance(text, dict) else None
+    if not isinstance(ids, dict) or not all(number.isdecimal() and len(number) < 10 for number in ids):
+        return None
+    return {int(number): str(named[0]) if isinstance(named, list) and named else "" for number, named in ids.items()}
+
+
+def _file(bundle: Bundle, named: str) -> str:
+    """What names a stop id, as a file of the bundle."""
+    return f"hf/{named}" if (bundle.hf / named).is_file() else "hf/tokenizer_config.json"

@@ -1,0 +1,136 @@
+"""The stages `tokenizer` and `template`: what the runner reads of hf/, beside what transformers reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from axrun.chat import ChatTemplate
+from axrun.doctor.context import Context
+from axrun.doctor.report import Finding
+from axrun.doctor.spelling import different, vocabulary
+from axrun.doctor.stops import stops
+from axrun.doctor.walk import NotExamined, refused
+from axrun.errors import Failure
+from axrun.hf_files import template_file
+from axrun.tokenizer import Tokenizer
+
+TOKENIZER, TEMPLATE = "tokenizer", "template"
+COPY = "Copy the bundle again, or build it again from this checkpoint."
+
+
+def tokenizer(context: Context) -> str | Finding:
+    """Token ids of texts, and the texts of those ids, as the checkpoint's own tokenizer has them."""
+    hf = context.bundle.hf
+    try:
+        ours = Tokenizer.find(hf)
+    except Failure as failure:
+        return refused(TOKENIZER, failure, "the tokenizer's files")
+    texts = _listed(context.figures.about["text"], "texts", ("text", "ids", "decoded"))
+    if ours is None:
+        if texts:
+            return _finding(context, "no tokenizer", "that of the checkpoint", "none in hf/", "hf/ was emptied")
+        raise NotExamined("the bundle has no tokenizer")
+    if not texts:
+        raise NotExamined("the figures hold no texts: transformers found no tokenizer in the checkpoint")
+    for entry in texts:
+        try:
+            ids = ours.encode(entry["text"])
+        except Failure as failure:
+            return refused(TOKENIZER, failure, f"the text {entry['text'][:30]!a}", _file(context))
+        if ids != entry["ids"]:
+            part = f"the text {entry['text'][:30]!a}"
+            return _finding(context, part, _ids(entry["ids"], ids), _ids(ids, entry["ids"]), _why(ids, entry["ids"]))
+        if (text := ours.decode(ids)) != entry["decoded"]:
+            part = f"the ids of {entry['text'][:30]!a} as text"
+            cause = "another decoder in tokenizer.json: spaces or parts of characters are put together otherwise"
+            return _finding(context, part, f"{entry['decoded'][:50]!a}", f"{text[:50]!a}", cause)
+    listed = context.figures.about["text"].get("vocabulary")
+    if isinstance(listed, list) and (other := different(listed, vocabulary(ours.backend))):
+        part, expected, seen = other
+        return _finding(context, part, expected, seen, "tokenizer.json was edited, or is another model's")
+    return f"{len(texts)} texts to ids and back, as transformers has them"
+
+
+def template(context: Context) -> str | Finding:
+    """Conversations as the checkpoint's own template writes them, and the ids that end an answer."""
+    hf, name = context.bundle.hf, "hf/tokenizer_config.json"  # where most checkpoints have it
+    try:
+        file = template_file(hf)
+        name = f"hf/{file[0]}" if file else name
+        ours = ChatTemplate.find(hf)
+    except Failure as failure:
+        return refused(TEMPLATE, failure, "the chat template", name)
+    if found := stops(context.bundle):
+        return found
+    about = context.figures.about["text"]
+    if not isinstance(about.get("template"), bool):
+        raise NotExamined("the figures hold no conversations: transformers found no tokenizer in the checkpoint")
+    if about["template"] != (ours is not None):
+        having, lacking = ("none", "a template") if ours else ("a template", "none")
+        cause = "the file is another model's, or was left out of the copy"
+        return Finding(TEMPLATE, "the chat template", name, having.replace("none", "no template"), lacking, cause, COPY)
+    if ours is None:
+        return "the checkpoint has no chat template, nor has the bundle"
+    conversations = _listed(about, "conversations", ("name", "messages", "given", "prompt"))
+    if not conversations:
+        raise NotExamined("the template writes the date: its prompts differ from day to day, and none were left")
+    for entry in conversations:
+        try:
+            prompt = ours.render(entry["messages"], True, **entry["given"])
+        except Failure:
+            prompt = None
+        if prompt != entry["prompt"]:
+            cause = "another template than the checkpoint's: of another model, or edited"
+            seen, wanted = _at_difference(prompt, entry["prompt"]), _at_difference(entry["prompt"], prompt)
+            return Finding(TEMPLATE, f"the conversation: {entry['name'][:60]}", name, wanted, seen, cause, COPY)
+    return f"{len(conversations)} conversations, as transformers renders them"
+
+
+def _listed(about: Mapping[str, Any], name: str, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Entries of the figures' texts; those that are no such entries are left out."""
+    listed = about.get(name)
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    kinds: dict[str, Any] = {
+        "text": str,
+        "ids": list,
+        "decoded": str,
+        "name": str,
+        "messages": list,
+        "given": dict,
+        "prompt": (str, type(None)),
+    }
+    return [entry for entry in entries if all(isinstance(entry.get(key, 0), kinds[key]) for key in keys)]
+
+
+def _why(ours: Sequence[int], theirs: Sequence[Any]) -> str:
+    if len(ours) == len(theirs) and len({a - b for a, b in zip(ours, theirs) if isinstance(b, int)}) == 1:
+        return f"every id is {ours[0] - theirs[0]:+d}: the vocabulary is shifted, as with another list of added tokens"
+    if list(ours) == list(theirs[1:]) or list(ours[1:]) == list(theirs):
+        return "a special token at the beginning: another post-processor in tokenizer.json"
+    return "the tokenizer of another model, or a file of it that was changed"
+
+
+def _file(context: Context) -> str:
+    for name in ("tokenizer.json", "vocab.json", "tokenizer_config.json"):
+        if (context.bundle.hf / name).is_file():
+            return f"hf/{name}"
+    return "hf/"
+
+
+def _finding(context: Context, part: str, expected: str, seen: str, cause: str) -> Finding:
+    return Finding(TOKENIZER, part, _file(context), expected, seen, cause, COPY)
+
+
+def _ids(ids: Sequence[Any], other: Sequence[Any]) -> str:
+    """A few ids around the first that differs."""
+    at = next((i for i, (a, b) in enumerate(zip(ids, other)) if a != b), min(len(ids), len(other)))
+    return f"{list(ids[at : at + 6])!s:.80} from token {at} on, of {len(ids)}"
+
+
+def _at_difference(text: str | None, other: str | None) -> str:
+    if text is None:
+        return "a refusal"
+    pairs = enumerate(zip(text, other or ""))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(other or "")))
+    return f"{'...' if at > 20 else ''}{text[max(at - 20, 0) : at + 40]!a}"

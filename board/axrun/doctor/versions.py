@@ -1,0 +1,222 @@
+"""The stage `versions`: board, driver, engine and compiler fit the bundle, as far as the table in fits.py tells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from axrun import VERSION
+from axrun.doctor import fits
+from axrun.doctor.installed import Engine, Installed, look
+from axrun.doctor.report import Finding
+from axrun.doctor.walk import NotExamined
+from axrun.errors import Failure
+from axrun.format import axmodel
+from axrun.format.bundle import Bundle
+from axrun.session import engine_version
+from axrun.session.ax_engine import BOARD, EXTENSIONS, FOLDER
+
+STAGE = "versions"
+LIBRARY = "libax_engine.so"
+OURS = "cpu"  # the maker of our own axmodels
+
+
+def versions(bundle: Bundle, engine: str, installed: Installed | None = None) -> str | Finding:
+    """Compares what made a bundle with what runs it here; `engine` as --engine names it.
+
+    Returns the versions in words; what the table does not have is called unknown there. Raises NotExamined for a
+    vendor's bundle on a machine that has neither driver nor engine for it.
+    """
+    found = _made_at_once(bundle)
+    if found:
+        return found
+    here = look() if installed is None else installed
+    found = _ours(bundle, engine, here) if bundle.maker == OURS else _vendors(bundle, here)
+    return found or "; ".join(_said(bundle, engine, here))
+
+
+def _made_at_once(bundle: Bundle) -> Finding | None:
+    """All axmodels are of one compiler, and it is the manifest's."""
+    names = [bundle.layer_path(index) for index in range(bundle.layers)] + [bundle.post_path]
+    versions = {path.name: axmodel.read(path).version for path in names}
+    tools = bundle.manifest["tools"]
+    expected = str(tools.get("axc" if bundle.maker == OURS else bundle.maker, ""))
+    first = next(iter(versions.values()))
+    if bundle.maker == OURS or not expected:
+        expected = expected or first
+        other = {name: version for name, version in versions.items() if version != expected}
+    else:  # the vendor's compiler writes its version in two ways; the numbers are the same
+        other = {name: version for name, version in versions.items() if fits.number(version) != fits.number(first)}
+        if fits.number(expected) and fits.number(first) and fits.number(expected) != fits.number(first):
+            other = versions
+    if not other:
+        return None
+    name = next(iter(other))
+    return Finding(
+        STAGE,
+        f"{name} was made by another compiler than the manifest names",
+        name,
+        expected,
+        other[name] or "no version",
+        "an axmodel of another build was put into the bundle",
+        "Build the bundle again.",
+    )
+
+
+def _ours(bundle: Bundle, engine: str, here: Installed) -> Finding | None:
+    if engine == "ort":
+        return None
+    if here.ours is None:
+        return Finding(
+            STAGE,
+            "no engine for axmodels of axc",
+            LIBRARY,
+            f"{LIBRARY} of axrun {VERSION} beside the package, or in the folder that {FOLDER} names",
+            "none",
+            "axrun was installed from a wheel without an engine for this machine, or from source",
+            "Install the wheel of this machine's kind, or `make engine`; --engine ort needs none.",
+        )
+    if here.ours.fault:
+        return _does_not_load(here.ours, here)
+    if here.ours.extensions != EXTENSIONS:
+        seen = f"{here.ours.version!r} with extensions {here.ours.extensions}"
+        other = "is of another release of axrun" if here.ours.extensions else "is not ours: axmodels of axc need axc's"
+        return Finding(
+            STAGE,
+            "the engine does not belong to this axrun",
+            f"{here.ours.folder}/{LIBRARY}",
+            f"extensions {EXTENSIONS}, as axrun {VERSION} has them",
+            seen,
+            f"the library {other}",
+            f"Unset {FOLDER}, or install axrun anew.",
+        )
+    return None
+
+
+def _vendors(bundle: Bundle, here: Installed) -> Finding | None:
+    engine = here.vendors
+    if engine is None and not here.bsp:
+        raise NotExamined(f"made by {bundle.maker} for an NPU: this machine has no driver and no engine for one")
+    if engine is None:
+        return Finding(
+            STAGE,
+            "no engine for the NPU",
+            f"{BOARD}/{LIBRARY}",
+            f"{LIBRARY} of the board's BSP ({here.bsp})",
+            "none",
+            "the BSP's libraries are not mounted or were removed",
+            f"Install the BSP's /soc anew, or set {FOLDER} to the folder that has its libraries.",
+        )
+    if engine.fault:
+        return _does_not_load(engine, here)
+    if engine.extensions:
+        return Finding(
+            STAGE,
+            "axc's engine in place of the board's",
+            f"{engine.folder}/{LIBRARY}",
+            "the vendor's library, which has the NPU",
+            engine.version,
+            f"{FOLDER} names the folder of ours, or ours was copied over the vendor's",
+            f"Unset {FOLDER}; the vendor's lies in {BOARD}.",
+        )
+    return _chip(bundle, here) or _too_old(bundle, here)
+
+
+def _chip(bundle: Bundle, here: Installed) -> Finding | None:
+    built, chip = bundle.flag("chip"), here.chip
+    if not built or not chip or built == chip:
+        return None
+    return Finding(
+        STAGE,
+        "built for another chip",
+        bundle.layer_file.replace("%d", "0"),
+        f"axmodels for {chip}, as this board's {here.chip_type or 'engine'} needs",
+        f"axmodels for {built}",
+        "built with another --chip",
+        f"Build the bundle with --chip {chip}.",
+    )
+
+
+def _too_old(bundle: Bundle, here: Installed) -> Finding | None:
+    seen = fits.number(here.bsp)
+    for least in fits.NEEDED:
+        if seen and here.chip == least.chip and seen < least.version:
+            version = _words(least.version)
+            return Finding(
+                STAGE,
+                f"the BSP is too old for language models on {least.chip}",
+                "/proc/ax_proc/version",
+                f"{version} or newer",
+                here.bsp,
+                least.below,
+                f"Update the board's system to BSP {version} or newer.",
+            )
+    return None
+
+
+def _does_not_load(engine: Engine, here: Installed) -> Finding:
+    causes = {
+        "wrong ELF class": f"built for another machine than this {here.machine}",
+        "invalid ELF header": "it is no library: the copy was cut short, or it is a text file",
+        "file too short": "the copy was cut short",
+        "GLIBC": f"built for a newer C library than this {here.libc}",
+        "libax_interpreter": "libax_interpreter.so is missing beside it",
+        "cannot open shared object file": "a library that it needs is missing",
+    }
+    cause = next((cause for word, cause in causes.items() if word in engine.fault), "damaged, or of another system")
+    return Finding(
+        STAGE,
+        "the engine does not load",
+        f"{engine.folder}/{LIBRARY}",
+        f"{LIBRARY} for {here.machine}, {here.libc}",
+        engine.fault,
+        cause,
+        "Install it again: the board's BSP for the vendor's, the axrun wheel for ours.",
+    )
+
+
+def _said(bundle: Bundle, engine: str, here: Installed) -> Iterator[str]:
+    yield f"made by {bundle.compiler}"
+    if bundle.maker == OURS:
+        yield f"axrun {VERSION}, engine {_running(engine, here)}"
+    else:
+        yield from _vendors_words(bundle, here)
+    yield f"Python {here.python}, {here.libc}, {here.machine}"
+    if here.bsp:
+        yield f"BSP {here.bsp}{_unknown(fits.number(here.bsp), fits.BSPS.get(here.chip, ()))}"
+        yield f"chip {here.chip_type or 'unknown'}" + ("" if here.chip else ": not in the table")
+    else:
+        yield "no BSP: not a board of Axera's" if bundle.maker == OURS else "no driver: /proc/ax_proc/version is absent"
+
+
+def _vendors_words(bundle: Bundle, here: Installed) -> Iterator[str]:
+    assert here.vendors is not None
+    known = fits.ENGINES.get(here.chip, ())
+    yield f"axrun {VERSION}, engine {here.vendors.version}{_unknown(fits.number(here.vendors.version), known)}"
+    pulsar2 = axmodel.read(bundle.layer_path(0)).version or str(bundle.manifest["tools"].get(bundle.maker, ""))
+    version = fits.number(pulsar2)
+    yield f"Pulsar2 {pulsar2 or 'of an unknown version'}{_unknown(version, fits.PULSAR2)}"
+    if version and version < fits.LEAST_LLM_PULSAR2:
+        yield f"no language model of a Pulsar2 before {_words(fits.LEAST_LLM_PULSAR2)} is known"
+    if not bundle.flag("chip"):
+        yield "the manifest names no chip"
+    for least in fits.SHOWS_BFLOAT16:
+        if least.chip == here.chip and here.bsp and fits.number(here.bsp) < least.version:
+            yield f"an engine before {_words(least.version)} {least.below}; axrun reads it all the same"
+
+
+def _running(engine: str, here: Installed) -> str:
+    if engine == "ort":
+        try:
+            return f"ort {engine_version(engine)}"
+        except Failure as failure:
+            raise NotExamined(str(failure).partition("\n")[0]) from None
+    assert here.ours is not None
+    return f"{here.ours.version}, extensions {here.ours.extensions}"
+
+
+def _unknown(version: fits.Version, table: tuple[fits.Version, ...]) -> str:
+    return "" if version and fits.known(version, table) else " (not in the table: whether it fits is unknown)"
+
+
+def _words(version: fits.Version) -> str:
+    return ".".join(map(str, version[:3])) + "".join(f"_P{patch}" for patch in version[3:4])

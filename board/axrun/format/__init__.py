@@ -1,0 +1,1 @@
+"""What compiler and runner share: axmodels, bundles, dtypes, reference logits on disk."""

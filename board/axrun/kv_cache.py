@@ -1,0 +1,78 @@
+"""The keys and values of past tokens, one buffer a layer, and the masks that say which of them a token sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axrun.format.axmodel import BLOCKED
+from axrun.format.dtypes import from_float32
+
+Array = NDArray[Any]
+
+
+@dataclass
+class KVCache:
+    """Row i of `keys[layer]` and `values[layer]`, each [1, rows, width], belongs to the token at position i.
+
+    `length` rows hold tokens. The mask hides what is behind them, except a NaN: so those rows are finite, or zero.
+    """
+
+    keys: Sequence[Array]
+    values: Sequence[Array]
+    length: int = 0
+
+    def write(self, layer: int, position: int, keys: Array, values: Array) -> None:
+        """Copies rows [1, n, width] of one layer to position, position + 1, ..."""
+        stop = position + keys.shape[1]
+        self.keys[layer][:, position:stop] = keys
+        self.values[layer][:, position:stop] = values
+
+    def truncate(self, length: int) -> None:
+        """Forgets the tokens from position `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot go to length {length} of a cache that holds {self.length} tokens")
+        end, self.length = self.length, length  # first: who interrupts this finds no token whose rows are gone
+        if length < end:
+            for array in (*self.keys, *self.values):
+                array[:, length:end] = 0
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.truncate(0)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in (*self.keys, *self.values))
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    shorter = min(len(one), len(other))
+    return next((index for index in range(shorter) if one[index] != other[index]), shorter)
+
+
+def visible_and_blocked(dtype: str) -> tuple[Any, Any]:
+    """The mask's two values in the carrier of a FLOAT, FLOAT16 or BFLOAT16 tensor; FLOAT16 has no -65536."""
+    lowest = max(BLOCKED, -65504.0) if dtype == "FLOAT16" else BLOCKED
+    visible, blocked = from_float32(np.array([0.0, lowest], np.float32), dtype)
+    return visible, blocked
+
+
+def fill_mask(mask: Array, past: int, count: int, visible: Any, blocked: Any) -> None:
+    """Writes a mask [1, M, T + M] for `count` tokens after `past` cached ones (past <= T, count <= M).
+
+    Token j sees the cached rows 0..past-1, and of the current ones 0..j. Rows from `count` on are padding: they see
+    themselves only, which keeps their softmax finite.
+    """
+    tokens = mask.shape[1]
+    history = mask.shape[2] - tokens
+    mask[...] = blocked
+    mask[0, :count, :past] = visible
+    current = mask[0, :, history:]
+    current[np.arange(tokens), np.arange(tokens)] = visible
+    current[:count, :count][np.tri(count, k=-1, dtype=bool)] = visible

@@ -1,0 +1,122 @@
+"""Memory: what a bundle takes when it is loaded, and how much is left for it.
+
+A vendor's axmodel lives in the NPU's contiguous memory (CMM), ours in the host's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from axrun.errors import BadInput
+from axrun.format.bundle import Bundle
+from axrun.format.dtypes import DTYPES, FLOATS
+from axrun.free_memory import MEMINFO, available
+from axrun.model import POST_ROWS
+
+CMM_INFO = Path("/proc/ax_proc/mem_cmm_info")  # Axera's driver: total size=...,remain=<kb>KB(<mb>MB + <kb>KB)
+
+# An interpreter with numpy, tokenizers and an engine.
+RUNTIME_BYTES = {"ax": 44 << 20, "ax-int8": 44 << 20, "ort": 80 << 20}
+# What onnxruntime takes of an axmodel's size, by weight type: (once it is loaded, more while it is being loaded). It
+# widens 16-bit weights, and packs matrices into copies. Seen with onnxruntime 1.31 on Qwen2-0.5B.
+ORT_COPIES = {"s8": (1.5, 3.0), "s4": (1.2, 3.0), "bf16": (2.1, 5.0), "fp16": (2.1, 5.0), "fp32": (1.4, 2.0)}
+MAPPED = (1.0, 0.0)  # the other engines compute from the file
+
+Allow = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes. The embedding table is not among them: it is mapped, and read a row a token."""
+
+    weights: int
+    kv_cache: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.kv_cache + self.buffers
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """`total` bytes are needed and `left` are there, of `what`: memory or CMM."""
+
+    needs: Needs
+    left: int
+    what: str
+
+    def text(self) -> str:
+        """One line, with the numbers."""
+        needs = self.needs
+        parts = f"weights {needs.weights >> 20}, K/V {needs.kv_cache >> 20}, buffers {needs.buffers >> 20}"
+        return f"the bundle needs {needs.total >> 20} MB of {self.what} ({parts}), {self.left >> 20} MB are left"
+
+
+def refuse(shortage: str) -> bool:
+    """The answer of who cannot be asked."""
+    return False
+
+
+def require(
+    bundle: Bundle, engine: str, allow: Allow = refuse, cmm_info: Path = CMM_INFO, meminfo: Path = MEMINFO
+) -> None:
+    """Holds what a bundle needs against what is left; where it is too little, `allow` may let it pass all the same.
+
+    Raises BadInput. What is not known, as on a system without /proc, is not held against anything.
+    """
+    found = shortage(bundle, engine, cmm_info, meminfo)
+    if found is not None and not allow(found.text()):
+        raise BadInput(f"{found.text()}\nEnd other programs or build with a smaller --kv_cache_len; --force tries it.")
+
+
+def shortage(bundle: Bundle, engine: str, cmm_info: Path = CMM_INFO, meminfo: Path = MEMINFO) -> Shortage | None:
+    """What is too little for the bundle; None where it fits, or where nothing is known."""
+    needed = needs(bundle, engine)
+    cmm = cmm_left(cmm_info) if bundle.maker == "pulsar2" else None
+    left, what = (available(meminfo), "memory") if cmm is None else (cmm, "CMM")
+    return Shortage(needed, left, what) if left is not None and left < needed.total else None
+
+
+def needs(bundle: Bundle, engine: str) -> Needs:
+    """What the bundle takes at its peak, which may be while its largest axmodel is being loaded."""
+    weights = loading = 0.0
+    for path in (*map(bundle.layer_path, range(bundle.layers)), bundle.post_path):
+        flag = "post_weight_type" if path == bundle.post_path else "weight_type"
+        kept, more = ORT_COPIES.get(bundle.flag(flag), MAPPED) if engine == "ort" else MAPPED
+        size = path.stat().st_size
+        weights, loading = weights + kept * size, max(loading, more * size)
+    width = DTYPES[FLOATS[bundle.hidden_state_type]].bits // 8
+    tokens, history = (max(getattr(group, name) for group in bundle.groups) for name in ("tokens", "history"))
+    mask = tokens * (tokens + history)
+    values = 2 * tokens * (bundle.hidden_size + bundle.kv_size) + mask + (POST_ROWS + 1) * bundle.hidden_size
+    logits = 4 * (POST_ROWS + 1) * bundle.vocab_size
+    return Needs(
+        weights=int(weights + loading),
+        kv_cache=2 * bundle.layers * history * bundle.kv_size * width,
+        buffers=values * width + logits + RUNTIME_BYTES.get(engine, RUNTIME_BYTES["ort"]),
+    )
+
+
+def remaining(cmm_info: Path = CMM_INFO, meminfo: Path = MEMINFO) -> str:
+    """As the vendor's runner prints it: `remain_cmm(2048 MB)`, or `remain_mem(...)`; empty where neither is known."""
+    cmm, memory = cmm_left(cmm_info), available(meminfo)
+    if cmm is not None:
+        return f"remain_cmm({cmm >> 20} MB)"
+    return "" if memory is None else f"remain_mem({memory >> 20} MB)"
+
+
+def cmm_left(cmm_info: Path = CMM_INFO) -> int | None:
+    """Bytes of contiguous memory that the NPU's driver can still give; None where there is no such driver."""
+    found = re.search(r"total size.*?remain=(\d+)KB\(", _text(cmm_info))
+    return int(found[1]) << 10 if found else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""

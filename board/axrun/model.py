@@ -1,0 +1,202 @@
+"""A bundle in memory: token ids in, logits out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axrun.decoder import Decoder
+from axrun.errors import BadInput, NotFinite
+from axrun.format import axmodel
+from axrun.format.axmodel import TensorInfo
+from axrun.format.bundle import Bundle
+from axrun.format.dtypes import FLOATS, bf16_to_f32, from_float32, to_float32
+from axrun.sampling import overflow
+from axrun.session import Binding, Session, open_session
+
+Array = NDArray[Any]
+Logits = NDArray[np.float32]
+
+POST_ROWS = 32  # rows of hidden states a flexible engine turns into logits at a time
+
+
+class Embedding:
+    """The table [vocab, hidden] of a bundle, mapped from its bfloat16 file."""
+
+    def __init__(self, path: str | os.PathLike[str], vocab_size: int, hidden_size: int, dtype: str) -> None:
+        """Rows come in the carrier of `dtype`. Raises BadInput when the file has another size."""
+        expected = vocab_size * hidden_size * 2
+        seen = os.path.getsize(path)
+        if seen != expected:
+            raise BadInput(
+                f"{path} has {seen} bytes, expected {expected} ({vocab_size} x {hidden_size} bfloat16)\n"
+                "Build or copy the bundle again."
+            )
+        self._table = np.memmap(path, "<u2", "r", shape=(vocab_size, hidden_size))
+        self._dtype = dtype
+
+    def __call__(self, ids: Sequence[int]) -> Array:
+        """Hidden states [n, hidden]. Raises BadInput for an id the table does not have."""
+        wrong = [token for token in ids if not 0 <= token < len(self._table)]
+        if wrong:
+            raise BadInput(
+                f"token id {wrong[0]} is outside the vocabulary of {len(self._table)}; do tokenizer and model match?"
+            )
+        rows: Array = self._table[np.asarray(ids, np.int64)]
+        return rows if self._dtype == "BFLOAT16" else from_float32(bf16_to_f32(rows), self._dtype)
+
+
+class Post:
+    """Final norm and lm_head."""
+
+    def __init__(self, session: Session) -> None:
+        """Raises BadInput when the session is no post model's."""
+        self.session = session
+        group = session.groups[0]
+        infos = {info.name: info for info in group.inputs + group.outputs}
+        if not infos.keys() >= {"input", "output"}:
+            raise BadInput(f"the post model has {', '.join(sorted(infos))}; expected input and output")
+        self._input, self._output = infos["input"], infos.get("logits", infos["output"])
+        self.hidden_size, self.vocab_size = int(self._input.shape[2]), int(self._output.shape[2])
+        self.dtype = self._input.dtype
+        self._rows = POST_ROWS if session.flexible else 1
+        self._memory: dict[int, tuple[Array, Array]] = {}
+        self._bound: dict[int, tuple[Binding, Array, Array]] = {}
+
+    def __call__(self, hidden: Array) -> Logits:
+        """float32 logits [n, vocab] of hidden states [n, H]; the next call may overwrite them.
+
+        Raises CheckFailed when one is not finite.
+        """
+        if len(hidden) > self._rows:
+            cuts = range(self._rows, len(hidden), self._rows)
+            return np.concatenate([self(rows).copy() for rows in np.split(hidden, cuts)])
+        binding, source, target = self._binding(len(hidden))
+        source[0] = hidden
+        try:
+            binding.run()
+        except NotFinite as error:
+            wrong = target[0, error.row]
+            values = to_float32(wrong, self._output.dtype)
+            raise overflow(values[~np.isfinite(values)][0]) from None
+        logits: Logits = target[0] if self._output.dtype == "FLOAT" else to_float32(target[0], self._output.dtype)
+        return logits
+
+    def _binding(self, rows: int) -> tuple[Binding, Array, Array]:
+        if rows not in self._bound:
+            source, target = (array[:, :rows] for array in self._buffers(1 if rows == 1 else self._rows))
+            binding = self.session.bind(0, {self._input.name: source, self._output.name: target})
+            self._bound[rows] = binding, source, target
+        return self._bound[rows]
+
+    def _buffers(self, rows: int) -> tuple[Array, Array]:
+        if rows not in self._memory:
+            shapes = [
+                TensorInfo(info.name, info.dtype, (1, rows, info.shape[2])) for info in (self._input, self._output)
+            ]
+            self._memory[rows] = self.session.allocate(shapes[0]), self.session.allocate(shapes[1])
+        return self._memory[rows]
+
+
+class Model:
+    """Embedding, layers and post of a bundle, with the K/V of one conversation."""
+
+    def __init__(self, embedding: Embedding, decoder: Decoder, post: Post) -> None:
+        self.embedding, self.decoder, self.post = embedding, decoder, post
+
+    @classmethod
+    def load(
+        cls,
+        bundle: Bundle,
+        engine: str = "ax",
+        threads: int | None = None,
+        progress: Callable[[str], None] = lambda done: None,
+    ) -> Model:
+        """Loads every axmodel of the bundle; `progress(what)` is called after each part.
+
+        Raises BadInput when a file cannot be loaded or is not what the manifest says.
+        """
+        hidden_type = FLOATS[bundle.hidden_state_type]
+        embedding = Embedding(bundle.embedding_path, bundle.vocab_size, bundle.hidden_size, hidden_type)
+        progress("embed_selector init ok")
+        sessions = []
+        for index in range(bundle.layers):
+            _expect(bundle.layer_path(index), f"layer {index}")
+            sessions.append(open_session(bundle.layer_path(index), engine, threads))
+            progress(f"init {index} axmodel ok")
+        decoder = Decoder(sessions)
+        _expect(bundle.post_path, "post")
+        post = Post(open_session(bundle.post_path, engine, threads))
+        progress("init post axmodel ok")
+        for what, seen, expected in (
+            ("hidden size", decoder.hidden_size, bundle.hidden_size),
+            ("hidden size of post", post.hidden_size, bundle.hidden_size),
+            ("hidden state type", decoder.dtype, hidden_type),
+            ("hidden state type of post", post.dtype, hidden_type),
+            ("K/V width", decoder.kv_size, bundle.kv_size),
+            ("kv_cache_len", decoder.context, bundle.kv_cache_len),
+            ("vocabulary", post.vocab_size, bundle.vocab_size),
+        ):
+            if seen != expected:
+                raise BadInput(
+                    f"{bundle.path}: the {what} of the axmodels is {seen}, the manifest says {expected}\n"
+                    "Build or copy the bundle again."
+                )
+        return cls(embedding, decoder, post)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the K/V cache: where the next one goes."""
+        return self.decoder.cache.length
+
+    @property
+    def context(self) -> int:
+        """Tokens that fit."""
+        return self.decoder.context
+
+    def forward(
+        self,
+        ids: Sequence[int],
+        position: int | None = None,
+        logits: Literal["last", "all"] = "last",
+        between: Callable[[], None] = lambda: None,
+    ) -> Logits:
+        """float32 logits after the last of `ids` [vocab], or after every one [n, vocab].
+
+        The tokens go to `position`, position + 1, ...: the cache's length unless given. What the cache holds from there
+        on is replaced. The last token's logits are overwritten by the next call. `between` is called after each chunk;
+        what it raises ends the work, and the cache then holds whole chunks.
+        Raises BadInput when there are no tokens, or more than fit the context, CheckFailed when a layer or a logit is
+        not finite.
+        """
+        if logits == "all":
+            return np.concatenate([rows.copy() for rows in self.blocks(ids, position)])
+        for hidden in self._hidden(ids, position):
+            last = hidden[-1:]
+            between()
+        return self.post(last).reshape(-1)
+
+    def blocks(self, ids: Sequence[int], position: int | None = None) -> Iterator[Logits]:
+        """What `forward` gives after every token, a few rows [n, vocab] at a time; the next overwrite them."""
+        for hidden in self._hidden(ids, position):
+            for start in range(0, len(hidden), POST_ROWS):
+                yield self.post(hidden[start : start + POST_ROWS])
+
+    def _hidden(self, ids: Sequence[int], position: int | None) -> Iterator[Array]:
+        if not len(ids):
+            raise BadInput("there is no token to start from: the prompt is empty")
+        for _, hidden in self.decoder.run(self.embedding(ids), self.length if position is None else position):
+            yield hidden
+
+
+def _expect(path: Path, part: str) -> None:
+    """Raises BadInput when one of our axmodels is in another's place."""
+    model = axmodel.read(path)
+    seen = f"layer {model.layer}" if model.kind == "layer" else model.kind
+    if model.ours and seen != part:
+        raise BadInput(f"{path} holds {seen}, expected {part}: files are swapped\nBuild or copy the bundle again.")

@@ -1,0 +1,113 @@
+"""Ask a bundle one question: load it, give it the prompt, stream the answer, say how fast it went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from axrun.chat import ChatTemplate, prompt_ids
+from axrun.decoder import expect_room
+from axrun.errors import BadInput
+from axrun.format.bundle import Bundle
+from axrun.generate import Stats, generate
+from axrun.load import DEFAULTS, Loading, Say, describe, silent
+from axrun.model import Model
+from axrun.sampling import Sampling
+from axrun.tokenizer import TextStream, Tokenizer
+
+ENDINGS = {"eos": "hit eos", "length": "max_tokens reached", "context": "context full"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer's text and token ids, and how it went."""
+
+    text: str
+    ids: tuple[int, ...]
+    stats: Stats
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "text": self.text,
+            "tokens": list(self.ids),
+            "prompt_tokens": self.stats.prompt_tokens,
+            "ttft_ms": round(1e3 * self.stats.ttft_seconds, 3),
+            "prefill_tokens_per_s": round(self.stats.prefill_rate, 3),
+            "decode_tokens_per_s": round(self.stats.decode_rate, 3),
+            "stop": self.stats.stop,
+        }
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to answer. What is not None in `sampling` overrides post_config.json.
+
+    `parse_special`: special tokens that a message spells are control tokens, not text.
+    """
+
+    system: str | None = None
+    max_tokens: int | None = None
+    sampling: Mapping[str, float | None] = field(default_factory=dict)
+    seed: int = 0
+    parse_special: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises BadInput for a number out of range."""
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise BadInput(f"max_tokens is {self.max_tokens}, expected at least 1")
+        if self.seed < 0:
+            raise BadInput(f"seed is {self.seed}, expected at least 0")
+
+    def sampling_of(self, bundle: Bundle) -> Sampling:
+        """How tokens are drawn from a bundle. Raises BadInput for a value out of range, here or in its files."""
+        return Sampling.from_post_config(bundle.post_config).override(**self.sampling)
+
+
+@dataclass(frozen=True)
+class Question:
+    """`raw` leaves out the chat template."""
+
+    prompt: str
+    raw: bool = False
+    options: Options = field(default_factory=Options)
+
+
+def run(path: Path, question: Question, loading: Loading = DEFAULTS, write: Say = silent) -> Answer:
+    """Loads a bundle and answers. `write` gets the answer's text as it comes.
+
+    Raises BadInput for a bundle, a prompt or a value that cannot be used, CheckFailed when the bundle is not as built.
+    """
+    bundle, options, say = loading.open(path), question.options, loading.say
+    sampling = options.sampling_of(bundle)
+    say("LLM init start")
+    tokenizer = Tokenizer.open(bundle.hf)
+    template = None if question.raw else ChatTemplate.find(bundle.hf)
+    ids = prompt_ids(tokenizer, template, question.prompt, options.system, options.parse_special)
+    tokenizer.expect_within(ids, bundle.vocab_size)
+    expect_room(len(ids), bundle.kv_cache_len)
+    model = loading.load(bundle)
+    for line in describe(model, bundle):
+        say(line)
+    say(f"input token num : {len(ids)}, prefill_split_num : {len(list(model.decoder.chunks(0, len(ids))))}")
+    return _answer(model, tokenizer, ids, sampling, options, say, write)
+
+
+def _answer(
+    model: Model, tokenizer: Tokenizer, ids: list[int], sampling: Sampling, options: Options, say: Say, write: Say
+) -> Answer:
+    stats, stream = Stats(), TextStream(tokenizer)
+    answer: list[int] = []
+    pieces: list[str] = []
+    tokens = generate(model, ids, sampling, options.max_tokens, tokenizer.stop_ids, seed=options.seed, stats=stats)
+    for token in tokens:
+        if not answer:
+            say(f"ttft: {1e3 * stats.ttft_seconds:.2f} ms")
+        answer.append(token.id)
+        pieces.append(stream.push(token.id))
+        write(pieces[-1])
+    pieces.append(stream.finish())
+    write(pieces[-1] + "\n")
+    say(f"{ENDINGS[stats.stop]},avg {stats.decode_rate:.2f} token/s")
+    return Answer("".join(pieces), tuple(answer), stats)

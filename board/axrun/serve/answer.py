@@ -1,0 +1,133 @@
+"""OpenAI's answers: whole ones and the chunks of a stream, for chat completions and for completions."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from axrun.serve.logprobs import Scored, chat_logprobs, completion_logprobs
+from axrun.serve.writer import Piece
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an endpoint writes. `body` and `chunk` are what a choice has of a text, in a whole answer and in a stream."""
+
+    prefix: str
+    whole: str
+    part: str
+    body: Callable[[str], dict[str, Any]]
+    chunk: Callable[[str], dict[str, Any]]
+    opening: dict[str, Any] | None
+    closing: dict[str, Any]
+    logprobs: Callable[[Sequence[Scored]], dict[str, Any]]
+
+
+CHAT = Style(
+    prefix="chatcmpl-",
+    whole="chat.completion",
+    part="chat.completion.chunk",
+    body=lambda text: {"message": {"role": "assistant", "content": text, "refusal": None}},
+    chunk=lambda text: {"delta": {"content": text}},
+    opening={"delta": {"role": "assistant", "content": ""}},
+    closing={"delta": {}},
+    logprobs=chat_logprobs,
+)
+COMPLETION = Style(
+    prefix="cmpl-",
+    whole="text_completion",
+    part="text_completion",
+    body=lambda text: {"text": text},
+    chunk=lambda text: {"text": text},
+    opening=None,
+    closing={"text": ""},
+    logprobs=completion_logprobs,
+)
+
+
+@dataclass
+class Answer:
+    """One answer in the making, of `n` choices for each prompt. `scored`: log probabilities were asked for."""
+
+    style: Style
+    model: str
+    fingerprint: str
+    scored: bool
+    n: int = 1
+    include_usage: bool = False
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+    _last: dict[int, Piece] = field(default_factory=dict)
+
+    def whole(self, pieces: Sequence[Piece]) -> bytes:
+        """The body of a plain answer."""
+        choices = []
+        for index in sorted({piece.choice for piece in pieces}):
+            mine = [piece for piece in pieces if piece.choice == index]
+            self._last[index] = mine[-1]
+            body = self.style.body("".join(piece.text for piece in mine))
+            scored = [score for piece in mine for score in piece.scored]
+            choices.append(self._choice(index, body, scored, mine[-1].finish))
+        return to_json({**self._head(self.style.whole), "choices": choices, "usage": self.usage()})
+
+    def events(self, piece: Piece) -> Iterator[bytes]:
+        """Server-sent events of a piece, perhaps none."""
+        if piece.choice not in self._last and self.style.opening:
+            yield self._event([self._choice(piece.choice, self.style.opening)])
+        self._last[piece.choice] = piece
+        if piece.text or piece.scored:
+            yield self._event([self._choice(piece.choice, self.style.chunk(piece.text), piece.scored)])
+        if piece.finish:
+            yield self._event([self._choice(piece.choice, self.style.closing, None, piece.finish)])
+
+    def end(self) -> bytes:
+        """The events after the last piece."""
+        if not self.include_usage:
+            return DONE
+        return event({**self._head(self.style.part), "choices": [], "usage": self.usage()}) + DONE
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens so far; a prompt counts once, however many choices share it."""
+        prompts = [piece for piece in self._last.values() if piece.choice % self.n == 0]
+        prompt, written = sum(piece.prompt for piece in prompts), sum(piece.written for piece in self._last.values())
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": written,
+            "total_tokens": prompt + written,
+            "prompt_tokens_details": {"cached_tokens": sum(piece.reused for piece in prompts)},
+        }
+
+    def _choice(
+        self, index: int, body: dict[str, Any], scored: Sequence[Scored] | None = None, finish: str = ""
+    ) -> dict[str, Any]:
+        logprobs = self.style.logprobs(scored) if self.scored and scored is not None else None
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish or None}
+
+    def _event(self, choices: list[dict[str, Any]]) -> bytes:
+        usage = {"usage": None} if self.include_usage else {}
+        return event({**self._head(self.style.part), "choices": choices, **usage})
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.style.prefix + self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+
+def event(value: Any) -> bytes:
+    """https://html.spec.whatwg.org/multipage/server-sent-events.html#event-stream-interpretation"""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+def to_json(value: Any) -> bytes:
+    """UTF-8; half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")

@@ -1,0 +1,260 @@
+"""The routes: what each path answers, and how an order becomes an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import time
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from axrun.serve import schema
+from axrun.serve.answer import CHAT, COMPLETION, Answer, Style, event, to_json
+from axrun.serve.errors import ApiError
+from axrun.serve.exchange import JSON, Exchange, Gone, Receive, Send
+from axrun.serve.hosts import Hosts
+from axrun.serve.media import refuse_media
+from axrun.serve.metrics import Metrics
+from axrun.serve.openapi import document
+from axrun.serve.order import Order, Reader
+from axrun.serve.scheduler import READY, Event, Scheduler, Ticket
+from axrun.serve.validate import Schema, parse, validate
+from axrun.serve.writer import Piece
+
+PAGE = Path(__file__).parent / "page"
+SCRIPT = "text/javascript; charset=utf-8"
+LIBRARIES = {f"/lib/{name}": (f"lib/{name}", SCRIPT) for name in ("markdown-it.js", "purify.js")}
+ASSETS = {
+    "/": ("index.html", "text/html; charset=utf-8"),
+    "/chat.css": ("chat.css", "text/css; charset=utf-8"),
+    **{f"/{name}": (name, SCRIPT) for name in ("chat.js", "code.js", "context.js", "markdown.js", "store.js")},
+    **{path: asset for path, asset in LIBRARIES.items() if (PAGE / asset[0]).is_file()},
+}
+PAGE_HEADERS = {
+    "cache-control": "no-cache",
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+REALM = 'Bearer realm="axrun"'
+GONE = object()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`timeout` seconds to write an answer, `read_timeout` for a body of up to `max_body` bytes to arrive.
+
+    `read_timeout` is the client's time to take the rest of a written answer, too.
+    """
+
+    timeout: float = 300.0
+    read_timeout: float = 10.0
+    max_body: int = 1 << 20
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An endpoint that writes: what it takes, how that is read, how its answers are spelled."""
+
+    schema: Schema
+    read: Callable[[Reader, Mapping[str, Any]], Order]
+    style: Style
+
+
+class App:
+    """An ASGI application. `api_key` guards everything but the page, /health and /openapi.json."""
+
+    def __init__(
+        self,
+        model: str,
+        fingerprint: str,
+        reader: Reader,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        limits: Limits,
+        hosts: Hosts,
+        api_key: str | None = None,
+        log: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._model, self._fingerprint, self._reader = model, fingerprint, reader
+        self._scheduler, self._metrics, self._limits = scheduler, metrics, limits
+        self._hosts, self._api_key, self._log = hosts, api_key, log
+        self._listing = {
+            "id": model,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "axrun",
+            "context_length": reader.context,
+        }
+        self._document = to_json(document(model))
+        self._endpoints = {
+            "/v1/chat/completions": Endpoint(schema.request(schema.CHAT, model), Reader.chat, CHAT),
+            "/v1/completions": Endpoint(schema.request(schema.COMPLETION, model), Reader.completion, COMPLETION),
+        }
+        self._assets = {path: ((PAGE / name).read_bytes(), kind) for path, (name, kind) in ASSETS.items()}
+        # path: (method, handler, is it guarded)
+        self._routes: dict[str, tuple[str, Callable[[Exchange], Awaitable[None]], bool]] = {
+            **dict.fromkeys(self._endpoints, ("POST", self._write, True)),
+            "/v1/models": ("GET", self._models, True),
+            f"/v1/models/{model}": ("GET", self._one_model, True),
+            "/metrics": ("GET", self._show_metrics, True),
+            "/health": ("GET", self._health, False),
+            "/openapi.json": ("GET", self._openapi, False),
+            **dict.fromkeys(ASSETS, ("GET", self._page, False)),
+        }
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
+        exchange, came = Exchange(scope, receive, send), time.monotonic()
+        try:
+            await self._answer(exchange)
+        except Gone:
+            return
+        except ApiError as error:
+            await exchange.refuse(error)
+        except Exception:
+            traceback.print_exc()
+            if exchange.status:
+                raise
+            await exchange.refuse(ApiError(500, "The server failed; its log has the reason.", "internal_error"))
+        finally:
+            self._account(exchange, time.monotonic() - came)
+
+    async def _answer(self, exchange: Exchange) -> None:
+        if exchange.has("host"):  # HTTP/1.0 can do without
+            self._hosts.check(exchange.header("host"))
+        if exchange.path not in self._routes:
+            if exchange.path.startswith("/v1/models/"):
+                raise self._no_model()
+            raise ApiError(404, "There is nothing here. /openapi.json lists what there is.", "unknown_url")
+        method, handler, guarded = self._routes[exchange.path]
+        if exchange.method != method:
+            allowed = {"allow": method if method == "POST" else f"{method}, HEAD"}
+            raise ApiError(405, f"{exchange.path} takes {method} only.", "method_not_allowed", headers=allowed)
+        if guarded and self._api_key is not None:
+            self._authenticate(exchange.header("authorization"), self._api_key)
+        await handler(exchange)
+
+    def _authenticate(self, given: str, key: str) -> None:
+        """https://www.rfc-editor.org/rfc/rfc6750"""
+        scheme, _, token = given.partition(" ")
+        if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip(" ").encode("latin-1"), key.encode()):
+            challenge = f'{REALM}, error="invalid_token"' if given else REALM
+            words = "Wrong or no API key; send Authorization: Bearer KEY."
+            raise ApiError(401, words, "invalid_api_key", headers={"www-authenticate": challenge})
+
+    async def _write(self, exchange: Exchange) -> None:
+        endpoint = self._endpoints[exchange.path]
+        if exchange.header("content-type").partition(";")[0].strip().lower() != JSON:
+            raise ApiError(415, f"Send the body as Content-Type: {JSON}.", "unsupported_media_type")
+        coding = exchange.header("content-encoding").lower()
+        if coding not in ("", "identity"):
+            words = f"The body is sent with Content-Encoding: {coding[:40]!a}; send it as it is."
+            raise ApiError(415, words, "unsupported_media_type")
+        limits = self._limits
+        body = await exchange.body(limits.max_body, limits.read_timeout)
+        exchange.patience(limits.timeout + limits.read_timeout)
+        loop = asyncio.get_running_loop()
+        order = await loop.run_in_executor(None, self._read, endpoint, body)
+        events: asyncio.Queue[Any] = asyncio.Queue()
+
+        def arrived(event: Event) -> None:
+            events.put_nowait(event)
+            if event is None or isinstance(event, ApiError):  # all is written, and only has to be taken
+                exchange.patience(limits.read_timeout)
+
+        def deliver(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server was told to go at once
+                loop.call_soon_threadsafe(arrived, event)
+
+        ticket = Ticket(deque(order.choices), deliver, time.monotonic() + limits.timeout)
+        self._scheduler.submit(ticket)
+        exchange.patience(limits.timeout + limits.read_timeout, keep=True)
+        watcher = asyncio.ensure_future(exchange.gone())
+        watcher.add_done_callback(lambda _: events.put_nowait(GONE))
+        answer = Answer(endpoint.style, self._model, self._fingerprint, order.scored, order.n, order.include_usage)
+        send = self._stream if order.stream else self._whole
+        try:
+            await send(exchange, answer, _pieces(events))
+            self._metrics.answered(time.monotonic() - ticket.came)
+        finally:
+            watcher.cancel()
+            self._scheduler.cancel(ticket)
+
+    def _read(self, endpoint: Endpoint, body: bytes) -> Order:
+        given = parse(body)
+        name = given.get("model") if isinstance(given, dict) else None
+        if isinstance(name, str) and name != self._model:
+            raise self._no_model()
+        refuse_media(given)
+        return endpoint.read(self._reader, validate(given, endpoint.schema))
+
+    async def _whole(self, exchange: Exchange, answer: Answer, pieces: AsyncIterator[Piece]) -> None:
+        await exchange.reply(200, answer.whole([piece async for piece in pieces]))
+
+    async def _stream(self, exchange: Exchange, answer: Answer, pieces: AsyncIterator[Piece]) -> None:
+        try:
+            async for piece in pieces:
+                if not exchange.status:  # not before the first token: an error until then has a status of its own
+                    await exchange.begin(200, "text/event-stream; charset=utf-8", STREAM_HEADERS)
+                for data in answer.events(piece):
+                    await exchange.send(data)
+        except ApiError as error:
+            if not exchange.status:
+                raise
+            await exchange.send(event(error.json()), more=False)
+        else:
+            await exchange.send(answer.end(), more=False)
+
+    async def _models(self, exchange: Exchange) -> None:
+        await exchange.reply(200, to_json({"object": "list", "data": [self._listing]}))
+
+    async def _one_model(self, exchange: Exchange) -> None:
+        await exchange.reply(200, to_json(self._listing))
+
+    async def _health(self, exchange: Exchange) -> None:
+        state = self._scheduler.state
+        known = {"model": self._model, "context_length": self._reader.context}
+        body = {"status": state, **known, **self._scheduler.load_figures}
+        await exchange.reply(200 if state == READY else 503, to_json(body))
+
+    async def _show_metrics(self, exchange: Exchange) -> None:
+        await exchange.reply(200, self._metrics.text(), METRICS_TYPE)
+
+    async def _openapi(self, exchange: Exchange) -> None:
+        await exchange.reply(200, self._document)
+
+    async def _page(self, exchange: Exchange) -> None:
+        content, kind = self._assets[exchange.path]
+        await exchange.reply(200, content, kind, PAGE_HEADERS)
+
+    def _no_model(self) -> ApiError:
+        return ApiError(404, f"There is no such model here; there is: {self._model}.", "model_not_found", "model")
+
+    def _account(self, exchange: Exchange, seconds: float) -> None:
+        known = exchange.path in self._routes
+        self._metrics.request(exchange.path if known else "other", exchange.status)
+        if exchange.method == "POST" or exchange.status >= 400:
+            path = exchange.path if known else ascii(exchange.path)[:80]
+            self._log(f"{exchange.method} {path} {exchange.status or 'hung up'} {seconds:.3f} s")
+
+
+async def _pieces(events: asyncio.Queue[Any]) -> AsyncIterator[Piece]:
+    """Raises ApiError when the scheduler gives up, Gone when the client has."""
+    while True:
+        event = await events.get()
+        if event is GONE:
+            raise Gone
+        if isinstance(event, ApiError):
+            raise event
+        if event is None:
+            return
+        yield event

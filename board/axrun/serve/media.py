@@ -1,0 +1,42 @@
+"""What a message can hold for other models: pictures, sound, files. Here each is refused by its name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axrun.serve.errors import invalid
+
+# https://platform.openai.com/docs/api-reference/chat/create, and what other servers and the Responses API have
+KINDS = {
+    "image_url": "an image",
+    "image": "an image",
+    "input_image": "an image",
+    "image_file": "an image",
+    "input_audio": "audio",
+    "audio": "audio",
+    "audio_url": "audio",
+    "video_url": "a video",
+    "video": "a video",
+    "input_video": "a video",
+    "file": "a file",
+    "input_file": "a file",
+    "document": "a file",
+}
+
+
+def refuse_media(body: Any) -> None:
+    """Raises ApiError for the first part of a message that is no text, in a body that may not be well-formed."""
+    for i, message in enumerate(_list(body, "messages")):
+        for j, part in enumerate(_list(message, "content")):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if isinstance(kind, str) and kind in KINDS:
+                raise invalid(
+                    f"This model reads text only: content part {j + 1} of message {i + 1} is {KINDS[kind]}.",
+                    f"messages[{i}].content[{j}]",
+                    "unsupported_content",
+                )
+
+
+def _list(value: Any, key: str) -> list[Any]:
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, list) else []

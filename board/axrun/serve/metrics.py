@@ -1,0 +1,79 @@
+"""What /metrics tells a Prometheus: https://prometheus.io/docs/practices/naming"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from axrun.serve.writer import Piece
+
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+GAUGES = {
+    "slots": ("axrun_slots", "K/V slots."),
+    "busy": ("axrun_slots_busy", "K/V slots that are written to."),
+    "waiting": ("axrun_requests_waiting", "Requests in the queue."),
+}
+
+
+class Metrics:
+    """Every figure of one server."""
+
+    def __init__(self, model: str) -> None:
+        registry = self._registry = CollectorRegistry()
+        self._requests = Counter("axrun_requests", "Requests answered.", ["path", "status"], registry=registry)
+        self._cancelled = Counter("axrun_cancelled", "Requests whose client hung up.", registry=registry)
+        self._seconds = Histogram("axrun_request_seconds", "Whole answers.", buckets=SECONDS, registry=registry)
+        self._ttft = Histogram(
+            "axrun_first_token_seconds", "From a request to its first token.", buckets=SECONDS, registry=registry
+        )
+        tokens = Counter("axrun_tokens", "Tokens, by kind.", ["kind"], registry=registry)
+        self._prompt, self._reused, self._written = map(tokens.labels, ("prompt", "prompt_reused", "written"))
+        steps = Counter("axrun_step_seconds", "Time in steps of the engine.", ["phase"], registry=registry)
+        self._prefill, self._decode = map(steps.labels, ("prefill", "decode"))
+        Gauge("axrun_model_info", "The model that is served.", ["model"], registry=registry).labels(model).set(1)
+        ProcessCollector(registry=registry)
+
+    def watch(self, figures: Callable[[], Mapping[str, int]]) -> None:
+        """`figures` are asked for when somebody looks."""
+        self._registry.register(_Figures(figures))
+
+    def text(self) -> bytes:
+        """https://prometheus.io/docs/instrumenting/exposition_formats"""
+        return generate_latest(self._registry)
+
+    def request(self, path: str, status: int) -> None:
+        """`status` 0: the client hung up before there was one."""
+        self._requests.labels(path, str(status)).inc()
+
+    def answered(self, seconds: float) -> None:
+        """A whole answer, from the request to its last byte."""
+        self._seconds.observe(seconds)
+
+    def cancelled(self) -> None:
+        self._cancelled.inc()
+
+    def first_token(self, seconds: float) -> None:
+        self._ttft.observe(seconds)
+
+    def step(self, seconds: float, piece: Piece | None) -> None:
+        """A step that gives the first token is the last of the prefill."""
+        (self._prefill if piece is None or piece.written <= 1 else self._decode).inc(seconds)
+
+    def choice(self, piece: Piece) -> None:
+        """The last piece of an answer."""
+        self._prompt.inc(piece.prompt)
+        self._reused.inc(piece.reused)
+        self._written.inc(piece.written)
+
+
+class _Figures(Collector):
+    def __init__(self, figures: Callable[[], Mapping[str, int]]) -> None:
+        self._figures = figures
+
+    def collect(self) -> Iterable[Metric]:
+        values = self._figures()
+        for figure, (name, text) in GAUGES.items():
+            yield GaugeMetricFamily(name, text, value=values[figure])

@@ -1,0 +1,198 @@
+"""The OpenAPI document of the server: https://spec.openapis.org/oas/v3.1.0"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from axrun.serve import schema
+
+INTEGER = {"type": "integer"}
+STRING = {"type": "string"}
+NUMBER = {"type": "number"}
+
+
+def _object(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(required), "properties": {**required, **optional}}
+
+
+def _list(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items}
+
+
+def _nullable(of: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [of, {"type": "null"}]}
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+FINISH = {"type": "string", "enum": ["stop", "length"]}
+HEAD = {"id": STRING, "created": INTEGER, "model": STRING, "system_fingerprint": STRING}
+
+SCHEMAS: dict[str, Any] = {
+    "Error": _object(
+        {"error": _object({"message": STRING, "type": STRING, "param": _nullable(STRING), "code": _nullable(STRING)})}
+    ),
+    "Usage": _object(
+        {"prompt_tokens": INTEGER, "completion_tokens": INTEGER, "total_tokens": INTEGER},
+        prompt_tokens_details=_object({"cached_tokens": INTEGER}),
+    ),
+    "TokenLogprob": _object(
+        {
+            "token": STRING,
+            "logprob": NUMBER,
+            "bytes": _list(INTEGER),
+            "top_logprobs": _list(_object({"token": STRING, "logprob": NUMBER, "bytes": _list(INTEGER)})),
+        }
+    ),
+    "ChatCompletion": _object(
+        {
+            **HEAD,
+            "object": {"const": "chat.completion"},
+            "choices": _list(
+                _object(
+                    {
+                        "index": INTEGER,
+                        "message": _object({"role": {"const": "assistant"}, "content": STRING}),
+                        "logprobs": _nullable(_object({"content": _list(_ref("TokenLogprob"))})),
+                        "finish_reason": FINISH,
+                    }
+                )
+            ),
+            "usage": _ref("Usage"),
+        }
+    ),
+    "Completion": _object(
+        {
+            **HEAD,
+            "object": {"const": "text_completion"},
+            "choices": _list(
+                _object(
+                    {
+                        "index": INTEGER,
+                        "text": STRING,
+                        "logprobs": _nullable(
+                            _object(
+                                {
+                                    "tokens": _list(STRING),
+                                    "token_logprobs": _list(_nullable(NUMBER)),
+                                    "top_logprobs": _list(
+                                        _nullable({"type": "object", "additionalProperties": NUMBER})
+                                    ),
+                                    "text_offset": _list(INTEGER),
+                                }
+                            )
+                        ),
+                        "finish_reason": FINISH,
+                    }
+                )
+            ),
+            "usage": _ref("Usage"),
+        }
+    ),
+    "Model": _object(
+        {
+            "id": STRING,
+            "object": {"const": "model"},
+            "created": INTEGER,
+            "owned_by": STRING,
+            "context_length": INTEGER,  # tokens of prompt and answer
+        }
+    ),
+    "Models": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}),
+    "Health": _object(
+        {
+            "status": {"type": "string", "enum": ["loading", "ok", "stopping"]},
+            "model": STRING,
+            "context_length": INTEGER,
+            "slots": INTEGER,
+            "busy": INTEGER,
+            "waiting": INTEGER,
+        }
+    ),
+}
+
+# status: what it says
+REFUSALS = {
+    "400": "The request cannot be answered as it stands.",
+    "403": "The Host header has a name that this server does not answer to.",
+    "404": "No such model.",
+    "408": "The body did not arrive in time.",
+    "413": "The body is too large.",
+    "415": "The body is not sent as JSON.",
+    "429": "Too many requests are waiting; Retry-After says when to come again.",
+    "500": "The server failed.",
+    "503": "The model is being loaded, or the server is shutting down.",
+    "504": "The request took too long.",
+}
+UNAUTHORIZED = "Wrong or no API key, where one is set."
+
+
+def document(model: str) -> dict[str, Any]:
+    """The whole document; requests are those of `axrun.serve.schema`."""
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "axrun serve",
+            "version": "1",
+            "description": "OpenAI's chat completions and completions, for one model. Fields that are known and "
+            "not supported are refused unless they are switched off; unknown ones are refused.",
+        },
+        "paths": {
+            "/v1/chat/completions": {
+                "post": _writing("Answer a conversation", "ChatCompletion", schema.request(schema.CHAT, model))
+            },
+            "/v1/completions": {
+                "post": _writing("Continue a text", "Completion", schema.request(schema.COMPLETION, model))
+            },
+            "/v1/models": {"get": _reading("The model that is served, as a list", "Models")},
+            f"/v1/models/{model}": {"get": _reading("The model that is served", "Model")},
+            "/health": {
+                "get": {
+                    "summary": "Whether requests are answered",
+                    "security": [],
+                    "responses": {
+                        "200": _says("They are.", _ref("Health")),
+                        "503": _says("Not yet, or not any more.", _ref("Health")),
+                    },
+                }
+            },
+            "/metrics": {
+                "get": {
+                    "summary": "Figures for Prometheus",
+                    "responses": {
+                        "200": {"description": "Text.", "content": {"text/plain": {"schema": STRING}}},
+                        "401": _says(UNAUTHORIZED, _ref("Error")),
+                    },
+                }
+            },
+        },
+        "components": {
+            "schemas": SCHEMAS,
+            "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
+        },
+        "security": [{}, {"key": []}],
+    }
+
+
+def _writing(summary: str, answer: str, body: dict[str, Any]) -> dict[str, Any]:
+    whole = _says("The answer; with stream, its chunks as server-sent events, then [DONE].", _ref(answer))
+    whole["content"]["text/event-stream"] = {}
+    refusals = {status: _says(text, _ref("Error")) for status, text in {**REFUSALS, "401": UNAUTHORIZED}.items()}
+    return {
+        "summary": summary,
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "responses": {"200": whole, **refusals},
+    }
+
+
+def _reading(summary: str, answer: str) -> dict[str, Any]:
+    return {
+        "summary": summary,
+        "responses": {"200": _says("It.", _ref(answer)), "401": _says(UNAUTHORIZED, _ref("Error"))},
+    }
+
+
+def _says(text: str, body: dict[str, Any]) -> dict[str, Any]:
+    return {"description": text, "content": {"application/json": {"schema": body}}}

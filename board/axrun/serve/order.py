@@ -1,0 +1,175 @@
+"""From a request that is well-formed to what is to be written: prompts in tokens, limits, how to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from axrun.chat import ChatTemplate, chat_ids
+from axrun.errors import BadInput
+from axrun.sampling import Sampling
+from axrun.serve.errors import invalid
+from axrun.serve.penalties import Penalties
+from axrun.serve.schema import MAX_CHOICES, NO_LIMIT
+from axrun.tokenizer import Tokenizer
+
+LEAST_TEMPERATURE = 1e-3  # below it drawing is greedy in effect, and divides by next to nothing
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer to write. `text` is the prompt as the client gave it, None where it gave token ids.
+
+    `stop_ids` end it as the model's own do. `max_tokens` None goes to the end of the context; `top` None wants no log
+    probabilities, else so many likeliest.
+    """
+
+    index: int
+    ids: Sequence[int]
+    text: str | None
+    sampling: Sampling
+    penalties: Penalties
+    seed: int | None
+    max_tokens: int | None
+    stop: Sequence[str]
+    stop_ids: frozenset[int]
+    top: int | None
+    echo: bool
+    ignore_eos: bool
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Every token of the prompt has to be computed, in a slot or not."""
+        return self.echo and self.top is not None
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request's choices, `n` for each prompt, and how they are to be delivered."""
+
+    choices: Sequence[Choice]
+    n: int
+    scored: bool
+    stream: bool
+    include_usage: bool
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What orders are read with: all of it belongs to one bundle.
+
+    `parse_special`: special tokens that a chat message spells are control tokens, not text.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    sampling: Sampling
+    context: int
+    vocab_size: int
+    parse_special: bool = False
+
+    def chat(self, body: Mapping[str, Any]) -> Order:
+        """Raises ApiError for what cannot be answered."""
+        if self.template is None:
+            raise invalid("This model has no chat template; use /v1/completions.", "messages")
+        if "top_logprobs" in body and not body.get("logprobs"):
+            raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
+        given = body["messages"]  # an assistant that only called tools said nothing
+        messages = [{"role": _role(message["role"]), "content": message.get("content", "")} for message in given]
+        try:
+            ids = chat_ids(self.tokenizer, self.template, messages, self.parse_special)
+        except BadInput as error:
+            raise invalid(str(error), "messages") from None
+        limit = body.get("max_completion_tokens", body.get("max_tokens"))
+        top = body.get("top_logprobs", 0) if body.get("logprobs") else None
+        return self._order(body, [(None, ids)], "messages", limit, top, echo=False)
+
+    def completion(self, body: Mapping[str, Any]) -> Order:
+        """Raises ApiError for what cannot be answered."""
+        given = body["prompt"]
+        listed = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        prompts = [self._prompt(prompt) for prompt in listed]
+        return self._order(
+            body, prompts, "prompt", body.get("max_tokens"), body.get("logprobs"), echo=body.get("echo", False)
+        )
+
+    def _prompt(self, given: str | list[int]) -> tuple[str | None, list[int]]:
+        if not isinstance(given, str):
+            return None, given
+        try:
+            return given, self.tokenizer.encode(given)
+        except BadInput as error:
+            raise invalid(str(error), "prompt") from None
+
+    def _order(
+        self,
+        body: Mapping[str, Any],
+        prompts: Sequence[tuple[str | None, list[int]]],
+        param: str,
+        max_tokens: int | None,
+        top: int | None,
+        echo: bool,
+    ) -> Order:
+        for _, ids in prompts:
+            if not ids:
+                raise invalid("The prompt is empty: there is no token to start from.", param)
+            if len(ids) > self.context:
+                raise invalid(
+                    f"This model's context is {self.context} tokens, and the prompt has {len(ids)}; shorten it.",
+                    param,
+                    "context_length_exceeded",
+                )
+            self._expect_within(ids, param)
+        count = body.get("n", 1)
+        if len(prompts) * count > MAX_CHOICES:
+            raise invalid(f"{len(prompts)} prompts x n={count} is more than {MAX_CHOICES} answers.", "n")
+        options, stop, seed = body.get("stream_options", {}), body.get("stop", []), body.get("seed")
+        stop_ids = frozenset(body.get("stop_token_ids", []))
+        self._expect_within(stop_ids, "stop_token_ids")
+        if options and not body.get("stream"):
+            raise invalid("stream_options needs stream to be true.", "stream_options")
+        sampling, penalties = self._sampling(body), self._penalties(body)
+        choices = [
+            Choice(
+                index=number * count + i,
+                ids=ids,
+                text=text,
+                sampling=sampling,
+                penalties=penalties,
+                seed=None if seed is None else (seed + i) % (1 << 64),
+                max_tokens=None if max_tokens == NO_LIMIT else max_tokens,
+                stop=[stop] if isinstance(stop, str) else stop,
+                stop_ids=stop_ids,
+                top=top,
+                echo=echo,
+                ignore_eos=body.get("ignore_eos", False),
+            )
+            for number, (text, ids) in enumerate(prompts)
+            for i in range(count)
+        ]
+        return Order(choices, count, top is not None, body.get("stream", False), options.get("include_usage", False))
+
+    def _sampling(self, body: Mapping[str, Any]) -> Sampling:
+        given = {key: body[key] for key in SAMPLING if key in body}
+        if given.get("temperature", 1) < LEAST_TEMPERATURE:
+            given["temperature"] = 0.0
+        if given.get("top_p") == 0:  # the likeliest token alone
+            given.update(top_p=1.0, top_k=1)
+        return self.sampling.override(**given)
+
+    def _penalties(self, body: Mapping[str, Any]) -> Penalties:
+        bias = {int(token): added for token, added in body.get("logit_bias", {}).items()}
+        self._expect_within(bias, "logit_bias")
+        return Penalties(body.get("presence_penalty", 0.0), body.get("frequency_penalty", 0.0), bias)
+
+    def _expect_within(self, ids: Iterable[int], param: str) -> None:
+        try:
+            self.tokenizer.expect_within(ids, self.vocab_size)
+        except BadInput as error:
+            raise invalid(f"{str(error)[:1].upper()}{str(error)[1:]}.", param) from None
+
+
+def _role(role: str) -> str:
+    return "system" if role == "developer" else role

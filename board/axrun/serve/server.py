@@ -1,0 +1,190 @@
+"""axrun serve as a process: load, listen, stop when told."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+import json
+import os
+import signal
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from axrun.chat import ChatTemplate
+from axrun.errors import BadInput
+from axrun.format.bundle import Bundle
+from axrun.load import DEFAULTS, Loading, describe
+from axrun.sampling import Sampling
+from axrun.serve.app import ASSETS, LIBRARIES, App, Limits
+from axrun.serve.connection import Protocol
+from axrun.serve.hosts import ANY, NAME, Hosts
+from axrun.serve.metrics import Metrics
+from axrun.serve.order import Reader
+from axrun.serve.scheduler import Scheduler, Write
+from axrun.serve.slots import Slot, allocate
+from axrun.serve.writer import Writer
+from axrun.tokenizer import Tokenizer
+
+KEY_VARIABLE = "AXRUN_API_KEY"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to serve. `name` None: the bundle's. `api_key` None: $AXRUN_API_KEY, and where that is not set, no key.
+
+    `exact`: an answer does not depend on what its slot held before, to the last bit. `allowed_host`: names that clients
+    may use for this server, besides those of `axrun.serve.hosts`; "*" is any. `parse_special`: special tokens that a
+    chat message spells are control tokens, not text.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    slots: int = 4
+    queue: int = 64
+    timeout: float = 300.0
+    read_timeout: int = 10
+    grace: float = 10.0
+    max_body: int = 1 << 20
+    api_key: str | None = None
+    name: str | None = None
+    exact: bool = False
+    allowed_host: Sequence[str] = ()
+    parse_special: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises BadInput for a value out of range."""
+        for flag, value, holds, expected in (
+            ("--port", self.port, 0 <= self.port <= 65535, "0 (any that is free) to 65535"),
+            ("--slots", self.slots, 1 <= self.slots <= 256, "1 to 256"),
+            ("--queue", self.queue, 1 <= self.queue <= 10_000, "1 to 10000 requests"),
+            ("--timeout", self.timeout, 0 < self.timeout <= 86_400, "above 0, up to 86400 seconds"),
+            ("--read-timeout", self.read_timeout, 1 <= self.read_timeout <= 3600, "1 to 3600 seconds"),
+            ("--grace", self.grace, 0 <= self.grace <= 3600, "0 to 3600 seconds"),
+            ("--max-body", self.max_body, 1 <= self.max_body <= 1 << 30, "1 to 1073741824 bytes"),
+        ):
+            if not holds:
+                raise BadInput(f"{flag} is {value}, expected {expected}")
+        for name in self.allowed_host:
+            if name != ANY and not NAME.fullmatch(name):
+                raise BadInput(f"--allowed-host is {name!r}, expected a name without scheme and port, or {ANY}")
+        key = self.key
+        if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
+            raise BadInput("the API key is empty or has characters that a header cannot carry; use letters and digits")
+
+    @property
+    def key(self) -> str | None:
+        return os.environ.get(KEY_VARIABLE) if self.api_key is None else self.api_key
+
+
+def serve(path: Path, options: Options, loading: Loading = DEFAULTS) -> None:
+    """Serves a bundle until SIGTERM or SIGINT.
+
+    Raises BadInput for a bundle or an address that cannot be used, CheckFailed when the bundle is not as built.
+    """
+    bundle, say = loading.open(path), loading.say
+    tokenizer = Tokenizer.open(bundle.hf)
+    reader = Reader(
+        tokenizer,
+        ChatTemplate.find(bundle.hf),
+        Sampling.from_post_config(bundle.post_config),
+        bundle.kv_cache_len,
+        bundle.vocab_size,
+        options.parse_special,
+    )
+    name = options.name or bundle.name
+    metrics = Metrics(name)
+
+    def load_slots() -> tuple[Sequence[Slot], Write]:
+        model = loading.load(bundle)
+        for line in describe(model, bundle):
+            say(line)
+        slots = allocate(model.decoder, options.slots, model.embedding, loading.allow, options.exact)
+        return slots, Writer(model.post, tokenizer).write
+
+    with _listen(options.host, options.port) as listener:
+        scheduler = Scheduler(load_slots, options.queue, metrics, ended=lambda: server.leave())
+        limits = Limits(options.timeout, options.read_timeout, options.max_body)
+        host, port = listener.getsockname()[:2]
+        loopback = ipaddress.ip_address(host).is_loopback
+        own = [options.host] if loopback else [options.host, socket.gethostname()]
+        hosts = Hosts(loopback, options.key is not None, own, options.allowed_host)
+        app = App(name, _fingerprint(bundle), reader, scheduler, metrics, limits, hosts, options.key, say)
+        server = Server(app, scheduler, options.grace, options.read_timeout)
+        say(f"Starting server on port {port} with model '{name}'...")
+        if options.key is None and not loopback:
+            say(f"warning: whoever reaches {host} may use this model; set {KEY_VARIABLE} to keep strangers out")
+        address = f"[{host}]" if ":" in host else host
+        if not LIBRARIES.keys() <= ASSETS.keys():
+            say("the page shows answers as plain text: its Markdown libraries are not installed (make page)")
+        say(f"OpenAI API Server starting on http://{address}:{port}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, server.handle_exit)  # which uvicorn puts back when it is done: no signal is a failure
+        scheduler.start()
+        server.run([listener])
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # one that comes while the interpreter ends would be its exit code
+    scheduler.join(timeout=1.0)
+    if scheduler.failure is not None:
+        raise scheduler.failure
+
+
+class Server(uvicorn.Server):
+    """Ends with the scheduler, and the scheduler with it."""
+
+    def __init__(self, app: Any, scheduler: Scheduler, grace: float, read_timeout: int) -> None:
+        config = uvicorn.Config(
+            app,
+            http=Protocol,
+            ws="none",
+            lifespan="off",
+            loop="asyncio",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=read_timeout,
+            timeout_graceful_shutdown=int(grace) + 3,
+        )
+        super().__init__(config)
+        self._scheduler, self._grace = scheduler, grace
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal asks for an orderly end, which is no failure; the second does not wait."""
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+    def leave(self) -> None:
+        """The scheduler has ended."""
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._scheduler.stop(0.0 if self.force_exit else self._grace)
+        await super().shutdown(sockets)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises BadInput when the address cannot be had."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise BadInput(
+            f"cannot listen on {host} port {port}: {error.strerror or error}\nChoose another with --host or --port."
+        ) from None
+    return listener
+
+
+def _fingerprint(bundle: Bundle) -> str:
+    """The same for the same files."""
+    files = json.dumps(bundle.manifest["files"], sort_keys=True)
+    return f"fp_{hashlib.sha256(files.encode()).hexdigest()[:10]}"

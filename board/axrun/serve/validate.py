@@ -1,0 +1,152 @@
+"""JSON held against a schema: the part of JSON Schema that `axrun.serve.schema` uses.
+
+https://json-schema.org/draft/2020-12/json-schema-validation. Beside the standard words, `x-refused` marks a field that
+is known and not supported: only values that switch it off fit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from axrun.serve.errors import ApiError, invalid
+
+Schema = Mapping[str, Any]
+
+WORDS = {
+    "null": "null",
+    "boolean": "true or false",
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "a string",
+    "array": "a list",
+    "object": "an object",
+}
+
+CONTAINERS = {"null": type(None), "string": str, "array": list, "object": dict}
+
+# keyword: (does the value fit the keyword's, what was expected); each looks at the types it is about
+LIMITS: dict[str, tuple[Any, Callable[[Any, Any], bool], str]] = {
+    "minimum": ((int, float), lambda value, limit: value >= limit, "at least {}"),
+    "maximum": ((int, float), lambda value, limit: value <= limit, "at most {}"),
+    "minLength": (str, lambda value, limit: len(value) >= limit, "at least {} characters"),
+    "maxLength": (str, lambda value, limit: len(value) <= limit, "at most {} characters"),
+    "minItems": (list, lambda value, limit: len(value) >= limit, "at least {} items"),
+    "maxItems": (list, lambda value, limit: len(value) <= limit, "at most {} items"),
+    "maxProperties": (dict, lambda value, limit: len(value) <= limit, "at most {} entries"),
+    "enum": (object, lambda value, allowed: value in allowed, "one of {}"),
+}
+
+
+def parse(body: bytes) -> Any:
+    """JSON from a request. Raises ApiError for what is no UTF-8, no JSON, or has numbers that are none (NaN)."""
+    try:
+        return json.loads(body.decode("utf-8"), parse_constant=_not_a_number)
+    except UnicodeDecodeError as error:
+        raise invalid(f"The body is not UTF-8 at byte {error.start}.", code="invalid_json") from None
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"The body is not JSON: {error or 'nested too deeply'}.", code="invalid_json") from None
+
+
+def validate(value: Any, schema: Schema, name: str = "") -> Any:
+    """The value with whole floats as integers, without properties that are null, and with defaults of absent ones.
+
+    Raises ApiError that names the first property at fault: what it is, what was expected.
+    """
+    if "anyOf" in schema:
+        return _any_of(value, schema, name)
+    types = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    if not any(_is(value, kind) for kind in types):
+        raise _wrong(value, schema, name, " or ".join(WORDS[kind] for kind in types if kind != "null"))
+    if isinstance(value, float) and "number" not in types:
+        value = int(value)
+    for keyword, (about, fits, words) in LIMITS.items():
+        if keyword in schema and isinstance(value, about) and not fits(value, schema[keyword]):
+            raise _wrong(value, schema, name, words.format(schema[keyword]))
+    if isinstance(value, list) and "items" in schema:
+        return [validate(item, schema["items"], f"{name}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        return _object(value, schema, name)
+    return value
+
+
+def _object(value: dict[str, Any], schema: Schema, name: str) -> dict[str, Any]:
+    properties, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+    inside = f"{name}." if name else ""
+    for key in schema.get("required", ()):
+        if key not in value:
+            raise invalid(f"Missing required parameter: '{inside}{key}'.", inside + key, "missing_required_parameter")
+    checked = {}
+    for key, entry in value.items():
+        path = inside + ascii(key[:40])[1:-1]
+        if key not in properties and (others is False or not _named(key, schema)):
+            raise invalid(f"Unknown parameter: '{path}'.", path, "unknown_parameter")
+        rule = properties.get(key, others)
+        entry = entry if rule is True else validate(entry, rule, path)
+        if entry is not None:
+            checked[key] = entry
+    defaults = {key: rule["default"] for key, rule in properties.items() if "default" in rule and key not in value}
+    return {**defaults, **checked}
+
+
+def _named(key: str, schema: Schema) -> bool:
+    return re.search(schema.get("propertyNames", {}).get("pattern", ""), key) is not None
+
+
+def _any_of(value: Any, schema: Schema, name: str) -> Any:
+    fitting = [
+        option
+        for option in schema["anyOf"]
+        for kind in (option["type"] if isinstance(option["type"], list) else [option["type"]])
+        if _is(value, kind)
+    ]
+    if isinstance(value, dict) and len(fitting) > 1:
+        fitting = [_meant(value, fitting)]
+    for option in fitting:
+        try:
+            return validate(value, option, name)
+        except ApiError:
+            if len(fitting) == 1:
+                raise
+    raise _wrong(value, schema, name, schema["title"])
+
+
+def _meant(value: dict[str, Any], options: list[Schema]) -> Schema:
+    """The one of several kinds of object, told by a property of which each has values of its own."""
+    key = next(key for key, rule in options[0]["properties"].items() if "enum" in rule)
+    for option in options:
+        if value.get(key) in option["properties"][key]["enum"]:
+            return option
+    allowed = [each for option in options for each in option["properties"][key]["enum"]]
+    rule = {**options[0]["properties"][key], "enum": allowed}
+    return {"type": "object", "required": [key], "properties": {key: rule}}
+
+
+def _is(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if isinstance(value, (int, float)):
+        whole = isinstance(value, int) or (math.isfinite(value) and value.is_integer())
+        return (kind == "number" and (isinstance(value, int) or math.isfinite(value))) or (kind == "integer" and whole)
+    return type(value) is CONTAINERS.get(kind)
+
+
+def _wrong(value: Any, schema: Schema, name: str, expected: str) -> ApiError:
+    name = name or "The body"
+    if schema.get("x-refused"):
+        return invalid(f"{name} is not supported by this server; leave it out.", name, "unsupported_parameter")
+    return invalid(f"{name} is {_short(value)}; expected {expected}.", name, "invalid_value")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, dict)) and value:
+        return f"a {'list' if isinstance(value, list) else 'object'} of {len(value)}"
+    text = json.dumps(value) if not isinstance(value, int) or abs(value) < 1 << 64 else "a very large number"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _not_a_number(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON number")

@@ -1,0 +1,509 @@
+"""The C interface of libax_engine, by ctypes: our own library on any CPU, the vendor's on a board.
+
+With our library's extensions a file is mapped, not copied, and a binding may have any numbers of tokens and history;
+with any other library the model is handed over as bytes and bindings have the shapes of its groups.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import math
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_uint8, c_uint32, c_uint64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from axrun.errors import BadInput, NotFinite
+from axrun.finite import FiniteCheck
+from axrun.format import axmodel
+from axrun.format.axmodel import VENDOR, Axmodel, TensorInfo
+from axrun.format.dtypes import DTYPES, nbytes
+from axrun.session import CACHES, Array, SessionGroup
+
+FOLDER = "AXRUN_ENGINE"  # an environment variable: the folder of the libraries
+_PACKAGE = Path(__file__).resolve().parents[1]
+# Ours: in a wheel inside the package, in a checkout where `make engine` puts it.
+_CHECKOUT = (_PACKAGE.parent / "engine" / "build.py").is_file()
+BESIDE = (_PACKAGE.parent if _CHECKOUT else _PACKAGE) / "engine" / "lib"
+BOARD = Path("/soc/lib")  # a board's own, for the NPU and the vendor's axmodels; the system may know other places
+EXTENSIONS = 3  # the version of axc_engine.h this file is written for
+NOT_FINITE = 0x80060080  # AXC_ENGINE_NOT_FINITE
+ALIGNMENT = 128  # of buffers, as the vendor's clients have it
+TAG = b"axrun"
+
+
+class IoBuffer(ctypes.Structure):
+    """AX_ENGINE_IO_BUFFER_T"""
+
+    _fields_ = (
+        ("phyAddr", c_uint64),
+        ("pVirAddr", c_void_p),
+        ("nSize", c_uint32),
+        ("pStride", c_void_p),
+        ("nStrideSize", c_uint8),
+        ("u64Reserved", c_uint64 * 11),
+    )
+
+
+class Io(ctypes.Structure):
+    """AX_ENGINE_IO_T"""
+
+    _fields_ = (
+        ("pInputs", POINTER(IoBuffer)),
+        ("nInputSize", c_uint32),
+        ("pOutputs", POINTER(IoBuffer)),
+        ("nOutputSize", c_uint32),
+        ("nBatchSize", c_uint32),
+        ("pIoSetting", c_void_p),
+        ("nParallelRun", c_uint32),
+        ("u64Reserved", c_uint64 * 10),
+    )
+
+
+class IoMeta(ctypes.Structure):
+    """AX_ENGINE_IOMETA_T"""
+
+    _fields_ = (
+        ("pName", c_char_p),
+        ("pShape", POINTER(c_int32)),
+        ("nShapeSize", c_uint8),
+        ("eLayout", c_int),
+        ("eMemoryType", c_int),
+        ("eDataType", c_int),
+        ("pExtraMeta", c_void_p),
+        ("nSize", c_uint32),
+        ("nQuantizationValue", c_uint32),
+        ("pStride", c_void_p),
+        ("u64Reserved", c_uint64 * 9),
+    )
+
+
+class IoInfo(ctypes.Structure):
+    """AX_ENGINE_IO_INFO_T"""
+
+    _fields_ = (
+        ("pInputs", POINTER(IoMeta)),
+        ("nInputSize", c_uint32),
+        ("pOutputs", POINTER(IoMeta)),
+        ("nOutputSize", c_uint32),
+        ("nMaxBatchSize", c_uint32),
+        ("bDynamicBatchSize", c_int32),
+        ("u64Reserved", c_uint64 * 11),
+    )
+
+
+class NpuAttr(ctypes.Structure):
+    """AX_ENGINE_NPU_ATTR_T"""
+
+    _fields_ = (("eHardMode", c_int), ("reserve", c_uint32 * 8))
+
+
+class Counter(ctypes.Structure):
+    """axc_counter"""
+
+    _fields_ = (("kind", c_char_p), ("calls", c_uint64), ("nanoseconds", c_uint64))
+
+
+class EngineMissing(BadInput):
+    """There is no libax_engine.so to load."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """Both libraries, initialised, and the folder they come from. `extended`: the engine is ours."""
+
+    sys: Any
+    engine: Any
+    extended: bool
+    folder: str = ""
+
+    def call(self, name: str, *arguments: Any) -> None:
+        """Calls a function of either; raises BadInput with the code it returned and what the engine says about it."""
+        library = self.sys if name.startswith("AX_SYS") else self.engine
+        code = getattr(library, name)(*arguments)
+        if code:
+            raise self.failure(name, code)
+
+    def not_finite(self) -> tuple[int, int]:
+        """The index of the output, and its row, after a run of this thread that returned NOT_FINITE."""
+        output, row = c_uint32(), c_uint32()
+        self.engine.axc_not_finite(byref(output), byref(row))
+        return output.value, row.value
+
+    def failure(self, name: str, code: int) -> BadInput:
+        """The error for a code that the function `name` returned just now in this thread."""
+        why = f": {self.engine.axc_last_error().decode('utf-8', 'replace')}" if self.extended else ""
+        return BadInput(f"{name} failed with 0x{code & 0xFFFFFFFF:08x}{why}"[:300])
+
+    @property
+    def isa(self) -> str:
+        """The kernels in use; empty for another engine."""
+        return str(self.engine.axc_isa().decode()) if self.extended else ""
+
+    def counters(self) -> dict[str, tuple[int, float]]:
+        """Calls and seconds of each kind of step since `reset_counters`; empty for another engine."""
+        if not self.extended:
+            return {}
+        counters = (Counter * self.engine.axc_counters(None, 0))()
+        self.engine.axc_counters(counters, len(counters))
+        return {counter.kind.decode(): (counter.calls, counter.nanoseconds / 1e9) for counter in counters}
+
+    def reset_counters(self) -> None:
+        if self.extended:
+            self.engine.axc_reset_counters()
+
+
+def folder(ours: bool) -> str:
+    """Where the engine for our axmodels or for the vendor's is looked for; empty: wherever the system has it."""
+    asked = os.environ.get(FOLDER)
+    places = (asked,) if asked else (BESIDE, BOARD) if ours else (BOARD,)
+    return next((str(place) for place in places if Path(place, "libax_engine.so").exists()), asked or "")
+
+
+def is_there() -> bool:
+    """Whether a folder is known that has an engine for our axmodels."""
+    return bool(folder(ours=True))
+
+
+def library(ours: bool = True) -> Library:
+    """The engine for our axmodels or for the vendor's, loaded and initialised once.
+
+    Raises BadInput when there is none, or it does not start, or this process has another already: they share a name,
+    by which the system would take one for the other.
+    """
+    wanted = folder(ours)
+    for loaded in _loaded:
+        if loaded.folder != wanted:
+            raise BadInput(
+                f"this process runs libax_engine of {loaded.folder or 'the system'}; the axmodel is for that of "
+                f"{wanted or 'the system'}\nRun our axmodels and the vendor's in processes of their own."
+            )
+        return loaded
+    _loaded.append(_load(wanted))
+    return _loaded[0]
+
+
+_loaded: list[Library] = []
+
+
+def _load(folder: str) -> Library:
+    where = f"{folder}/" if folder else ""
+    try:
+        system = ctypes.CDLL(f"{where}libax_sys.so", mode=ctypes.RTLD_GLOBAL)
+        engine = ctypes.CDLL(f"{where}libax_engine.so")
+    except OSError as error:
+        raise EngineMissing(
+            f"engine ax needs libax_engine.so: {error}\n"
+            f"Build it with `make engine`, set {FOLDER} to its folder, or use --engine ort."
+        ) from None
+    extended = hasattr(engine, "axc_extensions") and engine.axc_extensions() == EXTENSIONS
+    if extended:
+        engine.axc_last_error.restype = engine.axc_isa.restype = c_char_p
+    engine.AX_ENGINE_GetVersion.restype = c_char_p
+    loaded = Library(system, engine, extended, folder)
+    loaded.call("AX_SYS_Init")
+    loaded.call("AX_ENGINE_Init", byref(NpuAttr()))
+    atexit.register(engine.AX_ENGINE_Deinit)
+    return loaded
+
+
+@dataclass(frozen=True)
+class Block:
+    """Memory of the engine's: a virtual address, its size, and the physical address the NPU has for it."""
+
+    start: int
+    size: int
+    physical: int
+
+
+_blocks: dict[int, Block] = {}
+
+
+def allocate(info: TensorInfo) -> Array:
+    """Zeroed memory of AX_SYS_MemAllocCached as an array; it is freed when the last view of it is gone.
+
+    Raises BadInput when there is no such memory left.
+    """
+    loaded = library()
+    shape = tuple(int(dim) for dim in info.shape)
+    size = max(nbytes(info.dtype, shape), 1)
+    if size >= 1 << 32:
+        raise BadInput(f"{info.name} takes {size:,} bytes; a block of the engine's memory ends at 4 GiB")
+    physical, address = c_uint64(), c_void_p()
+    loaded.call("AX_SYS_MemAllocCached", byref(physical), byref(address), c_uint32(size), c_uint32(ALIGNMENT), TAG)
+    start = address.value or 0
+    memory = (c_uint8 * size).from_address(start)
+    ctypes.memset(start, 0, size)
+    _blocks[start] = Block(start, size, physical.value)
+    weakref.finalize(memory, _release, loaded, start)
+    array: Array = np.frombuffer(memoryview(memory), DTYPES[info.dtype].numpy, count=math.prod(shape)).reshape(shape)
+    return array
+
+
+def _release(loaded: Library, start: int) -> None:
+    block = _blocks.pop(start)
+    loaded.sys.AX_SYS_MemFree(c_uint64(block.physical), c_void_p(block.start))
+
+
+def _physical(array: Array) -> int:
+    """The physical address of an array that lies in allocated memory; 0 of any other."""
+    address = array.ctypes.data
+    for block in _blocks.values():
+        if block.start <= address and address + array.nbytes <= block.start + block.size:
+            return block.physical + address - block.start
+    return 0
+
+
+class AxBinding:
+    """A run whose arguments C has already."""
+
+    def __init__(
+        self,
+        loaded: Library,
+        call: tuple[Any, ...],
+        synced: Sequence[Sequence[Any]],
+        named: tuple[str, Sequence[str]],
+        check: FiniteCheck | None,
+        keep: Any,
+    ) -> None:
+        """`synced`: address, physical address and size of what is flushed before and of what is invalidated after.
+
+        `named`: the axmodel and its outputs, for errors. `check` None: the function itself looks at what it computed.
+        """
+        self._library, self._function, self._arguments = loaded, getattr(loaded.engine, call[0]), call[1:]
+        self._name = call[0]
+        self._before, self._after = synced
+        self._part, self._outputs = named
+        self._check = check
+        self._keep = keep  # C has their addresses only
+
+    def run(self) -> None:
+        for arguments in self._before:
+            self._library.call("AX_SYS_MflushCache", *arguments)
+        code = self._function(*self._arguments)
+        if code:
+            if code & 0xFFFFFFFF == NOT_FINITE:
+                output, row = self._library.not_finite()
+                raise NotFinite(self._part, self._outputs[output], row)
+            raise self._library.failure(self._name, code)
+        for arguments in self._after:
+            self._library.call("AX_SYS_MinvalidateCache", *arguments)
+        if self._check:
+            self._check()
+
+
+class AxSession:
+    """An axmodel in the engine. `ours`: what its file says, where the file is of our format."""
+
+    def __init__(self, loaded: Library, handle: c_void_p, ours: Axmodel | None) -> None:
+        self._library, self._handle, self._part = loaded, handle, ours.part if ours else ""
+        weakref.finalize(self, loaded.engine.AX_ENGINE_DestroyHandle, handle)
+        self.flexible = loaded.extended and ours is not None
+        infos = _infos(loaded, handle)
+        self._inputs, self._outputs = _names(infos[0])
+        self.groups = _file_groups(ours) if ours else _shown_groups(infos)
+        self._symbolic = {info.name: info for info in ours.inputs + ours.outputs} if ours else {}
+        context = c_void_p()
+        loaded.call("AX_ENGINE_CreateContextV2", self._handle, byref(context))
+        self._context = context
+
+    def allocate(self, info: TensorInfo) -> Array:
+        return allocate(info)
+
+    def round_activations(self, bits: int) -> None:
+        """What activations are rounded to where they meet integer weights: 16 bits, or 8. Only of our own engine."""
+        self._library.call("axc_set_activation_bits", self._handle, c_uint32(bits))
+
+    def bind(self, group: int, arrays: Mapping[str, Array]) -> AxBinding:
+        shape = self.groups[group]
+        expected = self._expected(shape, arrays)
+        unknown = arrays.keys() - expected.keys()
+        missing = {info.name for info in shape.inputs} - arrays.keys()
+        if unknown or missing:
+            raise ValueError(f"{sorted(arrays)} cannot be bound to {sorted(expected)}")
+        for name, array in arrays.items():
+            info = expected[name]
+            if array.shape != info.shape or array.dtype != DTYPES[info.dtype].numpy or not array.flags.c_contiguous:
+                raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, expected {info.dtype}{list(info.shape)}")
+        bound = dict(arrays)
+        if not self.flexible:
+            bound.update(self._stand_ins(group, bound))
+        inputs, outputs = ((IoBuffer * len(names))() for names in (self._inputs, self._outputs))
+        for names, buffers in ((self._inputs, inputs), (self._outputs, outputs)):
+            for name, buffer in zip(names, buffers):
+                if name in bound:
+                    _fill(buffer, bound[name])
+        io = Io(pInputs=inputs, nInputSize=len(inputs), pOutputs=outputs, nOutputSize=len(outputs))
+        synced: list[list[Any]] = [[], []]
+        if not self._library.extended:
+            for buffers, list_ in zip((inputs, outputs), synced):
+                list_ += [(c_uint64(b.phyAddr), c_void_p(b.pVirAddr), c_uint32(b.nSize)) for b in buffers]
+        return AxBinding(
+            self._library,
+            self._call(group, expected, byref(io)),
+            synced,
+            (self._part, self._outputs),
+            None if self.flexible else FiniteCheck(self._part, shape.outputs, arrays),
+            (bound, inputs, outputs, io, self),
+        )
+
+    def _call(self, group: int, expected: Mapping[str, TensorInfo], io: Any) -> tuple[Any, ...]:
+        if self.flexible:
+            tokens = int(expected["input"].shape[1])
+            history = int(expected["K_cache"].shape[1]) if "K_cache" in expected else 0
+            return "axc_run", self._handle, c_uint32(tokens), c_uint32(history), io
+        if len(self.groups) == 1:
+            return "AX_ENGINE_RunSync", self._handle, io
+        return "AX_ENGINE_RunGroupIOSync", self._handle, self._context, c_uint32(group), io
+
+    def _expected(self, group: SessionGroup, arrays: Mapping[str, Array]) -> dict[str, TensorInfo]:
+        """The infos of a group, resized to the arrays' numbers of tokens and history where that is possible."""
+        infos = {info.name: info for info in group.inputs + group.outputs}
+        if not self.flexible or "input" not in arrays or arrays["input"].ndim != 3:
+            return infos
+        tokens = arrays["input"].shape[1]
+        cache = arrays.get("K_cache")
+        history = cache.shape[1] if cache is not None and cache.ndim == 3 and "K_cache" in infos else 0
+        return {name: _sized(self._symbolic[name], tokens, history) for name in infos}
+
+    def _stand_ins(self, group: int, bound: Mapping[str, Array]) -> dict[str, Array]:
+        """Memory for what the engine wants and the caller has not: unused caches, outputs nobody reads."""
+        info = _infos(self._library, self._handle)[group]
+        metas = [info.pInputs[i] for i in range(info.nInputSize)] + [info.pOutputs[i] for i in range(info.nOutputSize)]
+        named = {meta.pName.decode(): meta.nSize for meta in metas}
+        return {name: allocate(TensorInfo(name, "UINT8", (size,))) for name, size in named.items() if name not in bound}
+
+
+def _fill(buffer: IoBuffer, array: Array) -> None:
+    buffer.phyAddr, buffer.pVirAddr, buffer.nSize = _physical(array), array.ctypes.data, array.nbytes
+
+
+def _infos(loaded: Library, handle: c_void_p) -> list[IoInfo]:
+    count = c_uint32()
+    loaded.call("AX_ENGINE_GetGroupIOInfoCount", handle, byref(count))
+    infos = []
+    for index in range(count.value):
+        info = POINTER(IoInfo)()
+        loaded.call("AX_ENGINE_GetGroupIOInfo", handle, c_uint32(index), byref(info))
+        infos.append(info.contents)
+    return infos
+
+
+def _names(info: IoInfo) -> tuple[list[str], list[str]]:
+    return (
+        [info.pInputs[i].pName.decode() for i in range(info.nInputSize)],
+        [info.pOutputs[i].pName.decode() for i in range(info.nOutputSize)],
+    )
+
+
+# AX_ENGINE_DATA_TYPE_T; libraries that do not know bfloat16 call it 0, as they do float16
+SHOWN = {
+    0: "BFLOAT16",
+    1: "UINT8",
+    2: "UINT16",
+    3: "FLOAT",
+    4: "INT16",
+    5: "INT8",
+    6: "INT32",
+    7: "UINT32",
+    9: "BFLOAT16",
+}
+
+
+def _shown_groups(infos: Sequence[IoInfo]) -> tuple[SessionGroup, ...]:
+    """Groups as the engine describes them. Raises BadInput for a type that no layer has."""
+    groups = []
+    for index, info in enumerate(infos):
+        inputs = [_shown(info.pInputs[i]) for i in range(info.nInputSize)]
+        outputs = [_shown(info.pOutputs[i]) for i in range(info.nOutputSize)]
+        sizes = {tensor.name: tensor.shape for tensor in inputs}
+        tokens = int(sizes["input"][1]) if len(sizes.get("input", ())) == 3 else 1
+        history = int(sizes["mask"][2]) - tokens if len(sizes.get("mask", ())) == 3 else 0
+        read = tuple(tensor for tensor in inputs if history or tensor.name not in CACHES)
+        groups.append(SessionGroup(index, tokens, history, read, tuple(outputs)))
+    return tuple(groups)
+
+
+def _shown(meta: IoMeta) -> TensorInfo:
+    name = meta.pName.decode()
+    if meta.eDataType not in SHOWN:
+        raise BadInput(f"the engine shows {name} with data type {meta.eDataType}, which no layer has")
+    return TensorInfo(name, SHOWN[meta.eDataType], tuple(meta.pShape[i] for i in range(meta.nShapeSize)))
+
+
+def _sized(info: TensorInfo, tokens: int, history: int) -> TensorInfo:
+    """`info` with M and T as numbers."""
+    sizes: dict[int | str, int] = {"M": tokens, "T": history, "T+M": history + tokens}
+    return TensorInfo(info.name, info.dtype, tuple(sizes.get(dim, dim) for dim in info.shape))
+
+
+def _file_groups(model: Axmodel) -> tuple[SessionGroup, ...]:
+    groups = []
+    for group in model.groups:
+        inputs = (info for info in model.inputs if group.history or info.name not in CACHES)
+        groups.append(
+            SessionGroup(
+                group.index,
+                group.tokens,
+                group.history,
+                tuple(_sized(info, group.tokens, group.history) for info in inputs),
+                tuple(_sized(info, group.tokens, group.history) for info in model.outputs),
+            )
+        )
+    return tuple(groups)
+
+
+def open_session(path: str | os.PathLike[str], threads: int | None = None) -> AxSession:
+    """Loads an axmodel into the engine; `threads` holds for the whole process, and for our own library only.
+
+    Raises BadInput when there is no engine, or it refuses the file.
+    """
+    model = axmodel.read(path)
+    loaded = library() if model.ours else _boards_library(path, model)
+    if loaded.extended:
+        loaded.call("axc_set_threads", c_uint32(threads or 0))
+    return open_with(loaded, path, model)
+
+
+def _boards_library(path: str | os.PathLike[str], model: Axmodel) -> Library:
+    """The library for an axmodel that is not ours. Raises BadInput where this machine has none."""
+    try:
+        loaded = library(ours=False)
+    except EngineMissing:
+        loaded = None
+    if loaded is None or loaded.extended:  # ours runs ours only
+        name = os.fspath(path)
+        if not model.vendors:
+            raise BadInput(
+                f"{name} is made by {model.producer_name or 'an unknown compiler'}, expected axc or {VENDOR}"
+            )
+        raise BadInput(
+            f"{name} is made by {VENDOR} {model.version}".rstrip()
+            + ": it is code for an NPU, and needs a board with one\n"
+            f"Run it on the board, whose libax_engine is in {BOARD} (or where {FOLDER} says). For this machine build "
+            "the checkpoint with `axc llm_build`."
+        )
+    return loaded
+
+
+def version() -> str:
+    """What the engine for our axmodels calls itself, and the kernels in use. Raises BadInput."""
+    loaded = library()
+    return f"{loaded.engine.AX_ENGINE_GetVersion().decode('utf-8', 'replace')} {loaded.isa}".strip()
+
+
+def open_with(loaded: Library, path: str | os.PathLike[str], model: Axmodel) -> AxSession:
+    """Loads an axmodel, which was read already, into a given engine. Raises BadInput when that refuses the file."""
+    handle = c_void_p()
+    if loaded.extended:
+        loaded.call("axc_open", byref(handle), os.fsencode(path))
+    else:
+        data = Path(path).read_bytes()
+        loaded.call("AX_ENGINE_CreateHandle", byref(handle), data, c_uint32(len(data)))
+    return AxSession(loaded, handle, model if model.ours else None)

@@ -1,0 +1,259 @@
+"""Text to token ids and back, by the checkpoint's own tokenizer files."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from axrun import stop_ids
+from axrun.chat import ChatTemplate
+from axrun.errors import BadInput
+from axrun.hf_files import read_json
+
+REPLACEMENT = "\ufffd"  # what bytes that are no UTF-8, or not yet, decode to
+LONGEST_CHARACTER = 4  # bytes of one in UTF-8, and so tokens
+CONTEXT = 8  # tokens without a text that may change the first one that has some
+
+# How Qwen2 cuts text before its merges, for a checkpoint that has vocab.json and merges.txt alone.
+# https://huggingface.co/Qwen/Qwen2-0.5B-Instruct/blob/main/tokenizer.json
+QWEN2_CUT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _byte_level() -> dict[str, int]:
+    """Bytes by the printable characters that byte-level BPE spells them with.
+
+    https://github.com/openai/gpt-2/blob/master/src/encoder.py
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(0x100) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_LEVEL = _byte_level()
+
+
+class Tokenizer:
+    """`stop_ids` end a generation; `stop_sources` say for each of them what names it.
+
+    `special_ids` are the tokens that `decode` leaves out.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, stop_sources: Mapping[int, tuple[str, ...]]) -> None:
+        self._backend, self.stop_sources = backend, dict(stop_sources)
+        self.stop_ids = frozenset(self.stop_sources)
+        self._added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(number for number, token in self._added.items() if token.special)
+        self._patterns: dict[frozenset[int], re.Pattern[str] | None] = {}  # of some added tokens
+        self._characters: dict[str, list[int]] = {}  # as text
+        self._byte_level = backend.token_to_id("\u0120") is not None  # how byte-level BPE spells a space
+
+    @classmethod
+    def find(cls, hf: Path) -> Tokenizer | None:
+        """The tokenizer in a folder of Hugging Face files, None where there is none.
+
+        Raises BadInput when its files are damaged, or of a kind that cannot be read.
+        """
+        settings = read_json(hf / "tokenizer_config.json")
+        try:
+            if (hf / "tokenizer.json").is_file():
+                backend = tokenizers.Tokenizer.from_file(str(hf / "tokenizer.json"))
+                backend.no_truncation()
+                backend.no_padding()
+            elif str(settings.get("tokenizer_class", "")).startswith("Qwen2Tokenizer") and all(
+                (hf / name).is_file() for name in ("vocab.json", "merges.txt")
+            ):
+                backend = _qwen2(hf, settings)
+            elif any((hf / name).is_file() for name in ("vocab.json", "tokenizer.model", "vocab.txt")):
+                raise BadInput(
+                    f"{hf} has a tokenizer, but no tokenizer.json\n"
+                    "Make one: python -c \"from transformers import AutoTokenizer as A; A.from_pretrained('IN')"
+                    ".save_pretrained('OUT')\""
+                )
+            else:
+                return None
+            sources = stop_ids.find(hf, backend, _template(hf))
+        except BadInput:
+            raise
+        except Exception as error:  # tokenizers raises nothing more particular
+            name = "tokenizer.json" if (hf / "tokenizer.json").is_file() else "vocab.json"
+            raise BadInput(f"{hf / name} is damaged: {error}\nBuild or copy the bundle again.") from None
+        return cls(backend, sources)
+
+    @classmethod
+    def open(cls, hf: Path) -> Tokenizer:
+        """As `find`. Raises BadInput where there is none, too."""
+        found = cls.find(hf)
+        if found is None:
+            raise BadInput(f"{hf} has no tokenizer, so there is no way to ask; build from a checkpoint that has one")
+        return found
+
+    @property
+    def added_tokens(self) -> Mapping[int, tokenizers.AddedToken]:
+        """Tokens that are looked for in a text before it is cut into others."""
+        return self._added
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """All tokens, as the vocabulary spells them."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer of the library, which threads share: it must not be changed."""
+        return self._backend
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids. `special` False: without those that the tokenizer adds by itself, which a chat template writes.
+
+        Raises BadInput for text that is no Unicode.
+        """
+        return list(self._encode(text, special).ids)
+
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """Text; special tokens are left out, or spelled with `special`. An id without a token gives none."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=not special))
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for inside a text, special ones spelled out; nothing for an id without a token."""
+        piece = self._backend.id_to_token(token) or ""
+        if token in self._added:
+            return piece.encode()
+        if self._byte_level:
+            return bytes(BYTE_LEVEL[character] for character in piece if character in BYTE_LEVEL)
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)  # SentencePiece's fallback
+        return bytes.fromhex(byte[1]) if byte else piece.replace("\u2581", " ").encode()
+
+    def expect_within(self, ids: Iterable[int], vocab_size: int) -> None:
+        """Raises BadInput for a token that the model has not."""
+        wrong = next((token for token in ids if token >= vocab_size), None)
+        if wrong is not None:
+            piece = self._backend.id_to_token(wrong)
+            known = f": the tokenizer has {piece!r:.60} and the model has not" if piece is not None else ""
+            raise BadInput(f"token id {wrong} is outside the vocabulary of {vocab_size}{known}")
+
+    def spans(self, text: str, tokens: frozenset[int]) -> list[tuple[int, int]]:
+        """Where some of the added tokens are spelled in a text: (start, stop), rising."""
+        pattern = self._spelled(tokens)
+        if pattern is None:  # only the tokenizer knows what the normalizer makes one of
+            encoding = self._encode(text, False)
+            found = zip(encoding.ids, encoding.offsets)
+            return [span for token, span in found if token in tokens and span[0] < span[1]]
+        return [match.span() for match in pattern.finditer(text)]
+
+    def encode_after(self, text: str, plain: frozenset[int] = frozenset()) -> list[int]:
+        """Token ids of what goes on from other text; `plain`: added tokens are text, of which none of these may come.
+
+        Encoded behind a line feed, which is taken off again: tokenizers give the beginning of a text a space.
+        """
+        ids = self._after(text, bool(plain))
+        if plain.isdisjoint(ids):
+            return ids
+        return [token for character in text for token in self._character(character, plain)]  # spelled in the vocabulary
+
+    def _after(self, text: str, plain: bool) -> list[int]:
+        encode = self._plain if plain else functools.partial(self.encode, special=False)
+        first, ids = encode("\n"), encode("\n" + text)
+        return ids[len(first) :] if ids[: len(first)] == first else encode(text)
+
+    def _character(self, text: str, plain: frozenset[int]) -> list[int]:
+        if text not in self._characters:
+            self._characters[text] = self._after(text, True)
+        if not plain.isdisjoint(self._characters[text]):
+            raise BadInput(f"the tokenizer cannot write {text!r} as text: it is a special token\nLeave it out.")
+        return self._characters[text]
+
+    def _encode(self, text: str, special: bool) -> tokenizers.Encoding:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadInput(f"the text is not UTF-8 at character {error.start}: {text[error.start]!a}") from None
+        return self._backend.encode(text, add_special_tokens=special)
+
+    def _plain(self, text: str) -> list[int]:
+        """Token ids by the model alone. Not by the backend's `encode_special_tokens`: threads share the backend."""
+        backend = self._backend
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        words: Sequence[tuple[str, Any]] = [(text, None)]
+        if backend.pre_tokenizer is not None:
+            words = backend.pre_tokenizer.pre_tokenize_str(text)
+        return [token.id for word, _ in words for token in backend.model.tokenize(word)]
+
+    def _spelled(self, tokens: frozenset[int]) -> re.Pattern[str] | None:
+        """What finds these added tokens; None where they are looked for in normalized text."""
+        if tokens not in self._patterns:
+            added = [self._added[number] for number in tokens]
+            normalized = self._backend.normalizer is not None and any(token.normalized for token in added)
+            pieces = sorted((token.content for token in added if token.content), key=len, reverse=True)
+            pattern = re.compile("|".join(map(re.escape, pieces)) or "(?!)")
+            self._patterns[tokens] = None if normalized else pattern
+        return self._patterns[tokens]
+
+
+class TextStream:
+    """Text from tokens as they come: never half a character, and in time linear in their number."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._shown: list[int] = []  # tokens before, as decoders treat the first word of a text in their own way
+        self._before = ""  # their text
+        self._held: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that is complete with `token`; perhaps none."""
+        self._held.append(token)
+        text = self._text()
+        if text.endswith(REPLACEMENT) and len(self._held) < LONGEST_CHARACTER:
+            return ""
+        return self._show(text)
+
+    def finish(self) -> str:
+        """What is left when no token follows."""
+        return self._show(self._text())
+
+    def _text(self) -> str:
+        return self._tokenizer.decode(self._shown + self._held)[len(self._before) :]
+
+    def _show(self, text: str) -> str:
+        if text.endswith(REPLACEMENT):  # bytes that were no character must not join the next token's
+            self._shown = []
+        elif text:
+            self._shown = self._held
+        elif not self._before:
+            self._shown = (self._shown + self._held)[-CONTEXT:]
+        self._held = []
+        self._before = self._tokenizer.decode(self._shown)
+        return text
+
+
+def _template(hf: Path) -> ChatTemplate | None:
+    """For its end of turn. One that is damaged is an error for who uses it, and a raw prompt does not."""
+    try:
+        return ChatTemplate.find(hf)
+    except BadInput:
+        return None
+
+
+def _qwen2(hf: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE.from_file(str(hf / "vocab.json"), str(hf / "merges.txt")))
+    backend.normalizer = normalizers.NFC()
+    cut = pre_tokenizers.Split(tokenizers.Regex(QWEN2_CUT), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    added = {int(number): token for number, token in settings.get("added_tokens_decoder", {}).items()}
+    for number in sorted(added):
+        flags = {
+            key: bool(added[number].get(key)) for key in ("lstrip", "normalized", "rstrip", "single_word", "special")
+        }
+        backend.add_tokens([tokenizers.AddedToken(added[number]["content"], **flags)])
+        if backend.token_to_id(added[number]["content"]) != number:
+            raise BadInput(f"{hf}: added token {added[number]['content']!r} cannot have id {number}; ids leave a gap")
+    return backend

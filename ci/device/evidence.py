@@ -1,0 +1,212 @@
+"""What was measured is what was deployed: the record of a deploy, and what a board holds beside it, file by file.
+
+A deploy writes the record, on the machine that deploys. The run that measures takes an inventory of the board before
+and after, notes which libraries its commands loaded, and keeps all of it beside the figures; the verdict compares that
+with the record and with the bundle of the night.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from axrun.errors import BadInput
+from axrun.format.bundle import MANIFEST
+from axrun.format.logits import NAME as REFERENCE
+from ci.device import commands
+from ci.device.listing import Listing
+
+ENGINES = re.compile(r"libax_(engine|sys)\.so(\.\d+)*")
+SCHEMA = 1
+MOST_FAULTS = 20
+# Variables that change which code runs or how, without a file of the release being another.
+CHANGING = re.compile(r"AXC_\w+|AXRUN_\w+|LD_PRELOAD|LD_AUDIT")
+
+Inventory = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a deploy made current on a board: names, and the sha256 of every file of package and model."""
+
+    board: str
+    release: str
+    package: str
+    model: str
+    release_json: str
+    package_files: Mapping[str, str] = field(repr=False)
+    model_files: Mapping[str, str] = field(repr=False)
+
+    @property
+    def manifest_sha256(self) -> str:
+        return self.model_files.get(MANIFEST, "")
+
+    @property
+    def engines(self) -> dict[str, str]:
+        """The package's engine libraries: sha256 by path."""
+        return {path: digest for path, digest in self.package_files.items() if ENGINES.fullmatch(Path(path).name)}
+
+    def named(self) -> dict[str, str]:
+        """What figures are kept with."""
+        return {
+            "release": self.release,
+            "package": self.package,
+            "model": self.model,
+            "manifest_sha256": self.manifest_sha256,
+        }
+
+
+def place(out: Path, board: str) -> Path:
+    """Where a deploy from `out` keeps the record of a board."""
+    return out / "deployed" / f"{board}.json"
+
+
+def write(file: Path, record: Record) -> None:
+    """Raises BadInput when it cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps({"schema": SCHEMA, **dataclasses.asdict(record)}, sort_keys=True) + "\n", "utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot write {file}: {error.strerror or error}") from None
+
+
+def read(file: Path) -> Record:
+    """Raises BadInput where there is no such record."""
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except FileNotFoundError:
+        raise BadInput(
+            f"no deploy is recorded in {file}: what is on the board is not known\n"
+            f"First: {commands.invoke('deploy', '--board', file.stem)}"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"cannot read {file}: {error}") from None
+    known = {entry.name: entry for entry in dataclasses.fields(Record)}
+    if not isinstance(values, dict) or values.pop("schema", None) != SCHEMA or set(values) != set(known):
+        raise BadInput(
+            f"{file} is no record of a deploy\nDeploy again: {commands.invoke('deploy', '--board', file.stem)}"
+        )
+    return Record(**values)
+
+
+def files(listing: Listing) -> dict[str, str]:
+    return {path: digest for path, digest, _ in listing.files}
+
+
+def compare(record: Record, seen: Inventory) -> list[str]:
+    """What a board's inventory has otherwise than the deploy left it, each naming the file; the worst first."""
+    return list(_compare(record, seen))[:MOST_FAULTS]
+
+
+def _compare(record: Record, seen: Inventory) -> Iterator[str]:
+    expected = f"releases/{record.release}"
+    if seen["current"] != expected:
+        yield f"current points at {_show(seen['current'] or 'nothing')}, deployed was {expected}"
+    for path, what in seen["folders"]:
+        if what != "folder":
+            yield f"{_show(path)} is {_what(what)}, expected a folder of its own"
+    release = {
+        "package": f"link to ../../packages/{record.package}",
+        "model": f"link to ../../models/{record.model}",
+        "axrun": "link to package/bin/axrun",
+        "release.json": record.release_json,
+    }
+    yield from _differences(f"releases/{record.release}", release, seen["release"])
+    yield from _differences(f"packages/{record.package}", record.package_files, seen["package"])
+    yield from _differences(f"models/{record.model}", record.model_files, seen["model"])
+
+
+def _differences(folder: str, expected: Mapping[str, str], entries: Iterable[Sequence[str]]) -> Iterator[str]:
+    there = {path: what for path, what in entries}  # noqa: C416  (lists, not pairs)
+    for path, what in expected.items():
+        found = there.get(path, "nothing")
+        if found == what:
+            continue
+        if found == "nothing":
+            yield f"{folder}/{_show(path)} is missing"
+        elif _is_digest(found) and _is_digest(what):
+            digests = f"sha256 {found[:12]}, deployed {what[:12]}"
+            yield f"{folder}/{_show(path)} has other bytes than were deployed ({digests})"
+        else:
+            yield f"{folder}/{_show(path)} is {_what(found)}, deployed was {_what(what)}"
+    for path in sorted(there.keys() - expected.keys()):
+        yield f"{folder}/{_show(path)} was not deployed: {_what(there[path])}"
+
+
+def loaded(
+    record: Record, root: str, libraries: Mapping[str, str], variables: Collection[str], ours: bool
+) -> list[str]:
+    """What is wrong with the libraries that a command had loaded: sha256 by path, as the board's kernel names them.
+
+    `root` is the folder of releases as the board names it. `ours`: the axmodels need our engine. `variables` are the
+    names of the command's environment.
+    """
+    package = f"{root}/packages/{record.package}/"
+    names = {Path(path).name for path in record.package_files if ".so" in path}
+    faults = []
+    for path, digest in sorted(libraries.items()):
+        inside = path[len(package) :] if path.startswith(package) else None
+        if inside is not None and record.package_files.get(inside) != digest:
+            faults.append(f"{_show(path)} was loaded and is not what was deployed (sha256 {digest[:12]})")
+        elif inside is None and (Path(path).name in names and (ours or not ENGINES.fullmatch(Path(path).name))):
+            faults.append(f"{_show(path)} was loaded in place of the package's {Path(path).name}")
+    engines = [path for path in libraries if Path(path).name.startswith("libax_engine.so")]
+    if ours and not engines:
+        faults.append("no libax_engine.so was loaded: nothing says which engine ran")
+    faults += [f"the board's environment sets {_show(name)}, which changes what runs"
+               for name in sorted(variables) if CHANGING.fullmatch(name)]  # fmt: skip
+    return faults
+
+
+def engine(libraries: Mapping[str, str]) -> dict[str, str]:
+    """The engine's library among those loaded: its path and sha256; empty where there was none."""
+    found = sorted(path for path in libraries if Path(path).name.startswith("libax_engine.so"))
+    return {"path": found[0], "sha256": libraries[found[0]]} if found else {}
+
+
+def differences(record: Record, manifest: Mapping[str, Any], seen: Mapping[str, Any]) -> list[str]:
+    """Where a night's build, its deploy and what its figures name are not the same; nothing when they agree.
+
+    `manifest` is of the bundle that the night built, `seen` its figures.json.
+    """
+    return list(_unlike(record, manifest, seen))[:MOST_FAULTS]
+
+
+def _unlike(record: Record, manifest: Mapping[str, Any], seen: Mapping[str, Any]) -> Iterator[str]:
+    built = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    for name in sorted(built.keys() | (record.model_files.keys() - {MANIFEST})):
+        if built.get(name) != record.model_files.get(name):
+            yield f"{name} was deployed otherwise than it was built"
+    evidence = seen.get("evidence")
+    if not isinstance(evidence, dict):
+        yield "nothing says which release was measured: figures.json has no evidence"
+        return
+    for key, value in record.named().items():
+        if evidence.get(key) != value:
+            yield f"what was measured names {key} {evidence.get(key)!a:.40}, deployed was {value:.40}"
+    yield from (str(fault)[:300] for fault in evidence.get("faults") or [])
+    for what in ("evaluation", "bench"):
+        measured = seen.get(what)
+        if isinstance(measured, dict) and measured.get("manifest_sha256") != record.manifest_sha256:
+            yield f"axrun {what} measured a bundle whose manifest.json is another than the deployed one"
+    evaluation = seen.get("evaluation")
+    if isinstance(evaluation, dict) and evaluation.get("reference_sha256") != record.model_files.get(REFERENCE):
+        yield f"axrun eval measured against another {REFERENCE} than the deployed one"
+
+
+def _what(what: str) -> str:
+    return f"a file (sha256 {what[:12]})" if _is_digest(what) else _show(what)
+
+
+def _is_digest(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def _show(text: str) -> str:
+    """A name that a board gave, for a reader."""
+    return ascii(text if len(text) <= 160 else f"...{text[-157:]}")[1:-1]

@@ -1,0 +1,430 @@
+"""Boards by name: ci/boards/<name>.yaml, a labgrid environment, and what is needed to reach, hold and power one.
+
+Keys, known host keys and the lock of a board are in a state folder of the user's, never in the checkout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import getpass
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from axrun.errors import BadInput, CheckFailed
+from ci.device import commands, relay, settings
+from ci.device.settings import Setting
+
+ROOT = Path(__file__).resolve().parents[2]
+BOARDS = ROOT / "ci" / "boards"
+SSH = BOARDS / "ssh"  # checks the host key; labgrid's own way of calling ssh would accept any
+BY_HAND = ("manual", "none")  # values of `power` that name no port
+CLIENT_SECONDS = 30
+TELL_SECONDS = 30.0  # between two lines about a board that is waited for
+HELD = "LG_BOARD_HELD"  # the state folder of a board that is held already
+
+# what a board's YAML says under `options`, beside what labgrid reads of it
+OPTIONS = {
+    "board": r"[a-z0-9][a-z0-9-]{0,31}",
+    "architecture": r"[a-z0-9_]{1,32}",
+    "python": r"3\.\d{1,2}",
+    "root": r"/?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*",
+    "engine": r"[a-z0-9_]{1,32}",
+}
+
+
+Say = Callable[[str], None]
+
+
+def quiet(line: str) -> None:
+    """Says nothing."""
+
+
+class Waited(BadInput):
+    """A farm's coordinator did not answer in time."""
+
+
+@dataclass(frozen=True)
+class Board:
+    """What a board's YAML says of it.
+
+    `name` is what gates and history know it by, `architecture` as uname -m has it, `python` its version ("3.11"),
+    `root` the folder of the releases (relative to the user's home there), `engine` what executes axmodels on it.
+    `state` is the folder of its keys on this machine, `reserve` the tags of a farm's place (empty: not in a farm).
+    `given` is what the environment and the user's own file say of it (ci/device/settings.py), in place of the YAML.
+    """
+
+    name: str
+    yaml: Path
+    state: Path
+    architecture: str
+    python: str
+    root: str
+    engine: str
+    address: str = ""
+    power: str = ""
+    reserve: str = ""
+    given: Mapping[str, Setting] = field(default_factory=dict, compare=False)
+
+    @property
+    def argument(self) -> str:
+        """What --board takes for it."""
+        return self.yaml.stem if self.yaml.parent == BOARDS else str(self.yaml)
+
+    @property
+    def switch(self) -> str:
+        """What switches it: a power "port", its user ("manual"), or "none"."""
+        return self.power if self.power in BY_HAND else "port"
+
+    @property
+    def in_farm(self) -> bool:
+        return bool(self.reserve)
+
+    @property
+    def emulated(self) -> bool:
+        """Whether this machine emulates it: its times say nothing about a board."""
+        return is_emulated(self.name)
+
+    @property
+    def title(self) -> str:
+        """For a reader."""
+        return f"{self.name} (emulated)" if self.emulated else self.name
+
+    def variables(self) -> dict[str, str]:
+        """What its YAML and its ssh refer to; for the environment of whatever works on the board, pytest too."""
+        said = {settings.KNOWN[key][0]: setting.value for key, setting in self.given.items()}
+        return {
+            **said,
+            "LG_ENV": str(self.yaml),
+            "LG_BOARD_STATE": str(self.state),
+            "LG_BOARD_PYTHON": sys.executable,
+            "LG_BOARD_ADDRESS": self.address,
+            "LG_BOARD_POWER": self.power,
+            "LG_PLACE": os.environ.get("LG_PLACE", "+"),
+        }
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a board's sshd listens, and who may log in with which key."""
+
+    host: str
+    port: int
+    user: str
+    keyfile: Path
+
+
+def find(name: str) -> Board:
+    """The board of ci/boards/<name>.yaml, or of the YAML file `name` is the path of.
+
+    The environment and the user's own settings (ci/device/settings.py) override the YAML.
+    Raises BadInput for a name that is not known and for a YAML that lacks what deploying needs.
+    """
+    yaml = Path(name) if name.endswith(".yaml") else BOARDS / f"{name}.yaml"
+    if not yaml.is_file():
+        known = sorted(path.stem for path in BOARDS.glob("*.yaml"))
+        raise BadInput(f"no board is named {name!r}: ci/boards/ has {', '.join(known)}\nOr give a .yaml of your own.")
+    options, given = dict(_options(yaml)), settings.read(yaml.stem)
+    options |= {key: setting.value for key, setting in given.items()}
+    for key, pattern in OPTIONS.items():
+        if not re.fullmatch(pattern, str(options.get(key))):
+            raise BadInput(f"{yaml}: options.{key} is {options.get(key)!r}, expected {pattern}")
+    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    kept = {key: str(options[key]) for key in OPTIONS if key != "board"}
+    return Board(
+        name=str(options["board"]),
+        yaml=yaml.resolve(),
+        state=Path(options.get("state") or home / "axc" / "boards" / str(options["board"])).expanduser().absolute(),
+        address=str(options.get("address", "")),
+        power=str(options.get("power", "")),
+        reserve=str(options.get("reserve", "")),
+        given=given,
+        **kept,
+    )
+
+
+@contextlib.contextmanager
+def target(board: Board) -> Iterator[Any]:
+    """labgrid's Target of a board, with everything its YAML refers to in the environment while it is open.
+
+    In a farm the place must be held. Raises BadInput when labgrid cannot make it.
+    """
+    from labgrid import Environment
+    from labgrid.exceptions import InvalidConfigError, NoResourceFoundError
+    from labgrid.remote.client import Error as FarmError
+
+    with environment(board.variables()):
+        made = Environment(str(board.yaml))
+        try:
+            settle(board, made.config)
+            yield made.get_target("main")
+        except (InvalidConfigError, NoResourceFoundError, FarmError, ConnectionRefusedError) as error:
+            raise BadInput(f"labgrid does not reach {board.name} as {board.yaml} has it: {error}") from None
+        finally:
+            made.cleanup()
+
+
+def settle(board: Board, config: Any) -> None:
+    """Puts the board's own settings into a labgrid configuration, and has host keys checked with any.
+
+    Call it before a target is made of it. Raises BadInput.
+    """
+    check_host_keys(config)
+    now = {"address": board.address, "power": board.power}
+    settings.apply({key: Setting(now.get(key, said.value), said.source) for key, said in board.given.items()}, config)
+    if port := relay_port(board, config):
+        relay.check_model(port)
+
+
+def relay_port(board: Board, config: Any) -> relay.Port | None:
+    """The relay's port in a labgrid configuration; None where it has none, as in a farm."""
+    for section in settings.sections(config.data):
+        for kind, values in section:
+            if kind == "NetworkPowerPort":
+                model, host, index = (str(values.get(key, "")) for key in ("model", "host", "index"))
+                return relay.Port(board.name, model, host, index, _where(board))
+    return None
+
+
+def _where(board: Board) -> str:
+    """Where the settings of a relay are."""
+    found = {key: board.given[key].source for key in ("power", "power_model", "power_index") if key in board.given}
+    said = [f"{key} is from {source}" for key, source in found.items()]
+    rest = [key for key in ("power", "power_model", "power_index") if key not in found]
+    named = f"{', '.join(rest)} from {board.yaml}, or set in {settings.file(board.yaml.stem)}"
+    return "; ".join([*said, *([named] if rest else [])])
+
+
+def check_host_keys(config: Any) -> None:
+    """Makes a labgrid configuration use SSH, wherever its YAML lies. Call it before a target is made of it.
+
+    labgrid looks for the YAML's `tools.ssh` beside the YAML and takes the system's ssh where there is none.
+    Raises BadInput for a YAML that names another ssh, which nobody knows to check host keys.
+    """
+    tools = config.data.setdefault("tools", {})
+    named = tools.get("ssh", "ssh") if isinstance(tools, dict) else tools
+    if named != "ssh" and not (isinstance(named, str) and Path(config.resolve_path(named)).resolve() == SSH):
+        raise BadInput(
+            f"{config.filename}: tools.ssh is {named!a:.80}, which may accept any host key\n"
+            f"Leave it out: {SSH} is used, which checks the key against known_hosts."
+        )
+    tools["ssh"] = str(SSH)
+
+
+def address(board: Board) -> Address:
+    """Where the board is reached: of its YAML, or of the place held in a farm. Raises BadInput."""
+    with target(board) as found:
+        return address_of(found)
+
+
+def address_of(target: Any) -> Address:
+    """Where a labgrid target's SSHDriver connects."""
+    service = target.get_resource("NetworkService")
+    driver = target.get_driver("SSHDriver", activate=False)
+    user = driver.username or service.username
+    keyfile = Path(target.env.config.resolve_path(driver.keyfile))
+    return Address(str(service.address), int(service.port), str(user), keyfile)
+
+
+@contextlib.contextmanager
+def power(board: Board) -> Iterator[relay.Switch]:
+    """What switches the board. Raises BadInput when it has none, or one that is not rightly named."""
+    from labgrid.exceptions import NoDriverFoundError
+    from labgrid.protocol import PowerProtocol
+
+    if board.switch != "port":
+        raise BadInput(f"power is {board.switch!r} for {board.name}: it is switched by hand")
+    with target(board) as found:
+        port = relay_port(board, found.env.config)
+        if port:
+            relay.check(port)
+        try:
+            driver = found.get_driver(PowerProtocol)
+        except NoDriverFoundError:
+            raise BadInput(f"{board.yaml} has no power port: {board.name} cannot be switched on and off") from None
+        except ValueError as error:  # of an address that labgrid takes apart
+            raise port.wrong(str(error)) if port else BadInput(f"{board.yaml}: {error}") from None
+        yield relay.Switch(board.name, driver, port)
+
+
+def require_power(board: Board) -> None:
+    """Raises BadInput for a board whose YAML names no power port, which a night needs, or a wrong one.
+
+    Switches nothing. Of a farm's place nothing is known before it is held but the driver in the YAML. A board whose
+    `power` is manual or none needs no port.
+    """
+    if board.switch != "port":
+        return
+    from labgrid import Environment, target_factory
+    from labgrid.exceptions import NoDriverFoundError, NoSupplierFoundError
+    from labgrid.protocol import PowerProtocol
+
+    missing = BadInput(
+        f"{board.yaml} has no power port, and a night switches its board off and on\n"
+        "Name one of labgrid's power drivers there, or say power: none among its options: docs/boards.md."
+    )
+    if not board.in_farm:
+        try:
+            with target(board) as found:
+                if port := relay_port(board, found.env.config):
+                    relay.check(port)
+                found.get_driver(PowerProtocol, activate=False)
+        except (NoDriverFoundError, NoSupplierFoundError):
+            raise missing from None
+        return
+    with environment(board.variables()):
+        _, drivers = target_factory.normalize_config(Environment(str(board.yaml)).config.get_targets()["main"])
+    if not any(issubclass(target_factory.drivers.get(kind, object), PowerProtocol) for kind in drivers):
+        raise missing
+
+
+@contextlib.contextmanager
+def hold(board: Board, seconds: int = 0, say: Say = quiet, reserved: Say = quiet) -> Iterator[None]:
+    """Nobody else's hands on the board while this is open: a farm's place reserved and locked, else a local lock.
+
+    Waits up to `seconds`; who is waited for is said at once and every TELL_SECONDS. `reserved` is told the token of a
+    farm's reservation. A command that a holder starts with HELD in its environment need not wait for that holder.
+    Raises BadInput naming who has it.
+    """
+    if os.environ.get(HELD) == str(board.state):
+        yield
+        return
+    if board.in_farm:
+        with _place(board, seconds, say, reserved):
+            yield
+        return
+    board.state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (board.state / "lock").open("a+") as lock:
+        _flock(lock, board, seconds, say)
+        lock.truncate(0)
+        lock.write(f"{owner()}\n")
+        lock.flush()
+        yield
+        lock.truncate(0)
+
+
+def owner() -> str:
+    """Who this is, for those who wait: user, machine, process."""
+    return f"{getpass.getuser()}@{socket.gethostname()} (pid {os.getpid()})"
+
+
+def _flock(lock: Any, board: Board, seconds: int, say: Say) -> None:
+    began = told = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            now = time.monotonic()
+            lock.seek(0)
+            who = "".join(c if c.isprintable() else "�" for c in lock.readline(200).strip()) or "somebody"
+            if now >= began + seconds:
+                raise BadInput(f"{board.name} is held by {who}\nWait for it, or ask them to let go.") from None
+            if told == began or now >= told + TELL_SECONDS:
+                say(f"{board.name} is held by {who}; waited {now - began:.0f} s of at most {seconds} s")
+                told = now
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def _place(board: Board, seconds: int, say: Say, reserved: Say) -> Iterator[None]:
+    """Reserves any place with the board's tags and locks it; LG_PLACE says which while it is held."""
+    if not os.environ.get("LG_COORDINATOR"):
+        raise BadInput(f"{board.name} is in a farm: name its coordinator, LG_COORDINATOR=host:20408")
+    said = client(board, "reserve", "--shell", board.reserve)
+    token = re.search(r"^export LG_TOKEN=(\w+)$", said, re.M)
+    if token is None:
+        raise CheckFailed(f"labgrid-client reserved {board.reserve}, but named no token: {said.strip()[:200]}")
+    reserved(token[1])
+    try:
+        _await(board, token[1], max(seconds, CLIENT_SECONDS), say)
+        with environment({"LG_TOKEN": token[1], "LG_PLACE": "+"}):
+            client(board, "-p", "+", "lock")
+            try:
+                yield
+            finally:
+                client(board, "-p", "+", "unlock")
+    finally:
+        client(board, "cancel-reservation", token[1])
+
+
+def _await(board: Board, token: str, seconds: int, say: Say) -> None:
+    """Returns when the reservation has a place. Says who has those of the farm, and how long it has waited."""
+    began = time.monotonic()
+    while True:
+        left = began + seconds - time.monotonic()
+        try:
+            client(board, "wait", token, seconds=max(1.0, min(left, TELL_SECONDS)))
+            return
+        except Waited:
+            waited = time.monotonic() - began
+            if waited >= seconds:
+                raise BadInput(f"no {board.name} got free in {seconds} s (labgrid-client wait {token})") from None
+            with contextlib.suppress(BadInput):
+                who = [" ".join(line.split()) for line in client(board, "who").splitlines()[1:]]
+                held = "; ".join("".join(c for c in line if c.isprintable()) for line in who)[:300]
+                say(f"no {board.name} is free; waited {waited:.0f} s of at most {seconds} s; held: {held or 'none'}")
+
+
+def client(board: Board, *words: str, seconds: float = CLIENT_SECONDS) -> str:
+    """labgrid-client, which the environment tells the coordinator. Raises BadInput with its last line, Waited."""
+    program = shutil.which("labgrid-client", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
+    if program is None:
+        raise BadInput(
+            f"there is no labgrid-client beside this Python: {commands.invoke('setup', '--extra', 'boards')}"
+        )
+    try:
+        done = subprocess.run(
+            [program, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise Waited(f"labgrid-client {' '.join(words)} did not answer in {seconds:.0f} s") from None
+    if done.returncode:
+        last = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()][-1:]
+        raise BadInput(f"labgrid-client {' '.join(words)}: {(last or ['it said nothing'])[0][:300]}")
+    return done.stdout
+
+
+def _options(yaml: Path) -> Mapping[str, Any]:
+    """The YAML's options, before what it refers to is known."""
+    from labgrid.util.yaml import load
+    from yaml import YAMLError
+
+    try:
+        with yaml.open() as file:
+            data = load(file)
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise BadInput(f"cannot read {yaml}: {' '.join(str(error).split())[:200]}") from None
+    options = data.get("options") if isinstance(data, dict) else None
+    if not isinstance(options, dict):
+        raise BadInput(f"{yaml} has no options: see ci/boards/virtual.yaml")
+    return options
+
+
+@contextlib.contextmanager
+def environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """This process's environment has these variables too while this is open."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def is_emulated(name: str) -> bool:
+    """Whether boards of this name are emulated: `virtual`, and `virtual-2` and the like of YAMLs of one's own."""
+    return name == "virtual" or name.startswith("virtual-")

@@ -1,0 +1,135 @@
+"""What is true of one board of yours: its address, its user, its relay. In your configuration, not in the checkout.
+
+    ~/.config/axc/boards/ax650.toml          (XDG_CONFIG_HOME; the file is named as --board is)
+        address = "192.168.1.50"
+        user = "axera"
+        power = "http://192.168.1.9"
+        power_model = "shelly_gen2"
+        power_index = 0
+
+A variable of the environment wins over the file, the file over the board's YAML.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from axrun.errors import BadInput
+
+# the setting, the variable of the environment, and what its text must be
+KNOWN: Mapping[str, tuple[str, str]] = {
+    "address": ("LG_BOARD_ADDRESS", r"[A-Za-z0-9][A-Za-z0-9._:%-]{0,252}"),
+    "port": ("LG_BOARD_PORT", r"[1-9]\d{0,4}"),
+    "user": ("LG_BOARD_USER", r"[A-Za-z_][A-Za-z0-9_.-]{0,31}"),
+    "keyfile": ("LG_BOARD_KEYFILE", r"[^\0\n]+"),
+    "state": ("LG_BOARD_STATE", r"[^\0\n]+"),
+    "power": ("LG_BOARD_POWER", r"[^\0\n]+"),
+    "power_model": ("LG_BOARD_POWER_MODEL", r"[a-z0-9_]{1,40}"),
+    "power_index": ("LG_BOARD_POWER_INDEX", r"\d{1,4}"),
+    "root": ("LG_BOARD_ROOT", r"/?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*"),
+    "python": ("LG_BOARD_PYTHON_VERSION", r"3\.\d{1,2}"),
+    "engine": ("LG_BOARD_ENGINE", r"[a-z0-9_]{1,32}"),
+    "architecture": ("LG_BOARD_ARCHITECTURE", r"[a-z0-9_]{1,32}"),
+}
+# where labgrid keeps what a setting is: the class and its key
+PLACES: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "address": (("NetworkService", "address"),),
+    "port": (("NetworkService", "port"),),
+    "user": (("NetworkService", "username"), ("SSHDriver", "username")),
+    "keyfile": (("SSHDriver", "keyfile"),),
+    "power": (("NetworkPowerPort", "host"),),
+    "power_model": (("NetworkPowerPort", "model"),),
+    "power_index": (("NetworkPowerPort", "index"),),
+}
+SECRET = re.compile(r"(?<=//)[^/@\s]*@")  # user and password of a URL
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value, and where it is said: a variable, a file."""
+
+    value: str
+    source: str
+
+    @property
+    def shown(self) -> str:
+        """For a reader: a URL without its password."""
+        return hidden(self.value)
+
+
+def hidden(text: str) -> str:
+    """A text without the passwords of its URLs."""
+    return SECRET.sub("***@", text)
+
+
+def file(name: str) -> Path:
+    """Where the settings of the board `name` (of --board, without a YAML's folder) are."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return home / "axc" / "boards" / f"{name}.toml"
+
+
+def read(name: str) -> dict[str, Setting]:
+    """What the environment and the user's file say of a board. Raises BadInput for what cannot be meant."""
+    found = {key: Setting(value, str(file(name))) for key, value in _file(file(name)).items()}
+    for key, (variable, _) in KNOWN.items():
+        if value := os.environ.get(variable):
+            found[key] = Setting(value, variable)
+    for key, setting in found.items():
+        if not re.fullmatch(KNOWN[key][1], setting.value):
+            raise BadInput(f"{setting.source}: {key} is {setting.shown!a}, expected {KNOWN[key][1]}")
+    if "keyfile" in found:
+        found["keyfile"] = Setting(str(Path(found["keyfile"].value).expanduser()), found["keyfile"].source)
+    return found
+
+
+def apply(given: Mapping[str, Setting], config: Any) -> None:
+    """Puts settings into a labgrid configuration, in place of what its YAML says. Before a target is made of it."""
+    for section in sections(config.data):
+        for kind, values in section:
+            for key, setting in given.items():
+                for where, name in PLACES.get(key, ()):
+                    if where == kind:
+                        values[name] = int(setting.value) if key == "port" else setting.value
+
+
+def sections(data: Any) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """The resources and drivers of every target: a mapping by class, or a list of those."""
+    targets = data.get("targets") if isinstance(data, dict) else None
+    for target in (targets or {}).values() if isinstance(targets, dict) else ():
+        for part in ("resources", "drivers"):
+            held = target.get(part) if isinstance(target, dict) else None
+            for mapping in held if isinstance(held, list) else [held]:
+                if isinstance(mapping, dict):
+                    yield [
+                        (str(values.get("cls", kind)), values)
+                        for kind, values in mapping.items()
+                        if isinstance(values, dict)
+                    ]
+
+
+def _file(path: Path) -> dict[str, str]:
+    try:
+        text = path.read_text("utf-8")
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from None
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{path} is no TOML: {error}") from None
+    for key, value in values.items():
+        if key not in KNOWN:
+            near = difflib.get_close_matches(key, KNOWN, 1)
+            meant = f"is {near[0]} meant?" if near else f"there are {', '.join(KNOWN)}"
+            raise BadInput(f"{path}: {key!a:.40} is no setting of a board: {meant}")
+        if isinstance(value, bool) or not isinstance(value, (str, int)):
+            raise BadInput(f"{path}: {key} is {value!a:.40}, expected a text: quote it")
+    return {key: str(value) for key, value in values.items()}

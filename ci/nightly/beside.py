@@ -1,0 +1,171 @@
+"""What a night keeps of its board beside its stages: the serial console, the kernel's log, health, soak, sensors.
+
+None of it makes a night red but its stages `health` and `soak`; what could not be kept is told once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from axrun.errors import Failure
+from ci.device import console, kernel_log, sensors
+from ci.device.place import Board
+from ci.nightly import soak, stage
+from ci.nightly.health_log import BOARD
+from ci.nightly.stage import Stage
+
+ROOT = Path(__file__).resolve().parents[2]
+HEALTH, SOAK, POWER_ON, MEASURE = "health", "soak", "power on", "measure"
+HEALTH_FILE, SOAK_FILE = "health.json", "soak.json"
+LIMITS = {HEALTH: 1800.0, SOAK: 7200.0}  # seconds
+LOG_LIMIT = 30.0
+CODE = ("build", "reference", "probe", "count", "package")  # stages that need no board
+ARTIFACTS = {
+    HEALTH_FILE: "the board's health before the night",
+    SOAK_FILE: "what axrun serve did when several users asked at once",
+    console.NAME: "the board's serial console",
+    kernel_log.NAME: "the kernel's log, before the power went",
+}
+CODE_NOTE = "code, not board: the known bundle answered on this board before the night as it always did"
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a report shows of a board. `around`: by stage that failed, the last lines of the console at that moment."""
+
+    health: Mapping[str, Any] = field(default_factory=dict)
+    sensors: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    soak: Sequence[str] = ()
+    around: Mapping[str, str] = field(default_factory=dict)
+    kernel: str = ""
+
+
+class Beside:
+    """Of one night, in its folder. `notes` are for the report."""
+
+    def __init__(self, board: Board, folder: Path, wait: Callable[[float], None] = time.sleep) -> None:
+        self.board, self.folder, self._wait = board, folder, wait
+        self.around: dict[str, str] = {}
+        self.notes: list[str] = []
+        self._recording: subprocess.Popen[bytes] | None = None
+
+    def begin(self) -> None:
+        """Before the power is switched."""
+        with contextlib.suppress(OSError):
+            self._recording = console.start(self.board, self.folder / console.NAME)
+
+    def failed(self, done: Stage) -> None:
+        """Keeps what the console said last."""
+        if self._recording is not None:
+            self._wait(console.FLUSH_SECONDS)
+            if said := console.tail(self.folder / console.NAME):
+                self.around[done.name] = said
+
+    def log(self, stages: Sequence[Stage]) -> None:
+        """Keeps the kernel's log of a board that is still on."""
+        if not any(done.name == POWER_ON and not done.failed for done in stages):
+            return
+        if self.board.emulated:
+            return  # its kernel is this machine's
+        file = self.folder / kernel_log.NAME
+        command = [sys.executable, "-m", "ci.device.kernel_log", str(self.board.yaml), str(file)]
+        try:
+            done = stage.run(
+                "kernel log", command, limit=LOG_LIMIT, console=file.with_suffix(".txt"), cwd=ROOT,
+                environment=self.board.variables(),
+            )  # fmt: skip
+        except Failure as failure:
+            self.notes.append(str(failure))
+            return
+        if done.failed:
+            self.notes.append(done.reason)
+
+    def end(self) -> None:
+        """After the power is off."""
+        if self._recording is not None:
+            console.stop(self._recording)
+            self._recording = None
+        said = console.tail(self.folder / console.NAME)
+        for line in said.splitlines():
+            if "[no serial console: " in line:
+                self.notes.append(line.partition("[")[2].rstrip("]"))
+
+    def health(self, history: Path, base: Path) -> list[str]:
+        """The command of the stage."""
+        return ["ci.nightly.health", *map(str, (self.board.yaml, history.resolve(), base, self.folder / HEALTH_FILE))]
+
+    def soak(self, deployed: Path, long: bool) -> list[str]:
+        """The command of the stage."""
+        requests = soak.LONG if long else soak.SHORT
+        return ["ci.nightly.soak", str(self.board.yaml), str(deployed), str(self.folder / SOAK_FILE), str(requests)]
+
+    def told(self, figures: Mapping[str, Any]) -> Told:
+        """For the report; `figures` is what the run that measured left."""
+        health, soaked = _object(self.folder / HEALTH_FILE), _object(self.folder / SOAK_FILE)
+        read = figures.get("sensors")
+        summary = read.get("summary") if isinstance(read, dict) else None
+        kernel = console.tail(self.folder / kernel_log.NAME) if self.around else ""
+        return Told(health, _rows(summary), _soak_lines(soaked), dict(self.around), kernel)
+
+    def found(self, figures: Mapping[str, Any]) -> list[str]:
+        """Notes of the health check, the sensors, the soak, the console and the kernel's log."""
+        health, read = _object(self.folder / HEALTH_FILE), figures.get("sensors")
+        notes = [f"health: {note}" for note in health.get("notes", []) if "this machine's" not in note]
+        if isinstance(read, dict) and not (self.board.emulated and not read.get("summary")):
+            notes += [str(note)[:300] for note in read.get("notes", [])]
+        return [*notes, *self.notes]
+
+    def versions(self) -> dict[str, str]:
+        """What the board said of itself at the health check, beside what the measurement tells."""
+        found = _object(self.folder / HEALTH_FILE).get("versions", {})
+        return {str(name): str(value) for name, value in found.items() if name not in ("system", "python")}
+
+    def soaked(self) -> dict[str, float]:
+        """The figures of the soak."""
+        found = _object(self.folder / SOAK_FILE).get("figures", {})
+        return {str(name): float(value) for name, value in found.items()}
+
+
+def blame(stages: Sequence[Stage], failed: str, red: bool, worse: bool) -> str:
+    """board, code, or nothing where it cannot be said. `failed` is the verdict's stage, `worse`: figures are."""
+    if not red:
+        return ""
+    if failed in (HEALTH, POWER_ON):
+        reason = next((done.reason for done in stages if done.name == failed), "")
+        return "board" if failed == POWER_ON or reason.startswith(BOARD) else "code"
+    healthy = any(done.name == HEALTH and not done.failed for done in stages)
+    broke = any(done.name == failed and done.outcome == "failed" for done in stages)  # by itself, and in time
+    return "code" if healthy and broke and (failed in CODE or (failed == MEASURE and worse)) else ""
+
+
+def _rows(summary: Any) -> dict[str, list[float]]:
+    """Least, median and most by sensor, of a file that a board had its say in."""
+    if not isinstance(summary, dict):
+        return {}
+    rows = {str(name)[:80]: value for name, value in list(summary.items())[: 2 * sensors.MOST_SENSORS]}
+    return {
+        name: [float(entry) for entry in value]
+        for name, value in rows.items()
+        if isinstance(value, list) and len(value) == 3 and all(type(entry) in (int, float) for entry in value)
+    }
+
+
+def _soak_lines(found: Mapping[str, Any]) -> list[str]:
+    return [str(line) for line in found.get("told", [])]
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """What a stage wrote; nothing where it did not get so far."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,295 @@
+"""python -m ci.nightly.health BOARD HISTORY WORK OUT [--renew] [--bundle DIR]: is it the board, before anything new
+runs on it?
+
+A known runner and a known bundle lie on the board under <root>/health, sent and verified once as a release is, and
+never replaced by a night. A check compares every file of them with what was sent, asks the bundle its question, and
+holds answer, speed, memory and disk against what is known and what this board had at earlier checks. Nothing of that
+changes with the code, so that what is wrong here is the board.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from axc import build
+from axc.fetch import fetch
+from axc.models import load_model
+from axrun.errors import BadInput, CheckFailed, Failure
+from axrun.run import Options, Question, run
+from ci.device import deploy, evidence, place, wheelhouse
+from ci.device.connection import Connection, Lost
+from ci.device.evidence import Record
+from ci.device.place import Address, Board
+from ci.device.wheelhouse import Package
+from ci.nightly import health_log
+from ci.nightly.health_log import FIRST, HEALTHY, ILL, Check
+
+STATE = Path(__file__).resolve().parents[1] / "device" / "on_board_state.py"
+FOLDER = "health"  # below the root of the releases
+MODEL = "tiny-qwen2"
+PROMPT, TOKENS = "who are you?", 40
+# The greedy answer of the float32 checkpoint, by transformers; a test computes it anew.
+ANSWER = (40, 486, 258, 264, 88, 12, 80, 86, 297, 17, 11, 256, 220, 505, 88, 271, 76, 64, 337, 275, 265, 70, 84, 64,
+          475, 566, 535, 572, 563, 82, 13)  # fmt: skip
+ASKED = 3  # times, for its speed; once on an emulated board, whose speed is this machine's
+ASK_SECONDS, LISTING_SECONDS = 900, 900
+KIT = "kit.json"
+SCHEMA = 1
+
+Say = Callable[[str], None]
+
+
+class NotMade(CheckFailed):
+    """The known bundle cannot be made on this machine: not the board's fault."""
+
+
+@dataclass(frozen=True)
+class Kit:
+    """What lies on the board for this: the record of its deploy, its question, and the answer; None: not known yet."""
+
+    record: Record
+    prompt: str
+    tokens: tuple[int, ...] | None
+
+    def write(self, file: Path) -> None:
+        """Raises BadInput when it cannot be written."""
+        kept = {"schema": SCHEMA, **dataclasses.asdict(self)}
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(kept, sort_keys=True) + "\n", "utf-8")
+        except OSError as error:
+            raise BadInput(f"cannot write {file}: {error.strerror or error}") from None
+
+    @classmethod
+    def read(cls, file: Path) -> Kit | None:
+        """None where there is none, or one that cannot be used: it is made anew then."""
+        try:
+            kept = json.loads(file.read_text("utf-8"))
+            if kept.pop("schema") != SCHEMA:
+                return None
+            tokens = None if kept["tokens"] is None else tuple(map(int, kept["tokens"]))
+            return cls(Record(**kept["record"]), str(kept["prompt"]), tokens)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+
+@dataclass
+class Seen:
+    """What a check found on a board, before it is judged."""
+
+    state: Mapping[str, Any]
+    sent: bool = False  # just now, made of the code of today
+    faults: list[str] = field(default_factory=list)
+    tokens: tuple[int, ...] = ()
+    speed: dict[str, float] = field(default_factory=dict)
+
+
+def check(
+    board: Board,
+    history: Path,
+    work: Path,
+    say: Say = lambda line: None,
+    *,
+    renew: bool = False,
+    bundle: Path | None = None,
+    package: Callable[[], Package] | None = None,
+    at: Address | None = None,
+) -> Check:
+    """Checks a board that is on, and adds what was found to its log in `history`.
+
+    `work` is where a package is made when the board has no known bundle yet, or a new one is asked for: `renew`, or
+    `bundle` to use another than MODEL, such as one for the NPU. `package` makes what is sent then, `at` is
+    where the board is.
+    Raises BadInput for a board that cannot be reached or has no room, CheckFailed when it was lost.
+    """
+    folder = health_log.place(history, board.name)
+    before = health_log.read(folder)
+    at = at or place.address(board)
+    mine = dataclasses.replace(board, root=f"{board.root}/{FOLDER}")
+    kit = None if renew or bundle else Kit.read(folder / KIT)
+    try:
+        with Connection(board, at, STATE) as link:
+            state = link.call("state")
+        there = kit is not None and _there(mine, at, kit)
+        if kit is None or not there:
+            say("no known bundle is on the board yet: it is sent" if not renew else "the known bundle is sent anew")
+            kit = _send(mine, at, package or (lambda: wheelhouse.cross(board.python, work)), bundle, say)
+            kit.write(folder / KIT)
+        seen = _look(mine, at, kit, Seen(state, sent=not there))
+    except Lost as lost:
+        raise CheckFailed(f"{board.name} was lost during its health check: {lost}") from None
+    if kit.tokens is None and seen.tokens and not seen.faults:
+        kit = dataclasses.replace(kit, tokens=seen.tokens)
+        kit.write(folder / KIT)
+    found = judge(board, kit, seen, before)
+    health_log.append(folder, found)
+    return found
+
+
+def judge(board: Board, kit: Kit, seen: Seen, before: Sequence[Check]) -> Check:
+    """What was seen, with its faults; `before` are the earlier checks of the board."""
+    faults = list(seen.faults)
+    if not faults and kit.tokens is not None and seen.tokens != kit.tokens:
+        made = "; it was made of this checkout just now, which may be at fault too" if seen.sent else ""
+        faults.append(_otherwise(kit, seen.tokens) + made)
+    state = seen.state
+    sizes = {name: float(state[name]) for name in ("memory", "cmm", "disk") if state[name] is not None}
+    found = Check(
+        started=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        word=ILL,
+        kit=kit.record.release,
+        tokens=seen.tokens,
+        speed=seen.speed,
+        sizes=sizes,
+        versions=_strings(state["versions"]),
+    )
+    kept = sum(1 for past in before if past.kit == found.kit)
+    notes = list(health_log.changes(before, found))
+    if board.emulated:
+        notes.append("speed, memory and disk of an emulated board are this machine's: recorded, not judged")
+    else:
+        faults += health_log.worse(before, found)
+        notes += health_log.trends(before, found)
+    word = ILL if faults else HEALTHY if kept else FIRST
+    if word == FIRST:
+        notes.insert(0, "the first check with this bundle: nothing to compare speed and memory with yet")
+    return dataclasses.replace(found, word=word, faults=tuple(faults), notes=tuple(notes))
+
+
+def _there(board: Board, at: Address, kit: Kit) -> bool:
+    """Whether the board has the known bundle at all, in whatever state; a new disk has not."""
+    with Connection(board, at) as link:
+        seen = link.call("inventory", LISTING_SECONDS, **_names(kit.record))
+    return bool(seen["current"] or seen["release"] or seen["package"] or seen["model"])
+
+
+def _send(board: Board, at: Address, make: Callable[[], Package], bundle: Path | None, say: Say) -> Kit:
+    """A known bundle onto a board, as a release below its own root. Raises BadInput, CheckFailed, NotMade."""
+    with tempfile.TemporaryDirectory() as scratch:
+        prompt, tokens = load_model(MODEL).prompt, None
+        try:
+            package = make()
+            if bundle is None:
+                bundle, prompt, tokens = Path(scratch) / MODEL, PROMPT, ANSWER
+                _build(bundle)
+        except Failure as failure:
+            raise NotMade(f"the known bundle could not be made here: {failure}") from None
+        record = Path(scratch) / "record.json"
+        deploy.deploy(board, at, package, bundle, prompt, keep=1, say=say, record=record)
+        return Kit(evidence.read(record), prompt, tokens)
+
+
+def _build(bundle: Path) -> None:
+    """The known bundle, which must answer on this machine as the checkpoint does. Raises Failure."""
+    spec = load_model(MODEL)
+    options = build.Options(input_path=fetch(spec), output_path=bundle, model_name=MODEL, **spec.build.given())
+    build.build(build.plan(options))
+    greedy = Options(max_tokens=TOKENS, sampling={"temperature": 0.0})
+    answer = tuple(run(bundle, Question(PROMPT, options=greedy)).ids)
+    if answer != ANSWER:
+        raise CheckFailed(
+            f"it answers {PROMPT!r} with {list(answer)[:8]} ... here, the checkpoint with {list(ANSWER)[:8]} ..."
+        )
+
+
+def _look(board: Board, at: Address, kit: Kit, seen: Seen) -> Seen:
+    """Every file of the known bundle and its runner, and its answer."""
+    with Connection(board, at) as link:
+        faults = evidence.compare(kit.record, link.call("inventory", LISTING_SECONDS, **_names(kit.record)))
+        if faults:
+            more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+            seen.faults.append(f"the known bundle is not what was sent: {FOLDER}/{faults[0]}{more}")
+            return seen
+        rates: list[Mapping[str, Any]] = []
+        for _ in range(1 if board.emulated else ASKED):
+            question = {"prompt": kit.prompt, "tokens": TOKENS, "engine": board.engine, "limit": ASK_SECONDS}
+            said = link.call("ask", ASK_SECONDS + 60, name=kit.record.release, **question)
+            try:
+                answer = json.loads(said["stdout"])
+                seen.tokens = tuple(int(token) for token in answer["tokens"])
+                rates.append({name: float(answer[name]) for name in ("ttft_ms", "decode_tokens_per_s")})
+            except (ValueError, KeyError, TypeError):
+                seen.faults.append(f"the known bundle does not answer: {_why(said)}")
+                return seen
+            if kit.tokens is not None and seen.tokens != kit.tokens:
+                break
+    seen.speed = {
+        "ttft_ms": min(rate["ttft_ms"] for rate in rates),
+        "decode_tokens_per_s": max(rate["decode_tokens_per_s"] for rate in rates),
+    }
+    return seen
+
+
+def _names(record: Record) -> dict[str, str]:
+    return {"release": record.release, "package": record.package, "model": record.model}
+
+
+def _otherwise(kit: Kit, tokens: Sequence[int]) -> str:
+    """Where an answer leaves the known one."""
+    assert kit.tokens is not None
+    both = zip(tokens, kit.tokens, strict=False)
+    same = next((place for place, (one, other) in enumerate(both) if one != other), min(len(tokens), len(kit.tokens)))
+    return (
+        f"it answers {kit.prompt!r} otherwise than is known from token {same + 1} on: "
+        f"{list(tokens[same : same + 4])}, expected {list(kit.tokens[same : same + 4])}"
+    )
+
+
+def _why(said: Mapping[str, Any]) -> str:
+    if said["code"] is None:
+        return f"it was not done after {ASK_SECONDS} s"
+    lines = [line for line in str(said["stderr"]).splitlines() if line.strip()] or ["it said nothing"]
+    errors = [line for line in lines if line.startswith("error:")] or lines
+    return f"exit code {said['code']}, {errors[-1][:200]!a}"
+
+
+def _strings(found: Any) -> dict[str, str]:
+    """Versions as text that can be shown, of a board's answer."""
+    entries = list(found.items())[:20] if isinstance(found, dict) else []
+    return {_plain(name): _plain(value) for name, value in entries}
+
+
+def _plain(value: object) -> str:
+    return "".join(c if c.isprintable() else "�" for c in str(value)[:200])
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="ci.nightly.health")
+    parser.add_argument("board")
+    for name in ("history", "work", "out"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--renew", action="store_true")
+    parser.add_argument("--bundle", type=Path)
+    given = parser.parse_args(argv)
+    try:
+        board = place.find(given.board)
+        try:
+            found = check(
+                board, given.history, given.work, lambda line: print(line, flush=True),
+                renew=given.renew, bundle=given.bundle,
+            )  # fmt: skip
+        except NotMade:
+            raise
+        except Failure as failure:
+            raise type(failure)(f"{health_log.BOARD}{failure}") from None
+        given.out.write_text(json.dumps(dataclasses.asdict(found)) + "\n", "utf-8")
+        print("\n".join(found.told()))
+        if found.faults:
+            raise CheckFailed(found.reason(board.name))
+    except Failure as failure:
+        print(f"error: {failure}")
+        return failure.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,324 @@
+"""A night on a board: hold it, switch it on, build, deploy, measure, judge; always let go; report.
+
+However the night ends (a failure, a time limit, Ctrl-C, SIGTERM), the board is switched off and let go, nothing of the
+night is left running, and there is a report and a line of history.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from axrun.errors import BadInput, Failure
+from axrun.format.bundle import MANIFEST, read_manifest, sha256
+from ci.device import commands, doctor, evidence, place
+from ci.nightly import (
+    beside,
+    bisection,
+    checkout,
+    gate,
+    history,
+    junit,
+    notify,
+    preflight,
+    quarantine,
+    retry,
+    run_folder,
+    stage,
+    variant,
+)
+from ci.nightly.course import DEPLOYED, INSTRUCTIONS, MEASURE, Course, Interrupted, Options, StageFailed
+from ci.nightly.gate import Judgement
+from ci.nightly.history import History, Night
+from ci.nightly.preflight import Plan
+from ci.nightly.report import changes
+from ci.nightly.report.page import Page, render
+from ci.nightly.stage import Stage
+from ci.nightly.verdict import Verdict, drifts, verdict
+
+ROOT = Path(__file__).resolve().parents[2]
+KEPT_NIGHTS = 30  # folders of reports
+MOST_TEXT = 200  # characters of what a board says of itself
+ARTIFACTS = {
+    "junit.xml": "every board test, for a CI system",
+    "benchmark.json": "the board's times, as pytest-benchmark writes them",
+    "figures.json": "what axrun eval and axrun bench printed on the board",
+    "deployed.json": "what was deployed: sha256 of every file",
+    "check.json": "what the check after the build found of every layer",
+    doctor.FILE: "what the doctor found, stage by stage, here and on the board",
+    **beside.ARTIFACTS,
+}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A night that is over."""
+
+    headline: str
+    verdict: Verdict
+    stages: tuple[Stage, ...]
+    judged: tuple[Judgement, ...]
+    report: Path
+    night: Night
+    notes: tuple[str, ...] = ()
+
+    def lines(self) -> Iterator[str]:
+        """For a console; the first says it all."""
+        yield self.headline
+        if self.verdict.advice:
+            yield f"  {self.verdict.advice}"
+        for entry in self.judged:
+            value = "-" if entry.value is None else entry.value_text
+            bounds = f"gate {entry.gate_text}" if entry.gate else ""
+            yield f"  {entry.metric.label:<48}{value:<18}{entry.outcome:<14}{bounds}".rstrip()
+        yield from (f"  {note}" for note in self.notes)
+        yield f"  {', '.join(f'{entry.name} {entry.seconds:.1f} s' for entry in self.stages)}"
+        yield f"  report: {self.report}"
+
+
+class Signals:
+    """SIGINT, SIGTERM and SIGHUP are noted for the stages to see; while a board is waited for they raise."""
+
+    NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.reason = ""
+        self.raising = False
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._note) for number in self.NUMBERS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        self.raising = True
+        try:
+            yield
+        finally:
+            self.raising = False
+
+    def _note(self, number: int, frame: object) -> None:
+        self.reason = self.reason or f"{signal.Signals(number).name} ended the night"
+        if self.raising:
+            self.raising = False
+            raise Interrupted(self.reason)
+
+
+def nightly(options: Options, say: Say = lambda line: None) -> Held:
+    """Holds a night and reports it. Raises BadInput for a board, a model or a folder that there is not."""
+    board, model = place.find(options.board), variant.find(options.model)
+    before = history.read(options.history, board.name, model.name)
+    plan = preflight.check(board, model.name, options.bundle, options.history, before)
+    notify.words(options.notify)
+    for line in (plan.unjudged, *plan.notes):
+        if line:
+            say(line)
+    started = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    clock = time.monotonic()
+    folder = run_folder.new(options.out / board.name / "nights" / model.name, started, KEPT_NIGHTS)
+    signals = Signals()
+    course = Course(options, board, model, folder, say, lambda: signals.reason)
+    course.unjudged = bool(plan.unjudged)
+    stage.adopt_orphans()
+    others = set(stage.children(os.getpid()))
+    with signals.caught():
+        _hold(course, signals)
+        stage.sweep(others)
+        known = {"commit": checkout.commit(), "pins": checkout.pins(), **_seen(course)}
+        night = Night(board.name, model.name, started, time.monotonic() - clock, "red", "", **known)
+        return _report(course, night, before, plan)
+
+
+def record(board: str, model: str, maker: str, folder: Path, nights: int) -> Path:
+    """Writes the gates of a board and a model from the last `nights` that measured something. Raises BadInput."""
+    past = history.measured(history.read(folder, place.find(board).name, model).nights, maker)[-nights:]
+    if not past:
+        raise BadInput(
+            f"{folder} has no night of {model} by {maker} on {board}: {commands.invoke('nightly', '--board', board)}"
+        )
+    commit = f" at {past[-1].commit[:7]}" if past[-1].commit else ""
+    source = f"{len(past)} nights {past[0].started[:10]} to {past[-1].started[:10]}{commit}"
+    return gate.record(place.find(board).name, model, maker, [night.figures for night in past], source)
+
+
+def _hold(course: Course, signals: Signals) -> None:
+    """Holds the board, measures, switches it off, lets go."""
+    started = time.monotonic()
+    with contextlib.suppress(StageFailed):
+        try:
+            with contextlib.ExitStack() as last:
+                course.require_built()
+                with signals.raised():
+                    course.reserve(last)
+                try:
+                    course.measure()
+                except StageFailed:
+                    course.examine()
+                    raise
+                finally:
+                    course.power_off()
+        except Failure as failure:
+            course.note("release", started, str(failure))
+
+
+def _seen(course: Course) -> dict[str, Any]:
+    """What the stages left: digests of the bundle, figures, what the board says of itself."""
+    seen: dict[str, Any] = {"handed_in": course.options.bundle is not None}
+    with contextlib.suppress(Failure):
+        if not any(done.name in ("build", stage.HANDED_IN) and not done.failed for done in course.stages):
+            raise BadInput("what lies there is of another night")
+        manifest = read_manifest(course.bundle)
+        files = {name: entry["sha256"][:16] for name, entry in manifest["files"].items()}
+        seen |= {"maker": manifest["maker"], "files": files, "manifest_sha256": sha256(course.bundle / MANIFEST)}
+    check = _json(course.folder / "check.json")
+    seen["layers"] = {
+        f"{entry['part']} {entry['stage']}": [entry["cosine"], entry["worst"]]
+        for entry in check.get("layers", [])
+        if None not in (entry["cosine"], entry["worst"])  # a value that is not finite: the build has failed by it
+    }
+    found = _json(course.folder / "figures.json")
+    machine = found.get("machine")
+    machine = machine if isinstance(machine, dict) else {}
+    seen["machine"] = {name: _text(machine[name]) for name in ("board", "cpu", "system", "python") if machine.get(name)}
+    seen["machine"] |= course.beside.versions()
+    seen["engine"], seen["reference_sha256"] = _text(found.get("engine", "")), _text(found.get("reference_sha256", ""))
+    seen["figures"] = found.get("figures", {})
+    if seen["figures"]:
+        seen["figures"] |= _json(course.folder / INSTRUCTIONS) | course.beside.soaked()
+    named = found.get("evidence")
+    named = named if isinstance(named, dict) else {}
+    seen["release"], seen["package"] = _text(named.get("release", "")), _text(named.get("package", ""))
+    loaded = named.get("library")
+    seen["engine_sha256"] = _text(loaded.get("sha256", "")) if isinstance(loaded, dict) else ""
+    return seen
+
+
+def _unlike(course: Course) -> list[str]:
+    """Where what was built, deployed and measured are not the same."""
+    found = _json(course.folder / "figures.json")
+    kept = found.get("evidence")
+    if not found.get("figures") and not (isinstance(kept, dict) and kept.get("faults")):
+        return []  # nothing was measured
+    try:
+        return evidence.differences(evidence.read(course.folder / DEPLOYED), read_manifest(course.bundle), found)
+    except Failure as failure:
+        return [str(failure)]
+
+
+def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
+    """Judges the night, adds it to history, and writes its page."""
+    folder, notes, gates = course.folder, [*before.faults, *plan.notes], plan.gates
+    measured = _json(folder / "figures.json")
+    judged = gate.judge(night.figures, gates) if night.figures else []
+    unlike = _unlike(course)
+    cases = junit.cases(folder / "junit.xml")
+    excused = quarantine.excuse(plan.quarantine, course.stages, judged, cases)
+    stages, judged = list(excused.stages), list(excused.judged)
+    found = verdict(stages, judged, excused.tests, before.nights, night, unlike, plan.unjudged)
+    found = excused.verdict(found).after(course.flaky)
+    bounds = {name: entry.text() for name, entry in gates.items()} if night.figures else {}
+    told, worse = course.beside.told(measured), any(entry.red and entry.value is not None for entry in judged)
+    blame = beside.blame(stages, found.stage, bool(found.code), worse)
+    notes += [*([beside.CODE_NOTE] if blame == "code" else []), *course.beside.found(measured)]
+    night = replace(night, verdict=found.word, reason=found.reason, stage=found.stage, gates=bounds)
+    night = replace(night, blame=blame, sensors=told.sensors, flaky=course.flaky, quarantined=excused.record())
+    stages = [_explained(done, found) for done in stages]
+    if course.options.bisect:
+        counted = [case for case in cases if set(case.messages) <= set(excused.tests)]
+        named = bisection.run(course, night, before.nights, judged, counted)
+        night = replace(night, culprit=named.culprit, seconds=night.seconds + named.seconds)
+        notes += named.notes
+        stages += named.stages
+    try:
+        kept = str(history.append(course.options.history, night))
+    except Failure as failure:
+        kept = ""
+        stages.append(_failed("history", folder, failure))
+        found = found if found.code else verdict(stages, judged, [], before.nights, night, unlike, plan.unjudged)
+    notes += excused.notes()
+    if often := retry.flaky([*history.of_board(course.options.history, night.board), *([] if kept else [night])]):
+        notes.append(often)
+    green = history.last_green(before.nights)
+    notes += drifts(night.figures, gates, before.nights, night.maker)
+    well = f"{sum(entry.outcome == 'within' for entry in judged)} figures within their gates"
+    what = f"{night.model} (bundle handed in)" if night.handed_in else night.model
+    diagnosis = doctor.read(folder / doctor.FILE)
+    reason = diagnosis.first(found.reason) if found.code else found.reason
+    headline = f"{found.word}: {what} on {course.board.title}: {reason or well}{excused.headline()}"
+    notes = [*diagnosis.notes(), *notes]
+    found = replace(found, advice=diagnosis.advice(found.advice)) if found.code else found
+    if night.flaky and not found.code:
+        headline += f"; flaky: {night.flaky}, passed on the second try"
+    if night.culprit:
+        headline += f"; since {night.culprit}"
+    artifacts = [(name, what) for name, what in ARTIFACTS.items() if (folder / name).is_file()]
+    page = Page(
+        night=night,
+        board=course.board.title,
+        headline=headline,
+        advice=found.advice,
+        stages=stages,
+        judgements=judged,
+        nights=[*before.nights, night],
+        last_green=green,
+        changes=changes.between(green, night, ROOT) if green else None,
+        notes=notes,
+        board_told=told,
+        artifacts=[*artifacts, *([(kept, "every night, a JSON object a line")] if kept else [])],
+    )
+    report = folder / "report.html"
+    report.write_text(render(page), "utf-8")
+    if failed := _tell(course.options.notify, before, night, headline, found, report):
+        notes.append(failed)
+        report.write_text(render(page), "utf-8")  # page.notes is this list
+    return Held(headline, found, tuple(stages), tuple(judged), report, night, tuple(notes))
+
+
+def _tell(command: str, before: History, night: Night, headline: str, found: Verdict, report: Path) -> str:
+    """Calls the command of --notify where the state changed; returns what went wrong."""
+    last = before.nights[-1] if before.nights else None
+    changed = notify.change(last, night)
+    if not command or not changed:
+        return ""
+    text = "\n".join([headline, *([found.advice] if found.advice else []), f"changed: {changed}", f"report: {report}"])
+    return notify.send(notify.words(command), text, notify.facts(changed, last, night, headline, report))
+
+
+def _explained(done: Stage, found: Verdict) -> Stage:
+    """A stage whose own last words say less than the verdict does of it."""
+    return replace(done, reason=found.reason) if done.failed and done.name == found.stage == MEASURE else done
+
+
+def _failed(name: str, folder: Path, failure: Failure) -> Stage:
+    console = folder / f"{name}.log"
+    console.write_text(f"error: {failure}\n")
+    return Stage(name, failure.exit_code, 0.0, 0.0, str(failure), console)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """What a stage wrote; nothing where it did not get so far."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _text(value: object) -> str:
+    """What a board says of itself, as text that can be shown."""
+    return "".join(c if c.isprintable() else "�" for c in str(value)[:MOST_TEXT])

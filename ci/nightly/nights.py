@@ -1,0 +1,66 @@
+"""Many nights at once, and all nights that were: what `invoke nightly --matrix` and `invoke site` do."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from axrun.errors import Failure
+from ci.nightly import matrix, matrix_run, run_folder, targets
+from ci.nightly.course import limits
+from ci.nightly.report import site as report_site
+from ci.nightly.report.matrix import Page
+
+KEPT_RUNS = 30  # folders of pages
+
+Say = Callable[[str], None]
+
+
+def hold(
+    file: Path,
+    out: Path,
+    history: Path,
+    model_dir: Path | None,
+    wait: int,
+    given: Sequence[str],
+    say: Say,
+    more: Sequence[str] = (),
+) -> Page:
+    """Holds the nights of a matrix and writes its page. Raises BadInput before anything is reserved.
+
+    `out` is the folder of the bundles, `given` are limits of stages, as the task has them, `more` are other
+    flags of each night.
+    """
+    limits(given)
+    found = matrix.read(file)
+    plans = matrix.plans(found, history)
+    for cell, plan in plans.items():
+        for line in (plan.unjudged, *plan.notes):
+            if line:
+                say(f"[{cell.board.name} {cell.model.name}] {line}")
+    started, clock = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), time.monotonic()
+    folder = run_folder.new(out / "nightly" / "matrix", started, KEPT_RUNS)
+    run = matrix_run.Run(found, folder, matrix_run.commands(out, history, model_dir, wait, given, more), say)
+    ran = run.hold()
+    page = Page(found, ran, started, time.monotonic() - clock, folder, run.signals.reason.replace("night", "matrix"))
+    page.write()
+    return page
+
+
+def site(history: Path, reports: Path, out: Path, goals: Path | None = None) -> Path:
+    """Writes the site of a history to `out` and returns its index. Raises BadInput."""
+    found = targets.read(goals) if goals else targets.read()
+    return report_site.write(report_site.collect(history, reports, found), out)
+
+
+def renew(history: Path, reports: Path, say: Say, goals: Sequence[targets.Target] | None = None) -> None:
+    """The site beside the history, after a night; what hinders it is said, and makes no night red."""
+    try:
+        found = report_site.collect(history, reports, targets.read() if goals is None else goals)
+        say(f"site: {report_site.write(found, history / 'site')}")
+    except Failure as failure:
+        say(f"note: the site was not renewed: {failure}")
+    except Exception as error:  # a fault of ours, too, is not the night's
+        say(f"note: the site was not renewed: {type(error).__name__}: {error}")

@@ -1,0 +1,126 @@
+"""What would make a night red for nothing, said before it begins: gates, history, power. Raises BadInput, exit code 2.
+
+A board and a model need gates to be judged by. The first nights of a maker have none yet: up to UNJUDGED of them are
+recorded and not judged, and say so; then gates must be recorded, or the next night is refused.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from axrun.errors import BadInput
+from axrun.format.bundle import read_manifest
+from ci.device import commands, place, power
+from ci.device.place import Board
+from ci.nightly import gate, history, instructions, metrics, quarantine, variant
+from ci.nightly.gate import Gate
+from ci.nightly.history import History
+from ci.nightly.quarantine import Quarantine
+
+UNJUDGED = 5  # nights of a maker that may be recorded without gates
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a night is judged by. `unjudged` says why it is not, empty where it is; `notes` are for the report."""
+
+    maker: str
+    gates: Mapping[str, Gate]
+    unjudged: str
+    notes: tuple[str, ...]
+    quarantine: Quarantine = quarantine.NONE
+
+
+def check(
+    board: Board,
+    model: str,
+    bundle: Path | None,
+    folder: Path,
+    before: History,
+    gates: Path = gate.GATES,
+    quarantined: Path = quarantine.FILE,
+) -> Plan:
+    """Raises BadInput with the first thing that is in the way of a night.
+
+    `bundle` is one that was handed in, `folder` that of the histories, `before` the nights in it.
+    """
+    maker = "cpu" if bundle is None else str(read_manifest(bundle)["maker"])
+    place.require_power(board)
+    history.require_writable(folder, board.name, model)
+    found = gate.load(board.name, model, maker, gates)
+    _require_measurable(gate.place(board.name, model, gates), board, maker, found)
+    unjudged = "" if found else _unjudged(board, model, maker, before, gates)
+    models = sorted(path.stem for path in (place.ROOT / "models").glob("*.toml"))
+    boards = sorted({board.name, *(path.stem for path in place.BOARDS.glob("*.yaml"))})
+    kept = quarantine.load(board.name, model, models, boards, quarantined, gates)
+    notes = [*power.unable(board), *_gone(found, maker, before), *_unheld(found), *kept.notes()]
+    held = {name: entry for name, entry in found.items() if not instructions.unheld(name)}
+    return Plan(maker, held, unjudged, tuple(notes), kept)
+
+
+def _require_measurable(file: Path, board: Board, maker: str, gates: Mapping[str, Gate]) -> None:
+    for name in gates:
+        counted = board.emulated and name.startswith(metrics.COUNTED)
+        if name not in metrics.MEASURED and not counted:
+            raise BadInput(
+                f"{file}: {maker}.{name} is a figure that no night measures; a night measures "
+                f"{', '.join(metrics.MEASURED)}\nName the one that is meant, or remove the gate."
+            )
+
+
+def _unjudged(board: Board, model: str, maker: str, before: History, gates: Path) -> str:
+    """Why a night without gates is held all the same. Raises BadInput where it is not."""
+    file = gate.place(board.name, model, gates)
+    if meant := _near(file, gates):
+        raise BadInput(f"there is no {file}, but {meant}: is that its name misspelled?")
+    judged = [night for night in before.nights if night.maker == maker and night.gates]
+    if judged:
+        raise BadInput(
+            f"the gates for {maker} bundles of {model} on {board.name} went away: {len(judged[-1].gates)} judged the "
+            f"night of {judged[-1].started[:10]}\nBring them back into {file}."
+        )
+    held = history.measured(before.nights, maker)
+    if len(held) >= UNJUDGED:
+        raise BadInput(
+            f"{len(held)} nights of {maker} bundles of {model} on {board.name} are recorded, and no gate judges them\n"
+            "When their figures are right, make gates of them: "
+            + commands.invoke("gate.record", "--board", board.argument, "--model", model, "--maker", maker)
+        )
+    return f"recorded, not judged: no gates for {maker} bundles yet, night {len(held) + 1} of {UNJUDGED}"
+
+
+def _near(file: Path, gates: Path) -> Path | None:
+    """A file of gates whose name is nearly the one that is looked for, and is of no model or no board."""
+    models = {path.stem for path in (place.ROOT / "models").glob("*.toml")}
+    boards = {path.stem for path in place.BOARDS.glob("*.yaml")}
+    there = [path for path in gates.glob("*/*") if path.name != file.name or path.parent != file.parent]
+    strays = {
+        f"{path.parent.name}/{path.name}": path
+        for path in there
+        if path.suffix != ".toml" or variant.model_of(path.stem) not in models or path.parent.name not in boards
+    }
+    near = difflib.get_close_matches(f"{file.parent.name}/{file.name}", strays, 1, 0.85)
+    return strays[near[0]] if near else None
+
+
+def _unheld(gates: Mapping[str, Gate]) -> Iterator[str]:
+    """Gates that judge nothing here: the coarser one of processor time does alone."""
+    for name in gates:
+        if why := instructions.unheld(name):
+            yield f"not judged: {metrics.find(name).label}: {why}"
+
+
+def _gone(gates: Mapping[str, Gate], maker: str, before: History) -> Iterator[str]:
+    """Gates that the last judged night had and this one has not."""
+    judged = [night for night in before.nights if night.maker == maker and night.gates]
+    if not judged or not gates:
+        return
+    for name, text in judged[-1].gates.items():
+        if name not in gates:
+            yield (
+                f"a gate went away since the night of {judged[-1].started[:10]}: {metrics.find(name).label} had to be "
+                f"{text}, and is judged no more"
+            )

@@ -1,0 +1,247 @@
+"""Quarantine: what is known to be red, by whom and until when. It is told as such, and turns no night red until then.
+
+ci/quarantine.toml has an entry for each, refused at the start of a night where it says less than it must:
+
+    [[quarantine]]
+    board = "ax650"
+    model = "qwen2-0.5b"
+    figure = "decode_128"       # or stage = "count", or test = "test_texts_are_cut_as_by_the_checkpoint"
+    owner = "jane"
+    reason = "the fan of shelf 3 is broken, a new one is ordered"
+    until = 2026-12-24
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from axrun.errors import BadInput
+from ci.nightly import gate, metrics
+from ci.nightly.course import LIMITS, MEASURE
+from ci.nightly.gate import NAME, Judgement
+from ci.nightly.junit import Case
+from ci.nightly.stage import Stage
+from ci.nightly.verdict import Verdict
+
+FILE = Path(__file__).resolve().parents[1] / "quarantine.toml"
+TESTS = Path(__file__).resolve().parents[2] / "tests" / "hil"
+MOST_DAYS = 60
+KINDS = ("figure", "test", "stage")
+TEXTS = ("owner", "reason")
+EXCUSED = "quarantined"  # the outcome of a stage and of a figure
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is quarantined: `kind` is one of KINDS, `name` which. The day `until` is the last."""
+
+    board: str
+    model: str
+    kind: str
+    name: str
+    owner: str
+    reason: str
+    until: datetime.date
+
+    @property
+    def key(self) -> str:
+        return f"{self.kind} {self.name}"
+
+    @property
+    def label(self) -> str:
+        """For a reader."""
+        return metrics.find(self.name).label if self.kind == "figure" else self.key
+
+    @property
+    def text(self) -> str:
+        return f"until {self.until}, {self.owner}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Quarantine:
+    """The entries of a board and a model: those that hold today, and those that ended."""
+
+    entries: tuple[Entry, ...] = ()
+    ended: tuple[Entry, ...] = ()
+
+    def names(self, kind: str) -> dict[str, Entry]:
+        return {entry.name: entry for entry in self.entries if entry.kind == kind}
+
+    def notes(self) -> Iterator[str]:
+        for entry in self.ended:
+            yield (
+                f"the quarantine of {entry.label} ended on {entry.until} ({entry.owner}: {entry.reason}): it counts "
+                f"again; remove it from {FILE.name}"
+            )
+
+
+NONE = Quarantine()
+
+
+@dataclass(frozen=True)
+class Excused:
+    """A night without what is quarantined: what its verdict is made of, and `held` what was red, by Entry.key."""
+
+    stages: Sequence[Stage]
+    judged: Sequence[Judgement]
+    tests: Sequence[str]
+    held: Mapping[str, Entry] = field(default_factory=dict)
+    healthy: Sequence[Entry] = ()
+
+    def verdict(self, found: Verdict) -> Verdict:
+        """A night that ended in a quarantined stage, before it measured anything, is not judged."""
+        ended = next((done for done in self.stages if done.excused == EXCUSED and done.name != MEASURE), None)
+        if ended is None or not found.code or self.judged or any(done.failed for done in self.stages):
+            return found
+        return Verdict(f"recorded, not judged: stage {ended.name} is quarantined, and nothing was measured")
+
+    def headline(self) -> str:
+        """What a headline ends with; empty where nothing was excused."""
+        if not self.held:
+            return ""
+        told = ", ".join(f"{entry.label} until {entry.until} ({entry.owner})" for entry in self.held.values())
+        return f"; quarantined: {told}"
+
+    def notes(self) -> Iterator[str]:
+        for entry in self.held.values():
+            yield f"{entry.label} is red and quarantined {entry.text}"
+        for entry in self.healthy:
+            yield f"{entry.label} is quarantined {entry.text}, and was healthy: remove it from {FILE.name}"
+
+    def record(self) -> dict[str, str]:
+        return {key: entry.text for key, entry in self.held.items()}
+
+
+def load(
+    board: str,
+    model: str,
+    models: Sequence[str],
+    boards: Sequence[str],
+    file: Path = FILE,
+    gates: Path = gate.GATES,
+    today: datetime.date | None = None,
+) -> Quarantine:
+    """The quarantine of a board and a model; of none where there is no file.
+
+    Raises BadInput for an entry, of whatever board, that lacks something, matches nothing or ends too late.
+    """
+    now = today or datetime.datetime.now(datetime.UTC).date()
+    try:
+        entries = _read(file) if file.exists() else []
+        for number, entry in enumerate(entries, 1):
+            _require(number, entry, now, models, boards, gates)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, BadInput) as error:
+        raise BadInput(f"{file}: {error}") from None
+    ours = [entry for entry in entries if (entry.board, entry.model) == (board, model)]
+    return Quarantine(
+        tuple(entry for entry in ours if entry.until >= now), tuple(entry for entry in ours if entry.until < now)
+    )
+
+
+def excuse(found: Quarantine, stages: Sequence[Stage], judged: Sequence[Judgement], cases: Sequence[Case]) -> Excused:
+    """Takes what is quarantined out of what a night's verdict is made of."""
+    figures, tests, named = found.names("figure"), found.names("test"), found.names("stage")
+    messages = [message for case in cases for message in case.messages]
+    if not found.entries:
+        return Excused(stages, judged, messages)
+    held: dict[str, Entry] = {}
+    reasons = []
+    left = []
+    for entry in judged:
+        quarantined = figures.get(entry.metric.name) if entry.red else None
+        if quarantined:
+            held[quarantined.key] = quarantined
+            reasons.append(entry.reason())
+            entry = replace(entry, outcome=EXCUSED)
+        left.append(entry)
+    counted = []
+    for case in cases:
+        if case.messages and case.test in tests:
+            held[tests[case.test].key] = tests[case.test]
+        else:
+            counted += [message for message in case.messages if not message.startswith(tuple(reasons) or ("\0",))]
+    explained = messages and not counted and not any(entry.red for entry in left)
+    kept = []
+    for done in stages:
+        if done.failed and done.name in named:
+            held[named[done.name].key] = named[done.name]
+            done = replace(done, excused=EXCUSED)
+        elif done.failed and done.name == MEASURE and done.outcome == "failed" and explained:
+            done = replace(done, excused=EXCUSED)
+        kept.append(done)
+    healthy = [entry for entry in found.entries if entry.key not in held and _well(entry, stages, judged, cases)]
+    return Excused(kept, left, counted, held, healthy)
+
+
+def _well(entry: Entry, stages: Sequence[Stage], judged: Sequence[Judgement], cases: Sequence[Case]) -> bool:
+    """Whether a night saw that it is well; not where it did not get so far."""
+    if entry.kind == "figure":
+        return any(one.metric.name == entry.name and one.outcome == "within" for one in judged)
+    if entry.kind == "test":
+        mine = [case for case in cases if case.test == entry.name]
+        return bool(mine) and all(case.ran for case in mine)
+    return any(done.name == entry.name and done.code == 0 for done in stages)
+
+
+def _read(file: Path) -> list[Entry]:
+    data = tomllib.loads(file.read_text("utf-8"))
+    tables = data.pop("quarantine", [])
+    if data or not isinstance(tables, list):
+        raise BadInput(f"it has {', '.join(data) or 'no list'}; expected entries: [[quarantine]]")
+    return [_entry(number, table) for number, table in enumerate(tables, 1)]
+
+
+def _entry(number: int, table: object) -> Entry:
+    where = f"entry {number}"
+    if not isinstance(table, dict):
+        raise BadInput(f"{where} is {table!a:.40}, expected a table: [[quarantine]]")
+    kinds = [kind for kind in KINDS if kind in table]
+    wanted = {"board", "model", "until", *TEXTS}
+    if missing := sorted(wanted - table.keys()):
+        raise BadInput(f"{where} has no {' and no '.join(missing)}; it needs {', '.join(sorted(wanted))}")
+    if len(kinds) != 1 or table.keys() - wanted - {*KINDS}:
+        raise BadInput(f"{where} has {', '.join(sorted(table))}; expected one of {', '.join(KINDS)} beside the others")
+    for key in ("board", "model", kinds[0], *TEXTS):
+        value = table[key]
+        if not isinstance(value, str) or not 0 < len(value.strip()) <= 300 or not value.isprintable():
+            raise BadInput(f"{where}: {key} is {value!a:.40}, expected one line of text")
+    if type(table["until"]) is not datetime.date:
+        raise BadInput(f"{where}: until is {table['until']!a:.40}, expected a date: 2026-12-24")
+    return Entry(kind=kinds[0], name=table[kinds[0]], **{key: table[key] for key in wanted})
+
+
+def _require(
+    number: int, entry: Entry, today: datetime.date, models: Sequence[str], boards: Sequence[str], gates: Path
+) -> None:
+    """Raises BadInput for an entry that matches nothing or ends too late."""
+    where = f"entry {number} ({entry.key} of {entry.model} on {entry.board})"
+    if (entry.until - today).days > MOST_DAYS:
+        raise BadInput(
+            f"{where} ends on {entry.until}, in {(entry.until - today).days} days; at most {MOST_DAYS}\n"
+            "A quarantine is for what will be mended: give it a nearer date, or remove the gate."
+        )
+    for what, name, known in (("board", entry.board, boards), ("model", entry.model, models)):
+        if name.partition("@")[0] not in known:
+            raise BadInput(f"{where} matches nothing: no {what} is named {name!a}; there are {', '.join(known)}")
+    if entry.kind == "stage" and entry.name not in LIMITS:
+        raise BadInput(f"{where} matches nothing: there are the stages {', '.join(LIMITS)}")
+    if entry.kind == "test" and entry.name not in (known := sorted(_tests())):
+        raise BadInput(f"{where} matches nothing: tests/hil has {', '.join(known)}")
+    if entry.kind == "figure" and entry.until >= today and NAME.fullmatch(entry.model):
+        metrics.find(entry.name)
+        found = {name for maker in gate.MAKERS for name in gate.load(entry.board, entry.model, maker, gates)}
+        judged = sorted(found, key=metrics.rank)
+        if entry.name not in judged:
+            raise BadInput(f"{where} matches nothing: no gate judges it; there are {', '.join(judged) or 'none'}")
+
+
+def _tests() -> Iterator[str]:
+    for file in sorted(TESTS.glob("test_*.py")):
+        for found in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(found, ast.FunctionDef) and found.name.startswith("test_"):
+                yield found.name

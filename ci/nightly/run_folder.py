@@ -1,0 +1,32 @@
+"""The folder of a run: of a night, or of a matrix of them. The oldest go when there are many."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from pathlib import Path
+
+from axrun.errors import BadInput
+
+NAME = re.compile(r"\d{8}T\d{6}Z(-\d+)?")  # when it started, and its number where there are several of a second
+
+
+def new(runs: Path, started: str, kept: int) -> Path:
+    """A new folder in `runs`, which has `kept` then; `started` is like 2026-11-03T02:00:00Z.
+
+    Raises BadInput when it cannot be made.
+    """
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        old = sorted(path for path in runs.iterdir() if NAME.fullmatch(path.name))
+        for gone in old[: max(0, len(old) - kept + 1)]:
+            shutil.rmtree(gone, ignore_errors=True)
+        name = re.sub("[-:]", "", started)
+        for folder in (runs / name, *(runs / f"{name}-{number}" for number in range(2, 100))):
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder.resolve()
+    except OSError as error:
+        raise BadInput(f"cannot make a folder in {runs}: {error.strerror or error}") from None
+    raise BadInput(f"{runs} has a hundred runs of this second already")

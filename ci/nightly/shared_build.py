@@ -1,0 +1,95 @@
+"""python -m ci.nightly.shared_build MODEL CHIP FOLDER [--model-dir DIR] [--limit STAGE=SECONDS]: a build for several
+boards.
+
+Builds the bundle as a night does, adds the float32 checkpoint's logits, and records both in FOLDER/built.json, the
+reason too where it failed: the nights of the boards take it from there (ci/nightly/built.py). The exit code is the
+build's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from axrun.errors import BadInput, Failure
+from axrun.format.bundle import MANIFEST, sha256
+from ci.nightly import built, checkout, course, stage, variant
+from ci.nightly.built import Built
+from ci.nightly.night import Signals
+from ci.nightly.stage import Stage
+from ci.nightly.variant import Variant
+
+
+def make(model: Variant, chip: str, folder: Path, model_dir: Path | None, options: course.Options) -> int:
+    """Builds into `folder`, which is emptied; returns 0, or the exit code of what failed. Raises BadInput."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise BadInput(f"cannot make {folder}: {error.strerror or error}") from None
+    started, commit, signals = time.monotonic(), checkout.commit(), Signals()
+    stage.adopt_orphans()
+    with signals.caught():
+        code, reason = _stages(model, chip, folder, model_dir, options, signals)
+        manifest = "" if reason else sha256(folder / model.spec.name / MANIFEST)
+        Built(model.name, chip, commit, manifest, time.monotonic() - started, reason).write(folder)
+    return code
+
+
+def _stages(
+    model: Variant, chip: str, folder: Path, model_dir: Path | None, options: course.Options, signals: Signals
+) -> tuple[int, str]:
+    """Exit code and reason of the first stage that failed; 0 and nothing where none did."""
+
+    def run(name: str, *words: str) -> Stage:
+        print(f"{name} ...", flush=True)
+        done = stage.run(
+            name,
+            [sys.executable, "-m", *words],
+            limit=options.limit(name),
+            console=folder / f"{name}.log",
+            cwd=course.ROOT,
+            environment={"PYTHONUNBUFFERED": "1"},
+            stop=lambda: signals.reason,
+        )
+        print(f"{name} {done.outcome} after {done.seconds:.1f} s" + (f": {done.reason}" if done.failed else ""))
+        return done
+
+    try:
+        flags = course.build_flags(model, chip, folder, folder / built.CHECK, model_dir)
+        done = run("build", "invoke", "build", *flags)
+        if not done.failed and (
+            words := course.reference_flags(folder / model.spec.name, model, model_dir, folder / "text.txt")
+        ):
+            done = run("reference", "axc", "reference", *words)
+    except Failure as failure:
+        return failure.exit_code, str(failure)
+    return (
+        (done.code, done.reason if done.name == "build" else f"{done.name}: {done.reason}") if done.failed else (0, "")
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "python -m ci.nightly.shared_build", description=(__doc__ or "").partition("\n\n")[2]
+    )
+    parser.add_argument("model", help="of models/, or one in another weight type: tiny-qwen2@s4")
+    parser.add_argument("chip", help="what the bundle is for, as --chip of axc llm_build")
+    parser.add_argument("folder", type=Path, help="where the build goes; what is there goes away")
+    parser.add_argument("--model-dir", type=Path, help="the folder of the checkpoint, where there is no network")
+    parser.add_argument("--limit", action="append", default=[], help="seconds a stage may take: build=600")
+    given = parser.parse_args(argv)
+    try:
+        options = course.Options("", given.model, given.folder, given.folder, limits=course.limits(given.limit))
+        return make(variant.find(given.model), given.chip, given.folder.absolute(), given.model_dir, options)
+    except Failure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        return failure.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

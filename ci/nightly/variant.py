@@ -1,0 +1,53 @@
+"""A model in a weight type: `tiny-qwen2@s4` in commands, history and gates; plain `tiny-qwen2` is in its own type."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from axc.models import ModelSpec, load_model
+from axc.quantizer import WEIGHT_TYPES
+from axrun.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model of models/*.toml and the weight type that it is built with."""
+
+    spec: ModelSpec
+    weight_type: str
+
+    @property
+    def own(self) -> bool:
+        """Whether it is the model's own weight type, with which `make build` builds it."""
+        return self.weight_type == self.spec.build.weight_type
+
+    @property
+    def name(self) -> str:
+        """What history and gates know it by."""
+        return self.spec.name if self.own else f"{self.spec.name}@{self.weight_type}"
+
+    def flags(self) -> list[str]:
+        """Of axc llm_build, beside the model's own."""
+        return [] if self.own else ["--weight_type", self.weight_type]
+
+
+def find(name: str) -> Variant:
+    """The variant called `name`. Raises BadInput for an unknown model or weight type."""
+    model, at, weight_type = name.partition("@")
+    spec = load_model(model)
+    return Variant(spec, require_weight_type(weight_type) if at else spec.build.weight_type)
+
+
+def require_weight_type(name: str) -> str:
+    """`name` itself. Raises BadInput where axc has no such weight type."""
+    if name not in WEIGHT_TYPES:
+        near = difflib.get_close_matches(name, WEIGHT_TYPES, 1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        raise BadInput(f"no weight type is named {name!a:.40}: there are {', '.join(WEIGHT_TYPES)}{meant}")
+    return name
+
+
+def model_of(name: str) -> str:
+    """The model of a variant's name, whether there is one or not."""
+    return name.partition("@")[0]

@@ -1,0 +1,124 @@
+"""The compiler as its user meets it: a command in a process of its own, and what it leaves on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+BAD_INPUT, CHECK_FAILED, INTERRUPTED = 2, 1, 130
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "axc", *(os.fspath(a) if isinstance(a, Path) else str(a) for a in arguments)]
+
+
+def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's, with the checkout importable from any working directory."""
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "toolchain"), str(ROOT / "board")]),
+        **(changes or {}),
+    }
+
+
+def axc(
+    *arguments: object,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    limits: Mapping[int, int] | None = None,
+    stdout: Any = subprocess.PIPE,
+) -> Ended:
+    """Runs `axc` to its end; `limits` are resource limits of that process and its children, as `ulimit` sets them."""
+
+    def limit() -> None:
+        for what, most in (limits or {}).items():
+            resource.setrlimit(what, (most, most))
+
+    ran = subprocess.run(
+        command(*arguments),
+        cwd=cwd,
+        env=environment(env),
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        timeout=600,
+        check=False,
+        preexec_fn=limit,
+    )
+    return Ended(ran.returncode, ran.stdout or "", ran.stderr)
+
+
+def llm_build(checkpoint: Path, output: Path | str, *flags: object, **how: Any) -> Ended:
+    """`axc llm_build` without its check."""
+    paths = ("--input_path", checkpoint, "--output_path", output)
+    return axc("llm_build", *paths, "--check_level", "-1", *flags, **how)
+
+
+def assert_done(ended: Ended) -> None:
+    """It did what it was asked, and had nothing to complain of."""
+    assert (ended.code, ended.err) == (0, ""), ended
+
+
+def assert_refused(ended: Ended, *words: str, code: int = BAD_INPUT) -> None:
+    """It ended with one error of one to three lines, nothing else on stderr, that holds all the words."""
+    assert "Traceback" not in ended.err, ended.err
+    assert ended.code == code, ended
+    assert ended.err.startswith("error: "), ended.err
+    assert 1 <= len(ended.err.splitlines()) <= 3, ended.err
+    for word in words:
+        assert word in ended.err
+
+
+def tree(folder: Path) -> dict[str, Any]:
+    """Everything below a folder: what it is, where its bytes lie, when they were written, and the bytes."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        about = path.lstat()
+        if path.is_symlink():
+            found[str(path.relative_to(folder))] = ("link", os.readlink(path))
+        elif path.is_dir():
+            found[str(path.relative_to(folder))] = "folder"
+        else:
+            found[str(path.relative_to(folder))] = (about.st_ino, about.st_mtime_ns, path.read_bytes())
+    return found
+
+
+@contextlib.contextmanager
+def nothing_changes(folder: Path) -> Iterator[None]:
+    """What lies below `folder` when the block ends is what was there when it began, to the inode."""
+    before = tree(folder)
+    yield
+    after = tree(folder)
+    assert sorted(after) == sorted(before)
+    assert [name for name in before if after[name] != before[name]] == []
+
+
+def assert_same_files(one: Path, other: Path, *ignoring: str) -> None:
+    """`diff -r` finds nothing."""
+    excluded = [f"--exclude={name}" for name in ignoring]
+    ran = subprocess.run(["diff", "-r", *excluded, one, other], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def assert_build_refused(checkpoint: Path, folder: Path, *words: str, flags: Iterable[object] = (), **how: Any) -> None:
+    """`checkpoint` is refused with these words; nothing below `folder`, where the bundle was to go, has changed."""
+    with nothing_changes(folder):
+        assert_refused(llm_build(checkpoint, folder / "new" / "parents" / "bundle", *flags, **how), *words)

@@ -1,0 +1,231 @@
+"""Which keys of config.json matter: those transformers' code reads, and those of other architectures."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from axc import config_keys, families
+from axrun.errors import BadInput
+from tests.axc.as_transformers import (
+    AS_ITSELF,
+    WHOLE,
+    change_config,
+    copy_of,
+    ours,
+    plan,
+    read,
+    same,
+    theirs,
+)
+
+# Which keys matter
+
+
+def config_attributes(*modules: Any) -> set[str]:
+    """Every attribute that code reads of a thing called config."""
+    found: set[str] = set()
+    for module in modules:
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.Attribute) and _is_config(node.value):
+                found.add(node.attr)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr") and node.args:
+                name = node.args[1]
+                if _is_config(node.args[0]) and isinstance(name, ast.Constant):
+                    found.add(str(name.value))
+    return {name for name in found if not name.startswith("_")}
+
+
+def _is_config(node: ast.expr) -> bool:
+    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
+    return name in ("config", "decoder_config", "text_config")
+
+
+@pytest.mark.parametrize("kind", AS_ITSELF)
+def test_every_key_that_transformers_reads_is_known(kind: str) -> None:
+    from importlib import import_module
+
+    from transformers import cache_utils, masking_utils, modeling_layers, modeling_rope_utils, modeling_utils
+    from transformers.integrations import eager_paged, sdpa_attention
+
+    particular = import_module(f"transformers.models.{kind}.modeling_{kind}")
+    own = config_attributes(particular)
+    assert {"hidden_size", "rms_norm_eps", "rope_parameters"} <= own
+    shared = config_attributes(cache_utils, masking_utils, modeling_rope_utils, sdpa_attention, eager_paged)
+    assert {"is_causal", "sliding_window"} <= shared
+    loader = config_attributes(modeling_utils)
+    assert "transformers_weights" in loader
+    family = families.FAMILIES[kind]
+    known = {*family.READS, *config_keys.SHARED, *config_keys.HARMLESS}
+    methods = set(dir(transformers.PreTrainedConfig))
+    assert own - known - methods == set()
+    # of classification heads, other caches and rotary embeddings that these architectures do not have
+    others = {"num_kv_shared_layers", "conv_kernel", "distributed_config", "qk_rope_head_dim", "kv_lora_rank"}
+    assert shared - known - methods - others == set()
+    assert loader - known - methods - others == set()
+    assert config_attributes(modeling_layers) - known - methods - others == {
+        "chain_hidden_post_norm",
+        "logits_mup_width_multiplier",
+        "mtp_hidden_states_first",
+        "token_classification_bias",
+        "unpadded_vocab_size",
+    }
+
+
+HARMLESS_HERE: dict[str, Any] = {
+    "unsloth_version": "2025.1",
+    "_name_or_path": "x/y",
+    "pretraining_tp": 4,
+    "use_cache": False,
+    "neuron": {"tp": 8},
+    "transformers.js_config": {"dtype": "q4"},
+    "attention_dropout": 0.5,
+    "torch_dtype": "float32",
+    "temperature": 0.1,
+    "num_labels": 3,
+}
+ELSEWHERE: dict[str, Any] = {
+    "attention_multiplier": 8.0,
+    "embedding_multiplier": 12,
+    "logits_scaling": 4.0,
+    "final_logit_softcapping": 30.0,
+    "query_pre_attn_scalar": 256,
+    "no_rope_layers": [0, 0],
+    "rope_interleaved": True,
+    "use_bidirectional_attention": True,
+    "layer_norm_eps": 1.0,
+    "use_qk_norm": True,
+}
+
+
+@pytest.mark.parametrize("kind", AS_ITSELF)
+def test_keys_of_other_architectures_change_nothing_and_are_said(models: Any, kind: str, tmp_path: Path) -> None:
+    folder = copy_of(models, kind, tmp_path / "hf", {**HARMLESS_HERE, **ELSEWHERE})
+    assert same(theirs(folder), models[kind][1])
+    assert same(ours(folder, tmp_path / "out"), models[kind][1])
+    for key, value in ELSEWHERE.items():
+        change_config(folder, {key: value}, without=tuple(other for other in ELSEWHERE if other != key))
+        said = "\n".join(plan(folder, tmp_path / "out").notices)
+        assert f"not read, as in transformers' {kind}: {key} {value!r}" in said
+    change_config(folder, {}, without=tuple(ELSEWHERE))
+    assert plan(folder, tmp_path / "out").notices == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "loads"),
+    [
+        ({"is_causal": False}, True),
+        ({"is_causal": None}, None),
+        ({"per_layer_config": {"0": {"num_key_value_heads": 4}}}, False),
+        ({"transformers_weights": "other.safetensors"}, False),
+        ({"attention_chunk_size": 8}, None),
+        ({"text_config": {"hidden_size": 32}}, None),
+        ({"configuration_files": ["config.4.0.0.json"]}, None),
+        ({"partial_rotary_factor": 0.5}, None),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}}, None),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, None),
+        ({"quantization_config": {"quant_method": "gptq"}}, None),
+        ({"quantization": {"group_size": 64, "bits": 4}}, None),
+        ({"compression_config": {"quant_method": "sparseml"}}, None),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, None),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, None),
+        ({"kv_sharing_modes": ["reuse", "reuse"]}, None),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, None),
+        ({"layer_types": ["full_attention"]}, None),
+        ({"layer_types": ["conv", "conv"]}, None),
+    ],
+)
+@pytest.mark.parametrize("kind", AS_ITSELF)
+def test_what_transformers_code_for_all_reads_is_refused(
+    models: Any, kind: str, tmp_path: Path, changes: dict[str, Any], loads: bool | None
+) -> None:
+    """`loads`: transformers loads it and computes something else, or fails; None is not of interest."""
+    folder = copy_of(models, kind, tmp_path / "hf", changes)
+    with pytest.raises(BadInput) as refused:
+        plan(folder, tmp_path / "out")
+    (key,) = changes
+    words = "rope" if key.startswith("rope_") and "partial" not in str(changes) else key
+    words = "partial_rotary_factor" if "partial" in str(changes) else words
+    assert words in str(refused.value)
+    assert len(str(refused.value).splitlines()) <= 3
+    if loads:
+        assert not same(theirs(folder), models[kind][1])
+    elif loads is False:
+        with pytest.raises((OSError, ValueError, RuntimeError, FileNotFoundError)):
+            theirs(folder)
+
+
+# Another model_type, of which nothing is known
+
+
+def test_an_unknown_key_of_an_unknown_architecture_is_refused(models: Any, tmp_path: Path) -> None:
+    folder = copy_of(
+        models, "llama", tmp_path / "hf", {"model_type": "newcomer", "twist_factor": 2.0, "use_cache": True}
+    )
+    with pytest.raises(
+        BadInput, match=r"twist_factor 2\.0 of model_type 'newcomer' may change .* llama does not know it"
+    ):
+        plan(folder, tmp_path / "out", model_type="llama")
+    change_config(folder, {"logits_scaling": 1.0, "no_rope_layers": [1, 1]}, without=("twist_factor",))
+    assert same(ours(folder, tmp_path / "out", model_type="llama"), models["llama"][1])
+    (notice,) = plan(folder, tmp_path / "out", model_type="llama").notices
+    assert "'newcomer' is built as llama" in notice
+
+
+@pytest.mark.parametrize("key", config_keys.ARITHMETIC)
+def test_a_key_of_arithmetic_is_refused_under_another_type(models: Any, key: str) -> None:
+    values = json.loads((models["llama"][0] / "config.json").read_text())
+    with pytest.raises(BadInput, match=key):
+        read({**values, "model_type": "newcomer", key: ["another"]}, "newcomer", "llama")
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "hidden_act", "max_position_embeddings", "num_attention_heads"])
+def test_a_default_of_an_unknown_architecture_is_not_known(key: str) -> None:
+    values = {name: value for name, value in WHOLE.items() if name != key}
+    with pytest.raises(BadInput, match=f"{key} is missing, and its default is not known"):
+        read(values, "newcomer", "llama")
+
+
+def test_the_theta_of_an_unknown_architecture_is_not_known() -> None:
+    values = {name: value for name, value in WHOLE.items() if name != "rope_theta"}
+    with pytest.raises(BadInput, match="rope_theta is missing"):
+        read(values, "newcomer", "llama")
+    assert read({**values, "rope_parameters": {"rope_theta": 7.0}}, "newcomer", "llama").rope.theta == 7.0
+
+
+def test_a_key_that_is_absent_has_the_default_of_its_own_class_where_transformers_has_one() -> None:
+    """cwm's class has a window in three of four layers, and another rope: neither stands in the config.json."""
+    config = read(WHOLE, "cwm", "llama")
+    theirs: Any = transformers.AutoConfig.for_model("cwm").from_dict({**WHOLE})
+    assert config.sliding_window == theirs.sliding_window == 8192
+    assert "sliding_attention" in theirs.layer_types
+    assert config.head_dim == theirs.head_dim
+    assert (config.rope.kind, config.rope.theta) == ("llama3", theirs.rope_parameters["rope_theta"])
+    with pytest.raises(BadInput, match=r"partial_rotary_factor is 0\.5"):
+        read(WHOLE, "glm", "llama")
+    with pytest.raises(BadInput, match="sliding_window_pattern 4 of model_type 'exaone4'"):
+        read(WHOLE, "exaone4", "llama")
+
+
+@pytest.mark.parametrize("kind", ["cwm", "newcomer"])
+def test_without_transformers_another_type_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(BadInput, match=f"what model_type '{kind}' computes where keys are absent is known to transf"):
+        read(WHOLE, kind, "llama")
+    assert read(WHOLE, "mistral", "llama").sliding_window == 4096  # proven: its defaults are known here
+
+
+@pytest.mark.parametrize("kind", ["ministral3", "newcomer"])
+@pytest.mark.parametrize("where", ["rope_parameters", "rope_scaling"])
+def test_an_unknown_key_inside_of_the_rope_of_another_type_is_refused(kind: str, where: str) -> None:
+    nested = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
+    with pytest.raises(BadInput, match=r"llama_4_scaling_beta 0\.5.* in rope_\w+ of model_type"):
+        read({**WHOLE, "sliding_window": None, where: nested}, kind, "llama")

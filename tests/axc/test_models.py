@@ -1,0 +1,96 @@
+"""models/*.toml: what the repository knows by name, and what a wrong file is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from axc.models import MODELS, Hub, Shipped, load_model
+from axrun.errors import BadInput
+
+TOML = """
+[source]
+{source}
+[build]
+chip = "AX650"
+weight_type = "s8"
+hidden_state_type = "bf16"
+prefill_len = 64
+kv_cache_len = 255
+{build}
+[check]
+prompt = "1+1="
+"""
+SHIPPED = 'path = "models/toy"'
+PINNED = """
+repo = "owner/name"
+revision = "0123456789012345678901234567890123456789"
+files = {{ {files} }}
+"""
+
+
+def write(folder: Path, source: str = SHIPPED, build: str = "") -> Path:
+    (folder / "toy.toml").write_text(TOML.format(source=source, build=build))
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in MODELS.glob("*.toml")))
+def test_every_model_of_the_repository_loads_and_its_groups_fit_its_cache(name: str) -> None:
+    model = load_model(name)
+    assert model.prompt
+    for history in model.build.last_kv_cache_len:
+        assert history % model.build.prefill_len == 0
+        assert history + model.build.prefill_len <= model.build.kv_cache_len + 1
+    if isinstance(model.source, Shipped):
+        assert (model.source.path / "config.json").is_file()
+    else:
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {pin.name for pin in model.source.files}
+
+
+def test_defaults_become_the_flags_of_llm_build(tmp_path: Path) -> None:
+    model = load_model("toy", write(tmp_path, build="last_kv_cache_len = [64, 128]\npost_topk = 5"))
+    assert model.build.flags() == [
+        *("--chip", "AX650", "--weight_type", "s8", "--hidden_state_type", "bf16"),
+        *("--prefill_len", "64", "--kv_cache_len", "255"),
+        *("--last_kv_cache_len", "64", "--last_kv_cache_len", "128", "--post_topk", "5"),
+    ]
+
+
+def test_a_pinned_source(tmp_path: Path) -> None:
+    source = PINNED.format(files=f'"a.json" = {{ size = 3, git_blob = "{"a" * 40}" }}')
+    hub = load_model("toy", write(tmp_path, source)).source
+    assert isinstance(hub, Hub)
+    assert [(pin.name, pin.size, pin.git_blob, pin.sha256) for pin in hub.files] == [("a.json", 3, "a" * 40, None)]
+
+
+@pytest.mark.parametrize("asked", ["qwen2-0.5", "Qwen2-0.5B", "qwen2_0.5b"])
+def test_an_unknown_model_is_told_the_known_ones_and_the_nearest(asked: str) -> None:
+    with pytest.raises(BadInput, match=r"(?s)qwen2-0\.5b, tiny-qwen2 \(did you mean qwen2-0\.5b\?\)"):
+        load_model(asked)
+
+
+def test_a_model_name_is_not_a_path() -> None:
+    with pytest.raises(BadInput, match="no model is named"):
+        load_model("../models/tiny-qwen2")
+
+
+@pytest.mark.parametrize(
+    ("source", "build", "said"),
+    [
+        (SHIPPED, "weight_tpye = 's4'", "'weight_tpye' is not known here: chip"),
+        (SHIPPED, "post_topk = true", "'post_topk' is True: int is expected"),
+        (SHIPPED, "last_kv_cache_len = ['64']", "whole numbers"),
+        (SHIPPED, "prefill_len = 1", "Cannot overwrite"),
+        ("", "", "'repo' is missing"),
+        (PINNED.format(files='"a" = { size = 3 }'), "", "a has no digest"),
+        (PINNED.format(files='"../a" = { sha256 = "' + "a" * 64 + '" }'), "", "not a file name inside"),
+        (PINNED.format(files='"a" = { sha256 = "a" }'), "", "not 64 lower-case hex digits"),
+        (PINNED.format(files="").replace("0123456789" * 4, "main"), "", "a revision a full commit id"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_fault(tmp_path: Path, source: str, build: str, said: str) -> None:
+    with pytest.raises(BadInput) as error:
+        load_model("toy", write(tmp_path, source, build))
+    assert str(error.value).startswith(str(tmp_path / "toy.toml"))
+    assert said in str(error.value)

@@ -1,0 +1,100 @@
+"""The walk goes in order, past what cannot be told, and stops at the first that disagrees; reports survive a wire."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from axrun.doctor.report import STAGES, Finding, Report
+from axrun.doctor.walk import NotExamined, Stage, walk
+from axrun.errors import BadInput
+
+
+def report() -> Report:
+    return Report("bundle", "cpu", "here", "ax")
+
+
+def stages(**others: Stage) -> dict[str, Stage]:
+    return {**{name: lambda: "fine" for name in STAGES}, **others}
+
+
+def left() -> str:
+    raise NotExamined("no figures")
+
+
+def refuses() -> str:
+    raise BadInput("cannot read x\nBuild it again.")
+
+
+FOUND = Finding("layers", "layer 3", "l3.axmodel", "that", "this", "swapped", "Build again.")
+
+
+def test_all_that_agrees_is_healthy() -> None:
+    said: list[str] = []
+    walked = walk(report(), stages(), said.append)
+    assert walked.verdict == "healthy"
+    assert said == [f"[{number}/10] {name}" for number, name in enumerate(STAGES, 1)]
+    assert [entry.stage for entry in walked.walked] == list(STAGES)
+
+
+def test_the_first_finding_ends_it() -> None:
+    walked = walk(report(), stages(layers=lambda: FOUND, answer=refuses))
+    assert (walked.verdict, walked.exit_code, walked.finding) == ("faulty", 1, FOUND)
+    assert walked.walked[-1].stage == "layers"
+    assert walked.headline() == "faulty: layers: layer 3 (l3.axmodel): swapped"
+
+
+def test_what_cannot_be_told_is_said_and_gone_past() -> None:
+    walked = walk(report(), stages(layers=left))
+    assert (walked.verdict, walked.exit_code) == ("undecided", 0)
+    assert walked.headline() == "undecided: not examined: layers"
+    assert len(walked.walked) == len(STAGES)
+    without = {name: stage for name, stage in stages().items() if name != "post"}
+    assert walk(report(), without).headline() == "undecided: not examined: post"
+
+
+def test_what_a_reader_refuses_is_a_finding() -> None:
+    finding = walk(report(), stages(post=refuses)).finding
+    assert finding is not None
+    assert (finding.stage, finding.seen, finding.advice) == ("post", "cannot read x", "Build it again.")
+
+
+@pytest.mark.parametrize("stage", [lambda: FOUND, left, lambda: "fine"])
+def test_a_report_is_the_same_on_another_machine(stage: Stage) -> None:
+    walked = walk(report(), stages(layers=stage))
+    again = Report.parse(json.loads(json.dumps(walked.json())))
+    assert again == walked
+    assert list(again.lines()) == list(walked.lines())
+
+
+def spoiled(change: Callable[[dict[str, object]], object]) -> dict[str, object]:
+    values = walk(report(), stages(layers=lambda: FOUND)).json()
+    change(values)
+    return values
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        None,
+        [],
+        {},
+        spoiled(lambda values: values.update(engine=3)),
+        spoiled(lambda values: values.update(stages=None)),
+        spoiled(lambda values: values.update(stages=[[]])),
+        spoiled(lambda values: values.update(stages=[{"stage": [], "outcome": "agrees", "text": "", "seconds": 1}])),
+        spoiled(lambda values: values.update(stages=[{"stage": "x", "outcome": "agrees", "text": "", "seconds": 1}])),
+        spoiled(lambda values: values.update(finding={"stage": "layers"})),
+        spoiled(lambda values: values.update(finding="red")),
+    ],
+)
+def test_what_is_no_report_is_refused(values: object) -> None:
+    with pytest.raises(ValueError, match=r"is|are|has|finds"):
+        Report.parse(values)
+
+
+def test_what_another_machine_says_is_made_fit_to_show() -> None:
+    values = spoiled(lambda values: values.update(bundle="\x1b[31m" + "x" * 5000))
+    assert Report.parse(values).bundle == "\ufffd[31m" + "x" * 995

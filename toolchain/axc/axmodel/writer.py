@@ -1,0 +1,122 @@
+"""Writes an axmodel as a stream: memory does not grow with the weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axc.checkpoint import Checkpoint
+from axc.graph import Parameter, Vector, Weight
+from axc.quantizer import SquaredError
+from axrun.errors import BadInput
+from axrun.format.axmodel import Axmodel, layout
+
+
+@dataclass
+class Written:
+    """What a file came out as. `weight_error`: relative error by tensor, for those that were quantised."""
+
+    sha256: str
+    nbytes: int
+    weight_error: dict[str, float] = field(default_factory=dict)
+
+
+class HashingFile:
+    """A file whose SHA-256 is known when the last byte is written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash, self.nbytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes | NDArray[Any]) -> None:
+        view = data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+        self.hash.update(view)
+        self.file.write(view)
+        self.nbytes += len(view)
+
+    def result(self) -> Written:
+        return Written(self.hash.hexdigest(), self.nbytes)
+
+
+def write_file(path: Path, pieces: Iterator[bytes | NDArray[Any]]) -> Written:
+    """Writes `pieces` one after the other, beside `path` first and then renamed: `path` is whole or absent."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            out = HashingFile(file)
+            for piece in pieces:
+                out.write(piece)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return out.result()
+
+
+def write_axmodel(
+    path: Path,
+    model: Axmodel,
+    parameters: dict[str, Parameter],
+    checkpoint: Checkpoint,
+    tick: Callable[[], None] = lambda: None,
+) -> Written:
+    """Writes `model`, its data taken from `checkpoint` as `parameters` say. Raises BadInput, OSError.
+
+    `tick` is called between pieces and may raise to end the writing.
+    """
+    content = Content(checkpoint)
+
+    def pieces() -> Iterator[bytes | NDArray[Any]]:
+        for part in layout(model):
+            if isinstance(part, bytes):
+                yield part
+                continue
+            written = 0
+            for piece in content.data(parameters[part.tensor.name]):
+                tick()
+                yield piece
+                written += piece.nbytes
+            if written != part.tensor.nbytes:
+                raise BadInput(
+                    f"{part.tensor.name} changed while it was read\nBuild again once the checkpoint is whole."
+                )
+
+    written = write_file(path, pieces())
+    written.weight_error = {name: error.relative for name, error in content.errors.items() if error.signal}
+    return written
+
+
+class Content:
+    """The data of initializers. The parts of a weight are asked for in order: the first keeps what the next need."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.errors: dict[str, SquaredError] = {}
+        self.later: dict[tuple[str, int], list[NDArray[Any]]] = {}
+
+    def data(self, parameter: Parameter) -> Iterator[NDArray[Any]]:
+        if isinstance(parameter, Vector):
+            yield self.checkpoint.float32(parameter.tensor)
+        elif isinstance(parameter, Weight):
+            yield from self._weight(parameter)
+        else:
+            yield parameter
+
+    def _weight(self, weight: Weight) -> Iterator[NDArray[Any]]:
+        if weight.part:
+            yield from self.later.pop((weight.tensor, weight.part))
+            return
+        error = self.errors.setdefault(weight.tensor, SquaredError())
+        dtype = self.checkpoint.tensors[weight.tensor].dtype
+        for _, block in self.checkpoint.blocks(weight.tensor):
+            try:
+                first, *rest = weight.weight_type.store(block, dtype, error)
+            except OverflowError as overflow:
+                raise BadInput(f"{weight.tensor} holds {overflow}\nChoose another type for it.") from None
+            for part, array in enumerate(rest, 1):
+                self.later.setdefault((weight.tensor, part), []).append(array)
+            yield first

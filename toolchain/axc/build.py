@@ -1,0 +1,274 @@
+"""llm_build: a checkpoint becomes a bundle, its layers in parallel."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from axc import budget, bundle, config, hf_folder, identity, jobs, standing
+from axc.axmodel.writer import Written
+from axc.checkpoint import Checkpoint
+from axc.compile import Target
+from axc.jobs import Job, Work
+from axc.quantizer import WEIGHT_TYPES
+from axc.staging import KeepStaging, publish, refuse_other_content, staged_bytes, staging
+from axc.standing import MODEL_CONFIG, as_json
+from axrun.errors import BadInput
+from axrun.format.bundle import sha256
+from axrun.format.dtypes import FLOATS
+
+CHIPS = ("AX620E", "AX650")
+MAX_CONTEXT = 1 << 20  # positions: eight times what the longest models of these families see
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; the names, meanings and defaults are those of the vendor's `llm_build`."""
+
+    input_path: Path
+    output_path: Path
+    prefill_len: int = 0
+    parallel: int = 1
+    model_config: Path | None = None
+    model_type: str | None = None
+    kv_cache_len: int = 127
+    post_topk: int = 0
+    post_weight_type: str = "s8"
+    hidden_state_type: str = "bf16"
+    weight_type: str = "s8"
+    chip: str = "AX650"
+    last_kv_cache_len: tuple[int, ...] = ()
+    model_name: str | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for flag, value, allowed in (
+            ("--hidden_state_type", self.hidden_state_type, tuple(FLOATS)),
+            ("--weight_type", self.weight_type, tuple(WEIGHT_TYPES)),
+            ("--post_weight_type", self.post_weight_type, tuple(WEIGHT_TYPES)),
+            ("--chip", self.chip, CHIPS),
+        ):
+            if value not in allowed:
+                raise BadInput(f"{flag} is {value!r}; expected one of {', '.join(allowed)}")
+        if not 1 <= self.parallel <= 256:
+            raise BadInput(f"--parallel is {self.parallel}; expected 1 to 256")
+        name = self.model_name
+        if name is not None and not (0 < len(name) <= 200 and name.isprintable() and name.isascii()):
+            raise BadInput(f"--model_name is {name!a:.60}; expected printable ASCII, at most 200 characters")
+        previous = 0
+        for length in self.last_kv_cache_len:
+            if not self.prefill_len:
+                raise BadInput("--last_kv_cache_len needs --prefill_len: it adds groups that prefill after a history")
+            if not previous < length <= self.kv_cache_len:
+                raise BadInput(
+                    f"--last_kv_cache_len is {', '.join(map(str, self.last_kv_cache_len))}; expected rising numbers "
+                    f"up to --kv_cache_len {self.kv_cache_len}"
+                )
+            previous = length
+
+    def target(self, model: config.ModelConfig) -> Target:
+        """What to compile for, the lengths held against the model's. Raises BadInput."""
+        context = min(model.max_position_embeddings, model.sliding_window or MAX_CONTEXT, MAX_CONTEXT)
+        if not 1 <= self.kv_cache_len < context:
+            window = ", its sliding_window" if context == model.sliding_window else ""
+            raise BadInput(
+                f"--kv_cache_len is {self.kv_cache_len}; expected 1 to {context - 1}: "
+                f"the model sees {context} positions{window}, one is the current token's"
+            )
+        if not 0 <= self.prefill_len <= self.kv_cache_len:
+            raise BadInput(
+                f"--prefill_len is {self.prefill_len}; expected 0 (no prefill) to --kv_cache_len {self.kv_cache_len}"
+            )
+        if not 0 <= self.post_topk <= model.vocab_size:
+            raise BadInput(f"--post_topk is {self.post_topk}; expected 0 (off) to the vocabulary's {model.vocab_size}")
+        return Target(
+            prefill_len=self.prefill_len,
+            kv_cache_len=self.kv_cache_len,
+            last_kv_cache_len=self.last_kv_cache_len,
+            hidden_state_type=self.hidden_state_type,
+            weight_type=self.weight_type,
+            post_weight_type=self.post_weight_type,
+            post_topk=self.post_topk,
+            chip=self.chip,
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A build ready to start: every dimension checked, every file known by name and size.
+
+    `notices` say what was passed over or decided against the letter of the checkpoint's files.
+    """
+
+    options: Options
+    checkpoint: Checkpoint
+    config: config.ModelConfig
+    target: Target
+    inputs: tuple[Path, ...]
+    jobs: tuple[Job, ...]
+    budget: budget.Budget
+    notices: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return self.options.model_name or self.config.model_type
+
+    @property
+    def output(self) -> Path:
+        """Where the bundle goes, links followed: they stay links."""
+        return Path(os.path.realpath(self.options.output_path))
+
+    @property
+    def stamps(self) -> tuple[tuple[str, int, int], ...]:
+        """What tells a changed input without reading it: (name, bytes, ctime in ns).
+
+        Not mtime: an archive restores that, the same for every file in a reproducible one.
+        """
+        files = [*self.inputs, *([self.options.model_config] if self.options.model_config else [])]
+        return tuple((path.name, path.stat().st_size, path.stat().st_ctime_ns) for path in files)
+
+
+class Built(NamedTuple):
+    """A bundle's manifest, and whether this build made it or found it standing."""
+
+    manifest: dict[str, Any]
+    fresh: bool
+
+
+def plan(options: Options) -> Plan:
+    """Reads the headers of the checkpoint and decides everything. Raises BadInput; writes nothing."""
+    notices: list[str] = []
+    checkpoint = Checkpoint.open(options.input_path)
+    model = config.load(checkpoint, options.model_config, options.model_type, notices.append)
+    checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
+    target = options.target(model)
+    inputs = bundle.input_files(checkpoint.path, checkpoint.files)
+    memory = budget.memory(model, target)
+    proof = budget.proof(hf_folder.tokenizer_bytes(checkpoint.path))
+    budget.require_memory(memory, options.parallel, proof)  # the tables are made below
+    planned = jobs.plan(Work(checkpoint.path, (), Path(), model, target), inputs)
+    small = 2 * sum(path.stat().st_size for path in inputs if path not in checkpoint.files)  # and what is made of them
+    disk = sum(job.nbytes for job in planned if job.kind != "input") + small + (1 << 20)
+    needs = budget.Budget(disk, memory, options.parallel, proof)
+    return Plan(options, checkpoint, model, target, inputs, tuple(planned), needs, tuple(notices))
+
+
+Progress = Callable[[Job], None]
+Say = Callable[[str], None]
+
+
+def build(planned: Plan, progress: Progress = lambda job: None, say: Say = lambda line: None) -> Built:
+    """Makes the bundle; one that is there already, whole and the same, is left as it is.
+
+    `progress(job)` is called as each ends, `say` gets a line for all that was mended or is odd in the text files.
+    Raises BadInput; leaves nothing behind when it does.
+    """
+    output = planned.output
+    try:
+        found = standing.find(planned)
+        if found.manifest is not None:
+            return Built(found.manifest, fresh=False)
+        if planned.options.output_path.is_symlink() and not output.exists():
+            raise BadInput(f"{planned.options.output_path} is a link to nothing\nChoose another --output_path.")
+        refuse_other_content(output, found.reason, force=planned.options.force)
+        budget.require_disk(planned.budget.disk - staged_bytes(output), output)
+        return Built(_build(planned, output, progress, say), fresh=True)
+    except OSError as error:
+        raise BadInput(
+            f"cannot write {error.filename or output}: {error.strerror or error}\n"
+            "Nothing was kept. Make room, or choose another --output_path."
+        ) from None
+
+
+def _build(planned: Plan, output: Path, progress: Progress, say: Say) -> dict[str, Any]:
+    with staging(output, staging_key(planned)) as folder:
+        what = planned.name, planned.config, planned.target
+        made = bundle.write_texts(folder, planned.checkpoint.path, *what, planned.options.model_config)
+        for remark in made.remarks:
+            say(remark)
+        work = Work(planned.checkpoint.path, planned.stamps, folder, planned.config, planned.target)
+        done = dict(_run(work, planned.jobs, planned.options.parallel, progress))
+        inputs = {Path(job.file).name: written for job, written in done.items() if job.kind == "input"}
+        if planned.options.model_config:
+            inputs[MODEL_CONFIG] = Written(*_digest(planned.options.model_config))
+        outputs = {job.file: written for job, written in done.items() if job.kind != "input"}
+        manifest = bundle.finish(folder, *what, made, inputs, outputs)
+        publish(folder, output, replace=planned.options.force)
+    return manifest
+
+
+def _digest(path: Path) -> tuple[str, int]:
+    return sha256(path), path.stat().st_size
+
+
+def staging_key(planned: Plan) -> dict[str, Any]:
+    """What finished files of a killed build must have been made from to be taken over."""
+    return {
+        "tools": identity.tools(),
+        "name": planned.name,
+        "config": as_json(asdict(planned.config)),
+        "target": as_json(asdict(planned.target)),
+        "inputs": [list(stamp) for stamp in planned.stamps],
+    }
+
+
+def _run(work: Work, planned: tuple[Job, ...], parallel: int, progress: Progress) -> Iterator[tuple[Job, Written]]:
+    """All jobs, in this process or in `parallel` others; yields each as it ends."""
+    if parallel == 1:
+        for job in planned:
+            yield job, jobs.run(work, job)
+            progress(job)
+        return
+    context = multiprocessing.get_context("spawn")
+    stop = context.RawValue("b", 0)  # without a lock, which a killed worker could take along
+    pool = ProcessPoolExecutor(parallel, context, initializer=_start_worker, initargs=(stop,))
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the parent's, while they start too
+        try:
+            futures: dict[Future[Written], Job] = {pool.submit(_work, work, job): job for job in planned}
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        waiting = set(futures)
+        while waiting:
+            ended, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in ended:
+                yield futures[future], future.result()
+                progress(futures[future])
+    except BrokenProcessPool:
+        raise KeepStaging(
+            BadInput(
+                "a worker process was killed, perhaps because memory ran out\n"
+                "Finished files are kept: lower --parallel and run the same command again."
+            )
+        ) from None
+    finally:
+        stop.value = 1
+        pool.shutdown(cancel_futures=True)
+
+
+_stop: Any = None
+
+
+def _start_worker(stop: Any) -> None:
+    """In a worker: end with the parent, leave Ctrl-C to it, and look at `stop` between blocks."""
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        sentinel = parent.sentinel
+        threading.Thread(target=lambda: connection.wait([sentinel]) and os._exit(1), daemon=True).start()
+
+
+def _work(work: Work, job: Job) -> Written:
+    return jobs.run(work, job, lambda: bool(_stop.value))

@@ -1,0 +1,133 @@
+"""What a bundle holds besides axmodels and embedding: configs for three runners, the tokenizer, the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from axc import axllm, hf_folder, identity
+from axc.axllm import to_json
+from axc.axmodel.writer import Written
+from axc.compile import Target
+from axc.config import ModelConfig
+from axc.embed import BFLOAT16_FILE
+from axc.hf_folder import HfFolder
+from axrun.errors import BadInput
+from axrun.format.bundle import MANIFEST, SCHEMA, read_manifest, sha256
+
+
+def input_files(checkpoint: Path, weights: tuple[Path, ...]) -> tuple[Path, ...]:
+    """Every file of a checkpoint that a bundle is made from."""
+    return (*weights, *hf_folder.input_files(checkpoint))
+
+
+def finish(
+    folder: Path,
+    name: str,
+    config: ModelConfig,
+    target: Target,
+    made: HfFolder,
+    inputs: Mapping[str, Written],
+    outputs: Mapping[str, Written],
+    *,
+    maker: str = "cpu",
+    tools: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Adds the manifest over all files to `folder`; returns it.
+
+    `inputs` and `outputs` by file name, `outputs` being the axmodels and the embedding. `maker` is whose compiler made
+    the axmodels; how accurate another's weights are is not known here, and not said.
+    """
+    files = {file: {"sha256": written.sha256, "size": written.nbytes} for file, written in outputs.items()}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        file = path.relative_to(folder).as_posix()
+        if file not in files and not path.name.startswith(".") and not file.endswith(".done"):
+            files[file] = {"sha256": sha256(path), "size": path.stat().st_size}
+    axmodels = {file: written for file, written in outputs.items() if file != BFLOAT16_FILE}
+    errors = {tensor: error for written in axmodels.values() for tensor, error in written.weight_error.items()}
+    manifest: dict[str, Any] = {
+        "schema": SCHEMA,
+        "maker": maker,
+        "tools": dict(identity.tools() if tools is None else tools),
+        "model": {
+            "name": name,
+            "model_type": config.model_type,
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "vocab_size": config.vocab_size,
+            "kv_size": config.kv_size,
+            "hidden_state_type": target.hidden_state_type,
+            "kv_cache_len": target.kv_cache_len,
+            "prefill_len": target.prefill_len,
+            "groups": [{"tokens": group.tokens, "history": group.history} for group in target.groups],
+            "layer_file": target.layer_file(config),
+            "post_file": target.post_file(config),
+            "embedding_file": BFLOAT16_FILE,
+        },
+        "text": made.manifest(),
+        "flags": asdict(target),
+        "inputs": {file: {"sha256": inputs[file].sha256, "size": inputs[file].nbytes} for file in sorted(inputs)},
+        "files": {file: files[file] for file in sorted(files)},
+        "memory": {
+            "axmodels": sum(written.nbytes for written in axmodels.values()),
+            "embedding": outputs[BFLOAT16_FILE].nbytes,
+            "kv_cache": 2 * config.num_hidden_layers * target.kv_cache_len * config.kv_size * hidden_bytes(target),
+        },
+    }
+    if maker == "cpu":
+        # root of squared error over squared weights: deterministic, unlike what a check of the whole model measures
+        manifest["accuracy"] = {
+            "weight_error": {tensor: float(f"{errors[tensor]:.4g}") for tensor in sorted(errors)},
+            "worst_weight_error": float(f"{max(errors.values(), default=0.0):.4g}"),
+        }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def add_file(folder: Path, name: str, content: bytes) -> None:
+    """Puts a file into a finished bundle, in place of one of its name, and into the manifest. Raises BadInput."""
+    manifest = read_manifest(folder)
+    manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    manifest["files"] = {file: manifest["files"][file] for file in sorted(manifest["files"])}
+    news = {name: folder / f".{name}.new", MANIFEST: folder / f".{MANIFEST}.new"}
+    try:
+        news[name].write_bytes(content)
+        write_json(news[MANIFEST], manifest)
+        for file, new in news.items():  # both are whole on the disk before the bundle changes
+            new.replace(folder / file)
+    except OSError as error:
+        raise BadInput(f"cannot write into {folder}: {error.strerror or error}") from None
+    finally:
+        for new in news.values():
+            new.unlink(missing_ok=True)
+
+
+def hidden_bytes(target: Target) -> int:
+    """Bytes of one value of the hidden state."""
+    return 4 if target.hidden_state_type == "fp32" else 2
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(to_json(values), "utf-8", newline="\n")
+
+
+def write_texts(
+    folder: Path, checkpoint: Path, name: str, config: ModelConfig, target: Target, model_config: Path | None = None
+) -> HfFolder:
+    """Writes the small files: hf/, proven to be read as transformers reads the checkpoint, and those for `axllm`.
+
+    Raises BadInput for a tokenizer, template or config that is damaged, or cannot be read alike.
+    """
+    hf = folder / "hf"
+    try:
+        made = hf_folder.write(checkpoint, hf, config.vocab_size, model_config)
+        files = axllm.files(hf, made, name, config, target)
+    except BadInput as error:
+        raise BadInput(str(error).replace(str(hf), str(checkpoint))) from None
+    (folder / axllm.TOKENIZER_TXT).unlink(missing_ok=True)  # of a build that was killed
+    for file, text in files.items():
+        (folder / file).write_text(text, "utf-8", newline="\n")
+    return made

@@ -1,0 +1,255 @@
+"""axc: the compiler's commands. Each verb is a module's function; here are only flags and what is printed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from axc import VERSION, identity
+from axrun.command import Verb, dispatch
+
+WEIGHTS = ("fp32", "fp16", "bf16", "s8", "s4")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    description = "Compiles Hugging Face LLM checkpoints to axmodel bundles for AX650 and AX630C boards."
+    epilog = "start with:\n  axc llm_build --input_path models/tiny-qwen2 --output_path out/tiny-qwen2 -c 2"
+    return dispatch(argv, "axc", _version, description, epilog, VERBS)
+
+
+def _version() -> str:
+    return f"{VERSION} (digest {identity.digest()})"
+
+
+def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input_path", type=Path, required=True, help="folder of the checkpoint")
+    add("--output_path", type=Path, required=True, help="folder the bundle becomes; it must not hold another one")
+    add("--prefill_len", type=int, default=0, help="tokens of a prefill chunk; 0: no prefill groups (default 0)")
+    add("--parallel", type=int, default=1, help="processes; the bytes that come out do not depend on it (default 1)")
+    add("--model_config", type=Path, help="a config.json to use in place of the checkpoint's")
+    add("--model_type", help="build as this architecture, whatever config.json says")
+    add("--kv_cache_len", type=int, default=127, help="rows of K/V cache: the longest context (default 127)")
+    add("--post_topk", type=int, default=0, help="the post model also gives the k likeliest tokens (default 0: off)")
+    add("--post_weight_type", choices=WEIGHTS, default="s8", help="of the lm_head (default s8)")
+    add(
+        "-t",
+        "--hidden_state_type",
+        choices=("fp32", "fp16", "bf16"),
+        default="bf16",
+        help="of hidden states and K/V (default bf16)",
+    )
+    add("-w", "--weight_type", choices=WEIGHTS, default="s8", help="of the layers' matrices (default s8)")
+    add(
+        "-c",
+        "--check_level",
+        type=int,
+        choices=(-1, 0, 1, 2),
+        default=0,
+        help="-1 none; 0 load and run every axmodel; 1 also compare every layer with the float32 reference; "
+        "2 also generate from --prompt beside the reference (default 0)",
+    )
+    add("--chip", choices=("AX620E", "AX650"), default="AX650", help="AX620E is the AX630C's family (default AX650)")
+    add("--prompt", default="1+1=", help="what check level 2 generates from (default 1+1=)")
+    add(
+        "--last_kv_cache_len",
+        type=int,
+        action="append",
+        default=[],
+        help="add a group that prefills after this many rows of history; may be repeated",
+    )
+    add("--model_name", help="name in the manifest (default: the model type)")
+    add("--force", action="store_true", help="replace a bundle that is at --output_path already")
+    add("--check_report", type=Path, help="write the check's figures to this JSON file")
+
+
+def _llm_build(arguments: argparse.Namespace) -> None:
+    from axc import console
+    from axc.build import Options
+
+    options = Options(
+        input_path=arguments.input_path,
+        output_path=arguments.output_path,
+        prefill_len=arguments.prefill_len,
+        parallel=arguments.parallel,
+        model_config=arguments.model_config,
+        model_type=arguments.model_type,
+        kv_cache_len=arguments.kv_cache_len,
+        post_topk=arguments.post_topk,
+        post_weight_type=arguments.post_weight_type,
+        hidden_state_type=arguments.hidden_state_type,
+        weight_type=arguments.weight_type,
+        chip=arguments.chip,
+        last_kv_cache_len=tuple(arguments.last_kv_cache_len),
+        model_name=arguments.model_name,
+        force=arguments.force,
+    )
+    console.llm_build(options, arguments.check_level, arguments.prompt, arguments.check_report)
+
+
+def _embed_flags(parser: argparse.ArgumentParser) -> None:
+    steps = parser.add_subparsers(dest="step", metavar="STEP", required=True, title="steps")
+    for name, source, target, summary in (
+        ("extract", "checkpoint folder", "folder", "a checkpoint's table as float32 model.embed_tokens.weight.npy"),
+        ("float32", ".npy file", "file", "that .npy as raw little-endian float32"),
+        ("bfloat16", "raw float32 file", "file", "that raw float32 as raw bfloat16, rounded to nearest even"),
+    ):
+        step = steps.add_parser(name, help=summary, description=summary)
+        step.add_argument("--input_path", type=Path, required=True, help=source)
+        step.add_argument("--output_path", type=Path, required=True, help=target)
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from axc import embed
+
+    written = getattr(embed, arguments.step)(arguments.input_path, arguments.output_path)
+    print(f"{written}: {written.stat().st_size:,} bytes")
+
+
+def _inspect_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="an .axmodel file, ours or the vendor's, or a bundle folder")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from axc import inspect
+
+    print(inspect.as_json(arguments.path) if arguments.json else inspect.as_text(arguments.path))
+
+
+def _verify_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="bundle folder")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from axc import console
+
+    console.verify(arguments.path, as_json=arguments.json)
+
+
+def _doctor_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of the checkpoint it was built from")
+    add("--model_config", type=Path, metavar="FILE", help="the config.json that the bundle was built with, if another")
+    add("--model_type", help="the architecture that the bundle was built as, if it was given")
+    add(
+        "--engine",
+        choices=("auto", "ax", "ort"),
+        default="auto",
+        help="what runs axmodels (default auto: as axrun does)",
+    )
+    add("--board", metavar="B", help="examine it on this board of the checkout too, where it is deployed")
+    add("--model", metavar="NAME", help="name under which it is deployed there (default: the bundle folder's)")
+    add("--json", action="store_true", help="machine-readable")
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from axc.doctor import console
+    from axc.doctor.case import Options
+
+    options = Options(
+        bundle=arguments.bundle,
+        checkpoint=arguments.checkpoint,
+        model_config=arguments.model_config,
+        model_type=arguments.model_type,
+        engine=arguments.engine,
+    )
+    console.doctor(options, as_json=arguments.json, board=arguments.board, model=arguments.model)
+
+
+def _reference_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input_path", type=Path, required=True, help="folder of the checkpoint")
+    add("--text", type=Path, required=True, help="UTF-8 file to measure over")
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--output_path", type=Path, metavar="FILE", help="file to write")
+    place.add_argument("--bundle", type=Path, metavar="DIR", help="bundle of the checkpoint to put it into")
+    add("--window", type=int, help="tokens seen at a time (default 512, with --bundle what all its groups need)")
+    add("--tokens", type=int, default=16384, help="most of the text that is used (default 16384)")
+    add("--top_k", type=int, default=256, help="likeliest tokens that are kept of each position (default 256)")
+    add("--greedy_tokens", type=int, default=32, help="length of the greedy answers; 0: none (default 32)")
+    add("--model_config", type=Path, help="a config.json to use in place of the checkpoint's")
+    add("--model_type", help="architecture of a checkpoint whose own model_type transformers does not know")
+
+
+def _reference(arguments: argparse.Namespace) -> None:
+    from axc import console
+    from axc.logits import Options
+
+    console.reference(Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}))
+
+
+def _synth_flags(parser: argparse.ArgumentParser) -> None:
+    from axc.shapes import SHAPES
+
+    parser.add_argument("--model", required=True, choices=sorted(SHAPES), help="whose shapes")
+    parser.add_argument("--output_path", type=Path, required=True, help="folder the checkpoint becomes")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
+    parser.add_argument("--tokenizer_path", type=Path, help="folder of tokenizer files to copy in")
+
+
+def _synth(arguments: argparse.Namespace) -> None:
+    from axc import console
+
+    console.synth(arguments.model, arguments.output_path, arguments.seed, arguments.tokenizer_path)
+
+
+VERBS = {
+    "llm_build": Verb(
+        _llm_build_flags,
+        _llm_build,
+        "Compile a checkpoint to a bundle.",
+        "example:\n  axc llm_build --input_path Qwen2-0.5B-Instruct --output_path out/qwen2-0.5b --prefill_len 128 \\\n"
+        "      --kv_cache_len 1023 --hidden_state_type bf16 -w s8 --chip AX650 --parallel 2 --check_level 1",
+    ),
+    "embed": Verb(
+        _embed_flags,
+        _embed,
+        "The embedding table in three steps: extract, float32, bfloat16.",
+        "example:\n  axc embed extract --input_path Qwen2-0.5B-Instruct --output_path work",
+    ),
+    "inspect": Verb(
+        _inspect_flags,
+        _inspect,
+        "Show what an axmodel or a bundle holds.",
+        "example:\n  axc inspect out/tiny-qwen2/qwen2_post.axmodel --json",
+    ),
+    "verify": Verb(
+        _verify_flags,
+        _verify,
+        "Hold every file of a bundle against its manifest.",
+        "example:\n  axc verify out/tiny-qwen2",
+    ),
+    "doctor": Verb(
+        _doctor_flags,
+        _doctor,
+        "Find the first stage at which a bundle disagrees with its checkpoint, and why. Exit code 1 where one does.",
+        "examples:\n"
+        "  axc doctor out/tiny-qwen2 --checkpoint models/tiny-qwen2\n"
+        "  axc doctor out/qwen2-0.5b --checkpoint Qwen2-0.5B-Instruct --json",
+    ),
+    "reference": Verb(
+        _reference_flags,
+        _reference,
+        "Write the float32 checkpoint's logits over a text, which `axrun eval` measures a bundle against.",
+        "examples:\n"
+        "  axc reference --input_path models/tiny-qwen2 --text models/tiny-qwen2/heldout.txt --bundle out/tiny-qwen2\n"
+        "  axc reference --input_path Qwen2-0.5B-Instruct --text wiki.txt --output_path qwen2.npz --window 512",
+    ),
+    "synth": Verb(
+        _synth_flags,
+        _synth,
+        "Write a seeded random checkpoint with a named model's real shapes, for benchmarks.",
+        "example:\n  axc synth --model qwen2-0.5b --output_path work/qwen2-0.5b",
+    ),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

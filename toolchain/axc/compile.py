@@ -1,0 +1,80 @@
+"""From the config to axmodels: the graph of every file of a bundle, before any weight is read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from axc import VERSION, families
+from axc.config import ModelConfig
+from axc.graph import Graph, Parameter
+from axc.quantizer import WEIGHT_TYPES
+from axrun.format.axmodel import FORMAT_VERSION, OPSET, PRODUCER, Axmodel, Group
+from axrun.format.dtypes import FLOATS
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the axmodels are compiled for: all that shapes them besides the model."""
+
+    prefill_len: int
+    kv_cache_len: int
+    last_kv_cache_len: tuple[int, ...]
+    hidden_state_type: str
+    weight_type: str
+    post_weight_type: str
+    post_topk: int
+    chip: str
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """0 decode; 1 the first prefill; from 2 on prefill with history."""
+        histories = (0, *self.last_kv_cache_len) if self.prefill_len else ()
+        prefill = [Group(index, self.prefill_len, history) for index, history in enumerate(histories, 1)]
+        return (Group(0, 1, self.kv_cache_len), *prefill)
+
+    @property
+    def positions(self) -> int:
+        """Position ids run below this."""
+        return max(group.history + group.tokens for group in self.groups)
+
+    def prefix(self, config: ModelConfig) -> str:
+        """How the vendor begins the names of a bundle's axmodels."""
+        return config.model_type + (f"_p{self.prefill_len}" if self.prefill_len else "")
+
+    def layer_file(self, config: ModelConfig) -> str:
+        """printf template of the layers' file names, as the vendor's."""
+        return f"{self.prefix(config)}_l%d{'_together' if self.prefill_len else ''}.axmodel"
+
+    def post_file(self, config: ModelConfig) -> str:
+        return f"{config.model_type}_post.axmodel"
+
+
+def layer_model(config: ModelConfig, target: Target, index: int) -> tuple[Axmodel, dict[str, Parameter]]:
+    """The axmodel of one decoder layer, and where its data come from."""
+    graph = Graph(f"layer{index}", WEIGHT_TYPES[target.weight_type], FLOATS[target.hidden_state_type])
+    families.FAMILIES[config.model_type].decoder_layer(config, index, target.positions, graph)
+    return _finish(graph, target, "layer", target.groups, target.weight_type, {"axmodel.layer": str(index)})
+
+
+def post_model(config: ModelConfig, target: Target) -> tuple[Axmodel, dict[str, Parameter]]:
+    """The axmodel of final norm and lm_head, and where its data come from."""
+    graph = Graph("post", WEIGHT_TYPES[target.post_weight_type], FLOATS[target.hidden_state_type])
+    families.FAMILIES[config.model_type].post(config, target.post_topk, graph)
+    return _finish(graph, target, "post", (Group(0, 1, 0),), target.post_weight_type, {})
+
+
+def _finish(
+    graph: Graph, target: Target, kind: str, groups: tuple[Group, ...], weight_type: str, extra: dict[str, str]
+) -> tuple[Axmodel, dict[str, Parameter]]:
+    listed = [{"tokens": group.tokens, "history": group.history} for group in groups]
+    metadata = {
+        "axmodel.version": str(FORMAT_VERSION),
+        "axmodel.kind": kind,
+        "axmodel.groups": json.dumps(listed, separators=(",", ":")),
+        "axmodel.chip": target.chip,
+        "axmodel.hidden_state_type": target.hidden_state_type,
+        "axmodel.weight_type": weight_type,
+        **extra,
+    }
+    return graph.axmodel(VERSION, OPSET, PRODUCER, metadata), graph.parameters

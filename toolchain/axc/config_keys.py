@@ -1,0 +1,179 @@
+"""Keys of config.json beyond those a family reads: which a build may pass over, and which it must not.
+
+transformers stores a key that an architecture does not know as an attribute and never reads it. So under the
+architecture's own model_type only the keys that transformers' shared code reads can matter: SHARED. Under another
+model_type (`--model_type`) nobody vouches for a key that is neither known to be harmless nor at a value that changes
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from axrun.errors import BadInput
+
+
+def _keys(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# read by no modelling code: names and versions, token ids, dtypes, training, caching, labels, outputs;
+# what only relaxes a sliding_window
+HARMLESS = _keys(
+    """
+    model_type architectures auto_map transformers_version transformers_weights_only name_or_path torch_dtype dtype
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id cls_token_id mask_token_id
+    tokenizer_class prefix task_specific_params finetuning_task problem_type num_labels id2label label2id
+    attention_dropout attention_probs_dropout_prob hidden_dropout hidden_dropout_prob embd_pdrop resid_pdrop attn_pdrop
+    dropout embedding_dropout residual_dropout classifier_dropout initializer_range initializer_factor
+    init_std pretraining_tp
+    use_cache cache_implementation gradient_checkpointing attn_implementation experts_implementation return_dict
+    use_return_dict output_attentions output_hidden_states output_scores return_dict_in_generate torchscript
+    tf_legacy_loss use_bfloat16 is_decoder is_encoder_decoder tie_encoder_decoder add_cross_attention
+    cross_attention_hidden_size chunk_size_feed_forward pruned_heads bad_words_ids begin_suppress_tokens suppress_tokens
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff
+    eta_cutoff
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences remove_invalid_values repetition_penalty
+    temperature top_k top_p typical_p max_new_tokens generation_config keys_to_ignore_at_inference
+    assistant_confidence_threshold assistant_lookbehind num_assistant_tokens num_assistant_tokens_schedule
+    target_lookbehind neuron onnx_config quantization_config compression_config quantization
+    use_sliding_window max_window_layers
+    """
+)
+HARMLESS_BEGINNINGS = ("_", "unsloth", "transformers.js")
+
+Neutral = Callable[[Any], bool]
+
+
+def _is(*values: Any) -> Neutral:
+    """One of these values; true is not 1."""
+    return lambda value: any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
+
+
+def _all(*values: Any) -> Neutral:
+    single = _is(*values)
+    return lambda value: value is None or (isinstance(value, list) and all(single(item) for item in value))
+
+
+_none, _one, _zero = _is(None), _is(None, 1), _is(None, 0)
+_off, _on = _is(None, False), _is(None, True)
+
+# read by transformers' code for all architectures: masks, caches, the loader. Anything but these values is refused
+SHARED: dict[str, Neutral] = {
+    "is_causal": _is(True),
+    "attention_chunk_size": _none,
+    "kv_sharing_modes": _none,
+    "partial_rotary_factor": _one,
+    "per_layer_config": _is(None, {}),
+    "fusion_config": _is(None, {}),
+    "transformers_weights": _none,
+    "configuration_files": lambda value: False,
+    "text_config": _none,
+    "text_encoder": _none,
+    "decoder": _none,
+    "generator": _none,
+}
+
+# change the arithmetic of other architectures, except at these values
+ARITHMETIC: dict[str, Neutral] = {
+    **dict.fromkeys(
+        _keys("""
+        embedding_multiplier residual_multiplier logits_scaling logit_scale scale_emb residual_scale embedding_scale
+        rotary_pct rotary_emb_scale_factor rope_ratio mup_multiplier lm_head_multiplier key_multiplier
+        logits_mup_width_multiplier num_experts_per_tok
+        """),
+        _one,
+    ),
+    **dict.fromkeys(
+        _keys("""
+        final_logit_softcapping attn_logit_softcapping query_pre_attn_scalar attention_multiplier scale_depth
+        dim_model_base clip_qkv original_max_position_embeddings rope_local_base_freq
+        global_rope_theta local_rope_theta rotary_dim rotary_emb_base
+        layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon hidden_activation activation_function head_dims
+        unpadded_vocab_size attention_softmax_in_fp32_scale vision_config audio_config sliding_window_pattern
+        num_experts num_local_experts moe_intermediate_size kv_lora_rank q_lora_rank attention_scale softmax_scale
+        """),
+        _none,
+    ),
+    **dict.fromkeys(
+        _keys("""
+        use_qk_norm qk_layernorm qk_norm use_bidirectional_attention alibi parallel_attn use_parallel_residual
+        parallel_residual rope_interleaved rope_interleave rotary_interleaved use_post_norm
+        scale_embedding normalize_embedding attn_temperature_tuning add_qkv_bias use_logn_attn use_dynamic_ntk
+        use_mrope enable_bias no_bias use_bias qkv_bias bias attention_out_bias attention_output_bias lm_head_bias
+        """),
+        _off,
+    ),
+    "no_rope_layers": _all(1),
+    "no_rope_layer_interval": _zero,
+    "layer_types": _all("full_attention"),
+    "sliding_window": _none,
+    "num_kv_shared_layers": _zero,
+    "num_nextn_predict_layers": _zero,
+    "position_embedding_type": _is(None, "rope", "rotary"),
+    "norm_type": _is(None, "rms_norm", "rmsnorm"),
+    "use_rope": _on,
+    "is_gated": _on,
+}
+
+
+def _harmless(key: str) -> bool:
+    return key in HARMLESS or key.startswith(HARMLESS_BEGINNINGS)
+
+
+def refuse_shared(values: dict[str, Any], path: Path) -> None:
+    """Raises BadInput for what transformers' shared code would read and a build does not follow."""
+    for key, neutral in SHARED.items():
+        if key in values and not neutral(values[key]):
+            raise BadInput(
+                f"{path}: {key} is {_shown(values[key])}, which changes what the model computes and is not built\n"
+                "Give a checkpoint without it."
+            )
+
+
+def unread(values: dict[str, Any], reads: Iterable[str]) -> list[str]:
+    """`key value` of what other architectures compute with and this one, in transformers too, does not read."""
+    known = frozenset(reads)
+    return [
+        f"{key} {_shown(value)}"
+        for key, value in values.items()
+        if key not in known and key in ARITHMETIC and not ARITHMETIC[key](value)
+    ]
+
+
+def refuse_unknown(values: dict[str, Any], reads: Iterable[str], path: Path, source: object, family: str) -> None:
+    """Raises BadInput for keys of an architecture `source` that is to be built as `family` without a proof."""
+    known = frozenset(reads) | SHARED.keys()
+    odd = [
+        f"{key} {_shown(value)}"
+        for key, value in values.items()
+        if key not in known and not _harmless(key) and not (key in ARITHMETIC and ARITHMETIC[key](value))
+    ]
+    if odd:
+        raise BadInput(
+            f"{path}: {', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''} of model_type {_shown(source)} may change "
+            f"what the model computes, and {family} does not know {'it' if len(odd) == 1 else 'them'}\n"
+            "If the arithmetic is the same, give a config.json without such keys as --model_config."
+        )
+
+
+def refuse_unknown_rope(values: dict[str, Any], reads: Iterable[str], path: Path, source: object, family: str) -> None:
+    """The same for keys inside of rope_scaling and rope_parameters."""
+    known = frozenset(reads)
+    for where in ("rope_scaling", "rope_parameters"):
+        nested = values.get(where) or {}
+        odd = [f"{key} {_shown(value)}" for key, value in nested.items() if key not in known and value is not None]
+        if odd:
+            raise BadInput(
+                f"{path}: {', '.join(odd[:4])}{', ...' if len(odd) > 4 else ''} in {where} of model_type "
+                f"{_shown(source)} may change what the model computes, and {family} does not read it\n"
+                "If the arithmetic is the same, give a config.json without it as --model_config."
+            )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

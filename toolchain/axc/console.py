@@ -1,0 +1,109 @@
+"""What the commands show on a terminal: the Config, the estimate, progress bars, the steps that are done."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from axc import build, logits
+from axc import synth as synthesis
+from axc.budget import megabytes
+from axrun.format import bundle
+
+# which bar a kind of job moves
+BARS = {"layer": "layers", "post": "post, embedding", "embedding": "post, embedding", "input": "sha256 of inputs"}
+
+
+def llm_build(options: build.Options, check_level: int, prompt: str, report: Path | None) -> None:
+    """The three steps: prepare, build, check. Raises BadInput, CheckFailed."""
+    started = time.monotonic()
+    planned = build.plan(options)
+    for notice in planned.notices:
+        print(f"note: {notice}")
+    print(f"Config({', '.join(f'{key}={value!r}' for key, value in asdict(planned.config).items() if key != 'rope')})")
+    print(f"Target({', '.join(f'{key}={value!r}' for key, value in asdict(planned.target).items())})")
+    print(f"bundle {options.output_path} {planned.budget.text()}", flush=True)
+    _done("prepare", started)
+    if check_level < 1:
+        _spare_torch()
+
+    started = time.monotonic()
+    bars = {
+        title: tqdm(
+            total=sum(BARS[job.kind] == title for job in planned.jobs),
+            desc=f"{title:<16}",
+            position=row,
+            file=sys.stderr,
+            disable=None,  # on anything but a terminal
+            bar_format="{desc} {bar:40} {n_fmt}/{total_fmt} in {elapsed}",
+        )
+        for row, title in enumerate(dict.fromkeys(BARS.values()))
+    }
+    try:
+        manifest, fresh = build.build(planned, lambda job: bars[BARS[job.kind]].update(), tqdm.write)
+    finally:
+        for bar in bars.values():
+            bar.close()
+    if not fresh:
+        print(f"{options.output_path} is this very bundle, and whole: it is left as it is")
+    total = sum(entry["size"] for entry in manifest["files"].values())
+    print(f"{options.output_path}: {len(manifest['files'])} files, {megabytes(total)}, complete and named by sha256")
+    print(f"worst relative error of a quantised matrix: {manifest['accuracy']['worst_weight_error']:.2%}")
+    _done("build", started)
+
+    started = time.monotonic()
+    if check_level >= 0:
+        from axc import check
+
+        check.check(planned, check_level, prompt, print, report)
+    _done("check", started, "" if check_level >= 0 else " (not asked for)")
+
+
+def _spare_torch() -> None:
+    """transformers reads the tokenizer without torch: importing that takes longer than building a small model.
+
+    For the rest of this process. It has no effect where a .bin checkpoint has imported torch already.
+    """
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
+def _done(step: str, started: float, remark: str = "") -> None:
+    print(f"{step} done in {time.monotonic() - started:.1f} s{remark}", flush=True)
+
+
+def verify(path: Path, *, as_json: bool) -> None:
+    """Prints what was verified. Raises BadInput, CheckFailed."""
+    total = sum(entry["size"] for entry in bundle.read_manifest(path)["files"].values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", file=sys.stderr, leave=False, disable=None) as bar:
+        manifest = bundle.verify(path, bar.update)
+    summary: dict[str, Any] = {"bundle": str(path), "files": len(manifest["files"]), "bytes": total}
+    text = f"{path}: {summary['files']} files, {megabytes(total)}, all as built by {bundle.compiler(manifest)}"
+    print(json.dumps({**summary, "tools": manifest["tools"], "verified": True}) if as_json else text)
+
+
+def reference(options: logits.Options) -> None:
+    """Writes reference logits and says what they hold. Raises BadInput."""
+    path, written = logits.write(options, _show, print)
+    for line in logits.lines(path, written):
+        print(line)
+
+
+def _show(line: str) -> None:
+    """Progress: one line that changes, on a terminal."""
+    if sys.stderr.isatty():
+        done, _, total = line[1:].partition("]")[0].partition("/")
+        print(f"\r\x1b[K{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def synth(model: str, output: Path, seed: int, tokenizer: Path | None) -> None:
+    """Writes a random checkpoint with a progress bar. Raises BadInput."""
+    total = synthesis.nbytes(model)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="synth", file=sys.stderr, disable=None) as bar:
+        synthesis.synth(model, output, seed, tokenizer, bar.update)
+    print(f"{output}: random weights in the shapes of {model}, seed {seed}")

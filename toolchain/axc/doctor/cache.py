@@ -1,0 +1,83 @@
+"""Stage `cache`: the runner's own decoder over the walk, one layer at a time, and the K/V rows it leaves in the cache.
+
+The layers agree by themselves when this is examined, so what disagrees here is the runner's: its masks, positions,
+chunks, or where it puts rows. Which, is found by giving the layer a mask or positions that are wrong in a known way.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from axc import walk
+from axc.check import through
+from axc.doctor.case import Case
+from axc.walk import Step
+from axrun.decoder import Decoder
+from axrun.doctor.direct import Floats, Layer
+from axrun.doctor.replay import Rows, difference, kept
+from axrun.doctor.report import Finding
+from axrun.doctor.walk import NotExamined
+from axrun.format.dtypes import to_float32
+from axrun.model import Embedding
+from axrun.session import open_session
+
+DECODER = "board/axrun/decoder.py"
+INSTALL = "Install axrun again; if it stays, report it with this output."
+FEW = 4  # tokens of the walk that are decoded in the place of an answer, where there is none
+
+
+class Spoken(NamedTuple):
+    """A prompt of `asked` tokens and the answer to it: what layer after layer made of it, each alone in a decoder.
+
+    `hidden` [n, H] behind the last layer; `rows`: K and V of each layer.
+    """
+
+    ids: list[int]
+    asked: int
+    hidden: Floats
+    rows: list[Rows]
+
+
+def examine(case: Case) -> str | Finding:
+    """Every layer over the walk; leaves the hidden states behind the last layer, and `Spoken`, in `case.examined`."""
+    bundle = case.bundle
+    if bundle.maker != "cpu":
+        raise NotExamined("needs a board with an NPU: run `axrun doctor` there")
+    expected = case.expected
+    steps = list(walk.steps(bundle.prefill_len, len(expected.ids)))
+    ids, asked = _spoken(case)
+    turns = [Step("prefill", 0, asked), *(Step("decode", at, at + 1) for at in range(asked, len(ids)))]
+    embedding = Embedding(bundle.embedding_path, bundle.vocab_size, bundle.hidden_size, case.dtype)
+    walked = to_float32(embedding(expected.ids.tolist()), case.dtype)
+    answered = to_float32(embedding(ids), case.dtype)
+    rows = []
+    for index in range(bundle.layers):
+        case.say(f"  layer {index + 1} of {bundle.layers}")
+        path = bundle.layer_path(index)
+        session = open_session(path, case.engine)
+        decoder, layer = Decoder([session]), Layer(path, case.engine, None, bundle.hidden_state_type, session)
+        given = expected.trace.inputs[index]
+        _, differing = difference(decoder, layer, given, [(step.start, step.stop) for step in steps])
+        if differing is not None:
+            cause = f"the layer agrees by itself, so the runner is at fault: {differing.cause}"
+            part = f"layer {index}, {differing.place}"
+            return Finding("cache", part, DECODER, differing.expected, differing.seen, cause, INSTALL)
+        walked = through(decoder, steps, walked)
+        answered = through(decoder, turns, answered)
+        keys, values = kept(decoder)
+        rows.append((keys[: len(ids)], values[: len(ids)]))
+    case.examined["walk"], case.examined["spoken"] = walked, Spoken(ids, asked, answered, rows)
+    kinds = ", ".join(dict.fromkeys(step.stage for step in steps))
+    return f"{len(expected.ids)} rows of K and V in {bundle.layers} layers after {kinds}"
+
+
+def _spoken(case: Case) -> tuple[list[int], int]:
+    """The ids of the prompt and of the reference's answer, and how many of them are the prompt's."""
+    answer = case.expected.answer
+    if answer:
+        return answer.asked + answer.tokens[:-1], len(answer.asked)
+    ids = case.expected.ids[: max(case.bundle.prefill_len, 1) + FEW].tolist()
+    return ids, max(len(ids) - FEW, 1)
+
+
+__all__ = ["Spoken", "examine"]

@@ -1,0 +1,178 @@
+"""What is examined and what it is held against; each is read once, when a stage first asks for it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from axc import config, expected, hf_folder
+from axc.checkpoint import Checkpoint
+from axrun import session
+from axrun.agreement import Noise, explained
+from axrun.chat import ChatTemplate, prompt_ids
+from axrun.errors import BadInput, CheckFailed
+from axrun.format.bundle import Bundle, sha256
+from axrun.format.dtypes import FLOATS
+from axrun.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from axc.reference import Reference
+
+Say = Callable[[str], None]
+
+ENGINES = ("ax", "ort")  # that share no code
+REBUILD = "Build the bundle again with `axc llm_build`."
+REPORT = "Report it, with this output: the compiler is at fault."
+MODEL_CONFIG = "model_config"  # what the manifest calls a config.json given in place of the checkpoint's
+
+
+@dataclass(frozen=True)
+class Options:
+    """`engine` is auto (the runner's own choice), or one of ENGINES. `prompt` is what the answer is asked for."""
+
+    bundle: Path
+    checkpoint: Path
+    model_config: Path | None = None
+    model_type: str | None = None
+    engine: str = "auto"
+    prompt: str = "1+1="
+
+
+class Unusable(Exception):
+    """The checkpoint, not the bundle, cannot be used: ends the walk with the BadInput that it carries."""
+
+
+class Case:
+    """A bundle and its checkpoint. `say` gets progress.
+
+    `examined` is where stages leave what later ones need. `config` is the checkpoint's, by our own reader: it is only
+    used to tell another model's checkpoint, and to name what differs.
+    """
+
+    def __init__(self, options: Options, say: Say = lambda line: None) -> None:
+        """Raises BadInput for a checkpoint that cannot be read."""
+        self.options, self.say = options, say
+        self.checkpoint = Checkpoint.open(options.checkpoint)
+        self.config = config.load(self.checkpoint, options.model_config, options.model_type)
+        self.examined: dict[str, Any] = {}
+
+    @functools.cached_property
+    def bundle(self) -> Bundle:
+        return Bundle.open(self.options.bundle)
+
+    @functools.cached_property
+    def engine(self) -> str:
+        return session.usual_engine() if self.options.engine == "auto" else self.options.engine
+
+    @property
+    def other_engine(self) -> str:
+        return next(name for name in ENGINES if name != self.engine)
+
+    @property
+    def dtype(self) -> str:
+        """Of the hidden state, as ONNX names it."""
+        return FLOATS[self.bundle.hidden_state_type]
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        """transformers' reading of the checkpoint. Raises Unusable."""
+        from axc.reference import Reference
+
+        self.say("  loading the float32 reference")
+        options = self.options
+        try:
+            found = Reference(options.checkpoint, options.model_config, options.model_type)
+        except BadInput as refused:
+            raise Unusable(refused) from None
+        for remark in found.remarks:
+            self.say(f"  {remark}")
+        return found
+
+    @functools.cached_property
+    def expected(self) -> expected.Expected:
+        """What the reference makes of a walk through the context. Raises Unusable for another model's checkpoint."""
+        reference, bundle = self.reference, self.bundle
+        asked = self._asked()[: bundle.kv_cache_len - 1]
+        self.say("  asking the reference")
+        try:
+            return expected.ask(reference, bundle, self.options.prompt, asked, keep_rows=True)
+        except CheckFailed as refused:
+            raise Unusable(BadInput(str(refused).partition("\n")[0])) from None
+
+    def _asked(self) -> list[int]:
+        """The prompt as the runner asks it; nothing where the model has no such tokens."""
+        if self.tokenizer is None:
+            return []
+        ids = prompt_ids(self.tokenizer, ChatTemplate.find(self.bundle.hf), self.options.prompt)
+        if ids and max(ids) >= self.bundle.vocab_size:
+            self.say(f"  token id {max(ids)} of the prompt is outside the vocabulary: no answer is compared")
+            return []
+        return ids
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The bundle's, as the runner reads it."""
+        return Tokenizer.find(self.bundle.hf)
+
+    @functools.cached_property
+    def theirs(self) -> Any:
+        """transformers' tokenizer of the checkpoint, None where that has none. Raises Unusable."""
+        if not any((self.options.checkpoint / name).is_file() for name in hf_folder.TOKENIZERS):
+            return None
+        from axc.reference import tokenizer
+
+        try:
+            return tokenizer(self.options.checkpoint)
+        except BadInput as refused:
+            raise Unusable(refused) from None
+
+    def noise(self, weight_type: str) -> Noise:
+        """What the hidden state's type and that of the weights explain."""
+        exact = weight_type in self.expected.exact
+        return explained(self.bundle.hidden_state_type, *([] if exact else [weight_type]))
+
+    def expect_same_model(self) -> None:
+        """Raises BadInput for the checkpoint of another model."""
+        bundle, model = self.bundle, self.config
+        for what, seen, wanted in (
+            ("model_type", model.model_type, bundle.model_type),
+            ("layers", model.num_hidden_layers, bundle.layers),
+            ("hidden size", model.hidden_size, bundle.hidden_size),
+            ("vocabulary", model.vocab_size, bundle.vocab_size),
+            ("K/V width", model.kv_size, bundle.kv_size),
+        ):
+            if seen != wanted:
+                raise BadInput(
+                    f"{self.options.checkpoint} is the checkpoint of another model: its {what} is {seen}, that of "
+                    f"{bundle.path} is {wanted}\nGive the checkpoint that the bundle was built from{self._flags()}."
+                )
+
+    def _flags(self) -> str:
+        inputs = self.bundle.manifest.get("inputs")
+        given = isinstance(inputs, dict) and MODEL_CONFIG in inputs and self.options.model_config is None
+        return ", and the --model_config that it was built with" if given else ""
+
+    @functools.cached_property
+    def changed_inputs(self) -> list[str]:
+        """Files of the checkpoint that are not those the manifest records; hashed when first asked for."""
+        recorded = self.bundle.manifest.get("inputs")
+        if not isinstance(recorded, dict):
+            return []
+        found = []
+        for name, entry in sorted(recorded.items()):
+            path = self.options.model_config if name == MODEL_CONFIG else self.options.checkpoint / name
+            if "/" in name or path is None or not isinstance(entry, dict):
+                continue
+            if not path.is_file() or path.stat().st_size != entry.get("size") or sha256(path) != entry.get("sha256"):
+                found.append(name)
+        return found
+
+    def origin(self, *suffixes: str) -> str:
+        """A clause on inputs with such suffixes that changed since the build; empty where none did."""
+        names = [name for name in self.changed_inputs if name.endswith(suffixes) or name == MODEL_CONFIG]
+        if not names:
+            return ""
+        return f"; the manifest records another {', '.join(names[:3])} than this checkpoint has"

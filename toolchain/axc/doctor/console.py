@@ -1,0 +1,53 @@
+"""What `axc doctor` prints: progress on stderr, the report on stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from axc.doctor import on_board
+from axc.doctor.case import Options
+from axc.doctor.examine import doctor as examined
+from axrun.doctor.report import Report
+from axrun.errors import BadInput, CheckFailed
+
+
+def doctor(options: Options, *, as_json: bool, board: str | None = None, model: str | None = None) -> None:
+    """Examines here, and then on a board where one is named; in JSON that report is `board`.
+
+    Raises BadInput, also where the board gives no report, and CheckFailed where something disagrees.
+    """
+    reports = [examined(options, _say)]
+    failure: BadInput | None = None
+    if board is not None:
+        _say(f"examining what board {board} has")
+        try:
+            reports.append(on_board.examine(board, model))
+        except BadInput as refused:
+            failure = refused
+    if as_json:
+        values: dict[str, Any] = reports[0].json()
+        if board is not None:
+            values["board"] = reports[1].json() if failure is None else {"error": str(failure).partition("\n")[0]}
+        print(json.dumps(values))
+    else:
+        for report in reports:
+            print("\n".join(_lines(report)))
+    sys.stdout.flush()
+    for report in reports:
+        if report.finding:
+            part = f"{report.finding.stage}: {report.finding.part}"
+            raise CheckFailed(f"{report.bundle} on {report.place} is {report.verdict}: {part}")
+    if failure is not None:
+        raise failure
+
+
+def _lines(report: Report) -> list[str]:
+    return [f"{report.bundle}, made by {report.maker}, on {report.place} with engine {report.engine}", *report.lines()]
+
+
+def _say(line: str) -> None:
+    """Stages everywhere; what is done inside them on a terminal only."""
+    if line.startswith("[") or sys.stderr.isatty():
+        print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,253 @@
+"""The constants of a graph: epsilon of norms, rotary tables, numbers of heads, scale of attention.
+
+Held against the modules of transformers' own model, which were made from the checkpoint's config.json.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axc.doctor.stored import Floats, Stored
+from axrun.format.axmodel import Axmodel, Node
+
+if TYPE_CHECKING:
+    from axc.reference import Reference
+
+EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what norms of transformers call theirs
+TURN = 2.0**-21  # relative error of an angle: of a frequency and of its product with a position
+VALUE = 2e-6
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant that is another than the checkpoint asks for."""
+
+    what: str
+    expected: str
+    seen: str
+    cause: str
+
+
+def differences(
+    model: Axmodel, stored: Mapping[str, Stored], reference: Reference, layer: int | None
+) -> Iterator[Constant]:
+    """Those of a layer's axmodel, or of the post model's (`layer` None)."""
+    yield from _norms(model, reference)
+    if layer is not None:
+        yield from _heads(model, reference)
+        yield from _tables(model, stored, reference)
+
+
+def _norms(model: Axmodel, reference: Reference) -> Iterator[Constant]:
+    for node in model.nodes:
+        if node.op_type != "RMSNormalization" or len(node.inputs) < 2:
+            continue
+        wanted = _epsilon(reference, node.inputs[1])
+        seen = _number(node, "epsilon", 1e-5)
+        if wanted is not None and np.float32(seen) != np.float32(wanted):
+            yield Constant(
+                f"epsilon of {node.inputs[1]}",
+                f"rms_norm_eps {wanted:g}",
+                f"{seen:g}",
+                f"the norm's epsilon is {seen:g}, config.json of the checkpoint has {wanted:g}",
+            )
+        if node.attributes.get("axis", -1) != -1:
+            axis = node.attributes["axis"]
+            yield Constant(
+                f"axis of {node.inputs[1]}", "axis -1", f"axis {axis}", "the norm is taken along another axis"
+            )
+
+
+def _epsilon(reference: Reference, weight: str) -> float | None:
+    try:
+        module = reference.model.get_submodule(weight.rpartition(".")[0])
+    except AttributeError:
+        return None
+    return next((float(getattr(module, name)) for name in EPSILONS if hasattr(module, name)), None)
+
+
+def _heads(model: Axmodel, reference: Reference) -> Iterator[Constant]:
+    config = reference.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    kv_heads = int(getattr(config, "num_key_value_heads", None) or heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    for node in model.nodes:
+        if node.op_type != "Attention":
+            continue
+        for key, wanted, name in (
+            ("q_num_heads", heads, "num_attention_heads"),
+            ("kv_num_heads", kv_heads, "num_key_value_heads"),
+        ):
+            seen = node.attributes.get(key)
+            if seen != wanted:
+                yield Constant(
+                    f"{key} of Attention",
+                    f"{name} {wanted}",
+                    f"{seen}",
+                    f"attention has {seen} heads where config.json has {name} {wanted}",
+                )
+        usual = 1 / math.sqrt(head_dim)
+        scale = _number(node, "scale", usual)
+        if not math.isclose(scale, _scaling(reference, usual), rel_tol=1e-5):
+            wanted_scale = _scaling(reference, usual)
+            yield Constant(
+                "scale of Attention",
+                f"{wanted_scale:g}",
+                f"{scale:g}",
+                f"the scores of attention are scaled by {scale:g} instead of {wanted_scale:g}"
+                + (", which is 1 / sqrt(head_dim)" if math.isclose(wanted_scale, usual) else ""),
+            )
+        if node.attributes.get("is_causal", 0) or node.attributes.get("softcap", 0.0):
+            extra = "is_causal" if node.attributes.get("is_causal", 0) else "softcap"
+            value = node.attributes[extra]
+            yield Constant(f"{extra} of Attention", "none", f"{value}", f"attention has {extra}, the checkpoint none")
+
+
+def _scaling(reference: Reference, usual: float) -> float:
+    """What a module of the reference scales scores by."""
+    for module in reference.model.modules():
+        if hasattr(module, "scaling") and hasattr(module, "q_proj"):
+            return float(module.scaling)
+    return usual
+
+
+def _tables(model: Axmodel, stored: Mapping[str, Stored], reference: Reference) -> Iterator[Constant]:
+    """Rotary tables of cos and sin [positions, head_dim / 2]."""
+    nodes = [node for node in model.nodes if node.op_type == "RotaryEmbedding"]
+    for node in nodes:
+        if node.attributes.get("interleaved", 0):
+            yield Constant(
+                "interleaved of RotaryEmbedding",
+                "0: halves of a head are rotated",
+                "1: neighbours are",
+                "rotary embedding turns neighbouring elements of a head, the checkpoint those half a head apart",
+            )
+    named = {name for node in nodes for name in node.inputs[1:3]}
+    if not named or not named <= stored.keys():
+        return
+    for node in nodes[:1]:
+        cos, sin = (stored[name].values() for name in node.inputs[1:3])
+        wanted = rotary(reference, len(cos))
+        if wanted is None:
+            return
+        yield from angles(node.inputs[1:3], cos, sin, *wanted)
+
+
+def rotary(reference: Reference, positions: int) -> tuple[Floats, Floats] | None:
+    """cos and sin [positions, head_dim / 2] of the reference's own module; None where it has none that is alike."""
+    import torch
+
+    for name, module in reference.model.named_modules():
+        if name.rpartition(".")[2] != "rotary_emb":
+            continue
+        ids = torch.arange(positions)[None]
+        try:
+            with torch.no_grad():
+                cos, sin = module(torch.zeros(1, 1, 1), ids)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+        half = cos.shape[-1] // 2
+        return cos[0, :, :half].float().numpy(), sin[0, :, :half].float().numpy()
+    return None
+
+
+def angles(
+    names: tuple[str, ...], cos: Floats, sin: Floats, right_cos: Floats, right_sin: Floats
+) -> Iterator[Constant]:
+    """Tables [positions, head_dim / 2] beside the right ones: one constant where any value differs."""
+    if cos.shape != right_cos.shape:
+        yield Constant(
+            names[0],
+            f"{list(right_cos.shape)}",
+            f"{list(cos.shape)}",
+            "the rotary table has another width than half a head",
+        )
+        return
+    frequency = np.arctan2(right_sin[1], right_cos[1]) if len(cos) > 1 else np.zeros(cos.shape[1])
+    turn = np.arange(len(cos))[:, None] * np.abs(frequency)[None, :] * TURN
+    reach = np.abs(right_cos).max()
+    wrong = ~(np.abs(cos - right_cos) <= (VALUE + turn) * max(reach, 1))
+    wrong_sin = ~(np.abs(sin - right_sin) <= (VALUE + turn) * max(reach, 1))
+    if not (wrong | wrong_sin).any():
+        return
+    name = names[0] if wrong.any() else names[1]
+    bad = wrong if wrong.any() else wrong_sin
+    row, column = (int(x) for x in np.argwhere(bad)[0])
+    table, right = (cos, right_cos) if wrong.any() else (sin, right_sin)
+    yield Constant(
+        name,
+        f"{right[row, column]:.6g} at position {row}, frequency {column}",
+        f"{table[row, column]:.6g}",
+        _why(cos, sin, right_cos, right_sin, (wrong | wrong_sin).any(axis=1)),
+    )
+
+
+def _why(cos: Floats, sin: Floats, right_cos: Floats, right_sin: Floats, bad: NDArray[np.bool_]) -> str:
+    """What a rotary table that differs was made with."""
+    rows = np.flatnonzero(bad)
+    with np.errstate(all="ignore"):
+        if not (np.isfinite(cos).all() and np.isfinite(sin).all()):
+            return "the rotary table is not finite"
+        for table, called in ((cos, "cos"), (sin, "sin")):
+            if not table[rows].any():
+                return f"the rotary {called} table is zero from position {rows[0]} on"
+        if np.allclose(cos, right_sin, atol=1e-4) and np.allclose(sin, right_cos, atol=1e-4):
+            return "the rotary tables of cos and sin are swapped"
+        if np.allclose(sin, -right_sin, atol=1e-4) and np.allclose(cos, right_cos, atol=1e-4):
+            return "rotary embedding turns in the opposite direction"
+        radius, right_radius = np.hypot(cos, sin), np.hypot(right_cos, right_sin)
+        factor = float(np.median(radius / right_radius))
+        if abs(factor - 1) > 1e-4 and np.ptp(radius) < 1e-3 * abs(factor):
+            return f"the rotary table is scaled by {factor:.4g}: attention_factor of rope_scaling is another"
+        for shift in (1, -1, 2, -2):
+            one, other = (
+                (slice(shift, None), slice(None, -shift)) if shift > 0 else (slice(None, shift), slice(-shift, None))
+            )
+            if np.allclose(cos[other], right_cos[one], atol=1e-4) and np.allclose(
+                sin[other], right_sin[one], atol=1e-4
+            ):
+                return f"the rotary table is shifted by {abs(shift)}: position 0 turns as position {shift}"
+        if len(rows) < 0.9 * len(cos) - 1:
+            last = "on" if rows[-1] == len(cos) - 1 else f"to {rows[-1]}"
+            return (
+                f"the rotary table is wrong from position {rows[0]} {last}, and right at {len(cos) - len(rows)} others"
+            )
+        return _base(cos, sin, right_cos, right_sin)
+
+
+def _base(cos: Floats, sin: Floats, right_cos: Floats, right_sin: Floats) -> str:
+    """rope_theta or a scaling, from the angles at position 1."""
+    seen = np.arctan2(sin[1].astype(np.float64), cos[1].astype(np.float64))
+    right = np.arctan2(right_sin[1].astype(np.float64), right_cos[1].astype(np.float64))
+    half = len(seen)
+    ratio = seen / right
+    if np.ptp(ratio) < 1e-3 * abs(float(np.median(ratio))):
+        return f"all rotary frequencies are divided by {1 / float(np.median(ratio)):.4g}: the factor of rope_scaling"
+    exponent = np.arange(half) / half
+    bases = [_theta(angles, exponent) for angles in (seen, right)]
+    if bases[0] is not None and bases[1] is not None:
+        return f"the base of rotary embedding is {bases[0]:.6g}, rope_theta of the checkpoint is {bases[1]:.6g}"
+    if bases[0] is not None:
+        return f"rotary embedding has base {bases[0]:.6g} without the rope_scaling of the checkpoint"
+    return "the rotary frequencies are others: rope_theta or rope_scaling of another config.json"
+
+
+def _theta(angles: NDArray[np.float64], exponent: NDArray[np.float64]) -> float | None:
+    """The base b where angles are b ** -exponent; None where they are not."""
+    if len(angles) < 3 or not (angles > 0).all() or abs(angles[0] - 1) > 1e-4:
+        return None
+    logarithms = -np.log(angles[1:]) / exponent[1:]
+    if np.ptp(logarithms) > 2e-3 * max(abs(float(np.median(logarithms))), 1e-6):
+        return None
+    return float(np.exp(np.median(logarithms)))
+
+
+def _number(node: Node, key: str, default: float) -> float:
+    value: Any = node.attributes.get(key, default)
+    return float(value) if isinstance(value, (int, float)) else default

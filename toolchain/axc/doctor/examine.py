@@ -1,0 +1,75 @@
+"""`axc doctor`: the stages in order, to the first that disagrees."""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable
+from pathlib import Path
+
+from axc.doctor import answer, cache, embedding, layers, post, texts
+from axc.doctor.case import Case, Options, Say, Unusable
+from axrun.doctor.files import files
+from axrun.doctor.report import Finding, Report
+from axrun.doctor.sampling import sampling
+from axrun.doctor.versions import versions
+from axrun.doctor.walk import walk
+from axrun.errors import BadInput
+from axrun.format.bundle import MANIFEST, read_manifest
+
+Stage = Callable[[], "str | Finding"]
+
+
+def doctor(options: Options, say: Say = lambda line: None) -> Report:
+    """Raises BadInput for a folder that is no bundle, and for a checkpoint that cannot be read or is another model's.
+
+    `say` gets progress.
+    """
+    _expect_bundle(options.bundle)
+    case = Case(options, say)
+    report = Report(str(options.bundle), _maker(options.bundle), platform.node() or "this machine", case.engine)
+    try:
+        return walk(report, stages(case), say)
+    except Unusable as unusable:
+        raise unusable.args[0] from None
+
+
+def stages(case: Case) -> dict[str, Stage]:
+    """By the names of axrun.doctor.report.STAGES."""
+
+    def of_bundle() -> str | Finding:
+        found = files(case.options.bundle)
+        if not isinstance(found, Finding):
+            try:
+                case.expect_same_model()
+            except BadInput as other:
+                raise Unusable(other) from None
+        return found
+
+    return {
+        "files": of_bundle,
+        "versions": lambda: versions(case.bundle, case.engine),
+        "tokenizer": functools.partial(texts.tokenizer, case),
+        "template": functools.partial(texts.template, case),
+        "embedding": functools.partial(embedding.examine, case),
+        "layers": functools.partial(layers.examine, case),
+        "cache": functools.partial(cache.examine, case),
+        "post": functools.partial(post.examine, case),
+        "sampling": lambda: sampling(case.bundle),
+        "answer": functools.partial(answer.examine, case),
+    }
+
+
+def _expect_bundle(folder: Path) -> None:
+    """A folder without a manifest is a bundle that lost it where it has axmodels, and else none."""
+    if not folder.is_dir():
+        raise BadInput(f"no bundle folder {folder}\nBuild one with `make build` or `axc llm_build`.")
+    if not (folder / MANIFEST).is_file() and not any(folder.glob("*.axmodel")):
+        raise BadInput(f"{folder} is no bundle: it has no {MANIFEST} and no axmodels\nGive the folder of a bundle.")
+
+
+def _maker(folder: Path) -> str:
+    try:
+        return str(read_manifest(folder)["maker"])
+    except BadInput:
+        return "unknown"

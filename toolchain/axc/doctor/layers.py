@@ -1,0 +1,415 @@
+"""Stage `layers`: each layer's K, V and output, fed with the reference's hidden states and its K/V rows.
+
+What disagrees is explained by trying, the cheap before the dear: the other engine, the weights, the constants, the
+graph, and last by where along the context it is wrong. Weights and constants are compared where outputs agree, too:
+one row of a matrix may hide below what quantisation explains.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from axc import compile as compiler
+from axc.doctor import constants, graphs, positions, stored, weight_faults
+from axc.doctor.case import ENGINES, REBUILD, REPORT, Case
+from axc.doctor.positions import Marked
+from axc.doctor.stored import Floats, Stored
+from axc.doctor.visits import Visit, visits
+from axc.doctor.weight_faults import Fault
+from axrun.agreement import Agreement, Noise, Rows, cosines, rises, update_errors
+from axrun.doctor.direct import OUTPUTS, Layer, Result
+from axrun.doctor.replay import EXPLAINED
+from axrun.doctor.report import Finding
+from axrun.doctor.walk import NotExamined
+from axrun.errors import BadInput
+from axrun.format import axmodel
+from axrun.format.axmodel import Axmodel
+
+PER_POSITION = 2.0**-22  # relative error of a rotated row: of its angle, for each position
+SENSITIVE = 4.0  # times the bounds, where weights, constants and graph are right: small random models have 2
+FEWEST = 32  # rows of a stage whose errors are compared with those of another
+APART = 3.0  # times the largest error of a right row, that of most wrong ones
+LARGEST_FLOAT16 = 65504.0
+
+
+class Measured(NamedTuple):
+    """Relative errors [count] of the rows of each output in a visit."""
+
+    visit: Visit
+    errors: tuple[Rows, Rows, Rows]
+    finite: tuple[bool, bool, bool]
+
+
+class Trouble(NamedTuple):
+    """The first disagreement of a layer, and all that was measured of it."""
+
+    visit: Visit
+    output: str
+    text: str
+    finite: bool
+    measured: list[Measured]
+    limits: Noise
+
+
+def examine(case: Case) -> str | Finding:
+    """Every layer, in order."""
+    bundle = case.bundle
+    if bundle.maker != "cpu":
+        raise NotExamined("needs a board with an NPU: run `axrun doctor` there")
+    if case.expected.rows is None:
+        raise NotExamined("the reference keeps no K/V rows that a bundle could have")
+    agreements: list[Agreement] = []
+    beyond: list[int] = []
+    for index in range(bundle.layers):
+        case.say(f"  layer {index + 1} of {bundle.layers}")
+        finding = _layer(case, index, agreements, beyond)
+        if finding is not None:
+            return finding
+    for rise in rises([entry for entry in agreements if entry.rows >= FEWEST]):
+        return Finding(
+            "layers",
+            "all layers",
+            "",
+            "errors that do not depend on where in the context a token is",
+            rise,
+            "probably a row of history that is not seen, or rotary positions that drift",
+            REPORT,
+        )
+    worst = max(agreements, key=lambda entry: entry.worst)
+    case.examined["layers"] = agreements
+    found = f"{bundle.layers} layers over {case.expected.reach}; worst error {worst.worst:.1e} ({worst.part})"
+    if beyond:
+        found += f"; more than the types explain in layers {', '.join(map(str, beyond))}, where nothing is wrong"
+    return found
+
+
+def _layer(case: Case, index: int, agreements: list[Agreement], beyond: list[int]) -> Finding | None:
+    """None where it agrees; `beyond` gets a layer whose errors are above the bounds though all of it is right."""
+    path = case.bundle.layer_path(index)
+    try:
+        measured = list(measure(case, index, case.engine))
+    except BadInput as refused:
+        return _unloadable(case, index, refused)
+    trouble = find_trouble(case, index, measured)
+    model = axmodel.read(path)
+    finding = _quiet(case, index, model) if trouble is None else _explained(case, index, model, trouble)
+    if finding is None:
+        agreements += _agreements(index, measured)
+        beyond += [index] if trouble else []
+    return finding
+
+
+def measure(case: Case, index: int, engine: str) -> Iterator[Measured]:
+    """All visits of one layer. Raises BadInput when the engine does not load it."""
+    bundle, expected = case.bundle, case.expected
+    layer = Layer(bundle.layer_path(index), engine, None, bundle.hidden_state_type)
+    for visit in visits(layer.session.groups, bundle.kv_cache_len, len(expected.ids), expected.probes):
+        result = run(case, layer, index, visit)
+        yield _measured(case, index, visit, result)
+
+
+def run(case: Case, layer: Layer, index: int, visit: Visit, shift: int = 0) -> Result:
+    """One visit with the reference's hidden states and history."""
+    given, _, (keys, values) = _reference(case, index, visit)
+    return layer.run(visit.group, visit.start, given, keys[: visit.start], values[: visit.start], shift)
+
+
+def _reference(case: Case, index: int, visit: Visit) -> tuple[Floats, Floats, tuple[Floats, Floats]]:
+    """Hidden states that go in and come out [count, H], K and V from position 0 on: past the new rows in the walk."""
+    expected, part = case.expected, slice(visit.start, visit.start + visit.tokens)
+    assert expected.rows is not None
+    if visit.probe < 0:
+        return expected.trace.inputs[index][part], expected.trace.outputs[index][part], expected.rows[index]
+    probe = expected.probes[visit.probe]
+    rows = slice(0, visit.tokens)
+    return probe.trace.inputs[index][rows], probe.trace.outputs[index][rows], probe.history[index]
+
+
+def _measured(case: Case, index: int, visit: Visit, result: Result) -> Measured:
+    given, wanted, kept = _reference(case, index, visit)
+    part = slice(visit.start, visit.start + visit.tokens)
+    errors = [
+        relative(rows, known[part]) if visit.probe < 0 else Rows(np.ones(visit.tokens), np.zeros(visit.tokens))
+        for rows, known in zip(result[:2], kept, strict=True)
+    ]
+    output = update_errors(result.output, wanted, given, case.bundle.hidden_state_type)
+    return Measured(visit, (errors[0], errors[1], output), _finite(result))
+
+
+def _finite(result: Result) -> tuple[bool, bool, bool]:
+    keys, values, output = (bool(np.isfinite(rows).all()) for rows in result)
+    return keys, values, output
+
+
+@np.errstate(all="ignore")
+def relative(seen: Floats, wanted: Floats) -> Rows:
+    norm = np.linalg.norm(wanted.astype(np.float64), axis=1)
+    error = np.linalg.norm(seen.astype(np.float64) - wanted, axis=1) / np.maximum(norm, 1e-30)
+    return Rows(cosines(seen, wanted), np.where(np.isfinite(error), error, np.inf))
+
+
+def find_trouble(case: Case, index: int, measured: list[Measured]) -> Trouble | None:
+    """The first visit with rows that no rounding explains: K before V before the output."""
+    noise = case.noise(case.bundle.flag("weight_type") or "s4")
+    for entry in measured:
+        for name, rows, finite in zip(OUTPUTS, entry.errors, entry.finite, strict=True):
+            last = entry.visit.start + entry.visit.tokens
+            limits = noise._replace(
+                rms=noise.rms + (PER_POSITION * last if name == "K_cache_out" else 0),
+                row=noise.row + (PER_POSITION * last if name == "K_cache_out" else 0),
+            )
+            fault = Agreement.of(f"layer {index}", entry.visit.text, rows).fault(limits)
+            if fault or not finite:
+                return Trouble(entry.visit, name, fault if finite else "", finite, measured, limits)
+    return None
+
+
+def _agreements(index: int, measured: list[Measured]) -> Iterator[Agreement]:
+    stages: dict[str, list[Rows]] = {}
+    for entry in measured:
+        stages.setdefault(entry.visit.stage, []).append(entry.errors[2])
+    for stage, rows in stages.items():
+        yield Agreement.of(f"layer {index}", stage, Rows(*map(np.concatenate, zip(*rows, strict=True))))
+
+
+def _unloadable(case: Case, index: int, refused: BadInput) -> Finding:
+    """The engine refuses the file: the file's fault, unless the other engine takes it."""
+    path = case.bundle.layer_path(index)
+    seen = str(refused).partition("\n")[0].replace(f"{path} ", "")
+    model = axmodel.read(path)
+    found = _quiet(case, index, model) or _graph(case, index, model)
+    if found is not None:
+        return dataclasses.replace(found, part=f"layer {index}", seen=f"{seen}; {found.seen}")
+    try:
+        Layer(path, case.other_engine, None, case.bundle.hidden_state_type)
+    except BadInput:
+        return Finding(
+            "layers", f"layer {index}", path.name, "an axmodel that loads", seen, "the file is broken", REBUILD
+        )
+    return Finding(
+        "layers",
+        f"layer {index}, engine {case.engine}",
+        path.name,
+        f"engine {case.engine} loads what {case.other_engine} loads",
+        seen,
+        f"engine {case.engine} is broken or too old",
+        "Install the engine again.",
+    )
+
+
+def _quiet(case: Case, index: int, model: Axmodel) -> Finding | None:
+    """Weights and constants of a layer whose outputs agree."""
+    file, tensors = case.bundle.layer_path(index).name, stored.read(model)
+    for fault in faulty_weights(case, index, tensors):
+        return _weight_finding(case, "layers", f"layer {index}, {fault.tensor}", file, [fault], "")
+    for constant in constants.differences(model, tensors, case.reference, index):
+        return Finding(
+            "layers",
+            f"layer {index}, {constant.what}",
+            file,
+            constant.expected,
+            constant.seen,
+            constant.cause + case.origin("config.json"),
+            REBUILD,
+        )
+    return None
+
+
+def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Finding | None:
+    """Why; None where everything is as it should be, and this model is more sensitive to its types than most."""
+    file, tensors = case.bundle.layer_path(index).name, stored.read(model)
+    part = f"layer {index}, {trouble.visit.text}, {trouble.output}"
+    shown = trouble.text.partition(" has ")[2] or "values that are not finite"
+    seen, _, most = shown.partition(", expected ")
+    expected = f"the reference's {trouble.output}, error {most or 'finite'}"
+    marked = [_mark(entry, trouble) for entry in trouble.measured]
+    where = positions.pattern(marked) if _separable(trouble.measured, trouble) else ""
+    seen += f"; {where}" if where else ""
+    case.say(f"  layer {index} disagrees: asking engine {case.other_engine}")
+    others = _other(case, index)
+    if others and find_trouble(case, index, others) is None:
+        cause = (
+            f"engine {case.engine} computes this layer otherwise than {case.other_engine}, which agrees with the "
+            "reference: the axmodel is right"
+        )
+        advice = "Install or build the engine again; if it stays, report it with this output."
+        return Finding("layers", part + f", engine {case.engine}", file, expected, seen, cause, advice)
+    case.say("  comparing its weights with the checkpoint's")
+    faults = list(faulty_weights(case, index, tensors))
+    if faults:
+        return _weight_finding(case, "layers", part, file, faults, seen, expected)
+    for constant in constants.differences(model, tensors, case.reference, index):
+        cause = constant.cause + case.origin("config.json")
+        wanted = f"{expected}; {constant.what}: {constant.expected}"
+        return Finding("layers", part, file, wanted, f"{seen}; {constant.seen}", cause, REBUILD)
+    if (changed := _graph(case, index, model)) is not None:
+        return dataclasses.replace(changed, part=part, expected=expected, seen=seen)
+    if cause := _shifted(case, index, trouble):
+        return Finding("layers", part, file, expected, seen, cause, REPORT)
+    if target_known(case) and others and _sensitive(trouble, others):
+        return None
+    return Finding("layers", part, file, expected, seen, _guess(case, index, trouble, where), REPORT)
+
+
+def _graph(case: Case, index: int, model: Axmodel) -> Finding | None:
+    """How the graph differs from what this compiler writes, where the manifest tells with which flags."""
+    target = graphs.target(case.bundle.manifest)
+    if target is None:
+        return None
+    changed = graphs.difference(model, compiler.layer_model(case.config, target, index)[0])
+    if not changed:
+        return None
+    file = case.bundle.layer_path(index).name
+    return Finding("layers", f"layer {index}", file, "the graph that axc writes", changed, changed, REBUILD)
+
+
+def _separable(measured: list[Measured], trouble: Trouble) -> bool:
+    """Whether rows are right or wrong, and few between."""
+    which = OUTPUTS.index(trouble.output)
+    errors = np.concatenate([entry.errors[which].error for entry in measured])
+    wrong = errors > trouble.limits.rms
+    return bool(wrong.all() or not wrong.any() or np.median(errors[wrong]) > APART * errors[~wrong].max())
+
+
+def _mark(entry: Measured, trouble: Trouble) -> Marked:
+    which = OUTPUTS.index(trouble.output)
+    return Marked(entry.visit, np.asarray(~(entry.errors[which].error <= trouble.limits.rms)))
+
+
+def _other(case: Case, index: int) -> list[Measured]:
+    """What the other engine makes of a layer; nothing where it does not load it."""
+    try:
+        return list(measure(case, index, case.other_engine))
+    except BadInput:
+        return []
+
+
+def target_known(case: Case) -> bool:
+    """Whether graphs can be compared with what the compiler writes."""
+    return graphs.target(case.bundle.manifest) is not None
+
+
+def _sensitive(trouble: Trouble, others: list[Measured]) -> bool:
+    """Whether errors are little above the bounds, and the same in two engines that share no code."""
+    for ours, theirs in zip(trouble.measured, others, strict=True):
+        if not all(ours.finite) or not all(theirs.finite):
+            return False
+        for one, other in zip(ours.errors, theirs.errors, strict=True):
+            apart = np.abs(one.error - other.error).max(initial=0)
+            if one.error.max(initial=0) > SENSITIVE * trouble.limits.row or apart > trouble.limits.rms / 4:
+                return False
+    return True
+
+
+def _guess(case: Case, index: int, trouble: Trouble, where: str) -> str:
+    """Weights, constants and graph are as they should be."""
+    if not trouble.finite:
+        reached = max(float(np.abs(case.expected.trace.outputs[at]).max()) for at in (index, max(index - 1, 0)))
+        if case.bundle.hidden_state_type == "fp16" and reached > 0.5 * LARGEST_FLOAT16:
+            return (
+                f"float16 overflows: it ends at {LARGEST_FLOAT16:g}, and the reference's hidden states reach "
+                f"{reached:.3g}; build with --hidden_state_type bf16 or fp32"
+            )
+        return "it overflows: weights, constants and graph are those of the checkpoint"
+    reason = f" ({where})" if where else ""
+    return f"weights, constants and graph are those of the checkpoint; probably both engines share a fault{reason}"
+
+
+def _shifted(case: Case, index: int, trouble: Trouble) -> str:
+    """Whether other positions than were given leave little of the error; rounding alone no shift makes smaller."""
+    visit = trouble.visit
+    layer = Layer(case.bundle.layer_path(index), case.engine, None, case.bundle.hidden_state_type)
+    which = OUTPUTS.index(trouble.output)
+    before = next(entry.errors[which].error for entry in trouble.measured if entry.visit == visit)
+    for shift in (-1, 1):
+        again = _measured(case, index, visit, run(case, layer, index, visit, shift)).errors[which].error
+        if np.linalg.norm(again) < EXPLAINED * np.linalg.norm(before):
+            return f"the positions in the file are off by {-shift}: it agrees when they are given {shift:+d}"
+    return ""
+
+
+def faulty_weights(case: Case, index: int | None, tensors: dict[str, Stored]) -> Iterator[Fault]:
+    """Tensors of layer `index` (None: the final norm) that are not the checkpoint's, in the order of the checkpoint."""
+    shapes = case.reference.parameters()
+    prefix = "model.norm." if index is None else f"model.layers.{index}."
+    wanted = [name for name in shapes if name.startswith(prefix)]
+    foreign = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")} - {str(index)}
+    if index is not None and foreign and not any(name in tensors for name in wanted):
+        yield Fault(
+            f"model.layers.{min(foreign)}", "", f"the file holds layer {', '.join(sorted(foreign))}",
+            f"weights of layer {index}", f"weights of layer {', '.join(sorted(foreign))}",
+        )  # fmt: skip
+        return
+    for name in wanted:
+        if name not in tensors:
+            kind = "bias" if name.endswith(".bias") else "weight"
+            yield Fault(name, "", f"the {kind} is missing", f"{list(shapes[name])}", "no such tensor")
+            continue
+        entry = tensors[name]
+        if entry.shape != shapes[name]:
+            yield Fault(name, "", "it has another shape", f"{list(shapes[name])}", f"{list(entry.shape)}")
+            continue
+        if (fault := compared(case, entry, name, index)) is not None:
+            yield fault
+
+
+def compared(case: Case, entry: Stored, name: str, index: int | None) -> Fault | None:
+    """How a stored tensor differs from the checkpoint's `name`."""
+    reference = case.reference
+    bad = weight_faults.compare(entry, name, reference.weight)
+    if bad is None:
+        return None
+    config = reference.config.get_text_config()
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    turned = head_dim if ".q_proj." in name or ".k_proj." in name else 0
+    return weight_faults.explain(entry, name, *bad, reference.weight, _others(case, name, index), turned)
+
+
+def _others(case: Case, name: str, index: int | None) -> dict[str, str]:
+    """Tensors of as many elements: of the same layer, of the same kind in other layers, embedding and head."""
+    shapes = case.reference.parameters()
+    size = int(np.prod(shapes[name]))
+    alike = [other for other, shape in shapes.items() if other != name and int(np.prod(shape)) == size]
+    if index is None:
+        return {other: other for other in alike if not other.startswith("model.layers.") or name == "model.norm.weight"}
+    own, suffix = f"model.layers.{index}.", name.partition(f".{index}.")[2]
+    found = {other: other.removeprefix(own) + " of the same layer" for other in alike if other.startswith(own)}
+    for other in alike:
+        if other.endswith(f".{suffix}") and other not in found:
+            found[other] = f"{suffix} of layer {other.split('.')[2]}"
+    return found
+
+
+def _weight_finding(
+    case: Case, stage: str, part: str, file: str, faults: list[Fault], seen: str, expected: str = ""
+) -> Finding:
+    """One finding for what several tensors have: all of another layer's, or of another checkpoint's."""
+    first = faults[0]
+    causes = {fault.cause.rpartition(" of layer ")[2] for fault in faults if " of layer " in fault.cause}
+    altogether = all("other values altogether" in fault.cause for fault in faults)
+    if len(faults) > 3 and len(causes) == 1 and all(" of layer " in fault.cause for fault in faults):
+        cause = f"the weights are those of layer {causes.pop()}: layers are swapped"
+    elif altogether and len(faults) > 3:
+        origin = case.origin(".safetensors", ".bin", ".json")
+        cause = f"{len(faults)} tensors hold other values: probably the weights of another checkpoint{origin}"
+    else:
+        more = f" (and {len(faults) - 1} more: {faults[1].text})" if len(faults) > 1 else ""
+        cause = first.text + more
+        if altogether:
+            cause += case.origin(".safetensors", ".bin", ".json") or "; probably another checkpoint's, or damaged"
+    return Finding(
+        stage,
+        part,
+        file,
+        f"{expected}; {first.tensor}: {first.expected}" if expected else first.expected,
+        f"{seen}; {first.seen}" if seen else first.seen,
+        cause,
+        REBUILD,
+    )
+
+
+__all__ = ["ENGINES", "compared", "examine", "faulty_weights", "find_trouble", "measure"]

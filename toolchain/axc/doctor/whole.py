@@ -1,0 +1,112 @@
+"""The whole model as `axrun run` has it, all layers in one decoder, beside its layers one after another.
+
+Both run the same axmodels on the same shapes: K, V, logits and tokens are the same to the bit, or the runner puts
+layers together wrongly.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from axc.doctor.cache import DECODER, INSTALL, Spoken
+from axc.doctor.case import Case
+from axc.doctor.stored import Floats
+from axrun import memory
+from axrun.doctor.report import Finding
+from axrun.errors import Failure
+from axrun.format.dtypes import from_float32, to_float32
+from axrun.generate import generate
+from axrun.model import Model, Post
+from axrun.sampling import Sampling
+
+GENERATED = 4  # tokens that the runner's own loop is asked for
+MODEL, GENERATE = "board/axrun/model.py", "board/axrun/generate.py"
+
+
+def examine_whole(case: Case, spoken: Spoken) -> Finding | None:
+    """None where it agrees, and where memory is too short to load the model."""
+    bundle = case.bundle
+    shortage = memory.shortage(bundle, case.engine)
+    if shortage is not None:
+        case.say(f"  the layers are not run as one model: {shortage.text()}")
+        return None
+    case.say("  the whole model, as `axrun run` has it")
+    try:
+        model = Model.load(bundle, case.engine)
+        logits = _forced(model, spoken)
+    except Failure as failed:
+        seen = str(failed).partition("\n")[0]
+        return _finding("the whole model", MODEL, "logits", seen, "layers and post run by themselves")
+    if (finding := _cached(case, model, spoken)) is not None:
+        return finding
+    post = Post(model.post.session)
+    for at, row in enumerate(logits):
+        last = spoken.hidden[spoken.asked - 1 + at : spoken.asked + at]
+        alone = post(from_float32(last, case.dtype))[0]
+        if not np.array_equal(row, alone):
+            token = int(np.flatnonzero(row != alone)[0])
+            part = f"logits after {spoken.asked + at} tokens"
+            seen = f"{row[token]:.6g} for token {token}"
+            cause = "K and V are right: how the runner hands hidden states from layer to layer or to post"
+            return _finding(part, MODEL, f"{alone[token]:.6g}, layer after layer", seen, cause)
+    return _generated(case, model, spoken, logits)
+
+
+def _forced(model: Model, spoken: Spoken) -> list[Floats]:
+    """Logits after the prompt, and after each further token."""
+    return [
+        model.forward(spoken.ids[: spoken.asked], 0).copy(),
+        *(model.forward([token]).copy() for token in spoken.ids[spoken.asked :]),
+    ]
+
+
+def _cached(case: Case, model: Model, spoken: Spoken) -> Finding | None:
+    """K and V of the whole model beside those of each layer in a decoder alone."""
+    caches = (model.decoder.cache.keys, model.decoder.cache.values)
+    for layer, pair in enumerate(spoken.rows):
+        for name, cache, wanted in zip("KV", caches, pair, strict=True):
+            rows = to_float32(cache[layer][0, : len(spoken.ids)], case.dtype)
+            bad = np.flatnonzero((rows != wanted).any(axis=1))
+            if len(bad):
+                part = f"row {bad[0]} of {name} of layer {layer}, all layers in one decoder"
+                seen = f"others; {len(bad)} of {len(wanted)} rows are"
+                cause = _holds(spoken, rows[bad[0]])
+                return _finding(part, DECODER, "the rows that the layer leaves in a decoder alone", seen, cause)
+    return None
+
+
+def _holds(spoken: Spoken, seen: Floats) -> str:
+    """Where a row belongs."""
+    if not seen.any():
+        return "the row was not written, or was cleared"
+    for layer, pair in enumerate(spoken.rows):
+        for name, rows in zip("KV", pair, strict=True):
+            found = np.flatnonzero((rows == seen).all(axis=1))
+            if len(found):
+                return f"it holds {name} of layer {layer}, row {found[0]}: rows are put into another layer's cache"
+    return "layers do not get each other's output, or share rows"
+
+
+def _generated(case: Case, model: Model, spoken: Spoken, logits: list[Floats]) -> Finding | None:
+    """The runner's own loop, as far as its tokens are those that the logits are for."""
+    model.decoder.cache.reset()
+    asked = spoken.ids[: spoken.asked]
+    wanted = spoken.ids[spoken.asked :]
+    for at, token in enumerate(generate(model, asked, Sampling(), min(GENERATED, len(logits)))):
+        best = int(logits[at].argmax())
+        if token.id != best:
+            part = f"token {at + 1} of an answer"
+            return _finding(
+                part, GENERATE, f"token {best}, the likeliest", f"token {token.id}", "the runner's own loop"
+            )
+        if at >= len(wanted) or best != wanted[at]:
+            break
+    return None
+
+
+def _finding(part: str, file: str, expected: str, seen: str, cause: str) -> Finding:
+    cause = f"each layer agrees by itself, so the runner is at fault: {cause}"
+    return Finding("answer", part, file, expected, seen, cause, INSTALL)
+
+
+__all__ = ["examine_whole"]

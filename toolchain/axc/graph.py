@@ -1,0 +1,195 @@
+"""A typed builder of ONNX graphs: values know their dtype and shape, and an operator that does not fit raises at once.
+
+Operators: https://onnx.ai/onnx/operators/ , opset 23.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axc.quantizer import WeightType
+from axrun.format.axmodel import Attribute, Axmodel, Node, Tensor, TensorInfo
+from axrun.format.dtypes import NAMES, nbytes
+
+Dim = int | str
+
+
+@dataclass(frozen=True)
+class Value:
+    """An edge of the graph."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Data of an initializer: a small tensor of the checkpoint, as float32."""
+
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Data of an initializer: part number `part` of a checkpoint's matrix in a weight type."""
+
+    tensor: str
+    weight_type: WeightType
+    part: int
+
+
+Parameter = Vector | Weight | NDArray[Any]
+
+ONNX_DTYPES = {np.dtype(np.float32): "FLOAT", np.dtype(np.int64): "INT64"}
+
+
+@dataclass
+class Graph:
+    """One axmodel in the making. `weight_type` is what `linear` stores its matrices in."""
+
+    name: str
+    weight_type: WeightType
+    hidden_type: str
+    inputs: list[TensorInfo] = field(default_factory=list)
+    outputs: list[TensorInfo] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    parameters: dict[str, Parameter] = field(default_factory=dict)
+
+    def input(self, name: str, dtype: str, *shape: Dim) -> Value:
+        """Declares an input; order of declaration is order in the file."""
+        self.inputs.append(TensorInfo(name, dtype, shape))
+        return Value(name, dtype, shape)
+
+    def output(self, name: str, value: Value, dtype: str) -> Value:
+        """Declares an output: `value` cast to `dtype`."""
+        self.outputs.append(TensorInfo(name, dtype, value.shape))
+        return self._node("Cast", [value], dtype, value.shape, name=name, to=_onnx(dtype))
+
+    def parameter(self, name: str, dtype: str, dims: tuple[int, ...], data: Parameter) -> Value:
+        """An initializer; one of the same name is taken again."""
+        if name not in self.tensors:
+            self.tensors[name] = Tensor(name, dtype, dims, -1, nbytes(dtype, dims))
+            self.parameters[name] = data
+        return Value(name, dtype, dims)
+
+    def constant(self, name: str, array: NDArray[Any]) -> Value:
+        """An initializer with the data at hand."""
+        return self.parameter(name, ONNX_DTYPES[array.dtype], array.shape, array)
+
+    def cast(self, x: Value, dtype: str) -> Value:
+        """`x` in another type; itself where it has that type."""
+        return x if x.dtype == dtype else self._node("Cast", [x], dtype, x.shape, to=_onnx(dtype))
+
+    def add(self, a: Value, b: Value) -> Value:
+        """Elementwise; `b` may be a vector along the last axis."""
+        _expect(a.shape[-len(b.shape) :] == b.shape, "Add", a, b)
+        return self._node("Add", [a, b], a.dtype, a.shape)
+
+    def rms_norm(self, x: Value, weight: str, epsilon: float) -> Value:
+        """RMSNormalization along the last axis."""
+        scale = self.parameter(weight, "FLOAT", (int(x.shape[-1]),), Vector(weight))
+        return self._node("RMSNormalization", [x, scale], "FLOAT", x.shape, axis=-1, epsilon=epsilon)
+
+    def linear(self, x: Value, weight: str, out_features: int, bias: str | None = None) -> Value:
+        """x [.., in] times the checkpoint's matrix [out, in], transposed: [.., out]."""
+        in_features = int(x.shape[-1])
+        kind = self.weight_type
+        parts = [
+            self.parameter(name, dtype, dims, Weight(weight, kind, part))
+            for part, (name, dtype, dims) in enumerate(kind.parts(weight, out_features, in_features))
+        ]
+        if len(parts) == 1:
+            matrix = self.cast(parts[0], "FLOAT")
+        else:
+            matrix = Value(self._name("DequantizeLinear"), "FLOAT", (out_features, in_features))
+            inputs = tuple(part.name for part in parts)
+            self.nodes.append(Node("DequantizeLinear", inputs, (matrix.name,), kind.dequantize(in_features)))
+        matrix = self._node("Transpose", [matrix], "FLOAT", (in_features, out_features), perm=(1, 0))
+        y = self._node("MatMul", [x, matrix], "FLOAT", (*x.shape[:-1], out_features))
+        if bias is None:
+            return y
+        return self.add(y, self.parameter(bias, "FLOAT", (out_features,), Vector(bias)))
+
+    def rotary(self, x: Value, cos: Value, sin: Value, positions: Value, heads: int) -> Value:
+        """RotaryEmbedding of x [1, M, heads * head_dim], halves rotated as in transformers."""
+        _expect(x.shape[-1] == 2 * heads * int(cos.shape[1]), "RotaryEmbedding", x, cos)
+        inputs = [x, cos, sin, positions]
+        return self._node("RotaryEmbedding", inputs, "FLOAT", x.shape, num_heads=heads, interleaved=0)
+
+    def concat(self, a: Value, b: Value, length: Dim) -> Value:
+        """Concat along axis 1; `length` is the name of the sum."""
+        _expect(a.dtype == b.dtype and a.shape[2:] == b.shape[2:], "Concat", a, b)
+        return self._node("Concat", [a, b], a.dtype, (a.shape[0], length, *a.shape[2:]), axis=1)
+
+    def attention(self, q: Value, k: Value, v: Value, mask: Value, heads: int, kv_heads: int) -> Value:
+        """Attention of q [1, M, heads * d] over k, v [1, S, kv_heads * d] with an additive mask [1, M, S]."""
+        _expect(k.shape == v.shape and mask.shape[1:] == (q.shape[1], k.shape[1]), "Attention", q, mask)
+        axis = self.constant("mask.axes", np.array([1], np.int64))
+        shape = (mask.shape[0], 1, *mask.shape[1:])
+        mask = self._node("Unsqueeze", [self.cast(mask, "FLOAT"), axis], "FLOAT", shape)
+        return self._node("Attention", [q, k, v, mask], "FLOAT", q.shape, q_num_heads=heads, kv_num_heads=kv_heads)
+
+    def silu(self, x: Value) -> Value:
+        """x * sigmoid(x)."""
+        return self.mul(x, self._node("Sigmoid", [x], x.dtype, x.shape))
+
+    def mul(self, a: Value, b: Value) -> Value:
+        """Elementwise product of equal shapes."""
+        _expect(a.shape == b.shape, "Mul", a, b)
+        return self._node("Mul", [a, b], a.dtype, a.shape)
+
+    def top_k(self, logits: Value, k: int) -> tuple[Value, Value]:
+        """The k largest of softmax(logits) along the last axis: (probabilities, int64 indices), largest first."""
+        probability = self._node("Softmax", [logits], "FLOAT", logits.shape, axis=-1)
+        size = self.constant("top_k.k", np.array([k], np.int64))
+        shape = (*logits.shape[:-1], k)
+        values, indices = Value(self._name("TopK"), "FLOAT", shape), Value(self._name("TopK") + ".i", "INT64", shape)
+        attributes: dict[str, Attribute] = {"axis": -1, "largest": 1, "sorted": 1}
+        self.nodes.append(Node("TopK", (probability.name, size.name), (values.name, indices.name), attributes))
+        return values, indices
+
+    def axmodel(self, version: str, opset: int, producer: str, metadata: Mapping[str, str]) -> Axmodel:
+        """The finished graph, for `axrun.format.axmodel.layout`."""
+        return Axmodel(
+            producer_name=producer,
+            producer_version=version,
+            opset=opset,
+            metadata=metadata,
+            inputs=tuple(self.inputs),
+            outputs=tuple(self.outputs),
+            nodes=tuple(self.nodes),
+            initializers=self.tensors,
+            name=self.name,
+        )
+
+    def _name(self, op_type: str) -> str:
+        return f"{op_type}.{len(self.nodes)}"
+
+    def _node(
+        self,
+        op_type: str,
+        inputs: list[Value],
+        dtype: str,
+        shape: tuple[Dim, ...],
+        name: str | None = None,
+        **attributes: Attribute,
+    ) -> Value:
+        value = Value(name or self._name(op_type), dtype, shape)
+        self.nodes.append(Node(op_type, tuple(x.name for x in inputs), (value.name,), attributes))
+        return value
+
+
+def _onnx(dtype: str) -> int:
+    return next(number for number, name in NAMES.items() if name == dtype)
+
+
+def _expect(holds: bool, op_type: str, a: Value, b: Value) -> None:
+    if not holds:
+        raise TypeError(f"{op_type} of {a.dtype}{list(a.shape)} and {b.dtype}{list(b.shape)}")

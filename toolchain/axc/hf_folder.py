@@ -1,0 +1,377 @@
+"""A bundle's hf/ folder: the checkpoint's text files, opened with the runner's own code and proven to be read alike.
+
+The yardstick is transformers' AutoTokenizer reading the checkpoint by its own rules. What differs is mended in the
+bundle's files: transformers' own tokenizer takes the place of tokenizer.json, and the special tokens and the template
+that it found are written where the runner looks. What cannot be mended is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from axc import text_proof
+from axc.weight_files import refuse_lfs_pointer
+from axrun import hf_files
+from axrun.chat import ChatTemplate
+from axrun.errors import BadInput
+from axrun.hf_files import SPECIAL, special_tokens, template_source
+from axrun.tokenizer import Tokenizer
+
+# copied into hf/ where the checkpoint has them
+HF_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+# what transformers may read beside them, and the runner does not
+OTHER_FILES = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
+OTHER_TEMPLATES = "additional_chat_templates/*.jinja"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", *OTHER_FILES)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+INSTALL = "Run `make setup`, or: pip install transformers sentencepiece tiktoken"
+LISTED = 4  # tokens or differences that are named
+
+
+@dataclass
+class HfFolder:
+    """What the folder holds. `stop_ids` say what names each; `tokenizer_json` is None without a tokenizer.
+
+    `mended` tells of each file that is not the checkpoint's what was done, `mended_by` with which version of what;
+    `compared` is False where there was no transformers to compare with.
+    """
+
+    tokenizer: Tokenizer | None = None
+    template: ChatTemplate | None = None
+    stop_ids: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    mended: dict[str, str] = field(default_factory=dict)
+    mended_by: str = ""
+    compared: bool = True
+    remarks: list[str] = field(default_factory=list)
+
+    def manifest(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {
+            "stop_ids": {str(number): list(sources) for number, sources in self.stop_ids.items()},
+            **({"mended": self.mended} if self.mended else {}),
+            **({"mended_by": self.mended_by} if self.mended_by else {}),
+            **({} if self.compared else {"compared": False}),
+        }
+
+
+def input_files(checkpoint: Path) -> tuple[Path, ...]:
+    """The files of a checkpoint that the folder is made from."""
+    named = [checkpoint / name for name in (*HF_FILES, *OTHER_FILES)]
+    return tuple(path for path in (*named, *sorted(checkpoint.glob(OTHER_TEMPLATES))) if path.is_file())
+
+
+def tokenizer_bytes(checkpoint: Path) -> int:
+    """Bytes of the files that a tokenizer is made from."""
+    return sum((checkpoint / name).stat().st_size for name in TOKENIZERS if (checkpoint / name).is_file())
+
+
+def write(checkpoint: Path, hf: Path, vocab_size: int, model_config: Path | None = None) -> HfFolder:
+    """Fills `hf` and proves it. Raises BadInput for what is damaged, or is read differently and cannot be mended."""
+    made = HfFolder()
+    for path in input_files(checkpoint):
+        refuse_lfs_pointer(path)
+    shutil.rmtree(hf, ignore_errors=True)
+    hf.mkdir()
+    for name in HF_FILES:
+        if (checkpoint / name).is_file():
+            _copy(checkpoint / name, hf / name, made)
+    try:
+        _prove(checkpoint, hf, model_config, made)
+    except BadInput as error:
+        first, *_ = str(error).replace(str(hf), str(checkpoint)).splitlines()
+        raise BadInput(f"{first}\n{_advice(str(error))}") from None
+    if made.tokenizer is not None:
+        _stops(made, hf, vocab_size)
+        _beyond(made, vocab_size)
+    return made
+
+
+def _copy(source: Path, target: Path, made: HfFolder) -> None:
+    content = source.read_bytes()
+    if source.suffix == ".json" and content.startswith(BYTE_ORDER_MARK):
+        content = content[len(BYTE_ORDER_MARK) :]
+        made.mended[source.name] = "byte order mark removed"
+        made.remarks.append(f"{source.name}: byte order mark removed")
+    target.write_bytes(content)
+
+
+def _advice(message: str) -> str:
+    _, *rest = message.splitlines()
+    last = rest[-1] if rest else "Build or copy the bundle again."
+    if any(f"chat template {fault}" in message for fault in ("is damaged", "refuses every", "drops")):
+        return "Mend the template or remove it: a bundle without one takes raw prompts."
+    return "Download the checkpoint again, or mend that file." if last.startswith("Build or copy") else last
+
+
+def _prove(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFolder) -> None:
+    if not any((checkpoint / name).is_file() for name in TOKENIZERS):
+        made.remarks.append("no tokenizer (tokenizer.json or another's file): the bundle takes token ids only")
+        return
+    made.tokenizer, made.template = _opened(hf), ChatTemplate.find(hf)
+    theirs = _reference(checkpoint, hf, model_config, made)
+    if theirs is None:
+        _expect_no_need(checkpoint, hf)
+        made.tokenizer = made.tokenizer or Tokenizer.open(hf)
+        made.compared = False
+        made.remarks.append(f"tokenizer: opened, not compared: transformers is not installed. {INSTALL}")
+    else:
+        made.tokenizer = _mended_tokenizer(made.tokenizer, hf, theirs, made)
+        _mend_template(hf, theirs, made)
+        _mend_special(hf, theirs, made)
+        if made.mended_by:
+            made.mended_by = mender()
+            made.tokenizer = Tokenizer.open(hf)  # its stop ids are of files that are now others
+        made.template = ChatTemplate.find(hf)
+        _expect_same(hf, theirs, made)
+    if made.template is not None:
+        made.template.expect_question()
+
+
+def _reference(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFolder) -> Any:
+    """transformers' tokenizer of the original folder; of hf/, which is a copy, where that has byte order marks.
+
+    None without transformers. Raises BadInput when it cannot read the checkpoint.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        return None
+    transformers.logging.set_verbosity_error()
+    how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    folder = hf if made.mended else checkpoint
+    what = f"the tokenizer of {checkpoint}" if model_config is None else str(model_config)
+    try:
+        if model_config is not None:
+            how["config"] = transformers.AutoConfig.from_pretrained(model_config, **how)
+            what = f"the tokenizer of {checkpoint}"
+        return transformers.AutoTokenizer.from_pretrained(folder, **how)
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+            raise
+        words = " ".join(str(error).split()) or type(error).__name__
+        if model_config is None and not _config_is_read(folder):
+            what = f"config.json of {checkpoint}"
+        advice = "Is its tokenizer whole?" if what.startswith("the tokenizer") else "Is each value of the right kind?"
+        advice = INSTALL if "pip install" in words or "requires the" in words else advice
+        raise BadInput(f"transformers cannot read {what}: {words:.300}\n{advice}") from None
+
+
+def _config_is_read(folder: Path) -> bool:
+    """Whether it is not config.json that keeps AutoTokenizer from reading a folder."""
+    import transformers
+
+    try:
+        transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ValueError as error:
+        return "model type" in str(error) or "model_type" in str(error)  # of a type it does not know: no fault here
+    except Exception:  # its classes name no limit to what they raise
+        return False
+    return True
+
+
+def mender() -> str:
+    """What mends a tokenizer here, as a manifest names it; empty without transformers."""
+    try:
+        return ", ".join(f"{name} {metadata.version(name)}" for name in ("transformers", "tokenizers"))
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _opened(hf: Path) -> Tokenizer | None:
+    """As the runner opens it; None where there is no tokenizer.json and it knows no other way. Raises BadInput."""
+    try:
+        return Tokenizer.find(hf)
+    except BadInput:
+        if (hf / "tokenizer.json").is_file():
+            raise
+        return None
+
+
+def _expect_no_need(checkpoint: Path, hf: Path) -> None:
+    """Without transformers: raises BadInput for what is known to need mending by it."""
+    if not (hf / "tokenizer.json").is_file():
+        if (hf / "vocab.json").is_file() and (hf / "merges.txt").is_file():
+            return  # the runner may know how; it says if not
+        found = ", ".join(name for name in TOKENIZERS if (checkpoint / name).is_file())
+        raise BadInput(f"{checkpoint} has {found}, but no tokenizer.json: making one needs transformers\n{INSTALL}")
+    lacking = list(_lacking(hf))
+    if lacking:
+        raise BadInput(
+            f"tokenizer.json of {checkpoint} lacks {_some(lacking)}, which other files add: "
+            f"mending that needs transformers\n{INSTALL}"
+        )
+
+
+def _lacking(hf: Path) -> Iterator[str]:
+    """Tokens that other files name and tokenizer.json does not have, or not with these flags."""
+    listed = hf_files.read_json(hf / "tokenizer.json").get("added_tokens") or []
+    have = {token["content"]: token for token in listed}
+    settings = hf_files.read_json(hf / "tokenizer_config.json")
+    if "added_tokens_decoder" in settings:
+        for number, token in settings["added_tokens_decoder"].items():
+            there = have.get(token["content"])
+            if there is None or any(there.get(key) != value for key, value in {**token, "id": int(number)}.items()):
+                yield token["content"]
+    else:
+        for content, number in hf_files.read_json(hf / "added_tokens.json").items():
+            if have.get(content, {}).get("id") != number:
+                yield content
+    yield from (content for content in dict.fromkeys(special_tokens(hf).values()) if content not in have)
+
+
+def _mended_tokenizer(ours: Tokenizer | None, hf: Path, theirs: Any, made: HfFolder) -> Tokenizer:
+    """The runner's tokenizer. transformers' takes its place where it differs, or cannot be opened. Raises BadInput."""
+    path, name = hf / "tokenizer.json", "tokenizer.json"
+    if ours is None:
+        sources = [source for source in TOKENIZERS if source != name and (hf / source).is_file()]
+        what = f"made from {' and '.join(sources) or 'other files'}"
+    else:
+        lacking = text_proof.added_differences(ours, theirs)
+        if lacking:
+            what = f"tokens written as transformers has them: {_some(lacking)}"
+        elif next(text_proof.tokenizer_differences(ours, theirs), None) is not None:
+            what = f"replaced by transformers' own: {_sections(path, theirs)} differ"
+        else:
+            return ours
+    if not isinstance(getattr(theirs, "backend_tokenizer", None), tokenizers.Tokenizer):
+        kind = type(theirs).__name__
+        raise BadInput(f"transformers reads the tokenizer as {kind}, which no tokenizer.json can be made of\n{INSTALL}")
+    backend = tokenizers.Tokenizer.from_str(theirs.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    path.write_text(backend.to_str(), "utf-8", newline="\n")
+    _mended(made, name, what)
+    ours = Tokenizer.open(hf)
+    faults = chain(
+        (f"added token {token} differs" for token in text_proof.added_differences(ours, theirs)),
+        text_proof.tokenizer_differences(ours, theirs),
+    )
+    if (fault := next(faults, None)) is not None:
+        raise BadInput(f"the tokenizer cannot be read as transformers reads it: {fault}\nReport it with that folder.")
+    return ours
+
+
+def _sections(path: Path, theirs: Any) -> str:
+    ours = hf_files.read_json(path)
+    other = json.loads(theirs.backend_tokenizer.to_str())
+    names = ("normalizer", "pre_tokenizer", "model", "post_processor", "decoder")
+    return ", ".join(name for name in names if ours.get(name) != other.get(name)) or "rules"
+
+
+def _mend_special(hf: Path, theirs: Any, made: HfFolder) -> None:
+    """The special tokens by name, which templates use and of which one ends an answer."""
+    wanted = {name: token for name, token in theirs.special_tokens_map.items() if name in SPECIAL}
+    ours, source = special_tokens(hf), template_source(hf) or ""
+    names = sorted(name for name in {*ours, *wanted} if ours.get(name) != wanted.get(name))
+    if not any(name == "eos_token" or name in source for name in names):
+        return
+    path = hf / "tokenizer_config.json"
+    settings = {key: value for key, value in hf_files.read_json(path).items() if key not in SPECIAL}
+    added = {
+        str(number): {"content": token.content, "special": token.special, "lstrip": token.lstrip}
+        | {"rstrip": token.rstrip, "normalized": token.normalized, "single_word": token.single_word}
+        for number, token in theirs.added_tokens_decoder.items()
+    }
+    path.write_text(_json({**settings, **wanted, "added_tokens_decoder": added}), "utf-8", newline="\n")
+    listed = ", ".join(f"{name} is {wanted.get(name)!r}" for name in names)
+    _mended(made, path.name, f"{listed}, as transformers has it")
+
+
+def _mend_template(hf: Path, theirs: Any, made: HfFolder) -> None:
+    """The template that transformers found, where the runner would find another."""
+    found = theirs.chat_template
+    if isinstance(found, dict):
+        others = sorted(name for name in found if name != "default")
+        if "default" not in found:
+            made.remarks.append(f"chat template: there are {', '.join(others)}, and none is the default: none is used")
+        elif others:
+            made.remarks.append(f"chat template: the default one is used, not {', '.join(others)}")
+        found = found.get("default")
+    if found is not None and found != template_source(hf):
+        (hf / "chat_template.jinja").write_bytes(found.encode())
+        _mended(made, "chat_template.jinja", "the template that transformers takes")
+
+
+def _mended(made: HfFolder, name: str, what: str) -> None:
+    made.mended[name] = "; ".join([*([made.mended[name]] if name in made.mended else []), what])
+    made.mended_by = "transformers"
+    made.remarks.append(f"{name}: {what}")
+
+
+def _expect_same(hf: Path, theirs: Any, made: HfFolder) -> None:
+    """Raises BadInput naming what the runner would still read differently."""
+    if made.template is None:
+        return
+    source = template_source(hf)
+    if (fault := next(text_proof.template_differences(made.template, theirs, str(source)), None)) is not None:
+        raise BadInput(
+            f"the chat template cannot be rendered as transformers does: {fault}\nReport it with that folder."
+        )
+
+
+def _stops(made: HfFolder, hf: Path, vocab_size: int) -> None:
+    assert made.tokenizer is not None
+    sources: Mapping[int, tuple[str, ...]] = made.tokenizer.stop_sources
+    for number in [number for number in sources if number >= vocab_size]:
+        made.remarks.append(
+            f"stop id {number} of {', '.join(sources[number])} is outside the vocabulary of {vocab_size}: left out"
+        )
+    made.stop_ids = {number: named for number, named in sources.items() if number < vocab_size}
+    if not made.stop_ids:
+        made.remarks.append("stop ids: no file names one, so an answer goes on to its limit")
+        return
+    leading = next(name for name in (*SOURCE_ORDER, "chat template") if any(name in s for s in made.stop_ids.values()))
+    if not all(leading in named for named in made.stop_ids.values()):
+        listed = (
+            f"{number} {made.tokenizer.token_bytes(number).decode('utf-8', 'replace')!r} ({', '.join(named)})"
+            for number, named in made.stop_ids.items()
+        )
+        made.remarks.append(f"stop ids: the files disagree, each of these ends an answer: {', '.join(listed)}")
+
+
+SOURCE_ORDER = ("generation_config.json", "config.json", "tokenizer_config.json")  # as transformers' generate looks
+
+
+def _beyond(made: HfFolder, vocab_size: int) -> None:
+    """Ids that the model lacks; fewer than it has are padding of the embedding."""
+    assert made.tokenizer is not None
+    beyond = [f"{number} {token!r}" for token, number in made.tokenizer.vocabulary.items() if number >= vocab_size]
+    if beyond:
+        made.remarks.append(
+            f"the tokenizer has {_some(beyond)}, and the model's vocabulary ends at {vocab_size - 1}: "
+            "prompts with such a token are refused"
+        )
+
+
+def _some(names: list[str]) -> str:
+    more = len(names) - LISTED
+    return ", ".join(islice(names, LISTED)) + (f" and {more} more" if more > 0 else "")
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

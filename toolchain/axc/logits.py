@@ -1,0 +1,248 @@
+"""axc reference: writes reference logits of a float32 checkpoint over a text, for `axrun eval` to measure against."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axc import VERSION, figures, hf_folder
+from axc.bundle import add_file
+from axrun.errors import BadInput
+from axrun.evaluate import log_softmax
+from axrun.format.bundle import read_manifest, sha256
+from axrun.format.logits import NAME, ReferenceLogits
+
+if TYPE_CHECKING:
+    from axc.reference import Reference
+
+Floats = NDArray[np.float32]
+Progress = Callable[[str], None]
+
+WINDOW = 512
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
+MODEL_CONFIG = "model_config"  # what a manifest calls a config.json given in place of the checkpoint's
+ROWS = 128  # of logits at a time
+MOST_ANSWERS = 16  # greedy continuations, one a window
+
+
+@dataclass(frozen=True)
+class Options:
+    """`window` None: 512 tokens, more where `bundle` prefills more, or the context of `bundle`, or the whole text.
+
+    `tokens` is the most of the text that is used, `top_k` how many log-probabilities are kept of each position,
+    `greedy_tokens` how long the greedy continuations are (0: none). `model_config` stands for the checkpoint's
+    config.json, `model_type` for a model_type that transformers does not know.
+    """
+
+    input_path: Path
+    text: Path
+    output_path: Path | None = None
+    bundle: Path | None = None
+    window: int | None = None
+    tokens: int = 16384
+    top_k: int = 256
+    greedy_tokens: int = 32
+    model_config: Path | None = None
+    model_type: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.output_path is None) == (self.bundle is None):
+            raise BadInput("give one place to write to: --output_path FILE or --bundle DIR")
+        for flag, value, least, most in (
+            ("--window", self.window or WINDOW, 2, 1 << 20),
+            ("--tokens", self.tokens, 2, 1 << 24),
+            ("--top_k", self.top_k, 1, 1 << 24),
+            ("--greedy_tokens", self.greedy_tokens, 0, 1 << 16),
+        ):
+            if not least <= value <= most:
+                raise BadInput(f"{flag} is {value}; expected {least} to {most}")
+
+
+def write(
+    options: Options, progress: Progress = lambda line: None, say: Progress = lambda line: None
+) -> tuple[Path, ReferenceLogits]:
+    """Computes the logits and writes them to a file, or into a bundle and its manifest; the path, and what it holds.
+
+    A bundle gets the figures of a doctor too; `say` is told of those. Raises BadInput when the checkpoint or the text
+    cannot be used, or the bundle was built from another checkpoint.
+    """
+    manifest = None if options.bundle is None else read_manifest(options.bundle)
+    inputs = {path.name: sha256(path) for path in _inputs(options, manifest)}
+    if manifest is not None:
+        _expect_same(manifest, inputs, options)
+    logits, reference = compute(options, inputs, {} if manifest is None else manifest["model"], progress)
+    if options.bundle is not None:
+        add_file(options.bundle, NAME, logits.encode())
+        figures.leave(options.bundle, options.input_path, reference, logits.tokens[0].tolist(), progress, say)
+        return options.bundle / NAME, logits
+    assert options.output_path is not None
+    try:
+        options.output_path.parent.mkdir(parents=True, exist_ok=True)
+        options.output_path.write_bytes(logits.encode())
+    except OSError as error:
+        raise BadInput(f"cannot write {options.output_path}: {error.strerror or error}") from None
+    return options.output_path, logits
+
+
+def compute(
+    options: Options,
+    inputs: dict[str, str],
+    model: Mapping[str, Any] = MappingProxyType({}),
+    progress: Progress = lambda line: None,
+) -> tuple[ReferenceLogits, Reference]:
+    """The reference logits of a text in windows of equal length, and who gave them; the text's end may not be used.
+
+    `model` is the description in a bundle's manifest, for the length of a window where the options give none. Raises
+    BadInput.
+    """
+    import transformers
+
+    from axc.reference import Reference
+
+    text, ids = _tokens(options)
+    length = options.window or min(_window_of(model), len(ids))
+    if len(ids) < length:
+        raise BadInput(f"{options.text} has {len(ids)} tokens, expected at least --window {length}")
+    windows = np.array(ids[: len(ids) // length * length], np.int64).reshape(-1, length)
+    remarks = list(_not_reached(model, length))
+    prompt = max(length // 2, 1)
+    answers = min(len(windows), MOST_ANSWERS) if options.greedy_tokens else 0
+    reference = Reference(options.input_path, options.model_config, options.model_type)
+    continuations = np.zeros((answers, min(options.greedy_tokens, length - prompt)), np.uint32)
+    if continuations.size:
+        continuations[:] = reference.generate(windows[:answers, :prompt], continuations.shape[1]).tokens
+        progress(f"[{answers}/{answers}] greedy answers")
+    parts = []
+    for number, tokens in enumerate(windows):
+        logits = reference.logits(tokens)
+        vocabulary = logits.shape[1]
+        parts.append(_window(logits[:-1], tokens[1:], min(options.top_k, vocabulary)))
+        progress(f"[{number + 1}/{len(windows)}] windows")
+    kept, logprobs, rest, chosen = (np.stack(column) for column in zip(*parts, strict=True))
+    found = ReferenceLogits(
+        tokens=windows.astype(np.uint32),
+        ids=kept.astype(np.uint16 if vocabulary <= 1 << 16 else np.uint32),
+        logprobs=logprobs,
+        rest=rest,
+        following=chosen,
+        continuations=continuations,
+        about={
+            "model_type": reference.model_type,
+            "vocab_size": vocabulary,
+            "prompt": prompt,
+            "inputs": inputs,
+            "remarks": [*remarks, *reference.remarks],
+            "text": {"sha256": hashlib.sha256(text).hexdigest(), "size": len(text)},
+            "tools": {"axc": VERSION, "transformers": transformers.__version__},
+        },
+    )
+    return found, reference
+
+
+def _window_of(model: Mapping[str, Any]) -> int:
+    """Tokens of a window that goes past the first prefill and through every group, within the context."""
+    if not model:
+        return WINDOW
+    history = max((group["history"] for group in model["groups"] if group["tokens"] > 1), default=0)
+    return int(min(max(WINDOW, history + model["prefill_len"]), model["kv_cache_len"]))
+
+
+def _not_reached(model: Mapping[str, Any], length: int) -> Iterator[str]:
+    """What of a bundle windows of this length leave unmeasured."""
+    if not model:
+        return
+    histories = sorted(group["history"] for group in model["groups"] if group["tokens"] > 1)
+    if model["prefill_len"] and length <= model["prefill_len"]:
+        yield (
+            f"windows of {length} tokens never leave the first prefill of {model['prefill_len']}: "
+            "K/V history and decode are not measured; give a longer text"
+        )
+    elif histories and length <= max(histories[:-1], default=0):
+        yield f"windows of {length} tokens do not reach the group behind {histories[-1]} rows; give a longer text"
+
+
+def _inputs(options: Options, manifest: dict[str, Any] | None) -> Iterator[Path]:
+    """The files of the checkpoint: those that the bundle was built from, else all that a model is made of."""
+    folder = options.input_path
+    if not folder.is_dir():
+        raise BadInput(f"no checkpoint folder {folder}\nGive the folder that holds config.json and the weights.")
+    files = {*hf_folder.input_files(folder)}
+    if manifest is not None and isinstance(manifest.get("inputs"), dict):
+        files |= {folder / name for name in manifest["inputs"] if "/" not in name}
+    else:
+        files |= {path for pattern in WEIGHTS for path in folder.glob(pattern)}
+    yield from (path for path in sorted(files) if path.is_file())
+
+
+def _tokens(options: Options) -> tuple[bytes, list[int]]:
+    """The text and its token ids by AutoTokenizer, as many as are wanted."""
+    try:
+        text = options.text.read_bytes()
+        decoded = text.decode("utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot read {options.text}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{options.text} is not UTF-8 at byte {error.start}") from None
+    from axc.reference import tokenizer  # torch: not before the text is known to be one
+
+    ids = list(tokenizer(options.input_path).encode(decoded))[: options.tokens]
+    if len(ids) < 2:
+        raise BadInput(f"{options.text} has {len(ids)} tokens, expected at least 2")
+    return text, ids
+
+
+Columns = tuple[NDArray[np.int64], Floats, Floats, Floats]
+
+
+def _window(logits: Floats, following: NDArray[np.int64], top: int) -> Columns:
+    """ids [n, K], their log-probabilities, the log of the other mass [n], the log-probability of what follows [n]."""
+    found = [
+        _rows(log_softmax(logits[start : start + ROWS]), following[start : start + ROWS], top)
+        for start in range(0, len(logits), ROWS)
+    ]
+    ids, logprobs, rest, chosen = (np.concatenate(column) for column in zip(*found, strict=True))
+    return ids, logprobs, rest, chosen
+
+
+def _rows(logprobs: NDArray[np.float64], following: NDArray[np.int64], top: int) -> Columns:
+    vocabulary = logprobs.shape[1]
+    ids = np.argpartition(logprobs, vocabulary - top, axis=1)[:, vocabulary - top :]
+    kept = np.take_along_axis(logprobs, ids, axis=1)
+    order = np.lexsort((ids, -kept), axis=1)  # equal ones in the order of their ids
+    ids, kept = np.take_along_axis(ids, order, axis=1), np.take_along_axis(kept, order, axis=1)
+    others = np.exp(logprobs)
+    np.put_along_axis(others, ids, 0.0, axis=1)
+    with np.errstate(divide="ignore"):
+        rest = np.log(others.sum(axis=1))
+    chosen = np.take_along_axis(logprobs, following[:, None], axis=1)[:, 0]
+    return ids, kept.astype(np.float32), rest.astype(np.float32), chosen.astype(np.float32)
+
+
+def _expect_same(manifest: dict[str, Any], inputs: dict[str, str], options: Options) -> None:
+    """Raises BadInput when the bundle is not of this checkpoint."""
+    built = manifest.get("inputs")
+    recorded = {name: entry.get("sha256") for name, entry in built.items()} if isinstance(built, dict) else {}
+    if options.model_config is not None:
+        inputs = {**inputs, MODEL_CONFIG: sha256(options.model_config)}
+    other = sorted(name for name in {**recorded, **inputs} if recorded.get(name) != inputs.get(name))
+    if other:
+        raise BadInput(
+            f"{options.bundle} was not built from {options.input_path}: {other[0]} is another\n"
+            "Give the checkpoint that it was built from, or write to a file: --output_path."
+        )
+
+
+def lines(path: Path, logits: ReferenceLogits) -> Iterator[str]:
+    """What was written, for a reader."""
+    windows, length = logits.tokens.shape
+    bound = "exact" if logits.exact else f"a lower bound, of {logits.ids.shape[2]} tokens and the rest"
+    yield f"{path}: {windows} windows of {length} tokens, {path.stat().st_size:,} bytes; divergence is {bound}"
+    yield from logits.about.get("remarks", ())
+    yield f"greedy answers: {len(logits.continuations)} of {logits.continuations.shape[1]} tokens"

@@ -1,0 +1,171 @@
+"""The models this project knows by name: models/<name>.toml, one per model.
+
+A file says where the checkpoint is and what each of its files must hash to (`[source]`), the flags a build takes when
+nobody says otherwise (`[build]`), and what to ask the result (`[check]`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from axrun.errors import BadInput
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+MODELS = CHECKOUT / "models"
+
+
+@dataclass(frozen=True)
+class PinnedFile:
+    """One file of a checkpoint and what it must be. At least one digest is given."""
+
+    name: str
+    sha256: str | None = None
+    git_blob: str | None = None  # git's id of the content: sha1 over a short header and the bytes
+    size: int | None = None  # bytes
+
+    def __post_init__(self) -> None:
+        path = PurePosixPath(self.name)
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in self.name:
+            raise BadInput(f"{self.name!r} is not a file name inside a checkpoint")
+        if not (self.sha256 or self.git_blob):
+            raise BadInput(f"{self.name} has no digest: give its sha256 or its git_blob")
+        for digest, length in ((self.sha256, 64), (self.git_blob, 40)):
+            if digest is not None and not re.fullmatch(f"[0-9a-f]{{{length}}}", digest):
+                raise BadInput(f"{self.name}: {digest!r} is not {length} lower-case hex digits")
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A checkpoint in this repository."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A checkpoint on the Hugging Face Hub, at one commit."""
+
+    repo: str
+    revision: str
+    files: tuple[PinnedFile, ...]
+
+
+@dataclass(frozen=True)
+class BuildDefaults:
+    """Flags of `axc llm_build`, by their names there; what is None is left to the command."""
+
+    chip: str
+    weight_type: str
+    hidden_state_type: str
+    prefill_len: int
+    kv_cache_len: int
+    last_kv_cache_len: tuple[int, ...] = ()
+    post_weight_type: str | None = None
+    post_topk: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Those that are said, by name."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
+
+    def flags(self) -> list[str]:
+        """As command-line arguments; a flag that may be given several times is."""
+        said = self.given().items()
+        each = ((name, value) for name, values in said for value in (values if isinstance(values, tuple) else [values]))
+        return [word for name, value in each for word in (f"--{name}", str(value))]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One models/<name>.toml."""
+
+    name: str
+    source: Shipped | Hub
+    build: BuildDefaults
+    prompt: str  # what a fresh bundle is asked
+
+
+def load_model(name: str, models: Path = MODELS) -> ModelSpec:
+    """The model called `name`. Raises BadInput for an unknown one and for a file that does not say what it must."""
+    known = sorted(file.stem for file in models.glob("*.toml"))
+    if name not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
+        raise BadInput(
+            f"no model is named {name!r}: models/ has {', '.join(known) or 'none'}"
+            + (f" (did you mean {near[0]}?)" if near else "")
+            + "\nadd models/<name>.toml for another one, or compile its checkpoint as it is: axc llm_build --input_path"
+        )
+    file = models / f"{name}.toml"
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        return ModelSpec(
+            name=name,
+            source=_source(_table(content, "source"), models.parent),
+            build=_build(_table(content, "build")),
+            prompt=_value(_table(content, "check"), "prompt", str),
+        )
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, BadInput) as error:
+        raise BadInput(f"{file}: {error}") from None
+
+
+def _source(table: Mapping[str, Any], checkout: Path) -> Shipped | Hub:
+    if "path" in table:
+        _known(table, ["path"])
+        return Shipped(checkout / _value(table, "path", str))
+    _known(table, ["repo", "revision", "files"])
+    repo, revision = _value(table, "repo", str), _value(table, "revision", str)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise BadInput(f"{repo!r} at {revision!r}: a repo is owner/name, a revision a full commit id")
+    return Hub(repo, revision, tuple(_pins(_table(table, "files"))))
+
+
+def _pins(files: Mapping[str, Any]) -> Iterator[PinnedFile]:
+    for name in files:
+        pin = _table(files, name)
+        _known(pin, ["size", "sha256", "git_blob"])
+        digests = {key: _value(pin, key, str) for key in ("sha256", "git_blob") if key in pin}
+        yield PinnedFile(name, **digests, size=_value(pin, "size", int) if "size" in pin else None)
+
+
+BUILD_KINDS: Mapping[str, type] = {
+    "chip": str,
+    "weight_type": str,
+    "hidden_state_type": str,
+    "prefill_len": int,
+    "kv_cache_len": int,
+    "last_kv_cache_len": list,
+    "post_weight_type": str,
+    "post_topk": int,
+}
+
+
+def _build(table: Mapping[str, Any]) -> BuildDefaults:
+    _known(table, BUILD_KINDS)
+    required = {field.name for field in fields(BuildDefaults) if field.default is MISSING}
+    values = {name: _value(table, name, BUILD_KINDS[name]) for name in BUILD_KINDS if name in required or name in table}
+    history = values.pop("last_kv_cache_len", [])
+    if not all(type(length) is int for length in history):
+        raise BadInput(f"'last_kv_cache_len' is {history}: whole numbers are expected")
+    return BuildDefaults(**values, last_kv_cache_len=tuple(history))
+
+
+def _known(table: Mapping[str, Any], names: Collection[str]) -> None:
+    for unknown in sorted(set(table) - set(names)):
+        raise BadInput(f"{unknown!r} is not known here: {', '.join(names)}")
+
+
+def _table(parent: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    return _value(parent, name, dict)  # type: ignore[no-any-return]
+
+
+def _value(table: Mapping[str, Any], name: str, kind: type) -> Any:
+    if name not in table:
+        raise BadInput(f"{name!r} is missing")
+    if type(table[name]) is not kind:
+        raise BadInput(f"{name!r} is {table[name]!r}: {kind.__name__} is expected")
+    return table[name]

@@ -1,0 +1,410 @@
+"""The independent reference: transformers reads the checkpoint's folder by its own rules and computes in float32.
+
+Nothing of our reader is used: AutoConfig, AutoModelForCausalLM and AutoTokenizer open the folder themselves, so what we
+misread, they show. The decoder layers are found by structure, not by the names that our families know.
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axc.budget import available_memory, megabytes
+from axrun.errors import BadInput
+
+try:
+    import torch
+    import transformers
+    from transformers.modeling_utils import load_state_dict
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+except ImportError:
+    raise BadInput(
+        "the float32 reference needs torch and transformers, which are not installed\n"
+        "Run `make setup`, or build with --check_level 0 (load and run) or -1 (no check)."
+    ) from None
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the files that transformers may take weights from
+WIDENED = (torch.bfloat16, torch.float16)  # types whose values are all float32 values
+HEADROOM = 1 << 30  # bytes for activations and logits beside the weights
+STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+class Refused(BadInput):
+    """transformers does not read the folder as a whole model."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A forward pass over n tokens: `inputs` and `outputs` [n, hidden] of each decoder layer, `logits` [n, vocab].
+
+    `embedded` are the rows of the embedding table, [n, hidden].
+    """
+
+    embedded: Floats
+    inputs: list[Floats]
+    outputs: list[Floats]
+    logits: Floats
+
+
+class Answer(NamedTuple):
+    """Greedy `tokens` [sequences, n], and the `logits` [sequences, n, vocab] that each was taken from."""
+
+    tokens: Ids
+    logits: Floats
+
+
+class Reference:
+    """A checkpoint's folder as transformers loads it.
+
+    `remarks` are what a user must be told about it. Where memory cannot hold the model in float32, weights stay in the
+    files' own type, mapped, and each layer is widened to float32 while it runs; the results are the same bits.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        model_config: Path | None = None,
+        model_type: str | None = None,
+        available: int | None = None,
+    ) -> None:
+        """`model_config` stands for the folder's config.json; `model_type` for a type that transformers does not know.
+
+        `available` is the memory in bytes, by default what the machine has. Raises Refused, and BadInput when memory
+        does not suffice.
+        """
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        self.path, self.remarks = path, list[str]()
+        self.config = self._read_config(model_config or path, model_type)
+        self.config._attn_implementation = "eager"
+        self.config.return_dict = True  # outputs are taken by name, whatever config.json says of their form
+        with _refusing(path):
+            with torch.device("meta"):
+                auto: Any = transformers.AutoModelForCausalLM
+                skeleton = auto.from_config(self.config, dtype=torch.float32, trust_remote_code=False)
+            self.stored = stored = _stored_types(path)
+        whole = 0 if stored == {torch.float32} else 4 * _count(skeleton)  # float32 files are mapped
+        layers = _decoder_layers(skeleton)
+        largest = max(_count(layer) for layer in layers)
+        widened = 4 * (_count(skeleton) - sum(_count(layer) for layer in layers) + largest)
+        available = available_memory() if available is None else available
+        streamed = available is not None and available < whole + HEADROOM
+        need = widened if streamed and len(stored) == 1 and stored <= {*WIDENED} else whole
+        if available is not None and available < need + HEADROOM:
+            raise BadInput(
+                f"the float32 reference of {path} needs {megabytes(need + HEADROOM)} of memory, {megabytes(available)} "
+                "are available\nClose other programs, or go without: llm_build --check_level 0."
+            )
+        self.model = self._load(min(stored, key=str) if streamed else torch.float32)
+        self._layers = _decoder_layers(self.model)
+        if streamed:
+            self._stream()
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.model_type)
+
+    @torch.no_grad()
+    def trace(self, ids: Ids, cache: Any = None) -> Trace:
+        """One pass over the tokens [n], after the rows that `cache` holds."""
+        inputs: list[Any] = []
+        outputs: list[Any] = []
+
+        def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+            inputs.append((arguments[0] if arguments else named["hidden_states"])[0].clone())
+
+        def after(_: Any, __: Any, out: Any) -> None:
+            outputs.append((out[0] if isinstance(out, tuple) else out)[0].clone())
+
+        hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in self._layers]
+        hooks += [layer.register_forward_hook(after) for layer in self._layers]
+        given = torch.from_numpy(np.array(ids, np.int64))[None]
+        try:
+            with _refusing(self.path, "run"):
+                out = self.model(given, past_key_values=cache, use_cache=cache is not None)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        embedded = self.model.get_input_embeddings().weight[given[0]].float()
+        return Trace(embedded.numpy(), [x.numpy() for x in inputs], [x.numpy() for x in outputs], out.logits[0].numpy())
+
+    @torch.no_grad()
+    def logits(self, ids: Ids) -> Floats:
+        """[n, vocab] for the tokens [n]."""
+        with _refusing(self.path, "run"):
+            out = self.model(torch.from_numpy(np.array(ids, np.int64))[None], use_cache=False)
+        return np.asarray(out.logits[0].numpy())
+
+    def table(self) -> Any:
+        """The embedding table, a torch tensor [vocab, hidden] in the type it is kept in."""
+        model: Any = self.model
+        return model.get_input_embeddings().weight.detach()
+
+    def exact_in(self, weight_type: str) -> bool:
+        """Whether that type has every value that the weights are stored with."""
+        return weight_type == "fp32" or self.stored == {STORED.get(weight_type)}
+
+    @torch.no_grad()
+    def generate(self, ids: Ids, tokens: int, stop: frozenset[int] = frozenset(), keep_logits: bool = False) -> Answer:
+        """Greedy continuation of sequences of one length, [sequences, n].
+
+        It ends with a token of `stop` where there is one sequence, and has it. `keep_logits` False: none are kept.
+        """
+        cache, given = None, torch.from_numpy(np.array(ids, np.int64))
+        chosen: list[Any] = []
+        logits: list[Any] = []
+        while len(chosen) < tokens:
+            with _refusing(self.path, "run"):
+                step = self.model(given, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, given = step.past_key_values, step.logits[:, -1].argmax(dim=1, keepdim=True)
+            chosen.append(given)
+            if keep_logits:
+                logits.append(step.logits[:, -1:])
+            if len(ids) == 1 and int(given) in stop:
+                break
+        if not chosen:
+            return Answer(np.zeros((len(ids), 0), np.int64), np.zeros((len(ids), 0, 0), np.float32))
+        kept = torch.cat(logits, dim=1).numpy() if logits else np.zeros((len(ids), 0, 0), np.float32)
+        return Answer(torch.cat(chosen, dim=1).numpy(), kept)
+
+    def empty_cache(self) -> Any:
+        """A K/V cache for `trace` that keeps every row of every layer, windows or not."""
+        return transformers.DynamicCache()
+
+    def kept(self, cache: Any) -> list[tuple[Floats, Floats]] | None:
+        """K and V [n, heads * head_dim] of each layer of a cache; None where layers keep something else."""
+        pairs: list[tuple[Any, Any]] = [
+            (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
+        ]
+        if any(rows is None or rows.ndim != 4 for pair in pairs for rows in pair):
+            return None
+        return [(_flat(keys[0].float()), _flat(values[0].float())) for keys, values in pairs]
+
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each weight by its name; a head that is tied to the embedding is listed too."""
+        named = self.model.named_parameters(remove_duplicate=False)
+        return {name: tuple(weight.shape) for name, weight in named}
+
+    @torch.no_grad()
+    def embedding(self, start: int, stop: int | None) -> Floats:
+        """Rows [start, stop) of the embedding table, in float32."""
+        return np.asarray(self.model.get_input_embeddings().weight[start:stop].float().numpy())
+
+    @torch.no_grad()
+    def head(self, start: int, stop: int | None) -> Floats:
+        """Rows [start, stop) of the matrix that gives the logits, in float32."""
+        return np.asarray(self.model.get_output_embeddings().weight[start:stop].float().numpy())
+
+    @torch.no_grad()
+    def weight(self, name: str, start: int = 0, stop: int | None = None) -> Floats:
+        """Rows [start, stop) of a weight, in float32."""
+        return np.asarray(self.model.get_parameter(name)[start:stop].float().numpy())
+
+    @torch.no_grad()
+    def fed(
+        self, hidden: list[Floats], history: list[tuple[Floats, Floats]], heads: list[int]
+    ) -> tuple[list[Floats], list[tuple[Floats, Floats]]]:
+        """Each layer's outputs [n, H] for hidden states [n, H] of its own, and the K and V [n, width] that it adds.
+
+        No layer sees what the one before gave. `history` is K and V [past, width] of each, of `heads` heads.
+        """
+        cache = self.empty_cache()
+        for index, ((keys, values), count) in enumerate(zip(history, heads, strict=True)):
+            if len(keys):
+                cache.update(_headed(keys, count), _headed(values, count), index)
+        outputs: list[Any] = []
+        given = [torch.from_numpy(rows)[None] for rows in hidden]
+
+        def before(index: int, _: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            if arguments:
+                return (given[index], *arguments[1:]), named
+            return arguments, {**named, "hidden_states": given[index]}
+
+        def after(_: Any, __: Any, out: Any) -> None:
+            outputs.append((out[0] if isinstance(out, tuple) else out)[0].clone())
+
+        hooks = []
+        for index, layer in enumerate(self._layers):
+            own: Any = functools.partial(before, index)
+            hooks += [layer.register_forward_pre_hook(own, with_kwargs=True), layer.register_forward_hook(after)]
+        past = len(history[0][0])
+        ids = torch.zeros((1, len(hidden[0])), dtype=torch.int64)
+        try:
+            with _refusing(self.path, "run"):
+                self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        rows = [(keys[past:], values[past:]) for keys, values in self.kept(cache) or ()]
+        return [out.numpy() for out in outputs], rows
+
+    def resampled(
+        self, cache: Any, rows: Ids, trend: Floats, rounded: Callable[[Floats], Floats]
+    ) -> tuple[Any, list[tuple[Floats, Floats]]] | None:
+        """A cache of other rows of a cache, each `rounded`; and those as K and V [n, heads * head_dim] of each layer.
+
+        V follows `trend` [n], from -1 to 1, along one direction for each head: its mean tells which rows were seen.
+        None where layers keep something else between tokens.
+        """
+        made, flat = self.empty_cache(), list[tuple[Floats, Floats]]()
+        for index, layer in enumerate(cache.layers):
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if keys is None or values is None or keys.ndim != 4 or values.ndim != 4:
+                return None
+            whole: Floats = np.asarray(values[0], np.float32)
+            common = whole[:, whole.shape[1] // 2, None] * trend[:, None]
+            k, v = (
+                torch.from_numpy(rounded(np.asarray(kept, np.float32)))
+                for kept in (keys[0][:, rows], whole[:, rows] / 2 + common)
+            )
+            made.update(k[None], v[None], index)
+            flat.append((_flat(k), _flat(v)))
+        return made, flat
+
+    def _read_config(self, source: Path, model_type: str | None) -> Any:
+        """The config by its own model_type: a wrong --model_type of ours must not be followed."""
+        with _refusing(source):
+            values, _ = transformers.PreTrainedConfig.get_config_dict(source, local_files_only=True)
+            own = values.get("model_type")
+            if own in CONFIG_MAPPING:
+                return transformers.AutoConfig.from_pretrained(source, **LOCAL)
+            if model_type is not None and model_type in CONFIG_MAPPING:
+                self.remarks.append(
+                    f"transformers {transformers.__version__} does not know model_type {own!r}: the reference is a "
+                    f"{model_type} as --model_type says; whether that is right is not checked"
+                )
+                return CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
+        raise Refused(f"transformers {transformers.__version__} does not know model_type {own!r} of {source}")
+
+    def _load(self, dtype: torch.dtype) -> Any:
+        auto: Any = transformers.AutoModelForCausalLM
+        with _refusing(self.path):
+            model, report = auto.from_pretrained(
+                self.path,
+                config=self.config,
+                dtype=dtype,
+                weights_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **LOCAL,
+            )
+        kind = type(model).__name__
+        for name, stored, wanted in sorted(report["mismatched_keys"]):
+            raise Refused(f"{kind} of transformers has {name} in {list(wanted)}, {self.path} in {list(stored)}")
+        for what, names in (("misses", report["missing_keys"]), ("does not use", report["unexpected_keys"])):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise Refused(f"{kind} of transformers {what} {min(names)}{more}: {self.path} is not its checkpoint")
+        if report["error_msgs"]:
+            raise Refused(f"{kind} of transformers cannot load {self.path}: {report['error_msgs'][0]}")
+        return model.eval()
+
+    def _stream(self) -> None:
+        """Leaves the layers' weights as they are stored, widened while a layer runs; everything else is widened now."""
+        narrow = [name for name, buffer in self.model.named_buffers() if buffer.dtype in WIDENED]
+        if narrow:
+            raise BadInput(
+                f"the float32 reference of {self.path} does not fit in memory, and {narrow[0]} is no weight that could "
+                "be widened\nClose other programs, or go without: llm_build --check_level 0."
+            )
+        self.remarks.append("memory is short: the reference widens one layer at a time to float32")
+        inside = {id(weight) for layer in self._layers for weight in layer.parameters()}
+        for weight in self.model.parameters():
+            if id(weight) not in inside:
+                weight.data = weight.data.float()
+        for layer in self._layers:
+            stored = [(weight, weight.data) for weight in layer.parameters()]
+
+            def widen(*_: Any, stored: Any = stored) -> None:
+                for weight, data in stored:
+                    weight.data = data.float()
+
+            def restore(*_: Any, stored: Any = stored) -> None:
+                for weight, data in stored:
+                    weight.data = data
+
+            layer.register_forward_pre_hook(widen)
+            layer.register_forward_hook(restore, always_call=True)
+
+
+def tokenizer(path: Path) -> Any:
+    """AutoTokenizer of the folder. Raises Refused, also where it makes one up that knows special tokens only."""
+    transformers.logging.set_verbosity_error()
+    auto: Any = transformers.AutoTokenizer
+    with _refusing(path):
+        found = auto.from_pretrained(path, **LOCAL)
+        if not set(found.get_vocab()) - set(found.all_special_tokens):
+            raise Refused(f"{path} has no tokenizer that transformers {transformers.__version__} finds")
+        return found
+
+
+@contextlib.contextmanager
+def _refusing(path: Path, what: str = "load") -> Iterator[None]:
+    """Whatever transformers raises over a folder becomes one line: it does not load it, or not run it."""
+    logger = logging.getLogger("transformers")
+    silent, logger.disabled = logger.disabled, True
+    try:
+        yield
+    except (BadInput, KeyboardInterrupt):
+        raise
+    except Exception as error:  # its loaders name no limit to what they raise
+        text = " ".join(str(error).split())[:240] or type(error).__name__
+        if marked := [file.name for file in sorted(path.glob("*.json")) if _has_byte_order_mark(file)]:
+            text += f"\n{', '.join(marked)} begins with a byte order mark: remove its first 3 bytes"
+        raise Refused(f"transformers {transformers.__version__} does not {what} {path}: {text}") from None
+    finally:
+        logger.disabled = silent
+
+
+def _has_byte_order_mark(file: Path) -> bool:
+    try:
+        with file.open("rb") as stream:
+            return stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    except OSError:
+        return False
+
+
+def _stored_types(path: Path) -> set[torch.dtype]:
+    """The element types in the folder's weight files, whichever of them are taken."""
+    found: set[torch.dtype] = set()
+    for pattern in WEIGHTS:
+        for file in sorted(file for file in path.glob(pattern) if file.is_file()):
+            found |= {tensor.dtype for tensor in load_state_dict(file, map_location="meta").values()}
+    return found
+
+
+def _flat(rows: Any) -> Floats:
+    """[heads, n, head_dim] as a bundle keeps it, [n, heads * head_dim]."""
+    return np.asarray(rows.transpose(0, 1).reshape(rows.shape[1], -1).numpy())
+
+
+def _headed(rows: Floats, heads: int) -> Any:
+    """[n, heads * head_dim] as a cache keeps it, [1, heads, n, head_dim]."""
+    return torch.from_numpy(rows).reshape(len(rows), heads, -1).transpose(0, 1)[None]
+
+
+def _count(module: Any) -> int:
+    """Weights, each counted once where it is shared."""
+    return sum(int(weight.numel()) for weight in module.parameters())
+
+
+def _decoder_layers(model: Any) -> Any:
+    """The list of the decoder's layers: as long as the config says, and with the most weights. Raises Refused."""
+    length = model.config.get_text_config().num_hidden_layers
+    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == length]
+    if not lists:
+        raise Refused(f"{type(model).__name__} of transformers has no list of {length} layers")
+    return max(lists, key=_count)

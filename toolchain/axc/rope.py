@@ -1,0 +1,72 @@
+"""Rotary tables that come out the same, to the bit, on every machine.
+
+libm's and numpy's cos, sin and pow differ in the last place between processors and versions; IEEE addition and
+multiplication, and Python's decimal, do not.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from decimal import Decimal, localcontext
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axc.config import Rope
+
+# pi/2 in three parts; the first two have 33 significant bits, so that k * part is exact for k < 2**20
+PI_2_HEAD, PI_2_MIDDLE, PI_2_TAIL = (
+    float.fromhex("0x1.921fb544p+0"),
+    float.fromhex("0x1.0b4611a6p-34"),
+    float.fromhex("0x1.3198a2e037073p-69"),
+)
+SIN_TERMS = tuple((-1) ** n / math.factorial(2 * n + 1) for n in range(9))
+COS_TERMS = tuple((-1) ** n / math.factorial(2 * n) for n in range(10))
+
+
+def frequencies(rope: Rope, head_dim: int) -> NDArray[np.float32]:
+    """Inverse frequencies [head_dim / 2], rounded to float32 as transformers has them."""
+    with localcontext() as context:
+        context.prec = 40
+        theta, dim = Decimal(rope.theta), Decimal(head_dim)
+        inverse = [theta ** (-Decimal(2 * i) / dim) for i in range(head_dim // 2)]
+        if rope.kind == "linear":
+            inverse = [f / Decimal(rope.factor) for f in inverse]
+        if rope.kind == "llama3":
+            inverse = [_llama3(f, rope) for f in inverse]
+        return np.array([float(f) for f in inverse], np.float64).astype(np.float32)
+
+
+def _llama3(frequency: Decimal, rope: Rope) -> Decimal:
+    """Long waves are stretched by `factor`, short ones kept, those between blended."""
+    factor, low, high = (Decimal(x) for x in (rope.factor, rope.low_freq_factor, rope.high_freq_factor))
+    turns = rope.original_max_position_embeddings * frequency / (2 * Decimal(math.pi))
+    if turns < low:
+        return frequency / factor
+    if turns > high:
+        return frequency
+    smooth = (turns - low) / (high - low)
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+@functools.lru_cache(maxsize=1)
+def tables(rope: Rope, head_dim: int, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """cos and sin [positions, head_dim / 2], each the float32 nearest to that of the float32 angle."""
+    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies(rope, head_dim)[None, :]
+    x = angles.astype(np.float64)
+    quarter = np.rint(x * (2 / math.pi))
+    x = ((x - quarter * PI_2_HEAD) - quarter * PI_2_MIDDLE) - quarter * PI_2_TAIL
+    square = x * x
+    sine, cosine = x * _horner(square, SIN_TERMS), _horner(square, COS_TERMS)
+    turn = quarter.astype(np.int64) & 3
+    cos = np.choose(turn, [cosine, -sine, -cosine, sine])
+    sin = np.choose(turn, [sine, cosine, -sine, -cosine])
+    return cos.astype(np.float32), sin.astype(np.float32)
+
+
+def _horner(x: NDArray[np.float64], terms: tuple[float, ...]) -> NDArray[np.float64]:
+    total = np.full_like(x, terms[-1])
+    for term in reversed(terms[:-1]):
+        total = total * x + term
+    return total

@@ -1,0 +1,138 @@
+"""Where a bundle is built: a folder beside its place, renamed into it when whole.
+
+A build that is killed leaves the folder, and the next one with the same inputs and flags goes on from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from axc.jobs import DONE
+from axrun.errors import BadInput
+from axrun.format.bundle import MANIFEST
+
+KEY_FILE = ".build.json"
+
+
+def staging_path(output: Path) -> Path:
+    """The folder a bundle for `output` is built in: on the same file system."""
+    return output.with_name(f".{output.name}.building")
+
+
+class KeepStaging(Exception):
+    """Ends a build with `reason` and keeps its finished files for the next try."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+@contextlib.contextmanager
+def staging(output: Path, key: dict[str, Any]) -> Iterator[Path]:
+    """The staging folder, held by a lock; what another build left there stays only if its `key` was the same.
+
+    Left in place when the block raises `KeepStaging` or the process is killed, removed on every other way out.
+    Raises BadInput when another process is building the same bundle, or the folder is none that a build made; OSError.
+    """
+    folder = staging_path(output)
+    made = [parent for parent in (output.parent, *output.parent.parents) if not parent.exists()]
+    with contextlib.ExitStack() as undo:
+        for parent in reversed(made):
+            undo.callback(_remove_empty, parent)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, output):
+            _refuse_foreign(folder)
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+            try:
+                _keep_only(folder, key)
+                yield folder
+            except KeepStaging as kept:
+                undo.pop_all()
+                raise kept.reason from None
+        undo.pop_all()
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, output: Path) -> Iterator[None]:
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise BadInput(f"{folder} is a link or a file, and a build needs that name\nMove it away.") from None
+        raise
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise BadInput(f"another process is building {output}\nWait for it to end.") from None
+    finally:
+        os.close(lock)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if any(folder.iterdir()) and not (folder / KEY_FILE).is_file():
+        raise BadInput(f"{folder} holds something that no build made, and a build needs that name\nMove it away.")
+
+
+def _keep_only(folder: Path, key: dict[str, Any]) -> None:
+    text = json.dumps(key, sort_keys=True)
+    record = folder / KEY_FILE
+    if record.is_file() and record.read_text("utf-8", errors="replace") == text:
+        return
+    for entry in sorted(
+        folder.iterdir(), key=lambda entry: entry.name == KEY_FILE
+    ):  # the key last: see _refuse_foreign
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+    record.write_text(text, "utf-8")
+
+
+def publish(folder: Path, output: Path, *, replace: bool) -> None:
+    """Renames the finished bundle into its place; an older bundle there goes when `replace`. Raises BadInput."""
+    for record in [*folder.glob(f"*{DONE}"), folder / KEY_FILE]:
+        record.unlink()
+    if output.exists() and any(output.iterdir()):
+        if not replace:
+            raise BadInput(f"{output} came to be while this build ran\nPass --force to replace it.")
+        old = output.with_name(f".{output.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        output.rename(old)
+        folder.rename(output)
+        shutil.rmtree(old)
+        return
+    folder.rename(output)
+
+
+def refuse_other_content(output: Path, reason: str = "", *, force: bool) -> None:
+    """Raises BadInput when `output` holds anything but a bundle, or a bundle and `force` was not given.
+
+    `reason` says what tells that bundle from the one to be built.
+    """
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not (output / MANIFEST).is_file():
+        raise BadInput(f"{output} holds something that is no bundle, and stays as it is\nChoose another --output_path.")
+    if not force:
+        raise BadInput(
+            f"{output} holds another bundle{': ' if reason else ''}{reason}\n"
+            "Pass --force (make: FORCE=1) to replace it, or choose another --output_path."
+        )
+
+
+def staged_bytes(output: Path) -> int:
+    """Bytes that an earlier build of `output` has already on the disk."""
+    folder = staging_path(output)
+    files = [path.with_name(path.name.removesuffix(DONE)) for path in folder.glob(f"*{DONE}")]
+    return sum(path.stat().st_size for path in files if path.is_file())

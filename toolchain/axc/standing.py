@@ -1,0 +1,98 @@
+"""A bundle that is at the output path already: the very one a build would make, or what tells it from that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from axc import hf_folder, identity
+from axrun.errors import BadInput, CheckFailed
+from axrun.format.bundle import MANIFEST, read_manifest, sha256, verify
+
+if TYPE_CHECKING:
+    from axc.build import Plan
+
+MODEL_CONFIG = "model_config"  # what the manifest calls a config.json given in place of the checkpoint's
+SHOWN = 2  # differences, before the rest is only counted
+
+
+class Standing(NamedTuple):
+    """`manifest` of the very bundle, whole; None where there is another or none. `reason`: what tells it apart."""
+
+    manifest: dict[str, Any] | None
+    reason: str
+
+
+def find(planned: Plan) -> Standing:
+    """What is at the output path of a build by this compiler."""
+    if not (planned.output / MANIFEST).is_file():
+        return Standing(None, "")
+    try:
+        manifest = read_manifest(planned.output)
+        differences = list(_made_otherwise(planned, manifest) or _made_from_others(planned, manifest["inputs"]))
+        if not differences:
+            return Standing(verify(planned.output), "")
+    except (BadInput, CheckFailed) as error:
+        return Standing(None, str(error).partition("\n")[0].removeprefix(f"{planned.output} "))
+    except (AttributeError, KeyError, TypeError):
+        return Standing(None, "its manifest does not say what it was made from")
+    more = f" (and {len(differences) - SHOWN} more)" if len(differences) > SHOWN else ""
+    return Standing(None, "; ".join(differences[:SHOWN]) + more)
+
+
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """As they are read back from JSON: tuples are lists."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+
+def _made_otherwise(planned: Plan, manifest: Mapping[str, Any]) -> list[str]:
+    """How the compiler, the flags and the names differ; nothing large is read for it."""
+    found = []
+    made, mine, maker = manifest["tools"], identity.tools(), manifest["maker"]
+    if maker != "cpu":
+        found.append(f"its axmodels were made by {maker!a:.40}")
+    elif made != mine:
+        others = [name for name in (*mine, *made) if made.get(name) != mine.get(name)]
+        pairs = (f"{name} {made.get(name, 'none')}, here {mine.get(name, 'none')}" for name in others)
+        found.append(f"another compiler made it ({'; '.join(dict.fromkeys(pairs))})")
+    mended_by, here = manifest["text"].get("mended_by"), hf_folder.mender()
+    if mended_by and mended_by != here:
+        found.append(f"its tokenizer was mended by {mended_by!a:.60}, here is {here or 'no transformers'}")
+    if here and not manifest["text"].get("compared", True):
+        found.append("its tokenizer was not compared with transformers', which is here")
+    wanted, given = as_json(asdict(planned.target)), manifest["flags"]
+    for flag in sorted({*wanted, *given}):
+        if wanted.get(flag) != given.get(flag):
+            found.append(f"it has --{flag} {_value(given.get(flag))}, this build {_value(wanted.get(flag))}")
+    for what, value in (("name", planned.name), ("model_type", planned.config.model_type)):
+        if manifest["model"][what] != value:
+            found.append(f"its model's {what} is {manifest['model'][what]!a:.40}, this build's {value!r:.40}")
+    return found
+
+
+def _made_from_others(planned: Plan, recorded: Mapping[str, Any]) -> Iterator[str]:
+    """How the inputs differ, hashed where their sizes do not tell."""
+    files = {path.name: path for path in planned.inputs}
+    if planned.options.model_config:
+        files[MODEL_CONFIG] = planned.options.model_config
+    for name in sorted({*files, *recorded}):
+        if name not in files:
+            yield f"it was made from a {name!a:.60} too"
+        elif name not in recorded:
+            yield f"it was made without {_input(name, files[name])}"
+        elif not _same(files[name], recorded[name]):
+            yield f"{_input(name, files[name])} has changed since"
+
+
+def _same(path: Path, recorded: Mapping[str, Any]) -> bool:
+    return bool(path.stat().st_size == recorded["size"] and sha256(path) == recorded["sha256"])
+
+
+def _input(name: str, path: Path) -> str:
+    return f"--model_config {path}" if name == MODEL_CONFIG else name
+
+
+def _value(value: object) -> str:
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else f"{value!a:.40}".strip("'\"")

@@ -13,7 +13,6 @@ import transformers
 from numpy.typing import NDArray
 
 from axc import build, families
-from axc.config import ModelConfig
 from axrun.format.bundle import Bundle
 from axrun.model import Model
 
@@ -88,7 +87,7 @@ def same(a: NDArray[np.float32], b: NDArray[np.float32]) -> bool:
     return bool(np.abs(a - b).max() <= 1e-4 * np.abs(b).max())
 
 
-def read(values: dict[str, Any], kind: str, family: str | None = None) -> ModelConfig:
+def read(values: dict[str, Any], kind: str, family: str | None = None) -> Any:
     return families.read_config({"model_type": kind, **values}, Path("config.json"), family)[1]
 
 

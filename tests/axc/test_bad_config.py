@@ -19,18 +19,17 @@ DEEP = "[" * 100_000
     ("changes", "said"),
     [
         pytest.param(
-            {"model_type": "qwen3"},
+            {"model_type": "qwen2_9"},
             [
-                "'qwen3' is not supported",
-                "supported are qwen2, llama",
-                "toolchain/axc/families/qwen3.py",
+                "'qwen2_9' is not supported; the nearest family is qwen2",
+                "follow docs/adding-a-family.md and write toolchain/axc/families/qwen2_9.py",
             ],
             id="unknown architecture",
         ),
         pytest.param(
             {"model_type": "mamba-2"}, ["'mamba-2'", "toolchain/axc/families/mamba_2.py"], id="nothing is near"
         ),
-        pytest.param({"model_type": None}, ["None is not supported", "supported are"], id="no architecture"),
+        pytest.param({"model_type": None}, ["None is not supported", "the nearest family is"], id="no architecture"),
         pytest.param({"model_type": ["qwen2"]}, ["['qwen2'] is not supported"], id="architecture of another type"),
         pytest.param(
             {"hidden_size": 256},

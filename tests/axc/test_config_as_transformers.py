@@ -148,7 +148,7 @@ def test_llama3_frequencies_where_the_original_length_stands_beside_them(kind: s
         "original_max_position_embeddings": 64,
     }
     said: list[str] = []
-    ours = families.read_config(values, Path("config.json"), "llama" if kind in KIN else None, said.append)[1]
+    ours: Any = families.read_config(values, Path("config.json"), "llama" if kind in KIN else None, said.append)[1]
     config: Any = transformers.AutoConfig.for_model(kind).from_dict(json.loads(json.dumps(values)))
     theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     np.testing.assert_allclose(np.array(frequencies(ours.rope, ours.head_dim), float), theirs.numpy(), rtol=1e-6)
@@ -180,7 +180,7 @@ def test_a_key_that_is_absent_has_its_class_s_default(kind: str, key: str) -> No
 
 def test_defaults_are_those_of_transformers() -> None:
     for name, family in families.FAMILIES.items():
-        sources = {name: family.DEFAULTS, **{kin: entry.defaults for kin, entry in family.KIN.items()}}
+        sources = {name: family.defaults, **{kin: entry.defaults for kin, entry in family.kin.items()}}
         for kind, defaults in sources.items():
             theirs: Any = transformers.AutoConfig.for_model(kind)
             raw = {field: value.default for field, value in type(theirs).__dataclass_fields__.items()}

@@ -63,7 +63,7 @@ def test_every_key_that_transformers_reads_is_known(kind: str) -> None:
     loader = config_attributes(modeling_utils)
     assert "transformers_weights" in loader
     family = families.FAMILIES[kind]
-    known = {*family.READS, *config_keys.SHARED, *config_keys.HARMLESS}
+    known = {*family.reads, *config_keys.SHARED, *config_keys.HARMLESS}
     methods = set(dir(transformers.PreTrainedConfig))
     assert own - known - methods == set()
     # of classification heads, other caches and rotary embeddings that these architectures do not have

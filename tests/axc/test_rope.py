@@ -8,7 +8,7 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from axc import rope
-from axc.config import Rope
+from axc.rope import Rope
 
 ROPES = {
     "default": (Rope(1e6), {"rope_type": "default", "rope_theta": 1e6}),

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from axc.compile import Target
-from axc.config import ModelConfig, read_json
+from axc.config_json import read_json
 from axc.embed import BFLOAT16_FILE
+from axc.families.family import ModelConfig
 from axc.hf_folder import HfFolder
 from axrun.errors import BadInput
 from axrun.tokenizer import Tokenizer

@@ -8,8 +8,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from axc.compile import Target
-from axc.config import ModelConfig
+from axc.compile import Target, weights
+from axc.families.family import ModelConfig
 from axc.quantizer import WEIGHT_TYPES
 from axrun import free_memory
 from axrun.errors import BadInput
@@ -43,11 +43,11 @@ class Budget:
 
 def memory(config: ModelConfig, target: Target) -> int:
     """Private bytes of a process: interpreter, blocks in work, rotary tables, the largest matrix's scales."""
-    rows = max(config.vocab_size, config.intermediate_size)
     scales = 0
     for name in (target.weight_type, target.post_weight_type):
         group = WEIGHT_TYPES[name].group
-        scales = max(scales, rows * config.hidden_size // group * 4 if group else rows * 4)
+        matrices = (source.shape for source in weights(config).values() if len(source.shape) == 2)
+        scales = max(scales, *(rows * columns // group * 4 if group else rows * 4 for rows, columns in matrices))
     rotary = target.positions * config.head_dim * 8 * 8  # float64 tables and what they are computed through
     return PROCESS_BYTES + BLOCKS_BYTES + 2 * scales + rotary
 

@@ -18,6 +18,7 @@ from axc import budget, bundle, config, hf_folder, identity, jobs, standing
 from axc.axmodel.writer import Written
 from axc.checkpoint import Checkpoint
 from axc.compile import Target
+from axc.families.family import ModelConfig
 from axc.jobs import Job, Work
 from axc.quantizer import WEIGHT_TYPES
 from axc.staging import KeepStaging, publish, refuse_other_content, staged_bytes, staging
@@ -75,9 +76,9 @@ class Options:
                 )
             previous = length
 
-    def target(self, model: config.ModelConfig) -> Target:
+    def target(self, model: ModelConfig) -> Target:
         """What to compile for, the lengths held against the model's. Raises BadInput."""
-        context = min(model.max_position_embeddings, model.sliding_window or MAX_CONTEXT, MAX_CONTEXT)
+        context = min(model.context, MAX_CONTEXT)
         if not 1 <= self.kv_cache_len < context:
             window = ", its sliding_window" if context == model.sliding_window else ""
             raise BadInput(
@@ -111,7 +112,7 @@ class Plan:
 
     options: Options
     checkpoint: Checkpoint
-    config: config.ModelConfig
+    config: ModelConfig
     target: Target
     inputs: tuple[Path, ...]
     jobs: tuple[Job, ...]

@@ -12,8 +12,8 @@ from axc import axllm, hf_folder, identity
 from axc.axllm import to_json
 from axc.axmodel.writer import Written
 from axc.compile import Target
-from axc.config import ModelConfig
 from axc.embed import BFLOAT16_FILE
+from axc.families.family import ModelConfig
 from axc.hf_folder import HfFolder
 from axrun.errors import BadInput
 from axrun.format.bundle import MANIFEST, SCHEMA, read_manifest, sha256

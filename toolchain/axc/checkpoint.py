@@ -103,16 +103,17 @@ class Checkpoint:
         width = int(np.prod(shape[1:], dtype=np.int64)) if len(shape) > 1 else 1
         height = max(BLOCK_ELEMENTS // max(width, 1) // rows, 1) * rows
         for start in range(0, shape[0], height):
-            block = self.rows(name, start, min(start + height, shape[0]))
-            _refuse_non_finite(name, block, self.tensors[name], start)
-            yield start, block
+            yield start, self.finite_rows(name, start, min(start + height, shape[0]))
 
-    def float32(self, name: str) -> NDArray[np.float32]:
-        """A whole tensor as float32; for the small ones (norms, biases)."""
-        try:
-            return np.concatenate([widen(block, self.tensors[name].dtype) for _, block in self.blocks(name)])
-        except OverflowError as overflow:
-            raise BadInput(f"{name} holds {overflow}") from None
+    def dtype(self, name: str) -> str:
+        """The element type of a tensor, as ONNX names it."""
+        return self.tensors[name].dtype
+
+    def finite_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """What `rows` gives. Raises BadInput for values that are not finite."""
+        block = self.rows(name, start, stop)
+        _refuse_non_finite(name, block, self.tensors[name], start)
+        return block
 
 
 def _values(block: NDArray[Any], dtype: str) -> NDArray[Any]:

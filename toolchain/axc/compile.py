@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from axc import VERSION, families
-from axc.config import ModelConfig
+from axc.families.family import ModelConfig
 from axc.graph import Graph, Parameter
 from axc.quantizer import WEIGHT_TYPES
+from axc.weights import Source
 from axrun.format.axmodel import FORMAT_VERSION, OPSET, PRODUCER, Axmodel, Group
 from axrun.format.dtypes import FLOATS
 
@@ -50,16 +53,27 @@ class Target:
         return f"{config.model_type}_post.axmodel"
 
 
+@functools.lru_cache(maxsize=2)
+def weights(config: ModelConfig) -> Mapping[str, Source]:
+    """Every weight of the axmodels of a model, by name, and what it is made of."""
+    return families.FAMILIES[config.model_type].weights(config)
+
+
 def layer_model(config: ModelConfig, target: Target, index: int) -> tuple[Axmodel, dict[str, Parameter]]:
     """The axmodel of one decoder layer, and where its data come from."""
-    graph = Graph(f"layer{index}", WEIGHT_TYPES[target.weight_type], FLOATS[target.hidden_state_type])
-    families.FAMILIES[config.model_type].decoder_layer(config, index, target.positions, graph)
-    return _finish(graph, target, "layer", target.groups, target.weight_type, {"axmodel.layer": str(index)})
+    family = families.FAMILIES[config.model_type]
+    hidden_type = FLOATS[target.hidden_state_type]
+    graph = Graph(f"layer{index}", WEIGHT_TYPES[target.weight_type], hidden_type, weights(config))
+    family.layer(config, index, target.positions, graph)
+    extra = {"axmodel.layer": str(index)}
+    if window := family.keeps(config, index).window:
+        extra["axmodel.window"] = str(window)
+    return _finish(graph, target, "layer", target.groups, target.weight_type, extra)
 
 
 def post_model(config: ModelConfig, target: Target) -> tuple[Axmodel, dict[str, Parameter]]:
     """The axmodel of final norm and lm_head, and where its data come from."""
-    graph = Graph("post", WEIGHT_TYPES[target.post_weight_type], FLOATS[target.hidden_state_type])
+    graph = Graph("post", WEIGHT_TYPES[target.post_weight_type], FLOATS[target.hidden_state_type], weights(config))
     families.FAMILIES[config.model_type].post(config, target.post_topk, graph)
     return _finish(graph, target, "post", (Group(0, 1, 0),), target.post_weight_type, {})
 

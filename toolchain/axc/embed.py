@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from axc.axmodel.writer import write_file
 from axc.checkpoint import BLOCK_ELEMENTS, EMBEDDING, Checkpoint, widen
 from axc.quantizer.floats import convert
+from axc.weights import Source, Tensors, blocks
 from axrun.errors import BadInput
 from axrun.format.dtypes import f32_to_bf16
 
@@ -25,14 +26,15 @@ BFLOAT16_FILE = f"{NAME}.bfloat16.bin"
 PREFIXES = ("", "llm.", "language_model.", "model.language_model.")
 
 
-def bfloat16_blocks(checkpoint: Checkpoint, tensor: str = EMBEDDING) -> Iterator[NDArray[np.uint16]]:
+def bfloat16_blocks(source: Source, tensors: Tensors) -> Iterator[NDArray[np.uint16]]:
     """The table [vocab, hidden] in rows, rounded to the nearest bfloat16."""
-    dtype = checkpoint.tensors[tensor].dtype
-    for _, block in checkpoint.blocks(tensor):
+    dtype = source.dtype(tensors)
+    for _, block in blocks(source, tensors):
         try:
             yield convert(block, dtype, "BFLOAT16")
         except OverflowError as overflow:
-            raise BadInput(f"{tensor} holds {overflow}: the contract has the embedding in bfloat16") from None
+            name = next(iter(source.reads))
+            raise BadInput(f"{name} holds {overflow}: the contract has the embedding in bfloat16") from None
 
 
 def extract(checkpoint_path: Path, output_path: Path) -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axc.quantizer import WeightType
+from axc.weights import Source
 from axrun.format.axmodel import Attribute, Axmodel, Node, Tensor, TensorInfo
 from axrun.format.dtypes import NAMES, nbytes
 
@@ -30,16 +31,18 @@ class Value:
 
 @dataclass(frozen=True)
 class Vector:
-    """Data of an initializer: a small tensor of the checkpoint, as float32."""
+    """Data of an initializer: a small weight, as float32."""
 
-    tensor: str
+    name: str
+    source: Source
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Data of an initializer: part number `part` of a checkpoint's matrix in a weight type."""
+    """Data of an initializer: part number `part` of a matrix in a weight type."""
 
-    tensor: str
+    name: str
+    source: Source
     weight_type: WeightType
     part: int
 
@@ -51,11 +54,12 @@ ONNX_DTYPES = {np.dtype(np.float32): "FLOAT", np.dtype(np.int64): "INT64"}
 
 @dataclass
 class Graph:
-    """One axmodel in the making. `weight_type` is what `linear` stores its matrices in."""
+    """One axmodel in the making. `weight_type` is what `linear` stores its matrices in, `weights` what they are."""
 
     name: str
     weight_type: WeightType
     hidden_type: str
+    weights: Mapping[str, Source]
     inputs: list[TensorInfo] = field(default_factory=list)
     outputs: list[TensorInfo] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -92,19 +96,27 @@ class Graph:
         _expect(a.shape[-len(b.shape) :] == b.shape, "Add", a, b)
         return self._node("Add", [a, b], a.dtype, a.shape)
 
+    def vector(self, name: str) -> Value:
+        """A small weight: of a norm, a bias."""
+        source = self.weights[name]
+        return self.parameter(name, "FLOAT", source.shape, Vector(name, source))
+
     def rms_norm(self, x: Value, weight: str, epsilon: float) -> Value:
         """RMSNormalization along the last axis."""
-        scale = self.parameter(weight, "FLOAT", (int(x.shape[-1]),), Vector(weight))
+        scale = self.vector(weight)
+        _expect(scale.shape == x.shape[-1:], "RMSNormalization", x, scale)
         return self._node("RMSNormalization", [x, scale], "FLOAT", x.shape, axis=-1, epsilon=epsilon)
 
-    def linear(self, x: Value, weight: str, out_features: int, bias: str | None = None) -> Value:
-        """x [.., in] times the checkpoint's matrix [out, in], transposed: [.., out]."""
-        in_features = int(x.shape[-1])
-        kind = self.weight_type
+    def linear(self, x: Value, name: str) -> Value:
+        """x [.., in] times the transposed matrix `name`.weight [out, in]; plus `name`.bias if there is one."""
+        weight, kind = f"{name}.weight", self.weight_type
+        source = self.weights[weight]
+        out_features, in_features = source.shape
         parts = [
-            self.parameter(name, dtype, dims, Weight(weight, kind, part))
-            for part, (name, dtype, dims) in enumerate(kind.parts(weight, out_features, in_features))
+            self.parameter(part_name, dtype, dims, Weight(weight, source, kind, part))
+            for part, (part_name, dtype, dims) in enumerate(kind.parts(weight, out_features, in_features))
         ]
+        _expect(x.shape[-1] == in_features, "MatMul", x, parts[0])
         if len(parts) == 1:
             matrix = self.cast(parts[0], "FLOAT")
         else:
@@ -113,9 +125,8 @@ class Graph:
             self.nodes.append(Node("DequantizeLinear", inputs, (matrix.name,), kind.dequantize(in_features)))
         matrix = self._node("Transpose", [matrix], "FLOAT", (in_features, out_features), perm=(1, 0))
         y = self._node("MatMul", [x, matrix], "FLOAT", (*x.shape[:-1], out_features))
-        if bias is None:
-            return y
-        return self.add(y, self.parameter(bias, "FLOAT", (out_features,), Vector(bias)))
+        bias = f"{name}.bias"
+        return self.add(y, self.vector(bias)) if bias in self.weights else y
 
     def rotary(self, x: Value, cos: Value, sin: Value, positions: Value, heads: int) -> Value:
         """RotaryEmbedding of x [1, M, heads * head_dim], halves rotated as in transformers."""

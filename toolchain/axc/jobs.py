@@ -11,9 +11,9 @@ from typing import Any
 
 from axc import embed
 from axc.axmodel.writer import Written, write_axmodel, write_file
-from axc.checkpoint import Checkpoint
-from axc.compile import Target, layer_model, post_model
-from axc.config import ModelConfig
+from axc.checkpoint import EMBEDDING, Checkpoint
+from axc.compile import Target, layer_model, post_model, weights
+from axc.families.family import ModelConfig
 from axc.graph import Parameter
 from axrun.format.axmodel import Axmodel, Slot, layout
 from axrun.format.bundle import sha256
@@ -89,7 +89,7 @@ def _make(work: Work, job: Job, path: Path, tick: Callable[[], None]) -> Written
     checkpoint = _opened(work.checkpoint, work.stamps)
     checkpoint = checkpoint.tied() if work.config.tie_word_embeddings else checkpoint
     if job.kind == "embedding":
-        return write_file(path, _ticking(embed.bfloat16_blocks(checkpoint), tick))
+        return write_file(path, _ticking(embed.bfloat16_blocks(weights(work.config)[EMBEDDING], checkpoint), tick))
     model, parameters = _model(work, job)
     return write_axmodel(path, model, parameters, checkpoint, tick)
 

@@ -21,7 +21,7 @@ from axc import budget, bundle, identity, jobs
 from axc.axmodel.writer import Written
 from axc.build import Plan, staging_key
 from axc.compile import Target
-from axc.config import ModelConfig
+from axc.families.family import ModelConfig
 from axc.hf_folder import HfFolder
 from axc.jobs import Job, Work
 from axc.staging import publish, refuse_other_content, staging

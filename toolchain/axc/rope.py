@@ -8,12 +8,27 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from decimal import Decimal, localcontext
 
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.config import Rope
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding. `kind` is default, linear (with `factor`) or llama3 (with all that follows).
+
+    Frequencies as in transformers' modeling_rope_utils.
+    """
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_position_embeddings: int = 0
+
 
 # pi/2 in three parts; the first two have 33 significant bits, so that k * part is exact for k < 2**20
 PI_2_HEAD, PI_2_MIDDLE, PI_2_TAIL = (

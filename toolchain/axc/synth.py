@@ -20,6 +20,7 @@ from axc.axmodel.writer import write_file
 from axc.bundle import write_json
 from axc.hf_folder import HF_FILES
 from axc.shapes import config_json
+from axc.weights.cross_check import reads
 from axrun.errors import BadInput
 from axrun.format.dtypes import f32_to_bf16
 
@@ -29,7 +30,7 @@ BLOCK = 1 << 20
 
 def _tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     family, read = families.read_config(config, Path("config.json"), None)
-    return family.tensors(read)
+    return reads(family.weights(read))
 
 
 def nbytes(model: str) -> int:

@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoint import Checkpoint
 from axc.graph import Parameter, Vector, Weight
 from axc.quantizer import SquaredError
+from axc.weights import Tensors, blocks, float32
 from axrun.errors import BadInput
 from axrun.format.axmodel import Axmodel, layout
 
@@ -61,14 +61,14 @@ def write_axmodel(
     path: Path,
     model: Axmodel,
     parameters: dict[str, Parameter],
-    checkpoint: Checkpoint,
+    tensors: Tensors,
     tick: Callable[[], None] = lambda: None,
 ) -> Written:
-    """Writes `model`, its data taken from `checkpoint` as `parameters` say. Raises BadInput, OSError.
+    """Writes `model`, its data taken from `tensors` as `parameters` say. Raises BadInput, OSError.
 
     `tick` is called between pieces and may raise to end the writing.
     """
-    content = Content(checkpoint)
+    content = Content(tensors)
 
     def pieces() -> Iterator[bytes | NDArray[Any]]:
         for part in layout(model):
@@ -93,14 +93,14 @@ def write_axmodel(
 class Content:
     """The data of initializers. The parts of a weight are asked for in order: the first keeps what the next need."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors = tensors
         self.errors: dict[str, SquaredError] = {}
         self.later: dict[tuple[str, int], list[NDArray[Any]]] = {}
 
     def data(self, parameter: Parameter) -> Iterator[NDArray[Any]]:
         if isinstance(parameter, Vector):
-            yield self.checkpoint.float32(parameter.tensor)
+            yield float32(parameter.name, parameter.source, self.tensors)
         elif isinstance(parameter, Weight):
             yield from self._weight(parameter)
         else:
@@ -108,15 +108,15 @@ class Content:
 
     def _weight(self, weight: Weight) -> Iterator[NDArray[Any]]:
         if weight.part:
-            yield from self.later.pop((weight.tensor, weight.part))
+            yield from self.later.pop((weight.name, weight.part))
             return
-        error = self.errors.setdefault(weight.tensor, SquaredError())
-        dtype = self.checkpoint.tensors[weight.tensor].dtype
-        for _, block in self.checkpoint.blocks(weight.tensor):
+        error = self.errors.setdefault(weight.name, SquaredError())
+        dtype = weight.source.dtype(self.tensors)
+        for _, block in blocks(weight.source, self.tensors):
             try:
                 first, *rest = weight.weight_type.store(block, dtype, error)
             except OverflowError as overflow:
-                raise BadInput(f"{weight.tensor} holds {overflow}\nChoose another type for it.") from None
+                raise BadInput(f"{weight.name} holds {overflow}\nChoose another type for it.") from None
             for part, array in enumerate(rest, 1):
-                self.later.setdefault((weight.tensor, part), []).append(array)
+                self.later.setdefault((weight.name, part), []).append(array)
             yield first

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from axc.config import Kin, ModelConfig, Reader
-from axc.families import decoder
-from axc.families.decoder import REDUNDANT, decoder_layer, post, tensors
+from axc.config_json import Reader
+from axc.config_rope import read_rope
+from axc.families import blocks
+from axc.families.blocks import Sources
+from axc.families.family import Family, Kin, ModelConfig
+from axc.graph import Graph
+from axc.rope import Rope
 from axrun.errors import BadInput
 
-__all__ = ["DEFAULTS", "DIFFERENT", "KIN", "READS", "REDUNDANT", "decoder_layer", "post", "read_config", "tensors"]
-
-READS = decoder.READS | {"attention_bias", "mlp_bias"}
 # of a key that is absent, as in transformers' LlamaConfig
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
@@ -49,19 +51,70 @@ DIFFERENT: Mapping[str, str] = MappingProxyType(
 )
 
 
-def read_config(reader: Reader) -> ModelConfig:
-    """ModelConfig from a Llama config.json. Raises BadInput."""
-    bias, mlp_bias = reader.flag("attention_bias"), reader.flag("mlp_bias")
-    window = _window(reader)
-    return decoder.read_config(reader, "llama", qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias, sliding_window=window)
+@dataclass(frozen=True, kw_only=True)
+class Config(ModelConfig):
+    """Every layer sees everything, but transformers' cache slides by a `sliding_window`: that bounds the context."""
+
+    intermediate_size: int
+    rms_norm_eps: float
+    rope: Rope
+    attention_bias: bool
+    mlp_bias: bool
+
+    @property
+    def context(self) -> int:
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
+
+def config(reader: Reader) -> Config:
+    """From a Llama config.json. Raises BadInput."""
+    reader.expect("hidden_act", "silu", "swish")
+    sizes = blocks.dimensions(reader)
+    return Config(
+        model_type="llama",
+        **sizes,
+        intermediate_size=reader.integer("intermediate_size"),
+        rms_norm_eps=blocks.epsilon(reader),
+        rope=read_rope(reader, sizes["max_position_embeddings"]),
+        attention_bias=reader.flag("attention_bias"),
+        mlp_bias=reader.flag("mlp_bias"),
+        sliding_window=_window(reader),
+    )
 
 
 def _window(reader: Reader) -> int | None:
     """Llama's own layers see everything, but transformers' cache would slide by a `sliding_window`; Mistral's do."""
-    slides, window = decoder.sliding_layers(reader), reader.get("sliding_window")
-    if slides and window is None:
+    slides, window = blocks.sliding_layers(reader), reader.get("sliding_window")
+    if slides and any(slides) and window is None:
         raise BadInput(f"{reader.path}: layer_types has sliding_attention, but there is no sliding_window")
-    return None if window is None or slides is False else reader.integer("sliding_window")
+    return None if window is None or (slides and not any(slides)) else reader.integer("sliding_window")
+
+
+def weights(config: Config) -> Sources:
+    hidden = config.hidden_size
+
+    def layer(prefix: str, index: int) -> Sources:
+        return {
+            **blocks.vector(f"{prefix}input_layernorm", hidden),
+            **blocks.vector(f"{prefix}post_attention_layernorm", hidden),
+            **blocks.attention_weights(prefix, config, config.attention_bias, config.attention_bias),
+            **blocks.gated_mlp_weights(prefix, hidden, config.intermediate_size, config.mlp_bias),
+        }
+
+    return blocks.decoder_weights(config, layer)
+
+
+def layer(config: Config, index: int, positions: int, graph: Graph) -> None:
+    prefix, norm = f"model.layers.{index}.", blocks.rms(config.rms_norm_eps)
+    given = blocks.inputs(config, graph)
+    normed = norm(graph, given.x, f"{prefix}input_layernorm")
+    x = graph.add(given.x, blocks.attention(graph, given, normed, prefix, config, config.rope, positions))
+    normed = norm(graph, x, f"{prefix}post_attention_layernorm")
+    graph.output("output", graph.add(x, blocks.gated_mlp(graph, normed, prefix)), graph.hidden_type)
+
+
+def post(config: Config, top_k: int, graph: Graph) -> None:
+    blocks.post(config, blocks.rms(config.rms_norm_eps), top_k, graph)
 
 
 def _smollm3(reader: Reader) -> dict[str, Any]:
@@ -74,7 +127,7 @@ def _smollm3(reader: Reader) -> dict[str, Any]:
         raise BadInput(
             f"{reader.path}: no_rope_layers is {rotates!r:.60}: layers without rotary embedding are no Llama's"
         )
-    if not (values.pop("use_sliding_window", False) and decoder.sliding_layers(reader)):
+    if not (values.pop("use_sliding_window", False) and any(blocks.sliding_layers(reader) or ())):
         values.update(sliding_window=None, layer_types=None)
     return values
 
@@ -128,4 +181,14 @@ KIN: Mapping[str, Kin] = MappingProxyType(
             _granite,
         ),
     }
+)
+FAMILY = Family(
+    config=config,
+    weights=weights,
+    layer=layer,
+    post=post,
+    reads=blocks.READS | {"attention_bias", "mlp_bias"},
+    defaults=DEFAULTS,
+    kin=KIN,
+    different=DIFFERENT,
 )

@@ -1,0 +1,110 @@
+"""config.json as untrusted input: one JSON object, read by typed and bounded access to its keys."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from axc.weight_files import refuse_lfs_pointer
+from axrun.errors import BadInput
+
+MAX_CONFIG = 1 << 20  # bytes
+# how config.json says that the weights are quantised: transformers, older compressed-tensors, MLX
+QUANTISED = ("quantization_config", "compression_config", "quantization")
+
+
+class Reader:
+    """config.json as untrusted input: typed, bounded access by key; `defaults` stand in for keys that are absent."""
+
+    def __init__(self, values: dict[str, Any], path: Path, defaults: Mapping[str, Any] = MappingProxyType({})) -> None:
+        self.values, self.path, self.defaults = values, path, defaults
+
+    def get(self, key: str) -> Any:
+        """Raises BadInput for a key that is absent and has no default."""
+        if key not in self.values and key not in self.defaults:
+            raise BadInput(f"{self.path}: {key} is missing, and its default is not known")
+        return self.values.get(key, self.defaults.get(key))
+
+    def integer(self, key: str, *, low: int = 1, high: int = 1 << 24) -> int:
+        value = self.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise BadInput(f"{self.path}: {key} is {value!r:.60}; expected a whole number from {low} to {high}")
+        return value
+
+    def number(self, key: str, *, low: float, high: float) -> float:
+        value = self.get(key)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
+            raise BadInput(f"{self.path}: {key} is {value!r:.60}; expected a number from {low:g} to {high:g}")
+        return float(value)
+
+    def flag(self, key: str, *, null: bool | None = None) -> bool:
+        """True or false, and `null` for null."""
+        value = self.get(key)
+        value = null if value is None else value
+        if not isinstance(value, bool):
+            raise BadInput(f"{self.path}: {key} is {value!r:.60}; expected true or false")
+        return value
+
+    def expect(self, key: str, *only: str) -> None:
+        value = self.get(key)
+        if value not in only:
+            raise BadInput(f"{self.path}: {key} is {value!r:.60}; this architecture is built with {only[0]!r} only")
+
+    def divisor(self, key: str, of: int) -> int:
+        """A divisor of `of`, which is meant where it is null."""
+        value = of if self.get(key) is None else self.integer(key)
+        if of % value:
+            raise BadInput(f"{self.path}: {key} is {value}, which does not divide the {of} attention heads")
+        return value
+
+    def head_dim(self, hidden: int, heads: int) -> int:
+        """Given, or hidden_size / num_attention_heads; rotary needs it even."""
+        given = self.values.get("head_dim") is not None
+        if not given and hidden % heads:
+            raise BadInput(f"{self.path}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
+        value = self.integer("head_dim", low=2) if given else hidden // heads
+        if value % 2:
+            raise BadInput(f"{self.path}: head_dim is {value}; rotary position embedding needs an even number")
+        return value
+
+
+def read_config_json(path: Path) -> dict[str, Any]:
+    """The keys of a config.json. Raises BadInput, also where it says that the checkpoint is quantised."""
+    if path.is_file() and path.stat().st_size > MAX_CONFIG:
+        raise BadInput(f"{path} has {path.stat().st_size} bytes; expected at most {MAX_CONFIG}")
+    values = read_json(path, _once)
+    for key in QUANTISED:
+        if values.get(key) is not None:
+            raise BadInput(
+                f"{path} says the checkpoint is quantised already ({key} {values[key]!r:.60})\n"
+                "Give the original float checkpoint."
+            )
+    return values
+
+
+def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
+    """A JSON object from a file of the checkpoint; `pairs` makes its objects. Raises BadInput."""
+    try:
+        values = json.loads(path.read_text("utf-8"), object_pairs_hook=pairs)
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing\nGive the folder of a Hugging Face checkpoint.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ValueError):
+            refuse_lfs_pointer(path)
+        raise BadInput(f"cannot read {path}: {str(error)[:200]}") from None
+    if not isinstance(values, dict):
+        raise BadInput(f"{path} holds a {type(values).__name__}, expected a JSON object")
+    return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys mean one thing each. Raises ValueError."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values and values[key] != value:
+            raise ValueError(f"{key:.60} is given twice: {values[key]!r:.40} and {value!r:.40}")
+        values[key] = value
+    return values

@@ -1,0 +1,66 @@
+"""Weight sources: what a weight of an axmodel is made of, read from a checkpoint in blocks of rows.
+
+A family names its weights and gives a source for each (`axc.families`). `sources` has the kinds of sources,
+`cross_check` compares the tensors that they read with those that a checkpoint has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axc.checkpoint import BLOCK_ELEMENTS, widen
+from axrun.errors import BadInput
+
+Shape = tuple[int, ...]
+
+
+class Tensors(Protocol):
+    """Where sources read: a checkpoint, or another reading of one to compare with."""
+
+    def dtype(self, name: str) -> str:
+        """The element type of a tensor, as ONNX names it."""
+
+    def finite_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows [start, stop) along the first dimension as stored; bfloat16 as uint16.
+
+        Raises BadInput for values that are not finite.
+        """
+
+
+class Source(Protocol):
+    """What one weight is made of."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of the weight; matrices are [out, in]."""
+
+    @property
+    def reads(self) -> Mapping[str, Shape]:
+        """The tensors of the checkpoint that it reads, and the shapes that they must have."""
+
+    def dtype(self, tensors: Tensors) -> str:
+        """The element type that `rows` gives."""
+
+    def rows(self, tensors: Tensors, start: int, stop: int) -> NDArray[Any]:
+        """Rows [start, stop) of the weight; bfloat16 as uint16. Raises BadInput for values that are not finite."""
+
+
+def blocks(source: Source, tensors: Tensors, rows: int = 1) -> Iterator[tuple[int, NDArray[Any]]]:
+    """The weight in blocks of whole rows: (first row, block). Block heights are multiples of `rows`."""
+    width = int(np.prod(source.shape[1:], dtype=np.int64))
+    height = max(BLOCK_ELEMENTS // max(width, 1) // rows, 1) * rows
+    for start in range(0, source.shape[0], height):
+        yield start, source.rows(tensors, start, min(start + height, source.shape[0]))
+
+
+def float32(name: str, source: Source, tensors: Tensors) -> NDArray[np.float32]:
+    """A whole weight as float32; for the small ones (norms, biases). Raises BadInput."""
+    dtype = source.dtype(tensors)
+    try:
+        return np.concatenate([widen(block, dtype) for _, block in blocks(source, tensors)])
+    except OverflowError as overflow:
+        raise BadInput(f"{name} holds {overflow}") from None

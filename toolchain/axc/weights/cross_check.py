@@ -1,0 +1,96 @@
+"""The tensors that weight sources read beside those that a checkpoint has: names, shapes, element types."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from axc.checkpoint import HEAD, INFINITY, STORED_DTYPES, Checkpoint
+from axc.weights import Shape, Source
+from axrun.errors import BadInput
+
+
+def reads(sources: Mapping[str, Source]) -> dict[str, Shape]:
+    """Every tensor that the sources read and its shape, in their order."""
+    return {name: shape for source in sources.values() for name, shape in source.reads.items()}
+
+
+def cross_check(checkpoint: Checkpoint, sources: Mapping[str, Source], redundant: tuple[str, ...], path: Path) -> None:
+    """Raises BadInput naming tensors that are missing, unexpected or of another shape than the sources need.
+
+    `redundant`: endings of names that a checkpoint may have and a build does not need. `path` is the config.json.
+    """
+    expected = reads(sources)
+    stored = checkpoint.tensors
+    wrong = [
+        f"{name} has shape {list(stored[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    missing = [name for name in expected if name not in stored]
+    # a head that is stored and not expected is the embedding again: axc.config has compared them
+    unexpected = [name for name in stored if name not in expected and name != HEAD and not name.endswith(redundant)]
+    odd = [name for name in expected if name in stored and stored[name].dtype not in INFINITY]
+    lines = []
+    if odd:
+        lines.append(
+            f"tensor {odd[0]} of {stored[odd[0]].file.name} is stored as {stored[odd[0]].dtype}; "
+            f"expected one of {', '.join(STORED_DTYPES)}: give the original float checkpoint"
+        )
+    if wrong:
+        more = f" ({len(wrong) - 1} more of other shapes)" if len(wrong) > 1 else ""
+        lines.append(f"{path}: {wrong[0]}{more}")
+    if missing:
+        lines.append(
+            f"{_count(missing)} missing from {checkpoint.path}: {_some(missing)}; does config.json belong to it?"
+        )
+    if unexpected:
+        lines.append(f"{_count(unexpected)} not of this architecture: {_some(unexpected)}; is model_type right?")
+    if lines:
+        hint = _hint(missing, unexpected)
+        raise BadInput("\n".join([*lines[:2], hint] if hint else lines[:3]))
+
+
+# what the names of tensors that do not belong tell of how they were saved: a pattern, what it is, what to do
+ODD_NAMES = (
+    (
+        r"\.(lora_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.",
+        "They are of an adapter: merge it with merge_and_unload() and save again.",
+    ),
+    (
+        r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_scale_inv|absmax|quant_map|biases)$",
+        "They are quantised weights: give the original float checkpoint.",
+    ),
+    (r"^tok_embeddings\.|\.attention\.wq\.", "They have Meta's own names: give the version for transformers."),
+    (r"\.(LayerNorm)\.(gamma|beta)$|\.(gamma|beta)$", "Names in gamma and beta are of TensorFlow: save again."),
+)
+# prefixes that wrappers leave in a state_dict
+WRAPPERS = {
+    "module.": "torch's DataParallel",
+    "_orig_mod.": "torch.compile",
+    "_forward_module.": "Lightning",
+    "base_model.model.": "PEFT",
+}
+
+
+def _hint(missing: list[str], unexpected: list[str]) -> str | None:
+    """What the names of misfits tell: a prefix before all of them, or another kind of checkpoint."""
+    for pattern, words in ODD_NAMES:
+        if any(re.search(pattern, name) for name in unexpected):
+            return words
+    for name in missing[:1]:
+        for odd in unexpected:
+            if odd.endswith(f".{name}"):
+                prefix = odd.removesuffix(name)
+                who = WRAPPERS.get(prefix, "a wrapper around the model")
+                return f"Their names begin with {prefix!r:.60}, which {who} adds: save the inner model again."
+    return None
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} tensor{'s are' if len(names) > 1 else ' is'}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -33,7 +33,7 @@ KEEPER = $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(VENV)/build.ins
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help build run test test-all lint bench engine page image base-image verify-reproducible setup clean ready
+.PHONY: help build run test test-all lint bench engine page image base-image verify-reproducible wheels setup clean ready
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 } /^##( |$$)/ { print substr($$0, 4) }' Makefile
@@ -70,6 +70,9 @@ base-image: ready ## the container's base from Debian packages, where no image r
 
 verify-reproducible: ready ## image and bundle built twice from nothing, and compared byte by byte
 	@$(INVOKE) verify-reproducible
+
+wheels: ready ## the wheels of a release, built twice and compared, in OUT/wheels
+	@$(INVOKE) wheels
 
 setup: ready ## only make VENV, with everything the other targets need, e.g. before going offline
 	@$(INVOKE) setup

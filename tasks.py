@@ -218,6 +218,17 @@ def verify_reproducible(_: Context, base_image: str = BASE_IMAGE, mirror: str = 
 
 
 @verb
+def wheels(_: Context, out: str = OUT or "out", tag: str = "") -> None:
+    """The wheels of axc and axrun, for x86-64 and aarch64, built twice from what git has and compared."""
+    from ci import release
+
+    install(VENV, "build")
+    bring_page(VENV)
+    for wheel in release.make(Path(out), tag=tag, say=TELL):
+        print(wheel)
+
+
+@verb
 def setup(_: Context, extra: Sequence[str] | None = None) -> None:
     """Install the locked requirements, e.g. before going offline."""
     install(VENV, *(extra or (name for name in SETS if name != "page")))  # which only a machine without npm needs

@@ -52,6 +52,7 @@ HELP = {
     "backend": "cpu, or pulsar2 for the vendor's compiler in VENDOR_IMAGE (BACKEND, default cpu)",
     "peer": f"what to measure beside: {', '.join(PEERS)} (PEER, default none)",
     "extra": f"one of {', '.join(SETS)}; may be repeated (default all)",
+    "tag": "what git calls the release; it has to be v and the VERSION of both packages",
     "upgrade": "take the newest versions instead of keeping those that are locked",
     "board": "one of ci/boards/*.yaml, or a labgrid environment of your own",
     "disk": "the virtual board's disk for releases, e.g. 64M, empty at each start (default: this machine's)",

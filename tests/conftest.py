@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ Builder = Callable[..., Path]
 
 # A shell that runs tests in the background has them, and all they start, ignore Ctrl-C, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Read when torch is loaded. The models are tiny and the cores busy: threads of OpenMP would spend their time waiting for
+# one another, fifty times what the work takes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The same examples in every run, and none too slow. Others: pytest --hypothesis-profile=default
 settings.load_profile("ci")
 

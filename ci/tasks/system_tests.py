@@ -33,8 +33,8 @@ class Group:
     memory: Path
 
     @property
-    def name(self) -> str:
-        return self.folder or "the other tests"
+    def title(self) -> str:
+        return f"system tests of {self.folder}" if self.folder else "the other system tests"
 
     @property
     def log(self) -> Path:
@@ -63,7 +63,7 @@ def run(*more: str) -> None:
             return
         for group, code in codes.items():
             if code == FAILED_TESTS:
-                print(f"error: system tests of {group.name} failed. Once more, those alone: what was late under load")
+                print(f"error: {group.title} failed. Once more, those alone: what was late under load")
                 print("may pass.", flush=True)
                 code = group.start("--last-failed", "--last-failed-no-failures=none", *more, shown=True).wait()
             if code not in fine:
@@ -77,12 +77,12 @@ def _ended(groups: list[Group], *more: str) -> Iterator[tuple[Group, int]]:
         while waiting or running:
             while waiting and len(running) < AT_ONCE:
                 group = waiting.pop(0)
-                print(f"system tests of {group.name} ...", flush=True)
+                print(f"{group.title} ...", flush=True)
                 running[group] = (time.monotonic(), group.start(*more))
             for group, (started, process) in list(running.items()):
                 if (code := process.poll()) is not None:
                     del running[group]
-                    print(f"\nsystem tests of {group.name}{took(started)}:", flush=True)
+                    print(f"\n{group.title}{took(started)}:", flush=True)
                     yield group, code
             time.sleep(POLL)
     finally:

@@ -80,10 +80,13 @@ setup: ready ## only make VENV, with everything the other targets need, e.g. bef
 clean: ## remove out/ and the caches; VENV and downloaded checkpoints stay
 	@$(if $(wildcard $(VENV)/build.installed),$(INVOKE) clean,rm -rf out)
 
+# These build libax_engine while they install and check types.
+test test-all: WITHOUT = --without-engine
+
 ready:
 	@command -v "$(KEEPER)" >/dev/null || \
 	{ echo "error: no $(KEEPER) here: on Debian or Ubuntu, apt-get install python3 python3-venv" >&2; exit 2; }
-	@"$(KEEPER)" requirements/install.py "$(VENV)" build
+	@"$(KEEPER)" requirements/install.py $(WITHOUT) "$(VENV)" build
 
 ##
 ## MODEL=tiny-qwen2    one of models/*.toml              MODEL_DIR=folder     its checkpoint, where there is no network

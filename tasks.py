@@ -46,7 +46,17 @@ from ci.tasks.common import (
     tool,
     verb,
 )
-from requirements.install import PEERS, PYPI_SIZE, SETS, NoTorch, SetupFailed, install, install_peer, missing_packages
+from requirements.install import (
+    PEERS,
+    PYPI_SIZE,
+    SETS,
+    NoTorch,
+    SetupFailed,
+    engine_beside,
+    install,
+    install_peer,
+    missing_packages,
+)
 from requirements.page import bring as bring_page
 
 if TYPE_CHECKING:
@@ -136,8 +146,9 @@ def run(
 def test(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a task)
     """Everything a change must pass: lint, then the tests."""
     more = split(args)
-    install(VENV, "reference", "test")
-    lint(context)
+    with engine_beside(VENV):
+        install(VENV, "reference", "test")
+        lint(context)
     suite("-n", "2", "-m", "not system", *more)
 
 
@@ -147,9 +158,10 @@ def test_all(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a tas
     if packages := missing_packages():
         raise BadInput(f"the system tests need more of this machine: apt-get install {' '.join(packages)}")
     more = split(args)
-    install(VENV, "reference", "test", "boards")
-    bring_page(VENV)
-    lint(context)
+    with engine_beside(VENV):
+        install(VENV, "reference", "test", "boards")
+        bring_page(VENV)
+        lint(context)
     suite("-n", "2", "-m", "not system", *more, none_is_fine=bool(more))
     system_tests.run(*more)
 

@@ -52,9 +52,10 @@ class EngineHook(BuildHookInterface[Any]):
             )
         given = os.environ.get("AXRUN_LIBRARIES")
         try:
-            folder = (
-                Path(given) if given else builder.build(Path(self.root, "engine", "build", "wheel", machine), machine)
-            )
+            engine = Path(self.root, "engine")
+            # this machine's are where the checkout has its own, which may be there already
+            into = engine / "lib" if machine == builder.HOST else engine / "build" / "wheel" / machine
+            folder = Path(given) if given else builder.build(into, machine)
         except builder.NotBuilt as error:
             raise SystemExit(f"error: {error}") from None
         for name in builder.LIBRARIES:

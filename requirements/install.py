@@ -1,6 +1,8 @@
 """Make a virtual environment hold the locked requirements, each file checked by its hash.
 
-    python3 requirements/install.py .venv build [reference] [test]
+    python3 requirements/install.py [--without-engine] .venv build [reference] [test]
+
+and libax_engine be built, unless the caller does that beside other work (`engine_beside`).
 
 This runs first on a fresh machine, so it needs the standard library only. A set is installed once: its stamp in the
 environment keeps a digest of the lock it was made from, and a second call with the same lock does nothing.
@@ -8,6 +10,7 @@ environment keeps a digest of the lock it was made from, and a second call with 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -19,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,10 +193,23 @@ def prove(venv: Path, name: str, made: Requirements) -> None:
     run([str(venv / "bin" / "python"), "-c", made.proof], f"{name} was installed, but does not load as shown above")
 
 
-def build_engine(venv: Path) -> None:
-    """Build libax_engine with the environment's compiler, where it runs: other machines have onnxruntime."""
-    if sys.platform == "linux":
-        run([str(venv / "bin" / "python"), str(ROOT / "board" / "engine" / "build.py")], "libax_engine was not built")
+@contextlib.contextmanager
+def engine_beside(venv: Path) -> Iterator[None]:
+    """Build libax_engine with the environment's compiler while the block does other work.
+
+    Where it runs, on Linux: other machines have onnxruntime. Raises SetupFailed when the block ends.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    command = [str(venv / "bin" / "python"), str(ROOT / "board" / "engine" / "build.py")]
+    process = subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        code = process.wait()
+    if code:
+        raise SetupFailed(f"libax_engine was not built\n(exit code {code}: {shlex.join(command)})")
 
 
 def missing_packages() -> list[str]:
@@ -334,10 +351,13 @@ def check_python() -> None:
 
 
 def main(argv: list[str]) -> int:
+    without_engine, argv = argv[:1] == ["--without-engine"], [word for word in argv if word != "--without-engine"]
     try:
         check_python()
         install(Path(argv[0]), *argv[1:])
-        build_engine(Path(argv[0]))
+        if not without_engine:
+            with engine_beside(Path(argv[0])):
+                pass
     except SetupFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

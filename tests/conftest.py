@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,9 @@ Builder = Callable[..., Path]
 
 # A shell that runs tests in the background has them, and all they start, ignore Ctrl-C, which some tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Read when torch is loaded. Where models are tiny and cores busy, threads of OpenMP spend their time waiting for each
+# other: fifty times what the work takes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The same examples in every run, and none too slow. Others: pytest --hypothesis-profile=default
 settings.load_profile("ci")
 

@@ -1,50 +1,96 @@
-"""The system tests in two halves at once: those of the container, with a Docker daemon of their own, and the others.
+"""The system tests in groups that share nothing, two at a time, the longest first.
 
-The others share one emulated board and follow one another. What failed is tried once more, alone.
+A group is one pytest: its tests share an emulated board, or a Docker daemon and an image. What all groups share, such
+as the board package, is in a folder of the run (tests/shared.py). What failed is tried once more, alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import subprocess
 import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from invoke.exceptions import Exit
 
+from ci.device.progress import took
 from ci.tasks.common import FAILED_TESTS, NO_TESTS, ROOT, command
 
-CONTAINER = "tests/container"
+FOLDERS = ("tests/nightly", "tests/container", "tests/deploy", "tests/engine")  # the others are one group more
+AT_ONCE = 2
+POLL, GRACE = 0.2, 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Group:
+    """`folder` is empty for the tests in none of FOLDERS; `memory` keeps what failed, for pytest --last-failed."""
+
+    folder: str
+    memory: Path
+
+    @property
+    def title(self) -> str:
+        return f"system tests of {self.folder}" if self.folder else "the other system tests"
+
+    @property
+    def log(self) -> Path:
+        return self.memory.with_suffix(".log")
+
+    def start(self, *more: str, shown: bool = False) -> subprocess.Popen[bytes]:
+        """`shown` on this terminal, or else in the log."""
+        words = [self.folder] if self.folder else [f"--deselect={folder}/" for folder in FOLDERS]
+        argv, environment = command("pytest", "-m", "system", "-o", f"cache_dir={self.memory}", *words, *more)
+        environment["AXC_TEST_RUN"] = str(self.memory.parent)
+        with contextlib.nullcontext() if shown else self.log.open("wb") as file:
+            errors = None if file is None else subprocess.STDOUT
+            return subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=file, stderr=errors)
 
 
 def run(*more: str) -> None:
-    """Raises Exit with pytest's code when a test fails twice. With flags in `more`, a half may have no test."""
+    """Raises Exit with pytest's code when a test fails twice. With flags in `more`, a group may have no test."""
     fine = (0, NO_TESTS) if more else (0,)
     with tempfile.TemporaryDirectory() as folder:
-        beside, here = Path(folder) / "container", Path(folder) / "others"  # pytest's memory of what failed
-        words = {beside: (CONTAINER,), here: (f"--deselect={CONTAINER}/",)}
-        log = beside.with_suffix(".log")
-        with log.open("wb") as file:
-            process = _start(beside, *words[beside], *more, into=file)
-            try:
-                codes = {here: _start(here, *words[here], *more).wait(), beside: process.wait()}
-            finally:
-                process.kill()  # when the other half raised; one that has ended stays as it is
-                process.wait()
-        print(f"\nthe tests of {CONTAINER}, which ran beside them:\n{log.read_text(errors='replace')}", flush=True)
-        if codes == dict.fromkeys(codes, NO_TESTS):
+        groups = [Group(name, Path(folder) / f"group{number}") for number, name in enumerate((*FOLDERS, ""))]
+        codes = {}
+        for group, code in _ended(groups, *more):
+            codes[group] = code
+            print(group.log.read_text(errors="replace"), flush=True)
+        if all(code == NO_TESTS for code in codes.values()):
             return
-        for path, code in codes.items():
+        for group, code in codes.items():
             if code == FAILED_TESTS:
-                print(
-                    "error: system tests failed. Once more, those alone: what was late under load may pass.", flush=True
-                )
-                code = _start(path, *words[path], "--last-failed", "--last-failed-no-failures=none", *more).wait()
+                print(f"error: {group.title} failed. Once more, those alone: what was late under load")
+                print("may pass.", flush=True)
+                code = group.start("--last-failed", "--last-failed-no-failures=none", *more, shown=True).wait()
             if code not in fine:
                 raise Exit(code=code)
 
 
-def _start(memory: Path, *words: str, into: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
-    argv, environment = command("pytest", "-m", "system", "-o", f"cache_dir={memory}", *words)
-    errors = None if into is None else subprocess.STDOUT
-    return subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=into, stderr=errors)
+def _ended(groups: list[Group], *more: str) -> Iterator[tuple[Group, int]]:
+    """Each group and its pytest's exit code, when it ends."""
+    waiting, running = list(groups), dict[Group, tuple[float, subprocess.Popen[bytes]]]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < AT_ONCE:
+                group = waiting.pop(0)
+                print(f"{group.title} ...", flush=True)
+                running[group] = (time.monotonic(), group.start(*more))
+            for group, (started, process) in list(running.items()):
+                if (code := process.poll()) is not None:
+                    del running[group]
+                    print(f"\n{group.title}{took(started)}:", flush=True)
+                    yield group, code
+            time.sleep(POLL)
+    finally:
+        for _, process in running.values():  # they let go of their boards and daemons
+            process.send_signal(signal.SIGINT)
+        for _, process in running.values():
+            try:
+                process.wait(GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -13,8 +13,10 @@ import docker
 import pytest
 from docker.errors import ContainerError
 
+from axrun.format.bundle import sha256
 from ci.container import base, image, wheels
 from ci.container.archive import config_of
+from engine import build as shipped
 from requirements.install import LOCKS
 
 pytestmark = pytest.mark.system
@@ -54,6 +56,15 @@ def test_compiler_embed_tools_and_runner_work_as_nobody_in_particular(client: do
         axrun run /tmp/bundle --prompt 12+30= 2>/tmp/log
     """
     assert ask(client, axc, "sh", "-c", code).split() == ["1000", "42"]
+
+
+def test_its_engine_has_the_bytes_of_the_one_made_here(client: docker.DockerClient, axc: str) -> None:
+    """Made in another place, by the compiler of another environment, without a cache."""
+    here = shipped.build()
+    lines = ask(client, axc, "sh", "-c", f"cd /axc/board/engine/lib && sha256sum {' '.join(shipped.LIBRARIES)}")
+    assert dict(reversed(line.split()) for line in lines.splitlines()) == {
+        name: sha256(here / name) for name in shipped.LIBRARIES
+    }
 
 
 def test_it_compiles_for_a_board(client: docker.DockerClient, axc: str) -> None:

@@ -17,10 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from ci.device import place, virtual_board, wheelhouse
+from ci.device import place, virtual_board
 from ci.device.listing import Listing
 from ci.device.place import Address, Board
 from ci.device.wheelhouse import Package
+from tests import shared
 from tests.conftest import Builder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,9 +132,9 @@ def wait_for(at: Address, server: subprocess.Popen[bytes]) -> None:
 
 
 @pytest.fixture(scope="session")
-def aarch64(virtual: Place, tmp_path_factory: pytest.TempPathFactory) -> Package:
+def aarch64() -> Package:
     """The real board package, as `invoke cross` makes it."""
-    return wheelhouse.cross(virtual.board.python, tmp_path_factory.mktemp("out"))
+    return shared.board_package(place.find("virtual").python)
 
 
 def host_package(folder: Path, ballast: bytes = b"", launcher: str = LAUNCHER) -> Package:

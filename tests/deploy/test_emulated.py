@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ci.device import place, virtual_board
+from tests import shared
 from tests.deploy.conftest import ROOT, Place
 
 pytestmark = pytest.mark.system
@@ -38,6 +39,7 @@ def invoke(virtual: Place, bundles: tuple[Path, Path], tmp_path: Path) -> Invoke
 
 
 def test_deployed_asked_and_taken_back(invoke: Invoke, virtual: Place, tmp_path: Path) -> None:
+    shared.copy_board_package(virtual.board.python, tmp_path / "out")
     first = invoke("deploy", "--board", "virtual")
     assert first.returncode == 0, first.stderr
     lines = [line for line in first.stdout.splitlines() if not line.startswith("setup:")]

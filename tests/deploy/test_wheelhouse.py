@@ -12,6 +12,7 @@ import pytest
 from axrun.errors import BadInput
 from ci.device.listing import Listing
 from ci.device.wheelhouse import PLATFORMS, PYTHONS, Package, cross
+from tests import shared
 
 pytestmark = pytest.mark.system
 EM_AARCH64 = 183  # https://refspecs.linuxfoundation.org/elf/gabi4+/ch4.eheader.html
@@ -45,7 +46,7 @@ def test_nothing_of_this_machine_is_in_it(aarch64: Package) -> None:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_pip_installs_it_offline_by_hash(python: str, tmp_path: Path) -> None:
-    package = cross(python, tmp_path)
+    package = shared.board_package(python)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pip", "install", "--no-index", "--find-links", package.wheels, "--require-hashes"),

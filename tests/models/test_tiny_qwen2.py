@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -243,6 +244,16 @@ def test_held_out_sums_are_not_in_the_training_data() -> None:
     assert 800 < kept < 1200
 
 
+@pytest.fixture
+def torchs_settings() -> Iterator[None]:
+    """Those that the trainer changes are as before afterwards."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.usefixtures("torchs_settings")
 def test_training_learns_and_repeats_to_the_byte(tmp_path: Path) -> None:
     recipe = replace(train.Recipe(), steps=2)
     losses = train.build(recipe, tmp_path / "one", print)

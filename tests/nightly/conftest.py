@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import pytest
 from ci.device import place, virtual_board
 from ci.device.place import Board
 from requirements.install import install
+from tests import shared
 
 ROOT = Path(__file__).resolve().parents[2]
 VIRTUAL = ROOT / "ci" / "boards" / "virtual.yaml"
@@ -65,8 +66,11 @@ class Night:
 
     def wait_for(self, line: str, times: int = 1) -> None:
         """Returns when the console has a line that begins so, or that many."""
+        self.wait_until(lambda: sum(entry.startswith(line) for entry in self.said) >= times)
+
+    def wait_until(self, seen: Callable[[], bool]) -> None:
         deadline = time.monotonic() + NIGHT_SECONDS
-        while sum(entry.startswith(line) for entry in self.said) < times:
+        while not seen():
             assert self.process.poll() is None, self.said
             assert time.monotonic() < deadline, self.said
             time.sleep(0.05)
@@ -112,13 +116,15 @@ class Desk:
         kept = {key: value for key, value in os.environ.items() if key not in ("LG_PLACE", place.HELD)}
         return {**kept, **self.board.variables()}
 
-    def start(self, *flags: str, board: str = "virtual") -> Night:
+    def start(self, *flags: str, board: str = "virtual", counts: bool = True) -> Night:
+        """Without `counts` on a machine that has no valgrind: a night that is about something else counts nothing."""
         mark = uuid.uuid4().hex
+        path = {} if counts else {"PATH": str(self._path_without("valgrind"))}
         where = ["--board", board, "--out", str(self.folder / "out"), "--history", str(self.history)]
         process = subprocess.Popen(
             [sys.executable, "-m", "invoke", "nightly", *where, *flags],
             cwd=ROOT,
-            env={**self.variables(), MARK: mark},
+            env={**self.variables(), **path, MARK: mark},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -126,6 +132,17 @@ class Desk:
             errors="replace",
         )
         return Night(process, mark)
+
+    def _path_without(self, program: str) -> Path:
+        """A folder with links to all programs of PATH but one."""
+        links = self.folder / f"without {program}"
+        if not links.is_dir():
+            links.mkdir()
+            folders = [Path(name) for name in os.environ["PATH"].split(os.pathsep) if Path(name).is_dir()]
+            files = {file.name: file for folder in reversed(folders) for file in folder.iterdir()}
+            for name in files.keys() - {program}:
+                (links / name).symlink_to(files[name])
+        return links
 
     def newest(self) -> Path:
         """The folder of the last night."""
@@ -163,6 +180,12 @@ def processes() -> Iterator[tuple[int, str]]:
             continue
 
 
+def commands(pids: Iterable[int]) -> list[str]:
+    """The command lines of those that still run."""
+    wanted = set(pids)
+    return [what for pid, what in processes() if pid in wanted]
+
+
 def on_board(board: Board) -> list[int]:
     """The processes that run on the board: those whose root folder is its."""
     return [pid for pid, _ in processes() if _root(pid) == board.state / "rootfs"]
@@ -189,6 +212,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     folder = tmp_path_factory.mktemp("nights")
     state = folder / "state"
     state.mkdir(mode=0o700)
+    shared.copy_board_package(place.find("virtual").python, folder / "out" / "nightly" / "virtual")
     yield Desk(dataclasses.replace(place.find("virtual"), state=state, address=loopback()), folder)
     virtual_board.down(dataclasses.replace(place.find("virtual"), state=state))
     shutil.rmtree(folder, ignore_errors=True)

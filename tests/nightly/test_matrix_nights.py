@@ -17,6 +17,7 @@ import pytest
 from ci.device import place, virtual_board
 from ci.device.place import Board
 from ci.nightly import history
+from tests import shared
 from tests.nightly.conftest import MARK, ROOT, VIRTUAL, Desk, Night, loopback
 
 pytestmark = pytest.mark.system
@@ -57,6 +58,8 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Board]
 
 def test_two_boards_share_a_build(two: list[Board], desk: Desk, tmp_path: Path) -> None:
     """Each is switched on at its own address and has the bundle, and is let go of when its probe takes too long."""
+    for board in two:
+        shared.copy_board_package(board.python, desk.folder / "out" / "nightly" / board.name)
     file = tmp_path / "two.toml"
     file.write_text(f'boards = {json.dumps([board.yaml.name for board in two])}\nmodels = ["tiny-qwen2"]\n')
     kept = {key: value for key, value in os.environ.items() if not key.startswith("LG_")}

@@ -17,7 +17,7 @@ from axrun.format.bundle import sha256
 from ci.device import place, virtual_board
 from ci.nightly import history
 from tests.ci import plants
-from tests.nightly.conftest import ROOT, Desk, Night, on_board, processes
+from tests.nightly.conftest import ROOT, Desk, Night, commands, on_board
 
 pytestmark = pytest.mark.system
 
@@ -101,7 +101,7 @@ def test_a_fault_behind_position_128_is_told_by_its_accuracy(desk: Desk, bundle:
 
 def test_what_somebody_changed_on_the_board_is_told(desk: Desk, bundle: Path) -> None:
     """Behind the deploy's back: a slower engine. Its figures are those of another release, whatever they are."""
-    night = desk.start("--bundle", str(bundle))
+    night = desk.start("--bundle", str(bundle), counts=False)
     night.wait_for("deploy done")
     (engine,) = (desk.root / "current").resolve().glob("package/axrun/session/ax_engine.py")
     engine.write_text(engine.read_text() + SLOW_DOWN)
@@ -165,10 +165,9 @@ def test_a_fault_of_the_board_is_told_before_anything_is_built(desk: Desk) -> No
     ],
 )
 def test_a_board_that_hangs_in_a_test_is_told(desk: Desk, bundle: Path, limit: int, told: str) -> None:
-    night = desk.start("--bundle", str(bundle), "--limit", f"measure={limit}", "--no-retry")
+    night = desk.start("--bundle", str(bundle), "--limit", f"measure={limit}", "--no-retry", counts=limit == 100)
     night.wait_for("measure ...")
-    while not any(" eval " in what for pid, what in processes() if pid in on_board(desk.board)):
-        assert night.process.poll() is None
+    night.wait_until(lambda: any(" eval " in what for what in commands(on_board(desk.board))))
     for pid in on_board(desk.board):
         os.kill(pid, signal.SIGSTOP)
     code, said = night.end()
@@ -180,15 +179,14 @@ def test_a_board_that_hangs_in_a_test_is_told(desk: Desk, bundle: Path, limit: i
 def cut_in_deploy(desk: Desk, night: Night, times: int) -> None:
     """Cuts the board's power when the deploy has begun to work on it."""
     night.wait_for("deploy ...", times)
-    while not any(" -I -S -u -c" in what for pid, what in processes() if pid in on_board(desk.board)):
-        assert night.process.poll() is None
+    night.wait_until(lambda: any(" -I -S -u -c" in what for what in commands(on_board(desk.board))))
     virtual_board.down(desk.board)
 
 
 def test_a_board_that_loses_power_once_is_flaky(desk: Desk, bundle: Path, tmp_path: Path) -> None:
     note = tmp_path / "note"
     tell = f'{sys.executable} -c \'import os, sys; open(sys.argv[1], "a").write(os.environ["NIGHT_FLAKY"])\' {note}'
-    night = desk.start("--bundle", str(bundle), "--notify", tell)
+    night = desk.start("--bundle", str(bundle), "--notify", tell, counts=False)
     cut_in_deploy(desk, night, 1)
     code, said = night.end()
     assert said[0].startswith("green: tiny-qwen2 (bundle handed in) on virtual (emulated): ")
@@ -205,7 +203,7 @@ def test_a_board_that_loses_power_once_is_flaky(desk: Desk, bundle: Path, tmp_pa
 
 
 def test_a_board_that_loses_power_twice_is_red_with_both_reasons(desk: Desk, bundle: Path) -> None:
-    night = desk.start("--bundle", str(bundle))
+    night = desk.start("--bundle", str(bundle), counts=False)
     cut_in_deploy(desk, night, 1)
     cut_in_deploy(desk, night, 2)
     code, said = night.end()
@@ -224,12 +222,11 @@ def test_kill_9_leaves_nothing_that_the_next_command_does_not_clear(desk: Desk, 
 
     first = desk.start()
     first.wait_for("build ...")
-    while not any("-m axc" in what or "invoke build" in what for _, what in processes()):
-        assert first.process.poll() is None
+    first.wait_until(lambda: any("invoke build" in what for what in commands(desk.running(first))))
     temporary = kill(first)
     assert desk.running(first)
 
-    second = desk.start("--bundle", str(bundle))
+    second = desk.start("--bundle", str(bundle), counts=False)
     second.wait_for("deploy ...")
     assert re.match(
         r"nightly of tiny-qwen2 \(pid \d+, .*, in build\) was killed; clearing what it left", second.said[0]
@@ -245,8 +242,7 @@ def test_kill_9_leaves_nothing_that_the_next_command_does_not_clear(desk: Desk, 
 
     third = desk.start("--bundle", str(bundle))
     third.wait_for("measure ...")
-    while not any(" eval " in what for pid, what in processes() if pid in on_board(desk.board)):
-        assert third.process.poll() is None
+    third.wait_until(lambda: any(" eval " in what for what in commands(on_board(desk.board))))
     temporary = kill(third)
     done = desk.invoke("board.free")
     assert "  the lock of the releases on virtual is free\n" in done.stdout
@@ -267,7 +263,7 @@ def test_a_board_that_somebody_holds_is_told(desk: Desk) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_night_that_is_ended_lets_go_of_the_board(number: signal.Signals, desk: Desk, bundle: Path) -> None:
-    night = desk.start("--bundle", str(bundle))
+    night = desk.start("--bundle", str(bundle), counts=False)
     night.wait_for("deploy ...")
     night.process.send_signal(number)
     code, said = night.end()

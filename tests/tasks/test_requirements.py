@@ -22,6 +22,7 @@ from requirements.install import (
     TORCH_LOCKS,
     NoTorch,
     SetupFailed,
+    engine_beside,
     fingerprint,
     install,
     install_peer,
@@ -187,3 +188,16 @@ def test_a_package_declares_what_it_imports_and_nothing_else(package: str, proje
     used = imported(ROOT / package)
     assert declared(ROOT / project) - used - set(INDIRECT) == set()
     assert used - declared(ROOT / project) - set(UNDECLARED) == set()
+
+
+def test_an_engine_that_does_not_build_is_told_when_the_work_beside_it_is_done(tmp_path: Path) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$1" >"$0.built"\nexit 3\n')
+    python.chmod(0o755)
+    done = False
+    told = r"libax_engine was not built\n\(exit code 3: .*/bin/python .*build.py\)"
+    with pytest.raises(SetupFailed, match=told), engine_beside(tmp_path):
+        done = True
+    assert done
+    assert python.with_suffix(".built").read_text().endswith("board/engine/build.py\n")

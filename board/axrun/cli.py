@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from axrun import VERSION
 from axrun.command import Verb, dispatch
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # numpy and an engine take their time, which --help does not 
     from axrun.run import Options
 
 JSON_HELP = "one JSON object on stdout, and nothing else there"
-SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "repetition_penalty", "penalty_window")
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "penalty_window")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,15 +58,22 @@ def _parse_special_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parse-special", action="store_true", help=what)
 
 
+def _generation_config_flag(parser: argparse.ArgumentParser) -> None:
+    what = "draw as the checkpoint's generation_config.json says, not as post_config.json does; other flags still win"
+    parser.add_argument("--generation-config", action="store_true", help=what)
+
+
 def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--system", metavar="TEXT", help="system message, for a bundle with a chat template")
     _parse_special_flag(parser)
     add("--max-tokens", type=int, metavar="N", help="longest answer (default: to the end of the context)")
     add("--greedy", action="store_true", help="always the likeliest token, whatever post_config.json says")
+    _generation_config_flag(parser)
     add("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own distribution")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that have probability P together")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    add("--min-p", type=float, metavar="P", help="draw from tokens that have at least P of the likeliest's probability")
     add("--repetition-penalty", type=float, metavar="R", help="above 1 makes recent tokens less likely")
     add("--penalty-window", type=int, metavar="N", help="how many tokens back the penalty looks")
     add("--seed", type=int, default=0, metavar="N", help="of the draws: same seed, same answer (default 0)")
@@ -78,7 +85,14 @@ def _options(arguments: argparse.Namespace) -> Options:
     sampling = {key: getattr(arguments, key) for key in SAMPLING_FLAGS}
     if arguments.greedy:
         sampling["temperature"] = 0.0
-    return Options(arguments.system, arguments.max_tokens, sampling, arguments.seed, arguments.parse_special)
+    return Options(
+        arguments.system,
+        arguments.max_tokens,
+        sampling,
+        arguments.seed,
+        arguments.parse_special,
+        arguments.generation_config,
+    )
 
 
 def _engine(arguments: argparse.Namespace) -> str:
@@ -217,7 +231,9 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--exact", action="store_true", help="same answers to the last bit, whatever was asked before; slower turns")
     _parse_special_flag(parser)
+    _generation_config_flag(parser)
     add("--name", metavar="NAME", help="what clients call the model (default: as the bundle does)")
+    add("--json", action="store_true", help="events on stdout, a JSON object a line: listening (host, port), ready")
     _bundle_flags(parser)
 
 
@@ -225,7 +241,12 @@ def _serve(arguments: argparse.Namespace) -> None:
     from axrun.serve.server import Options, serve
 
     options = Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
-    serve(arguments.bundle, options, _loading(arguments))
+    announce = _announce if arguments.json else lambda event: None
+    serve(arguments.bundle, options, _loading(arguments), announce)
+
+
+def _announce(event: Mapping[str, Any]) -> None:
+    print(json.dumps(event), flush=True)
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ def chat(path: Path, options: Options, terminal: Terminal, loading: Loading = DE
     that cannot; CheckFailed when the bundle is not as built.
     """
     bundle, say = loading.open(path), loading.say
-    sampling = options.sampling_of(bundle)
+    sampling = options.sampling_of(bundle, say)
     tokenizer, template = Tokenizer.open(bundle.hf), ChatTemplate.find(bundle.hf)
     if template is None:
         raise BadInput(f"{bundle.hf} has no chat template, so there is no way to chat; ask without one: axrun run")

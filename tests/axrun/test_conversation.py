@@ -247,7 +247,6 @@ def test_the_repetition_penalty_sees_the_turns_before(bundle_fp32: Any, model_fp
     assert template
     answers = []
     for fresh in (False, True):
-        model_fp32.decoder.cache.reset()
         conversation = Conversation(model_fp32, tokenizer, template, Sampling(repetition_penalty=50), 30)
         conversation.messages = [
             {"role": "user", "content": "where do you run?"},

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from ci.device import on_board_state, place, sensors
+from ci.device import place, sensors
 from ci.device.connection import Connection
+from ci.device.on_board import state
 from ci.device.place import Address, Board
 from ci.device.sensors import Readings
 
@@ -43,18 +44,18 @@ def sys_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     clock = {"scaling_governor": "performance", "cpuinfo_max_freq": 1700000}
     for number, now in enumerate((1700000, 1200000)):
         write(cpu / f"cpu{number}" / "cpufreq", scaling_cur_freq=now, **clock)
-    monkeypatch.setattr(on_board_state, "SYS", tmp_path)
+    monkeypatch.setattr(state, "SYS", tmp_path)
     return tmp_path
 
 
 def test_what_the_kernel_shows_is_read(sys_folder: Path) -> None:
-    state = on_board_state.State("axrun")
-    assert state.readings() == {
+    board = state.State("axrun")
+    assert board.readings() == {
         "degrees": {"soc 0": 61.25, "soc 1": 73.9},
         "clocks": {"cpu0": 1700.0, "cpu1": 1200.0},
         "cooling": {"fan 0": 2},
     }
-    assert state.limits() == {
+    assert board.limits() == {
         "hot": {"soc 0": 75.0},
         "most": {"cpu0": 1700.0, "cpu1": 1700.0},
         "governor": "performance",

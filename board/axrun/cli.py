@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from axrun import VERSION
+from axrun import VERSION, progress
 from axrun.command import Verb, dispatch
 from axrun.errors import BadInput, CheckFailed
 
@@ -50,7 +50,7 @@ def _loading(arguments: argparse.Namespace) -> Loading:
     from axrun.load import Loading
 
     allow = _allow(arguments)
-    return Loading(arguments.verify, _engine(arguments), arguments.threads, allow, _say, _progress)
+    return Loading(arguments.verify, _engine(arguments), arguments.threads, allow, _say, progress.show)
 
 
 def _parse_special_flag(parser: argparse.ArgumentParser) -> None:
@@ -132,8 +132,8 @@ def _chat_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    from axrun.repl import chat
-    from axrun.terminal import Terminal
+    from axrun.chat.repl import chat
+    from axrun.chat.terminal import Terminal
 
     chat(arguments.bundle, _options(arguments), Terminal(), _loading(arguments))
 
@@ -148,7 +148,7 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from axrun.evaluate import evaluate
+    from axrun.measure.evaluate import evaluate
 
     evaluation = evaluate(arguments.bundle, arguments.reference, _loading(arguments))
     print(json.dumps(evaluation.json()) if arguments.json else "\n".join(evaluation.table()), flush=True)
@@ -169,7 +169,7 @@ def _bench_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from axrun.bench import Options, bench
+    from axrun.measure.bench import Options, bench
 
     lengths = arguments.prompt_lengths, arguments.depths
     options = Options(*lengths, arguments.tokens, arguments.warmup, arguments.repeat)
@@ -259,7 +259,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(arguments: argparse.Namespace) -> None:
-    from axrun.latency import measure
+    from axrun.measure.latency import measure
 
     latencies = measure(
         arguments.file, arguments.group, arguments.warmup, arguments.repeat, _engine(arguments), arguments.threads
@@ -282,16 +282,10 @@ def _doctor_flags(parser: argparse.ArgumentParser) -> None:
 def _doctor(arguments: argparse.Namespace) -> None:
     from axrun.doctor.examine import examine
 
-    report = examine(arguments.bundle, _engine(arguments), arguments.threads, _doctor_progress)
+    report = examine(arguments.bundle, _engine(arguments), arguments.threads, progress.show, progress.mention)
     print(json.dumps(report.json()) if arguments.json else "\n".join(report.lines()), flush=True)
     if report.finding:
         raise CheckFailed(f"{report.bundle} is {report.verdict}: {report.finding.stage}: {report.finding.part}")
-
-
-def _doctor_progress(line: str) -> None:
-    """Stages everywhere, what is done inside them on a terminal only."""
-    if sys.stderr.isatty() or line.startswith("["):
-        _progress(line)
 
 
 def _stdin() -> str:
@@ -304,15 +298,6 @@ def _stdin() -> str:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _progress(line: str) -> None:
-    """One line that changes on a terminal, a line each elsewhere. `[n/n]` is the last."""
-    if not sys.stderr.isatty():
-        _say(line)
-        return
-    done, _, total = line[1:].partition("]")[0].partition("/")
-    print(f"\r\x1b[K{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def _write(text: str) -> None:

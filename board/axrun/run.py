@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from axrun.chat import ChatTemplate, prompt_ids
 from axrun.decoder import expect_room
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
@@ -17,7 +16,9 @@ from axrun.model import Model
 from axrun.sampling import Sampling
 from axrun.sampling.checkpoint import sampling_of
 from axrun.sequence import Sequence
-from axrun.tokenizer import TextStream, Tokenizer
+from axrun.text.stream import TextStream
+from axrun.text.template import ChatTemplate, prompt_ids
+from axrun.text.tokenizer import Tokenizer
 
 ENDINGS = {"eos": "hit eos", "length": "max_tokens reached", "context": "context full"}
 

@@ -12,13 +12,13 @@ import transformers
 from numpy.typing import NDArray
 
 from axrun.agreement import divergence
-from axrun.chat import ChatTemplate, prompt_ids
 from axrun.format.bundle import Bundle
 from axrun.generate import generate
 from axrun.model import Model
 from axrun.sampling import Sampling
 from axrun.sequence import Sequence
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate, prompt_ids
+from axrun.text.tokenizer import Tokenizer
 from tests.conftest import Builder
 
 Floats = NDArray[np.float32]

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from axrun.chat import ChatTemplate
-from axrun.conversation import Conversation, Stopped
+from axrun.chat.conversation import Conversation, Stopped
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.model import Model
 from axrun.sampling import Sampling
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate
+from axrun.text.tokenizer import Tokenizer
 
 QUESTIONS = ["my name is Anna", "what is my name?", "1+1=", "where do you run?"]
 

@@ -17,11 +17,11 @@ import torch
 
 from axc.logits import Options, write
 from axrun.cli import main
-from axrun.evaluate import Quality, evaluate, measure
 from axrun.format import logits as reference_logits
 from axrun.format.bundle import Bundle
 from axrun.format.logits import NAME, ReferenceLogits
 from axrun.generate import generate
+from axrun.measure.evaluate import Quality, evaluate, measure
 from axrun.model import Model
 from axrun.sampling import Sampling
 from axrun.sequence import Sequence

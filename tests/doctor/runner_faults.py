@@ -15,7 +15,7 @@ from axrun.model import Embedding, Post
 from axrun.sampling.processors import RepetitionPenalty
 from axrun.sampling.sampler import Sampler
 from axrun.session import CACHES, ax_engine, ort
-from axrun.tokenizer import Tokenizer
+from axrun.text.tokenizer import Tokenizer
 from tests.doctor.fault import RunnerFault
 
 Patch = pytest.MonkeyPatch

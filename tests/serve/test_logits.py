@@ -17,7 +17,7 @@ from axrun.errors import CheckFailed
 from axrun.sampling import Sampling
 from axrun.sampling.sampler import Sampler
 from axrun.serve.logprobs import likeliest, log_softmax
-from axrun.tokenizer import Tokenizer
+from axrun.text.tokenizer import Tokenizer
 
 LOGITS = arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 40)), elements=st.floats(-50, 50, width=32))
 

@@ -91,7 +91,7 @@ def answer(context: Context) -> str | Finding:
     shortage = memory.shortage(bundle, context.engine)
     if shortage is not None:
         raise NotExamined(shortage.text())
-    loading = Loading(engine=context.engine, threads=context.threads, progress=lambda line: context.say(f"  {line}"))
+    loading = Loading(engine=context.engine, threads=context.threads, progress=lambda part: context.say(f"  {part}"))
     try:
         model = loading.load(bundle)
         rows = np.stack(list(_forced(model, asked, tokens)))

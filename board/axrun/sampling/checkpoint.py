@@ -13,8 +13,8 @@ from typing import Any
 
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
-from axrun.hf_files import read_json
 from axrun.sampling import Sampling
+from axrun.text.hf_files import read_json
 
 NAME = "generation_config.json"
 MOST_SUPPRESSED = 1 << 20

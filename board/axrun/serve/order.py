@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from axrun.chat import ChatTemplate, chat_ids
 from axrun.errors import BadInput
 from axrun.sampling import Sampling
 from axrun.serve.errors import invalid
 from axrun.serve.schema import MAX_CHOICES, NO_LIMIT
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate, chat_ids
+from axrun.text.tokenizer import Tokenizer
 
 LEAST_TEMPERATURE = 1e-3  # below it drawing is greedy in effect, and divides by next to nothing
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty")

@@ -16,7 +16,6 @@ from typing import Any
 
 import uvicorn
 
-from axrun.chat import ChatTemplate
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.load import DEFAULTS, Loading, describe
@@ -29,7 +28,8 @@ from axrun.serve.order import Reader
 from axrun.serve.scheduler import Scheduler, Write
 from axrun.serve.slots import Slot, allocate
 from axrun.serve.writer import Writer
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate
+from axrun.text.tokenizer import Tokenizer
 
 KEY_VARIABLE = "AXRUN_API_KEY"
 

@@ -15,8 +15,9 @@ from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence
 from axrun.serve.logprobs import Rated, Scored, likeliest, log_softmax
 from axrun.serve.order import Choice
-from axrun.serve.stop import StopStrings
-from axrun.tokenizer import TextStream, Tokenizer
+from axrun.text.stop_strings import StopStrings
+from axrun.text.stream import TextStream
+from axrun.text.tokenizer import Tokenizer
 
 Array = NDArray[Any]
 

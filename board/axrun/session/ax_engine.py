@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from axrun.errors import BadInput, NotFinite
-from axrun.finite import FiniteCheck
 from axrun.format import axmodel
 from axrun.format.axmodel import VENDOR, Axmodel, TensorInfo
 from axrun.format.dtypes import DTYPES, nbytes
 from axrun.session import CACHES, Array, SessionGroup, libax_engine
+from axrun.session.finite import FiniteCheck
 from axrun.session.libax_engine import (
     FOLDER,
     NOT_FINITE,

@@ -21,8 +21,9 @@ from axrun.format import logits as reference_logits
 from axrun.format.bundle import MANIFEST, Bundle, sha256
 from axrun.format.logits import ReferenceLogits
 from axrun.generate import generate
-from axrun.load import DEFAULTS, Loading, Say, silent
+from axrun.load import DEFAULTS, Loading
 from axrun.model import Logits, Model
+from axrun.progress import Progress, Show, unseen
 from axrun.sampling import Sampling
 from axrun.sequence import Sequence
 
@@ -126,7 +127,7 @@ def evaluate(path: Path, reference: Path | None = None, loading: Loading = DEFAU
     )
 
 
-def measure(model: Model, reference: ReferenceLogits, progress: Say = silent) -> Quality:
+def measure(model: Model, reference: ReferenceLogits, progress: Show = unseen) -> Quality:
     """Measures a model whose context holds the reference's windows."""
     windows, length = reference.tokens.shape
     losses, divergences, same = [], [], []
@@ -141,7 +142,7 @@ def measure(model: Model, reference: ReferenceLogits, progress: Say = silent) ->
             divergences.append(_divergence(reference, number, rows, logprobs))
             same.append(logits.argmax(axis=1) == reference.ids[number, rows, 0])
             done = rows.stop
-        progress(f"[{number + 1}/{windows}] windows")
+        progress(Progress(number + 1, windows, "windows"))
     divergence = np.concatenate(divergences)
     answers = [_same_greedy(sequence, reference, number) for number in range(len(reference.continuations))]
     return Quality(

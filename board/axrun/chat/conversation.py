@@ -11,14 +11,15 @@ from collections import abc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from axrun.chat import ChatTemplate, chat_ids
 from axrun.decoder import expect_room
 from axrun.generate import EOS, Stats, Token, steps
 from axrun.model import Model
 from axrun.sampling import Sampling
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence
-from axrun.tokenizer import TextStream, Tokenizer
+from axrun.text.stream import TextStream
+from axrun.text.template import ChatTemplate, chat_ids
+from axrun.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 

@@ -1,6 +1,6 @@
 """The decoding loop, the only one: prefill, draw, feed back, until the model stops or a limit is reached.
 
-Each step is one run of the engine, so that several answers can take turns and a person can stop one.
+Each step is one run of the engine, so that several answers can take turns and a user can stop one.
 """
 
 from __future__ import annotations
@@ -79,12 +79,13 @@ def steps(
     reuse: int | None = None,
     stats: Stats | None = None,
 ) -> Iterator[Prefilled | Token]:
-    """Answers a prompt: the sequence becomes the prompt and then the answer, the last token excepted.
+    """Answers a prompt: the sequence becomes the prompt and then the answer, except for its last token.
 
-    What it begins with and the prompt begins with too is kept: `reuse` tokens, None for as many as can be. After each
-    chunk of the prompt comes a Prefilled, then the tokens; arrays are overwritten by the next step. Who leaves in
-    between, by an exception too, leaves whole tokens behind. `max_tokens` None goes on to the end of the context.
-    Raises BadInput when the prompt is empty or does not fit the context, CheckFailed for what is not finite.
+    The first `reuse` tokens of the sequence are kept, which are the prompt's too; None keeps as many as possible. Each
+    chunk of the prompt yields a Prefilled, then each token a Token; the next step overwrites their arrays. A caller may
+    stop between steps: the sequence then holds whole tokens. `max_tokens` None: up to the end of the context.
+    Raises BadInput when the prompt is empty or does not fit the context, CheckFailed for logits or layers that are not
+    finite.
     """
     stats = Stats() if stats is None else stats
     reused = sequence.reusable(prompt) if reuse is None else reuse
@@ -123,7 +124,7 @@ def steps(
 
 
 def forced(tokens: abc.Sequence[int]) -> Choose:
-    """Takes given tokens, whatever the logits are; behind the last one 0."""
+    """Chooses given tokens, whatever the logits are, and 0 after the last one (teacher forcing)."""
     return lambda logits, ids, start: tokens[len(ids) - start] if len(ids) - start < len(tokens) else 0
 
 

@@ -75,7 +75,7 @@ def link(tmp_path: Path) -> Iterator[Connection]:
 def command(bundle: Path, fault: str = "") -> list[str]:
     plant = f"FAULT = {fault!r}\n{PLANT}" if fault else ""
     code = (
-        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{plant}\nrunpy.run_module('board', run_name='__main__')"
+        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{plant}\nrunpy.run_module('axrun', run_name='__main__')"
     )
     return [sys.executable, "-c", code, "serve", str(bundle), "--port", "0", "--threads", "1", "--read-timeout", "60"]
 

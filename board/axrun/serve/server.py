@@ -114,11 +114,16 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
         for line in describe(model, bundle):
             say(line)
         slots = allocate(model, options.slots, loading.allow, options.exact)
-        announce({"event": "ready", "model": name})
         return slots, Writer(tokenizer).write
 
     with _listen(options.host, options.port) as listener:
-        scheduler = Scheduler(load_slots, options.queue, metrics, ended=lambda: server.leave())
+        scheduler = Scheduler(
+            load_slots,
+            options.queue,
+            metrics,
+            ended=lambda: server.leave(),
+            ready=lambda: announce({"event": "ready", "model": name}),
+        )
         limits = Limits(options.timeout, options.read_timeout, options.max_body)
         host, port = listener.getsockname()[:2]
         loopback = ipaddress.ip_address(host).is_loopback

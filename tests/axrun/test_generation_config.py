@@ -109,6 +109,7 @@ def test_min_p_is_that_of_transformers() -> None:
 
     logits = torch.randn(1, 500, generator=torch.Generator().manual_seed(0)) * 3
     for least in (0.01, 0.2, 1.0):
-        theirs = torch.softmax(MinPLogitsWarper(least)(torch.empty(1, 0), logits.clone()).double(), -1)[0].numpy()
+        warper: Any = MinPLogitsWarper(least)
+        theirs = torch.softmax(warper(None, logits.clone()).double(), -1)[0].numpy()
         ours = probabilities(logits[0].numpy(), [], Sampling(1.0, min_p=least))
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-12)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ci.device import place, sensors
+from ci.device import place, programs, sensors
 from ci.device.connection import Connection
 from ci.device.on_board import state
 from ci.device.place import Address, Board
@@ -133,10 +134,12 @@ def test_a_board_that_says_too_much_is_bounded() -> None:
 
 def test_they_are_read_while_something_runs(tmp_path: Path, sys_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The program in a process of its own, its /sys replaced, as many readings as there is time for."""
-    program = tmp_path / "program.py"
-    text = sensors.STATE.read_text("utf-8").replace('Path("/sys")', f"Path({str(sys_folder)!r})")
-    program.write_text(text, "utf-8")
-    monkeypatch.setattr(sensors, "STATE", program)
+    folder = shutil.copytree(programs.FOLDER, tmp_path / "on_board")
+    text = (folder / "state.py").read_text("utf-8")
+    assert 'Path("/sys")' in text
+    (folder / "state.py").write_text(text.replace('Path("/sys")', f"Path({str(sys_folder)!r})"), "utf-8")
+    monkeypatch.setattr(programs, "FOLDER", folder)
+    monkeypatch.setattr(programs, "sent", programs.sent.__wrapped__)
     board = dataclasses.replace(place.find("virtual"), state=tmp_path)
     with sensors.reading(board, Address("", 1, "", tmp_path), 0.05, Here) as found:
         deadline = time.monotonic() + 60

@@ -16,13 +16,11 @@ RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     "penalty_window": ((int,), lambda value: value >= 0, "a whole number of tokens from 0 on"),
     "top_p": ((int, float), lambda value: 0 < value <= 1, "a number above 0, up to 1 (1 is off)"),
     "top_k": ((int,), lambda value: value >= 0, "a whole number from 0 (off) on"),
-}
-MORE_RULES = {
-    **RULES,
     "min_p": ((int, float), lambda value: 0 <= value <= 1, "a number from 0 (off) to 1"),
     "presence_penalty": ((int, float), lambda value: -100 <= value <= 100, "a number from -100 to 100 (0 is none)"),
     "frequency_penalty": ((int, float), lambda value: -100 <= value <= 100, "a number from -100 to 100 (0 is none)"),
 }
+POST_CONFIG = ("temperature", "repetition_penalty", "penalty_window", "top_p", "top_k")  # its values, and its switches:
 SWITCHES = {
     "enable_temperature": "temperature",
     "enable_repetition_penalty": "repetition_penalty",
@@ -54,7 +52,7 @@ class Sampling:
     suppress: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in MORE_RULES:
+        for name in RULES:
             value = getattr(self, name)
             if not (name == "penalty_window" and value is None):
                 _check(name, value)
@@ -66,7 +64,7 @@ class Sampling:
         top_p wins over top_k; with neither the likeliest token is taken, whatever the temperature.
         Raises BadInput naming a key that is missing, unknown or out of range.
         """
-        expected = [*SWITCHES, *RULES]
+        expected = [*SWITCHES, *POST_CONFIG]
         unknown, missing = sorted(set(config) - set(expected)), [key for key in expected if key not in config]
         if unknown or missing:
             what = f"has unknown keys {unknown}" if unknown else f"lacks {missing}"
@@ -74,7 +72,7 @@ class Sampling:
         for key in SWITCHES:
             if not isinstance(config[key], bool):
                 raise BadInput(f"{key} is {config[key]!r}, expected true or false")
-        for key in RULES:
+        for key in POST_CONFIG:
             _check(key, config[key])
         on = {key: config[key] for switch, key in SWITCHES.items() if config[switch]}
         drawn = {key: on[key] for key in ("top_p", "top_k") if key in on}
@@ -95,6 +93,6 @@ class Sampling:
 
 
 def _check(key: str, value: object) -> None:
-    types, holds, words = MORE_RULES[key]
+    types, holds, words = RULES[key]
     if isinstance(value, bool) or not isinstance(value, types) or not holds(value):
         raise BadInput(f"{key} is {value!r:.60}, expected {words}")

@@ -6,11 +6,11 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from axrun import VERSION
+from axrun import VERSION, progress
 from axrun.command import Verb, dispatch
 from axrun.errors import BadInput, CheckFailed
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # numpy and an engine take their time, which --help does not 
     from axrun.run import Options
 
 JSON_HELP = "one JSON object on stdout, and nothing else there"
-SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "repetition_penalty", "penalty_window")
+SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "penalty_window")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,12 +50,17 @@ def _loading(arguments: argparse.Namespace) -> Loading:
     from axrun.load import Loading
 
     allow = _allow(arguments)
-    return Loading(arguments.verify, _engine(arguments), arguments.threads, allow, _say, _progress)
+    return Loading(arguments.verify, _engine(arguments), arguments.threads, allow, _say, progress.show)
 
 
 def _parse_special_flag(parser: argparse.ArgumentParser) -> None:
     what = "special tokens that a message spells, e.g. <|im_end|>, are control tokens, not text; in raw prompts always"
     parser.add_argument("--parse-special", action="store_true", help=what)
+
+
+def _generation_config_flag(parser: argparse.ArgumentParser) -> None:
+    what = "draw as the checkpoint's generation_config.json says, not as post_config.json does; other flags still win"
+    parser.add_argument("--generation-config", action="store_true", help=what)
 
 
 def _sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -64,9 +69,11 @@ def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     _parse_special_flag(parser)
     add("--max-tokens", type=int, metavar="N", help="longest answer (default: to the end of the context)")
     add("--greedy", action="store_true", help="always the likeliest token, whatever post_config.json says")
+    _generation_config_flag(parser)
     add("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own distribution")
     add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that have probability P together")
     add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    add("--min-p", type=float, metavar="P", help="draw from tokens that have at least P of the likeliest's probability")
     add("--repetition-penalty", type=float, metavar="R", help="above 1 makes recent tokens less likely")
     add("--penalty-window", type=int, metavar="N", help="how many tokens back the penalty looks")
     add("--seed", type=int, default=0, metavar="N", help="of the draws: same seed, same answer (default 0)")
@@ -78,7 +85,14 @@ def _options(arguments: argparse.Namespace) -> Options:
     sampling = {key: getattr(arguments, key) for key in SAMPLING_FLAGS}
     if arguments.greedy:
         sampling["temperature"] = 0.0
-    return Options(arguments.system, arguments.max_tokens, sampling, arguments.seed, arguments.parse_special)
+    return Options(
+        arguments.system,
+        arguments.max_tokens,
+        sampling,
+        arguments.seed,
+        arguments.parse_special,
+        arguments.generation_config,
+    )
 
 
 def _engine(arguments: argparse.Namespace) -> str:
@@ -118,8 +132,8 @@ def _chat_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    from axrun.repl import chat
-    from axrun.terminal import Terminal
+    from axrun.chat.repl import chat
+    from axrun.chat.terminal import Terminal
 
     chat(arguments.bundle, _options(arguments), Terminal(), _loading(arguments))
 
@@ -134,7 +148,7 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    from axrun.evaluate import evaluate
+    from axrun.measure.evaluate import evaluate
 
     evaluation = evaluate(arguments.bundle, arguments.reference, _loading(arguments))
     print(json.dumps(evaluation.json()) if arguments.json else "\n".join(evaluation.table()), flush=True)
@@ -155,7 +169,7 @@ def _bench_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from axrun.bench import Options, bench
+    from axrun.measure.bench import Options, bench
 
     lengths = arguments.prompt_lengths, arguments.depths
     options = Options(*lengths, arguments.tokens, arguments.warmup, arguments.repeat)
@@ -217,7 +231,9 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--exact", action="store_true", help="same answers to the last bit, whatever was asked before; slower turns")
     _parse_special_flag(parser)
+    _generation_config_flag(parser)
     add("--name", metavar="NAME", help="what clients call the model (default: as the bundle does)")
+    add("--json", action="store_true", help="events on stdout, a JSON object a line: listening (host, port), ready")
     _bundle_flags(parser)
 
 
@@ -225,7 +241,12 @@ def _serve(arguments: argparse.Namespace) -> None:
     from axrun.serve.server import Options, serve
 
     options = Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
-    serve(arguments.bundle, options, _loading(arguments))
+    announce = _announce if arguments.json else lambda event: None
+    serve(arguments.bundle, options, _loading(arguments), announce)
+
+
+def _announce(event: Mapping[str, Any]) -> None:
+    print(json.dumps(event), flush=True)
 
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
@@ -238,7 +259,7 @@ def _model_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(arguments: argparse.Namespace) -> None:
-    from axrun.latency import measure
+    from axrun.measure.latency import measure
 
     latencies = measure(
         arguments.file, arguments.group, arguments.warmup, arguments.repeat, _engine(arguments), arguments.threads
@@ -261,16 +282,10 @@ def _doctor_flags(parser: argparse.ArgumentParser) -> None:
 def _doctor(arguments: argparse.Namespace) -> None:
     from axrun.doctor.examine import examine
 
-    report = examine(arguments.bundle, _engine(arguments), arguments.threads, _doctor_progress)
+    report = examine(arguments.bundle, _engine(arguments), arguments.threads, progress.show, progress.mention)
     print(json.dumps(report.json()) if arguments.json else "\n".join(report.lines()), flush=True)
     if report.finding:
         raise CheckFailed(f"{report.bundle} is {report.verdict}: {report.finding.stage}: {report.finding.part}")
-
-
-def _doctor_progress(line: str) -> None:
-    """Stages everywhere, what is done inside them on a terminal only."""
-    if sys.stderr.isatty() or line.startswith("["):
-        _progress(line)
 
 
 def _stdin() -> str:
@@ -283,15 +298,6 @@ def _stdin() -> str:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _progress(line: str) -> None:
-    """One line that changes on a terminal, a line each elsewhere. `[n/n]` is the last."""
-    if not sys.stderr.isatty():
-        _say(line)
-        return
-    done, _, total = line[1:].partition("]")[0].partition("/")
-    print(f"\r\x1b[K{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def _write(text: str) -> None:

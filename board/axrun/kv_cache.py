@@ -50,12 +50,6 @@ class KVCache:
         return sum(array.nbytes for array in (*self.keys, *self.values))
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    shorter = min(len(one), len(other))
-    return next((index for index in range(shorter) if one[index] != other[index]), shorter)
-
-
 def visible_and_blocked(dtype: str) -> tuple[Any, Any]:
     """The mask's two values in the carrier of a FLOAT, FLOAT16 or BFLOAT16 tensor; FLOAT16 has no -65536."""
     lowest = max(BLOCKED, -65504.0) if dtype == "FLOAT16" else BLOCKED

@@ -11,6 +11,7 @@ from axrun.format import bundle as bundles
 from axrun.format.bundle import Bundle
 from axrun.memory import Allow, refuse, remaining, require
 from axrun.model import Model
+from axrun.progress import Progress, Show, unseen
 
 Say = Callable[[str], None]
 
@@ -24,7 +25,7 @@ class Loading:
     """How a bundle is loaded, and who is told.
 
     `verify` holds every file against the manifest first. `threads` None: one for each CPU. `allow` is asked where
-    memory is too small. `say` gets console lines, `progress` lines of which each replaces the one before.
+    memory is too small. `say` gets console lines, `progress` how far the work is.
     """
 
     verify: bool = False
@@ -32,7 +33,7 @@ class Loading:
     threads: int | None = None
     allow: Allow = refuse
     say: Say = silent
-    progress: Say = silent
+    progress: Show = unseen
 
     def open(self, path: Path) -> Bundle:
         """Raises BadInput for a bundle that cannot be used, CheckFailed when it is not as built."""
@@ -46,7 +47,7 @@ class Loading:
         parts = iter(range(1, bundle.layers + 3))
 
         def loaded(what: str) -> None:
-            self.progress(f"[{next(parts)}/{bundle.layers + 2}] {what},{remaining()}")
+            self.progress(Progress(next(parts), bundle.layers + 2, f"{what},{remaining()}"))
 
         return Model.load(bundle, self.engine, self.threads, loaded)
 

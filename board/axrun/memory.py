@@ -57,7 +57,7 @@ class Shortage:
 
 
 def refuse(shortage: str) -> bool:
-    """The answer of who cannot be asked."""
+    """Default policy: decline."""
     return False
 
 

@@ -10,13 +10,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from axrun.decoder import Decoder
+from axrun.decoder import Chunk, Decoder
 from axrun.errors import BadInput, NotFinite
 from axrun.format import axmodel
 from axrun.format.axmodel import TensorInfo
 from axrun.format.bundle import Bundle
 from axrun.format.dtypes import FLOATS, bf16_to_f32, from_float32, to_float32
-from axrun.sampling import overflow
+from axrun.sampling.draw import overflow
 from axrun.session import Binding, Session, open_session
 
 Array = NDArray[Any]
@@ -104,10 +104,14 @@ class Post:
 
 
 class Model:
-    """Embedding, layers and post of a bundle, with the K/V of one conversation."""
+    """Embedding, layers and post of a bundle, with one K/V cache."""
 
     def __init__(self, embedding: Embedding, decoder: Decoder, post: Post) -> None:
         self.embedding, self.decoder, self.post = embedding, decoder, post
+
+    def another(self) -> Model:
+        """The same model with a cache of its own."""
+        return Model(self.embedding, Decoder(self.decoder.sessions), self.post)
 
     @classmethod
     def load(
@@ -160,38 +164,36 @@ class Model:
         return self.decoder.context
 
     def forward(
-        self,
-        ids: Sequence[int],
-        position: int | None = None,
-        logits: Literal["last", "all"] = "last",
-        between: Callable[[], None] = lambda: None,
+        self, ids: Sequence[int], position: int | None = None, logits: Literal["last", "all"] = "last"
     ) -> Logits:
         """float32 logits after the last of `ids` [vocab], or after every one [n, vocab].
 
         The tokens go to `position`, position + 1, ...: the cache's length unless given. What the cache holds from there
-        on is replaced. The last token's logits are overwritten by the next call. `between` is called after each chunk;
-        what it raises ends the work, and the cache then holds whole chunks.
+        on is replaced. The last token's logits are overwritten by the next call.
         Raises BadInput when there are no tokens, or more than fit the context, CheckFailed when a layer or a logit is
         not finite.
         """
         if logits == "all":
             return np.concatenate([rows.copy() for rows in self.blocks(ids, position)])
-        for hidden in self._hidden(ids, position):
+        for _, hidden in self.hidden(ids, position):
             last = hidden[-1:]
-            between()
         return self.post(last).reshape(-1)
 
     def blocks(self, ids: Sequence[int], position: int | None = None) -> Iterator[Logits]:
         """What `forward` gives after every token, a few rows [n, vocab] at a time; the next overwrite them."""
-        for hidden in self._hidden(ids, position):
-            for start in range(0, len(hidden), POST_ROWS):
-                yield self.post(hidden[start : start + POST_ROWS])
+        for _, hidden in self.hidden(ids, position):
+            yield from self.logits(hidden)
 
-    def _hidden(self, ids: Sequence[int], position: int | None) -> Iterator[Array]:
+    def logits(self, hidden: Array) -> Iterator[Logits]:
+        """float32 logits of hidden states [n, H], a few rows [n, vocab] at a time; the next overwrite them."""
+        for start in range(0, len(hidden), POST_ROWS):
+            yield self.post(hidden[start : start + POST_ROWS])
+
+    def hidden(self, ids: Sequence[int], position: int | None = None) -> Iterator[tuple[Chunk, Array]]:
+        """Hidden states [n, H] of the tokens, chunk by chunk; the next overwrite them. Arguments as of `forward`."""
         if not len(ids):
             raise BadInput("there is no token to start from: the prompt is empty")
-        for _, hidden in self.decoder.run(self.embedding(ids), self.length if position is None else position):
-            yield hidden
+        return self.decoder.run(self.embedding(ids), self.length if position is None else position)
 
 
 def _expect(path: Path, part: str) -> None:

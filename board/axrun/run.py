@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from axrun.chat import ChatTemplate, prompt_ids
 from axrun.decoder import expect_room
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
@@ -15,7 +14,11 @@ from axrun.generate import Stats, generate
 from axrun.load import DEFAULTS, Loading, Say, describe, silent
 from axrun.model import Model
 from axrun.sampling import Sampling
-from axrun.tokenizer import TextStream, Tokenizer
+from axrun.sampling.checkpoint import sampling_of
+from axrun.sequence import Sequence
+from axrun.text.stream import TextStream
+from axrun.text.template import ChatTemplate, prompt_ids
+from axrun.text.tokenizer import Tokenizer
 
 ENDINGS = {"eos": "hit eos", "length": "max_tokens reached", "context": "context full"}
 
@@ -44,6 +47,7 @@ class Answer:
 class Options:
     """How to answer. What is not None in `sampling` overrides post_config.json.
 
+    `generation_config`: tokens are drawn as the checkpoint's file of that name says, and not as post_config.json does.
     `parse_special`: special tokens that a message spells are control tokens, not text.
     """
 
@@ -52,6 +56,7 @@ class Options:
     sampling: Mapping[str, float | None] = field(default_factory=dict)
     seed: int = 0
     parse_special: bool = False
+    generation_config: bool = False
 
     def __post_init__(self) -> None:
         """Raises BadInput for a number out of range."""
@@ -60,9 +65,15 @@ class Options:
         if self.seed < 0:
             raise BadInput(f"seed is {self.seed}, expected at least 0")
 
-    def sampling_of(self, bundle: Bundle) -> Sampling:
-        """How tokens are drawn from a bundle. Raises BadInput for a value out of range, here or in its files."""
-        return Sampling.from_post_config(bundle.post_config).override(**self.sampling)
+    def sampling_of(self, bundle: Bundle, say: Say) -> Sampling:
+        """How tokens are drawn from a bundle; what its checkpoint asks for and does not get is said.
+
+        Raises BadInput for a value out of range, here or in its files.
+        """
+        sampling, remark = sampling_of(bundle, self.generation_config, **self.sampling)
+        if remark:
+            say(f"note: {remark}")
+        return sampling
 
 
 @dataclass(frozen=True)
@@ -80,7 +91,7 @@ def run(path: Path, question: Question, loading: Loading = DEFAULTS, write: Say 
     Raises BadInput for a bundle, a prompt or a value that cannot be used, CheckFailed when the bundle is not as built.
     """
     bundle, options, say = loading.open(path), question.options, loading.say
-    sampling = options.sampling_of(bundle)
+    sampling = options.sampling_of(bundle, say)
     say("LLM init start")
     tokenizer = Tokenizer.open(bundle.hf)
     template = None if question.raw else ChatTemplate.find(bundle.hf)
@@ -100,8 +111,8 @@ def _answer(
     stats, stream = Stats(), TextStream(tokenizer)
     answer: list[int] = []
     pieces: list[str] = []
-    tokens = generate(model, ids, sampling, options.max_tokens, tokenizer.stop_ids, seed=options.seed, stats=stats)
-    for token in tokens:
+    stop_ids, seed = tokenizer.stop_ids, options.seed
+    for token in generate(Sequence(model), ids, sampling, options.max_tokens, stop_ids, seed=seed, stats=stats):
         if not answer:
             say(f"ttft: {1e3 * stats.ttft_seconds:.2f} ms")
         answer.append(token.id)

@@ -5,20 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from ci.device import commands
-from ci.device.connection import ssh_command, ssh_environment
+from ci.device import commands, ssh
 from ci.device.place import Address, Board
-
-SSH_FAILED = 255
 
 
 def shell(board: Board, at: Address, command: str = "") -> int:
     """An interactive session, or `command` as the user's shell there reads it; returns its exit code."""
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    words = [*ssh_command(at, "-t" if terminal else "-T"), at.host]
+    words = [*ssh.command(at, "-t" if terminal else "-T"), at.host]
     sys.stdout.flush()
-    done = subprocess.run([*words, *([command] if command else [])], env=ssh_environment(board), check=False)
-    if done.returncode == SSH_FAILED:  # or the command's own; ssh has said what it saw
+    done = subprocess.run([*words, *([command] if command else [])], env=ssh.environment(board), check=False)
+    if done.returncode == ssh.FAILED:  # or the command's own; ssh has said what it saw
         why = commands.invoke("board.status", "--board", board.argument)
         print(f"note: where ssh did not get in, this says why: {why}", file=sys.stderr)
     return done.returncode

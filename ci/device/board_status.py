@@ -12,6 +12,7 @@ from axrun.errors import Failure
 from ci.device import reach, settings
 from ci.device.connection import Connection
 from ci.device.place import Address, Board
+from ci.device.programs import STATE
 
 SWITCHED = {"port": "its power port", "manual": "its user", "none": "nothing"}
 SETTINGS = ("address", "user", "port", "keyfile", "power", "root", "python", "engine")
@@ -30,7 +31,7 @@ def status(board: Board, at: Address) -> dict[str, Any]:
     if known["answers"]:
         return {**known, "advice": reach.advice(board, known["answers"])}
     try:
-        with Connection(board, at) as link:
+        with Connection(board, at, STATE) as link:
             return {**known, "facts": link.call("facts"), "status": link.call("status")}
     except Failure as failure:
         why, _, advice = str(failure).partition("\n")

@@ -1,4 +1,4 @@
-"""A board over SSH: requests to the program of ci/device/on_board.py, and rsync.
+"""A board over SSH: requests to a program of ci/device/on_board, rsync, and a port that leads there.
 
 What a board answers is bounded in size and time, and is data: nothing of it is run here.
 """
@@ -11,57 +11,26 @@ import os
 import re
 import select
 import shlex
-import shutil
-import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from axrun.errors import BadInput, CheckFailed
-from ci.device.place import SSH, Address, Board
+from axrun.errors import BadInput
+from ci.device import programs, ssh
+from ci.device.place import Address, Board
+from ci.device.ssh import CONNECT_SECONDS, REQUEST_SECONDS, Lost
 
-ON_BOARD = Path(__file__).resolve().parent / "on_board.py"
-CONNECT_SECONDS, REQUEST_SECONDS, STALL_SECONDS = 15, 120, 300
+STALL_SECONDS = 300
 RSYNC_SECONDS = 6 * 3600
 ANSWER_BYTES = 4 << 20
 NO_PYTHON = 127  # a shell's exit code for a command it does not find
 
-# Reads the program's size, then the program; a Python too old for it says so instead.
-START = """import sys
-if sys.version_info < (3, 9):
-    print('{"error": "old", "text": "%d.%d"}' % sys.version_info[:2])
-    sys.exit()
-size = int(sys.stdin.buffer.readline())
-exec(compile(sys.stdin.buffer.read(size), "on_board.py", "exec"))
-"""
-
-# what ssh says (https://man.openbsd.org/ssh), and what that means to who deploys; {at} is user@host port
-SSH_SAYS = (
-    (
-        r"REMOTE HOST IDENTIFICATION HAS CHANGED|host key for .* has changed",
-        "the host key of {at} is not the one in {known_hosts}\n"
-        "Another machine answers, or the board was installed anew: remove its line there only if you know which.",
-    ),
-    (
-        r"No .* host key is known|Host key verification failed",
-        "the host key of {at} is not in {known_hosts}\n"
-        "Compare it with the board's own (ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub), then add it:\n"
-        "ssh-keyscan -t ed25519 -p {port} {host} >> {known_hosts}",
-    ),
-    (
-        r"Permission denied",
-        "{at} does not accept the key {keyfile}\nAdd {keyfile}.pub to the board's ~/.ssh/authorized_keys.",
-    ),
-    (
-        r"Could not resolve|[Cc]onnection (timed out|refused|closed|reset)|No route|unreachable|kex_exchange|timeout",
-        "{at} cannot be reached: {said}\nIs the board on and on the network, and its address right?",
-    ),
-)
 # what each verb of the programs on the board returns: a type, (one of several), [of entries], {key: of its value}
 ANSWERS: Mapping[str, Any] = {
     "facts": {
@@ -108,10 +77,6 @@ ANSWERS: Mapping[str, Any] = {
 NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded")
 
 
-class Lost(CheckFailed):
-    """The connection ended, or the board did not answer in time."""
-
-
 @dataclass(frozen=True)
 class Moved:
     """What rsync moved: bytes over the wire both ways, and the size of all files."""
@@ -123,21 +88,20 @@ class Moved:
 class Connection:
     """A board's program, running. Close it, or the board's lock is held until it notices."""
 
-    def __init__(self, board: Board, at: Address, program: Path = ON_BOARD) -> None:
+    def __init__(self, board: Board, at: Address, program: str = programs.RELEASES) -> None:
         """`program` is what is sent. Raises BadInput for a board out of reach, unknown or without a Python for it."""
         self.board, self.at = board, at
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the connection)
         self._unread = b""
         self._process = subprocess.Popen(
-            [*self._shell(), f"exec python3 -I -S -u -c {shlex.quote(START)} {shlex.quote(board.root)}"],
+            [*self._shell(), programs.command(board.root)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._said,
-            env=ssh_environment(board),
+            env=ssh.environment(board),
         )
         try:
-            code = program.read_bytes()
-            self._send(b"%d\n%s" % (len(code), code))
+            self._send(programs.sent(program))
             self._receive("start", CONNECT_SECONDS + REQUEST_SECONDS)
         except BaseException:
             self.close()
@@ -163,7 +127,7 @@ class Connection:
         self._said.close()
 
     def call(self, verb: str, seconds: float = REQUEST_SECONDS, /, **arguments: Any) -> Any:
-        """What the verb of ci/device/on_board.py returns, of the type it is known to have (ANSWERS).
+        """What the verb of the program returns, of the type it is known to have (ANSWERS).
 
         Raises BadInput for what it refuses, Lost without an answer, or with one of another type.
         """
@@ -182,15 +146,14 @@ class Connection:
             *("rsync", "--recursive", "--checksum", "--delete", "--stats", "--partial-dir=.rsync-partial"),
             *("--chmod=D0755,Fu+rw,Fgo+r,Fgo-w", f"--timeout={STALL_SECONDS}", "--protect-args"),
             *([f"--link-dest={like}"] if like else []),
-            *("--rsh", shlex.join(ssh_command(self.at))),
+            *("--rsh", shlex.join(ssh.command(self.at))),
             *(f"{source}/", f"{self.at.host}:{into}/"),
         ]
-        if setpriv := shutil.which("setpriv"):
-            command = [setpriv, "--pdeathsig", "KILL", *command]  # it shall not outlive the deploy that holds the lock
+        command = [*ssh.mortal("KILL"), *command]  # it shall not outlive the deploy that holds the lock
         try:
             done = subprocess.run(
                 command,
-                env=ssh_environment(self.board),
+                env=ssh.environment(self.board),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -205,46 +168,19 @@ class Connection:
         if done.returncode:
             if NO_SPACE.search(done.stderr):
                 raise BadInput(f"the disk of {self.board.name} got full while {source.name} was being sent")
-            raise Lost(self._meaning(done.stderr) or f"rsync to {self.board.name}: {_last(done.stderr)}")
+            raise Lost(self._meaning(done.stderr) or f"rsync to {self.board.name}: {ssh.last_line(done.stderr)}")
         numbers = [
             _number(done.stdout, name) for name in ("Total bytes sent", "Total bytes received", "Total file size")
         ]
         return Moved(numbers[0] + numbers[1], numbers[2])
 
-    @contextlib.contextmanager
-    def forwarded(self, port: int) -> Iterator[int]:
+    def forwarded(self, port: int) -> AbstractContextManager[int]:
         """A port of this machine's loopback that leads to the board's. Raises Lost when there is none."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            here = int(free.getsockname()[1])
-        words = ["-o", "ExitOnForwardFailure=yes", "-N", "-L", f"127.0.0.1:{here}:127.0.0.1:{port}", self.at.host]
-        with tempfile.TemporaryFile() as said:
-            process = subprocess.Popen(
-                [*ssh_command(self.at), *words],
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-                env=ssh_environment(self.board),
-            )
-            try:
-                deadline = time.monotonic() + CONNECT_SECONDS + REQUEST_SECONDS
-                while not _listens(here):
-                    if process.poll() is not None or time.monotonic() > deadline:
-                        said.seek(0)
-                        text = said.read(1 << 16).decode("utf-8", "replace")
-                        raise Lost(self._meaning(text) or f"no port of {self.board.name} is forwarded: {_last(text)}")
-                    time.sleep(0.05)
-                yield here
-            finally:
-                process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(timeout=5)
-                process.kill()
-                process.wait()
+        return ssh.forwarded(self.board, self.at, port)
 
     def _shell(self) -> list[str]:
         """What runs a command line on the board."""
-        return [*ssh_command(self.at), self.at.host]
+        return [*ssh.command(self.at), self.at.host]
 
     def _send(self, data: bytes) -> None:
         assert self._process.stdin
@@ -301,46 +237,10 @@ class Connection:
         meaning = self._meaning(said) if code == 255 else ""
         if meaning and verb == "start":
             return BadInput(meaning)
-        return Lost(meaning or f"{self.board.name} was lost during {verb}: {_last(said)} (exit code {code})")
+        return Lost(meaning or f"{self.board.name} was lost during {verb}: {ssh.last_line(said)} (exit code {code})")
 
     def _meaning(self, said: str) -> str:
-        return ssh_meaning(self.board, self.at, said)
-
-
-def ssh_command(at: Address, *options: str) -> list[str]:
-    """ssh to an address, without the host: it checks the host key and asks nobody."""
-    return [
-        *(str(SSH), "-x", *(options or ("-T",)), "-o", f"ConnectTimeout={CONNECT_SECONDS}"),
-        *("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=6"),
-        *("-i", str(at.keyfile), "-p", str(at.port), "-l", at.user),
-    ]
-
-
-def ssh_environment(board: Board) -> dict[str, str]:
-    return {**os.environ, **board.variables(), "LC_ALL": "C"}
-
-
-def ssh_meaning(board: Board, at: Address, said: str) -> str:
-    """What ssh's words mean, for who uses the board; empty where they are not known."""
-    for pattern, text in SSH_SAYS:
-        if re.search(pattern, said):
-            return text.format(
-                at=f"{at.user}@{at.host} port {at.port}",
-                host=at.host,
-                port=at.port,
-                keyfile=at.keyfile,
-                known_hosts=board.state / "known_hosts",
-                said=_last(said),
-            )
-    return ""
-
-
-def _listens(port: int) -> bool:
-    try:
-        socket.create_connection(("127.0.0.1", port), timeout=5).close()
-    except OSError:
-        return False
-    return True
+        return ssh.meaning(self.board, self.at, said)
 
 
 def _is(value: Any, kind: Any) -> bool:
@@ -352,11 +252,6 @@ def _is(value: Any, kind: Any) -> bool:
     if isinstance(kind, Mapping):
         return type(value) is dict and all(key in value and _is(value[key], one) for key, one in kind.items())
     return value is None if kind is None else type(value) is kind
-
-
-def _last(said: str) -> str:
-    lines: Sequence[str] = [line.strip() for line in said.splitlines() if line.strip()]
-    return ascii(lines[-1][:200])[1:-1] if lines else "it said nothing"
 
 
 def _number(stats: str, name: str) -> int:

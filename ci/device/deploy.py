@@ -1,6 +1,6 @@
 """A runner and a bundle onto a board: looked at, sent, verified, asked, and only then made the current release.
 
-Until the last step the board runs what it ran; ci/device/on_board.py says how its folders keep that true.
+Until the last step the board runs what it ran; ci/device/on_board/releases.py says how its folders keep that true.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def deploy(
 
 
 def _record(board: Board, name: str, release: Mapping[str, Any], package: Listing, model: Listing) -> Record:
-    text = json.dumps(release, sort_keys=True)  # as ci/device/on_board.py writes it
+    text = json.dumps(release, sort_keys=True)  # as ci/device/on_board/releases.py writes it
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Record(board.name, name, package.id, model.id, digest, evidence.files(package), evidence.files(model))
 

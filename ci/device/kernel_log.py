@@ -14,14 +14,14 @@ from ci.device import place
 from ci.device.connection import Connection
 from ci.device.console import printable
 from ci.device.place import Address, Board
+from ci.device.programs import STATE
 
-STATE = Path(__file__).resolve().parent / "on_board_state.py"
 NAME = "dmesg.log"
 SECONDS = 40.0
 EMULATED = "an emulated board has no kernel of its own, and none of its messages"
 
 
-def read(board: Board, connect: Callable[[Board, Address, Path], Connection] = Connection) -> str:
+def read(board: Board, connect: Callable[[Board, Address, str], Connection] = Connection) -> str:
     """The end of the log, made printable. Raises BadInput with why it cannot be read."""
     if board.emulated:
         raise BadInput(EMULATED)

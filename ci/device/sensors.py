@@ -10,14 +10,13 @@ import statistics
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from axrun.errors import Failure
 from ci.device.connection import Connection
 from ci.device.place import Address, Board
+from ci.device.programs import STATE
 
-STATE = Path(__file__).resolve().parent / "on_board_state.py"
 EVERY_SECONDS = 2.0
 SECONDS = 30.0  # for an answer
 MOST_READINGS, MOST_SENSORS, MOST_NAME = 20_000, 64, 60
@@ -106,7 +105,7 @@ def reading(
     board: Board,
     at: Address,
     every: float = EVERY_SECONDS,
-    connect: Callable[[Board, Address, Path], Connection] = Connection,
+    connect: Callable[[Board, Address, str], Connection] = Connection,
 ) -> Iterator[Readings]:
     """Reads the board's sensors until this is closed. Never raises: `why` says what went wrong."""
     found, ended = Readings(), threading.Event()

@@ -13,14 +13,15 @@ from axrun.format.bundle import Bundle
 from axrun.generate import generate
 from axrun.model import Model
 from axrun.sampling import Sampling
+from axrun.sequence import Sequence
 
 PROMPT, TOKENS, STRIDE, REPEAT = 192, 32, 7919, 3
 
 
 def work(model: Model, vocabulary: int) -> None:
     prompt = min(PROMPT, model.context - TOKENS)
-    model.decoder.cache.reset()
-    for _ in generate(model, [(STRIDE * index + 1) % vocabulary for index in range(prompt)], Sampling(), TOKENS):
+    ids = [(STRIDE * index + 1) % vocabulary for index in range(prompt)]
+    for _ in generate(Sequence(model), ids, Sampling(), TOKENS):
         pass
 
 

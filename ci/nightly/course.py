@@ -21,7 +21,7 @@ from axrun.format.logits import NAME as REFERENCE
 from ci.device import doctor, evidence, holding, place, power
 from ci.device.holding import Holding
 from ci.device.place import Board
-from ci.nightly import beside, built, instructions, retry, stage
+from ci.nightly import board_records, built, instructions, retry, stage
 from ci.nightly.junit import failures
 from ci.nightly.stage import Stage
 from ci.nightly.variant import Variant
@@ -51,7 +51,7 @@ LIMITS = {
     "deploy": 1800.0,
     MEASURE: 3600.0,
     doctor.STAGE: 1800.0,
-    **beside.LIMITS,
+    **board_records.LIMITS,
     "power off": 300.0,
 }
 BISECT, BISECT_SECONDS = "bisect", 4 * 3600.0  # a limit for all steps of a bisection (ci/bisect.py)
@@ -131,7 +131,7 @@ class Course:
         self.bundle = self.base / spec.name
         self.deployed = evidence.place(self.base, board.name)
         self.stages: list[Stage] = []
-        self.beside = beside.Beside(board, folder)
+        self.records = board_records.BoardRecords(board, folder)
         self.counts = board.emulated and not instructions.unable()
         self.unjudged = False  # the first nights of a maker have no gates
         self.flaky = ""  # what the network or the board did to the first try
@@ -177,10 +177,10 @@ class Course:
 
     def measure(self) -> None:
         """Everything between holding the board and switching it off. Raises StageFailed."""
-        self.beside.begin()
+        self.records.begin()
         self.power_on()
-        health = self.beside.health(self.options.history, self.base)
-        self._run(beside.HEALTH, [self.python, "-m", *health])
+        health = self.records.health(self.options.history, self.base)
+        self._run(board_records.HEALTH, [self.python, "-m", *health])
         self._prepare()
         self._twice(self._measure_there)
 
@@ -227,7 +227,7 @@ class Course:
         with contextlib.suppress(OSError):
             shutil.copyfile(self.deployed, self.folder / DEPLOYED)
         self._run(MEASURE, [*python, "pytest", *self._hil_flags()])
-        self._run(beside.SOAK, [*python, *self.beside.soak(self.deployed, self.options.soak)])
+        self._run(board_records.SOAK, [*python, *self.records.soak(self.deployed, self.options.soak)])
 
     def _where(self) -> list[str]:
         return ["--board", str(self.board.yaml), "--out", str(self.base)]
@@ -280,10 +280,10 @@ class Course:
     def power_off(self) -> None:
         """Whatever happened before; a signal does not end it. A board that nothing switches stays on."""
         stop, self._stop = self._stop, str
-        self.beside.log(self.stages)
+        self.records.log(self.stages)
         with contextlib.suppress(StageFailed):
             self._twice(self._power_off)
-        self.beside.end()
+        self.records.end()
         self._stop = stop
 
     def _power_off(self) -> None:
@@ -321,7 +321,7 @@ class Course:
         why = f": {done.reason}" if done.failed else ""
         self.say(f"{done.name} {done.outcome} after {done.seconds:.1f} s{why}")
         if done.failed:
-            self.beside.failed(done)
+            self.records.failed(done)
             raise StageFailed
         if done.name == self._last:
             raise Reached

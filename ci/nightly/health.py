@@ -26,14 +26,15 @@ from axc.models import load_model
 from axrun.errors import BadInput, CheckFailed, Failure
 from axrun.run import Options, Question, run
 from ci.device import deploy, evidence, place, wheelhouse
-from ci.device.connection import Connection, Lost
+from ci.device.connection import Connection
 from ci.device.evidence import Record
 from ci.device.place import Address, Board
+from ci.device.programs import STATE
+from ci.device.ssh import Lost
 from ci.device.wheelhouse import Package
 from ci.nightly import health_log
 from ci.nightly.health_log import FIRST, HEALTHY, ILL, Check
 
-STATE = Path(__file__).resolve().parents[1] / "device" / "on_board_state.py"
 FOLDER = "health"  # below the root of the releases
 MODEL = "tiny-qwen2"
 PROMPT, TOKENS = "who are you?", 40

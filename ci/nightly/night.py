@@ -21,8 +21,8 @@ from axrun.errors import BadInput, Failure
 from axrun.format.bundle import MANIFEST, read_manifest, sha256
 from ci.device import commands, doctor, evidence, place
 from ci.nightly import (
-    beside,
     bisection,
+    board_records,
     checkout,
     gate,
     history,
@@ -54,7 +54,7 @@ ARTIFACTS = {
     "deployed.json": "what was deployed: sha256 of every file",
     "check.json": "what the check after the build found of every layer",
     doctor.FILE: "what the doctor found, stage by stage, here and on the board",
-    **beside.ARTIFACTS,
+    **board_records.ARTIFACTS,
 }
 
 Say = Callable[[str], None]
@@ -195,11 +195,11 @@ def _seen(course: Course) -> dict[str, Any]:
     machine = found.get("machine")
     machine = machine if isinstance(machine, dict) else {}
     seen["machine"] = {name: _text(machine[name]) for name in ("board", "cpu", "system", "python") if machine.get(name)}
-    seen["machine"] |= course.beside.versions()
+    seen["machine"] |= course.records.versions()
     seen["engine"], seen["reference_sha256"] = _text(found.get("engine", "")), _text(found.get("reference_sha256", ""))
     seen["figures"] = found.get("figures", {})
     if seen["figures"]:
-        seen["figures"] |= _json(course.folder / INSTRUCTIONS) | course.beside.soaked()
+        seen["figures"] |= _json(course.folder / INSTRUCTIONS) | course.records.soaked()
     named = found.get("evidence")
     named = named if isinstance(named, dict) else {}
     seen["release"], seen["package"] = _text(named.get("release", "")), _text(named.get("package", ""))
@@ -232,9 +232,9 @@ def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
     found = verdict(stages, judged, excused.tests, before.nights, night, unlike, plan.unjudged)
     found = excused.verdict(found).after(course.flaky)
     bounds = {name: entry.text() for name, entry in gates.items()} if night.figures else {}
-    told, worse = course.beside.told(measured), any(entry.red and entry.value is not None for entry in judged)
-    blame = beside.blame(stages, found.stage, bool(found.code), worse)
-    notes += [*([beside.CODE_NOTE] if blame == "code" else []), *course.beside.found(measured)]
+    told, worse = course.records.told(measured), any(entry.red and entry.value is not None for entry in judged)
+    blame = board_records.blame(stages, found.stage, bool(found.code), worse)
+    notes += [*([board_records.CODE_NOTE] if blame == "code" else []), *course.records.found(measured)]
     night = replace(night, verdict=found.word, reason=found.reason, stage=found.stage, gates=bounds)
     night = replace(night, blame=blame, sensors=told.sensors, flaky=course.flaky, quarantined=excused.record())
     stages = [_explained(done, found) for done in stages]

@@ -16,8 +16,8 @@ FIRST_TRY = "first-try"  # the folder, in the night's, of what the first try wro
 WRITTEN = ("junit.xml", "figures.json", "benchmark.json", "deployed.json")
 LAST = 30  # nights in which flaky ones are counted
 POWER = ("power on", "power off")
-# what ci/device/connection.py, tests/hil/on_board.py and tests/hil/conftest.py say when the board or the way to it is
-# lost; {board} is the board's name
+# what connection.py and ssh.py of ci/device, on_board.py and conftest.py of tests/hil say when the board or the way to
+# it is lost; {board} is the board's name
 LOST = (
     r"{board} was lost during \w+",
     r"{board} did not answer \w+ in \d+ s",

@@ -22,12 +22,13 @@ from typing import Any
 
 from axrun.errors import BadInput, CheckFailed, Failure
 from ci.device import evidence, place
-from ci.device.connection import Connection, Lost
+from ci.device.connection import Connection
 from ci.device.place import Board
+from ci.device.programs import SERVER
+from ci.device.ssh import Lost
 from ci.nightly import soak_load
 from ci.nightly.soak_load import CUT, LOST, REFUSED, WHOLE, Client, Outcome, Question
 
-ON_BOARD = Path(__file__).resolve().parents[1] / "device" / "on_board_server.py"
 SHORT, LONG = 40, 1000  # requests: of every night, and of --soak
 LIVES = {SHORT: 2}  # of the server; as many as a long soak has where another number of requests is asked for
 LONG_LIVES = 6
@@ -339,7 +340,7 @@ def on_board(board: Board, deployed: Path, requests: int, say: Callable[[str], N
     flags = ["--port", "0", "--engine", board.engine, *(patient if board.emulated else [])]
     command = ["sh", f"{release}/axrun", "serve", f"{release}/model", *flags]
     try:
-        with Connection(board, place.address(board), ON_BOARD) as link:
+        with Connection(board, place.address(board), SERVER) as link:
             return soak(link, command, requests, say=say)
     except Lost as lost:
         raise CheckFailed(f"{board.name} was lost during the soak: {lost}") from None

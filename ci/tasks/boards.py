@@ -194,7 +194,7 @@ def board_shell(_: Context, board: str = "virtual", command: str = "") -> None:
 def board_ask(_: Context, prompt: str, board: str = "virtual", args: str = ARGS) -> None:
     """The current release's answer to a prompt (- reads it from stdin), as it is written."""
     install(VENV, "boards")
-    from ci.device import attended, place, reach
+    from ci.device import place, reach, remote_axrun
 
     text = sys.stdin.read() if prompt == "-" else prompt
     found = place.find(board)
@@ -202,21 +202,21 @@ def board_ask(_: Context, prompt: str, board: str = "virtual", args: str = ARGS)
         at = place.address(found)
         reach.require(found, at)
         _log_in(found, at)
-        finish(attended.ask(found, at, text, sys.stdout, sys.stderr, split(args)))
+        finish(remote_axrun.ask(found, at, text, sys.stdout, sys.stderr, split(args)))
 
 
 @verb
 def board_serve(_: Context, board: str = "virtual", port: int = 0, args: str = ARGS) -> None:
     """The current release's server on a board, reached at a port of this machine's loopback, until Ctrl-C."""
     install(VENV, "boards")
-    from ci.device import attended, place, reach
+    from ci.device import place, reach, remote_axrun
 
     found = place.find(board)
     with place.hold(found), _ending():
         at = place.address(found)
         reach.require(found, at, TELL)
         _log_in(found, at)
-        with attended.served(found, at, port, TELL, split(args)) as (url, far):
+        with remote_axrun.served(found, at, port, TELL, split(args)) as (url, far):
             TELL(f"{url}  (page at /, OpenAI's routes at /v1; Ctrl-C ends both sides)")
             try:
                 finish(far.wait())

@@ -17,9 +17,9 @@ from tokenizers import processors
 
 from axc import axllm, build, hf_folder, text_proof
 from axc.hf_folder import HfFolder
-from axrun.chat import ChatTemplate, chat_ids
 from axrun.errors import BadInput
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate, chat_ids
+from axrun.text.tokenizer import Tokenizer
 from tests.axc import tokenizer_kinds as kinds
 from tests.axc.conftest import Breakable
 from tests.axc.tokenizer_kinds import KINDS, MENDED

@@ -12,12 +12,13 @@ import transformers
 from numpy.typing import NDArray
 
 from axrun.agreement import divergence
-from axrun.chat import ChatTemplate, prompt_ids
 from axrun.format.bundle import Bundle
 from axrun.generate import generate
 from axrun.model import Model
 from axrun.sampling import Sampling
-from axrun.tokenizer import Tokenizer
+from axrun.sequence import Sequence
+from axrun.text.template import ChatTemplate, prompt_ids
+from axrun.text.tokenizer import Tokenizer
 from tests.conftest import Builder
 
 Floats = NDArray[np.float32]
@@ -91,7 +92,7 @@ def test_a_prompt_longer_than_prefill_len_continues_as_the_reference(tiny_qwen2:
     assert tokenizer
     ids = tokenizer.encode((tiny_qwen2 / "heldout.txt").read_text("utf-8"))[:150]
     assert len(ids) > 4 * bundle.prefill_len
-    ours = [token.id for token in generate(Model.load(bundle), ids, Sampling(), 40)]
+    ours = [token.id for token in generate(Sequence(Model.load(bundle)), ids, Sampling(), 40)]
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.float32).eval()
     theirs = model.generate(torch.tensor([ids]), max_new_tokens=40, do_sample=False, eos_token_id=None)
     assert ours == theirs[0, len(ids) :].tolist()
@@ -104,7 +105,7 @@ def test_the_default_bundle_adds(question: str, bundle_s8: Path) -> None:
     assert tokenizer
     ids = prompt_ids(tokenizer, ChatTemplate.find(bundle.hf), question)
     answer = tokenizer.decode(
-        token.id for token in generate(Model.load(bundle), ids, Sampling(), 8, tokenizer.stop_ids)
+        token.id for token in generate(Sequence(Model.load(bundle)), ids, Sampling(), 8, tokenizer.stop_ids)
     )
     numbers = [int(part) for part in question.replace("what is ", "").rstrip("=?").split("+")]
     assert answer.strip() == str(sum(numbers))

@@ -13,9 +13,9 @@ import onnxruntime
 import pytest
 
 from axrun import VERSION
-from axrun.bench import Options, bench
 from axrun.cli import main
 from axrun.machine import describe, peak_memory
+from axrun.measure.bench import Options, bench
 
 ARM = """processor	: 0
 BogoMIPS	: 48.00

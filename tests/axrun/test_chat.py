@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import transformers
 
-from axrun.chat import ChatTemplate, prompt_ids
 from axrun.errors import BadInput
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate, prompt_ids
+from axrun.text.tokenizer import Tokenizer
 
 CHATML = """{% for message in messages %}
     {%- if loop.first and message['role'] != 'system' %}

@@ -12,10 +12,10 @@ import tokenizers
 import transformers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from axrun.chat import ChatTemplate, chat_ids
-from axrun.control_tokens import BEGIN, END, control_ids
 from axrun.errors import BadInput
-from axrun.tokenizer import Tokenizer
+from axrun.text.control_tokens import BEGIN, END, control_ids
+from axrun.text.template import ChatTemplate, chat_ids
+from axrun.text.tokenizer import Tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from axrun.chat import ChatTemplate
-from axrun.conversation import Conversation, Stopped
+from axrun.chat.conversation import Conversation, Stopped
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.model import Model
 from axrun.sampling import Sampling
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate
+from axrun.text.tokenizer import Tokenizer
 
 QUESTIONS = ["my name is Anna", "what is my name?", "1+1=", "where do you run?"]
 
@@ -247,7 +247,6 @@ def test_the_repetition_penalty_sees_the_turns_before(bundle_fp32: Any, model_fp
     assert template
     answers = []
     for fresh in (False, True):
-        model_fp32.decoder.cache.reset()
         conversation = Conversation(model_fp32, tokenizer, template, Sampling(repetition_penalty=50), 30)
         conversation.messages = [
             {"role": "user", "content": "where do you run?"},

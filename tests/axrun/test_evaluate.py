@@ -17,13 +17,14 @@ import torch
 
 from axc.logits import Options, write
 from axrun.cli import main
-from axrun.evaluate import Quality, evaluate, measure
 from axrun.format import logits as reference_logits
 from axrun.format.bundle import Bundle
 from axrun.format.logits import NAME, ReferenceLogits
 from axrun.generate import generate
+from axrun.measure.evaluate import Quality, evaluate, measure
 from axrun.model import Model
 from axrun.sampling import Sampling
+from axrun.sequence import Sequence
 from tests.conftest import Builder
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +115,7 @@ def test_greedy_answers_are_counted_to_the_first_other_token(
         given = torch.from_numpy(window)[None]
         out = reference.generate(given, max_new_tokens=ANSWER, do_sample=False, eos_token_id=None, pad_token_id=0)
         model.decoder.cache.reset()
-        ours = [token.id for token in generate(model, window.tolist(), Sampling(), ANSWER)]
+        ours = [token.id for token in generate(Sequence(model), window.tolist(), Sampling(), ANSWER)]
         theirs = out[0, WINDOW // 2 :].tolist()
         same.append(next((i for i in range(ANSWER) if ours[i] != theirs[i]), ANSWER))
     assert (found.greedy_answers, found.greedy_tokens) == (WINDOWS, ANSWER)

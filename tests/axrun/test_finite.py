@@ -13,13 +13,13 @@ import pytest
 from axrun.cli import main
 from axrun.decoder import Decoder
 from axrun.errors import CheckFailed, NotFinite
-from axrun.finite import PIECE, FiniteCheck
 from axrun.format import axmodel
 from axrun.format.axmodel import TensorInfo
 from axrun.format.bundle import Bundle
 from axrun.format.dtypes import from_float32
 from axrun.model import Model
 from axrun.session import open_session
+from axrun.session.finite import PIECE, FiniteCheck
 from tests.damage import OVERFLOW, set_float
 
 BAD = [np.inf, -np.inf, np.nan]

@@ -19,7 +19,9 @@ from transformers import (
 )
 
 from axrun.errors import BadInput, CheckFailed
-from axrun.sampling import Sampler, Sampling, draw, weights
+from axrun.sampling import Sampling
+from axrun.sampling.draw import draw, weights
+from axrun.sampling.sampler import Sampler
 
 OFF = {
     "enable_temperature": False,
@@ -57,7 +59,7 @@ def transformers_probabilities(logits: NDArray[np.float32], past: list[int], sam
 
 def probabilities(logits: NDArray[np.float32], past: list[int], sampling: Sampling) -> NDArray[np.float64]:
     """What is drawn from, ours."""
-    kept = weights(logits, past, sampling).astype(np.float64)
+    kept = Sampler(sampling).weights(logits, past).astype(np.float64)
     return np.asarray(kept / kept.sum())
 
 
@@ -116,8 +118,8 @@ def test_what_is_cut_is_what_sorting_everything_cuts(
     """With many equal logits, too: of those, lower ids stay."""
     random = np.random.default_rng(seed)
     logits = (spread * random.integers(0, levels, vocab) / levels).astype(np.float32)
-    kept = weights(logits, [], Sampling(1.0, top_p=top_p, top_k=top_k))
-    plain = weights(logits, [], Sampling(1.0))
+    kept = weights(logits, Sampling(1.0, top_p=top_p, top_k=top_k))
+    plain = weights(logits, Sampling(1.0))
     order = np.argsort(-plain, kind="stable")[: top_k or None]
     mass = np.cumsum(plain[order].astype(np.float64))
     count = len(order) if top_p == 1 else 1 + np.count_nonzero(mass[:-1] < top_p * mass[-1])

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, trainers
 
 from axrun.errors import BadInput
-from axrun.hf_files import special_tokens
-from axrun.tokenizer import TextStream, Tokenizer
+from axrun.text.hf_files import special_tokens
+from axrun.text.stream import TextStream
+from axrun.text.tokenizer import Tokenizer
 
 TEXTS = [
     "1+1=",

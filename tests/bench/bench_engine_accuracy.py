@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pytest_benchmark.fixture import BenchmarkFixture
 from tokenizers import Tokenizer
 
-from axrun.evaluate import log_softmax
+from axrun.measure.evaluate import log_softmax
 from tests.bench.bench_engine import GGUF, ROOT, checkpoint, script
 from tests.engine.conftest import build
 

@@ -16,15 +16,17 @@ import numpy as np
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from axrun.chat import ChatTemplate
-from axrun.conversation import Conversation
+from axrun.chat.conversation import Conversation
 from axrun.decoder import Decoder
 from axrun.format.bundle import Bundle
 from axrun.generate import Stats, Token, generate
 from axrun.model import Model, Post
-from axrun.sampling import Sampler, Sampling
+from axrun.sampling import Sampling
+from axrun.sampling.sampler import Sampler
+from axrun.sequence import Sequence
 from axrun.session import Array, Binding, Session, SessionGroup
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate
+from axrun.text.tokenizer import Tokenizer
 from tests.conftest import Builder
 
 ROUNDS, TOKENS = 7, 32
@@ -54,26 +56,26 @@ def model(bundle: Bundle) -> Model:
     return Model.load(bundle)
 
 
-def ids(model: Model, start: int, count: int) -> list[int]:
-    return [(7919 * position + 1) % model.post.vocab_size for position in range(start, start + count)]
+def ids(model: Model, count: int) -> list[int]:
+    return [(7919 * position + 1) % model.post.vocab_size for position in range(count)]
 
 
-def first_token(model: Model, depth: int, tokens: int) -> None:
+def first_token(sequence: Sequence, depth: int, tokens: int) -> None:
     """`tokens` new ones behind `depth` that are cached, to the first token of an answer."""
-    next(generate(model, ids(model, depth, tokens), Sampling()))
+    next(generate(sequence, ids(sequence.model, depth + tokens), Sampling()))
 
 
-def cached(model: Model, depth: int) -> Callable[[], None]:
-    """Puts the cache back to `depth` tokens before each round."""
-    model.decoder.cache.reset()
-    if depth:
-        model.forward(ids(model, 0, depth))
-    return lambda: model.decoder.cache.truncate(depth)
+def cached(model: Model, depth: int) -> tuple[Sequence, Callable[[], None]]:
+    """A sequence, and what puts it back to `depth` tokens before each round."""
+    sequence = Sequence(model)
+    for _ in sequence.extend(ids(model, depth)) if depth else ():
+        pass
+    return sequence, lambda: sequence.truncate(depth)
 
 
-def decode(model: Model, depth: int, sampling: Sampling) -> Stats:
-    stats, past = Stats(), ids(model, 0, depth)
-    for _ in generate(model, ids(model, depth, 1), sampling, TOKENS, past=past, seed=0, stats=stats):
+def decode(sequence: Sequence, depth: int, sampling: Sampling) -> Stats:
+    stats = Stats()
+    for _ in generate(sequence, ids(sequence.model, depth + 1), sampling, TOKENS, seed=0, stats=stats):
         pass
     return stats
 
@@ -88,7 +90,8 @@ def show(benchmark: BenchmarkFixture, tokens: int) -> None:
 
 @pytest.mark.parametrize("length", [23, 128, 512])
 def test_runner_time_to_first_token(length: int, model: Model, benchmark: BenchmarkFixture) -> None:
-    benchmark.pedantic(first_token, (model, 0, length), setup=cached(model, 0), rounds=ROUNDS, warmup_rounds=1)
+    sequence, put_back = cached(model, 0)
+    benchmark.pedantic(first_token, (sequence, 0, length), setup=put_back, rounds=ROUNDS, warmup_rounds=1)
     show(benchmark, length)
 
 
@@ -96,11 +99,12 @@ def test_runner_time_to_first_token(length: int, model: Model, benchmark: Benchm
 @pytest.mark.parametrize("turn", [4, 16, 64])
 def test_runner_second_turn(turn: int, depth: int, model: Model, benchmark: BenchmarkFixture) -> None:
     """New tokens behind a history. Beside it, what the turn would cost without the cache: all of its tokens."""
-    benchmark.pedantic(first_token, (model, depth, turn), setup=cached(model, depth), rounds=ROUNDS, warmup_rounds=1)
+    sequence, put_back = cached(model, depth)
+    benchmark.pedantic(first_token, (sequence, depth, turn), setup=put_back, rounds=ROUNDS, warmup_rounds=1)
     show(benchmark, turn)
-    model.decoder.cache.reset()
+    sequence.truncate(0)
     started = time.perf_counter()
-    first_token(model, 0, depth + turn)
+    first_token(sequence, 0, depth + turn)
     without = benchmark.extra_info["seconds_without_cache"] = time.perf_counter() - started
     print(f"without the cache: {1e3 * without:.2f} ms")
 
@@ -108,12 +112,12 @@ def test_runner_second_turn(turn: int, depth: int, model: Model, benchmark: Benc
 @pytest.mark.parametrize("depth", [0, 128, 512, 900])
 def test_runner_decode(depth: int, model: Model, benchmark: BenchmarkFixture) -> None:
     """An iteration is a token, a round TOKENS of them behind `depth`."""
-    put_back = cached(model, depth)
+    sequence, put_back = cached(model, depth)
 
     def tokens() -> Iterator[Token]:
         while True:
             put_back()
-            yield from generate(model, ids(model, depth, 1), Sampling(), TOKENS)
+            yield from generate(sequence, ids(model, depth + 1), Sampling(), TOKENS)
 
     benchmark.pedantic(next, (tokens(),), rounds=ROUNDS, iterations=TOKENS, warmup_rounds=1)
     show(benchmark, 1)
@@ -183,11 +187,11 @@ def test_runner_overhead_outside_the_engine(
         Decoder([TimedSession(session, clock) for session in model.decoder.sessions]),
         Post(TimedSession(model.post.session, clock)),
     )
-    put_back, shares = cached(timed, depth), []
+    (sequence, put_back), shares = cached(timed, depth), []
 
     def run() -> None:
         clock.seconds = 0.0
-        stats = decode(timed, depth, SAMPLINGS[sampling])
+        stats = decode(sequence, depth, SAMPLINGS[sampling])
         spent = stats.ttft_seconds + stats.decode_seconds
         shares.append((spent - clock.seconds) / spent)
 
@@ -218,7 +222,6 @@ def test_runner_chat_second_turn_beside_a_first_of_all(build_tiny: Builder, benc
         conversation.undo()
 
     benchmark.pedantic(ask, rounds=ROUNDS, warmup_rounds=1)
-    model.decoder.cache.reset()
     fresh = Conversation(model, tokenizer, template)
     fresh.messages = list(conversation.messages)
     whole, pieces = fresh.ask("1+1=")

@@ -18,10 +18,10 @@ from axc import logits
 from axc.models import load_model
 from axrun import kv_cache
 from axrun.errors import BadInput
-from axrun.evaluate import evaluate
 from axrun.format.bundle import Bundle
 from axrun.kv_cache import KVCache
 from axrun.load import Loading
+from axrun.measure.evaluate import evaluate
 from ci.nightly import course, gate, metrics, probe
 from ci.nightly.gate import Gate
 from tests.ci import plants

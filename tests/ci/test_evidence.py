@@ -18,7 +18,7 @@ from axrun.format.bundle import MANIFEST, read_manifest, sha256
 from ci.device import evidence
 from ci.device.evidence import Record, compare, differences
 from ci.device.listing import Listing
-from ci.device.on_board import Releases
+from ci.device.on_board.releases import Releases
 
 Plant = Callable[[Path, Record], None]
 LIBRARY = "axrun/engine/lib/libax_engine.so"

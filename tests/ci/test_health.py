@@ -14,7 +14,7 @@ from axrun.errors import CheckFailed
 from ci.device import place
 from ci.device.evidence import Record
 from ci.device.place import Board
-from ci.nightly import beside, health, health_log
+from ci.nightly import board_records, health, health_log
 from ci.nightly.health import Kit, Seen
 from ci.nightly.health_log import FIRST, HEALTHY, ILL, Check
 from ci.nightly.stage import Stage
@@ -188,7 +188,7 @@ def test_a_night_on_an_ill_board_is_red_at_once_and_says_board(tmp_path: Path) -
     found = verdict(held, [], [], [], night(1))
     assert (found.reason, found.advice) == (reason.partition("\n")[0], "Make room.")
     assert (found.stage, found.code) == ("health", 1)
-    assert beside.blame(held, found.stage, True, False) == "board"
+    assert board_records.blame(held, found.stage, True, False) == "board"
     (short,) = stages(tmp_path, "health", failed="health", reason="board: slow")
     assert "invoke board.health --board virtual" in verdict([short], [], [], [], night(1)).advice
 
@@ -209,5 +209,5 @@ def test_red_is_blamed_on_board_or_code_where_that_is_known(
     names: tuple[str, ...], failed: str, reason: str, worse: bool, blamed: str, tmp_path: Path
 ) -> None:
     held = stages(tmp_path, *names, failed=failed, reason=reason)
-    assert beside.blame(held, failed, True, worse) == blamed
-    assert beside.blame(held, failed, False, worse) == ""
+    assert board_records.blame(held, failed, True, worse) == blamed
+    assert board_records.blame(held, failed, False, worse) == ""

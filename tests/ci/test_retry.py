@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ci.device import connection
+from ci.device import connection, ssh
 from ci.nightly import history, retry
 from ci.nightly.course import MEASURE
 from ci.nightly.stage import INTERRUPTED, TIMED_OUT, Stage
@@ -71,7 +71,7 @@ def test_of_a_measurement_every_failure_must_be_the_boards() -> None:
 
 def test_every_pattern_is_what_the_code_says() -> None:
     """Each of LOST is found in the source that raises it, so that a reworded message is noticed."""
-    sources = inspect.getsource(connection)
+    sources = inspect.getsource(connection) + inspect.getsource(ssh)
     sources += "".join((ROOT / "tests" / "hil" / name).read_text() for name in ("on_board.py", "conftest.py"))
     said = re.sub(r"\{(self\.)?(board|found)\.name\}|\{at\}", "ax650", sources)
     said = re.sub(r"\{verb\}", "verify", re.sub(r"\{seconds:.0f\}", "40", said))

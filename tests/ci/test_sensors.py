@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ci.device import on_board_state, place, sensors
+from ci.device import place, programs, sensors
 from ci.device.connection import Connection
+from ci.device.on_board import state
 from ci.device.place import Address, Board
 from ci.device.sensors import Readings
 
@@ -43,18 +45,18 @@ def sys_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     clock = {"scaling_governor": "performance", "cpuinfo_max_freq": 1700000}
     for number, now in enumerate((1700000, 1200000)):
         write(cpu / f"cpu{number}" / "cpufreq", scaling_cur_freq=now, **clock)
-    monkeypatch.setattr(on_board_state, "SYS", tmp_path)
+    monkeypatch.setattr(state, "SYS", tmp_path)
     return tmp_path
 
 
 def test_what_the_kernel_shows_is_read(sys_folder: Path) -> None:
-    state = on_board_state.State("axrun")
-    assert state.readings() == {
+    board = state.State("axrun")
+    assert board.readings() == {
         "degrees": {"soc 0": 61.25, "soc 1": 73.9},
         "clocks": {"cpu0": 1700.0, "cpu1": 1200.0},
         "cooling": {"fan 0": 2},
     }
-    assert state.limits() == {
+    assert board.limits() == {
         "hot": {"soc 0": 75.0},
         "most": {"cpu0": 1700.0, "cpu1": 1700.0},
         "governor": "performance",
@@ -132,10 +134,12 @@ def test_a_board_that_says_too_much_is_bounded() -> None:
 
 def test_they_are_read_while_something_runs(tmp_path: Path, sys_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The program in a process of its own, its /sys replaced, as many readings as there is time for."""
-    program = tmp_path / "program.py"
-    text = sensors.STATE.read_text("utf-8").replace('Path("/sys")', f"Path({str(sys_folder)!r})")
-    program.write_text(text, "utf-8")
-    monkeypatch.setattr(sensors, "STATE", program)
+    folder = shutil.copytree(programs.FOLDER, tmp_path / "on_board")
+    text = (folder / "state.py").read_text("utf-8")
+    assert 'Path("/sys")' in text
+    (folder / "state.py").write_text(text.replace('Path("/sys")', f"Path({str(sys_folder)!r})"), "utf-8")
+    monkeypatch.setattr(programs, "FOLDER", folder)
+    monkeypatch.setattr(programs, "sent", programs.sent.__wrapped__)
     board = dataclasses.replace(place.find("virtual"), state=tmp_path)
     with sensors.reading(board, Address("", 1, "", tmp_path), 0.05, Here) as found:
         deadline = time.monotonic() + 60

@@ -17,6 +17,7 @@ from ci.device import evidence, place
 from ci.device.connection import Connection
 from ci.device.evidence import Record
 from ci.device.place import Address
+from ci.device.programs import SERVER
 from ci.nightly import gate, metrics, soak
 from ci.nightly.soak import Sample, Soak
 
@@ -67,14 +68,14 @@ class Here(Connection):
 @pytest.fixture
 def link(tmp_path: Path) -> Iterator[Connection]:
     board = dataclasses.replace(place.find("virtual"), state=tmp_path)
-    with Here(board, Address("127.0.0.1", 1, "nobody", tmp_path / "key"), soak.ON_BOARD) as found:
+    with Here(board, Address("127.0.0.1", 1, "nobody", tmp_path / "key"), SERVER) as found:
         yield found
 
 
 def command(bundle: Path, fault: str = "") -> list[str]:
     plant = f"FAULT = {fault!r}\n{PLANT}" if fault else ""
     code = (
-        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{plant}\nrunpy.run_module('board', run_name='__main__')"
+        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{plant}\nrunpy.run_module('axrun', run_name='__main__')"
     )
     return [sys.executable, "-c", code, "serve", str(bundle), "--port", "0", "--threads", "1", "--read-timeout", "60"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from axrun.errors import CheckFailed
-from axrun.session.ax_engine import BESIDE
+from axrun.session.libax_engine import BESIDE
 from ci.device import place
 from ci.device.evidence import Record
 from tests.hil.on_board import OnBoard, Otherwise

@@ -13,8 +13,9 @@ import pytest
 
 from axrun.errors import BadInput, CheckFailed, Failure
 from ci.device import connection, virtual_board
-from ci.device.connection import Connection, Lost
+from ci.device.connection import Connection
 from ci.device.deploy import Deployed, deploy
+from ci.device.ssh import Lost
 from ci.device.wheelhouse import Package
 from tests.deploy.conftest import Place, host_package, sshd
 

@@ -20,7 +20,7 @@ from axc import expected, logits, reference
 from axrun.doctor import installed
 from axrun.format import axmodel
 from axrun.session import ax_engine, ort
-from axrun.tokenizer import Tokenizer
+from axrun.text.tokenizer import Tokenizer
 from tests.conftest import ROOT, Builder
 from tests.doctor import axmodels, checkpoints
 

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from axrun import decoder, sampling
+from axrun import decoder
 from axrun.kv_cache import KVCache, fill_mask
 from axrun.model import Embedding, Post
-from axrun.sampling import Sampler
+from axrun.sampling.processors import RepetitionPenalty
+from axrun.sampling.sampler import Sampler
 from axrun.session import CACHES, ax_engine, ort
-from axrun.tokenizer import Tokenizer
+from axrun.text.tokenizer import Tokenizer
 from tests.doctor.fault import RunnerFault
 
 Patch = pytest.MonkeyPatch
@@ -180,8 +181,8 @@ def chooses(change: Callable[[Any], int]) -> Callable[[Patch], None]:
     """A plant that changes which token is the likeliest."""
 
     def plant(patch: Patch, call: Any = Sampler.__call__) -> None:
-        def sample(self: Sampler, logits: Any, past: Sequence[int] = ()) -> int:
-            return change(np.asarray(logits)) if not self.sampling.temperature else int(call(self, logits, past))
+        def sample(self: Sampler, logits: Any, ids: Sequence[int] = (), start: int = 0) -> int:
+            return change(np.asarray(logits)) if not self.sampling.temperature else int(call(self, logits, ids, start))
 
         patch.setattr(Sampler, "__call__", sample)
 
@@ -196,13 +197,15 @@ def last_of_equals(logits: Any) -> int:
     return len(logits) - 1 - int(logits[::-1].argmax())
 
 
-def penalise(patch: Patch, penalised: Any = sampling.penalised) -> None:
+def penalise(patch: Patch, processed: Any = Sampler.processed) -> None:
     """A repetition penalty that nobody asked for."""
 
-    def always(logits: Any, past: Sequence[int], asked: Any, out: Any) -> Any:
-        return penalised(logits, past, asked.override(repetition_penalty=1.5), out)
+    def always(self: Sampler, logits: Any, ids: Sequence[int] = (), start: int = 0) -> Any:
+        out = processed(self, logits, ids, start).copy()
+        RepetitionPenalty(1.5)(out, ids, start)
+        return out
 
-    patch.setattr(sampling, "penalised", always)
+    patch.setattr(Sampler, "processed", always)
 
 
 def shift_ids(patch: Patch, call: Any = Embedding.__call__) -> None:

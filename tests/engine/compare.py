@@ -14,7 +14,7 @@ import onnxruntime
 
 from axrun.format import axmodel
 from axrun.format.dtypes import from_float32, to_float32
-from axrun.session import ax_engine, ort
+from axrun.session import ax_engine, libax_engine, ort
 
 
 def exact(path: Path) -> ort.OrtSession:
@@ -64,7 +64,7 @@ def worst(path: Path) -> float:
 
 
 def main() -> None:
-    print(ax_engine.library().isa)
+    print(libax_engine.library().isa)
     for path in map(Path, sys.argv[1:]):
         print(path, axmodel.read(path).metadata["axmodel.hidden_state_type"], worst(path))
 

@@ -91,7 +91,7 @@ def in_process(libraries: Path) -> Run:
 @pytest.fixture(scope="session")
 def ax(libraries: Path) -> Any:
     """axrun.session.ax_engine with the shipped engine, in this process."""
-    from axrun.session import ax_engine
+    from axrun.session import ax_engine, libax_engine
 
-    assert ax_engine.library().folder == str(libraries)
+    assert libax_engine.library().folder == str(libraries)
     return ax_engine

@@ -274,12 +274,12 @@ VENDORS = """
 import sys
 from pathlib import Path
 from axrun.errors import BadInput
-from axrun.session import ax_engine
-ax_engine.BOARD = Path(sys.argv[1])
+from axrun.session import ax_engine, libax_engine
+libax_engine.BOARD = Path(sys.argv[1])
 for path in sys.argv[2:]:
     try:
         ax_engine.open_session(path)
-        print(ax_engine._loaded[0].folder)
+        print(libax_engine._loaded[0].folder)
     except BadInput as error:
         print(str(error).replace("\\n", " "))
 """

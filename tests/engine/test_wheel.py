@@ -76,8 +76,8 @@ def test_it_is_the_same_bytes_again(whole: Path, libraries: Path, tmp_path: Path
 def test_unpacked_it_finds_its_own_engine(whole: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(whole) as archive:
         archive.extractall(tmp_path)
-    script = "from axrun.session import ax_engine as ax, usual_engine as usual\n"
-    script += "print(ax.library().folder, usual(), ax.version())"
+    script = "from axrun.session import ax_engine as ax, libax_engine as lib, usual_engine as usual\n"
+    script += "print(lib.library().folder, usual(), ax.version())"
     kept = {name: value for name, value in os.environ.items() if name != "AXRUN_ENGINE"}
     done = subprocess.run(
         [sys.executable, "-c", script],

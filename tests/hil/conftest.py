@@ -17,9 +17,10 @@ from labgrid.pytestplugin.hooks import LABGRID_ENV_KEY
 
 from axrun.errors import BadInput
 from ci.device import evidence, place, sensors
-from ci.device.connection import Connection, Lost
+from ci.device.connection import Connection
 from ci.device.evidence import Record
 from ci.device.place import Address, Board
+from ci.device.ssh import Lost
 from ci.nightly import gate
 from tests.hil.on_board import Hanging, OnBoard, Otherwise
 

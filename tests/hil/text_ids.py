@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Optional
 
-from axrun.chat import ChatTemplate
 from axrun.errors import Failure
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate
+from axrun.text.tokenizer import Tokenizer
 
 hf, probe = Path(sys.argv[1]) / "hf", json.loads(sys.argv[2])
 tokenizer, template = Tokenizer.open(hf), ChatTemplate.find(hf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from axrun.decoder import Decoder
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.model import Model
 from axrun.serve.slots import Slot, allocate
-from tests.serve.server import Start
+from tests.serve.server import Start as Starter
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +30,19 @@ def ids(hf_tokenizer: Any, heldout: str) -> list[int]:
 
 
 def slot_of(model: Model, exact: bool = True) -> Slot:
-    return Slot(Decoder(model.decoder.sessions), model.embedding, exact)
+    return Slot(model.another(), exact)
+
+
+def start(slot: Slot, ids: list[int], reused: int) -> Iterator[Any]:
+    slot.truncate(reused)
+    return slot.extend(ids[reused:])
 
 
 def logits(model: Model, slot: Slot, ids: list[int], then: list[int]) -> list[Any]:
     """After the prompt, and after each token that follows."""
-    for hidden in slot.start(ids, slot.reusable(ids)):
+    for hidden in start(slot, ids, slot.reusable(ids)):
         last = model.post(hidden[-1:]).copy()
-    return [last, *(model.post(slot.follow(token)).copy() for token in then)]
+    return [last, *(model.post(hidden).copy() for token in then for hidden in slot.extend([token]))]
 
 
 @pytest.mark.parametrize(
@@ -76,13 +81,13 @@ def test_only_what_is_new_is_computed(model: Model, ids: list[int], cached: int,
     logits(model, slot, ids[:cached], ids[cached : cached + written])
     reused = slot.reusable(ids[:prompt])
     assert reused == min(cached + written, prompt - 1)
-    assert sum(len(hidden) for hidden in slot.start(ids[:prompt], reused)) == prompt - reused
+    assert sum(len(hidden) for hidden in start(slot, ids[:prompt], reused)) == prompt - reused
     again, alone = logits(model, slot, ids[:prompt], []), logits(model, slot_of(model), ids[:prompt], [])
     assert again[0].argmax() == alone[0].argmax()
     assert np.abs(again[0] - alone[0]).max() < 0.05 * np.ptp(alone[0])
 
 
-def test_a_further_turn_costs_what_is_new_in_it(bundle_s8: Path, start: Start) -> None:
+def test_a_further_turn_costs_what_is_new_in_it(bundle_s8: Path, start: Starter) -> None:
     """Over HTTP, and beside another conversation that begins as every chat does."""
     server = start(bundle_s8, "--slots", 2).ready()
     messages: list[dict[str, str]] = []
@@ -111,7 +116,7 @@ def test_a_common_beginning_is_reused_and_the_rest_is_not(model: Model, ids: lis
 
 def test_a_prompt_that_was_broken_off_leaves_what_it_computed(model: Model, ids: list[int]) -> None:
     slot = slot_of(model)
-    chunks = slot.start(ids[:200], 0)
+    chunks = start(slot, ids[:200], 0)
     next(chunks)
     next(chunks)
     del chunks
@@ -123,7 +128,7 @@ def test_a_prompt_that_was_broken_off_leaves_what_it_computed(model: Model, ids:
 def test_a_reset_forgets_what_a_failed_step_left(model: Model, ids: list[int]) -> None:
     slot = slot_of(model)
     logits(model, slot, ids[:50], [])
-    slot._decoder.cache.keys[0][:, 50:] = 0x7FC0  # a bfloat16 NaN
+    slot.model.decoder.cache.keys[0][:, 50:] = 0x7FC0  # a bfloat16 NaN
     slot.reset()
     assert (slot.length, slot.reusable(ids[:50])) == (0, 0)
     alone, again = logits(model, slot_of(model), ids[:250], []), logits(model, slot, ids[:250], [])
@@ -133,15 +138,15 @@ def test_a_reset_forgets_what_a_failed_step_left(model: Model, ids: list[int]) -
 def test_slots_that_do_not_fit_are_refused_with_the_numbers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     each = model.decoder.cache.nbytes
     monkeypatch.setattr("axrun.serve.slots.available", lambda: (64 << 20) + 10 * each)
-    assert len(allocate(model.decoder, 11, model.embedding)) == 11
+    assert len(allocate(model, 11)) == 11
     with pytest.raises(BadInput, match=r"(?s)12 slots need .* MB more .*--slots 11"):
-        allocate(model.decoder, 12, model.embedding)
-    assert len(allocate(model.decoder, 12, model.embedding, lambda shortage: "12 slots" in shortage)) == 12
+        allocate(model, 12)
+    assert len(allocate(model, 12, lambda shortage: "12 slots" in shortage)) == 12
     monkeypatch.setattr("axrun.serve.slots.available", lambda: None)
-    assert len(allocate(model.decoder, 12, model.embedding)) == 12
+    assert len(allocate(model, 12)) == 12
 
 
-def test_answers_under_load_are_those_alone(bundle_s8: Path, start: Start, heldout: str) -> None:
+def test_answers_under_load_are_those_alone(bundle_s8: Path, start: Starter, heldout: str) -> None:
     prompts = [heldout[begin : begin + length] for begin in (0, 40, 90) for length in (30, 130, 260)]
     bodies: list[dict[str, Any]] = [{"prompt": prompts[4], "max_tokens": 30, "temperature": 1.2, "seed": 3}]
     for index, prompt in enumerate(prompts):

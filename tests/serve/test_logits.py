@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from axrun.errors import CheckFailed
+from axrun.sampling import Sampling
+from axrun.sampling.sampler import Sampler
 from axrun.serve.logprobs import likeliest, log_softmax
-from axrun.serve.penalties import Penalties
-from axrun.tokenizer import Tokenizer
+from axrun.text.tokenizer import Tokenizer
 
 LOGITS = arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 40)), elements=st.floats(-50, 50, width=32))
 
@@ -53,9 +54,13 @@ def test_penalties_are_openais(logits: Any, written: list[int], presence: float,
         count = answer[token]
         expected[token] += bias.get(token, 0) - count * frequency - (count > 0) * presence
     before = row.copy()
-    np.testing.assert_allclose(Penalties(presence, frequency, bias)(row, answer), expected, atol=1e-4)
+    ids = [1, 1, 0, *answer.elements()]  # a prompt counts for nothing
+    sampler = Sampler(Sampling(presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias))
+    for stop in range(3, len(ids) + 1):
+        seen = sampler.processed(row, ids[:stop], 3)
+    np.testing.assert_allclose(seen, expected, atol=1e-4)
     np.testing.assert_array_equal(row, before)
-    assert Penalties()(row, answer) is row
+    assert Sampler(Sampling()).processed(row, ids, 3) is row
 
 
 def test_token_bytes_spell_the_text(tiny_qwen2: Path, hf_tokenizer: Any, heldout: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,6 +44,21 @@ def test_an_idle_server_ends_at_once(bundle_s8: Path, start: Start, number: sign
     assert server.client.get("/health").status_code == 200  # an idle connection does not keep it
     assert server.stop(number) == 0
     assert not any("Traceback" in line or "rror" in line for line in server.lines)
+
+
+def test_a_program_that_starts_it_is_told_where_it_listens_and_when_it_answers(bundle_s8: Path) -> None:
+    command = [sys.executable, "-m", "axrun", "serve", str(bundle_s8), "--port", "0", "--threads", "1", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
+        assert server.stdout
+        try:
+            listening, ready = (json.loads(server.stdout.readline()) for _ in range(2))
+            assert listening == {"event": "listening", "host": "127.0.0.1", "port": listening["port"]}
+            assert ready == {"event": "ready", "model": MODEL}
+            assert httpx.get(f"http://127.0.0.1:{listening['port']}/health", timeout=60).status_code == 200
+        finally:
+            server.terminate()
+        assert server.wait(120) == 0
+        assert server.stdout.read() == ""
 
 
 def test_a_signal_while_loading_ends_it(bundle_s8: Path, start: Start) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from axrun.serve.stop import StopStrings
+from axrun.text.stop_strings import StopStrings
 from tests.serve.server import Server, events
 
 TEXTS = st.text("ab\n", max_size=30)

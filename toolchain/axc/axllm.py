@@ -16,7 +16,7 @@ from axc.embed import BFLOAT16_FILE
 from axc.families.family import ModelConfig
 from axc.hf_folder import HfFolder
 from axrun.errors import BadInput
-from axrun.tokenizer import Tokenizer
+from axrun.text.tokenizer import Tokenizer
 
 TOKENIZER_TXT = "tokenizer.txt"
 # what `axllm` calls its byte-level tokenizers, by model type; a name stands for a built-in chat template too

@@ -31,14 +31,14 @@ from axrun.agreement import (
     rises,
     update_errors,
 )
-from axrun.chat import ChatTemplate, prompt_ids
 from axrun.decoder import Decoder
 from axrun.errors import CheckFailed
 from axrun.format.bundle import Bundle
 from axrun.format.dtypes import FLOATS, from_float32, to_float32
 from axrun.model import Embedding, Post
 from axrun.session import open_session
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate, prompt_ids
+from axrun.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from axc.build import Plan

@@ -15,6 +15,7 @@ from axc import build, logits
 from axc import synth as synthesis
 from axc.budget import megabytes
 from axrun.format import bundle
+from axrun.progress import show_on_terminal
 
 # which bar a kind of job moves
 BARS = {"layer": "layers", "post": "post, embedding", "embedding": "post, embedding", "input": "sha256 of inputs"}
@@ -89,16 +90,9 @@ def verify(path: Path, *, as_json: bool) -> None:
 
 def reference(options: logits.Options) -> None:
     """Writes reference logits and says what they hold. Raises BadInput."""
-    path, written = logits.write(options, _show, print)
+    path, written = logits.write(options, show_on_terminal, print)
     for line in logits.lines(path, written):
         print(line)
-
-
-def _show(line: str) -> None:
-    """Progress: one line that changes, on a terminal."""
-    if sys.stderr.isatty():
-        done, _, total = line[1:].partition("]")[0].partition("/")
-        print(f"\r\x1b[K{line}", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
 def synth(model: str, output: Path, seed: int, tokenizer: Path | None) -> None:

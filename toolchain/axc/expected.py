@@ -16,7 +16,7 @@ from axrun.decoder import expect_room
 from axrun.errors import BadInput, CheckFailed
 from axrun.format.bundle import Bundle
 from axrun.format.dtypes import FLOATS, from_float32, to_float32
-from axrun.tokenizer import Tokenizer
+from axrun.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from axc.build import Options

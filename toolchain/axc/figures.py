@@ -18,12 +18,13 @@ from axc import VERSION, walk
 from axc.bundle import add_file
 from axc.text_proof import CONVERSATIONS, PLAIN
 from axrun.agreement import NOISE
-from axrun.chat import ChatTemplate
 from axrun.doctor import spelling
 from axrun.doctor.constants import EPSILON, checksum
 from axrun.doctor.figures import MOST_BYTES, NAME, TABLE_ROWS, WALK, Figures, packed, picked
 from axrun.format.bundle import Bundle
 from axrun.format.dtypes import FLOATS, from_float32, to_float32
+from axrun.progress import Progress, Show
+from axrun.text.template import ChatTemplate
 
 if TYPE_CHECKING:
     from axc.reference import Reference
@@ -42,11 +43,11 @@ LIKELIEST = 8  # of each token of the answer, beside those
 
 
 def leave(
-    folder: Path, checkpoint: Path, reference: Reference, ids: Sequence[int], progress: Say, say: Say
+    folder: Path, checkpoint: Path, reference: Reference, ids: Sequence[int], show: Show, say: Say
 ) -> Figures | None:
     """Writes the figures into a bundle and its manifest, and says what they hold, or why there are none."""
     try:
-        figures = compute(reference, Bundle.open(folder), ids, text(checkpoint), progress)
+        figures = compute(reference, Bundle.open(folder), ids, text(checkpoint), show)
     except NoFigures as reason:
         say(f"no figures for a doctor on a board: {reason}")
         return None
@@ -69,7 +70,7 @@ class Asked:
     probes: list[tuple[int, int]]
 
 
-def compute(reference: Reference, bundle: Bundle, ids: Sequence[int], text: dict[str, Any], say: Say) -> Figures:
+def compute(reference: Reference, bundle: Bundle, ids: Sequence[int], text: dict[str, Any], show: Show) -> Figures:
     """The figures of a bundle. `ids` are tokens of a real text. Raises NoFigures, BadInput."""
     import transformers
 
@@ -89,7 +90,7 @@ def compute(reference: Reference, bundle: Bundle, ids: Sequence[int], text: dict
     draw = np.random.default_rng(SEED)
     given = draw.integers(0, hidden.shape[1], positions).astype(np.uint8)
     kept = draw.integers(0, keys.shape[1], positions).astype(np.uint8)
-    updates, news = _layers(reference, bundle, asked, (hidden, keys, values), (given, kept), heads, say)
+    updates, news = _layers(reference, bundle, asked, (hidden, keys, values), (given, kept), heads, show)
     answer = _answer(reference, bundle, ids)
     table = reference.table()[: bundle.vocab_size]
     if len(table) < bundle.vocab_size:
@@ -158,7 +159,7 @@ def _layers(
     base: tuple[NDArray[Any], NDArray[Any], NDArray[Any]],
     picks: tuple[NDArray[np.uint8], NDArray[np.uint8]],
     heads: list[int],
-    say: Say,
+    show: Show,
 ) -> tuple[Floats, tuple[Floats, Floats]]:
     """What each layer adds at each probe [L, P, H], and the K and V rows it makes there [L, P, D]."""
     (hidden, keys, values), (given, kept) = base, picks
@@ -167,7 +168,7 @@ def _layers(
     updates = np.zeros((layers, len(probes), bundle.hidden_size), np.float32)
     news = [np.zeros((layers, len(probes), bundle.kv_size), np.float32) for _ in range(2)]
     for visit, (_, start, count) in enumerate(asked.visits):
-        say(f"[{visit + 1}/{len(asked.visits)}] figures of the layers")
+        show(Progress(visit + 1, len(asked.visits), "figures of the layers"))
         rows = [to_float32(part[given[start : start + count]], dtype) for part in hidden]
         history = [picked(k, v, kept[:start], hidden_type) for k, v in zip(keys, values, strict=True)]
         outputs, made = reference.fed(rows, history, heads)

@@ -21,11 +21,11 @@ import tokenizers
 
 from axc import text_proof
 from axc.weight_files import refuse_lfs_pointer
-from axrun import hf_files
-from axrun.chat import ChatTemplate
 from axrun.errors import BadInput
-from axrun.hf_files import SPECIAL, special_tokens, template_source
-from axrun.tokenizer import Tokenizer
+from axrun.text import hf_files
+from axrun.text.hf_files import SPECIAL, special_tokens, template_source
+from axrun.text.template import ChatTemplate
+from axrun.text.tokenizer import Tokenizer
 
 # copied into hf/ where the checkpoint has them
 HF_FILES = (

@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 from axc import VERSION, figures, hf_folder
 from axc.bundle import add_file
 from axrun.errors import BadInput
-from axrun.evaluate import log_softmax
 from axrun.format.bundle import read_manifest, sha256
 from axrun.format.logits import NAME, ReferenceLogits
+from axrun.measure.evaluate import log_softmax
+from axrun.progress import Progress, Show, unseen
 
 if TYPE_CHECKING:
     from axc.reference import Reference
 
 Floats = NDArray[np.float32]
-Progress = Callable[[str], None]
+Say = Callable[[str], None]
 
 WINDOW = 512
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
@@ -65,9 +66,7 @@ class Options:
                 raise BadInput(f"{flag} is {value}; expected {least} to {most}")
 
 
-def write(
-    options: Options, progress: Progress = lambda line: None, say: Progress = lambda line: None
-) -> tuple[Path, ReferenceLogits]:
+def write(options: Options, show: Show = unseen, say: Say = lambda line: None) -> tuple[Path, ReferenceLogits]:
     """Computes the logits and writes them to a file, or into a bundle and its manifest; the path, and what it holds.
 
     A bundle gets the figures of a doctor too; `say` is told of those. Raises BadInput when the checkpoint or the text
@@ -77,10 +76,10 @@ def write(
     inputs = {path.name: sha256(path) for path in _inputs(options, manifest)}
     if manifest is not None:
         _expect_same(manifest, inputs, options)
-    logits, reference = compute(options, inputs, {} if manifest is None else manifest["model"], progress)
+    logits, reference = compute(options, inputs, {} if manifest is None else manifest["model"], show)
     if options.bundle is not None:
         add_file(options.bundle, NAME, logits.encode())
-        figures.leave(options.bundle, options.input_path, reference, logits.tokens[0].tolist(), progress, say)
+        figures.leave(options.bundle, options.input_path, reference, logits.tokens[0].tolist(), show, say)
         return options.bundle / NAME, logits
     assert options.output_path is not None
     try:
@@ -95,7 +94,7 @@ def compute(
     options: Options,
     inputs: dict[str, str],
     model: Mapping[str, Any] = MappingProxyType({}),
-    progress: Progress = lambda line: None,
+    show: Show = unseen,
 ) -> tuple[ReferenceLogits, Reference]:
     """The reference logits of a text in windows of equal length, and who gave them; the text's end may not be used.
 
@@ -118,13 +117,13 @@ def compute(
     continuations = np.zeros((answers, min(options.greedy_tokens, length - prompt)), np.uint32)
     if continuations.size:
         continuations[:] = reference.generate(windows[:answers, :prompt], continuations.shape[1]).tokens
-        progress(f"[{answers}/{answers}] greedy answers")
+        show(Progress(answers, answers, "greedy answers"))
     parts = []
     for number, tokens in enumerate(windows):
         logits = reference.logits(tokens)
         vocabulary = logits.shape[1]
         parts.append(_window(logits[:-1], tokens[1:], min(options.top_k, vocabulary)))
-        progress(f"[{number + 1}/{len(windows)}] windows")
+        show(Progress(number + 1, len(windows), "windows"))
     kept, logprobs, rest, chosen = (np.stack(column) for column in zip(*parts, strict=True))
     found = ReferenceLogits(
         tokens=windows.astype(np.uint32),

@@ -1,6 +1,7 @@
 """The runner's tokenizer and template held against transformers' reading of the original checkpoint, on a probe.
 
-What is compared is what the runner itself will use (axrun.tokenizer, axrun.chat) on the files that go into the bundle.
+What is compared is what the runner itself will use (axrun.text.tokenizer, axrun.text.template) on the files that go
+into the bundle.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ from datetime import datetime
 from types import ModuleType
 from typing import Any
 
-import axrun.chat
-from axrun.chat import ChatTemplate
-from axrun.tokenizer import Tokenizer
+import axrun.text.template
+from axrun.text.template import ChatTemplate
+from axrun.text.tokenizer import Tokenizer
 
 MOST_SINGLE = 2048  # ids that are decoded alone, spread over a vocabulary
 TOGETHER = 32  # added tokens in one text
@@ -244,7 +245,7 @@ def _same_clock() -> Iterator[None]:
         def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
             return instant
 
-    modules: list[ModuleType] = [axrun.chat, chat_template_utils]
+    modules: list[ModuleType] = [axrun.text.template, chat_template_utils]
     before = [vars(module)["datetime"] for module in modules]
     try:
         for module in modules:

@@ -11,7 +11,7 @@ from axrun.doctor.figures import Figures
 from axrun.doctor.installed import Installed
 from axrun.doctor.walk import NotExamined, Say
 from axrun.format.bundle import Bundle
-from axrun.session import ax_engine
+from axrun.session import libax_engine
 
 OURS = "cpu"  # the maker of our own axmodels
 OTHERS = {"ax": "ort", "ax-int8": "ort", "ort": "ax"}  # an engine that shares no code with each
@@ -43,5 +43,5 @@ class Context:
     def other_engine(self) -> str:
         """One that shares no code with the engine in use and is there; empty where there is none."""
         other = OTHERS.get(self.engine, "") if self.bundle.maker == OURS else ""
-        there = importlib.util.find_spec("onnxruntime") if other == "ort" else ax_engine.is_there()
+        there = importlib.util.find_spec("onnxruntime") if other == "ort" else libax_engine.is_there()
         return other if other and there else ""

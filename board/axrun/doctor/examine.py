@@ -25,6 +25,7 @@ from axrun.doctor.walk import Say, Stage, walk
 from axrun.errors import BadInput, Failure
 from axrun.format import logits
 from axrun.format.bundle import MANIFEST, Bundle, read_manifest
+from axrun.progress import Show, unseen
 from axrun.session import ENGINES, engine_version
 
 SAMPLED = 16  # rows of the reference logits that the sampler chooses from
@@ -34,10 +35,11 @@ def examine(
     path: Path,
     engine: str,
     threads: int | None = None,
+    show: Show = unseen,
     say: Say = lambda line: None,
     installed: Installed | None = None,
 ) -> Report:
-    """Walks the stages of a bundle. `say` gets progress.
+    """Walks the stages of a bundle. `show` is told of each, `say` gets a line for what is done in one.
 
     Raises BadInput when there is no such folder, or no such engine here.
     """
@@ -71,7 +73,7 @@ def examine(
         "sampling": lambda: sampling(context().bundle, list(_rows(context().bundle))),
         "answer": of(answer),
     }
-    return walk(report, stages, say)
+    return walk(report, stages, show)
 
 
 def _maker(path: Path) -> str:

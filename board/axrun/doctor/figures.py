@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axrun import npz
 from axrun.errors import BadInput
+from axrun.format import npz
 from axrun.format.bundle import Bundle
 from axrun.format.dtypes import FLOATS, bf16_to_f32, from_float32, to_float32
 

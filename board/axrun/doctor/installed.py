@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from axrun.doctor import fits
-from axrun.session import ax_engine
+from axrun.session import libax_engine
 
 PROC = Path("/proc/ax_proc")  # Axera's driver
 MOST = 4096  # characters of what a file or a library says
@@ -69,10 +69,10 @@ class Installed:
         return fits.family(self.chip_type) or (self.vendors.chip if self.vendors else "")
 
 
-def look(proc: Path = PROC, soc: Path = ax_engine.BOARD) -> Installed:
+def look(proc: Path = PROC, soc: Path = libax_engine.BOARD) -> Installed:
     """Asks the driver's files and the libraries. `soc` is where a board has the vendor's."""
-    ours = ax_engine.folder(ours=True)
-    vendors = os.environ.get(ax_engine.FOLDER) or os.fspath(soc)
+    ours = libax_engine.folder(ours=True)
+    vendors = os.environ.get(libax_engine.FOLDER) or os.fspath(soc)
     engines = {folder: ask(folder) for folder in {ours, vendors} if Path(folder, "libax_engine.so").exists()}
     return Installed(
         bsp=_line(proc / "version"),

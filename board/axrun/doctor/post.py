@@ -16,8 +16,10 @@ from axrun.doctor.measured import allowed_post, allowed_whole
 from axrun.doctor.report import Finding
 from axrun.doctor.walk import NotExamined, refused
 from axrun.errors import Failure
+from axrun.generate import Token, forced, steps
 from axrun.load import Loading
-from axrun.model import Post
+from axrun.model import Model, Post
+from axrun.sequence import Sequence
 from axrun.session import open_session
 
 Floats = NDArray[np.float32]
@@ -89,10 +91,10 @@ def answer(context: Context) -> str | Finding:
     shortage = memory.shortage(bundle, context.engine)
     if shortage is not None:
         raise NotExamined(shortage.text())
-    loading = Loading(engine=context.engine, threads=context.threads, progress=lambda line: context.say(f"  {line}"))
+    loading = Loading(engine=context.engine, threads=context.threads, progress=lambda part: context.say(f"  {part}"))
     try:
         model = loading.load(bundle)
-        rows = np.stack([logits.copy() for logits in _forced(model, asked, tokens)])
+        rows = np.stack(list(_forced(model, asked, tokens)))
     except Failure as failure:
         return refused(ANSWER, failure, "the whole model", "")
     ids = figures.answer_ids.astype(np.int64)
@@ -128,14 +130,11 @@ def answer(context: Context) -> str | Finding:
     )
 
 
-def _forced(model: object, asked: list[int], tokens: list[int]) -> Iterator[Floats]:
+def _forced(model: Model, asked: list[int], tokens: list[int]) -> Iterator[Floats]:
     """Logits after the prompt, and after each token of the reference's answer but the last."""
-    from axrun.model import Model
-
-    assert isinstance(model, Model)
-    yield model.forward(asked)
-    for token in tokens[:-1]:
-        yield model.forward([token])
+    for step in steps(Sequence(model), asked, forced(tokens), len(tokens)):
+        if isinstance(step, Token):
+            yield step.logits.copy()
 
 
 def _finding(stage: str, part: str, file: str, expected: str, seen: str, cause: str) -> Finding:

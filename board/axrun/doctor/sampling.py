@@ -15,10 +15,11 @@ import numpy as np
 from axrun.doctor.report import Finding
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
-from axrun.sampling import SWITCHES, Sampler, Sampling, weights
+from axrun.sampling import SWITCHES, Sampling
+from axrun.sampling.sampler import Sampler
 
 STAGE = "sampling"
-CODE = "axrun: board/axrun/sampling.py"
+CODE = "axrun: board/axrun/sampling/"
 LOGITS = (1.0, -2.0, 3.0, 0.5, 3.0, -0.25, 2.0, 0.0)  # 2 and 4 are equal: the lower id is taken
 PAST = (4, 1, 6)
 SEEDED = (5, 2, 0, 0, 6, 7, 4, 5)  # of 8 equal tokens, by numpy's PCG64 of seed 0, whose numbers are fixed
@@ -61,7 +62,7 @@ def _known() -> Finding | None:
         return _finding("greedy with a repetition penalty", CODE, "token 6", f"token {token}")
     for case in CASES:
         expected = case.expected()
-        shares = weights(logits.copy(), case.past, case.sampling).astype(np.float64)
+        shares = Sampler(case.sampling).weights(logits, case.past).astype(np.float64)
         shares = shares / shares.sum()
         if not np.allclose(shares, expected, rtol=CLOSE, atol=CLOSE):
             wrong = int(np.abs(shares - expected).argmax())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from axrun.doctor.report import Finding
 from axrun.errors import Failure
 from axrun.format.bundle import Bundle
-from axrun.tokenizer import Tokenizer
+from axrun.text.tokenizer import Tokenizer
 
 STAGE, PART = "template", "stop ids"
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from axrun.chat import ChatTemplate
 from axrun.doctor.context import Context
 from axrun.doctor.report import Finding
 from axrun.doctor.spelling import different, vocabulary
 from axrun.doctor.stops import stops
 from axrun.doctor.walk import NotExamined, refused
 from axrun.errors import Failure
-from axrun.hf_files import template_file
-from axrun.tokenizer import Tokenizer
+from axrun.text.hf_files import template_file
+from axrun.text.template import ChatTemplate
+from axrun.text.tokenizer import Tokenizer
 
 TOKENIZER, TEMPLATE = "tokenizer", "template"
 COPY = "Copy the bundle again, or build it again from this checkpoint."

@@ -13,7 +13,7 @@ from axrun.errors import Failure
 from axrun.format import axmodel
 from axrun.format.bundle import Bundle
 from axrun.session import engine_version
-from axrun.session.ax_engine import BOARD, EXTENSIONS, FOLDER
+from axrun.session.libax_engine import BOARD, EXTENSIONS, FOLDER
 
 STAGE = "versions"
 LIBRARY = "libax_engine.so"

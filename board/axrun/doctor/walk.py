@@ -10,6 +10,7 @@ from typing import Union
 
 from axrun.doctor.report import AGREES, DISAGREES, LEFT, STAGES, Finding, Report, Walked
 from axrun.errors import Failure
+from axrun.progress import Progress, Show, unseen
 
 # A stage returns how far it looked, or what disagrees. It raises NotExamined where it cannot tell.
 Stage = Callable[[], Union[str, Finding]]
@@ -23,14 +24,14 @@ class NotExamined(Exception):
     """A stage cannot be compared with anything here; its text says why, and what would let it."""
 
 
-def walk(report: Report, stages: Mapping[str, Stage], say: Say = lambda line: None) -> Report:
+def walk(report: Report, stages: Mapping[str, Stage], show: Show = unseen) -> Report:
     """Runs the stages in the order of STAGES, and adds to `report` what they say.
 
     A stage that is not among `stages`, or raises NotExamined, is left and the walk goes on; any other Failure that a
-    stage raises is what it found. `say` gets a line `[3/10] tokenizer` before each stage.
+    stage raises is what it found. `show` is told before each stage.
     """
     for number, name in enumerate(STAGES, 1):
-        say(f"[{number}/{len(STAGES)}] {name}")
+        show(Progress(number, len(STAGES), name))
         started = time.monotonic()
         outcome, text = AGREES, ""
         try:

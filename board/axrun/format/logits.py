@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axrun import npz
 from axrun.errors import BadInput
+from axrun.format import npz
 
 NAME = "reference.npz"  # in a bundle
 SCHEMA = 1

@@ -6,16 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from axrun.chat import ChatTemplate, chat_ids
 from axrun.errors import BadInput
 from axrun.sampling import Sampling
 from axrun.serve.errors import invalid
-from axrun.serve.penalties import Penalties
 from axrun.serve.schema import MAX_CHOICES, NO_LIMIT
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate, chat_ids
+from axrun.text.tokenizer import Tokenizer
 
 LEAST_TEMPERATURE = 1e-3  # below it drawing is greedy in effect, and divides by next to nothing
-SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty")
+SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,6 @@ class Choice:
     ids: Sequence[int]
     text: str | None
     sampling: Sampling
-    penalties: Penalties
     seed: int | None
     max_tokens: int | None
     stop: Sequence[str]
@@ -130,14 +128,13 @@ class Reader:
         self._expect_within(stop_ids, "stop_token_ids")
         if options and not body.get("stream"):
             raise invalid("stream_options needs stream to be true.", "stream_options")
-        sampling, penalties = self._sampling(body), self._penalties(body)
+        sampling = self._sampling(body)
         choices = [
             Choice(
                 index=number * count + i,
                 ids=ids,
                 text=text,
                 sampling=sampling,
-                penalties=penalties,
                 seed=None if seed is None else (seed + i) % (1 << 64),
                 max_tokens=None if max_tokens == NO_LIMIT else max_tokens,
                 stop=[stop] if isinstance(stop, str) else stop,
@@ -157,12 +154,10 @@ class Reader:
             given["temperature"] = 0.0
         if given.get("top_p") == 0:  # the likeliest token alone
             given.update(top_p=1.0, top_k=1)
+        if body.get("logit_bias"):
+            bias = given["logit_bias"] = {int(token): added for token, added in body["logit_bias"].items()}
+            self._expect_within(bias, "logit_bias")
         return self.sampling.override(**given)
-
-    def _penalties(self, body: Mapping[str, Any]) -> Penalties:
-        bias = {int(token): added for token, added in body.get("logit_bias", {}).items()}
-        self._expect_within(bias, "logit_bias")
-        return Penalties(body.get("presence_penalty", 0.0), body.get("frequency_penalty", 0.0), bias)
 
     def _expect_within(self, ids: Iterable[int], param: str) -> None:
         try:

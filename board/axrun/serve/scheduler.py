@@ -56,11 +56,16 @@ class Scheduler(threading.Thread):
     """
 
     def __init__(
-        self, load: Callable[[], tuple[Sequence[Slot], Write]], limit: int, metrics: Metrics, ended: Callable[[], None]
+        self,
+        load: Callable[[], tuple[Sequence[Slot], Write]],
+        limit: int,
+        metrics: Metrics,
+        ended: Callable[[], None],
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
-        """`limit` requests may wait. `ended` is called when the thread is done."""
+        """`limit` requests may wait. `ready` is called when requests are taken, `ended` when the thread is done."""
         super().__init__(name="scheduler", daemon=True)
-        self._load, self._limit, self._metrics, self._ended = load, limit, metrics, ended
+        self._load, self._limit, self._metrics, self._ended, self._ready = load, limit, metrics, ended, ready
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._turns: list[_Turn] = []
@@ -119,6 +124,8 @@ class Scheduler(threading.Thread):
             with self._changed:
                 if self.state == LOADING:
                     self.state = READY
+            if self.state == READY:
+                self._ready()
             while self._turns or self.state == READY:
                 self._round()
         except BaseException as error:

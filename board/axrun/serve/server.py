@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -16,11 +16,10 @@ from typing import Any
 
 import uvicorn
 
-from axrun.chat import ChatTemplate
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.load import DEFAULTS, Loading, describe
-from axrun.sampling import Sampling
+from axrun.sampling.checkpoint import sampling_of
 from axrun.serve.app import ASSETS, LIBRARIES, App, Limits
 from axrun.serve.connection import Protocol
 from axrun.serve.hosts import ANY, NAME, Hosts
@@ -29,9 +28,12 @@ from axrun.serve.order import Reader
 from axrun.serve.scheduler import Scheduler, Write
 from axrun.serve.slots import Slot, allocate
 from axrun.serve.writer import Writer
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate
+from axrun.text.tokenizer import Tokenizer
 
 KEY_VARIABLE = "AXRUN_API_KEY"
+
+Announce = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,8 @@ class Options:
 
     `exact`: an answer does not depend on what its slot held before, to the last bit. `allowed_host`: names that clients
     may use for this server, besides those of `axrun.serve.hosts`; "*" is any. `parse_special`: special tokens that a
-    chat message spells are control tokens, not text.
+    chat message spells are control tokens, not text. `generation_config`: what a request leaves open is drawn as the
+    checkpoint's file of that name says, and not as post_config.json does.
     """
 
     host: str = "127.0.0.1"
@@ -56,6 +59,7 @@ class Options:
     exact: bool = False
     allowed_host: Sequence[str] = ()
     parse_special: bool = False
+    generation_config: bool = False
 
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""
@@ -82,17 +86,22 @@ class Options:
         return os.environ.get(KEY_VARIABLE) if self.api_key is None else self.api_key
 
 
-def serve(path: Path, options: Options, loading: Loading = DEFAULTS) -> None:
+def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: Announce = lambda event: None) -> None:
     """Serves a bundle until SIGTERM or SIGINT.
+
+    `announce` gets what a program that starts a server waits for: `listening`, with host and port, and `ready`.
 
     Raises BadInput for a bundle or an address that cannot be used, CheckFailed when the bundle is not as built.
     """
     bundle, say = loading.open(path), loading.say
     tokenizer = Tokenizer.open(bundle.hf)
+    sampling, remark = sampling_of(bundle, options.generation_config)
+    if remark:
+        say(f"note: {remark}")
     reader = Reader(
         tokenizer,
         ChatTemplate.find(bundle.hf),
-        Sampling.from_post_config(bundle.post_config),
+        sampling,
         bundle.kv_cache_len,
         bundle.vocab_size,
         options.parse_special,
@@ -104,11 +113,17 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS) -> None:
         model = loading.load(bundle)
         for line in describe(model, bundle):
             say(line)
-        slots = allocate(model.decoder, options.slots, model.embedding, loading.allow, options.exact)
-        return slots, Writer(model.post, tokenizer).write
+        slots = allocate(model, options.slots, loading.allow, options.exact)
+        return slots, Writer(tokenizer).write
 
     with _listen(options.host, options.port) as listener:
-        scheduler = Scheduler(load_slots, options.queue, metrics, ended=lambda: server.leave())
+        scheduler = Scheduler(
+            load_slots,
+            options.queue,
+            metrics,
+            ended=lambda: server.leave(),
+            ready=lambda: announce({"event": "ready", "model": name}),
+        )
         limits = Limits(options.timeout, options.read_timeout, options.max_body)
         host, port = listener.getsockname()[:2]
         loopback = ipaddress.ip_address(host).is_loopback
@@ -125,6 +140,7 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS) -> None:
         say(f"OpenAI API Server starting on http://{address}:{port}")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, server.handle_exit)  # which uvicorn puts back when it is done: no signal is a failure
+        announce({"event": "listening", "host": host, "port": port})
         scheduler.start()
         server.run([listener])
         for number in (signal.SIGINT, signal.SIGTERM):

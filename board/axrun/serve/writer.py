@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import codecs
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import abc
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from axrun.model import POST_ROWS, Logits, Post
-from axrun.sampling import Sampler
+from axrun.generate import EOS, Prefilled, steps
+from axrun.model import Logits, Model
+from axrun.sampling.sampler import Sampler
+from axrun.sequence import Sequence
 from axrun.serve.logprobs import Rated, Scored, likeliest, log_softmax
 from axrun.serve.order import Choice
-from axrun.serve.slots import Slot
-from axrun.serve.stop import StopStrings
-from axrun.tokenizer import TextStream, Tokenizer
+from axrun.text.stop_strings import StopStrings
+from axrun.text.stream import TextStream
+from axrun.text.tokenizer import Tokenizer
 
 Array = NDArray[Any]
 
@@ -29,7 +31,7 @@ class Piece(NamedTuple):
 
     choice: int
     text: str
-    scored: Sequence[Scored]
+    scored: abc.Sequence[Scored]
     finish: str
     prompt: int
     reused: int
@@ -37,46 +39,40 @@ class Piece(NamedTuple):
 
 
 class Writer:
-    """Writes answers with the parts of one model."""
+    """Writes answers with the tokenizer of one model."""
 
-    def __init__(self, post: Post, tokenizer: Tokenizer) -> None:
-        self._post, self._tokenizer = post, tokenizer
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
 
-    def write(self, choice: Choice, slot: Slot) -> Iterator[Piece | None]:
+    def write(self, choice: Choice, sequence: Sequence) -> Iterator[Piece | None]:
         """After every run of the engine, the piece it gave, or None in the middle of a prompt.
 
         The last piece has a `finish`. Raises CheckFailed when the model gives no finite numbers.
         """
-        reused = 0 if choice.scores_prompt else slot.reusable(choice.ids)
+        reused = 0 if choice.scores_prompt else sequence.reusable(choice.ids)
         script = _Script(choice, reused, self._tokenizer)
-        done = reused
-        for hidden in slot.start(choice.ids, reused):
-            done += len(hidden)
-            if choice.scores_prompt:
-                self._score(hidden, choice.ids[done - len(hidden) + 1 : done + 1], script)
-            if done < len(choice.ids):
-                yield None
-        sampler, answer = Sampler(choice.sampling, choice.seed), Counter[int]()
-        past = list(choice.ids)
-        limit = choice.max_tokens
-        while limit is None or script.written < limit:
-            logits = self._post(hidden[-1:])[0]
-            token = sampler(choice.penalties(logits, answer), past)
-            script.add(token, logits)
-            room = slot.length < slot.context
-            if script.ended or not room or script.written == limit:
+        stop_ids = choice.stop_ids if choice.ignore_eos else choice.stop_ids | self._tokenizer.stop_ids
+        sampler = Sampler(choice.sampling, choice.seed)
+        for step in steps(sequence, choice.ids, sampler, choice.max_tokens, stop_ids, reuse=reused):
+            if isinstance(step, Prefilled):
+                if choice.scores_prompt:
+                    following = choice.ids[step.done - len(step.hidden) + 1 : step.done + 1]
+                    self._score(sequence.model, step.hidden[: len(following)], following, script)
+                if step.done < len(choice.ids):
+                    yield None
+                continue
+            script.add(step.id, step.logits, step.stop == EOS)
+            if step.stop or script.ended:
                 break
             yield script.piece()
-            answer[token] += 1
-            past.append(token)
-            hidden = slot.follow(token)
         yield script.last()
 
-    def _score(self, hidden: Array, following: Sequence[int], script: _Script) -> None:
+    def _score(self, model: Model, hidden: Array, following: abc.Sequence[int], script: _Script) -> None:
         """Of tokens of the prompt, by the hidden states before them."""
-        for start in range(0, len(following), POST_ROWS):
-            ids = following[start : start + POST_ROWS]
-            script.prompt_scores(ids, log_softmax(self._post(hidden[start : start + len(ids)])))
+        at = 0
+        for rows in model.logits(hidden):
+            script.prompt_scores(following[at : at + len(rows)], log_softmax(rows))
+            at += len(rows)
 
 
 class _Script:
@@ -103,10 +99,9 @@ class _Script:
         """A stop token or a stop string was met."""
         return self._ended or self._stops.found
 
-    def add(self, token: int, logits: Logits) -> None:
-        """A token of the answer, or the stop token behind it."""
-        ends = token in self._tokenizer.stop_ids and not self._choice.ignore_eos
-        self._ended = ends or token in self._choice.stop_ids
+    def add(self, token: int, logits: Logits, ends: bool) -> None:
+        """A token of the answer, or where it `ends` the stop token behind it."""
+        self._ended = ends
         if self._choice.top is not None:
             self._score(token, log_softmax(logits), self._whole, self._ended)
         if not self._ended:
@@ -119,7 +114,7 @@ class _Script:
         """The spelling of a special token, which is not shown."""
         return self._tokenizer.token_bytes(token).decode() if token in self._tokenizer.special_ids else ""
 
-    def prompt_scores(self, ids: Sequence[int], rows: Logits) -> None:
+    def prompt_scores(self, ids: abc.Sequence[int], rows: Logits) -> None:
         """The next tokens of the prompt by their log probabilities, [n, vocab]."""
         for token, row in zip(ids, rows):
             self._score(token, row, self._place(token))

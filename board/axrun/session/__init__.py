@@ -77,9 +77,9 @@ ENGINES = {"ax": "axrun.session.ax_engine", "ax-int8": "axrun.session.ax_int8", 
 
 def usual_engine() -> str:
     """The engine to take when nobody asks for one: ax, unless this machine has onnxruntime and no libax_engine."""
-    from axrun.session import ax_engine
+    from axrun.session import libax_engine
 
-    return "ort" if importlib.util.find_spec("onnxruntime") and not ax_engine.is_there() else "ax"
+    return "ort" if importlib.util.find_spec("onnxruntime") and not libax_engine.is_there() else "ax"
 
 
 def open_session(path: str | os.PathLike[str], engine: str = "ax", threads: int | None = None) -> Session:

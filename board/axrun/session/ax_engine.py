@@ -1,4 +1,4 @@
-"""The C interface of libax_engine, by ctypes: our own library on any CPU, the vendor's on a board.
+"""Sessions in libax_engine: our own library on any CPU, the vendor's on a board.
 
 With our library's extensions a file is mapped, not copied, and a binding may have any numbers of tokens and history;
 with any other library the model is handed over as bytes and bindings have the shapes of its groups.
@@ -6,13 +6,12 @@ with any other library the model is handed over as bytes and bindings have the s
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import math
 import os
 import weakref
 from collections.abc import Mapping, Sequence
-from ctypes import POINTER, byref, c_char_p, c_int, c_int32, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_uint8, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,197 +19,25 @@ from typing import Any
 import numpy as np
 
 from axrun.errors import BadInput, NotFinite
-from axrun.finite import FiniteCheck
 from axrun.format import axmodel
 from axrun.format.axmodel import VENDOR, Axmodel, TensorInfo
 from axrun.format.dtypes import DTYPES, nbytes
-from axrun.session import CACHES, Array, SessionGroup
+from axrun.session import CACHES, Array, SessionGroup, libax_engine
+from axrun.session.finite import FiniteCheck
+from axrun.session.libax_engine import (
+    FOLDER,
+    NOT_FINITE,
+    EngineMissing,
+    Io,
+    IoBuffer,
+    IoInfo,
+    IoMeta,
+    Library,
+    library,
+)
 
-FOLDER = "AXRUN_ENGINE"  # an environment variable: the folder of the libraries
-_PACKAGE = Path(__file__).resolve().parents[1]
-# Ours: in a wheel inside the package, in a checkout where `make engine` puts it.
-_CHECKOUT = (_PACKAGE.parent / "engine" / "build.py").is_file()
-BESIDE = (_PACKAGE.parent if _CHECKOUT else _PACKAGE) / "engine" / "lib"
-BOARD = Path("/soc/lib")  # a board's own, for the NPU and the vendor's axmodels; the system may know other places
-EXTENSIONS = 3  # the version of axc_engine.h this file is written for
-NOT_FINITE = 0x80060080  # AXC_ENGINE_NOT_FINITE
 ALIGNMENT = 128  # of buffers, as the vendor's clients have it
 TAG = b"axrun"
-
-
-class IoBuffer(ctypes.Structure):
-    """AX_ENGINE_IO_BUFFER_T"""
-
-    _fields_ = (
-        ("phyAddr", c_uint64),
-        ("pVirAddr", c_void_p),
-        ("nSize", c_uint32),
-        ("pStride", c_void_p),
-        ("nStrideSize", c_uint8),
-        ("u64Reserved", c_uint64 * 11),
-    )
-
-
-class Io(ctypes.Structure):
-    """AX_ENGINE_IO_T"""
-
-    _fields_ = (
-        ("pInputs", POINTER(IoBuffer)),
-        ("nInputSize", c_uint32),
-        ("pOutputs", POINTER(IoBuffer)),
-        ("nOutputSize", c_uint32),
-        ("nBatchSize", c_uint32),
-        ("pIoSetting", c_void_p),
-        ("nParallelRun", c_uint32),
-        ("u64Reserved", c_uint64 * 10),
-    )
-
-
-class IoMeta(ctypes.Structure):
-    """AX_ENGINE_IOMETA_T"""
-
-    _fields_ = (
-        ("pName", c_char_p),
-        ("pShape", POINTER(c_int32)),
-        ("nShapeSize", c_uint8),
-        ("eLayout", c_int),
-        ("eMemoryType", c_int),
-        ("eDataType", c_int),
-        ("pExtraMeta", c_void_p),
-        ("nSize", c_uint32),
-        ("nQuantizationValue", c_uint32),
-        ("pStride", c_void_p),
-        ("u64Reserved", c_uint64 * 9),
-    )
-
-
-class IoInfo(ctypes.Structure):
-    """AX_ENGINE_IO_INFO_T"""
-
-    _fields_ = (
-        ("pInputs", POINTER(IoMeta)),
-        ("nInputSize", c_uint32),
-        ("pOutputs", POINTER(IoMeta)),
-        ("nOutputSize", c_uint32),
-        ("nMaxBatchSize", c_uint32),
-        ("bDynamicBatchSize", c_int32),
-        ("u64Reserved", c_uint64 * 11),
-    )
-
-
-class NpuAttr(ctypes.Structure):
-    """AX_ENGINE_NPU_ATTR_T"""
-
-    _fields_ = (("eHardMode", c_int), ("reserve", c_uint32 * 8))
-
-
-class Counter(ctypes.Structure):
-    """axc_counter"""
-
-    _fields_ = (("kind", c_char_p), ("calls", c_uint64), ("nanoseconds", c_uint64))
-
-
-class EngineMissing(BadInput):
-    """There is no libax_engine.so to load."""
-
-
-@dataclass(frozen=True)
-class Library:
-    """Both libraries, initialised, and the folder they come from. `extended`: the engine is ours."""
-
-    sys: Any
-    engine: Any
-    extended: bool
-    folder: str = ""
-
-    def call(self, name: str, *arguments: Any) -> None:
-        """Calls a function of either; raises BadInput with the code it returned and what the engine says about it."""
-        library = self.sys if name.startswith("AX_SYS") else self.engine
-        code = getattr(library, name)(*arguments)
-        if code:
-            raise self.failure(name, code)
-
-    def not_finite(self) -> tuple[int, int]:
-        """The index of the output, and its row, after a run of this thread that returned NOT_FINITE."""
-        output, row = c_uint32(), c_uint32()
-        self.engine.axc_not_finite(byref(output), byref(row))
-        return output.value, row.value
-
-    def failure(self, name: str, code: int) -> BadInput:
-        """The error for a code that the function `name` returned just now in this thread."""
-        why = f": {self.engine.axc_last_error().decode('utf-8', 'replace')}" if self.extended else ""
-        return BadInput(f"{name} failed with 0x{code & 0xFFFFFFFF:08x}{why}"[:300])
-
-    @property
-    def isa(self) -> str:
-        """The kernels in use; empty for another engine."""
-        return str(self.engine.axc_isa().decode()) if self.extended else ""
-
-    def counters(self) -> dict[str, tuple[int, float]]:
-        """Calls and seconds of each kind of step since `reset_counters`; empty for another engine."""
-        if not self.extended:
-            return {}
-        counters = (Counter * self.engine.axc_counters(None, 0))()
-        self.engine.axc_counters(counters, len(counters))
-        return {counter.kind.decode(): (counter.calls, counter.nanoseconds / 1e9) for counter in counters}
-
-    def reset_counters(self) -> None:
-        if self.extended:
-            self.engine.axc_reset_counters()
-
-
-def folder(ours: bool) -> str:
-    """Where the engine for our axmodels or for the vendor's is looked for; empty: wherever the system has it."""
-    asked = os.environ.get(FOLDER)
-    places = (asked,) if asked else (BESIDE, BOARD) if ours else (BOARD,)
-    return next((str(place) for place in places if Path(place, "libax_engine.so").exists()), asked or "")
-
-
-def is_there() -> bool:
-    """Whether a folder is known that has an engine for our axmodels."""
-    return bool(folder(ours=True))
-
-
-def library(ours: bool = True) -> Library:
-    """The engine for our axmodels or for the vendor's, loaded and initialised once.
-
-    Raises BadInput when there is none, or it does not start, or this process has another already: they share a name,
-    by which the system would take one for the other.
-    """
-    wanted = folder(ours)
-    for loaded in _loaded:
-        if loaded.folder != wanted:
-            raise BadInput(
-                f"this process runs libax_engine of {loaded.folder or 'the system'}; the axmodel is for that of "
-                f"{wanted or 'the system'}\nRun our axmodels and the vendor's in processes of their own."
-            )
-        return loaded
-    _loaded.append(_load(wanted))
-    return _loaded[0]
-
-
-_loaded: list[Library] = []
-
-
-def _load(folder: str) -> Library:
-    where = f"{folder}/" if folder else ""
-    try:
-        system = ctypes.CDLL(f"{where}libax_sys.so", mode=ctypes.RTLD_GLOBAL)
-        engine = ctypes.CDLL(f"{where}libax_engine.so")
-    except OSError as error:
-        raise EngineMissing(
-            f"engine ax needs libax_engine.so: {error}\n"
-            f"Build it with `make engine`, set {FOLDER} to its folder, or use --engine ort."
-        ) from None
-    extended = hasattr(engine, "axc_extensions") and engine.axc_extensions() == EXTENSIONS
-    if extended:
-        engine.axc_last_error.restype = engine.axc_isa.restype = c_char_p
-    engine.AX_ENGINE_GetVersion.restype = c_char_p
-    loaded = Library(system, engine, extended, folder)
-    loaded.call("AX_SYS_Init")
-    loaded.call("AX_ENGINE_Init", byref(NpuAttr()))
-    atexit.register(engine.AX_ENGINE_Deinit)
-    return loaded
 
 
 @dataclass(frozen=True)
@@ -486,8 +313,8 @@ def _boards_library(path: str | os.PathLike[str], model: Axmodel) -> Library:
         raise BadInput(
             f"{name} is made by {VENDOR} {model.version}".rstrip()
             + ": it is code for an NPU, and needs a board with one\n"
-            f"Run it on the board, whose libax_engine is in {BOARD} (or where {FOLDER} says). For this machine build "
-            "the checkpoint with `axc llm_build`."
+            f"Run it on the board, whose libax_engine is in {libax_engine.BOARD} (or where {FOLDER} says). "
+            "For this machine build the checkpoint with `axc llm_build`."
         )
     return loaded
 

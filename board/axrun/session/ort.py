@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from axrun.errors import BadInput
-from axrun.finite import FiniteCheck
 from axrun.format import axmodel
 from axrun.format.axmodel import Axmodel, TensorInfo
 from axrun.format.dtypes import DTYPES
 from axrun.session import CACHES, Array, SessionGroup
+from axrun.session.finite import FiniteCheck
 from axrun.session.lowering import lower
 
 try:

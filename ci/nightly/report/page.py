@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ci.nightly import metrics
-from ci.nightly.beside import Told
+from ci.nightly.board_records import Told
 from ci.nightly.gate import Judgement
 from ci.nightly.history import Night
 from ci.nightly.report import heat

@@ -19,7 +19,7 @@ from axrun.doctor.context import Context
 from axrun.doctor.report import Finding
 from axrun.format import axmodel
 from axrun.format.axmodel import Axmodel
-from axrun.session import ax_engine
+from axrun.session import ax_engine, libax_engine
 from tests.ci import plants
 
 L0, L1 = "qwen2_p32_l0_together.axmodel", "qwen2_p32_l1_together.axmodel"
@@ -233,8 +233,8 @@ def test_the_vendors_interface_is_enough(
     examined: Path, context: Callable[[Path], Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing of our library's extensions: groups as the engine shows them, files handed over as bytes."""
-    extended = ax_engine.library()
-    plain = ax_engine.Library(extended.sys, extended.engine, False, extended.folder)
+    extended = libax_engine.library()
+    plain = libax_engine.Library(extended.sys, extended.engine, False, extended.folder)
 
     def opened(path: Path, threads: int | None = None) -> ax_engine.AxSession:
         handle, content = ctypes.c_void_p(), path.read_bytes()

@@ -17,7 +17,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from axrun import sampling as sampler
 from axrun.doctor import sampling as stage
 from axrun.doctor.report import Finding
 from axrun.doctor.sampling import CASES, LOGITS, Case, sampling
@@ -50,15 +49,15 @@ def test_a_healthy_bundle(examined: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "broken", "part"),
     [
-        ("penalised", lambda logits, past, sampling, out: logits, "repetition penalty"),
-        ("draw", lambda kept, chance: 0, "seed 0"),
-        ("likeliest", lambda kept, count, scratch: np.arange(2), "top-k"),
+        ("processors.RepetitionPenalty.__call__", lambda self, logits, ids, start: None, "repetition penalty"),
+        ("sampler.draw", lambda kept, chance: 0, "seed 0"),
+        ("draw.likeliest", lambda kept, count, scratch: np.arange(2), "top-k"),
     ],
 )
 def test_a_sampler_that_differs_is_found(
     name: str, broken: object, part: str, examined: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampler, name, broken)
+    monkeypatch.setattr(f"axrun.sampling.{name}", broken)
     found = sampling(Bundle.open(examined))
     assert isinstance(found, Finding)
     assert part in found.part

@@ -17,7 +17,7 @@ from axrun.doctor.versions import versions
 from axrun.doctor.walk import NotExamined
 from axrun.format import axmodel
 from axrun.format.bundle import MANIFEST, Bundle
-from axrun.session.ax_engine import EXTENSIONS, FOLDER
+from axrun.session.libax_engine import EXTENSIONS, FOLDER
 from tests.ci import plants
 
 OURS = Engine("/release/engine/lib", "axc 0.1.0", "AX650", EXTENSIONS)

@@ -10,6 +10,7 @@ import pytest
 from axrun.doctor.report import STAGES, Finding, Report
 from axrun.doctor.walk import NotExamined, Stage, walk
 from axrun.errors import BadInput
+from axrun.progress import Progress
 
 
 def report() -> Report:
@@ -32,10 +33,10 @@ FOUND = Finding("layers", "layer 3", "l3.axmodel", "that", "this", "swapped", "B
 
 
 def test_all_that_agrees_is_healthy() -> None:
-    said: list[str] = []
+    said: list[Progress] = []
     walked = walk(report(), stages(), said.append)
     assert walked.verdict == "healthy"
-    assert said == [f"[{number}/10] {name}" for number, name in enumerate(STAGES, 1)]
+    assert said == [Progress(number, 10, name) for number, name in enumerate(STAGES, 1)]
     assert [entry.stage for entry in walked.walked] == list(STAGES)
 
 

@@ -12,11 +12,11 @@ from axc import config, expected, hf_folder
 from axc.checkpoint import Checkpoint
 from axrun import session
 from axrun.agreement import Noise, explained
-from axrun.chat import ChatTemplate, prompt_ids
 from axrun.errors import BadInput, CheckFailed
 from axrun.format.bundle import Bundle, sha256
 from axrun.format.dtypes import FLOATS
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate, prompt_ids
+from axrun.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from axc.reference import Reference

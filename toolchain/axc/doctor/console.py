@@ -11,6 +11,7 @@ from axc.doctor.case import Options
 from axc.doctor.examine import doctor as examined
 from axrun.doctor.report import Report
 from axrun.errors import BadInput, CheckFailed
+from axrun.progress import Progress
 
 
 def doctor(options: Options, *, as_json: bool, board: str | None = None, model: str | None = None) -> None:
@@ -18,10 +19,10 @@ def doctor(options: Options, *, as_json: bool, board: str | None = None, model: 
 
     Raises BadInput, also where the board gives no report, and CheckFailed where something disagrees.
     """
-    reports = [examined(options, _say)]
+    reports = [examined(options, _show, _detail)]
     failure: BadInput | None = None
     if board is not None:
-        _say(f"examining what board {board} has")
+        _detail(f"examining what board {board} has")
         try:
             reports.append(on_board.examine(board, model))
         except BadInput as refused:
@@ -47,7 +48,14 @@ def _lines(report: Report) -> list[str]:
     return [f"{report.bundle}, made by {report.maker}, on {report.place} with engine {report.engine}", *report.lines()]
 
 
+def _show(stage: Progress) -> None:
+    _say(str(stage))
+
+
+def _detail(line: str) -> None:
+    if sys.stderr.isatty():
+        _say(line)
+
+
 def _say(line: str) -> None:
-    """Stages everywhere; what is done inside them on a terminal only."""
-    if line.startswith("[") or sys.stderr.isatty():
-        print(line, file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, flush=True)

@@ -16,20 +16,21 @@ from axrun.doctor.versions import versions
 from axrun.doctor.walk import walk
 from axrun.errors import BadInput
 from axrun.format.bundle import MANIFEST, read_manifest
+from axrun.progress import Show, unseen
 
 Stage = Callable[[], "str | Finding"]
 
 
-def doctor(options: Options, say: Say = lambda line: None) -> Report:
+def doctor(options: Options, show: Show = unseen, say: Say = lambda line: None) -> Report:
     """Raises BadInput for a folder that is no bundle, and for a checkpoint that cannot be read or is another model's.
 
-    `say` gets progress.
+    `show` is told of each stage, `say` gets a line for what is done in one.
     """
     _expect_bundle(options.bundle)
     case = Case(options, say)
     report = Report(str(options.bundle), _maker(options.bundle), platform.node() or "this machine", case.engine)
     try:
-        return walk(report, stages(case), say)
+        return walk(report, stages(case), show)
     except Unusable as unusable:
         raise unusable.args[0] from None
 

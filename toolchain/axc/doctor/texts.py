@@ -11,13 +11,13 @@ import tokenizers
 
 from axc import text_proof
 from axc.doctor.case import REBUILD, Case
-from axrun import stop_ids
-from axrun.chat import ChatTemplate
 from axrun.doctor.report import Finding
 from axrun.doctor.walk import refused
 from axrun.errors import BadInput
-from axrun.hf_files import SPECIAL, special_tokens, template_file
-from axrun.tokenizer import Tokenizer
+from axrun.text import stop_ids
+from axrun.text.hf_files import SPECIAL, special_tokens, template_file
+from axrun.text.template import ChatTemplate
+from axrun.text.tokenizer import Tokenizer
 
 SECTIONS = {  # of tokenizer.json: what they are called, and what usually goes wrong with them
     "added_tokens": "added tokens",

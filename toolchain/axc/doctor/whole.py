@@ -15,9 +15,10 @@ from axrun import memory
 from axrun.doctor.report import Finding
 from axrun.errors import Failure
 from axrun.format.dtypes import from_float32, to_float32
-from axrun.generate import generate
+from axrun.generate import Token, forced, generate, steps
 from axrun.model import Model, Post
 from axrun.sampling import Sampling
+from axrun.sequence import Sequence
 
 GENERATED = 4  # tokens that the runner's own loop is asked for
 MODEL, GENERATE = "board/axrun/model.py", "board/axrun/generate.py"
@@ -54,10 +55,9 @@ def examine_whole(case: Case, spoken: Spoken) -> Finding | None:
 
 def _forced(model: Model, spoken: Spoken) -> list[Floats]:
     """Logits after the prompt, and after each further token."""
-    return [
-        model.forward(spoken.ids[: spoken.asked], 0).copy(),
-        *(model.forward([token]).copy() for token in spoken.ids[spoken.asked :]),
-    ]
+    prompt, tokens = spoken.ids[: spoken.asked], spoken.ids[spoken.asked :]
+    going = steps(Sequence(model), prompt, forced(tokens), len(tokens) + 1)
+    return [step.logits.copy() for step in going if isinstance(step, Token)]
 
 
 def _cached(case: Case, model: Model, spoken: Spoken) -> Finding | None:
@@ -89,10 +89,9 @@ def _holds(spoken: Spoken, seen: Floats) -> str:
 
 def _generated(case: Case, model: Model, spoken: Spoken, logits: list[Floats]) -> Finding | None:
     """The runner's own loop, as far as its tokens are those that the logits are for."""
-    model.decoder.cache.reset()
     asked = spoken.ids[: spoken.asked]
     wanted = spoken.ids[spoken.asked :]
-    for at, token in enumerate(generate(model, asked, Sampling(), min(GENERATED, len(logits)))):
+    for at, token in enumerate(generate(Sequence(model), asked, Sampling(), min(GENERATED, len(logits)))):
         best = int(logits[at].argmax())
         if token.id != best:
             part = f"token {at + 1} of an answer"

@@ -21,9 +21,11 @@ from axrun.format import logits as reference_logits
 from axrun.format.bundle import MANIFEST, Bundle, sha256
 from axrun.format.logits import ReferenceLogits
 from axrun.generate import generate
-from axrun.load import DEFAULTS, Loading, Say, silent
+from axrun.load import DEFAULTS, Loading
 from axrun.model import Logits, Model
+from axrun.progress import Progress, Show, unseen
 from axrun.sampling import Sampling
+from axrun.sequence import Sequence
 
 Doubles = NDArray[np.float64]
 
@@ -125,23 +127,24 @@ def evaluate(path: Path, reference: Path | None = None, loading: Loading = DEFAU
     )
 
 
-def measure(model: Model, reference: ReferenceLogits, progress: Say = silent) -> Quality:
+def measure(model: Model, reference: ReferenceLogits, progress: Show = unseen) -> Quality:
     """Measures a model whose context holds the reference's windows."""
     windows, length = reference.tokens.shape
     losses, divergences, same = [], [], []
+    sequence = Sequence(model)
     for number, tokens in enumerate(reference.tokens.tolist()):
-        model.decoder.cache.reset()
+        sequence.truncate(0)
         done = 0
-        for logits in model.blocks(tokens[:-1]):
+        for logits in sequence.score(tokens[:-1]):
             rows = slice(done, done + len(logits))
             logprobs = log_softmax(logits)
             losses.append(-np.take_along_axis(logprobs, reference.tokens[number, 1:][rows, None], axis=1)[:, 0])
             divergences.append(_divergence(reference, number, rows, logprobs))
             same.append(logits.argmax(axis=1) == reference.ids[number, rows, 0])
             done = rows.stop
-        progress(f"[{number + 1}/{windows}] windows")
+        progress(Progress(number + 1, windows, "windows"))
     divergence = np.concatenate(divergences)
-    answers = [_same_greedy(model, reference, number) for number in range(len(reference.continuations))]
+    answers = [_same_greedy(sequence, reference, number) for number in range(len(reference.continuations))]
     return Quality(
         positions=divergence.size,
         windows=windows,
@@ -184,11 +187,11 @@ def _divergence(reference: ReferenceLogits, window: int, rows: slice, ours: Doub
     return np.asarray(found)
 
 
-def _same_greedy(model: Model, reference: ReferenceLogits, window: int) -> int:
+def _same_greedy(sequence: Sequence, reference: ReferenceLogits, window: int) -> int:
     """How many tokens of a greedy answer are the reference's before one is not."""
     expected = reference.continuations[window].tolist()
-    model.decoder.cache.reset()
-    ours = generate(model, reference.tokens[window, : reference.prompt].tolist(), Sampling(), len(expected))
+    sequence.truncate(0)
+    ours = generate(sequence, reference.tokens[window, : reference.prompt].tolist(), Sampling(), len(expected))
     pairs = zip((token.id for token in ours), expected)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 

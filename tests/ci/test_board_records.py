@@ -14,7 +14,7 @@ from axrun.errors import BadInput
 from ci.device import console, kernel_log, place
 from ci.device.connection import Connection
 from ci.device.place import Board
-from ci.nightly.beside import Beside, Told
+from ci.nightly.board_records import BoardRecords, Told
 from ci.nightly.report.page import render
 from ci.nightly.stage import Stage
 from tests.ci.test_report import HOSTILE, Outline, page
@@ -47,34 +47,34 @@ def ended(folder: Path, name: str, code: int = 0) -> Stage:
 
 
 def test_the_console_is_kept_and_shown_where_a_stage_failed(board: Board, folder: Path) -> None:
-    beside = Beside(board, folder)
-    beside.begin()
+    records = BoardRecords(board, folder)
+    records.begin()
     said, kept = board.state / "console.log", folder / console.NAME
     said.write_bytes(b"sshd: Server listening\r\nOops: 96000004\r\n")
     deadline = time.monotonic() + 60
     while "Oops" not in kept.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    beside.failed(ended(folder, "measure", 1))
+    records.failed(ended(folder, "measure", 1))
     with said.open("ab") as stream:
         stream.write(b"power goes\n")
-    beside.end()
-    assert [line.partition(" ")[2] for line in beside.around["measure"].splitlines()] == [
+    records.end()
+    assert [line.partition(" ")[2] for line in records.around["measure"].splitlines()] == [
         "sshd: Server listening",
         "Oops: 96000004",
     ]
     assert "power goes" in kept.read_text(), "it is kept to the end"
-    assert beside.notes == []
+    assert records.notes == []
 
 
 def test_a_board_without_a_console_costs_a_note(folder: Path, tmp_path: Path) -> None:
     board = dataclasses.replace(place.find("ax650"), state=tmp_path)
-    beside = Beside(board, folder)
-    beside.begin()
-    assert beside._recording is not None
-    beside._recording.wait(60)
-    beside.end()
-    assert beside.notes == ["no serial console: ax650.yaml names none"]
+    records = BoardRecords(board, folder)
+    records.begin()
+    assert records._recording is not None
+    records._recording.wait(60)
+    records.end()
+    assert records.notes == ["no serial console: ax650.yaml names none"]
 
 
 @pytest.mark.parametrize(
@@ -96,16 +96,16 @@ def test_the_kernels_log_is_read_or_told_why_not(command: str, tmp_path: Path, m
 def test_an_emulated_board_has_no_kernel_log(board: Board, folder: Path) -> None:
     with pytest.raises(BadInput, match="an emulated board has no kernel of its own"):
         kernel_log.read(board)
-    beside = Beside(board, folder)
-    beside.log([ended(folder, "power on")])
-    assert beside.notes == []
+    records = BoardRecords(board, folder)
+    records.log([ended(folder, "power on")])
+    assert records.notes == []
     assert not (folder / kernel_log.NAME).exists()
 
 
 def test_a_board_that_was_never_reached_is_not_asked_for_its_log(folder: Path, tmp_path: Path) -> None:
-    beside = Beside(dataclasses.replace(place.find("ax650"), state=tmp_path), folder)
-    beside.log([ended(folder, "power on", 1)])
-    assert beside.notes == []
+    records = BoardRecords(dataclasses.replace(place.find("ax650"), state=tmp_path), folder)
+    records.log([ended(folder, "power on", 1)])
+    assert records.notes == []
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_a_board_that_was_never_reached_is_not_asked_for_its_log(folder: Path, t
     ],
 )
 def test_sensors_of_a_file_that_a_board_had_its_say_in(seen: Any, shown: Any, board: Board, folder: Path) -> None:
-    assert Beside(board, folder).told({"sensors": {"summary": seen}}).sensors == shown
-    assert Beside(board, folder).told({"sensors": "none"}).sensors == {}
+    assert BoardRecords(board, folder).told({"sensors": {"summary": seen}}).sensors == shown
+    assert BoardRecords(board, folder).told({"sensors": "none"}).sensors == {}
 
 
 def test_the_report_shows_what_the_board_said_and_runs_none_of_it(folder: Path) -> None:
@@ -141,14 +141,14 @@ def test_the_report_shows_what_the_board_said_and_runs_none_of_it(folder: Path) 
 def test_what_a_health_check_left_is_in_the_notes(board: Board, folder: Path) -> None:
     notes = ["the board's kernel is 6.1, was 5.15", "memory of an emulated board are this machine's: recorded"]
     (folder / "health.json").write_text(json.dumps({"notes": notes, "versions": {"kernel": "6.1", "python": "3.11"}}))
-    beside = Beside(board, folder)
-    assert beside.found({"sensors": {"summary": {}, "notes": ["the board shows none"]}}) == [f"health: {notes[0]}"]
-    assert beside.found({"sensors": {"summary": {"soc": [90.0] * 3}, "notes": ["soc got hot"]}})[-1] == "soc got hot"
-    assert beside.versions() == {"kernel": "6.1"}
+    records = BoardRecords(board, folder)
+    assert records.found({"sensors": {"summary": {}, "notes": ["the board shows none"]}}) == [f"health: {notes[0]}"]
+    assert records.found({"sensors": {"summary": {"soc": [90.0] * 3}, "notes": ["soc got hot"]}})[-1] == "soc got hot"
+    assert records.versions() == {"kernel": "6.1"}
     (folder / "health.json").write_text("[")
-    assert beside.versions() == {}
+    assert records.versions() == {}
 
 
 def test_a_night_asks_few_questions_and_a_soak_many(board: Board, folder: Path) -> None:
-    beside = Beside(board, folder)
-    assert [beside.soak(folder, long)[-1] for long in (False, True)] == ["40", "1000"]
+    records = BoardRecords(board, folder)
+    assert [records.soak(folder, long)[-1] for long in (False, True)] == ["40", "1000"]

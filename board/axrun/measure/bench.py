@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from axrun.load import DEFAULTS, Loading, Say
 from axrun.machine import Machine
 from axrun.model import Model
 from axrun.sampling import Sampling
+from axrun.sequence import Sequence
 from axrun.session import engine_version
 
 LENGTHS = (16, 128, 512)  # of prompts, and depths, unless asked for others: those that fit
@@ -217,33 +219,35 @@ def bench(path: Path, options: Options, loading: Loading = DEFAULTS) -> Report:
 
 
 def _measure(
-    model: Model, options: Options, prompts: Sequence[int], depths: Sequence[int], doing: Say
+    model: Model, options: Options, prompts: abc.Sequence[int], depths: abc.Sequence[int], doing: Say
 ) -> Iterator[Prefill | Decode]:
+    sequence = Sequence(model)
     for length in prompts:
         doing(f"prompt of {length}")
-        yield Prefill(length, 0, _spread(options, partial(_ttft, model, 0, length)))
+        yield Prefill(length, 0, _spread(options, partial(_ttft, sequence, 0, length)))
     for depth in depths:
-        model.decoder.cache.reset()
+        sequence.truncate(0)
         if depth:
             doing(f"a cache of {depth}")
-            model.forward(_ids(model, 0, depth))
+            for _ in sequence.extend(_ids(model, depth)):
+                pass
             doing(f"turn of {TURN} at {depth}")
-            yield Prefill(TURN, depth, _spread(options, partial(_ttft, model, depth, TURN)))
+            yield Prefill(TURN, depth, _spread(options, partial(_ttft, sequence, depth, TURN)))
         doing(f"decode at {depth}")
-        yield Decode(options.tokens, depth, _spread(options, partial(_per_token, model, depth, options.tokens)))
+        yield Decode(options.tokens, depth, _spread(options, partial(_per_token, sequence, depth, options.tokens)))
 
 
-def _ttft(model: Model, depth: int, tokens: int) -> float:
+def _ttft(sequence: Sequence, depth: int, tokens: int) -> float:
     """Seconds until `tokens` behind `depth` have been answered with one."""
-    model.decoder.cache.truncate(depth)
-    return next(generate(model, _ids(model, depth, tokens), Sampling())).seconds
+    sequence.truncate(depth)
+    return next(generate(sequence, _ids(sequence.model, depth + tokens), Sampling())).seconds
 
 
-def _per_token(model: Model, depth: int, tokens: int) -> float:
+def _per_token(sequence: Sequence, depth: int, tokens: int) -> float:
     """Seconds of a token, the mean of a run of `tokens` behind `depth`, each drawn and fed back."""
-    model.decoder.cache.truncate(depth)
+    sequence.truncate(depth)
     stats = Stats()
-    for _ in generate(model, _ids(model, depth, 1), Sampling(), tokens, stats=stats):
+    for _ in generate(sequence, _ids(sequence.model, depth + 1), Sampling(), tokens, stats=stats):
         pass
     return (stats.ttft_seconds + stats.decode_seconds) / tokens
 
@@ -254,8 +258,8 @@ def _spread(options: Options, run: Callable[[], float]) -> Spread:
     return Spread(tuple(run() for _ in range(options.repeat)))
 
 
-def _ids(model: Model, start: int, count: int) -> list[int]:
-    return [(STRIDE * position + 1) % model.post.vocab_size for position in range(start, start + count)]
+def _ids(model: Model, count: int) -> list[int]:
+    return [(STRIDE * position + 1) % model.post.vocab_size for position in range(count)]
 
 
 def _lengths(flag: str, asked: tuple[int, ...] | None, most: int, context: int) -> tuple[int, ...]:

@@ -1,8 +1,6 @@
-"""What a soak runs on the board: starts `axrun serve`, tells what it takes, ends it. Sent over SSH like
-ci/device/on_board.py.
+"""What a soak runs on the board: starts `axrun serve`, tells what it takes, ends it.
 
-It reads one JSON object a line and answers each with one. The server ends with it, however it ends. Needs Python 3.9
-and nothing else.
+The server ends with this program, however that ends.
 """
 
 from __future__ import annotations
@@ -10,30 +8,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
-import select
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any
 
-IDLE_SECONDS = 3600  # without a request, the other side is gone, whatever the network says
+from ci.device.on_board import proc
+from ci.device.on_board.requests import Refused, answer, leave_if_asked_to
+
 POLL_SECONDS = 0.05
 SHOWN = 2000  # characters of what the server said
-LISTENS = re.compile(r"OpenAI API Server starting on http://[^\s]*:(\d{1,5})$", re.MULTILINE)
-LOADED = re.compile(r"^LLM init ok", re.MULTILINE)
-CMM = "/proc/ax_proc/mem_cmm_info"
-
-
-class Refused(Exception):
-    """What is asked cannot be done: a kind for the program that asked, and a text."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
 
 
 class Server:
@@ -42,6 +28,7 @@ class Server:
     def __init__(self, root: str) -> None:
         self.home = Path.home()
         self.process: subprocess.Popen[bytes] | None = None
+        self.told: IO[bytes] | None = None  # its stdout: events, a JSON object a line
         self.said: IO[bytes] | None = None
 
     def start(self, command: list[str], limit: float) -> dict[str, Any]:
@@ -50,14 +37,15 @@ class Server:
         Port 0 and `why` where it does not.
         """
         self.end()
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the server)
+        self.told = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the server)
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115
         started = time.monotonic()
         try:
             self.process = subprocess.Popen(
-                command,
+                [*command, "--json"],
                 cwd=str(self.home),
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
+                stdout=self.told,
                 stderr=self.said,
                 start_new_session=True,
             )
@@ -65,28 +53,26 @@ class Server:
             return {"port": 0, "seconds": 0.0, "why": f"cannot start {command[0]}: {error.strerror}"}
         why = f"did not load in {limit:.0f} s"
         while time.monotonic() - started < limit:
-            text = self._text()
-            listens = LISTENS.search(text)
-            if listens and LOADED.search(text):
-                return {"port": int(listens.group(1)), "seconds": time.monotonic() - started, "why": ""}
+            events = self._events()
+            if "listening" in events and "ready" in events:
+                port = int(events["listening"]["port"])
+                return {"port": port, "seconds": time.monotonic() - started, "why": ""}
             if self.process.poll() is not None:
                 why = f"ended with exit code {self.process.returncode}"
                 break
-            if select.select([sys.stdin], [], [], POLL_SECONDS)[0]:
-                sys.exit()  # nothing but the end of the input is to come now
+            leave_if_asked_to(POLL_SECONDS)
         text = self._text()
         self.end()
         return {"port": 0, "seconds": time.monotonic() - started, "why": f"{why}: {_last(text)}"}
 
     def sample(self) -> dict[str, Any]:
         """Bytes of the server and of the board, None where it does not tell; `code` once the server has ended."""
-        status = _read(f"/proc/{self.process.pid}/status") if self.process else ""
-        remain = re.search(r"total size.*?remain=(\d+)KB\(", _read(CMM))
+        status = proc.read(f"/proc/{self.process.pid}/status") if self.process else ""
         return {
             "code": self.process.poll() if self.process else None,
-            "rss": _size(status, "VmRSS"),
-            "available": _size(_read("/proc/meminfo"), "MemAvailable"),
-            "cmm": int(remain.group(1)) << 10 if remain else None,
+            "rss": proc.size(status, "VmRSS"),
+            "available": proc.memory("MemAvailable"),
+            "cmm": proc.cmm("remain"),
             "said": _last(self._text()) if self.process and self.process.poll() is not None else "",
         }
 
@@ -109,9 +95,17 @@ class Server:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-        if self.said is not None:
-            self.said.close()
-        self.process, self.said = None, None
+        for file in (self.told, self.said):
+            if file is not None:
+                file.close()
+        self.process, self.told, self.said = None, None, None
+
+    def _events(self) -> dict[str, dict[str, Any]]:
+        """What the server has announced, by name."""
+        assert self.told is not None
+        whole = os.pread(self.told.fileno(), 1 << 16, 0).rpartition(b"\n")[0]
+        events = [json.loads(line) for line in whole.splitlines()]
+        return {event["event"]: event for event in events}
 
     def _text(self) -> str:
         """What the server has said, the middle left out when it is much."""
@@ -128,43 +122,9 @@ def _last(text: str) -> str:
     return lines[-1][:SHOWN]
 
 
-def _size(text: str, name: str) -> int | None:
-    found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
-    return int(found.group(1)) << 10 if found else None
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text("utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
 def main(root: str) -> None:
     server = Server(root)
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit())
-    _answer({"ok": "ready"})
     try:
-        while select.select([sys.stdin], [], [], IDLE_SECONDS)[0]:
-            line = sys.stdin.buffer.readline()
-            if not line:
-                break
-            request = json.loads(line)
-            verb = request.pop("do")
-            try:
-                answer = {"ok": getattr(server, verb)(**request)}
-            except Refused as refused:
-                answer = {"error": refused.kind, "text": str(refused)}
-            _answer(answer)
+        answer(server)
     finally:
         server.end()
-
-
-def _answer(answer: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from axrun.errors import BadInput
-from ci.device import attended, board_shell, board_status
+from ci.device import board_shell, board_status, remote_axrun
 from ci.device.deploy import deploy
 from ci.device.place import Address
 from tests.deploy.conftest import ROOT, Place, host_package, loopback
@@ -25,11 +25,11 @@ pytestmark = pytest.mark.system
 SERVE = """
 import json, sys
 from pathlib import Path
-from ci.device import attended
+from ci.device import remote_axrun
 from ci.device.place import Address, Board
 given = json.loads(sys.argv[1])
 board = Board("host", *map(Path, given["paths"]), *given["rest"])
-with attended.served(board, Address(*given["at"][:3], Path(given["at"][3])), 0, print) as (url, far):
+with remote_axrun.served(board, Address(*given["at"][:3], Path(given["at"][3])), 0, print) as (url, far):
     print(url, flush=True)
     far.wait()
 """
@@ -43,7 +43,7 @@ def deployed(host: Place, bundles: tuple[Path, Path], tmp_path: Path) -> Place:
 
 def ask(place: Place, prompt: str, *words: str) -> tuple[int, str, str]:
     out, err = io.StringIO(), io.StringIO()
-    return attended.ask(place.board, place.at, prompt, out, err, words), out.getvalue(), err.getvalue()
+    return remote_axrun.ask(place.board, place.at, prompt, out, err, words), out.getvalue(), err.getvalue()
 
 
 def left(place: Place) -> list[str]:
@@ -80,7 +80,7 @@ def test_before_the_first_deploy(host: Place) -> None:
 
 def test_a_server_ends_with_the_block(deployed: Place) -> None:
     said: list[str] = []
-    with attended.served(deployed.board, deployed.at, 0, said.append) as (url, far):
+    with remote_axrun.served(deployed.board, deployed.at, 0, said.append) as (url, far):
         with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
             assert json.load(answer)["data"][0]["id"] == "qwen2"
         assert far.process.poll() is None

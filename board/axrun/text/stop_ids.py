@@ -10,9 +10,9 @@ from pathlib import Path
 
 import tokenizers
 
-from axrun.chat import PROBE, ChatTemplate
 from axrun.errors import BadInput
-from axrun.hf_files import read_json, special_tokens
+from axrun.text.hf_files import read_json, special_tokens
+from axrun.text.template import PROBE, ChatTemplate
 
 TEMPLATE = "chat template"
 

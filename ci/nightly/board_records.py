@@ -48,7 +48,7 @@ class Told:
     kernel: str = ""
 
 
-class Beside:
+class BoardRecords:
     """Of one night, in its folder. `notes` are for the report."""
 
     def __init__(self, board: Board, folder: Path, wait: Callable[[float], None] = time.sleep) -> None:

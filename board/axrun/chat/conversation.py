@@ -7,16 +7,19 @@ time, until the prompt leaves the reserve for an answer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from axrun.chat import ChatTemplate, chat_ids
 from axrun.decoder import expect_room
-from axrun.generate import Stats, generate
-from axrun.kv_cache import common_prefix
+from axrun.generate import EOS, Stats, Token, steps
 from axrun.model import Model
 from axrun.sampling import Sampling
-from axrun.tokenizer import TextStream, Tokenizer
+from axrun.sampling.sampler import Sampler
+from axrun.sequence import Sequence
+from axrun.text.stream import TextStream
+from axrun.text.template import ChatTemplate, chat_ids
+from axrun.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
 
@@ -57,7 +60,7 @@ class Conversation:
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._sampling, self._max_tokens, self._seed = sampling, max_tokens, seed
         self._parse_special = parse_special
-        self._cached: list[int] = []  # whose K/V the cache holds
+        self._sequence = Sequence(model)
         self._system: str | None = None
         self.messages: list[Message] = []
         self.turn: Turn | None = None
@@ -65,12 +68,12 @@ class Conversation:
     @property
     def context(self) -> int:
         """Tokens that fit."""
-        return self._model.context
+        return self._sequence.context
 
     @property
     def length(self) -> int:
         """Tokens in the cache."""
-        return self._model.length
+        return self._sequence.length
 
     @property
     def reserve(self) -> int:
@@ -111,40 +114,36 @@ class Conversation:
         got no token is forgotten. Raises BadInput when the question alone does not fit the context.
         """
         messages, prompt, forgotten = self._fit([*self.messages, {"role": "user", "content": question}])
-        reused = min(common_prefix(self._cached, prompt), len(prompt) - 1)  # the last token's logits are wanted
-        self._model.decoder.cache.truncate(reused)
-        self._cached = prompt[:reused]
+        reused = self._sequence.reusable(prompt)
         turn = self.turn = Turn(reused, forgotten)
         return turn, self._answer(turn, messages, prompt, between)
 
     def _answer(
         self, turn: Turn, messages: list[Message], prompt: list[int], between: Callable[[], None]
     ) -> Iterator[str]:
-        answer: list[int] = []
         stream, pieces = TextStream(self._tokenizer), []
-        tokens = generate(
-            self._model,
-            prompt[turn.reused :],
-            self._sampling,
+        going = steps(
+            self._sequence,
+            prompt,
+            Sampler(self._sampling, self._seed + len(messages)),
             self._max_tokens,
             self._tokenizer.stop_ids,
-            past=prompt[: turn.reused],
-            seed=self._seed + len(messages),
+            reuse=turn.reused,
             stats=turn.stats,
-            between=between,
         )
         try:
-            for token in tokens:
-                answer.append(token.id)
-                pieces.append(stream.push(token.id))
-                yield pieces[-1]
+            for step in going:
+                if isinstance(step, Token) and step.stop != EOS:
+                    pieces.append(stream.push(step.id))
+                    yield pieces[-1]
+                if not (isinstance(step, Token) and step.stop):
+                    between()
         except Stopped:
             turn.stats.stop = "stopped"
-        finally:
-            self._cached = (prompt + answer)[: self._model.length]
+        answered = bool(pieces)
         pieces.append(stream.finish())
         yield pieces[-1]
-        if answer:
+        if answered:
             self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def _fit(self, messages: list[Message]) -> tuple[list[Message], list[int], int]:
@@ -155,7 +154,7 @@ class Conversation:
         expect_room(len(prompt), self.context)
         return messages, prompt, forgotten
 
-    def _tokens(self, messages: Sequence[Message]) -> list[int]:
+    def _tokens(self, messages: abc.Sequence[Message]) -> list[int]:
         system: list[Message] = [] if self._system is None else [{"role": "system", "content": self._system}]
         ids = chat_ids(self._tokenizer, self._template, [*system, *messages], self._parse_special)
         self._tokenizer.expect_within(ids, self._model.post.vocab_size)

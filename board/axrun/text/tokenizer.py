@@ -11,14 +11,10 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from axrun import stop_ids
-from axrun.chat import ChatTemplate
 from axrun.errors import BadInput
-from axrun.hf_files import read_json
-
-REPLACEMENT = "\ufffd"  # what bytes that are no UTF-8, or not yet, decode to
-LONGEST_CHARACTER = 4  # bytes of one in UTF-8, and so tokens
-CONTEXT = 8  # tokens without a text that may change the first one that has some
+from axrun.text import stop_ids
+from axrun.text.hf_files import read_json
+from axrun.text.template import ChatTemplate
 
 # How Qwen2 cuts text before its merges, for a checkpoint that has vocab.json and merges.txt alone.
 # https://huggingface.co/Qwen/Qwen2-0.5B-Instruct/blob/main/tokenizer.json
@@ -196,42 +192,6 @@ class Tokenizer:
             pattern = re.compile("|".join(map(re.escape, pieces)) or "(?!)")
             self._patterns[tokens] = None if normalized else pattern
         return self._patterns[tokens]
-
-
-class TextStream:
-    """Text from tokens as they come: never half a character, and in time linear in their number."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._shown: list[int] = []  # tokens before, as decoders treat the first word of a text in their own way
-        self._before = ""  # their text
-        self._held: list[int] = []
-
-    def push(self, token: int) -> str:
-        """The text that is complete with `token`; perhaps none."""
-        self._held.append(token)
-        text = self._text()
-        if text.endswith(REPLACEMENT) and len(self._held) < LONGEST_CHARACTER:
-            return ""
-        return self._show(text)
-
-    def finish(self) -> str:
-        """What is left when no token follows."""
-        return self._show(self._text())
-
-    def _text(self) -> str:
-        return self._tokenizer.decode(self._shown + self._held)[len(self._before) :]
-
-    def _show(self, text: str) -> str:
-        if text.endswith(REPLACEMENT):  # bytes that were no character must not join the next token's
-            self._shown = []
-        elif text:
-            self._shown = self._held
-        elif not self._before:
-            self._shown = (self._shown + self._held)[-CONTEXT:]
-        self._held = []
-        self._before = self._tokenizer.decode(self._shown)
-        return text
 
 
 def _template(hf: Path) -> ChatTemplate | None:

@@ -22,12 +22,12 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
-from axrun.control_tokens import Marker, control_ids, encode_marked
 from axrun.errors import BadInput
-from axrun.hf_files import read_json, special_tokens, template_file
+from axrun.text.control_tokens import Marker, control_ids, encode_marked
+from axrun.text.hf_files import read_json, special_tokens, template_file
 
 if TYPE_CHECKING:
-    from axrun.tokenizer import Tokenizer
+    from axrun.text.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
 

@@ -1,8 +1,8 @@
-"""What runs the current release's axrun on a board for as long as the other side is there. Sent over SSH.
+"""What runs the current release's axrun on a board for as long as the other side is there.
 
 The first line of its input is a JSON object: the folder of the releases, axrun's words, what axrun reads from stdin.
 Then a byte every few seconds says that the other side still listens; when they stop, or the input ends, axrun is ended
-with all it started. It needs Python 3.9 and nothing else; no shell reads what a user wrote.
+with all it started. No shell reads what a user wrote.
 """
 
 from __future__ import annotations
@@ -66,7 +66,3 @@ def end(process: subprocess.Popen[bytes]) -> None:
             continue
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)  # what it may have left
-
-
-if __name__ == "__main__":
-    sys.exit(main())

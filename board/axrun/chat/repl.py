@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from axrun.chat import ChatTemplate
-from axrun.conversation import Conversation
+from axrun.chat.conversation import Conversation
+from axrun.chat.terminal import Terminal
 from axrun.errors import BadInput, Failure
 from axrun.load import DEFAULTS, Loading, Say, describe
 from axrun.run import ENDINGS, Options
-from axrun.terminal import Terminal
-from axrun.tokenizer import Tokenizer
+from axrun.text.template import ChatTemplate
+from axrun.text.tokenizer import Tokenizer
 
 
 def chat(path: Path, options: Options, terminal: Terminal, loading: Loading = DEFAULTS) -> None:
@@ -22,7 +22,7 @@ def chat(path: Path, options: Options, terminal: Terminal, loading: Loading = DE
     that cannot; CheckFailed when the bundle is not as built.
     """
     bundle, say = loading.open(path), loading.say
-    sampling = options.sampling_of(bundle)
+    sampling = options.sampling_of(bundle, say)
     tokenizer, template = Tokenizer.open(bundle.hf), ChatTemplate.find(bundle.hf)
     if template is None:
         raise BadInput(f"{bundle.hf} has no chat template, so there is no way to chat; ask without one: axrun run")

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from axrun.errors import BadInput
 
 if TYPE_CHECKING:
-    from axrun.chat import ChatTemplate
-    from axrun.tokenizer import Tokenizer
+    from axrun.text.template import ChatTemplate
+    from axrun.text.tokenizer import Tokenizer
 
 BEGIN, END = "\U000f0000", "\U000f0001"
 MARKS = re.compile(f"[{BEGIN}{END}]")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-from axrun.conversation import Stopped
+from axrun.chat.conversation import Stopped
 from axrun.errors import BadInput
 
 PROMPT = "> "

@@ -1,0 +1,1 @@
+"""A conversation with a person: turns that stay in the cache, lines and commands, a terminal."""

@@ -1,0 +1,46 @@
+"""How far some work is, in numbers. Who shows it decides how: a line that changes on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`done` of `total` parts; `what` says which."""
+
+    done: int
+    total: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"[{self.done}/{self.total}] {self.what}"
+
+
+Show = Callable[[Progress], None]
+
+
+def unseen(progress: Progress) -> None:
+    """Where nobody looks."""
+
+
+def show(progress: Progress) -> None:
+    """On stderr: one line that changes on a terminal, a line each elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{progress}", end="\n" if progress.done == progress.total else "", file=sys.stderr, flush=True)
+    else:
+        print(progress, file=sys.stderr, flush=True)
+
+
+def show_on_terminal(progress: Progress) -> None:
+    """As `show`, and nothing elsewhere."""
+    if sys.stderr.isatty():
+        show(progress)
+
+
+def mention(line: str) -> None:
+    """What is done inside a part: in the changing line of a terminal, nowhere else."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

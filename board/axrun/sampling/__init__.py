@@ -1,0 +1,98 @@
+"""How tokens are drawn: the settings. Logits go through a list of processors, and a draw among what they leave."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from axrun.errors import BadInput
+
+# What a value must be: (types, condition, in words).
+RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
+    "temperature": ((int, float), lambda value: value == 0 or 1e-3 <= value <= 100, "0 (greedy) or 0.001 to 100"),
+    "repetition_penalty": ((int, float), lambda value: 0 < value <= 100, "a number above 0 (1 is none), up to 100"),
+    "penalty_window": ((int,), lambda value: value >= 0, "a whole number of tokens from 0 on"),
+    "top_p": ((int, float), lambda value: 0 < value <= 1, "a number above 0, up to 1 (1 is off)"),
+    "top_k": ((int,), lambda value: value >= 0, "a whole number from 0 (off) on"),
+    "min_p": ((int, float), lambda value: 0 <= value <= 1, "a number from 0 (off) to 1"),
+    "presence_penalty": ((int, float), lambda value: -100 <= value <= 100, "a number from -100 to 100 (0 is none)"),
+    "frequency_penalty": ((int, float), lambda value: -100 <= value <= 100, "a number from -100 to 100 (0 is none)"),
+}
+POST_CONFIG = ("temperature", "repetition_penalty", "penalty_window", "top_p", "top_k")  # its values, and its switches:
+SWITCHES = {
+    "enable_temperature": "temperature",
+    "enable_repetition_penalty": "repetition_penalty",
+    "enable_top_p_sampling": "top_p",
+    "enable_top_k_sampling": "top_k",
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; as it is, the likeliest one always (greedy).
+
+    `penalty_window` is how many of the last tokens, of prompt and answer, the repetition penalty looks at (None: all).
+    `presence_penalty` is subtracted from the logit of a token that the answer holds, `frequency_penalty` for each time
+    it does; `logit_bias` is added, by token id; tokens of `suppress` are never drawn. `min_p` is the least share of
+    the likeliest token's probability that a token must have.
+    Raises BadInput for a value out of range.
+    """
+
+    temperature: float = 0.0
+    repetition_penalty: float = 1.0
+    penalty_window: int | None = None
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    suppress: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in RULES:
+            value = getattr(self, name)
+            if not (name == "penalty_window" and value is None):
+                _check(name, value)
+
+    @classmethod
+    def from_post_config(cls, config: Mapping[str, Any]) -> Sampling:
+        """The vendor's post_config.json: all nine keys, checked whether switched on or not.
+
+        top_p wins over top_k; with neither the likeliest token is taken, whatever the temperature.
+        Raises BadInput naming a key that is missing, unknown or out of range.
+        """
+        expected = [*SWITCHES, *POST_CONFIG]
+        unknown, missing = sorted(set(config) - set(expected)), [key for key in expected if key not in config]
+        if unknown or missing:
+            what = f"has unknown keys {unknown}" if unknown else f"lacks {missing}"
+            raise BadInput(f"post_config.json {what}; it has these: {', '.join(expected)}")
+        for key in SWITCHES:
+            if not isinstance(config[key], bool):
+                raise BadInput(f"{key} is {config[key]!r}, expected true or false")
+        for key in POST_CONFIG:
+            _check(key, config[key])
+        on = {key: config[key] for switch, key in SWITCHES.items() if config[switch]}
+        drawn = {key: on[key] for key in ("top_p", "top_k") if key in on}
+        return cls(
+            temperature=on.get("temperature", 1.0) if drawn else 0.0,
+            repetition_penalty=on.get("repetition_penalty", 1.0),
+            penalty_window=config["penalty_window"],
+            **dict(list(drawn.items())[:1]),
+        )
+
+    def override(self, **given: Any) -> Sampling:
+        """With the values that are not None in place of its own; top_p, top_k or min_p alone turns greedy
+        into drawing."""
+        given = {key: value for key, value in given.items() if value is not None}
+        if any(given.get(key) for key in ("top_p", "top_k", "min_p")) and self.temperature == 0:
+            given.setdefault("temperature", 1.0)
+        return dataclasses.replace(self, **given)
+
+
+def _check(key: str, value: object) -> None:
+    types, holds, words = RULES[key]
+    if isinstance(value, bool) or not isinstance(value, types) or not holds(value):
+        raise BadInput(f"{key} is {value!r:.60}, expected {words}")

@@ -1,0 +1,43 @@
+"""A program that a request starts, runs to its end, and takes with it when the other side goes."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import IO, Any
+
+POLL_SECONDS = 0.05
+SHOWN = 4000  # characters of what a program said
+
+
+def run(command: list[str], limit: float, shown: int) -> dict[str, Any]:
+    """A program's exit code (None: not done in time), the start of its stdout and the end of its stderr."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
+        )
+        deadline = time.monotonic() + limit
+        while process.poll() is None:
+            gone = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])  # nothing but its end is to come now
+            if gone or time.monotonic() > deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                if gone:
+                    sys.exit()
+                return {"code": None, "stdout": "", "stderr": ""}
+        return {"code": process.returncode, "stdout": _start(stdout, shown), "stderr": _end(stderr)}
+
+
+def _start(file: IO[bytes], shown: int) -> str:
+    file.seek(0)
+    return file.read(shown).decode("utf-8", "replace")
+
+
+def _end(file: IO[bytes]) -> str:
+    file.seek(max(file.seek(0, os.SEEK_END) - SHOWN, 0))
+    return file.read(SHOWN).decode("utf-8", "replace")

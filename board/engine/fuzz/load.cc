@@ -18,7 +18,7 @@ bool run_smallest(const axc::Handle& handle) {
   std::vector<std::vector<uint8_t>> memory;
   std::vector<const void*> inputs;
   std::vector<void*> outputs;
-  if (group->tokens > 64 || model.program.bytes_per_token * group->tokens > kMostBytes) return false;
+  if (group->tokens > 64 || model.program.bytes(group->tokens, group->history) > kMostBytes) return false;
   for (const std::vector<int>& list : {model.graph.inputs, model.graph.outputs}) {
     for (const int value : list) {
       const uint64_t bytes = model.bytes(value, group->tokens, group->history);

@@ -349,7 +349,7 @@ AX_S32 axc_run(AX_ENGINE_HANDLE handle, AX_U32 tokens, AX_U32 history, AX_ENGINE
     if (!tokens || tokens >= kMostTokens || history >= kMostTokens) illegal("a shape of no group");
     const std::shared_ptr<Handle> given = engine().get(handle);
     const std::vector<void*> outputs = given->run(tokens, history, *io, true);
-    const std::optional<NotFinite> found = first_not_finite(given->model, tokens, outputs);
+    const std::optional<NotFinite> found = first_not_finite(given->model, tokens, history, outputs);
     if (!found) return;
     last_not_finite = *found;
     const Graph& graph = given->model.graph;
@@ -362,14 +362,16 @@ AX_U32 axc_counters(axc_counter* out, AX_U32 capacity) {
   const std::scoped_lock lock(Runtime::instance().mutex);
   const auto& counters = Runtime::instance().counters;
   for (size_t i = 0; out && i < counters.size() && i < capacity; ++i) {
-    out[i] = {kStepNames[i], counters[i].calls, counters[i].nanoseconds};
+    const size_t fused = std::size(kFusedNames);
+    const char* name = i < fused ? kFusedNames[i] : operators()[i - fused].name.data();
+    out[i] = {name, counters[i].calls, counters[i].nanoseconds};
   }
   return static_cast<AX_U32>(counters.size());
 }
 
 void axc_reset_counters(void) {
   const std::scoped_lock lock(Runtime::instance().mutex);
-  Runtime::instance().counters = {};
+  std::fill(Runtime::instance().counters.begin(), Runtime::instance().counters.end(), Counter{});
 }
 
 }  // extern "C"

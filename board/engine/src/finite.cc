@@ -26,13 +26,16 @@ bool all_finite(const void* data, size_t count, Type type) {
 
 }  // namespace
 
-std::optional<NotFinite> first_not_finite(const Model& model, size_t tokens, const std::vector<void*>& outputs) {
+std::optional<NotFinite> first_not_finite(const Model& model, uint32_t tokens, uint32_t history,
+                                          const std::vector<void*>& outputs) {
   std::optional<NotFinite> first;
   for (size_t output = 0; output < outputs.size(); ++output) {
     const Value& value = model.graph.values[model.graph.outputs[output]];
-    const size_t width = value.width(), bytes = width * static_cast<size_t>(bits_of(value.type)) / 8;
+    const size_t element = static_cast<size_t>(bits_of(value.type)) / 8;
+    const size_t count = model.bytes(model.graph.outputs[output], tokens, history) / element;
+    const size_t width = value.width() ? value.width() : count, bytes = width * element;
     const uint8_t* rows = static_cast<const uint8_t*>(outputs[output]);
-    if (!rows || all_finite(rows, tokens * width, value.type)) continue;
+    if (!rows || all_finite(rows, count, value.type)) continue;
     size_t row = 0;
     while (all_finite(rows + row * bytes, width, value.type)) ++row;
     if (!first || row < first->row) first = {output, row};

@@ -13,6 +13,6 @@ struct NotFinite {
 };
 
 // The first row of the delivered outputs that holds an infinity or a NaN. A null output was not delivered.
-std::optional<NotFinite> first_not_finite(const Model& model, size_t tokens, const std::vector<void*>& outputs);
+std::optional<NotFinite> first_not_finite(const Model& model, uint32_t tokens, uint32_t history, const std::vector<void*>& outputs);
 
 }  // namespace axc

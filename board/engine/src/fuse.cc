@@ -1,5 +1,8 @@
+// Patterns of operators that have a kernel of their own. A pattern ends in one operation, its root, and takes the place
+// of what only the root needed; what is not recognised runs operation by operation.
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <optional>
 
 #include "program.h"
@@ -11,25 +14,19 @@ const float* floats(const Tensor& tensor) { return reinterpret_cast<const float*
 
 class Fuser {
  public:
-  explicit Fuser(const Graph& graph) : graph_(graph), absorbed_(graph.operations.size()), ready_(graph.values.size()) {
-    for (const int input : graph.inputs) ready_[input] = true;
-  }
+  explicit Fuser(const Graph& graph) : graph_(graph), made_at_(graph.values.size(), -1) {}
 
   Program run() {
-    find_aliases();
+    find_views();
     const int count = static_cast<int>(graph_.operations.size());
-    for (int index = 0; index < count; ++index) absorbed_[index] = !graph_.operations[index].needed;
-    for (int index = 0; index < count; ++index) match(index);
     for (int index = 0; index < count; ++index) {
-      const auto root = roots_.find(index);
-      if (root != roots_.end()) {
-        emit(root->second);
-      } else if (!absorbed_[index]) {
-        emit_alone(graph_.operations[index]);
-      }
+      if (graph_.operations[index].needed) match(graph_.operations[index]);
     }
-    for (const int output : graph_.outputs) {
-      if (!ready_[output]) fail(value(output), "is not computed");
+    const std::vector<bool> runs = find_running();
+    for (int index = 0; index < count; ++index) {
+      if (!runs[index]) continue;
+      const auto root = roots_.find(index);
+      emit(root == roots_.end() ? Step(Plain{index}) : std::move(root->second));
     }
     return std::move(program_);
   }
@@ -39,104 +36,106 @@ class Fuser {
   const Operation* maker(int index) const {
     return value(index).maker < 0 ? nullptr : &graph_.operations[value(index).maker];
   }
-  [[noreturn]] void fail(const Value& seen, const char* why) const { unsupported("value " + seen.name + " " + why); }
-
   // The operation that alone uses a value, which is no output.
   const Operation* only_user(int index) const {
     const Value& seen = value(index);
     return seen.output < 0 && seen.users.size() == 1 ? &graph_.operations[seen.users[0]] : nullptr;
   }
   int index_of(const Operation& operation) const { return static_cast<int>(&operation - graph_.operations.data()); }
-  bool is(const Operation* operation, Op op) const { return operation && operation->op == op; }
-  // The constant vector that is added or multiplied, and the value it meets; null and -1 for two values.
-  std::pair<const Tensor*, int> vector_of(const Operation& operation) const {
-    for (const int index : operation.inputs) {
-      if (value(index).tensor) return {value(index).tensor, other(operation, index)};
-    }
-    return {nullptr, -1};
-  }
+  static bool is(const Operation* operation, std::string_view name) { return operation && operation->is(name); }
   static int other(const Operation& operation, int index) {
     return operation.inputs[0] == index ? operation.inputs[1] : operation.inputs[0];
   }
+  bool taken(const Operation& root) const { return roots_.contains(index_of(root)); }
 
-  // A float32 output that is the cast of a float32 value is that value.
-  void find_aliases() {
-    for (int index = 0; index < static_cast<int>(graph_.values.size()); ++index) program_.stands_for.push_back(index);
+  // A value that has the bytes of another one has its memory; an output lies where the caller wants it.
+  void find_views() {
+    std::vector<int>& owner = program_.stands_for;
+    for (int index = 0; index < static_cast<int>(graph_.values.size()); ++index) owner.push_back(index);
     for (const Operation& operation : graph_.operations) {
+      if (!operation.needed || operation.outputs[0] < 0) continue;
       const int x = operation.inputs[0], to = operation.outputs[0];
-      const bool same = operation.needed && operation.op == Op::Cast && value(x).type == value(to).type && maker(x);
-      if (!same || value(x).output >= 0 || program_.stands_for[x] != x) continue;
-      program_.stands_for[x] = to;
+      const bool cast = operation.is("Cast") && value(x).type == value(to).type;
+      if (!cast && operation.op->run != run_copy) continue;
+      const int root = owner[x];
+      if (value(to).output < 0) {
+        owner[to] = root;
+      } else if (value(root).maker >= 0 && value(root).output < 0) {
+        std::replace(owner.begin(), owner.end(), root, to);
+      }
     }
   }
-
-  // A pattern is emitted where its last operation stands, and takes the place of the others.
-  void claim(const Operation& root, Step step) {
-    absorbed_[index_of(root)] = true;
-    roots_.emplace(index_of(root), std::move(step));
+  bool is_view(const Operation& operation) const {
+    const bool one = operation.op->run == run_copy || operation.is("Cast");
+    return one && program_.stands_for[operation.outputs[0]] == program_.stands_for[operation.inputs[0]];
   }
-  void absorb(const Operation& operation) { absorbed_[index_of(operation)] = true; }
-  bool free(const Operation* operation) const { return operation && !absorbed_[index_of(*operation)]; }
 
-  void match(int index) {
-    const Operation& operation = graph_.operations[index];
-    if (absorbed_[index]) return;
-    switch (operation.op) {
-      case Op::MatMul: match_linear(operation); break;
-      case Op::Mul: match_swiglu(operation); break;
-      case Op::RotaryEmbedding: match_rotary(operation); break;
-      case Op::Attention: match_attention(operation); break;
-      case Op::TopK: match_top_k(operation); break;
-      default: break;
-    }
+  void match(const Operation& operation) {
+    if (operation.is("MatMul")) match_linear(operation);
+    if (operation.is("Mul")) match_gated(operation);
+    if (operation.is("RotaryEmbedding")) match_rotary(operation);
+    if (operation.is("Attention")) match_attention(operation);
   }
 
   // [DequantizeLinear | Cast] -> Transpose -> MatMul [-> Add bias] [-> Add residual]
   void match_linear(const Operation& matmul) {
-    Part part{matrix(matmul.inputs[1]), nullptr, -1, matmul.outputs[0]};
+    const std::optional<Matrix> weight = matrix(matmul.inputs[1]);
+    if (!weight) return;
+    Part part{*weight, nullptr, -1, matmul.outputs[0]};
     const Operation* root = &matmul;
     const Operation* add = only_user(part.to);
-    if (is(add, Op::Add) && free(add) && vector_of(*add).first) {
-      part.bias = floats(*vector_of(*add).first);
-      absorb(*root);
-      root = add, part.to = add->outputs[0];
-      add = only_user(part.to);
+    if (is(add, "Add") && !taken(*add)) {
+      const Tensor* bias = value(other(*add, part.to)).tensor;
+      if (bias && bias->dims == std::vector<int64_t>{static_cast<int64_t>(weight->rows)}) {
+        part.bias = floats(*bias);
+        root = add, part.to = add->outputs[0];
+        add = only_user(part.to);
+      }
     }
-    if (is(add, Op::Add) && free(add) && !vector_of(*add).first) {  // the only user, so of two different values
-      part.residual = other(*add, part.to);
-      absorb(*root);
+    if (is(add, "Add") && !taken(*add) && value(other(*add, part.to)).shape == value(part.to).shape &&
+        !value(other(*add, part.to)).tensor) {
+      part.residual = other(*add, part.to);  // the only user, so of two different values
       root = add, part.to = add->outputs[0];
     }
-    claim(*root, Project{matmul.inputs[0], {part}});
+    roots_.emplace(index_of(*root), Linear{matmul.inputs[0], {part}});
   }
 
-  Matrix matrix(int index) {
+  // The weight behind the second operand of a product, where its rows can be read as they are stored.
+  std::optional<Matrix> matrix(int index) const {
     const Operation* transpose = maker(index);
-    if (!is(transpose, Op::Transpose)) fail(value(index), "is no transposed weight");
-    absorb(*transpose);
+    if (!is(transpose, "Transpose") || value(index).shape.size() != 2) return {};
+    const Attribute* perm = transpose->attribute("perm");
+    if (perm && perm->integers != std::vector<int64_t>{1, 0}) return {};
     const Value* stored = &value(transpose->inputs[0]);
     const Operation* widened = maker(transpose->inputs[0]);
     const Tensor* scales = nullptr;
-    int64_t block = 0;
-    if (widened && (widened->op == Op::Cast || widened->op == Op::DequantizeLinear)) {
-      absorb(*widened);
+    if (is(widened, "Cast") || is(widened, "DequantizeLinear")) {
       stored = &value(widened->inputs[0]);
-      block = widened->integer("block_size", 0);
-      if (widened->op == Op::DequantizeLinear) scales = value(widened->inputs[1]).tensor;
+      if (widened->is("DequantizeLinear")) {
+        scales = value(widened->inputs[1]).tensor;
+        if (!scales || scales->type != Type::Float || widened->inputs.size() != 2) return {};
+      }
     }
-    if (!stored->tensor || stored->tensor->dims.size() != 2) fail(*stored, "is no weight");
+    if (!stored->tensor || stored->tensor->type == Type::None || value(index).type != Type::Float) return {};
     const Tensor& tensor = *stored->tensor;
-    Matrix matrix{Arithmetic::Float, tensor.type, tensor.bytes(), static_cast<size_t>(tensor.dims[0]),
-                  static_cast<size_t>(tensor.dims[1]), nullptr, 0};
+    const size_t rows = static_cast<size_t>(tensor.dims[0]), columns = static_cast<size_t>(tensor.dims[1]);
+    if (!rows || !columns) return {};
+    Matrix matrix{Arithmetic::Float, tensor.type, tensor.bytes(), rows, columns, nullptr, 0};
+    const bool levels = tensor.type == Type::Int8 || tensor.type == Type::Int4;
+    const bool float8 = tensor.type == Type::Float8E4M3 || tensor.type == Type::Float8E5M2;
+    if (levels != (scales != nullptr) || (!levels && !is_float(tensor.type) && !float8)) return {};
     if (scales) {
+      const int64_t axis = widened->integer("axis", 1), block = widened->integer("block_size", 0);
       matrix.scales = floats(*scales);
-      matrix.block = block ? static_cast<size_t>(block) : matrix.columns;
+      matrix.block = block ? static_cast<size_t>(block) : columns;
+      const bool along_rows = axis == 1 || axis == -1;
+      if (block ? !along_rows || columns % matrix.block : along_rows || scales->dims != std::vector<int64_t>{tensor.dims[0]}) {
+        return {};
+      }
+      // rows or blocks that begin inside a byte
+      if (tensor.type == Type::Int4 && (columns % 2 || matrix.block % 2)) return {};
     }
-    if ((tensor.type == Type::Int8 || tensor.type == Type::Int4) != (scales != nullptr)) fail(*stored, "has no scales");
-    if (tensor.type == Type::Int4 && (matrix.columns % 2 || matrix.block % 2)) {
-      fail(*stored, "has 4-bit rows or blocks that begin inside a byte");
-    }
-    if (tensor.type == Type::Int8 && matrix.block == matrix.columns) matrix.arithmetic = Arithmetic::Int8;
+    if (tensor.type == Type::Int8 && matrix.block == columns) matrix.arithmetic = Arithmetic::Int8;
     if (tensor.type == Type::Int4 && matrix.block == kBlock) matrix.arithmetic = Arithmetic::Int4;
     if (tensor.type == Type::BFloat16 && hidden_is_bfloat16()) matrix.arithmetic = Arithmetic::BFloat16;
     return matrix;
@@ -147,160 +146,160 @@ class Fuser {
     return std::any_of(graph_.inputs.begin(), graph_.inputs.end(), [this](int i) { return value(i).type == Type::BFloat16; });
   }
 
-  // Mul(Mul(gate, Sigmoid(gate)), up)
-  void match_swiglu(const Operation& outer) {
-    for (const int silu : outer.inputs) {
-      const Operation* inner = maker(silu);
-      const bool alone = only_user(silu) == &outer && !value(other(outer, silu)).tensor;
-      if (!is(inner, Op::Mul) || !free(inner) || !alone) continue;
-      for (const int sigmoid : inner->inputs) {
-        const Operation* source = maker(sigmoid);
-        const int gate = other(*inner, sigmoid);
-        if (!is(source, Op::Sigmoid) || source->inputs[0] != gate || only_user(sigmoid) != inner) continue;
-        absorb(*source), absorb(*inner);
-        claim(outer, Swiglu{gate, other(outer, silu), outer.outputs[0]});
-        return;
+  // Mul(activation(gate), up); the activation is Mul(gate, Sigmoid(gate)) or Gelu with tanh.
+  void match_gated(const Operation& outer) {
+    for (const int bent : outer.inputs) {
+      const Operation* inner = maker(bent);
+      const int up = other(outer, bent);
+      if (!inner || only_user(bent) != &outer || value(bent).type != Type::Float || value(up).tensor ||
+          value(up).shape != value(bent).shape) {
+        continue;
       }
+      const std::optional<std::pair<int, Activation>> gate = activation(*inner);
+      if (!gate || value(gate->first).tensor) continue;
+      roots_.emplace(index_of(outer), Gated{gate->first, up, outer.outputs[0], gate->second});
+      return;
     }
   }
 
-  // RotaryEmbedding [-> Cast to what the cache holds], the positions cast from the input `indices`
+  std::optional<std::pair<int, Activation>> activation(const Operation& operation) const {
+    if (operation.is("Gelu") && operation.text("approximate", "none") == "tanh") {
+      return std::pair{operation.inputs[0], Activation::GeluTanh};
+    }
+    if (!operation.is("Mul")) return {};
+    for (const int sigmoid : operation.inputs) {
+      const Operation* source = maker(sigmoid);
+      const int gate = other(operation, sigmoid);
+      if (is(source, "Sigmoid") && source->inputs[0] == gate && only_user(sigmoid) == &operation) {
+        return std::pair{gate, Activation::Silu};
+      }
+    }
+    return {};
+  }
+
+  // RotaryEmbedding -> Cast to what the cache holds
   void match_rotary(const Operation& rotary) {
-    const Operation* positions = maker(rotary.inputs[3]);
-    if (!is(positions, Op::Cast) || value(positions->inputs[0]).input < 0) fail(value(rotary.inputs[3]), "is no cast of an input");
-    absorb(*positions);
-    const Value& cos = value(rotary.inputs[1]);
-    const size_t half = cos.width();
-    Rotate step{rotary.inputs[0], positions->inputs[0], rotary.outputs[0], floats(*cos.tensor),
-                floats(*value(rotary.inputs[2]).tensor), static_cast<size_t>(cos.tensor->dims[0]),
-                static_cast<size_t>(rotary.integer("num_heads", 1)), half};
-    const Operation* cast = only_user(step.to);
-    if (!is(cast, Op::Cast)) return claim(rotary, step);
-    absorb(rotary);
-    step.to = cast->outputs[0];
-    claim(*cast, step);
+    const Value& x = value(rotary.inputs[0]);
+    const Operation* cast = only_user(rotary.outputs[0]);
+    if (x.type != Type::Float || x.shape.size() != 3 || !is(cast, "Cast") || value(cast->outputs[0]).type == Type::Float ||
+        !is_float(value(cast->outputs[0]).type)) {
+      return;
+    }
+    const size_t heads = static_cast<size_t>(rotary.integer("num_heads", 1));
+    const Rotation rotation{heads, x.width() / heads, value(rotary.inputs[1]).width(), rotary.integer("interleaved", 0) != 0};
+    const int positions = rotary.inputs.size() > 3 ? rotary.inputs[3] : -1;
+    roots_.emplace(index_of(*cast),
+                   Rotary{rotary.inputs[0], rotary.inputs[1], rotary.inputs[2], positions, cast->outputs[0], rotation});
   }
 
   // Attention(q, Cast(Concat(K_cache, k)), Cast(Concat(V_cache, v)), Unsqueeze(Cast(mask)))
   void match_attention(const Operation& attention) {
-    const auto [k_cache, k] = history(attention.inputs[1]);
-    const auto [v_cache, v] = history(attention.inputs[2]);
+    const Value& q = value(attention.inputs[0]);
+    if (attention.inputs.size() != 4 || attention.inputs[3] < 0 || attention.outputs.size() != 1 ||
+        attention.integer("is_causal", 0) || q.type != Type::Float || q.shape.size() != 3 || q.shape[0] != Dim{1}) {
+      return;
+    }
+    const auto keys = history(attention.inputs[1]), values = history(attention.inputs[2]);
     const Operation* unsqueeze = maker(attention.inputs[3]);
-    if (!is(unsqueeze, Op::Unsqueeze)) fail(value(attention.inputs[3]), "is no mask");
-    absorb(*unsqueeze);
+    if (!keys || !values || !is(unsqueeze, "Unsqueeze")) return;
     const int mask = before_cast(unsqueeze->inputs[0]);
-    if (value(mask).input < 0 || value(mask).type != value(k).type || value(v).type != value(k).type) {
-      fail(value(mask), "does not fit the cache");
+    const auto [k_cache, k] = *keys;
+    const auto [v_cache, v] = *values;
+    const Shape &kept = value(k_cache).shape, &current = value(k).shape;
+    if (value(mask).type != value(k).type || value(v).type != value(k).type || value(v).shape != current ||
+        value(v_cache).shape != kept || current[1] != q.shape[1] ||
+        value(mask).shape != Shape{Dim{1}, q.shape[1], kept[1] + current[1]} ||
+        value(attention.inputs[3]).shape != Shape{Dim{1}, Dim{1}, q.shape[1], kept[1] + current[1]}) {
+      return;
     }
     const size_t heads = static_cast<size_t>(attention.integer("q_num_heads", 1));
-    const size_t head_dim = value(attention.inputs[0]).width() / heads;
+    const size_t kv_heads = static_cast<size_t>(attention.integer("kv_num_heads", 1)), head_dim = q.width() / heads;
     const float scale = attention.real("scale", 1.0f / std::sqrt(static_cast<float>(head_dim)));
-    claim(attention, Attend{attention.inputs[0], k_cache, k, v_cache, v, mask, attention.outputs[0], heads,
-                            static_cast<size_t>(attention.integer("kv_num_heads", 1)), head_dim, scale});
+    roots_.emplace(index_of(attention), Attention{attention.inputs[0], k_cache, k, v_cache, v, mask, attention.outputs[0],
+                                                  heads, kv_heads, head_dim, scale, attention.real("softcap", 0)});
   }
 
-  // The input of the Cast a value comes from, if it comes from one.
-  int before_cast(int index) {
+  // The input of the Cast to float32 a value comes from, if it comes from one.
+  int before_cast(int index) const {
     const Operation* cast = maker(index);
-    if (!is(cast, Op::Cast)) return index;
-    absorb(*cast);
-    return cast->inputs[0];
+    return is(cast, "Cast") && is_float(value(cast->inputs[0]).type) ? cast->inputs[0] : index;
   }
 
-  std::pair<int, int> history(int index) {
-    const int joined = before_cast(index);
-    const Operation* concat = maker(joined);
-    if (!is(concat, Op::Concat)) fail(value(joined), "is no history with current rows");
-    absorb(*concat);
+  // The cache and the current rows that a value joins along their axis 1.
+  std::optional<std::pair<int, int>> history(int index) const {
+    const Operation* concat = maker(before_cast(index));
+    if (!is(concat, "Concat") || concat->inputs.size() != 2) return {};
     const int past = concat->inputs[0], current = concat->inputs[1];
-    const Value &p = value(past), &c = value(current);
-    if (p.input < 0 || p.shape[1] != Dim{0, 0, 1} || c.shape[1] != Dim{0, 1, 0}) fail(value(joined), "is no history with current rows");
-    return {past, current};
+    const int64_t axis = concat->integer("axis", 0);
+    if ((axis != 1 && axis != -2) || value(past).shape.size() != 3 || value(past).shape[0] != Dim{1}) return {};
+    return std::pair{past, current};
   }
 
-  // TopK, its indices cast to int32
-  void match_top_k(const Operation& top_k) {
-    TopK step{top_k.inputs[0], top_k.outputs[0], -1, value(top_k.outputs[0]).width()};
-    const Operation* root = &top_k;
-    const int indices = top_k.outputs[1];
-    if (value(indices).output >= 0 || !value(indices).users.empty()) {
-      const Operation* cast = only_user(indices);
-      if (!is(cast, Op::Cast)) fail(value(indices), "is int64, not cast to int32");
-      absorb(*cast);
-      step.indices = cast->outputs[0];
+  // Follows the outputs back to what must run: patterns leave out what only they read.
+  std::vector<bool> find_running() const {
+    std::vector<bool> wanted(graph_.values.size()), runs(graph_.operations.size());
+    for (const int output : graph_.outputs) wanted[output] = true;
+    for (int index = static_cast<int>(runs.size()) - 1; index >= 0; --index) {
+      const Operation& operation = graph_.operations[index];
+      if (std::none_of(operation.outputs.begin(), operation.outputs.end(), [&](int v) { return v >= 0 && wanted[v]; })) continue;
+      const auto root = roots_.find(index);
+      const Step step = root == roots_.end() ? Step(Plain{index}) : root->second;
+      touch(graph_, step, [&](int read) { wanted[read] = true; }, [](int) {});
+      runs[index] = root != roots_.end() || !is_view(operation);
     }
-    claim(*root, step);
-  }
-
-  void emit_alone(const Operation& operation) {
-    const int x = operation.inputs[0], to = operation.outputs[0];
-    switch (operation.op) {
-      case Op::Cast:
-        if (!is_float(value(x).type) || value(x).tensor) fail(value(to), "is a cast of something else than activations");
-        return emit(Convert{x, to});
-      case Op::RMSNormalization: {
-        const float* scale = floats(*value(operation.inputs[1]).tensor);
-        return emit(Norm{x, to, scale, operation.real("epsilon", 1e-5f)});
-      }
-      case Op::Add:
-      case Op::Mul: {
-        const bool product = operation.op == Op::Mul;
-        const auto [vector, rows] = vector_of(operation);
-        if (vector) return emit(Binary{rows, -1, to, product, floats(*vector)});
-        return emit(Binary{x, operation.inputs[1], to, product, nullptr});
-      }
-      case Op::Sigmoid: return emit(Unary{x, to, false});
-      case Op::Softmax: return emit(Unary{x, to, true});
-      default: fail(value(to), "stands where it cannot be run");
-    }
+    return runs;
   }
 
   void emit(Step step) {
-    touch(
-        step, [this](int index) { check_read(index); }, [this](int index) { check_rows(index), ready_[index] = true; });
-    Project* project = std::get_if<Project>(&step);
-    Project* last = program_.steps.empty() ? nullptr : std::get_if<Project>(&program_.steps.back());
-    if (project && last && last->gated < 0 && last->x == project->x && independent(*last, project->parts[0])) {
-      last->parts.push_back(project->parts[0]);
-    } else if (const Swiglu* swiglu = std::get_if<Swiglu>(&step); swiglu && last && gates(*last, *swiglu)) {
-      last->gated = swiglu->to;
-    } else {
-      program_.steps.push_back(std::move(step));
+    if (Linear* linear = std::get_if<Linear>(&step); linear && join(*linear)) return;
+    if (Gated* gated = std::get_if<Gated>(&step); gated && join(*gated)) return;
+    if (const Plain* plain = std::get_if<Plain>(&step)) {
+      const Operation& operation = graph_.operations[plain->operation];
+      program_.most_tensors = std::max(program_.most_tensors, operation.inputs.size() + operation.outputs.size());
     }
+    const int at = static_cast<int>(program_.steps.size());
+    touch(graph_, step, [](int) {}, [&](int made) { made_at_[program_.stands_for[made]] = at; });
+    program_.steps.push_back(std::move(step));
   }
 
-  // Whether a projection makes what a SwiGLU alone reads; the gate is put first then.
-  bool gates(Project& project, const Swiglu& swiglu) const {
-    if (project.parts.size() != 2 || value(swiglu.gate).output >= 0 || value(swiglu.up).output >= 0) return false;
-    Part &a = project.parts[0], &b = project.parts[1];
+  // A weight joins the last step that multiplies the same input, so that the input is rounded once.
+  bool join(Linear& linear) {
+    const Part& next = linear.parts[0];
+    const int x = program_.stands_for[linear.x];
+    for (int at = static_cast<int>(program_.steps.size()) - 1; at >= 0; --at) {
+      Linear* earlier = std::get_if<Linear>(&program_.steps[at]);
+      if (!earlier || program_.stands_for[earlier->x] != x) continue;
+      const bool ready = next.residual < 0 || made_at_[program_.stands_for[next.residual]] < at;
+      const Matrix& first = earlier->parts[0].weight;
+      if (earlier->gated >= 0 || !ready || first.arithmetic != next.weight.arithmetic || first.columns != next.weight.columns) {
+        return false;
+      }
+      made_at_[program_.stands_for[next.to]] = at;
+      earlier->parts.push_back(next);
+      return true;
+    }
+    return false;
+  }
+
+  // Gate and up that one step makes and nobody else reads stay inside it; the gate is put first then.
+  bool join(Gated& gated) {
+    const int at = made_at_[gated.gate];
+    if (at < 0 || made_at_[gated.up] != at || value(gated.gate).output >= 0 || value(gated.up).output >= 0) return false;
+    const size_t uses = gated.activation == Activation::Silu ? 2 : 1;
+    if (value(gated.gate).users.size() != uses || value(gated.up).users.size() != 1) return false;
+    Linear* linear = std::get_if<Linear>(&program_.steps[at]);
+    if (!linear || linear->gated >= 0 || linear->parts.size() != 2) return false;
+    Part &a = linear->parts[0], &b = linear->parts[1];
     if (a.residual >= 0 || b.residual >= 0 || a.to == b.to) return false;
-    const bool both = (a.to == swiglu.gate && b.to == swiglu.up) || (a.to == swiglu.up && b.to == swiglu.gate);
-    if (!both || value(swiglu.gate).users.size() != 2 || value(swiglu.up).users.size() != 1) return false;
-    if (a.to == swiglu.up) std::swap(a, b);
+    if (!((a.to == gated.gate && b.to == gated.up) || (a.to == gated.up && b.to == gated.gate))) return false;
+    if (a.to == gated.up) std::swap(a, b);
+    linear->gated = gated.to, linear->activation = gated.activation;
+    made_at_[program_.stands_for[gated.to]] = at;
     return true;
-  }
-
-  static bool independent(const Project& project, const Part& next) {
-    for (const Part& part : project.parts) {
-      if (part.to == next.residual || part.weight.arithmetic != next.weight.arithmetic) return false;
-    }
-    return true;
-  }
-
-  void check_read(int index) const {
-    if (!ready_[index]) fail(value(index), "is read where it is not computed");
-    const Value& seen = value(index);
-    if (seen.input < 0) check_rows(index);
-  }
-
-  // What steps compute is a row for each token.
-  void check_rows(int index) const {
-    const Shape& shape = value(index).shape;
-    if (shape.size() != 3 || shape[1] != Dim{0, 1, 0} || !shape[2].constant()) fail(value(index), "is not [1, M, width]");
   }
 
   const Graph& graph_;
-  std::vector<bool> absorbed_, ready_;
+  std::vector<int> made_at_;  // of every value that has memory of its own: the step that writes it
   std::map<int, Step> roots_;
   Program program_;
 };

@@ -6,21 +6,11 @@
 #include <vector>
 
 #include "axmodel.h"
+#include "shape.h"
 
 namespace axc {
 
-// fixed + tokens * M + history * T
-struct Dim {
-  int64_t fixed = 0;
-  int64_t tokens = 0;
-  int64_t history = 0;
-
-  bool operator==(const Dim&) const = default;
-  bool constant() const { return tokens == 0 && history == 0; }
-  uint64_t at(uint64_t m, uint64_t t) const { return fixed + tokens * m + history * t; }
-};
-
-using Shape = std::vector<Dim>;
+struct Operator;
 
 struct Value {
   std::string name;
@@ -30,23 +20,23 @@ struct Value {
   const Tensor* tensor = nullptr;  // of a constant
   int input = -1, output = -1;     // position among the graph's inputs, outputs
   std::vector<int> users;          // needed operations
+  std::optional<std::vector<Dim>> known;  // the elements of a short list of integers, where the graph tells them
 
-  size_t width() const { return static_cast<size_t>(shape.back().fixed); }  // of the last dimension
-};
-
-enum class Op {
-  Cast, RMSNormalization, DequantizeLinear, Transpose, MatMul, Add, RotaryEmbedding, Concat, Unsqueeze, Attention,
-  Sigmoid, Mul, Softmax, TopK,
+  // Of the last dimension; 0 where M or T decides it, or there is none.
+  size_t width() const { return !shape.empty() && shape.back().constant() ? static_cast<size_t>(shape.back().fixed) : 0; }
 };
 
 struct Operation {
-  Op op;
-  std::vector<int> inputs, outputs;  // indices of values
+  const Operator* op;
+  std::vector<int> inputs, outputs;  // indices of values; -1: not given
   const Node* node;
   bool needed = false;  // an output depends on it
 
+  bool is(std::string_view name) const { return node->op == name; }
   int64_t integer(std::string_view name, int64_t otherwise) const;
   float real(std::string_view name, float otherwise) const;
+  std::string_view text(std::string_view name, std::string_view otherwise) const;
+  const Attribute* attribute(std::string_view name) const;
 };
 
 struct Graph {

@@ -36,6 +36,7 @@ Mapping::~Mapping() {
 Model::Model(Mapping given)
     : mapping(std::move(given)), axmodel(read_axmodel(mapping.bytes())), graph(build_graph(axmodel)), program(fuse(graph)) {
   for (const Group& group : axmodel.groups) {
+    program.bytes(group.tokens, group.history);
     for (const std::vector<int>& list : {graph.inputs, graph.outputs}) {
       for (const int value : list) {
         if (bytes(value, group.tokens, group.history) > UINT32_MAX) illegal(graph.values[value].name + " is too large");
@@ -48,7 +49,7 @@ uint64_t Model::bytes(int index, uint32_t tokens, uint32_t history) const {
   const Value& value = graph.values[index];
   uint64_t count = 1;
   for (const Dim& dim : value.shape) {
-    const uint64_t size = dim.at(tokens, history);
+    const uint64_t size = static_cast<uint64_t>(dim.at(tokens, history));
     if (size && count > UINT64_MAX / 64 / size) illegal(value.name + " is too large");
     count *= size;
   }

@@ -1,5 +1,6 @@
 #include "onnx.h"
 
+#include "shape.h"
 #include "vendor.h"
 
 #include <array>
@@ -8,7 +9,6 @@ namespace axc {
 namespace {
 
 constexpr size_t kAlignment = 64;   // of raw data in the file
-constexpr size_t kMostRank = 8;
 constexpr size_t kMostItems = 1 << 16;  // nodes, tensors, inputs, attributes of one model
 
 struct TypeRow {
@@ -17,16 +17,19 @@ struct TypeRow {
   const char* name;
 };
 
-constexpr std::array<TypeRow, 10> kTypes{{
+constexpr std::array<TypeRow, 13> kTypes{{
     {Type::Float, 32, "FLOAT"},
+    {Type::Uint8, 8, "UINT8"},
     {Type::Int8, 8, "INT8"},
     {Type::Int32, 32, "INT32"},
     {Type::Int64, 64, "INT64"},
+    {Type::Bool, 8, "BOOL"},
     {Type::Float16, 16, "FLOAT16"},
     {Type::Uint32, 32, "UINT32"},
     {Type::BFloat16, 16, "BFLOAT16"},
     {Type::Float8E4M3, 8, "FLOAT8E4M3FN"},
     {Type::Float8E5M2, 8, "FLOAT8E5M2"},
+    {Type::Uint4, 4, "UINT4"},
     {Type::Int4, 4, "INT4"},
 }};
 
@@ -126,6 +129,7 @@ std::pair<std::string_view, Attribute> read_attribute(Bytes bytes) {
       case 1: name = field.text(); break;
       case 2: attribute.real = field.real(); break;
       case 3: attribute.integer = field.integer(); break;
+      case 4: attribute.text = field.text(); break;
       case 8: append_integers(field, attribute.integers); break;
       case 20: attribute.kind = static_cast<int>(field.integer()); break;
       default: break;
@@ -213,6 +217,10 @@ int bits_of(Type type) {
 }
 
 bool is_float(Type type) { return type == Type::Float || type == Type::Float16 || type == Type::BFloat16; }
+
+bool is_integer(Type type) {
+  return type == Type::Uint8 || type == Type::Int8 || type == Type::Int32 || type == Type::Int64 || type == Type::Uint32;
+}
 
 std::string name_of(Type type) {
   for (const TypeRow& row : kTypes) {

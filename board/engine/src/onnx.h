@@ -12,13 +12,14 @@ namespace axc {
 
 // TensorProto.DataType
 enum class Type : int {
-  None = 0, Float = 1, Int8 = 3, Int32 = 6, Int64 = 7, Float16 = 10, Uint32 = 12, BFloat16 = 16,
-  Float8E4M3 = 17, Float8E5M2 = 19, Int4 = 22,
+  None = 0, Float = 1, Uint8 = 2, Int8 = 3, Int32 = 6, Int64 = 7, Bool = 9, Float16 = 10, Uint32 = 12, BFloat16 = 16,
+  Float8E4M3 = 17, Float8E5M2 = 19, Uint4 = 21, Int4 = 22,
 };
 
 // Bits of an element; 0 for a type axmodels do not have.
 int bits_of(Type type);
-bool is_float(Type type);  // one a hidden state may have
+bool is_float(Type type);    // one a hidden state may have
+bool is_integer(Type type);  // of 8 bits or more
 std::string name_of(Type type);
 
 struct Tensor {
@@ -42,10 +43,11 @@ struct TensorInfo {
 };
 
 struct Attribute {
-  int kind = 0;  // AttributeProto.AttributeType: 1 float, 2 int, 7 ints
+  int kind = 0;  // AttributeProto.AttributeType: 1 float, 2 int, 3 string, 7 ints
   float real = 0;
   int64_t integer = 0;
   std::vector<int64_t> integers;
+  std::string_view text;
 };
 
 struct Node {

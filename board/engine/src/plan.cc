@@ -13,6 +13,15 @@ struct Life {
 
 bool overlap(const Life& a, const Life& b) { return a.first <= b.last && b.first <= a.last; }
 
+// The area of values that grow by `parts`.
+size_t area_of(Program& program, const std::vector<Dim>& parts) {
+  for (size_t i = 0; i < program.areas.size(); ++i) {
+    if (program.areas[i].parts == parts) return i;
+  }
+  program.areas.push_back({parts, 0});
+  return program.areas.size() - 1;
+}
+
 }  // namespace
 
 void plan(const Graph& graph, Program& program) {
@@ -20,7 +29,7 @@ void plan(const Graph& graph, Program& program) {
   const std::vector<int>& owner = program.stands_for;
   for (int index = 0; index < static_cast<int>(program.steps.size()); ++index) {
     touch(
-        program.steps[index], [&](int value) { lives[owner[value]].last = index; },
+        graph, program.steps[index], [&](int value) { lives[owner[value]].last = index; },
         [&](int value) {
           Life& life = lives[owner[value]];
           if (life.first < 0) life.first = index;
@@ -28,25 +37,41 @@ void plan(const Graph& graph, Program& program) {
         });
   }
   program.slots.assign(graph.values.size(), {});
-  std::vector<int> placed;
+  std::vector<int> placed;  // ordered by offset
   for (int value = 0; value < static_cast<int>(graph.values.size()); ++value) {
     const Life& life = lives[value];
     if (life.first < 0) continue;
     const Value& made = graph.values[value];
-    const size_t bytes = made.width() * static_cast<size_t>(bits_of(made.type)) / 8;
+    const Extent extent(made.shape);
+    const size_t bytes = static_cast<size_t>(extent.scale) * static_cast<size_t>(bits_of(made.type)) / 8;
     const size_t width = (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    // The lowest place that is free for the value's whole life; `placed` is ordered by offset.
+    const size_t area = area_of(program, extent.parts);
+    // The lowest place that is free for the value's whole life.
     size_t offset = 0;
     for (const int neighbour : placed) {
       const Slot& slot = program.slots[neighbour];
-      if (!overlap(life, lives[neighbour]) || offset + width <= slot.offset) continue;
+      if (slot.area != area || !overlap(life, lives[neighbour]) || offset + width <= slot.offset) continue;
       offset = std::max(offset, slot.offset + slot.width);
     }
-    program.slots[value] = {offset, width};
-    program.bytes_per_token = std::max(program.bytes_per_token, offset + width);
+    program.slots[value] = {area, offset, width};
+    program.areas[area].width = std::max(program.areas[area].width, offset + width);
     placed.push_back(value);
     std::sort(placed.begin(), placed.end(), [&](int a, int b) { return program.slots[a].offset < program.slots[b].offset; });
   }
+}
+
+size_t Program::bytes(uint64_t tokens, uint64_t history) const {
+  uint64_t total = 0;
+  for (const Area& area : areas) {
+    uint64_t size = area.width;
+    for (const Dim& part : area.parts) {
+      if (__builtin_mul_overflow(size, static_cast<uint64_t>(part.at(tokens, history)), &size)) size = UINT64_MAX;
+    }
+    if (__builtin_add_overflow(total, size, &total) || total > uint64_t{1} << 46) {
+      illegal("values between steps of more than 64 TiB");
+    }
+  }
+  return static_cast<size_t>(total);
 }
 
 }  // namespace axc

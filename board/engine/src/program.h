@@ -1,4 +1,5 @@
-// What runs: a short list of fused steps over the values of a graph.
+// What runs: a list of steps over the values of a graph, fused ones where a pattern was recognised, the plain kernels of
+// the operators everywhere else.
 #pragma once
 
 #include <variant>
@@ -6,74 +7,65 @@
 
 #include "graph.h"
 #include "kernels/kernels.h"
+#include "operators/operator.h"
+#include "operators/rotary.h"
 
 namespace axc {
 
-// The fields named x, to, ... are indices of values; `to` is written.
-struct Convert {
-  int x, to;
-};
+// The fields named x, to, ... are indices of values; `to` is written, -1 is none.
 
-struct Norm {
-  int x, to;
-  const float* scale;
-  float epsilon;
-};
-
-// One weight of a projection: to = x w^T + bias + residual.
+// One weight of a Linear: to = x w^T + bias + residual.
 struct Part {
   Matrix weight;
   const float* bias;
-  int residual;  // -1: none
+  int residual;
   int to;
 };
 
 // Weights that share an input.
-struct Project {
+struct Linear {
   int x;
   std::vector<Part> parts;
-  int gated = -1;  // not -1: the parts are a gate and its `up`, and of both only silu(gate) * up is kept, here
+  int gated = -1;  // not -1: the parts are a gate and its `up`, and of both only their product is kept, here
+  Activation activation = Activation::Silu;
 };
 
-struct Rotate {
-  int x, indices, to;
-  const float *cos, *sin;  // [positions, half]
-  size_t positions, heads, half;
-};
-
-struct Attend {
+// Grouped-query attention over a cache and the current rows.
+struct Attention {
   int q, k_cache, k, v_cache, v, mask, to;
   size_t heads, kv_heads, head_dim;
-  float scale;
+  float scale, softcap;
 };
 
-struct Swiglu {
+// A rotation whose result is stored as the cache holds it.
+struct Rotary {
+  int x, cos, sin, positions, to;  // positions -1: cos and sin have a row for each token
+  Rotation rotation;
+};
+
+// activation(gate) * up
+struct Gated {
   int gate, up, to;
+  Activation activation;
 };
 
-struct Binary {
-  int a, b, to;
-  bool product;         // else a sum
-  const float* vector;  // in place of b
+// An operation as it is.
+struct Plain {
+  int operation;
 };
 
-struct Unary {
-  int x, to;
-  bool softmax;  // else a sigmoid
-};
+using Step = std::variant<Linear, Attention, Rotary, Gated, Plain>;
+constexpr const char* kFusedNames[] = {"linear", "attention", "rotary", "gated"};
+static_assert(std::size(kFusedNames) + 1 == std::variant_size_v<Step>);
 
-struct TopK {
-  int x, values, indices;  // indices: int32, -1 when nobody asks
-  size_t k;
-};
-
-using Step = std::variant<Project, Attend, Norm, Rotate, Swiglu, Convert, Binary, Unary, TopK>;
-constexpr const char* kStepNames[] = {"linear", "attention", "norm", "rotary", "swiglu", "cast", "elementwise", "softmax", "topk"};
-static_assert(std::size(kStepNames) == std::variant_size_v<Step>);
-
-// Where a value lies in the workspace: `offset` and `width` are bytes for each token; width 0: nowhere.
+// Where a value lies: `offset` and `width` are bytes for each unit of an area; width 0: nowhere.
 struct Slot {
-  size_t offset = 0;
+  size_t area = 0, offset = 0, width = 0;
+};
+
+// Memory for values whose sizes grow alike: `width` bytes for each unit, and `parts` multiplied are the units.
+struct Area {
+  std::vector<Dim> parts;
   size_t width = 0;
 };
 
@@ -81,48 +73,55 @@ struct Program {
   std::vector<Step> steps;
   std::vector<int> stands_for;  // of every value, the one whose memory it has: usually itself
   std::vector<Slot> slots;      // of every value
-  size_t bytes_per_token = 0;  // of the workspace
+  std::vector<Area> areas;
+  size_t most_tensors = 0;      // inputs and outputs of one plain step
+
+  // Bytes of all areas. Throws Failure where that is more than any machine has.
+  size_t bytes(uint64_t tokens, uint64_t history) const;
 };
 
-// Recognises the steps in a graph and lays out the memory between them. Throws Failure for what it cannot run.
+// Recognises patterns in a graph and lays out the memory between the steps.
 Program fuse(const Graph& graph);
 
-// Fills slots and bytes_per_token; values whose lives do not overlap share memory.
+// Fills slots and areas; values whose lives do not overlap share memory.
 void plan(const Graph& graph, Program& program);
 
 // Calls `reads(value)` and `writes(value)` for what a step touches.
 template <class Reads, class Writes>
-void touch(const Step& step, Reads reads, Writes writes) {
+void touch(const Graph& graph, const Step& step, Reads reads, Writes writes) {
   struct Visitor {
+    const Graph& graph;
     Reads reads;
     Writes writes;
-    void operator()(const Convert& s) { reads(s.x), writes(s.to); }
-    void operator()(const Norm& s) { reads(s.x), writes(s.to); }
-    void operator()(const Project& s) {
+    void read_if(int value) {
+      if (value >= 0) reads(value);
+    }
+    void operator()(const Linear& s) {
       reads(s.x);
       for (const Part& part : s.parts) {
-        if (part.residual >= 0) reads(part.residual);
+        read_if(part.residual);
         if (s.gated < 0) writes(part.to);
       }
       if (s.gated >= 0) writes(s.gated);
     }
-    void operator()(const Rotate& s) { reads(s.x), reads(s.indices), writes(s.to); }
-    void operator()(const Attend& s) {
+    void operator()(const Attention& s) {
       for (const int value : {s.q, s.k_cache, s.k, s.v_cache, s.v, s.mask}) reads(value);
       writes(s.to);
     }
-    void operator()(const Swiglu& s) { reads(s.gate), reads(s.up), writes(s.to); }
-    void operator()(const Binary& s) {
-      reads(s.a), writes(s.to);
-      if (s.b >= 0) reads(s.b);
+    void operator()(const Rotary& s) {
+      for (const int value : {s.x, s.cos, s.sin, s.positions}) read_if(value);
+      writes(s.to);
     }
-    void operator()(const Unary& s) { reads(s.x), writes(s.to); }
-    void operator()(const TopK& s) {
-      reads(s.x), writes(s.values);
-      if (s.indices >= 0) writes(s.indices);
+    void operator()(const Gated& s) { reads(s.gate), reads(s.up), writes(s.to); }
+    void operator()(const Plain& s) {
+      const Operation& operation = graph.operations[s.operation];
+      for (const int value : operation.inputs) read_if(value);
+      for (const int value : operation.outputs) {
+        if (value >= 0) writes(value);
+      }
     }
   };
-  std::visit(Visitor{reads, writes}, step);
+  std::visit(Visitor{graph, reads, writes}, step);
 }
 
 }  // namespace axc

@@ -1,5 +1,5 @@
 #include <algorithm>
-#include <numeric>
+#include <cstring>
 
 #include "model.h"
 #include "runtime.h"
@@ -7,26 +7,27 @@
 namespace axc {
 namespace {
 
-constexpr size_t kTokensPerItem = 8;
+constexpr size_t kRowsPerItem = 8;
 
-// How the rows of weights are handed out: so many items that a thread that is held up leaves its share to the others.
-struct Cut {
+// How the rows of weights are handed out: so many items that a thread that is held up leaves some to the others.
+struct Grain {
   size_t items, step;  // for each thread; rows, of which an item has a multiple
 };
-constexpr Cut kInPlace{16, 4}, kPacked{6, 32};
+constexpr Grain kInPlace{16, 4}, kPacked{6, 32};
 constexpr size_t kGatedRows = 64;           // of a gate and its `up` that are computed before they are joined
 constexpr size_t kAttentionRows = 112;      // query rows that share a pass over the keys
 constexpr size_t kAttentionScratch = 8 << 20;
 
 constexpr size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
-// The rows of weights, one weight's behind the other's, cut into items of about the same size. A gate and its `up` are
-// cut alike, so that only the gate's count.
-class Shares {
+// The rows of weights, one weight's behind the other's, in items of about the same size. A gate and its `up` are
+// partitioned alike, so that only the gate's count.
+class Partition {
  public:
-  Shares(const Project& step, Cut cut, size_t threads) : parts_(step.parts), step_(cut.step), gated_(step.gated >= 0) {
+  Partition(const Linear& step, Grain grain, size_t threads)
+      : parts_(step.parts), step_(grain.step), gated_(step.gated >= 0) {
     for (size_t i = 0; i < weights(); ++i) steps_ += steps_of(parts_[i]);
-    items_ = std::min(steps_, cut.items * threads);
+    items_ = std::min(steps_, grain.items * threads);
   }
 
   size_t items() const { return items_; }
@@ -58,8 +59,16 @@ class Run {
       const std::vector<void*>& outputs)
       : model_(model), tokens_(tokens), history_(history), inputs_(inputs), outputs_(outputs),
         pool_(runtime_.pool()) {
-    workspace_ = runtime_.values.reserve(model.program.bytes_per_token * tokens);
-    check_positions();
+    const Program& program = model.program;
+    uint8_t* start = runtime_.values.reserve(program.bytes(tokens, history));
+    runtime_.areas.resize(std::max(runtime_.areas.size(), program.areas.size()));
+    for (size_t i = 0; i < program.areas.size(); ++i) {
+      size_t units = 1;
+      for (const Dim& part : program.areas[i].parts) units *= size_of(part);
+      runtime_.areas[i] = {start, units};
+      start += program.areas[i].width * units;
+    }
+    runtime_.views.resize(std::max(runtime_.views.size(), program.most_tensors));
   }
 
   void all() {
@@ -67,7 +76,7 @@ class Run {
       const auto start = std::chrono::steady_clock::now();
       std::visit([this](const auto& kind) { (*this)(kind); }, step);
       const auto took = std::chrono::steady_clock::now() - start;
-      Counter& counter = runtime_.counters[step.index()];
+      Counter& counter = runtime_.counters[counter_of(step)];
       ++counter.calls;
       counter.nanoseconds += static_cast<uint64_t>(std::chrono::nanoseconds(took).count());
     }
@@ -75,37 +84,37 @@ class Run {
 
  private:
   const Value& value(int index) const { return model_.graph.values[index]; }
-  size_t width(int index) const { return value(index).width(); }
+  size_t size_of(const Dim& dim) const { return static_cast<size_t>(dim.at(tokens_, history_)); }
+  size_t counter_of(const Step& step) const {
+    const Plain* plain = std::get_if<Plain>(&step);
+    if (!plain) return step.index();
+    return std::size(kFusedNames) + static_cast<size_t>(model_.graph.operations[plain->operation].op - operators().data());
+  }
 
   uint8_t* address(int index) const {
     index = model_.program.stands_for[index];
     const Value& seen = value(index);
+    if (seen.tensor) return const_cast<uint8_t*>(seen.tensor->bytes());
     if (seen.input >= 0) return static_cast<uint8_t*>(const_cast<void*>(inputs_[seen.input]));
     if (seen.output >= 0 && outputs_[seen.output]) return static_cast<uint8_t*>(outputs_[seen.output]);
-    return workspace_ + model_.program.slots[index].offset * tokens_;
+    const Slot& slot = model_.program.slots[index];
+    return runtime_.areas[slot.area].start + slot.offset * runtime_.areas[slot.area].units;
   }
   float* floats(int index) const { return reinterpret_cast<float*>(address(index)); }
-  uint8_t* row(int index, size_t token) const {
-    return address(index) + token * width(index) * static_cast<size_t>(bits_of(value(index).type)) / 8;
+  View view(int index) const {
+    View view;
+    if (index < 0) return view;
+    const Value& seen = value(index);
+    view.type = seen.type, view.data = address(index), view.rank = seen.shape.size();
+    for (size_t i = 0; i < view.rank; ++i) view.dims[i] = size_of(seen.shape[i]);
+    return view;
   }
-
-  // The tables are read only where a token's position lies inside them.
-  void check_positions() const {
-    for (const Step& step : model_.program.steps) {
-      const Rotate* rotate = std::get_if<Rotate>(&step);
-      if (!rotate) continue;
-      for (size_t token = 0; token < tokens_; ++token) {
-        if (position(*rotate, token) >= rotate->positions) {
-          illegal("position " + std::to_string(position(*rotate, token)) + " is outside the " +
-                  std::to_string(rotate->positions) + " of the rotary tables");
-        }
-      }
-    }
-  }
-  uint32_t position(const Rotate& step, size_t token) const {
-    uint32_t number = 0;
-    std::memcpy(&number, address(step.indices) + 4 * token, sizeof number);
-    return number;
+  // Rows of a tensor: all dimensions but the last.
+  size_t rows(int index) const {
+    size_t rows = 1;
+    const Shape& shape = value(index).shape;
+    for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= size_of(shape[i]);
+    return rows;
   }
 
   // Memory of each thread's own, at least `bytes`.
@@ -116,67 +125,55 @@ class Run {
   uint8_t* scratch(size_t thread) const { return scratch_ + thread * scratch_bytes_; }
 
   template <class Body>
-  void each_token(const Body& body) {
-    pool_.each(ceil_div(tokens_, kTokensPerItem), [&](size_t item, size_t thread) {
-      const size_t last = std::min(tokens_, (item + 1) * kTokensPerItem);
-      for (size_t token = item * kTokensPerItem; token < last; ++token) body(token, thread);
+  void each_row(size_t rows, const Body& body) {
+    pool_.each(ceil_div(rows, kRowsPerItem), [&](size_t item, size_t thread) {
+      const size_t last = std::min(rows, (item + 1) * kRowsPerItem);
+      for (size_t row = item * kRowsPerItem; row < last; ++row) body(row, thread);
     });
   }
 
-  void operator()(const Convert& s) {
-    if (model_.program.stands_for[s.x] == model_.program.stands_for[s.to]) return;
-    const Value& to = value(s.to);
-    if (to.output >= 0 && !outputs_[to.output] && to.users.empty()) return;
-    const Type from = value(s.x).type;
-    if (from != Type::Float && to.type != Type::Float) {
-      reserve_scratch(width(s.x) * sizeof(float));
-      return each_token([&](size_t token, size_t thread) {
-        float* wide = reinterpret_cast<float*>(scratch(thread));
-        kernels_.widen(from, row(s.x, token), width(s.x), wide);
-        kernels_.narrow(to.type, wide, width(s.x), row(s.to, token));
-      });
-    }
-    each_token([&](size_t token, size_t) {
-      if (from == Type::Float) {
-        kernels_.narrow(to.type, reinterpret_cast<float*>(row(s.x, token)), width(s.x), row(s.to, token));
-      } else {
-        kernels_.widen(from, row(s.x, token), width(s.x), reinterpret_cast<float*>(row(s.to, token)));
-      }
-    });
+  void operator()(const Plain& s) {
+    const Operation& operation = model_.graph.operations[s.operation];
+    const auto unread = [&](int index) {  // an output that was not asked for
+      return index < 0 || (value(index).output >= 0 && !outputs_[value(index).output] && value(index).users.empty());
+    };
+    if (std::all_of(operation.outputs.begin(), operation.outputs.end(), unread)) return;
+    View* next = runtime_.views.data();
+    for (const int input : operation.inputs) *next++ = view(input);
+    for (const int output : operation.outputs) *next++ = view(output);
+    const std::span<const View> views(runtime_.views.data(), next);
+    const size_t inputs = operation.inputs.size();
+    operation.op->run({model_.graph, operation, tokens_, history_, views.first(inputs), views.subspan(inputs), kernels_, pool_,
+                       runtime_.scratch});
   }
 
-  void operator()(const Norm& s) {
-    each_token([&](size_t token, size_t) {
-      kernels_.rms_norm(floats(s.x) + token * width(s.x), s.scale, s.epsilon, width(s.x), floats(s.to) + token * width(s.x));
-    });
-  }
-
-  void operator()(const Project& s) {
+  void operator()(const Linear& s) {
     const Matrix& any = s.parts[0].weight;
-    Activations levels{model_.precision, tokens_, any.columns, nullptr, nullptr, nullptr};
-    if (rounds(any.arithmetic)) {
-      const size_t entries = levels.blocks() * tokens_;
+    const size_t count = rows(s.x);
+    Activations levels{model_.precision, count, any.columns, nullptr, nullptr, nullptr};
+    if (rounds(any.arithmetic, count)) {
+      const size_t entries = levels.blocks() * count;
       levels.levels = runtime_.levels.reserve(entries * (kLevelBytes + sizeof(float) + sizeof(int32_t)));
       levels.scales = reinterpret_cast<float*>(levels.levels + entries * kLevelBytes);
       levels.sums = reinterpret_cast<int32_t*>(levels.scales + entries);
-      each_token([&](size_t token, size_t) { kernels_.quantise(floats(s.x), any.arithmetic, token, token + 1, levels); });
+      each_row(count, [&](size_t row, size_t) { kernels_.quantise(floats(s.x), any.arithmetic, row, row + 1, levels); });
     }
-    s.gated < 0 ? project(s, levels) : project_gated(s, levels);
+    if (count) s.gated < 0 ? linear(s, count, levels) : gated_linear(s, count, levels);
   }
 
   // Whether activations are rounded before they are multiplied.
-  bool rounds(Arithmetic arithmetic) const {
-    if (arithmetic == Arithmetic::BFloat16) return kernels_.rounds_bfloat16 && tokens_ > kTokensByDot;
+  bool rounds(Arithmetic arithmetic, size_t rows) const {
+    if (arithmetic == Arithmetic::BFloat16) return kernels_.rounds_bfloat16 && rows > kTokensByDot;
     return arithmetic != Arithmetic::Float;
   }
 
-  void project(const Project& s, const Activations& levels) {
-    const Shares shares(s, cut(), pool_.size());
+  void linear(const Linear& s, size_t count, const Activations& levels) {
+    const Partition partition(s, grain(count), pool_.size());
     reserve_scratch(kLinearScratch);
-    pool_.each(shares.items(), [&](size_t item, size_t thread) {
-      shares.each(item, [&](const Part& part, size_t first, size_t last) {
+    pool_.each(partition.items(), [&](size_t item, size_t thread) {
+      partition.each(item, [&](const Part& part, size_t first, size_t last) {
         const float* residual = part.residual < 0 ? nullptr : floats(part.residual);
-        const LinearJob job{&part.weight, tokens_, floats(s.x), &levels, part.bias, residual, floats(part.to),
+        const LinearJob job{&part.weight, count, floats(s.x), &levels, part.bias, residual, floats(part.to),
                             part.weight.rows, 0, &part.weight, last};
         kernels_.linear(job, first, last, scratch(thread));
       });
@@ -184,59 +181,65 @@ class Run {
   }
 
   // Gate and up go no further than the thread's cache.
-  void project_gated(const Project& s, const Activations& levels) {
-    const Shares shares(s, cut(), pool_.size());
-    const size_t rows = s.parts[0].weight.rows;
-    const size_t strip = tokens_ <= kTokensByDot ? ceil_div(rows, shares.items()) + cut().step : kGatedRows;
-    reserve_scratch(kLinearScratch + 2 * tokens_ * strip * sizeof(float));
-    pool_.each(shares.items(), [&](size_t item, size_t thread) {
+  void gated_linear(const Linear& s, size_t count, const Activations& levels) {
+    const Partition partition(s, grain(count), pool_.size());
+    const size_t width = s.parts[0].weight.rows;
+    const size_t strip = count <= kTokensByDot ? ceil_div(width, partition.items()) + grain(count).step : kGatedRows;
+    reserve_scratch(kLinearScratch + 2 * count * strip * sizeof(float));
+    pool_.each(partition.items(), [&](size_t item, size_t thread) {
       uint8_t* own = scratch(thread);
       float* gate = reinterpret_cast<float*>(own + kLinearScratch);
-      float* up = gate + tokens_ * strip;
-      shares.each(item, [&](const Part&, size_t begin, size_t end) {
+      float* up = gate + count * strip;
+      partition.each(item, [&](const Part&, size_t begin, size_t end) {
         for (size_t first = begin; first < end; first += strip) {
           const size_t last = std::min(first + strip, end);
           const Part &a = s.parts[0], &b = s.parts[1];
-          kernels_.linear({&a.weight, tokens_, floats(s.x), &levels, a.bias, nullptr, gate, strip, first, &b.weight, first},
+          kernels_.linear({&a.weight, count, floats(s.x), &levels, a.bias, nullptr, gate, strip, first, &b.weight, first},
                           first, last, own);
-          kernels_.linear({&b.weight, tokens_, floats(s.x), &levels, b.bias, nullptr, up, strip, first, &a.weight, last},
+          kernels_.linear({&b.weight, count, floats(s.x), &levels, b.bias, nullptr, up, strip, first, &a.weight, last},
                           first, last, own);
-          for (size_t token = 0; token < tokens_; ++token) {
-            kernels_.swiglu(gate + token * strip, up + token * strip, last - first, floats(s.gated) + token * rows + first);
+          for (size_t row = 0; row < count; ++row) {
+            float* to = floats(s.gated) + row * width + first;
+            kernels_.gated(s.activation, gate + row * strip, up + row * strip, last - first, to);
           }
         }
       });
     });
   }
 
-  Cut cut() const { return tokens_ <= kTokensByDot ? kInPlace : kPacked; }
+  static Grain grain(size_t rows) { return rows <= kTokensByDot ? kInPlace : kPacked; }
 
-  void operator()(const Rotate& s) {
-    const size_t count = 2 * s.heads * s.half;
-    const Type type = value(s.to).type;
-    reserve_scratch(count * sizeof(float));
-    each_token([&](size_t token, size_t thread) {
-      const size_t table = position(s, token) * s.half;
-      const float* x = floats(s.x) + token * count;
-      if (type == Type::Float) {
-        kernels_.rotate(x, s.cos + table, s.sin + table, s.heads, s.half, floats(s.to) + token * count);
-      } else {
-        float* wide = reinterpret_cast<float*>(scratch(thread));
-        kernels_.rotate(x, s.cos + table, s.sin + table, s.heads, s.half, wide);
-        kernels_.narrow(type, wide, count, row(s.to, token));
-      }
+  void operator()(const Rotary& s) {
+    const Rotation& rotation = s.rotation;
+    const size_t width = rotation.heads * rotation.head_dim, count = rows(s.x);
+    const size_t positions = s.positions < 0 ? count : rows(s.cos);
+    const auto position = [&](size_t row) {
+      uint64_t at = row;
+      if (s.positions >= 0) std::memcpy(&at, address(s.positions) + 8 * row, sizeof at);
+      return at;
+    };
+    for (size_t row = 0; row < count; ++row) check_position(position(row), positions);
+    const View to = view(s.to);
+    reserve_scratch(width * sizeof(float));
+    each_row(count, [&](size_t row, size_t thread) {
+      const size_t table = position(row) * rotation.half;
+      float* wide = reinterpret_cast<float*>(scratch(thread));
+      rotate(kernels_, rotation, floats(s.x) + row * width, floats(s.cos) + table, floats(s.sin) + table, wide);
+      kernels_.narrow(to.type, wide, width, to.data + row * width * to.element());
     });
   }
 
-  void operator()(const Attend& s) {
-    const AttentionJob job{value(s.k).type, tokens_, history_, s.heads, s.kv_heads, s.head_dim, s.scale, floats(s.q),
+  void operator()(const Attention& s) {
+    const size_t tokens = size_of(value(s.q).shape[1]), history = size_of(value(s.k_cache).shape[1]);
+    const AttentionJob job{value(s.k).type, tokens, history, s.heads, s.kv_heads, s.head_dim, s.scale, s.softcap, floats(s.q),
                            address(s.k_cache), address(s.v_cache), address(s.k), address(s.v), address(s.mask), floats(s.to)};
+    if (!tokens) return;
     const size_t group = s.heads / s.kv_heads;
-    const size_t splits = std::min(group, ceil_div(pool_.size(), s.kv_heads * tokens_));
+    const size_t splits = std::min(group, ceil_div(pool_.size(), s.kv_heads * tokens));
     const size_t heads = ceil_div(group, splits);
     size_t tile = std::max<size_t>(kAttentionRows / heads, 1);
     while (tile > 1 && kernels_.attention_scratch(job, tile * heads) > kAttentionScratch) tile /= 2;
-    const size_t tiles = ceil_div(tokens_, tile);
+    const size_t tiles = ceil_div(tokens, tile);
     reserve_scratch(kernels_.attention_scratch(job, tile * heads));
     pool_.each(s.kv_heads * splits * tiles, [&](size_t item, size_t thread) {
       const size_t part = item / tiles, kv_head = part / splits;
@@ -244,49 +247,15 @@ class Run {
       const size_t last_head = std::min(first_head + heads, (kv_head + 1) * group);
       if (first_head >= last_head) return;
       const size_t first = item % tiles * tile;
-      kernels_.attend(job, {kv_head, first_head, last_head, first, std::min(first + tile, tokens_)}, scratch(thread));
+      kernels_.attend(job, {kv_head, first_head, last_head, first, std::min(first + tile, tokens)}, scratch(thread));
     });
   }
 
-  void operator()(const Swiglu& s) {
-    const size_t count = width(s.to);
-    each_token([&](size_t token, size_t) {
-      kernels_.swiglu(floats(s.gate) + token * count, floats(s.up) + token * count, count, floats(s.to) + token * count);
-    });
-  }
-
-  void operator()(const Binary& s) {
-    const size_t count = width(s.to);
-    each_token([&](size_t token, size_t) {
-      const float *a = floats(s.a) + token * count, *b = s.vector ? s.vector : floats(s.b) + token * count;
-      float* to = floats(s.to) + token * count;
-      for (size_t i = 0; i < count; ++i) to[i] = s.product ? a[i] * b[i] : a[i] + b[i];
-    });
-  }
-
-  void operator()(const Unary& s) {
-    const size_t count = width(s.to);
-    each_token([&](size_t token, size_t) {
-      (s.softmax ? kernels_.softmax : kernels_.sigmoid)(floats(s.x) + token * count, count, floats(s.to) + token * count);
-    });
-  }
-
-  // Of equal values the one with the lower index comes first.
-  void operator()(const TopK& s) {
-    const size_t count = width(s.x);
-    reserve_scratch(count * sizeof(int32_t));
-    each_token([&](size_t token, size_t thread) {
-      const float* x = floats(s.x) + token * count;
-      int32_t* order = reinterpret_cast<int32_t*>(scratch(thread));
-      std::iota(order, order + count, 0);
-      const auto before = [x](int32_t a, int32_t b) {
-        const bool a_nan = x[a] != x[a], b_nan = x[b] != x[b];  // a NaN comes last, so that the order is one
-        if (a_nan || b_nan) return a_nan != b_nan ? b_nan : a < b;
-        return x[a] != x[b] ? x[a] > x[b] : a < b;
-      };
-      std::partial_sort(order, order + s.k, order + count, before);
-      for (size_t i = 0; i < s.k; ++i) floats(s.values)[token * s.k + i] = x[order[i]];
-      if (s.indices >= 0) std::memcpy(row(s.indices, token), order, s.k * sizeof(int32_t));
+  void operator()(const Gated& s) {
+    const View to = view(s.to);
+    const size_t count = rows(s.to), width = to.rank ? to.dims[to.rank - 1] : 1;
+    each_row(count, [&](size_t row, size_t) {
+      kernels_.gated(s.activation, floats(s.gate) + row * width, floats(s.up) + row * width, width, floats(s.to) + row * width);
     });
   }
 
@@ -297,7 +266,6 @@ class Run {
   const std::vector<const void*>& inputs_;
   const std::vector<void*>& outputs_;
   Pool& pool_;
-  uint8_t* workspace_ = nullptr;
   uint8_t* scratch_ = nullptr;
   size_t scratch_bytes_ = 0;
 };

@@ -1,5 +1,7 @@
 #include "runtime.h"
 
+#include "program.h"
+
 #include <pthread.h>
 
 #include <cstdlib>
@@ -35,7 +37,7 @@ Runtime& Runtime::instance() {
   return runtime;
 }
 
-Runtime::Runtime() : threads_(threads_asked_for()) {
+Runtime::Runtime() : counters(std::size(kFusedNames) + operators().size()), threads_(threads_asked_for()) {
   pthread_atfork([] { instance().mutex.lock(); }, [] { instance().mutex.unlock(); },
                  [] {
                    instance().forget_pool();

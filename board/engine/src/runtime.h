@@ -1,13 +1,12 @@
 // What all models of the process share: threads, the memory between steps, and the clocks.
 #pragma once
 
-#include <array>
 #include <chrono>
 #include <memory>
 #include <mutex>
+#include <vector>
 
-#include "kernels/kernels.h"
-#include "program.h"
+#include "operators/view.h"
 #include "threads.h"
 
 namespace axc {
@@ -26,6 +25,12 @@ class Arena {
   size_t size_ = 0;
 };
 
+// The memory of one of a program's areas during a run.
+struct Placed {
+  uint8_t* start;
+  size_t units;
+};
+
 struct Counter {
   uint64_t calls = 0, nanoseconds = 0;
 };
@@ -36,7 +41,9 @@ class Runtime {
 
   std::mutex mutex;  // held by who runs a model or changes what is below
   Arena values, levels, scratch;
-  std::array<Counter, std::variant_size_v<Step>> counters{};
+  std::vector<Placed> areas;  // of the model that runs
+  std::vector<View> views;    // of the step that runs
+  std::vector<Counter> counters;  // of each kind of fused step, then of each operator
 
   Pool& pool();
   void set_threads(size_t threads);  // 0: one for each CPU

@@ -81,6 +81,10 @@ inline void add_biases(const float* bias, float* scores) {
   }
 }
 
+inline void cap_scores(float cap, float* scores) {
+  each(scores, scores, kPanel, scores, [cap](Vf v, Vf) { return cap * hyperbolic_tangent(v / cap); });
+}
+
 inline void attend(const AttentionJob& job, const AttentionShare& share, void* memory) {
   const size_t heads = share.last_head - share.first_head, tokens = share.last - share.first, rows = heads * tokens;
   const size_t columns = job.history + job.tokens, dim = job.head_dim;
@@ -112,6 +116,9 @@ inline void attend(const AttentionJob& job, const AttentionShare& share, void* m
     float* scores = s.scores + first;
     for (size_t r = 0; r < rows; ++r) std::memset(scores + r * width, 0, kPanel * sizeof(float));
     float_rows(s.panel, kPanel, s.q, dim, rows, dim, scores, width, [] {});
+    if (job.softcap > 0) {
+      for (size_t r = 0; r < rows; ++r) cap_scores(job.softcap, scores + r * width);
+    }
     for (size_t t = 0; t < tokens; ++t) {
       biases(s.mask + t * columns, s.threshold[t], seen, keys, s.bias);
       for (size_t h = 0; h < heads; ++h) add_biases(s.bias, scores + (t * heads + h) * width);

@@ -12,7 +12,7 @@ namespace {
 
 constexpr size_t kWidth = 8, kVectors = 2, kFloatRows = 5;
 constexpr int32_t kOffset8 = 0, kOffset4 = 0;
-constexpr size_t kIntRows = 5, kIntPanel = 16, kAhead = 16384;
+constexpr size_t kIntRows = 5, kIntPanel = 16, kPrefetched = 16384;
 
 }  // namespace
 }  // namespace axc
@@ -165,7 +165,7 @@ inline void dots(const Matrix& w, size_t row, size_t, const Activations& a, size
 }
 
 constexpr bool kRoundsBfloat16 = false;
-constexpr Linear kBfloat16Linear = nullptr;
+constexpr LinearKernel kBfloat16Linear = nullptr;
 
 bool runs_here() { return cpu_has({"avx2", "fma", "f16c"}); }
 

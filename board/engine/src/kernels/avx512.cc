@@ -5,7 +5,7 @@ namespace axc {
 namespace {
 
 constexpr bool kRoundsBfloat16 = false;
-constexpr Linear kBfloat16Linear = nullptr;
+constexpr LinearKernel kBfloat16Linear = nullptr;
 
 bool runs_here() { return has_avx512(); }
 

@@ -52,10 +52,10 @@ void bfloat16_linear(const LinearJob& job, size_t first, size_t last, void* scra
         each_turned<kBytes>(data, w.stride(), rows, 2 * columns, [&](size_t group, size_t part, const __m512i* r) AXC_INLINE {
           for (size_t i = 0; i < 16; ++i) _mm512_store_si512(panel + (part * 16 + i) * 128 + group * 64, r[i]);
         });
-        Ahead ahead = behind(job, row, last, kIntPanel, b * kBlock, kBlock, (tokens + kRows - 1) / kRows);
+        Prefetcher prefetcher = behind(job, row, last, kIntPanel, b * kBlock, kBlock, (tokens + kRows - 1) / kRows);
         for (size_t t = 0; t < tokens; t += kRows) {
           const size_t n = least(kRows, tokens - t);
-          ahead.some();
+          prefetcher.some();
           kTiles.of[n - 1](panel, a.levels + a.entry(b, begin + t) * kLevelBytes, c + t * kIntPanel);
         }
       }
@@ -65,7 +65,7 @@ void bfloat16_linear(const LinearJob& job, size_t first, size_t last, void* scra
 }
 
 constexpr bool kRoundsBfloat16 = true;
-constexpr Linear kBfloat16Linear = bfloat16_linear;
+constexpr LinearKernel kBfloat16Linear = bfloat16_linear;
 
 }  // namespace
 }  // namespace axc

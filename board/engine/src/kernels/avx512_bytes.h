@@ -15,12 +15,12 @@ namespace {
 
 constexpr size_t kWidth = 16, kVectors = 2, kFloatRows = 12;
 constexpr int32_t kOffset8 = 128, kOffset4 = 8;
-constexpr size_t kIntPanel = 32, kAhead = 16384;
+constexpr size_t kIntPanel = 32, kPrefetched = 16384;
 
 }  // namespace
 }  // namespace axc
 
-#include "ahead.h"
+#include "prefetch.h"
 
 namespace axc {
 namespace {
@@ -198,7 +198,7 @@ template <bool kFour, Precision kPrecision, size_t kRows>
 [[gnu::noinline]] void dot_rows(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
   constexpr size_t kBytes = kFour ? kBlock / 2 : kBlock;
   const size_t blocks = a.blocks(), stride = kFour ? blocks * kBytes : w.columns;
-  const uint8_t *weights = w.data + row * stride, *ahead = weights + kAhead;
+  const uint8_t *weights = w.data + row * stride, *ahead = weights + kPrefetched;
   Vf total[kRows], offset[kRows];
   repeat<kRows>([&](auto r) AXC_INLINE { total[r] = offset[r] = Vf{}; });
   for (size_t first = 0; first < blocks; first += kGroup) {

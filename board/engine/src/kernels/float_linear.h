@@ -1,7 +1,7 @@
 // Products in float32 with weights of any type: in place for a few tokens, else packed. And what ends every product.
 #pragma once
 
-#include "ahead.h"
+#include "prefetch.h"
 #include "float_tile.h"
 
 namespace axc {
@@ -66,12 +66,12 @@ template <Type kType, size_t kRows>
 void float_dots(const Matrix& w, size_t row, const float* x, float* out) {
   constexpr size_t kBytes = kType == Type::Float ? 4 : 2, kTogether = 2 * kWidth;
   const size_t stride = w.columns * kBytes;
-  const uint8_t *at = w.data + row * stride, *ahead = at + kAhead;
+  const uint8_t *at = w.data + row * stride, *ahead = at + kPrefetched;
   Vf acc[kRows][2];
   repeat<kRows>([&](auto r) AXC_INLINE { acc[r][0] = acc[r][1] = Vf{}; });
   size_t k = 0;
   for (; k + kTogether <= w.columns; k += kTogether) {
-    if (kAhead) fetch(ahead, kRows * kTogether * kBytes);
+    if (kPrefetched) fetch(ahead, kRows * kTogether * kBytes);
     ahead += kRows * kTogether * kBytes;
     repeat<2>([&](auto v) AXC_INLINE {
       const Vf own = load(x + k + v * kWidth);
@@ -205,8 +205,8 @@ inline void float_linear(const LinearJob& job, size_t first, size_t last, void* 
       for (size_t k = 0; k < w.columns; k += kDepth) {
         const size_t depth = least(kDepth, w.columns - k);
         pack_panel(w, row, rows, k, depth, wide, panel);
-        Ahead ahead = behind(job, row, last, kPanel, k, kDepth, (tokens + kFloatRows - 1) / kFloatRows);
-        float_rows(panel, kPanel, job.x + begin * w.columns + k, w.columns, tokens, depth, c, kPanel, [&] { ahead.some(); });
+        Prefetcher prefetcher = behind(job, row, last, kPanel, k, kDepth, (tokens + kFloatRows - 1) / kFloatRows);
+        float_rows(panel, kPanel, job.x + begin * w.columns + k, w.columns, tokens, depth, c, kPanel, [&] { prefetcher.some(); });
       }
       for (size_t t = 0; t < tokens; ++t) {
         finish_rows(job, begin + t, row, rows, c + t * kPanel, nullptr);

@@ -74,7 +74,7 @@ struct LinearJob {
 struct AttentionJob {
   Type type;
   size_t tokens, history, heads, kv_heads, head_dim;
-  float scale;
+  float scale, softcap;  // softcap 0: none
   const float* q;                                         // [tokens, heads * head_dim]
   const void *k_cache, *v_cache, *k_current, *v_current;  // [.., kv_heads * head_dim]
   const void* mask;                                       // [tokens, history + tokens]
@@ -86,22 +86,30 @@ struct AttentionShare {
   size_t kv_head, first_head, last_head, first, last;
 };
 
+// How a gate is bent before it is multiplied with what it lets through.
+enum class Activation { Silu, GeluTanh };
+
 constexpr float kMasked = -60000;  // a mask at or below this hides a column
 
 // Rows [first, last) of the weight. `scratch` has kLinearScratch bytes.
-using Linear = void (*)(const LinearJob& job, size_t first, size_t last, void* scratch);
+using LinearKernel = void (*)(const LinearJob& job, size_t first, size_t last, void* scratch);
 
 struct Kernels {
   const char* name;
   bool (*runs_here)();
   bool rounds_bfloat16;  // whether there are products for Arithmetic::BFloat16
   void (*quantise)(const float* x, Arithmetic order, size_t first, size_t last, const Activations& out);
-  Linear linear;
+  LinearKernel linear;
   size_t (*attention_scratch)(const AttentionJob& job, size_t rows);
   void (*attend)(const AttentionJob& job, const AttentionShare& share, void* scratch);
   void (*rms_norm)(const float* x, const float* scale, float epsilon, size_t width, float* y);
-  void (*swiglu)(const float* gate, const float* up, size_t count, float* y);
+  // moments: the mean, and 1 over the standard deviation. `scale` and `bias` may be null.
+  void (*layer_norm)(const float* x, const float* scale, const float* bias, float epsilon, size_t width, float* y,
+                     float* moments);
+  void (*gated)(Activation activation, const float* gate, const float* up, size_t count, float* y);
   void (*sigmoid)(const float* x, size_t count, float* y);
+  void (*tanh)(const float* x, size_t count, float* y);
+  void (*gelu_tanh)(const float* x, size_t count, float* y);
   void (*softmax)(const float* x, size_t width, float* y);
   void (*rotate)(const float* x, const float* cos, const float* sin, size_t heads, size_t half, float* y);
   void (*widen)(Type type, const void* x, size_t count, float* y);

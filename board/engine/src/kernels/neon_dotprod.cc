@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kWidth = 4, kVectors = 2, kFloatRows = 6;
 constexpr int32_t kOffset8 = 0, kOffset4 = 0;
-constexpr size_t kIntRows = 4, kIntPanel = 8, kAhead = 0;
+constexpr size_t kIntRows = 4, kIntPanel = 8, kPrefetched = 0;
 
 }  // namespace
 }  // namespace axc
@@ -165,7 +165,7 @@ void dots(const Matrix& w, size_t row, size_t, const Activations& a, size_t toke
 }
 
 constexpr bool kRoundsBfloat16 = false;
-constexpr Linear kBfloat16Linear = nullptr;
+constexpr LinearKernel kBfloat16Linear = nullptr;
 
 bool runs_here() {
   constexpr unsigned long kDotProduct = 1 << 20;  // HWCAP_ASIMDDP

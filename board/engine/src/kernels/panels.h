@@ -42,10 +42,10 @@ void panel_linear(const LinearJob& job, size_t first, size_t last, void* scratch
         } else {
           pack_int8<kPrecision>(reinterpret_cast<const int8_t*>(data), w.stride(), rows, least(kBlock, w.columns - b * kBlock), panel);
         }
-        Ahead ahead = behind(job, row, last, kIntPanel, b * kBlock, kBlock, (tokens + kIntRows - 1) / kIntRows);
+        Prefetcher prefetcher = behind(job, row, last, kIntPanel, b * kBlock, kBlock, (tokens + kIntRows - 1) / kIntRows);
         for (size_t t = 0; t < tokens; t += kIntRows) {
           const size_t n = least(kIntRows, tokens - t), entry = a.entry(b, begin + t);
-          ahead.some();
+          prefetcher.some();
           (four ? kScaled : kPlain).of[n - 1](panel, a.levels + entry * kLevelBytes, a.scales + entry, a.sums + entry,
                                               four ? kOffset4 : kOffset8, row_scales, c + t * kIntPanel);
         }

@@ -6,17 +6,17 @@ namespace {
 
 constexpr size_t kWidth = 4, kVectors = 2, kFloatRows = 4;
 constexpr int32_t kOffset8 = 0, kOffset4 = 0;
-constexpr size_t kIntRows = 4, kIntPanel = 8, kAhead = 0;
+constexpr size_t kIntRows = 4, kIntPanel = 8, kPrefetched = 0;
 
 constexpr bool kRoundsBfloat16 = false;
-constexpr Linear kBfloat16Linear = nullptr;
+constexpr LinearKernel kBfloat16Linear = nullptr;
 
 bool runs_here() { return true; }
 
 }  // namespace
 }  // namespace axc
 
-#include "words.h"
+#include "integer_dot.h"
 #include "table.h"
 
 namespace axc {

@@ -18,8 +18,35 @@ inline void each(const float* a, const float* b, size_t count, float* y, Functio
 
 inline Vf logistic(Vf x) { return 1.0f / (1.0f + exponential(-x)); }
 
-inline void swiglu(const float* gate, const float* up, size_t count, float* y) {
-  each(gate, up, count, y, [](Vf g, Vf u) { return g * logistic(g) * u; });
+// Near 0 by its series, where 1 - 2 / (e^2x + 1) would lose digits.
+inline Vf hyperbolic_tangent(Vf x) {
+  const Vf square = x * x;
+  Vf series = all(-1382.0f / 155925);
+  for (const float c : {62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3}) series = series * square + c;
+  const Vf near = x + x * square * series, far = 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f);
+  const Vf bound = all(0.0625f);
+  return square < bound ? near : far;
+}
+
+// https://arxiv.org/abs/1606.08415 , section 2
+inline Vf gelu(Vf x) {
+  constexpr float kRoot = 0.7978845608f;  // sqrt(2 / pi)
+  return 0.5f * x * (1.0f + hyperbolic_tangent(kRoot * (x + 0.044715f * x * x * x)));
+}
+
+inline void gated(Activation activation, const float* gate, const float* up, size_t count, float* y) {
+  switch (activation) {
+    case Activation::Silu: return each(gate, up, count, y, [](Vf g, Vf u) { return g * logistic(g) * u; });
+    case Activation::GeluTanh: return each(gate, up, count, y, [](Vf g, Vf u) { return gelu(g) * u; });
+  }
+}
+
+inline void tanh_of(const float* x, size_t count, float* y) {
+  each(x, x, count, y, [](Vf v, Vf) { return hyperbolic_tangent(v); });
+}
+
+inline void gelu_tanh(const float* x, size_t count, float* y) {
+  each(x, x, count, y, [](Vf v, Vf) { return gelu(v); });
 }
 
 inline void sigmoid(const float* x, size_t count, float* y) {
@@ -36,6 +63,26 @@ inline void rms_norm(const float* x, const float* scale, float epsilon, size_t w
   }
   const float factor = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + epsilon);
   each(x, scale, width, y, [factor](Vf v, Vf s) { return v * factor * s; });
+}
+
+// The moments are those of float32 sums, the mean subtracted before squares are taken.
+inline void layer_norm(const float* x, const float* scale, const float* bias, float epsilon, size_t width, float* y,
+                       float* moments) {
+  const auto total = [&](auto term) {
+    Vf sums{};
+    size_t i = 0;
+    for (; i + kWidth <= width; i += kWidth) sums += term(load(x + i));
+    float rest = 0;
+    for (; i < width; ++i) rest += term(all(x[i]))[0];
+    return (sum(sums) + rest) / static_cast<float>(width);
+  };
+  const float mean = total([](Vf v) { return v; });
+  const float variance = total([mean](Vf v) { return (v - mean) * (v - mean); });
+  const float factor = 1.0f / std::sqrt(variance + epsilon);
+  each(x, x, width, y, [=](Vf v, Vf) { return (v - mean) * factor; });
+  if (scale) each(y, scale, width, y, [](Vf v, Vf s) { return v * s; });
+  if (bias) each(y, bias, width, y, [](Vf v, Vf b) { return v + b; });
+  moments[0] = mean, moments[1] = factor;
 }
 
 // The maximum subtracted, exponentials taken; returns 1 / their sum.

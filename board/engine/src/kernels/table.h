@@ -8,8 +8,8 @@ namespace axc {
 namespace {
 
 constexpr Kernels table(const char* name, bool (*runs_here)()) {
-  return {name,     runs_here, kRoundsBfloat16, quantise, linear, attention_scratch, attend,
-          rms_norm, swiglu,    sigmoid,         softmax,  rotate, widen,             narrow};
+  return {name,       runs_here, kRoundsBfloat16, quantise, linear,    attention_scratch, attend, rms_norm,
+          layer_norm, gated,     sigmoid,         tanh_of,  gelu_tanh, softmax,           rotate, widen,    narrow};
 }
 
 }  // namespace

@@ -12,10 +12,10 @@ inline void fetch(const uint8_t* from, size_t bytes) {
 
 // The part of a weight that is packed next, fetched a few rows before each tile: its rows lie too far apart for the CPU
 // to foresee, and all at once they would hold up the tiles.
-class Ahead {
+class Prefetcher {
  public:
   // Columns [first, first + columns) of at most `most` rows from `row` on, before each of so many tiles.
-  Ahead(const Matrix& w, size_t row, size_t end, size_t most, size_t first, size_t columns, size_t tiles)
+  Prefetcher(const Matrix& w, size_t row, size_t end, size_t most, size_t first, size_t columns, size_t tiles)
       : stride_(w.stride()), data_(w.data + row * stride_ + first * stride_ / w.columns),
         bytes_(least(columns, w.columns - first) * stride_ / w.columns), rows_(row < end ? least(most, end - row) : 0),
         step_((rows_ + tiles - 1) / tiles) {}
@@ -32,7 +32,7 @@ class Ahead {
 
 // What follows on the columns [first, first + columns) of the panel of rows at `row`: more of its columns, the job's
 // next rows, or what the thread multiplies after the job.
-inline Ahead behind(const LinearJob& job, size_t row, size_t last, size_t most, size_t first, size_t columns, size_t tiles) {
+inline Prefetcher behind(const LinearJob& job, size_t row, size_t last, size_t most, size_t first, size_t columns, size_t tiles) {
   const Matrix& w = *job.weight;
   if (first + columns < w.columns) return {w, row, last, most, first + columns, columns, tiles};
   if (row + most < last) return {w, row + most, last, most, 0, columns, tiles};

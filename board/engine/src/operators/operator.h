@@ -1,0 +1,125 @@
+// An operator of the format: how it is checked, and its plain kernel, which runs it at any rank.
+// docs/adding-an-operator.md is the recipe for another one.
+#pragma once
+
+#include <array>
+#include <span>
+
+#include "../graph.h"
+#include "../kernels/kernels.h"
+#include "../runtime.h"
+#include "view.h"
+
+namespace axc {
+
+// What type inference sees of an operation. It calls out() for each output, in order.
+class Infer {
+ public:
+  struct Result {
+    Type type;
+    Shape shape;
+    std::optional<std::vector<Dim>> known;
+  };
+
+  Infer(const Graph& graph, const Operation& operation) : operation(operation), graph_(graph) {}
+
+  size_t inputs() const { return operation.inputs.size(); }
+  bool has(size_t index) const { return index < inputs() && operation.inputs[index] >= 0; }
+  const Value& in(size_t index) const { return graph_.values[operation.inputs[index]]; }
+  Type type(size_t index) const { return in(index).type; }
+  const Shape& shape(size_t index) const { return in(index).shape; }
+  size_t rank(size_t index) const { return shape(index).size(); }
+
+  // An axis in [0, rank) from one in [-rank, rank).
+  size_t axis(int64_t given, size_t rank) const;
+  size_t axis(std::string_view attribute, int64_t otherwise, size_t rank) const {
+    return axis(operation.integer(attribute, otherwise), rank);
+  }
+  // The elements of a list of integers that a kernel cannot do without.
+  const std::vector<Dim>& known(size_t index) const;
+  std::vector<int64_t> numbers(size_t index) const;
+
+  void expect(bool holds, const std::string& why) const {
+    if (!holds) refuse(why);
+  }
+  [[noreturn]] void refuse(const std::string& why) const;
+
+  void out(Type type, Shape shape, std::optional<std::vector<Dim>> known = {}) {
+    results.push_back({type, std::move(shape), std::move(known)});
+  }
+
+  const Operation& operation;
+  std::vector<Result> results;
+
+ private:
+  const Graph& graph_;
+};
+
+// The shape that several have in common, each dimension of 1 stretched.
+Shape broadcast(const Infer& infer, const Shape& a, const Shape& b);
+
+// What a plain kernel sees of an operation.
+struct Call {
+  const Graph& graph;
+  const Operation& operation;
+  size_t tokens, history;
+  std::span<const View> in, out;
+  const Kernels& kernels;
+  Pool& pool;
+  Arena& memory;
+
+  bool has(size_t index) const { return index < in.size() && in[index].type != Type::None; }
+  bool gives(size_t index) const { return index < out.size() && out[index].type != Type::None; }
+  // Element of a list that Infer::known() found.
+  int64_t number(size_t input, size_t index) const {
+    return (*graph.values[operation.inputs[input]].known)[index].at(tokens, history);
+  }
+  size_t numbers(size_t input) const { return graph.values[operation.inputs[input]].known->size(); }
+  size_t axis(std::string_view attribute, int64_t otherwise, size_t rank) const {
+    const int64_t given = operation.integer(attribute, otherwise);
+    return static_cast<size_t>(given < 0 ? given + static_cast<int64_t>(rank) : given);
+  }
+  [[noreturn]] void fail(const std::string& why) const;
+
+  // Memory for each thread, kept until the next call of scratch(); its content is not.
+  template <class T>
+  auto scratch(size_t count) const {
+    const size_t step = (count * sizeof(T) + 63) / 64 * 64;
+    uint8_t* start = memory.reserve(step * pool.size());
+    return [start, step](size_t thread) { return reinterpret_cast<T*>(start + thread * step); };
+  }
+
+  // body(first, last, thread) for [0, count) in pieces of `grain` items or so. It must not throw.
+  template <class Body>
+  void each(size_t count, size_t grain, const Body& body) const {
+    grain = grain ? grain : 1;
+    const size_t pieces = (count + grain - 1) / grain;
+    pool.each(pieces, [&](size_t piece, size_t thread) {
+      body(piece * grain, std::min(count, (piece + 1) * grain), thread);
+    });
+  }
+};
+
+constexpr size_t kPiece = 16384;  // elements worth the start of another thread
+
+struct AttributeRow {
+  std::string_view name;
+  int kind;  // AttributeProto.AttributeType
+};
+
+struct Operator {
+  std::string_view name;
+  size_t least, most;  // inputs
+  size_t outputs;      // at most
+  void (*infer)(Infer&);
+  void (*run)(const Call&);
+  std::array<AttributeRow, 8> attributes;
+};
+
+// Every operator of the format.
+std::span<const Operator> operators();
+
+// The kernel of operators that show the same bytes in another shape: a plan makes such an output a view.
+void run_copy(const Call& call);
+
+}  // namespace axc

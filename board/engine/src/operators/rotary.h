@@ -1,0 +1,39 @@
+// The rotation of the heads of one token.
+#pragma once
+
+#include <cstring>
+
+#include "../failure.h"
+#include "../kernels/kernels.h"
+
+namespace axc {
+
+struct Rotation {
+  size_t heads, head_dim, half;  // 2 * half elements of each head are rotated, the rest is kept
+  bool interleaved;              // pairs are neighbours; else the halves of what is rotated
+};
+
+// x, y: [heads, head_dim]; cos, sin: [half]
+inline void rotate(const Kernels& kernels, const Rotation& r, const float* x, const float* cos, const float* sin, float* y) {
+  if (!r.interleaved && 2 * r.half == r.head_dim) return kernels.rotate(x, cos, sin, r.heads, r.half, y);
+  const size_t rotated = 2 * r.half;
+  for (size_t head = 0; head < r.heads; ++head, x += r.head_dim, y += r.head_dim) {
+    if (!r.interleaved) {
+      kernels.rotate(x, cos, sin, 1, r.half, y);
+    } else {
+      for (size_t i = 0; i < r.half; ++i) {
+        const float a = x[2 * i], b = x[2 * i + 1];
+        y[2 * i] = cos[i] * a - sin[i] * b;
+        y[2 * i + 1] = sin[i] * a + cos[i] * b;
+      }
+    }
+    if (rotated < r.head_dim) std::memcpy(y + rotated, x + rotated, (r.head_dim - rotated) * sizeof(float));
+  }
+}
+
+inline void check_position(uint64_t position, size_t positions) {
+  if (position < positions) return;
+  illegal("position " + std::to_string(position) + " is outside the " + std::to_string(positions) + " of the rotary tables");
+}
+
+}  // namespace axc

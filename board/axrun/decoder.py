@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from axrun.errors import BadInput, CheckFailed, NotFinite
 from axrun.format.axmodel import TensorInfo
 from axrun.format.dtypes import from_float32, to_float32
-from axrun.kv_cache import KVCache, fill_mask, visible_and_blocked
+from axrun.kv_cache import KVCache, fill_mask, hide_before_window, visible_and_blocked
 from axrun.session import Binding, Session, SessionGroup
 
 Array = NDArray[Any]
@@ -35,11 +35,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """Every layer bound for one shape; `output` is the last layer's, and the arrays are views of shared buffers."""
+    """Every layer bound for one shape; `output` is the last layer's, and the arrays are views of shared buffers.
+
+    `masks` are by the window of the layers that read them.
+    """
 
     bindings: Sequence[Binding]
     indices: Array
-    mask: Array
+    masks: dict[int, Array]
     input: Array
     output: Array
     keys: Array
@@ -103,7 +106,8 @@ class Decoder:
         self._rows = [self._allocate(name, 1, tokens, self.kv_size) for name in ("K_cache_out", "V_cache_out")]
         self._indices = self._allocate("indices", 1, tokens, dtype="UINT32")
         masks = [group.tokens * (group.tokens + group.history) for group in self.groups]
-        self._mask = self._allocate("mask", tokens * (tokens + history) if self.flexible else max(masks))
+        most = tokens * (tokens + history) if self.flexible else max(masks)
+        self._masks = {window: self._allocate("mask", most) for window in {session.window for session in sessions}}
         self._steps: dict[tuple[int, int, int], Step] = {}
 
     def chunks(self, position: int, count: int) -> Iterator[Chunk]:
@@ -137,7 +141,10 @@ class Decoder:
         step.input[0, count:] = 0  # padding: a NaN left there would show through the mask
         step.indices[0] = 0
         step.indices[0, :count] = np.arange(position, position + count)
-        fill_mask(step.mask, position, count, self._visible, self._blocked)
+        for window, mask in step.masks.items():
+            fill_mask(mask, position, count, self._visible, self._blocked)
+            if window:
+                hide_before_window(mask, position, count, window, self._blocked)
         keys, values = step.keys[:, :count], step.values[:, :count]
         for layer, binding in enumerate(step.bindings):
             try:
@@ -175,7 +182,8 @@ class Decoder:
 
     def _bind(self, group: int, tokens: int, history: int) -> Step:
         indices = self._indices[:, :tokens]
-        mask = self._mask[: tokens * (history + tokens)].reshape(1, tokens, history + tokens)
+        size = tokens * (history + tokens)
+        masks = {window: mask[:size].reshape(1, tokens, history + tokens) for window, mask in self._masks.items()}
         hidden = [array[:, :tokens] for array in self._hidden]
         keys, values = (array[:, :tokens] for array in self._rows)
         bindings = []
@@ -183,7 +191,7 @@ class Decoder:
             arrays = {
                 "indices": indices,
                 "input": hidden[layer % 2],
-                "mask": mask,
+                "mask": masks[session.window],
                 "K_cache_out": keys,
                 "V_cache_out": values,
                 "output": hidden[(layer + 1) % 2],
@@ -192,7 +200,7 @@ class Decoder:
                 arrays["K_cache"] = self.cache.keys[layer][:, :history]
                 arrays["V_cache"] = self.cache.values[layer][:, :history]
             bindings.append(session.bind(group, arrays))
-        return Step(bindings, indices, mask, hidden[0], hidden[len(bindings) % 2], keys, values)
+        return Step(bindings, indices, masks, hidden[0], hidden[len(bindings) % 2], keys, values)
 
     def _allocate(self, name: str, *shape: int, dtype: str = "", layer: int = 0) -> Array:
         return self.sessions[layer].allocate(TensorInfo(name, dtype or self.dtype, shape))

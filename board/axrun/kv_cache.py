@@ -70,3 +70,12 @@ def fill_mask(mask: Array, past: int, count: int, visible: Any, blocked: Any) ->
     current = mask[0, :, history:]
     current[np.arange(tokens), np.arange(tokens)] = visible
     current[:count, :count][np.tri(count, k=-1, dtype=bool)] = visible
+
+
+def hide_before_window(mask: Array, past: int, count: int, window: int, blocked: Any) -> None:
+    """Blocks in a mask of `fill_mask` what lies `window` tokens and more before a token."""
+    tokens = mask.shape[1]
+    history = mask.shape[2] - tokens
+    distance = np.arange(past, past + count)[:, None] - np.arange(past)[None, :]
+    mask[0, :count, :past][distance >= window] = blocked
+    mask[0, :count, history : history + count][np.tri(count, k=-window, dtype=bool)] = blocked

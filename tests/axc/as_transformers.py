@@ -32,10 +32,8 @@ SMALL: dict[str, Any] = {
 }
 DIMENSIONS = {key: value for key, value in SMALL.items() if not key.endswith("_id") and key != "initializer_range"}
 WHOLE = {**DIMENSIONS, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 5e5, "tie_word_embeddings": True}
-AS_ITSELF = ["llama", "qwen2"]
-KIN = ["mistral", "smollm3", "granite"]
-GRANITE = {"attention_multiplier": 0.25}
-NEUTRAL: dict[str, dict[str, Any]] = {"mistral": {}, "smollm3": {}, "granite": GRANITE, "ministral": {}}
+PLAIN = ["llama", "qwen2"]
+AS_ITSELF = ["llama", "qwen2", "mistral", "smollm3", "granite"]
 
 
 IDS = np.random.default_rng(1).integers(3, VOCABULARY, 40)

@@ -128,7 +128,6 @@ WINDOW: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 100, "ma
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 GRANITE: dict[str, Any] = {"attention_multiplier": 0.25}
 SMOLLM3: dict[str, Any] = {"no_rope_layers": [1, 1], "tie_word_embeddings": True, "pad_token_id": None}
-KIN = {"model_type": "llama"}
 S4 = types("bf16", "s4")
 FP32 = types("fp32", "fp32")
 HALVES = ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")
@@ -176,10 +175,10 @@ HEALTHY: tuple[Healthy, ...] = (
     Healthy("llama, odd sizes, s4", llama(hidden_size=72, intermediate_size=100), {**S4, **groups(16, 63)}),
     Healthy("llama, .bin shards", as_bin(llama(), *HALVES), groups(16, 63)),
     Healthy("llama, one layer, fp16", llama(num_hidden_layers=1), {**types("fp16", "fp16"), **groups(0, 31)}),
-    Healthy("mistral", random("mistral", sliding_window=None), {**KIN, **groups(16, 63)}),
-    Healthy("mistral, a window", random("mistral", sliding_window=64), {**KIN, **groups(16, 63, 16)}),
-    Healthy("smollm3", random("smollm3", **SMOLLM3), {**KIN, **groups(16, 63)}),
-    Healthy("granite", random("granite", **GRANITE), {**KIN, **FP32, **groups(16, 63)}),
+    Healthy("mistral", random("mistral", sliding_window=None), {**groups(16, 63)}),
+    Healthy("mistral, a window", random("mistral", sliding_window=64), {**groups(16, 63, 16)}),
+    Healthy("smollm3", random("smollm3", **SMOLLM3), {**groups(16, 63)}),
+    Healthy("granite", random("granite", **GRANITE), {**FP32, **groups(16, 63)}),
     *(Healthy(f"text: {name}", text(kind), groups(16, 47)) for name, kind in TEXTS.items()),
     Healthy("text: template with a day", text(with_a_day), groups(16, 47), "template"),
     *(Healthy(f"mended text: {name}", text(kind), groups(16, 47)) for name, kind in kinds.MENDED.items()),

@@ -64,6 +64,8 @@ _off, _on = _is(None, False), _is(None, True)
 # read by transformers' code for all architectures: masks, caches, the loader. Anything but these values is refused
 SHARED: dict[str, Neutral] = {
     "is_causal": _is(True),
+    "sliding_window": _none,
+    "layer_types": _all("full_attention", "attention"),
     "attention_chunk_size": _none,
     "kv_sharing_modes": _none,
     "partial_rotary_factor": _one,
@@ -109,8 +111,6 @@ ARITHMETIC: dict[str, Neutral] = {
     ),
     "no_rope_layers": _all(1),
     "no_rope_layer_interval": _zero,
-    "layer_types": _all("full_attention"),
-    "sliding_window": _none,
     "num_kv_shared_layers": _zero,
     "num_nextn_predict_layers": _zero,
     "position_embedding_type": _is(None, "rope", "rotary"),
@@ -124,10 +124,10 @@ def _harmless(key: str) -> bool:
     return key in HARMLESS or key.startswith(HARMLESS_BEGINNINGS)
 
 
-def refuse_shared(values: dict[str, Any], path: Path) -> None:
-    """Raises BadInput for what transformers' shared code would read and a build does not follow."""
+def refuse_shared(values: dict[str, Any], path: Path, reads: Iterable[str] = ()) -> None:
+    """Raises BadInput for what transformers' shared code would read and neither a family nor a build follows."""
     for key, neutral in SHARED.items():
-        if key in values and not neutral(values[key]):
+        if key in values and key not in reads and not neutral(values[key]):
             raise BadInput(
                 f"{path}: {key} is {_shown(values[key])}, which changes what the model computes and is not built\n"
                 "Give a checkpoint without it."

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 from axc.config_json import Reader
-from axc.rope import Rope
+from axc.rope import Rope, logarithm
 from axrun.errors import BadInput
 
-ROPE_KEYS = frozenset(("rope_theta", "rope_parameters", "rope_scaling", "partial_rotary_factor"))
+ROPE_KEYS = frozenset(("rope_theta", "rope_parameters", "rope_scaling"))
 ORIGINAL_LENGTH = "original_max_position_embeddings"
-_PLAIN = frozenset(("rope_type", "type", "rope_theta", "partial_rotary_factor"))
+PARTIAL = "partial_rotary_factor"
+_PLAIN = frozenset(("rope_type", "type", "rope_theta", PARTIAL))
 # what is read inside of rope_parameters, by kind of rope
 NESTED_ROPE_KEYS = {
     "default": _PLAIN,
     "linear": _PLAIN | {"factor"},
     "llama3": _PLAIN | {"factor", "low_freq_factor", "high_freq_factor", ORIGINAL_LENGTH},
+    "dynamic": _PLAIN | {"factor", ORIGINAL_LENGTH},
+    "yarn": _PLAIN
+    | {"factor", ORIGINAL_LENGTH, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "longrope": _PLAIN | {"factor", ORIGINAL_LENGTH, "attention_factor", "short_factor", "long_factor"},
 }
 
 
-def read_rope(reader: Reader, positions: int) -> Rope:
+def read_rope(reader: Reader, positions: int, head_dim: int, *, partial: bool = False) -> Rope:
     """Rope from `rope_scaling` or else `rope_parameters`, and from keys beside them: transformers 5's order.
 
-    (`RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`.) `positions` is max_position_embeddings.
+    (`RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`.) `positions` is max_position_embeddings. `partial`: the
+    architecture reads partial_rotary_factor. Raises BadInput.
     """
     where = "rope_scaling" if reader.values.get("rope_scaling") else "rope_parameters"
     nested = reader.values.get(where) or {}
@@ -28,31 +38,122 @@ def read_rope(reader: Reader, positions: int) -> Rope:
         raise BadInput(f"{reader.path}: {where} is {nested!r:.60}; expected an object")
     if any(isinstance(value, dict) for value in nested.values()):
         raise BadInput(f"{reader.path}: {where} differs from layer to layer; this architecture is built with one only")
-    inner = Reader(
-        nested,
-        reader.path,
-        {
-            "rope_theta": reader.get("rope_theta") if "rope_theta" not in nested else None,
-            ORIGINAL_LENGTH: positions,
-        },
-    )
-    theta = inner.number("rope_theta", low=1, high=1e15)
+    theta = reader.get("rope_theta") if "rope_theta" not in nested else None
+    return rope_of(reader, nested, theta, positions, head_dim, partial=partial)
+
+
+def rope_of(
+    reader: Reader, nested: dict[str, Any], theta: Any, positions: int, head_dim: int, *, partial: bool = False
+) -> Rope:
+    """Rope from the object `nested`; `theta` and the keys beside it stand in for what it lacks. Raises BadInput."""
+    inner = Reader(nested, reader.path, {"rope_theta": theta, ORIGINAL_LENGTH: positions})
+    base = inner.number("rope_theta", low=1, high=1e15)
     if ORIGINAL_LENGTH in reader.values:  # `standardize_rope_params` prefers what stands beside the rope's own keys
         inner.values = {**nested, ORIGINAL_LENGTH: reader.values[ORIGINAL_LENGTH]}
-    if nested.get("partial_rotary_factor", 1) not in (1, None):
-        raise BadInput(f"{reader.path}: partial_rotary_factor is {nested['partial_rotary_factor']!r:.60}; expected 1")
     kind = nested.get("rope_type", nested.get("type", "default"))
-    if kind == "default":
-        return Rope(theta)
-    if kind == "linear":
-        return Rope(theta, kind, inner.number("factor", low=1e-3, high=1e6))
-    if kind == "llama3":
-        return Rope(
-            theta,
-            kind,
-            inner.number("factor", low=1e-3, high=1e6),
-            inner.number("low_freq_factor", low=1e-3, high=1e6),
-            inner.number("high_freq_factor", low=1e-3, high=1e6),
-            inner.integer(ORIGINAL_LENGTH),
+    share = _partial(reader, nested, head_dim, partial)
+    if kind == "dynamic":  # as the default up to max_position_embeddings, where a context ends
+        inner.number("factor", low=1, high=1e6)
+        kind = "default"
+    if kind not in KINDS:
+        raise BadInput(f"{reader.path}: rope type {kind!r:.60} is not known; expected one of {', '.join(KINDS)}")
+    return KINDS[kind](inner, base, share, positions, int(head_dim * share) // 2)
+
+
+def _partial(reader: Reader, nested: dict[str, Any], head_dim: int, allowed: bool) -> float:
+    """The share of a head that is rotated. Raises BadInput."""
+    given = nested.get(PARTIAL)
+    if given is None and allowed:
+        given = reader.values.get(PARTIAL, reader.defaults.get(PARTIAL))
+    share = 1.0 if given is None else Reader({PARTIAL: given}, reader.path).number(PARTIAL, low=0, high=1)
+    if share != 1 and not allowed:
+        raise BadInput(f"{reader.path}: {PARTIAL} is {given!r:.60}; expected 1")
+    if int(head_dim * share) < 2 or int(head_dim * share) % 2:
+        raise BadInput(f"{reader.path}: {PARTIAL} is {share:g}: of head_dim {head_dim} no even number is rotated")
+    return share
+
+
+def _default(inner: Reader, base: float, share: float, positions: int, count: int) -> Rope:
+    return Rope(base, partial=share)
+
+
+def _linear(inner: Reader, base: float, share: float, positions: int, count: int) -> Rope:
+    return Rope(base, "linear", inner.number("factor", low=1e-3, high=1e6), partial=share)
+
+
+def _llama3(inner: Reader, base: float, share: float, positions: int, count: int) -> Rope:
+    return Rope(
+        base,
+        "llama3",
+        inner.number("factor", low=1e-3, high=1e6),
+        inner.number("low_freq_factor", low=1e-3, high=1e6),
+        inner.number("high_freq_factor", low=1e-3, high=1e6),
+        inner.integer(ORIGINAL_LENGTH),
+        partial=share,
+    )
+
+
+def _yarn(inner: Reader, base: float, share: float, positions: int, count: int) -> Rope:
+    original = inner.integer(ORIGINAL_LENGTH)
+    factor = inner.number("factor", low=1, high=1e6)
+    inner.defaults = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+
+    def scale(mscale: float = 1.0) -> float:
+        return 0.1 * mscale * logarithm(factor) + 1.0 if factor > 1 else 1.0
+
+    if inner.values.get("attention_factor") is not None:
+        attention = inner.number("attention_factor", low=1e-3, high=1e3)
+    elif inner.values.get("mscale") and inner.values.get("mscale_all_dim"):
+        attention = scale(inner.number("mscale", low=0, high=1e3)) / scale(
+            inner.number("mscale_all_dim", low=0, high=1e3)
         )
-    raise BadInput(f"{reader.path}: rope type {kind!r:.60} is not known; expected default, linear or llama3")
+    else:
+        attention = scale()
+    if base == 1:
+        raise BadInput(f"{inner.path}: rope_theta is 1, which yarn cannot have")
+    return Rope(
+        base,
+        "yarn",
+        factor,
+        original_max_position_embeddings=original,
+        partial=share,
+        attention_factor=attention,
+        beta_fast=inner.number("beta_fast", low=1e-3, high=1e6) if inner.values.get("beta_fast") else 32.0,
+        beta_slow=inner.number("beta_slow", low=1e-3, high=1e6) if inner.values.get("beta_slow") else 1.0,
+        truncate=inner.flag("truncate"),
+    )
+
+
+def _longrope(inner: Reader, base: float, share: float, positions: int, count: int) -> Rope:
+    """With the short factors: the long ones begin behind the original length, where a context ends here."""
+    original = inner.integer(ORIGINAL_LENGTH, low=2)
+    given = inner.values.get("factor")
+    factor = positions / original if given is None else inner.number("factor", low=1e-3, high=1e6)
+    if inner.values.get("attention_factor") is not None:
+        attention = inner.number("attention_factor", low=1e-3, high=1e3)
+    else:
+        attention = math.sqrt(1 + logarithm(factor) / logarithm(original)) if factor > 1 else 1.0
+    short = inner.get("short_factor")
+    numbers = isinstance(short, list) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-3 <= value <= 1e6 for value in short
+    )
+    if not numbers or len(short) != count:
+        raise BadInput(f"{inner.path}: short_factor is {short!r:.60}; expected {count} numbers, one for each frequency")
+    return Rope(
+        base,
+        "longrope",
+        original_max_position_embeddings=original,
+        partial=share,
+        attention_factor=attention,
+        divisors=tuple(float(value) for value in short),
+    )
+
+
+KINDS: dict[str, Callable[[Reader, float, float, int, int], Rope]] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "su": _longrope,
+}

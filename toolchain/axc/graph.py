@@ -128,28 +128,88 @@ class Graph:
         bias = f"{name}.bias"
         return self.add(y, self.vector(bias)) if bias in self.weights else y
 
-    def rotary(self, x: Value, cos: Value, sin: Value, positions: Value, heads: int) -> Value:
-        """RotaryEmbedding of x [1, M, heads * head_dim], halves rotated as in transformers."""
-        _expect(x.shape[-1] == 2 * heads * int(cos.shape[1]), "RotaryEmbedding", x, cos)
+    def layer_norm(self, x: Value, name: str, epsilon: float) -> Value:
+        """LayerNormalization along the last axis, with `name`.weight and `name`.bias if there is one."""
+        inputs = [x, self.vector(f"{name}.weight")]
+        if f"{name}.bias" in self.weights:
+            inputs.append(self.vector(f"{name}.bias"))
+        _expect(inputs[1].shape == x.shape[-1:], "LayerNormalization", x, inputs[1])
+        return self._node("LayerNormalization", inputs, "FLOAT", x.shape, axis=-1, epsilon=epsilon)
+
+    def heads(self, x: Value, count: int) -> Value:
+        """x [1, M, heads * d] as [1, M, heads, d]."""
+        shape = self.constant(f"heads.{count}", np.array([0, 0, count, -1], np.int64))
+        width = int(x.shape[-1]) // count
+        _expect(width * count == x.shape[-1], "Reshape", x, shape)
+        return self._node("Reshape", [x, shape], x.dtype, (*x.shape[:2], count, width))
+
+    def flat(self, x: Value) -> Value:
+        """x [1, M, heads, d] as [1, M, heads * d]."""
+        shape = self.constant("heads.flat", np.array([0, 0, -1], np.int64))
+        return self._node("Reshape", [x, shape], x.dtype, (*x.shape[:2], int(x.shape[2]) * int(x.shape[3])))
+
+    def rotary(
+        self, x: Value, cos: Value, sin: Value, positions: Value, heads: int, interleaved: bool = False
+    ) -> Value:
+        """RotaryEmbedding of the first elements of each head of x [1, M, heads * head_dim], twice as many as `cos` has.
+
+        An element is rotated with the one half as many further on, as in transformers, or `interleaved` with the next.
+        """
+        width, head_dim = 2 * int(cos.shape[1]), int(x.shape[-1]) // heads
+        _expect(width <= head_dim, "RotaryEmbedding", x, cos)
+        more: dict[str, Attribute] = {} if width == head_dim else {"rotary_embedding_dim": width}
         inputs = [x, cos, sin, positions]
-        return self._node("RotaryEmbedding", inputs, "FLOAT", x.shape, num_heads=heads, interleaved=0)
+        return self._node(
+            "RotaryEmbedding", inputs, "FLOAT", x.shape, num_heads=heads, interleaved=int(interleaved), **more
+        )
 
     def concat(self, a: Value, b: Value, length: Dim) -> Value:
         """Concat along axis 1; `length` is the name of the sum."""
         _expect(a.dtype == b.dtype and a.shape[2:] == b.shape[2:], "Concat", a, b)
         return self._node("Concat", [a, b], a.dtype, (a.shape[0], length, *a.shape[2:]), axis=1)
 
-    def attention(self, q: Value, k: Value, v: Value, mask: Value, heads: int, kv_heads: int) -> Value:
-        """Attention of q [1, M, heads * d] over k, v [1, S, kv_heads * d] with an additive mask [1, M, S]."""
+    def attention(
+        self,
+        q: Value,
+        k: Value,
+        v: Value,
+        mask: Value,
+        heads: int,
+        kv_heads: int,
+        scale: float | None = None,
+        softcap: float | None = None,
+    ) -> Value:
+        """Attention of q [1, M, heads * d] over k, v [1, S, kv_heads * d] with an additive mask [1, M, S].
+
+        Scores are multiplied by `scale`, 1 / sqrt(d) unless given; softcap * tanh(scores / softcap) is applied before
+        the mask.
+        """
         _expect(k.shape == v.shape and mask.shape[1:] == (q.shape[1], k.shape[1]), "Attention", q, mask)
         axis = self.constant("mask.axes", np.array([1], np.int64))
         shape = (mask.shape[0], 1, *mask.shape[1:])
         mask = self._node("Unsqueeze", [self.cast(mask, "FLOAT"), axis], "FLOAT", shape)
-        return self._node("Attention", [q, k, v, mask], "FLOAT", q.shape, q_num_heads=heads, kv_num_heads=kv_heads)
+        more: dict[str, Attribute] = {} if scale is None else {"scale": scale}
+        if softcap is not None:
+            more["softcap"] = softcap
+        inputs = [q, k, v, mask]
+        return self._node("Attention", inputs, "FLOAT", q.shape, q_num_heads=heads, kv_num_heads=kv_heads, **more)
 
     def silu(self, x: Value) -> Value:
         """x * sigmoid(x)."""
         return self.mul(x, self._node("Sigmoid", [x], x.dtype, x.shape))
+
+    def gelu(self, x: Value, tanh: bool) -> Value:
+        """x * Phi(x), Phi by tanh or by erf."""
+        return self._node("Gelu", [x], x.dtype, x.shape, approximate="tanh" if tanh else "none")
+
+    def tanh(self, x: Value) -> Value:
+        return self._node("Tanh", [x], x.dtype, x.shape)
+
+    def scale(self, x: Value, name: str, factor: float) -> Value:
+        """x times a number, a constant called `name`; x itself where that is 1."""
+        if factor == 1:
+            return x
+        return self._node("Mul", [x, self.constant(name, np.array(factor, np.float32))], x.dtype, x.shape)
 
     def mul(self, a: Value, b: Value) -> Value:
         """Elementwise product of equal shapes."""

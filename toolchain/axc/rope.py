@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding. `kind` is default, linear (with `factor`) or llama3 (with all that follows).
+    """Rotary position embedding. `kind` is default, linear (with `factor`), llama3, yarn or longrope.
 
-    Frequencies as in transformers' modeling_rope_utils.
+    `partial` is the share of a head that is rotated, its first elements; `attention_factor` multiplies cosines and
+    sines; `divisors` are longrope's, one for each frequency. Frequencies as in transformers' modeling_rope_utils.
     """
 
     theta: float
@@ -28,6 +29,16 @@ class Rope:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
     original_max_position_embeddings: int = 0
+    partial: float = 1.0
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    divisors: tuple[float, ...] = ()
+
+    def width(self, head_dim: int) -> int:
+        """How many elements of a head are rotated."""
+        return int(head_dim * self.partial)
 
 
 # pi/2 in three parts; the first two have 33 significant bits, so that k * part is exact for k < 2**20
@@ -41,15 +52,20 @@ COS_TERMS = tuple((-1) ** n / math.factorial(2 * n) for n in range(10))
 
 
 def frequencies(rope: Rope, head_dim: int) -> NDArray[np.float32]:
-    """Inverse frequencies [head_dim / 2], rounded to float32 as transformers has them."""
+    """Inverse frequencies [rotated elements / 2], rounded to float32 as transformers has them."""
     with localcontext() as context:
         context.prec = 40
-        theta, dim = Decimal(rope.theta), Decimal(head_dim)
-        inverse = [theta ** (-Decimal(2 * i) / dim) for i in range(head_dim // 2)]
+        width = rope.width(head_dim)
+        theta, dim = Decimal(rope.theta), Decimal(width)
+        inverse = [theta ** (-Decimal(2 * i) / dim) for i in range(width // 2)]
         if rope.kind == "linear":
             inverse = [f / Decimal(rope.factor) for f in inverse]
         if rope.kind == "llama3":
             inverse = [_llama3(f, rope) for f in inverse]
+        if rope.kind == "yarn":
+            inverse = _yarn(inverse, rope, width)
+        if rope.kind == "longrope":
+            inverse = [f / Decimal(divisor) for f, divisor in zip(inverse, rope.divisors, strict=True)]
         return np.array([float(f) for f in inverse], np.float64).astype(np.float32)
 
 
@@ -65,9 +81,39 @@ def _llama3(frequency: Decimal, rope: Rope) -> Decimal:
     return (1 - smooth) * frequency / factor + smooth * frequency
 
 
-@functools.lru_cache(maxsize=1)
+def logarithm(x: float) -> float:
+    """The natural one, the same on every machine."""
+    with localcontext() as context:
+        context.prec = 40
+        return float(Decimal(x).ln())
+
+
+def _yarn(inverse: list[Decimal], rope: Rope, width: int) -> list[Decimal]:
+    """Short waves are kept, long ones stretched, those between on a ramp: https://arxiv.org/abs/2309.00071"""
+
+    def place(turns: float) -> float:
+        """Index of the frequency that turns so often within the original context."""
+        within = logarithm(rope.original_max_position_embeddings / (turns * 2 * math.pi))
+        return width * within / (2 * logarithm(rope.theta))
+
+    low, high = place(rope.beta_fast), place(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    span = Decimal(high - low) if high != low else Decimal("0.001")
+    found = []
+    for i, frequency in enumerate(inverse):
+        ramp = min(max((Decimal(i) - Decimal(low)) / span, Decimal(0)), Decimal(1))
+        found.append(frequency / Decimal(rope.factor) * ramp + frequency * (1 - ramp))
+    return found
+
+
+@functools.lru_cache(maxsize=2)
 def tables(rope: Rope, head_dim: int, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin [positions, head_dim / 2], each the float32 nearest to that of the float32 angle."""
+    """cos and sin [positions, rotated elements / 2], each the float32 nearest to that of the float32 angle.
+
+    Times `attention_factor`, rounded once more.
+    """
     angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies(rope, head_dim)[None, :]
     x = angles.astype(np.float64)
     quarter = np.rint(x * (2 / math.pi))
@@ -77,7 +123,8 @@ def tables(rope: Rope, head_dim: int, positions: int) -> tuple[NDArray[np.float3
     turn = quarter.astype(np.int64) & 3
     cos = np.choose(turn, [cosine, -sine, -cosine, sine])
     sin = np.choose(turn, [sine, cosine, -sine, -cosine])
-    return cos.astype(np.float32), sin.astype(np.float32)
+    factor = np.float32(rope.attention_factor)
+    return cos.astype(np.float32) * factor, sin.astype(np.float32) * factor
 
 
 def _horner(x: NDArray[np.float64], terms: tuple[float, ...]) -> NDArray[np.float64]:

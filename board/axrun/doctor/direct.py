@@ -71,7 +71,8 @@ class Layer:
         arrays["input"][0, :count] = from_float32(hidden, self.dtype)
         arrays["indices"][...] = 0
         arrays["indices"][0, :count] = np.maximum(np.arange(start, start + count) + shift, 0)
-        mask = _mask(tokens, history, causal(start, count) if seen is None else seen, self.dtype)
+        seen = causal(start, count) if seen is None else seen
+        mask = _mask(tokens, history, within(seen, self.session.window), self.dtype)
         arrays["mask"][0] = from_float32(mask, self.dtype)
         if history:
             for name, rows in (("K_cache", keys), ("V_cache", values)):
@@ -105,6 +106,15 @@ def causal(start: int, count: int) -> Floats:
     """[count, start + count]: 0 where a token sees a row, BLOCKED where it must not."""
     rows, columns = np.arange(count)[:, None] + start, np.arange(start + count)[None, :]
     return np.where(columns <= rows, 0.0, BLOCKED).astype(np.float32)
+
+
+def within(seen: Floats, window: int) -> Floats:
+    """A mask [count, start + count] whose tokens see no row that lies `window` tokens and more back; 0: any."""
+    if not window:
+        return seen
+    count, whole = seen.shape
+    distance = np.arange(whole - count, whole)[:, None] - np.arange(whole)[None, :]
+    return np.where(distance >= window, np.float32(BLOCKED), seen)
 
 
 def _mask(tokens: int, history: int, seen: Floats, dtype: str) -> Floats:

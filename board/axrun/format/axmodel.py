@@ -133,6 +133,11 @@ class Axmodel:
         return int(self.metadata.get("axmodel.layer", "-1"))
 
     @property
+    def window(self) -> int:
+        """Of how many tokens back, itself among them, a token of this layer sees the rows; 0: of all."""
+        return int(self.metadata.get("axmodel.window", "0"))
+
+    @property
     def part(self) -> str:
         """What it is of a model: `layer 3`, `post`; empty for the vendor's."""
         return f"layer {self.metadata.get('axmodel.layer', '?')[:12]}" if self.kind == "layer" else self.kind
@@ -229,6 +234,9 @@ def _check_ours(axmodel: Axmodel, tensors: int, domains: set[str]) -> None:
         raise ValueError(f"it has opset {axmodel.opset} and domains {sorted(domains)}, expected {OPSET} and ['']")
     if axmodel.kind not in ("layer", "post"):
         raise ValueError(f"metadata axmodel.kind is {axmodel.kind!r}, expected layer or post")
+    window = axmodel.metadata.get("axmodel.window", "1")
+    if not re.fullmatch("[1-9][0-9]{0,7}", window):
+        raise ValueError(f"metadata axmodel.window is {window!r:.60}, expected a number of tokens")
     if len(axmodel.initializers) != tensors:
         raise ValueError("two initializers share a name")
     for tensor in axmodel.initializers.values():

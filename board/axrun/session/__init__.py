@@ -59,6 +59,10 @@ class Session(Protocol):
     @property
     def groups(self) -> tuple[SessionGroup, ...]: ...
 
+    @property
+    def window(self) -> int:
+        """Of how many tokens back, itself among them, a token of this layer may see the rows; 0: of all."""
+
     def allocate(self, info: TensorInfo) -> Array:
         """Zeroed memory for an input or output, where the engine can work on it."""
 

@@ -57,6 +57,7 @@ class OrtSession:
 
     def __init__(self, model: Axmodel, session: Any) -> None:
         self._session, self._part = session, model.part
+        self.window = model.window
         self._inputs = {info.name: info for info in model.inputs}
         self._outputs = {info.name: info for info in model.outputs}
         self.groups = tuple(

@@ -16,7 +16,8 @@ from typing import Any
 from axc import config_keys
 from axc.config_json import Reader
 from axc.config_rope import NESTED_ROPE_KEYS, ORIGINAL_LENGTH
-from axc.families.family import Family, Kin, ModelConfig
+from axc.families.family import Family, ModelConfig
+from axc.rope import Rope
 from axrun.errors import BadInput
 
 
@@ -46,30 +47,29 @@ def read_config(
     family = FAMILIES[name]
     if isinstance(given, str) and given in family.different:
         raise BadInput(f"{path}: model_type {given!r} cannot be built as {name}: {family.different[given]}")
-    config_keys.refuse_shared(values, path)
+    config_keys.refuse_shared(values, path, family.reads)
+    if given != name and not family.foreign:
+        raise BadInput(
+            f"{path}: model_type {given!r:.60} cannot be built as {name}: whether they compute alike is not known\n"
+            f"{_instead(given)}"
+        )
     if given == name:
         read, proven = Reader(values, path, family.defaults), True
-    elif isinstance(given, str) and given in family.kin:
-        read, proven = _as_kin(family.kin[given], values, path), True
     else:
         config_keys.refuse_unknown(values, family.reads, path, given, name)
         read, proven = _as_foreign(family, values, path, name), False
     config = family.config(read)
     if not proven:
-        config_keys.refuse_unknown_rope(read.values, NESTED_ROPE_KEYS[config.rope.kind], path, given, name)
-    known = family.reads | {ORIGINAL_LENGTH} if config.rope.kind == "llama3" else family.reads
+        kind = getattr(config, "rope", Rope(1)).kind
+        config_keys.refuse_unknown_rope(read.values, NESTED_ROPE_KEYS[kind], path, given, name)
+    rope = getattr(config, "rope", None)
+    known = family.reads | ({ORIGINAL_LENGTH} if rope and rope.kind != "default" else set())
     unread = config_keys.unread(read.values, known)
     if unread:
         say(f"config.json: not read, as in transformers' {given}: {', '.join(unread[:4])}")
     if not proven:
         say(f"model_type {given!r:.60} is built as {name}: that the two compute the same rests on --model_type alone")
     return family, config
-
-
-def _as_kin(kin: Kin, values: dict[str, Any], path: Path) -> Reader:
-    """A config.json of another architecture as one of this family. Raises BadInput where they compute differently."""
-    own = Reader(values, path, kin.defaults)
-    return Reader(kin.as_family(own), path, kin.defaults)
 
 
 def _as_foreign(family: Family[Any], values: dict[str, Any], path: Path, name: str) -> Reader:
@@ -96,7 +96,7 @@ def _as_foreign(family: Family[Any], values: dict[str, Any], path: Path, name: s
     except Exception as error:  # its classes name no limit to what they raise
         words = " ".join(str(error).split()) or type(error).__name__
         raise BadInput(f"{path}: transformers does not read it as model_type {given!r:.60}: {words:.200}") from None
-    config_keys.refuse_shared(filled, path)
+    config_keys.refuse_shared(filled, path, family.reads)
     config_keys.refuse_unknown(filled, family.reads, path, given, name)
     # a bias, a tied head and a window that its class does not have are none
     absent = {key: value for key, value in family.defaults.items() if value is None or value is False}
@@ -104,23 +104,17 @@ def _as_foreign(family: Family[Any], values: dict[str, Any], path: Path, name: s
 
 
 def _not_supported(values: dict[str, Any], path: Path, name: object) -> str:
-    """That it is not supported, what is nearest, and how to build it all the same where that is proven."""
+    """That it is not supported, what is nearest, and how to add it."""
     nearest = _nearest(values, name)
     first = f"{path}: model_type {name!r:.60} is not supported; the nearest family is {nearest}"
-    if isinstance(name, str) and values.get("model_type") == name:
-        for other, family in FAMILIES.items():
-            if name in family.kin:
-                try:
-                    config_keys.refuse_shared(values, path)
-                    config = family.config(_as_kin(family.kin[name], values, path))
-                except BadInput as difference:
-                    what = str(difference).partition("\n")[0].removeprefix(f"{path}: ")
-                    return f"{first}\nIt is not {other} either: {what}."
-                window = config.sliding_window
-                length = f" and a --kv_cache_len below its sliding_window {window}" if window else ""
-                return f"{first}\nThis one computes as {other} does: pass --model_type {other}{length}."
     file = name.replace("-", "_") if isinstance(name, str) and name.replace("-", "_").isidentifier() else "NAME"
     return f"{first}\nTo add it, follow {RECIPE} and write toolchain/axc/families/{file:.60}.py."
+
+
+def _instead(given: object) -> str:
+    if given in FAMILIES:
+        return f"It is a family of its own: leave --model_type out, or say {given}."
+    return f"Families that others can be built as: {', '.join(name for name in FAMILIES if FAMILIES[name].foreign)}."
 
 
 def _nearest(values: dict[str, Any], name: object) -> str:

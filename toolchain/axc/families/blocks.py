@@ -9,12 +9,12 @@ from typing import Any
 from axc import rope
 from axc.checkpoint import EMBEDDING, HEAD
 from axc.config_json import Reader
-from axc.config_rope import ROPE_KEYS
-from axc.families.family import ModelConfig
+from axc.config_rope import ROPE_KEYS, read_rope
+from axc.families.family import Keeps, ModelConfig
 from axc.graph import Graph, Value
 from axc.rope import Rope
 from axc.weights import Source
-from axc.weights.sources import Stored
+from axc.weights.sources import Stored, split
 from axrun.errors import BadInput
 
 # keys of config.json that every decoder has
@@ -30,33 +30,88 @@ READS = ROPE_KEYS | {
     "max_position_embeddings",
     "rms_norm_eps",
     "tie_word_embeddings",
-    "sliding_window",
-    "layer_types",
 }
+WINDOW = frozenset(("sliding_window", "layer_types"))  # keys of those that have windows
 LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}  # whether a window slides
 
 Norm = Callable[[Graph, Value, str], Value]
 Sources = dict[str, Source]
 
 
-def dimensions(reader: Reader) -> dict[str, Any]:
-    """The fields of ModelConfig that all decoders read alike. Raises BadInput."""
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(ModelConfig):
+    """What the decoders here have in common. `sliding` tells of each layer whether it sees `sliding_window` only."""
+
+    intermediate_size: int
+    rms_norm_eps: float
+    rope: Rope
+    sliding: tuple[bool, ...] = ()
+
+    @property
+    def context(self) -> int:
+        """longrope has other frequencies behind the original length; those are not built."""
+        original = self.rope.original_max_position_embeddings if self.rope.kind == "longrope" else 1 << 30
+        return min(self.max_position_embeddings, original)
+
+
+def decoder(reader: Reader, *, epsilon: str = "rms_norm_eps", partial: bool = False) -> dict[str, Any]:
+    """The fields of DecoderConfig but `sliding` and the window. Raises BadInput.
+
+    `epsilon` is the key of the norms' epsilon; `partial`: the architecture reads partial_rotary_factor.
+    """
     heads, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
+    positions, head_dim = reader.integer("max_position_embeddings"), reader.head_dim(hidden, heads)
     return {
         "hidden_size": hidden,
+        "intermediate_size": reader.integer("intermediate_size"),
         "num_hidden_layers": reader.integer("num_hidden_layers", high=1024),
         "num_attention_heads": heads,
         "num_key_value_heads": reader.divisor("num_key_value_heads", heads),
-        "head_dim": reader.head_dim(hidden, heads),
+        "head_dim": head_dim,
         "vocab_size": reader.integer("vocab_size"),
-        "max_position_embeddings": reader.integer("max_position_embeddings"),
+        "max_position_embeddings": positions,
+        "rms_norm_eps": reader.number(epsilon, low=1e-12, high=1),
+        "rope": read_rope(reader, positions, head_dim, partial=partial),
         "tie_word_embeddings": reader.flag("tie_word_embeddings"),
     }
 
 
-def epsilon(reader: Reader, key: str = "rms_norm_eps") -> float:
-    """The epsilon of norms. Raises BadInput."""
-    return reader.number(key, low=1e-12, high=1)
+def keeps(config: DecoderConfig, index: int) -> Keeps:
+    """A window in the layers that `sliding` names."""
+    return Keeps(config.sliding_window if config.sliding and config.sliding[index] else None)
+
+
+def window(reader: Reader, sliding: tuple[bool, ...]) -> dict[str, Any]:
+    """The fields `sliding` and `sliding_window`; a window that no layer has is none. Raises BadInput."""
+    if not any(sliding):
+        return {}
+    if reader.get("sliding_window") is None:
+        raise BadInput(f"{reader.path}: layer_types has sliding_attention, but there is no sliding_window")
+    return {"sliding": sliding, "sliding_window": reader.integer("sliding_window")}
+
+
+# hidden_act by what computes it
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu tanh",
+    "gelu_pytorch_tanh": "gelu tanh",
+    "gelu_fast": "gelu tanh",
+}
+
+
+def activation(reader: Reader, key: str = "hidden_act") -> str:
+    """One of `silu`, `gelu`, `gelu tanh`. Raises BadInput."""
+    value = reader.get(key)
+    if not isinstance(value, str) or value not in ACTIVATIONS:
+        raise BadInput(f"{reader.path}: {key} is {value!r:.60}; expected one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[value]
+
+
+def activate(graph: Graph, x: Value, kind: str) -> Value:
+    """The activation that `activation` named."""
+    return graph.silu(x) if kind == "silu" else graph.gelu(x, tanh=kind == "gelu tanh")
 
 
 def sliding_layers(reader: Reader) -> tuple[bool, ...] | None:
@@ -85,12 +140,25 @@ def matrix(name: str, rows: int, columns: int, bias: bool = False) -> Sources:
     return found
 
 
-def vector(name: str, size: int) -> Sources:
-    """`name`.weight [size], of a norm."""
-    return {f"{name}.weight": Stored(f"{name}.weight", (size,))}
+def vector(name: str, size: int, bias: bool = False) -> Sources:
+    """`name`.weight [size], of a norm, and `name`.bias where there is one."""
+    found: Sources = {f"{name}.weight": Stored(f"{name}.weight", (size,))}
+    if bias:
+        found[f"{name}.bias"] = Stored(f"{name}.bias", (size,))
+    return found
 
 
-def attention_weights(layer: str, config: ModelConfig, qkv_bias: bool, o_bias: bool) -> Sources:
+def fused(name: str, parts: dict[str, int], columns: int, bias: bool = False) -> Sources:
+    """Projections whose rows are stored one after another in `name`.weight: {name of a part: rows}."""
+    rows = sum(parts.values())
+    found: Sources = {}
+    for kind, shape in (("weight", (rows, columns)), *([("bias", (rows,))] if bias else [])):
+        pieces = split(Stored(f"{name}.{kind}", shape), *parts.values())
+        found |= {f"{part}.{kind}": piece for part, piece in zip(parts, pieces, strict=True)}
+    return found
+
+
+def attention_weights(layer: str, config: ModelConfig, qkv_bias: bool = False, o_bias: bool = False) -> Sources:
     """The four projections of attention."""
     hidden, heads, kv = config.hidden_size, config.num_attention_heads * config.head_dim, config.kv_size
     return {
@@ -101,7 +169,7 @@ def attention_weights(layer: str, config: ModelConfig, qkv_bias: bool, o_bias: b
     }
 
 
-def gated_mlp_weights(layer: str, hidden: int, inner: int, bias: bool) -> Sources:
+def gated_mlp_weights(layer: str, hidden: int, inner: int, bias: bool = False) -> Sources:
     """Gate, up and down projections."""
     return {
         **matrix(f"{layer}mlp.gate_proj", inner, hidden, bias),
@@ -110,14 +178,30 @@ def gated_mlp_weights(layer: str, hidden: int, inner: int, bias: bool) -> Source
     }
 
 
-def decoder_weights(config: ModelConfig, layer: Callable[[str, int], Sources]) -> Sources:
+def norm_weights(layer: str, size: int, *names: str, bias: bool = False) -> Sources:
+    """Those of several norms of a layer."""
+    found: Sources = {}
+    for name in names:
+        found |= vector(f"{layer}{name}", size, bias)
+    return found
+
+
+def decoder_weights(
+    config: ModelConfig,
+    layer: Callable[[str, int], Sources],
+    norm: str = "model.norm",
+    norm_bias: bool = False,
+    head_bias: bool = False,
+) -> Sources:
     """Embedding, the weights that `layer(prefix, index)` names for each layer, final norm and head."""
     found: Sources = {EMBEDDING: Stored(EMBEDDING, (config.vocab_size, config.hidden_size))}
     for index in range(config.num_hidden_layers):
         found |= layer(f"model.layers.{index}.", index)
-    found |= vector("model.norm", config.hidden_size)
+    found |= vector(norm, config.hidden_size, norm_bias)
     if not config.tie_word_embeddings:
         found[HEAD] = Stored(HEAD, (config.vocab_size, config.hidden_size))
+    if head_bias:
+        found["lm_head.bias"] = Stored("lm_head.bias", (config.vocab_size,))
     return found
 
 
@@ -135,15 +219,16 @@ class Inputs:
     mask: Value
 
 
-def inputs(config: ModelConfig, graph: Graph) -> Inputs:
-    """Declares them."""
+def inputs(config: ModelConfig, graph: Graph, scale: float = 1.0) -> Inputs:
+    """Declares them. `scale`: what x is multiplied by, in the first layer of those that scale the embedding."""
     hid = graph.hidden_type
     k_cache = graph.input("K_cache", hid, 1, "T", config.kv_size)
     v_cache = graph.input("V_cache", hid, 1, "T", config.kv_size)
     indices = graph.input("indices", "UINT32", 1, "M")
     x = graph.input("input", hid, 1, "M", config.hidden_size)
     mask = graph.input("mask", hid, 1, "M", "T+M")
-    return Inputs(k_cache, v_cache, indices, graph.cast(x, "FLOAT"), mask)
+    x = graph.scale(graph.cast(x, "FLOAT"), "embedding.scale", scale)
+    return Inputs(k_cache, v_cache, indices, x, mask)
 
 
 def rms(epsilon: float) -> Norm:
@@ -151,37 +236,137 @@ def rms(epsilon: float) -> Norm:
     return lambda graph, x, name: graph.rms_norm(x, f"{name}.weight", epsilon)
 
 
+def layer_norm(epsilon: float) -> Norm:
+    """LayerNorm with `name`.weight and `name`.bias if there is one."""
+    return lambda graph, x, name: graph.layer_norm(x, name, epsilon)
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """How q and k are rotated: rope, position ids below `positions`, neighbours instead of halves where interleaved."""
+
+    rope: Rope
+    positions: int
+    interleaved: bool = False
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """A norm of q and k by the names of their weights: of each head, or of all of them as one row (`whole`)."""
+
+    norm: Norm
+    names: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    whole: bool = False
+    rotated_first: bool = False
+
+    def __call__(self, graph: Graph, x: Value, name: str, heads: int) -> Value:
+        if self.whole:
+            return self.norm(graph, x, name)
+        return graph.flat(self.norm(graph, graph.heads(x, heads), name))
+
+
 def attention(
-    graph: Graph, given: Inputs, x: Value, layer: str, config: ModelConfig, turn: Rope, positions: int
+    graph: Graph,
+    given: Inputs,
+    x: Value,
+    layer: str,
+    config: ModelConfig,
+    rotation: Rotation | None,
+    *,
+    head_norm: HeadNorm | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    output: str = "self_attn.o_proj",
 ) -> Value:
-    """Grouped-query attention of x [1, M, H], already normed, with rotary embedding; declares the K and V outputs."""
+    """Grouped-query attention of x [1, M, H]; declares the K and V outputs. No `rotation`: positions are not told."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     q, k, v = (graph.linear(x, f"{layer}self_attn.{part}_proj") for part in "qkv")
-    cos_table, sin_table = rope.tables(turn, config.head_dim, positions)
-    cos, sin = graph.constant("rotary.cos", cos_table), graph.constant("rotary.sin", sin_table)
-    position_ids = graph.cast(given.indices, "INT64")
-    q = graph.rotary(q, cos, sin, position_ids, heads)
+
+    def normed(q: Value, k: Value) -> tuple[Value, Value]:
+        assert head_norm is not None
+        names = [layer + name for name in head_norm.names]
+        return head_norm(graph, q, names[0], heads), head_norm(graph, k, names[1], kv_heads)
+
+    if head_norm is not None and not head_norm.rotated_first:
+        q, k = normed(q, k)
+    if rotation is not None:
+        cos_table, sin_table = rope.tables(rotation.rope, config.head_dim, rotation.positions)
+        cos, sin = graph.constant("rotary.cos", cos_table), graph.constant("rotary.sin", sin_table)
+        position_ids = graph.cast(given.indices, "INT64")
+        q = graph.rotary(q, cos, sin, position_ids, heads, rotation.interleaved)
+        k = graph.rotary(k, cos, sin, position_ids, kv_heads, rotation.interleaved)
+    if head_norm is not None and head_norm.rotated_first:
+        q, k = normed(q, k)
     # attention reads the new rows as the cache will hold them: a token then sees the same K/V however it was chunked
-    k = graph.output("K_cache_out", graph.rotary(k, cos, sin, position_ids, kv_heads), graph.hidden_type)
+    k = graph.output("K_cache_out", k, graph.hidden_type)
     v = graph.output("V_cache_out", v, graph.hidden_type)
     keys = graph.cast(graph.concat(given.k_cache, k, "T+M"), "FLOAT")
     values = graph.cast(graph.concat(given.v_cache, v, "T+M"), "FLOAT")
-    attended = graph.attention(q, keys, values, given.mask, heads, kv_heads)
-    return graph.linear(attended, f"{layer}self_attn.o_proj")
+    attended = graph.attention(q, keys, values, given.mask, heads, kv_heads, scale, softcap)
+    return graph.linear(attended, layer + output)
 
 
-def gated_mlp(graph: Graph, x: Value, layer: str) -> Value:
-    """SwiGLU: silu(gate) * up, then down."""
+def gated_mlp(graph: Graph, x: Value, layer: str, kind: str = "silu") -> Value:
+    """activation(gate) * up, then down."""
     gate, up = graph.linear(x, f"{layer}mlp.gate_proj"), graph.linear(x, f"{layer}mlp.up_proj")
-    return graph.linear(graph.mul(graph.silu(gate), up), f"{layer}mlp.down_proj")
+    return graph.linear(graph.mul(activate(graph, gate, kind), up), f"{layer}mlp.down_proj")
 
 
-def post(config: ModelConfig, norm: Norm, top_k: int, graph: Graph) -> None:
-    """Final norm and head: `output` and float32 `logits` [1, M, vocab]; with `top_k` also `indices` and `prob`."""
+def pre_norm_layer(
+    graph: Graph,
+    config: DecoderConfig,
+    index: int,
+    rotation: Rotation | None,
+    *,
+    head_norm: HeadNorm | None = None,
+) -> None:
+    """The layer that Llama made common: a norm before attention and one before SwiGLU, each added to its input."""
+    prefix, norm = f"model.layers.{index}.", rms(config.rms_norm_eps)
+    given = inputs(config, graph)
+    normed = norm(graph, given.x, f"{prefix}input_layernorm")
+    x = graph.add(given.x, attention(graph, given, normed, prefix, config, rotation, head_norm=head_norm))
+    normed = norm(graph, x, f"{prefix}post_attention_layernorm")
+    graph.output("output", graph.add(x, gated_mlp(graph, normed, prefix)), graph.hidden_type)
+
+
+def post_norm_layer(
+    graph: Graph, config: DecoderConfig, index: int, rotation: Rotation | None, head_norm: HeadNorm
+) -> None:
+    """Norms behind attention and behind SwiGLU, none before."""
+    prefix, norm = f"model.layers.{index}.", rms(config.rms_norm_eps)
+    given = inputs(config, graph)
+    attended = attention(graph, given, given.x, prefix, config, rotation, head_norm=head_norm)
+    x = graph.add(given.x, norm(graph, attended, f"{prefix}post_attention_layernorm"))
+    x = graph.add(x, norm(graph, gated_mlp(graph, x, prefix), f"{prefix}post_feedforward_layernorm"))
+    graph.output("output", x, graph.hidden_type)
+
+
+def post_rms(config: DecoderConfig, top_k: int, graph: Graph) -> None:
+    """Final RMSNorm and head."""
+    post(config, rms(config.rms_norm_eps), top_k, graph)
+
+
+def post(
+    config: ModelConfig,
+    norm: Norm,
+    top_k: int,
+    graph: Graph,
+    *,
+    name: str = "model.norm",
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> None:
+    """Final norm and head: `output` and float32 `logits` [1, M, vocab]; with `top_k` also `indices` and `prob`.
+
+    Logits are multiplied by `scale`, and then softcap * tanh(logits / softcap).
+    """
     x = graph.cast(graph.input("input", graph.hidden_type, 1, "M", config.hidden_size), "FLOAT")
-    x = norm(graph, x, "model.norm")
+    x = norm(graph, x, name)
     head = EMBEDDING if config.tie_word_embeddings else HEAD
-    logits = graph.linear(x, head.removesuffix(".weight"))
+    logits = graph.scale(graph.linear(x, head.removesuffix(".weight")), "logits.scale", scale)
+    if softcap is not None:
+        logits = graph.tanh(graph.scale(logits, "logits.softcap.inverse", 1 / softcap))
+        logits = graph.scale(logits, "logits.softcap", softcap)
     graph.output("output", logits, graph.hidden_type)
     if top_k:
         probability, indices = graph.top_k(logits, top_k)

@@ -45,18 +45,6 @@ class Keeps:
     window: int | None = None
 
 
-@dataclass(frozen=True)
-class Kin:
-    """Another architecture that computes as a family does where its config.json says so.
-
-    `defaults` are those of its own class in transformers. `as_family` gives its config.json as one of the family;
-    it raises BadInput where the two compute differently.
-    """
-
-    defaults: Mapping[str, Any]
-    as_family: Callable[[Reader], dict[str, Any]]
-
-
 C = TypeVar("C", bound=ModelConfig)
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -67,8 +55,8 @@ class Family(Generic[C]):
 
     `reads` are the keys of config.json that `config` reads, `defaults` what those mean that are absent, as in
     transformers' class for the model_type. `redundant`: endings of names of tensors that a checkpoint may have and a
-    build does not need. `kin` are other model_types that can be built as this one, `different` those that look as if
-    they could, and why they cannot.
+    build does not need. `foreign`: --model_type may build another model_type as this one; a test compares all that
+    transformers has. `different` are those that look as if they could, and why they cannot.
     """
 
     config: Callable[[Reader], C]  # from config.json; raises BadInput
@@ -77,7 +65,7 @@ class Family(Generic[C]):
     post: Callable[[C, int, Graph], None]  # final norm and head; with the `top_k` likeliest tokens unless that is 0
     reads: frozenset[str]
     defaults: Mapping[str, Any]
-    keeps: Callable[[C, int], Keeps] = lambda config, index: Keeps()
+    keeps: Callable[[C, int], Keeps] = lambda config, index: Keeps()  # of layer `index`
     redundant: tuple[str, ...] = ("rotary_emb.inv_freq",)
-    kin: Mapping[str, Kin] = field(default_factory=lambda: EMPTY)
+    foreign: bool = False
     different: Mapping[str, str] = field(default_factory=lambda: EMPTY)

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 from axc.config_json import Reader
-from axc.config_rope import read_rope
 from axc.families import blocks
-from axc.families.blocks import Sources
-from axc.families.family import Family, ModelConfig
+from axc.families.blocks import DecoderConfig, Rotation, Sources
+from axc.families.family import Family
 from axc.graph import Graph
-from axc.rope import Rope
 from axrun.errors import BadInput
 
-# of a key that is absent, as in transformers' Qwen2Config
+# of a key that is absent, as in transformers' class
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 151936,
@@ -27,7 +24,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "num_key_value_heads": 32,
         "hidden_act": "silu",
         "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
+        "rms_norm_eps": 1e-06,
         "rope_theta": 10000.0,
         "tie_word_embeddings": False,
         "use_sliding_window": False,
@@ -37,43 +34,25 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config(ModelConfig):
-    intermediate_size: int
-    rms_norm_eps: float
-    rope: Rope
-
-    @property
-    def context(self) -> int:
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+Config = DecoderConfig
 
 
 def config(reader: Reader) -> Config:
-    """From a Qwen2 config.json. Raises BadInput."""
     reader.expect("hidden_act", "silu", "swish")
-    sizes = blocks.dimensions(reader)
-    return Config(
-        model_type="qwen2",
-        **sizes,
-        intermediate_size=reader.integer("intermediate_size"),
-        rms_norm_eps=blocks.epsilon(reader),
-        rope=read_rope(reader, sizes["max_position_embeddings"]),
-        sliding_window=_window(reader),
-    )
+    return Config(model_type="qwen2", **blocks.decoder(reader), **blocks.window(reader, sliding(reader)))
 
 
-def _window(reader: Reader) -> int | None:
-    """Positions seen by the layers that see fewest; None where all see everything."""
+def sliding(reader: Reader) -> tuple[bool, ...]:
+    """Which layers see a window only."""
     in_use = reader.flag("use_sliding_window") and reader.get("sliding_window") is not None
     kinds = blocks.sliding_layers(reader)
     if kinds is None:
         layers = reader.integer("num_hidden_layers", high=1024)
-        slides = in_use and reader.integer("max_window_layers", low=0) < layers
-    else:
-        slides = any(kinds)
-    if slides and not in_use:
+        first = reader.integer("max_window_layers", low=0) if in_use else layers
+        kinds = tuple(index >= first for index in range(layers))
+    if any(kinds) and not in_use:
         raise BadInput(f"{reader.path}: layer_types has sliding_attention, but no sliding_window is in use")
-    return reader.integer("sliding_window") if slides else None
+    return kinds
 
 
 def weights(config: Config) -> Sources:
@@ -81,26 +60,19 @@ def weights(config: Config) -> Sources:
 
     def layer(prefix: str, index: int) -> Sources:
         return {
-            **blocks.vector(f"{prefix}input_layernorm", hidden),
-            **blocks.vector(f"{prefix}post_attention_layernorm", hidden),
-            **blocks.attention_weights(prefix, config, qkv_bias=True, o_bias=False),
-            **blocks.gated_mlp_weights(prefix, hidden, config.intermediate_size, bias=False),
+            **blocks.norm_weights(prefix, hidden, "input_layernorm", "post_attention_layernorm"),
+            **blocks.attention_weights(prefix, config, qkv_bias=True),
+            **blocks.gated_mlp_weights(prefix, hidden, config.intermediate_size),
         }
 
     return blocks.decoder_weights(config, layer)
 
 
 def layer(config: Config, index: int, positions: int, graph: Graph) -> None:
-    prefix, norm = f"model.layers.{index}.", blocks.rms(config.rms_norm_eps)
-    given = blocks.inputs(config, graph)
-    normed = norm(graph, given.x, f"{prefix}input_layernorm")
-    x = graph.add(given.x, blocks.attention(graph, given, normed, prefix, config, config.rope, positions))
-    normed = norm(graph, x, f"{prefix}post_attention_layernorm")
-    graph.output("output", graph.add(x, blocks.gated_mlp(graph, normed, prefix)), graph.hidden_type)
+    blocks.pre_norm_layer(graph, config, index, Rotation(config.rope, positions))
 
 
-def post(config: Config, top_k: int, graph: Graph) -> None:
-    blocks.post(config, blocks.rms(config.rms_norm_eps), top_k, graph)
+post = blocks.post_rms
 
 
 FAMILY = Family(
@@ -108,6 +80,8 @@ FAMILY = Family(
     weights=weights,
     layer=layer,
     post=post,
-    reads=blocks.READS | {"use_sliding_window", "max_window_layers"},
+    reads=blocks.READS | blocks.WINDOW | {"use_sliding_window", "max_window_layers"},
     defaults=DEFAULTS,
+    keeps=blocks.keeps,
+    foreign=True,
 )

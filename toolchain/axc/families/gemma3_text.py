@@ -1,0 +1,107 @@
+"""Gemma 3, text: Gemma 2 with a norm of each head of q and k, and another rope where layers have windows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from axc.config_json import Reader
+from axc.config_rope import rope_of
+from axc.families import blocks, gemma, gemma2
+from axc.families.blocks import HeadNorm, Rotation, Sources
+from axc.families.family import Family
+from axc.graph import Graph
+from axc.rope import Rope
+from axrun.errors import BadInput
+
+# of a key that is absent, as in transformers' class
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "tie_word_embeddings": True,
+        "head_dim": 256,
+        "attention_bias": False,
+        "use_bidirectional_attention": False,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "final_logit_softcapping": None,
+        "attn_logit_softcapping": None,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window_pattern": 6,
+        "rope_local_base_freq": 10000.0,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(gemma2.Config):
+    local_rope: Rope  # of the layers that have windows
+
+
+def config(reader: Reader) -> Config:
+    layers, pattern = reader.integer("num_hidden_layers", high=1024), reader.integer("sliding_window_pattern")
+    kinds = blocks.sliding_layers(reader) or tuple(bool((index + 1) % pattern) for index in range(layers))
+    ropes = {"rope_scaling": None, "rope_parameters": None, "rope_theta": reader.get("rope_theta")}
+    fields = blocks.decoder(Reader({**reader.values, **ropes}, reader.path, reader.defaults))
+    size, head_dim = fields["max_position_embeddings"], fields["head_dim"]
+    fields["rope"] = _rope(reader, "full_attention", "rope_theta", size, head_dim)
+    return Config(
+        model_type="gemma3_text",
+        **fields,
+        **blocks.window(reader, kinds),
+        **gemma2.particular(reader),
+        local_rope=_rope(reader, "sliding_attention", "rope_local_base_freq", size, head_dim),
+    )
+
+
+def _rope(reader: Reader, kind: str, theta: str, positions: int, head_dim: int) -> Rope:
+    """Of one kind of layer: in rope_parameters by that name; rope_scaling is for the layers that see everything."""
+    nested = reader.values.get("rope_parameters") or {}
+    if not isinstance(nested, dict):
+        raise BadInput(f"{reader.path}: rope_parameters is {nested!r:.60}; expected an object")
+    own = nested.get(kind) or {}
+    scaling = reader.values.get("rope_scaling") or {}
+    if not isinstance(own, dict) or not isinstance(scaling, dict):
+        raise BadInput(f"{reader.path}: rope_parameters.{kind} is {own!r:.60}; expected an object")
+    if set(nested) - {"full_attention", "sliding_attention"}:
+        odd = ", ".join(sorted(map(str, nested)))
+        raise BadInput(f"{reader.path}: rope_parameters has {odd:.60}; expected an object for each layer type")
+    if kind == "full_attention":
+        own = {**own, **scaling}
+    return rope_of(reader, own, reader.get(theta), positions, head_dim)
+
+
+def weights(config: Config) -> Sources:
+    found = gemma2.weights(config)
+    for index in range(config.num_hidden_layers):
+        found |= gemma.norms(f"model.layers.{index}.", config.head_dim, "self_attn.q_norm", "self_attn.k_norm")
+    return found
+
+
+def layer(config: Config, index: int, positions: int, graph: Graph) -> None:
+    rotation = Rotation(config.local_rope if config.sliding and config.sliding[index] else config.rope, positions)
+    gemma2.four_norm_layer(config, index, rotation, HeadNorm(blocks.rms(config.rms_norm_eps)), graph)
+
+
+post = gemma2.post
+
+
+FAMILY = Family(
+    config=config,
+    weights=weights,
+    layer=layer,
+    post=post,
+    reads=gemma2.READS | {"sliding_window_pattern", "rope_local_base_freq"},
+    defaults=DEFAULTS,
+    keeps=blocks.keeps,
+)

@@ -1,0 +1,59 @@
+"""MiniCPM and MiniCPM4: Granite with multipliers made of scale_emb, scale_depth and dim_model_base.
+
+Its code is its repository's own (modeling_minicpm.py), not transformers'; a key without a known default is demanded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from axc.config_json import Reader
+from axc.families import blocks, granite
+from axc.families.family import Family
+
+# of a key that is absent, as in transformers' class
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "hidden_act": "silu",
+        "num_key_value_heads": None,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-06,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+    }
+)
+
+
+Config = granite.Config
+
+
+def config(reader: Reader) -> Config:
+    reader.expect("hidden_act", "silu", "swish")
+    fields = blocks.decoder(reader)
+    depth = reader.number("scale_depth", low=1e-6, high=1e6)
+    return Config(
+        model_type="minicpm",
+        **fields,
+        attention_bias=reader.flag("attention_bias"),
+        mlp_bias=False,
+        embedding_multiplier=reader.number("scale_emb", low=1e-6, high=1e6),
+        residual_multiplier=depth / math.sqrt(fields["num_hidden_layers"]),
+        attention_multiplier=None,
+        logits_scaling=fields["hidden_size"] / reader.integer("dim_model_base"),
+    )
+
+
+weights, layer, post = granite.weights, granite.layer, granite.post
+
+
+FAMILY = Family(
+    config=config,
+    weights=weights,
+    layer=layer,
+    post=post,
+    reads=blocks.READS | {"attention_bias", "scale_emb", "scale_depth", "dim_model_base"},
+    defaults=DEFAULTS,
+)

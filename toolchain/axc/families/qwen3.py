@@ -1,0 +1,85 @@
+"""Qwen3: Qwen2 without its biases, with a norm of each head of q and k."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from axc.config_json import Reader
+from axc.families import blocks
+from axc.families.blocks import DecoderConfig, HeadNorm, Rotation, Sources
+from axc.families.family import Family
+from axc.families.qwen2 import sliding
+from axc.graph import Graph
+
+# of a key that is absent, as in transformers' class
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "hidden_act": "silu",
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "head_dim": 128,
+        "attention_bias": False,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DecoderConfig):
+    attention_bias: bool
+
+
+def config(reader: Reader) -> Config:
+    reader.expect("hidden_act", "silu", "swish")
+    return Config(
+        model_type="qwen3",
+        **blocks.decoder(reader),
+        **blocks.window(reader, sliding(reader)),
+        attention_bias=reader.flag("attention_bias"),
+    )
+
+
+def weights(config: Config) -> Sources:
+    hidden = config.hidden_size
+
+    def layer(prefix: str, index: int) -> Sources:
+        return {
+            **blocks.norm_weights(prefix, hidden, "input_layernorm", "post_attention_layernorm"),
+            **blocks.attention_weights(prefix, config, config.attention_bias, config.attention_bias),
+            **blocks.gated_mlp_weights(prefix, hidden, config.intermediate_size),
+            **blocks.norm_weights(prefix, config.head_dim, "self_attn.q_norm", "self_attn.k_norm"),
+        }
+
+    return blocks.decoder_weights(config, layer)
+
+
+def layer(config: Config, index: int, positions: int, graph: Graph) -> None:
+    head_norm = HeadNorm(blocks.rms(config.rms_norm_eps))
+    blocks.pre_norm_layer(graph, config, index, Rotation(config.rope, positions), head_norm=head_norm)
+
+
+post = blocks.post_rms
+
+
+FAMILY = Family(
+    config=config,
+    weights=weights,
+    layer=layer,
+    post=post,
+    reads=blocks.READS | blocks.WINDOW | {"use_sliding_window", "max_window_layers", "attention_bias"},
+    defaults=DEFAULTS,
+    keeps=blocks.keeps,
+)

@@ -48,7 +48,7 @@ class Reader:
             raise BadInput(f"{self.path}: {key} is {value!r:.60}; expected true or false")
         return value
 
-    def expect(self, key: str, *only: str) -> None:
+    def expect(self, key: str, *only: object) -> None:
         value = self.get(key)
         if value not in only:
             raise BadInput(f"{self.path}: {key} is {value!r:.60}; this architecture is built with {only[0]!r} only")

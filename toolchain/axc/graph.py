@@ -157,7 +157,7 @@ class Graph:
         """
         width, head_dim = 2 * int(cos.shape[1]), int(x.shape[-1]) // heads
         _expect(width <= head_dim, "RotaryEmbedding", x, cos)
-        more: dict[str, Attribute] = {} if width == head_dim else {"rotary_embedding_dim": width}
+        more: dict[str, Any] = {} if width == head_dim else {"rotary_embedding_dim": width}
         inputs = [x, cos, sin, positions]
         return self._node(
             "RotaryEmbedding", inputs, "FLOAT", x.shape, num_heads=heads, interleaved=int(interleaved), **more
@@ -188,7 +188,7 @@ class Graph:
         axis = self.constant("mask.axes", np.array([1], np.int64))
         shape = (mask.shape[0], 1, *mask.shape[1:])
         mask = self._node("Unsqueeze", [self.cast(mask, "FLOAT"), axis], "FLOAT", shape)
-        more: dict[str, Attribute] = {} if scale is None else {"scale": scale}
+        more: dict[str, Any] = {} if scale is None else {"scale": scale}
         if softcap is not None:
             more["softcap"] = softcap
         inputs = [q, k, v, mask]

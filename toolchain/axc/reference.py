@@ -38,6 +38,7 @@ Ids = NDArray[np.int64]
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the files that transformers may take weights from
 WIDENED = (torch.bfloat16, torch.float16)  # types whose values are all float32 values
 HEADROOM = 1 << 30  # bytes for activations and logits beside the weights
+TOKENS = 64  # of the embedding table that one with a row unlike zero is looked for among
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
@@ -50,7 +51,8 @@ class Refused(BadInput):
 class Trace:
     """A forward pass over n tokens: `inputs` and `outputs` [n, hidden] of each decoder layer, `logits` [n, vocab].
 
-    `embedded` are the rows of the embedding table, [n, hidden].
+    `embedded` are the rows of the embedding table, [n, hidden]. They are the first layer's input too, also where the
+    model scales them before: in an axmodel that is the first layer's part.
     """
 
     embedded: Floats
@@ -139,7 +141,10 @@ class Reference:
             for hook in hooks:
                 hook.remove()
         embedded = self.model.get_input_embeddings().weight[given[0]].float()
-        return Trace(embedded.numpy(), [x.numpy() for x in inputs], [x.numpy() for x in outputs], out.logits[0].numpy())
+        given_to = [embedded, *inputs[1:]]
+        return Trace(
+            embedded.numpy(), [x.numpy() for x in given_to], [x.numpy() for x in outputs], out.logits[0].numpy()
+        )
 
     @torch.no_grad()
     def logits(self, ids: Ids) -> Floats:
@@ -219,7 +224,8 @@ class Reference:
     ) -> tuple[list[Floats], list[tuple[Floats, Floats]]]:
         """Each layer's outputs [n, H] for hidden states [n, H] of its own, and the K and V [n, width] that it adds.
 
-        No layer sees what the one before gave. `history` is K and V [past, width] of each, of `heads` heads.
+        No layer sees what the one before gave, and the first one's are scaled as the model scales its embedding.
+        `history` is K and V [past, width] of each, of `heads` heads.
         """
         cache = self.empty_cache()
         for index, ((keys, values), count) in enumerate(zip(history, heads, strict=True)):
@@ -227,11 +233,18 @@ class Reference:
                 cache.update(_headed(keys, count), _headed(values, count), index)
         outputs: list[Any] = []
         given = [torch.from_numpy(rows)[None] for rows in hidden]
+        table = self.model.get_input_embeddings().weight
+        token = int(table[:TOKENS].float().abs().amax(dim=1).argmax())
 
         def before(index: int, _: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+            own = given[index]
+            if index == 0:
+                embedded = (arguments[0] if arguments else named["hidden_states"])[0, 0].float()
+                at = int(table[token].float().abs().argmax())
+                own = own * (embedded[at] / table[token, at].float())
             if arguments:
-                return (given[index], *arguments[1:]), named
-            return arguments, {**named, "hidden_states": given[index]}
+                return (own, *arguments[1:]), named
+            return arguments, {**named, "hidden_states": own}
 
         def after(_: Any, __: Any, out: Any) -> None:
             outputs.append((out[0] if isinstance(out, tuple) else out)[0].clone())
@@ -241,7 +254,7 @@ class Reference:
             own: Any = functools.partial(before, index)
             hooks += [layer.register_forward_pre_hook(own, with_kwargs=True), layer.register_forward_hook(after)]
         past = len(history[0][0])
-        ids = torch.zeros((1, len(hidden[0])), dtype=torch.int64)
+        ids = torch.full((1, len(hidden[0])), token)
         try:
             with _refusing(self.path, "run"):
                 self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)

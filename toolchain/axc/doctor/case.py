@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from axc import compile as compiler
 from axc import config, expected, hf_folder
 from axc.checkpoint import Checkpoint
+from axc.weights import Source
 from axrun import session
 from axrun.agreement import Noise, explained
 from axrun.errors import BadInput, CheckFailed
@@ -39,6 +44,19 @@ class Options:
     model_type: str | None = None
     engine: str = "auto"
     prompt: str = "1+1="
+
+
+class Read:
+    """transformers' tensors as weight sources read them: all in float32."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.reference = reference
+
+    def dtype(self, name: str) -> str:
+        return "FLOAT"
+
+    def finite_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
+        return self.reference.weight(name, start, stop)
 
 
 class Unusable(Exception):
@@ -90,6 +108,17 @@ class Case:
         for remark in found.remarks:
             self.say(f"  {remark}")
         return found
+
+    @functools.cached_property
+    def weights(self) -> Mapping[str, Source]:
+        """What the axmodels' weights are made of, by our own reader."""
+        return compiler.weights(self.config)
+
+    def weight(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Rows [start, stop) of an axmodel's weight, made of what transformers read."""
+        source = self.weights[name]
+        stop = source.shape[0] if stop is None else min(stop, source.shape[0])
+        return np.asarray(source.rows(Read(self.reference), start, stop), np.float32)
 
     @functools.cached_property
     def expected(self) -> expected.Expected:

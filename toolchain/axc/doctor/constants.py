@@ -6,6 +6,7 @@ Held against the modules of transformers' own model, which were made from the ch
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,7 @@ def differences(
 
 def _norms(model: Axmodel, reference: Reference) -> Iterator[Constant]:
     for node in model.nodes:
-        if node.op_type != "RMSNormalization" or len(node.inputs) < 2:
+        if node.op_type not in ("RMSNormalization", "LayerNormalization") or len(node.inputs) < 2:
             continue
         wanted = _epsilon(reference, node.inputs[1])
         seen = _number(node, "epsilon", 1e-5)
@@ -103,30 +104,51 @@ def _heads(model: Axmodel, reference: Reference) -> Iterator[Constant]:
                 f"the scores of attention are scaled by {scale:g} instead of {wanted_scale:g}"
                 + (", which is 1 / sqrt(head_dim)" if math.isclose(wanted_scale, usual) else ""),
             )
-        if node.attributes.get("is_causal", 0) or node.attributes.get("softcap", 0.0):
-            extra = "is_causal" if node.attributes.get("is_causal", 0) else "softcap"
-            value = node.attributes[extra]
-            yield Constant(f"{extra} of Attention", "none", f"{value}", f"attention has {extra}, the checkpoint none")
+        for extra, right in (("is_causal", 0.0), ("softcap", _softcap(reference))):
+            value = _number(node, extra, 0.0)
+            if not math.isclose(value, right, rel_tol=1e-5):
+                wanted, seen = (f"{number:g}" if number else "none" for number in (right, value))
+                yield Constant(
+                    f"{extra} of Attention", wanted, seen, f"attention has {extra} {seen}, the checkpoint {wanted}"
+                )
 
 
 def _scaling(reference: Reference, usual: float) -> float:
     """What a module of the reference scales scores by."""
     for module in reference.model.modules():
-        if hasattr(module, "scaling") and hasattr(module, "q_proj"):
+        if hasattr(module, "scaling") and (hasattr(module, "q_proj") or hasattr(module, "qkv_proj")):
             return float(module.scaling)
     return usual
+
+
+def _softcap(reference: Reference) -> float:
+    """What a module of the reference caps scores by; 0 where none does."""
+    found = (getattr(module, "attn_logit_softcapping", None) for module in reference.model.modules())
+    return float(next((value for value in found if value), 0.0))
+
+
+def _interleaved(reference: Reference) -> bool:
+    """Whether the reference rotates neighbours: its own function tells."""
+    import torch
+
+    turned = getattr(sys.modules[type(reference.model).__module__], "rotate_half", None)
+    return turned is not None and bool(torch.equal(turned(torch.arange(4.0)), torch.tensor([-1.0, 0.0, -3.0, 2.0])))
 
 
 def _tables(model: Axmodel, stored: Mapping[str, Stored], reference: Reference) -> Iterator[Constant]:
     """Rotary tables of cos and sin [positions, head_dim / 2]."""
     nodes = [node for node in model.nodes if node.op_type == "RotaryEmbedding"]
+    interleaved = _interleaved(reference) if nodes else False
+    texts = ("0: halves of a head are rotated", "1: neighbours are")
+    pairs = ("those half a head apart", "neighbouring elements of a head")
     for node in nodes:
-        if node.attributes.get("interleaved", 0):
+        seen = bool(node.attributes.get("interleaved", 0))
+        if seen != interleaved:
             yield Constant(
                 "interleaved of RotaryEmbedding",
-                "0: halves of a head are rotated",
-                "1: neighbours are",
-                "rotary embedding turns neighbouring elements of a head, the checkpoint those half a head apart",
+                texts[interleaved],
+                texts[seen],
+                f"rotary embedding turns {pairs[seen]}, the checkpoint {pairs[interleaved]}",
             )
     named = {name for node in nodes for name in node.inputs[1:3]}
     if not named or not named <= stored.keys():

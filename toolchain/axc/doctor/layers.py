@@ -20,6 +20,7 @@ from axc.doctor.positions import Marked
 from axc.doctor.stored import Floats, Stored
 from axc.doctor.visits import Visit, visits
 from axc.doctor.weight_faults import Fault
+from axc.weights import cross_check
 from axrun.agreement import Agreement, Noise, Rows, cosines, rises, update_errors
 from axrun.doctor.direct import OUTPUTS, Layer, Result
 from axrun.doctor.replay import EXPLAINED
@@ -34,6 +35,7 @@ SENSITIVE = 4.0  # times the bounds, where weights, constants and graph are righ
 FEWEST = 32  # rows of a stage whose errors are compared with those of another
 APART = 3.0  # times the largest error of a right row, that of most wrong ones
 LARGEST_FLOAT16 = 65504.0
+NORMS = ("model.norm.", "model.final_layernorm.")  # final norms
 
 
 class Measured(NamedTuple):
@@ -334,9 +336,9 @@ def _shifted(case: Case, index: int, trouble: Trouble) -> str:
 
 def faulty_weights(case: Case, index: int | None, tensors: dict[str, Stored]) -> Iterator[Fault]:
     """Tensors of layer `index` (None: the final norm) that are not the checkpoint's, in the order of the checkpoint."""
-    shapes = case.reference.parameters()
-    prefix = "model.norm." if index is None else f"model.layers.{index}."
-    wanted = [name for name in shapes if name.startswith(prefix)]
+    prefixes = NORMS if index is None else (f"model.layers.{index}.",)
+    shapes = {name: source.shape for name, source in case.weights.items()}
+    wanted = [name for name in shapes if name.startswith(prefixes)]
     foreign = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")} - {str(index)}
     if index is not None and foreign and not any(name in tensors for name in wanted):
         yield Fault(
@@ -355,27 +357,31 @@ def faulty_weights(case: Case, index: int | None, tensors: dict[str, Stored]) ->
             continue
         if (fault := compared(case, entry, name, index)) is not None:
             yield fault
+    read = cross_check.reads(case.weights)
+    for name, shape in case.reference.parameters().items():
+        if name.startswith(prefixes) and name not in read:  # what our own reader does not know of
+            kind = "bias" if name.endswith(".bias") else "weight"
+            yield Fault(name, "", f"the {kind} is missing", f"{list(shape)}", "no such tensor")
 
 
 def compared(case: Case, entry: Stored, name: str, index: int | None) -> Fault | None:
     """How a stored tensor differs from the checkpoint's `name`."""
-    reference = case.reference
-    bad = weight_faults.compare(entry, name, reference.weight)
+    bad = weight_faults.compare(entry, name, case.weight)
     if bad is None:
         return None
-    config = reference.config.get_text_config()
+    config = case.reference.config.get_text_config()
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     turned = head_dim if ".q_proj." in name or ".k_proj." in name else 0
-    return weight_faults.explain(entry, name, *bad, reference.weight, _others(case, name, index), turned)
+    return weight_faults.explain(entry, name, *bad, case.weight, _others(case, name, index), turned)
 
 
 def _others(case: Case, name: str, index: int | None) -> dict[str, str]:
     """Tensors of as many elements: of the same layer, of the same kind in other layers, embedding and head."""
-    shapes = case.reference.parameters()
+    shapes = {name: source.shape for name, source in case.weights.items()}
     size = int(np.prod(shapes[name]))
     alike = [other for other, shape in shapes.items() if other != name and int(np.prod(shape)) == size]
     if index is None:
-        return {other: other for other in alike if not other.startswith("model.layers.") or name == "model.norm.weight"}
+        return {other: other for other in alike if not other.startswith("model.layers.") or name.startswith(NORMS)}
     own, suffix = f"model.layers.{index}.", name.partition(f".{index}.")[2]
     found = {other: other.removeprefix(own) + " of the same layer" for other in alike if other.startswith(own)}
     for other in alike:

@@ -43,7 +43,7 @@ def config(reader: Reader) -> Config:
         layers, pattern = reader.integer("num_hidden_layers", high=1024), reader.get("sliding_window_pattern")
         every = _pattern(reader, pattern) if windows else 0
         kinds = tuple(bool(every) and bool((index + 1) % every) for index in range(layers))
-    fields = {"sliding": kinds, "sliding_window": reader.integer("sliding_window")} if windows else {}
+    fields: dict[str, Any] = {"sliding": kinds, "sliding_window": reader.integer("sliding_window")} if windows else {}
     if any(kinds) and not windows:
         raise BadInput(f"{reader.path}: layer_types has sliding_attention, but there is no sliding_window")
     return Config(model_type="exaone4", **blocks.decoder(reader), **fields)

@@ -49,7 +49,7 @@ class Config(DecoderConfig):
 
 def config(reader: Reader) -> Config:
     reader.expect("hidden_act", "silu", "swish")
-    multipliers = {
+    multipliers: dict[str, Any] = {
         key: reader.number(key, low=1e-6, high=1e6)
         for key in ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
     }

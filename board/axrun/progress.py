@@ -1,4 +1,4 @@
-"""How far some work is, in numbers. Who shows it decides how: a line that changes on a terminal, lines elsewhere."""
+"""How far some work is, in numbers. Who shows it decides how: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,6 +18,14 @@ class Progress:
     def __str__(self) -> str:
         return f"[{self.done}/{self.total}] {self.what}"
 
+    @property
+    def bar(self) -> str:
+        """The same with a bar."""
+        full = BAR * self.done // max(self.total, 1)
+        return f"[{self.done}/{self.total}] {'#' * full:.<{BAR}} {self.what}"
+
+
+BAR = 20  # characters
 
 Show = Callable[[Progress], None]
 
@@ -27,9 +35,11 @@ def unseen(progress: Progress) -> None:
 
 
 def show(progress: Progress) -> None:
-    """On stderr: one line that changes on a terminal, a line each elsewhere."""
+    """On stderr: a bar that grows on a terminal, a line each elsewhere."""
     if sys.stderr.isatty():
-        print(f"\r\x1b[K{progress}", end="\n" if progress.done == progress.total else "", file=sys.stderr, flush=True)
+        print(
+            f"\r\x1b[K{progress.bar}", end="\n" if progress.done == progress.total else "", file=sys.stderr, flush=True
+        )
     else:
         print(progress, file=sys.stderr, flush=True)
 

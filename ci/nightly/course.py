@@ -54,7 +54,7 @@ LIMITS = {
     **board_records.LIMITS,
     "power off": 300.0,
 }
-BISECT, BISECT_SECONDS = "bisect", 4 * 3600.0  # a limit for all steps of a bisection (ci/bisect.py)
+BISECT, BISECT_SECONDS = "bisect", 4 * 3600.0  # a limit for all steps of a bisection (ci/nightly/bisection.py)
 
 BOOT_SECONDS = 180.0
 

@@ -175,6 +175,13 @@ def test_a_folder_of_something_else_is_not_made_an_environment(tmp_path: Path) -
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("target", ["build", "test", "test-all"])
+def test_only_the_tests_build_the_engine_themselves(target: str, venv: str) -> None:
+    done = call("make", "--dry-run", target, venv)
+    assert done.returncode == 0
+    assert ("install.py --without-engine" in done.stdout) == target.startswith("test")
+
+
 def test_clean_removes_what_was_made_and_keeps_the_rest(tmp_path: Path, venv: str) -> None:
     checkout = tmp_path / "a checkout"
     for name in (

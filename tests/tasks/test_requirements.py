@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -111,9 +113,13 @@ def test_a_peer_without_a_compiler_is_told_what_to_install(tmp_path: Path, monke
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real environment with pip and uv only."""
+    """A real environment with pip and uv only: those of this one, as installing pip takes seconds."""
     venv = tmp_path_factory.mktemp("bare") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    (site,) = venv.glob("lib/python*/site-packages")
+    pip = importlib.metadata.distribution("pip")
+    for top in {file.parts[0] for file in pip.files or () if ".." not in file.parts}:
+        shutil.copytree(str(pip.locate_file(top)), site / top)
     (venv / "bin" / "uv").symlink_to(Path(sys.prefix) / "bin" / "uv")
     return venv
 

@@ -88,11 +88,12 @@ class Decoder:
         for index, session in enumerate(sessions):
             if session.groups != self.groups:
                 raise BadInput(f"layer {index} has other shape groups or tensors than layer 0; build the bundle again")
-        decode = [group for group in self.groups if group.tokens == 1]
+        decode = sorted((group for group in self.groups if group.tokens == 1), key=lambda group: group.history)
         if not decode:
             raise BadInput("the layers have no decode group (one of 1 token); build the bundle again")
         self.flexible = all(session.flexible for session in sessions)
-        self.context = max(group.history for group in decode)
+        self.context = decode[-1].history
+        self._decode = decode
         self.dtype = infos["input"].dtype
         self.hidden_size, self.kv_size = int(infos["input"].shape[2]), int(infos["K_cache_out"].shape[2])
         self._visible, self._blocked = visible_and_blocked(self.dtype)
@@ -112,6 +113,9 @@ class Decoder:
 
     def chunks(self, position: int, count: int) -> Iterator[Chunk]:
         """How `count` tokens from `position` on are run."""
+        if count == 1:  # as below, cheaper: this is every token that is decoded
+            group = next(group for group in self._decode if group.history >= position)
+            return iter((Chunk(group.index, position, 1),))
         return chunks(self.groups, position, count, self.flexible)
 
     def forward(self, hidden: NDArray[np.float32], position: int) -> NDArray[np.float32]:

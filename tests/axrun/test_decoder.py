@@ -27,7 +27,7 @@ class Rigid:
     flexible = False
 
     def __init__(self, session: Session) -> None:
-        self.groups, self._session = session.groups, session
+        self.groups, self.window, self._session = session.groups, session.window, session
 
     def allocate(self, info: TensorInfo) -> Array:
         return self._session.allocate(info)

@@ -165,6 +165,10 @@ class TimedSession:
         return self._session.flexible
 
     @property
+    def window(self) -> int:
+        return self._session.window
+
+    @property
     def groups(self) -> tuple[SessionGroup, ...]:
         return self._session.groups
 

@@ -127,6 +127,12 @@ FULL: dict[str, Any] = {"use_sliding_window": False}
 WINDOW: dict[str, Any] = {"use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
 GRANITE: dict[str, Any] = {"attention_multiplier": 0.25}
+MULTIPLIERS: dict[str, Any] = {"embedding_multiplier": 12.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1}
+GEMMA3: dict[str, Any] = {
+    "head_dim": 32,
+    "sliding_window": 20,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 SMOLLM3: dict[str, Any] = {"no_rope_layers": [1, 1], "tie_word_embeddings": True, "pad_token_id": None}
 S4 = types("bf16", "s4")
 FP32 = types("fp32", "fp32")
@@ -179,6 +185,14 @@ HEALTHY: tuple[Healthy, ...] = (
     Healthy("mistral, a window", random("mistral", sliding_window=64), {**groups(16, 63, 16)}),
     Healthy("smollm3", random("smollm3", **SMOLLM3), {**groups(16, 63)}),
     Healthy("granite", random("granite", **GRANITE), {**FP32, **groups(16, 63)}),
+    Healthy("granite, multipliers", random("granite", **MULTIPLIERS), groups(16, 63)),
+    Healthy("qwen3", random("qwen3", head_dim=24, tie_word_embeddings=True), groups(16, 63, 16)),
+    Healthy("gemma3, windows", random("gemma3_text", **GEMMA3), groups(16, 127, 32)),
+    Healthy("gemma2, caps", random("gemma2", head_dim=32, sliding_window=24), {**FP32, **groups(16, 63)}),
+    Healthy("phi3, stored together", random("phi3", partial_rotary_factor=0.75, pad_token_id=None), groups(16, 63)),
+    Healthy("phi", random("phi"), {**FP32, **groups(16, 63)}),
+    Healthy("glm4, neighbours", random("glm4", head_dim=16, pad_token_id=None), groups(16, 63)),
+    Healthy("olmo2", random("olmo2"), {**FP32, **groups(16, 63)}),
     *(Healthy(f"text: {name}", text(kind), groups(16, 47)) for name, kind in TEXTS.items()),
     Healthy("text: template with a day", text(with_a_day), groups(16, 47), "template"),
     *(Healthy(f"mended text: {name}", text(kind), groups(16, 47)) for name, kind in kinds.MENDED.items()),

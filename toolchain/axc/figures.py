@@ -6,7 +6,7 @@ The file and what each array holds: board/axrun/doctor/figures.py.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from axc import VERSION, walk
 from axc.bundle import add_file
 from axc.text_proof import CONVERSATIONS, PLAIN
+from axc.weights import Source
 from axrun.agreement import NOISE
 from axrun.doctor import spelling
 from axrun.doctor.constants import EPSILON, checksum
@@ -43,11 +44,17 @@ LIKELIEST = 8  # of each token of the answer, beside those
 
 
 def leave(
-    folder: Path, checkpoint: Path, reference: Reference, ids: Sequence[int], show: Show, say: Say
+    folder: Path,
+    checkpoint: Path,
+    reference: Reference,
+    ids: Sequence[int],
+    weights: Mapping[str, Source],
+    show: Show,
+    say: Say,
 ) -> Figures | None:
     """Writes the figures into a bundle and its manifest, and says what they hold, or why there are none."""
     try:
-        figures = compute(reference, Bundle.open(folder), ids, text(checkpoint), show)
+        figures = compute(reference, Bundle.open(folder), ids, weights, text(checkpoint), show)
     except NoFigures as reason:
         say(f"no figures for a doctor on a board: {reason}")
         return None
@@ -70,8 +77,18 @@ class Asked:
     probes: list[tuple[int, int]]
 
 
-def compute(reference: Reference, bundle: Bundle, ids: Sequence[int], text: dict[str, Any], show: Show) -> Figures:
-    """The figures of a bundle. `ids` are tokens of a real text. Raises NoFigures, BadInput."""
+def compute(
+    reference: Reference,
+    bundle: Bundle,
+    ids: Sequence[int],
+    weights: Mapping[str, Source],
+    text: dict[str, Any],
+    show: Show,
+) -> Figures:
+    """The figures of a bundle. `ids` are tokens of a real text, `weights` those of its axmodels by name.
+
+    Raises NoFigures, BadInput.
+    """
     import transformers
 
     hidden_type = bundle.hidden_state_type
@@ -117,7 +134,7 @@ def compute(reference: Reference, bundle: Bundle, ids: Sequence[int], text: dict
             "vocab_size": bundle.vocab_size,
             "exact": sorted(name for name in NOISE if reference.exact_in(name)),
             "text": text,
-            **_constants(reference),
+            **_constants(reference, weights),
             "tools": {"axc": VERSION, "transformers": transformers.__version__},
         },
     )
@@ -183,13 +200,13 @@ def _layers(
     return updates, (news[0], news[1])
 
 
-def _constants(reference: Reference) -> dict[str, Any]:
+def _constants(reference: Reference, weights: Mapping[str, Source]) -> dict[str, Any]:
     """Checksums of the vectors by their names, and the epsilon of the norms where all have the same."""
     epsilons = {float(getattr(module, "variance_epsilon", 0)) for module in reference.model.modules()} - {0.0}
     vectors = {
-        name: checksum(weight.detach().float().numpy())
-        for name, weight in reference.model.named_parameters()
-        if weight.ndim == 1
+        name: checksum(source.rows(reference, 0, source.shape[0]))
+        for name, source in weights.items()
+        if len(source.shape) == 1
     }
     return {"vectors": vectors, **({EPSILON: epsilons.pop()} if len(epsilons) == 1 else {})}
 

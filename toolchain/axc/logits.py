@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc import VERSION, figures, hf_folder
+from axc import VERSION, config, figures, hf_folder
+from axc import compile as compiler
 from axc.bundle import add_file
+from axc.checkpoint import Checkpoint
 from axrun.errors import BadInput
 from axrun.format.bundle import read_manifest, sha256
 from axrun.format.logits import NAME, ReferenceLogits
@@ -77,9 +79,12 @@ def write(options: Options, show: Show = unseen, say: Say = lambda line: None) -
     if manifest is not None:
         _expect_same(manifest, inputs, options)
     logits, reference = compute(options, inputs, {} if manifest is None else manifest["model"], show)
-    if options.bundle is not None:
+    if options.bundle is not None and manifest is not None:
         add_file(options.bundle, NAME, logits.encode())
-        figures.leave(options.bundle, options.input_path, reference, logits.tokens[0].tolist(), show, say)
+        kind = options.model_type or manifest["model"]["model_type"]
+        weights = compiler.weights(config.load(Checkpoint.open(options.input_path), options.model_config, kind))
+        ids = logits.tokens[0].tolist()
+        figures.leave(options.bundle, options.input_path, reference, ids, weights, show, say)
         return options.bundle / NAME, logits
     assert options.output_path is not None
     try:

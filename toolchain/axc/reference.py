@@ -218,6 +218,14 @@ class Reference:
         """Rows [start, stop) of a weight, in float32."""
         return np.asarray(self.model.get_parameter(name)[start:stop].float().numpy())
 
+    def dtype(self, name: str) -> str:
+        """Of what `finite_rows` gives: the two let weight sources (axc.weights) read transformers' tensors."""
+        return "FLOAT"
+
+    def finite_rows(self, name: str, start: int, stop: int) -> Floats:
+        """Rows [start, stop) of a weight, in float32."""
+        return self.weight(name, start, stop)
+
     @torch.no_grad()
     def fed(
         self, hidden: list[Floats], history: list[tuple[Floats, Floats]], heads: list[int]

@@ -46,19 +46,6 @@ class Options:
     prompt: str = "1+1="
 
 
-class Read:
-    """transformers' tensors as weight sources read them: all in float32."""
-
-    def __init__(self, reference: Reference) -> None:
-        self.reference = reference
-
-    def dtype(self, name: str) -> str:
-        return "FLOAT"
-
-    def finite_rows(self, name: str, start: int, stop: int) -> NDArray[np.float32]:
-        return self.reference.weight(name, start, stop)
-
-
 class Unusable(Exception):
     """The checkpoint, not the bundle, cannot be used: ends the walk with the BadInput that it carries."""
 
@@ -118,7 +105,7 @@ class Case:
         """Rows [start, stop) of an axmodel's weight, made of what transformers read."""
         source = self.weights[name]
         stop = source.shape[0] if stop is None else min(stop, source.shape[0])
-        return np.asarray(source.rows(Read(self.reference), start, stop), np.float32)
+        return np.asarray(source.rows(self.reference, start, stop), np.float32)
 
     @functools.cached_property
     def expected(self) -> expected.Expected:

@@ -107,9 +107,9 @@ def _heads(model: Axmodel, reference: Reference) -> Iterator[Constant]:
         for extra, right in (("is_causal", 0.0), ("softcap", _softcap(reference))):
             value = _number(node, extra, 0.0)
             if not math.isclose(value, right, rel_tol=1e-5):
-                wanted, seen = (f"{number:g}" if number else "none" for number in (right, value))
+                asked, found = (f"{number:g}" if number else "none" for number in (right, value))
                 yield Constant(
-                    f"{extra} of Attention", wanted, seen, f"attention has {extra} {seen}, the checkpoint {wanted}"
+                    f"{extra} of Attention", asked, found, f"attention has {extra} {found}, the checkpoint {asked}"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Cases for single operators: ONNX's own backend node tests, and shapes drawn here with the reference evaluator's answer.
+"""Cases for single operators: ONNX's own backend node tests, and drawn shapes with the reference evaluator's answer.
 
 A case is a model of one node with its inputs and what comes out, as numpy arrays.
 """

@@ -206,6 +206,9 @@ class Fuser {
     const auto [k_cache, k] = *keys;
     const auto [v_cache, v] = *values;
     const Shape &kept = value(k_cache).shape, &current = value(k).shape;
+    for (const int read : {attention.inputs[2], attention.inputs[3]}) {
+      if (value(read).type != Type::Float) return;
+    }
     if (value(mask).type != value(k).type || value(v).type != value(k).type || value(v).shape != current ||
         value(v_cache).shape != kept || current[1] != q.shape[1] ||
         value(mask).shape != Shape{Dim{1}, q.shape[1], kept[1] + current[1]} ||

@@ -55,8 +55,8 @@ void plan(const Graph& graph, Program& program) {
     }
     program.slots[value] = {area, offset, width};
     program.areas[area].width = std::max(program.areas[area].width, offset + width);
-    placed.push_back(value);
-    std::sort(placed.begin(), placed.end(), [&](int a, int b) { return program.slots[a].offset < program.slots[b].offset; });
+    const auto before = [&](size_t at, int other) { return at < program.slots[other].offset; };
+    placed.insert(std::upper_bound(placed.begin(), placed.end(), offset, before), value);
   }
 }
 

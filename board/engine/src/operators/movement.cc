@@ -245,6 +245,7 @@ void infer_slice(Infer& infer) {
 
 void run_slice(const Call& call) {
   const View &x = call.in[0], &y = call.out[0];
+  if (!y.count()) return;
   std::array<int64_t, kMostRank> strides = dense_strides(x);
   int64_t offset = 0;
   for (size_t i = 0; i < call.numbers(1); ++i) {

@@ -163,17 +163,22 @@ void run_top_k(const Call& call) {
   if (!rows || !k) return;
   const auto scratch = call.scratch<uint8_t>(width * (sizeof(int64_t) + sizeof(uint32_t)));
   const auto pick = [&]<class Number>(Number, size_t row, uint8_t* memory) {
-    Number* row_of = reinterpret_cast<Number*>(memory);
+    const Number* values = reinterpret_cast<const Number*>(memory);
     uint32_t* order = reinterpret_cast<uint32_t*>(memory + width * sizeof(int64_t));
     const size_t start = row / inner * width * inner + row % inner;
-    for (size_t i = 0; i < width; i += kRun) {
-      const size_t count = std::min(kRun, width - i);
-      const Number* from = load_run(call.kernels, x, start + i * inner, inner, count, row_of + i);
-      if (from != row_of + i) std::memcpy(row_of + i, from, count * sizeof(Number));
+    if (inner == 1 && x.type == (std::is_same_v<Number, float> ? Type::Float : Type::Int64)) {
+      values = reinterpret_cast<const Number*>(x.data) + start;
+    } else {
+      Number* row_of = reinterpret_cast<Number*>(memory);
+      for (size_t i = 0; i < width; i += kRun) {
+        const size_t count = std::min(kRun, width - i);
+        const Number* from = load_run(call.kernels, x, start + i * inner, inner, count, row_of + i);
+        if (from != row_of + i) std::memcpy(row_of + i, from, count * sizeof(Number));
+      }
     }
     std::iota(order, order + width, uint32_t{0});
     std::partial_sort(order, order + k, order + width, [&](uint32_t a, uint32_t b) {
-      const Number p = row_of[a], q = row_of[b];
+      const Number p = values[a], q = values[b];
       const bool p_nan = p != p, q_nan = q != q;
       if (p_nan || q_nan) return p_nan != q_nan ? q_nan : a < b;
       return p != q ? (largest ? p > q : p < q) : a < b;

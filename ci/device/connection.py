@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any
 
 from axrun.errors import BadInput
-from ci.device import programs, ssh
+from ci.device import programs, ssh, strict_json
 from ci.device.place import Address, Board
 from ci.device.ssh import CONNECT_SECONDS, REQUEST_SECONDS, Lost
 
@@ -191,8 +191,8 @@ class Connection:
     def _receive(self, verb: str, seconds: float) -> Any:
         line = self._line(verb, seconds)
         try:
-            answer = json.loads(line)
-        except (ValueError, RecursionError):
+            answer = strict_json.loads(line)
+        except ValueError:
             answer = None
         if not isinstance(answer, dict) or not ({"ok"} <= answer.keys() or {"error", "text"} <= answer.keys()):
             raise Lost(

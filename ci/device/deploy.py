@@ -18,7 +18,7 @@ from axrun.errors import BadInput, CheckFailed
 from axrun.format import bundle as bundles
 from axrun.format.bundle import Bundle
 from axrun.memory import needs
-from ci.device import evidence, reach, settings
+from ci.device import evidence, reach, settings, strict_json
 from ci.device.connection import Connection
 from ci.device.evidence import Record
 from ci.device.listing import Listing
@@ -167,7 +167,7 @@ def _answer(said: Any, board: Board, name: str, release: Mapping[str, Any]) -> s
         errors = [line for line in lines if line.startswith("error:")] or lines
         raise CheckFailed(f"release {name} does not run on {board.name}: {ascii(errors[-1][:300])[1:-1]}\n{kept}")
     try:
-        answer = json.loads(said["stdout"])
+        answer = strict_json.loads(said["stdout"])
         text, tokens = str(answer["text"]), [int(token) for token in answer["tokens"]]
     except (ValueError, KeyError, TypeError):
         raise CheckFailed(f"release {name} on {board.name} answers {said['stdout'][:80]!a}\n{kept}") from None

@@ -18,7 +18,7 @@ from typing import Any
 from axrun.errors import BadInput
 from axrun.format.bundle import MANIFEST
 from axrun.format.logits import NAME as REFERENCE
-from ci.device import commands
+from ci.device import commands, strict_json
 from ci.device.listing import Listing
 
 ENGINES = re.compile(r"libax_(engine|sys)\.so(\.\d+)*")
@@ -78,16 +78,16 @@ def write(file: Path, record: Record) -> None:
 def read(file: Path) -> Record:
     """Raises BadInput where there is no such record."""
     try:
-        values = json.loads(file.read_text("utf-8"))
+        values = strict_json.read(file)
     except FileNotFoundError:
         raise BadInput(
             f"no deploy is recorded in {file}: what is on the board is not known\n"
             f"First: {commands.invoke('deploy', '--board', file.stem)}"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {file}: {error}") from None
     known = {entry.name: entry for entry in dataclasses.fields(Record)}
-    if not isinstance(values, dict) or values.pop("schema", None) != SCHEMA or set(values) != set(known):
+    if values.pop("schema", None) != SCHEMA or set(values) != set(known):
         raise BadInput(
             f"{file} is no record of a deploy\nDeploy again: {commands.invoke('deploy', '--board', file.stem)}"
         )

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO
 
 from axrun.errors import BadInput, Failure
-from ci.device import place
+from ci.device import place, strict_json
 from ci.device.place import Board, Say, quiet
 
 MARK = "AXC_HOLDER"  # the environment variable of the mark, and the label of containers (ci/container/engine.py)
@@ -170,7 +170,7 @@ def read(board: Board) -> list[Note]:
     found = []
     for file in sorted(_folder(board).glob("*.json")):
         try:
-            values = json.loads(file.read_text("utf-8"))
+            values = strict_json.read(file)
             note = Note(**{entry.name: values[entry.name] for entry in fields(Note)})
         except (OSError, ValueError, TypeError, KeyError):
             _forget(file)  # no note of ours: those are renamed into place whole

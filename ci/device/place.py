@@ -32,13 +32,10 @@ CLIENT_SECONDS = 30
 TELL_SECONDS = 30.0  # between two lines about a board that is waited for
 HELD = "LG_BOARD_HELD"  # the state folder of a board that is held already
 
-# what a board's YAML says under `options`, beside what labgrid reads of it
+# what a board's YAML says under `options`, beside what labgrid reads of it: what it must be, and that in words
 OPTIONS = {
-    "board": r"[a-z0-9][a-z0-9-]{0,31}",
-    "architecture": r"[a-z0-9_]{1,32}",
-    "python": r"3\.\d{1,2}",
-    "root": r"/?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*",
-    "engine": r"[a-z0-9_]{1,32}",
+    "board": (r"[a-z0-9][a-z0-9-]{0,31}", "a name of lower-case letters, digits and '-'"),
+    **{key: settings.KNOWN[key][1:] for key in ("architecture", "python", "root", "engine")},
 }
 
 
@@ -135,15 +132,16 @@ def find(name: str) -> Board:
         raise BadInput(f"no board is named {name!r}: ci/boards/ has {', '.join(known)}\nOr give a .yaml of your own.")
     options, given = dict(_options(yaml)), settings.read(yaml.stem)
     options |= {key: setting.value for key, setting in given.items()}
-    for key, pattern in OPTIONS.items():
+    for key, (pattern, words) in OPTIONS.items():
         if not re.fullmatch(pattern, str(options.get(key))):
-            raise BadInput(f"{yaml}: options.{key} is {options.get(key)!r}, expected {pattern}")
+            raise BadInput(f"{yaml}: options.{key} is {options.get(key)!a:.80}, expected {words}")
     home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     kept = {key: str(options[key]) for key in OPTIONS if key != "board"}
+    kept_in = str(options.get("state") or home / "axc" / "boards" / str(options["board"]))
     return Board(
         name=str(options["board"]),
         yaml=yaml.resolve(),
-        state=Path(options.get("state") or home / "axc" / "boards" / str(options["board"])).expanduser().absolute(),
+        state=settings.expanded(kept_in, f"{yaml}: options.state").absolute(),
         address=str(options.get("address", "")),
         power=str(options.get("power", "")),
         reserve=str(options.get("reserve", "")),

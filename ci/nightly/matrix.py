@@ -23,12 +23,12 @@ from typing import Any, TypeVar
 
 from axc.models import load_model
 from axrun.errors import BadInput, Failure
-from ci.device import place
+from ci.device import place, toml_lines
 from ci.device.place import Board
-from ci.nightly import course, history, preflight, targets, toml_lines, variant
+from ci.device.toml_lines import line
+from ci.nightly import course, history, preflight, targets, variant
 from ci.nightly.preflight import Plan
 from ci.nightly.targets import Target
-from ci.nightly.toml_lines import line
 from ci.nightly.variant import Variant
 
 KEYS = ("boards", "models", "weight_type", "targets", "exclude")

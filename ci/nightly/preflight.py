@@ -56,7 +56,7 @@ def check(
     models = sorted(path.stem for path in (place.ROOT / "models").glob("*.toml"))
     boards = sorted({board.name, *(path.stem for path in place.BOARDS.glob("*.yaml"))})
     kept = quarantine.load(board.name, model, models, boards, quarantined, gates)
-    notes = [*power.unable(board), *_gone(found, maker, before), *_unheld(found), *kept.notes()]
+    notes = [*power.unable(board), *_gone(found, maker, before), *_unheld(found), *_wide(found), *kept.notes()]
     held = {name: entry for name, entry in found.items() if not instructions.unheld(name)}
     return Plan(maker, held, unjudged, tuple(notes), kept)
 
@@ -111,6 +111,13 @@ def _unheld(gates: Mapping[str, Gate]) -> Iterator[str]:
     for name in gates:
         if why := instructions.unheld(name):
             yield f"not judged: {metrics.find(name).label}: {why}"
+
+
+def _wide(gates: Mapping[str, Gate]) -> Iterator[str]:
+    """Gates that let nearly anything pass."""
+    for name, entry in gates.items():
+        if entry.wide:
+            yield f"the gate of {metrics.find(name).label} lets nearly anything pass: {entry.text()}"
 
 
 def _gone(gates: Mapping[str, Gate], maker: str, before: History) -> Iterator[str]:

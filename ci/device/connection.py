@@ -31,6 +31,7 @@ RSYNC_SECONDS = 6 * 3600
 ANSWER_BYTES = 4 << 20
 NO_PYTHON = 127  # a shell's exit code for a command it does not find
 
+INTERPRETER = dict.fromkeys(("found", "found_sha256", "program", "program_sha256", "version"), str)
 # what each verb of the programs on the board returns: a type, (one of several), [of entries], {key: of its value}
 ANSWERS: Mapping[str, Any] = {
     "facts": {
@@ -39,12 +40,14 @@ ANSWERS: Mapping[str, Any] = {
         **dict.fromkeys(("memory", "cmm"), (int, None)),
         **dict.fromkeys(("writable", "read_only"), bool),
         "free": int,
+        "interpreter": INTERPRETER,
     },
     "survey": {"whole": bool, "into": str, "like": (str, None), "needed": int, "free": int},
-    "verify": [str],
+    **{key: [str] for key in ("verify", "compiled")},
     "inventory": {
         **dict.fromkeys(("root", "boot"), str),
         "current": (str, None),
+        "python": INTERPRETER,
         **{key: [[str]] for key in ("folders", "release", "package", "model")},
     },
     "status": {

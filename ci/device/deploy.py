@@ -71,6 +71,8 @@ def deploy(
         facts = link.call("facts")
         say(_introduce(board, facts))
         _require(board, facts, opened)
+        if around := evidence.wrapped(facts["interpreter"]):
+            say(f"note: python3 on {board.name} is {around}; a night is red with it")
         manifest = bundles.verify(bundle)
         link.call("lock", owner=owner())
         made = package if isinstance(package, Package) else package()
@@ -89,16 +91,26 @@ def deploy(
         was = link.call("switch", name=name)
         say(f"current is {name}, {'as before' if was == name else f'was {was}' if was else 'the first'}")
         if record is not None:
-            evidence.write(record, _record(board, name, release, made.listing, model))
+            python = facts["interpreter"]
+            evidence.write(record, _record(board, name, release, made.listing, model, python))
         for gone in link.call("prune", keep=keep):
             say(f"removed {gone}")
     return Deployed(name, was, answer, sum(sent), made.listing.size + model.size)
 
 
-def _record(board: Board, name: str, release: Mapping[str, Any], package: Listing, model: Listing) -> Record:
+def _record(
+    board: Board,
+    name: str,
+    release: Mapping[str, Any],
+    package: Listing,
+    model: Listing,
+    python: Mapping[str, str],
+) -> Record:
     text = json.dumps(release, sort_keys=True)  # as ci/device/on_board/releases.py writes it
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Record(board.name, name, package.id, model.id, digest, evidence.files(package), evidence.files(model))
+    return Record(
+        board.name, name, package.id, model.id, digest, evidence.files(package), evidence.files(model), python
+    )
 
 
 def rollback(board: Board, at: Address, say: Say = lambda line: None) -> Deployed:

@@ -46,6 +46,14 @@ def quiet(line: str) -> None:
     """Says nothing."""
 
 
+class Held(BadInput):
+    """Somebody else holds the board; `who` says who."""
+
+    def __init__(self, board: str, who: str, advice: str) -> None:
+        super().__init__(f"{board} is held by {who}{advice}")
+        self.who = who
+
+
 class Waited(BadInput):
     """A farm's coordinator did not answer in time."""
 
@@ -291,7 +299,7 @@ def hold(board: Board, seconds: int = 0, say: Say = quiet, reserved: Say = quiet
 
     Waits up to `seconds`; who is waited for is said at once and every TELL_SECONDS. `reserved` is told the token of a
     farm's reservation. A command that a holder starts with HELD in its environment need not wait for that holder.
-    Raises BadInput naming who has it.
+    Raises Held naming who has it, BadInput in a farm.
     """
     if os.environ.get(HELD) == str(board.state):
         yield
@@ -326,7 +334,7 @@ def _flock(lock: Any, board: Board, seconds: int, say: Say) -> None:
             lock.seek(0)
             who = "".join(c if c.isprintable() else "�" for c in lock.readline(200).strip()) or "somebody"
             if now >= began + seconds:
-                raise BadInput(f"{board.name} is held by {who}\nWait for it, or ask them to let go.") from None
+                raise Held(board.name, who, "\nWait for it, or ask them to let go.") from None
             if told == began or now >= told + TELL_SECONDS:
                 say(f"{board.name} is held by {who}; waited {now - began:.0f} s of at most {seconds} s")
                 told = now

@@ -205,7 +205,11 @@ def _build(bundle: Path) -> None:
 def _look(board: Board, at: Address, kit: Kit, seen: Seen) -> Seen:
     """Every file of the known bundle and its runner, and its answer."""
     with Connection(board, at) as link:
-        faults = evidence.compare(kit.record, link.call("inventory", LISTING_SECONDS, **_names(kit.record)))
+        there = link.call("inventory", LISTING_SECONDS, **_names(kit.record))
+        if around := evidence.wrapped(there["python"]):
+            seen.faults.append(f"python3 is {around}: expected the interpreter itself")
+            return seen
+        faults = evidence.compare(dataclasses.replace(kit.record, python={}), there)  # an update is a note
         if faults:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
             seen.faults.append(f"the known bundle is not what was sent: {FOLDER}/{faults[0]}{more}")
@@ -287,7 +291,7 @@ def main(argv: Sequence[str]) -> int:
         if found.faults:
             raise CheckFailed(found.reason(board.name))
     except Failure as failure:
-        print(f"error: {failure}")
+        print(f"error: {failure}", file=sys.stderr, flush=True)
         return failure.exit_code
     return 0
 

@@ -80,8 +80,8 @@ def plans(matrix: Matrix, folder: Path) -> dict[Cell, Plan]:
     found, refused = {}, []
     for cell in matrix.cells:
         try:
-            if cell.board.in_farm and not os.environ.get("LG_COORDINATOR"):
-                raise BadInput("it is in a farm: name its coordinator, LG_COORDINATOR=host:20408")
+            if cell.board.in_farm:
+                preflight.require_set_up(cell.board)
             before = history.read(folder, cell.board.name, cell.model.name)
             found[cell] = preflight.check(cell.board, cell.model.name, None, folder, before)
         except Failure as failure:

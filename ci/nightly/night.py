@@ -19,6 +19,7 @@ from typing import Any
 from axrun.errors import BadInput, Failure
 from axrun.format.bundle import MANIFEST, read_manifest, sha256
 from ci.device import commands, doctor, evidence, place, strict_json
+from ci.device.place import Board
 from ci.nightly import (
     bisection,
     board_records,
@@ -42,6 +43,7 @@ from ci.nightly.preflight import Plan
 from ci.nightly.report import changes
 from ci.nightly.report.page import Page, render
 from ci.nightly.stage import Stage
+from ci.nightly.variant import Variant
 from ci.nightly.verdict import Verdict, drifts, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +58,8 @@ ARTIFACTS = {
     doctor.FILE: "what the doctor found, stage by stage, here and on the board",
     **board_records.ARTIFACTS,
 }
+
+PYTHON = ("program", "version", "program_sha256")  # of the evidence, for the history
 
 Say = Callable[[str], None]
 
@@ -123,6 +127,7 @@ def nightly(options: Options, say: Say = lambda line: None) -> Held:
     """Holds a night and reports it. Raises BadInput for a board, a model or a folder that there is not."""
     board, model = place.find(options.board), variant.find(options.model)
     before = history.read(options.history, board.name, model.name)
+    preflight.require_set_up(board)
     plan = preflight.check(board, model.name, options.bundle, options.history, before)
     notify.words(options.notify)
     for line in (plan.unjudged, *plan.notes):
@@ -130,6 +135,13 @@ def nightly(options: Options, say: Say = lambda line: None) -> Held:
             say(line)
     started = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     clock = time.monotonic()
+    with run_folder.claimed(options.out / board.name):
+        return _night(options, board, model, before, plan, started, clock, say)
+
+
+def _night(
+    options: Options, board: Board, model: Variant, before: History, plan: Plan, started: str, clock: float, say: Say
+) -> Held:
     folder = run_folder.new(options.out / board.name / "nights" / model.name, started, KEPT_NIGHTS)
     signals = Signals()
     course = Course(options, board, model, folder, say, lambda: signals.reason)
@@ -204,6 +216,8 @@ def _seen(course: Course) -> dict[str, Any]:
     named = found.get("evidence")
     named = named if isinstance(named, dict) else {}
     seen["release"], seen["package"] = _text(named.get("release", "")), _text(named.get("package", ""))
+    if isinstance(python := named.get("python"), dict):
+        seen["machine"]["interpreter"] = _text(" ".join(str(python.get(key, "")) for key in PYTHON))
     loaded = named.get("library")
     seen["engine_sha256"] = _text(loaded.get("sha256", "")) if isinstance(loaded, dict) else ""
     return seen

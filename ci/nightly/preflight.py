@@ -7,13 +7,15 @@ recorded and not judged, and say so; then gates must be recorded, or the next ni
 from __future__ import annotations
 
 import difflib
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from axrun.errors import BadInput
 from axrun.format.bundle import read_manifest
-from ci.device import commands, place, power
+from ci.device import commands, place, power, settings
 from ci.device.place import Board
 from ci.nightly import gate, history, instructions, metrics, quarantine, variant
 from ci.nightly.gate import Gate
@@ -59,6 +61,23 @@ def check(
     notes = [*power.unable(board), *_gone(found, maker, before), *_unheld(found), *_wide(found), *kept.notes()]
     held = {name: entry for name, entry in found.items() if not instructions.unheld(name)}
     return Plan(maker, held, unjudged, tuple(notes), kept)
+
+
+def require_set_up(board: Board) -> None:
+    """Raises BadInput for a farm without a coordinator, and for a board whose address is a placeholder of its YAML."""
+    if board.in_farm:
+        if not os.environ.get("LG_COORDINATOR"):
+            raise BadInput("it is in a farm: name its coordinator, LG_COORDINATOR=host:20408")
+        return
+    at = place.address(board)
+    if "address" not in board.given and board.yaml.parent == place.BOARDS and not board.emulated:
+        try:
+            socket.getaddrinfo(at.host, at.port)
+        except OSError:
+            raise BadInput(
+                f"{board.name} is not set up on this machine: nothing is named {at.host!a}, the placeholder in "
+                f"{board.yaml}\nSay its address in {settings.file(board.yaml.stem)}: docs/boards.md"
+            ) from None
 
 
 def _require_measurable(file: Path, board: Board, maker: str, gates: Mapping[str, Gate]) -> None:

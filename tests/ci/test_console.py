@@ -137,6 +137,15 @@ def test_the_emulated_boards_file_comes_by_the_same_driver(tmp_path: Path) -> No
     ]
 
 
+def test_what_an_emulated_board_said_before_the_night_is_not_of_the_night(tmp_path: Path) -> None:
+    board = dataclasses.replace(place.find("virtual"), state=tmp_path / "state")
+    board.state.mkdir()
+    (board.state / "console.log").write_bytes(b"of the session before\n")
+    process = console.start(board, tmp_path / "console.log")
+    assert not (board.state / "console.log").exists()
+    console.stop(process)
+
+
 def test_a_board_without_a_console_says_so(tmp_path: Path) -> None:
     board = dataclasses.replace(place.find("ax650"), state=tmp_path)
     process = console.start(board, tmp_path / "console.log")

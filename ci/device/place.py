@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from axrun.errors import BadInput, CheckFailed
-from ci.device import commands, relay, settings
+from ci.device import bounded, commands, relay, settings
 from ci.device.settings import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,6 +28,7 @@ BOARDS = ROOT / "ci" / "boards"
 SSH = BOARDS / "ssh"  # checks the host key; labgrid's own way of calling ssh would accept any
 BY_HAND = ("manual", "none")  # values of `power` that name no port
 CLIENT_SECONDS = 30
+MOST_SAID = 1 << 20  # bytes of what labgrid-client says: its end
 TELL_SECONDS = 30.0  # between two lines about a board that is waited for
 HELD = "LG_BOARD_HELD"  # the state folder of a board that is held already
 
@@ -388,16 +388,14 @@ def client(board: Board, *words: str, seconds: float = CLIENT_SECONDS) -> str:
         raise BadInput(
             f"there is no labgrid-client beside this Python: {commands.invoke('setup', '--extra', 'boards')}"
         )
-    try:
-        done = subprocess.run(
-            [program, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise Waited(f"labgrid-client {' '.join(words)} did not answer in {seconds:.0f} s") from None
-    if done.returncode:
-        last = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()][-1:]
+    done = bounded.run([program, *words], seconds=seconds, most=MOST_SAID, drains=True)
+    out, err = done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
+    if done.code is None:
+        raise Waited(f"labgrid-client {' '.join(words)} did not answer in {seconds:.0f} s")
+    if done.code:
+        last = [line for line in (err + out).splitlines() if line.strip()][-1:]
         raise BadInput(f"labgrid-client {' '.join(words)}: {(last or ['it said nothing'])[0][:300]}")
-    return done.stdout
+    return out
 
 
 def _options(yaml: Path) -> Mapping[str, Any]:

@@ -122,8 +122,8 @@ def test_the_emulated_boards_file_comes_by_the_same_driver(tmp_path: Path) -> No
     board = dataclasses.replace(place.find("virtual"), state=tmp_path / "state")
     board.state.mkdir()
     said, file = board.state / "console.log", tmp_path / "console.log"
-    said.write_bytes(b"before the power cycle\nand a longer line than what comes after it\n")
     with kept(board, file):
+        said.write_bytes(b"before the power cycle\nand a longer line than what comes after it\n")
         until(lambda: "longer" in file.read_text())
         said.write_bytes(b"Server listening\n")
         until(lambda: "Server listening" in file.read_text())

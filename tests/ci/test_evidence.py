@@ -65,7 +65,7 @@ def make(root: Path, package: Path, bundle: Path, prompt: str) -> Record:
     releases.assemble(digest[:16], release)
     releases.switch(digest[:16])
     files = [evidence.files(listings[store]) for store in ("packages", "models")]
-    return Record("host", digest[:16], release["package"], release["model"], digest, *files, PYTHON)
+    return Record("host", digest[:16], release["package"], release["model"], digest, *files, python=PYTHON)
 
 
 @pytest.fixture

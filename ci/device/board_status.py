@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from axrun.errors import Failure
-from ci.device import reach, settings
+from ci.device import commands, holding, reach, settings
 from ci.device.connection import Connection
 from ci.device.place import Address, Board
 from ci.device.programs import STATE
@@ -22,10 +22,12 @@ def status(board: Board, at: Address) -> dict[str, Any]:
     """Everything that is known, for --json; `answers` is empty where the board does, else why it does not."""
     known: dict[str, Any] = {
         "board": board.name,
+        "argument": board.argument,
         "emulated": board.emulated,
         "settings": _settings(board, at),
         "switch": board.switch,
         "holder": holder(board),
+        "left": [note.title for note in holding.read(board) if not holding.alive(board, note)],
         "answers": reach.silence(at),
     }
     if known["answers"]:
@@ -60,6 +62,9 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield f"{title}: answers"
         yield from (f"  {name:<12}{text}" for name, text in _rows(found["facts"], found["status"]) if text)
     yield f"  {'held by':<12}{found['holder'] or 'nobody'}"
+    for title in found["left"]:
+        free = commands.invoke("board.free", "--board", found["argument"])
+        yield f"  {'left by':<12}{title}, which was killed: {free}"
     yield f"  {'switched by':<12}{SWITCHED[found['switch']]}"
     yield "settings"
     for name, (value, source) in found["settings"].items():

@@ -22,15 +22,17 @@ from types import TracebackType
 from typing import Any
 
 from axrun.errors import BadInput
-from ci.device import programs, ssh
+from ci.device import bounded, programs, ssh, strict_json
 from ci.device.place import Address, Board
 from ci.device.ssh import CONNECT_SECONDS, REQUEST_SECONDS, Lost
 
 STALL_SECONDS = 300
 RSYNC_SECONDS = 6 * 3600
 ANSWER_BYTES = 4 << 20
+MOST_SAID = 1 << 20  # bytes of what rsync says: its end
 NO_PYTHON = 127  # a shell's exit code for a command it does not find
 
+INTERPRETER = dict.fromkeys(("found", "found_sha256", "program", "program_sha256", "version"), str)
 # what each verb of the programs on the board returns: a type, (one of several), [of entries], {key: of its value}
 ANSWERS: Mapping[str, Any] = {
     "facts": {
@@ -39,12 +41,14 @@ ANSWERS: Mapping[str, Any] = {
         **dict.fromkeys(("memory", "cmm"), (int, None)),
         **dict.fromkeys(("writable", "read_only"), bool),
         "free": int,
+        "interpreter": INTERPRETER,
     },
     "survey": {"whole": bool, "into": str, "like": (str, None), "needed": int, "free": int},
-    "verify": [str],
+    **{key: [str] for key in ("verify", "compiled")},
     "inventory": {
         **dict.fromkeys(("root", "boot"), str),
         "current": (str, None),
+        "python": INTERPRETER,
         **{key: [[str]] for key in ("folders", "release", "package", "model")},
     },
     "status": {
@@ -151,27 +155,19 @@ class Connection:
         ]
         command = [*ssh.mortal("KILL"), *command]  # it shall not outlive the deploy that holds the lock
         try:
-            done = subprocess.run(
-                command,
-                env=ssh.environment(self.board),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=RSYNC_SECONDS,
-                check=False,
+            done = bounded.run(
+                command, seconds=RSYNC_SECONDS, most=MOST_SAID, environment=ssh.environment(self.board), drains=True
             )
-        except subprocess.TimeoutExpired:
-            raise Lost(f"{self.board.name}: rsync was not done after {RSYNC_SECONDS} s") from None
         except FileNotFoundError:
             raise BadInput("there is no rsync on this machine: apt-get install rsync") from None
-        if done.returncode:
-            if NO_SPACE.search(done.stderr):
+        if done.code is None:
+            raise Lost(f"{self.board.name}: rsync was not done after {RSYNC_SECONDS} s")
+        stats, said = (text.decode("utf-8", "replace") for text in (done.stdout, done.stderr))
+        if done.code:
+            if NO_SPACE.search(said):
                 raise BadInput(f"the disk of {self.board.name} got full while {source.name} was being sent")
-            raise Lost(self._meaning(done.stderr) or f"rsync to {self.board.name}: {ssh.last_line(done.stderr)}")
-        numbers = [
-            _number(done.stdout, name) for name in ("Total bytes sent", "Total bytes received", "Total file size")
-        ]
+            raise Lost(self._meaning(said) or f"rsync to {self.board.name}: {ssh.last_line(said)}")
+        numbers = [_number(stats, name) for name in ("Total bytes sent", "Total bytes received", "Total file size")]
         return Moved(numbers[0] + numbers[1], numbers[2])
 
     def forwarded(self, port: int) -> AbstractContextManager[int]:
@@ -191,8 +187,8 @@ class Connection:
     def _receive(self, verb: str, seconds: float) -> Any:
         line = self._line(verb, seconds)
         try:
-            answer = json.loads(line)
-        except (ValueError, RecursionError):
+            answer = strict_json.loads(line)
+        except ValueError:
             answer = None
         if not isinstance(answer, dict) or not ({"ok"} <= answer.keys() or {"error", "text"} <= answer.keys()):
             raise Lost(

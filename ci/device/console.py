@@ -28,6 +28,7 @@ from ci.device.place import Board
 
 PR_SET_PDEATHSIG = 1
 ROOT = Path(__file__).resolve().parents[2]
+BEFORE = "console.before.log"
 NAME = "console.log"
 MOST, LONGEST = 2 << 20, 400  # bytes of the file, characters of a line
 BLOCK = 1024  # bytes at a time
@@ -100,8 +101,11 @@ def tail(file: Path) -> str:
 
 
 def start(board: Board, file: Path) -> subprocess.Popen[bytes]:
-    """Keeps the console in `file`, in a process that ends with this one."""
+    """Keeps the console in `file`, in a process that ends with this one. Before the board is switched on."""
     file.write_bytes(b"")
+    if board.emulated:  # what it said since it was last switched on is of another time; its next start makes a new file
+        with contextlib.suppress(OSError):
+            os.replace(board.state / NAME, board.state / BEFORE)
     return subprocess.Popen(
         [sys.executable, "-m", "ci.device.console", str(board.yaml), str(file)],
         cwd=ROOT,

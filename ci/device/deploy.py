@@ -18,7 +18,7 @@ from axrun.errors import BadInput, CheckFailed
 from axrun.format import bundle as bundles
 from axrun.format.bundle import Bundle
 from axrun.memory import needs
-from ci.device import evidence, reach, settings
+from ci.device import evidence, reach, settings, strict_json
 from ci.device.connection import Connection
 from ci.device.evidence import Record
 from ci.device.listing import Listing
@@ -71,6 +71,8 @@ def deploy(
         facts = link.call("facts")
         say(_introduce(board, facts))
         _require(board, facts, opened)
+        if around := evidence.wrapped(facts["interpreter"]):
+            say(f"note: python3 on {board.name} is {around}; a night is red with it")
         manifest = bundles.verify(bundle)
         link.call("lock", owner=owner())
         made = package if isinstance(package, Package) else package()
@@ -89,16 +91,26 @@ def deploy(
         was = link.call("switch", name=name)
         say(f"current is {name}, {'as before' if was == name else f'was {was}' if was else 'the first'}")
         if record is not None:
-            evidence.write(record, _record(board, name, release, made.listing, model))
+            python = facts["interpreter"]
+            evidence.write(record, _record(board, name, release, made.listing, model, python))
         for gone in link.call("prune", keep=keep):
             say(f"removed {gone}")
     return Deployed(name, was, answer, sum(sent), made.listing.size + model.size)
 
 
-def _record(board: Board, name: str, release: Mapping[str, Any], package: Listing, model: Listing) -> Record:
+def _record(
+    board: Board,
+    name: str,
+    release: Mapping[str, Any],
+    package: Listing,
+    model: Listing,
+    python: Mapping[str, str],
+) -> Record:
     text = json.dumps(release, sort_keys=True)  # as ci/device/on_board/releases.py writes it
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return Record(board.name, name, package.id, model.id, digest, evidence.files(package), evidence.files(model))
+    return Record(
+        board.name, name, package.id, model.id, digest, evidence.files(package), evidence.files(model), python
+    )
 
 
 def rollback(board: Board, at: Address, say: Say = lambda line: None) -> Deployed:
@@ -167,7 +179,7 @@ def _answer(said: Any, board: Board, name: str, release: Mapping[str, Any]) -> s
         errors = [line for line in lines if line.startswith("error:")] or lines
         raise CheckFailed(f"release {name} does not run on {board.name}: {ascii(errors[-1][:300])[1:-1]}\n{kept}")
     try:
-        answer = json.loads(said["stdout"])
+        answer = strict_json.loads(said["stdout"])
         text, tokens = str(answer["text"]), [int(token) for token in answer["tokens"]]
     except (ValueError, KeyError, TypeError):
         raise CheckFailed(f"release {name} on {board.name} answers {said['stdout'][:80]!a}\n{kept}") from None

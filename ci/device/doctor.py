@@ -22,7 +22,7 @@ from typing import Any
 
 from axrun.doctor.report import STAGES, Finding, Report
 from axrun.errors import BadInput, CheckFailed, Failure
-from ci.device import place
+from ci.device import place, strict_json
 from ci.device.connection import Connection
 from ci.device.place import Address, Board
 
@@ -93,8 +93,8 @@ def on_board(board: Board, at: Address, seconds: float = SECONDS, model: str = "
     if said["code"] is None:
         raise CheckFailed(f"axrun doctor was not done on {board.name} after {seconds:.0f} s")
     try:
-        report = Report.parse(json.loads(said["stdout"]))
-    except (ValueError, RecursionError) as error:
+        report = Report.parse(strict_json.loads(said["stdout"]))
+    except ValueError as error:
         lines = [line for line in said["stderr"].splitlines() if line.startswith("error:")]
         why = ascii(lines[-1][:MOST_ERROR])[1:-1] if lines else f"its report cannot be read: {error!s:.80}"
         raise CheckFailed(f"axrun doctor on {board.name} ended with {said['code']}: {why}") from None
@@ -115,8 +115,8 @@ def here(bundle: Path, checkpoint: Path, seconds: float) -> Report:
             process.send_signal(signal.SIGKILL)
             process.communicate()
     try:
-        return Report.parse(json.loads(out))
-    except (ValueError, RecursionError):
+        return Report.parse(strict_json.loads(out))
+    except ValueError:
         lines = [line for line in err.splitlines() if line.strip()] or ["it said nothing"]
         errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
         raise CheckFailed(f"axc doctor: {(errors or lines)[-1][:MOST_ERROR]}") from None
@@ -134,10 +134,8 @@ def command(failed: str, board: Board, folder: Path, bundle: Path, checkpoint: P
 def read(file: Path) -> Diagnosis:
     """What a night's doctor wrote; nothing where it did not get so far, or where it cannot be read."""
     try:
-        if file.stat().st_size > MOST_FILE:
-            return Diagnosis()
-        found = json.loads(file.read_text("utf-8"))
-        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        found = strict_json.read(file, MOST_FILE)
+        if found.get("schema") != SCHEMA:
             return Diagnosis()
         reports = {str(where): Report.parse(report) for where, report in found["reports"].items()}
         return Diagnosis(reports, {str(where): str(why)[:MOST_ERROR] for where, why in found["failures"].items()})

@@ -18,7 +18,7 @@ from typing import Any
 from axrun.errors import BadInput
 from axrun.format.bundle import MANIFEST
 from axrun.format.logits import NAME as REFERENCE
-from ci.device import commands
+from ci.device import commands, strict_json
 from ci.device.listing import Listing
 
 ENGINES = re.compile(r"libax_(engine|sys)\.so(\.\d+)*")
@@ -32,7 +32,7 @@ Inventory = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Record:
-    """What a deploy made current on a board: names, and the sha256 of every file of package and model."""
+    """What a deploy made current on a board: names, the sha256 of every file of package and model, what runs it."""
 
     board: str
     release: str
@@ -41,6 +41,7 @@ class Record:
     release_json: str
     package_files: Mapping[str, str] = field(repr=False)
     model_files: Mapping[str, str] = field(repr=False)
+    python: Mapping[str, str] = field(default_factory=dict)  # as ci/device/on_board/tree.py's interpreter() tells it
 
     @property
     def manifest_sha256(self) -> str:
@@ -78,16 +79,16 @@ def write(file: Path, record: Record) -> None:
 def read(file: Path) -> Record:
     """Raises BadInput where there is no such record."""
     try:
-        values = json.loads(file.read_text("utf-8"))
+        values = strict_json.read(file)
     except FileNotFoundError:
         raise BadInput(
             f"no deploy is recorded in {file}: what is on the board is not known\n"
             f"First: {commands.invoke('deploy', '--board', file.stem)}"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {file}: {error}") from None
     known = {entry.name: entry for entry in dataclasses.fields(Record)}
-    if not isinstance(values, dict) or values.pop("schema", None) != SCHEMA or set(values) != set(known):
+    if values.pop("schema", None) != SCHEMA or set(values) != set(known):
         raise BadInput(
             f"{file} is no record of a deploy\nDeploy again: {commands.invoke('deploy', '--board', file.stem)}"
         )
@@ -116,9 +117,30 @@ def _compare(record: Record, seen: Inventory) -> Iterator[str]:
         "axrun": "link to package/bin/axrun",
         "release.json": record.release_json,
     }
+    yield from _other_python(record.python, seen["python"])
     yield from _differences(f"releases/{record.release}", release, seen["release"])
     yield from _differences(f"packages/{record.package}", record.package_files, seen["package"])
     yield from _differences(f"models/{record.model}", record.model_files, seen["model"])
+
+
+def shown(python: Mapping[str, str]) -> str:
+    """An interpreter, for a reader."""
+    return f"{_show(python['program'])} ({_show(python['version'])}, sha256 {_show(python['program_sha256'][:12])})"
+
+
+def wrapped(python: Mapping[str, str]) -> str:
+    """What stands in PATH before the interpreter and starts it; empty where nothing does."""
+    if python["found"] == python["program"]:
+        return ""
+    return f"{_show(python['found'])} (sha256 {_show(python['found_sha256'][:12])}), which runs {shown(python)}"
+
+
+def _other_python(deployed: Mapping[str, str], seen: Mapping[str, str]) -> Iterator[str]:
+    """Where the interpreter is not the one that the deploy saw."""
+    if around := wrapped(seen):
+        yield f"python3 is {around}: expected the interpreter itself"
+    elif deployed and dict(deployed) != dict(seen):
+        yield f"python3 is {shown(seen)}, deployed with was {shown(deployed)}"
 
 
 def _differences(folder: str, expected: Mapping[str, str], entries: Iterable[Sequence[str]]) -> Iterator[str]:

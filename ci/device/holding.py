@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO
 
 from axrun.errors import BadInput, Failure
-from ci.device import place
+from ci.device import place, strict_json
 from ci.device.place import Board, Say, quiet
 
 MARK = "AXC_HOLDER"  # the environment variable of the mark, and the label of containers (ci/container/engine.py)
@@ -67,6 +67,7 @@ class Holding:
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self.note = Note(what, now)
         self._file = _folder(board) / f"{self.note.mark}.json"
+        self._told = None if board.in_farm else board.state / "lock"  # what place.hold says of its holder
         self._lock: IO[bytes] | None = None
 
     def variables(self, *, temporary: bool = True) -> dict[str, str]:
@@ -106,6 +107,8 @@ class Holding:
         fresh = self._file.with_suffix(".new")
         fresh.write_text(json.dumps(asdict(self.note)) + "\n", "utf-8")
         os.replace(fresh, self._file)
+        if self._told and self.note.temporary:  # begun: the board is ours
+            self._told.write_text(f"{self.note.title}\n", "utf-8")
 
 
 @contextlib.contextmanager
@@ -126,6 +129,25 @@ def hold(board: Board, what: str, seconds: int = 0, say: Say = quiet) -> Iterato
             yield holding
     finally:
         holding.end()
+
+
+@contextlib.contextmanager
+def alone(board: Board, anyway: bool = False, say: Say = quiet) -> Iterator[None]:
+    """As place.hold, for a command that changes the board or keeps it busy.
+
+    `anyway`: although somebody holds it, who is named. Raises BadInput naming who does, and how to go on all the same.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(place.hold(board))
+        except place.Held as refusal:
+            if not anyway:
+                raise BadInput(
+                    f"{board.name} is held by {refusal.who}: nothing was touched\n"
+                    "Wait for it, or end it. --even-if-held goes on all the same, and what it does there may fail."
+                ) from None
+            say(f"note: {board.name} is held by {refusal.who}: what it does there may fail now")
+        yield
 
 
 @contextlib.contextmanager
@@ -170,7 +192,7 @@ def read(board: Board) -> list[Note]:
     found = []
     for file in sorted(_folder(board).glob("*.json")):
         try:
-            values = json.loads(file.read_text("utf-8"))
+            values = strict_json.read(file)
             note = Note(**{entry.name: values[entry.name] for entry in fields(Note)})
         except (OSError, ValueError, TypeError, KeyError):
             _forget(file)  # no note of ours: those are renamed into place whole

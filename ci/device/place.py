@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from axrun.errors import BadInput, CheckFailed
-from ci.device import commands, relay, settings
+from ci.device import bounded, commands, relay, settings
 from ci.device.settings import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,16 +28,14 @@ BOARDS = ROOT / "ci" / "boards"
 SSH = BOARDS / "ssh"  # checks the host key; labgrid's own way of calling ssh would accept any
 BY_HAND = ("manual", "none")  # values of `power` that name no port
 CLIENT_SECONDS = 30
+MOST_SAID = 1 << 20  # bytes of what labgrid-client says: its end
 TELL_SECONDS = 30.0  # between two lines about a board that is waited for
 HELD = "LG_BOARD_HELD"  # the state folder of a board that is held already
 
-# what a board's YAML says under `options`, beside what labgrid reads of it
+# what a board's YAML says under `options`, beside what labgrid reads of it: what it must be, and that in words
 OPTIONS = {
-    "board": r"[a-z0-9][a-z0-9-]{0,31}",
-    "architecture": r"[a-z0-9_]{1,32}",
-    "python": r"3\.\d{1,2}",
-    "root": r"/?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*",
-    "engine": r"[a-z0-9_]{1,32}",
+    "board": (r"[a-z0-9][a-z0-9-]{0,31}", "a name of lower-case letters, digits and '-'"),
+    **{key: settings.KNOWN[key][1:] for key in ("architecture", "python", "root", "engine")},
 }
 
 
@@ -47,6 +44,14 @@ Say = Callable[[str], None]
 
 def quiet(line: str) -> None:
     """Says nothing."""
+
+
+class Held(BadInput):
+    """Somebody else holds the board; `who` says who."""
+
+    def __init__(self, board: str, who: str, advice: str) -> None:
+        super().__init__(f"{board} is held by {who}{advice}")
+        self.who = who
 
 
 class Waited(BadInput):
@@ -135,15 +140,16 @@ def find(name: str) -> Board:
         raise BadInput(f"no board is named {name!r}: ci/boards/ has {', '.join(known)}\nOr give a .yaml of your own.")
     options, given = dict(_options(yaml)), settings.read(yaml.stem)
     options |= {key: setting.value for key, setting in given.items()}
-    for key, pattern in OPTIONS.items():
+    for key, (pattern, words) in OPTIONS.items():
         if not re.fullmatch(pattern, str(options.get(key))):
-            raise BadInput(f"{yaml}: options.{key} is {options.get(key)!r}, expected {pattern}")
+            raise BadInput(f"{yaml}: options.{key} is {options.get(key)!a:.80}, expected {words}")
     home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
     kept = {key: str(options[key]) for key in OPTIONS if key != "board"}
+    kept_in = str(options.get("state") or home / "axc" / "boards" / str(options["board"]))
     return Board(
         name=str(options["board"]),
         yaml=yaml.resolve(),
-        state=Path(options.get("state") or home / "axc" / "boards" / str(options["board"])).expanduser().absolute(),
+        state=settings.expanded(kept_in, f"{yaml}: options.state").absolute(),
         address=str(options.get("address", "")),
         power=str(options.get("power", "")),
         reserve=str(options.get("reserve", "")),
@@ -293,7 +299,7 @@ def hold(board: Board, seconds: int = 0, say: Say = quiet, reserved: Say = quiet
 
     Waits up to `seconds`; who is waited for is said at once and every TELL_SECONDS. `reserved` is told the token of a
     farm's reservation. A command that a holder starts with HELD in its environment need not wait for that holder.
-    Raises BadInput naming who has it.
+    Raises Held naming who has it, BadInput in a farm.
     """
     if os.environ.get(HELD) == str(board.state):
         yield
@@ -328,7 +334,7 @@ def _flock(lock: Any, board: Board, seconds: int, say: Say) -> None:
             lock.seek(0)
             who = "".join(c if c.isprintable() else "�" for c in lock.readline(200).strip()) or "somebody"
             if now >= began + seconds:
-                raise BadInput(f"{board.name} is held by {who}\nWait for it, or ask them to let go.") from None
+                raise Held(board.name, who, "\nWait for it, or ask them to let go.") from None
             if told == began or now >= told + TELL_SECONDS:
                 say(f"{board.name} is held by {who}; waited {now - began:.0f} s of at most {seconds} s")
                 told = now
@@ -382,16 +388,14 @@ def client(board: Board, *words: str, seconds: float = CLIENT_SECONDS) -> str:
         raise BadInput(
             f"there is no labgrid-client beside this Python: {commands.invoke('setup', '--extra', 'boards')}"
         )
-    try:
-        done = subprocess.run(
-            [program, *words], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=seconds, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise Waited(f"labgrid-client {' '.join(words)} did not answer in {seconds:.0f} s") from None
-    if done.returncode:
-        last = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()][-1:]
+    done = bounded.run([program, *words], seconds=seconds, most=MOST_SAID, drains=True)
+    out, err = done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
+    if done.code is None:
+        raise Waited(f"labgrid-client {' '.join(words)} did not answer in {seconds:.0f} s")
+    if done.code:
+        last = [line for line in (err + out).splitlines() if line.strip()][-1:]
         raise BadInput(f"labgrid-client {' '.join(words)}: {(last or ['it said nothing'])[0][:300]}")
-    return done.stdout
+    return out
 
 
 def _options(yaml: Path) -> Mapping[str, Any]:

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import IO
 
 from axrun.errors import BadInput, CheckFailed
-from ci.device import commands, programs, ssh
+from ci.device import commands, programs, ssh, strict_json
 from ci.device.place import Address, Board
 from ci.device.progress import Say
 
@@ -137,12 +137,12 @@ def _ready(far: RemoteAxrun, say: Say) -> int:
 
     def announced(line: str) -> None:
         try:
-            event = json.loads(line)
+            event = strict_json.loads(line)
             if event["event"] == "listening":
                 ports.append(int(event["port"]))
             elif event["event"] == "ready" and ports:
                 ready.set()
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             say(f"  {far.board.name}: {line}")
 
     thread = far.show(far.process.stderr, _lines(lambda line: say(f"  {far.board.name}: {line}") if line else None))

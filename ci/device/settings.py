@@ -15,29 +15,33 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from axrun.errors import BadInput
+from ci.device import toml_lines
 
-# the setting, the variable of the environment, and what its text must be
-KNOWN: Mapping[str, tuple[str, str]] = {
-    "address": ("LG_BOARD_ADDRESS", r"[A-Za-z0-9][A-Za-z0-9._:%-]{0,252}"),
-    "port": ("LG_BOARD_PORT", r"[1-9]\d{0,4}"),
-    "user": ("LG_BOARD_USER", r"[A-Za-z_][A-Za-z0-9_.-]{0,31}"),
-    "keyfile": ("LG_BOARD_KEYFILE", r"[^\0\n]+"),
-    "state": ("LG_BOARD_STATE", r"[^\0\n]+"),
-    "power": ("LG_BOARD_POWER", r"[^\0\n]+"),
-    "power_model": ("LG_BOARD_POWER_MODEL", r"[a-z0-9_]{1,40}"),
-    "power_index": ("LG_BOARD_POWER_INDEX", r"\d{1,4}"),
-    "root": ("LG_BOARD_ROOT", r"/?[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)*"),
-    "python": ("LG_BOARD_PYTHON_VERSION", r"3\.\d{1,2}"),
-    "engine": ("LG_BOARD_ENGINE", r"[a-z0-9_]{1,32}"),
-    "architecture": ("LG_BOARD_ARCHITECTURE", r"[a-z0-9_]{1,32}"),
+# the folder of the releases: neither above the user's home nor what a command takes for a flag
+FOLDER = r"/?(?!\.\.?(/|$))[A-Za-z0-9_.][A-Za-z0-9_.-]*(/(?!\.\.?(/|$))[A-Za-z0-9_.][A-Za-z0-9_.-]*)*"
+WORD, VERSION = r"[a-z0-9_]{1,32}", r"3\.\d{1,2}"
+# the setting, the variable of the environment, what its text must be, and that in words
+KNOWN: Mapping[str, tuple[str, str, str]] = {
+    "address": ("LG_BOARD_ADDRESS", r"[A-Za-z0-9][A-Za-z0-9._:%-]{0,252}", "a name or an address"),
+    "port": ("LG_BOARD_PORT", r"[1-9]\d{0,4}", "a port, 1 to 65535"),
+    "user": ("LG_BOARD_USER", r"[A-Za-z_][A-Za-z0-9_.-]{0,31}", "a user's name"),
+    "keyfile": ("LG_BOARD_KEYFILE", r"[^\0\n]+", "the path of a file"),
+    "state": ("LG_BOARD_STATE", r"[^\0\n]+", "the path of a folder"),
+    "power": ("LG_BOARD_POWER", r"[^\0\n]+", "a relay's address, manual or none"),
+    "power_model": ("LG_BOARD_POWER_MODEL", r"[a-z0-9_]{1,40}", "a model of labgrid's NetworkPowerPort"),
+    "power_index": ("LG_BOARD_POWER_INDEX", r"\d{1,4}", "a number"),
+    "root": ("LG_BOARD_ROOT", FOLDER, "a folder by names that begin with a letter, a digit, '_' or '.', without '..'"),
+    "python": ("LG_BOARD_PYTHON_VERSION", VERSION, 'its version: "3.11"'),
+    "engine": ("LG_BOARD_ENGINE", WORD, "an engine's name"),
+    "architecture": ("LG_BOARD_ARCHITECTURE", WORD, "as uname -m says it"),
 }
+MOST_PORT = 65535
 # where labgrid keeps what a setting is: the class and its key
 PLACES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "address": (("NetworkService", "address"),),
@@ -78,14 +82,17 @@ def file(name: str) -> Path:
 def read(name: str) -> dict[str, Setting]:
     """What the environment and the user's file say of a board. Raises BadInput for what cannot be meant."""
     found = {key: Setting(value, str(file(name))) for key, value in _file(file(name)).items()}
-    for key, (variable, _) in KNOWN.items():
+    for key, (variable, *_) in KNOWN.items():
         if value := os.environ.get(variable):
             found[key] = Setting(value, variable)
     for key, setting in found.items():
-        if not re.fullmatch(KNOWN[key][1], setting.value):
-            raise BadInput(f"{setting.source}: {key} is {setting.shown!a}, expected {KNOWN[key][1]}")
-    if "keyfile" in found:
-        found["keyfile"] = Setting(str(Path(found["keyfile"].value).expanduser()), found["keyfile"].source)
+        _, pattern, words = KNOWN[key]
+        if not re.fullmatch(pattern, setting.value) or (key == "port" and int(setting.value) > MOST_PORT):
+            raise BadInput(f"{setting.source}: {key} is {setting.shown!a:.80}, expected {words}")
+    for key in ("keyfile", "state"):
+        if key in found:
+            value, source = found[key].value, found[key].source
+            found[key] = Setting(str(expanded(value, f"{source}: {key}")), source)
     return found
 
 
@@ -114,22 +121,24 @@ def sections(data: Any) -> Iterator[list[tuple[str, dict[str, Any]]]]:
                     ]
 
 
+def expanded(text: str, where: str) -> Path:
+    """A path, of which `~` is a home. Raises BadInput for the home of a user whom this machine does not know."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise BadInput(f"{where} is {text!a:.80}: this machine has no user of that name") from None
+
+
 def _file(path: Path) -> dict[str, str]:
-    try:
-        text = path.read_text("utf-8")
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return {}
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"cannot read {path}: {error}") from None
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise BadInput(f"{path} is no TOML: {error}") from None
+    text, values = toml_lines.read(path)
     for key, value in values.items():
+        where = f"{path} line {max(toml_lines.line(text, key), toml_lines.line(text, table=key))}"
         if key not in KNOWN:
             near = difflib.get_close_matches(key, KNOWN, 1)
             meant = f"is {near[0]} meant?" if near else f"there are {', '.join(KNOWN)}"
-            raise BadInput(f"{path}: {key!a:.40} is no setting of a board: {meant}")
+            raise BadInput(f"{where}: {key!a:.40} is no setting of a board: {meant}")
         if isinstance(value, bool) or not isinstance(value, (str, int)):
-            raise BadInput(f"{path}: {key} is {value!a:.40}, expected a text: quote it")
+            raise BadInput(f"{where}: {key} is {value!a:.40}, expected a text: quote it")
     return {key: str(value) for key, value in values.items()}

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from axrun.errors import BadInput, CheckFailed
-from ci.device import binfmt, commands
+from ci.device import binfmt, commands, strict_json
 from ci.device.place import Address, Board
 from ci.device.progress import took, watched
 
@@ -157,7 +157,7 @@ def down(board: Board) -> bool:
 def running(board: Board) -> Running | None:
     """The board's process where it is on. A process that only has its number is not taken for it."""
     try:
-        data = json.loads((board.state / "running.json").read_text())
+        data = strict_json.read(board.state / "running.json")
         found = Running(int(data["pid"]), int(data["started"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

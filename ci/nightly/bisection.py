@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from axrun.errors import CheckFailed, Failure
-from ci.device import holding
+from ci.device import holding, strict_json
 from ci.device.holding import Holding
 from ci.nightly import gate, metrics, retry, stage
 from ci.nightly.course import BISECT, INSTRUCTIONS, MEASURE, ROOT, Course, Interrupted, Reached, StageFailed
@@ -296,9 +295,9 @@ class Steps:
         """What a step's figure says, by the gate that judged the night."""
         figures: dict[str, float] = {}
         for name in ("figures.json", INSTRUCTIONS):
-            with contextlib.suppress(OSError, ValueError):
-                data = json.loads((folder / name).read_text("utf-8"))
-                figures |= data.get("figures", {}) if name == "figures.json" else data
+            data = strict_json.read_or_nothing(folder / name)
+            found = data.get("figures") if name == "figures.json" else data
+            figures |= metrics.figures(found)
         name = self._target.name
         if name not in figures:
             return SKIP, f"{name} was not measured"

@@ -6,7 +6,6 @@ None of it makes a night red but its stages `health` and `soak`; what could not 
 from __future__ import annotations
 
 import contextlib
-import json
 import subprocess
 import sys
 import time
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from axrun.errors import Failure
-from ci.device import console, kernel_log, sensors
+from ci.device import console, kernel_log, sensors, strict_json
 from ci.device.place import Board
-from ci.nightly import soak, stage
+from ci.nightly import metrics, soak, stage
 from ci.nightly.health_log import BOARD
 from ci.nightly.stage import Stage
 
@@ -109,7 +108,10 @@ class BoardRecords:
 
     def told(self, figures: Mapping[str, Any]) -> Told:
         """For the report; `figures` is what the run that measured left."""
-        health, soaked = _object(self.folder / HEALTH_FILE), _object(self.folder / SOAK_FILE)
+        health, soaked = (
+            strict_json.read_or_nothing(self.folder / HEALTH_FILE),
+            strict_json.read_or_nothing(self.folder / SOAK_FILE),
+        )
         read = figures.get("sensors")
         summary = read.get("summary") if isinstance(read, dict) else None
         kernel = console.tail(self.folder / kernel_log.NAME) if self.around else ""
@@ -117,7 +119,7 @@ class BoardRecords:
 
     def found(self, figures: Mapping[str, Any]) -> list[str]:
         """Notes of the health check, the sensors, the soak, the console and the kernel's log."""
-        health, read = _object(self.folder / HEALTH_FILE), figures.get("sensors")
+        health, read = strict_json.read_or_nothing(self.folder / HEALTH_FILE), figures.get("sensors")
         notes = [f"health: {note}" for note in health.get("notes", []) if "this machine's" not in note]
         if isinstance(read, dict) and not (self.board.emulated and not read.get("summary")):
             notes += [str(note)[:300] for note in read.get("notes", [])]
@@ -125,13 +127,14 @@ class BoardRecords:
 
     def versions(self) -> dict[str, str]:
         """What the board said of itself at the health check, beside what the measurement tells."""
-        found = _object(self.folder / HEALTH_FILE).get("versions", {})
-        return {str(name): str(value) for name, value in found.items() if name not in ("system", "python")}
+        found = strict_json.read_or_nothing(self.folder / HEALTH_FILE).get("versions", {})
+        named = found if isinstance(found, dict) else {}
+        return {str(name): str(value) for name, value in named.items() if name not in ("system", "python")}
 
     def soaked(self) -> dict[str, float]:
         """The figures of the soak."""
-        found = _object(self.folder / SOAK_FILE).get("figures", {})
-        return {str(name): float(value) for name, value in found.items()}
+        found = strict_json.read_or_nothing(self.folder / SOAK_FILE).get("figures", {})
+        return {str(name): float(value) for name, value in found.items() if metrics.is_figure(value)}
 
 
 def blame(stages: Sequence[Stage], failed: str, red: bool, worse: bool) -> str:
@@ -160,12 +163,3 @@ def _rows(summary: Any) -> dict[str, list[float]]:
 
 def _soak_lines(found: Mapping[str, Any]) -> list[str]:
     return [str(line) for line in found.get("told", [])]
-
-
-def _object(file: Path) -> dict[str, Any]:
-    """What a stage wrote; nothing where it did not get so far."""
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

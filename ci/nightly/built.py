@@ -12,6 +12,7 @@ from pathlib import Path
 
 from axrun.errors import BadInput, CheckFailed
 from axrun.format.bundle import MANIFEST, sha256
+from ci.device import strict_json
 from ci.nightly import checkout
 from ci.nightly.variant import Variant
 
@@ -44,9 +45,7 @@ def read(folder: Path) -> Built:
     """Raises BadInput for a folder without a record that can be read."""
     file = folder / RECORD
     try:
-        if file.stat().st_size > LONGEST:
-            raise ValueError(f"it has {file.stat().st_size} bytes")
-        found = Built(**json.loads(file.read_text("utf-8")))
+        found = Built(**strict_json.read(file, LONGEST))
     except (OSError, ValueError, TypeError) as error:
         raise BadInput(f"{file} is no record of a build: {str(error)[:200]}") from None
     texts = (found.model, found.chip, found.commit, found.manifest_sha256, found.reason)

@@ -57,6 +57,7 @@ LIMITS = {
 BISECT, BISECT_SECONDS = "bisect", 4 * 3600.0  # a limit for all steps of a bisection (ci/nightly/bisection.py)
 
 BOOT_SECONDS = 180.0
+MOST_WAIT = 1e6  # seconds, for a board
 
 Say = Callable[[str], None]
 
@@ -99,7 +100,9 @@ class Options:
     notify: str = ""
 
     def __post_init__(self) -> None:
-        """Raises BadInput for a limit of no stage, and for two bundles."""
+        """Raises BadInput for a limit of no stage, two bundles, and a time to wait that is none."""
+        if not 0 <= self.wait < MOST_WAIT:
+            raise BadInput(f"--wait {self.wait:g}: expected seconds, 0 to {MOST_WAIT:.0f}")
         if self.bundle is not None and self.built is not None:
             raise BadInput("--bundle and --built both bring a bundle: give one of them")
         for name, seconds in self.limits.items():
@@ -309,6 +312,7 @@ class Course:
                 environment=variables,
                 leaves=leaves,
                 stop=self._stop,
+                say=self.say,
             )
         except Failure as failure:
             self.note(name, started, str(failure))
@@ -318,7 +322,8 @@ class Course:
     def _add(self, done: Stage) -> None:
         """Raises StageFailed for one that failed."""
         self.stages.append(done)
-        why = f": {done.reason}" if done.failed else ""
+        told = failures(self.folder / "junit.xml") if done.name == MEASURE and done.outcome == "failed" else []
+        why = f": {told[0] if told else done.reason}" if done.failed else ""
         self.say(f"{done.name} {done.outcome} after {done.seconds:.1f} s{why}")
         if done.failed:
             self.records.failed(done)
@@ -378,7 +383,7 @@ class Course:
 
     def _hil_flags(self) -> list[str]:
         return [
-            *(*self.tests, "--lg-env", str(self.board.yaml), "--hil-model", self.spec.name),
+            *(*self.tests, "--lg-env", str(self.board.yaml), "--hil-model", self.model.name),
             *("--hil-deployed", str(self.deployed), "--hil-figures", str(self.folder / "figures.json")),
             *("--hil-probe", str(self.folder / PROBE)),
             *(["--hil-unjudged"] if self.unjudged else []),

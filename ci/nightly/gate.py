@@ -11,7 +11,6 @@ import math
 import os
 import re
 import statistics
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
@@ -19,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from axrun.errors import BadInput
-from ci.device import commands
+from ci.device import commands, toml_lines
 from ci.device.place import is_emulated
-from ci.nightly.metrics import Figures, Metric, find, number, rank
+from ci.nightly.metrics import MOST, Figures, Metric, find, is_figure, number, rank
 
 GATES = Path(__file__).resolve().parents[1] / "gates"
 MAKERS = ("cpu", "pulsar2")
 BASES = ("measured", "published")
 MOST_DIGITS = 14  # beside the usual ones: as many as a float has
+WIDE = 10  # times what is expected: a tolerance that lets nearly anything pass
 FEWEST_NIGHTS = 3  # a spread of fewer says little
 NAME = re.compile(r"[a-z0-9][a-z0-9._@-]{0,63}")  # of a board, of a model, of tiny-qwen2@s4: ci/nightly/variant.py
 
@@ -48,6 +48,11 @@ class Gate:
     @property
     def most(self) -> float:
         return self.expected + self.tolerance
+
+    @property
+    def wide(self) -> bool:
+        """Whether it lets nearly anything pass."""
+        return bool(self.expected) and self.tolerance > WIDE * abs(self.expected)
 
     def text(self, more: int = 0) -> str:
         """For a reader; `more` digits than usual."""
@@ -170,27 +175,32 @@ def _outcome(metric: Metric, value: float | None, gate: Gate | None) -> str:
 
 
 def _read(file: Path) -> dict[str, dict[str, Gate]]:
-    try:
-        tables = tomllib.loads(file.read_text("utf-8"))
-        for maker, table in tables.items():
-            if maker not in MAKERS:
-                raise BadInput(f"no maker is named {maker!a:.40}: there are {', '.join(MAKERS)}")
-            if not isinstance(table, dict):
-                raise BadInput(f"{maker} is {table!a:.40}, expected tables of figures: [{maker}.mean_kld]")
-        return {maker: {name: _gate(name, entry) for name, entry in table.items()} for maker, table in tables.items()}
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, BadInput) as error:
-        raise BadInput(f"{file}: {error}") from None
+    text, tables = toml_lines.read(file)
+    found: dict[str, dict[str, Gate]] = {}
+    for maker, table in tables.items():
+        where = f"{file} line {max(toml_lines.line(text, maker), toml_lines.line(text, table=maker))}"
+        if maker not in MAKERS:
+            raise BadInput(f"{where}: no maker is named {maker!a:.40}: there are {', '.join(MAKERS)}")
+        if not isinstance(table, dict):
+            raise BadInput(f"{where}: {maker} is {table!a:.40}, expected tables of figures: [{maker}.mean_kld]")
+        found[maker] = {}
+        for name, entry in table.items():
+            try:
+                found[maker][name] = _gate(name, entry)
+            except BadInput as error:
+                raise BadInput(f"{file} line {toml_lines.line(text, table=f'{maker}.{name}')}: {error}") from None
+    return found
 
 
 def _gate(name: str, entry: object) -> Gate:
+    """Raises BadInput."""
     metric, keys = find(name), [field.name for field in fields(Gate)]
     if not isinstance(entry, dict) or sorted(entry) != sorted(keys):
         seen = ", ".join(map(str, entry)) if isinstance(entry, dict) else f"{entry!a:.40}"
         raise BadInput(f"{name} has {seen}; expected {', '.join(keys)}")
     for key in ("expected", "tolerance"):
-        value = entry[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise BadInput(f"{name}: {key} is {value!a:.40}, expected a number")
+        if not is_figure(entry[key]):
+            raise BadInput(f"{name}: {key} is {entry[key]!a:.40}, expected a number within ± {MOST:g}")
     if entry["tolerance"] < 0:
         raise BadInput(f"{name}: tolerance is {entry['tolerance']}, expected 0 or more, in {metric.unit}")
     for key, allowed in (("unit", (metric.unit,)), ("basis", BASES)):

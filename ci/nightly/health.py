@@ -25,7 +25,7 @@ from axc.fetch import fetch
 from axc.models import load_model
 from axrun.errors import BadInput, CheckFailed, Failure
 from axrun.run import Options, Question, run
-from ci.device import deploy, evidence, place, wheelhouse
+from ci.device import deploy, evidence, place, strict_json, wheelhouse
 from ci.device.connection import Connection
 from ci.device.evidence import Record
 from ci.device.place import Address, Board
@@ -74,7 +74,7 @@ class Kit:
     def read(cls, file: Path) -> Kit | None:
         """None where there is none, or one that cannot be used: it is made anew then."""
         try:
-            kept = json.loads(file.read_text("utf-8"))
+            kept = strict_json.read(file)
             if kept.pop("schema") != SCHEMA:
                 return None
             tokens = None if kept["tokens"] is None else tuple(map(int, kept["tokens"]))
@@ -205,7 +205,11 @@ def _build(bundle: Path) -> None:
 def _look(board: Board, at: Address, kit: Kit, seen: Seen) -> Seen:
     """Every file of the known bundle and its runner, and its answer."""
     with Connection(board, at) as link:
-        faults = evidence.compare(kit.record, link.call("inventory", LISTING_SECONDS, **_names(kit.record)))
+        there = link.call("inventory", LISTING_SECONDS, **_names(kit.record))
+        if around := evidence.wrapped(there["python"]):
+            seen.faults.append(f"python3 is {around}: expected the interpreter itself")
+            return seen
+        faults = evidence.compare(dataclasses.replace(kit.record, python={}), there)  # an update is a note
         if faults:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
             seen.faults.append(f"the known bundle is not what was sent: {FOLDER}/{faults[0]}{more}")
@@ -215,7 +219,7 @@ def _look(board: Board, at: Address, kit: Kit, seen: Seen) -> Seen:
             question = {"prompt": kit.prompt, "tokens": TOKENS, "engine": board.engine, "limit": ASK_SECONDS}
             said = link.call("ask", ASK_SECONDS + 60, name=kit.record.release, **question)
             try:
-                answer = json.loads(said["stdout"])
+                answer = strict_json.loads(said["stdout"])
                 seen.tokens = tuple(int(token) for token in answer["tokens"])
                 rates.append({name: float(answer[name]) for name in ("ttft_ms", "decode_tokens_per_s")})
             except (ValueError, KeyError, TypeError):
@@ -287,7 +291,7 @@ def main(argv: Sequence[str]) -> int:
         if found.faults:
             raise CheckFailed(found.reason(board.name))
     except Failure as failure:
-        print(f"error: {failure}")
+        print(f"error: {failure}", file=sys.stderr, flush=True)
         return failure.exit_code
     return 0
 

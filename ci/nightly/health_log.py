@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from axrun.errors import BadInput
+from ci.device import strict_json
 from ci.nightly.gate import NAME
 
 BOARD = "board: "  # how the reason of a night begins that is red because of the board
@@ -161,13 +162,15 @@ def _check(line: bytes) -> Check | None:
     if len(line) > LONGEST:
         return None
     try:
-        values = json.loads(line)
-        if values.pop("schema") != SCHEMA or values.keys() != {entry.name for entry in dataclasses.fields(Check)}:
+        values = strict_json.loads(line)
+        if (
+            not isinstance(values, dict)
+            or values.pop("schema") != SCHEMA
+            or values.keys() != {entry.name for entry in dataclasses.fields(Check)}
+        ):
             return None
         for name in ("speed", "sizes"):
             values[name] = {str(key): float(value) for key, value in values[name].items()}
-            if not all(map(math.isfinite, values[name].values())):
-                return None
         values["versions"] = {str(key): str(value) for key, value in values["versions"].items()}
         values["tokens"] = tuple(map(int, values["tokens"]))
         values |= {name: tuple(map(str, values[name])) for name in ("faults", "notes")}

@@ -6,9 +6,9 @@ A line that a crash tore is left where it is and reported; the next night begins
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import fcntl
 import json
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from axrun.errors import BadInput
+from ci.device import strict_json
 from ci.nightly import metrics
 from ci.nightly.gate import NAME
 
 SCHEMA = 1
 LONGEST = 1 << 20  # bytes of a line
+LARGEST = 1 << 28  # bytes of a file: a night has about 10 KB
+YEARS = range(2020, 2100)  # a night began in one of them
+SECONDS = 1e7  # that a night may have taken
 NEEDED = {"board", "model", "started", "seconds", "verdict", "reason"}
 FORMS = {
     "verdict": "green|red",
@@ -102,10 +106,14 @@ def place(folder: Path, board: str, model: str) -> Path:
 def append(folder: Path, night: Night) -> Path:
     """Adds a night and brings it to the disk; two writers at once both get their line. Returns the file.
 
-    Raises BadInput when it cannot be written.
+    Raises BadInput when it cannot be written, and for a night that would be left out when it is read.
     """
     file = place(folder, night.board, night.model)
-    line = json.dumps({"schema": SCHEMA, **dataclasses.asdict(night)}, allow_nan=False, sort_keys=True).encode()
+    line = json.dumps({"schema": SCHEMA, **dataclasses.asdict(night)}, sort_keys=True).encode()
+    try:
+        _night(line, night.board, night.model)
+    except ValueError as error:
+        raise BadInput(f"this night is not added to {file}, where it would be left out: {error}") from None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a+b", buffering=0) as stream:
@@ -137,14 +145,20 @@ def read(folder: Path, board: str, model: str) -> History:
     file = place(folder, board, model)
     nights, faults = [], []
     try:
-        data = file.read_bytes() if file.exists() else b""
+        if file.exists():
+            with file.open("rb") as stream:
+                data = stream.read(LARGEST + 1)
+        else:
+            data = b""
     except OSError as error:
         raise BadInput(f"cannot read {file}: {error.strerror or error}") from None
+    if len(data) > LARGEST:
+        raise BadInput(f"{file} has more than {LARGEST >> 20} MB\nMove its oldest lines into a file elsewhere.")
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line:
             continue
         try:
-            nights.append(_night(line))
+            nights.append(_night(line, board, model))
         except ValueError as error:
             faults.append(f"{file.name} line {number} is left out: {error}")
     return History(tuple(nights), tuple(faults))
@@ -168,37 +182,45 @@ def measured(nights: Iterable[Night], maker: str) -> list[Night]:
     return [night for night in nights if night.maker == maker and night.figures]
 
 
-def _night(line: bytes) -> Night:
+def _night(line: bytes, board: str, model: str) -> Night:
     """Raises ValueError with what is wrong."""
     if len(line) > LONGEST:
         raise ValueError(f"it has {len(line)} bytes")
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
+        values = strict_json.loads(line)
+    except json.JSONDecodeError:
         seen = line[:30].decode("ascii", "backslashreplace")
         raise ValueError(f"it is no JSON, as after a crash: {seen!r}") from None
     if not isinstance(values, dict) or values.pop("schema", None) != SCHEMA:
         raise ValueError(f"it is no night of schema {SCHEMA}")
     known = {entry.name for entry in dataclasses.fields(Night)}
     if not NEEDED <= set(values) <= known:
-        raise ValueError(f"it has {', '.join(sorted(map(str, values)))[:200]}")
+        raise ValueError(f"it has {', '.join(ascii(key)[1:-1] for key in sorted(values))[:200]}")
     for name, value in values.items():
-        if not _fits(name, value):
-            raise ValueError(f"its {name} is {value!a:.40}")
+        if why := _unfit(name, value):
+            raise ValueError(f"its {name} {why}")
+    if (values["board"], values["model"]) != (board, model):
+        raise ValueError(f"it is of {values['model']!a:.60} on {values['board']!a:.60}")
     return Night(**values)
+
+
+def _unfit(name: str, value: Any) -> str:
+    """What is wrong with an entry of a night; empty where nothing is."""
+    if name == "figures" and isinstance(value, dict):
+        wrong = [key for key, entry in value.items() if not _is_figure(key, entry)]
+        return f"have {wrong[0]!a:.40}: {value[wrong[0]]!a:.40}" if wrong else ""
+    return "" if _fits(name, value) else f"is {value!a:.40}"
 
 
 def _fits(name: str, value: Any) -> bool:
     if name == "seconds":
-        return _is_number(value)
-    if name == "figures":
-        return isinstance(value, dict) and all(_is_figure(key, entry) for key, entry in value.items())
+        return metrics.is_figure(value) and 0 <= value <= SECONDS
+    if name == "started":
+        return isinstance(value, str) and _is_time(value)
     if name == "layers":
         return isinstance(value, dict) and all(_is_pair(entry) for entry in value.values())
     if name == "sensors":
-        return isinstance(value, dict) and all(
-            isinstance(entry, list) and all(map(_is_number, entry)) for entry in value.values()
-        )
+        return isinstance(value, dict) and all(_are_numbers(entry) for entry in value.values())
     if name == "handed_in":
         return isinstance(value, bool)
     if name == "gates" and not (isinstance(value, dict) and all(_is_figure(key, 0.0) for key in value)):
@@ -208,12 +230,22 @@ def _fits(name: str, value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(FORMS.get(name, "(?s).{0,10000}"), value) is not None
 
 
+def _is_time(text: str) -> bool:
+    try:
+        return (
+            re.fullmatch(FORMS["started"], text) is not None
+            and datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%SZ").year in YEARS
+        )
+    except ValueError:
+        return False
+
+
 def _is_figure(name: str, value: Any) -> bool:
     try:
         metrics.find(name)
     except BadInput:
         return False
-    return _is_number(value)
+    return metrics.is_figure(value)
 
 
 def _is_pair(value: Any) -> bool:
@@ -221,8 +253,4 @@ def _is_pair(value: Any) -> bool:
 
 
 def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, list) and all(map(metrics.is_figure, value))

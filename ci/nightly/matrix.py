@@ -23,12 +23,12 @@ from typing import Any, TypeVar
 
 from axc.models import load_model
 from axrun.errors import BadInput, Failure
-from ci.device import place
+from ci.device import place, toml_lines
 from ci.device.place import Board
-from ci.nightly import course, history, preflight, targets, toml_lines, variant
+from ci.device.toml_lines import line
+from ci.nightly import course, history, preflight, targets, variant
 from ci.nightly.preflight import Plan
 from ci.nightly.targets import Target
-from ci.nightly.toml_lines import line
 from ci.nightly.variant import Variant
 
 KEYS = ("boards", "models", "weight_type", "targets", "exclude")
@@ -80,8 +80,8 @@ def plans(matrix: Matrix, folder: Path) -> dict[Cell, Plan]:
     found, refused = {}, []
     for cell in matrix.cells:
         try:
-            if cell.board.in_farm and not os.environ.get("LG_COORDINATOR"):
-                raise BadInput("it is in a farm: name its coordinator, LG_COORDINATOR=host:20408")
+            if cell.board.in_farm:
+                preflight.require_set_up(cell.board)
             before = history.read(folder, cell.board.name, cell.model.name)
             found[cell] = preflight.check(cell.board, cell.model.name, None, folder, before)
         except Failure as failure:

@@ -6,7 +6,8 @@ what is no finite number in its place is an error here, not a gap in a plot late
 
 from __future__ import annotations
 
-import math
+import contextlib
+import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -95,10 +96,27 @@ def find(name: str) -> Metric:
     family = f"{found[1]}_n" if found else name
     place = ORDER.get(family if family in ORDER else name)
     if place is None or name.endswith("_n"):
-        raise BadInput(f"no figure is named {name!a:.40}: there are {', '.join(metric.name for metric in METRICS)}")
+        near = difflib.get_close_matches(name, [*MEASURED, *ORDER], 1)
+        meant = f"is {near[0]} meant?" if near else f"there are {', '.join(metric.name for metric in METRICS)}"
+        raise BadInput(f"no figure is named {name!a:.40}: {meant}")
     metric = METRICS[place]
     label = metric.label.format(n=found[2]) if found else metric.label
     return replace(metric, name=name, label=label)
+
+
+def is_figure(value: object) -> bool:
+    """Whether a value can be a figure: a number within MOST."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST  # not NaN
+
+
+def figures(found: object) -> dict[str, float]:
+    """What of an object is a figure by its name and its value; the rest is left out."""
+    kept = {}
+    for name, value in found.items() if isinstance(found, dict) else ():
+        with contextlib.suppress(BadInput):
+            if is_figure(value) and find(name):
+                kept[str(name)] = float(value)
+    return kept
 
 
 def rank(name: str) -> tuple[int, int]:
@@ -186,6 +204,6 @@ def _positive(table: Mapping[str, Any], key: str, where: str) -> float:
 
 def _finite(table: Mapping[str, Any], key: str, where: str) -> float:
     value = table.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MOST or math.isnan(value):
+    if value is None or not is_figure(value):
         raise BadInput(f"{where} has {value!a:.40} for {key}, expected a number")
     return float(value)

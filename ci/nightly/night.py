@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import json
 import os
 import signal
 import time
@@ -19,7 +18,8 @@ from typing import Any
 
 from axrun.errors import BadInput, Failure
 from axrun.format.bundle import MANIFEST, read_manifest, sha256
-from ci.device import commands, doctor, evidence, place
+from ci.device import commands, doctor, evidence, place, strict_json
+from ci.device.place import Board
 from ci.nightly import (
     bisection,
     board_records,
@@ -27,6 +27,7 @@ from ci.nightly import (
     gate,
     history,
     junit,
+    metrics,
     notify,
     preflight,
     quarantine,
@@ -42,6 +43,7 @@ from ci.nightly.preflight import Plan
 from ci.nightly.report import changes
 from ci.nightly.report.page import Page, render
 from ci.nightly.stage import Stage
+from ci.nightly.variant import Variant
 from ci.nightly.verdict import Verdict, drifts, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +58,8 @@ ARTIFACTS = {
     doctor.FILE: "what the doctor found, stage by stage, here and on the board",
     **board_records.ARTIFACTS,
 }
+
+PYTHON = ("program", "version", "program_sha256")  # of the evidence, for the history
 
 Say = Callable[[str], None]
 
@@ -123,6 +127,7 @@ def nightly(options: Options, say: Say = lambda line: None) -> Held:
     """Holds a night and reports it. Raises BadInput for a board, a model or a folder that there is not."""
     board, model = place.find(options.board), variant.find(options.model)
     before = history.read(options.history, board.name, model.name)
+    preflight.require_set_up(board)
     plan = preflight.check(board, model.name, options.bundle, options.history, before)
     notify.words(options.notify)
     for line in (plan.unjudged, *plan.notes):
@@ -130,6 +135,13 @@ def nightly(options: Options, say: Say = lambda line: None) -> Held:
             say(line)
     started = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     clock = time.monotonic()
+    with run_folder.claimed(options.out / board.name):
+        return _night(options, board, model, before, plan, started, clock, say)
+
+
+def _night(
+    options: Options, board: Board, model: Variant, before: History, plan: Plan, started: str, clock: float, say: Say
+) -> Held:
     folder = run_folder.new(options.out / board.name / "nights" / model.name, started, KEPT_NIGHTS)
     signals = Signals()
     course = Course(options, board, model, folder, say, lambda: signals.reason)
@@ -185,24 +197,27 @@ def _seen(course: Course) -> dict[str, Any]:
         manifest = read_manifest(course.bundle)
         files = {name: entry["sha256"][:16] for name, entry in manifest["files"].items()}
         seen |= {"maker": manifest["maker"], "files": files, "manifest_sha256": sha256(course.bundle / MANIFEST)}
-    check = _json(course.folder / "check.json")
+    check = strict_json.read_or_nothing(course.folder / "check.json")
     seen["layers"] = {
         f"{entry['part']} {entry['stage']}": [entry["cosine"], entry["worst"]]
         for entry in check.get("layers", [])
         if None not in (entry["cosine"], entry["worst"])  # a value that is not finite: the build has failed by it
     }
-    found = _json(course.folder / "figures.json")
+    found = strict_json.read_or_nothing(course.folder / "figures.json")
     machine = found.get("machine")
     machine = machine if isinstance(machine, dict) else {}
     seen["machine"] = {name: _text(machine[name]) for name in ("board", "cpu", "system", "python") if machine.get(name)}
     seen["machine"] |= course.records.versions()
     seen["engine"], seen["reference_sha256"] = _text(found.get("engine", "")), _text(found.get("reference_sha256", ""))
-    seen["figures"] = found.get("figures", {})
+    seen["figures"] = metrics.figures(found.get("figures"))
     if seen["figures"]:
-        seen["figures"] |= _json(course.folder / INSTRUCTIONS) | course.records.soaked()
+        counted = metrics.figures(strict_json.read_or_nothing(course.folder / INSTRUCTIONS))
+        seen["figures"] |= counted | metrics.figures(course.records.soaked())
     named = found.get("evidence")
     named = named if isinstance(named, dict) else {}
     seen["release"], seen["package"] = _text(named.get("release", "")), _text(named.get("package", ""))
+    if isinstance(python := named.get("python"), dict):
+        seen["machine"]["interpreter"] = _text(" ".join(str(python.get(key, "")) for key in PYTHON))
     loaded = named.get("library")
     seen["engine_sha256"] = _text(loaded.get("sha256", "")) if isinstance(loaded, dict) else ""
     return seen
@@ -210,7 +225,7 @@ def _seen(course: Course) -> dict[str, Any]:
 
 def _unlike(course: Course) -> list[str]:
     """Where what was built, deployed and measured are not the same."""
-    found = _json(course.folder / "figures.json")
+    found = strict_json.read_or_nothing(course.folder / "figures.json")
     kept = found.get("evidence")
     if not found.get("figures") and not (isinstance(kept, dict) and kept.get("faults")):
         return []  # nothing was measured
@@ -223,7 +238,7 @@ def _unlike(course: Course) -> list[str]:
 def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
     """Judges the night, adds it to history, and writes its page."""
     folder, notes, gates = course.folder, [*before.faults, *plan.notes], plan.gates
-    measured = _json(folder / "figures.json")
+    measured = strict_json.read_or_nothing(folder / "figures.json")
     judged = gate.judge(night.figures, gates) if night.figures else []
     unlike = _unlike(course)
     cases = junit.cases(folder / "junit.xml")
@@ -308,15 +323,6 @@ def _failed(name: str, folder: Path, failure: Failure) -> Stage:
     console = folder / f"{name}.log"
     console.write_text(f"error: {failure}\n")
     return Stage(name, failure.exit_code, 0.0, 0.0, str(failure), console)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """What a stage wrote; nothing where it did not get so far."""
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _text(value: object) -> str:

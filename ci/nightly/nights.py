@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from axrun.errors import Failure
+from axrun.errors import BadInput, Failure
 from ci.nightly import matrix, matrix_run, run_folder, targets
-from ci.nightly.course import limits
+from ci.nightly.course import MOST_WAIT, limits
 from ci.nightly.report import site as report_site
 from ci.nightly.report.matrix import Page
 
@@ -34,6 +34,8 @@ def hold(
     flags of each night.
     """
     limits(given)
+    if not 0 <= wait < MOST_WAIT:
+        raise BadInput(f"--wait {wait}: expected seconds, 0 to {MOST_WAIT:.0f}")
     found = matrix.read(file)
     plans = matrix.plans(found, history)
     for cell, plan in plans.items():

@@ -6,22 +6,22 @@ environment; what a board said is in there as printable text of bounded length, 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
-import signal
-import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from axrun.errors import BadInput
+from ci.device import bounded
 from ci.nightly.history import Night
 
 SECONDS = 60.0
 MOST_TEXT = 2000  # characters of a fact
+MOST_SAID = 1 << 16  # bytes of what the command says: its end
 NUMBERS = re.compile(r"\b(?=\w*\d)[\w.+-]+")  # and digests: reasons that differ by them alone are the same
 MORE = re.compile(r" \(and \d+ more\)")
 
@@ -73,32 +73,32 @@ def facts(changed: str, before: Night | None, night: Night, headline: str, repor
 
 
 def send(command: Sequence[str], text: str, variables: Mapping[str, str], seconds: float = SECONDS) -> str:
-    """Runs the command; returns what went wrong, empty when all is well."""
+    """Runs the command; returns what went wrong, empty when all is well.
+
+    It is done when the command has ended; what that leaves in the background is its own.
+    """
     what = f"the note by {command[0]}"
-    try:
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, **variables},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    except OSError as error:
-        return f"{what} was not sent: {error.strerror}"
     lines = "\n".join(printable(line) for line in text.splitlines())
-    try:
-        said, _ = process.communicate(f"{lines}\n".encode(), timeout=seconds)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=1)
+    with tempfile.TemporaryFile() as given:
+        given.write(f"{lines}\n".encode())
+        given.seek(0)
+        try:
+            done = bounded.run(
+                command,
+                seconds=seconds,
+                most=MOST_SAID,
+                environment={**os.environ, **variables},
+                stdin=given,
+                drains=True,
+            )
+        except OSError as error:
+            return f"{what} was not sent: {error.strerror}"
+    if done.code is None:
         return f"{what} was not sent: it was not done after {seconds:.0f} s"
-    if process.returncode:
-        last = [line for line in said.decode("utf-8", "replace").splitlines() if line.strip()] or ["it said nothing"]
-        return f"{what} was not sent: it ended with {process.returncode}: {printable(last[-1])[:200]}"
+    if done.code:
+        said = (done.stdout + b"\n" + done.stderr).decode("utf-8", "replace")
+        last = [line for line in said.splitlines() if line.strip()] or ["it said nothing"]
+        return f"{what} was not sent: it ended with {done.code}: {printable(last[-1])[:200]}"
     return ""
 
 

@@ -7,13 +7,15 @@ recorded and not judged, and say so; then gates must be recorded, or the next ni
 from __future__ import annotations
 
 import difflib
+import os
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from axrun.errors import BadInput
 from axrun.format.bundle import read_manifest
-from ci.device import commands, place, power
+from ci.device import commands, place, power, settings
 from ci.device.place import Board
 from ci.nightly import gate, history, instructions, metrics, quarantine, variant
 from ci.nightly.gate import Gate
@@ -56,9 +58,26 @@ def check(
     models = sorted(path.stem for path in (place.ROOT / "models").glob("*.toml"))
     boards = sorted({board.name, *(path.stem for path in place.BOARDS.glob("*.yaml"))})
     kept = quarantine.load(board.name, model, models, boards, quarantined, gates)
-    notes = [*power.unable(board), *_gone(found, maker, before), *_unheld(found), *kept.notes()]
+    notes = [*power.unable(board), *_gone(found, maker, before), *_unheld(found), *_wide(found), *kept.notes()]
     held = {name: entry for name, entry in found.items() if not instructions.unheld(name)}
     return Plan(maker, held, unjudged, tuple(notes), kept)
+
+
+def require_set_up(board: Board) -> None:
+    """Raises BadInput for a farm without a coordinator, and for a board whose address is a placeholder of its YAML."""
+    if board.in_farm:
+        if not os.environ.get("LG_COORDINATOR"):
+            raise BadInput("it is in a farm: name its coordinator, LG_COORDINATOR=host:20408")
+        return
+    at = place.address(board)
+    if "address" not in board.given and board.yaml.parent == place.BOARDS and not board.emulated:
+        try:
+            socket.getaddrinfo(at.host, at.port)
+        except OSError:
+            raise BadInput(
+                f"{board.name} is not set up on this machine: nothing is named {at.host!a}, the placeholder in "
+                f"{board.yaml}\nSay its address in {settings.file(board.yaml.stem)}: docs/boards.md"
+            ) from None
 
 
 def _require_measurable(file: Path, board: Board, maker: str, gates: Mapping[str, Gate]) -> None:
@@ -111,6 +130,13 @@ def _unheld(gates: Mapping[str, Gate]) -> Iterator[str]:
     for name in gates:
         if why := instructions.unheld(name):
             yield f"not judged: {metrics.find(name).label}: {why}"
+
+
+def _wide(gates: Mapping[str, Gate]) -> Iterator[str]:
+    """Gates that let nearly anything pass."""
+    for name, entry in gates.items():
+        if entry.wide:
+            yield f"the gate of {metrics.find(name).label} lets nearly anything pass: {entry.text()}"
 
 
 def _gone(gates: Mapping[str, Gate], maker: str, before: History) -> Iterator[str]:

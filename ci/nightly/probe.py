@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from axrun.errors import BadInput, Failure
-from ci.device import commands
+from ci.device import commands, strict_json
 
 SCHEMA = 1
 AGAIN = f"Make it: {commands.python('ci.nightly.probe', 'CHECKPOINT')}"
@@ -82,10 +82,10 @@ def _ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int] | None
 def read(file: Path) -> Probe:
     """Raises BadInput where there is none."""
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = strict_json.read(file)
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {file}: {error}\n{AGAIN} {file}") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+    if found.get("schema") != SCHEMA:
         raise BadInput(f"{file} is no probe of a tokenizer\n{AGAIN} {file}")
     return found
 

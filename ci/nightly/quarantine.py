@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import ast
 import datetime
-import tomllib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from axrun.errors import BadInput
-from ci.nightly import gate, metrics
+from ci.device import doctor, place, toml_lines
+from ci.nightly import board_records, gate, metrics
 from ci.nightly.course import LIMITS, MEASURE
 from ci.nightly.gate import NAME, Judgement
 from ci.nightly.junit import Case
@@ -33,6 +35,12 @@ TESTS = Path(__file__).resolve().parents[2] / "tests" / "hil"
 MOST_DAYS = 60
 KINDS = ("figure", "test", "stage")
 TEXTS = ("owner", "reason")
+# stages that are not quarantined, and why
+NEVER = {
+    MEASURE: 'it measures everything; name what is red in it: figure = "...", test = "..."',
+    board_records.HEALTH: "nothing is known of what an ill board measures; mend the board, or leave it out",
+    doctor.STAGE: "it makes no night red",
+}
 EXCUSED = "quarantined"  # the outcome of a stage and of a figure
 
 
@@ -51,6 +59,11 @@ class Entry:
     @property
     def key(self) -> str:
         return f"{self.kind} {self.name}"
+
+    @property
+    def what(self) -> str:
+        """For a reader of the file."""
+        return f"{self.key} of {self.model} on {self.board}"
 
     @property
     def label(self) -> str:
@@ -131,12 +144,18 @@ def load(
     Raises BadInput for an entry, of whatever board, that lacks something, matches nothing or ends too late.
     """
     now = today or datetime.datetime.now(datetime.UTC).date()
-    try:
-        entries = _read(file) if file.exists() else []
-        for number, entry in enumerate(entries, 1):
-            _require(number, entry, now, models, boards, gates)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError, BadInput) as error:
-        raise BadInput(f"{file}: {error}") from None
+    entries: list[Entry] = []
+    text, content = toml_lines.read(file) if os.path.lexists(file) else ("", {})
+    for index, table in enumerate(_tables(file, content)):
+        try:
+            entry = _entry(table)
+            _require(entry, now, models, boards, gates)
+            if entry.what in [other.what for other in entries]:
+                raise BadInput(f"{entry.what} is quarantined twice: keep one")
+        except BadInput as error:
+            line = toml_lines.line(text, table="quarantine", index=index)
+            raise BadInput(f"{file} line {line}: {error}") from None
+        entries.append(entry)
     ours = [entry for entry in entries if (entry.board, entry.model) == (board, model)]
     return Quarantine(
         tuple(entry for entry in ours if entry.until >= now), tuple(entry for entry in ours if entry.until < now)
@@ -188,38 +207,37 @@ def _well(entry: Entry, stages: Sequence[Stage], judged: Sequence[Judgement], ca
     return any(done.name == entry.name and done.code == 0 for done in stages)
 
 
-def _read(file: Path) -> list[Entry]:
-    data = tomllib.loads(file.read_text("utf-8"))
-    tables = data.pop("quarantine", [])
-    if data or not isinstance(tables, list):
-        raise BadInput(f"it has {', '.join(data) or 'no list'}; expected entries: [[quarantine]]")
-    return [_entry(number, table) for number, table in enumerate(tables, 1)]
+def _tables(file: Path, content: Mapping[str, Any]) -> list[object]:
+    tables = content.get("quarantine", [])
+    other = ", ".join(ascii(key)[:40] for key in content if key != "quarantine")
+    if other or not isinstance(tables, list):
+        raise BadInput(f"{file}: it has {other or 'no list'}; expected entries: [[quarantine]]")
+    return tables
 
 
-def _entry(number: int, table: object) -> Entry:
-    where = f"entry {number}"
+def _entry(table: object) -> Entry:
     if not isinstance(table, dict):
-        raise BadInput(f"{where} is {table!a:.40}, expected a table: [[quarantine]]")
+        raise BadInput(f"the entry is {table!a:.40}, expected a table: [[quarantine]]")
     kinds = [kind for kind in KINDS if kind in table]
     wanted = {"board", "model", "until", *TEXTS}
     if missing := sorted(wanted - table.keys()):
-        raise BadInput(f"{where} has no {' and no '.join(missing)}; it needs {', '.join(sorted(wanted))}")
+        raise BadInput(f"the entry has no {' and no '.join(missing)}; it needs {', '.join(sorted(wanted))}")
     if len(kinds) != 1 or table.keys() - wanted - {*KINDS}:
-        raise BadInput(f"{where} has {', '.join(sorted(table))}; expected one of {', '.join(KINDS)} beside the others")
+        raise BadInput(
+            f"the entry has {', '.join(sorted(table))}; expected one of {', '.join(KINDS)} beside the others"
+        )
     for key in ("board", "model", kinds[0], *TEXTS):
         value = table[key]
         if not isinstance(value, str) or not 0 < len(value.strip()) <= 300 or not value.isprintable():
-            raise BadInput(f"{where}: {key} is {value!a:.40}, expected one line of text")
+            raise BadInput(f"{key} is {value!a:.40}, expected one line of text")
     if type(table["until"]) is not datetime.date:
-        raise BadInput(f"{where}: until is {table['until']!a:.40}, expected a date: 2026-12-24")
+        raise BadInput(f"until is {table['until']!a:.40}, expected a date: 2026-12-24")
     return Entry(kind=kinds[0], name=table[kinds[0]], **{key: table[key] for key in wanted})
 
 
-def _require(
-    number: int, entry: Entry, today: datetime.date, models: Sequence[str], boards: Sequence[str], gates: Path
-) -> None:
+def _require(entry: Entry, today: datetime.date, models: Sequence[str], boards: Sequence[str], gates: Path) -> None:
     """Raises BadInput for an entry that matches nothing or ends too late."""
-    where = f"entry {number} ({entry.key} of {entry.model} on {entry.board})"
+    where = entry.what
     if (entry.until - today).days > MOST_DAYS:
         raise BadInput(
             f"{where} ends on {entry.until}, in {(entry.until - today).days} days; at most {MOST_DAYS}\n"
@@ -228,8 +246,8 @@ def _require(
     for what, name, known in (("board", entry.board, boards), ("model", entry.model, models)):
         if name.partition("@")[0] not in known:
             raise BadInput(f"{where} matches nothing: no {what} is named {name!a}; there are {', '.join(known)}")
-    if entry.kind == "stage" and entry.name not in LIMITS:
-        raise BadInput(f"{where} matches nothing: there are the stages {', '.join(LIMITS)}")
+    if entry.kind == "stage":
+        _require_stage(entry)
     if entry.kind == "test" and entry.name not in (known := sorted(_tests())):
         raise BadInput(f"{where} matches nothing: tests/hil has {', '.join(known)}")
     if entry.kind == "figure" and entry.until >= today and NAME.fullmatch(entry.model):
@@ -238,6 +256,16 @@ def _require(
         judged = sorted(found, key=metrics.rank)
         if entry.name not in judged:
             raise BadInput(f"{where} matches nothing: no gate judges it; there are {', '.join(judged) or 'none'}")
+
+
+def _require_stage(entry: Entry) -> None:
+    """Raises BadInput for a stage that no night of the board has, and for one without which nothing is known."""
+    if entry.name not in LIMITS:
+        raise BadInput(f"{entry.what} matches nothing: there are the stages {', '.join(LIMITS)}")
+    if entry.name in NEVER:
+        raise BadInput(f"{entry.what} cannot be: {NEVER[entry.name]}")
+    if entry.name == "count" and not place.is_emulated(entry.board):
+        raise BadInput(f"{entry.what} matches nothing: instructions are counted for emulated boards alone")
 
 
 def _tests() -> Iterator[str]:

@@ -3,13 +3,41 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from axrun.errors import BadInput
 
+LOCK = "lock"
 NAME = re.compile(r"\d{8}T\d{6}Z(-\d+)?")  # when it started, and its number where there are several of a second
+
+
+@contextlib.contextmanager
+def claimed(base: Path) -> Iterator[None]:
+    """A folder of bundles and packages, for one night at a time. Raises BadInput naming who has it."""
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        lock = (base / LOCK).open("a+")
+    except OSError as error:
+        raise BadInput(f"cannot write in {base}: {error.strerror or error}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            who = "".join(c for c in lock.read(100) if c.isprintable()) or "another night"
+            raise BadInput(
+                f"{base} is in use by {who}: two nights in one folder would mix their bundles\n"
+                "Wait for it, or give this night a folder of its own: --out DIR"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"a night (pid {os.getpid()})")
+        lock.flush()
+        yield
 
 
 def new(runs: Path, started: str, kept: int) -> Path:

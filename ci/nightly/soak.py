@@ -362,7 +362,7 @@ def main(argv: Sequence[str]) -> int:
             more_faults = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
             raise CheckFailed(found.faults[0] + more_faults)
     except Failure as failure:
-        print(f"error: {failure}")
+        print(f"error: {failure}", file=sys.stderr, flush=True)
         return failure.exit_code
     return 0
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ci.device import strict_json
+
 SYSTEM = "You are a calculator on a small board. Answer with the number alone, and nothing else."
 # Turns of conversations; those of one conversation begin alike, and two of them with the same system prompt.
 CONVERSATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -214,7 +216,7 @@ def counts(port: int) -> dict[str, float]:
 def _events(response: http.client.HTTPResponse) -> Iterator[Mapping[str, Any]]:
     """The server-sent events of a response up to [DONE]. Raises ValueError for what is none."""
     size, done = 0, False
-    for line in response:
+    while line := response.readline(MOST_ANSWER + 1):
         size += len(line)
         if size > MOST_ANSWER:
             raise ValueError(f"the answer has more than {MOST_ANSWER >> 20} MB")
@@ -222,7 +224,7 @@ def _events(response: http.client.HTTPResponse) -> Iterator[Mapping[str, Any]]:
         if data == b"data: [DONE]":
             done = True
         elif data.startswith(b"data: "):
-            event = json.loads(data[6:])
+            event = strict_json.loads(data[6:])
             if not isinstance(event, dict):
                 raise ValueError(f"an event is {data[:60]!r}")
             yield event
@@ -232,6 +234,6 @@ def _events(response: http.client.HTTPResponse) -> Iterator[Mapping[str, Any]]:
 
 def _message(said: str) -> str:
     try:
-        return str(json.loads(said)["error"]["message"])[:200]
+        return str(strict_json.loads(said)["error"]["message"])[:200]
     except (ValueError, KeyError, TypeError):
         return said[:200]

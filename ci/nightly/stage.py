@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from axrun.errors import BadInput
+from ci.device import progress
 
 PR_SET_CHILD_SUBREAPER = 36
 GRACE = 10.0  # seconds between asking a command to end and making it
@@ -80,9 +81,11 @@ def run(
     environment: Mapping[str, str] | None = None,
     leaves: bool = False,
     stop: Callable[[], str] = lambda: "",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Stage:
     """Runs a command until it ends, its limit is reached, or `stop` gives a reason to.
 
+    `say` is given how long it has run and the last it said, every progress.EVERY seconds.
     `leaves`: what it leaves running is meant to stay (a board that was switched on). Raises BadInput when the command
     cannot be started.
     """
@@ -102,8 +105,9 @@ def run(
             )
         except OSError as error:
             raise BadInput(f"{name}: cannot start {command[0]}: {error.strerror}") from None
+        beat = _heartbeat(name, console, say, started)
         try:
-            code = _wait(process, limit, stop, memory.look)
+            code = _wait(process, limit, stop, (memory.look, beat))
         finally:
             end(process)
             if not leaves:
@@ -118,6 +122,21 @@ def run(
     elif code:
         reason = last_error(console) or f"{name} ended with exit code {code} and said nothing"
     return Stage(name, code, time.monotonic() - started, limit, reason[:MOST_REASON], console)
+
+
+def _heartbeat(name: str, console: Path, say: Callable[[str], None], started: float) -> Callable[[], None]:
+    """Says that a stage runs, when it is called and a while has passed."""
+    told = started
+
+    def beat() -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told >= progress.EVERY:
+            told = now
+            last = last_line(console)[:120]
+            say(f"  {name}: {now - started:.0f} s" + (f", {last}" if last else ""))
+
+    return beat
 
 
 class Memory:
@@ -159,11 +178,12 @@ def _text(file: Path) -> str:
 
 
 def _wait(
-    process: subprocess.Popen[bytes], limit: float, stop: Callable[[], str], look: Callable[[], None] = lambda: None
+    process: subprocess.Popen[bytes], limit: float, stop: Callable[[], str], looks: Sequence[Callable[[], None]] = ()
 ) -> int:
     deadline = time.monotonic() + limit
     while True:
-        look()
+        for look in looks:
+            look()
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(POLL)
         if stop():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axrun.errors import BadInput
+from ci.device import strict_json
 
 if TYPE_CHECKING:
     from ci.nightly.night import Held
@@ -71,9 +72,7 @@ def write(file: Path, held: Held) -> None:
 def read(file: Path) -> Summary | None:
     """None where there is none, as of a night that never began. Raises BadInput for a damaged one."""
     try:
-        if file.stat().st_size > LONGEST:
-            raise BadInput(f"{file} has {file.stat().st_size} bytes")
-        found = json.loads(file.read_text("utf-8"))
+        found = strict_json.read(file, LONGEST)
         judged = tuple(Judged(**entry) for entry in found.pop("judged"))
         return Summary(**{**found, "judged": judged, "notes": tuple(found["notes"])})
     except FileNotFoundError:

@@ -6,16 +6,15 @@ has none for a figure that follows the clock of the machine beneath.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from axrun.errors import BadInput
-from ci.device import place
-from ci.nightly import metrics, toml_lines, variant
-from ci.nightly.toml_lines import line
+from ci.device import place, toml_lines
+from ci.device.toml_lines import line
+from ci.nightly import metrics, variant
 
 FILE = Path(__file__).resolve().parents[1] / "targets.toml"
 BASES = ("published", "goal")
@@ -82,8 +81,8 @@ def _target(file: Path, text: str, entry: Mapping[str, Any], index: int) -> Targ
         variant.find(entry["model"])
     except BadInput as error:
         raise wrong("model", str(error).partition("\n")[0]) from None
-    if not math.isfinite(entry["value"]):
-        raise wrong("value", f"value is {entry['value']}, expected a number")
+    if not metrics.is_figure(entry["value"]):
+        raise wrong("value", f"value is {entry['value']!a:.40}, expected a number within ± {metrics.MOST:g}")
     for key, allowed in (("unit", (metric.unit,)), ("basis", BASES)):
         if entry[key] not in allowed:
             raise wrong(key, f"{key} is {entry[key]!a:.40}, expected {' or '.join(map(repr, allowed))}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from invoke.context import Context
 
 from axrun.errors import BadInput
-from ci.tasks.common import ARGS, MODEL, OUT, PROMPT, TELL, VENV, built, finish, split, succeed, verb
+from ci.tasks.common import ARGS, MODEL, OUT, PROMPT, TELL, VENV, built, finish, split, succeed, verb, within
 from requirements.install import install
 
 if TYPE_CHECKING:
@@ -34,33 +34,35 @@ def cross(_: Context, board: str = "virtual", out: str = OUT or "out") -> None:
 
 
 @verb
-def board_up(_: Context, board: str = "virtual", disk: str = "", fresh: bool = False) -> None:
+def board_up(
+    _: Context, board: str = "virtual", disk: str = "", fresh: bool = False, even_if_held: bool = False
+) -> None:
     """Start an emulated arm64 board on this machine (root; Debian packages, cached), or switch a board's port on."""
     install(VENV, "boards")
-    from ci.device import place, power, virtual_board
+    from ci.device import holding, place, power, virtual_board
 
     found = place.find(board)
-    if found.emulated:
-        virtual_board.up(found, place.address(found), disk, fresh, TELL)
-        return
-    if disk or fresh:
+    if (disk or fresh) and not found.emulated:
         raise BadInput(f"{board} is a board of its own: --disk and --fresh are for the emulated one")
-    with place.hold(found):
-        power.up(found, TELL)
+    with holding.alone(found, even_if_held, TELL):
+        if found.emulated:
+            virtual_board.up(found, place.address(found), disk, fresh, TELL)
+        else:
+            power.up(found, TELL)
 
 
 @verb
-def board_down(_: Context, board: str = "virtual") -> None:
+def board_down(_: Context, board: str = "virtual", even_if_held: bool = False) -> None:
     """Cut a board's power: the emulated one's, whose disk stays, or by a board's port."""
     install(VENV, "boards")
-    from ci.device import place, power, virtual_board
+    from ci.device import holding, place, power, virtual_board
 
     found = place.find(board)
-    if found.emulated:
-        print(f"{found.name} is off" if virtual_board.down(found) else f"{found.name} was off already")
-        return
-    with place.hold(found):
-        power.off(found)
+    with holding.alone(found, even_if_held, TELL):
+        if found.emulated:
+            print(f"{found.name} is off" if virtual_board.down(found) else f"{found.name} was off already")
+        else:
+            power.off(found)
 
 
 @verb
@@ -77,6 +79,7 @@ def deploy(
     from axc.models import load_model
     from ci.device import deploy, evidence, holding, place, wheelhouse
 
+    within("--keep", keep, 1, 1000)
     spec, found = load_model(model), place.find(board)
     bundle = built(spec.name, out)
     with holding.hold(found, f"deploy of {spec.name}", say=TELL) as held, holding.marked(held):
@@ -89,16 +92,19 @@ def deploy(
 
 
 @verb
-def board_doctor(_: Context, board: str = "virtual", model: str = "", json: bool = False) -> None:
+def board_doctor(
+    _: Context, board: str = "virtual", model: str = "", json: bool = False, even_if_held: bool = False
+) -> None:
     """Say what is wrong with the bundle on a board, and where: axrun doctor of its current release."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is the report
         install(VENV, "boards")
-    from ci.device import doctor, place
+    from ci.device import doctor, holding, place
 
     found = place.find(board)
-    if not json:
-        TELL(f"examining what {found.name} has ...")
-    report = doctor.on_board(found, place.address(found), model=model)
+    with holding.alone(found, even_if_held, _warn):
+        if not json:
+            TELL(f"examining what {found.name} has ...")
+        report = doctor.on_board(found, place.address(found), model=model)
     print(dumps(report.json()) if json else "\n".join(report.lines()))
     finish(report.exit_code)
 
@@ -153,6 +159,7 @@ def board_soak(_: Context, board: str = "virtual", requests: int = 1000, out: st
     from ci.device import evidence, place
     from ci.nightly.soak import main
 
+    within("--requests", requests, 1, 1_000_000)
     found = place.find(board)
     deployed = evidence.place(Path(out), found.name)
     with place.hold(found):
@@ -175,18 +182,16 @@ def board_status(_: Context, board: str = "virtual", json: bool = False) -> None
 
 
 @verb
-def board_shell(_: Context, board: str = "virtual", command: str = "") -> None:
+def board_shell(_: Context, board: str = "virtual", command: str = "", even_if_held: bool = False) -> None:
     """A shell on a board, or one command there."""
     install(VENV, "boards")
-    from ci.device import board_shell, board_status, place, reach
+    from ci.device import board_shell, holding, place, reach
 
     found = place.find(board)
-    with _reached(found):
+    with holding.alone(found, even_if_held, _warn):
         at = place.address(found)
         reach.require(found, at)
         _log_in(found, at)
-        if who := board_status.holder(found):
-            print(f"note: {found.name} is held by {who}: what you do there may disturb it", file=sys.stderr, flush=True)
         finish(board_shell.shell(found, at, command))
 
 
@@ -211,6 +216,7 @@ def board_serve(_: Context, board: str = "virtual", port: int = 0, args: str = A
     install(VENV, "boards")
     from ci.device import place, reach, remote_axrun
 
+    within("--port", port, 0, 65535)
     found = place.find(board)
     with place.hold(found), _ending():
         at = place.address(found)
@@ -224,6 +230,10 @@ def board_serve(_: Context, board: str = "virtual", port: int = 0, args: str = A
                 TELL("\nending the server on the board ...")
                 far.close()
                 TELL(f"{found.name}: axrun serve has ended")
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _log_in(board: Board, at: Address) -> None:

@@ -56,6 +56,7 @@ HELP = {
     "upgrade": "take the newest versions instead of keeping those that are locked",
     "board": "one of ci/boards/*.yaml, or a labgrid environment of your own",
     "disk": "the virtual board's disk for releases, e.g. 64M, empty at each start (default: this machine's)",
+    "even_if_held": "do it although somebody holds the board: what they do there may fail, a night turns red",
     "keep": "releases to keep on the board, the current one among them",
     "bundle": "a bundle that was built elsewhere, in place of a build",
     "history": "the folder of the nights that were held (default OUT/nightly/history)",
@@ -98,6 +99,13 @@ def verb(body: Callable[..., None]) -> Any:
     return task(help={name.replace("_", "-"): text for name, text in described.items()}, iterable=["extra", "limit"])(
         run
     )
+
+
+def within(option: str, value: int, least: int, most: int) -> int:
+    """A number that an option may have. Raises BadInput."""
+    if not least <= value <= most:
+        raise BadInput(f"{option} {value}: expected {least} to {most}")
+    return value
 
 
 def succeed(main: Callable[[list[str]], int], argv: list[str]) -> None:

@@ -12,7 +12,7 @@ from invoke.context import Context
 from invoke.exceptions import Exit
 
 from axrun.errors import BadInput
-from ci.tasks.common import MODEL, MODEL_DIR, OUT, VENV, verb
+from ci.tasks.common import MODEL, MODEL_DIR, OUT, VENV, verb, within
 from requirements.install import install
 
 
@@ -47,7 +47,8 @@ def nightly(
     if matrix:
         if given := [name for name, value in (("--board", board), ("--bundle", bundle), ("--built", built)) if value]:
             raise BadInput(f"{given[0]} and --matrix: a matrix names its boards, and builds for them")
-        more = [*([] if retry else ["--no-retry"]), *(["--bisect"] if bisect else []), f"--notify={notify}"]
+        flags = {"--no-retry": not retry, "--bisect": bisect, "--soak": soak}
+        more = [*(flag for flag, given in flags.items() if given), f"--notify={notify}"]
         page = nights.hold(Path(matrix), Path(out), kept, checkpoint, wait, limit or [], _tell, more)
         print("\n".join(page.lines()), flush=True)
         nights.renew(kept, Path(out) / "nightly", _tell, page.matrix.targets)
@@ -110,6 +111,7 @@ def gate_record(
     install(VENV, "boards")
     from ci.nightly.night import record
 
+    within("--nights", nights, 1, 10_000)
     print(record(board, model, maker, _history(history, out), nights))
 
 

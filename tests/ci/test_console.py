@@ -122,8 +122,8 @@ def test_the_emulated_boards_file_comes_by_the_same_driver(tmp_path: Path) -> No
     board = dataclasses.replace(place.find("virtual"), state=tmp_path / "state")
     board.state.mkdir()
     said, file = board.state / "console.log", tmp_path / "console.log"
-    said.write_bytes(b"before the power cycle\nand a longer line than what comes after it\n")
     with kept(board, file):
+        said.write_bytes(b"before the power cycle\nand a longer line than what comes after it\n")
         until(lambda: "longer" in file.read_text())
         said.write_bytes(b"Server listening\n")
         until(lambda: "Server listening" in file.read_text())
@@ -135,6 +135,15 @@ def test_the_emulated_boards_file_comes_by_the_same_driver(tmp_path: Path) -> No
         "Server listening",
         "Accepted ���publickey",
     ]
+
+
+def test_what_an_emulated_board_said_before_the_night_is_not_of_the_night(tmp_path: Path) -> None:
+    board = dataclasses.replace(place.find("virtual"), state=tmp_path / "state")
+    board.state.mkdir()
+    (board.state / "console.log").write_bytes(b"of the session before\n")
+    process = console.start(board, tmp_path / "console.log")
+    assert not (board.state / "console.log").exists()
+    console.stop(process)
 
 
 def test_a_board_without_a_console_says_so(tmp_path: Path) -> None:

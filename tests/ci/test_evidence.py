@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import marshal
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +21,16 @@ from axrun.format.bundle import MANIFEST, read_manifest, sha256
 from ci.device import evidence
 from ci.device.evidence import Record, compare, differences
 from ci.device.listing import Listing
+from ci.device.on_board import compiled, tree
 from ci.device.on_board.releases import Releases
 
 Plant = Callable[[Path, Record], None]
 LIBRARY = "axrun/engine/lib/libax_engine.so"
+PYTHON = {
+    **dict.fromkeys(("found", "program"), "/usr/bin/python3.11"),
+    **dict.fromkeys(("found_sha256", "program_sha256"), "a" * 64),
+    "version": "3.11.2",
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +65,7 @@ def make(root: Path, package: Path, bundle: Path, prompt: str) -> Record:
     releases.assemble(digest[:16], release)
     releases.switch(digest[:16])
     files = [evidence.files(listings[store]) for store in ("packages", "models")]
-    return Record("host", digest[:16], release["package"], release["model"], digest, *files)
+    return Record("host", digest[:16], release["package"], release["model"], digest, *files, python=PYTHON)
 
 
 @pytest.fixture
@@ -67,7 +76,7 @@ def board(deployed: tuple[Path, Record], tmp_path: Path) -> tuple[Path, Record]:
 
 
 def inventory(root: Path, record: Record) -> dict[str, Any]:
-    return Releases(str(root)).inventory(record.release, record.package, record.model)
+    return {**Releases(str(root)).inventory(record.release, record.package, record.model), "python": PYTHON}
 
 
 def older(root: Path, record: Record) -> str:
@@ -246,3 +255,62 @@ def test_what_figures_name_is_what_was_built_and_deployed(deployed: tuple[Path, 
     assert fault == "x.py is missing"
     other = dataclasses.replace(record, model_files={**record.model_files, "hf/tokenizer.json": "0" * 64})
     assert "hf/tokenizer.json was deployed otherwise than it was built" in differences(other, manifest, good)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {"program_sha256": "b" * 64, "found_sha256": "b" * 64},
+            f"python3 is /usr/bin/python3.11 (3.11.2, sha256 {'b' * 12}), deployed with was /usr/bin/python3.11 (3.11",
+        ),
+        (
+            {"found": "/home/me/bin/python3", "found_sha256": "c" * 64},
+            f"python3 is /home/me/bin/python3 (sha256 {'c' * 12}), which runs /usr/bin/python3.11 (3.11.2, ",
+        ),
+    ],
+)
+def test_another_interpreter_is_told(change: dict[str, str], told: str, board: tuple[Path, Record]) -> None:
+    root, record = board
+    (fault,) = compare(record, {**inventory(root, record), "python": {**PYTHON, **change}})
+    assert fault.startswith(told)
+
+
+def test_the_interpreter_that_a_command_finds_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = tree.interpreter()
+    assert real["program"] == os.path.realpath(sys.executable)
+    assert real["program_sha256"] == hashlib.sha256(Path(sys.executable).read_bytes()).hexdigest()
+    shadow = tmp_path / "python3"
+    shadow.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    shadow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    seen = tree.interpreter()
+    assert seen["found"] == str(shadow)
+    assert seen["found_sha256"] == hashlib.sha256(shadow.read_bytes()).hexdigest()
+    assert evidence.wrapped(seen).startswith(f"{shadow} (sha256 ")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert tree.interpreter()["found_sha256"] == "unreadable"
+
+
+def test_what_python_compiled_is_of_its_source(tmp_path: Path) -> None:
+    sources, folder = tmp_path / "package", tmp_path / "package.compiled"
+    sources.mkdir()
+    for name in ("one", "two", "three"):
+        (sources / f"{name}.py").write_text(f'"""A module."""\ndef said(): return ["{name}", 1.5, (b"x", None)]\n')
+    flags = ["-I", "-S", "-X", f"pycache_prefix={folder}"]
+    run = f"import sys; sys.path.insert(0, {str(sources)!r}); import one, two, three"
+    subprocess.run([sys.executable, *flags, "-c", run], check=True, timeout=60)
+    assert compiled.faults(folder, 60) == []
+    kept = {path.name.partition(".")[0]: path for path in folder.rglob("*.pyc")}
+    planted = marshal.dumps(compile("def said(): return 'planted'", str(sources / "two.py"), "exec"))
+    kept["two"].write_bytes(kept["two"].read_bytes()[:16] + planted)  # time and size of the source, as Python asks
+    asked = [sys.executable, *flags, "-c", f"{run}; print(two.said())"]
+    assert subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout == "planted\n"
+    kept["three"].write_bytes(kept["three"].read_bytes()[:30])
+    (folder / "more.so").write_text("")
+    faults = "\n".join(compiled.faults(folder, 60))
+    assert faults.count("\n") == 2
+    assert "more.so is no compiled file" in faults
+    assert f" cannot be compared with {sources / 'three.py'}: " in faults
+    assert f" is not what Python compiles of {sources / 'two.py'}" in faults
+    assert compiled.faults(folder, -1)[0].endswith(" were not looked at in -1 s")

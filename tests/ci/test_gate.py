@@ -158,10 +158,16 @@ def test_no_file_is_no_gates_and_a_name_never_leaves_the_folder(tmp_path: Path) 
             "has expected, tolerence, unit, basis, source; expected expected, tol",
         ),
         (("cpu.", "gpu."), "no maker is named 'gpu': there are cpu, pulsar2"),
-        (("mean_kld", "mean_kdl"), "no figure is named 'mean_kdl': there are mean_kld"),
+        (("mean_kld", "mean_kdl"), "line 1: no figure is named 'mean_kdl': is mean_kld meant?"),
         (("mean_kld", "decode_n"), "no figure is named 'decode_n'"),
         (("[cpu.mean_kld]", "cpu = 1\n[x]"), "expected tables of figures"),
-        (("[cpu", "[[cpu"), "tiny-qwen2.toml: "),
+        (("[cpu", "[[cpu"), "tiny-qwen2.toml is no TOML: "),
+        (("1e-5", "9" * 400), "line 2: expected is an integer of 1329 bits, expected 64 at most"),
+        (("1e-5", "9" * 5000), "tiny-qwen2.toml is no TOML: Exceeds the limit"),
+        (("1e-5", f"0x{'f' * 5000}"), "line 2: expected is an integer of 20000 bits"),
+        (("1e-5", "[" * 5000), "tiny-qwen2.toml is no TOML: it is nested too deep"),
+        (("1e-5", "1e300"), "expected is 1e+300, expected a number within ± 1e+15"),
+        (("1e-6", "1e300"), "tolerance is 1e+300, expected a number within ± 1e+15"),
     ],
 )
 def test_a_gate_that_says_anything_else_is_refused(change: tuple[str, str], told: str, tmp_path: Path) -> None:

@@ -63,9 +63,19 @@ def test_a_torn_line_is_reported_and_nothing_is_rewritten(tmp_path: Path) -> Non
     [
         ({"schema": 2}, "no night of schema 1"),
         ({"verdict": "amber"}, "its verdict is 'amber'"),
-        ({"figures": {"decode_128": "fast"}}, "its figures is"),
-        ({"figures": {"decade_128": 1.0}}, "its figures is"),
-        ({"figures": {"decode_128": True}}, "its figures is"),
+        ({"figures": {"decode_128": "fast"}}, "its figures have 'decode_128': 'fast'"),
+        ({"figures": {"decade_128": 1.0}}, "its figures have 'decade_128': 1.0"),
+        ({"figures": {"decode_128": True}}, "its figures have 'decode_128': True"),
+        ({"figures": {"decode_128": 1e300}}, "it has the number 1e+300"),
+        ({"figures": {"decode_128": 1e16}}, "its figures have 'decode_128': 1e+16"),
+        ({"figures": {"decode_128": float("nan")}}, "it has NaN, which is no number"),
+        ({"figures": {"decode_128": 10**400}}, "it has the number 10000000000000000000..., of 401 characters"),
+        ({"seconds": 10**400}, "it has the number 10000000000000000000..., of 401 characters"),
+        ({"seconds": -1}, "its seconds is -1"),
+        ({"board": "ax650"}, "it is of 'tiny-qwen2' on 'ax650'"),
+        ({"model": "qwen2-0.5b"}, "it is of 'qwen2-0.5b' on 'virtual'"),
+        ({"started": "9999-99-99T99:99:99Z"}, "its started is '9999-99-99T99:99:99Z'"),
+        ({"started": "9999-12-31T23:59:59Z"}, "its started is '9999-12-31T23:59:59Z'"),
         ({"layers": {"layer 0 prefill": [1.0]}}, "its layers is"),
         ({"seconds": None}, "its seconds is None"),
         ({"blame": "weather"}, "its blame is 'weather'"),
@@ -104,8 +114,11 @@ def test_writers_at_once_each_get_their_line(tmp_path: Path) -> None:
 
 
 def test_a_figure_that_is_no_number_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        history.append(tmp_path, night(figures={"decode_128": float("nan")}))
+    for value in (float("nan"), float("inf"), 10**400, 1e300):
+        with pytest.raises(BadInput, match=r"not added to .*tiny-qwen2\.jsonl, where it would be left out: it"):
+            history.append(tmp_path, night(figures={"decode_128": value}))
+    with pytest.raises(BadInput, match="its stage is 1"):
+        history.append(tmp_path, night(stage=1))
     assert history.read(tmp_path, "virtual", "tiny-qwen2").nights == ()
 
 

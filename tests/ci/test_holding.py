@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from invoke.exceptions import Exit
 
 from axrun.errors import BadInput
-from ci.device import holding, place
+from ci.device import board_status, holding, place
 from ci.device.holding import MARK, Note
 from ci.device.place import Board
+from ci.tasks import boards
 from tests.ci.test_stage import DAEMON, WAIT, alive
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +42,7 @@ options: {{board: relay, architecture: aarch64, python: "3.11", root: axrun, eng
 # Holds the board, switches it on, leaves a daemon in a session of its own, and is killed.
 HOLDER = """
 import os, signal, subprocess, sys
-from ci.device import holding, place
+from ci.device import board_status, holding, place
 with holding.hold(place.find(sys.argv[1]), "nightly of tiny-qwen2") as held:
     held.stage("power on", power=True)
     held.stage("build")
@@ -213,3 +215,41 @@ def test_who_is_waited_for_is_said(board: Board, monkeypatch: pytest.MonkeyPatch
             pass
     assert said[0] == f"relay is held by {owner}; waited 0 s of at most 300 s"
     assert said[1].startswith(f"relay is held by {owner}; waited ")
+
+
+def test_what_changes_a_held_board_is_refused_by_its_holder_or_forced(
+    board: Board, capsys: pytest.CaptureFixture[str]
+) -> None:
+    yaml = str(board.yaml)
+    calls: list[Callable[[], object]] = [
+        lambda: boards.board_down.body(None, board=yaml),
+        lambda: boards.board_up.body(None, board=yaml),
+        lambda: boards.board_shell.body(None, board=yaml, command="true"),
+        lambda: boards.board_doctor.body(None, board=yaml),
+        lambda: boards.board_ask.body(None, "1+1=", board=yaml),
+        lambda: boards.board_serve.body(None, board=yaml),
+        lambda: boards.rollback.body(None, board=yaml),
+    ]
+    with holding.hold(board, "nightly of tiny-qwen2") as held:
+        assert held
+        held.stage("measure")
+        assert board_status.holder(board) == held.note.title
+        assert held.note.title.endswith(", in measure)")
+        for call in calls:
+            with pytest.raises(Exit) as refused:
+                call()
+            assert refused.value.code == 2
+            assert str(refused.value).startswith(f"error: relay is held by {held.note.title}")
+        assert relay(board) == []
+        boards.board_down.body(None, board=yaml, even_if_held=True)
+        assert f"note: relay is held by {held.note.title}: what it does there may fail now\n" in capsys.readouterr().out
+        assert relay(board) == ["off"]
+    boards.board_down.body(None, board=yaml)
+    assert relay(board) == ["off", "off"]
+
+
+def test_what_a_killed_holder_left_is_told_by_status(board: Board, killed: int) -> None:
+    (note,) = holding.read(board)
+    found = board_status.status(board, place.Address("127.0.65.254", 2222, "board", board.state / "key"))
+    assert found["left"] == [note.title]
+    assert f"{note.title}, which was killed: " in "\n".join(board_status.lines(found))

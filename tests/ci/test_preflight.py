@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def test_a_file_that_cannot_be_read(what: str, board: Board, gates: Path) -> Non
         file.mkdir()
     else:
         file.write_text("[cpu")
-    assert refused(board, gates).startswith(f"{file}: ")
+    assert refused(board, gates).startswith((f"cannot read {file}: ", f"{file} is no TOML: "))
 
 
 def test_the_shipped_gates_can_all_be_reached() -> None:
@@ -176,3 +177,27 @@ def test_a_board_without_a_power_port(board: Board, gates: Path, tmp_path: Path)
 
 def test_a_bundle_that_is_not_there(board: Board, gates: Path, tmp_path: Path) -> None:
     assert refused(board, gates, bundle=tmp_path / "none").startswith("no bundle folder ")
+
+
+def test_a_board_that_is_not_set_up_is_refused_before_a_night_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LG_BOARD_ADDRESS", "LG_COORDINATOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/nonexistent")
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    with pytest.raises(BadInput, match=r"ax650 is not set up on this machine: nothing is named 'ax650', the"):
+        preflight.require_set_up(place.find("ax650"))
+    with pytest.raises(BadInput, match="it is in a farm: name its coordinator"):
+        preflight.require_set_up(place.find("ax650-farm"))
+    monkeypatch.setenv("LG_BOARD_ADDRESS", "192.168.1.50")
+    preflight.require_set_up(place.find("ax650"))
+    preflight.require_set_up(place.find("virtual"))
+
+
+def unknown(*_: object) -> None:
+    raise OSError("Name or service not known")
+
+
+def test_a_gate_that_judges_nothing_is_told(board: Board, gates: Path) -> None:
+    file = gates / "virtual" / "tiny-qwen2.toml"
+    file.write_text(re.sub(r"tolerance = .*", "tolerance = 1e14", file.read_text()))
+    assert any("lets nearly anything pass: " in note for note in check(board, gates).notes)

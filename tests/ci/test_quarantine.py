@@ -121,12 +121,15 @@ def test_what_is_healthy_again_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        (entry(owner=None), "entry 1 has no owner; it needs board, model, owner, reason, until"),
-        (entry(reason=None, until=None), "entry 1 has no reason and no until; "),
-        (entry(figure=None), "entry 1 has board, model, owner, reason, until; expected one of figure, test, stage"),
+        (
+            entry(owner=None),
+            "quarantine.toml line 1: the entry has no owner; it needs board, model, owner, reason, until",
+        ),
+        (entry(reason=None, until=None), "the entry has no reason and no until; "),
+        (entry(figure=None), "the entry has board, model, owner, reason, until; expected one of figure, test, stage"),
         (entry(stage='"deploy"'), "expected one of figure, test, stage beside the others"),
-        (entry(owner='""'), "entry 1: owner is '', expected one line of text"),
-        (entry(until='"soon"'), "entry 1: until is 'soon', expected a date: 2026-12-24"),
+        (entry(owner='""'), "line 1: owner is '', expected one line of text"),
+        (entry(until='"soon"'), "line 1: until is 'soon', expected a date: 2026-12-24"),
         (entry(until="2027-02-01"), "ends on 2027-02-01, in 67 days; at most 60"),
         (entry(board='"virtuel"'), "matches nothing: no board is named 'virtuel'; there are virtual, ax650"),
         (entry(model='"tiny"'), "matches nothing: no model is named 'tiny'"),
@@ -135,7 +138,12 @@ def test_what_is_healthy_again_is_told(tmp_path: Path) -> None:
         (entry(figure=None, stage='"sleep"'), "matches nothing: there are the stages power on, build,"),
         (entry(figure=None, test='"test_it"'), "matches nothing: tests/hil has test_every_way"),
         ("[quarantine]\n", "expected entries: [[quarantine]]"),
-        ("quarantine = [\n", "quarantine.toml: "),
+        ("quarantine = [\n", "quarantine.toml is no TOML: "),
+        (entry() + entry(until="2026-12-01"), "line 8: figure mean_kld of tiny-qwen2 on virtual is quar"),
+        (entry(figure=None, stage='"measure"'), "stage measure of tiny-qwen2 on virtual cannot be: it measures every"),
+        (entry(figure=None, stage='"health"'), "cannot be: nothing is known of what an ill board measures"),
+        (entry(figure=None, stage='"doctor"'), "cannot be: it makes no night red"),
+        (entry(figure=None, stage='"count"', board='"ax650"'), "instructions are counted for emulated boards alone"),
     ],
 )
 def test_an_entry_that_says_too_little_is_refused(text: str, told: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ci.device.place import Board
 
 @pytest.fixture(autouse=True)
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, _ in settings.KNOWN.values():
+    for variable, *_ in settings.KNOWN.values():
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setenv("LG_BOARD_ADDRESS", "127.0.0.1")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,14 +17,7 @@ from tests.hil.on_board import OnBoard, Otherwise
 LIBRARY = "axrun/engine/lib/libax_engine.so"
 
 
-class Here:
-    """labgrid's command driver, for this machine."""
-
-    def run(self, command: str, timeout: float, decodeerrors: str) -> tuple[list[str], list[str], int]:
-        done = subprocess.run(
-            ["sh", "-c", command], capture_output=True, text=True, errors=decodeerrors, timeout=timeout, check=False
-        )
-        return done.stdout.splitlines(), done.stderr.splitlines(), done.returncode
+HERE = ["sh", "-c"]  # in place of ssh to a board
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +42,7 @@ def board(libraries: Path, tmp_path: Path) -> OnBoard:
     launcher = root / "releases" / ("0" * 16) / "axrun"
     files = {LIBRARY: hashlib.sha256((package / LIBRARY).read_bytes()).hexdigest()}
     record = Record("virtual", "0" * 16, "1" * 16, "2" * 16, "", files, {})
-    found = OnBoard(place.find("virtual"), Here(), 60.0, record, str(root))
+    found = OnBoard(place.find("virtual"), HERE, 60.0, record, str(root))
     tell(launcher, package / LIBRARY, 'print(\'{"maker": "cpu"}\')')
     return found
 
@@ -109,6 +101,14 @@ def test_a_variable_that_changes_the_engine_is_told(board: OnBoard, monkeypatch:
         ),
         ("raise SystemExit('error: no room')", "axrun eval on virtual ended with 1: 'no room'"),
         ("print('hello')", r"axrun eval on virtual answers 'hello\\n', expected a JSON object"),
+        (
+            "print('{\"ttft\": NaN}')",
+            "does not answer with a JSON object: it has NaN, which is no number",
+        ),
+        (
+            "print('[' + '9' * 400 + ']')",
+            "answer with a JSON object: it has the number 99999999999999999999...",
+        ),
         ("print('[1]')", "expected a JSON object"),
     ],
 )

@@ -16,13 +16,15 @@ import pytest
 from labgrid.pytestplugin.hooks import LABGRID_ENV_KEY
 
 from axrun.errors import BadInput
-from ci.device import evidence, place, sensors
+from ci.device import evidence, place, sensors, ssh, strict_json
 from ci.device.connection import Connection
 from ci.device.evidence import Record
 from ci.device.place import Address, Board
 from ci.device.ssh import Lost
 from ci.nightly import gate
 from tests.hil.on_board import Hanging, OnBoard, Otherwise
+
+COMPILED_SECONDS = 600  # for what Python compiled to be compared
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -85,7 +87,7 @@ def on_board(request: pytest.FixtureRequest, target: Any) -> Iterator[OnBoard]:
     options = request.config.option
     found = place.find(str(options.lg_env))
     try:
-        driver = target.get_driver("CommandProtocol")
+        target.get_driver("CommandProtocol")
     except Exception as error:  # labgrid raises a bare Exception for a board that does not answer
         pytest.fail(f"{found.name} does not answer over SSH: {error}", pytrace=False)
     record = evidence.read(options.hil_deployed or evidence.place(Path("out"), found.name))
@@ -93,8 +95,9 @@ def on_board(request: pytest.FixtureRequest, target: Any) -> Iterator[OnBoard]:
         raise BadInput(f"the record is of a deploy to {record.board}, this board is {found.name}")
     at = place.address_of(target)
     seen = inventory(found, at, record, options.hil_limit)
-    measured = OnBoard(found, driver, options.hil_limit, record, str(seen["root"]))
-    measured.seen["evidence"] = {**record.named(), "faults": []}
+    shell = [*ssh.command(at), at.host]
+    measured = OnBoard(found, shell, options.hil_limit, record, str(seen["root"]))
+    measured.seen["evidence"] = {**record.named(), "python": seen["python"], "faults": []}
     try:
         measured.require("what lies", evidence.compare(record, seen))
         with sensors.reading(found, at) as readings:
@@ -105,6 +108,7 @@ def on_board(request: pytest.FixtureRequest, target: Any) -> Iterator[OnBoard]:
             if seen["boot"] != booted:
                 raise Hanging(f"{found.name} was started anew during the tests: {booted}, then {seen['boot']}")
             measured.require("after the measurement, what lies", evidence.compare(record, seen))
+            measured.require("after the measurement, what Python compiled", compiled(found, at, record))
     finally:
         keep(measured, options.hil_figures)
 
@@ -120,9 +124,16 @@ def inventory(board: Board, at: Address, record: Record, seconds: float) -> dict
         raise Hanging(str(error)) from None
 
 
+def compiled(board: Board, at: Address, record: Record) -> list[str]:
+    """Where what ran was not compiled of what was deployed."""
+    with Connection(board, at) as link:
+        faults = link.call("compiled", COMPILED_SECONDS + 60, package=record.package, limit=COMPILED_SECONDS)
+    return [f"packages/{record.package}.compiled/{fault}" for fault in faults]
+
+
 def keep(on_board: OnBoard, file: Path | None) -> None:
     if file is not None:
-        file.write_text(json.dumps(on_board.seen, indent=2) + "\n", "utf-8")
+        file.write_text(json.dumps(strict_json.plain(on_board.seen), indent=2) + "\n", "utf-8")
 
 
 @pytest.fixture

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from axrun.errors import CheckFailed
-from ci.device import evidence
+from ci.device import bounded, evidence, ssh, strict_json
 from ci.device.evidence import Record
 from ci.device.place import Board
 
@@ -20,7 +20,7 @@ PLAIN_BLAS = ("OPENBLAS_NUM_THREADS=1", "OPENBLAS_CORETYPE=ARMV8")
 SEEN = {"code", "stdout", "stderr", "cpu", "libraries", "variables", "peak", "available", "kernel"}
 
 SPARE = 15.0  # seconds beyond a command's limit on the board until it is given up here
-MOST_ANSWER = 1 << 21  # characters
+MOST_ANSWER = 1 << 21  # bytes
 NOT_DONE = 124  # of timeout(1)
 KILLED = (-9, 137)  # exit codes of a command that signal 9 ended
 LOST = 255  # of ssh(1), which gives a silent board up after a minute
@@ -38,11 +38,12 @@ class Otherwise(CheckFailed):
 class OnBoard:
     """The release that was deployed to a board, and what was measured with it.
 
-    `root` is the folder of the releases, as the board's kernel names it.
+    `shell` are the words before a command line that runs it there (ci/device/ssh.py), `root` is the folder of the
+    releases, as the board's kernel names it.
     """
 
     board: Board
-    driver: Any
+    shell: Sequence[str]
     limit: float
     record: Record
     root: str
@@ -65,9 +66,7 @@ class OnBoard:
         what = f"axrun {verb}"
         words = [f"{self.release}/axrun", verb, f"{self.release}/model", "--json", "--engine", self.board.engine]
         done = self._watched(what, [*words, *flags])
-        found = _object(done["stdout"])
-        if found is None:
-            raise CheckFailed(f"{what} on {self.board.name} answers {done['stdout'][:80]!a}, expected a JSON object")
+        found = self._object(what, done["stdout"], "a JSON object")
         self.seen["maker"] = str(found.get("maker", ""))
         self._loaded(what, done)
         return found, float(done["cpu"])
@@ -104,9 +103,9 @@ class OnBoard:
     def _watched(self, what: str, command: list[str]) -> dict[str, Any]:
         """What the witness saw of a command that ended well. Raises CheckFailed for one that did not."""
         said = self.run(what, shlex.join(["python3", "-I", "-S", "-c", WITNESS.read_text("utf-8"), *command]))
-        done = _object(said)
-        if done is None or not done.keys() >= SEEN:
-            raise CheckFailed(f"{self.board.name} answers {said[:80]!a} to {what}, expected what was seen of it")
+        done = self._object(what, said, "what was seen of it")
+        if not done.keys() >= SEEN:
+            raise CheckFailed(f"{what} on {self.board.name} answers {said[:80]!a}, expected what was seen of it")
         if done["code"] in KILLED:
             raise CheckFailed(
                 f"{what} was killed on {self.board.name}: it had {done['peak'] / 1e6:.0f} MB, the least the board had "
@@ -117,22 +116,40 @@ class OnBoard:
             raise CheckFailed(f"{what} on {self.board.name} ended with {done['code']}: {_error(done['stderr'])}")
         return done
 
+    def _object(self, what: str, text: str, expected: str) -> dict[str, Any]:
+        """A board's answer. Raises CheckFailed for what is none."""
+        try:
+            found = strict_json.loads(text)
+        except json.JSONDecodeError:
+            found = None
+        except ValueError as error:  # a number that is none
+            raise CheckFailed(f"{what} on {self.board.name} does not answer with {expected}: {error}") from None
+        if not isinstance(found, dict):
+            raise CheckFailed(f"{what} on {self.board.name} answers {text[:80]!a}, expected {expected}")
+        return found
+
     def run(self, what: str, command: str) -> str:
         """Its stdout. Raises CheckFailed when it fails or the board gives no answer in time."""
         seconds = max(1, int(self.limit))
-        try:
-            out, err, code = self.driver.run(
-                f"timeout -k 5 {seconds} sh -c {shlex.quote(command)}", decodeerrors="replace", timeout=seconds + SPARE
+        words = [*self.shell, f"timeout -k 5 {seconds} sh -c {shlex.quote(command)}"]
+        done = bounded.run(words, seconds=seconds + SPARE, most=MOST_ANSWER, environment=ssh.environment(self.board))
+        code = done.code
+        if done.flooded:
+            raise CheckFailed(
+                f"{what} on {self.board.name} answers with more than {MOST_ANSWER >> 20} MB, which begin with "
+                f"{done.stdout[:40]!a}: it was ended"
             )
-        except subprocess.TimeoutExpired:
-            raise Hanging(f"{self.board.name} hangs: no answer to {what} in {seconds} s") from None
+        if code is None:
+            raise Hanging(f"{self.board.name} hangs: no answer to {what} in {seconds} s")
         if code == NOT_DONE:
             raise Hanging(f"{what} on {self.board.name} was not done after {seconds} s")
         if code == LOST:
             raise Hanging(f"{self.board.name} hangs or is gone: ssh gave it up during {what}")
+        out = done.stdout.decode("utf-8", "replace")
         if code:
-            raise CheckFailed(f"{what} on {self.board.name} ended with {code}: {_error(chr(10).join([*out, *err]))}")
-        return "\n".join(out)[:MOST_ANSWER]
+            said = "\n".join([out, done.stderr.decode("utf-8", "replace")])
+            raise CheckFailed(f"{what} on {self.board.name} ended with {code}: {_error(said)}")
+        return out
 
 
 def _error(said: str) -> str:
@@ -140,11 +157,3 @@ def _error(said: str) -> str:
     lines = [line for line in said.splitlines() if line.strip()] or ["it said nothing"]
     errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
     return f"{(errors or lines)[-1][:300]!a}"
-
-
-def _object(text: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -18,6 +18,8 @@ import tempfile
 POLL_SECONDS, SLOW_SECONDS = 0.05, 0.3  # until the engine is loaded, and from then on
 ENGINE = "libax_engine"
 MOST_STDOUT, MOST_STDERR = 1 << 20, 4000
+FLOODED = 125  # its exit code then
+MOST_FILE = 64 << 20  # bytes of what a command writes: beyond that it is killed
 KILLED = re.compile(r"out of memory|oom-kill|killed process", re.IGNORECASE)
 
 
@@ -65,9 +67,14 @@ def watch(command: list[str]) -> dict[str, object]:
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr)
         libraries: set[str] = set()
+        flooded = False
         peak, available = 0, size("/proc/meminfo", "MemAvailable")
         while process.poll() is None:
             libraries |= loaded(process.pid)
+            if any(os.fstat(file.fileno()).st_size > MOST_FILE for file in (stdout, stderr)):
+                process.kill()
+                stderr.write(b"\nerror: it wrote without end\n")
+                flooded = True
             peak = max(peak, size(f"/proc/{process.pid}/status", "VmHWM"))
             available = min(available, size("/proc/meminfo", "MemAvailable"))
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -76,7 +83,7 @@ def watch(command: list[str]) -> dict[str, object]:
         stdout.seek(0)
         stderr.seek(max(stderr.seek(0, os.SEEK_END) - MOST_STDERR, 0))
         return {
-            "code": process.returncode,
+            "code": FLOODED if flooded else process.returncode,
             "stdout": stdout.read(MOST_STDOUT).decode("utf-8", "replace"),
             "stderr": stderr.read().decode("utf-8", "replace"),
             "cpu": usage.ru_utime + usage.ru_stime,

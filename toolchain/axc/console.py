@@ -14,6 +14,7 @@ from tqdm import tqdm
 from axc import build, logits
 from axc import synth as synthesis
 from axc.budget import megabytes
+from axrun.errors import CheckFailed
 from axrun.format import bundle
 from axrun.progress import show_on_terminal
 
@@ -62,7 +63,13 @@ def llm_build(options: build.Options, check_level: int, prompt: str, report: Pat
     if check_level >= 0:
         from axc import check
 
-        check.check(planned, check_level, prompt, print, report)
+        try:
+            check.check(planned, check_level, prompt, print, report)
+        except CheckFailed as failure:
+            where = f"axc doctor {options.output_path} --checkpoint {options.input_path}"
+            raise CheckFailed(
+                f"{failure}\nThe bundle stays there to be looked at: {where}; then build it anew with --force."
+            ) from None
     _done("check", started, "" if check_level >= 0 else " (not asked for)")
 
 

@@ -12,6 +12,7 @@ import time
 from typing import IO, Any
 
 POLL_SECONDS = 0.05
+MOST, FULL = 64 << 20, 125  # bytes that a program may write, and the exit code of one that wrote more
 SHOWN = 4000  # characters of what a program said
 
 
@@ -24,11 +25,14 @@ def run(command: list[str], limit: float, shown: int) -> dict[str, Any]:
         deadline = time.monotonic() + limit
         while process.poll() is None:
             gone = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])  # nothing but its end is to come now
-            if gone or time.monotonic() > deadline:
+            full = any(os.fstat(file.fileno()).st_size > MOST for file in (stdout, stderr))
+            if full or gone or time.monotonic() > deadline:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
                 if gone:
                     sys.exit()
+                if full:
+                    return {"code": FULL, "stdout": "", "stderr": f"error: it wrote more than {MOST >> 20} MB"}
                 return {"code": None, "stdout": "", "stderr": ""}
         return {"code": process.returncode, "stdout": _start(stdout, shown), "stderr": _end(stderr)}
 

@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ci.device.on_board import proc, tree
+from ci.device.on_board import compiled, proc, tree
 from ci.device.on_board.process import SHOWN, run
 from ci.device.on_board.requests import Refused, answer
 
@@ -57,6 +57,7 @@ class Releases:
         return {
             "architecture": platform.machine(),
             "python": platform.python_version(),
+            "interpreter": tree.interpreter(),
             "glibc": platform.libc_ver()[1],
             "rsync": shutil.which("rsync"),
             "root": str(self.root),
@@ -141,6 +142,7 @@ class Releases:
         found["folders"] = [[path.relative_to(self.root).as_posix(), tree.kind(path)] for path in above]
         found["root"] = os.path.realpath(str(self.root))
         found["boot"] = tree.boot()
+        found["python"] = tree.interpreter()
         try:
             found["current"] = os.readlink(str(self.current))
         except OSError:
@@ -150,6 +152,10 @@ class Releases:
     def forget_compiled(self, package: str) -> None:
         """Removes what Python compiled of a package, so that it is compiled anew from the files that are there."""
         shutil.rmtree(str(self.root / "packages" / f"{_identity(package)}.compiled"), ignore_errors=True)
+
+    def compiled(self, package: str, limit: float) -> list[str]:
+        """Where what Python compiled of a package is not of its sources."""
+        return compiled.faults(compiled.folder(self.root / "packages" / _identity(package)), limit)
 
     def keep(self, store: str, name: str, listing: Listing) -> None:
         """What has been verified gets its place."""
@@ -234,15 +240,15 @@ class Releases:
     def prune(self, keep: int) -> list[str]:
         """Removes all but the last `keep` releases, with what only they used, and what never arrived."""
         current = self.linked()
-        there = {folder.name: folder for folder in self._folders("releases")}
+        there = {folder.name: folder for folder in self.folders("releases")}
         past = [name for name in self.past() if name != current and name in there][::-1]
         kept = {current, *past[: max(keep - 1, 0)]}
         removed = [folder for name, folder in there.items() if name not in kept]
         for folder in removed:
             self._remove(folder)
         for link, store in (("package", "packages"), ("model", "models")):
-            used = {os.path.basename(os.readlink(str(folder / link))) for folder in self._folders("releases")}
-            for folder in self._folders(store):
+            used = {os.path.basename(os.readlink(str(folder / link))) for folder in self.folders("releases")}
+            for folder in self.folders(store):
                 if folder.name not in used:
                     self._remove(folder)
                     (folder.parent / f"{folder.name}.json").unlink(missing_ok=True)
@@ -310,7 +316,7 @@ class Releases:
             os.fsync(file.fileno())
         os.replace(str(fresh), str(path))
 
-    def _folders(self, store: str) -> list[Path]:
+    def folders(self, store: str) -> list[Path]:
         found = (self.root / store).glob("*")
         return [path for path in found if re.fullmatch("[0-9a-f]{16}", path.name) and path.is_dir()]
 

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ci.device.on_board import proc
+from ci.device.on_board import proc, tree
 from ci.device.on_board.process import SHOWN
 from ci.device.on_board.releases import Releases
 from ci.device.on_board.requests import Refused, answer
@@ -64,7 +64,7 @@ class State:
             "temperatures": [[name, f"{degrees:.1f}"] for name, degrees in self.readings()["degrees"].items()],
             "devices": [[path, "yes" if os.access(path, os.R_OK | os.W_OK) else "no"] for path in _devices()],
             "engines": [[path, _engine_version(path)] for path in self._engines()],
-            "releases": [name for name in releases.past() if (releases.root / "releases" / name).is_dir()],
+            "releases": sorted(folder.name for folder in releases.folders("releases")),
             "package": str(release["package"]) if "package" in release else None,
             "model": str(release["name"]) if "name" in release else None,
             "prompt": str(release["prompt"])[:SHOWN] if "prompt" in release else None,
@@ -134,7 +134,9 @@ class State:
     def _versions(self) -> dict[str, str]:
         found = {name: proc.read(proc.PROC / path).replace("Ax_Version", "") for name, path in NAMED.items()}
         found["system"] = proc.system()
-        found["kernel"], found["python"] = platform.release(), platform.python_version()
+        python = tree.interpreter()
+        found["kernel"] = platform.release()
+        found["python"] = f"{python['version']}, {python['program']}, sha256 {python['program_sha256'][:12]}"
         found["driver"] = _driver()
         engine = proc.vendors_engine()
         found["vendor's engine"] = f"sha256 {_digest(Path(engine))[:12]}" if engine else ""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
+import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +51,26 @@ def sha256(path: Path) -> str:
         for block in iter(lambda: file.read(BLOCK), b""):
             digest.update(block)
     return digest.hexdigest()
+
+
+def interpreter() -> dict[str, str]:
+    """The python3 that commands of this user find: `found` in PATH, the `program` that runs by it, both by sha256."""
+    found = shutil.which("python3") or ""
+    program = os.path.realpath(sys.executable or found)
+    return {
+        "found": os.path.realpath(found) if found else "",
+        "found_sha256": _digest(found),
+        "program": program,
+        "program_sha256": _digest(program),
+        "version": platform.python_version(),
+    }
+
+
+def _digest(path: str) -> str:
+    try:
+        return sha256(Path(path))
+    except OSError:
+        return "unreadable"
 
 
 def boot() -> str:

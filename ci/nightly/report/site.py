@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from axrun.errors import BadInput
-from ci.device import place
+from ci.device import place, strict_json
 from ci.nightly import history, metrics, targets
 from ci.nightly.gate import NAME
 from ci.nightly.history import Night
@@ -369,7 +369,7 @@ def _pages(folder: Path) -> dict[str, Path]:
 def _ours(record: Path) -> set[str]:
     """The files that were written the last time; a name that leads elsewhere is none of them."""
     try:
-        names = json.loads(record.read_text("utf-8"))
+        names = strict_json.loads(record.read_text("utf-8"))
     except (OSError, ValueError):
         return set()
     kept = re.compile(r"[\w@-][\w.@-]*(/[\w@-][\w.@-]*){0,3}")

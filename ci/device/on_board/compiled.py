@@ -1,0 +1,52 @@
+"""Whether what Python compiled of a package is of the sources that are there: each is compiled anew and compared.
+
+A compiled file that runs in place of its source would leave no other trace: the source is as it was deployed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import marshal
+import os
+import time
+from pathlib import Path
+
+HEADER = 16  # bytes before the code: PEP 552
+MOST_FAULTS = 20
+
+
+def faults(folder: Path, seconds: float) -> list[str]:
+    """What is wrong below `folder`, which has the path of every source's folder in it (PYTHONPYCACHEPREFIX).
+
+    What is not looked at within `seconds` is told too.
+    """
+    found = []
+    deadline = time.monotonic() + seconds
+    files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    for number, file in enumerate(files):
+        if time.monotonic() > deadline:
+            found.append(f"{len(files) - number} of {len(files)} were not looked at in {seconds:.0f} s")
+            break
+        if why := _fault(file, Path("/") / file.relative_to(folder)):
+            found.append(f"{file.relative_to(folder)} {why}")
+    return found[:MOST_FAULTS]
+
+
+def _fault(file: Path, beside: Path) -> str:
+    """What is wrong with a compiled file, of a source in the folder of `beside`."""
+    source = beside.with_name(f"{file.name.partition('.')[0]}.py")
+    if file.is_symlink() or not file.is_file() or file.suffix != ".pyc":
+        return "is no compiled file"
+    try:
+        data, text = file.read_bytes(), source.read_bytes()
+        if data[:4] != importlib.util.MAGIC_NUMBER:
+            return "is of another Python"
+        same = marshal.loads(data[HEADER:]) == compile(text, str(source), "exec", dont_inherit=True)
+    except (OSError, ValueError, EOFError, TypeError, SyntaxError) as error:
+        return f"cannot be compared with {source}: {error}"
+    return "" if same else f"is not what Python compiles of {source}"
+
+
+def folder(package: Path) -> Path:
+    """Where the launcher has Python keep it."""
+    return Path(f"{os.path.realpath(package)}.compiled")

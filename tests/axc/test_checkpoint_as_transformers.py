@@ -322,7 +322,7 @@ def test_a_head_is_used_where_config_json_does_not_speak_of_tying(tmp_path: Path
 
 def test_the_comparison_reads_blocks(tmp_path: Path, tied: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tables of any size are compared in pieces."""
-    from axc import checkpoint
+    from axc import checkpoints as checkpoint
 
     tied.save_pretrained(tmp_path / "hf")
     tensors = load_file(tmp_path / "hf" / SINGLE)

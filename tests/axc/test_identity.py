@@ -127,7 +127,7 @@ def test_the_wheels_are_the_same_compiler(tmp_path: Path) -> None:
 
 def test_version_manifest_verify_and_inspect_name_it(bundle_s8: Path) -> None:
     assert axc("--version").out == f"axc {VERSION} (digest {digest()})\n"
-    words = f"axc {VERSION}, digest {digest()}, numpy "
+    words = f"axc {VERSION}, digest {digest()}, gguf "
     for verb in ("verify", "inspect"):
         ended = axc(verb, bundle_s8)
         assert_done(ended)

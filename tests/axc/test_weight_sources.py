@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from axc.checkpoint import Checkpoint
+from axc.checkpoints import Checkpoint
 from axc.weights import Source, blocks, float32
 from axc.weights.cross_check import cross_check, reads
 from axc.weights.sources import Columns, Gathered, Rows, Stacked, Stored, one_plus, scaled, split

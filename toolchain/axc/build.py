@@ -6,23 +6,26 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from axc import budget, bundle, config, hf_folder, identity, jobs, standing
 from axc.axmodel.writer import Written
-from axc.checkpoint import Checkpoint
-from axc.compile import Target
+from axc.checkpoints import EMBEDDING, HEAD, Checkpoint, StoredTensor
+from axc.compile import Target, weights
 from axc.families.family import ModelConfig
 from axc.jobs import Job, Work
 from axc.quantizer import WEIGHT_TYPES
+from axc.quantizer.kept import Kept, decide
 from axc.staging import KeepStaging, publish, refuse_other_content, staged_bytes, staging
 from axc.standing import MODEL_CONFIG, as_json
+from axc.weights import Source
+from axc.weights.sources import Stored
 from axrun.errors import BadInput
 from axrun.format.bundle import sha256
 from axrun.format.dtypes import FLOATS
@@ -43,9 +46,9 @@ class Options:
     model_type: str | None = None
     kv_cache_len: int = 127
     post_topk: int = 0
-    post_weight_type: str = "s8"
+    post_weight_type: str | None = None  # as it is stored; s8 where that is a float type
     hidden_state_type: str = "bf16"
-    weight_type: str = "s8"
+    weight_type: str | None = None
     chip: str = "AX650"
     last_kv_cache_len: tuple[int, ...] = ()
     model_name: str | None = None
@@ -58,7 +61,7 @@ class Options:
             ("--post_weight_type", self.post_weight_type, tuple(WEIGHT_TYPES)),
             ("--chip", self.chip, CHIPS),
         ):
-            if value not in allowed:
+            if value is not None and value not in allowed:
                 raise BadInput(f"{flag} is {value!r}; expected one of {', '.join(allowed)}")
         if not 1 <= self.parallel <= 256:
             raise BadInput(f"--parallel is {self.parallel}; expected 1 to 256")
@@ -76,7 +79,7 @@ class Options:
                 )
             previous = length
 
-    def target(self, model: ModelConfig) -> Target:
+    def target(self, model: ModelConfig, weight_type: str = "s8", post_weight_type: str = "s8") -> Target:
         """What to compile for, the lengths held against the model's. Raises BadInput."""
         context = min(model.context, MAX_CONTEXT)
         if not 1 <= self.kv_cache_len < context:
@@ -96,8 +99,8 @@ class Options:
             kv_cache_len=self.kv_cache_len,
             last_kv_cache_len=self.last_kv_cache_len,
             hidden_state_type=self.hidden_state_type,
-            weight_type=self.weight_type,
-            post_weight_type=self.post_weight_type,
+            weight_type=weight_type,
+            post_weight_type=post_weight_type,
             post_topk=self.post_topk,
             chip=self.chip,
         )
@@ -107,7 +110,8 @@ class Options:
 class Plan:
     """A build ready to start: every dimension checked, every file known by name and size.
 
-    `notices` say what was passed over or decided against the letter of the checkpoint's files.
+    `notices` say what was passed over or decided against the letter of the checkpoint's files; `kept` are the matrices
+    whose levels the checkpoint has already.
     """
 
     options: Options
@@ -118,6 +122,7 @@ class Plan:
     jobs: tuple[Job, ...]
     budget: budget.Budget
     notices: tuple[str, ...] = ()
+    kept: Mapping[str, Kept] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -151,16 +156,42 @@ def plan(options: Options) -> Plan:
     checkpoint = Checkpoint.open(options.input_path)
     model = config.load(checkpoint, options.model_config, options.model_type, notices.append)
     checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
-    target = options.target(model)
-    inputs = bundle.input_files(checkpoint.path, checkpoint.files)
+    types, kept, notes = stored_types(checkpoint, model, options.weight_type, options.post_weight_type)
+    notices += notes
+    target = options.target(model, *types)
+    inputs = bundle.input_files(checkpoint)
     memory = budget.memory(model, target)
-    proof = budget.proof(hf_folder.tokenizer_bytes(checkpoint.path))
+    proof = budget.proof(hf_folder.tokenizer_bytes(checkpoint.folder))
     budget.require_memory(memory, options.parallel, proof)  # the tables are made below
-    planned = jobs.plan(Work(checkpoint.path, (), Path(), model, target), inputs)
-    small = 2 * sum(path.stat().st_size for path in inputs if path not in checkpoint.files)  # and what is made of them
+    planned = jobs.plan(Work(checkpoint.path, (), Path(), model, target, kept), inputs)
+    texts = sum(path.stat().st_size for path in hf_folder.input_files(checkpoint.folder))
+    small = 2 * texts  # and what is made of them
     disk = sum(job.nbytes for job in planned if job.kind != "input") + small + (1 << 20)
     needs = budget.Budget(disk, memory, options.parallel, proof)
-    return Plan(options, checkpoint, model, target, inputs, tuple(planned), needs, tuple(notices))
+    return Plan(options, checkpoint, model, target, inputs, tuple(planned), needs, tuple(notices), kept)
+
+
+def stored_types(
+    checkpoint: Checkpoint, model: ModelConfig, weight_type: str | None, post_weight_type: str | None
+) -> tuple[tuple[str, str], dict[str, Kept], list[str]]:
+    """Both weight types, the matrices that keep the levels the checkpoint has, and what is to be said. Raises BadInput.
+
+    `checkpoint` is `tied` where the model is.
+    """
+    if not any(tensor.packed for tensor in checkpoint.tensors.values()):
+        return (weight_type or "s8", post_weight_type or "s8"), {}, []
+    head = EMBEDDING if model.tie_word_embeddings else HEAD
+    stored = {name: _stored(checkpoint, source) for name, source in weights(model).items() if len(source.shape) == 2}
+    layers = {name: tensor for name, tensor in stored.items() if name not in (EMBEDDING, HEAD)}
+    one, kept, notes = decide("--weight_type", weight_type, layers)
+    other, kept_head, more = decide("--post_weight_type", post_weight_type, {head: stored[head]})
+    return (one, other), {**kept, **kept_head}, [*notes, *more]
+
+
+def _stored(checkpoint: Checkpoint, source: Source) -> StoredTensor:
+    """How the checkpoint has what a weight is made of; without a grid where it is not a tensor as it is."""
+    first = checkpoint.tensors[next(iter(source.reads))]
+    return first if isinstance(source, Stored) else replace(first, grid=None)
 
 
 Progress = Callable[[Job], None]
@@ -193,16 +224,16 @@ def build(planned: Plan, progress: Progress = lambda job: None, say: Say = lambd
 def _build(planned: Plan, output: Path, progress: Progress, say: Say) -> dict[str, Any]:
     with staging(output, staging_key(planned)) as folder:
         what = planned.name, planned.config, planned.target
-        made = bundle.write_texts(folder, planned.checkpoint.path, *what, planned.options.model_config)
+        made = bundle.write_texts(folder, planned.checkpoint, *what, planned.options.model_config)
         for remark in made.remarks:
             say(remark)
-        work = Work(planned.checkpoint.path, planned.stamps, folder, planned.config, planned.target)
+        work = Work(planned.checkpoint.path, planned.stamps, folder, planned.config, planned.target, planned.kept)
         done = dict(_run(work, planned.jobs, planned.options.parallel, progress))
         inputs = {Path(job.file).name: written for job, written in done.items() if job.kind == "input"}
         if planned.options.model_config:
             inputs[MODEL_CONFIG] = Written(*_digest(planned.options.model_config))
         outputs = {job.file: written for job, written in done.items() if job.kind != "input"}
-        manifest = bundle.finish(folder, *what, made, inputs, outputs)
+        manifest = bundle.finish(folder, *what, made, inputs, outputs, kept=planned.kept)
         publish(folder, output, replace=planned.options.force)
     return manifest
 

@@ -6,22 +6,25 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from axc import axllm, hf_folder, identity
 from axc.axllm import to_json
 from axc.axmodel.writer import Written
+from axc.checkpoints import Checkpoint
 from axc.compile import Target
 from axc.embed import BFLOAT16_FILE
 from axc.families.family import ModelConfig
 from axc.hf_folder import HfFolder
+from axc.quantizer.kept import Kept
 from axrun.errors import BadInput
 from axrun.format.bundle import MANIFEST, SCHEMA, read_manifest, sha256
 
 
-def input_files(checkpoint: Path, weights: tuple[Path, ...]) -> tuple[Path, ...]:
+def input_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
     """Every file of a checkpoint that a bundle is made from."""
-    return (*weights, *hf_folder.input_files(checkpoint))
+    return (*checkpoint.files, *(() if checkpoint.gguf else hf_folder.input_files(checkpoint.path)))
 
 
 def finish(
@@ -35,6 +38,7 @@ def finish(
     *,
     maker: str = "cpu",
     tools: Mapping[str, str] | None = None,
+    kept: Mapping[str, Kept] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Adds the manifest over all files to `folder`; returns it.
 
@@ -83,6 +87,8 @@ def finish(
             "weight_error": {tensor: float(f"{errors[tensor]:.4g}") for tensor in sorted(errors)},
             "worst_weight_error": float(f"{max(errors.values(), default=0.0):.4g}"),
         }
+        if kept:  # what the checkpoint stores them as
+            manifest["accuracy"]["kept"] = {tensor: kept[tensor].packed for tensor in sorted(kept)}
     write_json(folder / MANIFEST, manifest)
     return manifest
 
@@ -115,7 +121,12 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_texts(
-    folder: Path, checkpoint: Path, name: str, config: ModelConfig, target: Target, model_config: Path | None = None
+    folder: Path,
+    checkpoint: Checkpoint,
+    name: str,
+    config: ModelConfig,
+    target: Target,
+    model_config: Path | None = None,
 ) -> HfFolder:
     """Writes the small files: hf/, proven to be read as transformers reads the checkpoint, and those for `axllm`.
 
@@ -123,10 +134,12 @@ def write_texts(
     """
     hf = folder / "hf"
     try:
-        made = hf_folder.write(checkpoint, hf, config.vocab_size, model_config)
+        gguf = checkpoint.path if checkpoint.gguf else None
+        made = hf_folder.write(checkpoint.folder, hf, config.vocab_size, model_config, gguf)
         files = axllm.files(hf, made, name, config, target)
     except BadInput as error:
-        raise BadInput(str(error).replace(str(hf), str(checkpoint))) from None
+        words = str(error).replace(str(hf), str(checkpoint.path)).replace(str(checkpoint.folder), str(checkpoint.path))
+        raise BadInput(words) from None
     (folder / axllm.TOKENIZER_TXT).unlink(missing_ok=True)  # of a build that was killed
     for file, text in files.items():
         (folder / file).write_text(text, "utf-8", newline="\n")

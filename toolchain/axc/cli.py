@@ -27,7 +27,7 @@ def _version() -> str:
 
 def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input_path", type=Path, required=True, help="folder of the checkpoint")
+    add("--input_path", type=Path, required=True, help="folder of the checkpoint, or a GGUF file")
     add("--output_path", type=Path, required=True, help="folder the bundle becomes; it must not hold another one")
     add("--prefill_len", type=int, default=0, help="tokens of a prefill chunk; 0: no prefill groups (default 0)")
     add("--parallel", type=int, default=1, help="processes; the bytes that come out do not depend on it (default 1)")
@@ -35,7 +35,7 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
     add("--model_type", help="build as this architecture, whatever config.json says")
     add("--kv_cache_len", type=int, default=127, help="rows of K/V cache: the longest context (default 127)")
     add("--post_topk", type=int, default=0, help="the post model also gives the k likeliest tokens (default 0: off)")
-    add("--post_weight_type", choices=WEIGHTS, default="s8", help="of the lm_head (default s8)")
+    add("--post_weight_type", choices=WEIGHTS, help="of the lm_head (default: as it is quantised already, else s8)")
     add(
         "-t",
         "--hidden_state_type",
@@ -43,7 +43,12 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
         default="bf16",
         help="of hidden states and K/V (default bf16)",
     )
-    add("-w", "--weight_type", choices=WEIGHTS, default="s8", help="of the layers' matrices (default s8)")
+    add(
+        "-w",
+        "--weight_type",
+        choices=WEIGHTS,
+        help="of the layers' matrices (default: as they are quantised already, else s8)",
+    )
     add(
         "-c",
         "--check_level",
@@ -135,7 +140,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 def _doctor_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of the checkpoint it was built from")
+    add("--checkpoint", type=Path, required=True, metavar="PATH", help="the checkpoint it was built from")
     add("--model_config", type=Path, metavar="FILE", help="the config.json that the bundle was built with, if another")
     add("--model_type", help="the architecture that the bundle was built as, if it was given")
     add(
@@ -165,7 +170,7 @@ def _doctor(arguments: argparse.Namespace) -> None:
 
 def _reference_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input_path", type=Path, required=True, help="folder of the checkpoint")
+    add("--input_path", type=Path, required=True, help="folder of the checkpoint, or a GGUF file")
     add("--text", type=Path, required=True, help="UTF-8 file to measure over")
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--output_path", type=Path, metavar="FILE", help="file to write")

@@ -6,14 +6,18 @@ import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from axc import VERSION, families
 from axc.families.family import ModelConfig
 from axc.graph import Graph, Parameter
 from axc.quantizer import WEIGHT_TYPES
+from axc.quantizer.kept import Kept
 from axc.weights import Source
 from axrun.format.axmodel import FORMAT_VERSION, OPSET, PRODUCER, Axmodel, Group
 from axrun.format.dtypes import FLOATS
+
+NONE: Mapping[str, Kept] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -59,11 +63,13 @@ def weights(config: ModelConfig) -> Mapping[str, Source]:
     return families.FAMILIES[config.model_type].weights(config)
 
 
-def layer_model(config: ModelConfig, target: Target, index: int) -> tuple[Axmodel, dict[str, Parameter]]:
-    """The axmodel of one decoder layer, and where its data come from."""
+def layer_model(
+    config: ModelConfig, target: Target, index: int, kept: Mapping[str, Kept] = NONE
+) -> tuple[Axmodel, dict[str, Parameter]]:
+    """The axmodel of one decoder layer, and where its data come from; matrices in `kept` keep their levels."""
     family = families.FAMILIES[config.model_type]
     hidden_type = FLOATS[target.hidden_state_type]
-    graph = Graph(f"layer{index}", WEIGHT_TYPES[target.weight_type], hidden_type, weights(config))
+    graph = Graph(f"layer{index}", WEIGHT_TYPES[target.weight_type], hidden_type, weights(config), kept)
     family.layer(config, index, target.positions, graph)
     extra = {"axmodel.layer": str(index)}
     if window := family.keeps(config, index).window:
@@ -71,9 +77,12 @@ def layer_model(config: ModelConfig, target: Target, index: int) -> tuple[Axmode
     return _finish(graph, target, "layer", target.groups, target.weight_type, extra)
 
 
-def post_model(config: ModelConfig, target: Target) -> tuple[Axmodel, dict[str, Parameter]]:
+def post_model(
+    config: ModelConfig, target: Target, kept: Mapping[str, Kept] = NONE
+) -> tuple[Axmodel, dict[str, Parameter]]:
     """The axmodel of final norm and lm_head, and where its data come from."""
-    graph = Graph("post", WEIGHT_TYPES[target.post_weight_type], FLOATS[target.hidden_state_type], weights(config))
+    hidden_type = FLOATS[target.hidden_state_type]
+    graph = Graph("post", WEIGHT_TYPES[target.post_weight_type], hidden_type, weights(config), kept)
     families.FAMILIES[config.model_type].post(config, target.post_topk, graph)
     return _finish(graph, target, "post", (Group(0, 1, 0),), target.post_weight_type, {})
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from axc import families
-from axc.checkpoint import EMBEDDING, HEAD, INFINITY, Checkpoint
+from axc.checkpoints import EMBEDDING, HEAD, INFINITY, Checkpoint
 from axc.config_json import read_config_json
 from axc.families.family import ModelConfig
 from axc.weights.cross_check import cross_check
@@ -25,8 +25,8 @@ def load(
     passed over or decided against the letter of the files, as transformers does too.
     Raises BadInput naming the tensors that are missing, unexpected or of another shape.
     """
-    path = model_config or checkpoint.path / "config.json"
-    values = read_config_json(path)
+    path = model_config or (checkpoint.path if checkpoint.gguf else checkpoint.path / "config.json")
+    values = dict(checkpoint.gguf.config) if checkpoint.gguf and not model_config else read_config_json(path)
     if checkpoint.aside:
         aside = ", ".join(checkpoint.aside[:4]) + (", ..." if len(checkpoint.aside) > 4 else "")
         say(f"weights: {checkpoint.source}, which transformers prefers; not read: {aside}")

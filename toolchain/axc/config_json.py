@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from axc.weight_files import refuse_lfs_pointer
+from axc.checkpoints.folder import refuse_lfs_pointer
 from axrun.errors import BadInput
 
 MAX_CONFIG = 1 << 20  # bytes

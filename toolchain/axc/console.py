@@ -32,7 +32,7 @@ def llm_build(options: build.Options, check_level: int, prompt: str, report: Pat
     print(f"Target({', '.join(f'{key}={value!r}' for key, value in asdict(planned.target).items())})")
     print(f"bundle {options.output_path} {planned.budget.text()}", flush=True)
     _done("prepare", started)
-    if check_level < 1:
+    if check_level < 1 and not planned.checkpoint.gguf:  # which transformers reads with torch only
         _spare_torch()
 
     started = time.monotonic()

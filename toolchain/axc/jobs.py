@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from axc import embed
 from axc.axmodel.writer import Written, write_axmodel, write_file
-from axc.checkpoint import EMBEDDING, Checkpoint
+from axc.checkpoints import EMBEDDING, Checkpoint
 from axc.compile import Target, layer_model, post_model, weights
 from axc.families.family import ModelConfig
 from axc.graph import Parameter
+from axc.quantizer.kept import Kept
 from axrun.format.axmodel import Axmodel, Slot, layout
 from axrun.format.bundle import sha256
 
@@ -30,6 +31,7 @@ class Work:
     staging: Path
     config: ModelConfig
     target: Target
+    kept: Mapping[str, Kept] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,10 @@ def plan(work: Work, inputs: tuple[Path, ...]) -> list[Job]:
     """All jobs of a build, the longest first. Raises BadInput when a file would be too large for its format."""
     config, target = work.config, work.target
     layers = [
-        Job("layer", target.layer_file(config) % index, _size(layer_model(config, target, index)[0]), index)
+        Job("layer", target.layer_file(config) % index, _size(layer_model(config, target, index, work.kept)[0]), index)
         for index in range(config.num_hidden_layers)
     ]
-    post = Job("post", target.post_file(config), _size(post_model(config, target)[0]))
+    post = Job("post", target.post_file(config), _size(post_model(config, target, work.kept)[0]))
     table = Job("embedding", embed.BFLOAT16_FILE, config.vocab_size * config.hidden_size * 2)
     hashed = [Job("input", str(path), path.stat().st_size) for path in inputs]
     return sorted([post, table, *hashed], key=lambda job: -job.nbytes) + layers
@@ -96,8 +98,8 @@ def _make(work: Work, job: Job, path: Path, tick: Callable[[], None]) -> Written
 
 def _model(work: Work, job: Job) -> tuple[Axmodel, dict[str, Parameter]]:
     if job.kind == "post":
-        return post_model(work.config, work.target)
-    return layer_model(work.config, work.target, job.index)
+        return post_model(work.config, work.target, work.kept)
+    return layer_model(work.config, work.target, job.index, work.kept)
 
 
 def _ticking(pieces: Iterator[Any], tick: Callable[[], None]) -> Iterator[Any]:

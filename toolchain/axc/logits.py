@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from axc import VERSION, config, figures, hf_folder
 from axc import compile as compiler
 from axc.bundle import add_file
-from axc.checkpoint import Checkpoint
+from axc.checkpoints import Checkpoint
+from axc.checkpoints.gguf import SUFFIX as GGUF
 from axrun.errors import BadInput
 from axrun.format.bundle import read_manifest, sha256
 from axrun.format.logits import NAME, ReferenceLogits
@@ -175,6 +176,9 @@ def _not_reached(model: Mapping[str, Any], length: int) -> Iterator[str]:
 def _inputs(options: Options, manifest: dict[str, Any] | None) -> Iterator[Path]:
     """The files of the checkpoint: those that the bundle was built from, else all that a model is made of."""
     folder = options.input_path
+    if folder.suffix == GGUF and folder.is_file():
+        yield folder
+        return
     if not folder.is_dir():
         raise BadInput(f"no checkpoint folder {folder}\nGive the folder that holds config.json and the weights.")
     files = {*hf_folder.input_files(folder)}

@@ -1,7 +1,8 @@
 """The models this project knows by name: models/<name>.toml, one per model.
 
-A file says where the checkpoint is and what each of its files must hash to (`[source]`), the flags a build takes when
-nobody says otherwise (`[build]`), and what to ask the result (`[check]`).
+A file says where the checkpoint is and what each of its files must hash to (`[source]`: a path in this repository, a
+commit on the Hugging Face Hub, or a package of PyPI), the flags a build takes when nobody says otherwise (`[build]`),
+and what to ask the result (`[check]`).
 """
 
 from __future__ import annotations
@@ -57,6 +58,26 @@ class Hub:
 
 
 @dataclass(frozen=True)
+class Package:
+    """One file of a wheel on PyPI: a whole model, such as a GGUF. `package` is name==version, `sha256` the wheel's."""
+
+    package: str
+    sha256: str
+    file: PinnedFile
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.+-]+", self.package):
+            raise BadInput(f"{self.package!r}: a package is name==version")
+        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise BadInput(f"{self.package}: {self.sha256!r} is not 64 lower-case hex digits")
+        if not self.file.sha256:
+            raise BadInput(f"{self.file.name}: a file of a package has a sha256")
+
+
+Source = Shipped | Hub | Package
+
+
+@dataclass(frozen=True)
 class BuildDefaults:
     """Flags of `axc llm_build`, by their names there; what is None is left to the command."""
 
@@ -85,7 +106,7 @@ class ModelSpec:
     """One models/<name>.toml."""
 
     name: str
-    source: Shipped | Hub
+    source: Source
     build: BuildDefaults
     prompt: str  # what a fresh bundle is asked
 
@@ -113,10 +134,16 @@ def load_model(name: str, models: Path = MODELS) -> ModelSpec:
         raise BadInput(f"{file}: {error}") from None
 
 
-def _source(table: Mapping[str, Any], checkout: Path) -> Shipped | Hub:
+def _source(table: Mapping[str, Any], checkout: Path) -> Source:
     if "path" in table:
         _known(table, ["path"])
         return Shipped(checkout / _value(table, "path", str))
+    if "package" in table:
+        _known(table, ["package", "sha256", "files"])
+        pins = list(_pins(_table(table, "files")))
+        if len(pins) != 1:
+            raise BadInput(f"{len(pins)} files of a package are named: one is expected")
+        return Package(_value(table, "package", str), _value(table, "sha256", str), pins[0])
     _known(table, ["repo", "revision", "files"])
     repo, revision = _value(table, "repo", str), _value(table, "revision", str)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or not re.fullmatch(r"[0-9a-f]{40}", revision):

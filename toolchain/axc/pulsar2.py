@@ -59,6 +59,8 @@ def build(planned: Plan, compiler: Compiler, say: Say = print) -> dict[str, Any]
     command = next((name for name in COMMANDS if compiler.has(name)), None)
     if command is None:
         raise BadInput(f"{compiler.identity} has none of {', '.join(COMMANDS)}\nIs it the vendor's image?")
+    if planned.checkpoint.gguf:
+        raise BadInput(f"{planned.checkpoint.path} is a GGUF file, which the vendor's compiler does not read")
     planned = dataclasses.replace(planned, target=_reachable(planned.target, command, say))
     output = planned.output
     refuse_other_content(output, force=planned.options.force)
@@ -66,7 +68,7 @@ def build(planned: Plan, compiler: Compiler, say: Say = print) -> dict[str, Any]
     key = {**staging_key(planned), "maker": MAKER, "image": compiler.identity}
     with staging(output, key) as folder:
         what = planned.name, planned.config, planned.target
-        made = bundle.write_texts(folder, planned.checkpoint.path, *what, planned.options.model_config)
+        made = bundle.write_texts(folder, planned.checkpoint, *what, planned.options.model_config)
         for remark in made.remarks:
             say(remark)
         tries = [folder / name for name in (".first", ".second")]

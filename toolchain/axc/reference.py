@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from axc import gguf_reading
 from axc.budget import available_memory, megabytes
+from axc.checkpoints.gguf import SUFFIX as GGUF
 from axrun.errors import BadInput
 
 try:
@@ -97,20 +99,22 @@ class Reference:
             with torch.device("meta"):
                 auto: Any = transformers.AutoModelForCausalLM
                 skeleton = auto.from_config(self.config, dtype=torch.float32, trust_remote_code=False)
-            self.stored = stored = _stored_types(path)
-        whole = 0 if stored == {torch.float32} else 4 * _count(skeleton)  # float32 files are mapped
+            single = path.suffix == GGUF
+            self.stored = stored = gguf_reading.stored_types(path) if single else _stored_types(path)
+        whole = 0 if stored == {torch.float32} and not single else 4 * _count(skeleton)  # float32 files are mapped
         layers = _decoder_layers(skeleton)
         largest = max(_count(layer) for layer in layers)
         widened = 4 * (_count(skeleton) - sum(_count(layer) for layer in layers) + largest)
         available = available_memory() if available is None else available
         streamed = available is not None and available < whole + HEADROOM
+        streamed = streamed and not single
         need = widened if streamed and len(stored) == 1 and stored <= {*WIDENED} else whole
         if available is not None and available < need + HEADROOM:
             raise BadInput(
                 f"the float32 reference of {path} needs {megabytes(need + HEADROOM)} of memory, {megabytes(available)} "
                 "are available\nClose other programs, or go without: llm_build --check_level 0."
             )
-        self.model = self._load(min(stored, key=str) if streamed else torch.float32)
+        self.model = self._load(min(stored, key=str) if streamed else torch.float32, skeleton)
         self._layers = _decoder_layers(self.model)
         if streamed:
             self._stream()
@@ -298,6 +302,10 @@ class Reference:
     def _read_config(self, source: Path, model_type: str | None) -> Any:
         """The config by its own model_type: a wrong --model_type of ours must not be followed."""
         with _refusing(source):
+            if source.suffix == GGUF:
+                found, remarks = gguf_reading.config(source)
+                self.remarks += remarks
+                return found
             values, _ = transformers.PreTrainedConfig.get_config_dict(source, local_files_only=True)
             own = values.get("model_type")
             if own in CONFIG_MAPPING:
@@ -310,18 +318,16 @@ class Reference:
                 return CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
         raise Refused(f"transformers {transformers.__version__} does not know model_type {own!r} of {source}")
 
-    def _load(self, dtype: torch.dtype) -> Any:
+    def _load(self, dtype: torch.dtype, skeleton: Any) -> Any:
         auto: Any = transformers.AutoModelForCausalLM
+        how: dict[str, Any] = {"config": self.config, "dtype": dtype, "output_loading_info": True}
+        how["ignore_mismatched_sizes"] = True  # they are refused below, by name
         with _refusing(self.path):
-            model, report = auto.from_pretrained(
-                self.path,
-                config=self.config,
-                dtype=dtype,
-                weights_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                **LOCAL,
-            )
+            if self.path.suffix == GGUF:
+                tensors = gguf_reading.weights(self.path, skeleton)
+                model, report = type(skeleton).from_pretrained(None, state_dict=tensors, **how)
+            else:
+                model, report = auto.from_pretrained(self.path, weights_only=True, **how, **LOCAL)
         kind = type(model).__name__
         for name, stored, wanted in sorted(report["mismatched_keys"]):
             raise Refused(f"{kind} of transformers has {name} in {list(wanted)}, {self.path} in {list(stored)}")
@@ -366,7 +372,7 @@ def tokenizer(path: Path) -> Any:
     transformers.logging.set_verbosity_error()
     auto: Any = transformers.AutoTokenizer
     with _refusing(path):
-        found = auto.from_pretrained(path, **LOCAL)
+        found = gguf_reading.tokenizer(path)[0] if path.suffix == GGUF else auto.from_pretrained(path, **LOCAL)
         if not set(found.get_vocab()) - set(found.all_special_tokens):
             raise Refused(f"{path} has no tokenizer that transformers {transformers.__version__} finds")
         return found

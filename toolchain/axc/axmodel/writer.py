@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from axc.graph import Parameter, Vector, Weight
 from axc.quantizer import SquaredError
-from axc.weights import Tensors, blocks, float32
+from axc.quantizer.kept import Kept
+from axc.weights import PackedTensors, blocks, float32
 from axrun.errors import BadInput
 from axrun.format.axmodel import Axmodel, layout
 
@@ -61,7 +62,7 @@ def write_axmodel(
     path: Path,
     model: Axmodel,
     parameters: dict[str, Parameter],
-    tensors: Tensors,
+    tensors: PackedTensors,
     tick: Callable[[], None] = lambda: None,
 ) -> Written:
     """Writes `model`, its data taken from `tensors` as `parameters` say. Raises BadInput, OSError.
@@ -93,7 +94,7 @@ def write_axmodel(
 class Content:
     """The data of initializers. The parts of a weight are asked for in order: the first keeps what the next need."""
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: PackedTensors) -> None:
         self.tensors = tensors
         self.errors: dict[str, SquaredError] = {}
         self.later: dict[tuple[str, int], list[NDArray[Any]]] = {}
@@ -110,13 +111,22 @@ class Content:
         if weight.part:
             yield from self.later.pop((weight.name, weight.part))
             return
+        if isinstance(weight.weight_type, Kept):
+            for levels, scales in self.tensors.levels(weight.weight_type.tensor):
+                yield self._keep_rest(weight, weight.weight_type.write(levels, scales))
+            return
         error = self.errors.setdefault(weight.name, SquaredError())
         dtype = weight.source.dtype(self.tensors)
         for _, block in blocks(weight.source, self.tensors):
             try:
-                first, *rest = weight.weight_type.store(block, dtype, error)
+                first = self._keep_rest(weight, weight.weight_type.store(block, dtype, error))
             except OverflowError as overflow:
                 raise BadInput(f"{weight.name} holds {overflow}\nChoose another type for it.") from None
-            for part, array in enumerate(rest, 1):
-                self.later.setdefault((weight.name, part), []).append(array)
             yield first
+
+    def _keep_rest(self, weight: Weight, arrays: Iterator[NDArray[Any]]) -> NDArray[Any]:
+        """The first part of a block; the others are asked for later."""
+        first, *rest = arrays
+        for part, array in enumerate(rest, 1):
+            self.later.setdefault((weight.name, part), []).append(array)
+        return first

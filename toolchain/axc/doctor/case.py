@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from axc import build, config, expected, hf_folder
 from axc import compile as compiler
-from axc import config, expected, hf_folder
-from axc.checkpoint import Checkpoint
+from axc.checkpoints import Checkpoint
+from axc.quantizer.kept import Kept
 from axc.weights import Source
 from axrun import session
 from axrun.agreement import Noise, explained
@@ -64,9 +65,26 @@ class Case:
         self.config = config.load(self.checkpoint, options.model_config, options.model_type)
         self.examined: dict[str, Any] = {}
 
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint's text files are."""
+        return self.checkpoint.folder
+
+    def path_of(self, name: str) -> Path:
+        """Where a file of the checkpoint's is, by the name that a manifest has for it."""
+        single = self.checkpoint.gguf is not None
+        return self.checkpoint.path.with_name(name) if single else self.checkpoint.path / name
+
     @functools.cached_property
     def bundle(self) -> Bundle:
         return Bundle.open(self.options.bundle)
+
+    @functools.cached_property
+    def kept(self) -> Mapping[str, Kept]:
+        """The matrices that keep the levels which the checkpoint has; raises BadInput."""
+        types = self.bundle.flag("weight_type"), self.bundle.flag("post_weight_type")
+        stored = self.checkpoint.tied() if self.config.tie_word_embeddings else self.checkpoint
+        return build.stored_types(stored, self.config, *types)[1]
 
     @functools.cached_property
     def engine(self) -> str:
@@ -136,7 +154,7 @@ class Case:
     @functools.cached_property
     def theirs(self) -> Any:
         """transformers' tokenizer of the checkpoint, None where that has none. Raises Unusable."""
-        if not any((self.options.checkpoint / name).is_file() for name in hf_folder.TOKENIZERS):
+        if not any((self.folder / name).is_file() for name in hf_folder.TOKENIZERS):
             return None
         from axc.reference import tokenizer
 
@@ -179,7 +197,7 @@ class Case:
             return []
         found = []
         for name, entry in sorted(recorded.items()):
-            path = self.options.model_config if name == MODEL_CONFIG else self.options.checkpoint / name
+            path = self.options.model_config if name == MODEL_CONFIG else self.path_of(name)
             if "/" in name or path is None or not isinstance(entry, dict):
                 continue
             if not path.is_file() or path.stat().st_size != entry.get("size") or sha256(path) != entry.get("sha256"):

@@ -262,7 +262,7 @@ def _graph(case: Case, index: int, model: Axmodel) -> Finding | None:
     target = graphs.target(case.bundle.manifest)
     if target is None:
         return None
-    changed = graphs.difference(model, compiler.layer_model(case.config, target, index)[0])
+    changed = graphs.difference(model, compiler.layer_model(case.config, target, index, case.kept)[0])
     if not changed:
         return None
     file = case.bundle.layer_path(index).name

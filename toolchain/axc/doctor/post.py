@@ -65,7 +65,7 @@ def examine(case: Case) -> str | Finding:
         )
     if fault:
         target = graphs.target(bundle.manifest)
-        changed = target and graphs.difference(model, compiler.post_model(case.config, target)[0])
+        changed = target and graphs.difference(model, compiler.post_model(case.config, target, case.kept)[0])
         if target and not changed and text and measured.worst <= SENSITIVE * noise.row:
             return _outputs(case) or f"{text}: more than most models have, and nothing is wrong with it"
         cause = changed or "weights and constants are those of the checkpoint; probably both engines share a fault"

@@ -111,7 +111,7 @@ def _other_model(case: Case, file: str, theirs: Any) -> Finding | None:
     mended = isinstance(text, dict) and "mended_by" in text and path.name in (text.get("mended") or {})
     if backend is None or path.name != "tokenizer.json":
         return None
-    original = case.options.checkpoint / path.name
+    original = case.folder / path.name
     source = original.read_text("utf-8-sig") if original.is_file() and not mended else backend.to_str()
     ours, wanted = json.loads(path.read_text("utf-8")), json.loads(source)
     parts = ({"model": {key: values["model"].get(key) for key in ("vocab", "merges")}} for values in (ours, wanted))
@@ -172,7 +172,7 @@ def template(case: Case) -> str | Finding:
         return "no tokenizer, so no chats"
     hf = case.bundle.hf
     found = template_file(hf)
-    theirs_in = template_file(case.options.checkpoint)
+    theirs_in = template_file(case.folder)
     named = found or theirs_in
     file = f"hf/{named[0]}" if named else "hf/tokenizer_config.json"
     source = theirs.chat_template
@@ -269,7 +269,7 @@ def _named_stops(case: Case, theirs: Any, rendered: ChatTemplate | None) -> Iter
     """(what names them, ids) by transformers' reading of the checkpoint."""
     import transformers
 
-    folder = case.options.checkpoint
+    folder = case.folder
     readers: tuple[tuple[str, Callable[[], Any]], ...] = (
         (
             "generation_config.json",

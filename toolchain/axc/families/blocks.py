@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from axc import rope
-from axc.checkpoint import EMBEDDING, HEAD
+from axc.checkpoints import EMBEDDING, HEAD
 from axc.config_json import Reader
 from axc.config_rope import ROPE_KEYS, read_rope
 from axc.families.family import Keeps, ModelConfig

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from axc.checkpoint import EMBEDDING, HEAD
+from axc.checkpoints import EMBEDDING, HEAD
 from axc.config_json import Reader
 from axc.families import blocks, glm
 from axc.families.blocks import Sources

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from axc.checkpoint import EMBEDDING, HEAD
+from axc.checkpoints import EMBEDDING, HEAD
 from axc.config_json import Reader
 from axc.families import blocks
 from axc.families.blocks import DecoderConfig, Rotation, Sources

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoint import widen
+from axc.checkpoints import widen
 
 if TYPE_CHECKING:
     from axc.quantizer import Part, SquaredError

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoint import BLOCK_ELEMENTS, widen
+from axc.checkpoints import BLOCK_ELEMENTS, widen
 from axrun.errors import BadInput
 
 Shape = tuple[int, ...]
@@ -29,6 +29,13 @@ class Tensors(Protocol):
 
         Raises BadInput for values that are not finite.
         """
+
+
+class PackedTensors(Tensors, Protocol):
+    """A checkpoint, some of whose matrices may be stored as integer levels."""
+
+    def levels(self, name: str) -> Iterator[tuple[NDArray[np.int8], NDArray[np.float32]]]:
+        """Levels [n, in] and scales [n, in / block] of a matrix, in blocks of whole rows."""
 
 
 class Source(Protocol):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from axc.checkpoint import HEAD, INFINITY, STORED_DTYPES, Checkpoint
+from axc.checkpoints import HEAD, INFINITY, STORED_DTYPES, Checkpoint
 from axc.weights import Shape, Source
 from axrun.errors import BadInput
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoint import widen
+from axc.checkpoints import widen
 from axc.weights import Shape, Source, Tensors
 from axrun.errors import BadInput
 

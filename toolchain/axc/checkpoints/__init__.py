@@ -1,0 +1,156 @@
+"""Every form in which people have a model, as one Checkpoint: lazy tensors by their Hugging Face names.
+
+A folder with safetensors or PyTorch .bin files, whole or in shards with an index, or one GGUF file. Nothing is read
+before it is asked for, and no pickle can run code. Tensors have the names transformers gives them on loading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axc.checkpoints import folder, safetensors, torch_bin
+from axc.checkpoints.gguf import SUFFIX as GGUF
+from axc.checkpoints.gguf import Model
+from axc.checkpoints.stored import EMBEDDING, HEAD, STORED_DTYPES, Grid, Slice, StoredTensor
+from axrun.errors import BadInput
+from axrun.format.dtypes import bf16_to_f32
+
+__all__ = ["EMBEDDING", "HEAD", "INFINITY", "STORED_DTYPES", "Checkpoint", "Grid", "StoredTensor", "widen"]
+
+BLOCK_ELEMENTS = 1 << 16  # read at a time: three float32 blocks of these stay in a core's L2 cache
+FORMS = {".safetensors": safetensors, ".bin": torch_bin}  # by suffix of a folder's weight files
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. `tensors` by name; `files` are the weight files, in order of name.
+
+    `aside` names weight files that lie in the folder and are not read, `source` the file or index that was preferred.
+    `gguf` is the file where the checkpoint is one.
+    """
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    files: tuple[Path, ...]
+    source: str = ""
+    aside: tuple[str, ...] = ()
+    gguf: Model | None = None
+    _slices: dict[Path, dict[str, Slice]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def open(cls, path: Path) -> Checkpoint:
+        """Reads the headers of a checkpoint's weight files. Raises BadInput for anything missing or damaged."""
+        if path.suffix == GGUF and path.is_file():
+            model = Model.open(path)
+            return cls(path, model.tensors, (path,), path.name, (), model, {path: dict(model.slices)})
+        chosen = folder.choose(path)
+        tensors: dict[str, StoredTensor] = {}
+        for file in chosen.files:
+            for stored in sorted(FORMS[file.suffix].headers(file), key=lambda stored: stored.key):
+                name = stored.name
+                if name in tensors:
+                    other = tensors[name]
+                    raise BadInput(
+                        f"tensor {name} is stored twice: as {other.key} in {other.file.name} "
+                        f"and again as {stored.key} in {file.name}"
+                    )
+                tensors[name] = stored
+        return cls(path, tensors, chosen.files, chosen.source, chosen.aside)
+
+    @property
+    def folder(self) -> Path:
+        """Where config.json, the tokenizer and the template are: for a GGUF, files made of its metadata."""
+        return self.gguf.folder if self.gguf else self.path
+
+    def tied(self) -> Checkpoint:
+        """The checkpoint of a model that ties head and embedding: either may be the one that is stored."""
+        if EMBEDDING in self.tensors or HEAD not in self.tensors:
+            return self
+        embedding = replace(self.tensors[HEAD], name=EMBEDDING)
+        others = {name: stored for name, stored in self.tensors.items() if name != HEAD}
+        return replace(self, tensors={**others, EMBEDDING: embedding})
+
+    def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows [start, stop) along the first dimension as stored; bfloat16 as uint16."""
+        stored = self.tensors[name]
+        if stored.file not in self._slices:
+            self._slices[stored.file] = FORMS[stored.file.suffix].slices(stored.file)
+        return self._slices[stored.file][stored.key](start, stop)
+
+    def levels(self, name: str) -> Iterator[tuple[NDArray[np.int8], NDArray[np.float32]]]:
+        """A tensor with a grid, in blocks of whole rows: levels [n, in] and scales [n, in / block]."""
+        stored = self.tensors[name]
+        slicer: Any = self._slices[stored.file][stored.key]
+        height = max(BLOCK_ELEMENTS // stored.shape[1], 1)
+        for start in range(0, stored.shape[0], height):
+            levels, scales = slicer.levels(start, min(start + height, stored.shape[0]))
+            _refuse_non_finite(name, scales, stored, start)
+            yield levels, scales
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values; read in blocks. Raises BadInput for values that are not finite."""
+        a, b = self.tensors[one], self.tensors[other]
+        if a.shape != b.shape:
+            return False
+        for start, block in self.blocks(one):
+            beside = self.rows(other, start, start + len(block))
+            if not np.array_equal(_values(block, a.dtype), _values(beside, b.dtype)):
+                return False
+        return True
+
+    def blocks(self, name: str, rows: int = 1) -> Iterator[tuple[int, NDArray[Any]]]:
+        """The tensor in blocks of whole rows, as stored: (first row, block). Block heights are multiples of `rows`."""
+        shape = self.tensors[name].shape
+        width = int(np.prod(shape[1:], dtype=np.int64)) if len(shape) > 1 else 1
+        height = max(BLOCK_ELEMENTS // max(width, 1) // rows, 1) * rows
+        for start in range(0, shape[0], height):
+            yield start, self.finite_rows(name, start, min(start + height, shape[0]))
+
+    def dtype(self, name: str) -> str:
+        """The element type of a tensor, as ONNX names it."""
+        return self.tensors[name].dtype
+
+    def finite_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """What `rows` gives. Raises BadInput for values that are not finite."""
+        block = self.rows(name, start, stop)
+        _refuse_non_finite(name, block, self.tensors[name], start)
+        return block
+
+
+def _values(block: NDArray[Any], dtype: str) -> NDArray[Any]:
+    return bf16_to_f32(block) if dtype == "BFLOAT16" else block
+
+
+def widen(block: NDArray[Any], dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """A stored block as float32 (exact but for float64), in `out` where one is given. Raises OverflowError."""
+    if dtype == "BFLOAT16":
+        return bf16_to_f32(block, out)
+    out = np.empty(block.shape, np.float32) if out is None else out
+    with np.errstate(over="ignore"):  # said below, with the value
+        np.copyto(out, block, casting="same_kind")
+    if dtype == "DOUBLE" and not np.isfinite(out).all():
+        raise OverflowError(f"{block.flat[np.abs(block).argmax()]:g}, too large for float32")
+    return out
+
+
+# the bits of positive infinity; whatever is not finite lies at or above them, behind the sign
+INFINITY = {"FLOAT": 0x7F800000, "FLOAT16": 0x7C00, "BFLOAT16": 0x7F80, "DOUBLE": 0x7FF0000000000000}
+
+
+def _refuse_non_finite(name: str, block: NDArray[Any], stored: StoredTensor, start: int) -> None:
+    """Two maxima and no temporary: as signed integers the positive values are on top, as unsigned the negative ones."""
+    size, infinity = block.itemsize, INFINITY[stored.dtype]
+    sign = 1 << (8 * size - 1)
+    if block.view(f"i{size}").max(initial=0) >= infinity or block.view(f"u{size}").max(initial=0) >= sign | infinity:
+        where = np.argwhere((block.view(f"u{size}") & np.array(infinity, f"u{size}")) == infinity)[0]
+        where[0] += start
+        raise BadInput(
+            f"tensor {name} of {stored.file.name} holds a value that is not finite at {where.tolist()}\n"
+            "The checkpoint is damaged or its training diverged; get it again."
+        )

@@ -1,0 +1,195 @@
+"""What a GGUF's architecture means: a config.json from its metadata, Hugging Face names for its tensors.
+
+Keys: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py . A key that is not in the table could
+change what the model computes, so it is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axc.checkpoints.gguf.container import Container, Strings
+from axc.checkpoints.gguf.rows import Rows
+from axc.checkpoints.stored import EMBEDDING, HEAD
+from axrun.errors import BadInput
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+ROPE_FREQUENCIES = "rope_freqs.weight"  # a divisor for each frequency
+# metadata below the architecture's name -> config.json
+KEYS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+    "vocab_size": "vocab_size",
+}
+REQUIRED = (*tuple(KEYS)[:5], "attention.layer_norm_rms_epsilon")
+# read in other places, or what must not be there
+KNOWN = {"attention.value_length", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor"}
+KNOWN |= {"rope.scaling.original_context_length", "rope.scaling.finetuned", "expert_count", "expert_used_count"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`permuted` are the tensors whose rows llama.cpp keeps as pairs of a rotation; `config` is what they all have."""
+
+    model_type: str
+    permuted: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture("llama", ("attn_q", "attn_k")),
+    "qwen2": Architecture("qwen2"),
+}
+
+
+def find(file: Container) -> Architecture:
+    """Raises BadInput for another architecture, and for a part of a model."""
+    name = file.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise BadInput(f"{file.path}: general.architecture is {name!r:.60}; of GGUF files those of {known} are read")
+    if file.metadata.get("split.count", 1) not in (0, 1):
+        raise BadInput(f"{file.path} is one of several parts\nJoin them first: llama-gguf-split --merge.")
+    if "adapter.type" in file.metadata or file.metadata.get("general.type", "model") != "model":
+        raise BadInput(f"{file.path} is no whole model: its general.type is {file.metadata.get('general.type')!r:.60}")
+    return ARCHITECTURES[name]
+
+
+def tensor_name(key: str) -> str:
+    """The Hugging Face name of a tensor; its own where it is not known, for the config's cross-check to refuse."""
+    stem, _, leaf = key.rpartition(".")
+    head, _, rest = stem.partition(".")
+    if head == "blk":
+        index, _, part = rest.partition(".")
+        return f"model.layers.{index}.{LAYER[part]}.{leaf}" if part in LAYER and index.isdecimal() else key
+    return f"{TOP[stem]}.{leaf}" if stem in TOP else key
+
+
+def row_order(rows: int, heads: int) -> NDArray[np.int64]:
+    """For each row of a rotated projection as transformers has it, the row that llama.cpp keeps it in.
+
+    llama.cpp interleaves the two halves of a head (`permute` of its convert_hf_to_gguf.py).
+    """
+    half = rows // heads // 2
+    head, part, at = np.ogrid[:heads, :2, :half]
+    return np.asarray(2 * half * head + 2 * at + part).reshape(-1)
+
+
+def config(file: Container, architecture: Architecture) -> dict[str, Any]:
+    """config.json of the model. Raises BadInput for what is missing, or is not known."""
+    prefix = str(file.metadata["general.architecture"]) + "."
+    given = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    unknown = sorted(set(given) - set(KEYS) - KNOWN)
+    if unknown:
+        raise BadInput(f"{file.path}: what {prefix}{unknown[0]:.80} asks for is not known: {given[unknown[0]]!r:.60}")
+    missing = [key for key in REQUIRED if key not in given]
+    if missing:
+        raise BadInput(f"{file.path}: its metadata has no {prefix}{missing[0]}")
+    for key in ("expert_count", "expert_used_count"):
+        if given.get(key):
+            raise BadInput(f"{file.path}: {prefix}{key} is {given[key]!r:.60}: mixtures of experts are not built")
+    for key, value in given.items():
+        if isinstance(value, (np.ndarray, Strings)):
+            raise BadInput(f"{file.path}: {prefix}{key} differs from layer to layer; this is built with one value only")
+    names = {entry.name for entry in file.tensors}
+    values = {KEYS[key]: value for key, value in given.items() if key in KEYS}
+    values.setdefault("vocab_size", _vocabulary(file))
+    values |= {
+        "model_type": architecture.model_type,
+        "architectures": [f"{architecture.model_type.capitalize()}ForCausalLM"],
+        "hidden_act": "silu",
+        "tie_word_embeddings": "output.weight" not in names,
+        **architecture.config,
+    }
+    if architecture.model_type == "llama":
+        values |= {"attention_bias": "blk.0.attn_q.bias" in names, "mlp_bias": "blk.0.ffn_gate.bias" in names}
+    for key, name in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
+        if (number := file.metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
+            values[name] = number
+    _refuse_partial_rotation(file, prefix, values, given)
+    values |= _rope(file, prefix, given, values)
+    return values
+
+
+def _vocabulary(file: Container) -> int:
+    for entry in file.tensors:
+        if tensor_name(entry.name) == EMBEDDING:
+            return entry.shape[0]
+    raise BadInput(f"{file.path}: it has no tensor token_embd.weight")
+
+
+def _refuse_partial_rotation(file: Container, prefix: str, values: dict[str, Any], given: dict[str, Any]) -> None:
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    if not isinstance(heads, int) or not isinstance(hidden, int) or heads < 1:
+        raise BadInput(f"{file.path}: {prefix}attention.head_count is {heads!r:.40}; expected a whole number")
+    width = values.get("head_dim", hidden // heads)
+    for key in ("rope.dimension_count", "attention.value_length"):
+        if given.get(key, width) != width:
+            raise BadInput(f"{file.path}: {prefix}{key} is {given[key]!r:.40}; expected {width}, as wide as a head")
+
+
+def _rope(file: Container, prefix: str, given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """rope_scaling of config.json: linear from the metadata, llama3 from the tensor of its divisors."""
+    values.setdefault("rope_theta", 10000.0)
+    kind, factor = given.get("rope.scaling.type", "none"), given.get("rope.scaling.factor", 1.0)
+    entry = next((entry for entry in file.tensors if entry.name == ROPE_FREQUENCIES), None)
+    if kind == "linear" and factor != 1.0 and entry is None:
+        return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+    if kind not in ("none", "linear"):
+        raise BadInput(f"{file.path}: {prefix}rope.scaling.type is {kind!r:.60}; expected none or linear")
+    if entry is None:
+        return {}
+    if entry.kind.name != "F32" or len(entry.shape) != 1:
+        raise BadInput(f"{file.path}: {ROPE_FREQUENCIES} is {entry.kind.name}{list(entry.shape)}; expected F32 [n]")
+    theta = values["rope_theta"]
+    if not isinstance(theta, (int, float)) or not 1 <= theta <= 1e15:
+        raise BadInput(f"{file.path}: {prefix}rope.freq_base is {theta!r:.40}; expected a number from 1 to 1e15")
+    divisors = Rows(file.data, entry, None)(0, entry.shape[0]).reshape(-1)
+    if (divisors == 1).all():
+        return {}
+    for original in (8192,):
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(divisors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original,
+        }
+        if np.allclose(divisors, _llama3(scaling, float(theta), len(divisors)), rtol=1e-5):
+            return {"rope_scaling": scaling}
+    raise BadInput(f"{file.path}: {ROPE_FREQUENCIES} holds divisors that are not those of Llama 3")
+
+
+def _llama3(scaling: Mapping[str, Any], theta: float, count: int) -> NDArray[np.float64]:
+    """Divisors of the frequencies (`_compute_llama3_parameters` of transformers)."""
+    wavelengths = 2 * np.pi * theta ** (np.arange(count) / count)
+    original, factor = scaling["original_max_position_embeddings"], scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
+    return np.asarray(1 / ((1 - smooth) / factor + smooth))
+
+
+__all__ = ["HEAD", "ROPE_FREQUENCIES", "Architecture", "config", "find", "row_order", "tensor_name"]

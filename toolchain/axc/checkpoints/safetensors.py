@@ -1,0 +1,51 @@
+"""safetensors files: headers by the library, data as views of the file's memory map."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from axc.checkpoints.stored import STORED_DTYPES, Slice, StoredTensor, stored
+from axrun.errors import BadInput
+from axrun.format.dtypes import DTYPES
+
+
+def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="numpy").__enter__()
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInput(
+            f"cannot read {file}: {error}\nIt is truncated or no safetensors file; download it again."
+        ) from None
+
+
+def headers(file: Path) -> list[StoredTensor]:
+    opened = _open(file)
+    found = []
+    for key in opened.keys():  # noqa: SIM118 - not a mapping
+        view = opened.get_slice(key)
+        found.append(stored(file, key, view.get_dtype(), tuple(view.get_shape())))
+    return found
+
+
+def slices(file: Path) -> dict[str, Slice]:
+    """Views of the file's memory map; the library's own slices are copies, and it has held the header to the file."""
+    _open(file)
+    mapped = np.memmap(file, np.uint8, "r")
+    begin = 8 + int.from_bytes(mapped[:8].tobytes(), "little")
+    header = json.loads(mapped[8:begin].tobytes())
+    header.pop("__metadata__", None)
+
+    def slicer(entry: dict[str, Any]) -> Slice:
+        # only tensors of a float type are ever asked for: config.load has refused the others
+        first, last = entry["data_offsets"]
+        carrier = np.dtype(DTYPES[STORED_DTYPES[entry["dtype"]]].numpy)
+        whole = mapped[begin + first : begin + last].view(carrier).reshape(entry["shape"])
+        return lambda start, stop: whole[start:stop]
+
+    return {name: slicer(entry) for name, entry in header.items() if entry["dtype"] in STORED_DTYPES}

@@ -1,0 +1,60 @@
+"""What a checkpoint says of a tensor before its data are read, and the names that its tensors get."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# safetensors' names of the element types a checkpoint may hold -> ONNX's
+STORED_DTYPES = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "F64": "DOUBLE"}
+
+Slice = Callable[[int, int], NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A matrix is stored as integer levels from `low` to `high`, with a scale for each `block` values along a row.
+
+    Each of its values is the float32 product of a scale and a level.
+    """
+
+    low: int
+    high: int
+    block: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the checkpoint says of a tensor before its data are read. `key` is its name in the file.
+
+    `dtype` is what its rows are read as. `packed` names the format they are stored in where that is another, and
+    `grid` says what it is exactly where it is a Grid.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    key: str
+    packed: str = ""
+    grid: Grid | None = None
+
+
+def stored(file: Path, key: str, dtype: str, shape: tuple[int, ...]) -> StoredTensor:
+    return StoredTensor(loaded_name(key), STORED_DTYPES.get(dtype, dtype), shape, file, key)
+
+
+# what stands directly under a base model, such as LlamaModel, and under `model.` in a causal language model
+BASE_MODEL = ("embed_tokens", "layers", "norm")
+
+
+def loaded_name(key: str) -> str:
+    """The name transformers gives a tensor: it adds or removes the base model's prefix (`rename_source_key`)."""
+    if key == f"model.{HEAD}":
+        return HEAD
+    return f"model.{key}" if key.partition(".")[0] in BASE_MODEL else key

@@ -1,0 +1,90 @@
+"""transformers' own reading of a GGUF file: config, weights and tokenizer, without our reader.
+
+Where transformers is known not to look at a part of the file, that part is put right here, and said.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from axc.checkpoints.gguf import Model
+from axc.checkpoints.gguf.tokenizer import CUTS, WHOLE_WORDS, cut
+
+LOCAL: dict[str, Any] = {"local_files_only": True}
+# of config.json; it builds every Llama without biases and with plain rotary frequencies
+NOT_READ = ("rope_scaling", "attention_bias", "mlp_bias")
+
+
+def possible() -> bool:
+    """Whether torch is there, without which transformers reads no GGUF."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def config(path: Path) -> tuple[Any, list[str]]:
+    """The config, and what is to be said of it."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    found = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **LOCAL)
+    ours = Model.open(path).config
+    added = {key: ours[key] for key in NOT_READ if ours.get(key)}
+    if not added:
+        return found, []
+    if "rope_scaling" in added:
+        added["rope_scaling"] = {**added["rope_scaling"], "rope_theta": ours["rope_theta"]}
+    values = {**found.to_dict(), **added}
+    remark = (
+        f"transformers {transformers.__version__} does not read {', '.join(added)} of a GGUF: taken from our reading"
+    )
+    return CONFIG_MAPPING[found.model_type].from_dict(values), [remark]
+
+
+def weights(path: Path, skeleton: Any) -> dict[str, Any]:
+    """float32 tensors by the names that `skeleton` has for them, dequantised."""
+    import torch
+    from transformers import modeling_gguf_pytorch_utils
+
+    reader: Any = modeling_gguf_pytorch_utils
+    shown, reader.tqdm = reader.tqdm, lambda tensors, **_: tensors  # no switch turns its progress bar off
+    try:
+        found = reader.load_gguf_checkpoint(
+            str(path), return_tensors=True, model_to_load=skeleton, torch_dtype=torch.float32
+        )
+    finally:
+        reader.tqdm = shown
+    tensors: dict[str, Any] = found["tensors"]
+    return tensors
+
+
+def stored_types(path: Path) -> set[Any]:
+    """The element types of its matrices, float32 standing for those that are stored in blocks."""
+    import torch
+    from gguf import GGUFReader
+
+    types = {"F16": torch.float16, "BF16": torch.bfloat16}
+    tensors = [tensor for tensor in GGUFReader(path).tensors if len(tensor.shape) > 1]
+    return {types.get(tensor.tensor_type.name, torch.float32) for tensor in tensors}
+
+
+def tokenizer(path: Path) -> tuple[Any, list[str]]:
+    """AutoTokenizer of the file, and what is to be said of it."""
+    import transformers
+    from transformers.integrations.gguf import gguf_tokenizer_mapping
+
+    auto: Any = transformers.AutoTokenizer
+    found = auto.from_pretrained(path.parent, gguf_file=path.name, **LOCAL)
+    name = Model.open(path).cut
+    if name is None or name not in CUTS or name == "gpt-2":
+        return found, []
+    remarks = []
+    if name not in gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS:
+        found.backend_tokenizer.pre_tokenizer = cut(name)
+        remarks.append(f"transformers {transformers.__version__} does not know how {name} cuts text: compared without")
+    if name in WHOLE_WORDS:
+        found.backend_tokenizer.model.ignore_merges = True
+    return found, remarks

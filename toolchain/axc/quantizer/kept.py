@@ -1,0 +1,99 @@
+"""Integer levels that the checkpoint has already: they and their scales are written as they are, without loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axc.checkpoints.stored import StoredTensor
+from axc.quantizer.round_to_nearest import LEVELS, pack4
+from axrun.errors import BadInput
+
+if TYPE_CHECKING:
+    from axc.quantizer import Part, SquaredError
+
+DTYPES = {"s8": "INT8", "s4": "INT4"}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """INT8 or INT4 of the checkpoint's name and shape, and `<name>_scale`, float32, one for each block of a row.
+
+    `tensor` is the checkpoint's name of it, `packed` the format that it has there.
+    """
+
+    dtype: str
+    block: int
+    tensor: str
+    packed: str
+
+    @property
+    def bits(self) -> float:
+        return (8 if self.dtype == "INT8" else 4) + 32 / self.block
+
+    @property
+    def group(self) -> int:
+        return self.block
+
+    def parts(self, name: str, out_features: int, in_features: int) -> list[Part]:
+        scales = (out_features, in_features // self.block)
+        return [(name, self.dtype, (out_features, in_features)), (name + "_scale", "FLOAT", scales)]
+
+    def dequantize(self, in_features: int) -> dict[str, int]:
+        return {"axis": 1, "block_size": self.block}
+
+    def store(self, block: NDArray[Any], dtype: str, error: SquaredError) -> Iterator[NDArray[Any]]:
+        raise TypeError("levels are written as they are")
+
+    def write(self, levels: NDArray[np.int8], scales: NDArray[np.float32]) -> Iterator[NDArray[Any]]:
+        """One array for each part, from levels [n, in] and scales [n, in / block]."""
+        yield pack4(levels) if self.dtype == "INT4" else levels
+        yield scales
+
+
+def keep(weight_type: str, stored: StoredTensor) -> Kept | None:
+    """How `weight_type` holds a tensor exactly as it is stored; None where it does not, or is stored otherwise."""
+    grid, dtype = stored.grid, DTYPES.get(weight_type)
+    if grid is None or dtype is None or not LEVELS[dtype][0] <= grid.low <= grid.high <= LEVELS[dtype][1]:
+        return None
+    return Kept(dtype, grid.block, stored.name, stored.packed)
+
+
+def decide(flag: str, asked: str | None, tensors: Mapping[str, StoredTensor]) -> tuple[str, dict[str, Kept], list[str]]:
+    """The type of these matrices, those that keep their levels, and what is to be said of the others.
+
+    Without `asked`: the smallest type that holds all that is quantised already; s8 for floats. Raises BadInput where no
+    type does.
+    """
+    packed = {name: stored for name, stored in tensors.items() if stored.packed}
+    choices = [asked] if asked else ["s4", "s8"] if len(packed) == len(tensors) else ["s8"]
+    for weight_type in choices:
+        kept = {name: found for name, stored in packed.items() if (found := keep(weight_type, stored))}
+        if asked or len(kept) == len(packed):
+            break
+    else:
+        _refuse(flag, next(stored for name, stored in packed.items() if name not in kept))
+    lost = [stored for name, stored in packed.items() if name not in kept]
+    notes = []
+    if kept:
+        kinds = ", ".join(sorted({found.packed for found in kept.values()}))
+        notes.append(f"{_count(kept)} stored as {kinds} kept as {weight_type}: the same levels and scales")
+    if lost and weight_type != "fp32":
+        kinds = ", ".join(sorted({stored.packed for stored in lost}))
+        notes.append(f"{_count(lost)} stored as {kinds} dequantised, and stored again as {weight_type}: not exact")
+    return weight_type, kept, notes
+
+
+def _refuse(flag: str, stored: StoredTensor) -> None:
+    raise BadInput(
+        f"{stored.file}: {stored.key} is stored as {stored.packed}, which no integer type here holds exactly\n"
+        f"Say what it is to be quantised to again: {flag} s8, s4 or a float type."
+    )
+
+
+def _count(matrices: Any) -> str:
+    return f"{len(matrices)} {'matrix' if len(matrices) == 1 else 'matrices'}"

@@ -172,10 +172,6 @@ class TimedSession:
     def groups(self) -> tuple[SessionGroup, ...]:
         return self._session.groups
 
-    @property
-    def window(self) -> int:
-        return self._session.window
-
     def allocate(self, info: Any) -> Array:
         return self._session.allocate(info)
 

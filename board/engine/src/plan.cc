@@ -22,6 +22,22 @@ size_t area_of(Program& program, const std::vector<Dim>& parts) {
   return program.areas.size() - 1;
 }
 
+Operand operand_of(const Graph& graph, const Program& program, int index) {
+  Operand operand;
+  if (index < 0) return operand;
+  const Value& value = graph.values[index];
+  const int owner = program.stands_for[index];
+  const Value& memory = graph.values[owner];
+  operand.type = value.type;
+  operand.input = memory.input, operand.output = memory.output;
+  operand.unread = value.output >= 0 && value.users.empty();
+  operand.constant = memory.tensor ? memory.tensor->bytes() : nullptr;
+  operand.slot = program.slots[owner];
+  operand.rank = value.shape.size();
+  std::copy(value.shape.begin(), value.shape.end(), operand.dims.begin());
+  return operand;
+}
+
 }  // namespace
 
 void plan(const Graph& graph, Program& program) {
@@ -57,6 +73,15 @@ void plan(const Graph& graph, Program& program) {
     program.areas[area].width = std::max(program.areas[area].width, offset + width);
     const auto before = [&](size_t at, int other) { return at < program.slots[other].offset; };
     placed.insert(std::upper_bound(placed.begin(), placed.end(), offset, before), value);
+  }
+  for (Step& step : program.steps) {
+    Plain* plain = std::get_if<Plain>(&step);
+    if (!plain) continue;
+    plain->first = program.operands.size();
+    const Operation& operation = graph.operations[plain->operation];
+    for (const std::vector<int>& list : {operation.inputs, operation.outputs}) {
+      for (const int index : list) program.operands.push_back(operand_of(graph, program, index));
+    }
   }
 }
 

@@ -49,9 +49,10 @@ struct Gated {
   Activation activation;
 };
 
-// An operation as it is.
+// An operation as it is; its operands are in the program from `first` on, inputs before outputs.
 struct Plain {
   int operation;
+  size_t first = 0;
 };
 
 using Step = std::variant<Linear, Attention, Rotary, Gated, Plain>;
@@ -69,11 +70,24 @@ struct Area {
   size_t width = 0;
 };
 
+// What a plain step needs to know of a value, in one place: what was read between two tokens has driven the graph from
+// the caches.
+struct Operand {
+  Type type = Type::None;            // None: not given
+  int input = -1, output = -1;       // of the value whose memory it has
+  bool unread = false;               // an output of the graph that no operation reads
+  const uint8_t* constant = nullptr;
+  Slot slot;
+  size_t rank = 0;
+  std::array<Dim, kMostRank> dims{};
+};
+
 struct Program {
   std::vector<Step> steps;
   std::vector<int> stands_for;  // of every value, the one whose memory it has: usually itself
   std::vector<Slot> slots;      // of every value
   std::vector<Area> areas;
+  std::vector<Operand> operands;  // of plain steps
   size_t most_tensors = 0;      // inputs and outputs of one plain step
 
   // Bytes of all areas. Throws Failure where that is more than any machine has.
@@ -83,7 +97,7 @@ struct Program {
 // Recognises patterns in a graph and lays out the memory between the steps.
 Program fuse(const Graph& graph);
 
-// Fills slots and areas; values whose lives do not overlap share memory.
+// Fills slots, areas and operands; values whose lives do not overlap share memory.
 void plan(const Graph& graph, Program& program);
 
 // Calls `reads(value)` and `writes(value)` for what a step touches.

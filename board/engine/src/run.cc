@@ -109,6 +109,21 @@ class Run {
     for (size_t i = 0; i < view.rank; ++i) view.dims[i] = size_of(seen.shape[i]);
     return view;
   }
+  View view(const Operand& operand) const {
+    View view;
+    view.type = operand.type, view.rank = operand.rank;
+    for (size_t i = 0; i < view.rank; ++i) view.dims[i] = size_of(operand.dims[i]);
+    if (operand.constant) {
+      view.data = const_cast<uint8_t*>(operand.constant);
+    } else if (operand.input >= 0) {
+      view.data = static_cast<uint8_t*>(const_cast<void*>(inputs_[operand.input]));
+    } else if (operand.output >= 0 && outputs_[operand.output]) {
+      view.data = static_cast<uint8_t*>(outputs_[operand.output]);
+    } else {
+      view.data = runtime_.areas[operand.slot.area].start + operand.slot.offset * runtime_.areas[operand.slot.area].units;
+    }
+    return view;
+  }
   // Rows of a tensor: all dimensions but the last.
   size_t rows(int index) const {
     size_t rows = 1;
@@ -134,15 +149,15 @@ class Run {
 
   void operator()(const Plain& s) {
     const Operation& operation = model_.graph.operations[s.operation];
-    const auto unread = [&](int index) {  // an output that was not asked for
-      return index < 0 || (value(index).output >= 0 && !outputs_[value(index).output] && value(index).users.empty());
+    const size_t inputs = operation.inputs.size(), outputs = operation.outputs.size();
+    const std::span<const Operand> operands(&model_.program.operands[s.first], inputs + outputs);
+    const auto unread = [&](const Operand& operand) {  // an output that was not asked for
+      return operand.type == Type::None || (operand.unread && !outputs_[operand.output]);
     };
-    if (std::all_of(operation.outputs.begin(), operation.outputs.end(), unread)) return;
-    View* next = runtime_.views.data();
-    for (const int input : operation.inputs) *next++ = view(input);
-    for (const int output : operation.outputs) *next++ = view(output);
-    const std::span<const View> views(runtime_.views.data(), next);
-    const size_t inputs = operation.inputs.size();
+    const auto made = operands.subspan(inputs);
+    if (std::all_of(made.begin(), made.end(), unread)) return;
+    for (size_t i = 0; i < operands.size(); ++i) runtime_.views[i] = view(operands[i]);
+    const std::span<const View> views(runtime_.views.data(), operands.size());
     operation.op->run({model_.graph, operation, tokens_, history_, views.first(inputs), views.subspan(inputs), kernels_, pool_,
                        runtime_.scratch});
   }

@@ -142,7 +142,7 @@ def evaluated(op: str, inputs: list[Any], outputs: int = 1, constants: tuple[int
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        answer = ReferenceEvaluator(model).run(None, {name: x for name, x in zip(names, inputs, strict=True) if name})
+        answer: Any = ReferenceEvaluator(model).run(None, {name: x for name, x in zip(names, inputs, strict=True) if name})
     known = frozenset(constants) | {i for i in KNOWN.get(op, ()) if i < len(inputs)}
     shapes = "x".join(str(list(x.shape)) for x in inputs if x is not None).replace(" ", "")
     kinds = ",".join(f"{key}={value}" for key, value in sorted(attributes.items()))
@@ -174,7 +174,7 @@ def pairs(op: str, compare: bool = False, whole: bool = True) -> Draw:
     def draw(random: np.random.Generator) -> Iterator[Case]:
         shapes = [((3, 1, 5), (4, 1)), ((2, 3, 700), (700,)), ((1,), (2, 2)), ((), (3,)), ((2, 1, 3, 1), (5, 1, 4))]
         for a, b in shapes:
-            attributes = {"fmod": 1} if op == "Mod" else {}
+            attributes: dict[str, Any] = {"fmod": 1} if op == "Mod" else {}
             yield evaluated(op, [floats(random, *a), floats(random, *b)], **attributes)
         if whole:
             for dtype in (np.int64, np.int32, np.uint32):
@@ -211,7 +211,7 @@ def rotary(random: np.random.Generator) -> Iterator[Case]:
             half = (partial or 8) // 2
             cos, sin = floats(random, 20, half), floats(random, 20, half)
             at = random.integers(0, 20, (2, 3))
-            attributes = {"interleaved": interleaved, "rotary_embedding_dim": partial}
+            attributes: dict[str, Any] = {"interleaved": interleaved, "rotary_embedding_dim": partial}
             yield evaluated("RotaryEmbedding", [floats(random, 2, 5, 3, 8), cos, sin, at], **attributes)
             yield evaluated("RotaryEmbedding", [floats(random, 2, 3, 40), cos[at], sin[at]], num_heads=5, **attributes)
 

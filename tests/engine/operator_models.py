@@ -218,7 +218,7 @@ def rotary(tokens: int, cast: bool, tables: str, partial: int, interleaved: int)
     indices = p.input("indices", 1, "M", array=p.random.integers(0, 128, (1, tokens)).astype(np.uint32))
     positions = p.add("Cast", indices, to=TensorProto.INT64)
     half = (partial or 16) // 2
-    attributes = {"num_heads": 3, "interleaved": interleaved, "rotary_embedding_dim": partial}
+    attributes: dict[str, Any] = {"num_heads": 3, "interleaved": interleaved, "rotary_embedding_dim": partial}
     if tables == "sums":
         y = p.add("RotaryEmbedding", x, *angle_tables(p, positions, half), **attributes)
     else:

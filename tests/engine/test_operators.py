@@ -48,7 +48,7 @@ def test_every_operator_and_every_pattern_has_cases(operators: list[str], sample
 
 
 def test_few_of_the_node_tests_are_left_out_and_each_for_a_reason(operators: list[str]) -> None:
-    kept, reasons = 0, Counter()
+    kept, reasons = 0, Counter[str]()
     for op in operators:
         cases, out = operator_cases.node_tests(op)
         kept += len(cases)

@@ -142,7 +142,8 @@ def evaluated(op: str, inputs: list[Any], outputs: int = 1, constants: tuple[int
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        answer: Any = ReferenceEvaluator(model).run(None, {name: x for name, x in zip(names, inputs, strict=True) if name})
+        given = {name: x for name, x in zip(names, inputs, strict=True) if name}
+        answer: Any = ReferenceEvaluator(model).run(None, given)
     known = frozenset(constants) | {i for i in KNOWN.get(op, ()) if i < len(inputs)}
     shapes = "x".join(str(list(x.shape)) for x in inputs if x is not None).replace(" ", "")
     kinds = ",".join(f"{key}={value}" for key, value in sorted(attributes.items()))

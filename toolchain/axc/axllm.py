@@ -13,14 +13,14 @@ from typing import Any
 from axc.compile import Target
 from axc.config_json import read_json
 from axc.embed import BFLOAT16_FILE
+from axc.families import FAMILIES
 from axc.families.family import ModelConfig
 from axc.hf_folder import HfFolder
 from axrun.errors import BadInput
 from axrun.text.tokenizer import Tokenizer
 
 TOKENIZER_TXT = "tokenizer.txt"
-# what `axllm` calls its byte-level tokenizers, by model type; a name stands for a built-in chat template too
-BYTE_LEVEL_TYPES = {"qwen2": "Qwen2_5", "qwen3": "Qwen3"}
+# what `axllm` calls a byte-level tokenizer of a family that has no name of its own there
 OTHER_BYTE_LEVEL = "SmolLM2"
 SENTENCEPIECE = "LLaMA"
 BUILT_IN_END = "<|im_end|>"  # of a turn, in the templates of all its byte-level types
@@ -66,8 +66,9 @@ def axllm_config(
 def tokenizer_type(hf: Path, model_type: str) -> str:
     """What `axllm` calls the tokenizer; without one, what the model type has as a rule."""
     path = hf / "tokenizer.json"
-    byte_level = _byte_level(read_json(path)) if path.is_file() else model_type in BYTE_LEVEL_TYPES
-    return BYTE_LEVEL_TYPES.get(model_type, OTHER_BYTE_LEVEL) if byte_level else SENTENCEPIECE
+    own = FAMILIES[model_type].axllm_tokenizer
+    byte_level = _byte_level(read_json(path)) if path.is_file() else bool(own)
+    return (own or OTHER_BYTE_LEVEL) if byte_level else SENTENCEPIECE
 
 
 def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:

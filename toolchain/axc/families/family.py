@@ -66,6 +66,7 @@ class Family(Generic[C]):
     reads: frozenset[str]
     defaults: Mapping[str, Any]
     keeps: Callable[[C, int], Keeps] = lambda config, index: Keeps()  # of layer `index`
+    axllm_tokenizer: str = ""  # the vendor's name of its byte-level tokenizer; stands for a chat template there too
     redundant: tuple[str, ...] = ("rotary_emb.inv_freq",)
     foreign: bool = False
     different: Mapping[str, str] = field(default_factory=lambda: EMPTY)

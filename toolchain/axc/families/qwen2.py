@@ -84,4 +84,5 @@ FAMILY = Family(
     defaults=DEFAULTS,
     keeps=blocks.keeps,
     foreign=True,
+    axllm_tokenizer="Qwen2_5",
 )

@@ -82,4 +82,5 @@ FAMILY = Family(
     reads=blocks.READS | blocks.WINDOW | {"use_sliding_window", "max_window_layers", "attention_bias"},
     defaults=DEFAULTS,
     keeps=blocks.keeps,
+    axllm_tokenizer="Qwen3",
 )

@@ -77,6 +77,10 @@ CASES: dict[str, tuple[Change, str]] = {
         lambda data: changed(data, behind(data, "general.architecture") + 12, "B", 0xFF),
         "general.architecture is no UTF-8",
     ),
+    "a token that is no UTF-8": (
+        lambda data: data.replace(text("<|im_start|>"), text("<|im_start|>")[:-1] + b"\xff"),
+        "is no UTF-8",
+    ),
     "an array of arrays": (
         lambda data: changed(data, behind(data, "tokenizer.ggml.tokens") + 4, "I", 9),
         "is an array of the type 9",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from axc.checkpoints.gguf import architecture, tokenizer
-from axc.checkpoints.gguf.container import Container, TensorEntry
+from axc.checkpoints.gguf.container import Container, Damaged, TensorEntry
 from axc.checkpoints.gguf.rows import PACKINGS, PLAIN, Rows, dtype_of
 from axc.checkpoints.stored import Grid, StoredTensor
 from axrun.errors import BadInput
@@ -54,10 +54,11 @@ class Model:
     def _files(self) -> tempfile.TemporaryDirectory[str]:
         """config.json, tokenizer and template, made of the metadata; removed when the model is."""
         made = tempfile.TemporaryDirectory(prefix="axc-gguf-")
-        texts = {
-            "config.json": json.dumps(self.config, indent=2, sort_keys=True) + "\n",
-            **tokenizer.files(self._container),
-        }
+        texts = {"config.json": json.dumps(self.config, indent=2, sort_keys=True) + "\n"}
+        try:
+            texts |= tokenizer.files(self._container)
+        except Damaged as error:  # strings are decoded when they are asked for
+            raise BadInput(f"{self.path} is no whole GGUF file: {error}\nGet it again.") from None
         for name, text in texts.items():
             (Path(made.name) / name).write_text(text, "utf-8", newline="\n")
         return made

@@ -17,14 +17,14 @@ import ml_dtypes  # noqa: F401  (types of the arrays that are unpickled)
 import numpy as np
 
 from axrun.errors import BadInput
-from axrun.session import ax_engine
+from axrun.session import libax_engine
 from tests.engine.operator_models import Sample
 
 GUARD = 64  # bytes behind an output that nobody may write
 
 
 def buffers(memory: Sequence[Any]) -> Any:
-    made = (ax_engine.IoBuffer * max(len(memory), 1))()
+    made = (libax_engine.IoBuffer * max(len(memory), 1))()
     for buffer, array in zip(made, memory, strict=False):
         buffer.pVirAddr, buffer.nSize = array.ctypes.data, array.nbytes
     return made
@@ -38,7 +38,7 @@ def aligned(size: int) -> Any:
 
 
 def run(sample: Sample, path: Path) -> list[bytes]:
-    loaded, handle = ax_engine.library(), c_void_p()
+    loaded, handle = libax_engine.library(), c_void_p()
     path.write_bytes(sample.model)
     loaded.call("axc_open", byref(handle), str(path).encode())
     try:
@@ -49,9 +49,9 @@ def run(sample: Sample, path: Path) -> list[bytes]:
         for memory in outputs:
             memory[:] = 0xA5
         ins, outs = buffers(inputs), buffers(outputs)
-        io = ax_engine.Io(pInputs=ins, nInputSize=len(inputs), pOutputs=outs, nOutputSize=len(outputs))
+        io = libax_engine.Io(pInputs=ins, nInputSize=len(inputs), pOutputs=outs, nOutputSize=len(outputs))
         code = loaded.engine.axc_run(handle, c_uint32(sample.tokens), c_uint32(sample.history), byref(io))
-        if code and code & 0xFFFFFFFF != ax_engine.NOT_FINITE:  # which is right for some
+        if code and code & 0xFFFFFFFF != libax_engine.NOT_FINITE:  # which is right for some
             raise loaded.failure("axc_run", code)
         for memory in outputs:
             assert (memory[-GUARD:] == 0xA5).all(), "written behind an output"
@@ -62,7 +62,7 @@ def run(sample: Sample, path: Path) -> list[bytes]:
 
 def wrong(sample: Sample, path: Path) -> str:
     """What is wrong with a sample; empty where nothing is."""
-    loaded = ax_engine.library()
+    loaded = libax_engine.library()
     loaded.reset_counters()
     try:
         made = run(sample, path)
@@ -85,7 +85,7 @@ def wrong(sample: Sample, path: Path) -> str:
 
 def main() -> None:
     samples: list[Sample] = pickle.loads(Path(sys.argv[1]).read_bytes())
-    print(ax_engine.library().isa)
+    print(libax_engine.library().isa)
     with tempfile.TemporaryDirectory() as folder:
         for sample in samples:
             seen = wrong(sample, Path(folder, "case.axmodel"))

@@ -151,6 +151,20 @@ def versions() -> list[Fault]:
     def vendors(values: dict[str, Any]) -> None:
         values["maker"] = "pulsar2"
 
+    def flags(name: str, says: str, **changes: Any) -> Fault:
+        def change(values: dict[str, Any]) -> None:
+            values["flags"].update(changes)
+
+        return Fault(name, "s8", "files", "manifest.json|{layer0}|{post}", in_manifest(change), says=says)
+
+    def one_layer_less(b: Path, c: Path) -> None:
+        last = layer(b, 3)
+        remove(b, last)
+        axmodels.manifest(b, lambda values: (values["model"].update(layers=3), values["files"].pop(last))[1])
+
+    def in_manifest(change: Any) -> Any:
+        return lambda b, c: axmodels.manifest(b, change)
+
     groups = json.dumps([{"tokens": 1, "history": 255}, {"tokens": 32, "history": 0}], separators=(",", ":"))
     early = "files|versions"
     return [
@@ -169,6 +183,21 @@ def versions() -> list[Fault]:
             "{layer}",
             lambda b, c: edit(b, layer(b, 1), lambda model: setattr(model.opset_import[0], "version", 24)),
             says="opset",
+        ),
+        flags("the flags say s4", "s4|s8", weight_type="s4"),
+        flags("the flags say another type of the head", "fp32|s8", post_weight_type="fp32"),
+        flags("the flags say another prefill", "64", prefill_len=64),
+        flags("the flags name no type", "q9", weight_type="q9"),
+        flags("the flags have a list for a type", "s8", weight_type=["s8"]),
+        Fault("there are no flags", "s8", "files", "manifest.json", in_manifest(lambda v: v.pop("flags")), says="None"),
+        Fault("the last layer is lost", "s8", "files", "manifest.json", one_layer_less, says="3"),
+        Fault(
+            "the manifest names another family",
+            "s8",
+            "files",
+            "manifest.json",
+            lambda b, c: model_says(b, model_type="llama"),
+            says="llama",
         ),
         Fault("a layer lacks groups", "s8", "files|versions|layers", "{layer}", meta(groups=groups), says="group"),
         Fault(

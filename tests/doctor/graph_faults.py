@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.numpy_helper
 from onnx import TensorProto, helper
 
-from tests.doctor.axmodels import attribute, edit, get, node, put
+from tests.doctor.axmodels import attribute, edit, get, manifest, metadata, node, put
 from tests.doctor.fault import Fault
 from tests.doctor.weight_faults import Plant, in_layer, in_post
 
@@ -143,6 +144,41 @@ def no_final_norm(model: onnx.ModelProto) -> None:
     model.graph.node.remove(norm)
 
 
+def rotated_otherwise(which: int, theta: float) -> Callable[[onnx.ModelProto], None]:
+    """The queries' or the keys' rotary embedding (0, 1 in their order) has tables of its own."""
+
+    def change(model: onnx.ModelProto) -> None:
+        turned = node(model, "RotaryEmbedding", which)
+        for at, function in ((1, np.cos), (2, np.sin)):
+            rows, half = get(model, turned.input[at]).shape
+            values = function(POSITIONS[:rows] * theta ** (-np.arange(half) / half)).astype(np.float32)
+            own = onnx.numpy_helper.from_array(values, f"own.{at}")
+            model.graph.initializer.append(own)
+            turned.input[at] = own.name
+
+    return change
+
+
+def exchange_branches(model: onnx.ModelProto) -> None:
+    """The activation is of the other matrix's product."""
+    products = [entry for entry in model.graph.node if entry.op_type == "Mul"]
+    sigmoid = node(model, "Sigmoid")
+    gate = sigmoid.input[0]
+    up = next(name for name in products[1].input if name != products[0].output[0])
+    for entry in (sigmoid, *products):
+        entry.input[:] = [{gate: up, up: gate}.get(name, name) for name in entry.input]
+
+
+def by_another_compiler(plant: Plant) -> Plant:
+    """The manifest names another digest, so that the graphs may be others."""
+
+    def both(bundle: Path, checkpoint: Path) -> None:
+        plant(bundle, checkpoint)
+        manifest(bundle, lambda values: values["tools"].update(digest="0" * 16))
+
+    return both
+
+
 def layers() -> list[Fault]:
     def one(name: str, base: str, change: Any, says: str, stage: str = "layers", part: str = "layer 1") -> Fault:
         return Fault(name, base, stage, "{layer}", in_layer(change), part=part, says=says)
@@ -152,6 +188,14 @@ def layers() -> list[Fault]:
 
     rope, kept = "[Rr]o(pe|tary)", "layers|cache"
     return [
+        Fault(
+            "s4: another compiler's bundle lacks a norm",
+            "s4",
+            "layers",
+            "{layer}",
+            by_another_compiler(in_layer(no_second_norm)),
+            says="post_attention_layernorm",
+        ),
         every("the rope base is wrong", "s8", every_layer(rotary(1e6)), f"{rope}.*(base|theta)"),
         every("the rope base is wrong by a fifth", "fp32", every_layer(rotary(12000.0)), f"{rope}.*(base|theta)"),
         every("the rope scaling is lost", "llama", every_layer(rotary(500000.0)), f"{rope}.*scal"),
@@ -173,12 +217,21 @@ def layers() -> list[Fault]:
         one("the activation is another", "s8", other_activation, "activation|SiLU|sigmoid|graph|operator|mlp|MLP"),
         one("the residual is of the normed input", "s8", residual_of_the_norm, "residual|norm|Norm|graph|operator"),
         one("the second norm is missing", "s8", no_second_norm, "norm"),
+        one("s4: the second norm is missing", "s4", no_second_norm, "RMSNormalization", "layers"),
+        one("s4: the cache gets values for keys", "s4", keys_for_values, "K_cache_out.*V_cache_out", "layers"),
+        one("s4: the activation is another", "s4", other_activation, "Mul|Sigmoid", "layers"),
+        one("s4: keys have another rope base", "s4", rotated_otherwise(1, 10100.0), rope, "layers"),
+        one("gate and up change places", "s4", exchange_branches, "Sigmoid.*gate_proj", "layers"),
+        one("a layer says that it has a window", "s8", lambda model: metadata(model, window="16"), "window", "layers"),
+        one("queries have another rope base", "s8", rotated_otherwise(0, 10100.0), rope, "layers"),
+        one("s4: attention is scaled by 3 % more", "s4", attention(scale=1.03 / 32**0.5), "scale", "layers"),
     ]  # fmt: skip
 
 
 def head() -> list[Fault]:
     return [
         Fault("the final norm is missing", "s8", "post", "{post}", in_post(no_final_norm), says="norm"),
+        Fault("s4: the final norm is missing", "s4", "post", "{post}", in_post(no_final_norm), says="norm|RMSNorm"),
         Fault("eps of the final norm is 1e-2", "s8", "post", "{post}", in_post(epsilon(1e-2, 0)), says="eps"),
         Fault("eps of the final norm is 1e-4", "fp32", "post", "{post}", in_post(epsilon(1e-4, 0)), says="eps"),
     ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 
 from axrun import decoder
+from axrun.decoder import Decoder
 from axrun.kv_cache import KVCache, fill_mask
-from axrun.model import Embedding, Post
+from axrun.model import Embedding, Model, Post
 from axrun.sampling.processors import RepetitionPenalty
 from axrun.sampling.sampler import Sampler
+from axrun.sequence import Sequence
 from axrun.session import CACHES, ax_engine, ort
 from axrun.text.tokenizer import Tokenizer
 from tests.doctor.fault import RunnerFault
@@ -132,6 +135,32 @@ def see_behind_the_cache(rows: Any, past: int, count: int, visible: Any, blocked
         rows[0, :count, past] = visible
 
 
+def hide_the_last_in_decode(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
+    """In the middle of a context."""
+    if count == 1 and 40 <= past <= 250:
+        rows[0, 0, past - 1] = blocked
+
+
+def hide_the_last_in_chunks(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
+    """Where a long prompt has its chunks."""
+    if count == rows.shape[1] > 1 and past >= 64 and past % 32 == 0:
+        rows[0, :count, past - 1] = blocked
+
+
+def see_the_next_at_a_border(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
+    if past == 128 and count > 1:
+        rows[0, 0, rows.shape[2] - rows.shape[1] + 1] = visible
+
+
+def hide_one_row_once(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
+    if past == 77:
+        rows[0, :count, 5] = blocked
+
+
+def padding_sees_nothing(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
+    rows[0, count:] = blocked
+
+
 def miss_oneself(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
     if past:
         rows[0, 0, rows.shape[2] - rows.shape[1]] = blocked
@@ -162,6 +191,90 @@ def next_layers(cache: KVCache, layer: int, position: int, keys: Any, values: An
     return (layer + 1) % len(cache.keys), position, keys, values
 
 
+def one_layer_early(cache: KVCache, layer: int, position: int, keys: Any, values: Any) -> Any:
+    """One layer, deep in a context."""
+    return layer, position - (layer == 2 and position > 200), keys, values
+
+
+def last_is_lost(cache: KVCache, layer: int, position: int, keys: Any, values: Any) -> Any:
+    """Of a whole chunk behind a history, the last row."""
+    whole = keys.shape[1] == 32 and position > 0
+    return (layer, position, keys[:, :-1], values[:, :-1]) if whole else (layer, position, keys, values)
+
+
+def forget_too_much(patch: Patch, truncate: Any = KVCache.truncate) -> None:
+    """A rollback clears the row before, too."""
+
+    def forget(self: KVCache, length: int) -> None:
+        if 0 < length < self.length:
+            self.keys[-1][:, length - 1] = 0
+        truncate(self, length)
+
+    patch.setattr(KVCache, "truncate", forget)
+
+
+def chunks_of_another_group(patch: Patch, chunks: Any = decoder.chunks) -> None:
+    """At one border the group whose history is too short."""
+
+    def cut(groups: Any, position: int, count: int, flexible: bool = False) -> Any:
+        for chunk in chunks(groups, position, count, flexible):
+            short = next((group.index for group in groups if group.tokens > 1 and group.history == 32), chunk.group)
+            wrong = chunk.position == 64 and chunk.count > 1
+            yield dataclasses.replace(chunk, group=short) if wrong else chunk
+
+    patch.setattr(decoder, "chunks", cut)
+
+
+def layers_in_another_order(patch: Patch, run: Any = Decoder._bind) -> None:
+    """For single tokens behind 128 rows."""
+
+    def bind(self: Decoder, group: int, tokens: int, history: int) -> Any:
+        step = run(self, group, tokens, history)
+        if tokens == 1 and history >= 192 and len(step.bindings) > 2:
+            step.bindings[0], step.bindings[1] = step.bindings[1], step.bindings[0]
+        return step
+
+    patch.setattr(Decoder, "_bind", bind)
+
+
+def positions_stop(patch: Patch, run: Any = Decoder._run) -> None:
+    """Positions from 200 on are given as 200: nobody notices in a short answer."""
+
+    def ran(self: Decoder, chunk: Any, hidden: Any) -> Any:
+        step = self._step(chunk)
+        arange = np.arange
+
+        def least(*given: int) -> Any:
+            return np.minimum(arange(*given), 200) if len(given) == 2 else arange(*given)
+
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(np, "arange", least)
+            return run(self, chunk, hidden) if step else None
+
+    patch.setattr(Decoder, "_run", ran)
+
+
+def first_of_the_last_chunk(patch: Patch) -> None:
+    """Logits are those of the first token of a prompt's last chunk."""
+    run = Decoder.run
+
+    def reversed_rows(self: Decoder, hidden: Any, position: int) -> Any:
+        for chunk, output in run(self, hidden, position):
+            yield chunk, output[::-1]
+
+    patch.setattr(Decoder, "run", reversed_rows)
+
+
+def reuse_too_much(patch: Patch, reusable: Any = Sequence.reusable) -> None:
+    """Of a prompt that shares a few tokens with the one before, one token more is taken from the cache."""
+
+    def more(self: Sequence, ids: Any) -> int:
+        reused = int(reusable(self, ids))
+        return reused + (1 < reused < min(len(ids) - 1, self.length))
+
+    patch.setattr(Sequence, "reusable", more)
+
+
 def keep_stale_rows(patch: Patch, write: Any = KVCache.write) -> None:
     """What was rolled back stays, and what is written in its place is not."""
 
@@ -181,7 +294,7 @@ def chooses(change: Callable[[Any], int]) -> Callable[[Patch], None]:
     """A plant that changes which token is the likeliest."""
 
     def plant(patch: Patch, call: Any = Sampler.__call__) -> None:
-        def sample(self: Sampler, logits: Any, ids: Sequence[int] = (), start: int = 0) -> int:
+        def sample(self: Sampler, logits: Any, ids: Any = (), start: int = 0) -> int:
             return change(np.asarray(logits)) if not self.sampling.temperature else int(call(self, logits, ids, start))
 
         patch.setattr(Sampler, "__call__", sample)
@@ -200,7 +313,7 @@ def last_of_equals(logits: Any) -> int:
 def penalise(patch: Patch, processed: Any = Sampler.processed) -> None:
     """A repetition penalty that nobody asked for."""
 
-    def always(self: Sampler, logits: Any, ids: Sequence[int] = (), start: int = 0) -> Any:
+    def always(self: Sampler, logits: Any, ids: Any = (), start: int = 0) -> Any:
         out = processed(self, logits, ids, start).copy()
         RepetitionPenalty(1.5)(out, ids, start)
         return out
@@ -215,6 +328,32 @@ def shift_ids(patch: Patch, call: Any = Embedding.__call__) -> None:
 def last_logits_first(patch: Patch, call: Any = Post.__call__) -> None:
     """Logits of several rows, each the row's before."""
     patch.setattr(Post, "__call__", lambda self, hidden: np.roll(call(self, hidden), 1, axis=0))
+
+
+def another_row(patch: Patch, call: Any = Embedding.__call__) -> None:
+    """Of one token."""
+    patch.setattr(Embedding, "__call__", lambda self, ids: call(self, [5 if token == 411 else token for token in ids]))
+
+
+def ninth_row(patch: Patch, call: Any = Post.__call__) -> None:
+    """Of several rows of logits, the ninth is the eighth."""
+
+    def repeat(self: Post, hidden: Any) -> Any:
+        logits = call(self, hidden).copy()
+        logits[8:9] = logits[7:8] if len(logits) > 8 else logits[8:9]
+        return logits
+
+    patch.setattr(Post, "__call__", repeat)
+
+
+def other_prompt(patch: Patch, forward: Any = Model.forward) -> None:
+    """The last token of a long prompt is the one before."""
+
+    def repeat(self: Model, ids: Any, *more: Any, **options: Any) -> Any:
+        ids = list(ids)
+        return forward(self, [*ids[:-1], ids[-2]] if len(ids) > 65 else ids, *more, **options)
+
+    patch.setattr(Model, "forward", repeat)
 
 
 def cut_logits(patch: Patch, call: Any = Post.__call__) -> None:
@@ -248,6 +387,22 @@ def runner() -> list[RunnerFault]:
         RunnerFault("a token sees the next", "s8", seen, mask(see_the_next), says="mask|next"),
         RunnerFault("a token sees a row behind the cache", "fp32", seen, mask(see_behind_the_cache), says="mask|row"),
         RunnerFault("a token does not see itself", "s8", seen, mask(miss_oneself), says="mask|history|row"),
+        RunnerFault("decode hides the last row from 40", "s8", "cache", mask(hide_the_last_in_decode), says="row 39"),
+        RunnerFault("chunks from 64 hide the last row", "s4", "cache", mask(hide_the_last_in_chunks), says="row 63"),
+        RunnerFault("a token at 128 sees the next", "s8", "cache", mask(see_the_next_at_a_border), says="129"),
+        RunnerFault("row 5 is hidden behind 77", "s4", "cache", mask(hide_one_row_once), says="row 5.*77"),
+        RunnerFault("padding sees nothing", "s8", "cache", mask(padding_sees_nothing), says="padding"),
+        RunnerFault("a layer writes early behind 200", "s4", "cache", writes(one_layer_early), part="layer 2"),
+        RunnerFault("the last row of a chunk is lost", "s8", "cache", writes(last_is_lost), says="not written"),
+        RunnerFault("a rollback clears a row too many", "s8", "cache", forget_too_much, part="layer 3", says="cleared"),
+        RunnerFault("a chunk is in another group's shape", "s8", "cache", chunks_of_another_group, says="group|shape"),
+        RunnerFault("layers run in another order", "s4", "cache", layers_in_another_order, says="order"),
+        RunnerFault("positions end at 200", "s8", "cache", positions_stop, says="201|positions"),
+        RunnerFault("outputs of a chunk are in reverse", "s8", "cache", first_of_the_last_chunk, says="order|another"),
+        RunnerFault("a prompt reuses a row too many", "s8", "cache", reuse_too_much, says="other tokens|reused"),
+        RunnerFault("one token has another's row", "s8", "cache", another_row, part="411"),
+        RunnerFault("a long prompt ends otherwise", "s8", "cache", other_prompt, says="other tokens"),
+        RunnerFault("one row of several logits is another's", "s8", "post", ninth_row, part="row 8", alone=False),
         RunnerFault("positions are one late in decode", "s8", seen, around(late_in_decode), part="decode"),
         RunnerFault("positions restart behind a history", "s8", seen, around(from_zero_behind_history)),
         RunnerFault("the first cached row reads as zero", "s8", seen, around(first_row_is_lost), says="history|row"),
@@ -256,7 +411,7 @@ def runner() -> list[RunnerFault]:
         RunnerFault("the cache has K for V", "s8", rows, writes(exchanged), says="K"),
         RunnerFault("the cache has the layer's before", "s8", rows, writes(next_layers)),
         RunnerFault("a rollback keeps stale rows", "s8", rows, keep_stale_rows, says="roll|stale|row"),
-        RunnerFault("token ids are shifted", "s8", "embedding|answer", shift_ids),
+        RunnerFault("token ids are shifted", "s8", "cache|embedding|answer", shift_ids),
         RunnerFault("logits are those of the row before", "s8", "post|answer", last_logits_first),
         RunnerFault("half of the logits are missing", "s8", "post", cut_logits),
         RunnerFault("the second best is chosen", "s8", "sampling", chooses(second_best)),

@@ -8,12 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import axc.cli
 import axrun.cli
+from axrun.doctor import bounds, figures
+from axrun.format import npz
 from tests import vendor_files
-from tests.doctor import axmodels, checkpoints
+from tests.doctor import axmodels, checkpoints, text_faults
 from tests.doctor.conftest import Base, Doctor
 
 BAD_INPUT, FAULTY = 2, 1
@@ -216,6 +220,89 @@ def test_figures_that_are_damaged(copy: Copy, alone: Run) -> None:
         else:
             report = one_object(ended)
             assert report["finding"]["file"] == name, report
+
+
+Arrays = dict[str, Any]
+CHANGED: dict[str, Callable[[Arrays], object]] = {
+    "many visits": lambda arrays: arrays.update(visits=np.concatenate([arrays["visits"]] * 2000)),
+    "no row of logits": lambda arrays: arrays.update({name: arrays[name][:0] for name in arrays if "post_" in name}),
+    "nothing is added": lambda arrays: arrays.update(updates_scale=arrays["updates_scale"] * 0),
+    "another K": lambda arrays: arrays.update(new_keys_scale=arrays["new_keys_scale"] * 2),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_figures_that_were_changed(what: str, copy: Copy, alone: Run) -> None:
+    """It is they that are blamed, and soon: not the axmodels that they disagree with."""
+    bundle, _ = copy("s8")
+    arrays, about = npz.read(bundle / figures.NAME, figures.ARRAYS, figures.SCHEMA)
+    CHANGED[what](arrays)
+    if what != "another K":
+        about.pop("sums")
+    axmodels.replace(bundle, figures.NAME, npz.encode(arrays, about))
+    report = one_object(alone(bundle))
+    assert report["finding"]["file"] == figures.NAME, report
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 'x' * 2000000000 }}"],
+)
+def test_a_template_that_takes_too_much(
+    source: str, copy: Copy, doctor: Run, alone: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is stopped, and named."""
+    monkeypatch.setattr(bounds, "SECONDS", 0.5)
+    bundle, checkpoint = copy("s8")
+    text_faults.in_json(
+        text_faults.SETTINGS, lambda values: values.update(chat_template=source + values["chat_template"])
+    )(bundle, checkpoint)
+    for ended in (doctor(bundle, checkpoint), alone(bundle)):
+        finding = one_object(ended)["finding"]
+        assert finding["file"] == text_faults.SETTINGS, finding
+        assert "template" in finding["part"] + finding["cause"], finding
+
+
+def changed(name: str, change: Callable[[Path], object]) -> Any:
+    return pytest.param(name, change, id=name)
+
+
+def config(**values: Any) -> Callable[[Path], object]:
+    def change(path: Path) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+    return change
+
+
+def not_a_number(path: Path) -> None:
+    weights = load_file(path)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = np.nan
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def a_word(path: Path) -> None:
+    path.write_text(path.read_text().replace("helpful", "wise"))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        changed("config.json", config(rms_norm_eps=1e-5)),
+        changed("model.safetensors", not_a_number),
+        changed("tokenizer_config.json", a_word),
+    ],
+)
+def test_a_checkpoint_that_changed_after_the_build(
+    name: str, change: Callable[[Path], object], copy: Copy, tmp_path: Path, doctor: Run
+) -> None:
+    """It is named, not the file of the bundle that is as it was built."""
+    bundle, checkpoint = copy("s8")
+    other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
+    change(other / name)
+    report = one_object(doctor(bundle, other))
+    assert name in report["stages"][0]["text"], report
+    assert report["finding"]["file"] == str(other / name), report
+    assert f"{name} of the checkpoint changed" in report["finding"]["cause"], report
 
 
 def test_no_figures(copy: Copy, alone: Run) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.axc import tokenizer_kinds
-from tests.doctor.axmodels import replace
+from tests.doctor.axmodels import manifest, replace
 from tests.doctor.fault import Fault
 
 TOKENIZER, SETTINGS, GENERATION = "hf/tokenizer.json", "hf/tokenizer_config.json", "hf/generation_config.json"
@@ -66,6 +66,18 @@ def prefix_space(values: dict[str, Any]) -> None:
     values["pre_tokenizer"]["pretokenizers"][1]["add_prefix_space"] = True
 
 
+def ligature(values: dict[str, Any]) -> None:
+    """Another rule for one rare character."""
+    rule = {"type": "Replace", "pattern": {"String": "\u0153"}, "content": "oe"}
+    values["normalizer"] = {"type": "Sequence", "normalizers": [values["normalizer"], rule]}
+
+
+def another_stop(bundle: Path, checkpoint: Path) -> None:
+    """In the files and in the manifest."""
+    in_json(GENERATION, lambda values: values.update(eos_token_id=[639, 637, 100]))(bundle, checkpoint)
+    manifest(bundle, lambda values: values["text"]["stop_ids"].update({"100": ["generation_config.json"]}))
+
+
 def add_a_template(bundle: Path, checkpoint: Path) -> None:
     replace(bundle, "hf/chat_template.jinja", tokenizer_kinds.LLAMA2.encode())
 
@@ -84,6 +96,8 @@ def tokenizer() -> list[Fault]:
         ids("the normalizer makes small letters", lambda values: values.update(normalizer={"type": "Lowercase"})),
         ids("a space is put before a text", prefix_space),
         ids("a BOS is put before a text", lambda values: values.update(post_processor=BOS)),
+        ids("the normalizer has one rule more", ligature, "normalizer"),
+        ids("the model drops merges at random", lambda values: values["model"].update(dropout=0.01), "dropout|model"),
         ids("the decoder is lost", lambda values: values.update(decoder={"type": "Fuse"})),
         ids("an added token takes the spaces before it", flag("lstrip", True)),
         ids("a control token is plain text", flag("special", False)),
@@ -124,6 +138,9 @@ def template() -> list[Fault]:
         prompt("the default system message is another", "You are a helpful assistant.", "You are Qwen."),
         prompt("no line feed ends a turn", "'<|im_end|>\\n' }}{% endfor %}", "'<|im_end|>' }}{% endfor %}"),
         prompt("messages are trimmed", "+ message['content'] +", "+ message['content'].strip() +"),
+        prompt("long chats get more", "{% for", "{% if messages|length > 8 %}X{% endif %}{% for", says="text|template"),
+        prompt("long messages are cut", "message['content']", "message['content'][:200]", says="text|template"),
+        Fault("a stop id more", "s8", "template", f"{GENERATION}|manifest.json", another_stop, says="100"),
         prompt("the template drops BOS", "{{ bos_token }}", "", "llama", says="BOS|bos|begin|first|endoftext"),
         Fault(
             "another token is BOS",

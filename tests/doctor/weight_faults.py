@@ -53,6 +53,19 @@ def zero_row(name: str, row: int) -> Callable[[onnx.ModelProto], None]:
     return values(name, change)
 
 
+def to_nothing(name: str, row: int, factor: float = 1000.0) -> Callable[[onnx.ModelProto], None]:
+    """A row's levels are all zero, as its scale asks for: each value is rounded to the nearest."""
+
+    def change(model: onnx.ModelProto) -> None:
+        levels, scales = get(model, name), get(model, name + "_scale")
+        levels.reshape(len(scales), -1)[row] = 0
+        scales[row] *= factor
+        put(model, name, levels)
+        put(model, name + "_scale", scales)
+
+    return change
+
+
 def exchange(one: str, other: str) -> Callable[[onnx.ModelProto], None]:
     """Two tensors, with their scales where they have them."""
 
@@ -206,6 +219,9 @@ def layers() -> list[Fault]:
         one("scales are shifted by a block", "s4", in_layer(values(DOWN + "_scale", shifted(1))), "scale|block"),
         one("scales are a column's", "s8", in_layer(column_scales), "axis|column|scale|graph|Dequantize", EARLY),
         one("nibbles are swapped", "s4", in_layer(values(GATE, lambda v: v << 4 | v >> 4)), "nibble|4|gate"),
+        one("an up row is rounded to nothing", "s8", in_layer(to_nothing(UP, 200)), "row 200.*zero|few levels"),
+        one("s4: an up row is rounded to nothing", "s4", in_layer(to_nothing(UP, 200)), "row 200.*zero|few levels"),
+        one("a scale is infinite", "s8", in_layer(to_nothing(UP, 200, np.inf)), "scale.*not finite"),
         one("a row is zero", "s8", in_layer(zero_row(DOWN, 17)), "zero|row|down"),
         one("a row of o_proj is zero", "fp32", in_layer(zero_row(O, 90)), "zero|row|o_proj"),
         one("fp16 overflows", "fp16", in_layer(overflow), "overflow|finite|65504|gate|up_proj"),
@@ -238,6 +254,7 @@ def head() -> list[Fault]:
         one("the rows of the head are shifted", "s8", in_post(shift_head), "shift|row"),
         one("the final norm has no weights", "s8", in_post(values(norm, np.ones_like)), "norm"),
         one("a row of the head is zero", "s8", in_post(zero_row(table, 411)), "411|zero|row"),
+        one("a head row is rounded to nothing", "s8", in_post(to_nothing(table, 411)), "411"),
         one("a head row is 1.5 times as large", "s8", in_post(scale_row(table, 411, 1.5)), "411|scale|row"),
         one("the logits are scaled", "s8", in_post(values(norm, tenth_more)), "scale|norm|factor"),
         one("a float row of the head has another sign", "llama", in_post(values(HEAD, flip_row)), "411|sign|row"),

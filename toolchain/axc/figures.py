@@ -5,6 +5,7 @@ The file and what each array holds: board/axrun/doctor/figures.py.
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from axrun.agreement import NOISE
 from axrun.doctor import spelling
 from axrun.doctor.constants import EPSILON, checksum
 from axrun.doctor.figures import MOST_BYTES, NAME, TABLE_ROWS, WALK, Figures, packed, picked
+from axrun.doctor.text import sections
 from axrun.format.bundle import Bundle
 from axrun.format.dtypes import FLOATS, from_float32, to_float32
 from axrun.progress import Progress, Show
@@ -51,10 +53,16 @@ def leave(
     weights: Mapping[str, Source],
     show: Show,
     say: Say,
+    graphs: Mapping[str, Any] | None = None,
 ) -> Figures | None:
-    """Writes the figures into a bundle and its manifest, and says what they hold, or why there are none."""
+    """Writes the figures into a bundle and its manifest, and says what they hold, or why there are none.
+
+    `graphs`: what this compiler writes for the bundle's model and flags.
+    """
     try:
-        figures = compute(reference, Bundle.open(folder), ids, weights, text(checkpoint), show)
+        bundle = Bundle.open(folder)
+        figures = compute(reference, bundle, ids, weights, {**text(checkpoint), **_stop_ids(bundle)}, show)
+        figures = dataclasses.replace(figures, about={**figures.about, "graphs": graphs}) if graphs else figures
     except NoFigures as reason:
         say(f"no figures for a doctor on a board: {reason}")
         return None
@@ -211,6 +219,12 @@ def _constants(reference: Reference, weights: Mapping[str, Source]) -> dict[str,
     return {"vectors": vectors, **({EPSILON: epsilons.pop()} if len(epsilons) == 1 else {})}
 
 
+def _stop_ids(bundle: Bundle) -> dict[str, Any]:
+    """The ids that the build found to end an answer."""
+    listed = bundle.manifest.get("text", {}).get("stop_ids")
+    return {"stop_ids": sorted(map(int, listed))} if isinstance(listed, dict) else {}
+
+
 def text(checkpoint: Path) -> dict[str, Any]:
     """Texts and conversations as transformers' tokenizer and template of the checkpoint read them; none without one."""
     from axc.reference import Refused, tokenizer
@@ -225,7 +239,9 @@ def text(checkpoint: Path) -> dict[str, Any]:
         back = theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         texts.append({"text": line, "ids": ids, "decoded": back})
     backend = getattr(theirs, "backend_tokenizer", None)
-    vocabulary = {} if backend is None else {"vocabulary": spelling.vocabulary(backend)}
+    vocabulary: dict[str, Any] = {} if backend is None else {"vocabulary": spelling.vocabulary(backend)}
+    if (checkpoint / "tokenizer.json").is_file():
+        vocabulary["sections"] = sections(checkpoint / "tokenizer.json")
     source = theirs.chat_template
     template = ChatTemplate.find(checkpoint)
     if template is None or not isinstance(source, str) or "strftime_now" in source:
@@ -237,6 +253,7 @@ def text(checkpoint: Path) -> dict[str, Any]:
         except Exception:  # a template is a program of its own
             prompt = None
         conversations.append({"name": name, "messages": messages, "given": given, "prompt": prompt})
+    vocabulary["template_sum"] = zlib.crc32(source.encode("utf-8", "surrogatepass"))
     return {**vocabulary, "texts": texts, "conversations": conversations, "template": True}
 
 

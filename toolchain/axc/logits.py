@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc import VERSION, config, figures, hf_folder
+from axc import VERSION, config, drawings, figures, hf_folder
 from axc import compile as compiler
 from axc.bundle import add_file
 from axc.checkpoints import Checkpoint
 from axc.checkpoints.gguf import SUFFIX as GGUF
+from axc.families.family import ModelConfig
 from axrun.errors import BadInput
 from axrun.format.bundle import read_manifest, sha256
 from axrun.format.logits import NAME, ReferenceLogits
@@ -83,9 +84,11 @@ def write(options: Options, show: Show = unseen, say: Say = lambda line: None) -
     if options.bundle is not None and manifest is not None:
         add_file(options.bundle, NAME, logits.encode())
         kind = options.model_type or manifest["model"]["model_type"]
-        weights = compiler.weights(config.load(Checkpoint.open(options.input_path), options.model_config, kind))
-        ids = logits.tokens[0].tolist()
-        figures.leave(options.bundle, options.input_path, reference, ids, weights, show, say)
+        checkpoint = Checkpoint.open(options.input_path)
+        model = config.load(checkpoint, options.model_config, kind)
+        ids, graphs = logits.tokens[0].tolist(), _graphs(checkpoint, model, manifest)
+        weights = compiler.weights(model)
+        figures.leave(options.bundle, options.input_path, reference, ids, weights, show, say, graphs)
         return options.bundle / NAME, logits
     assert options.output_path is not None
     try:
@@ -94,6 +97,14 @@ def write(options: Options, show: Show = unseen, say: Say = lambda line: None) -
     except OSError as error:
         raise BadInput(f"cannot write {options.output_path}: {error.strerror or error}") from None
     return options.output_path, logits
+
+
+def _graphs(checkpoint: Checkpoint, model: ModelConfig, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What this compiler writes for the model and the flags of a bundle that it made itself; None for any other."""
+    target = drawings.target(manifest)
+    if target is None or not drawings.same_compiler(manifest):
+        return None
+    return drawings.listed(checkpoint, model, target)
 
 
 def compute(

@@ -11,19 +11,30 @@ from axrun.doctor.figures import WALK
 from axrun.doctor.measured import KEYS, OUTPUT, VALUES, allowed, compare, wrong
 from axrun.doctor.replay import difference, kept
 from axrun.doctor.report import Finding
+from axrun.doctor.runner import runner
 from axrun.doctor.walk import NotExamined, refused
 from axrun.errors import Failure
 from axrun.session import open_session
 
 STAGE = "cache"
+DECODER = "axrun: board/axrun/decoder.py"
 INSTALL = "Install or deploy axrun again: its files are not the release's, or the engine's chunks are wrong."
 DECODED = 3  # tokens taken one at a time, behind the first prefill and at the end
 
 
 def cache(context: Context) -> str | Finding:
-    """Each layer alone takes a walk of tokens; its output, and what then stands in its cache, are compared."""
+    """The runner's masks, positions and rows as data; then each layer alone takes a walk of tokens, and its output and
+    what then stands in its cache are compared."""
     context.expect_runnable()
-    bundle, figures = context.bundle, context.figures
+    bundle = context.bundle
+    try:
+        slip = runner(open_session(bundle.layer_path(0), context.engine, context.threads), bundle)
+    except Failure as failure:
+        return refused(STAGE, failure, "layer 0 does not load", bundle.layer_path(0).name)
+    if slip is not None:
+        cause = f"layers have no part in it, the runner is at fault: {slip.cause}"
+        return Finding(STAGE, slip.part, f"axrun: {slip.file}", slip.expected, slip.seen, cause, INSTALL)
+    figures = context.figures
     walks = [visit for visit, (group, *_) in enumerate(figures.visits.tolist()) if group == WALK]
     if not walks:
         raise NotExamined("the figures hold no walk through the cache")
@@ -44,7 +55,7 @@ def cache(context: Context) -> str | Finding:
             return Finding(
                 STAGE,
                 f"layer {index}, {differing.place}",
-                "axrun: board/axrun/decoder.py",
+                DECODER,
                 differing.expected,
                 differing.seen,
                 f"asked directly, the layer is right, so the runner is at fault: {differing.cause}",
@@ -65,7 +76,7 @@ def cache(context: Context) -> str | Finding:
             return Finding(
                 STAGE,
                 f"layer {index}, {first.what} at position {first.position} of {count} tokens in the runner's chunks",
-                "axrun: board/axrun/decoder.py",
+                DECODER,
                 f"the float32 reference's, with an error of at most {noise.row:.2g}",
                 f"an error of {first.error:.2g}; asked directly, the layer is right",
                 cause,
@@ -77,11 +88,14 @@ def cache(context: Context) -> str | Finding:
 
 
 def steps(count: int, prefill: int) -> Iterator[tuple[int, int]]:
-    """A prefill, a few single tokens, prefills behind them, and single tokens to the end."""
+    """A prefill, a few single tokens, a short prefill behind them, prefills as a long prompt has them, and single
+    tokens to the end."""
     end = max(count - DECODED, 1)
     first = min(prefill or 1, end)
     again = min(first + DECODED, end)
     yield 0, first
     yield from ((at, at + 1) for at in range(first, again))
-    yield from ((at, min(at + (prefill or 1), end)) for at in range(again, end, prefill or 1))
+    chunk = prefill or 1
+    starts = sorted({again, *range(-(-again // chunk) * chunk, end, chunk)} if again < end else ())
+    yield from zip(starts, [*starts[1:], end])
     yield from ((at, at + 1) for at in range(end, count))

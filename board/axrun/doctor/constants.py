@@ -1,6 +1,7 @@
-"""Small constants of the axmodels beside the checkpoint's, by checksum: norm weights, biases and epsilon.
+"""What an axmodel holds beside what the checkpoint has, as far as it is exact: nothing of it hides in noise.
 
-Quantised weights come out near the checkpoint's only; these come out the same to the bit, so nothing hides in noise.
+Norm weights, biases and epsilon by checksum; the graph beside the compiler's; the scales of integer weights, and
+whether their levels fill the range.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axrun.doctor.context import OURS, Context
+from axrun.doctor.graphs import Drawing, difference, draw, unread
 from axrun.doctor.report import Finding
 from axrun.errors import BadInput
 from axrun.format import axmodel
 
 EPSILON = "epsilon"
+LARGEST = {"INT8": 64, "INT4": 4}  # of the levels under one scale, in size, at least: half of the range
+NOTHING = 2.0**-99  # the scale of a row of zeros is smaller
 
 
 def checksum(vector: NDArray[Any]) -> int:
@@ -27,15 +31,20 @@ def checksum(vector: NDArray[Any]) -> int:
 def constants(context: Context, stage: str, index: int | None) -> Finding | None:
     """What is not the checkpoint's in a layer, or in the post model where `index` is None."""
     bundle, about = context.bundle, context.figures.about
-    listed = about.get("vectors")
-    if bundle.maker != OURS or not isinstance(listed, dict):
+    if bundle.maker != OURS:
         return None
+    listed = about.get("vectors")
+    listed = listed if isinstance(listed, dict) else {}
     path = bundle.post_path if index is None else bundle.layer_path(index)
     part = "post" if index is None else f"layer {index}"
     try:
         model = axmodel.read(path)
     except BadInput:
         return None  # the stage files says it
+    if other := _whose(model, index):
+        seen = f"weights of layer {', '.join(other)}"
+        cause = f"it is the axmodel of layer {other[0]}: two layers were swapped, or one was copied over another"
+        return _finding(stage, part, path.name, f"weights of {part}", seen, cause)
     for name, tensor in model.initializers.items():
         if tensor.dtype == "FLOAT" and name in listed and checksum(tensor.array()) != listed[name]:
             words = _words(tensor.array())
@@ -44,7 +53,79 @@ def constants(context: Context, stage: str, index: int | None) -> Finding | None
     if fault := _epsilon(model, about):
         expected, seen = fault
         return _finding(stage, f"{part}, epsilon of a norm", path.name, expected, seen, "eps is not the checkpoint's")
+    if wrong := _levels(model):
+        return _finding(stage, f"{part}, {wrong[0]}", path.name, *wrong[1:])
+    if changed := _graph(model, about.get("graphs"), bundle.manifest, index):
+        return _finding(stage, f"{part}, graph", path.name, "the graph that axc writes", "another", changed)
     return None
+
+
+def _whose(model: axmodel.Axmodel, index: int | None) -> list[str]:
+    """Other layers whose weights the file holds."""
+    named = {name.split(".")[2] for name in model.initializers if name.startswith("model.layers.")}
+    return sorted(named - {str(index)})
+
+
+def _graph(model: axmodel.Axmodel, known: object, manifest: Mapping[str, Any], index: int | None) -> str:
+    """How a graph differs from the compiler's, where the compiler that made the bundle left its own."""
+    if not isinstance(known, dict) or known.get("digest") != manifest["tools"].get("digest"):
+        return unread(model)
+    distinct, layers = known.get("distinct"), known.get("layers")
+    wanted = known.get("post")
+    if index is not None:
+        try:
+            wanted = distinct[layers[index]]  # type: ignore[index]
+        except (TypeError, IndexError, KeyError):
+            wanted = None
+    drawing = Drawing.parse(wanted)
+    changed = "" if drawing is None else difference(draw(model, index, drawing.constants), drawing, index)
+    return changed or unread(model)
+
+
+def _levels(model: axmodel.Axmodel) -> tuple[str, str, str, str] | None:
+    """Part, expected, seen and cause of the first scale that is no rounding's."""
+    for node in model.nodes:
+        if node.op_type != "DequantizeLinear" or not {*node.inputs[:2]} <= model.initializers.keys():
+            continue
+        matrix, factors = (model.initializers[name] for name in node.inputs[:2])
+        if matrix.dtype not in LARGEST or factors.dtype != "FLOAT" or matrix.raw is None or factors.raw is None:
+            continue
+        scales = factors.array().reshape(-1)
+        bad = np.flatnonzero(~np.isfinite(scales))
+        if len(bad):
+            words = f"{scales[bad[0]]} at {_place(bad[0], factors)}"
+            return factors.name, "finite scales", words, f"{len(bad)} of {len(scales)} scales are not finite"
+        largest = _largest(matrix, len(scales))
+        if largest is None:
+            continue
+        bad = np.flatnonzero((largest < LARGEST[matrix.dtype]) & (np.abs(scales) > NOTHING))
+        if len(bad):
+            wanted = f"a level of {LARGEST[matrix.dtype]} or more in size"
+            words = f"{largest[bad[0]]} at most in {_place(bad[0], factors)}, whose scale is {scales[bad[0]]:.3g}"
+            cause = (
+                f"{len(bad)} of {len(scales)} scales are far too large: values are rounded to few levels or to nothing"
+            )
+            return matrix.name, wanted, words, cause
+    return None
+
+
+def _largest(matrix: axmodel.Tensor, scales: int) -> NDArray[Any] | None:
+    """The largest level in size under each scale; None where rows do not divide so."""
+    flat = matrix.array().reshape(-1)
+    if not scales or flat.size % scales:
+        return None
+    rows = flat.reshape(scales, -1)
+    if matrix.dtype == "INT8":
+        return np.asarray(np.maximum(rows.max(axis=1).astype(np.int16), -rows.min(axis=1).astype(np.int16)))
+    sizes = np.abs((np.arange(16) ^ 8) - 8).astype(np.uint8)
+    pairs = np.maximum(sizes[np.arange(256) & 15], sizes[np.arange(256) >> 4])
+    return np.asarray(pairs[rows].max(axis=1))
+
+
+def _place(number: int, factors: axmodel.Tensor) -> str:
+    """The row, and the block of it, of a scale."""
+    blocks = factors.dims[1] if len(factors.dims) > 1 else 1
+    return f"row {number // blocks}" + (f", block {number % blocks}" if blocks > 1 else "")
 
 
 def _epsilon(model: axmodel.Axmodel, about: Mapping[str, Any]) -> tuple[str, str] | None:

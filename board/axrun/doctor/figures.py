@@ -7,6 +7,7 @@ What the file takes: about 4 MB for Qwen2-0.5B (24 layers of 896, six groups), g
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ NAME = "figures.npz"  # in a bundle
 SCHEMA = 1
 MOST_BYTES = 256 << 20
 TABLE_ROWS = 64  # of the embedding table that share a checksum
+MOST_VISITS = 16  # of a layer, and 4 more for each shape group
+MOST_PROBES = 64  # of a visit, on the average
 WALK = -1  # as the group of a visit: all of it through the runner's own chunks and cache
 
 # array: (kinds of dtype, dimensions); L layers, B base rows, N positions, V visits, P probes
@@ -104,7 +107,10 @@ class Figures:
 
     def encode(self) -> bytes:
         """The file; the same values give the same bytes."""
-        return npz.encode({name: getattr(self, name) for name in ARRAYS}, {**self.about, "schema": SCHEMA})
+        sums = {name: _sum(getattr(self, name)) for name in ARRAYS}
+        return npz.encode(
+            {name: getattr(self, name) for name in ARRAYS}, {**self.about, "schema": SCHEMA, "sums": sums}
+        )
 
     def inputs(self, layer: int, start: int, stop: int) -> Floats:
         """Hidden states [stop - start, H] that a layer is given at these positions."""
@@ -154,7 +160,7 @@ def read(path: Path, bundle: Bundle) -> Figures:
     except npz.Damaged as error:
         raise _damaged(path, str(error)) from None
     figures = Figures(**arrays, about=about)
-    fault = _about_fault(about, bundle) or _fault(figures, bundle)
+    fault = _about_fault(about, bundle) or _sums_fault(figures, about) or _fault(figures, bundle)
     if fault:
         raise _damaged(path, fault)
     return figures
@@ -173,6 +179,20 @@ def _about_fault(about: Mapping[str, Any], bundle: Bundle) -> str:
     return ""
 
 
+def _sum(array: Array) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).tobytes())
+
+
+def _sums_fault(figures: Figures, about: Mapping[str, Any]) -> str:
+    """Which values were changed after they were computed; who wrote none of the sums is believed."""
+    sums = about.get("sums")
+    if not isinstance(sums, dict):
+        return ""
+    return next(
+        (f"its {name} were changed afterwards" for name in ARRAYS if sums.get(name) != _sum(getattr(figures, name))), ""
+    )
+
+
 def _fault(figures: Figures, bundle: Bundle) -> str:
     """What is wrong with the values, in words; empty where nothing is."""
     layers, width, hidden = bundle.layers, bundle.kv_size, bundle.hidden_size
@@ -181,6 +201,10 @@ def _fault(figures: Figures, bundle: Bundle) -> str:
     carrier = {"fp32": "f4", "fp16": "f2", "bf16": "u2"}[bundle.hidden_state_type]
     if not base or not 0 < positions <= max(bundle.kv_cache_len, 1) or not visits or not probes:
         return f"it has {base} base rows, {positions} positions, {visits} visits and {probes} probes"
+    if visits > MOST_VISITS + 4 * len(bundle.groups) or probes > MOST_PROBES * visits:
+        return f"it has {visits:,} visits and {probes:,} probes, more than a layer is asked"
+    if not rows or not len(figures.table_ids):
+        return f"it has {rows} rows of logits and {len(figures.table_ids)} of the embedding table"
     for name, shape in (
         ("hidden", (layers, base, hidden)),
         ("keys", (layers, base, width)),
@@ -242,6 +266,8 @@ def _values_fault(figures: Figures) -> str:
             array = bf16_to_f32(array)
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             return f"its {name} are not finite"
+        if name.endswith("_scale") and not (array > 0).all():
+            return f"its {name} are not above zero"
     return ""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Union
 
+from axrun.doctor.flags import described, weight_types
 from axrun.doctor.report import Finding
 from axrun.doctor.walk import refused
 from axrun.errors import BadInput, Failure
@@ -181,11 +182,8 @@ def _readable(folder: Path, manifest: Mapping[str, Any]) -> Finding | None:
 
 def _axmodels(bundle: Bundle) -> Finding | None:
     """Every axmodel is whole and describes the layer, the groups, types and shapes that the manifest says."""
-    context = max((group.history for group in bundle.groups if group.tokens == 1), default=0)
-    if context != bundle.kv_cache_len:
-        seen = f"a decode group behind {context} rows"
-        cause = "the manifest was edited, or is another build's"
-        return _finding("kv_cache_len", MANIFEST, f"a context of {bundle.kv_cache_len}", seen, cause, BUILD)
+    for what, expected, seen in described(bundle):
+        return _finding(what, MANIFEST, expected, seen, "the manifest was edited, or is another build's", BUILD)
     names = [(bundle.layer_path(index), f"layer {index}") for index in range(bundle.layers)]
     for path, part in [*names, (bundle.post_path, "post")]:
         try:
@@ -213,6 +211,10 @@ def _differences(bundle: Bundle, part: str, model: Axmodel) -> Iterator[tuple[st
         return
     if model.part != part:
         yield "part", part, model.part or "none"
+    flag = "post_weight_type" if part == "post" else "weight_type"
+    for where, found in weight_types(model):
+        if found and found != bundle.flag(flag):
+            yield f"weight type, {where}", f"{flag} {bundle.flag(flag)}", found
     chip = bundle.flag("chip")
     if chip and (seen_chip := model.metadata.get("axmodel.chip", "")) != chip:
         yield "chip", chip, seen_chip or "none"

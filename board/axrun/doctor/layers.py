@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 from axrun.agreement import Noise
@@ -26,6 +27,7 @@ from axrun.doctor.walk import refused
 from axrun.errors import BadInput, Failure
 
 STAGE = "layers"
+ORDER = {KEYS: 0, VALUES: 1, OUTPUT: 2}  # the output follows from the others
 
 
 def layers(context: Context) -> str | Finding:
@@ -39,7 +41,7 @@ def layers(context: Context) -> str | Finding:
         try:
             layer = _open(context, index, context.engine)
         except BadInput as failure:
-            return refused(STAGE, failure, f"layer {index} does not load", name)
+            return constants(context, STAGE, index) or refused(STAGE, failure, f"layer {index} does not load", name)
         entries: list[Measured] = []
         outputs = []
         for visit in _visits(context):
@@ -51,6 +53,8 @@ def layers(context: Context) -> str | Finding:
             outputs.append(_outputs(context, index, visit, made))
         bad = wrong(entries, noise)
         channels = wrong_channels(outputs, figures.hidden_type)
+        if (bad or channels) and (found := constants(context, STAGE, index)):
+            return _with_rows(found, index, bad, entries)
         if channels and {entry.what for entry in bad} <= {OUTPUT}:
             return _channels(name, index, channels, outputs)
         if bad:
@@ -63,6 +67,15 @@ def layers(context: Context) -> str | Finding:
         f"{bundle.layers} layers in {len(visits)} visits of {len(bundle.groups)} groups: outputs, K and V; "
         f"worst error {worst:.2g} of {noise.row:.2g} allowed"
     )
+
+
+def _with_rows(found: Finding, index: int, bad: Sequence[Measured], entries: Sequence[Measured]) -> Finding:
+    """A finding of what is exact, and which rows show it."""
+    if not bad:
+        return found
+    first = min(bad, key=lambda entry: ORDER[entry.what])
+    part = f"layer {index}, {first.place}, {first.what}"
+    return dataclasses.replace(found, part=part, cause=f"{found.cause}; {pattern(bad, entries)}")
 
 
 def _outputs(context: Context, index: int, visit: int, made: Result) -> tuple[Floats, Floats, Floats]:
@@ -109,8 +122,7 @@ def _run(context: Context, layer: Layer, source: int, visit: int) -> Result:
 def _finding(
     context: Context, index: int, bad: Sequence[Measured], entries: Sequence[Measured], noise: Noise
 ) -> Finding:
-    order = {KEYS: 0, VALUES: 1, OUTPUT: 2}  # the output follows from the others
-    first = min(bad, key=lambda entry: order[entry.what])
+    first = min(bad, key=lambda entry: ORDER[entry.what])
     file = context.bundle.layer_path(index).name
     most = noise.row if first.error > noise.row else noise.rms
     cause, advice = pattern(bad, entries), "Build the bundle again; if it stays, report it with this output."

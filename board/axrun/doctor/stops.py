@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from axrun.doctor.report import Finding
 from axrun.errors import Failure
-from axrun.format.bundle import Bundle
+from axrun.format.bundle import MANIFEST, Bundle
 from axrun.text.tokenizer import Tokenizer
 
 STAGE, PART = "template", "stop ids"
@@ -31,6 +31,15 @@ def stops(bundle: Bundle) -> Finding | None:
             STAGE, PART, _file(bundle, named), f"{sorted(listed)}, as the build found them", f"{seen}", cause, advice
         )
     return None
+
+
+def recorded(bundle: Bundle, known: object) -> Finding | None:
+    """Whether the manifest lists other stop ids than when the figures were made, which list them as `known`."""
+    listed = _listed(bundle)
+    if not isinstance(known, list) or listed is None or sorted(listed) == known:
+        return None
+    cause = "the manifest was edited, or is another build's: answers end too early, or not"
+    return Finding(STAGE, PART, MANIFEST, f"{known!s:.80}", f"{sorted(listed)!s:.80}", cause, "Build the bundle again.")
 
 
 def _listed(bundle: Bundle) -> dict[int, str] | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from axrun.doctor.bounds import bounded
 from axrun.doctor.context import Context
 from axrun.doctor.report import Finding
 from axrun.doctor.spelling import different, vocabulary
-from axrun.doctor.stops import stops
+from axrun.doctor.stops import recorded, stops
 from axrun.doctor.walk import NotExamined, refused
 from axrun.errors import Failure
 from axrun.text.hf_files import template_file
@@ -16,6 +20,7 @@ from axrun.text.template import ChatTemplate
 from axrun.text.tokenizer import Tokenizer
 
 TOKENIZER, TEMPLATE = "tokenizer", "template"
+SECTIONS = ("added_tokens", "normalizer", "pre_tokenizer", "model", "post_processor", "decoder")  # of tokenizer.json
 COPY = "Copy the bundle again, or build it again from this checkpoint."
 
 
@@ -23,9 +28,12 @@ def tokenizer(context: Context) -> str | Finding:
     """Token ids of texts, and the texts of those ids, as the checkpoint's own tokenizer has them."""
     hf = context.bundle.hf
     try:
-        ours = Tokenizer.find(hf)
+        with bounded("the chat template"):
+            ours = Tokenizer.find(hf)  # which asks the chat template how it ends an answer
     except Failure as failure:
-        return refused(TOKENIZER, failure, "the tokenizer's files")
+        named = template_file(hf) if "chat template" in str(failure) else None
+        part = "the chat template" if named else "the tokenizer's files"
+        return refused(TOKENIZER, failure, part, f"hf/{named[0]}" if named else "")
     texts = _listed(context.figures.about["text"], "texts", ("text", "ids", "decoded"))
     if ours is None:
         if texts:
@@ -49,7 +57,30 @@ def tokenizer(context: Context) -> str | Finding:
     if isinstance(listed, list) and (other := different(listed, vocabulary(ours.backend))):
         part, expected, seen = other
         return _finding(context, part, expected, seen, "tokenizer.json was edited, or is another model's")
+    if part := _other_section(context):
+        cause = "it was edited, or is another model's: the texts that were tried do not show it"
+        return _finding(context, part, "the checkpoint's, by its checksum", "another", cause)
     return f"{len(texts)} texts to ids and back, as transformers has them"
+
+
+def sections(file: Path) -> dict[str, int]:
+    """CRC-32 of each section of a tokenizer.json. Raises OSError and ValueError."""
+    values = json.loads(file.read_text("utf-8-sig"))
+    return {name: zlib.crc32(json.dumps(values.get(name), sort_keys=True).encode()) for name in SECTIONS}
+
+
+def _other_section(context: Context) -> str:
+    """The section of tokenizer.json that is not the checkpoint's, where both have one that nobody had to mend."""
+    listed = context.figures.about["text"].get("sections")
+    file, text = context.bundle.hf / "tokenizer.json", context.bundle.manifest.get("text")
+    mended = text.get("mended") if isinstance(text, dict) else None
+    if not isinstance(listed, dict) or not file.is_file() or (isinstance(mended, dict) and file.name in mended):
+        return ""
+    try:
+        seen = sections(file)
+    except (OSError, ValueError, RecursionError):
+        return ""
+    return next((f"{name} of tokenizer.json" for name in SECTIONS if listed.get(name) != seen[name]), "")
 
 
 def template(context: Context) -> str | Finding:
@@ -58,12 +89,16 @@ def template(context: Context) -> str | Finding:
     try:
         file = template_file(hf)
         name = f"hf/{file[0]}" if file else name
-        ours = ChatTemplate.find(hf)
+        with bounded("the chat template"):
+            ours = ChatTemplate.find(hf)
+            found = stops(context.bundle)
     except Failure as failure:
         return refused(TEMPLATE, failure, "the chat template", name)
-    if found := stops(context.bundle):
+    if found:
         return found
     about = context.figures.about["text"]
+    if found := recorded(context.bundle, about.get("stop_ids")):
+        return found
     if not isinstance(about.get("template"), bool):
         raise NotExamined("the figures hold no conversations: transformers found no tokenizer in the checkpoint")
     if about["template"] != (ours is not None):
@@ -76,15 +111,29 @@ def template(context: Context) -> str | Finding:
     if not conversations:
         raise NotExamined("the template writes the date: its prompts differ from day to day, and none were left")
     for entry in conversations:
+        prompt = None
         try:
-            prompt = ours.render(entry["messages"], True, **entry["given"])
-        except Failure:
-            prompt = None
+            with bounded("the chat template"):
+                prompt = _rendered(ours, entry)
+        except Failure as failure:
+            return refused(TEMPLATE, failure, f"the conversation: {entry['name'][:60]}", name)
         if prompt != entry["prompt"]:
             cause = "another template than the checkpoint's: of another model, or edited"
             seen, wanted = _at_difference(prompt, entry["prompt"]), _at_difference(entry["prompt"], prompt)
             return Finding(TEMPLATE, f"the conversation: {entry['name'][:60]}", name, wanted, seen, cause, COPY)
+    known = about.get("template_sum")
+    if file and isinstance(known, int) and zlib.crc32(file[1].encode("utf-8", "surrogatepass")) != known:
+        cause = "another template than the checkpoint's, though not in the conversations that were tried"
+        return Finding(TEMPLATE, "its text", name, "the checkpoint's, by its checksum", "another", cause, COPY)
     return f"{len(conversations)} conversations, as transformers renders them"
+
+
+def _rendered(template: ChatTemplate, entry: Mapping[str, Any]) -> str | None:
+    """None where the template refuses."""
+    try:
+        return template.render(entry["messages"], True, **entry["given"])
+    except Failure:
+        return None
 
 
 def _listed(about: Mapping[str, Any], name: str, keys: Sequence[str]) -> list[dict[str, Any]]:

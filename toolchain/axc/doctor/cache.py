@@ -1,11 +1,13 @@
-"""Stage `cache`: the runner's own decoder over the walk, one layer at a time, and the K/V rows it leaves in the cache.
+"""Stage `cache`: what the runner gives to layers and keeps of them; then its own decoder over the walk, layer by layer.
 
-The layers agree by themselves when this is examined, so what disagrees here is the runner's: its masks, positions,
-chunks, or where it puts rows. Which, is found by giving the layer a mask or positions that are wrong in a known way.
+Masks, positions and cached rows of every position are compared as data, without the model. Then layers run. They agree
+by themselves when this is examined, so what disagrees here is the runner's: its masks, positions, chunks, or where it
+puts rows. Which, is found by giving the layer a mask or positions that are wrong in a known way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from axc import walk
@@ -16,6 +18,7 @@ from axrun.decoder import Decoder
 from axrun.doctor.direct import Floats, Layer
 from axrun.doctor.replay import Rows, difference, kept
 from axrun.doctor.report import Finding
+from axrun.doctor.runner import runner
 from axrun.doctor.walk import NotExamined
 from axrun.format.dtypes import to_float32
 from axrun.model import Embedding
@@ -44,7 +47,10 @@ def examine(case: Case) -> str | Finding:
     if bundle.maker != "cpu":
         raise NotExamined("needs a board with an NPU: run `axrun doctor` there")
     expected = case.expected
-    steps = list(walk.steps(bundle.prefill_len, len(expected.ids)))
+    if (slip := runner(open_session(bundle.layer_path(0), case.engine), bundle)) is not None:
+        cause = f"layers have no part in it, the runner is at fault: {slip.cause}"
+        return Finding("cache", slip.part, slip.file, slip.expected, slip.seen, cause, INSTALL)
+    steps = [*walk.steps(bundle.prefill_len, len(expected.ids)), *_aligned(bundle.prefill_len, len(expected.ids))]
     ids, asked = _spoken(case)
     turns = [Step("prefill", 0, asked), *(Step("decode", at, at + 1) for at in range(asked, len(ids)))]
     embedding = Embedding(bundle.embedding_path, bundle.vocab_size, bundle.hidden_size, case.dtype)
@@ -68,7 +74,14 @@ def examine(case: Case) -> str | Finding:
         rows.append((keys[: len(ids)], values[: len(ids)]))
     case.examined["walk"], case.examined["spoken"] = walked, Spoken(ids, asked, answered, rows)
     kinds = ", ".join(dict.fromkeys(step.stage for step in steps))
-    return f"{len(expected.ids)} rows of K and V in {bundle.layers} layers after {kinds}"
+    return f"{len(expected.ids)} rows of K and V in {bundle.layers} layers after {kinds}; every mask and position"
+
+
+def _aligned(prefill: int, count: int) -> Iterator[Step]:
+    """Back to where the chunks of a long prompt begin, and two of them."""
+    start = (count // prefill - 2) * prefill if prefill else 0
+    if start > 0:
+        yield Step("rollback", start, start + 2 * prefill)
 
 
 def _spoken(case: Case) -> tuple[list[int], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from numpy.typing import NDArray
 from axc import build, config, expected, hf_folder
 from axc import compile as compiler
 from axc.checkpoints import Checkpoint
+from axc.checkpoints.gguf import SUFFIX as GGUF
 from axc.quantizer.kept import Kept
 from axc.weights import Source
 from axrun import session
 from axrun.agreement import Noise, explained
+from axrun.doctor.bounds import bounded
+from axrun.doctor.report import Finding
 from axrun.errors import BadInput, CheckFailed
-from axrun.format.bundle import Bundle, sha256
+from axrun.format.bundle import MANIFEST, Bundle, sha256
 from axrun.format.dtypes import FLOATS
 from axrun.text.template import ChatTemplate, prompt_ids
 from axrun.text.tokenizer import Tokenizer
@@ -32,6 +36,7 @@ Say = Callable[[str], None]
 ENGINES = ("ax", "ort")  # that share no code
 REBUILD = "Build the bundle again with `axc llm_build`."
 REPORT = "Report it, with this output: the compiler is at fault."
+COMPARED = ("tokenizer", "template", "embedding", "layers", "post", "answer")  # stages that compare with the checkpoint
 MODEL_CONFIG = "model_config"  # what the manifest calls a config.json given in place of the checkpoint's
 
 
@@ -140,7 +145,8 @@ class Case:
         """The prompt as the runner asks it; nothing where the model has no such tokens."""
         if self.tokenizer is None:
             return []
-        ids = prompt_ids(self.tokenizer, ChatTemplate.find(self.bundle.hf), self.options.prompt)
+        with bounded("the chat template"):
+            ids = prompt_ids(self.tokenizer, ChatTemplate.find(self.bundle.hf), self.options.prompt)
         if ids and max(ids) >= self.bundle.vocab_size:
             self.say(f"  token id {max(ids)} of the prompt is outside the vocabulary: no answer is compared")
             return []
@@ -148,8 +154,9 @@ class Case:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The bundle's, as the runner reads it."""
-        return Tokenizer.find(self.bundle.hf)
+        """The bundle's, as the runner reads it, which asks the chat template how it ends an answer."""
+        with bounded("the chat template"):
+            return Tokenizer.find(self.bundle.hf)
 
     @functools.cached_property
     def theirs(self) -> Any:
@@ -168,8 +175,8 @@ class Case:
         exact = weight_type in self.expected.exact
         return explained(self.bundle.hidden_state_type, *([] if exact else [weight_type]))
 
-    def expect_same_model(self) -> None:
-        """Raises BadInput for the checkpoint of another model."""
+    def other_model(self) -> tuple[str, Any, Any] | None:
+        """What tells the checkpoint's model from the bundle's: in words, of the checkpoint, of the bundle."""
         bundle, model = self.bundle, self.config
         for what, seen, wanted in (
             ("model_type", model.model_type, bundle.model_type),
@@ -179,10 +186,29 @@ class Case:
             ("K/V width", model.kv_size, bundle.kv_size),
         ):
             if seen != wanted:
-                raise BadInput(
-                    f"{self.options.checkpoint} is the checkpoint of another model: its {what} is {seen}, that of "
-                    f"{bundle.path} is {wanted}\nGive the checkpoint that the bundle was built from{self._flags()}."
-                )
+                return what, seen, wanted
+        return None
+
+    def expect_same_model(self) -> Finding | None:
+        """Raises BadInput for the checkpoint of another model.
+
+        A finding where it is the very one that the bundle was built from: then the bundle is another.
+        """
+        other = self.other_model()
+        if other is None:
+            return None
+        what, seen, wanted = other
+        inputs = self.bundle.manifest.get("inputs")
+        names = [name for name in inputs or () if name == "config.json" or name.endswith(GGUF)]
+        given = self.options.model_config is not None or self.options.model_type is not None
+        if names and MODEL_CONFIG not in (inputs or ()) and not given and not {*names} & {*self.changed_inputs}:
+            expected = f"{what} {seen}, as {names[0]} has, from which it was built"
+            cause = "the manifest was edited, or a part of the bundle was lost"
+            return Finding("files", what, MANIFEST, expected, f"{wanted}", cause, REBUILD)
+        raise BadInput(
+            f"{self.options.checkpoint} is the checkpoint of another model: its {what} is {seen}, that of "
+            f"{self.bundle.path} is {wanted}\nGive the checkpoint that the bundle was built from{self._flags()}."
+        )
 
     def _flags(self) -> str:
         inputs = self.bundle.manifest.get("inputs")
@@ -204,9 +230,28 @@ class Case:
                 found.append(name)
         return found
 
-    def origin(self, *suffixes: str) -> str:
-        """A clause on inputs with such suffixes that changed since the build; empty where none did."""
-        names = [name for name in self.changed_inputs if name.endswith(suffixes) or name == MODEL_CONFIG]
-        if not names:
-            return ""
-        return f"; the manifest records another {', '.join(names[:3])} than this checkpoint has"
+    def blame(self, finding: Finding) -> Finding:
+        """The finding, its cause the checkpoint's where a file of it that matters there changed since the build."""
+        if finding.stage not in COMPARED or finding.file.startswith("board/"):
+            return finding
+        changed = [name for name in self.changed_inputs if _matters(name, finding)]
+        if not changed:
+            return finding
+        listed = " and ".join(changed[:2]) + f" and {len(changed) - 2} more" * (len(changed) > 2)
+        cause = (
+            f"{listed} of the checkpoint changed since the build: the manifest records other bytes. Between the two: "
+            f"{finding.cause}"
+        )
+        path = self.options.model_config if changed[0] == MODEL_CONFIG else self.path_of(changed[0])
+        advice = "Give the checkpoint that the bundle was built from, or build the bundle again from this one."
+        return dataclasses.replace(finding, file=str(path), cause=cause, advice=advice)
+
+
+def _matters(name: str, finding: Finding) -> bool:
+    """Whether an input of a build can be why a stage disagrees."""
+    configs, weights = ("config.json", MODEL_CONFIG), (".safetensors", ".bin", ".index.json", GGUF)
+    if finding.stage in ("tokenizer", "template"):
+        return name.endswith(GGUF) or not name.endswith(weights)
+    named = any(ending in f"{finding.part} {finding.cause}" for ending in (".weight", ".bias"))
+    of_weights = finding.stage == "embedding" or (named and "config.json" not in finding.cause)
+    return name.endswith(weights) or (not of_weights and name in configs)

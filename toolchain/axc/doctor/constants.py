@@ -150,15 +150,22 @@ def _tables(model: Axmodel, stored: Mapping[str, Stored], reference: Reference) 
                 texts[seen],
                 f"rotary embedding turns {pairs[seen]}, the checkpoint {pairs[interleaved]}",
             )
-    named = {name for node in nodes for name in node.inputs[1:3]}
-    if not named or not named <= stored.keys():
-        return
-    for node in nodes[:1]:
-        cos, sin = (stored[name].values() for name in node.inputs[1:3])
+    known = set[tuple[str, ...]]()
+    for node in nodes:
+        names = node.inputs[1:3]
+        if names in known:
+            continue
+        known.add(names)
+        if len(names) < 2 or not {*names} <= stored.keys():
+            found = ", ".join(names) or "none"
+            yield Constant(
+                "rotary tables", "tables of cos and sin in the file", found, "a rotary table is no constant of the file"
+            )
+            continue
+        cos, sin = (stored[name].values() for name in names)
         wanted = rotary(reference, len(cos))
-        if wanted is None:
-            return
-        yield from angles(node.inputs[1:3], cos, sin, *wanted)
+        if wanted is not None:
+            yield from angles(names, cos, sin, *wanted)
 
 
 def rotary(reference: Reference, positions: int) -> tuple[Floats, Floats] | None:

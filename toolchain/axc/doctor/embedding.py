@@ -87,5 +87,5 @@ def _why(case: Case, table: Bits, start: int, wrong: NDArray[np.bool_]) -> str:
 
     fault = weight_faults.explain(stored, "embedding", start, start + len(wrong), weight, names, 0)
     if "other values" in fault.cause:
-        return fault.cause + (case.origin(".safetensors", ".bin", ".json") or "; probably another checkpoint's table")
+        return fault.cause + "; probably another checkpoint's table"
     return fault.cause

@@ -7,8 +7,9 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
+from axc import drawings
 from axc.doctor import answer, cache, embedding, layers, post, texts
-from axc.doctor.case import Case, Options, Say, Unusable
+from axc.doctor.case import REBUILD, Case, Options, Say, Unusable
 from axrun.doctor.files import files
 from axrun.doctor.report import Finding, Report
 from axrun.doctor.sampling import sampling
@@ -30,9 +31,12 @@ def doctor(options: Options, show: Show = unseen, say: Say = lambda line: None) 
     case = Case(options, say)
     report = Report(str(options.bundle), _maker(options.bundle), platform.node() or "this machine", case.engine)
     try:
-        return walk(report, stages(case), show)
+        walk(report, stages(case), show)
     except Unusable as unusable:
         raise unusable.args[0] from None
+    if report.finding is not None:
+        report.finding = case.blame(report.finding)
+    return report
 
 
 def stages(case: Case) -> dict[str, Stage]:
@@ -42,7 +46,7 @@ def stages(case: Case) -> dict[str, Stage]:
         found = files(case.options.bundle)
         if not isinstance(found, Finding):
             try:
-                case.expect_same_model()
+                return case.expect_same_model() or _flags(case) or found + _changed(case)
             except BadInput as other:
                 raise Unusable(other) from None
         return found
@@ -59,6 +63,21 @@ def stages(case: Case) -> dict[str, Stage]:
         "sampling": lambda: sampling(case.bundle),
         "answer": functools.partial(answer.examine, case),
     }
+
+
+def _flags(case: Case) -> Finding | None:
+    """Flags of our own compiler that this one cannot take: graphs could not be compared."""
+    bundle = case.bundle
+    if bundle.maker != "cpu" or drawings.target(bundle.manifest) is not None:
+        return None
+    seen = ", ".join(sorted(map(str, bundle.manifest["flags"])))
+    cause = "the manifest was edited, or another version of axc built it"
+    return Finding("files", "flags", MANIFEST, ", ".join(drawings.FLAGS), f"{seen:.200}", cause, REBUILD)
+
+
+def _changed(case: Case) -> str:
+    names = ", ".join(case.changed_inputs[:3])
+    return f"; of the checkpoint other than at the build: {names}" if names else ""
 
 
 def _expect_bundle(folder: Path) -> None:

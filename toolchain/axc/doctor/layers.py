@@ -1,8 +1,8 @@
 """Stage `layers`: each layer's K, V and output, fed with the reference's hidden states and its K/V rows.
 
-What disagrees is explained by trying, the cheap before the dear: the other engine, the weights, the constants, the
-graph, and last by where along the context it is wrong. Weights and constants are compared where outputs agree, too:
-one row of a matrix may hide below what quantisation explains.
+What disagrees is explained by trying: the weights, the constants, the graph, the other engine, and last by where along
+the context it is wrong. Weights, constants and graph are compared where outputs agree, too: one row of a matrix, and
+with four bits a whole operator, may hide below what quantisation explains.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from axc import compile as compiler
-from axc.doctor import constants, graphs, positions, stored, weight_faults
+from axc import drawings
+from axc.doctor import constants, positions, stored, weight_faults
 from axc.doctor.case import ENGINES, REBUILD, REPORT, Case
 from axc.doctor.positions import Marked
 from axc.doctor.stored import Floats, Stored
@@ -23,6 +23,7 @@ from axc.doctor.weight_faults import Fault
 from axc.weights import cross_check
 from axrun.agreement import Agreement, Noise, Rows, cosines, rises, update_errors
 from axrun.doctor.direct import OUTPUTS, Layer, Result
+from axrun.doctor.graphs import unread
 from axrun.doctor.replay import EXPLAINED
 from axrun.doctor.report import Finding
 from axrun.doctor.walk import NotExamined
@@ -35,6 +36,7 @@ SENSITIVE = 4.0  # times the bounds, where weights, constants and graph are righ
 FEWEST = 32  # rows of a stage whose errors are compared with those of another
 APART = 3.0  # times the largest error of a right row, that of most wrong ones
 LARGEST_FLOAT16 = 65504.0
+ALTOGETHER = "other values altogether"
 NORMS = ("model.norm.", "model.final_layernorm.")  # final norms
 
 
@@ -84,6 +86,7 @@ def examine(case: Case) -> str | Finding:
     worst = max(agreements, key=lambda entry: entry.worst)
     case.examined["layers"] = agreements
     found = f"{bundle.layers} layers over {case.expected.reach}; worst error {worst.worst:.1e} ({worst.part})"
+    found += graph_remark(case)
     if beyond:
         found += f"; more than the types explain in layers {', '.join(map(str, beyond))}, where nothing is wrong"
     return found
@@ -183,7 +186,7 @@ def _unloadable(case: Case, index: int, refused: BadInput) -> Finding:
     path = case.bundle.layer_path(index)
     seen = str(refused).partition("\n")[0].replace(f"{path} ", "")
     model = axmodel.read(path)
-    found = _quiet(case, index, model) or _graph(case, index, model)
+    found = _quiet(case, index, model)
     if found is not None:
         return dataclasses.replace(found, part=f"layer {index}", seen=f"{seen}; {found.seen}")
     try:
@@ -204,10 +207,11 @@ def _unloadable(case: Case, index: int, refused: BadInput) -> Finding:
 
 
 def _quiet(case: Case, index: int, model: Axmodel) -> Finding | None:
-    """Weights and constants of a layer whose outputs agree."""
+    """Weights, constants and graph of a layer whose outputs agree."""
     file, tensors = case.bundle.layer_path(index).name, stored.read(model)
     for fault in faulty_weights(case, index, tensors):
-        return _weight_finding(case, "layers", f"layer {index}, {fault.tensor}", file, [fault], "")
+        changed = _graph(case, index, model) if ALTOGETHER in fault.cause else None
+        return changed or _weight_finding("layers", f"layer {index}, {fault.tensor}", file, [fault], "")
     for constant in constants.differences(model, tensors, case.reference, index):
         return Finding(
             "layers",
@@ -215,10 +219,10 @@ def _quiet(case: Case, index: int, model: Axmodel) -> Finding | None:
             file,
             constant.expected,
             constant.seen,
-            constant.cause + case.origin("config.json"),
+            constant.cause,
             REBUILD,
         )
-    return None
+    return _graph(case, index, model, quiet=True)
 
 
 def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Finding | None:
@@ -231,7 +235,19 @@ def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Find
     marked = [_mark(entry, trouble) for entry in trouble.measured]
     where = positions.pattern(marked) if _separable(trouble.measured, trouble) else ""
     seen += f"; {where}" if where else ""
-    case.say(f"  layer {index} disagrees: asking engine {case.other_engine}")
+    case.say("  comparing its weights with the checkpoint's")
+    faults = list(faulty_weights(case, index, tensors))
+    if faults and ALTOGETHER in faults[0].cause and (changed := _graph(case, index, model)) is not None:
+        return dataclasses.replace(changed, part=part, expected=expected, seen=seen)  # levels that are read otherwise
+    if faults:
+        return _weight_finding("layers", part, file, faults, seen, expected)
+    for constant in constants.differences(model, tensors, case.reference, index):
+        cause = constant.cause
+        wanted = f"{expected}; {constant.what}: {constant.expected}"
+        return Finding("layers", part, file, wanted, f"{seen}; {constant.seen}", cause, REBUILD)
+    if (changed := _graph(case, index, model)) is not None:
+        return dataclasses.replace(changed, part=part, expected=expected, seen=seen)
+    case.say(f"  its file is right: asking engine {case.other_engine}")
     others = _other(case, index)
     if others and find_trouble(case, index, others) is None:
         cause = (
@@ -240,16 +256,6 @@ def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Find
         )
         advice = "Install or build the engine again; if it stays, report it with this output."
         return Finding("layers", part + f", engine {case.engine}", file, expected, seen, cause, advice)
-    case.say("  comparing its weights with the checkpoint's")
-    faults = list(faulty_weights(case, index, tensors))
-    if faults:
-        return _weight_finding(case, "layers", part, file, faults, seen, expected)
-    for constant in constants.differences(model, tensors, case.reference, index):
-        cause = constant.cause + case.origin("config.json")
-        wanted = f"{expected}; {constant.what}: {constant.expected}"
-        return Finding("layers", part, file, wanted, f"{seen}; {constant.seen}", cause, REBUILD)
-    if (changed := _graph(case, index, model)) is not None:
-        return dataclasses.replace(changed, part=part, expected=expected, seen=seen)
     if cause := _shifted(case, index, trouble):
         return Finding("layers", part, file, expected, seen, cause, REPORT)
     if target_known(case) and others and _sensitive(trouble, others):
@@ -257,16 +263,32 @@ def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Find
     return Finding("layers", part, file, expected, seen, _guess(case, index, trouble, where), REPORT)
 
 
-def _graph(case: Case, index: int, model: Axmodel) -> Finding | None:
-    """How the graph differs from what this compiler writes, where the manifest tells with which flags."""
-    target = graphs.target(case.bundle.manifest)
-    if target is None:
-        return None
-    changed = graphs.difference(model, compiler.layer_model(case.config, target, index, case.kept)[0])
+def _graph(case: Case, index: int, model: Axmodel, quiet: bool = False) -> Finding | None:
+    """How the graph differs from what this compiler writes, where the manifest tells with which flags.
+
+    `quiet`: outputs agree. The graph of another compiler is then as good, and only remarked.
+    """
+    changed = graph_difference(case, index, model, quiet)
     if not changed:
         return None
     file = case.bundle.layer_path(index).name
-    return Finding("layers", f"layer {index}", file, "the graph that axc writes", changed, changed, REBUILD)
+    return Finding("layers", f"layer {index}, graph", file, "the graph that axc writes", "another", changed, REBUILD)
+
+
+def graph_difference(case: Case, index: int | None, model: Axmodel, quiet: bool) -> str:
+    """The same in words, of a layer or the post model (`index` None)."""
+    target = drawings.target(case.bundle.manifest)
+    changed = drawings.changed(model, case.config, target, index, case.kept) if target is not None else ""
+    if changed and quiet and not drawings.same_compiler(case.bundle.manifest):
+        case.examined.setdefault("other graphs", changed)
+        changed = ""
+    return changed or unread(model)
+
+
+def graph_remark(case: Case) -> str:
+    """A clause on graphs of another compiler, where outputs agree."""
+    other = case.examined.get("other graphs")
+    return f"; another axc made it, whose graphs are others: {other}" if other else ""
 
 
 def _separable(measured: list[Measured], trouble: Trouble) -> bool:
@@ -292,7 +314,7 @@ def _other(case: Case, index: int) -> list[Measured]:
 
 def target_known(case: Case) -> bool:
     """Whether graphs can be compared with what the compiler writes."""
-    return graphs.target(case.bundle.manifest) is not None
+    return drawings.target(case.bundle.manifest) is not None
 
 
 def _sensitive(trouble: Trouble, others: list[Measured]) -> bool:
@@ -390,23 +412,20 @@ def _others(case: Case, name: str, index: int | None) -> dict[str, str]:
     return found
 
 
-def _weight_finding(
-    case: Case, stage: str, part: str, file: str, faults: list[Fault], seen: str, expected: str = ""
-) -> Finding:
+def _weight_finding(stage: str, part: str, file: str, faults: list[Fault], seen: str, expected: str = "") -> Finding:
     """One finding for what several tensors have: all of another layer's, or of another checkpoint's."""
     first = faults[0]
     causes = {fault.cause.rpartition(" of layer ")[2] for fault in faults if " of layer " in fault.cause}
-    altogether = all("other values altogether" in fault.cause for fault in faults)
+    altogether = all(ALTOGETHER in fault.cause for fault in faults)
     if len(faults) > 3 and len(causes) == 1 and all(" of layer " in fault.cause for fault in faults):
         cause = f"the weights are those of layer {causes.pop()}: layers are swapped"
     elif altogether and len(faults) > 3:
-        origin = case.origin(".safetensors", ".bin", ".json")
-        cause = f"{len(faults)} tensors hold other values: probably the weights of another checkpoint{origin}"
+        cause = f"{len(faults)} tensors hold other values: probably the weights of another checkpoint"
     else:
         more = f" (and {len(faults) - 1} more: {faults[1].text})" if len(faults) > 1 else ""
         cause = first.text + more
         if altogether:
-            cause += case.origin(".safetensors", ".bin", ".json") or "; probably another checkpoint's, or damaged"
+            cause += "; probably another checkpoint's, or damaged"
     return Finding(
         stage,
         part,
@@ -418,4 +437,13 @@ def _weight_finding(
     )
 
 
-__all__ = ["ENGINES", "compared", "examine", "faulty_weights", "find_trouble", "measure"]
+__all__ = [
+    "ENGINES",
+    "compared",
+    "examine",
+    "faulty_weights",
+    "find_trouble",
+    "graph_difference",
+    "graph_remark",
+    "measure",
+]

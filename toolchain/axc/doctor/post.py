@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from axc import compile as compiler
-from axc.doctor import constants, graphs, stored, weight_faults
+from axc import drawings
+from axc.doctor import constants, stored, weight_faults
 from axc.doctor.case import REBUILD, REPORT, Case
-from axc.doctor.layers import SENSITIVE, faulty_weights
+from axc.doctor.layers import SENSITIVE, faulty_weights, graph_difference, graph_remark
 from axc.doctor.stored import Floats, Stored
 from axc.doctor.weight_faults import Fault
 from axrun.agreement import Agreement, Rows, logit_errors
 from axrun.doctor.report import Finding
-from axrun.doctor.walk import NotExamined
+from axrun.doctor.walk import NotExamined, refused
 from axrun.errors import BadInput, CheckFailed
 from axrun.format import axmodel
 from axrun.format.dtypes import from_float32, to_float32
@@ -25,6 +26,9 @@ from axrun.session import Array, Session, open_session
 MOST_ROWS = 160  # of logits that are compared: a vocabulary of 150 000 takes 0.1 s each
 ROWS = 32  # at a time
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+EVEN = 16.0  # times the median of the rows' errors, the largest where only the types are coarse
+SMALL = 4096  # tokens of a vocabulary of which every row is compared
+SUMS = 0.01  # relative error of logits that the order of sums may cost
 TIE = 1e-6  # probabilities that are as good as equal
 
 
@@ -39,48 +43,58 @@ def examine(case: Case) -> str | Finding:
     try:
         if (differing := _runners(case)) is not None:
             return differing
-        measured = _measured(case, case.engine)
+        measured, even = _measured(case, case.engine)
         fault, text = measured.fault(noise), f"error {measured.rms:.1e}, at worst {measured.worst:.1e}"
+    except BadInput as failure:
+        found = refused("post", failure, "the post model does not load", file)
+        changed = graph_difference(case, None, model, quiet=False)
+        return dataclasses.replace(found, cause=changed, advice=REBUILD) if changed else found
     except CheckFailed as failed:
         fault, text = f"post has {str(failed).partition(chr(10))[0]}", ""
     part, expected, seen = "logits", "the reference's logits", text
     if fault:
         seen, _, most = fault.partition(" has ")[2].partition(", expected ")
         expected += f", error {most or 'finite'}"
-        if _other_agrees(case):
-            cause = f"engine {case.engine} computes the post model otherwise than {case.other_engine}, which agrees"
-            advice = "Install or build the engine again; if it stays, report it with this output."
-            return Finding("post", f"logits, engine {case.engine}", file, expected, seen, cause, advice)
     case.say("  comparing its weights with the checkpoint's")
     for weight in (*faulty_weights(case, None, tensors), *_head(case, tensors)):
         where = part if fault else weight.tensor
         if not fault:
             expected, seen = weight.expected, weight.seen
-        cause = weight.text + (case.origin(".safetensors", ".bin", ".json") if "altogether" in weight.cause else "")
+        cause = weight.text
         return Finding("post", where, file, expected, seen, cause, REBUILD)
     for constant in constants.differences(model, tensors, case.reference, None):
         where = part if fault else constant.what
-        return Finding(
-            "post", where, file, constant.expected, constant.seen, constant.cause + case.origin("config.json"), REBUILD
-        )
+        return Finding("post", where, file, constant.expected, constant.seen, constant.cause, REBUILD)
+    if changed := graph_difference(case, None, model, quiet=not fault):
+        where = part if fault else "graph"
+        return Finding("post", where, file, "the graph that axc writes", "another", changed, REBUILD)
+    if fault and _other_agrees(case):
+        cause = f"engine {case.engine} computes the post model otherwise than {case.other_engine}, which agrees"
+        advice = "Install or build the engine again; if it stays, report it with this output."
+        return Finding("post", f"logits, engine {case.engine}", file, expected, seen, cause, advice)
+    known = drawings.target(bundle.manifest) is not None
+    if fault and known and text and even and measured.worst <= SENSITIVE * noise.row:
+        return _outputs(case) or f"{text}: more than most models have, and nothing is wrong with it"
     if fault:
-        target = graphs.target(bundle.manifest)
-        changed = target and graphs.difference(model, compiler.post_model(case.config, target, case.kept)[0])
-        if target and not changed and text and measured.worst <= SENSITIVE * noise.row:
-            return _outputs(case) or f"{text}: more than most models have, and nothing is wrong with it"
-        cause = changed or "weights and constants are those of the checkpoint; probably both engines share a fault"
-        return Finding("post", part, file, expected, seen, cause, REBUILD if changed else REPORT)
-    return _outputs(case) or f"{min(len(case.expected.ids), MOST_ROWS)} rows of logits, {text}"
+        cause = "weights, constants and graph are those of the checkpoint; probably both engines share a fault"
+        return Finding("post", part, file, expected, seen, cause, REPORT)
+    rows = min(len(case.expected.ids), MOST_ROWS)
+    return _outputs(case) or f"{rows} rows of logits, {text}{graph_remark(case)}"
 
 
-def _measured(case: Case, engine: str) -> Agreement:
-    """Raises BadInput where the engine does not load the file, CheckFailed for what is not finite."""
+def _measured(case: Case, engine: str) -> tuple[Agreement, bool]:
+    """How logits agree, and whether all rows do much alike.
+
+    Raises BadInput where the engine does not load the file, CheckFailed for what is not finite.
+    """
     expected, alone = case.expected, []
     post = Post(open_session(case.bundle.post_path, engine))
     for rows in spread(len(expected.ids)):
         logits = post(from_float32(expected.trace.outputs[-1][rows], case.dtype))
         alone.append(logit_errors(logits, expected.trace.logits[rows]))
-    return Agreement.of("post", "logits", Rows(*map(np.concatenate, zip(*alone, strict=True))))
+    errors = Rows(*map(np.concatenate, zip(*alone, strict=True)))
+    even = bool(errors.error.max() <= EVEN * np.median(errors.error))
+    return Agreement.of("post", "logits", errors), even
 
 
 def _runners(case: Case) -> Finding | None:
@@ -98,6 +112,21 @@ def _runners(case: Case) -> Finding | None:
             cause = f"the runner is at fault: {count} of {len(alone)} logits are not those of the post model"
             advice = "Install axrun again; if it stays, report it with this output."
             return Finding("post", part, "board/axrun/model.py", wanted, f"{seen[token]:.6g}", cause, advice)
+    return _block(post, hidden[:ROWS])
+
+
+def _block(post: Post, hidden: Array) -> Finding | None:
+    """Logits of several rows at a time beside those of each alone: the same but for the order of sums."""
+    together = post(hidden).copy()
+    few = {0, 1, len(hidden) // 2, len(hidden) - 1}
+    for row in range(len(hidden)) if together.shape[1] <= SMALL else sorted(few):
+        alone = post(hidden[row : row + 1])
+        error = float(logit_errors(together[row : row + 1], alone).error[0])
+        if not error <= SUMS:
+            part, expected = f"logits of row {row} of {len(hidden)}", f"those of the row alone, error {SUMS:g}"
+            cause = "the runner is at fault: logits of several rows at a time are not those of each"
+            advice = "Install axrun again; if it stays, report it with this output."
+            return Finding("post", part, "board/axrun/model.py", expected, f"error {error:.2g}", cause, advice)
     return None
 
 
@@ -110,7 +139,7 @@ def spread(count: int) -> Iterator[NDArray[np.intp]]:
 
 def _other_agrees(case: Case) -> bool:
     try:
-        measured = _measured(case, case.other_engine)
+        measured, _ = _measured(case, case.other_engine)
     except (BadInput, CheckFailed):
         return False
     return not measured.fault(case.noise(case.bundle.flag("post_weight_type") or "s4"))

@@ -11,6 +11,7 @@ import tokenizers
 
 from axc import text_proof
 from axc.doctor.case import REBUILD, Case
+from axrun.doctor.bounds import bounded
 from axrun.doctor.report import Finding
 from axrun.doctor.walk import refused
 from axrun.errors import BadInput
@@ -27,14 +28,20 @@ SECTIONS = {  # of tokenizer.json: what they are called, and what usually goes w
     "post_processor": "post-processor (bos and eos around a text)",
     "decoder": "decoder",
 }
+MODEL = ("vocab", "merges")  # of its model, what is compared with a file that is not the checkpoint's own
 SHOWN = 60
 COPY = "Copy hf/ of the bundle again, or build it again with `axc llm_build`."
 
 
 def tokenizer(case: Case) -> str | Finding:
     """Ids of texts, texts of ids."""
-    ours, theirs = case.tokenizer, case.theirs
     file = tokenizer_file(case.bundle.hf)
+    try:
+        ours, theirs = case.tokenizer, case.theirs
+    except BadInput as failure:
+        held = template_file(case.bundle.hf) if "chat template" in str(failure) else None
+        part = "chat template" if held else "cannot be read"
+        return refused("tokenizer", failure, part, f"hf/{held[0]}" if held else "")
     if ours is None or theirs is None:
         if ours is None and theirs is None:
             return "the checkpoint has none, nor has the bundle: it takes token ids"
@@ -104,25 +111,29 @@ def _differs(section: str) -> str:
 
 
 def _other_model(case: Case, file: str, theirs: Any) -> Finding | None:
-    """Vocabulary and merges, entry by entry: rare merges show in few texts. Beside the checkpoint's own file where the
-    bundle has it as it was."""
+    """The sections of tokenizer.json as data: rare merges, and rules for rare characters, show in few texts.
+
+    Beside the checkpoint's own file where the bundle has it as it was; else vocabulary and merges only.
+    """
     backend, path = getattr(theirs, "backend_tokenizer", None), case.bundle.path / file
     text = case.bundle.manifest.get("text")
-    mended = isinstance(text, dict) and "mended_by" in text and path.name in (text.get("mended") or {})
+    mended = isinstance(text, dict) and path.name in (text.get("mended") or {})
     if backend is None or path.name != "tokenizer.json":
         return None
     original = case.folder / path.name
-    source = original.read_text("utf-8-sig") if original.is_file() and not mended else backend.to_str()
-    ours, wanted = json.loads(path.read_text("utf-8")), json.loads(source)
-    parts = ({"model": {key: values["model"].get(key) for key in ("vocab", "merges")}} for values in (ours, wanted))
-    detail = _detail("model", *parts)
-    if not detail:
-        return None
-    seen, _, expected = detail.removeprefix(": ").partition(", expected ")
-    return Finding(
-        "tokenizer", SECTIONS["model"], file, expected, seen,
-        f"the {SECTIONS['model']} differs from the checkpoint's", COPY,
-    )  # fmt: skip
+    copied = original.is_file() and not mended
+    ours = json.loads(path.read_text("utf-8"))
+    wanted = json.loads(original.read_text("utf-8-sig") if copied else backend.to_str())
+    if not copied:
+        ours, wanted = ({"model": {key: values["model"].get(key) for key in MODEL}} for values in (ours, wanted))
+    for key in SECTIONS if copied else ("model",):
+        detail = _detail(key, ours, wanted) if ours.get(key) != wanted.get(key) else ""
+        if not detail:
+            continue
+        seen, _, expected = detail.removeprefix(": ").partition(", expected ")
+        cause = f"the {SECTIONS[key]} {_differs(key)} from the checkpoint's"
+        return Finding("tokenizer", SECTIONS[key], file, expected, seen, cause, COPY)
+    return None
 
 
 def _mended_by(ours: dict[str, Any], wanted: dict[str, Any], key: str, theirs: Any) -> bool:
@@ -153,15 +164,32 @@ def _detail(key: str, ours: dict[str, Any], wanted: dict[str, Any]) -> str:
             return f": merge {at} is {_merge(merges[at])!r}, expected merge {at} {_merge(right_merges[at])!r}"
         names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
         return f": {names[0]} is {one.get(names[0])!r:.40}, expected {other.get(names[0])!r:.40}" if names else ""
-    return f": {_short(one)}, expected {_short(other)}" if key != "added_tokens" else ""
+    if key == "added_tokens":
+        one, other = ([_entry(entry) for entry in each or []] for each in (one, other))
+        return f": {_first(one, other)}, expected {_first(other, one)}" if one != other else ""
+    return f": {_first([one], [other])}, expected {_first([other], [one])}"
+
+
+def _entry(token: Any) -> Any:
+    """An added token without flags that have the usual value."""
+    return {key: value for key, value in token.items() if value is not False} if isinstance(token, dict) else token
+
+
+def _first(ours: list[Any], theirs: list[Any]) -> str:
+    """Around where the JSON of two lists begins to differ."""
+    at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    if at >= len(ours):
+        return "nothing more"
+    one, other = json.dumps(ours[at]), json.dumps(theirs[at]) if at < len(theirs) else ""
+    start = max(_common(one, other) - SHOWN // 2, 0) if len(one) > SHOWN else 0
+    return "..." * bool(start) + _short(one[start:])
 
 
 def _merge(merge: Any) -> str:
     return merge if isinstance(merge, str) else " ".join(map(str, merge))
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
+def _short(text: str) -> str:
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 
 
@@ -184,13 +212,20 @@ def template(case: Case) -> str | Finding:
             f"{lacking} has none", "a file of hf/ was not copied, or is of another model", COPY,
         )  # fmt: skip
     try:
-        rendered = ChatTemplate.find(hf)
+        with bounded("the chat template"):
+            rendered = ChatTemplate.find(hf)
+            difference = None
+            if rendered is not None and source is not None:
+                difference = next(text_proof.template_differences(rendered, theirs, source), None)
     except BadInput as failure:
         return refused("template", failure, "chat template", file)
-    if rendered is not None and source is not None:
-        difference = next(text_proof.template_differences(rendered, theirs, source), None)
-        if difference is not None:
-            return _template_finding(case, file, found[1] if found else "", source, difference)
+    if difference is not None and source is not None:
+        return _template_finding(case, file, found[1] if found else "", source, difference)
+    if found is not None and source is not None and found[1] != source:
+        at = _common(found[1], source)
+        parts = [repr(each[at : at + SHOWN // 2]) for each in (found[1], source)]
+        difference = f"chat template, its text becomes {parts[0]} at character {at}, and {parts[1]}"
+        return _template_finding(case, file, found[1], source, difference)
     special = _special(case, theirs, source or "")
     return special or _stops(case, ours, theirs, rendered) or _said(ours, source)
 
@@ -215,15 +250,19 @@ def _template_finding(case: Case, file: str, ours: str, theirs: str, difference:
             "the template is the checkpoint's, and the runner renders it otherwise: its jinja2 or its functions"
         )  # fmt: skip
     else:
-        at = next(
-            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
-        )
+        at = _common(ours, theirs)
         line = ours[:at].count("\n") + 1
         cause = (
             f"the template is another than the checkpoint's from line {line} on: {ours[at : at + 30]!r}, "
             f"expected {theirs[at : at + 30]!r}"
         )
     return Finding("template", chat, file, expected, seen, cause, COPY)
+
+
+def _common(one: str, other: str) -> int:
+    """Characters that both begin with."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _special(case: Case, theirs: Any, source: str) -> Finding | None:

@@ -1,7 +1,8 @@
 """What happened to a weight between the checkpoint and the axmodel.
 
-That something happened is seen exactly: a value rounded to the nearest lies within half a step of what it was. What it
-was is found by trying: other tensors, other orders of rows and columns, other scales, other roundings.
+That something happened is seen exactly: a value rounded to the nearest lies within half a step of what it was, and a
+scale maps the largest of its values to the end of the range. What it was is found by trying: other tensors, other
+orders of rows and columns, other scales, other roundings.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ Weight = Callable[[str], Floats]
 
 SLACK = 1e-3  # of a step: float32 arithmetic on levels up to 127
 LARGEST = {"INT8": 1.03, "INT4": 1.6}  # how far a value may lie beyond the last level: 1 / the least of FACTORS
+SMALLEST = 2.0**-100  # of the scales: values below are stored as zeros
 CLOSE = {"FLOAT": 1e-5, "FLOAT16": 2e-3, "BFLOAT16": 1e-2, "INT8": 0.04, "INT4": 0.4}  # relative error of a match
 ROWS = 2048  # compared at a time
 MOST_SHIFT = 64
 MOST_WHOLE = 1 << 27  # bytes of a tensor that is looked at as a whole
 SAMPLE = 48  # rows looked for elsewhere
+CHECKPOINT = "the checkpoint itself holds values there that are not finite"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,21 @@ def wrong_elements(stored: Stored, start: int, stop: int, wanted: Floats) -> Boo
         most = LARGEST[stored.dtype] * -low
         away &= ~((levels >= high) & (ideal > high) & (ideal <= most))
         away &= ~((levels <= low) & (ideal < low) & (ideal >= -most))
-    return np.asarray(away | ~np.isfinite(ideal))
+        ratios = _ratios(stored, scales, wanted)
+        coarse = ~((ratios <= 1 + SLACK) & (ratios >= 1 / LARGEST[stored.dtype]))
+        same = (dequantized(levels, scales, stored.block) == wanted).reshape(rows, -1, stored.block).all(axis=2)
+        coarse &= ~same  # levels that the checkpoint itself has, by a rule of its own
+    return np.asarray(away | ~np.isfinite(ideal) | np.repeat(coarse, stored.block, axis=1))
+
+
+@np.errstate(all="ignore")
+def _ratios(stored: Stored, scales: Floats, wanted: Floats) -> Floats:
+    """Scales [n, blocks] over those that map the largest value to the end of the range; 1 for values all but zero."""
+    low, _ = ENDS[stored.dtype]
+    largest = np.abs(wanted.reshape(len(wanted), -1, stored.block)).max(axis=2)
+    full = largest / np.float32(-low)
+    small = (full <= SMALLEST) & np.isfinite(scales)
+    return np.asarray(np.where(small, 1, np.abs(scales) / np.maximum(full, SMALLEST)), np.float32)
 
 
 def explain(
@@ -111,6 +128,10 @@ def _few_rows(
     rows = stored.values(start, stop)[bad_rows - start]
     right = wanted[bad_rows]
     plural = "rows are" if len(bad_rows) > 1 else "row is"
+    if not np.isfinite(right).all():
+        yield CHECKPOINT
+    if stored.integer:
+        yield from _coarse(stored, wanted, bad_rows)
     if not np.isfinite(rows).all():
         yield f"the {plural} not finite"
     elif (rows == 0).all():
@@ -129,11 +150,33 @@ def _few_rows(
         yield "one value differs: the file or the memory it went through is damaged"
 
 
+def _coarse(stored: Stored, wanted: Floats, bad_rows: NDArray[np.intp]) -> Iterator[str]:
+    """Whether scales are no numbers, or levels are rounded rightly for scales that are far too large."""
+    scales = np.concatenate([stored.scale_rows(int(row), int(row) + 1) for row in bad_rows])
+    if not np.isfinite(scales).all():
+        off = ~np.isfinite(scales)
+        yield f"{_count(off, 'scale')} not finite: {scales[off][0]}"
+    levels = np.concatenate([stored.levels(int(row), int(row) + 1) for row in bad_rows])
+    ratios = _ratios(stored, scales, wanted[bad_rows])
+    with np.errstate(all="ignore"):
+        ideal = (wanted[bad_rows].reshape(len(bad_rows), -1, stored.block) / scales[:, :, None]).reshape(levels.shape)
+        fitting = (np.abs(ideal - levels) <= 0.5 + SLACK).all()
+    off = ratios > 1 + SLACK
+    if fitting and off.any():
+        worst = float(ratios.max())
+        left = "too few levels are left" if levels[off.any(axis=1)].any() else "all levels are zero"
+        yield f"{_count(off, 'scale')} up to {worst:.4g} times what the largest value asks for: {left}"
+
+
 def _whole(
     stored: Stored, wanted: Floats, bad: Bools, bad_rows: NDArray[np.intp], start: int, stop: int
 ) -> Iterator[str]:
     """Causes that touch most rows and need no other tensor."""
     rows, right = stored.values(start, stop), wanted[start:stop]
+    if not np.isfinite(right).all():
+        yield CHECKPOINT
+    if stored.integer:
+        yield from _coarse(stored, wanted, bad_rows)
     if (rows == 0).all():
         yield "it is zeroed"
     if _near(-rows, right, stored.dtype):

@@ -1,0 +1,82 @@
+"""What a manifest says of a bundle beside what its other parts say: the context, the groups, the flags, the layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from axrun.format.axmodel import Axmodel
+from axrun.format.bundle import Bundle
+
+WEIGHT_TYPES = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16", "s8": "INT8", "s4": "INT4"}
+MODEL_CONFIG = "model_config"  # what the manifest calls a config.json given in place of the checkpoint's
+
+Difference = tuple[str, str, str]  # what it is of, expected, seen
+
+
+def described(bundle: Bundle) -> Iterator[Difference]:
+    """What does not fit together in the manifest; the flags of our own compiler only, the vendor's has others."""
+    context = max((group.history for group in bundle.groups if group.tokens == 1), default=0)
+    if context != bundle.kv_cache_len:
+        yield "kv_cache_len", f"a context of {bundle.kv_cache_len}", f"a decode group behind {context} rows"
+    layers = _layers(bundle)
+    if layers is not None and layers != bundle.layers:
+        yield "layers", f"{layers} layers, as hf/config.json has", f"{bundle.layers}"
+    if bundle.maker == "cpu":
+        yield from _flags(bundle)
+
+
+def _flags(bundle: Bundle) -> Iterator[Difference]:
+    flags = bundle.manifest.get("flags")
+    if not isinstance(flags, dict):
+        yield "flags", "an object of the flags that it was built with", f"{flags!r:.60}"
+        return
+    types = tuple(WEIGHT_TYPES)
+    prefill = [group for group in bundle.groups if group.tokens > 1]
+    for name, wanted in (
+        ("weight_type", types),
+        ("post_weight_type", types),
+        ("hidden_state_type", (bundle.hidden_state_type,)),
+        ("kv_cache_len", (bundle.kv_cache_len,)),
+        ("prefill_len", (bundle.prefill_len,)),
+        ("last_kv_cache_len", ([group.history for group in prefill[1:]],)),
+    ):
+        seen: Any = flags.get(name)
+        if name == "last_kv_cache_len" and not bundle.prefill_len:
+            continue  # there is no prefill behind a history
+        if not any(type(seen) is type(each) and seen == each for each in wanted):
+            yield f"flag {name}", " or ".join(map(str, wanted)), f"{seen!r:.60}"
+    if bundle.prefill_len and {group.tokens for group in prefill} != {bundle.prefill_len}:
+        yield "prefill_len", f"groups of {bundle.prefill_len} tokens", f"{[group.tokens for group in prefill]}"
+    if not bundle.layer_file.startswith(f"{bundle.model_type}_"):
+        yield "model_type", f"that of {bundle.layer_file}", bundle.model_type
+
+
+def _layers(bundle: Bundle) -> int | None:
+    """As the checkpoint's config.json says; None where another stood for it, or it does not say."""
+    inputs = bundle.manifest.get("inputs")
+    if isinstance(inputs, dict) and MODEL_CONFIG in inputs:
+        return None
+    try:
+        values = json.loads((bundle.hf / "config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    layers = values.get("num_hidden_layers") if isinstance(values, dict) else None
+    return layers if type(layers) is int else None
+
+
+def weight_types(model: Axmodel) -> Iterator[tuple[str, str]]:
+    """Where an axmodel of ours tells the type of its weights, and the type."""
+    yield "as the file says", model.metadata.get("axmodel.weight_type", "")
+    found = {
+        tensor.dtype
+        for name, tensor in model.initializers.items()
+        if len(tensor.dims) == 2 and name.endswith(".weight")
+    }
+    if len(found) == 1:
+        dtype = found.pop()
+        yield "as its matrices are stored", next((name for name, kind in WEIGHT_TYPES.items() if kind == dtype), dtype)
+
+
+__all__ = ["described", "weight_types"]

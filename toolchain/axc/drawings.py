@@ -1,0 +1,85 @@
+"""The graphs that this compiler writes for a model and the flags of a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from axc import build, identity
+from axc import compile as compiler
+from axc.checkpoints import Checkpoint
+from axc.compile import Target
+from axc.families.family import ModelConfig
+from axc.quantizer.kept import Kept
+from axrun.doctor.graphs import Drawing, difference, draw
+from axrun.format.axmodel import Axmodel
+
+NONE: Mapping[str, Kept] = MappingProxyType({})
+Keeping = tuple[tuple[str, Kept], ...]
+FLAGS = tuple(sorted(field.name for field in dataclasses.fields(Target)))
+
+
+def target(manifest: Mapping[str, Any]) -> Target | None:
+    """The flags that a bundle was built with; None where the manifest does not tell them."""
+    flags = manifest.get("flags")
+    if not isinstance(flags, dict) or set(flags) != set(FLAGS):
+        return None
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    return Target(**given)
+
+
+def same_compiler(manifest: Mapping[str, Any]) -> bool:
+    """Whether this very compiler made a bundle: another one's graphs may be others, and as good."""
+    return bool(manifest["tools"].get("digest") == identity.digest())
+
+
+@functools.lru_cache(maxsize=64)
+def fresh(config: ModelConfig, target: Target, index: int | None, kept: Keeping = ()) -> Drawing:
+    """What this compiler writes for a layer, or for the post model (`index` None)."""
+    if index is None:
+        model, parameters = compiler.post_model(config, target, dict(kept))
+    else:
+        model, parameters = compiler.layer_model(config, target, index, dict(kept))
+    constants = {
+        name: zlib.crc32(np.ascontiguousarray(data).tobytes())
+        for name, data in parameters.items()
+        if isinstance(data, np.ndarray)
+    }
+    return draw(model, index, constants)
+
+
+def changed(
+    model: Axmodel, config: ModelConfig, target: Target, index: int | None, kept: Mapping[str, Kept] = NONE
+) -> str:
+    """How the graph of a file differs from what this compiler writes; empty where it does not. `kept`: the matrices
+    that keep the levels which the checkpoint has."""
+    wanted = fresh(config, target, index, tuple(sorted(kept.items())))
+    return difference(draw(model, index, wanted.constants), wanted, index)
+
+
+def listed(checkpoint: Checkpoint, config: ModelConfig, target: Target) -> dict[str, Any]:
+    """All graphs of a model, for a doctor that has no compiler: each that differs from the others once.
+
+    Raises BadInput.
+    """
+    stored = checkpoint.tied() if config.tie_word_embeddings else checkpoint
+    kept = build.stored_types(stored, config, target.weight_type, target.post_weight_type)[1]
+    keeping = tuple(sorted(kept.items()))
+    distinct: list[dict[str, Any]] = []
+    layers = []
+    for index in range(config.num_hidden_layers):
+        drawn = fresh(config, target, index, keeping).json()
+        if drawn not in distinct:
+            distinct.append(drawn)
+        layers.append(distinct.index(drawn))
+    post = fresh(config, target, None, keeping).json()
+    return {"digest": identity.digest(), "distinct": distinct, "layers": layers, "post": post}
+
+
+__all__ = ["FLAGS", "changed", "listed", "same_compiler", "target"]

@@ -74,7 +74,7 @@ def test_a_runner_that_hides_a_row(
     code, out, _ = ended(capsys, bundle_s8, "--checkpoint", tiny_qwen2, "--json")
     finding = json.loads(out)["finding"]
     assert (code, finding["stage"], finding["file"]) == (1, "cache", "board/axrun/decoder.py")
-    assert "its mask hides the last row of history" in finding["cause"]
+    assert "its mask hides cached row" in finding["cause"]
 
 
 def test_the_checkpoint_of_another_model(bundle_s8: Path, uneven: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -82,11 +82,16 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
     "short table": (lambda folder: resigned(folder, TABLE, b"x" * 256), TABLE, "embedding table", "another"),
     "other groups": (
         lambda folder: described(folder, groups=[{"tokens": 1, "history": 255}]),
-        L0,
-        "layer 0: its groups",
-        "other options",
+        "manifest.json",
+        "flag last_kv_cache_len",
+        "edited",
     ),
-    "other types": (lambda folder: described(folder, hidden_state_type="fp16"), L0, "layer 0: its tensor", "other"),
+    "other types": (
+        lambda folder: described(folder, hidden_state_type="fp16"),
+        "manifest.json",
+        "flag hidden_state_type",
+        "edited",
+    ),
 }
 
 

@@ -270,7 +270,7 @@ def test_a_runner_whose_mask_hides_too_much_is_told(
     monkeypatch.setattr(decoder, "fill_mask", lambda mask, past, *rest: fill(mask, past // 2, *rest))
     finding = found(examined)
     assert finding.stage == "cache"
-    assert "its mask hides the later half of the history" in finding.cause
+    assert "its mask hides cached row 16 from the token at position 32" in finding.cause
 
 
 def test_a_runner_that_leaves_a_layer_out_is_told(
@@ -279,8 +279,8 @@ def test_a_runner_that_leaves_a_layer_out_is_told(
     initial = decoder.Decoder.__init__
     monkeypatch.setattr(decoder.Decoder, "__init__", lambda self, sessions: initial(self, sessions[:3]))
     finding = found(examined)
-    assert finding.stage == "answer"
-    assert "puts them together" in finding.cause
+    assert finding.stage == "cache"
+    assert "it does not run each layer once" in finding.cause
 
 
 def test_an_engine_that_is_wrong_is_told_from_the_axmodel(

@@ -153,8 +153,9 @@ def _few_rows(
 def _coarse(stored: Stored, wanted: Floats, bad_rows: NDArray[np.intp]) -> Iterator[str]:
     """Whether scales are no numbers, or levels are rounded rightly for scales that are far too large."""
     scales = np.concatenate([stored.scale_rows(int(row), int(row) + 1) for row in bad_rows])
-    if not np.isfinite(scales).all():
-        off = ~np.isfinite(scales)
+    off = ~np.isfinite(scales)
+    swapped = _ratios(stored, scales.byteswap(), wanted[bad_rows])
+    if off.any() and not ((swapped <= 1 + SLACK) & (swapped >= 1 / LARGEST[stored.dtype])).all():
         yield f"{_count(off, 'scale')} not finite: {scales[off][0]}"
     levels = np.concatenate([stored.levels(int(row), int(row) + 1) for row in bad_rows])
     ratios = _ratios(stored, scales, wanted[bad_rows])

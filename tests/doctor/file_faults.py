@@ -187,6 +187,7 @@ def versions() -> list[Fault]:
         flags("the flags say s4", "s4|s8", weight_type="s4"),
         flags("the flags say another type of the head", "fp32|s8", post_weight_type="fp32"),
         flags("the flags say another prefill", "64", prefill_len=64),
+        flags("the flags say that the head takes the likeliest", "indices", post_topk=10),
         flags("the flags name no type", "q9", weight_type="q9"),
         flags("the flags have a list for a type", "s8", weight_type=["s8"]),
         Fault("there are no flags", "s8", "files", "manifest.json", in_manifest(lambda v: v.pop("flags")), says="None"),

@@ -228,6 +228,8 @@ def _differences(bundle: Bundle, part: str, model: Axmodel) -> Iterator[tuple[st
         if wanted and (info.dtype, info.shape) != wanted:
             yield f"tensor {info.name}", f"{wanted[0]}{list(wanted[1])}", f"{info.dtype}{list(info.shape)}"
     known = {info.name for info in (*model.inputs, *model.outputs)}
+    if part == "post" and bool(asked := bundle.manifest["flags"].get("post_topk")) != ("indices" in known):
+        yield "top-k", f"post_topk {asked!r:.20}", "indices" if "indices" in known else "no indices"
     if lacking := [name for name in _required(part) if name not in known]:
         yield "tensors", ", ".join(_required(part)), f"no {', '.join(lacking)}"
 

@@ -64,7 +64,8 @@ DEEP = "[" * 100_000
         pytest.param({"rms_norm_eps": 10**400}, ["rms_norm_eps is", "number"], id="epsilon above every float"),
         pytest.param({"rms_norm_eps": 1e300}, ["rms_norm_eps is 1e+300"], id="epsilon above every float32"),
         pytest.param({"hidden_act": "gelu"}, ["hidden_act is 'gelu'", "'silu'"], id="another activation"),
-        pytest.param({"rope_scaling": {"rope_type": "yarn"}}, ["'yarn'", "llama3"], id="another rope"),
+        pytest.param({"rope_scaling": {"rope_type": "twist"}}, ["'twist'", "llama3"], id="another rope"),
+        pytest.param({"rope_scaling": {"rope_type": "yarn"}}, ["factor is missing"], id="yarn without its factor"),
         pytest.param({"rope_scaling": [1]}, ["rope_scaling is [1]", "object"], id="rope of another type"),
         pytest.param({"rope_scaling": {"rope_type": "linear"}}, ["factor is missing"], id="rope without its factor"),
         pytest.param(

@@ -44,7 +44,7 @@ ROPE = {
     "yarn": YARN,
 }  # what each kind of rope has besides its theta
 EXPLICIT = {"head_dim": 16, "sliding_window": None}
-ACCEPTED = {"mistral", "smollm3", "granite", "internlm3"}  # among others: the survey finds something
+ACCEPTED = {"mistral", "internlm3", "cwm", "seed_oss"}  # among others: the survey finds something
 
 
 @functools.cache

@@ -64,8 +64,8 @@ def make(root: Path, package: Path, bundle: Path, prompt: str) -> Record:
     digest = hashlib.sha256(text.encode()).hexdigest()
     releases.assemble(digest[:16], release)
     releases.switch(digest[:16])
-    files = [evidence.files(listings[store]) for store in ("packages", "models")]
-    return Record("host", digest[:16], release["package"], release["model"], digest, *files, python=PYTHON)
+    sent, model = (evidence.files(listings[store]) for store in ("packages", "models"))
+    return Record("host", digest[:16], release["package"], release["model"], digest, sent, model, PYTHON)
 
 
 @pytest.fixture

@@ -147,7 +147,7 @@ def test(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a task)
     """Everything a change must pass: lint, then the tests."""
     more = split(args)
     with engine_beside(VENV):
-        install(VENV, "reference", "test")
+        install(VENV, "reference", "test", "boards")
         lint(context)
     suite("-n", "2", "-m", "not system", *more)
 

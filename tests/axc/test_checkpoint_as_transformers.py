@@ -374,7 +374,7 @@ def test_an_adapter_alone(tmp_path: Path, config: str, base: str) -> None:
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        (["model-q4_0.gguf"], ["a GGUF file (model-q4_0.gguf)", "float checkpoint"]),
+        (["model-q4_0.gguf"], ["a GGUF file (model-q4_0.gguf)", "Give that file itself"]),
         (["consolidated.00.pth", "params.json"], ["authors' own format", "version for transformers"]),
         (["model.fp16.safetensors"], ["a variant (model.fp16.safetensors)", "Rename"]),
         (["model.safetensors.index.fp16.json"], ["a variant"]),

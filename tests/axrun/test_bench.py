@@ -67,7 +67,7 @@ def test_json_has_every_figure_and_what_ran_it(
     assert found["manifest_sha256"] == hashlib.sha256((bundle_s8 / "manifest.json").read_bytes()).hexdigest()
     assert re.fullmatch(ENGINES[engine], found["engine"])
     assert (found["bundle"], found["maker"], found["weight_type"]) == ("qwen2", "cpu", "s8")
-    assert re.fullmatch(r"axc \S+, digest [0-9a-f]{16}, numpy \S+", found["compiler"])
+    assert re.fullmatch(r"axc \S+, digest [0-9a-f]{16}, gguf \S+, numpy \S+", found["compiler"])
     assert (found["threads"], found["axrun"], found["warmup"]) == (1, VERSION, 1)
     assert found["machine"]["python"] == platform.python_version()
     assert found["peak_rss"] > 30e6

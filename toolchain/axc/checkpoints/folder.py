@@ -112,7 +112,7 @@ def _no_weights(folder: Path, names: Sequence[str]) -> tuple[str, str]:
         f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin, or their .index.json",
         f"Give {folder / below[0]}, which holds a config.json."
         if below
-        else f"It holds {present}. Pre-quantised files are not read.",
+        else f"It holds {present}. Pre-quantised files other than GGUF are not read.",
     )
 
 

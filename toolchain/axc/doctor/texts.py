@@ -54,8 +54,8 @@ def tokenizer(case: Case) -> str | Finding:
     if difference is not None:
         part, expected, seen = difference
         cause = _why(case, file, theirs)
-        named = next((called for key, called in SECTIONS.items() if f"{called} " in cause), "")
-        return Finding("tokenizer", f"{named + ', ' if named else ''}{part}", file, expected, seen, cause, COPY)
+        section = next((called for key, called in SECTIONS.items() if f"{called} " in cause), "")
+        return Finding("tokenizer", f"{section + ', ' if section else ''}{part}", file, expected, seen, cause, COPY)
     changed = _other_model(case, file, theirs)
     if changed is not None:
         return changed

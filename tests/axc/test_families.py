@@ -136,6 +136,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "ernie4_5, biases": ("ernie4_5", {"head_dim": 32, "use_bias": True}),
     "internlm3": ("internlm3", {"head_dim": 24}),
     "hunyuan": ("hunyuan_v1_dense", {"head_dim": 16}),
+    "hunyuan, alpha": (
+        "hunyuan_v1_dense",
+        {
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "dynamic", "factor": 1.0, "alpha": 1000.0, "rope_theta": 1e4},
+        },
+    ),
 }
 ELSEWHERE = {
     "minicpm",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from decimal import Decimal
 from types import MappingProxyType
 from typing import Any
 
@@ -12,6 +13,7 @@ from axc.families import blocks
 from axc.families.blocks import DecoderConfig, HeadNorm, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
+from axc.rope import Rope
 
 # of a key that is absent, as in transformers' class
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -39,7 +41,22 @@ class Config(DecoderConfig):
 
 def config(reader: Reader) -> Config:
     reader.expect("hidden_act", "silu", "swish")
-    return Config(model_type="hunyuan_v1_dense", **blocks.decoder(reader), attention_bias=reader.flag("attention_bias"))
+    fields = blocks.decoder(reader)
+    fields["rope"] = _stretched(reader, fields["rope"], fields["head_dim"])
+    return Config(model_type="hunyuan_v1_dense", **fields, attention_bias=reader.flag("attention_bias"))
+
+
+def _stretched(reader: Reader, rope: Rope, head_dim: int) -> Rope:
+    """With the base that a fixed `alpha` of a rope called dynamic makes: theta alpha^(d / (d - 2)).
+
+    transformers' HunYuanDenseV1RotaryEmbedding.compute_ntk_alpha_rope_parameters. Raises BadInput.
+    """
+    nested = reader.values.get("rope_scaling") or reader.values.get("rope_parameters") or {}
+    if nested.get("rope_type", nested.get("type")) != "dynamic" or not nested.get("alpha"):
+        return rope
+    alpha = Reader(nested, reader.path).number("alpha", low=1e-3, high=1e9)
+    power = Decimal(head_dim) / Decimal(head_dim - 2) if head_dim > 2 else Decimal(1)
+    return replace(rope, theta=rope.theta * float(Decimal(alpha) ** power))  # decimal: the same on every machine
 
 
 def weights(config: Config) -> Sources:

@@ -13,7 +13,7 @@ from axrun import machine
 from axrun.doctor.cache import cache
 from axrun.doctor.context import Context
 from axrun.doctor.embedding import embedding
-from axrun.doctor.files import files
+from axrun.doctor.files import files, manifest_digest
 from axrun.doctor.installed import Installed, look
 from axrun.doctor.layers import layers
 from axrun.doctor.post import answer, post
@@ -53,6 +53,7 @@ def examine(
         engine_version(engine)  # refuses where it is not installed
     here = look() if installed is None else installed
     report = Report(str(path), _maker(path), machine.describe().board or "this machine", engine)
+    report.manifest = manifest_digest(path)
 
     @functools.cache
     def context() -> Context:

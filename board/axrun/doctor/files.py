@@ -57,6 +57,15 @@ def files(folder: Path, progress: Progress = lambda nbytes: None) -> str | Findi
     )
 
 
+def manifest_digest(folder: Path) -> str:
+    """The sha256 of a bundle's manifest, which names it; empty where there is none that can be read."""
+    path = folder / MANIFEST
+    try:
+        return sha256(path) if path.is_file() and path.stat().st_size <= MOST_MANIFEST else ""
+    except OSError:
+        return ""
+
+
 def _manifest(folder: Path) -> dict[str, Any]:
     """Raises BadInput."""
     path = folder / MANIFEST
@@ -147,7 +156,9 @@ def _resized(path: Path, entry: Mapping[str, Any], size: int) -> tuple[str, str]
         unix = path.read_bytes().replace(b"\r\n", b"\n")
         if hashlib.sha256(unix).hexdigest() == entry["sha256"]:
             return "line ends became CRLF: copied as text by a tool or by Git on Windows", COPY
-    return ("the copy was cut short" if size < entry["size"] else "another build's file, or appended to"), COPY
+    if size < entry["size"]:
+        return "edited, another build's, or its copy was cut short", COPY
+    return "another build's file, or appended to", COPY
 
 
 def _present(folder: Path) -> dict[str, os.stat_result]:

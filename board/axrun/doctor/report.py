@@ -65,7 +65,10 @@ class Walked:
 
 @dataclass
 class Report:
-    """What was walked so far. `place` is where: this machine, or a board's name; `engine` what computed the layers."""
+    """What was walked so far. `place` is where: this machine, or a board's name; `engine` what computed the layers.
+
+    `manifest` is the sha256 of the bundle's manifest, empty where that cannot be read: which bundle it was.
+    """
 
     bundle: str
     maker: str
@@ -73,6 +76,7 @@ class Report:
     engine: str
     walked: list[Walked] = field(default_factory=list)
     finding: Finding | None = None
+    manifest: str = ""
 
     @property
     def verdict(self) -> str:
@@ -107,6 +111,7 @@ class Report:
         """A report from what `json` gave, which may come from another machine. Raises ValueError for anything else."""
         found = _object(values, "a report")
         report = cls(_text(found, "bundle"), _text(found, "maker"), _text(found, "place"), _text(found, "engine"))
+        report.manifest = _text(found, "manifest") if "manifest" in found else ""  # older runners do not say
         stages = found.get("stages")
         if not isinstance(stages, list) or len(stages) > len(STAGES):
             raise ValueError(f"its stages are {stages!r:.60}")
@@ -129,6 +134,7 @@ class Report:
             "bundle": self.bundle,
             "maker": self.maker,
             "place": self.place,
+            "manifest": self.manifest,
             "engine": self.engine,
             "verdict": self.verdict,
             "stages": [dataclasses.asdict(entry) for entry in self.walked],

@@ -12,7 +12,7 @@ import pytest
 from axc import cli
 from axc.doctor import on_board
 from axrun import decoder
-from axrun.doctor.report import STAGES
+from axrun.doctor.report import STAGES, Report
 from axrun.errors import BadInput
 from axrun.format import axmodel
 from axrun.format.bundle import MANIFEST, sha256
@@ -102,9 +102,29 @@ def test_a_folder_that_is_no_bundle(tiny_qwen2: Path, capsys: pytest.CaptureFixt
 def test_a_board_is_asked_from_a_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_board, "ROOT", tmp_path)
     with pytest.raises(BadInput, match="needs a checkout"):
-        on_board.examine("virtual", None)
+        on_board.expect("virtual")
 
 
-def test_a_board_that_is_not_known_is_named() -> None:
-    with pytest.raises(BadInput, match="board no-such-board gave no report"):
-        on_board.examine("no-such-board", None)
+def test_a_board_that_is_not_known_is_named_before_anything_is_examined(
+    tiny_qwen2: Path, bundle_s8: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = ended(capsys, bundle_s8, "--checkpoint", tiny_qwen2, "--board", "no-such-board")
+    assert (code, out) == (2, "")
+    assert "no board is named 'no-such-board': there are " in err
+    assert "virtual" in err
+    assert "files" not in err
+
+
+def test_why_a_board_gives_no_report_comes_with_the_tasks_advice(tmp_path: Path) -> None:
+    with pytest.raises(BadInput) as caught:
+        on_board.examine(str(tmp_path / "none.yaml"), None)
+    error, *advice = str(caught.value).splitlines()
+    assert error.startswith(f"board {tmp_path / 'none.yaml'} gave no report: ")
+    assert advice
+
+
+@pytest.mark.parametrize(("there", "said"), [("b" * 64, "has another bundle"), ("a" * 64, ""), ("", "")])
+def test_another_bundle_on_the_board_is_not_taken_for_this_one(there: str, said: str) -> None:
+    reports = [Report("out/x", "cpu", "place", "ax", manifest=digest) for digest in ("a" * 64, there)]
+    found = on_board.other_bundle(Report.parse(reports[0].json()), Report.parse(reports[1].json()), "virtual")
+    assert said in found if said else not found

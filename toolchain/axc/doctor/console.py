@@ -19,12 +19,16 @@ def doctor(options: Options, *, as_json: bool, board: str | None = None, model: 
 
     Raises BadInput, also where the board gives no report, and CheckFailed where something disagrees.
     """
+    if board is not None:
+        on_board.expect(board)
     reports = [examined(options, _show, _detail)]
     failure: BadInput | None = None
+    different = ""
     if board is not None:
-        _detail(f"examining what board {board} has")
+        _say(f"examining what board {board} has ...")
         try:
             reports.append(on_board.examine(board, model))
+            different = on_board.other_bundle(reports[0], reports[1], board)
         except BadInput as refused:
             failure = refused
     if as_json:
@@ -40,6 +44,8 @@ def doctor(options: Options, *, as_json: bool, board: str | None = None, model: 
         if report.finding:
             part = f"{report.finding.stage}: {report.finding.part}"
             raise CheckFailed(f"{report.bundle} on {report.place} is {report.verdict}: {part}")
+    if different:
+        raise CheckFailed(different)
     if failure is not None:
         raise failure
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from axc import drawings
 from axc.doctor import answer, cache, embedding, layers, post, texts
 from axc.doctor.case import REBUILD, Case, Options, Say, Unusable
-from axrun.doctor.files import files
+from axrun.doctor.files import files, manifest_digest
 from axrun.doctor.report import Finding, Report
 from axrun.doctor.sampling import sampling
 from axrun.doctor.versions import versions
@@ -30,6 +30,7 @@ def doctor(options: Options, show: Show = unseen, say: Say = lambda line: None) 
     _expect_bundle(options.bundle)
     case = Case(options, say)
     report = Report(str(options.bundle), _maker(options.bundle), platform.node() or "this machine", case.engine)
+    report.manifest = manifest_digest(options.bundle)
     try:
         walk(report, stages(case), show)
     except Unusable as unusable:

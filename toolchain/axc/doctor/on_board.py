@@ -15,16 +15,33 @@ SECONDS = 3600.0
 MOST_ERROR = 300  # characters
 
 
-def examine(board: str, model: str | None) -> Report:
-    """The report of a board's current release; `model` is the name it must have been deployed under.
-
-    Raises BadInput outside of a checkout, and where the board gives no report.
-    """
+def expect(board: str) -> None:
+    """Raises BadInput outside of a checkout and for a board that it does not name, before anything is examined."""
     if not (ROOT / "tasks.py").is_file():
         raise BadInput(
             f"--board needs a checkout of the project, with tasks.py; {ROOT} has none\n"
             "Run it there, or `axrun doctor` on the board itself."
         )
+    known = sorted(path.stem for path in (ROOT / "ci" / "boards").glob("*.yaml"))
+    if board not in known and not Path(board).is_file():
+        raise BadInput(f"no board is named {board!r:.60}: there are {', '.join(known)}\nOr give the path of its YAML.")
+
+
+def other_bundle(here: Report, there: Report, board: str) -> str:
+    """That a board has another bundle than the one that was examined here; empty where it has not, or does not say."""
+    if not there.manifest or not here.manifest or there.manifest == here.manifest:
+        return ""
+    return (
+        f"board {board} has another bundle (manifest {there.manifest[:12]}) than {here.bundle} "
+        f"(manifest {here.manifest[:12]})\nDeploy it first: invoke deploy --board {board}"
+    )
+
+
+def examine(board: str, model: str | None) -> Report:
+    """The report of a board's current release; `model` is the name it must have been deployed under.
+
+    Raises BadInput where the board gives no report, with what the task advises.
+    """
     command = [sys.executable, "-m", "invoke", "board.doctor", "--board", board, "--json"]
     command += ["--model", model] if model else []
     try:
@@ -41,5 +58,6 @@ def examine(board: str, model: str | None) -> Report:
             except (ValueError, RecursionError):
                 break
     said = [line for line in ran.stderr.splitlines() if line.strip()] or [f"exit code {ran.returncode}"]
-    errors = [line.partition("error: ")[2] for line in said if line.startswith("error: ")]
-    raise BadInput(f"board {board} gave no report: {(errors or said)[-1][:MOST_ERROR]}\nSee docs/boards.md.")
+    first = next((index for index, line in enumerate(said) if line.startswith("error: ")), len(said) - 1)
+    error, *advice = (line.removeprefix("error: ")[:MOST_ERROR] for line in said[first : first + 3])
+    raise BadInput("\n".join([f"board {board} gave no report: {error}", *(advice or ["See docs/boards.md."])]))

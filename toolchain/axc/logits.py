@@ -118,11 +118,13 @@ def compute(
     `model` is the description in a bundle's manifest, for the length of a window where the options give none. Raises
     BadInput.
     """
+    text = _text(options.text)  # before torch is loaded, which takes its time
+
     import transformers
 
     from axc.reference import Reference
 
-    text, ids = _tokens(options)
+    ids = _ids(options, text)
     length = options.window or min(_window_of(model), len(ids))
     if len(ids) < length:
         raise BadInput(f"{options.text} has {len(ids)} tokens, expected at least --window {length}")
@@ -200,21 +202,26 @@ def _inputs(options: Options, manifest: dict[str, Any] | None) -> Iterator[Path]
     yield from (path for path in sorted(files) if path.is_file())
 
 
-def _tokens(options: Options) -> tuple[bytes, list[int]]:
-    """The text and its token ids by AutoTokenizer, as many as are wanted."""
+def _text(path: Path) -> bytes:
+    """A text, in UTF-8. Raises BadInput."""
     try:
-        text = options.text.read_bytes()
-        decoded = text.decode("utf-8")
+        text = path.read_bytes()
+        text.decode("utf-8")
     except OSError as error:
-        raise BadInput(f"cannot read {options.text}: {error.strerror or error}") from None
+        raise BadInput(f"cannot read {path}: {error.strerror or error}\nGive a text file in UTF-8 as --text.") from None
     except UnicodeDecodeError as error:
-        raise BadInput(f"{options.text} is not UTF-8 at byte {error.start}") from None
-    from axc.reference import tokenizer  # torch: not before the text is known to be one
+        raise BadInput(f"{path} is not UTF-8 at byte {error.start}\nConvert it, e.g. with iconv -t UTF-8.") from None
+    return text
 
-    ids = list(tokenizer(options.input_path).encode(decoded))[: options.tokens]
+
+def _ids(options: Options, text: bytes) -> list[int]:
+    """Token ids of the text by AutoTokenizer, as many as are wanted."""
+    from axc.reference import tokenizer
+
+    ids = list(tokenizer(options.input_path).encode(text.decode("utf-8")))[: options.tokens]
     if len(ids) < 2:
-        raise BadInput(f"{options.text} has {len(ids)} tokens, expected at least 2")
-    return text, ids
+        raise BadInput(f"{options.text} has {len(ids)} tokens, expected at least 2\nGive a longer text.")
+    return ids
 
 
 Columns = tuple[NDArray[np.int64], Floats, Floats, Floats]

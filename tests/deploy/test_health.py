@@ -32,7 +32,10 @@ def test_the_known_bundle_is_sent_once_and_told_when_it_changes(
     assert first.tokens == health.ANSWER
     assert first.speed["decode_tokens_per_s"] > 0
     assert first.sizes["memory"] > 0
-    assert first.versions["python"] == f"{host.board.python}.{first.versions['python'].rpartition('.')[2]}"
+    version, program, digest = first.versions["python"].split(", ")
+    assert version.startswith(f"{host.board.python}.")
+    assert Path(program).is_absolute()
+    assert digest.startswith("sha256 ")
 
     deploy.deploy(host.board, host.at, host_package(tmp_path / "night", b"other"), bundles[0], "1+1=", keep=1)
     said.clear()

@@ -32,7 +32,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "1 matrix stored as Q8_0 kept as s8: the same levels and scales",
     ]
     manifest = build.build(planned).manifest
-    assert manifest["accuracy"]["worst_weight_error"] < 0.01
+    assert manifest["accuracy"]["worst_weight_error"] < 0.015  # one scale a row, and rows with outliers
     assert manifest["accuracy"]["kept"] == {EMBEDDING: "Q8_0"}
     assert "mended" not in manifest["text"]
     return output

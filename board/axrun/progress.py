@@ -1,10 +1,12 @@
-"""How far some work is, in numbers. Who shows it decides how: a bar on a terminal, lines elsewhere."""
+"""Progress as numbers; the caller decides how to show it: a bar on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+
+BAR = 20  # characters
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,11 @@ class Progress:
         return f"[{self.done}/{self.total}] {'#' * full:.<{BAR}} {self.what}"
 
 
-BAR = 20  # characters
-
 Show = Callable[[Progress], None]
 
 
 def unseen(progress: Progress) -> None:
-    """Where nobody looks."""
+    """Default of callers that show nothing."""
 
 
 def show(progress: Progress) -> None:
@@ -45,12 +45,12 @@ def show(progress: Progress) -> None:
 
 
 def show_on_terminal(progress: Progress) -> None:
-    """As `show`, and nothing elsewhere."""
+    """As `show` on a terminal; nothing elsewhere."""
     if sys.stderr.isatty():
         show(progress)
 
 
 def mention(line: str) -> None:
-    """What is done inside a part: in the changing line of a terminal, nowhere else."""
+    """A detail of the current part: overwrites the line of a terminal, and is dropped elsewhere."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

@@ -60,7 +60,7 @@ class Sequence:
 
     def truncate(self, length: int) -> None:
         """Forgets the tokens from `length` on."""
-        del self.ids[length:]  # first: who interrupts this finds no token whose rows are gone
+        del self.ids[length:]  # first: an interrupt here must not leave tokens whose rows are gone
         self._exact = min(self._exact, len(self.ids))
         cache = self.model.decoder.cache
         cache.truncate(min(len(self.ids), cache.length))

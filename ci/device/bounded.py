@@ -1,4 +1,4 @@
-"""A command whose words are bounded while they are read: what it prints beyond that costs no memory."""
+"""Runs a command and bounds its output while reading it, so that a flood costs no memory."""
 
 from __future__ import annotations
 

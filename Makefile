@@ -11,6 +11,7 @@ PARALLEL  ?=
 FORCE     ?=
 ARGS      ?=
 PEER      ?=
+REPORT    ?=
 TORCH     ?=
 WHEELS    ?=
 ENGINE    ?= auto
@@ -22,7 +23,7 @@ VENDOR_SHA256 ?=
 VENDOR_LICENCE ?=
 
 # Passed on as typed: make expands no $ in a prompt, and no shell reads it a second time.
-SETTINGS = MODEL MODEL_DIR PROMPT OUT PARALLEL FORCE ARGS PEER TORCH WHEELS
+SETTINGS = MODEL MODEL_DIR PROMPT OUT PARALLEL FORCE ARGS PEER REPORT TORCH WHEELS
 SETTINGS += ENGINE BACKEND BASE_IMAGE MIRROR VENDOR_IMAGE VENDOR_SHA256 VENDOR_LICENCE
 $(foreach name,$(SETTINGS),$(eval override $(name) := $$(value $(name))))
 export $(SETTINGS)
@@ -95,7 +96,7 @@ ready:
 ## ARGS='...'          more flags for the command        WHEELS=folder        more wheels to install from
 ## PYTHON=python3.12   another Python (3.11 to 3.14)     VENV=.venv           another environment
 ## TORCH=cpu           torch for a build's check: cpu, pypi (as the package index has it, 3 GB), or none: no check
-## PEER=llama.cpp      what `make bench` builds to measure beside
+## PEER=llama.cpp      what `make bench` measures beside  REPORT=1             write docs/benchmarks.md from it
 ## ENGINE=auto         auto, docker or local             BASE_IMAGE=image     another Debian image to build on
 ## BACKEND=cpu         cpu, or pulsar2 with VENDOR_IMAGE  MIRROR=address       another Debian mirror
 ##                     (VENDOR_SHA256, VENDOR_LICENCE)   see docs/container.md

@@ -31,6 +31,7 @@ from ci.tasks.common import (
     PARALLEL,
     PEER,
     PROMPT,
+    REPORT,
     ROOT,
     TELL,
     VENDOR_IMAGE,
@@ -190,13 +191,26 @@ def page(_: Context) -> None:
 
 
 @verb
-def bench(_: Context, args: str = ARGS, peer: str = PEER) -> None:
-    """Speed and memory beside a peer: every bench_*.py of the tests."""
+def bench(
+    _: Context, args: str = ARGS, peer: str = PEER, out: str = OUT or "out", report: bool = REPORT not in ("", "0")
+) -> None:
+    """Speed, memory and quality beside a peer: every bench_*.py of the tests; with REPORT=1 into docs/benchmarks.md."""
     more = split(args)
     install(VENV, "reference", "test")
     if peer:
         os.environ["LLAMA_PYTHON"] = str(install_peer(peer, VENV))
-    tool(*BENCH, "-s", *more)
+    if not report:
+        tool(*BENCH, "-s", *more)
+        return
+    from ci.benchmarks.report import publish, versions
+
+    run = Path(out) / "benchmarks.json"
+    run.parent.mkdir(parents=True, exist_ok=True)
+    tool(*BENCH, "-s", f"--benchmark-json={run}", *more)
+    settings = [("PEER", peer), ("ARGS", args)]
+    command = shlex.join(["make", "bench", "REPORT=1", *(f"{name}={value}" for name, value in settings if value)])
+    for path in publish(run, command, versions(os.environ.get("LLAMA_PYTHON"))):
+        print(path)
 
 
 @verb

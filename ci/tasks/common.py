@@ -27,8 +27,8 @@ from requirements.install import PEERS, SETS, SetupFailed
 ROOT = Path(__file__).resolve().parents[2]
 VENV = Path(sys.prefix)
 
-SETTINGS = ("MODEL", "MODEL_DIR", "PROMPT", "OUT", "PARALLEL", "FORCE", "ARGS", "PEER", "TORCH", "WHEELS")
-MODEL, MODEL_DIR, PROMPT, OUT, PARALLEL, FORCE, ARGS, PEER, *_ = (os.environ.get(name, "") for name in SETTINGS)
+SETTINGS = ("MODEL", "MODEL_DIR", "PROMPT", "OUT", "PARALLEL", "FORCE", "ARGS", "PEER", "REPORT", "TORCH", "WHEELS")
+MODEL, MODEL_DIR, PROMPT, OUT, PARALLEL, FORCE, ARGS, PEER, REPORT, *_ = (os.environ.get(name, "") for name in SETTINGS)
 CONTAINER_SETTINGS = ("ENGINE", "BASE_IMAGE", "MIRROR", "BACKEND", "VENDOR_IMAGE", "VENDOR_SHA256", "VENDOR_LICENCE")
 ENGINE, BASE_IMAGE, MIRROR, BACKEND, VENDOR_IMAGE, VENDOR_SHA256, VENDOR_LICENCE = (
     os.environ.get(name, "") for name in CONTAINER_SETTINGS
@@ -51,6 +51,7 @@ HELP = {
     "record": "write down the packages that were found, instead of holding them against the record",
     "backend": "cpu, or pulsar2 for the vendor's compiler in VENDOR_IMAGE (BACKEND, default cpu)",
     "peer": f"what to measure beside: {', '.join(PEERS)} (PEER, default none)",
+    "report": "write docs/benchmarks.md and the README's table from the run (REPORT=1)",
     "extra": f"one of {', '.join(SETS)}; may be repeated (default all)",
     "tag": "what git calls the release; it has to be v and the VERSION of both packages",
     "upgrade": "take the newest versions instead of keeping those that are locked",

@@ -17,6 +17,8 @@ from statistics import median
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from tests.bench.tables import record
+
 ROUNDS = 5
 FLAGS = ["--kv_cache_len", "1023", "--prefill_len", "128", "--hidden_state_type", "bf16", "-w", "s8", "--chip", "AX650"]
 LIMITS_KB = {"qwen2-0.5b": 800_000, "qwen2-7b": 2_000_000}  # ulimit -d: private memory of each process
@@ -86,9 +88,20 @@ def test_build_beside_gguf(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
     benchmark.extra_info.update(
         build_seconds=median(ours), gguf_q8_0_seconds=median(theirs), ratio=median(ratios), ratios=ratios
     )
-    print(f"\nllm_build -w s8, Qwen2-0.5B shapes   {median(ours):6.2f} s ({min(ours):.2f} to {max(ours):.2f})")
-    print(f"gguf-py Q8_0, same weights           {median(theirs):6.2f} s ({min(theirs):.2f} to {max(theirs):.2f})")
-    print(f"ratio, pair by pair                  {median(ratios):6.2f}   ({min(ratios):.2f} to {max(ratios):.2f})")
+    seconds = [("axc llm_build -w s8", ours), ("gguf-py, Q8_0", theirs)]
+    rows = [(who, f"{median(took):.2f}", f"{min(took):.2f} to {max(took):.2f}") for who, took in seconds]
+    ratio = f"{median(theirs) / median(ours):.2f}x as fast"
+    record(
+        benchmark,
+        "build",
+        "Build: Qwen2-0.5B's shapes to 8 bits, two processes",
+        ("", "seconds", "range"),
+        rows,
+        unit="seconds",
+        note=f"Pair by pair: {median(ratios):.2f} of gguf-py's time ({min(ratios):.2f} to {max(ratios):.2f}).",
+        bars=("seconds",),
+        headlines=[("build, Qwen2-0.5B to s8", f"{rows[0][1]} s", f"gguf-py Q8_0 {rows[1][1]} s", ratio)],
+    )
 
 
 @pytest.mark.parametrize("model", ["qwen2-0.5b", *(["qwen2-7b"] if os.environ.get("BENCH_7B") else [])])

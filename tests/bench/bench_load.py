@@ -16,9 +16,11 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from engine import build as shipped
+from tests.bench.tables import record
 
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 3
+MEMORY = ("private", "cache", "before", "shared")
 
 # Prints seconds and bytes as JSON, then its memory for each line it is given. Private is what nobody else can share.
 LOAD = """
@@ -98,9 +100,16 @@ def test_load_beside_onnxruntime(bundle: Path, benchmark: BenchmarkFixture) -> N
         loader.end()
     benchmark.extra_info.update(best=best, together=together)
     weights = sum(file.stat().st_size for file in bundle.glob("*.axmodel"))
-    print(f"\n{len(list(bundle.glob('*.axmodel')))} axmodels, {weights / 1e6:.0f} MB")
-    print(f"{'':6}{'load s':>10}{'private MB':>12}{'of it K/V':>12}{'before load':>12}{'shared MB':>12}")
-    for engine, seen in best.items():
-        figures = (seen["private"], seen["cache"], seen["before"], seen["shared"])
-        print(f"{engine:6}{seen['seconds']:10.3f}" + "".join(f"{figure / 1e6:12.1f}" for figure in figures))
-    print(f"two processes of ax at a time: {sum(seen['pss'] for seen in together) / 1e6:.0f} MB of memory in all")
+    count, pss = len(list(bundle.glob("*.axmodel"))), sum(seen["pss"] for seen in together)
+    rows = [
+        (engine, f"{seen['seconds']:.3f}", *(f"{seen[what] / 1e6:.1f}" for what in MEMORY))
+        for engine, seen in best.items()
+    ]
+    record(
+        benchmark,
+        "load",
+        f"Load: Qwen2-0.5B's shapes, {count} axmodels, {weights / 1e6:.0f} MB",
+        ("engine", "seconds", "private MB", "of it K/V", "before load", "shared MB"),
+        rows,
+        note=f"Two processes of ax at a time take {pss / 1e6:.0f} MB of memory in all.",
+    )

@@ -27,6 +27,7 @@ from axrun.sequence import Sequence
 from axrun.session import Array, Binding, Session, SessionGroup
 from axrun.text.template import ChatTemplate
 from axrun.text.tokenizer import Tokenizer
+from tests.bench.tables import record
 from tests.conftest import Builder
 
 ROUNDS, TOKENS = 7, 32
@@ -85,7 +86,13 @@ def show(benchmark: BenchmarkFixture, tokens: int) -> None:
     assert benchmark.stats
     seconds = benchmark.stats.stats.median
     benchmark.extra_info["tokens_per_second"] = tokens / seconds
-    print(f"\n{benchmark.name}: {1e3 * seconds:.2f} ms, {tokens / seconds:.1f} token/s")
+    record(
+        benchmark,
+        "runner",
+        "Runner: Qwen2-0.5B's shapes, s8",
+        ("", "ms", "token/s"),
+        [(benchmark.name.removeprefix("test_runner_"), f"{1e3 * seconds:.2f}", f"{tokens / seconds:.1f}")],
+    )
 
 
 @pytest.mark.parametrize("length", [23, 128, 512])
@@ -237,6 +244,16 @@ def test_runner_chat_second_turn_beside_a_first_of_all(build_tiny: Builder, benc
         all_tokens=whole.stats.prompt_tokens,
         all_ttft_seconds=whole.stats.ttft_seconds,
     )
-    print(f"\nsecond turn: {turns[-1][0]} new tokens, ttft {1e3 * second:.2f} ms")
-    print(f"from nothing: {whole.stats.prompt_tokens} tokens, ttft {1e3 * whole.stats.ttft_seconds:.2f} ms")
+    record(
+        benchmark,
+        "chat-second-turn",
+        "Chat: a later turn reads only what is new, tiny-qwen2",
+        ("", "tokens read", "ttft ms"),
+        [
+            ("next turn", str(turns[-1][0]), f"{1e3 * second:.2f}"),
+            ("the same from nothing", str(whole.stats.prompt_tokens), f"{1e3 * whole.stats.ttft_seconds:.2f}"),
+        ],
+        unit="ms",
+        bars=("ttft ms",),
+    )
     assert turns[-1][0] < 30 < 500 < whole.stats.prompt_tokens

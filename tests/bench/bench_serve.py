@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from statistics import median
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from tests.bench.tables import record
 from tests.serve import load
 from tests.serve.server import Server
 
@@ -39,7 +39,13 @@ def test_32_clients_for_a_minute(benchmark: BenchmarkFixture, bundle_s8: Path) -
         "tokens_written_per_s": round(written / (SECONDS + 3), 1),
         "rss_mb_before_after": [round(value / 1e6, 1) for value in rss],
     }
-    print(json.dumps(benchmark.extra_info))
+    record(
+        benchmark,
+        "serve-load",
+        f"Server: {CLIENTS} clients for {SECONDS:.0f} s, a third hang up",
+        ("", "value"),
+        [(name, str(value)) for name, value in benchmark.extra_info.items()],
+    )
 
 
 @pytest.mark.parametrize("new", [4, 24, 60])
@@ -62,4 +68,11 @@ def test_time_to_first_token_behind_a_history(
     finally:
         assert server.stop() == 0
     benchmark.extra_info["median_ms"] = round(1e3 * median(seconds[1:]), 2)
-    print(history, new, benchmark.extra_info)
+    record(
+        benchmark,
+        "serve-ttft",
+        "Server: time to first token behind a cached history, tiny-qwen2",
+        ("history + new tokens", "ms"),
+        [(f"{history} + {new}", str(benchmark.extra_info["median_ms"]))],
+        unit="ms",
+    )

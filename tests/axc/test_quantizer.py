@@ -11,10 +11,20 @@ import numpy as np
 import onnx
 import onnx.numpy_helper
 import onnx.reference
+import onnxruntime
 import pytest
 
-from axc.quantizer import WEIGHT_TYPES, SquaredError
-from axc.quantizer.round_to_nearest import quantize
+from axc.axmodel.writer import write_axmodel
+from axc.doctor.stored import read as stored_weights
+from axc.graph import Graph, Weight
+from axc.quantizer import WEIGHT_TYPES, SquaredError, WeightType
+from axc.quantizer.kept import Kept
+from axc.quantizer.round_to_nearest import RoundToNearest, quantize
+from axc.weights.sources import Stored
+from axrun.errors import BadInput
+from axrun.format import axmodel
+from axrun.format.axmodel import PRODUCER
+from axrun.session import ax_engine, ort
 
 RANDOM = np.random.default_rng(0)
 SHAPES: dict[str, Callable[[tuple[int, int]], Any]] = {
@@ -43,13 +53,21 @@ def test_scales_are_chosen_by_error(shape: str, dtype: str, low: int, high: int,
         assert errors.sum() < (0.996 if dtype == "INT8" else 0.8) * plain.sum()
 
 
+HALF_SCALES = {
+    f"{name} in {size}, half scales": RoundToNearest(dtype, size, "FLOAT16")
+    for name, dtype in (("s8", "INT8"), ("s4", "INT4"))
+    for size in (32, 64)
+}
+KINDS: dict[str, WeightType] = {**WEIGHT_TYPES, **HALF_SCALES}
+
+
 @pytest.mark.parametrize("stored", ["BFLOAT16", "FLOAT16", "FLOAT"])
-@pytest.mark.parametrize("weight_type", WEIGHT_TYPES)
+@pytest.mark.parametrize("weight_type", KINDS)
 def test_what_is_stored_comes_back_as_onnx_reads_it(weight_type: str, stored: str) -> None:
     """Parts -> TensorProtos -> onnx's reference evaluator of DequantizeLinear or Cast."""
     carriers = {"BFLOAT16": ml_dtypes.bfloat16, "FLOAT16": np.float16, "FLOAT": np.float32}
     weights = RANDOM.standard_normal((24, 256)).astype(carriers[stored])
-    kind, error = WEIGHT_TYPES[weight_type], SquaredError()
+    kind, error = KINDS[weight_type], SquaredError()
     arrays = list(kind.store(weights.view(np.uint16) if stored == "BFLOAT16" else weights, stored, error))
     parts = kind.parts("w", 24, 256)
     tensors = [
@@ -58,19 +76,107 @@ def test_what_is_stored_comes_back_as_onnx_reads_it(weight_type: str, stored: st
         )
         for (name, dtype, dims), array in zip(parts, arrays, strict=True)
     ]
-    op = "DequantizeLinear" if len(parts) > 1 else "Cast"
-    attributes: dict[str, Any] = kind.dequantize(256) if len(parts) > 1 else {"to": onnx.TensorProto.FLOAT}
-    node = onnx.helper.make_node(op, [part[0] for part in parts], ["y"], **attributes)
+    cast: dict[str, Any] = {"to": onnx.TensorProto.FLOAT}
+    nodes = [onnx.helper.make_node("Cast", [parts[-1][0]], ["wide" if len(parts) > 1 else "y"], **cast)]
+    if len(parts) > 1:
+        attributes: dict[str, Any] = kind.dequantize(256)
+        nodes.append(onnx.helper.make_node("DequantizeLinear", ["w", "wide"], ["y"], **attributes))
     output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [24, 256])
-    graph = onnx.helper.make_graph([node], "g", [], [output], tensors)
+    graph = onnx.helper.make_graph(nodes, "g", [], [output], tensors)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)])
     evaluated: Any = onnx.reference.ReferenceEvaluator(model).run(None, {})
     restored = evaluated[0].astype(np.float64)
     wanted = weights.astype(np.float64)
     relative = np.sqrt(np.square(restored - wanted).sum() / np.square(wanted).sum())
-    assert relative <= {"fp32": 0, "fp16": 1e-3, "bf16": 3e-3, "s8": 0.01, "s4": 0.12}[weight_type]
+    assert relative <= {"fp32": 0, "fp16": 1e-3, "bf16": 3e-3, "s8": 0.01, "s4": 0.12}[weight_type.split()[0]]
     if len(parts) > 1:
         assert error.relative == pytest.approx(relative, rel=1e-3)
+
+
+class Packed:
+    """A matrix that a checkpoint has as levels, scales and zero points; read a row at a time."""
+
+    def __init__(self, dtype: str, rows: int, columns: int, block: int, zeros: bool) -> None:
+        low, high = {"INT8": (-128, 127), "INT4": (-8, 7)}[dtype]
+        self.levels_ = RANDOM.integers(low, high, (rows, columns), np.int8, endpoint=True)
+        self.scales = RANDOM.normal(0, 0.1, (rows, columns // block)).astype(np.float16).astype(np.float32)
+        self.zeros = RANDOM.integers(low, high, self.scales.shape, np.int8, endpoint=True) if zeros else None
+
+    def levels(self, name: str) -> Any:
+        for row in range(len(self.levels_)):
+            arrays = (self.levels_, self.scales) if self.zeros is None else (self.levels_, self.scales, self.zeros)
+            yield tuple(array[row : row + 1] for array in arrays)
+
+    @property
+    def values(self) -> Any:
+        block = self.levels_.shape[1] // self.scales.shape[1]
+        zeros = 0 if self.zeros is None else np.repeat(self.zeros, block, axis=1)
+        return (self.levels_.astype(np.float32) - zeros) * np.repeat(self.scales, block, axis=1)
+
+
+def write_linear(path: Path, tensors: Any, kind: Kept, rows: int, columns: int) -> None:
+    """An axmodel of the one matrix, as the compiler writes it."""
+    graph = Graph("linear", kind, "FLOAT", {"w.weight": Stored("w.weight", (rows, columns))}, {"w.weight": kind})
+    graph.output("output", graph.linear(graph.input("input", "FLOAT", 1, "M", columns), "w"), "FLOAT")
+    groups = '[{"tokens":1,"history":0},{"tokens":7,"history":0}]'
+    metadata = {"axmodel.version": "1", "axmodel.kind": "post", "axmodel.groups": groups}
+    model = graph.axmodel("test", 23, PRODUCER, {**metadata, "axmodel.hidden_state_type": "fp32"})
+    assert all(not isinstance(data, Weight) or data.weight_type is kind for data in graph.parameters.values())
+    write_axmodel(path, model, graph.parameters, tensors)
+
+
+@pytest.mark.parametrize("scale_dtype", ["FLOAT", "FLOAT16"])
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(("dtype", "block"), [("INT4", 32), ("INT4", 64), ("INT8", 32)])
+def test_what_is_kept_is_computed_by_every_reader(
+    tmp_path: Path, dtype: str, block: int, zeros: bool, scale_dtype: str
+) -> None:
+    """Zero points whose rows end inside a byte; onnx's checker and evaluator, onnxruntime and our two sessions."""
+    rows, columns = 5, 3 * block
+    tensors = Packed(dtype, rows, columns, block, zeros)
+    kind, path = Kept(dtype, block, "w.weight", "test", scale_dtype, zeros), tmp_path / "w.axmodel"
+    write_linear(path, tensors, kind, rows, columns)
+    onnx.checker.check_model(path, full_check=True)
+    seen = stored_weights(axmodel.read(path))
+    assert list(seen) == ["w.weight"]
+    assert np.array_equal(seen["w.weight"].values(), tensors.values)
+    x = np.eye(columns, dtype=np.float32)[None]  # the product is the matrix
+    readers: tuple[Any, ...] = onnx.reference.ReferenceEvaluator(str(path)), onnxruntime.InferenceSession(path)
+    for reader in readers:
+        assert np.array_equal(reader.run(None, {"input": x})[0][0].T, tensors.values)
+    stored = sum(tensor.nbytes for tensor in axmodel.read(path).initializers.values())
+    assert abs(stored * 8 - kind.bits * rows * columns) < 8
+    x = RANDOM.standard_normal((1, 7, columns), np.float32)
+    expected = x[0] @ tensors.values.T
+    for session in (ax_engine.open_session(path, 1), ort.open_session(path, threads=1)):
+        out = np.zeros((1, 7, rows), np.float32)
+        session.bind(1, {"input": x, "output": out}).run()
+        assert np.abs(out[0] - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_scales_that_a_type_does_not_hold_are_refused(tmp_path: Path) -> None:
+    tensors = Packed("INT4", 2, 64, 32, False)
+    tensors.scales[1, 1] = 1.0001
+    with pytest.raises(BadInput, match=r"w.weight holds scale 1\.0001, which FLOAT16 does not hold exactly"):
+        write_linear(tmp_path / "w.axmodel", tensors, Kept("INT4", 32, "w.weight", "test", "FLOAT16"), 2, 64)
+    with pytest.raises(OverflowError, match=r"a scale of 3.*, too large for FLOAT16"):
+        quantize(np.full((1, 32), 3e37, np.float32), "INT4", "FLOAT16")
+
+
+def test_half_scales_cost_next_to_nothing() -> None:
+    """Levels are rounded with the scale as it is stored; the smallest there is is not 0."""
+    groups = RANDOM.standard_normal((512, 32)).astype(np.float32)
+    groups[0] *= 1e-9
+    errors = {}
+    for scale_dtype in ("FLOAT", "FLOAT16"):
+        levels, scales, noise, _ = quantize(groups.copy(), "INT8", scale_dtype)
+        exact = np.square(levels * scales[:, None].astype(np.float64) - groups).sum(axis=1)
+        np.testing.assert_allclose(exact, noise, rtol=1e-2, atol=1e-12)
+        assert scales.all()
+        assert np.abs(levels).max() <= 127
+        errors[scale_dtype] = exact.sum()
+    assert (scales.astype(np.float16) == scales).all()
+    assert errors["FLOAT16"] < 1.01 * errors["FLOAT"]
 
 
 def test_s4_blocks_shrink_until_they_divide_the_row() -> None:

@@ -94,7 +94,11 @@ def linear_file(tmp_path: Path) -> LinearFile:
         matrix = "weight.0"
         nodes = []
         if len(parts) > 1:
-            nodes.append(Node("DequantizeLinear", tuple(tensors), ("wide",), attributes))
+            names = list(tensors)
+            if parts[1][0] == "FLOAT16":
+                nodes.append(Node("Cast", (names[1],), ("scales",), {"to": 1}))
+                names[1] = "scales"
+            nodes.append(Node("DequantizeLinear", tuple(names), ("wide",), attributes))
             matrix = "wide"
         elif parts[0][0] != "FLOAT":
             nodes.append(Node("Cast", ("weight.0",), ("wide",), {"to": 1}))

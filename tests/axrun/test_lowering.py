@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from axrun.format import axmodel
 from axrun.format.dtypes import from_float32, to_float32
+from axrun.format.quantised import pack4
 from axrun.session import ort
 from axrun.session.lowering import lower
 
@@ -25,7 +26,7 @@ TWO_HALVES = 1e-4
 FLOAT32 = 3e-6
 
 
-def make(kind: str, rows: int, columns: int, block: int = 0) -> Weight:
+def make(kind: str, rows: int, columns: int, block: int = 0, zeros: bool = False, scale_dtype: str = "FLOAT") -> Weight:
     """Parts of a random weight, the attributes of its DequantizeLinear, and its values."""
     random = np.random.default_rng(columns)
     if kind in ("FLOAT", "FLOAT16", "BFLOAT16"):
@@ -34,13 +35,18 @@ def make(kind: str, rows: int, columns: int, block: int = 0) -> Weight:
     low, high = (-127, 127) if kind == "INT8" else (-8, 7)
     levels = random.integers(low, high, (rows, columns), endpoint=True)
     size = block or columns
-    scales = random.uniform(-1, 1, (rows, -(-columns // size))).astype(np.float32)
-    values = levels * np.repeat(scales.astype(np.float64), size, axis=1)[:, :columns]
-    if kind == "INT8":
-        return [(kind, levels.shape, levels.astype(np.int8)), ("FLOAT", (rows,), scales)], {"axis": 0}, values
-    nibbles = levels.astype(np.int8).view(np.uint8).reshape(-1) & 15
-    packed = nibbles[0::2] | nibbles[1::2] << 4
-    return [(kind, levels.shape, packed), ("FLOAT", scales.shape, scales)], {"axis": 1, "block_size": size}, values
+    stored = from_float32(random.uniform(-1, 1, (rows, -(-columns // size))).astype(np.float32), scale_dtype)
+    scales = to_float32(stored, scale_dtype)
+    offsets = random.integers(low, high, scales.shape, endpoint=True) * zeros
+    values = (levels - np.repeat(offsets, size, axis=1)[:, :columns]).astype(np.float64)
+    values *= np.repeat(scales.astype(np.float64), size, axis=1)[:, :columns]
+
+    def packed(integers: NDArray[Any]) -> NDArray[Any]:
+        return integers.astype(np.int8) if kind == "INT8" else pack4(integers.astype(np.int8))
+
+    shape, attributes = ((rows,), {"axis": 0}) if not block else (scales.shape, {"axis": 1, "block_size": size})
+    parts = [(kind, levels.shape, packed(levels)), (scale_dtype, shape, stored)]
+    return [*parts, (kind, shape, packed(offsets))] if zeros else parts, attributes, values
 
 
 def run(path: Path, x: NDArray[np.float32], lowered: bool) -> NDArray[np.float32]:
@@ -68,13 +74,22 @@ def error(seen: NDArray[Any], expected: NDArray[np.float64]) -> float:
         ("INT4", 192, 96, "MatMulNBits", TWO_HALVES),  # a stored block in several of the kernel's
         ("INT4", 56, 8, "FusedMatMul", FLOAT32),  # blocks too small for the kernel
         ("INT4", 96, 40, "FusedMatMul", FLOAT32),  # blocks no kernel block divides, the last one short
+        ("INT4, zero points", 96, 32, "MatMulNBits", TWO_HALVES),  # rows of zero points that end inside a byte
+        ("INT4, zero points", 192, 96, "MatMulNBits", TWO_HALVES),
+        ("INT4, half scales", 96, 32, "MatMulNBits", TWO_HALVES),
+        ("INT8, half scales, zero points", 96, 32, "MatMulNBits", TWO_HALVES),
+        ("INT4, zero points", 56, 8, "FusedMatMul", FLOAT32),
+        ("INT8, zero points", 96, 32, "MatMulNBits", TWO_HALVES),
+        ("INT8, zero points", 84, 0, "FusedMatMul", FLOAT32),
     ],
 )
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_a_lowered_weight_multiplies_as_the_file_says(
     linear_file: LinearFile, kind: str, columns: int, block: int, operator: str, bound: float, tokens: int
 ) -> None:
-    parts, attributes, values = make(kind, 48, columns, block)
+    parts, attributes, values = make(
+        kind.split(",")[0], 48, columns, block, "zero" in kind, "FLOAT16" if "half" in kind else "FLOAT"
+    )
     path = linear_file(parts, **attributes)
     before = path.read_bytes()
     x = np.random.default_rng(1).standard_normal((1, tokens, columns), np.float32)
@@ -84,7 +99,7 @@ def test_a_lowered_weight_multiplies_as_the_file_says(
     model, _ = lower(axmodel.read(path))
     operators = Counter(node.op_type for node in onnx.load_from_string(model).graph.node)
     assert operators[operator] == 1
-    assert not operators.keys() & {"DequantizeLinear", "Transpose", "MatMul"}
+    assert not operators.keys() & {"Cast", "DequantizeLinear", "Transpose", "MatMul"}
     assert error(run(path, x, lowered=True), expected) < bound
     assert path.read_bytes() == before
 
@@ -103,10 +118,10 @@ def test_zeros_and_extreme_values_stay_exact(linear_file: LinearFile, kind: str,
 
 
 def test_a_graph_it_does_not_know_is_left_alone(linear_file: LinearFile) -> None:
-    """An INT8 weight with a zero point is not ours; onnxruntime takes it as it stands."""
-    levels = np.random.default_rng(0).integers(-127, 127, (48, 64)).astype(np.int8)
-    scales, zeros = np.full(48, 0.5, np.float32), np.full(48, 3, np.int8)
-    path = linear_file([("INT8", (48, 64), levels), ("FLOAT", (48,), scales), ("INT8", (48,), zeros)], axis=0)
+    """An unsigned weight is not ours; onnxruntime takes it as it stands."""
+    levels = np.random.default_rng(0).integers(0, 255, (48, 64)).astype(np.uint8)
+    scales, zeros = np.full(48, 0.5, np.float32), np.full(48, 3, np.uint8)
+    path = linear_file([("UINT8", (48, 64), levels), ("FLOAT", (48,), scales), ("UINT8", (48,), zeros)], axis=0)
     x = np.random.default_rng(1).standard_normal((1, 2, 64), np.float32)
     model, _ = lower(axmodel.read(path))
     assert "DequantizeLinear" in {node.op_type for node in onnx.load_from_string(model).graph.node}

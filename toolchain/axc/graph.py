@@ -125,6 +125,7 @@ class Graph:
             matrix = self.cast(parts[0], "FLOAT")
         else:
             matrix = Value(self._name("DequantizeLinear"), "FLOAT", (out_features, in_features))
+            parts[1] = self.cast(parts[1], "FLOAT")
             inputs = tuple(part.name for part in parts)
             self.nodes.append(Node("DequantizeLinear", inputs, (matrix.name,), kind.dequantize(in_features)))
         matrix = self._node("Transpose", [matrix], "FLOAT", (in_features, out_features), perm=(1, 0))

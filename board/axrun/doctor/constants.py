@@ -18,9 +18,11 @@ from axrun.doctor.graphs import Drawing, difference, draw, unread
 from axrun.doctor.report import Finding
 from axrun.errors import BadInput
 from axrun.format import axmodel
+from axrun.format.quantised import Quantised, makers, quantised
 
 EPSILON = "epsilon"
 LARGEST = {"INT8": 64, "INT4": 4}  # of the levels under one scale, in size, at least: half of the range
+ROWS = 2048  # looked at together
 NOTHING = 2.0**-99  # the scale of a row of zeros is smaller
 
 
@@ -53,7 +55,7 @@ def constants(context: Context, stage: str, index: int | None) -> Finding | None
     if fault := _epsilon(model, about):
         expected, seen = fault
         return _finding(stage, f"{part}, epsilon of a norm", path.name, expected, seen, "eps is not the checkpoint's")
-    if wrong := _levels(model):
+    if wrong := unfit_scales(model):
         return _finding(stage, f"{part}, {wrong[0]}", path.name, *wrong[1:])
     if changed := _graph(model, about.get("graphs"), bundle.manifest, index):
         return _finding(stage, f"{part}, graph", path.name, "the graph that axc writes", "another", changed)
@@ -82,26 +84,29 @@ def _graph(model: axmodel.Axmodel, known: object, manifest: Mapping[str, Any], i
     return changed or unread(model)
 
 
-def _levels(model: axmodel.Axmodel) -> tuple[str, str, str, str] | None:
+def unfit_scales(model: axmodel.Axmodel) -> tuple[str, str, str, str] | None:
     """Part, expected, seen and cause of the first scale that is no rounding's."""
+    made_by = makers(model)
     for node in model.nodes:
-        if node.op_type != "DequantizeLinear" or not {*node.inputs[:2]} <= model.initializers.keys():
+        packed = quantised(model, node, made_by)
+        if packed is None or any(part.raw is None for part in packed.parts):
             continue
-        matrix, factors = (model.initializers[name] for name in node.inputs[:2])
-        if matrix.dtype not in LARGEST or factors.dtype != "FLOAT" or matrix.raw is None or factors.raw is None:
-            continue
+        matrix, factors = packed.levels, packed.scales
         scales = factors.array().reshape(-1)
         bad = np.flatnonzero(~np.isfinite(scales))
         if len(bad):
             words = f"{scales[bad[0]]} at {_place(bad[0], factors)}"
             return factors.name, "finite scales", words, f"{len(bad)} of {len(scales)} scales are not finite"
-        largest = _largest(matrix, len(scales))
-        if largest is None:
+        if matrix.dims[1] % packed.block:
             continue
+        largest = _largest(packed)
         bad = np.flatnonzero((largest < LARGEST[matrix.dtype]) & (np.abs(scales) > NOTHING))
         if len(bad):
             wanted = f"a level of {LARGEST[matrix.dtype]} or more in size"
-            words = f"{largest[bad[0]]} at most in {_place(bad[0], factors)}, whose scale is {scales[bad[0]]:.3g}"
+            beside = "" if packed.zeros is None else " from the zero point"
+            words = (
+                f"{largest[bad[0]]}{beside} at most in {_place(bad[0], factors)}, whose scale is {scales[bad[0]]:.3g}"
+            )
             cause = (
                 f"{len(bad)} of {len(scales)} scales are far too large: values are rounded to few levels or to nothing"
             )
@@ -109,17 +114,29 @@ def _levels(model: axmodel.Axmodel) -> tuple[str, str, str, str] | None:
     return None
 
 
-def _largest(matrix: axmodel.Tensor, scales: int) -> NDArray[Any] | None:
-    """The largest level in size under each scale; None where rows do not divide so."""
-    flat = matrix.array().reshape(-1)
-    if not scales or flat.size % scales:
-        return None
-    rows = flat.reshape(scales, -1)
-    if matrix.dtype == "INT8":
+def _largest(packed: Quantised) -> NDArray[Any]:
+    """The largest level in size under each scale, counted from the zero point."""
+    matrix = packed.levels
+    count = matrix.dims[0] * packed.blocks
+    if packed.zeros is not None:
+        return np.concatenate([_from_zero(packed, row) for row in range(0, matrix.dims[0], ROWS)])
+    if matrix.dtype == "INT4" and packed.block % 2:  # blocks that begin inside a byte
+        rows = packed.level_rows(0, matrix.dims[0]).reshape(count, -1)
+    else:
+        rows = matrix.array().reshape(count, -1)
+    if rows.dtype == np.int8:
         return np.asarray(np.maximum(rows.max(axis=1).astype(np.int16), -rows.min(axis=1).astype(np.int16)))
     sizes = np.abs((np.arange(16) ^ 8) - 8).astype(np.uint8)
     pairs = np.maximum(sizes[np.arange(256) & 15], sizes[np.arange(256) >> 4])
     return np.asarray(pairs[rows].max(axis=1))
+
+
+def _from_zero(packed: Quantised, start: int) -> NDArray[np.int16]:
+    """The same of ROWS rows with zero points."""
+    stop = min(start + ROWS, packed.levels.dims[0])
+    levels = packed.level_rows(start, stop).reshape(stop - start, packed.blocks, -1).astype(np.int16)
+    zeros = packed.zero_rows(start, stop)[:, :, None]
+    return np.asarray(np.abs(levels - zeros).max(axis=2).reshape(-1))
 
 
 def _place(number: int, factors: axmodel.Tensor) -> str:

@@ -1,7 +1,7 @@
 """Rewrites an axmodel's graph in memory into what onnxruntime's CPU kernels run fastest. The file stays as it is.
 
-In the file a weight is `[DequantizeLinear | Cast] -> Transpose -> MatMul`. Left alone, onnxruntime expands 4-bit blocks
-to float32 on every run, and rounds the activations of 8-bit weights to 8 bits. Instead:
+In the file a weight is `[[Cast ->] DequantizeLinear | Cast] -> Transpose -> MatMul`. Left alone, onnxruntime
+expands 4-bit blocks to float32 on every run, and rounds the activations of 8-bit weights to 8 bits. Instead:
 
 * INT8 and INT4 become MatMulNBits with int8 arithmetic, fed with every activation in two 8-bit halves: `high`, rounded
   to 8 bits per block, and `low`, what that left over, which the kernel rounds to 8 bits again. The two go through as
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from axrun.format.axmodel import IR_VERSION, Attribute, Axmodel, Node, encode_info, encode_node
 from axrun.format.dtypes import DTYPES, to_float32
+from axrun.format.quantised import Quantised, makers, pack4, quantised
 from axrun.format.wire import Message, encode
 
 CONTRIB = "com.microsoft"
@@ -74,8 +75,8 @@ class Lowering:
         weight = self.model.initializers.get(source.inputs[0])
         if weight is None or len(weight.dims) != 2 or transpose.attributes.get("perm") != (1, 0):
             return False
-        if source.op_type == "DequantizeLinear" and len(source.inputs) == 2 and weight.dtype in UNSIGNED:
-            self._integer(node, weight.name, self._scales(source))
+        if packed := quantised(self.model, source, self.makers):
+            self._integer(node, packed)
         elif source.op_type in ("", "Cast") and weight.dtype in ("FLOAT", "FLOAT16", "BFLOAT16"):
             array = weight.array()
             self._float(node, weight.name, array if weight.dtype == "FLOAT" else to_float32(array, weight.dtype))
@@ -83,30 +84,32 @@ class Lowering:
             return False
         return True
 
-    def _scales(self, dequantize: Node) -> tuple[NDArray[np.float32], int]:
-        """float32 scales [out, blocks], and the block size they stand for."""
-        scales = self.model.initializers[dequantize.inputs[1]].array().astype(np.float32, copy=False)
-        columns = self.model.initializers[dequantize.inputs[0]].dims[1]
-        if dequantize.attributes.get("axis", 1) == 0:
-            return scales.reshape(-1, 1), columns
-        return scales, int(dequantize.attributes["block_size"])  # type: ignore[arg-type]
-
-    def _integer(self, node: Node, name: str, stored: tuple[NDArray[np.float32], int]) -> None:
-        weight, (scales, stored_block) = self.model.initializers[name], stored
+    def _integer(self, node: Node, stored: Quantised) -> None:
+        weight, name = stored.levels, stored.levels.name
         rows, columns = weight.dims
         bits = DTYPES[weight.dtype].bits
-        block = next((n for n in BLOCKS if columns % n == 0 and stored_block % n == 0), 0)
+        block = next((n for n in BLOCKS if columns % n == 0 and stored.block % n == 0), 0)
         if not block:
-            self._float(node, name, _expand(weight.array(), weight.dtype, weight.dims, scales, stored_block))
+            self._float(node, name, _expand(stored))
             return
+
+        def per_block(values: NDArray[Any]) -> NDArray[Any]:
+            return np.ascontiguousarray(np.repeat(values, stored.block // block, axis=1)[:, : columns // block])
+
         packed = weight.array().view(np.uint8) ^ np.uint8(UNSIGNED[weight.dtype])
         self.constant(name, packed.reshape(rows, columns // block, block * bits // 8), "UINT8")
-        per_block = np.repeat(scales, stored_block // block, axis=1)[:, : columns // block]
-        self.constant(f"{name}.scales", np.ascontiguousarray(per_block).reshape(-1))
+        self.constant(f"{name}.scales", per_block(stored.scale_rows(0, rows)).reshape(-1))
+        inputs = [name, f"{name}.scales"]
+        if stored.zeros is not None:
+            zeros = per_block(stored.zero_rows(0, rows))
+            if bits == 4:  # rows of them begin at whole bytes
+                zeros = pack4(np.pad(zeros, ((0, 0), (0, zeros.shape[1] % 2)))).view(np.int8)
+            unsigned = zeros.view(np.uint8) ^ np.uint8(UNSIGNED[weight.dtype])
+            inputs.append(self.constant(f"{name}.zeros", unsigned.reshape(-1), "UINT8"))
         halves = self._split(node.inputs[0], block, columns)
         products = self.node(
             "MatMulNBits",
-            [halves, name, f"{name}.scales"],
+            [halves, *inputs],
             f"{name}.halves",
             CONTRIB,
             K=columns,
@@ -150,7 +153,7 @@ class Lowering:
 
 def lower(model: Axmodel) -> tuple[bytes, dict[str, Constant]]:
     """The rewritten model, and by name the constants that go beside it: they are not inside."""
-    lowering = Lowering(model, {output: node for node in model.nodes for output in node.outputs})
+    lowering = Lowering(model, makers(model))
     for node in model.nodes:
         if not lowering.matmul(node):
             lowering.nodes.append(node)
@@ -194,12 +197,10 @@ def _initializer(name: str, constant: Constant, apart: bool) -> Message:
     return {**message, "raw_data": constant.array.tobytes()}
 
 
-def _expand(
-    stored: NDArray[Any], dtype: str, dims: tuple[int, ...], scales: NDArray[np.float32], block: int
-) -> NDArray[np.float32]:
+def _expand(stored: Quantised) -> NDArray[np.float32]:
     """Integer weights as float32 [out, in], for widths no block size divides."""
-    rows, columns = dims
-    if dtype == "INT4":
-        pairs = np.stack([stored & 15, stored >> 4], axis=-1).reshape(-1)[: rows * columns]
-        stored = ((pairs ^ 8).astype(np.int8) - np.int8(8)).reshape(rows, columns)
-    return stored * np.repeat(scales, block, axis=1)[:, :columns]
+    rows, columns = stored.levels.dims
+    levels = stored.level_rows(0, rows).astype(np.float32)
+    if stored.zeros is not None:
+        levels -= np.repeat(stored.zero_rows(0, rows), stored.block, axis=1)[:, :columns]
+    return levels * np.repeat(stored.scale_rows(0, rows), stored.block, axis=1)[:, :columns]

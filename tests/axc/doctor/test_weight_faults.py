@@ -11,8 +11,10 @@ import pytest
 from axc.doctor import weight_faults
 from axc.doctor.stored import Stored
 from axc.quantizer import WEIGHT_TYPES, SquaredError
+from axc.quantizer.kept import Kept
 from axrun.format.axmodel import Tensor
 from axrun.format.dtypes import from_float32
+from axrun.format.quantised import Quantised
 
 ROWS, COLUMNS, HEAD = 64, 64, 16
 DTYPES = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16", "s8": "INT8", "s4": "INT4"}
@@ -40,12 +42,16 @@ def stored(kind: str, arrays: list[Any]) -> Stored:
     ]
     if len(tensors) == 1:
         return Stored("w", tensors[0])
-    return Stored("w", tensors[0], tensors[1], weight.dequantize(COLUMNS).get("block_size", COLUMNS))
+    packed = Quantised(tensors[0], tensors[1], None, weight.dequantize(COLUMNS).get("block_size", COLUMNS))
+    return Stored("w", tensors[0], packed)
 
 
 def cause(kind: str, arrays: list[Any], head_dim: int = 0) -> str:
     """What is said of it; empty where nothing is."""
-    entry = stored(kind, arrays)
+    return explained(stored(kind, arrays), head_dim)
+
+
+def explained(entry: Stored, head_dim: int = 0) -> str:
     bad = weight_faults.compare(entry, "w", lambda name, start, stop: WEIGHTS[name][start:stop])
     if bad is None:
         return ""
@@ -55,6 +61,33 @@ def cause(kind: str, arrays: list[Any], head_dim: int = 0) -> str:
 
 def interleaved(values: Floats) -> Floats:
     return values.reshape(-1, 2, HEAD // 2, COLUMNS).transpose(0, 2, 1, 3).reshape(values.shape)
+
+
+def test_zero_points() -> None:
+    """As the common asymmetric formats round: values and 0 mapped to the whole range of levels."""
+    rows, block = WEIGHTS["w"].reshape(ROWS, -1, 32), 32
+    low, high = np.minimum(rows.min(axis=2), 0), np.maximum(rows.max(axis=2), 0)
+    scales = ((high - low) / 15).astype(np.float16)
+    zeros = np.clip(np.rint(-low / scales), 0, 15)
+    levels = np.clip(np.rint(rows / scales[:, :, None]) + zeros[:, :, None], 0, 15).reshape(ROWS, COLUMNS)
+
+    def said(levels: Floats, zeros: Floats) -> str:
+        kept = Kept("INT4", block, "w", "test", "FLOAT16", True)
+        arrays = [array.astype(np.int8) - np.int8(8) for array in (levels, zeros)]
+        first, second, third = kept.write(arrays[0], scales.astype(np.float32), arrays[1])
+        data = (first, second, *kept.finish(2, [third]))
+        parts = [
+            Tensor(name, dtype, dims, 0, array.nbytes, memoryview(array.tobytes()))
+            for (name, dtype, dims), array in zip(kept.parts("w", ROWS, COLUMNS), data, strict=True)
+        ]
+        entry = Stored("w", parts[0], Quantised(parts[0], parts[1], parts[2], block))
+        return explained(entry)
+
+    assert said(levels, zeros) == ""
+    other = levels.copy()
+    other[5, 7] = 15 - other[5, 7]
+    assert "row 5" in said(other, zeros)
+    assert said(levels, np.full_like(zeros, 8))  # zero points of a symmetric format
 
 
 # what is stored in place of the weight, and what is said of it

@@ -108,18 +108,24 @@ class Content:
             yield parameter
 
     def _weight(self, weight: Weight) -> Iterator[NDArray[Any]]:
+        kind = weight.weight_type
         if weight.part:
-            yield from self.later.pop((weight.name, weight.part))
+            later = self.later.pop((weight.name, weight.part))
+            yield from kind.finish(weight.part, later) if isinstance(kind, Kept) else later
             return
-        if isinstance(weight.weight_type, Kept):
-            for levels, scales in self.tensors.levels(weight.weight_type.tensor):
-                yield self._keep_rest(weight, weight.weight_type.write(levels, scales))
+        if isinstance(kind, Kept):
+            for arrays in self.tensors.levels(kind.tensor):
+                try:
+                    first = self._keep_rest(weight, kind.write(*arrays))
+                except OverflowError as overflow:
+                    raise BadInput(f"{weight.name} holds {overflow}") from None
+                yield first
             return
         error = self.errors.setdefault(weight.name, SquaredError())
         dtype = weight.source.dtype(self.tensors)
         for _, block in blocks(weight.source, self.tensors):
             try:
-                first = self._keep_rest(weight, weight.weight_type.store(block, dtype, error))
+                first = self._keep_rest(weight, kind.store(block, dtype, error))
             except OverflowError as overflow:
                 raise BadInput(f"{weight.name} holds {overflow}\nChoose another type for it.") from None
             yield first

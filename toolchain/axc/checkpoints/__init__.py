@@ -83,7 +83,7 @@ class Checkpoint:
             self._slices[stored.file] = FORMS[stored.file.suffix].slices(stored.file)
         return self._slices[stored.file][stored.key](start, stop)
 
-    def levels(self, name: str) -> Iterator[tuple[NDArray[np.int8], NDArray[np.float32]]]:
+    def levels(self, name: str) -> Iterator[tuple[NDArray[Any], ...]]:
         """A tensor with a grid, in blocks of whole rows: levels [n, in] and scales [n, in / block]."""
         stored = self.tensors[name]
         slicer: Any = self._slices[stored.file][stored.key]

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from axrun.format.axmodel import Axmodel, Tensor
 from axrun.format.dtypes import DTYPES, to_float32
+from axrun.format.quantised import Quantised, makers, quantised
 
 Floats = NDArray[np.float32]
+Levels = NDArray[Any]  # int8, or int16 where zero points are taken off
 
 ENDS = {"INT8": (-127, 127), "INT4": (-8, 7)}  # of the levels that the compiler uses
 FLOAT_TYPES = ("FLOAT", "FLOAT16", "BFLOAT16")
@@ -22,12 +24,11 @@ FLOAT_TYPES = ("FLOAT", "FLOAT16", "BFLOAT16")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of an axmodel: floats, or integer levels with `scales` of blocks of `block` columns."""
+    """A tensor of an axmodel: floats, or what `packed` says."""
 
     name: str
     tensor: Tensor
-    scales: Tensor | None = None
-    block: int = 0
+    packed: Quantised | None = None
 
     @property
     def dtype(self) -> str:
@@ -39,20 +40,44 @@ class Stored:
 
     @property
     def integer(self) -> bool:
-        return self.scales is not None
+        return self.packed is not None
 
-    def levels(self, start: int, stop: int) -> NDArray[np.int8]:
-        """Integer values of rows [start, stop): [n, in]."""
-        columns = self.shape[1]
-        if self.dtype == "INT8":
-            return np.asarray(self.tensor.array()[start:stop])
-        packed = self.tensor.array()[start * columns // 2 : -(-stop * columns // 2)]
-        return unpack4(packed)[: (stop - start) * columns].reshape(stop - start, columns)
+    @property
+    def block(self) -> int:
+        """Columns that share a scale."""
+        return self._packed.block
+
+    @property
+    def scale_dtype(self) -> str:
+        return self._packed.scales.dtype
+
+    @property
+    def zeros(self) -> Tensor | None:
+        """The zero points, where there are any."""
+        return self._packed.zeros
+
+    @property
+    def _packed(self) -> Quantised:
+        assert self.packed is not None
+        return self.packed
+
+    def levels(self, start: int, stop: int) -> Levels:
+        """What the scales of rows [start, stop) are multiplied with, levels less zero points: [n, in]."""
+        levels = self._packed.level_rows(start, stop)
+        if self._packed.zeros is None:
+            return levels
+        zeros = np.repeat(self._packed.zero_rows(start, stop), self.block, axis=1)
+        return np.asarray(levels.astype(np.int16) - zeros, np.int16)
+
+    def ends(self, start: int, stop: int) -> tuple[Levels, Levels]:
+        """The least and the largest that `levels` can be: [n, blocks]."""
+        low, high = ENDS[self.dtype]
+        zeros = self._packed.zero_rows(start, stop).astype(np.int16)
+        return np.asarray(low - zeros, np.int16), np.asarray(high - zeros, np.int16)
 
     def scale_rows(self, start: int, stop: int) -> Floats:
         """The scales of rows [start, stop): [n, blocks]."""
-        assert self.scales is not None
-        return np.asarray(self.scales.array()[start:stop], np.float32).reshape(stop - start, -1)
+        return self._packed.scale_rows(start, stop)
 
     def values(self, start: int = 0, stop: int | None = None) -> Floats:
         """Rows [start, stop) as float32."""
@@ -62,7 +87,7 @@ class Stored:
         return dequantized(self.levels(start, stop), self.scale_rows(start, stop), self.block)
 
 
-def dequantized(levels: NDArray[np.int8], scales: Floats, block: int) -> Floats:
+def dequantized(levels: Levels, scales: Floats, block: int) -> Floats:
     """levels [n, in] times scales [n, in / block]."""
     rows, columns = levels.shape
     cut = levels.reshape(rows, columns // block, block).astype(np.float32)
@@ -70,40 +95,18 @@ def dequantized(levels: NDArray[np.int8], scales: Floats, block: int) -> Floats:
         return np.asarray((cut * scales[:, :, None]).reshape(rows, columns))
 
 
-def unpack4(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
-    """Two values from each byte, the low half first."""
-    halves = np.stack([packed & 15, packed >> 4], axis=-1).reshape(-1).astype(np.int8)
-    return np.asarray((halves ^ 8) - 8, np.int8)
-
-
 def read(model: Axmodel) -> dict[str, Stored]:
-    """Every initializer by name; a quantised one with its scales, which are not listed again."""
-    tensors = model.initializers
+    """Every initializer by name; a quantised one with its scales and zero points, which are not listed again."""
+    made_by = makers(model)
     found: dict[str, Stored] = {}
-    scales: set[str] = set()
+    others: set[str] = set()
     for node in model.nodes:
-        if node.op_type != "DequantizeLinear" or not {*node.inputs[:2]} <= tensors.keys():
+        packed = quantised(model, node, made_by)
+        if packed is None or packed.levels.dims[1] % packed.block:
             continue
-        matrix, factors = (tensors[name] for name in node.inputs[:2])
-        if matrix.dtype not in ENDS or factors.dtype != "FLOAT" or len(matrix.dims) != 2 or not matrix.dims[1]:
-            continue
-        block = _block(node.attributes, matrix, factors)
-        if block:
-            found[matrix.name] = Stored(matrix.name, matrix, factors, block)
-            scales.add(factors.name)
-    for name, tensor in tensors.items():
-        if name not in found and name not in scales and tensor.dtype in DTYPES:
+        found[packed.levels.name] = Stored(packed.levels.name, packed.levels, packed)
+        others |= {part.name for part in packed.parts[1:]}
+    for name, tensor in model.initializers.items():
+        if name not in found and name not in others and tensor.dtype in DTYPES:
             found[name] = Stored(name, tensor)
     return found
-
-
-def _block(attributes: Any, matrix: Tensor, factors: Tensor) -> int:
-    """Columns that share a scale; 0 where the file does not fit together."""
-    rows, columns = matrix.dims
-    block = columns if attributes.get("axis", 1) == 0 else attributes.get("block_size", 0)
-    if not isinstance(block, int) or block <= 0 or columns % block:
-        return 0
-    count = 1
-    for dim in factors.dims:
-        count *= dim
-    return block if count == rows * (columns // block) else 0

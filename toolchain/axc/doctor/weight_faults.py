@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.doctor.stored import ENDS, Floats, Stored, dequantized
+from axc.doctor.stored import ENDS, Floats, Levels, Stored, dequantized
 from axrun.format.dtypes import from_float32, to_float32
 
 Bools = NDArray[np.bool_]
@@ -21,7 +21,7 @@ Weight = Callable[[str], Floats]
 
 SLACK = 1e-3  # of a step: float32 arithmetic on levels up to 127
 LARGEST = {"INT8": 1.03, "INT4": 1.6}  # how far a value may lie beyond the last level: 1 / the least of FACTORS
-SMALLEST = 2.0**-100  # of the scales: values below are stored as zeros
+SMALLEST = {"FLOAT": 2.0**-100, "FLOAT16": 2.0**-14}  # of the scales: those below are not exact, or stored as zeros
 CLOSE = {"FLOAT": 1e-5, "FLOAT16": 2e-3, "BFLOAT16": 1e-2, "INT8": 0.04, "INT4": 0.4}  # relative error of a match
 ROWS = 2048  # compared at a time
 MOST_SHIFT = 64
@@ -59,14 +59,14 @@ def wrong_elements(stored: Stored, start: int, stop: int, wanted: Floats) -> Boo
     if not stored.integer:
         return np.asarray(to_float32(from_float32(wanted, stored.dtype), stored.dtype) != stored.values(start, stop))
     levels, scales = stored.levels(start, stop), stored.scale_rows(start, stop)
-    low, high = ENDS[stored.dtype]
+    low, high = (np.repeat(ends, stored.block, axis=1) for ends in stored.ends(start, stop))
     rows, columns = levels.shape
     with np.errstate(all="ignore"):
         ideal = (wanted.reshape(rows, -1, stored.block) / scales[:, :, None]).reshape(rows, columns)
         away = np.abs(ideal - levels) > 0.5 + SLACK
-        most = LARGEST[stored.dtype] * -low
-        away &= ~((levels >= high) & (ideal > high) & (ideal <= most))
-        away &= ~((levels <= low) & (ideal < low) & (ideal >= -most))
+        most = LARGEST[stored.dtype]
+        away &= ~((levels >= high) & (ideal > high) & (ideal <= most * np.maximum(high, -low)))
+        away &= ~((levels <= low) & (ideal < low) & (ideal >= most * np.minimum(low, -high)))
         ratios = _ratios(stored, scales, wanted)
         coarse = ~((ratios <= 1 + SLACK) & (ratios >= 1 / LARGEST[stored.dtype]))
         same = (dequantized(levels, scales, stored.block) == wanted).reshape(rows, -1, stored.block).all(axis=2)
@@ -76,12 +76,19 @@ def wrong_elements(stored: Stored, start: int, stop: int, wanted: Floats) -> Boo
 
 @np.errstate(all="ignore")
 def _ratios(stored: Stored, scales: Floats, wanted: Floats) -> Floats:
-    """Scales [n, blocks] over those that map the largest value to the end of the range; 1 for values all but zero."""
-    low, _ = ENDS[stored.dtype]
-    largest = np.abs(wanted.reshape(len(wanted), -1, stored.block)).max(axis=2)
-    full = largest / np.float32(-low)
-    small = (full <= SMALLEST) & np.isfinite(scales)
-    return np.asarray(np.where(small, 1, np.abs(scales) / np.maximum(full, SMALLEST)), np.float32)
+    """Scales [n, blocks] over those that map the largest value to the end of the range; 1 for values all but zero.
+
+    With zero points: over those that map all values and 0 to the whole range.
+    """
+    low, high = ENDS[stored.dtype]
+    values = wanted.reshape(len(wanted), -1, stored.block)
+    if stored.zeros is None:
+        full = np.abs(values).max(axis=2) / np.float32(-low)
+    else:
+        full = (np.maximum(values.max(axis=2), 0) - np.minimum(values.min(axis=2), 0)) / np.float32(high - low)
+    smallest = SMALLEST[stored.scale_dtype]
+    small = (full <= smallest) & np.isfinite(scales)
+    return np.asarray(np.where(small, 1, np.abs(scales) / np.maximum(full, smallest)), np.float32)
 
 
 def explain(
@@ -232,7 +239,7 @@ def _levels(stored: Stored, wanted: Floats, right: Floats, start: int, stop: int
             yield "the halves of each byte are swapped (two 4-bit values, the first belongs into the low half)"
         flipped = ((levels.astype(np.int16) + 16) % 16 - 8).astype(np.int8)
     else:
-        flipped = (levels.view(np.uint8) ^ np.uint8(0x80)).view(np.int8)
+        flipped = (levels.astype(np.uint8) ^ np.uint8(0x80)).view(np.int8)
     if _near(dequantized(flipped, scales, block), right, kind):
         yield "its levels are stored as unsigned with an offset, the file calls them signed"
     for offset in (-1, 1):
@@ -276,7 +283,7 @@ def _scales(stored: Stored, wanted: Floats, rows: NDArray[np.intp]) -> Iterator[
     yield f"{_count(off, 'scale')} {values.min():.3g} to {values.max():.3g} times what the values ask for"
 
 
-def _fitted(levels: NDArray[np.int8], wanted: Floats, block: int) -> Floats:
+def _fitted(levels: Levels, wanted: Floats, block: int) -> Floats:
     """The scales [n, blocks] that bring levels closest to the values."""
     cut = levels.reshape(len(levels), -1, block).astype(np.float64)
     values = wanted.reshape(cut.shape)

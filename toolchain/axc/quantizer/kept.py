@@ -10,30 +10,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axc.checkpoints.stored import StoredTensor
-from axc.quantizer.round_to_nearest import LEVELS, pack4
+from axc.quantizer.round_to_nearest import LEVELS
 from axrun.errors import BadInput
+from axrun.format.dtypes import DTYPES as ELEMENTS
+from axrun.format.dtypes import from_float32, to_float32
+from axrun.format.quantised import pack4
 
 if TYPE_CHECKING:
     from axc.quantizer import Part, SquaredError
 
 DTYPES = {"s8": "INT8", "s4": "INT4"}
+ZERO_POINTS = 2  # the number of their part
 
 
 @dataclass(frozen=True)
 class Kept:
-    """INT8 or INT4 of the checkpoint's name and shape, and `<name>_scale`, float32, one for each block of a row.
+    """INT8 or INT4 of the checkpoint's name and shape, and `<name>_scale`, one for each block of a row.
 
-    `tensor` is the checkpoint's name of it, `packed` the format that it has there.
+    `tensor` is the checkpoint's name of it, `packed` the format that it has there. `zero_points`: there is also
+    `<name>_zero_point` of the levels' type and the scales' shape, and value = (level - zero point) x scale.
     """
 
     dtype: str
     block: int
     tensor: str
     packed: str
+    scale_dtype: str = "FLOAT"
+    zero_points: bool = False
 
     @property
     def bits(self) -> float:
-        return (8 if self.dtype == "INT8" else 4) + 32 / self.block
+        level = ELEMENTS[self.dtype].bits
+        return level + (ELEMENTS[self.scale_dtype].bits + self.zero_points * level) / self.block
 
     @property
     def group(self) -> int:
@@ -41,7 +49,11 @@ class Kept:
 
     def parts(self, name: str, out_features: int, in_features: int) -> list[Part]:
         scales = (out_features, in_features // self.block)
-        return [(name, self.dtype, (out_features, in_features)), (name + "_scale", "FLOAT", scales)]
+        parts: list[Part] = [
+            (name, self.dtype, (out_features, in_features)),
+            (name + "_scale", self.scale_dtype, scales),
+        ]
+        return [*parts, (name + "_zero_point", self.dtype, scales)] if self.zero_points else parts
 
     def dequantize(self, in_features: int) -> dict[str, int]:
         return {"axis": 1, "block_size": self.block}
@@ -49,10 +61,33 @@ class Kept:
     def store(self, block: NDArray[Any], dtype: str, error: SquaredError) -> Iterator[NDArray[Any]]:
         raise TypeError("levels are written as they are")
 
-    def write(self, levels: NDArray[np.int8], scales: NDArray[np.float32]) -> Iterator[NDArray[Any]]:
-        """One array for each part, from levels [n, in] and scales [n, in / block]."""
+    def write(
+        self, levels: NDArray[np.int8], scales: NDArray[np.float32], zeros: NDArray[np.int8] | None = None
+    ) -> Iterator[NDArray[Any]]:
+        """One array for each part, from levels [n, in], scales and zero points [n, in / block] in the levels' range.
+
+        4-bit zero points stay one to a byte: rows of them may end inside a byte, so that they are packed together
+        (`finish`). Raises OverflowError for a scale that `scale_dtype` does not hold exactly, TypeError for zero points
+        that are missing or not expected.
+        """
+        if (zeros is not None) != self.zero_points:
+            raise TypeError(f"{self.tensor}: zero points are {'missing' if self.zero_points else 'not expected'}")
         yield pack4(levels) if self.dtype == "INT4" else levels
-        yield scales
+        with np.errstate(over="ignore"):  # said below, with the value
+            stored = from_float32(scales, self.scale_dtype)
+        inexact = to_float32(stored, self.scale_dtype) != scales
+        if inexact.any():
+            raise OverflowError(f"scale {scales[inexact].flat[0]:g}, which {self.scale_dtype} does not hold exactly")
+        yield stored
+        if zeros is not None:
+            yield zeros
+
+    def finish(self, part: int, arrays: list[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+        """All of part `part` as the file holds it, from what `write` gave."""
+        if part == ZERO_POINTS and self.dtype == "INT4":
+            yield pack4(np.concatenate(arrays))
+        else:
+            yield from arrays
 
 
 def keep(weight_type: str, stored: StoredTensor) -> Kept | None:

@@ -19,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axc.checkpoints import widen
+from axrun.format.dtypes import DTYPES, from_float32, to_float32
+from axrun.format.quantised import pack4
 
 if TYPE_CHECKING:
     from axc.quantizer import Part, SquaredError
@@ -28,7 +30,8 @@ FACTORS = {  # more of them gain little: 6 instead of 3 for INT8 lower its squar
     "INT8": (1.0, 0.993, 0.986),
     "INT4": (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68),
 }
-SMALLEST = np.float32(2.0**-100)  # of a scale: its reciprocal and its square stay normal numbers
+# Of a scale: the reciprocal and the square of a float32 stay normal numbers; the least float16 above 0.
+SMALLEST = {"FLOAT": np.float32(2.0**-100), "FLOAT16": np.float32(2.0**-24)}
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
@@ -36,14 +39,16 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class RoundToNearest:
-    """INT8 or INT4 of the checkpoint's name and shape, and `<name>_scale`, float32, one for each row or block of it."""
+    """INT8 or INT4 of the checkpoint's name and shape, and `<name>_scale`, one for each row or block of it."""
 
     dtype: str
     group: int
+    scale_dtype: str = "FLOAT"
 
     @property
     def bits(self) -> float:
-        return (8 if self.dtype == "INT8" else 4) + (32 / self.group if self.group else 0)
+        scale = DTYPES[self.scale_dtype].bits
+        return DTYPES[self.dtype].bits + (scale / self.group if self.group else 0)
 
     def block_size(self, in_features: int) -> int:
         """`group`, halved until it divides the row; 0 for a scale a row."""
@@ -55,7 +60,7 @@ class RoundToNearest:
     def parts(self, name: str, out_features: int, in_features: int) -> list[Part]:
         size = self.block_size(in_features)
         scales = (out_features, in_features // size) if size else (out_features,)
-        return [(name, self.dtype, (out_features, in_features)), (name + "_scale", "FLOAT", scales)]
+        return [(name, self.dtype, (out_features, in_features)), (name + "_scale", self.scale_dtype, scales)]
 
     def dequantize(self, in_features: int) -> dict[str, int]:
         size = self.block_size(in_features)
@@ -64,33 +69,39 @@ class RoundToNearest:
     def store(self, block: NDArray[Any], dtype: str, error: SquaredError) -> Iterator[NDArray[Any]]:
         weights = widen(block, dtype, _buffers(block.shape)[0])
         groups = weights.reshape(-1, self.block_size(weights.shape[1]) or weights.shape[1])
-        levels, scales, noise, signal = quantize(groups, self.dtype)
+        levels, scales, noise, signal = quantize(groups, self.dtype, self.scale_dtype)
         error.noise += float(noise.sum())
         error.signal += float(signal.sum())
         yield pack4(levels) if self.dtype == "INT4" else levels
-        yield scales
+        yield from_float32(scales, self.scale_dtype)
 
 
-def quantize(groups: Floats, dtype: str) -> tuple[NDArray[np.int8], Floats, Doubles, Doubles]:
-    """Levels int8 [n, size], scales [n], squared errors [n] and squares [n] of float32 groups [n, size]."""
+def quantize(
+    groups: Floats, dtype: str, scale_dtype: str = "FLOAT"
+) -> tuple[NDArray[np.int8], Floats, Doubles, Doubles]:
+    """Levels int8 [n, size], scales [n], squared errors [n] and squares [n] of float32 groups [n, size].
+
+    Scales are values of `scale_dtype`. Raises OverflowError for one that does not fit.
+    """
     low, high = LEVELS[dtype]
     top, bottom = groups.max(axis=1), groups.min(axis=1)
     extreme = np.where(top >= -bottom, top, bottom)
     full = extreme / np.float32(low) if -low > high else np.abs(extreme) / np.float32(high)
-    full = np.where(np.abs(full) < SMALLEST, SMALLEST, full)
+    full = np.where(np.abs(full) < SMALLEST[scale_dtype], SMALLEST[scale_dtype], full)
     _, scaled, difference = _buffers(groups.shape)
     best, least = full.copy(), np.full(len(groups), np.inf, np.float32)
     for factor in FACTORS[dtype]:
-        scale = full * np.float32(factor)
+        scale, ratio = _rounded(full * np.float32(factor), full, factor, scale_dtype)
         np.multiply(groups, (np.float32(1) / scale)[:, None], out=scaled)
         if factor == 1.0:
-            squares = np.square(scaled, out=difference).sum(axis=1)
+            squares = np.square(scaled, out=difference).sum(axis=1) * ratio
+            best = scale.copy()
         np.rint(scaled, out=difference)
-        if factor != 1.0 or -low > high:  # else nothing leaves the range
+        if factor != 1.0 or -low > high or scale_dtype != "FLOAT":  # else nothing leaves the range
             np.clip(difference, low, high, out=difference)
         np.subtract(scaled, difference, out=difference)
         np.square(difference, out=difference)
-        noise = difference.sum(axis=1) * np.float32(factor * factor)  # in squares of `full`: nothing overflows
+        noise = difference.sum(axis=1) * ratio  # in squares of `full`: nothing overflows
         better = noise < least
         best[better], least[better] = scale[better], noise[better]
     np.multiply(groups, (np.float32(1) / best)[:, None], out=scaled)
@@ -102,14 +113,20 @@ def quantize(groups: Floats, dtype: str) -> tuple[NDArray[np.int8], Floats, Doub
     return levels, best, np.asarray(least * unit, np.float64), np.asarray(squares * unit, np.float64)
 
 
+def _rounded(scale: Floats, full: Floats, factor: float, dtype: str) -> tuple[Floats, Floats | np.float32]:
+    """Scales as they are stored, and the squares of their ratios to `full`: about `factor` squared."""
+    if dtype == "FLOAT":
+        return scale, np.float32(factor * factor)
+    with np.errstate(over="ignore"):  # said below, with the value
+        stored = to_float32(from_float32(scale, dtype), dtype)
+    if np.isinf(stored).any():
+        raise OverflowError(f"values that need a scale of {np.abs(scale).max():g}, too large for {dtype}")
+    stored = np.where(stored == 0, SMALLEST[dtype], stored)
+    return stored, np.square(stored / full)
+
+
 @functools.lru_cache(maxsize=8)
 def _buffers(shape: tuple[int, ...]) -> tuple[Floats, Floats, Floats]:
     """Scratch memory that stays: fresh pages for every block would take longer than the arithmetic."""
     first, second, third = (np.empty(shape, np.float32) for _ in range(3))
     return first, second, third
-
-
-def pack4(levels: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Two 4-bit values to a byte, the first in the low half."""
-    nibbles = levels.view(np.uint8).reshape(-1, 2) & np.uint8(15)
-    return nibbles[:, 0] | nibbles[:, 1] << np.uint8(4)

@@ -34,8 +34,10 @@ class Tensors(Protocol):
 class PackedTensors(Tensors, Protocol):
     """A checkpoint, some of whose matrices may be stored as integer levels."""
 
-    def levels(self, name: str) -> Iterator[tuple[NDArray[np.int8], NDArray[np.float32]]]:
-        """Levels [n, in] and scales [n, in / block] of a matrix, in blocks of whole rows."""
+    def levels(self, name: str) -> Iterator[tuple[NDArray[Any], ...]]:
+        """A matrix in blocks of whole rows: levels int8 [n, in], scales float32 [n, in / block], and zero points int8
+        [n, in / block] where the matrix has them.
+        """
 
 
 class Source(Protocol):

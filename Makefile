@@ -1,4 +1,4 @@
-# The front door. Every target is one line into a task of tasks.py; `make` alone lists them.
+# Every target calls a task of tasks.py; `make` alone lists them.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -22,14 +22,14 @@ VENDOR_IMAGE ?=
 VENDOR_SHA256 ?=
 VENDOR_LICENCE ?=
 
-# Passed on as typed: make expands no $ in a prompt, and no shell reads it a second time.
+# Exported verbatim: make expands no $ in a prompt, and no second shell interprets it.
 SETTINGS = MODEL MODEL_DIR PROMPT OUT PARALLEL FORCE ARGS PEER REPORT TORCH WHEELS
 SETTINGS += ENGINE BACKEND BASE_IMAGE MIRROR VENDOR_IMAGE VENDOR_SHA256 VENDOR_LICENCE
 $(foreach name,$(SETTINGS),$(eval override $(name) := $$(value $(name))))
 export $(SETTINGS)
 
 INVOKE = "$(VENV)/bin/python" -m invoke
-# Once the environment is whole its own Python looks after it, unless another one is asked for.
+# A complete environment updates itself with its own Python, unless PYTHON names another one.
 KEEPER = $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(VENV)/build.installed)),$(VENV)/bin/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
@@ -39,49 +39,49 @@ KEEPER = $(if $(and $(filter file,$(origin PYTHON)),$(wildcard $(VENV)/build.ins
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-20s %s\n", $$1, $$2 } /^##( |$$)/ { print substr($$0, 4) }' Makefile
 
-build: ready ## a checkpoint becomes a checked bundle in OUT/MODEL, and the bundle answers PROMPT
+build: ready ## compile a checkpoint into a checked bundle in OUT/MODEL, and run PROMPT
 	@$(INVOKE) build
 
-run: ready ## ask the bundle again: make run PROMPT='12+30='
+run: ready ## run another prompt with the bundle: make run PROMPT='12+30='
 	@$(INVOKE) run
 
-test: ready ## everything a change must pass: lint, then the tests (ARGS='-k fetch' for a part of them)
+test: ready ## what every change must pass: lint, then the tests (ARGS='-k fetch' for a part of them)
 	@$(INVOKE) test
 
-test-all: ready ## the same, and the tests that need a browser, qemu, docker (requirements/system.apt)
+test-all: ready ## the same, plus the tests that need a browser, qemu, docker (requirements/system.apt)
 	@$(INVOKE) test-all
 
-lint: ready ## ruff and mypy only
+lint: ready ## run ruff and mypy
 	@$(INVOKE) lint
 
-engine: ready ## only libax_engine, into board/engine/lib (ARGS='--machine aarch64 --into folder' for a board's)
+engine: ready ## build libax_engine into board/engine/lib (ARGS='--machine aarch64 --into folder' for a board)
 	@$(INVOKE) engine
 
-page: ready ## what the page of axrun serve shows Markdown with, by npm into board/axrun/serve/page/lib
+page: ready ## fetch the Markdown libraries of axrun serve's page with npm into board/axrun/serve/page/lib
 	@$(INVOKE) page
 
-bench: ready ## speed and memory on this machine, beside llama.cpp with PEER=llama.cpp (ARGS='-k load' for a part)
+bench: ready ## benchmark speed and memory; PEER=llama.cpp compares with llama.cpp (ARGS='-k load' for a part)
 	@$(INVOKE) bench
 
-image: ready ## the pinned container: where `make build` works from then on, with the same bytes
+image: ready ## build the pinned container image; `make build` then runs in it, with the same output bytes
 	@$(INVOKE) image
 
-base-image: ready ## the container's base from Debian packages, where no image registry can be reached
+base-image: ready ## build the container's base from Debian packages, without an image registry
 	@$(INVOKE) base-image
 
-verify-reproducible: ready ## image and bundle built twice from nothing, and compared byte by byte
+verify-reproducible: ready ## build image and bundle twice from scratch and compare them byte by byte
 	@$(INVOKE) verify-reproducible
 
-wheels: ready ## the wheels of a release, built twice and compared, in OUT/wheels
+wheels: ready ## build the release wheels twice, compare them, and put them into OUT/wheels
 	@$(INVOKE) wheels
 
-setup: ready ## only make VENV, with everything the other targets need, e.g. before going offline
+setup: ready ## make VENV with everything that the other targets need, e.g. before going offline
 	@$(INVOKE) setup
 
-clean: ## remove out/ and the caches; VENV and downloaded checkpoints stay
+clean: ## remove out/ and the caches; keep VENV and downloaded checkpoints
 	@$(if $(wildcard $(VENV)/build.installed),$(INVOKE) clean,rm -rf out)
 
-# These build libax_engine while they install and check types.
+# These targets build libax_engine in parallel with installing and type checking.
 test test-all: WITHOUT = --without-engine
 
 ready:
@@ -90,13 +90,13 @@ ready:
 	@"$(KEEPER)" requirements/install.py $(WITHOUT) "$(VENV)" build
 
 ##
-## MODEL=tiny-qwen2    one of models/*.toml              MODEL_DIR=folder     its checkpoint, where there is no network
-## PROMPT='1+1='       what to ask                       OUT=out              where bundles go
-## PARALLEL=cores      layers compiled at a time         FORCE=1              replace a different bundle
+## MODEL=tiny-qwen2    one of models/*.toml              MODEL_DIR=folder     its checkpoint, without network
+## PROMPT='1+1='       the prompt                        OUT=out              the output folder
+## PARALLEL=cores      layers compiled in parallel       FORCE=1              replace a different bundle
 ## ARGS='...'          more flags for the command        WHEELS=folder        more wheels to install from
 ## PYTHON=python3.12   another Python (3.11 to 3.14)     VENV=.venv           another environment
-## TORCH=cpu           torch for a build's check: cpu, pypi (as the package index has it, 3 GB), or none: no check
-## PEER=llama.cpp      what `make bench` measures beside  REPORT=1             write docs/benchmarks.md from it
+## TORCH=cpu           torch for the check: cpu, pypi (the package index's, 3 GB), or none (no check)
+## PEER=llama.cpp      what `make bench` compares with   REPORT=1             update docs/benchmarks.md
 ## ENGINE=auto         auto, docker or local             BASE_IMAGE=image     another Debian image to build on
 ## BACKEND=cpu         cpu, or pulsar2 with VENDOR_IMAGE  MIRROR=address       another Debian mirror
 ##                     (VENDOR_SHA256, VENDOR_LICENCE)   see docs/container.md

@@ -1,6 +1,6 @@
-"""What the Makefile's targets do. Each task composes functions of the rooms; `make` and `invoke --list` list them.
+"""The tasks behind the Makefile's targets; `make` and `invoke --list` list them.
 
-Here are the tasks of the compiler, the tests and the container; those of boards and nights are in ci/tasks.
+This file has the tasks of the compiler, the tests and the container; ci/tasks has those of boards and nightly runs.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def build(
     engine: str = ENGINE or "auto",
     backend: str = BACKEND or "cpu",
 ) -> None:
-    """A checkpoint becomes a checked bundle, and the bundle answers."""
+    """Compile a checkpoint into a checked bundle, and run a prompt."""
     from axc.fetch import fetch
     from axc.inventory import inventory
     from axc.models import load_model
@@ -98,7 +98,7 @@ def build(
             )
         checkpoint = fetch(spec, Path(model_dir).expanduser() if model_dir else None)
         build_by_vendor(spec, checkpoint, bundle, force=force)
-        print(f"\n{bundle} holds\n{inventory(bundle)}\n\nit runs on a board with an NPU")
+        print(f"\ncontents of {bundle}:\n{inventory(bundle)}\n\nit runs on a board with an NPU")
         return
     chosen = choose(engine)
     print(chosen, flush=True)
@@ -118,14 +118,14 @@ def build(
         from axc.cli import main as axc
 
         succeed(axc, ["llm_build", *flags])
-    print(f"\n{bundle} holds\n{inventory(bundle)}\n", flush=True)
+    print(f"\ncontents of {bundle}:\n{inventory(bundle)}\n", flush=True)
     ask(bundle, question)
     said = (("VENV", str(VENV), str(ROOT / ".venv")), ("MODEL", model, "tiny-qwen2"), ("OUT", out, "out"))
     where = "".join(f" {name}={shlex.quote(value)}" for name, value, usual in said if value != usual)
     if unchecked:
         print(f"\nnot checked against the float32 reference: {unchecked}")
         print(f"to check it: make build{where} TORCH=pypi ({PYPI_SIZE}), or WHEELS=folder with that wheel")
-    print(f"\nask it more: make run{where} PROMPT='12+30='")
+    print(f"\nto run another prompt: make run{where} PROMPT='12+30='")
 
 
 @verb
@@ -136,7 +136,7 @@ def run(
     out: str = OUT or "out",
     args: str = ARGS,
 ) -> None:
-    """Ask a bundle that is there."""
+    """Run a prompt with a bundle that was built before."""
     from axc.models import load_model
 
     spec = load_model(model)
@@ -145,7 +145,7 @@ def run(
 
 @verb
 def test(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a task)
-    """Everything a change must pass: lint, then the tests."""
+    """Lint and the tests: what every change must pass."""
     more = split(args)
     with engine_beside(VENV):
         install(VENV, "reference", "test", "boards")
@@ -155,9 +155,9 @@ def test(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a task)
 
 @verb
 def test_all(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a task)
-    """The tests of `test`, then those that need the packages of requirements/system.apt too."""
+    """The same as `test`, then the system tests, which need the packages of requirements/system.apt."""
     if packages := missing_packages():
-        raise BadInput(f"the system tests need more of this machine: apt-get install {' '.join(packages)}")
+        raise BadInput(f"the system tests need more packages: apt-get install {' '.join(packages)}")
     more = split(args)
     with engine_beside(VENV):
         install(VENV, "reference", "test", "boards")
@@ -169,7 +169,7 @@ def test_all(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a tas
 
 @verb
 def lint(_: Context) -> None:
-    """Ruff and mypy over everything."""
+    """Run ruff and mypy."""
     install(VENV, "reference", "test")
     tool("ruff", "check", ".")
     tool("ruff", "format", "--check", ".")
@@ -178,7 +178,7 @@ def lint(_: Context) -> None:
 
 @verb
 def engine(_: Context, args: str = ARGS) -> None:
-    """libax_engine from its sources, for this machine or another."""
+    """Build libax_engine for this machine or another."""
     from engine.build import main as build_engine
 
     succeed(build_engine, split(args))
@@ -186,7 +186,7 @@ def engine(_: Context, args: str = ARGS) -> None:
 
 @verb
 def page(_: Context) -> None:
-    """The Markdown libraries of axrun serve's page, by npm at the locked versions."""
+    """Fetch the Markdown libraries of axrun serve's page with npm, at the locked versions."""
     bring_page(VENV)
 
 
@@ -194,7 +194,7 @@ def page(_: Context) -> None:
 def bench(
     _: Context, args: str = ARGS, peer: str = PEER, out: str = OUT or "out", report: bool = REPORT not in ("", "0")
 ) -> None:
-    """Speed, memory and quality beside a peer: every bench_*.py of the tests; with REPORT=1 into docs/benchmarks.md."""
+    """Benchmark speed, memory and quality, optionally against a peer; REPORT=1 updates docs/benchmarks.md."""
     more = split(args)
     install(VENV, "reference", "test")
     if peer:
@@ -215,7 +215,7 @@ def bench(
 
 @verb
 def image(_: Context, base_image: str = BASE_IMAGE, mirror: str = MIRROR) -> None:
-    """The pinned container image axc, made here and handed to the Docker daemon."""
+    """Build the pinned container image axc and load it into the Docker daemon."""
     from ci.container import engine
     from ci.container.daemon import connect
 
@@ -224,7 +224,7 @@ def image(_: Context, base_image: str = BASE_IMAGE, mirror: str = MIRROR) -> Non
 
 @verb
 def base_image(_: Context, out: str = OUT or "out", mirror: str = MIRROR, record: bool = False) -> None:
-    """The image's base from Debian packages, as OUT/axc-base.tar and in the Docker daemon if one answers."""
+    """Build the image's base from Debian packages: OUT/axc-base.tar, loaded into the Docker daemon if one runs."""
     from axc.inventory import decimal
     from ci.container import base, engine
 
@@ -236,7 +236,7 @@ def base_image(_: Context, out: str = OUT or "out", mirror: str = MIRROR, record
 
 @verb
 def verify_reproducible(_: Context, base_image: str = BASE_IMAGE, mirror: str = MIRROR) -> None:
-    """Image and bundle are built twice from nothing and compared byte by byte."""
+    """Build image and bundle twice from scratch and compare them byte by byte."""
     from ci.container import reproduce
     from ci.container.daemon import connect
 
@@ -245,7 +245,7 @@ def verify_reproducible(_: Context, base_image: str = BASE_IMAGE, mirror: str = 
 
 @verb
 def wheels(_: Context, out: str = OUT or "out", tag: str = "") -> None:
-    """The wheels of axc and axrun, for x86-64 and aarch64, built twice from what git has and compared."""
+    """Build the release wheels of axc and axrun (x86-64, aarch64) twice from git's files and compare them."""
     from ci import release
 
     install(VENV, "build")
@@ -256,18 +256,18 @@ def wheels(_: Context, out: str = OUT or "out", tag: str = "") -> None:
 
 @verb
 def setup(_: Context, extra: Sequence[str] | None = None) -> None:
-    """Install the locked requirements, e.g. before going offline."""
-    install(VENV, *(extra or (name for name in SETS if name != "page")))  # which only a machine without npm needs
+    """Install all locked requirements, e.g. before going offline."""
+    install(VENV, *(extra or (name for name in SETS if name != "page")))  # `page` is for machines without npm
     if not extra:
         try:
             bring_page(VENV)
         except SetupFailed as error:
-            print(f"setup: {error}\nuntil `make page` brings them, the page of `axrun serve` shows plain text")
+            print(f"setup: {error}\nwithout them the page of `axrun serve` shows plain text; retry with `make page`")
 
 
 @verb
 def clean(_: Context) -> None:
-    """Remove out/ and the caches; the environment and downloaded checkpoints stay."""
+    """Remove out/ and the caches; keep the environment and downloaded checkpoints."""
     caches = (
         "out",
         "build",
@@ -287,9 +287,10 @@ def clean(_: Context) -> None:
 
 @verb
 def lock(_: Context, upgrade: bool = False) -> None:
-    """Compile requirements/*.txt anew from the .in files and pyproject.toml; those without one are kept by hand.
+    """Recompile requirements/*.txt from the .in files and pyproject.toml.
 
-    package-lock.json is npm's: `npm install --package-lock-only` in requirements/, after a change of package.json.
+    Files without a .in are maintained by hand. After a change of package.json, update package-lock.json with
+    `npm install --package-lock-only` in requirements/.
     """
     from ci.device.wheelhouse import PYTHONS
 
@@ -311,12 +312,12 @@ def lock(_: Context, upgrade: bool = False) -> None:
 
 
 def without_reference() -> str:
-    """Install the reference; returns why there is none, empty where there is."""
+    """Installs the float32 reference (torch); returns why it is not available, empty on success."""
     try:
         install(VENV, "reference")
     except NoTorch as missing:
         reason, *more = str(missing).splitlines()
-        print(f"setup: {reason}: the build goes on without its check against the reference", flush=True)
+        print(f"setup: {reason}: building without the check against the reference", flush=True)
         print(*more, sep="\n", flush=True)
         return reason
     return ""

@@ -1,4 +1,4 @@
-"""A shell on a board, or one command, over the ssh that checks the board's host key."""
+"""A shell or one command on a board, over the ssh wrapper that checks the host key."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ci.device.place import Address, Board
 
 
 def shell(board: Board, at: Address, command: str = "") -> int:
-    """An interactive session, or `command` as the user's shell there reads it; returns its exit code."""
+    """Runs an interactive session, or `command` in the user's shell there; returns the exit code."""
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     words = [*ssh.command(at, "-t" if terminal else "-T"), at.host]
     sys.stdout.flush()
     done = subprocess.run([*words, *([command] if command else [])], env=ssh.environment(board), check=False)
-    if done.returncode == ssh.FAILED:  # or the command's own; ssh has said what it saw
+    if done.returncode == ssh.FAILED:  # or the command's own exit code; ssh has printed its error
         why = commands.invoke("board.status", "--board", board.argument)
-        print(f"note: where ssh did not get in, this says why: {why}", file=sys.stderr)
+        print(f"note: if the login failed, this command says why: {why}", file=sys.stderr)
     return done.returncode

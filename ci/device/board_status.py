@@ -1,4 +1,4 @@
-"""A board at a glance: whether it answers, what it is, what runs there, who holds it, where each setting is from."""
+"""The status of a board: whether it answers, its versions and release, its holder, the source of each setting."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SETTINGS = ("address", "user", "port", "keyfile", "power", "root", "python", "en
 
 
 def status(board: Board, at: Address) -> dict[str, Any]:
-    """Everything that is known, for --json; `answers` is empty where the board does, else why it does not."""
+    """The content of --json; `answers` says why the board does not answer, empty if it does."""
     known: dict[str, Any] = {
         "board": board.name,
         "argument": board.argument,
@@ -41,7 +41,7 @@ def status(board: Board, at: Address) -> dict[str, Any]:
 
 
 def holder(board: Board) -> str:
-    """Who holds the board on this machine; empty where nobody does. Takes no lock, and so is in nobody's way."""
+    """Who holds the board on this machine; empty if nobody does. Reads /proc/locks instead of taking the lock."""
     file = board.state / "lock"
     try:
         number = file.stat().st_ino
@@ -52,7 +52,7 @@ def holder(board: Board) -> str:
 
 
 def lines(found: Mapping[str, Any]) -> Iterator[str]:
-    """For a person."""
+    """The status as lines for a console."""
     title = f"{found['board']} (emulated)" if found["emulated"] else found["board"]
     if found["answers"]:
         yield f"{title}: no answer: {found['answers']}"
@@ -93,7 +93,7 @@ def _rows(facts: Mapping[str, Any], told: Mapping[str, Any]) -> Iterator[tuple[s
 
 
 def _settings(board: Board, at: Address) -> dict[str, tuple[str, str]]:
-    """Value and source of each."""
+    """Value and source of each setting."""
     said = {
         "address": at.host,
         "user": at.user,
@@ -135,7 +135,7 @@ def _devices(devices: list[list[str]]) -> str:
 
 def _duration(seconds: int | None) -> str:
     if seconds is None:
-        return "since nobody knows when"
+        return "unknown time"
     days, rest = divmod(seconds, 86400)
     return f"{days} d " * bool(days) + f"{rest // 3600} h {rest % 3600 // 60} min"
 

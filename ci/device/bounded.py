@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import IO
 
 BLOCK = 1 << 16
-REST_SECONDS = 1.0  # for what a command that has ended had written
-END_SECONDS = 5.0  # for a killed command to be over
-TAIL = 1 << 16  # bytes of stderr that are kept, the last
+REST_SECONDS = 1.0  # for reading the rest of the output after the command ended
+END_SECONDS = 5.0  # for a killed command to end
+TAIL = 1 << 16  # last bytes of stderr that are kept
 
 
 @dataclass(frozen=True)
 class Done:
-    """`code` is None for a command that was killed: it was not done in time, or `flooded` stdout."""
+    """`code` is None for a command that was killed, by the timeout or because it `flooded` stdout."""
 
     code: int | None
     stdout: bytes
@@ -38,10 +38,10 @@ def run(
     stdin: IO[bytes] | None = None,
     drains: bool = False,
 ) -> Done:
-    """Runs a command in a session of its own, and keeps `most` bytes of its stdout and the end of its stderr.
+    """Runs a command in its own session; keeps up to `most` bytes of stdout and the end of stderr.
 
-    One that prints more is killed, unless this `drains`: then the end is kept and the rest thrown away. It is over when
-    the command has ended, whatever it left in the background holds open. Raises OSError when it cannot be started.
+    A command that prints more is killed; with `drains`, the last `most` bytes are kept instead. Returns when the
+    command ends, even if a background process keeps the pipes open. Raises OSError if it cannot be started.
     """
     process = subprocess.Popen(
         command,
@@ -63,7 +63,7 @@ def run(
                 pipes.register(pipe, selectors.EVENT_READ, kept)
             while not flooded and time.monotonic() < deadline:
                 ended = process.poll() is not None
-                if ended and not rest:  # what it left in the background may write on and on
+                if ended and not rest:  # a background process may keep writing
                     rest = deadline = min(deadline, time.monotonic() + REST_SECONDS)
                 found = pipes.select(0 if ended else 0.05) if pipes.get_map() else []
                 read = [_read(pipes, key.fileobj, key.data) for key, _ in found]
@@ -102,7 +102,7 @@ class _Kept:
 
 
 def _read(pipes: selectors.BaseSelector, pipe: object, kept: _Kept) -> int:
-    """Bytes that came; a pipe that ended is not looked at again."""
+    """Reads what is available and returns its size; unregisters a closed pipe."""
     try:
         data = os.read(pipe.fileno(), BLOCK)  # type: ignore[attr-defined]
     except BlockingIOError:
@@ -115,7 +115,7 @@ def _read(pipes: selectors.BaseSelector, pipe: object, kept: _Kept) -> int:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The command and its session."""
+    """Kills the command and its session."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     with contextlib.suppress(subprocess.TimeoutExpired):

@@ -1,6 +1,6 @@
-"""A board over SSH: requests to a program of ci/device/on_board, rsync, and a port that leads there.
+"""A connection to a board over SSH: requests to a program of ci/device/on_board, rsync, and port forwards.
 
-What a board answers is bounded in size and time, and is data: nothing of it is run here.
+Answers of a board are untrusted data, bounded in size and time, and never executed.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from ci.device.ssh import CONNECT_SECONDS, REQUEST_SECONDS, Lost
 STALL_SECONDS = 300
 RSYNC_SECONDS = 6 * 3600
 ANSWER_BYTES = 4 << 20
-MOST_SAID = 1 << 20  # bytes of what rsync says: its end
-NO_PYTHON = 127  # a shell's exit code for a command it does not find
+MOST_SAID = 1 << 20  # bytes kept of rsync's output
+NO_PYTHON = 127  # a shell's exit code for "command not found"
 
 INTERPRETER = dict.fromkeys(("found", "found_sha256", "program", "program_sha256", "version"), str)
-# what each verb of the programs on the board returns: a type, (one of several), [of entries], {key: of its value}
+# type of each verb's answer: a type, (alternatives), [type of entries], {key: type of value}
 ANSWERS: Mapping[str, Any] = {
     "facts": {
         **dict.fromkeys(("architecture", "python", "glibc", "root"), str),
@@ -83,17 +83,17 @@ NO_SPACE = re.compile(r"No space left on device|Disk quota exceeded")
 
 @dataclass(frozen=True)
 class Moved:
-    """What rsync moved: bytes over the wire both ways, and the size of all files."""
+    """rsync's statistics: bytes over the wire in both directions, and the total size of the files."""
 
     wire: int
     size: int
 
 
 class Connection:
-    """A board's program, running. Close it, or the board's lock is held until it notices."""
+    """A running program on a board. Close it: otherwise the board's lock stays held until it notices the disconnect."""
 
     def __init__(self, board: Board, at: Address, program: str = programs.RELEASES) -> None:
-        """`program` is what is sent. Raises BadInput for a board out of reach, unknown or without a Python for it."""
+        """Sends and starts `program`. Raises BadInput if the board is unreachable, unknown or has no Python 3.9."""
         self.board, self.at = board, at
         self._said = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the connection)
         self._unread = b""
@@ -118,7 +118,7 @@ class Connection:
         self.close()
 
     def close(self) -> None:
-        """The program ends when its input does, and the board's lock is free again."""
+        """Closes the program's input, which ends it and frees the board's lock."""
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe:
                 with contextlib.suppress(BrokenPipeError):
@@ -131,20 +131,20 @@ class Connection:
         self._said.close()
 
     def call(self, verb: str, seconds: float = REQUEST_SECONDS, /, **arguments: Any) -> Any:
-        """What the verb of the program returns, of the type it is known to have (ANSWERS).
+        """Calls a verb of the program; the answer has the type given in ANSWERS.
 
-        Raises BadInput for what it refuses, Lost without an answer, or with one of another type.
+        Raises BadInput if the program refuses, Lost without an answer or for one of another type.
         """
         self._send(json.dumps({"do": verb, **arguments}).encode() + b"\n")
         answer = self._receive(verb, seconds)
         if not _is(answer, ANSWERS[verb]):
-            raise Lost(f"{self.board.name} answered {verb} with {answer!a:.80}, which is no answer to that")
+            raise Lost(f"{self.board.name} answered {verb} with {answer!a:.80}, which is not a valid answer")
         return answer
 
     def send(self, source: Path, into: str, like: str | None) -> Moved:
-        """Makes the board's folder `into` hold what `source` does; what `like` has there is linked, not sent.
+        """Mirrors `source` to the board's folder `into`; files that `like` already has are hard-linked, not sent.
 
-        Raises BadInput when the disk is full, Lost when the connection broke; what has come so far is kept.
+        Raises BadInput for a full disk, Lost if the connection broke; a partial transfer is kept.
         """
         command = [
             *("rsync", "--recursive", "--checksum", "--delete", "--stats", "--partial-dir=.rsync-partial"),
@@ -153,7 +153,7 @@ class Connection:
             *("--rsh", shlex.join(ssh.command(self.at))),
             *(f"{source}/", f"{self.at.host}:{into}/"),
         ]
-        command = [*ssh.mortal("KILL"), *command]  # it shall not outlive the deploy that holds the lock
+        command = [*ssh.mortal("KILL"), *command]  # it must not outlive the deploy that holds the lock
         try:
             done = bounded.run(
                 command, seconds=RSYNC_SECONDS, most=MOST_SAID, environment=ssh.environment(self.board), drains=True
@@ -161,26 +161,26 @@ class Connection:
         except FileNotFoundError:
             raise BadInput("there is no rsync on this machine: apt-get install rsync") from None
         if done.code is None:
-            raise Lost(f"{self.board.name}: rsync was not done after {RSYNC_SECONDS} s")
+            raise Lost(f"{self.board.name}: rsync did not finish within {RSYNC_SECONDS} s")
         stats, said = (text.decode("utf-8", "replace") for text in (done.stdout, done.stderr))
         if done.code:
             if NO_SPACE.search(said):
-                raise BadInput(f"the disk of {self.board.name} got full while {source.name} was being sent")
+                raise BadInput(f"the disk of {self.board.name} became full during the transfer of {source.name}")
             raise Lost(self._meaning(said) or f"rsync to {self.board.name}: {ssh.last_line(said)}")
         numbers = [_number(stats, name) for name in ("Total bytes sent", "Total bytes received", "Total file size")]
         return Moved(numbers[0] + numbers[1], numbers[2])
 
     def forwarded(self, port: int) -> AbstractContextManager[int]:
-        """A port of this machine's loopback that leads to the board's. Raises Lost when there is none."""
+        """Forwards a local loopback port to the board's `port`. Raises Lost if that fails."""
         return ssh.forwarded(self.board, self.at, port)
 
     def _shell(self) -> list[str]:
-        """What runs a command line on the board."""
+        """The ssh command that runs a command line on the board."""
         return [*ssh.command(self.at), self.at.host]
 
     def _send(self, data: bytes) -> None:
         assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # the answer will be missing: that is told with what ssh said
+        with contextlib.suppress(BrokenPipeError):  # _receive reports the missing answer, with ssh's message
             self._process.stdin.write(data)
             self._process.stdin.flush()
 
@@ -198,7 +198,7 @@ class Connection:
             return answer["ok"]
         kind, text = str(answer["error"]), str(answer["text"])[:300]
         refusals = {
-            "locked": f"{self.board.name} is being deployed to by {text!a}\nWait for it, or ask them to stop.",
+            "locked": f"{text!a} is deploying to {self.board.name}\nWait for it, or ask them to stop.",
             "old": f"{self.board.name} has Python {text}; 3.9 or newer is needed",
             "space": f"the disk of {self.board.name} is full ({text})",
         }
@@ -221,7 +221,7 @@ class Connection:
         return line
 
     def _ended(self, verb: str) -> BadInput | Lost:
-        """Why there is no answer: ssh's exit code and what it said."""
+        """The error for a missing answer, from ssh's exit code and message."""
         try:
             code = self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -240,7 +240,7 @@ class Connection:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether an answer has the type that ANSWERS gives."""
+    """Whether a value matches a type of ANSWERS."""
     if isinstance(kind, tuple):
         return any(_is(value, one) for one in kind)
     if isinstance(kind, list):

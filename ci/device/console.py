@@ -1,8 +1,8 @@
-"""python -m ci.device.console BOARD FILE: a board's serial console into a file, by labgrid, until this is ended.
+"""python -m ci.device.console BOARD FILE: records a board's serial console into a file with labgrid, until terminated.
 
-A YAML that names a serial port (SerialPort, NetworkSerialPort, or a farm's place that has one) is enough. The emulated
-board's console, a file that its processes write, is put onto a pseudo-terminal, so that it comes the same way.
-What a console says is text for a reader: made printable, a time before each line, bounded.
+It needs only a serial port in the YAML (SerialPort, NetworkSerialPort, or that of a farm's place). The emulated board
+writes its console to a file, which is fed into a pseudo-terminal so that the same driver reads it. The recording is
+printable, bounded, and has a timestamp per line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NO_PORT = "no serial console: {yaml} names none"
 
 
 class Log:
-    """A console's text in a file: the end of it, where it is more than MOST bytes."""
+    """A console log file; of more than MOST bytes it keeps the end."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -48,7 +48,7 @@ class Log:
         self.file.write_bytes(b"")
 
     def add(self, data: bytes) -> None:
-        """Bytes as they come; a line is written when it is whole."""
+        """Adds received bytes; complete lines are written."""
         *lines, self._line = (self._line + data).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
         for line in lines:
             self._write(line)
@@ -56,13 +56,13 @@ class Log:
             self.flush()
 
     def flush(self) -> None:
-        """What has come of a line that is not whole, as a prompt is."""
+        """Writes an incomplete line, such as a prompt."""
         if self._line:
             self._write(self._line)
         self._line = b""
 
     def say(self, text: str) -> None:
-        """A line of ours among the board's."""
+        """Adds a line of ours, in brackets."""
         self.flush()
         self._write(f"[{text}]".encode())
 
@@ -78,19 +78,19 @@ class Log:
         if self._size > MOST:
             kept = self.file.read_bytes()[-MOST // 2 :].partition(b"\n")[2]
             self._left_out += self._size - len(kept)
-            first = f"[{self._left_out} bytes before this are left out]\n".encode()
+            first = f"[{self._left_out} earlier bytes were dropped]\n".encode()
             self.file.write_bytes(first + kept)
             self._size = len(first) + len(kept)
 
 
 def printable(line: bytes) -> str:
-    """A line that can be shown anywhere: no terminal commands, no control characters."""
+    """The line without terminal escapes and control characters."""
     text = ESCAPES.sub(b"", line).decode("utf-8", "replace").replace("\t", "    ").rstrip()
     return "".join(c if c.isprintable() else "�" for c in text[:LONGEST])
 
 
 def tail(file: Path) -> str:
-    """The last lines of a console that was kept; empty where there is none."""
+    """The last lines of a recorded console; empty if there is none."""
     try:
         with file.open("rb") as stream:
             stream.seek(max(0, file.stat().st_size - TAIL * LONGEST))
@@ -101,9 +101,9 @@ def tail(file: Path) -> str:
 
 
 def start(board: Board, file: Path) -> subprocess.Popen[bytes]:
-    """Keeps the console in `file`, in a process that ends with this one. Before the board is switched on."""
+    """Starts recording into `file`, in a process that ends with this one. Call it before power-on."""
     file.write_bytes(b"")
-    if board.emulated:  # what it said since it was last switched on is of another time; its next start makes a new file
+    if board.emulated:  # skip the output since the last power-on; the next start makes a new file
         with contextlib.suppress(OSError):
             os.replace(board.state / NAME, board.state / BEFORE)
     return subprocess.Popen(
@@ -117,7 +117,7 @@ def start(board: Board, file: Path) -> subprocess.Popen[bytes]:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """What has come by now is in the file."""
+    """Stops recording; everything received by now is in the file."""
     process.terminate()
     try:
         process.wait(END_SECONDS)
@@ -127,7 +127,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def keep(board: Board, log: Log, ended: threading.Event) -> None:
-    """Reads until `ended`; a port that goes away is opened anew. Raises BadInput for a board without a console."""
+    """Records until `ended`; reopens a port that disappears. Raises BadInput for a board without a console."""
     from pexpect import TIMEOUT
     from serial import SerialException
 
@@ -142,7 +142,7 @@ def keep(board: Board, log: Log, ended: threading.Event) -> None:
                     log.flush()
                 ended.wait(POLL_SECONDS)
             except (SerialException, OSError) as error:
-                log.say(f"the serial port went away: {error}")
+                log.say(f"lost the serial port: {error}")
                 with contextlib.suppress(Exception):
                     serial.close()
                 while not ended.wait(RETRY_SECONDS):
@@ -151,7 +151,7 @@ def keep(board: Board, log: Log, ended: threading.Event) -> None:
                         log.say("the serial port is back")
                         break
         if follow is not None:
-            follow.join(END_SECONDS)  # all that was said before `ended` is on its way
+            follow.join(END_SECONDS)  # it still feeds what was written before `ended`
         with contextlib.suppress(TIMEOUT, SerialException, OSError):
             while True:
                 log.add(_read(serial))
@@ -159,20 +159,20 @@ def keep(board: Board, log: Log, ended: threading.Event) -> None:
 
 
 def _read(serial: Any) -> bytes:
-    """What has come. Raises pexpect's TIMEOUT for nothing, SerialException or OSError for a port that went away.
+    """Available bytes. Raises pexpect's TIMEOUT if there are none, SerialException or OSError for a lost port.
 
-    pyserial drops what it has read of a TCP port that is closed before enough has come: so nothing is waited for.
+    Does not wait for more: pyserial would drop data already read from a TCP port if it is closed meanwhile.
     """
-    waiting = serial.serial.in_waiting  # of a TCP port never more than 1
+    waiting = serial.serial.in_waiting  # at most 1 for a TCP port
     data = serial.read(size=waiting, timeout=POLL_SECONDS) if waiting > 1 else serial.read(size=BLOCK, timeout=0.0)
     return bytes(data)
 
 
 @contextlib.contextmanager
 def driver(board: Board, ended: threading.Event) -> Iterator[tuple[Any, threading.Thread | None]]:
-    """labgrid's SerialDriver of a board, active, and the thread that feeds it, where one does.
+    """labgrid's active SerialDriver of a board, and the thread that feeds an emulated board's console.
 
-    Raises BadInput where there is no port, or it cannot be opened.
+    Raises BadInput if there is no port or it cannot be opened.
     """
     from labgrid.driver import SerialDriver
     from labgrid.exceptions import NoDriverFoundError, NoSupplierFoundError
@@ -195,14 +195,14 @@ def driver(board: Board, ended: threading.Event) -> Iterator[tuple[Any, threadin
         except (SerialException, OSError) as error:
             raise BadInput(f"no serial console: {error}") from None
         follow = None
-        if speaks is not None:  # not before: pyserial throws away what has come when it opens a port
+        if speaks is not None:  # only now: pyserial flushes its input when it opens a port
             follow = last.enter_context(following(board.state / NAME, speaks, ended))
         yield found, follow
 
 
 @contextlib.contextmanager
 def pseudo_terminal() -> Iterator[tuple[int, str]]:
-    """The side that speaks, and the path of the one that listens."""
+    """The writing side's file descriptor, and the path of the reading side."""
     master, slave = os.openpty()
     tty.setraw(slave)
     try:
@@ -214,7 +214,7 @@ def pseudo_terminal() -> Iterator[tuple[int, str]]:
 
 @contextlib.contextmanager
 def following(file: Path, into: int, ended: threading.Event) -> Iterator[threading.Thread]:
-    """What is written to `file` goes into a terminal, from its beginning, anew where it is written anew."""
+    """Copies a growing file into a terminal, and restarts if the file is truncated or replaced."""
     follow = threading.Thread(target=_follow, args=(file, into, ended), daemon=True)
     follow.start()
     try:
@@ -227,7 +227,7 @@ def following(file: Path, into: int, ended: threading.Event) -> Iterator[threadi
 def _follow(file: Path, into: int, ended: threading.Event) -> None:
     at = 0
     while True:
-        over = ended.is_set()  # what was written until then is still read
+        over = ended.is_set()  # one more round reads the rest
         try:
             with file.open("rb") as stream:
                 at = at if at <= os.fstat(stream.fileno()).st_size else 0

@@ -1,6 +1,6 @@
-"""A runner and a bundle onto a board: looked at, sent, verified, asked, and only then made the current release.
+"""Deploys runner and bundle to a board: check the board, transfer, verify, run a prompt, switch to the new release.
 
-Until the last step the board runs what it ran; ci/device/on_board/releases.py says how its folders keep that true.
+Until the last step the board keeps its old release; ci/device/on_board/releases.py describes the folders.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from ci.device.place import Address, Board, owner
 from ci.device.progress import took
 from ci.device.wheelhouse import Package
 
-KEEP = 3  # releases on the board, the current one among them
+KEEP = 3  # releases to keep on the board, including the current one
 SMOKE_TOKENS = 4
 SMOKE_SECONDS, VERIFY_SECONDS = 900, 1800
-SPARE_BYTES = 8 << 20  # for what the runner writes of its own: compiled Python
-GLIBC = (2, 31)  # what the wheels may ask for
+SPARE_BYTES = 8 << 20  # for the runner's own files, such as bytecode
+GLIBC = (2, 31)  # the newest version that the wheels may need
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Deployed:
-    """`release` is current on the board, `was` the one before (None: the first), `answer` what it said when asked.
+    """`release` is now current on the board, `was` the previous one (None: the first), `answer` its smoke test's.
 
-    `wire` is what went over the network, of `size` bytes that were to be there.
+    `wire` bytes went over the network, for a release of `size` bytes.
     """
 
     release: str
@@ -59,11 +59,11 @@ def deploy(
     say: Say = lambda line: None,
     record: Path | None = None,
 ) -> Deployed:
-    """Makes package and bundle the board's current release, and writes what they are to the file `record`.
+    """Makes package and bundle the board's current release, and writes the deploy record to `record`.
 
-    A package that takes long to make is a function that makes it: it is called once the board is known to take it.
-    Raises BadInput when the board cannot be reached or cannot take it, CheckFailed when what arrived is not what was
-    sent or answers otherwise than here. The board then runs what it ran before.
+    `package` may be a function that builds it; it is called only after the board passed its checks.
+    Raises BadInput for a board that is unreachable or unsuitable, CheckFailed if the transfer is damaged or the answer
+    differs from this machine's. The board then keeps its old release.
     """
     opened = Bundle.open(bundle)
     reach.require(board, at, say)
@@ -72,7 +72,7 @@ def deploy(
         say(_introduce(board, facts))
         _require(board, facts, opened)
         if around := evidence.wrapped(facts["interpreter"]):
-            say(f"note: python3 on {board.name} is {around}; a night is red with it")
+            say(f"note: python3 on {board.name} is {around}; a night will be red because of it")
         manifest = bundles.verify(bundle)
         link.call("lock", owner=owner())
         made = package if isinstance(package, Package) else package()
@@ -84,12 +84,12 @@ def deploy(
         sent = [_send(link, board, store, source, listing, say) for store, source, listing in contents]
         name = hashlib.sha256(json.dumps(release, sort_keys=True).encode()).hexdigest()[:16]
         link.call("assemble", name=name, release=release)
-        say(f"asking release {name} {prompt!r} ...")
+        say(f"running {prompt!r} with release {name} ...")
         started = time.monotonic()
         answer = _smoke(link, board, name, release)
         say(f"release {name} answers {prompt!r} with {answer!r}{took(started)}")
         was = link.call("switch", name=name)
-        say(f"current is {name}, {'as before' if was == name else f'was {was}' if was else 'the first'}")
+        say(f"current is {name}, {'unchanged' if was == name else f'was {was}' if was else 'the first'}")
         if record is not None:
             python = facts["interpreter"]
             evidence.write(record, _record(board, name, release, made.listing, model, python))
@@ -114,16 +114,16 @@ def _record(
 
 
 def rollback(board: Board, at: Address, say: Say = lambda line: None) -> Deployed:
-    """Makes the release before the current one current again, after it has answered as it once did.
+    """Switches back to the previous release, after checking that it still gives its recorded answer.
 
-    Raises BadInput when there is none, CheckFailed when it does not answer so; the current one then stays.
+    Raises BadInput if there is none, CheckFailed if its answer differs; the current release then stays.
     """
     reach.require(board, at, say)
     with Connection(board, at) as link:
         link.call("lock", owner=owner())
         was, name = link.call("facts")["current"], link.call("previous")
         if name is None:
-            raise BadInput(f"{board.name} has no release before {was or 'the first'}: there is nothing to go back to")
+            raise BadInput(f"{board.name} has no release before {was or 'the first'}: nothing to roll back to")
         answer = _smoke(link, board, name, link.call("release", name=name))
         link.call("back", name=name)
         say(f"current is {name} again, was {was}; it answers {answer!r}")
@@ -131,12 +131,12 @@ def rollback(board: Board, at: Address, say: Say = lambda line: None) -> Deploye
 
 
 def _send(link: Connection, board: Board, store: str, source: Path, listing: Listing, say: Say) -> int:
-    """Bytes over the wire. A folder that is there is verified too, and what is wrong with it is sent again."""
+    """Transfers and verifies a folder; returns the bytes over the wire. An existing folder is verified and repaired."""
     place: dict[str, Any] = {"store": store, "name": listing.id, "listing": [list(entry) for entry in listing.files]}
     found = link.call("survey", **place)
     what, started = f"{store[:-1]} {listing.id}, {listing.size / 1e6:.1f} MB", time.monotonic()
     if found["whole"] and not link.call("verify", VERIFY_SECONDS, **place):
-        say(f"{what}: there, verified{took(started)}")
+        say(f"{what}: already there, verified{took(started)}")
         return 0
     if found["needed"] + SPARE_BYTES > found["free"]:
         raise BadInput(
@@ -152,14 +152,14 @@ def _send(link: Connection, board: Board, store: str, source: Path, listing: Lis
     faults = link.call("verify", VERIFY_SECONDS, **place)
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise CheckFailed(f"the {store[:-1]} on {board.name} is not what was sent: {str(faults[0])[:200]!a}{more}")
+        raise CheckFailed(f"the {store[:-1]} on {board.name} differs from the one sent: {str(faults[0])[:200]!a}{more}")
     link.call("keep", VERIFY_SECONDS, **place)
     say(f"{what}: sent {moved.wire / 1e6:.2f} MB, verified{took(started)}")
     return moved.wire
 
 
 def _smoke(link: Connection, board: Board, name: str, release: Mapping[str, Any]) -> str:
-    """A release's answer, held against what this machine answered. Raises CheckFailed."""
+    """Smoke test: the release's answer, compared with this machine's. Raises CheckFailed."""
     question = {
         "prompt": release["prompt"],
         "tokens": SMOKE_TOKENS,
@@ -171,11 +171,11 @@ def _smoke(link: Connection, board: Board, name: str, release: Mapping[str, Any]
 
 
 def _answer(said: Any, board: Board, name: str, release: Mapping[str, Any]) -> str:
-    kept = "What ran before still does."
+    kept = "The previous release stays current."
     if said["code"] is None:
         raise CheckFailed(f"release {name} did not answer in {SMOKE_SECONDS} s on {board.name}\n{kept}")
     if said["code"] != 0:
-        lines = [line for line in said["stderr"].splitlines() if line.strip()] or ["it said nothing"]
+        lines = [line for line in said["stderr"].splitlines() if line.strip()] or ["it printed nothing"]
         errors = [line for line in lines if line.startswith("error:")] or lines
         raise CheckFailed(f"release {name} does not run on {board.name}: {ascii(errors[-1][:300])[1:-1]}\n{kept}")
     try:
@@ -191,7 +191,7 @@ def _answer(said: Any, board: Board, name: str, release: Mapping[str, Any]) -> s
 
 
 def _tokens_here(bundle: Path, prompt: str) -> list[int]:
-    """The first greedy tokens of the answer on this machine."""
+    """The first greedy tokens on this machine."""
     from axrun.run import Options, Question, run
 
     greedy = Options(max_tokens=SMOKE_TOKENS, sampling={"temperature": 0.0})
@@ -213,11 +213,11 @@ def _unwritable(board: Board, facts: Mapping[str, Any]) -> str:
     if facts["read_only"]:
         return f"{root}: its disk is mounted read-only\nAn unclean disk is: dmesg and mount say more, there."
     said = board.given["root"].source if "root" in board.given else board.yaml
-    return f"{root}: is root right ({board.root}, from {said}), and {board.name}'s user its owner?"
+    return f"{root}: is root right ({board.root}, from {said}), and does {board.name}'s user own it?"
 
 
 def _require(board: Board, facts: Mapping[str, Any], bundle: Bundle) -> None:
-    """What the board must be and have. Raises BadInput with the first thing that is wrong."""
+    """Checks the board's requirements. Raises BadInput with the first one that is not met."""
     vendor = bundle.maker == "pulsar2"
     needed = needs(bundle, board.engine).total
     left, what = (facts["cmm"], "CMM") if vendor and facts["cmm"] is not None else (facts["memory"], "memory")
@@ -226,12 +226,12 @@ def _require(board: Board, facts: Mapping[str, Any], bundle: Bundle) -> None:
     wrong = [
         (
             facts["architecture"] != board.architecture,
-            f"{board.name} is a machine of {facts['architecture']!a}, expected {board.architecture}: is it another?",
+            f"{board.name} has the architecture {facts['architecture']!a}, expected {board.architecture}",
         ),
         (
             minor != board.python,
             f"{board.name} has Python {minor!a}, its settings say {board.python}\n"
-            f'Say which it has: python = "{minor}" in {settings.file(board.yaml.stem)}'
+            f'Set it: python = "{minor}" in {settings.file(board.yaml.stem)}'
             if re.fullmatch(r"3\.\d{1,2}", minor)
             else f"{board.name} has Python {minor!a}, its settings say {board.python}",
         ),
@@ -239,7 +239,7 @@ def _require(board: Board, facts: Mapping[str, Any], bundle: Bundle) -> None:
             len(seen) == 2 and seen < GLIBC,
             f"{board.name} has glibc {facts['glibc']!a}, the runner needs {GLIBC[0]}.{GLIBC[1]}",
         ),
-        (not facts["rsync"], f"{board.name} has no rsync: apt-get install rsync, there"),
+        (not facts["rsync"], f"{board.name} has no rsync; on the board: apt-get install rsync"),
         (not facts["writable"], _unwritable(board, facts)),
         (
             vendor and not facts["engine_library"],

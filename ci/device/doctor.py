@@ -1,9 +1,9 @@
-"""The doctor on a board, and of a red night: `axrun doctor` of the current release there, `axc doctor` here.
+"""Diagnosis of a red night: `axc doctor` on this machine and `axrun doctor` of the current release on the board.
 
     python -m ci.device.doctor BOARD OUT --bundle DIR --checkpoint DIR [--deployed] --seconds S
 
-examines the bundle here, and on the board where it was deployed, and writes both reports to the file OUT. What a doctor
-could not do is in the file too: it never hides why a night is red.
+examines the bundle on this machine and, with --deployed, on the board, and writes both reports to the file OUT. A
+doctor that failed is noted there too; it never replaces the reason of the night.
 """
 
 from __future__ import annotations
@@ -32,28 +32,28 @@ SCHEMA = 1
 SECONDS = 900.0  # for `axrun doctor` on a board
 MOST_FILE = 1 << 20  # bytes
 MOST_ERROR = 300  # characters
-SPARE = 20.0  # seconds to write down what was found
-# Stages of a night after whose failure there is a bundle to examine; those of DEPLOYED have a release on the board too.
+SPARE = 20.0  # seconds reserved for writing the result
+# Failed stages that leave a bundle to examine; after those of DEPLOYED it is on the board too.
 BUILT = ("build", "reference", "probe", "count", "package", "deploy")
 DEPLOYED = ("measure",)
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Reports by where they were made, in their order, and what a doctor could not do."""
+    """Reports by the machine that made them, and failures of doctors."""
 
     reports: dict[str, Report] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
 
     @property
     def finding(self) -> Finding | None:
-        """The one of the earliest stage: what follows inherits it. Here comes before there."""
+        """The finding of the earliest stage, because later stages inherit its error; this machine first."""
         found = [report.finding for report in self.reports.values() if report.finding]
         order = list(STAGES)
         return min(found, key=lambda finding: order.index(finding.stage)) if found else None
 
     def first(self, reason: str) -> str:
-        """Why a night is red: what the doctor found, then the night's own reason."""
+        """The reason of a red night: the doctor's finding, then the night's own reason."""
         finding = self.finding
         if finding is None:
             return reason
@@ -61,11 +61,11 @@ class Diagnosis:
         return f"{finding.stage}: {finding.part}{where}: {finding.cause} ({reason})"
 
     def advice(self, otherwise: str) -> str:
-        """What to do: the finding's, or the night's own where there is none."""
+        """The finding's advice, or `otherwise` without a finding."""
         return self.finding.advice if self.finding else otherwise
 
     def notes(self) -> Iterator[str]:
-        """For a page, the finding first."""
+        """Notes for the report, the finding first."""
         if finding := self.finding:
             yield f"doctor: expected {finding.expected}; seen: {finding.seen}"
         for where, report in self.reports.items():
@@ -75,10 +75,10 @@ class Diagnosis:
 
 
 def on_board(board: Board, at: Address, seconds: float = SECONDS, model: str = "") -> Report:
-    """What `axrun doctor` of a board's current release says of its bundle.
+    """The report of `axrun doctor` for the current release of a board.
 
-    `model`: the name that the bundle must have. Raises BadInput when the board or its release is another, CheckFailed
-    when the doctor gives no report.
+    `model` is the expected name of the bundle. Raises BadInput for another model or no release, CheckFailed if the
+    doctor makes no report.
     """
     with Connection(board, at) as link:
         if model:
@@ -91,7 +91,7 @@ def on_board(board: Board, at: Address, seconds: float = SECONDS, model: str = "
                 )
         said = link.call("examine", seconds + 60, engine=board.engine, limit=seconds)
     if said["code"] is None:
-        raise CheckFailed(f"axrun doctor was not done on {board.name} after {seconds:.0f} s")
+        raise CheckFailed(f"axrun doctor did not finish on {board.name} within {seconds:.0f} s")
     try:
         report = Report.parse(strict_json.loads(said["stdout"]))
     except ValueError as error:
@@ -103,13 +103,13 @@ def on_board(board: Board, at: Address, seconds: float = SECONDS, model: str = "
 
 
 def here(bundle: Path, checkpoint: Path, seconds: float) -> Report:
-    """What `axc doctor` says of a bundle on this machine. Raises CheckFailed without a report."""
+    """The report of `axc doctor` for a bundle on this machine. Raises CheckFailed if it makes none."""
     command = [sys.executable, "-m", "axc", "doctor", str(bundle), "--checkpoint", str(checkpoint), "--json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace")
     try:
         out, err = process.communicate(timeout=max(seconds, 1.0))
     except subprocess.TimeoutExpired:
-        raise CheckFailed(f"axc doctor was not done after {seconds:.0f} s") from None
+        raise CheckFailed(f"axc doctor did not finish within {seconds:.0f} s") from None
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
@@ -117,13 +117,13 @@ def here(bundle: Path, checkpoint: Path, seconds: float) -> Report:
     try:
         return Report.parse(strict_json.loads(out))
     except ValueError:
-        lines = [line for line in err.splitlines() if line.strip()] or ["it said nothing"]
+        lines = [line for line in err.splitlines() if line.strip()] or ["it printed nothing"]
         errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
         raise CheckFailed(f"axc doctor: {(errors or lines)[-1][:MOST_ERROR]}") from None
 
 
 def command(failed: str, board: Board, folder: Path, bundle: Path, checkpoint: Path, seconds: float) -> list[str]:
-    """What examines after the stage `failed` of a night; nothing where there is nothing to examine."""
+    """The command that examines the bundle after the failed stage; empty if there is nothing to examine."""
     if failed not in (*BUILT, *DEPLOYED) or not bundle.is_dir():
         return []
     words = [sys.executable, "-m", "ci.device.doctor", str(board.yaml), str(folder / FILE), "--bundle", str(bundle)]
@@ -132,7 +132,7 @@ def command(failed: str, board: Board, folder: Path, bundle: Path, checkpoint: P
 
 
 def read(file: Path) -> Diagnosis:
-    """What a night's doctor wrote; nothing where it did not get so far, or where it cannot be read."""
+    """Reads the diagnosis of a night; empty if there is none or it is unreadable."""
     try:
         found = strict_json.read(file, MOST_FILE)
         if found.get("schema") != SCHEMA:
@@ -144,7 +144,7 @@ def read(file: Path) -> Diagnosis:
 
 
 def examine(board: Board, bundle: Path, checkpoint: Path, deployed: bool, seconds: float) -> Diagnosis:
-    """Both doctors, one after the other, within `seconds`. A failure of one is noted and does not stop the other."""
+    """Runs both doctors within `seconds`. A failure of one is noted and does not stop the other."""
     found, ends = Diagnosis(), time.monotonic() + seconds - SPARE
     try:
         found.reports["here"] = here(bundle, checkpoint, (ends - time.monotonic()) / (2 if deployed else 1))

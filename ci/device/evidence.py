@@ -1,8 +1,8 @@
-"""What was measured is what was deployed: the record of a deploy, and what a board holds beside it, file by file.
+"""Proves that the measured release is the deployed one, file by file.
 
-A deploy writes the record, on the machine that deploys. The run that measures takes an inventory of the board before
-and after, notes which libraries its commands loaded, and keeps all of it beside the figures; the verdict compares that
-with the record and with the bundle of the night.
+A deploy writes a record on the deploying machine. The measuring run takes an inventory of the board before and after,
+and notes the libraries that its commands loaded; both go into figures.json. The verdict compares them with the record
+and with the bundle of the night.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ci.device.listing import Listing
 ENGINES = re.compile(r"libax_(engine|sys)\.so(\.\d+)*")
 SCHEMA = 1
 MOST_FAULTS = 20
-# Variables that change which code runs or how, without a file of the release being another.
+# Environment variables that change the code that runs although no file differs.
 CHANGING = re.compile(r"AXC_\w+|AXRUN_\w+|LD_PRELOAD|LD_AUDIT")
 
 Inventory = Mapping[str, Any]
@@ -32,7 +32,7 @@ Inventory = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Record:
-    """What a deploy made current on a board: names, the sha256 of every file of package and model, what runs it."""
+    """The record of a deploy: names, the sha256 of every file of package and model, the board's interpreter."""
 
     board: str
     release: str
@@ -41,7 +41,7 @@ class Record:
     release_json: str
     package_files: Mapping[str, str] = field(repr=False)
     model_files: Mapping[str, str] = field(repr=False)
-    python: Mapping[str, str] = field(default_factory=dict)  # as ci/device/on_board/tree.py's interpreter() tells it
+    python: Mapping[str, str] = field(default_factory=dict)  # from interpreter() of ci/device/on_board/tree.py
 
     @property
     def manifest_sha256(self) -> str:
@@ -53,7 +53,7 @@ class Record:
         return {path: digest for path, digest in self.package_files.items() if ENGINES.fullmatch(Path(path).name)}
 
     def named(self) -> dict[str, str]:
-        """What figures are kept with."""
+        """The identity of the release, stored with the figures."""
         return {
             "release": self.release,
             "package": self.package,
@@ -63,12 +63,12 @@ class Record:
 
 
 def place(out: Path, board: str) -> Path:
-    """Where a deploy from `out` keeps the record of a board."""
+    """The record file of a board for deploys from `out`."""
     return out / "deployed" / f"{board}.json"
 
 
 def write(file: Path, record: Record) -> None:
-    """Raises BadInput when it cannot be written."""
+    """Raises BadInput if the file cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"schema": SCHEMA, **dataclasses.asdict(record)}, sort_keys=True) + "\n", "utf-8")
@@ -77,12 +77,12 @@ def write(file: Path, record: Record) -> None:
 
 
 def read(file: Path) -> Record:
-    """Raises BadInput where there is no such record."""
+    """Raises BadInput for a missing or invalid record."""
     try:
         values = strict_json.read(file)
     except FileNotFoundError:
         raise BadInput(
-            f"no deploy is recorded in {file}: what is on the board is not known\n"
+            f"no deploy is recorded in {file}, so the release on the board is unknown\n"
             f"First: {commands.invoke('deploy', '--board', file.stem)}"
         ) from None
     except (OSError, ValueError) as error:
@@ -90,7 +90,7 @@ def read(file: Path) -> Record:
     known = {entry.name: entry for entry in dataclasses.fields(Record)}
     if values.pop("schema", None) != SCHEMA or set(values) != set(known):
         raise BadInput(
-            f"{file} is no record of a deploy\nDeploy again: {commands.invoke('deploy', '--board', file.stem)}"
+            f"{file} is not the record of a deploy\nDeploy again: {commands.invoke('deploy', '--board', file.stem)}"
         )
     return Record(**values)
 
@@ -100,7 +100,7 @@ def files(listing: Listing) -> dict[str, str]:
 
 
 def compare(record: Record, seen: Inventory) -> list[str]:
-    """What a board's inventory has otherwise than the deploy left it, each naming the file; the worst first."""
+    """Differences between a board's inventory and the deploy record, each naming its file, the worst first."""
     return list(_compare(record, seen))[:MOST_FAULTS]
 
 
@@ -124,21 +124,21 @@ def _compare(record: Record, seen: Inventory) -> Iterator[str]:
 
 
 def shown(python: Mapping[str, str]) -> str:
-    """An interpreter, for a reader."""
+    """An interpreter as text."""
     return f"{_show(python['program'])} ({_show(python['version'])}, sha256 {_show(python['program_sha256'][:12])})"
 
 
 def wrapped(python: Mapping[str, str]) -> str:
-    """What stands in PATH before the interpreter and starts it; empty where nothing does."""
+    """The wrapper in PATH that starts the interpreter, as text; empty if `python3` is the interpreter itself."""
     if python["found"] == python["program"]:
         return ""
     return f"{_show(python['found'])} (sha256 {_show(python['found_sha256'][:12])}), which runs {shown(python)}"
 
 
 def _other_python(deployed: Mapping[str, str], seen: Mapping[str, str]) -> Iterator[str]:
-    """Where the interpreter is not the one that the deploy saw."""
+    """Differences between the interpreter and the one recorded by the deploy."""
     if around := wrapped(seen):
-        yield f"python3 is {around}: expected the interpreter itself"
+        yield f"python3 is {around}, expected the interpreter itself"
     elif deployed and dict(deployed) != dict(seen):
         yield f"python3 is {shown(seen)}, deployed with was {shown(deployed)}"
 
@@ -163,10 +163,10 @@ def _differences(folder: str, expected: Mapping[str, str], entries: Iterable[Seq
 def loaded(
     record: Record, root: str, libraries: Mapping[str, str], variables: Collection[str], ours: bool
 ) -> list[str]:
-    """What is wrong with the libraries that a command had loaded: sha256 by path, as the board's kernel names them.
+    """Faults of the libraries (path -> sha256, from /proc) that a command loaded on the board.
 
-    `root` is the folder of releases as the board names it. `ours`: the axmodels need our engine. `variables` are the
-    names of the command's environment.
+    `root` is the absolute folder of the releases. `ours`: the axmodels need our engine. `variables` are the names of
+    the command's environment variables.
     """
     package = f"{root}/packages/{record.package}/"
     names = {Path(path).name for path in record.package_files if ".so" in path}
@@ -174,27 +174,27 @@ def loaded(
     for path, digest in sorted(libraries.items()):
         inside = path[len(package) :] if path.startswith(package) else None
         if inside is not None and record.package_files.get(inside) != digest:
-            faults.append(f"{_show(path)} was loaded and is not what was deployed (sha256 {digest[:12]})")
+            faults.append(f"{_show(path)} was loaded but differs from the deployed file (sha256 {digest[:12]})")
         elif inside is None and (Path(path).name in names and (ours or not ENGINES.fullmatch(Path(path).name))):
-            faults.append(f"{_show(path)} was loaded in place of the package's {Path(path).name}")
+            faults.append(f"{_show(path)} was loaded instead of the package's {Path(path).name}")
     engines = [path for path in libraries if Path(path).name.startswith("libax_engine.so")]
     if ours and not engines:
-        faults.append("no libax_engine.so was loaded: nothing says which engine ran")
+        faults.append("no libax_engine.so was loaded: the engine that ran is unknown")
     faults += [f"the board's environment sets {_show(name)}, which changes what runs"
                for name in sorted(variables) if CHANGING.fullmatch(name)]  # fmt: skip
     return faults
 
 
 def engine(libraries: Mapping[str, str]) -> dict[str, str]:
-    """The engine's library among those loaded: its path and sha256; empty where there was none."""
+    """Path and sha256 of the engine's library among the loaded ones; empty if there is none."""
     found = sorted(path for path in libraries if Path(path).name.startswith("libax_engine.so"))
     return {"path": found[0], "sha256": libraries[found[0]]} if found else {}
 
 
 def differences(record: Record, manifest: Mapping[str, Any], seen: Mapping[str, Any]) -> list[str]:
-    """Where a night's build, its deploy and what its figures name are not the same; nothing when they agree.
+    """Differences between the night's build, its deploy and the release named by its figures; empty if they agree.
 
-    `manifest` is of the bundle that the night built, `seen` its figures.json.
+    `manifest` is that of the built bundle, `seen` the content of figures.json.
     """
     return list(_unlike(record, manifest, seen))[:MOST_FAULTS]
 
@@ -203,22 +203,22 @@ def _unlike(record: Record, manifest: Mapping[str, Any], seen: Mapping[str, Any]
     built = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     for name in sorted(built.keys() | (record.model_files.keys() - {MANIFEST})):
         if built.get(name) != record.model_files.get(name):
-            yield f"{name} was deployed otherwise than it was built"
+            yield f"{name} differs between build and deploy"
     evidence = seen.get("evidence")
     if not isinstance(evidence, dict):
-        yield "nothing says which release was measured: figures.json has no evidence"
+        yield "the measured release is unknown: figures.json has no evidence"
         return
     for key, value in record.named().items():
         if evidence.get(key) != value:
-            yield f"what was measured names {key} {evidence.get(key)!a:.40}, deployed was {value:.40}"
+            yield f"the measured {key} is {evidence.get(key)!a:.40}, deployed was {value:.40}"
     yield from (str(fault)[:300] for fault in evidence.get("faults") or [])
     for what in ("evaluation", "bench"):
         measured = seen.get(what)
         if isinstance(measured, dict) and measured.get("manifest_sha256") != record.manifest_sha256:
-            yield f"axrun {what} measured a bundle whose manifest.json is another than the deployed one"
+            yield f"axrun {what} measured a bundle whose manifest.json differs from the deployed one"
     evaluation = seen.get("evaluation")
     if isinstance(evaluation, dict) and evaluation.get("reference_sha256") != record.model_files.get(REFERENCE):
-        yield f"axrun eval measured against another {REFERENCE} than the deployed one"
+        yield f"axrun eval used a {REFERENCE} that differs from the deployed one"
 
 
 def _what(what: str) -> str:
@@ -230,5 +230,5 @@ def _is_digest(text: str) -> bool:
 
 
 def _show(text: str) -> str:
-    """A name that a board gave, for a reader."""
+    """A name reported by a board, printable and bounded."""
     return ascii(text if len(text) <= 160 else f"...{text[-157:]}")[1:-1]

@@ -1,9 +1,9 @@
-"""What a night or a deploy holds of a board, noted as it takes it: who is killed leaves a note of what to clear.
+"""Records the resources that a night or a deploy holds, so that a later command can clean up after a killed holder.
 
-The notes are STATE/held/MARK.json in the board's state folder, beside MARK.lock, whose lock the kernel frees when the
-holder ends: from within a container too, that tells the living from the dead. Everything that a holder starts has the
-mark in its environment, daemons in sessions of their own included. Processes are found by that mark, never by a number
-that another process may have by now.
+Each holder has a note STATE/held/MARK.json in the board's state folder, and MARK.lock next to it. The kernel frees the
+lock when the holder ends, so it tells whether the holder is alive, even across containers. Every process that a holder
+starts, daemons included, has the mark in its environment. The cleanup finds processes by this mark, never by a pid,
+which may have been reused.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ MARK = "AXC_HOLDER"  # the environment variable of the mark, and the label of co
 FORM = re.compile(r"[0-9a-f]{32}")
 TEMPORARY = "axc-held-"  # prefix of a holder's folder of temporary files
 END_SECONDS = 10.0  # for a killed process to end
-ROUNDS = 20  # of looking for processes: those that fork while they are being killed
+ROUNDS = 20  # repeated scans, for processes that fork while being killed
 
 
 @dataclass
 class Note:
-    """One holder. `pid` is for a reader: nothing is done by it.
+    """One holder and its resources. `pid` is only for display.
 
     `power`: it switched the board on. `reservation` is labgrid's token in a farm, `temporary` its folder of temporary
-    files, `worktrees` the checkouts that it made, `stage` what it was doing.
+    files, `worktrees` its git worktrees, `stage` its current stage.
     """
 
     what: str
@@ -56,22 +56,22 @@ class Note:
 
     @property
     def title(self) -> str:
-        """For a reader: what it was, since when, in which stage."""
+        """What holds the board, since when, in which stage."""
         return f"{self.what} (pid {self.pid}, since {self.since}{f', in {self.stage}' if self.stage else ''})"
 
 
 class Holding:
-    """A note that is kept up to date while something is held."""
+    """The note of this process, kept up to date while it holds the board."""
 
     def __init__(self, board: Board, what: str) -> None:
         now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self.note = Note(what, now)
         self._file = _folder(board) / f"{self.note.mark}.json"
-        self._told = None if board.in_farm else board.state / "lock"  # what place.hold says of its holder
+        self._told = None if board.in_farm else board.state / "lock"  # the lock file, whose text names the holder
         self._lock: IO[bytes] | None = None
 
     def variables(self, *, temporary: bool = True) -> dict[str, str]:
-        """For the environment of everything that the holder starts; `temporary`: its files go when the holder does."""
+        """Environment variables for child processes; with `temporary`, their TMPDIR is removed with the holder."""
         return {MARK: self.note.mark, **({"TMPDIR": self.note.temporary} if temporary else {})}
 
     def begin(self) -> None:
@@ -79,7 +79,7 @@ class Holding:
         self._write()
 
     def stage(self, name: str, *, power: bool = False) -> None:
-        """Before a stage begins; `power`: it switches the board on."""
+        """Call before a stage begins; `power`: it switches the board on."""
         self.note.stage, self.note.power = name, self.note.power or power
         self._write()
 
@@ -88,12 +88,12 @@ class Holding:
         self._write()
 
     def worktree(self, path: Path) -> None:
-        """Before a checkout is made there."""
+        """Call before a git worktree is made there."""
         self.note.worktrees.append(str(path))
         self._write()
 
     def end(self) -> None:
-        """Everything was let go."""
+        """Call after everything was released."""
         shutil.rmtree(self.note.temporary or "/nonexistent", ignore_errors=True)
         _forget(self._file)
         if self._lock:
@@ -107,15 +107,15 @@ class Holding:
         fresh = self._file.with_suffix(".new")
         fresh.write_text(json.dumps(asdict(self.note)) + "\n", "utf-8")
         os.replace(fresh, self._file)
-        if self._told and self.note.temporary:  # begun: the board is ours
+        if self._told and self.note.temporary:  # after begin(): the board is ours
             self._told.write_text(f"{self.note.title}\n", "utf-8")
 
 
 @contextlib.contextmanager
 def hold(board: Board, what: str, seconds: int = 0, say: Say = quiet) -> Iterator[Holding | None]:
-    """As place.hold, with a note; what a dead holder left is cleared first, the board's power alone excepted.
+    """place.hold with a note. Cleans up after dead holders first, except for the board's power.
 
-    None within somebody else's hold. Raises BadInput naming who has the board.
+    Yields None if a parent process already holds the board. Raises BadInput naming the holder.
     """
     if os.environ.get(place.HELD) == str(board.state):
         yield None
@@ -133,9 +133,10 @@ def hold(board: Board, what: str, seconds: int = 0, say: Say = quiet) -> Iterato
 
 @contextlib.contextmanager
 def alone(board: Board, anyway: bool = False, say: Say = quiet) -> Iterator[None]:
-    """As place.hold, for a command that changes the board or keeps it busy.
+    """place.hold for a command that changes the board or keeps it busy.
 
-    `anyway`: although somebody holds it, who is named. Raises BadInput naming who does, and how to go on all the same.
+    With `anyway`, it goes on although somebody holds the board, and names the holder. Otherwise raises BadInput with
+    the holder and the flag.
     """
     with contextlib.ExitStack() as held:
         try:
@@ -143,30 +144,31 @@ def alone(board: Board, anyway: bool = False, say: Say = quiet) -> Iterator[None
         except place.Held as refusal:
             if not anyway:
                 raise BadInput(
-                    f"{board.name} is held by {refusal.who}: nothing was touched\n"
-                    "Wait for it, or end it. --even-if-held goes on all the same, and what it does there may fail."
+                    f"{board.name} is held by {refusal.who}: nothing was changed\n"
+                    "Wait for it, or end it. --even-if-held goes on anyway, which can break the holder's run."
                 ) from None
-            say(f"note: {board.name} is held by {refusal.who}: what it does there may fail now")
+            say(f"note: {board.name} is held by {refusal.who}, whose run may fail now")
         yield
 
 
 @contextlib.contextmanager
 def marked(holding: Holding | None) -> Iterator[None]:
-    """What this process starts meanwhile has the mark too."""
+    """Sets the mark in this process's environment, for its children."""
     with place.environment(holding.variables() if holding else {}):
         yield
 
 
 def free(board: Board) -> Iterator[str]:
-    """Clears what dead holders left, the power included, and says each thing; nothing where nothing was held.
+    """Cleans up after dead holders, power included, and yields a line for each action.
 
-    Raises BadInput, before anything is touched, when its holder is alive; in a farm that has another board.
+    Raises BadInput, before changing anything, if a holder is alive. In a farm, living holders are skipped: they have
+    other boards.
     """
     notes = read(board)
     for note in [note for note in notes if alive(board, note)]:
         if not board.in_farm:
             raise BadInput(
-                f"{board.name} is held by {note.title}, which is running: nothing was touched\n"
+                f"{board.name} is held by {note.title}, which is running: nothing was changed\n"
                 f"Wait for it, or end it: kill {note.pid}"
             )
         notes.remove(note)
@@ -180,7 +182,7 @@ def free(board: Board) -> Iterator[str]:
 
 
 def clear(board: Board) -> Iterator[str]:
-    """Clears what dead holders left, but leaves the board's power as it is: a deploy needs it, a night cycles it."""
+    """Cleans up after dead holders, except for the board's power: a deploy needs it, a night cycles it anyway."""
     for note in read(board):
         if not alive(board, note):
             yield f"{note.title} was killed; clearing what it left"
@@ -188,14 +190,14 @@ def clear(board: Board) -> Iterator[str]:
 
 
 def read(board: Board) -> list[Note]:
-    """The notes that lie in a board's state folder; what is none is removed."""
+    """The notes in a board's state folder; invalid files are removed."""
     found = []
     for file in sorted(_folder(board).glob("*.json")):
         try:
             values = strict_json.read(file)
             note = Note(**{entry.name: values[entry.name] for entry in fields(Note)})
         except (OSError, ValueError, TypeError, KeyError):
-            _forget(file)  # no note of ours: those are renamed into place whole
+            _forget(file)  # not ours: our notes are renamed into place complete
             continue
         if FORM.fullmatch(note.mark) and file.stem == note.mark:
             found.append(note)
@@ -203,7 +205,7 @@ def read(board: Board) -> list[Note]:
 
 
 def alive(board: Board, note: Note) -> bool:
-    """Whether a holder still runs: it has the lock beside its note."""
+    """Whether a holder still runs: then it has the lock next to its note."""
     try:
         with (_folder(board) / f"{note.mark}.lock").open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -215,7 +217,7 @@ def alive(board: Board, note: Note) -> bool:
 
 
 def _release(board: Board, note: Note, power: bool) -> Iterator[str]:
-    """Everything of one dead holder, in the order in which it can be let go."""
+    """Releases all resources of one dead holder, in the order of their dependencies."""
     on = _emulator(board)
     yield from (f"{line}: ended" for line in end(note.mark, {on} if on else set()))
     yield from _containers(note.mark)
@@ -250,14 +252,14 @@ def _switch_off(board: Board) -> Iterator[str]:
 
 
 def _incoming(board: Board) -> Iterator[str]:
-    """Half a transfer on the board, and the process there that holds its lock."""
+    """Removes a partial transfer on the board, and frees its lock."""
     from ci.device import power
     from ci.device.connection import Connection
 
     try:
         at = place.address(board)
         if not power.greets(at):
-            yield f"{board.name} does not answer: half a transfer may lie on it, which the next deploy ends or removes"
+            yield f"{board.name} does not answer: the next deploy resumes or removes a partial transfer"
             return
         with Connection(board, at) as link:
             link.call("lock", owner=place.owner())
@@ -265,22 +267,22 @@ def _incoming(board: Board) -> Iterator[str]:
             link.call("drop")
         yield f"the lock of the releases on {board.name} is free"
         if there:
-            yield f"half a transfer on {board.name}, {there / 1e6:.1f} MB: removed"
+            yield f"partial transfer on {board.name}, {there / 1e6:.1f} MB: removed"
     except Failure as failure:
-        yield f"what lies on {board.name} was not looked at: {str(failure).partition(chr(10))[0]}"
+        yield f"cannot clean up on {board.name}: {str(failure).partition(chr(10))[0]}"
 
 
 def _let_go(board: Board, token: str) -> Iterator[str]:
     for what, words in (("the place", ("-p", "+", "unlock")), ("the reservation", ("cancel-reservation", token))):
         try:
             place.client(board, *words)
-            yield f"{what} of reservation {token}: let go"
+            yield f"{what} of reservation {token}: released"
         except Failure as failure:
             yield f"{what} of reservation {token} is gone: {str(failure).partition(chr(10))[0]}"
 
 
 def _containers(mark: str) -> Iterator[str]:
-    """Containers that a build of the holder runs in, where a Docker daemon answers."""
+    """Removes the holder's build containers, if a Docker daemon answers."""
     if not (os.environ.get("DOCKER_HOST") or Path("/var/run/docker.sock").exists()):
         return
     from docker.errors import DockerException
@@ -292,7 +294,7 @@ def _containers(mark: str) -> Iterator[str]:
             container.remove(force=True)
             yield f"container {container.short_id}: removed"
     except (Failure, DockerException, OSError) as error:
-        yield f"no Docker daemon told of containers: {str(error).partition(chr(10))[0][:200]}"
+        yield f"cannot list Docker containers: {str(error).partition(chr(10))[0][:200]}"
 
 
 def _folders(note: Note) -> Iterator[str]:
@@ -308,7 +310,7 @@ def _folders(note: Note) -> Iterator[str]:
 
 
 def end(mark: str, but: set[int] | None = None) -> list[str]:
-    """Kills the processes that have a mark, `but` a few and this one; returns what they were."""
+    """Kills the processes with a mark, except those in `but` and this one; returns their descriptions."""
     ended = []
     for _ in range(ROUNDS):
         there = [pid for pid in _pids(mark) if pid not in (but or set())]
@@ -322,7 +324,7 @@ def end(mark: str, but: set[int] | None = None) -> list[str]:
 
 
 def _kill(pid: int, mark: str) -> bool:
-    """Whether this very process was killed: its handle is taken before its mark is read, so that no other is hit."""
+    """Kills a process if it has the mark. Opens a pidfd before checking the mark, so a reused pid is never hit."""
     try:
         handle = os.pidfd_open(pid)
     except OSError:
@@ -360,7 +362,7 @@ def _command(pid: int) -> str:
 
 
 def _emulator(board: Board) -> int | None:
-    """The process that is an emulated board: whether it ends is a question of power."""
+    """The main process of an emulated board, which counts as its power, not as a stray process."""
     if not board.emulated:
         return None
     from ci.device import virtual_board

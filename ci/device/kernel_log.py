@@ -1,6 +1,6 @@
-"""python -m ci.device.kernel_log BOARD FILE: what the board's kernel has said since it was switched on, over SSH.
+"""python -m ci.device.kernel_log BOARD FILE: reads the board's kernel log since boot over SSH.
 
-A step of the nightly, in a process of its own so that it can be given up: what it cannot read is told, and no fault.
+A separate process, so that the nightly can kill it after a timeout. An unreadable log is a note, not a failure.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from ci.device.programs import STATE
 
 NAME = "dmesg.log"
 SECONDS = 40.0
-EMULATED = "an emulated board has no kernel of its own, and none of its messages"
+EMULATED = "an emulated board has no kernel of its own and no kernel log"
 
 
 def read(board: Board, connect: Callable[[Board, Address, str], Connection] = Connection) -> str:
-    """The end of the log, made printable. Raises BadInput with why it cannot be read."""
+    """The end of the log, printable. Raises BadInput if it cannot be read."""
     if board.emulated:
         raise BadInput(EMULATED)
     with connect(board, place.address(board), STATE) as link:
@@ -30,7 +30,7 @@ def read(board: Board, connect: Callable[[Board, Address, str], Connection] = Co
     if not found["text"]:
         raise BadInput(
             f"the kernel log of {board.name} cannot be read: {printable(found['why'].encode())}\n"
-            "As root on the board, once: sysctl kernel.dmesg_restrict=0, or the user into the group adm"
+            "As root on the board, once: sysctl kernel.dmesg_restrict=0, or add the user to the group adm"
         )
     return "".join(f"{printable(line.encode())}\n" for line in found["text"].splitlines())
 

@@ -1,4 +1,4 @@
-"""What a folder holds, in the lines of `sha256sum`; the folder's identity is the hash of that text."""
+"""The files of a folder with their sha256, in `sha256sum` format; the hash of that text identifies the folder."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Listing:
 
     @classmethod
     def of(cls, folder: Path) -> Listing:
-        """Hashes every file. Raises BadInput for links and for names a listing cannot hold."""
+        """Hashes every file. Raises BadInput for links and for names that a listing cannot represent."""
         files = []
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
             if path.is_symlink() or not (path.is_file() or path.is_dir()):
-                raise BadInput(f"{path} is neither a file nor a folder: only those are sent to a board")
+                raise BadInput(f"{path} is neither a file nor a folder; only those can be sent to a board")
             if path.is_file():
                 if not name.isprintable() or "\\" in name:
-                    raise BadInput(f"{folder} has a file {name!a}, which is no name to send to a board")
+                    raise BadInput(f"{folder} has a file {name!a}, a name that cannot be sent to a board")
                 files.append((name, sha256(path), path.stat().st_size))
         return cls(tuple(files))
 

@@ -1,6 +1,6 @@
-"""Boards by name: ci/boards/<name>.yaml, a labgrid environment, and what is needed to reach, hold and power one.
+"""Boards by name: reads ci/boards/<name>.yaml, a labgrid environment, and reaches, reserves and powers the board.
 
-Keys, known host keys and the lock of a board are in a state folder of the user's, never in the checkout.
+A board's keys, known_hosts and lock are in a state folder of the user, never in the checkout.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from ci.device.settings import Setting
 
 ROOT = Path(__file__).resolve().parents[2]
 BOARDS = ROOT / "ci" / "boards"
-SSH = BOARDS / "ssh"  # checks the host key; labgrid's own way of calling ssh would accept any
-BY_HAND = ("manual", "none")  # values of `power` that name no port
+SSH = BOARDS / "ssh"  # a wrapper that checks host keys; labgrid's own ssh command accepts any key
+BY_HAND = ("manual", "none")  # values of `power` without a power port
 CLIENT_SECONDS = 30
-MOST_SAID = 1 << 20  # bytes of what labgrid-client says: its end
-TELL_SECONDS = 30.0  # between two lines about a board that is waited for
-HELD = "LG_BOARD_HELD"  # the state folder of a board that is held already
+MOST_SAID = 1 << 20  # bytes kept of labgrid-client's output
+TELL_SECONDS = 30.0  # between two progress lines while waiting for a board
+HELD = "LG_BOARD_HELD"  # the state folder of a board that this process or its parent already holds
 
-# what a board's YAML says under `options`, beside what labgrid reads of it: what it must be, and that in words
+# keys under `options` of a board's YAML, which labgrid ignores: pattern, and description for errors
 OPTIONS = {
     "board": (r"[a-z0-9][a-z0-9-]{0,31}", "a name of lower-case letters, digits and '-'"),
     **{key: settings.KNOWN[key][1:] for key in ("architecture", "python", "root", "engine")},
@@ -43,11 +43,11 @@ Say = Callable[[str], None]
 
 
 def quiet(line: str) -> None:
-    """Says nothing."""
+    """Discards a progress line."""
 
 
 class Held(BadInput):
-    """Somebody else holds the board; `who` says who."""
+    """The board is in use; `who` names the holder."""
 
     def __init__(self, board: str, who: str, advice: str) -> None:
         super().__init__(f"{board} is held by {who}{advice}")
@@ -60,12 +60,15 @@ class Waited(BadInput):
 
 @dataclass(frozen=True)
 class Board:
-    """What a board's YAML says of it.
+    """A board, as configured.
 
-    `name` is what gates and history know it by, `architecture` as uname -m has it, `python` its version ("3.11"),
-    `root` the folder of the releases (relative to the user's home there), `engine` what executes axmodels on it.
-    `state` is the folder of its keys on this machine, `reserve` the tags of a farm's place (empty: not in a farm).
-    `given` is what the environment and the user's own file say of it (ci/device/settings.py), in place of the YAML.
+    name: its name in gates and history.
+    architecture, python: as printed by `uname -m`; the minor version ("3.11").
+    root: the folder of the releases, relative to the user's home on the board.
+    engine: the engine that executes axmodels.
+    state: the folder of its keys and lock on this machine.
+    reserve: tags of a farm's place; empty for a board outside a farm.
+    given: settings from the environment and the user's file (ci/device/settings.py), which override the YAML.
     """
 
     name: str
@@ -82,12 +85,12 @@ class Board:
 
     @property
     def argument(self) -> str:
-        """What --board takes for it."""
+        """The value for --board."""
         return self.yaml.stem if self.yaml.parent == BOARDS else str(self.yaml)
 
     @property
     def switch(self) -> str:
-        """What switches it: a power "port", its user ("manual"), or "none"."""
+        """How it is powered: "port", "manual" (by its user) or "none"."""
         return self.power if self.power in BY_HAND else "port"
 
     @property
@@ -96,16 +99,16 @@ class Board:
 
     @property
     def emulated(self) -> bool:
-        """Whether this machine emulates it: its times say nothing about a board."""
+        """Whether this machine emulates it; its times then say nothing about a real board."""
         return is_emulated(self.name)
 
     @property
     def title(self) -> str:
-        """For a reader."""
+        """The name as messages show it."""
         return f"{self.name} (emulated)" if self.emulated else self.name
 
     def variables(self) -> dict[str, str]:
-        """What its YAML and its ssh refer to; for the environment of whatever works on the board, pytest too."""
+        """Environment variables that its YAML and the ssh wrapper refer to; for every process that uses the board."""
         said = {settings.KNOWN[key][0]: setting.value for key, setting in self.given.items()}
         return {
             **said,
@@ -120,7 +123,7 @@ class Board:
 
 @dataclass(frozen=True)
 class Address:
-    """Where a board's sshd listens, and who may log in with which key."""
+    """Where a board's sshd listens, and the login with its key."""
 
     host: str
     port: int
@@ -129,10 +132,10 @@ class Address:
 
 
 def find(name: str) -> Board:
-    """The board of ci/boards/<name>.yaml, or of the YAML file `name` is the path of.
+    """The board of ci/boards/<name>.yaml, or of a YAML file given by path.
 
-    The environment and the user's own settings (ci/device/settings.py) override the YAML.
-    Raises BadInput for a name that is not known and for a YAML that lacks what deploying needs.
+    The environment and the user's settings (ci/device/settings.py) override the YAML.
+    Raises BadInput for an unknown name and for a YAML without a required option.
     """
     yaml = Path(name) if name.endswith(".yaml") else BOARDS / f"{name}.yaml"
     if not yaml.is_file():
@@ -160,9 +163,9 @@ def find(name: str) -> Board:
 
 @contextlib.contextmanager
 def target(board: Board) -> Iterator[Any]:
-    """labgrid's Target of a board, with everything its YAML refers to in the environment while it is open.
+    """labgrid's Target of a board; sets the environment variables that its YAML refers to while it is open.
 
-    In a farm the place must be held. Raises BadInput when labgrid cannot make it.
+    A farm's place must be reserved first. Raises BadInput if labgrid cannot create the target.
     """
     from labgrid import Environment
     from labgrid.exceptions import InvalidConfigError, NoResourceFoundError
@@ -174,15 +177,15 @@ def target(board: Board) -> Iterator[Any]:
             settle(board, made.config)
             yield made.get_target("main")
         except (InvalidConfigError, NoResourceFoundError, FarmError, ConnectionRefusedError) as error:
-            raise BadInput(f"labgrid does not reach {board.name} as {board.yaml} has it: {error}") from None
+            raise BadInput(f"labgrid cannot reach {board.name} as configured in {board.yaml}: {error}") from None
         finally:
             made.cleanup()
 
 
 def settle(board: Board, config: Any) -> None:
-    """Puts the board's own settings into a labgrid configuration, and has host keys checked with any.
+    """Applies the board's settings to a labgrid configuration and enforces host key checks.
 
-    Call it before a target is made of it. Raises BadInput.
+    Call it before creating a target. Raises BadInput.
     """
     check_host_keys(config)
     now = {"address": board.address, "power": board.power}
@@ -192,7 +195,7 @@ def settle(board: Board, config: Any) -> None:
 
 
 def relay_port(board: Board, config: Any) -> relay.Port | None:
-    """The relay's port in a labgrid configuration; None where it has none, as in a farm."""
+    """The relay's port in a labgrid configuration; None if it has none, as in a farm."""
     for section in settings.sections(config.data):
         for kind, values in section:
             if kind == "NetworkPowerPort":
@@ -202,7 +205,7 @@ def relay_port(board: Board, config: Any) -> relay.Port | None:
 
 
 def _where(board: Board) -> str:
-    """Where the settings of a relay are."""
+    """The sources of a relay's settings, for an error message."""
     found = {key: board.given[key].source for key in ("power", "power_model", "power_index") if key in board.given}
     said = [f"{key} is from {source}" for key, source in found.items()]
     rest = [key for key in ("power", "power_model", "power_index") if key not in found]
@@ -211,29 +214,29 @@ def _where(board: Board) -> str:
 
 
 def check_host_keys(config: Any) -> None:
-    """Makes a labgrid configuration use SSH, wherever its YAML lies. Call it before a target is made of it.
+    """Makes a labgrid configuration use the ssh wrapper SSH. Call it before creating a target.
 
-    labgrid looks for the YAML's `tools.ssh` beside the YAML and takes the system's ssh where there is none.
-    Raises BadInput for a YAML that names another ssh, which nobody knows to check host keys.
+    labgrid looks up `tools.ssh` relative to the YAML and falls back to the system's ssh.
+    Raises BadInput for a YAML that names another ssh, which may not check host keys.
     """
     tools = config.data.setdefault("tools", {})
     named = tools.get("ssh", "ssh") if isinstance(tools, dict) else tools
     if named != "ssh" and not (isinstance(named, str) and Path(config.resolve_path(named)).resolve() == SSH):
         raise BadInput(
             f"{config.filename}: tools.ssh is {named!a:.80}, which may accept any host key\n"
-            f"Leave it out: {SSH} is used, which checks the key against known_hosts."
+            f"Remove it: the default, {SSH}, checks the key against known_hosts."
         )
     tools["ssh"] = str(SSH)
 
 
 def address(board: Board) -> Address:
-    """Where the board is reached: of its YAML, or of the place held in a farm. Raises BadInput."""
+    """The board's address: from its YAML, or of the reserved place in a farm. Raises BadInput."""
     with target(board) as found:
         return address_of(found)
 
 
 def address_of(target: Any) -> Address:
-    """Where a labgrid target's SSHDriver connects."""
+    """The address that a labgrid target's SSHDriver connects to."""
     service = target.get_resource("NetworkService")
     driver = target.get_driver("SSHDriver", activate=False)
     user = driver.username or service.username
@@ -243,12 +246,12 @@ def address_of(target: Any) -> Address:
 
 @contextlib.contextmanager
 def power(board: Board) -> Iterator[relay.Switch]:
-    """What switches the board. Raises BadInput when it has none, or one that is not rightly named."""
+    """The board's power switch. Raises BadInput if it has none or it is misconfigured."""
     from labgrid.exceptions import NoDriverFoundError
     from labgrid.protocol import PowerProtocol
 
     if board.switch != "port":
-        raise BadInput(f"power is {board.switch!r} for {board.name}: it is switched by hand")
+        raise BadInput(f"power is {board.switch!r} for {board.name}: switch it by hand")
     with target(board) as found:
         port = relay_port(board, found.env.config)
         if port:
@@ -257,16 +260,16 @@ def power(board: Board) -> Iterator[relay.Switch]:
             driver = found.get_driver(PowerProtocol)
         except NoDriverFoundError:
             raise BadInput(f"{board.yaml} has no power port: {board.name} cannot be switched on and off") from None
-        except ValueError as error:  # of an address that labgrid takes apart
+        except ValueError as error:  # from labgrid's parsing of the address
             raise port.wrong(str(error)) if port else BadInput(f"{board.yaml}: {error}") from None
         yield relay.Switch(board.name, driver, port)
 
 
 def require_power(board: Board) -> None:
-    """Raises BadInput for a board whose YAML names no power port, which a night needs, or a wrong one.
+    """Raises BadInput for a board whose YAML has no power port, which a night needs, or a misconfigured one.
 
-    Switches nothing. Of a farm's place nothing is known before it is held but the driver in the YAML. A board whose
-    `power` is manual or none needs no port.
+    Switches nothing. For a farm's place it can only check for a driver in the YAML. A board with `power` manual or none
+    needs no port.
     """
     if board.switch != "port":
         return
@@ -276,7 +279,7 @@ def require_power(board: Board) -> None:
 
     missing = BadInput(
         f"{board.yaml} has no power port, and a night switches its board off and on\n"
-        "Name one of labgrid's power drivers there, or say power: none among its options: docs/boards.md."
+        "Add one of labgrid's power drivers there, or set power: none in its options: docs/boards.md."
     )
     if not board.in_farm:
         try:
@@ -295,11 +298,11 @@ def require_power(board: Board) -> None:
 
 @contextlib.contextmanager
 def hold(board: Board, seconds: int = 0, say: Say = quiet, reserved: Say = quiet) -> Iterator[None]:
-    """Nobody else's hands on the board while this is open: a farm's place reserved and locked, else a local lock.
+    """Holds the board exclusively: reserves and locks a farm's place, or takes a local lock.
 
-    Waits up to `seconds`; who is waited for is said at once and every TELL_SECONDS. `reserved` is told the token of a
-    farm's reservation. A command that a holder starts with HELD in its environment need not wait for that holder.
-    Raises Held naming who has it, BadInput in a farm.
+    Waits up to `seconds` and reports the holder at once and every TELL_SECONDS. `reserved` gets the token of a farm's
+    reservation. A process whose parent holds the board (HELD in its environment) enters at once.
+    Raises Held naming the holder, BadInput in a farm.
     """
     if os.environ.get(HELD) == str(board.state):
         yield
@@ -319,7 +322,7 @@ def hold(board: Board, seconds: int = 0, say: Say = quiet, reserved: Say = quiet
 
 
 def owner() -> str:
-    """Who this is, for those who wait: user, machine, process."""
+    """This process as others see it while they wait: user, machine, process."""
     return f"{getpass.getuser()}@{socket.gethostname()} (pid {os.getpid()})"
 
 
@@ -334,7 +337,7 @@ def _flock(lock: Any, board: Board, seconds: int, say: Say) -> None:
             lock.seek(0)
             who = "".join(c if c.isprintable() else "�" for c in lock.readline(200).strip()) or "somebody"
             if now >= began + seconds:
-                raise Held(board.name, who, "\nWait for it, or ask them to let go.") from None
+                raise Held(board.name, who, "\nWait for it, or ask them to release it.") from None
             if told == began or now >= told + TELL_SECONDS:
                 say(f"{board.name} is held by {who}; waited {now - began:.0f} s of at most {seconds} s")
                 told = now
@@ -343,13 +346,13 @@ def _flock(lock: Any, board: Board, seconds: int, say: Say) -> None:
 
 @contextlib.contextmanager
 def _place(board: Board, seconds: int, say: Say, reserved: Say) -> Iterator[None]:
-    """Reserves any place with the board's tags and locks it; LG_PLACE says which while it is held."""
+    """Reserves any place with the board's tags and locks it; LG_PLACE names it meanwhile."""
     if not os.environ.get("LG_COORDINATOR"):
-        raise BadInput(f"{board.name} is in a farm: name its coordinator, LG_COORDINATOR=host:20408")
+        raise BadInput(f"{board.name} is in a farm: set its coordinator, LG_COORDINATOR=host:20408")
     said = client(board, "reserve", "--shell", board.reserve)
     token = re.search(r"^export LG_TOKEN=(\w+)$", said, re.M)
     if token is None:
-        raise CheckFailed(f"labgrid-client reserved {board.reserve}, but named no token: {said.strip()[:200]}")
+        raise CheckFailed(f"labgrid-client reserved {board.reserve}, but printed no token: {said.strip()[:200]}")
     reserved(token[1])
     try:
         _await(board, token[1], max(seconds, CLIENT_SECONDS), say)
@@ -364,7 +367,7 @@ def _place(board: Board, seconds: int, say: Say, reserved: Say) -> Iterator[None
 
 
 def _await(board: Board, token: str, seconds: int, say: Say) -> None:
-    """Returns when the reservation has a place. Says who has those of the farm, and how long it has waited."""
+    """Waits until the reservation has a place; reports the holders of the farm's places and the time waited."""
     began = time.monotonic()
     while True:
         left = began + seconds - time.monotonic()
@@ -374,7 +377,7 @@ def _await(board: Board, token: str, seconds: int, say: Say) -> None:
         except Waited:
             waited = time.monotonic() - began
             if waited >= seconds:
-                raise BadInput(f"no {board.name} got free in {seconds} s (labgrid-client wait {token})") from None
+                raise BadInput(f"no {board.name} became free in {seconds} s (labgrid-client wait {token})") from None
             with contextlib.suppress(BadInput):
                 who = [" ".join(line.split()) for line in client(board, "who").splitlines()[1:]]
                 held = "; ".join("".join(c for c in line if c.isprintable()) for line in who)[:300]
@@ -382,24 +385,22 @@ def _await(board: Board, token: str, seconds: int, say: Say) -> None:
 
 
 def client(board: Board, *words: str, seconds: float = CLIENT_SECONDS) -> str:
-    """labgrid-client, which the environment tells the coordinator. Raises BadInput with its last line, Waited."""
+    """Runs labgrid-client. Raises BadInput with its last line, or Waited after a timeout."""
     program = shutil.which("labgrid-client", path=os.pathsep.join([str(Path(sys.executable).parent), os.defpath]))
     if program is None:
-        raise BadInput(
-            f"there is no labgrid-client beside this Python: {commands.invoke('setup', '--extra', 'boards')}"
-        )
+        raise BadInput(f"labgrid-client is not installed: {commands.invoke('setup', '--extra', 'boards')}")
     done = bounded.run([program, *words], seconds=seconds, most=MOST_SAID, drains=True)
     out, err = done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
     if done.code is None:
         raise Waited(f"labgrid-client {' '.join(words)} did not answer in {seconds:.0f} s")
     if done.code:
         last = [line for line in (err + out).splitlines() if line.strip()][-1:]
-        raise BadInput(f"labgrid-client {' '.join(words)}: {(last or ['it said nothing'])[0][:300]}")
+        raise BadInput(f"labgrid-client {' '.join(words)}: {(last or ['it printed nothing'])[0][:300]}")
     return out
 
 
 def _options(yaml: Path) -> Mapping[str, Any]:
-    """The YAML's options, before what it refers to is known."""
+    """The YAML's options, read without labgrid: its variables are not set yet."""
     from labgrid.util.yaml import load
     from yaml import YAMLError
 
@@ -416,7 +417,7 @@ def _options(yaml: Path) -> Mapping[str, Any]:
 
 @contextlib.contextmanager
 def environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """This process's environment has these variables too while this is open."""
+    """Sets environment variables of this process, and restores them afterwards."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -430,5 +431,5 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def is_emulated(name: str) -> bool:
-    """Whether boards of this name are emulated: `virtual`, and `virtual-2` and the like of YAMLs of one's own."""
+    """Whether a board of this name is emulated: `virtual`, or `virtual-...` of a user's YAML."""
     return name == "virtual" or name.startswith("virtual-")

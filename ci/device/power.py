@@ -1,7 +1,7 @@
-"""python -m ci.device.power on|off BOARD [SECONDS]: the board's power port, and for `on` a board that answers.
+"""python -m ci.device.power on|off BOARD [SECONDS]: switches the board's power port; `on` waits for its sshd.
 
-A stage of the nightly, in a process of its own so that it can be given up. A board without a port (`power: none`, or
-`power: manual`, which asks its user once) is not switched by this.
+A separate process, so that the nightly can kill it after a timeout. Boards without a port (`power: none`, or
+`power: manual`, where the nightly asks the user once) are not switched here.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ci.device.progress import Say, took
 
 POLL_SECONDS = 0.5
 TELL_SECONDS = 15.0  # between two lines while a board boots
-UNSHOWN = "a cold start is not shown, and it stays on after the night"
+UNSHOWN = "no cold start is tested, and it stays on after the night"
 
 
 def on(board: Board, boot_seconds: float = 180.0) -> None:
-    """Cuts the board's power, switches it on again, and waits until its sshd greets.
+    """Power-cycles the board and waits for its sshd.
 
-    Raises CheckFailed when it does not within `boot_seconds`, BadInput for a board without a power port.
+    Raises CheckFailed if it does not answer within `boot_seconds`, BadInput for a board without a power port.
     """
     with place.power(board) as switch:
         switch.off()
@@ -35,9 +35,9 @@ def on(board: Board, boot_seconds: float = 180.0) -> None:
 
 
 def up(board: Board, say: Say, boot_seconds: float = 180.0) -> None:
-    """Switches the board's port on, unless the board answers already, and waits until it does.
+    """Switches the board's port on and waits until the board answers; does nothing if it already does.
 
-    Raises as `on` does.
+    Raises the same errors as `on`.
     """
     at = place.address(board)
     if greets(at):
@@ -57,19 +57,19 @@ def off(board: Board) -> None:
 
 
 def unable(board: Board) -> Iterator[str]:
-    """What a night cannot do with this board's power."""
+    """Notes on what a night cannot test with this board's power."""
     if board.switch == "none":
-        yield f"power: none: {board.name} is not switched off and on: {UNSHOWN}"
+        yield f"power: none: {board.name} is not power-cycled: {UNSHOWN}"
     elif board.switch == "manual" and not _terminal():
-        yield f"power: manual, and no terminal to ask at: {board.name} is not switched off and on: {UNSHOWN}"
+        yield f"power: manual, but no terminal to ask the user: {board.name} is not power-cycled: {UNSHOWN}"
     elif board.switch == "manual":
         yield f"power: manual: {board.name} is switched by its user, once, and stays on after the night"
 
 
 def by_hand(board: Board, say: Say, boot_seconds: float, stop: Callable[[], str] = str, ask: bool | None = None) -> str:
-    """For a board without a port: asks its user, where there is one, and waits until the board answers.
+    """For a board without a port: asks the user at the terminal, if there is one, and waits until the board answers.
 
-    Returns what was done, for the report. Raises BadInput, CheckFailed.
+    Returns a text for the report. Raises BadInput, CheckFailed.
     """
     at = place.address(board)
     if board.switch != "manual" or not (_terminal() if ask is None else ask):
@@ -86,14 +86,14 @@ def by_hand(board: Board, say: Say, boot_seconds: float, stop: Callable[[], str]
 
 
 def wait(board: Board, at: Address, boot_seconds: float, what: str, say: Say) -> None:
-    """Until the board's sshd greets. Raises CheckFailed after `boot_seconds`."""
+    """Waits for the board's sshd. Raises CheckFailed after `boot_seconds`."""
     started = told = time.monotonic()
     while not greets(at):
         now = time.monotonic()
         if now - started > boot_seconds:
             raise CheckFailed(
                 f"{board.name} {what} and does not answer: no sshd at {at.host} port {at.port} "
-                f"in {boot_seconds:.0f} s\nLook at its console, its cable and its power."
+                f"in {boot_seconds:.0f} s\nCheck its console, network cable and power."
             )
         if now - told >= TELL_SECONDS:
             told = now
@@ -102,7 +102,7 @@ def wait(board: Board, at: Address, boot_seconds: float, what: str, say: Say) ->
 
 
 def greets(at: Address) -> bool:
-    """Whether a server of SSH is there."""
+    """Whether an SSH server answers."""
     return not reach.silence(at, 5.0)
 
 
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         switch, name, *boot_seconds = argv
         if switch not in ("on", "off"):
-            raise BadInput(f"{switch!r} is neither on nor off")
+            raise BadInput(f"{switch!r}: expected on or off")
         found = place.find(name)
         off(found) if switch == "off" else on(found, *map(float, boot_seconds))
     except Failure as failure:

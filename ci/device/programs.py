@@ -1,6 +1,6 @@
-"""What a board is sent over SSH: a program of ci/device/on_board, with the modules there that it imports.
+"""Sends a program of ci/device/on_board over SSH, with the modules of that folder that it imports.
 
-Nothing of it is stored on the board. It needs Python 3.9 and nothing else.
+Nothing is stored on the board. The board needs only Python 3.9.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent / "on_board"
 PACKAGE = "ci.device.on_board"
-RELEASES, STATE, SERVER, ATTEND = "releases", "state", "server", "attend"  # those with a main()
+RELEASES, STATE, SERVER, ATTEND = "releases", "state", "server", "attend"  # modules with a main()
 
-# Reads the size of what is sent, then that; a Python too old for it says so instead.
+# Bootstrap: reads the size, then the modules, and runs them; too old a Python answers with an error.
 START = """import sys
 if sys.version_info < (3, 9):
     print('{"error": "old", "text": "%d.%d"}' % sys.version_info[:2])
@@ -30,13 +30,13 @@ sys.exit(module.main(*sys.argv[1:]))
 
 
 def command(*arguments: str) -> str:
-    """The board's command line, which reads what `sent` gives from its input; `arguments` are for main()."""
+    """The command line for the board; it reads the output of `sent` from stdin. `arguments` are for main()."""
     return shlex.join(["exec", "python3", "-I", "-S", "-u", "-c", START, *arguments])
 
 
 @functools.cache
 def sent(program: str) -> bytes:
-    """A program for the input of `command`."""
+    """A program, encoded for the stdin of `command`."""
     parts = PACKAGE.split(".")
     packages = [(".".join(parts[:count]), "") for count in range(1, len(parts) + 1)]
     modules = [(f"{PACKAGE}.{name}", _source(name)) for name in needed(program)]
@@ -45,7 +45,7 @@ def sent(program: str) -> bytes:
 
 
 def needed(program: str) -> list[str]:
-    """The modules of a program, each behind those that it imports."""
+    """The modules of a program, each after those that it imports."""
     found: list[str] = []
     for node in ast.walk(ast.parse(_source(program))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE):

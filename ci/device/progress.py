@@ -1,4 +1,4 @@
-"""What takes long says so: a line every few seconds while a command runs, and the seconds a step took."""
+"""Progress of long commands: a line every few seconds while one runs, and the seconds that a step took."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 EVERY = 15.0  # seconds between two lines
-TAIL = 4096  # bytes of a console that are looked at for its last line
+TAIL = 4096  # bytes read to find the last line of a console
 POLL = 0.05
 
 Say = Callable[[str], None]
@@ -27,10 +27,10 @@ def watched(
     environment: Mapping[str, str] | None = None,
     every: float = EVERY,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a command and returns what it wrote to stderr and stdout, together, as `stdout`.
+    """Runs a command; its stdout and stderr are returned together as `stdout`.
 
-    Every `every` seconds `say` is given how long it has run and the last line it wrote. Raises
-    subprocess.TimeoutExpired after `seconds`; the command has been ended then, as after any other exception.
+    Every `every` seconds, `say` gets the elapsed time and the last line of output. Raises subprocess.TimeoutExpired
+    after `seconds`; the command is killed on any exception.
     """
     started = time.monotonic()
     with tempfile.TemporaryFile() as console:
@@ -69,7 +69,7 @@ def _wait(
 
 
 def _last_line(console: IO[bytes]) -> str:
-    """The last line that is there, printable; its file's position is the writer's too, and stays."""
+    """The last line so far, printable. Uses pread: the file position is shared with the writer."""
     size = os.fstat(console.fileno()).st_size
     lines = os.pread(console.fileno(), TAIL, max(0, size - TAIL)).decode("utf-8", "replace").splitlines()
     shown = [line.strip() for line in lines if line.strip()]
@@ -77,5 +77,5 @@ def _last_line(console: IO[bytes]) -> str:
 
 
 def took(started: float) -> str:
-    """For the end of a line: ` (3.2 s)` since `started` of time.monotonic()."""
+    """A suffix with the elapsed time, ` (3.2 s)`; `started` is from time.monotonic()."""
     return f" ({time.monotonic() - started:.1f} s)"

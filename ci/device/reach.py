@@ -1,4 +1,4 @@
-"""Whether a board answers, said within seconds: before anything long is begun for it."""
+"""Checks within seconds whether a board answers, before any long work for it starts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ci.device.place import Address, Board
 from ci.device.progress import Say, took
 
 PATIENCE = 7.0  # seconds for a board that is on
-NAME_UNKNOWN = "its name is not known here"
-NO_SSH = "what listens there is no SSH server"
+NAME_UNKNOWN = "its name does not resolve"
+NO_SSH = "the port is open, but not an SSH server"
 
 
 def require(board: Board, at: Address, say: Say = lambda line: None, patience: float = PATIENCE) -> None:
-    """Returns when an SSH server greets at the board's address, and says so. Raises BadInput: why not, and what to do.
+    """Waits up to `patience` seconds, name resolution included, for an SSH server at the board's address.
 
-    The name's look-up counts too.
+    Raises BadInput with the reason and advice.
     """
     started = time.monotonic()
     where = f"{at.user}@{at.host} port {at.port}"
@@ -31,22 +31,22 @@ def require(board: Board, at: Address, say: Say = lambda line: None, patience: f
 
 
 def advice(board: Board, why: str) -> str:
-    """What to do about a board that does not answer."""
+    """Advice for a board that does not answer."""
     file = settings.file(board.yaml.stem)
     if why == NAME_UNKNOWN:
-        return f'Say where it is: address = "192.168.1.50" in {file}, or LG_BOARD_ADDRESS.'
+        return f'Set its address: address = "192.168.1.50" in {file}, or LG_BOARD_ADDRESS.'
     if board.emulated or board.switch == "port":
         return f"Switch it on: {commands.invoke('board.up', '--board', board.argument)}"
-    return f"Switch it on by hand: its power is {board.switch!r}. Is its address right? It may be set in {file}."
+    return f"Switch it on by hand (power is {board.switch!r}), and check its address; {file} can override it."
 
 
 def silence(at: Address, patience: float = PATIENCE) -> str:
-    """Why no SSH server greets; empty where one does. Takes no longer than `patience` seconds."""
+    """Why no SSH server answers; empty if one does. Takes at most `patience` seconds."""
     found: list[str] = []
     thread = threading.Thread(target=lambda: found.append(_silence(at, patience)), daemon=True)
     thread.start()
-    thread.join(patience + 0.5)  # a look-up of a name knows no limit
-    return found[0] if found else f"nothing in {patience:.0f} s"
+    thread.join(patience + 0.5)  # name resolution has no timeout of its own
+    return found[0] if found else f"no answer in {patience:.0f} s"
 
 
 def _silence(at: Address, patience: float) -> str:
@@ -61,7 +61,7 @@ def _silence(at: Address, patience: float) -> str:
     except socket.gaierror:
         return NAME_UNKNOWN
     except TimeoutError:
-        return f"nothing in {patience:.0f} s"
+        return f"no answer in {patience:.0f} s"
     except OSError as error:
         return error.strerror or str(error)
     return "" if said == b"SSH-" else NO_SSH

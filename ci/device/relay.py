@@ -1,6 +1,6 @@
-"""A board's relay: its power driver of labgrid's, whose failures are told by the setting that is wrong.
+"""A board's power relay: wraps labgrid's power drivers with a timeout and errors that name the wrong setting.
 
-labgrid's network drivers wait for an answer without end, and raise whatever the library below raises.
+labgrid's network power drivers have no timeout and raise the exceptions of the library that they use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from axrun.errors import BadInput, CheckFailed, Failure
 from ci.device.settings import hidden
 
 ANSWER_SECONDS = 20.0  # for a relay to switch
-# the models whose host is a URL, and its form; of all others it is a name or an address alone
+# models whose host is a URL, and its form; for all others it is a plain name or address
 URLS = {
     "simplerest": "http://HOST/relay/{index}/{value}",
     "rest": "http://HOST/relay/{index}/value",
@@ -36,7 +36,7 @@ URLS = {
 
 @dataclass(frozen=True)
 class Port:
-    """A relay's port as settings have it; `where` names each setting and where it is said."""
+    """A relay's port from the settings; `where` names the source of each setting."""
 
     board: str
     model: str
@@ -52,10 +52,10 @@ class Port:
 
 
 class Switch:
-    """A power driver with `on`, `off` and `cycle`. They raise CheckFailed, and BadInput for a setting that is wrong."""
+    """A power driver with `on`, `off` and `cycle`. They raise CheckFailed, or BadInput for a wrong setting."""
 
     def __init__(self, board: str, driver: Any, port: Port | None) -> None:
-        """`port` is None of a driver that is no network relay: its own command may take as long as it takes."""
+        """`port` is None for a driver that is not a network relay; its command has no timeout here."""
         self._board, self._driver, self._port = board, driver, port
 
     def on(self) -> None:
@@ -83,7 +83,7 @@ class Switch:
 
 
 def check_model(port: Port) -> None:
-    """Raises BadInput for a model that labgrid has not, of which it can make no target."""
+    """Raises BadInput for a model that labgrid does not have."""
     from labgrid.driver import power
 
     models = sorted(found.name for found in pkgutil.iter_modules(power.__path__))
@@ -94,7 +94,7 @@ def check_model(port: Port) -> None:
 
 
 def check(port: Port) -> None:
-    """Raises BadInput for a host that is not of its model's form, before labgrid takes it apart."""
+    """Raises BadInput for a host that does not have its model's form, before labgrid parses it."""
     check_model(port)
     try:
         url = urlsplit(port.host if "//" in port.host else f"//{port.host}")
@@ -109,15 +109,15 @@ def check(port: Port) -> None:
         except (ValueError, KeyError, IndexError) as error:
             raise port.wrong(f"braces that are neither {{index}} nor {{value}}: {error}") from None
         if port.model == "simplerest" and "{value}" not in port.host:
-            raise port.wrong("no {value}, which becomes 0 or 1: it would switch nothing")
+            raise port.wrong("{value}, which becomes 0 or 1, is missing: it would switch nothing")
         if port.model == "rest" and "{value}" in port.host:
-            raise port.wrong("a {value} in it, which is simplerest's")
+            raise port.wrong("it has {value}, which only simplerest has")
     elif url.scheme or url.path not in ("", "/") or not named:
-        raise port.wrong("expected a name or an address alone")
+        raise port.wrong("expected only a name or an address")
 
 
 def explained(board: str, port: Port | None, error: Exception) -> Failure:
-    """What a power driver's failure means."""
+    """An error that explains a power driver's exception."""
     import requests
 
     if port is None:
@@ -125,9 +125,9 @@ def explained(board: str, port: Port | None, error: Exception) -> Failure:
     if isinstance(error, requests.HTTPError) and error.response is not None:
         code, reason = error.response.status_code, error.response.reason
         hint = {
-            401: "its user and password are not these",
-            403: "its user and password are not these",
-            404: "its path, its index or its model is another",
+            401: "wrong user or password",
+            403: "wrong user or password",
+            404: "wrong path, index or model",
         }
         said = f"{port} answered {code} {reason}" + (f": {hint[code]}" if code in hint else "")
         return CheckFailed(f"{said}\n{port.where}; its form: {URLS.get(port.model, 'HOST')}")
@@ -139,7 +139,7 @@ def explained(board: str, port: Port | None, error: Exception) -> Failure:
 
 
 def _within(seconds: float, switch: Callable[[], None], port: Port) -> None:
-    """In a thread that is given up: the drivers know no time limit."""
+    """Runs `switch` in a thread that is abandoned after `seconds`: the drivers have no timeout."""
     failed: list[Exception] = []
 
     def run() -> None:
@@ -158,7 +158,7 @@ def _within(seconds: float, switch: Callable[[], None], port: Port) -> None:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason: `Connection refused`."""
+    """The innermost cause, for example `Connection refused`."""
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__  # type: ignore[assignment]
     return error.strerror if isinstance(error, OSError) and error.strerror else _line(error)

@@ -1,6 +1,6 @@
-"""The current release's axrun on a board, from here: a question, a server, each ended with the command that asked.
+"""Runs the current release's axrun on a board, as a prompt or a server; it ends when the local command ends.
 
-What the board writes is shown as it comes, bounded, control characters made visible.
+The board's output is streamed, bounded, with control characters replaced.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from ci.device import commands, programs, ssh, strict_json
 from ci.device.place import Address, Board
 from ci.device.progress import Say
 
-NO_RELEASE = 66  # its exit code where nothing is deployed
+NO_RELEASE = 66  # exit code if nothing is deployed
 HEARTBEAT_SECONDS = 10.0
 MOST_SHOWN = 16 << 20  # characters of one stream
-END_SECONDS = 45.0  # for both ends to be over
+END_SECONDS = 45.0  # for both ends to finish
 FORWARD_SECONDS = 15.0
 LOAD_SECONDS = 1800.0
 
 
 class RemoteAxrun:
-    """axrun on the board, running; close it, or leave its block, and it ends there."""
+    """A running axrun on the board. Closing it, or leaving the `with` block, ends it there."""
 
     def __init__(self, board: Board, at: Address, words: Sequence[str], given: str = "") -> None:
         self.board, self.at = board, at
@@ -42,7 +42,7 @@ class RemoteAxrun:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=ssh.environment(board),
-            start_new_session=True,  # Ctrl-C is for this side, which ends the other in order
+            start_new_session=True,  # Ctrl-C goes to this side only, which then stops the other
         )
         self.tail: list[str] = []
         request = json.dumps({"root": board.root, "words": list(words), "input": given}).encode()
@@ -56,7 +56,7 @@ class RemoteAxrun:
         self.close()
 
     def show(self, stream: IO[bytes] | None, into: Callable[[str], object]) -> threading.Thread:
-        """Passes on what a stream brings, in a thread that ends with the stream."""
+        """Forwards a stream, in a thread that ends with the stream."""
 
         def run() -> None:
             assert stream
@@ -69,7 +69,7 @@ class RemoteAxrun:
         return thread
 
     def wait(self) -> int:
-        """axrun's exit code. Raises BadInput, CheckFailed for a board that has no release or was lost."""
+        """axrun's exit code. Raises BadInput if the board has no release, CheckFailed if the connection was lost."""
         code = self.process.wait()
         if code == NO_RELEASE:
             first = commands.invoke("deploy", "--board", self.board.argument)
@@ -80,7 +80,7 @@ class RemoteAxrun:
         return code
 
     def close(self) -> None:
-        """The end of its input ends axrun; what does not end in time is left to the board's own patience."""
+        """Closes its input, which ends axrun. If it does not end in time, the board's own timeout ends it."""
         if self.process.stdin:
             with contextlib.suppress(OSError, ValueError):
                 self.process.stdin.close()
@@ -99,13 +99,13 @@ class RemoteAxrun:
         try:
             self.process.stdin.write(data)
             self.process.stdin.flush()
-        except (OSError, ValueError):  # gone, or closed here
+        except (OSError, ValueError):  # the connection is gone, or closed by us
             return False
         return True
 
 
 def ask(board: Board, at: Address, prompt: str, out: IO[str], err: IO[str], words: Sequence[str] = ()) -> int:
-    """The current release's answer to `prompt`, as it is written; what axrun says of it goes to `err`."""
+    """Streams the current release's answer to `prompt` to `out`, and axrun's stderr to `err`; returns its exit code."""
     given = ["run", "--prompt", "-", "--engine", board.engine, *words]
     with RemoteAxrun(board, at, given, prompt) as running:
         shown = [running.show(running.process.stdout, _into(out)), running.show(running.process.stderr, _into(err))]
@@ -119,9 +119,9 @@ def ask(board: Board, at: Address, prompt: str, out: IO[str], err: IO[str], word
 def served(
     board: Board, at: Address, port: int, say: Say, words: Sequence[str] = ()
 ) -> Iterator[tuple[str, RemoteAxrun]]:
-    """The current release's server and a forward to it: its URL here. Both end with the block.
+    """Runs the current release's server and a port forward; yields the local URL. Both end with the block.
 
-    Raises BadInput, CheckFailed when it does not come up.
+    Raises BadInput, or CheckFailed if the server does not start.
     """
     given = ["serve", "--json", "--host", "127.0.0.1", "--port", "0", "--engine", board.engine, *words]
     with RemoteAxrun(board, at, given) as far, ssh.forwarded(board, at, _ready(far, say), port) as here:
@@ -131,7 +131,7 @@ def served(
 
 
 def _ready(far: RemoteAxrun, say: Say) -> int:
-    """The port on the board, once the model is loaded; what the server says of it is passed on."""
+    """Waits until the model is loaded and returns the port on the board; forwards the server's messages."""
     ports: list[int] = []
     ready = threading.Event()
 
@@ -159,7 +159,7 @@ def _ready(far: RemoteAxrun, say: Say) -> int:
 
 
 def _answers(board: Board, url: str, far: RemoteAxrun) -> None:
-    """Returns when the server answers through the forward. Raises CheckFailed."""
+    """Waits until the server answers through the forward. Raises CheckFailed."""
     deadline = time.monotonic() + FORWARD_SECONDS
     while True:
         if far.process.poll() is not None:
@@ -176,13 +176,13 @@ def _answers(board: Board, url: str, far: RemoteAxrun) -> None:
 
 
 def pieces(stream: IO[bytes]) -> Iterator[str]:
-    """A board's text as it comes, safe for a terminal; MOST_SHOWN characters at most."""
+    """A board's output as it arrives, safe for a terminal, at most MOST_SHOWN characters."""
     decode, shown = codecs.getincrementaldecoder("utf-8")("replace").decode, 0
     while data := os.read(stream.fileno(), 1 << 16):
         text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in decode(data) if c != "\r")
         shown += len(text)
         if shown > MOST_SHOWN:
-            yield "\n[the board writes without end: cut off]\n"
+            yield "\n[too much output from the board: truncated]\n"
             return
         if text:
             yield text
@@ -197,7 +197,7 @@ def _into(stream: IO[str]) -> Callable[[str], None]:
 
 
 def _lines(line: Callable[[str], None]) -> Callable[[str], None]:
-    """Whole lines out of pieces."""
+    """Reassembles chunks into whole lines."""
     rest = ""
 
     def take(text: str) -> None:
@@ -212,4 +212,4 @@ def _lines(line: Callable[[str], None]) -> Callable[[str], None]:
 def _last(lines: Sequence[str]) -> str:
     said = [line.strip() for line in lines if line.strip()]
     errors = [line for line in said if line.startswith("error:")]
-    return (errors or said or ["it said nothing"])[-1][:300]
+    return (errors or said or ["it printed nothing"])[-1][:300]

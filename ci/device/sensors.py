@@ -1,6 +1,6 @@
-"""Temperatures and clocks of a board while something runs on it: read every few seconds, over a connection of its own.
+"""Samples a board's temperatures and clocks every few seconds during a measurement, over a separate connection.
 
-A board without sensors has none; a connection that breaks ends the reading, not the night.
+A board may have no sensors. A broken connection ends the sampling, not the night.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ci.device.programs import STATE
 EVERY_SECONDS = 2.0
 SECONDS = 30.0  # for an answer
 MOST_READINGS, MOST_SENSORS, MOST_NAME = 20_000, 64, 60
-DEGREES, MHZ = (-60.0, 200.0), (0.0, 20_000.0)  # what a sensor may say
-HOT = 85.0  # degrees, where the board names no trip point
-NEAR = 3.0  # degrees below a trip point
-SLOW = 0.98  # of its most MHz, a clock has dropped
-NONE = "the board shows no temperatures and no clocks"
+DEGREES, MHZ = (-60.0, 200.0), (0.0, 20_000.0)  # valid ranges
+HOT = 85.0  # degrees, for a board without trip points
+NEAR = 3.0  # warn from this many degrees below a trip point
+SLOW = 0.98  # a clock below this share of its maximum has dropped
+NONE = "the board reports no temperatures and no clocks"
 
 
 @dataclass
 class Readings:
-    """Values by sensor; `hot` are the degrees from which the kernel acts, `most` the MHz that each clock can have."""
+    """Values by sensor; `hot` are the trip points of the kernel in degrees, `most` the maximum clocks in MHz."""
 
     degrees: dict[str, list[float]] = field(default_factory=dict)
     clocks: dict[str, list[float]] = field(default_factory=dict)
@@ -37,11 +37,11 @@ class Readings:
     hot: Mapping[str, float] = field(default_factory=dict)
     most: Mapping[str, float] = field(default_factory=dict)
     governor: str = ""
-    why: str = ""  # why there is nothing, or no more
+    why: str = ""  # why the sampling failed or stopped
     count: int = 0
 
     def add(self, answer: Mapping[str, Any]) -> None:
-        """One answer of the board; what is no value of a sensor is left out."""
+        """Adds an answer of the board; invalid values are skipped."""
         if self.count >= MOST_READINGS:
             return
         self.count += 1
@@ -54,42 +54,42 @@ class Readings:
                 self.cooling[name] = max(value, self.cooling.get(name, 0.0))
 
     def summary(self) -> dict[str, list[float]]:
-        """Least, median and most by sensor, its unit at the end of the name."""
+        """Minimum, median and maximum by sensor, with the unit at the end of its name."""
         found = {f"{name}, °C": values for name, values in self.degrees.items()}
         found |= {f"{name}, MHz": values for name, values in self.clocks.items()}
         return {name: [min(values), statistics.median(values), max(values)] for name, values in found.items()}
 
     def notes(self) -> Iterator[str]:
-        """What to know of it: none, too hot, slowed down."""
+        """Notes for the report: no sensors, too hot, throttled."""
         if not self.degrees and not self.clocks:
             yield NONE + (f": {self.why}" if self.why else "")
             return
         if self.why:
-            yield f"the temperatures were read until {self.why}"
+            yield f"the sampling of temperatures stopped: {self.why}"
         for name, values in self.degrees.items():
             limit = self.hot.get(name)
             if limit is not None and max(values) >= limit - NEAR:
-                yield f"{name} got hot while it measured: {max(values):.1f} °C, the kernel acts at {limit:.0f} °C"
+                yield f"{name} got hot during the measurement: {max(values):.1f} °C, the kernel acts at {limit:.0f} °C"
             elif limit is None and max(values) >= HOT:
-                yield f"{name} got hot while it measured: {max(values):.1f} °C"
+                yield f"{name} got hot during the measurement: {max(values):.1f} °C"
         for name, most in self.most.items():
             values = self.clocks.get(name, [])
-            # Other governors slow an idle clock down: of those, only one that never got up has dropped.
+            # Other governors lower an idle clock; with them, only a clock that never reached its maximum has dropped.
             worst = (min if self.governor == "performance" else max)(values, default=most)
             if worst < SLOW * most:
                 yield (
-                    f"the clock of {name} was {worst:.0f} MHz while it measured, {most:.0f} is its most "
-                    f"(governor {self.governor or 'not told'})"
+                    f"the clock of {name} was {worst:.0f} MHz during the measurement, its maximum is {most:.0f} "
+                    f"(governor {self.governor or 'unknown'})"
                 )
         for name, state in self.cooling.items():
-            yield f"cooling device {name} acted while it measured, up to state {state:.0f}"
+            yield f"cooling device {name} was active during the measurement, up to state {state:.0f}"
 
     def _into(self, table: dict[str, list[float]], name: str) -> list[float]:
         return table.setdefault(name, []) if name in table or len(table) < MOST_SENSORS else []
 
 
 def numbers(found: Any, bounds: tuple[float, float]) -> dict[str, float]:
-    """Of a board's answer, the entries that are a name and a number within bounds."""
+    """The entries of a board's answer that are a number within bounds, with printable names."""
     if not isinstance(found, dict):
         return {}
     least, most = bounds
@@ -107,7 +107,7 @@ def reading(
     every: float = EVERY_SECONDS,
     connect: Callable[[Board, Address, str], Connection] = Connection,
 ) -> Iterator[Readings]:
-    """Reads the board's sensors until this is closed. Never raises: `why` says what went wrong."""
+    """Samples the board's sensors until the block ends. Never raises; `why` has the error."""
     found, ended = Readings(), threading.Event()
     thread = threading.Thread(target=_read, args=(found, ended, lambda: connect(board, at, STATE), every), daemon=True)
     thread.start()
@@ -127,7 +127,7 @@ def _read(found: Readings, ended: threading.Event, connect: Callable[[], Connect
             while True:
                 found.add(link.call("readings", SECONDS))
                 if not found.degrees and not found.clocks:
-                    return  # there are none: that does not change
+                    return  # the board has no sensors
                 if ended.wait(every):
                     return
     except Failure as failure:

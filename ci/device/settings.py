@@ -1,4 +1,4 @@
-"""What is true of one board of yours: its address, its user, its relay. In your configuration, not in the checkout.
+"""The user's settings of a board (address, user, relay), in the user's configuration instead of the checkout.
 
     ~/.config/axc/boards/ax650.toml          (XDG_CONFIG_HOME; the file is named as --board is)
         address = "192.168.1.50"
@@ -7,7 +7,7 @@
         power_model = "shelly_gen2"
         power_index = 0
 
-A variable of the environment wins over the file, the file over the board's YAML.
+Precedence: environment variable, this file, the board's YAML.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 from axrun.errors import BadInput
 from ci.device import toml_lines
 
-# the folder of the releases: neither above the user's home nor what a command takes for a flag
+# the folder of the releases: no `..` out of the user's home, no leading `-` that looks like a flag
 FOLDER = r"/?(?!\.\.?(/|$))[A-Za-z0-9_.][A-Za-z0-9_.-]*(/(?!\.\.?(/|$))[A-Za-z0-9_.][A-Za-z0-9_.-]*)*"
 WORD, VERSION = r"[a-z0-9_]{1,32}", r"3\.\d{1,2}"
-# the setting, the variable of the environment, what its text must be, and that in words
+# setting -> environment variable, pattern of its value, description for errors
 KNOWN: Mapping[str, tuple[str, str, str]] = {
     "address": ("LG_BOARD_ADDRESS", r"[A-Za-z0-9][A-Za-z0-9._:%-]{0,252}", "a name or an address"),
     "port": ("LG_BOARD_PORT", r"[1-9]\d{0,4}", "a port, 1 to 65535"),
@@ -36,13 +36,13 @@ KNOWN: Mapping[str, tuple[str, str, str]] = {
     "power": ("LG_BOARD_POWER", r"[^\0\n]+", "a relay's address, manual or none"),
     "power_model": ("LG_BOARD_POWER_MODEL", r"[a-z0-9_]{1,40}", "a model of labgrid's NetworkPowerPort"),
     "power_index": ("LG_BOARD_POWER_INDEX", r"\d{1,4}", "a number"),
-    "root": ("LG_BOARD_ROOT", FOLDER, "a folder by names that begin with a letter, a digit, '_' or '.', without '..'"),
+    "root": ("LG_BOARD_ROOT", FOLDER, "a folder of names that begin with a letter, a digit, '_' or '.', without '..'"),
     "python": ("LG_BOARD_PYTHON_VERSION", VERSION, 'its version: "3.11"'),
     "engine": ("LG_BOARD_ENGINE", WORD, "an engine's name"),
-    "architecture": ("LG_BOARD_ARCHITECTURE", WORD, "as uname -m says it"),
+    "architecture": ("LG_BOARD_ARCHITECTURE", WORD, "the output of uname -m"),
 }
 MOST_PORT = 65535
-# where labgrid keeps what a setting is: the class and its key
+# setting -> labgrid class and key
 PLACES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "address": (("NetworkService", "address"),),
     "port": (("NetworkService", "port"),),
@@ -52,35 +52,35 @@ PLACES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "power_model": (("NetworkPowerPort", "model"),),
     "power_index": (("NetworkPowerPort", "index"),),
 }
-SECRET = re.compile(r"(?<=//)[^/@\s]*@")  # user and password of a URL
+SECRET = re.compile(r"(?<=//)[^/@\s]*@")  # user and password in a URL
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A value, and where it is said: a variable, a file."""
+    """A value and its source: a variable or a file."""
 
     value: str
     source: str
 
     @property
     def shown(self) -> str:
-        """For a reader: a URL without its password."""
+        """The value without a URL's password."""
         return hidden(self.value)
 
 
 def hidden(text: str) -> str:
-    """A text without the passwords of its URLs."""
+    """The text without passwords in URLs."""
     return SECRET.sub("***@", text)
 
 
 def file(name: str) -> Path:
-    """Where the settings of the board `name` (of --board, without a YAML's folder) are."""
+    """The settings file of the board `name` (the value of --board, without folder and suffix)."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return home / "axc" / "boards" / f"{name}.toml"
 
 
 def read(name: str) -> dict[str, Setting]:
-    """What the environment and the user's file say of a board. Raises BadInput for what cannot be meant."""
+    """The settings of a board from the environment and the user's file. Raises BadInput for an invalid one."""
     found = {key: Setting(value, str(file(name))) for key, value in _file(file(name)).items()}
     for key, (variable, *_) in KNOWN.items():
         if value := os.environ.get(variable):
@@ -97,7 +97,7 @@ def read(name: str) -> dict[str, Setting]:
 
 
 def apply(given: Mapping[str, Setting], config: Any) -> None:
-    """Puts settings into a labgrid configuration, in place of what its YAML says. Before a target is made of it."""
+    """Overrides values of a labgrid configuration with settings. Call it before creating a target."""
     for section in sections(config.data):
         for kind, values in section:
             for key, setting in given.items():
@@ -107,7 +107,7 @@ def apply(given: Mapping[str, Setting], config: Any) -> None:
 
 
 def sections(data: Any) -> Iterator[list[tuple[str, dict[str, Any]]]]:
-    """The resources and drivers of every target: a mapping by class, or a list of those."""
+    """The resources and drivers of every target, which the YAML may have as a mapping or as a list of mappings."""
     targets = data.get("targets") if isinstance(data, dict) else None
     for target in (targets or {}).values() if isinstance(targets, dict) else ():
         for part in ("resources", "drivers"):
@@ -122,7 +122,7 @@ def sections(data: Any) -> Iterator[list[tuple[str, dict[str, Any]]]]:
 
 
 def expanded(text: str, where: str) -> Path:
-    """A path, of which `~` is a home. Raises BadInput for the home of a user whom this machine does not know."""
+    """Expands `~` in a path. Raises BadInput for the home of an unknown user."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -138,7 +138,7 @@ def _file(path: Path) -> dict[str, str]:
         if key not in KNOWN:
             near = difflib.get_close_matches(key, KNOWN, 1)
             meant = f"is {near[0]} meant?" if near else f"there are {', '.join(KNOWN)}"
-            raise BadInput(f"{where}: {key!a:.40} is no setting of a board: {meant}")
+            raise BadInput(f"{where}: {key!a:.40} is not a setting of a board: {meant}")
         if isinstance(value, bool) or not isinstance(value, (str, int)):
-            raise BadInput(f"{where}: {key} is {value!a:.40}, expected a text: quote it")
+            raise BadInput(f"{where}: {key} is {value!a:.40}, expected a string: quote it")
     return {key: str(value) for key, value in values.items()}

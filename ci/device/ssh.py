@@ -1,4 +1,4 @@
-"""ssh to a board: its command line, what its words mean, a forwarded port, and no process that outlives this one."""
+"""ssh to a board: its command line, explanations of its errors, port forwards, and child processes that die with us."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from axrun.errors import CheckFailed
 from ci.device.place import SSH, Address, Board
 
 CONNECT_SECONDS, REQUEST_SECONDS = 15, 120
-FAILED = 255  # ssh's exit code when it did not get in, or was cut off
+FAILED = 255  # ssh's exit code if the connection failed or broke
 
-# what ssh says (https://man.openbsd.org/ssh), and what that means to who deploys; {at} is user@host port
+# ssh's messages (https://man.openbsd.org/ssh) and our explanations; {at} is user@host port
 SSH_SAYS = (
     (
         r"REMOTE HOST IDENTIFICATION HAS CHANGED|host key for .* has changed",
         "the host key of {at} is not the one in {known_hosts}\n"
-        "Another machine answers, or the board was installed anew: remove its line there only if you know which.",
+        "Either another machine answers or the board was reinstalled: remove its line there only if you know it was.",
     ),
     (
         r"No .* host key is known|Host key verification failed",
@@ -47,7 +47,7 @@ class Lost(CheckFailed):
 
 
 def command(at: Address, *options: str) -> list[str]:
-    """ssh to an address, without the host: it checks the host key and asks nobody."""
+    """The ssh command for an address, without the host. It checks the host key and never prompts."""
     return [
         *(str(SSH), "-x", *(options or ("-T",)), "-o", f"ConnectTimeout={CONNECT_SECONDS}"),
         *("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=6"),
@@ -60,7 +60,7 @@ def environment(board: Board) -> dict[str, str]:
 
 
 def meaning(board: Board, at: Address, said: str) -> str:
-    """What ssh's words mean, for who uses the board; empty where they are not known."""
+    """An explanation of ssh's message for the user; empty for an unknown message."""
     for pattern, text in SSH_SAYS:
         if re.search(pattern, said):
             return text.format(
@@ -76,9 +76,9 @@ def meaning(board: Board, at: Address, said: str) -> str:
 
 @contextlib.contextmanager
 def forwarded(board: Board, at: Address, there: int, here: int = 0) -> Iterator[int]:
-    """A port of this machine's loopback, `here` or one that is free, that leads to the board's port `there`.
+    """Forwards a local loopback port (`here`, or a free one) to the board's port `there`.
 
-    Raises Lost when there is none. It ends with the block, and with this process.
+    Raises Lost if that fails. The forward ends with the block, and with this process.
     """
     here = here or _free_port()
     words = ["-o", "ExitOnForwardFailure=yes", "-N", "-L", f"127.0.0.1:{here}:127.0.0.1:{there}", at.host]
@@ -89,7 +89,7 @@ def forwarded(board: Board, at: Address, there: int, here: int = 0) -> Iterator[
             stdout=said,
             stderr=said,
             env=environment(board),
-            start_new_session=True,  # Ctrl-C is for this side, which ends it in order
+            start_new_session=True,  # Ctrl-C goes to this side only, which then stops it
         )
         try:
             deadline = time.monotonic() + CONNECT_SECONDS + REQUEST_SECONDS
@@ -97,7 +97,7 @@ def forwarded(board: Board, at: Address, there: int, here: int = 0) -> Iterator[
                 if process.poll() is not None or time.monotonic() > deadline:
                     said.seek(0)
                     text = said.read(1 << 16).decode("utf-8", "replace")
-                    why = f"no port of {board.name} is forwarded: {last_line(text)}\nDoes its sshd allow it?"
+                    why = f"cannot forward a port of {board.name}: {last_line(text)}\nDoes its sshd allow it?"
                     raise Lost(meaning(board, at, text) or why)
                 time.sleep(0.05)
             yield here
@@ -106,13 +106,13 @@ def forwarded(board: Board, at: Address, there: int, here: int = 0) -> Iterator[
 
 
 def mortal(signal: str = "TERM") -> list[str]:
-    """Words before a command that shall not outlive this process, however that ends."""
+    """A command prefix that makes the command die with this process, even on SIGKILL."""
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", signal, "--"] if setpriv else []
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process: asks, and after 5 seconds kills."""
+    """Ends a process: SIGTERM, and SIGKILL after 5 seconds."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -137,6 +137,6 @@ def _listens(port: int) -> bool:
 
 
 def last_line(said: str) -> str:
-    """Of what a program said, made printable."""
+    """The last line of a program's output, printable."""
     lines: Sequence[str] = [line.strip() for line in said.splitlines() if line.strip()]
-    return ascii(lines[-1][:200])[1:-1] if lines else "it said nothing"
+    return ascii(lines[-1][:200])[1:-1] if lines else "it printed nothing"

@@ -1,7 +1,7 @@
-"""JSON that somebody else wrote: a board, a history, a run that was killed. What does not fit is a ValueError.
+"""Strict JSON for untrusted files: of a board, a history, a killed run. Anything unusual is a ValueError.
 
-Python's own reader takes NaN and integers of any length, on which float(), math.isfinite() and formatting fail later,
-where nobody expects it.
+Python's parser accepts NaN and integers of any length, on which float(), math.isfinite() and formatting fail later, in
+unexpected places.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ LONGEST = 64 << 20  # bytes of a file
 
 
 def loads(text: str | bytes) -> Any:
-    """As json.loads. Raises ValueError for NaN, infinities, numbers beyond 64 bits, and for what is nested too deep."""
+    """json.loads that raises ValueError for NaN, infinities, numbers beyond 64 bits, and too deep nesting."""
     try:
         return json.loads(text, parse_int=_integer, parse_float=_float, parse_constant=_constant)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
 
 
 def read(file: Path, most: int = LONGEST) -> dict[str, Any]:
-    """The object that a file holds. Raises OSError, and ValueError for one of more than `most` bytes too."""
+    """The JSON object in a file. Raises OSError, or ValueError, also for more than `most` bytes."""
     with file.open("rb") as stream:
         data = stream.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it has more than {most} bytes")
     found = loads(data)
     if not isinstance(found, dict):
-        raise ValueError("it is no JSON object")
+        raise ValueError("it is not a JSON object")
     return found
 
 
 def read_or_nothing(file: Path, most: int = LONGEST) -> dict[str, Any]:
-    """As `read`; empty where there is none that can be read, as of a run that did not get so far."""
+    """As `read`, but empty for a missing or invalid file."""
     try:
         return read(file, most)
     except (OSError, ValueError):
@@ -43,7 +43,7 @@ def read_or_nothing(file: Path, most: int = LONGEST) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A value whose numbers `loads` takes: others become text, so that one of them does not make a file unreadable."""
+    """The value with numbers that `loads` would refuse turned into text, so that the file stays readable."""
     if isinstance(value, dict):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -55,7 +55,7 @@ def plain(value: Any) -> Any:
 
 def _integer(text: str) -> int:
     if len(text) > 20 or not abs(int(text)) < MOST:
-        raise ValueError(f"it has the number {text[:20]}..., of {len(text)} characters")
+        raise ValueError(f"it has the number {text[:20]}... of {len(text)} characters")
     return int(text)
 
 
@@ -66,4 +66,4 @@ def _float(text: str) -> float:
 
 
 def _constant(text: str) -> NoReturn:
-    raise ValueError(f"it has {text}, which is no number")
+    raise ValueError(f"it has {text}, which is not a JSON number")

@@ -1,4 +1,4 @@
-"""A TOML file of bounded size, and where in it something is: tomllib keeps no places, and errors name the line."""
+"""Reads bounded TOML files, and finds the line of a key or value for error messages (tomllib keeps no positions)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from axrun.errors import BadInput
 
 LONGEST = 1 << 20  # bytes of a file
-MOST = 2**63  # of an integer: TOML's have 64 bits, tomllib's any length
+MOST = 2**63  # TOML integers have 64 bits; tomllib accepts any length
 
 HEADER = re.compile(r"\s*\[{1,2}\s*([^\[\]]+?)\s*\]{1,2}\s*(#.*)?$")
 KEY = re.compile(r'\s*"?([A-Za-z0-9_-]+)"?\s*=')
 
 
 def read(file: Path) -> tuple[str, dict[str, Any]]:
-    """The text of a file and what it says. Raises BadInput."""
+    """The text of a file and its parsed content. Raises BadInput."""
     try:
         data = file.read_bytes()
         if len(data) > LONGEST:
@@ -28,9 +28,9 @@ def read(file: Path) -> tuple[str, dict[str, Any]]:
         content = tomllib.loads(text)
     except OSError as error:
         raise BadInput(f"cannot read {file}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:  # TOMLDecodeError is a ValueError, as an integer of 5000 digits is
-        why = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise BadInput(f"{file} is no TOML: {why[:200]}") from None
+    except (ValueError, RecursionError) as error:  # TOMLDecodeError, or an integer of 5000 digits
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise BadInput(f"{file} is not valid TOML: {why[:200]}") from None
     for key, value in _integers(content):
         if not abs(value) < MOST:
             seen = f"an integer of {value.bit_length()} bits"
@@ -39,9 +39,9 @@ def read(file: Path) -> tuple[str, dict[str, Any]]:
 
 
 def line(text: str, key: str = "", value: object = None, *, table: str = "", index: int = 0, nth: int = 0) -> int:
-    """The line, from 1, of a key in a table ("" is above all tables), or of the `nth` time a value stands there.
+    """The 1-based line of a key in a table ("" is the top level), or of the `nth` occurrence of a value under the key.
 
-    `index` counts tables of the same name, as of [[exclude]]. What is not found is told by the line of what holds it.
+    `index` counts tables of the same name, such as [[exclude]]. If not found, the line of the enclosing key or table.
     """
     wanted = value_pattern(value)
     current, seen, held, counted = "", 0, 1, 0
@@ -68,14 +68,14 @@ def line(text: str, key: str = "", value: object = None, *, table: str = "", ind
 
 
 def value_pattern(value: object) -> re.Pattern[str] | None:
-    """How a value may be written; None for what is looked for by its key alone."""
+    """A pattern of the ways to write a value; None to search by key only."""
     if isinstance(value, str):
         return re.compile(f"{re.escape(json.dumps(value, ensure_ascii=False))}|'{re.escape(value)}'")
     return None
 
 
 def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
-    """Every integer, with the key it stands under."""
+    """Every integer with its key."""
     if isinstance(value, dict):
         for name, entry in value.items():
             yield from _integers(entry, name)
@@ -87,7 +87,7 @@ def _integers(value: Any, key: str = "") -> Iterator[tuple[str, int]]:
 
 
 def _line_of(text: str, key: str) -> int:
-    """The first line of a key, in whatever table; 1 where it is not found."""
+    """The first line of a key in any table; 1 if not found."""
     for number, content in enumerate(text.splitlines(), 1):
         found = KEY.match(content)
         if found and found[1] == key:

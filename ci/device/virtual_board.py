@@ -1,7 +1,7 @@
 """An arm64 board emulated on this machine: Debian's root file system under qemu-user, its own sshd on loopback.
 
-Its disk is a folder that stays when the power goes; its processes are in a PID namespace of their own, so that cutting
-the power ends all of them at once, without asking them. It must be root's: it is started with chroot.
+Its disk is a folder that survives power-off. Its processes have their own PID namespace, so power-off kills all of them
+at once, without a shutdown. It needs root, for chroot and mounts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ci.device import binfmt, commands, strict_json
 from ci.device.place import Address, Board
 from ci.device.progress import took, watched
 
-# the command and the Debian package that brings it
+# command -> Debian package
 TOOLS = {
     "mmdebstrap": "mmdebstrap",
     "arch-test": "arch-test",
@@ -38,14 +38,14 @@ LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*", "/usr
 USER, UID = "board", 1000
 HOOKS = (
     f'chroot "$1" useradd --create-home --uid {UID} --shell /bin/bash {USER}',
-    f"chroot \"$1\" usermod --password '*' {USER}",  # no password fits, a key does
-    'rm -f "$1"/etc/ssh/ssh_host_*',  # every board gets its own
+    f"chroot \"$1\" usermod --password '*' {USER}",  # no password is valid, keys are
+    'rm -f "$1"/etc/ssh/ssh_host_*',  # each board makes its own
 )
 MAKING = "two to eight minutes"
 MAKING_SECONDS, BOOT_SECONDS, POLL_SECONDS = 1800, 120, 0.1
 
-# What a kernel and an init would have set up. $1 root file system, $2 address, $3 port, $4 size of the disk for
-# releases (empty: the root file system's), $5 where releases are.
+# Does the work of kernel and init. $1 root file system, $2 address, $3 port, $4 size of a disk for the releases (empty:
+# on the root file system), $5 the folder of the releases.
 BOOT = f"""
 set -e
 cd "$1"
@@ -79,7 +79,7 @@ Subsystem sftp internal-sftp
 
 @dataclass(frozen=True)
 class Running:
-    """The process whose end is the board's, and when it started (clock ticks since the machine did)."""
+    """The board's main process, and its start time (clock ticks since boot), which tells a reused pid apart."""
 
     pid: int
     started: int
@@ -88,11 +88,11 @@ class Running:
 def up(
     board: Board, at: Address, disk: str = "", fresh: bool = False, say: Callable[[str], None] = lambda line: None
 ) -> None:
-    """Switches the board on and returns when its sshd answers; does nothing when it is on.
+    """Switches the board on and waits for its sshd; does nothing if it is on.
 
-    `disk` ("64M") gives the releases a disk of that size, empty at every start; `fresh` throws the old disk away.
-    Raises BadInput for what this machine lacks and for a disk asked of a board that is on, CheckFailed when the board
-    does not come up.
+    `disk` ("64M") gives the releases a disk of that size, empty at every start; `fresh` discards the old disk.
+    Raises BadInput if this machine lacks something or the board is on and a disk is requested, CheckFailed if the board
+    does not boot.
     """
     if running(board) is not None:
         if disk or fresh:
@@ -112,7 +112,7 @@ def up(
         _unpack(archive, rootfs)
     _keys(board, at, rootfs)
     if _listens(at):
-        raise BadInput(f"something else listens on {at.host} port {at.port}: LG_BOARD_ADDRESS=127.0.65.2 names another")
+        raise BadInput(f"{at.host} port {at.port} is in use: choose another address, LG_BOARD_ADDRESS=127.0.65.2")
     releases = rootfs / "home" / USER / board.root
     releases.mkdir(exist_ok=True)
     os.chown(releases, UID, UID)
@@ -135,27 +135,27 @@ def up(
         if process.poll() is not None or time.monotonic() > deadline:
             lines = log.read_text(errors="replace").strip().splitlines()
             down(board)
-            raise CheckFailed(f"{board.name} did not come up: {(lines or ['its console is empty'])[-1]} ({log})")
+            raise CheckFailed(f"{board.name} did not boot: {(lines or ['its console is empty'])[-1]} ({log})")
         time.sleep(POLL_SECONDS)
     say(f"{board.name} is on: {at.user}@{at.host} port {at.port}, an arm64 {SUITE} under qemu-user")
 
 
 def down(board: Board) -> bool:
-    """Cuts the power; whether it was on. What was written to its disk stays."""
+    """Cuts the power; returns whether it was on. The disk keeps its content."""
     found = running(board)
     if found is not None:
-        os.kill(found.pid, signal.SIGKILL)  # and with it, by unshare --kill-child, everything on the board
+        os.kill(found.pid, signal.SIGKILL)  # unshare --kill-child kills everything on the board with it
         deadline = time.monotonic() + BOOT_SECONDS
         while running(board) is not None:
             if time.monotonic() > deadline:
-                raise CheckFailed(f"{board.name} does not end: process {found.pid}")
+                raise CheckFailed(f"cannot stop {board.name}: process {found.pid} does not end")
             time.sleep(POLL_SECONDS)
     (board.state / "running.json").unlink(missing_ok=True)
     return found is not None
 
 
 def running(board: Board) -> Running | None:
-    """The board's process where it is on. A process that only has its number is not taken for it."""
+    """The board's process if it is on. A process that reused its pid does not count."""
     try:
         data = strict_json.read(board.state / "running.json")
         found = Running(int(data["pid"]), int(data["started"]))
@@ -165,7 +165,7 @@ def running(board: Board) -> Running | None:
 
 
 def root_archive(say: Callable[[str], None] = lambda line: None) -> Path:
-    """The root file system as a tar, made once for each recipe. Raises CheckFailed when it cannot be made."""
+    """The root file system as a cached tar, made once per recipe. Raises CheckFailed if it cannot be made."""
     recipe = [
         *("mmdebstrap", "--mode=root", "--arch=arm64", "--variant=essential"),
         f"--include={','.join(PACKAGES)}",
@@ -199,12 +199,12 @@ def _make(recipe: list[str], archive: Path, say: Callable[[str], None]) -> None:
             environment={**os.environ, "SOURCE_DATE_EPOCH": EPOCH, "LC_ALL": "C"},
         )
     except subprocess.TimeoutExpired:
-        raise CheckFailed(f"mmdebstrap was not done after {MAKING_SECONDS} s") from None
+        raise CheckFailed(f"mmdebstrap did not finish within {MAKING_SECONDS} s") from None
     if done.returncode:
         said = [line for line in done.stdout.splitlines() if line.startswith("E:")] or done.stdout.splitlines()[-1:]
         raise CheckFailed(
-            f"mmdebstrap made no root file system: {(said or ['it said nothing'])[0][:300]}\n"
-            "It takes packages from MIRROR, else from Debian's own mirror."
+            f"mmdebstrap failed: {(said or ['it printed nothing'])[0][:300]}\n"
+            "It downloads packages from MIRROR, by default Debian's own mirror."
         )
     part.rename(archive)
 
@@ -219,7 +219,7 @@ def _unpack(archive: Path, rootfs: Path) -> None:
 
 
 def _keys(board: Board, at: Address, rootfs: Path) -> None:
-    """A key for the board and one for its user, made at the first start and kept beside each other."""
+    """Makes the host key and the user's key at the first start, and installs them."""
     board.state.chmod(0o700)
     host_key = board.state / "ssh_host_ed25519_key"
     for key in (host_key, at.keyfile):
@@ -246,13 +246,13 @@ def _keys(board: Board, at: Address, rootfs: Path) -> None:
 def _require_machine() -> None:
     missing = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
     if missing:
-        raise BadInput(f"the virtual board needs more of this machine: apt-get install {' '.join(missing)}")
+        raise BadInput(f"the virtual board needs more packages: apt-get install {' '.join(missing)}")
     if os.geteuid() != 0:
-        raise BadInput("the virtual board is started with chroot and mounts: run this as root")
+        raise BadInput("the virtual board needs chroot and mounts: run this as root")
 
 
 def _listens(at: Address) -> bool:
-    """Whether a server of SSH greets there."""
+    """Whether an SSH server answers there."""
     try:
         with socket.create_connection((at.host, at.port), timeout=5) as link:
             return link.recv(4) == b"SSH-"
@@ -261,7 +261,7 @@ def _listens(at: Address) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """When a process started, clock ticks since the machine did (proc(5), stat field 22); None where it is no more."""
+    """Start time of a process in clock ticks since boot (proc(5), stat field 22); None if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

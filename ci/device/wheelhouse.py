@@ -3,11 +3,11 @@
     out/board-package/aarch64-cp311/
         wheels/            an offline wheelhouse: pip install --no-index --find-links wheels --require-hashes -r ...
         requirements.txt   every wheel by name and hash
-        site/              the same wheels, installed; what a board gets, so that it needs neither pip nor venv
-        SHA256SUMS         of site/, as sha256sum writes it
+        site/              the same wheels, installed; a board gets this folder and needs neither pip nor venv
+        SHA256SUMS         of site/, in sha256sum's format
 
-The same checkout gives the same bytes on any machine that can have the page's Markdown libraries
-(requirements/page.py). Without them the package is another one, named by its own digest; building it says so.
+The same checkout gives the same bytes on any machine, provided that the page's Markdown libraries are available
+(requirements/page.py). Without them the package has another digest; the build prints a note.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from requirements.install import SetupFailed
 from requirements.page import bring
 
 ROOT = Path(__file__).resolve().parents[2]
-PYTHONS = ("3.9", "3.10", "3.11")  # what boards carry; each has its lock, requirements/board-<version>.txt
-# Wheels may ask for a glibc as new as 2.31, which is Debian 11's and Ubuntu 20.04's. https://peps.python.org/pep-0600/
+PYTHONS = ("3.9", "3.10", "3.11")  # versions on boards; each has a lock file, requirements/board-<version>.txt
+# Wheels may need glibc up to 2.31, the version of Debian 11 and Ubuntu 20.04. https://peps.python.org/pep-0600/
 PLATFORMS = ("manylinux2014_aarch64", *(f"manylinux_2_{minor}_aarch64" for minor in range(17, 32)))
 EPOCH = "315532800"  # 1980-01-01, the oldest time a zip archive can hold
 INSTALL_SECONDS, DOWNLOAD_SECONDS = 1800, 1800
 
 LAUNCHER = """#!/bin/sh
 # The runner of this release: axrun run model --prompt '1+1='
-# Python takes modules from the folder above and its library only (-I -S: no PYTHONPATH, no site-packages), and keeps
-# its compiled files beside the folder, which so holds what was deployed and nothing else.
+# Python imports only from the package folder and its standard library (-I -S: no PYTHONPATH, no site-packages). Its
+# bytecode goes to a separate folder, so that the package folder holds exactly the deployed files.
 here=$(dirname "$(dirname "$(readlink -f "$0")")")
 exec python3 -I -S -X utf8 -X pycache_prefix="$here.compiled" -c '
 import runpy, sys
@@ -51,7 +51,7 @@ runpy.run_module("axrun", run_name="__main__", alter_sys=True)' "$here" "$@"
 
 @dataclass(frozen=True)
 class Package:
-    """A board package on disk; `listing` is what `site` holds."""
+    """A board package on disk; `listing` has the files of `site`."""
 
     folder: Path
     python: str
@@ -67,9 +67,9 @@ class Package:
 
 
 def cross(python: str, out: Path, say: Say = lambda line: None) -> Package:
-    """Builds the package for boards with Python `python` ("3.11") under `out`, or takes what is there and current.
+    """Builds the package for boards with Python `python` ("3.11") under `out`, reusing parts that are up to date.
 
-    Raises BadInput for a Python without a lock, CheckFailed when a tool failed.
+    Raises BadInput for a Python without a lock file, CheckFailed if a tool fails.
     """
     if python not in PYTHONS:
         raise BadInput(f"no board package for Python {python}: there are locks for {', '.join(PYTHONS)}")
@@ -79,8 +79,8 @@ def cross(python: str, out: Path, say: Say = lambda line: None) -> Package:
     _download(lock, python, wheels, say)
     try:
         bring(Path(sys.prefix))
-    except SetupFailed as error:  # the page has a way without them; a board must not wait for npm's registry
-        print(f"note: {error}\nUntil then the page of `axrun serve` on the board shows plain text.", file=sys.stderr)
+    except SetupFailed as error:  # the page works without them; a deploy must not depend on npm's registry
+        print(f"note: {error}\nWithout them the page of `axrun serve` on the board shows plain text.", file=sys.stderr)
     _build(wheels, say)
     _name_by_hash(wheels, folder / "requirements.txt")
     site, stamp = folder / "site", folder / "site.made-from"
@@ -95,7 +95,7 @@ def cross(python: str, out: Path, say: Say = lambda line: None) -> Package:
 
 
 def _download(lock: Path, python: str, wheels: Path, say: Say) -> None:
-    """The wheels a lock names, unless the folder has been filled from this very lock."""
+    """Downloads the wheels of a lock file, unless the folder was already filled from this lock."""
     stamp, wanted = wheels.parent / "wheels.made-from", sha256(lock)
     if stamp.is_file() and stamp.read_text() == wanted and wheels.is_dir():
         return
@@ -111,7 +111,7 @@ def _download(lock: Path, python: str, wheels: Path, say: Say) -> None:
             *("--require-hashes", "--only-binary=:all:", *_target(python), "-r", str(lock), "-d", str(fresh)),
             *([f"--find-links={Path(local).expanduser().resolve()}"] if local else []),
         ],
-        "the board's wheels did not come",
+        "cannot download the board's wheels",
         DOWNLOAD_SECONDS,
         say,
     )
@@ -122,14 +122,14 @@ def _download(lock: Path, python: str, wheels: Path, say: Say) -> None:
 
 
 def _build(wheels: Path, say: Say) -> None:
-    """The runner's own wheel, in place of any older one."""
+    """Builds the runner's wheel, replacing an older one."""
     fresh = wheels.with_name("own.part")
     shutil.rmtree(fresh, ignore_errors=True)
     started = time.monotonic()
-    say("package: the runner's wheel; its engine is compiled for aarch64 where that has changed, in about a minute ...")
+    say("package: the runner's wheel (compiles the engine for aarch64 if it changed, about a minute) ...")
     _run(
         [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(fresh.resolve())],
-        "the runner's wheel could not be built",
+        "cannot build the runner's wheel",
         INSTALL_SECONDS,
         say,
         cwd=ROOT / "board",
@@ -143,7 +143,7 @@ def _build(wheels: Path, say: Say) -> None:
 
 
 def _install(wheels: Path, python: str, site: Path, say: Say) -> None:
-    """Unpacks every wheel for the board, on this machine; nothing of this machine gets into the folder."""
+    """Installs every wheel for the board into `site`, without traces of this machine."""
     fresh, started = site.with_name("site.part"), time.monotonic()
     shutil.rmtree(fresh, ignore_errors=True)
     _run(
@@ -152,15 +152,15 @@ def _install(wheels: Path, python: str, site: Path, say: Say) -> None:
             *("--no-index", "--no-compile", "--only-binary=:all:", *_target(python), "--target", str(fresh)),
             *(str(path) for path in sorted(wheels.iterdir())),
         ],
-        "the board's wheels could not be installed",
+        "cannot install the board's wheels",
         INSTALL_SECONDS,
         say,
     )
     say(f"package: unpacked into {site}{took(started)}")
-    shutil.rmtree(fresh / "bin", ignore_errors=True)  # scripts with this machine's Python in their first line
+    shutil.rmtree(fresh / "bin", ignore_errors=True)  # scripts with this machine's Python in the shebang
     for record in fresh.glob("*.dist-info/*"):
         if record.name in ("direct_url.json", "RECORD", "REQUESTED", "INSTALLER"):
-            record.unlink()  # where each wheel lay, and what else pip notes for itself
+            record.unlink()  # pip's own records, with paths of this machine
     launcher = fresh / "bin" / "axrun"
     launcher.parent.mkdir()
     launcher.write_text(LAUNCHER)
@@ -170,12 +170,12 @@ def _install(wheels: Path, python: str, site: Path, say: Say) -> None:
 
 
 def _name_by_hash(wheels: Path, path: Path) -> None:
-    """requirements.txt of the wheelhouse. A wheel's file name begins with its project's name and version."""
+    """Writes the wheelhouse's requirements.txt. A wheel's file name starts with its project's name and version."""
     lines = []
     for wheel in sorted(wheels.glob("*.whl")):
         found = re.match(r"([A-Za-z0-9_.]+)-([^-]+)-", wheel.name)
         if found is None:
-            raise CheckFailed(f"{wheel} is not named as a wheel is")
+            raise CheckFailed(f"{wheel} is not a valid wheel name")
         lines.append(f"{found[1].replace('_', '-')}=={found[2]} --hash=sha256:{sha256(wheel)}\n")
     path.write_text("".join(lines))
 
@@ -197,8 +197,8 @@ def _run(command: Sequence[str], on_failure: str, seconds: int, say: Say, cwd: P
             environment={**kept, "SOURCE_DATE_EPOCH": EPOCH, "AXRUN_TARGET": "aarch64"},
         )
     except subprocess.TimeoutExpired:
-        raise CheckFailed(f"{on_failure}: {command[2]} was not done after {seconds} s") from None
+        raise CheckFailed(f"{on_failure}: {command[2]} did not finish within {seconds} s") from None
     if done.returncode:
-        said = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["it said nothing"]
+        said = [line.strip() for line in done.stdout.splitlines() if line.strip()] or ["it printed nothing"]
         errors = [line for line in said if line.lower().startswith("error")]
-        raise CheckFailed(f"{on_failure}: {(errors or said)[-1][:300]}\nWith its cause mended, run the same again.")
+        raise CheckFailed(f"{on_failure}: {(errors or said)[-1][:300]}\nFix the cause and run the command again.")

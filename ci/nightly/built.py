@@ -1,7 +1,7 @@
-"""The record of a build that the boards of a matrix share: FOLDER/MODEL is the bundle, FOLDER/built.json says of what.
+"""The record of a shared build of a matrix: FOLDER/MODEL is the bundle, FOLDER/built.json its record.
 
-A night takes it in place of a build of its own only where it would have built the same: the same model, weight type,
-chip and commit, and the manifest that the record names. ci/nightly/shared_build.py makes it.
+A night uses it only if it would have built the same: model, weight type, chip and commit must match, and the bundle's
+manifest must have the recorded sha256. ci/nightly/shared_build.py writes it.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ci.nightly import checkout
 from ci.nightly.variant import Variant
 
 RECORD = "built.json"
-CHECK = "check.json"  # what the check after the build found of every layer
+CHECK = "check.json"  # per-layer errors of the check after the build
 LONGEST = 1 << 16  # bytes of a record
 
 
 @dataclass(frozen=True)
 class Built:
-    """`model` as ci.nightly.variant names it; `reason` says why the build failed, empty where it did not.
+    """`model` is a name of ci.nightly.variant. `reason` says why the build failed, empty on success.
 
-    `manifest_sha256` is empty where it failed, `seconds` is how long build and reference took.
+    `manifest_sha256` is empty for a failed build; `seconds` is the time of build and reference.
     """
 
     model: str
@@ -42,20 +42,20 @@ class Built:
 
 
 def read(folder: Path) -> Built:
-    """Raises BadInput for a folder without a record that can be read."""
+    """Raises BadInput for a folder without a valid record."""
     file = folder / RECORD
     try:
         found = Built(**strict_json.read(file, LONGEST))
     except (OSError, ValueError, TypeError) as error:
-        raise BadInput(f"{file} is no record of a build: {str(error)[:200]}") from None
+        raise BadInput(f"{file} is not the record of a build: {str(error)[:200]}") from None
     texts = (found.model, found.chip, found.commit, found.manifest_sha256, found.reason)
     if not all(isinstance(text, str) for text in texts) or not isinstance(found.seconds, (int, float)):
-        raise BadInput(f"{file} is no record of a build: expected texts, and a number of seconds")
+        raise BadInput(f"{file} is not the record of a build: expected strings, and a number of seconds")
     return found
 
 
 def require(folder: Path, model: Variant, chip: str) -> Built:
-    """The build in `folder`. Raises CheckFailed where it failed, BadInput where it is not what a night would build."""
+    """The build in `folder`. Raises CheckFailed if it failed, BadInput if a night would build something else."""
     found = read(folder)
     if found.reason:
         raise CheckFailed(found.reason)
@@ -67,8 +67,8 @@ def require(folder: Path, model: Variant, chip: str) -> Built:
     ):
         if seen != wanted:
             raise BadInput(
-                f"the shared build in {folder} is another: its {what} is {seen!a:.80}, expected {wanted!a:.80}\n"
-                "Hold the matrix again, and leave the checkout alone meanwhile."
+                f"the shared build in {folder} does not match: its {what} is {seen!a:.80}, expected {wanted!a:.80}\n"
+                "Run the matrix again, and do not change the checkout meanwhile."
             )
     return found
 

@@ -1,4 +1,4 @@
-"""What a night is of: this checkout's commit, and the locked version of every requirement."""
+"""What identifies the code of a night: the checkout's commit, and the locked version of every requirement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def commit() -> str:
-    """The commit, with + where files differ from it; empty where this is no checkout."""
+    """The commit, with + if tracked files differ from it; empty outside a git checkout."""
     try:
         head = _git("rev-parse", "HEAD")
         return head + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
@@ -19,7 +19,7 @@ def commit() -> str:
 
 
 def pins() -> dict[str, str]:
-    """The locked version of every requirement, the board's apart from this machine's."""
+    """The locked version of every requirement; those of a board have its lock file's name as prefix."""
     found = {}
     for lock in sorted((ROOT / "requirements").glob("*.txt")):
         where = f"{lock.stem}: " if lock.stem.startswith("board-") else ""

@@ -1,7 +1,7 @@
-"""The fixed work whose instructions ci/nightly/instructions.py counts: python counted.py BUNDLE, under callgrind.
+"""The fixed workload for ci/nightly/instructions.py: python counted.py BUNDLE, run under callgrind.
 
-A prompt and a greedy answer behind it, once to warm up, then to be counted. getpgid(2) marks where counting begins,
-getsid(2) where it ends.
+A prompt and a greedy answer: first as warm-up, then counted. callgrind starts counting at getpgid(2) and stops at
+getsid(2).
 """
 
 import gc
@@ -30,7 +30,7 @@ if __name__ == "__main__":
     model = Model.load(bundle, "ax", threads=1)
     work(model, bundle.vocab_size)
     gc.collect()
-    gc.disable()  # when it would run depends on what was imported
+    gc.disable()  # its timing depends on the imported modules
     for _ in range(REPEAT):
         os.getpgid(0)
         work(model, bundle.vocab_size)

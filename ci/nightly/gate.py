@@ -1,7 +1,7 @@
-"""Gates: what a board is expected to measure, in ci/gates/BOARD/MODEL.toml, one table for each maker and figure.
+"""Gates: the baseline and tolerance of each figure, in ci/gates/BOARD/MODEL.toml, one table per maker and figure.
 
-A gate holds in both directions. A figure that is suddenly too good is looked at as well: a test that no longer measures
-looks like that. When the jump is right, the gate is recorded anew from the nights that showed it.
+A gate has two sides. A figure that is suddenly much better is red too: a broken test often looks like that. If the
+improvement is real, record new gates from nights that have it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ci.nightly.metrics import MOST, Figures, Metric, find, is_figure, number, r
 GATES = Path(__file__).resolve().parents[1] / "gates"
 MAKERS = ("cpu", "pulsar2")
 BASES = ("measured", "published")
-MOST_DIGITS = 14  # beside the usual ones: as many as a float has
-WIDE = 10  # times what is expected: a tolerance that lets nearly anything pass
-FEWEST_NIGHTS = 3  # a spread of fewer says little
-NAME = re.compile(r"[a-z0-9][a-z0-9._@-]{0,63}")  # of a board, of a model, of tiny-qwen2@s4: ci/nightly/variant.py
+MOST_DIGITS = 14  # extra digits: as many as a float has
+WIDE = 10  # a tolerance above this multiple of the expected value passes almost anything
+FEWEST_NIGHTS = 3  # for a meaningful spread
+NAME = re.compile(r"[a-z0-9][a-z0-9._@-]{0,63}")  # of a board or a model variant such as tiny-qwen2@s4
 
 
 @dataclass(frozen=True)
 class Gate:
-    """`expected` +- `tolerance`, both in `unit`. `basis` is measured or published, `source` says by whom and when."""
+    """`expected` ± `tolerance`, both in `unit`. `basis` is measured or published, `source` by whom and when."""
 
     expected: float
     tolerance: float
@@ -51,15 +51,15 @@ class Gate:
 
     @property
     def wide(self) -> bool:
-        """Whether it lets nearly anything pass."""
+        """Whether it passes almost any value."""
         return bool(self.expected) and self.tolerance > WIDE * abs(self.expected)
 
     def text(self, more: int = 0) -> str:
-        """For a reader; `more` digits than usual."""
+        """The gate as text, with `more` digits than usual."""
         return f"{number(self.expected, more)} ± {number(self.tolerance, more)} {self.unit}".strip()
 
     def digits(self, value: float) -> int:
-        """How many more digits than usual show on which side of its bounds a value is."""
+        """How many extra digits are needed to see on which side of a bound `value` is."""
         inside = self.least <= value <= self.most
         for more in range(MOST_DIGITS):
             seen, middle, around = (Decimal(number(each, more)) for each in (value, self.expected, self.tolerance))
@@ -70,7 +70,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A figure beside its gate: `value` None where it was not measured, `gate` None where there is none.
+    """A figure compared with its gate. `value` is None if not measured, `gate` None if there is none.
 
     `outcome` is one of OUTCOMES.
     """
@@ -86,12 +86,12 @@ class Judgement:
 
     @property
     def value_text(self) -> str:
-        """The figure for a reader, with as many digits as show on which side of the gate it is."""
+        """The figure as text, with enough digits to see on which side of a bound it is."""
         return "not measured" if self.value is None else self.metric.text(self.value, self._digits)
 
     @property
     def gate_text(self) -> str:
-        """The gate as `value_text` has the figure; empty where there is none."""
+        """The gate with as many digits as `value_text`; empty if there is none."""
         return self.gate.text(self._digits) if self.gate else ""
 
     @property
@@ -99,10 +99,10 @@ class Judgement:
         return 0 if self.gate is None or self.value is None else self.gate.digits(self.value)
 
     def reason(self) -> str:
-        """Why it is red, for the first line."""
+        """Why it is red, for the headline."""
         if self.value is None:
             return f"{self.metric.label} was not measured; its gate expects {self.gate_text}"
-        verdict = "worse than its gate" if self.outcome == "worse" else "too good to be taken on trust: its gate"
+        verdict = "worse than its gate" if self.outcome == "worse" else "suspiciously better than its gate"
         return f"{self.metric.label} is {self.value_text}, {verdict} {self.gate_text}"
 
 
@@ -110,24 +110,26 @@ OUTCOMES = ("within", "worse", "too good", "not measured", "no gate")
 
 
 def load(board: str, model: str, maker: str, gates: Path = GATES) -> dict[str, Gate]:
-    """The gates of a maker's bundles of `model` on `board`, by figure; none where nothing was recorded yet.
+    """The gates of a maker's bundles of `model` on `board`, by figure; empty if none are recorded.
 
-    Raises BadInput for a file that does not say what it must.
+    Raises BadInput for an invalid file.
     """
     file = place(board, model, gates)
     return _read(file).get(maker, {}) if os.path.lexists(file) else {}
 
 
 def place(board: str, model: str, gates: Path = GATES) -> Path:
-    """The file of a board and a model. Raises BadInput for names that are none."""
+    """The gate file of a board and a model. Raises BadInput for invalid names."""
     for what, name in (("board", board), ("model", model)):
         if not NAME.fullmatch(name):
-            raise BadInput(f"{name!a:.60} is no name of a {what}: lower-case letters, digits, '.', '_' and '-'")
+            raise BadInput(
+                f"{name!a:.60} is not a valid name of a {what}: expected lower-case letters, digits, '.', '_' and '-'"
+            )
     return gates / board / f"{model}.toml"
 
 
 def judge(figures: Figures, gates: Mapping[str, Gate]) -> list[Judgement]:
-    """Every figure and every gate, in the order a reader wants them."""
+    """Compares figures with gates; every figure and every gate has a judgement, in the order of METRICS."""
     judged = []
     for name in sorted({*figures, *gates}, key=rank):
         metric, value, gate = find(name), figures.get(name), gates.get(name)
@@ -136,16 +138,16 @@ def judge(figures: Figures, gates: Mapping[str, Gate]) -> list[Judgement]:
 
 
 def record(board: str, model: str, maker: str, nights: Sequence[Figures], source: str, gates: Path = GATES) -> Path:
-    """Writes the gates of what `nights` measured; those of other makers stay. Returns the file.
+    """Records the gates of a maker from `nights`; those of other makers stay. Returns the file.
 
-    Expected is the median, the tolerance twice the spread (largest less least), at least the metric's floor. A figure
-    that only some of the nights have is left out, and on an emulated board every one that follows the clock of the
-    machine beneath. Raises BadInput.
+    The expected value is the median; the tolerance is twice the spread (maximum - minimum), but at least the metric's
+    floor. Skipped: figures that some of the nights lack and, on an emulated board, figures that depend on the host's
+    clock. Raises BadInput.
     """
     if len(nights) < FEWEST_NIGHTS:
         raise BadInput(
             f"{len(nights)} measured nights of {model} by {maker} on {board}, expected at least {FEWEST_NIGHTS}\n"
-            f"Hold more: {commands.invoke('nightly', '--board', board, '--model', model)}"
+            f"Run more: {commands.invoke('nightly', '--board', board, '--model', model)}"
         )
     names = set.intersection(*(set(night) for night in nights))
     recorded = {}
@@ -212,7 +214,7 @@ def _gate(name: str, entry: object) -> Gate:
 
 
 def _up(value: float) -> float:
-    """Three significant digits, rounded up: the nights that were seen stay within."""
+    """Three significant digits, rounded up so that the recorded nights stay within the gate."""
     if value == 0:
         return 0.0
     step = 10.0 ** (math.floor(math.log10(value)) - 2)
@@ -230,5 +232,5 @@ def _lines(board: str, model: str, tables: Mapping[str, Mapping[str, Gate]]) -> 
 def _entries(gate: Gate) -> Iterable[str]:
     values: dict[str, Any] = {field.name: getattr(gate, field.name) for field in fields(Gate)}
     for key, value in values.items():
-        # JSON's strings are TOML's basic strings; DEL alone would have to be escaped, and is not printable
+        # A JSON string is a TOML basic string, except for DEL, which is not printable and therefore not allowed.
         yield f"{key} = {json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)}"

@@ -1,10 +1,10 @@
-"""python -m ci.nightly.health BOARD HISTORY WORK OUT [--renew] [--bundle DIR]: is it the board, before anything new
-runs on it?
+"""python -m ci.nightly.health BOARD HISTORY WORK OUT [--renew] [--bundle DIR]: the board's health check, run before any
+new code.
 
-A known runner and a known bundle lie on the board under <root>/health, sent and verified once as a release is, and
-never replaced by a night. A check compares every file of them with what was sent, asks the bundle its question, and
-holds answer, speed, memory and disk against what is known and what this board had at earlier checks. Nothing of that
-changes with the code, so that what is wrong here is the board.
+A known-good runner and bundle are stored on the board under <root>/health. They are deployed and verified once; a night
+never replaces them. The check compares their files with the deployed ones, runs a fixed prompt, and compares the answer
+with the known one, and speed, memory and disk with earlier checks of this board. None of this changes with the code, so
+a failure is the board's.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from ci.device.programs import STATE
 from ci.device.ssh import Lost
 from ci.device.wheelhouse import Package
 from ci.nightly import health_log
-from ci.nightly.health_log import FIRST, HEALTHY, ILL, Check
+from ci.nightly.health_log import FIRST, HEALTHY, UNHEALTHY, Check
 
-FOLDER = "health"  # below the root of the releases
+FOLDER = "health"  # under the root of the releases
 MODEL = "tiny-qwen2"
 PROMPT, TOKENS = "who are you?", 40
-# The greedy answer of the float32 checkpoint, by transformers; a test computes it anew.
+# The greedy answer of the float32 checkpoint, by transformers; a test recomputes it.
 ANSWER = (40, 486, 258, 264, 88, 12, 80, 86, 297, 17, 11, 256, 220, 505, 88, 271, 76, 64, 337, 275, 265, 70, 84, 64,
           475, 566, 535, 572, 563, 82, 13)  # fmt: skip
-ASKED = 3  # times, for its speed; once on an emulated board, whose speed is this machine's
+ASKED = 3  # runs for the best speed; one on an emulated board, whose speed is the host's
 ASK_SECONDS, LISTING_SECONDS = 900, 900
 KIT = "kit.json"
 SCHEMA = 1
@@ -50,12 +50,12 @@ Say = Callable[[str], None]
 
 
 class NotMade(CheckFailed):
-    """The known bundle cannot be made on this machine: not the board's fault."""
+    """The known-good bundle cannot be built on this machine: not the board's fault."""
 
 
 @dataclass(frozen=True)
 class Kit:
-    """What lies on the board for this: the record of its deploy, its question, and the answer; None: not known yet."""
+    """The known-good release on the board: its deploy record, its prompt, and its answer (None: not known yet)."""
 
     record: Record
     prompt: str
@@ -72,7 +72,7 @@ class Kit:
 
     @classmethod
     def read(cls, file: Path) -> Kit | None:
-        """None where there is none, or one that cannot be used: it is made anew then."""
+        """None if the file is missing or unusable; the caller then deploys a new kit."""
         try:
             kept = strict_json.read(file)
             if kept.pop("schema") != SCHEMA:
@@ -84,11 +84,11 @@ class Kit:
 
 
 @dataclass
-class Seen:
-    """What a check found on a board, before it is judged."""
+class Observed:
+    """What a check found on a board, before judging it."""
 
     state: Mapping[str, Any]
-    sent: bool = False  # just now, made of the code of today
+    sent: bool = False  # the kit was built and deployed by this check
     faults: list[str] = field(default_factory=list)
     tokens: tuple[int, ...] = ()
     speed: dict[str, float] = field(default_factory=dict)
@@ -105,12 +105,11 @@ def check(
     package: Callable[[], Package] | None = None,
     at: Address | None = None,
 ) -> Check:
-    """Checks a board that is on, and adds what was found to its log in `history`.
+    """Checks a board that is on, and appends the result to its log in `history`.
 
-    `work` is where a package is made when the board has no known bundle yet, or a new one is asked for: `renew`, or
-    `bundle` to use another than MODEL, such as one for the NPU. `package` makes what is sent then, `at` is
-    where the board is.
-    Raises BadInput for a board that cannot be reached or has no room, CheckFailed when it was lost.
+    If the board has no known-good bundle yet, or on `renew`, a new one is deployed: MODEL, or `bundle` (for example one
+    for the NPU). `package` builds the runner for it, by default in `work`. `at` is the board's address.
+    Raises BadInput for a board that is unreachable or full, CheckFailed if the connection was lost.
     """
     folder = health_log.place(history, board.name)
     before = health_log.read(folder)
@@ -120,12 +119,12 @@ def check(
     try:
         with Connection(board, at, STATE) as link:
             state = link.call("state")
-        there = kit is not None and _there(mine, at, kit)
+        there = kit is not None and _is_on_board(mine, at, kit)
         if kit is None or not there:
-            say("no known bundle is on the board yet: it is sent" if not renew else "the known bundle is sent anew")
+            say(f"{'deploying again' if renew else 'first check of this board: deploying'} the known-good bundle")
             kit = _send(mine, at, package or (lambda: wheelhouse.cross(board.python, work)), bundle, say)
             kit.write(folder / KIT)
-        seen = _look(mine, at, kit, Seen(state, sent=not there))
+        seen = _inspect(mine, at, kit, Observed(state, sent=not there))
     except Lost as lost:
         raise CheckFailed(f"{board.name} was lost during its health check: {lost}") from None
     if kit.tokens is None and seen.tokens and not seen.faults:
@@ -136,17 +135,17 @@ def check(
     return found
 
 
-def judge(board: Board, kit: Kit, seen: Seen, before: Sequence[Check]) -> Check:
-    """What was seen, with its faults; `before` are the earlier checks of the board."""
+def judge(board: Board, kit: Kit, seen: Observed, before: Sequence[Check]) -> Check:
+    """The check of what was seen; `before` are the board's earlier checks."""
     faults = list(seen.faults)
     if not faults and kit.tokens is not None and seen.tokens != kit.tokens:
-        made = "; it was made of this checkout just now, which may be at fault too" if seen.sent else ""
-        faults.append(_otherwise(kit, seen.tokens) + made)
+        made = "; it was just built from this checkout, which may be at fault too" if seen.sent else ""
+        faults.append(_answer_difference(kit, seen.tokens) + made)
     state = seen.state
     sizes = {name: float(state[name]) for name in ("memory", "cmm", "disk") if state[name] is not None}
     found = Check(
         started=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        word=ILL,
+        word=UNHEALTHY,
         kit=kit.record.release,
         tokens=seen.tokens,
         speed=seen.speed,
@@ -156,25 +155,25 @@ def judge(board: Board, kit: Kit, seen: Seen, before: Sequence[Check]) -> Check:
     kept = sum(1 for past in before if past.kit == found.kit)
     notes = list(health_log.changes(before, found))
     if board.emulated:
-        notes.append("speed, memory and disk of an emulated board are this machine's: recorded, not judged")
+        notes.append("speed, memory and disk of an emulated board are the host's: recorded, not judged")
     else:
         faults += health_log.worse(before, found)
         notes += health_log.trends(before, found)
-    word = ILL if faults else HEALTHY if kept else FIRST
+    word = UNHEALTHY if faults else HEALTHY if kept else FIRST
     if word == FIRST:
-        notes.insert(0, "the first check with this bundle: nothing to compare speed and memory with yet")
+        notes.insert(0, "first check with this bundle: no baseline for speed and memory yet")
     return dataclasses.replace(found, word=word, faults=tuple(faults), notes=tuple(notes))
 
 
-def _there(board: Board, at: Address, kit: Kit) -> bool:
-    """Whether the board has the known bundle at all, in whatever state; a new disk has not."""
+def _is_on_board(board: Board, at: Address, kit: Kit) -> bool:
+    """Whether the board has the known-good bundle, intact or not; a new disk does not."""
     with Connection(board, at) as link:
         seen = link.call("inventory", LISTING_SECONDS, **_names(kit.record))
     return bool(seen["current"] or seen["release"] or seen["package"] or seen["model"])
 
 
 def _send(board: Board, at: Address, make: Callable[[], Package], bundle: Path | None, say: Say) -> Kit:
-    """A known bundle onto a board, as a release below its own root. Raises BadInput, CheckFailed, NotMade."""
+    """Deploys a known-good bundle under its own root. Raises BadInput, CheckFailed, NotMade."""
     with tempfile.TemporaryDirectory() as scratch:
         prompt, tokens = load_model(MODEL).prompt, None
         try:
@@ -183,14 +182,14 @@ def _send(board: Board, at: Address, make: Callable[[], Package], bundle: Path |
                 bundle, prompt, tokens = Path(scratch) / MODEL, PROMPT, ANSWER
                 _build(bundle)
         except Failure as failure:
-            raise NotMade(f"the known bundle could not be made here: {failure}") from None
+            raise NotMade(f"cannot build the known-good bundle on this machine: {failure}") from None
         record = Path(scratch) / "record.json"
         deploy.deploy(board, at, package, bundle, prompt, keep=1, say=say, record=record)
         return Kit(evidence.read(record), prompt, tokens)
 
 
 def _build(bundle: Path) -> None:
-    """The known bundle, which must answer on this machine as the checkpoint does. Raises Failure."""
+    """Builds the known-good bundle and checks that it answers like the checkpoint on this machine. Raises Failure."""
     spec = load_model(MODEL)
     options = build.Options(input_path=fetch(spec), output_path=bundle, model_name=MODEL, **spec.build.given())
     build.build(build.plan(options))
@@ -198,21 +197,22 @@ def _build(bundle: Path) -> None:
     answer = tuple(run(bundle, Question(PROMPT, options=greedy)).ids)
     if answer != ANSWER:
         raise CheckFailed(
-            f"it answers {PROMPT!r} with {list(answer)[:8]} ... here, the checkpoint with {list(ANSWER)[:8]} ..."
+            f"on this machine it answers {PROMPT!r} with {list(answer)[:8]} ..., the checkpoint with "
+            f"{list(ANSWER)[:8]} ..."
         )
 
 
-def _look(board: Board, at: Address, kit: Kit, seen: Seen) -> Seen:
-    """Every file of the known bundle and its runner, and its answer."""
+def _inspect(board: Board, at: Address, kit: Kit, seen: Observed) -> Observed:
+    """Compares the files of the known-good release, and runs its prompt."""
     with Connection(board, at) as link:
         there = link.call("inventory", LISTING_SECONDS, **_names(kit.record))
         if around := evidence.wrapped(there["python"]):
-            seen.faults.append(f"python3 is {around}: expected the interpreter itself")
+            seen.faults.append(f"python3 is {around}, expected the interpreter itself")
             return seen
-        faults = evidence.compare(dataclasses.replace(kit.record, python={}), there)  # an update is a note
+        faults = evidence.compare(dataclasses.replace(kit.record, python={}), there)  # a new Python is only a note
         if faults:
             more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-            seen.faults.append(f"the known bundle is not what was sent: {FOLDER}/{faults[0]}{more}")
+            seen.faults.append(f"the known-good bundle differs from the deployed one: {FOLDER}/{faults[0]}{more}")
             return seen
         rates: list[Mapping[str, Any]] = []
         for _ in range(1 if board.emulated else ASKED):
@@ -223,7 +223,7 @@ def _look(board: Board, at: Address, kit: Kit, seen: Seen) -> Seen:
                 seen.tokens = tuple(int(token) for token in answer["tokens"])
                 rates.append({name: float(answer[name]) for name in ("ttft_ms", "decode_tokens_per_s")})
             except (ValueError, KeyError, TypeError):
-                seen.faults.append(f"the known bundle does not answer: {_why(said)}")
+                seen.faults.append(f"the known-good bundle does not answer: {_failure_text(said)}")
                 return seen
             if kit.tokens is not None and seen.tokens != kit.tokens:
                 break
@@ -238,27 +238,27 @@ def _names(record: Record) -> dict[str, str]:
     return {"release": record.release, "package": record.package, "model": record.model}
 
 
-def _otherwise(kit: Kit, tokens: Sequence[int]) -> str:
-    """Where an answer leaves the known one."""
+def _answer_difference(kit: Kit, tokens: Sequence[int]) -> str:
+    """The first token that differs from the known answer, in words."""
     assert kit.tokens is not None
     both = zip(tokens, kit.tokens, strict=False)
     same = next((place for place, (one, other) in enumerate(both) if one != other), min(len(tokens), len(kit.tokens)))
     return (
-        f"it answers {kit.prompt!r} otherwise than is known from token {same + 1} on: "
+        f"its answer to {kit.prompt!r} differs from token {same + 1} on: "
         f"{list(tokens[same : same + 4])}, expected {list(kit.tokens[same : same + 4])}"
     )
 
 
-def _why(said: Mapping[str, Any]) -> str:
+def _failure_text(said: Mapping[str, Any]) -> str:
     if said["code"] is None:
-        return f"it was not done after {ASK_SECONDS} s"
-    lines = [line for line in str(said["stderr"]).splitlines() if line.strip()] or ["it said nothing"]
+        return f"no answer within {ASK_SECONDS} s"
+    lines = [line for line in str(said["stderr"]).splitlines() if line.strip()] or ["it printed nothing"]
     errors = [line for line in lines if line.startswith("error:")] or lines
     return f"exit code {said['code']}, {errors[-1][:200]!a}"
 
 
 def _strings(found: Any) -> dict[str, str]:
-    """Versions as text that can be shown, of a board's answer."""
+    """The versions in a board's answer, as printable text."""
     entries = list(found.items())[:20] if isinstance(found, dict) else []
     return {_plain(name): _plain(value) for name, value in entries}
 
@@ -287,7 +287,7 @@ def main(argv: Sequence[str]) -> int:
         except Failure as failure:
             raise type(failure)(f"{health_log.BOARD}{failure}") from None
         given.out.write_text(json.dumps(dataclasses.asdict(found)) + "\n", "utf-8")
-        print("\n".join(found.told()))
+        print("\n".join(found.lines()))
         if found.faults:
             raise CheckFailed(found.reason(board.name))
     except Failure as failure:

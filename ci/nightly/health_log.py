@@ -1,6 +1,6 @@
-"""The health of a board over time: checks, one JSON object a line, in HISTORY/BOARD/health/checks.jsonl.
+"""The log of a board's health checks: one JSON object per line in HISTORY/BOARD/health/checks.jsonl.
 
-What a check is held against is what the same board had at its last good ones.
+The baseline of a check is the median of the same board's last healthy checks.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ from axrun.errors import BadInput
 from ci.device import strict_json
 from ci.nightly.gate import NAME
 
-BOARD = "board: "  # how the reason of a night begins that is red because of the board
+BOARD = "board: "  # prefix of the reason if the board made a night red
 ADVICE = (
-    "Nothing new ran. Look at the board's power, cooling, disk and kernel log, restart it, then: "
-    "invoke board.health --board {board} (--renew sends the known bundle anew)"
+    "No new code ran. Check the board's power, cooling, disk and kernel log, restart it, then: "
+    "invoke board.health --board {board} (--renew sends the known-good bundle again)"
 )
-HEALTHY, FIRST, ILL = "healthy", "first", "ill"
+HEALTHY, FIRST, UNHEALTHY = "healthy", "first", "ill"  # as stored in CHECKS
 CHECKS = "checks.jsonl"
 SCHEMA, LONGEST = 1, 1 << 16
-PAST, FEWEST = 10, 3  # good checks that are compared with
-SLOWER = 0.15  # the least share that speed must fall by, or twice its spread
-# The least share and the least bytes that must be missing.
+PAST, FEWEST = 10, 3  # most and fewest healthy checks of a baseline
+SLOWER = 0.15  # tolerance of speed: this share, or twice the spread
+# Tolerance of free memory: a share and a number of bytes; a check must exceed both to fail.
 MISSING = {"memory": (0.1, 64 << 20), "cmm": (0.02, 4 << 20)}
-LEAST_DISK = 256 << 20  # bytes: a package, a model, and what is on its way
-SOON = 10  # checks, until a disk that fills up is full
+LEAST_DISK = 256 << 20  # bytes: a package, a model and a transfer in progress
+SOON = 10  # warn if the disk will be full within this many checks
 NOUNS = {"memory": "memory", "cmm": "CMM", "disk": "disk"}
 MB = 1e6
 
 
 @dataclass(frozen=True)
 class Check:
-    """`word` is HEALTHY, FIRST (nothing to compare with) or ILL, `kit` the release of the known bundle.
+    """One health check: `word` is HEALTHY, FIRST (no baseline yet) or UNHEALTHY.
 
-    `tokens` it answered with, `speed` in ms and tokens a second, `sizes` are bytes that were free.
+    `kit` is the release of the known-good bundle, `tokens` its answer, `speed` in ms and tokens per second, `sizes` the
+    free bytes.
     """
 
     started: str
@@ -55,23 +56,24 @@ class Check:
     notes: tuple[str, ...] = ()
 
     def reason(self, board: str) -> str:
-        """Why a night ends here, and what to do."""
+        """The reason for a night to stop here, and the advice on the next line."""
         more = f" (and {len(self.faults) - 1} more)" if len(self.faults) > 1 else ""
         return f"{BOARD}{self.faults[0]}{more}\n{ADVICE.format(board=board)}"
 
-    def told(self) -> Iterator[str]:
-        """For a console."""
+    def lines(self) -> Iterator[str]:
+        """The check in lines for a console."""
         speed = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in self.speed.items())
         sizes = ", ".join(f"{NOUNS[name]} {value / MB:.0f} MB" for name, value in self.sizes.items())
-        yield f"{self.word}: {len(self.tokens)} tokens; {speed or 'no speed'}; free: {sizes or 'not told'}"
+        word = "unhealthy" if self.word == UNHEALTHY else self.word
+        yield f"{word}: {len(self.tokens)} tokens; {speed or 'no speed'}; free: {sizes or 'unknown'}"
         yield from (f"{name}: {value}" for name, value in self.versions.items())
         yield from (f"note: {note}" for note in self.notes)
 
 
 def place(history: Path, board: str) -> Path:
-    """The folder of a board's health. Raises BadInput for a name that is none."""
+    """The folder of a board's health log. Raises BadInput for an invalid name."""
     if not NAME.fullmatch(board):
-        raise BadInput(f"{board!a:.60} is no name of a board")
+        raise BadInput(f"{board!a:.60} is not a valid name of a board")
     return history / board / "health"
 
 
@@ -89,7 +91,7 @@ def append(folder: Path, check: Check) -> None:
 
 
 def read(folder: Path) -> list[Check]:
-    """Every check, oldest first; lines that are none are left out. Raises BadInput when it cannot be read."""
+    """Every check, oldest first; invalid lines are skipped. Raises BadInput for an unreadable file."""
     file = folder / CHECKS
     try:
         lines = file.read_bytes().split(b"\n") if file.exists() else []
@@ -99,7 +101,7 @@ def read(folder: Path) -> list[Check]:
 
 
 def worse(before: Sequence[Check], found: Check) -> Iterator[str]:
-    """Where a check is worse than the last good ones of the same board."""
+    """What is worse than at the last healthy checks of the same board."""
     for name, (share, least) in MISSING.items():
         past = _past(before, "sizes", name)
         if len(past) < FEWEST or name not in found.sizes:
@@ -107,8 +109,7 @@ def worse(before: Sequence[Check], found: Check) -> Iterator[str]:
         usual, now = statistics.median(past), found.sizes[name]
         if usual - now > max(share * usual, least):
             yield (
-                f"{NOUNS[name]} does not come back: {now / MB:.0f} MB are free, "
-                f"the last {len(past)} checks had {usual / MB:.0f} MB"
+                f"free {NOUNS[name]} dropped to {now / MB:.0f} MB; the last {len(past)} checks had {usual / MB:.0f} MB"
             )
     if found.sizes.get("disk", math.inf) < LEAST_DISK:
         yield f"its disk is full: {found.sizes['disk'] / MB:.0f} MB are free, a release needs {LEAST_DISK / MB:.0f} MB"
@@ -119,46 +120,45 @@ def worse(before: Sequence[Check], found: Check) -> Iterator[str]:
         usual, now = statistics.median(past), found.speed[rate]
         if usual - now > max(SLOWER * usual, 2 * (max(past) - min(past))):
             yield (
-                f"it is slow: the known bundle makes {now:.1f} token/s, at the last {len(past)} checks it made "
-                f"{usual:.1f}"
+                f"it is slow: {now:.1f} token/s with the known-good bundle; the last {len(past)} checks had {usual:.1f}"
             )
 
 
 def trends(before: Sequence[Check], found: Check) -> Iterator[str]:
-    """What is not wrong yet: a disk that fills up, a board that got faster."""
+    """Early warnings: a disk that is filling up, a board that became faster."""
     past = [*_past(before, "sizes", "disk")[-4:], found.sizes.get("disk", math.nan)]
     falls = len(past) == 5 and all(now < was for was, now in itertools.pairwise(past))
     if falls:
         each = (past[0] - past[-1]) / (len(past) - 1)
         left = (past[-1] - LEAST_DISK) / each
         if left < SOON:
-            yield f"its disk fills up by {each / MB:.0f} MB a check: full in {max(0, math.floor(left))} more"
+            yield f"its disk fills by {each / MB:.0f} MB per check: full after {max(0, math.floor(left))} more checks"
     rate = "decode_tokens_per_s"
     rates = _past([check for check in before if check.kit == found.kit], "speed", rate)
     if len(rates) >= FEWEST and rate in found.speed:
         usual, now = statistics.median(rates), found.speed[rate]
         if now - usual > max(SLOWER * usual, 2 * (max(rates) - min(rates))):
-            yield f"the known bundle is faster than it was: {now:.1f} token/s, {usual:.1f} before: other clocks?"
+            yield f"the known-good bundle became faster: {now:.1f} token/s, before {usual:.1f}; did clocks change?"
 
 
 def changes(before: Sequence[Check], found: Check) -> Iterator[str]:
-    """Versions that are others than at the last check."""
+    """Versions that changed since the last check."""
     if not before:
         return
     was = before[-1].versions
     for name in sorted(was.keys() | found.versions.keys()):
         if was.get(name) != found.versions.get(name):
-            yield f"the board's {name} is {found.versions.get(name, 'gone')}, was {was.get(name, 'not told')}"
+            yield f"the board's {name} is {found.versions.get(name, 'gone')}, was {was.get(name, 'unknown')}"
 
 
 def _past(before: Sequence[Check], table: str, name: str) -> list[float]:
-    """A figure of the last good checks, of their `speed` or `sizes`."""
-    good = [getattr(check, table) for check in before if check.word != ILL]
+    """The values of a figure in `table` (`speed` or `sizes`) at the last healthy checks."""
+    good = [getattr(check, table) for check in before if check.word != UNHEALTHY]
     return [values[name] for values in good if name in values][-PAST:]
 
 
 def _check(line: bytes) -> Check | None:
-    """None for what is no check."""
+    """None for an invalid line."""
     if len(line) > LONGEST:
         return None
     try:

@@ -1,6 +1,6 @@
-"""The nights that were held, one JSON object a line, in FOLDER/BOARD/MODEL.jsonl. Lines are added, never changed.
+"""The history of nights: one JSON object per line in FOLDER/BOARD/MODEL.jsonl, append-only.
 
-A line that a crash tore is left where it is and reported; the next night begins on a line of its own.
+A line truncated by a crash stays and is reported; the next night starts on a new line.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ci.nightly.gate import NAME
 SCHEMA = 1
 LONGEST = 1 << 20  # bytes of a line
 LARGEST = 1 << 28  # bytes of a file: a night has about 10 KB
-YEARS = range(2020, 2100)  # a night began in one of them
-SECONDS = 1e7  # that a night may have taken
+YEARS = range(2020, 2100)  # valid years of a start time
+SECONDS = 1e7  # longest valid duration of a night
 NEEDED = {"board", "model", "started", "seconds", "verdict", "reason"}
 FORMS = {
     "verdict": "green|red",
@@ -37,17 +37,22 @@ FORMS = {
 
 @dataclass(frozen=True)
 class Night:
-    """What one night was, and what it measured.
+    """The record of one night.
 
-    `started` in UTC, ISO 8601; `seconds` it took; `stage` the one that failed, empty when green. `commit` is of this
-    repository, with `+` where the working tree had changes. `handed_in`: the bundle was built elsewhere. `files` are
-    the bundle's digests by name, `release`, `package` and `engine_sha256` what ran on the board, `pins` the locked
-    version of every requirement, `figures` by metric, `gates` what each had to be, `layers` what the build's check
-    found of each: least cosine of a row and worst error, by part and stage ("layer 0 prefill"). A green night with a
-    `reason` was not judged. `blame` is board or code where a red night's health check tells, `sensors` least, median
-    and most of each while it measured. `flaky` is what the network or the board did to the first try, where there was a
-    second; `quarantined` what was red and did not count, with owner and end date (ci/nightly/quarantine.py); `culprit`
-    the commit that a bisection named, with its subject.
+    started, seconds: start in UTC (ISO 8601), and duration.
+    verdict, reason, stage: green or red, why, and the failed stage. A green night with a reason was not judged.
+    commit: of this repository, with `+` if the working tree had changes.
+    handed_in: the bundle was built elsewhere.
+    files: digests of the bundle's files by name.
+    release, package, engine_sha256: the code that ran on the board.
+    pins: the locked version of every requirement.
+    figures, gates: measured values and gates, by metric.
+    layers: from the check after the build: lowest cosine and largest error, by part and stage ("layer 0 prefill").
+    blame: `board` or `code` if the health check of a red night can tell.
+    sensors: minimum, median and maximum during the measurement.
+    flaky: why the first attempt failed, if there was a second.
+    quarantined: failures that did not count, with owner and end date (ci/nightly/quarantine.py).
+    culprit: the commit found by a bisection, with its subject.
     """
 
     board: str
@@ -84,36 +89,36 @@ class Night:
 
     @property
     def judged_green(self) -> bool:
-        """Green, by gates."""
+        """Green and judged by gates."""
         return self.green and not self.reason
 
 
 class History(NamedTuple):
-    """The nights in the order they were held, and a sentence for every line that could not be read."""
+    """The nights, oldest first, and a message for every unreadable line."""
 
     nights: tuple[Night, ...]
     faults: tuple[str, ...]
 
 
 def place(folder: Path, board: str, model: str) -> Path:
-    """The file of a board and a model. Raises BadInput for names that are none."""
+    """The file of a board and a model. Raises BadInput for invalid names."""
     for name in (board, model):
         if not NAME.fullmatch(name):
-            raise BadInput(f"{name!a:.60} is no name of a board or a model")
+            raise BadInput(f"{name!a:.60} is not a valid name of a board or a model")
     return folder / board / f"{model}.jsonl"
 
 
 def append(folder: Path, night: Night) -> Path:
-    """Adds a night and brings it to the disk; two writers at once both get their line. Returns the file.
+    """Appends a night and syncs it to disk; safe with concurrent writers. Returns the file.
 
-    Raises BadInput when it cannot be written, and for a night that would be left out when it is read.
+    Raises BadInput if the file cannot be written, and for a night that `read` would skip.
     """
     file = place(folder, night.board, night.model)
     line = json.dumps({"schema": SCHEMA, **dataclasses.asdict(night)}, sort_keys=True).encode()
     try:
         _night(line, night.board, night.model)
     except ValueError as error:
-        raise BadInput(f"this night is not added to {file}, where it would be left out: {error}") from None
+        raise BadInput(f"this night is not a valid line of {file}: {error}") from None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a+b", buffering=0) as stream:
@@ -122,7 +127,7 @@ def append(folder: Path, night: Night) -> Path:
             torn = size > 0 and os.pread(stream.fileno(), 1, size - 1) != b"\n"
             data = (b"\n" if torn else b"") + line + b"\n"
             if stream.write(data) != len(data):
-                raise OSError("the disk took only a part of the line")
+                raise OSError("only a part of the line was written")
             os.fsync(stream.fileno())
     except OSError as error:
         raise BadInput(f"cannot add to {file}: {error.strerror or error}") from None
@@ -130,18 +135,18 @@ def append(folder: Path, night: Night) -> Path:
 
 
 def require_writable(folder: Path, board: str, model: str) -> None:
-    """Raises BadInput when a night could not be added."""
+    """Raises BadInput if a night could not be appended."""
     file = place(folder, board, model)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "ab"):
             pass
     except OSError as error:
-        raise BadInput(f"cannot add to {file}: {error.strerror or error}\nName another folder: --history") from None
+        raise BadInput(f"cannot add to {file}: {error.strerror or error}\nChoose another folder: --history") from None
 
 
 def read(folder: Path, board: str, model: str) -> History:
-    """Every night of a board and a model; none where there is no file. Raises BadInput when it cannot be read."""
+    """Every night of a board and a model; empty without a file. Raises BadInput for an unreadable file."""
     file = place(folder, board, model)
     nights, faults = [], []
     try:
@@ -153,19 +158,19 @@ def read(folder: Path, board: str, model: str) -> History:
     except OSError as error:
         raise BadInput(f"cannot read {file}: {error.strerror or error}") from None
     if len(data) > LARGEST:
-        raise BadInput(f"{file} has more than {LARGEST >> 20} MB\nMove its oldest lines into a file elsewhere.")
+        raise BadInput(f"{file} has more than {LARGEST >> 20} MB\nMove its oldest lines to another file.")
     for number, line in enumerate(data.split(b"\n"), 1):
         if not line:
             continue
         try:
             nights.append(_night(line, board, model))
         except ValueError as error:
-            faults.append(f"{file.name} line {number} is left out: {error}")
+            faults.append(f"{file.name} line {number} is skipped: {error}")
     return History(tuple(nights), tuple(faults))
 
 
 def of_board(folder: Path, board: str) -> tuple[Night, ...]:
-    """The nights of a board, of whatever model, in the order they were held; unreadable lines are left out."""
+    """The nights of a board with any model, oldest first; unreadable lines are skipped."""
     files = sorted((folder / board).glob("*.jsonl"))
     models = [file.stem for file in files if NAME.fullmatch(file.stem)]
     found = [night for model in models for night in read(folder, board, model).nights]
@@ -173,26 +178,26 @@ def of_board(folder: Path, board: str) -> tuple[Night, ...]:
 
 
 def last_green(nights: Iterable[Night]) -> Night | None:
-    """The last that was judged, and found good."""
+    """The last night that was judged green."""
     return next((night for night in reversed(tuple(nights)) if night.judged_green), None)
 
 
 def measured(nights: Iterable[Night], maker: str) -> list[Night]:
-    """Those of a maker that got as far as figures, whatever the gates said of them."""
+    """The nights of a maker that measured figures, green or red."""
     return [night for night in nights if night.maker == maker and night.figures]
 
 
 def _night(line: bytes, board: str, model: str) -> Night:
-    """Raises ValueError with what is wrong."""
+    """Parses a line. Raises ValueError with the fault."""
     if len(line) > LONGEST:
         raise ValueError(f"it has {len(line)} bytes")
     try:
         values = strict_json.loads(line)
     except json.JSONDecodeError:
         seen = line[:30].decode("ascii", "backslashreplace")
-        raise ValueError(f"it is no JSON, as after a crash: {seen!r}") from None
+        raise ValueError(f"not JSON, perhaps truncated by a crash: {seen!r}") from None
     if not isinstance(values, dict) or values.pop("schema", None) != SCHEMA:
-        raise ValueError(f"it is no night of schema {SCHEMA}")
+        raise ValueError(f"not a night of schema {SCHEMA}")
     known = {entry.name for entry in dataclasses.fields(Night)}
     if not NEEDED <= set(values) <= known:
         raise ValueError(f"it has {', '.join(ascii(key)[1:-1] for key in sorted(values))[:200]}")
@@ -205,7 +210,7 @@ def _night(line: bytes, board: str, model: str) -> Night:
 
 
 def _unfit(name: str, value: Any) -> str:
-    """What is wrong with an entry of a night; empty where nothing is."""
+    """The fault of a field of a night; empty if it is valid."""
     if name == "figures" and isinstance(value, dict):
         wrong = [key for key, entry in value.items() if not _is_figure(key, entry)]
         return f"have {wrong[0]!a:.40}: {value[wrong[0]]!a:.40}" if wrong else ""

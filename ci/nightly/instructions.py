@@ -1,8 +1,9 @@
-"""python -m ci.nightly.instructions BUNDLE OUT: how many instructions a fixed prompt and answer take, by callgrind.
+"""python -m ci.nightly.instructions BUNDLE OUT: counts the instructions of a fixed prompt and answer with callgrind.
 
-Processor time on an emulated board follows the load of the machine beneath; instructions follow nothing but the code,
-so that a few per cent are seen. They are counted on this machine: the engine's x86-64 build with its AVX2 kernels, as
-valgrind knows no AVX-512, and the runner under this Python. https://valgrind.org/docs/manual/cl-manual.html
+Processor time on an emulated board depends on the load of the host. Instruction counts depend only on the code, so a
+change of a few per cent is visible. They are counted on this machine: the engine's x86-64 build with its AVX2 kernels
+(valgrind does not support AVX-512), and the runner under this Python.
+https://valgrind.org/docs/manual/cl-manual.html
 """
 
 from __future__ import annotations
@@ -30,32 +31,31 @@ ENGINE, RUNNER = "engine_instructions", f"runner_instructions_{PYTHON}"
 ENVIRONMENT = {"AXC_ISA": "avx2", "OPENBLAS_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
 
 
-def unable() -> str:
-    """Why instructions cannot be counted here; empty where they can."""
+def unavailable() -> str:
+    """Why instructions cannot be counted on this machine; empty if they can."""
     if platform.machine() != "x86_64":
         return f"instructions are counted on x86-64, this is {platform.machine()}"
     return "" if shutil.which("valgrind") else "instructions are counted by valgrind: apt-get install valgrind"
 
 
-def unheld(name: str) -> str:
-    """Why a gate of this name judges nothing here; empty for all that do."""
+def not_applicable(name: str) -> str:
+    """Why a gate of this name does not apply on this machine; empty if it does."""
     if not name.startswith(metrics.COUNTED):
         return ""
-    return unable() or ("" if name in (ENGINE, RUNNER) else f"this is Python {PYTHON[0]}.{PYTHON[1:]}")
+    return unavailable() or ("" if name in (ENGINE, RUNNER) else f"this is Python {PYTHON[0]}.{PYTHON[1:]}")
 
 
 def count(bundle: Path, root: Path = ROOT / "board") -> dict[str, float]:
-    """Millions of instructions of the engine, and of all else: the least of a few runs.
+    """Millions of instructions of the engine, and of everything else: the least of a few runs.
 
-    `root` is the folder that the package `axrun` is in.
-
-    Raises BadInput where they cannot be counted, CheckFailed when the run fails.
+    `root` is the folder of the package `axrun`. Raises BadInput if this machine cannot count, CheckFailed if the run
+    fails.
     """
-    if reason := unable():
+    if reason := unavailable():
         raise BadInput(reason)
     with tempfile.TemporaryDirectory() as folder:
         out, package, linked = (Path(folder) / name for name in ("out", "root", "bundle"))
-        # Paths as long wherever the checkout is: how strings lie in memory costs instructions.
+        # Links give paths of one length wherever the checkout is: string lengths and alignment cost instructions.
         package.symlink_to(root.resolve())
         linked.symlink_to(bundle.resolve())
         callgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={out}", "--dump-instr=no"]
@@ -73,21 +73,21 @@ def count(bundle: Path, root: Path = ROOT / "board") -> dict[str, float]:
                 check=False,
             )
         except subprocess.TimeoutExpired:
-            raise CheckFailed(f"counting instructions was not done after {SECONDS} s") from None
+            raise CheckFailed(f"counting instructions did not finish within {SECONDS} s") from None
         dumps = sorted(out.parent.glob("out.*"))
         if done.returncode or not dumps:
             said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("==")]
-            last = (said or ["it said nothing"])[-1][:300]
+            last = (said or ["it printed nothing"])[-1][:300]
             raise CheckFailed(f"counting instructions ended with {done.returncode}: {last}")
         costs = [_costs(dump.read_text("utf-8", "replace")) for dump in dumps]
     return {ENGINE: min(costs)[1] / 1e6, RUNNER: min(total - engine for total, engine in costs) / 1e6}
 
 
 def _costs(profile: str) -> tuple[int, int]:
-    """Instructions of all, and those inside libax_engine, of a profile in callgrind's format.
+    """The total instructions of a callgrind profile, and those inside libax_engine.
 
-    https://valgrind.org/docs/manual/cl-format.html: `ob=(id) path` names the object of the lines that follow, a line
-    of numbers is a position and its own cost, the one after `calls=` the cost of a call, which is counted elsewhere.
+    Format: https://valgrind.org/docs/manual/cl-format.html. `ob=(id) path` names the object of the following lines. A
+    line of numbers is a position and its self cost; the line after `calls=` is the cost of a call, counted elsewhere.
     """
     names: dict[str, str] = {}
     total = engine = 0
@@ -107,7 +107,7 @@ def _costs(profile: str) -> tuple[int, int]:
                 engine += cost if inside else 0
             called = False
     if not engine:
-        raise CheckFailed("callgrind counted no instruction of libax_engine: is it stripped of its name?")
+        raise CheckFailed("callgrind counted no instructions in libax_engine: was the library renamed?")
     return total, engine
 
 

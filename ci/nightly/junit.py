@@ -1,4 +1,4 @@
-"""What pytest's junit.xml says of the board tests."""
+"""Reads the results of the board tests from pytest's junit.xml."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 @dataclass(frozen=True)
 class Case:
-    """A test: its function's name, whether it ran to its end, and the messages of what failed."""
+    """A test case: its function's name, whether it ran and passed, and its failure messages."""
 
     test: str
     ran: bool
@@ -18,7 +18,7 @@ class Case:
 
 
 def cases(junit: Path) -> list[Case]:
-    """Every test in the file; none where pytest wrote nothing."""
+    """Every test in the file; empty if pytest wrote none."""
     try:
         found = list(ElementTree.parse(junit).iter("testcase"))
     except (OSError, ElementTree.ParseError):
@@ -27,18 +27,18 @@ def cases(junit: Path) -> list[Case]:
 
 
 def failures(junit: Path) -> list[str]:
-    """The messages of the board tests that failed, as pytest wrote them; none where it wrote nothing."""
+    """The messages of the failed board tests; empty if pytest wrote no file."""
     return [message for case in cases(junit) for message in case.messages]
 
 
 def _case(entry: ElementTree.Element) -> Case:
     faults = [*entry.iter("failure"), *entry.iter("error")]
-    messages = [_plain((fault.get("message") or "it said nothing").strip()) for fault in faults]
+    messages = [_plain((fault.get("message") or "it printed nothing").strip()) for fault in faults]
     name = (entry.get("name") or "").partition("[")[0]
     return Case(name, not faults and entry.find("skipped") is None, tuple(messages))
 
 
 def _plain(message: str) -> str:
-    """Without what pytest puts around it: the exception's class, and where a fixture raised it."""
+    """The message without what pytest adds: the exception's class, and `failed on setup with`."""
     message = re.sub(r'(?s)^failed on (?:setup|teardown) with "(.*)"$', r"\1", message)
     return re.sub(r"^(?:[a-z_]\w*\.)*[A-Z]\w*: ", "", message)

@@ -1,16 +1,16 @@
-"""A matrix of nights: a TOML file of boards, models and weight types becomes the nights to hold, board by board.
+"""A matrix of nights: reads a TOML file of boards, models and weight types into the list of nights to run.
 
-    boards = ["virtual", "desk/ax650.yaml"]   # of ci/boards, or YAMLs of one's own, from this file's folder
+    boards = ["virtual", "desk/ax650.yaml"]   # of ci/boards, or your own YAMLs, relative to this file
     models = ["tiny-qwen2"]                    # of models/
-    weight_type = ["s8", "s4"]                 # of axc llm_build; left out: each model's own
-    targets = "targets.toml"                   # left out: ci/targets.toml
+    weight_type = ["s8", "s4"]                 # of axc llm_build; default: each model's own
+    targets = "targets.toml"                   # default: ci/targets.toml
 
-    [[exclude]]                                # every night that has all of these
+    [[exclude]]                                # every night that matches all of these
     board = "ax630c"
     weight_type = "s4"
     reason = "no room for the check"
 
-What is wrong is refused before anything is reserved or built: by `read` with its line, by `plans` with its night.
+Errors are reported before anything is reserved or built: `read` names the line, `plans` the night.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from axrun.errors import BadInput, Failure
 from ci.device import place, toml_lines
 from ci.device.place import Board
 from ci.device.toml_lines import line
-from ci.nightly import course, history, preflight, targets, variant
+from ci.nightly import history, pipeline, preflight, targets, variant
 from ci.nightly.preflight import Plan
 from ci.nightly.targets import Target
 from ci.nightly.variant import Variant
 
 KEYS = ("boards", "models", "weight_type", "targets", "exclude")
 EXCLUDE = ("board", "model", "weight_type", "reason")
-OF_ONE = ("LG_BOARD_ADDRESS", "LG_BOARD_POWER", "LG_BOARD_STATE")  # variables that are for one board
+OF_ONE = ("LG_BOARD_ADDRESS", "LG_BOARD_POWER", "LG_BOARD_STATE")  # variables that apply to one board
 MOST = 1000  # nights, and characters of a reason
 
 Found = TypeVar("Found")
@@ -41,25 +41,25 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Cell:
-    """One night to hold."""
+    """One night to run."""
 
     board: Board
     model: Variant
 
     @property
     def name(self) -> str:
-        """For a reader."""
+        """The night as messages name it."""
         return f"{self.model.name} on {self.board.title}"
 
     @property
     def build(self) -> tuple[str, str]:
-        """What nights with the same may share: the model in a weight type, and the chip."""
-        return self.model.name, course.chip(self.board, self.model)
+        """The key of a shared build: model variant and chip."""
+        return self.model.name, pipeline.chip(self.board, self.model)
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """`cells` are board by board in the order of the file; `excluded` has the reason by board and model."""
+    """`cells` are the nights in the order of the file, board by board; `excluded` maps (board, model) to the reason."""
 
     file: Path
     boards: tuple[Board, ...]
@@ -70,13 +70,13 @@ class Matrix:
 
 
 def read(file: Path) -> Matrix:
-    """The matrix of a file. Raises BadInput with the line of what is wrong."""
+    """The matrix of a file. Raises BadInput with the line of the error."""
     text, content = toml_lines.read(file)
     return _Reader(file, text, content).matrix()
 
 
 def plans(matrix: Matrix, folder: Path) -> dict[Cell, Plan]:
-    """What each night is judged by. Raises BadInput that names every night that cannot be held, and why."""
+    """The plan of each night. Raises BadInput that names every night that cannot run, and why."""
     found, refused = {}, []
     for cell in matrix.cells:
         try:
@@ -87,7 +87,7 @@ def plans(matrix: Matrix, folder: Path) -> dict[Cell, Plan]:
         except Failure as failure:
             refused.append(f"{cell.name}: {failure}")
     if refused:
-        count = f"{len(refused)} of {len(matrix.cells)} nights of {matrix.file} cannot be held:"
+        count = f"{len(refused)} of {len(matrix.cells)} nights of {matrix.file} cannot run:"
         raise BadInput(refused[0] if len(matrix.cells) == 1 else "\n".join([count, *refused]))
     return found
 
@@ -95,7 +95,7 @@ def plans(matrix: Matrix, folder: Path) -> dict[Cell, Plan]:
 class _Reader:
     def __init__(self, file: Path, text: str, content: Mapping[str, Any]) -> None:
         self.file, self.text, self.content = file, text, content
-        self.given: dict[str, str] = {}  # the name in the file, by the board's own
+        self.given: dict[str, str] = {}  # board name -> its name in the file
 
     def matrix(self) -> Matrix:
         for key in self.content:
@@ -113,11 +113,11 @@ class _Reader:
         excluded = self.excluded(every)
         cells = [cell for cell in every if (cell.board.name, cell.model.name) not in excluded]
         if not cells:
-            raise self.wrong(line(self.text, table="exclude"), "every night is excluded: nothing is left to hold")
+            raise self.wrong(line(self.text, table="exclude"), "every night is excluded: nothing is left to run")
         return Matrix(self.file, tuple(boards), tuple(models), tuple(cells), excluded, self.targets())
 
     def each(self, key: str, find: Callable[[str], Found]) -> list[Found]:
-        """The entries of a list, each found by its name."""
+        """The entries of a list of names, each resolved by `find`."""
         names = self.content.get(key)
         if key not in self.content:
             raise self.wrong(1, f"{key} is missing: expected a list, as in ci/matrix.toml")
@@ -128,7 +128,7 @@ class _Reader:
         found = []
         for place_, name in enumerate(names):
             if name in names[:place_]:
-                raise self.wrong(line(self.text, key, name, nth=1), f"{name!a:.60} stands twice in {key}")
+                raise self.wrong(line(self.text, key, name, nth=1), f"{name!a:.60} is twice in {key}")
             try:
                 found.append(find(name))
             except BadInput as error:
@@ -140,30 +140,30 @@ class _Reader:
 
     def model(self, name: str) -> Any:
         if "@" in name:
-            raise BadInput(f"{name!a:.60} names a weight type: put it into weight_type, and exclude what is not meant")
+            raise BadInput(f"{name!a:.60} has a weight type: list it in weight_type, and exclude unwanted nights")
         return load_model(name)
 
     def one_name(self, boards: Sequence[Board]) -> None:
-        """Two YAMLs of one name would be one board to gates and history, and share a lock."""
+        """Refuses two YAMLs with one board name: they would share gates, history and a lock."""
         for name, board in zip(self.content["boards"], boards, strict=True):
             if board.name in self.given:
                 raise self.wrong(
                     line(self.text, "boards", name),
-                    f"{name!a:.60} is {board.name} to gates and history, as another of these boards is\n"
-                    "Give it an options.board of its own, or hold it in a matrix of its own.",
+                    f"{name!a:.60} has the board name {board.name}, like another board of this matrix\n"
+                    "Gates and history need a unique options.board; or use a separate matrix.",
                 )
             self.given[board.name] = name
         if len(boards) > 1 and (said := [name for name in OF_ONE if os.environ.get(name)]):
             raise self.wrong(
                 line(self.text, "boards"),
-                f"{' and '.join(said)} would be the same for all {len(boards)} boards\nUnset it: each has its own.",
+                f"{' and '.join(said)} would apply to all {len(boards)} boards\nUnset it: each board has its own.",
             )
 
     def excluded(self, every: Sequence[Cell]) -> dict[tuple[str, str], str]:
         tables = self.content.get("exclude", [])
         if not isinstance(tables, list) or not all(isinstance(entry, dict) for entry in tables):
             where = max(line(self.text, "exclude"), line(self.text, table="exclude"))
-            raise self.wrong(where, "exclude is no table: expected [[exclude]] for each")
+            raise self.wrong(where, "exclude is not a list of tables: expected [[exclude]] for each")
         found: dict[tuple[str, str], str] = {}
         for index, entry in enumerate(tables):
 
@@ -176,14 +176,14 @@ class _Reader:
                 if not isinstance(value, str) or not value or len(value) > MOST:
                     raise self.wrong(at(key), f"{key} is {value!a:.60}, expected text")
             if "reason" not in entry:
-                raise self.wrong(at(), "this exclusion has no reason: say why, for the page")
+                raise self.wrong(at(), "this exclusion has no reason: the page shows it")
             named = {key: value for key, value in entry.items() if key != "reason"}
             if not named:
                 raise self.wrong(at(), "this exclusion names no board, model or weight_type")
             matched = [cell for cell in every if self.names(cell, named)]
             if not matched:
                 said = ", ".join(f"{key} {value}" for key, value in named.items())
-                raise self.wrong(at(), f"this exclusion fits no night of the matrix: {said}")
+                raise self.wrong(at(), f"this exclusion matches no night of the matrix: {said}")
             for cell in matched:
                 found.setdefault((cell.board.name, cell.model.name), entry["reason"])
         return found
@@ -201,7 +201,9 @@ class _Reader:
         if name is None:
             return targets.read()
         if not isinstance(name, str) or not (self.file.parent / name).is_file():
-            raise self.wrong(line(self.text, "targets"), f"targets is {name!a:.80}, expected a file of targets")
+            raise self.wrong(
+                line(self.text, "targets"), f"targets is {name!a:.80}, expected an existing file of targets"
+            )
         return targets.read(self.file.parent / name)
 
     def wrong(self, where: int, why: str) -> BadInput:

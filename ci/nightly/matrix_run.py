@@ -1,8 +1,8 @@
-"""Holds the nights of a matrix: boards at the same time, one build at a time, each a process; ends all when told to.
+"""The scheduler of a matrix: runs nights on all boards in parallel, and shared builds one at a time.
 
-A night and a build run `invoke nightly` and `ci.nightly.shared_build` in sessions of their own, so that a signal
-reaches them from here alone and each lets go of its board. Should this process be killed, the kernel tells them
-(PR_SET_PDEATHSIG).
+Every night (`invoke nightly`) and build (`ci.nightly.shared_build`) is a process in its own session. Only the scheduler
+forwards signals to them, so that each can release its board. If the scheduler itself is killed, the kernel sends them
+SIGTERM (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from ci.nightly.summary import Summary
 
 ROOT = Path(__file__).resolve().parents[2]
 PR_SET_PDEATHSIG = 1
-PACKAGE = "package"  # among the builds: the runner for a board
+PACKAGE = "package"  # a build of the runner package for a board
 POLL = 0.1  # seconds
-PATIENCE = 600.0  # seconds for all nights to switch their boards off, once they were told to end
-LONGEST_LINE = 1 << 16  # bytes of a line that a night says
+PATIENCE = 600.0  # seconds for all nights to switch their boards off after a signal
+LONGEST_LINE = 1 << 16  # bytes of a line of a night's output
 MOST_REASON = 400  # characters
 
 Say = Callable[[str], None]
@@ -42,8 +42,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Commands:
-    """What starts a night (of a cell, with the folder of its build and the file for its summary), a build (model,
-    chip, folder), and the package of a board: of those, one at a time, as a compiler takes all cores and memory."""
+    """The command lines of the jobs.
+
+    night: (cell, folder of its build, file for its summary).
+    build: (model, chip, folder).
+    package: (board).
+    Builds and packages run one at a time, because a compiler uses all cores and much memory.
+    """
 
     night: Callable[[Cell, Path, Path], Sequence[str]]
     build: Callable[[str, str, Path], Sequence[str]]
@@ -51,8 +56,8 @@ class Commands:
 
 
 @dataclass(frozen=True)
-class Ran:
-    """A night that was held, or was not: `summary` None where it wrote none, `reason` then says why."""
+class CellResult:
+    """The result of a night. `summary` is None if the night wrote none; `reason` then says why."""
 
     cell: Cell
     summary: Summary | None
@@ -67,7 +72,7 @@ class Ran:
 
 @dataclass
 class _Job:
-    """A process of ours that runs: its console goes to `log`, and line by line, after `prefix`, to who listens."""
+    """A running process. Its output goes to `log`, and line by line, with `prefix`, to the console."""
 
     process: subprocess.Popen[bytes]
     stream: IO[bytes]
@@ -80,7 +85,7 @@ class _Job:
 
 @dataclass
 class _Lane:
-    """A board, the nights it has still to hold, and the one it holds."""
+    """The queue of a board: its waiting nights, and the running one."""
 
     board: Board
     waiting: list[Cell]
@@ -89,7 +94,7 @@ class _Lane:
 
 
 class Run:
-    """`folder` is the run's own, `commands` start what it runs."""
+    """One run of a matrix in `folder`."""
 
     def __init__(
         self,
@@ -101,7 +106,7 @@ class Run:
         self.matrix, self.folder, self._commands, self._say = matrix, folder, commands, say
         self.builds = folder / "builds"
         self.signals = Signals()
-        self.ran: dict[Cell, Ran] = {}
+        self.ran: dict[Cell, CellResult] = {}
         self._lanes = [
             _Lane(board, [cell for cell in matrix.cells if cell.board == board])
             for board in matrix.boards
@@ -112,20 +117,20 @@ class Run:
         self._building: tuple[tuple[str, str], _Job] | None = None
         self._selector = selectors.DefaultSelector()
 
-    def hold(self) -> list[Ran]:
-        """Holds every night and returns what became of them, in the order of the matrix."""
+    def run(self) -> list[CellResult]:
+        """Runs every night; returns the results in the order of the matrix."""
         stage.adopt_orphans()
         others = set(stage.children(os.getpid()))
         try:
             with self.signals.caught():
-                self._hold()
+                self._run_all()
                 stage.sweep(others)
         finally:
             shutil.rmtree(self.builds, ignore_errors=True)
             self._selector.close()
         return [self.ran[cell] for cell in self.matrix.cells]
 
-    def _hold(self) -> None:
+    def _run_all(self) -> None:
         ended = 0.0
         while any(lane.waiting or lane.job for lane in self._lanes) or self._building:
             if self.signals.reason and not ended:
@@ -144,7 +149,7 @@ class Run:
                     lane.waiting = []
 
     def _start(self) -> None:
-        """A build where none runs, a night on every board that is free and whose next bundle is there."""
+        """Starts the next build if none is running, and a night on every free board whose bundle is ready."""
         if self._building is None and (wanted := self._next_build()):
             what, where = wanted
             words = self._commands.build(what, where, self._place(wanted))
@@ -160,20 +165,20 @@ class Run:
                     lane.job = self._run(words, f"{cell.board.name} {cell.model.name}", name, verdict)
 
     def _next_build(self) -> tuple[str, str] | None:
-        """Each board's next bundle and its package, before anybody's later ones."""
+        """The next build: first what the boards' next nights need, then what later ones need."""
         depth = max((len(lane.waiting) for lane in self._lanes), default=0)
         queue = (each for turn in range(depth) for lane in self._lanes for each in self._needs(lane, turn))
         return next((build for build in queue if build not in self._built), None)
 
     def _needs(self, lane: _Lane, turn: int) -> list[tuple[str, str]]:
-        """What must be built for the night that a board holds after `turn` others; no package where that is vain."""
+        """The builds for a board's night number `turn`; no package if its bundle already failed to build."""
         if turn >= len(lane.waiting):
             return []
         build = lane.waiting[turn].build
         return [build] if build in self._failed else [build, (PACKAGE, lane.board.name)]
 
     def _run(self, words: Sequence[str], prefix: str, name: str, verdict: IO[bytes] | None = None) -> _Job:
-        """Starts a process; what it says is passed on, its stdout only where it is not the `verdict` of a night."""
+        """Starts a process and forwards its output. The stdout of a night goes to the file `verdict` instead."""
         log = self.folder / f"{name}.log"
         log.write_bytes(b"")
         process = subprocess.Popen(
@@ -201,7 +206,7 @@ class Run:
             self._read(key.data)
 
     def _read(self, job: _Job) -> None:
-        """Passes on what it has said since, whole lines only."""
+        """Forwards new output of a job, in whole lines."""
         while not job.stream.closed:
             try:
                 data = os.read(job.stream.fileno(), 1 << 16)
@@ -228,13 +233,13 @@ class Run:
             job.stream.close()
 
     def _collect(self) -> None:
-        """Takes in what has ended."""
+        """Handles finished jobs."""
         if self._building and self._building[1].process.poll() is not None:
             wanted, job = self._building
             self._finish(job)
             self._building = None
             self._failed |= {wanted} if job.process.returncode else set()
-            self._built.add(wanted)  # a failure too: its record tells the nights, whose own package stage fails alike
+            self._built.add(wanted)  # also if it failed: the nights read the failure from its record
         for lane in self._lanes:
             if lane.job is not None and lane.cell is not None and lane.job.process.poll() is not None:
                 self._finish(lane.job)
@@ -260,17 +265,17 @@ class Run:
         if found is None:
             errors = [text for text in job.lines if text.startswith("error: ")] or job.lines[-1:]
             how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            last = errors[-1].removeprefix("error: ") if errors else "it said nothing"
+            last = errors[-1].removeprefix("error: ") if errors else "it printed nothing"
             return self._note(cell, code if code > 0 else 1, f"it {how}: {last}", seconds)
-        if code != found.code:  # it fell over after its verdict
+        if code != found.code:  # it crashed after its verdict
             return self._note(
                 cell, 1, f"its verdict is {found.word}, and the night ended with exit code {code}", seconds
             )
-        self.ran[cell] = Ran(cell, found, found.code, found.reason, seconds)
+        self.ran[cell] = CellResult(cell, found, found.code, found.reason, seconds)
         return None
 
     def _note(self, cell: Cell, code: int, reason: str, seconds: float) -> None:
-        self.ran[cell] = Ran(cell, None, code, reason[:MOST_REASON], seconds)
+        self.ran[cell] = CellResult(cell, None, code, reason[:MOST_REASON], seconds)
 
     def _end(self, number: signal.Signals) -> None:
         jobs = [lane.job for lane in self._lanes if lane.job] + ([self._building[1]] if self._building else [])
@@ -288,7 +293,7 @@ class Run:
 def commands(
     out: Path, history: Path, model_dir: Path | None, wait: int, limits: Sequence[str], more: Sequence[str] = ()
 ) -> Commands:
-    """Those of invoke. `out` is the folder of the bundles, as the task has it, `more` other flags of each night."""
+    """The `invoke` commands. `out` is the task's folder of bundles, `more` are further flags for each night."""
     python = [sys.executable, "-m"]
     where = ["--model-dir", str(model_dir.absolute())] if model_dir else []
     bounds = [word for entry in limits for word in ("--limit", entry)]
@@ -318,6 +323,6 @@ def commands(
 
 
 def _end_with_parent() -> None:
-    """In a new process, before its program: SIGTERM when the process that started it is no more."""
+    """Runs in the child before exec: asks the kernel for SIGTERM when the parent dies."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)

@@ -1,7 +1,7 @@
-"""The figures a night measures: what each is called, its unit, which way is better, where it is found.
+"""The figures of a night: name, label, unit, direction, and how to read them from the board's reports.
 
-They come from what `axrun eval --json` and `axrun bench --json` printed on a board. A board's answer is not trusted:
-what is no finite number in its place is an error here, not a gap in a plot later.
+They come from `axrun eval --json` and `axrun bench --json` on the board. Its output is not trusted: a missing or
+non-finite number is an error here, not a gap in a plot later.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ MOST = 1e15  # of any figure: bytes of memory are the largest
 
 @dataclass(frozen=True)
 class Metric:
-    """One figure. `{n}` in `label` is the number in `name`, a count of tokens.
+    """One figure. `{n}` in `label` stands for the number in `name`, usually a count of tokens.
 
-    `higher` says which way is better; `timed`, that it follows the clock of what it runs on. `floor` is the least
-    tolerance of a recorded gate, as a share of the expected value: what two nights of the same code may differ by
-    although the few that were seen did not. `gated` False: judged where it is measured, by a bound of its own.
+    `higher`: higher is better. `timed`: it depends on the clock of the machine it runs on. `floor` is the least
+    tolerance of a recorded gate, as a share of the expected value, because a few nights show less than the full
+    run-to-run variation. `gated` False: it has a fixed limit where it is measured and gets no gate.
     """
 
     name: str
@@ -38,19 +38,19 @@ class Metric:
     gated: bool = True
 
     def text(self, value: float, more: int = 0) -> str:
-        """A value with its unit, for a reader; `more` digits than usual."""
+        """A value with its unit as text, with `more` digits than usual."""
         return f"{number(value, more)} {self.unit}".strip()
 
 
-# In the order a reader wants them: what is wrong comes before what is slow.
+# In the order of the reports: accuracy before speed.
 METRICS = (
     Metric("mean_kld", "mean KL divergence from the checkpoint", "nats", False, 0.05),
     Metric("kld_99_9", "99.9 % KL divergence", "nats", False, 0.1),
     Metric("top1_agreement", "same top token as the checkpoint", "%", True, 0.002),
     Metric("perplexity_ratio", "perplexity over the checkpoint's", "x", False, 0.001),
     Metric("greedy_same", "greedy tokens before one differs", "tokens", True, 0.02),
-    Metric("cache_kld", "KL divergence, worst way through the K/V cache", "nats", False, 0.5),
-    Metric("cache_difference", "difference of a logit by way through the cache", "", False, 1.0),
+    Metric("cache_kld", "KL divergence, worst path through the KV cache", "nats", False, 0.5),
+    Metric("cache_difference", "largest logit difference between cache paths", "", False, 1.0),
     Metric("ttft_n", "first token of a prompt of {n}", "ms", False, 0.05, timed=True),
     Metric("turn_n", "first token of a turn behind {n}", "ms", False, 0.05, timed=True),
     Metric("decode_n", "decode behind {n}", "token/s", True, 0.05, timed=True),
@@ -61,22 +61,22 @@ METRICS = (
     Metric("peak_memory", "peak memory", "MB", False, 0.2),
     Metric("soak_ttft_n", "soak: first token, fastest {n} %", "ms", False, 0.2, timed=True),
     Metric("soak_answer_n", "soak: whole answer, fastest {n} %", "ms", False, 0.2, timed=True),
-    Metric("soak_memory", "soak: memory that a server grew by", "MB", False, 0.2, gated=False),
-    Metric("soak_differing", "soak: other answers by a reused cache", "%", False, 0.2, gated=False),
+    Metric("soak_memory", "soak: memory growth of a server", "MB", False, 0.2, gated=False),
+    Metric("soak_differing", "soak: answers changed by cache reuse", "%", False, 0.2, gated=False),
 )
 ORDER = {metric.name: place for place, metric in enumerate(METRICS)}
 ACCURACY = ("mean_kld", "kld_99_9", "top1_agreement", "perplexity_ratio", "greedy_same")
 CACHE = ("cache_kld", "cache_difference")
 QUALITY = (*ACCURACY, *CACHE)
-WAYS = ("fresh", "decode", "chunks", "rollback")  # through the K/V cache, of tests/hil/cache_paths.py
+WAYS = ("fresh", "decode", "chunks", "rollback")  # paths through the KV cache: tests/hil/cache_paths.py
 
 
-LENGTHS, DEPTHS = (16, 128), (128,)  # of prompts, and tokens in the cache, of the bench of a night
+LENGTHS, DEPTHS = (16, 128), (128,)  # of the bench: prompt lengths, and tokens already in the cache
 SOAK = (
     *(f"soak_{what}_{share}" for what in ("ttft", "answer") for share in (50, 99)),
     *("soak_memory", "soak_differing"),
 )
-# Every figure that a night measures, on any board.
+# The figures of a night on any board.
 MEASURED = (
     *QUALITY,
     *(f"ttft_{length}" for length in LENGTHS),
@@ -87,11 +87,11 @@ MEASURED = (
 COUNTED = (
     "engine_instructions",
     "runner_instructions",
-)  # for an emulated board, on the machine beneath: ci/instructions
+)  # for an emulated board, counted on the host: ci/nightly/instructions.py
 
 
 def find(name: str) -> Metric:
-    """The metric of a figure's name, its number filled in: decode_128. Raises BadInput for an unknown one."""
+    """The metric of a figure such as decode_128, its number filled in. Raises BadInput for an unknown one."""
     found = re.fullmatch(r"([a-z_]+)_(\d{1,7})", name)
     family = f"{found[1]}_n" if found else name
     place = ORDER.get(family if family in ORDER else name)
@@ -110,7 +110,7 @@ def is_figure(value: object) -> bool:
 
 
 def figures(found: object) -> dict[str, float]:
-    """What of an object is a figure by its name and its value; the rest is left out."""
+    """The valid figures in a decoded JSON object; everything else is skipped."""
     kept = {}
     for name, value in found.items() if isinstance(found, dict) else ():
         with contextlib.suppress(BadInput):
@@ -120,23 +120,23 @@ def figures(found: object) -> dict[str, float]:
 
 
 def rank(name: str) -> tuple[int, int]:
-    """Sorts figures as METRICS has them, those of one family by their number."""
+    """Sort key: the order of METRICS, within a family by number."""
     digits = re.search(r"_(\d+)$", name)
     return ORDER.get(name, ORDER.get(re.sub(r"_\d+$", "_n", name), len(ORDER))), int(digits[1]) if digits else 0
 
 
 def accuracy(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of an `axrun eval --json`. Raises BadInput for what is missing or no number."""
+    """The figures of an `axrun eval --json`. Raises BadInput for a missing or invalid number."""
     where = "axrun eval --json"
     figures = {name: _finite(evaluation, name, where) for name in ACCURACY if evaluation.get(name) is not None}
-    for name in ACCURACY[:-1]:  # a reference may hold no greedy answers
+    for name in ACCURACY[:-1]:  # the last one is optional: a reference may have no greedy answers
         _finite(evaluation, name, where)
     return {name: 100 * value if name == "top1_agreement" else value for name, value in figures.items()}
 
 
 def cache(ways: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of tests/hil/cache_paths.py: the worst of its ways. Raises BadInput."""
-    where = "the ways through the cache"
+    """The figures of tests/hil/cache_paths.py: the worst of its paths. Raises BadInput."""
+    where = "the paths through the cache"
     for way in WAYS:
         if not isinstance(ways, Mapping) or not isinstance(ways.get(way), Mapping):
             raise BadInput(f"{where} have no {way!r}: expected {', '.join(WAYS)}")
@@ -147,10 +147,10 @@ def cache(ways: Mapping[str, Any]) -> dict[str, float]:
 
 
 def speed(report: Mapping[str, Any], cpu_seconds: float, yardstick: float) -> dict[str, float]:
-    """The figures of an `axrun bench --json`, and the processor time that it took in yardsticks.
+    """The figures of an `axrun bench --json`, and its processor time in yardsticks.
 
-    `yardstick` is the processor time in seconds of a fixed piece of arithmetic on the same board. Measured in it, work
-    follows neither the board's clock nor the load of a machine that emulates the board. Raises BadInput.
+    `yardstick` is the processor time in seconds of a fixed piece of arithmetic on the same board. In this unit, `work`
+    depends neither on the board's clock rate nor on the load of an emulating host. Raises BadInput.
     """
     where = "axrun bench --json"
     for what, seconds in (("yardstick", yardstick), ("bench", cpu_seconds)):
@@ -170,7 +170,7 @@ def speed(report: Mapping[str, Any], cpu_seconds: float, yardstick: float) -> di
 
 
 def number(value: float, more: int = 0) -> str:
-    """Four significant digits, five around 1, where ratios are, and `more`; an exponent only where it is shorter."""
+    """Four significant digits (five near 1, for ratios) plus `more`; scientific notation only where it is shorter."""
     if value != 0 and not 1e-3 <= abs(value) < 1e7:
         return f"{value:.{2 + more}e}"
     if abs(value) >= 1000:
@@ -180,7 +180,7 @@ def number(value: float, more: int = 0) -> str:
 
 Scale = Callable[[float], float]
 
-# (list in the report, its spread, name of the figure, seconds -> unit)
+# (list in the report, key of its spread, name of the figure, seconds -> unit)
 TIMES: tuple[tuple[str, str, str, Scale], ...] = (
     ("prompts", "ttft_seconds", "ttft", lambda seconds: 1e3 * seconds),
     ("turns", "ttft_seconds", "turn", lambda seconds: 1e3 * seconds),

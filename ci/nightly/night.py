@@ -1,7 +1,7 @@
-"""A night on a board: hold it, switch it on, build, deploy, measure, judge; always let go; report.
+"""One nightly run (a night) on one board: reserve, power on, build, deploy, measure, judge, report.
 
-However the night ends (a failure, a time limit, Ctrl-C, SIGTERM), the board is switched off and let go, nothing of the
-night is left running, and there is a report and a line of history.
+However it ends (failure, timeout, Ctrl-C, SIGTERM), the board is switched off and released, no process is left running,
+and a report and a line of history are written.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from ci.nightly import (
     stage,
     variant,
 )
-from ci.nightly.course import DEPLOYED, INSTRUCTIONS, MEASURE, Course, Interrupted, Options, StageFailed
 from ci.nightly.gate import Judgement
 from ci.nightly.history import History, Night
+from ci.nightly.pipeline import DEPLOYED, INSTRUCTIONS, MEASURE, Interrupted, Options, Pipeline, StageFailed
 from ci.nightly.preflight import Plan
 from ci.nightly.report import changes
 from ci.nightly.report.page import Page, render
@@ -48,25 +48,25 @@ from ci.nightly.verdict import Verdict, drifts, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 KEPT_NIGHTS = 30  # folders of reports
-MOST_TEXT = 200  # characters of what a board says of itself
+MOST_TEXT = 200  # characters of a text that the board reports
 ARTIFACTS = {
-    "junit.xml": "every board test, for a CI system",
-    "benchmark.json": "the board's times, as pytest-benchmark writes them",
-    "figures.json": "what axrun eval and axrun bench printed on the board",
-    "deployed.json": "what was deployed: sha256 of every file",
-    "check.json": "what the check after the build found of every layer",
-    doctor.FILE: "what the doctor found, stage by stage, here and on the board",
+    "junit.xml": "results of the board tests, for a CI system",
+    "benchmark.json": "times on the board, in pytest-benchmark's format",
+    "figures.json": "output of axrun eval and axrun bench on the board",
+    "deployed.json": "record of the deploy: sha256 of every file",
+    "check.json": "per-layer errors of the check after the build",
+    doctor.FILE: "diagnosis of the doctor, on this machine and on the board",
     **board_records.ARTIFACTS,
 }
 
-PYTHON = ("program", "version", "program_sha256")  # of the evidence, for the history
+PYTHON = ("program", "version", "program_sha256")  # keys of the evidence that go into the history
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Held:
-    """A night that is over."""
+class NightResult:
+    """A finished night."""
 
     headline: str
     verdict: Verdict
@@ -77,7 +77,7 @@ class Held:
     notes: tuple[str, ...] = ()
 
     def lines(self) -> Iterator[str]:
-        """For a console; the first says it all."""
+        """The result in lines for a console, the headline first."""
         yield self.headline
         if self.verdict.advice:
             yield f"  {self.verdict.advice}"
@@ -91,7 +91,7 @@ class Held:
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGHUP are noted for the stages to see; while a board is waited for they raise."""
+    """Records SIGINT, SIGTERM and SIGHUP for the stages to poll; while waiting for a board they raise Interrupted."""
 
     NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -123,8 +123,8 @@ class Signals:
             raise Interrupted(self.reason)
 
 
-def nightly(options: Options, say: Say = lambda line: None) -> Held:
-    """Holds a night and reports it. Raises BadInput for a board, a model or a folder that there is not."""
+def nightly(options: Options, say: Say = lambda line: None) -> NightResult:
+    """Runs a night and reports it. Raises BadInput for an unknown board, model or folder."""
     board, model = place.find(options.board), variant.find(options.model)
     before = history.read(options.history, board.name, model.name)
     preflight.require_set_up(board)
@@ -141,19 +141,19 @@ def nightly(options: Options, say: Say = lambda line: None) -> Held:
 
 def _night(
     options: Options, board: Board, model: Variant, before: History, plan: Plan, started: str, clock: float, say: Say
-) -> Held:
+) -> NightResult:
     folder = run_folder.new(options.out / board.name / "nights" / model.name, started, KEPT_NIGHTS)
     signals = Signals()
-    course = Course(options, board, model, folder, say, lambda: signals.reason)
-    course.unjudged = bool(plan.unjudged)
+    pipeline = Pipeline(options, board, model, folder, say, lambda: signals.reason)
+    pipeline.unjudged = bool(plan.unjudged)
     stage.adopt_orphans()
     others = set(stage.children(os.getpid()))
     with signals.caught():
-        _hold(course, signals)
+        _hold(pipeline, signals)
         stage.sweep(others)
-        known = {"commit": checkout.commit(), "pins": checkout.pins(), **_seen(course)}
+        known = {"commit": checkout.commit(), "pins": checkout.pins(), **_seen(pipeline)}
         night = Night(board.name, model.name, started, time.monotonic() - clock, "red", "", **known)
-        return _report(course, night, before, plan)
+        return _report(pipeline, night, before, plan)
 
 
 def record(board: str, model: str, maker: str, folder: Path, nights: int) -> Path:
@@ -168,51 +168,51 @@ def record(board: str, model: str, maker: str, folder: Path, nights: int) -> Pat
     return gate.record(place.find(board).name, model, maker, [night.figures for night in past], source)
 
 
-def _hold(course: Course, signals: Signals) -> None:
-    """Holds the board, measures, switches it off, lets go."""
+def _hold(pipeline: Pipeline, signals: Signals) -> None:
+    """Reserves the board, measures, switches it off, releases it."""
     started = time.monotonic()
     with contextlib.suppress(StageFailed):
         try:
             with contextlib.ExitStack() as last:
-                course.require_built()
+                pipeline.require_built()
                 with signals.raised():
-                    course.reserve(last)
+                    pipeline.reserve(last)
                 try:
-                    course.measure()
+                    pipeline.measure()
                 except StageFailed:
-                    course.examine()
+                    pipeline.examine()
                     raise
                 finally:
-                    course.power_off()
+                    pipeline.power_off()
         except Failure as failure:
-            course.note("release", started, str(failure))
+            pipeline.note("release", started, str(failure))
 
 
-def _seen(course: Course) -> dict[str, Any]:
-    """What the stages left: digests of the bundle, figures, what the board says of itself."""
-    seen: dict[str, Any] = {"handed_in": course.options.bundle is not None}
+def _seen(pipeline: Pipeline) -> dict[str, Any]:
+    """Collects the results of the stages: digests of the bundle, figures, versions reported by the board."""
+    seen: dict[str, Any] = {"handed_in": pipeline.options.bundle is not None}
     with contextlib.suppress(Failure):
-        if not any(done.name in ("build", stage.HANDED_IN) and not done.failed for done in course.stages):
-            raise BadInput("what lies there is of another night")
-        manifest = read_manifest(course.bundle)
+        if not any(done.name in ("build", stage.HANDED_IN) and not done.failed for done in pipeline.stages):
+            raise BadInput("the bundle is of another night")
+        manifest = read_manifest(pipeline.bundle)
         files = {name: entry["sha256"][:16] for name, entry in manifest["files"].items()}
-        seen |= {"maker": manifest["maker"], "files": files, "manifest_sha256": sha256(course.bundle / MANIFEST)}
-    check = strict_json.read_or_nothing(course.folder / "check.json")
+        seen |= {"maker": manifest["maker"], "files": files, "manifest_sha256": sha256(pipeline.bundle / MANIFEST)}
+    check = strict_json.read_or_nothing(pipeline.folder / "check.json")
     seen["layers"] = {
         f"{entry['part']} {entry['stage']}": [entry["cosine"], entry["worst"]]
         for entry in check.get("layers", [])
-        if None not in (entry["cosine"], entry["worst"])  # a value that is not finite: the build has failed by it
+        if None not in (entry["cosine"], entry["worst"])  # not finite: the build has failed because of it
     }
-    found = strict_json.read_or_nothing(course.folder / "figures.json")
+    found = strict_json.read_or_nothing(pipeline.folder / "figures.json")
     machine = found.get("machine")
     machine = machine if isinstance(machine, dict) else {}
     seen["machine"] = {name: _text(machine[name]) for name in ("board", "cpu", "system", "python") if machine.get(name)}
-    seen["machine"] |= course.records.versions()
+    seen["machine"] |= pipeline.records.versions()
     seen["engine"], seen["reference_sha256"] = _text(found.get("engine", "")), _text(found.get("reference_sha256", ""))
     seen["figures"] = metrics.figures(found.get("figures"))
     if seen["figures"]:
-        counted = metrics.figures(strict_json.read_or_nothing(course.folder / INSTRUCTIONS))
-        seen["figures"] |= counted | metrics.figures(course.records.soaked())
+        counted = metrics.figures(strict_json.read_or_nothing(pipeline.folder / INSTRUCTIONS))
+        seen["figures"] |= counted | metrics.figures(pipeline.records.soaked())
     named = found.get("evidence")
     named = named if isinstance(named, dict) else {}
     seen["release"], seen["package"] = _text(named.get("release", "")), _text(named.get("package", ""))
@@ -223,50 +223,50 @@ def _seen(course: Course) -> dict[str, Any]:
     return seen
 
 
-def _unlike(course: Course) -> list[str]:
-    """Where what was built, deployed and measured are not the same."""
-    found = strict_json.read_or_nothing(course.folder / "figures.json")
+def _mismatches(pipeline: Pipeline) -> list[str]:
+    """Differences between the built, the deployed and the measured release."""
+    found = strict_json.read_or_nothing(pipeline.folder / "figures.json")
     kept = found.get("evidence")
     if not found.get("figures") and not (isinstance(kept, dict) and kept.get("faults")):
         return []  # nothing was measured
     try:
-        return evidence.differences(evidence.read(course.folder / DEPLOYED), read_manifest(course.bundle), found)
+        return evidence.differences(evidence.read(pipeline.folder / DEPLOYED), read_manifest(pipeline.bundle), found)
     except Failure as failure:
         return [str(failure)]
 
 
-def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
-    """Judges the night, adds it to history, and writes its page."""
-    folder, notes, gates = course.folder, [*before.faults, *plan.notes], plan.gates
+def _report(pipeline: Pipeline, night: Night, before: History, plan: Plan) -> NightResult:
+    """Judges the night, appends it to the history and writes its report."""
+    folder, notes, gates = pipeline.folder, [*before.faults, *plan.notes], plan.gates
     measured = strict_json.read_or_nothing(folder / "figures.json")
     judged = gate.judge(night.figures, gates) if night.figures else []
-    unlike = _unlike(course)
+    mismatches = _mismatches(pipeline)
     cases = junit.cases(folder / "junit.xml")
-    excused = quarantine.excuse(plan.quarantine, course.stages, judged, cases)
+    excused = quarantine.excuse(plan.quarantine, pipeline.stages, judged, cases)
     stages, judged = list(excused.stages), list(excused.judged)
-    found = verdict(stages, judged, excused.tests, before.nights, night, unlike, plan.unjudged)
-    found = excused.verdict(found).after(course.flaky)
+    found = verdict(stages, judged, excused.tests, before.nights, night, mismatches, plan.unjudged)
+    found = excused.verdict(found).after(pipeline.flaky)
     bounds = {name: entry.text() for name, entry in gates.items()} if night.figures else {}
-    told, worse = course.records.told(measured), any(entry.red and entry.value is not None for entry in judged)
+    details, worse = pipeline.records.details(measured), any(entry.red and entry.value is not None for entry in judged)
     blame = board_records.blame(stages, found.stage, bool(found.code), worse)
-    notes += [*([board_records.CODE_NOTE] if blame == "code" else []), *course.records.found(measured)]
+    notes += [*([board_records.CODE_NOTE] if blame == "code" else []), *pipeline.records.all_notes(measured)]
     night = replace(night, verdict=found.word, reason=found.reason, stage=found.stage, gates=bounds)
-    night = replace(night, blame=blame, sensors=told.sensors, flaky=course.flaky, quarantined=excused.record())
+    night = replace(night, blame=blame, sensors=details.sensors, flaky=pipeline.flaky, quarantined=excused.record())
     stages = [_explained(done, found) for done in stages]
-    if course.options.bisect:
+    if pipeline.options.bisect:
         counted = [case for case in cases if set(case.messages) <= set(excused.tests)]
-        named = bisection.run(course, night, before.nights, judged, counted)
+        named = bisection.run(pipeline, night, before.nights, judged, counted)
         night = replace(night, culprit=named.culprit, seconds=night.seconds + named.seconds)
         notes += named.notes
         stages += named.stages
     try:
-        kept = str(history.append(course.options.history, night))
+        kept = str(history.append(pipeline.options.history, night))
     except Failure as failure:
         kept = ""
         stages.append(_failed("history", folder, failure))
-        found = found if found.code else verdict(stages, judged, [], before.nights, night, unlike, plan.unjudged)
+        found = found if found.code else verdict(stages, judged, [], before.nights, night, mismatches, plan.unjudged)
     notes += excused.notes()
-    if often := retry.flaky([*history.of_board(course.options.history, night.board), *([] if kept else [night])]):
+    if often := retry.flaky([*history.of_board(pipeline.options.history, night.board), *([] if kept else [night])]):
         notes.append(often)
     green = history.last_green(before.nights)
     notes += drifts(night.figures, gates, before.nights, night.maker)
@@ -274,7 +274,7 @@ def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
     what = f"{night.model} (bundle handed in)" if night.handed_in else night.model
     diagnosis = doctor.read(folder / doctor.FILE)
     reason = diagnosis.first(found.reason) if found.code else found.reason
-    headline = f"{found.word}: {what} on {course.board.title}: {reason or well}{excused.headline()}"
+    headline = f"{found.word}: {what} on {pipeline.board.title}: {reason or well}{excused.headline()}"
     notes = [*diagnosis.notes(), *notes]
     found = replace(found, advice=diagnosis.advice(found.advice)) if found.code else found
     if night.flaky and not found.code:
@@ -284,7 +284,7 @@ def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
     artifacts = [(name, what) for name, what in ARTIFACTS.items() if (folder / name).is_file()]
     page = Page(
         night=night,
-        board=course.board.title,
+        board=pipeline.board.title,
         headline=headline,
         advice=found.advice,
         stages=stages,
@@ -293,19 +293,19 @@ def _report(course: Course, night: Night, before: History, plan: Plan) -> Held:
         last_green=green,
         changes=changes.between(green, night, ROOT) if green else None,
         notes=notes,
-        board_told=told,
-        artifacts=[*artifacts, *([(kept, "every night, a JSON object a line")] if kept else [])],
+        board_details=details,
+        artifacts=[*artifacts, *([(kept, "history of all nights, one JSON object per line")] if kept else [])],
     )
     report = folder / "report.html"
     report.write_text(render(page), "utf-8")
-    if failed := _tell(course.options.notify, before, night, headline, found, report):
+    if failed := _tell(pipeline.options.notify, before, night, headline, found, report):
         notes.append(failed)
         report.write_text(render(page), "utf-8")  # page.notes is this list
-    return Held(headline, found, tuple(stages), tuple(judged), report, night, tuple(notes))
+    return NightResult(headline, found, tuple(stages), tuple(judged), report, night, tuple(notes))
 
 
 def _tell(command: str, before: History, night: Night, headline: str, found: Verdict, report: Path) -> str:
-    """Calls the command of --notify where the state changed; returns what went wrong."""
+    """Runs the --notify command if the state changed; returns an error text, empty on success."""
     last = before.nights[-1] if before.nights else None
     changed = notify.change(last, night)
     if not command or not changed:
@@ -315,7 +315,7 @@ def _tell(command: str, before: History, night: Night, headline: str, found: Ver
 
 
 def _explained(done: Stage, found: Verdict) -> Stage:
-    """A stage whose own last words say less than the verdict does of it."""
+    """The measure stage with the verdict's reason, which says more than pytest's last line."""
     return replace(done, reason=found.reason) if done.failed and done.name == found.stage == MEASURE else done
 
 
@@ -326,5 +326,5 @@ def _failed(name: str, folder: Path, failure: Failure) -> Stage:
 
 
 def _text(value: object) -> str:
-    """What a board says of itself, as text that can be shown."""
+    """A text reported by the board, printable and bounded."""
     return "".join(c if c.isprintable() else "�" for c in str(value)[:MOST_TEXT])

@@ -1,4 +1,4 @@
-"""Many nights at once, and all nights that were: what `invoke nightly --matrix` and `invoke site` do."""
+"""`invoke nightly --matrix` (many nights in one run) and `invoke site` (a site over the whole history)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 
 from axrun.errors import BadInput, Failure
 from ci.nightly import matrix, matrix_run, run_folder, targets
-from ci.nightly.course import MOST_WAIT, limits
+from ci.nightly.pipeline import MOST_WAIT, limits
 from ci.nightly.report import site as report_site
 from ci.nightly.report.matrix import Page
 
-KEPT_RUNS = 30  # folders of pages
+KEPT_RUNS = 30  # folders of matrix pages
 
 Say = Callable[[str], None]
 
 
-def hold(
+def run_matrix(
     file: Path,
     out: Path,
     history: Path,
@@ -28,10 +28,10 @@ def hold(
     say: Say,
     more: Sequence[str] = (),
 ) -> Page:
-    """Holds the nights of a matrix and writes its page. Raises BadInput before anything is reserved.
+    """Runs the nights of a matrix and writes its page. Raises BadInput before anything is reserved.
 
-    `out` is the folder of the bundles, `given` are limits of stages, as the task has them, `more` are other
-    flags of each night.
+    `out` is the folder of the bundles, `given` are stage limits as given to the task, `more` are further flags for each
+    night.
     """
     limits(given)
     if not 0 <= wait < MOST_WAIT:
@@ -45,8 +45,10 @@ def hold(
     started, clock = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), time.monotonic()
     folder = run_folder.new(out / "nightly" / "matrix", started, KEPT_RUNS)
     run = matrix_run.Run(found, folder, matrix_run.commands(out, history, model_dir, wait, given, more), say)
-    ran = run.hold()
-    page = Page(found, ran, started, time.monotonic() - clock, folder, run.signals.reason.replace("night", "matrix"))
+    results = run.run()
+    page = Page(
+        found, results, started, time.monotonic() - clock, folder, run.signals.reason.replace("night", "matrix")
+    )
     page.write()
     return page
 
@@ -57,12 +59,12 @@ def site(history: Path, reports: Path, out: Path, goals: Path | None = None) -> 
     return report_site.write(report_site.collect(history, reports, found), out)
 
 
-def renew(history: Path, reports: Path, say: Say, goals: Sequence[targets.Target] | None = None) -> None:
-    """The site beside the history, after a night; what hinders it is said, and makes no night red."""
+def update_site(history: Path, reports: Path, say: Say, goals: Sequence[targets.Target] | None = None) -> None:
+    """Updates the site next to the history after a night. A failure is reported but does not turn the night red."""
     try:
         found = report_site.collect(history, reports, targets.read() if goals is None else goals)
         say(f"site: {report_site.write(found, history / 'site')}")
     except Failure as failure:
-        say(f"note: the site was not renewed: {failure}")
-    except Exception as error:  # a fault of ours, too, is not the night's
-        say(f"note: the site was not renewed: {type(error).__name__}: {error}")
+        say(f"note: the site was not updated: {failure}")
+    except Exception as error:  # our own bugs do not turn the night red either
+        say(f"note: the site was not updated: {type(error).__name__}: {error}")

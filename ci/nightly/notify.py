@@ -1,7 +1,7 @@
-"""A note once per change of state of a board and a model, to a command that the user names: mail, chat, issue.
+"""Notifications: runs a command of the user (mail, chat, issue) once per change of state of a board and a model.
 
-The command is split as a shell would and run without one. It gets the headline as text on stdin and the facts in its
-environment; what a board said is in there as printable text of bounded length, and is run nowhere.
+The command is split like a shell command but run without a shell. It gets the headline on stdin and the facts in its
+environment. Text that came from a board is made printable and bounded, and never interpreted.
 """
 
 from __future__ import annotations
@@ -21,24 +21,26 @@ from ci.nightly.history import Night
 
 SECONDS = 60.0
 MOST_TEXT = 2000  # characters of a fact
-MOST_SAID = 1 << 16  # bytes of what the command says: its end
-NUMBERS = re.compile(r"\b(?=\w*\d)[\w.+-]+")  # and digests: reasons that differ by them alone are the same
+MOST_SAID = 1 << 16  # bytes kept of the command's output
+NUMBERS = re.compile(r"\b(?=\w*\d)[\w.+-]+")  # and digests: reasons that differ only in these are the same
 MORE = re.compile(r" \(and \d+ more\)")
 
 
 def words(command: str) -> list[str]:
-    """The command's words. Raises BadInput for one that cannot be run; empty where there is none."""
+    """The command's words, empty for an empty command. Raises BadInput for one that cannot be run."""
     try:
         found = shlex.split(command)
     except ValueError as error:
         raise BadInput(f"--notify {command!a:.80}: {error}; quote it as for a shell") from None
     if found and shutil.which(found[0]) is None:
-        raise BadInput(f"--notify: there is no command {found[0]!a:.80}\nIt is run without a shell: name a program.")
+        raise BadInput(
+            f"--notify: there is no command {found[0]!a:.80}\nThe command runs without a shell: name a program."
+        )
     return found
 
 
 def change(before: Night | None, night: Night) -> str:
-    """What changed since the night before, in a few words; empty where nothing did."""
+    """The change of state since the previous night, in a few words; empty if there is none."""
     if before is None:
         return "the first night is red" if not night.green else "the first night is flaky" if night.flaky else ""
     if before.verdict != night.verdict:
@@ -51,7 +53,7 @@ def change(before: Night | None, night: Night) -> str:
 
 
 def facts(changed: str, before: Night | None, night: Night, headline: str, report: Path) -> dict[str, str]:
-    """The variables that the command gets; NIGHT_JSON has them all in one."""
+    """The environment variables for the command; NIGHT_JSON has all of them."""
     found = {
         "change": changed,
         "headline": headline,
@@ -73,11 +75,11 @@ def facts(changed: str, before: Night | None, night: Night, headline: str, repor
 
 
 def send(command: Sequence[str], text: str, variables: Mapping[str, str], seconds: float = SECONDS) -> str:
-    """Runs the command; returns what went wrong, empty when all is well.
+    """Runs the command and waits for it; returns an error text, empty on success.
 
-    It is done when the command has ended; what that leaves in the background is its own.
+    Processes that it leaves in the background are not waited for.
     """
-    what = f"the note by {command[0]}"
+    what = f"the notification by {command[0]}"
     lines = "\n".join(printable(line) for line in text.splitlines())
     with tempfile.TemporaryFile() as given:
         given.write(f"{lines}\n".encode())
@@ -94,19 +96,19 @@ def send(command: Sequence[str], text: str, variables: Mapping[str, str], second
         except OSError as error:
             return f"{what} was not sent: {error.strerror}"
     if done.code is None:
-        return f"{what} was not sent: it was not done after {seconds:.0f} s"
+        return f"{what} was not sent: it did not finish within {seconds:.0f} s"
     if done.code:
         said = (done.stdout + b"\n" + done.stderr).decode("utf-8", "replace")
-        last = [line for line in said.splitlines() if line.strip()] or ["it said nothing"]
+        last = [line for line in said.splitlines() if line.strip()] or ["it printed nothing"]
         return f"{what} was not sent: it ended with {done.code}: {printable(last[-1])[:200]}"
     return ""
 
 
 def printable(text: str) -> str:
-    """In one line, without control characters."""
+    """The text on one line, without control characters."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text[:MOST_TEXT])
 
 
 def _cause(night: Night) -> tuple[str, str]:
-    """Why a night is red, without the numbers of that night."""
+    """Why a night is red, with the numbers masked."""
     return night.stage, NUMBERS.sub("#", MORE.sub("", night.reason))

@@ -1,7 +1,7 @@
-"""What would make a night red for nothing, said before it begins: gates, history, power. Raises BadInput, exit code 2.
+"""Preflight: checks gates, history and power before a night begins. Raises BadInput (exit code 2).
 
-A board and a model need gates to be judged by. The first nights of a maker have none yet: up to UNJUDGED of them are
-recorded and not judged, and say so; then gates must be recorded, or the next night is refused.
+A night is judged by the gates of its board and model. The first UNJUDGED nights of a maker have none: they are recorded
+but not judged. After that, preflight refuses to run until gates are recorded.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ci.nightly.gate import Gate
 from ci.nightly.history import History
 from ci.nightly.quarantine import Quarantine
 
-UNJUDGED = 5  # nights of a maker that may be recorded without gates
+UNJUDGED = 5  # nights of a maker that may run without gates
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a night is judged by. `unjudged` says why it is not, empty where it is; `notes` are for the report."""
+    """Gates and quarantine of a night. `unjudged`: why it is not judged, empty if it is. `notes`: for the report."""
 
     maker: str
     gates: Mapping[str, Gate]
@@ -45,9 +45,9 @@ def check(
     gates: Path = gate.GATES,
     quarantined: Path = quarantine.FILE,
 ) -> Plan:
-    """Raises BadInput with the first thing that is in the way of a night.
+    """Raises BadInput with the first obstacle to a night.
 
-    `bundle` is one that was handed in, `folder` that of the histories, `before` the nights in it.
+    `bundle` is one that was built elsewhere, `folder` the history folder, `before` the nights in it.
     """
     maker = "cpu" if bundle is None else str(read_manifest(bundle)["maker"])
     place.require_power(board)
@@ -58,16 +58,22 @@ def check(
     models = sorted(path.stem for path in (place.ROOT / "models").glob("*.toml"))
     boards = sorted({board.name, *(path.stem for path in place.BOARDS.glob("*.yaml"))})
     kept = quarantine.load(board.name, model, models, boards, quarantined, gates)
-    notes = [*power.unable(board), *_gone(found, maker, before), *_unheld(found), *_wide(found), *kept.notes()]
-    held = {name: entry for name, entry in found.items() if not instructions.unheld(name)}
+    notes = [
+        *power.unable(board),
+        *_removed_gates(found, maker, before),
+        *_skipped_gates(found),
+        *_wide_gates(found),
+        *kept.notes(),
+    ]
+    held = {name: entry for name, entry in found.items() if not instructions.not_applicable(name)}
     return Plan(maker, held, unjudged, tuple(notes), kept)
 
 
 def require_set_up(board: Board) -> None:
-    """Raises BadInput for a farm without a coordinator, and for a board whose address is a placeholder of its YAML."""
+    """Raises BadInput for a farm without a coordinator, and for a board whose address is still a placeholder."""
     if board.in_farm:
         if not os.environ.get("LG_COORDINATOR"):
-            raise BadInput("it is in a farm: name its coordinator, LG_COORDINATOR=host:20408")
+            raise BadInput("the board is in a farm: set its coordinator, LG_COORDINATOR=host:20408")
         return
     at = place.address(board)
     if "address" not in board.given and board.yaml.parent == place.BOARDS and not board.emulated:
@@ -75,8 +81,8 @@ def require_set_up(board: Board) -> None:
             socket.getaddrinfo(at.host, at.port)
         except OSError:
             raise BadInput(
-                f"{board.name} is not set up on this machine: nothing is named {at.host!a}, the placeholder in "
-                f"{board.yaml}\nSay its address in {settings.file(board.yaml.stem)}: docs/boards.md"
+                f"{board.name} is not set up on this machine: {at.host!a}, the placeholder in {board.yaml}, does not "
+                f"resolve\nSet its address in {settings.file(board.yaml.stem)}: docs/boards.md"
             ) from None
 
 
@@ -85,34 +91,34 @@ def _require_measurable(file: Path, board: Board, maker: str, gates: Mapping[str
         counted = board.emulated and name.startswith(metrics.COUNTED)
         if name not in metrics.MEASURED and not counted:
             raise BadInput(
-                f"{file}: {maker}.{name} is a figure that no night measures; a night measures "
-                f"{', '.join(metrics.MEASURED)}\nName the one that is meant, or remove the gate."
+                f"{file}: no night measures {maker}.{name}; a night measures {', '.join(metrics.MEASURED)}\n"
+                "Correct the name, or remove the gate."
             )
 
 
 def _unjudged(board: Board, model: str, maker: str, before: History, gates: Path) -> str:
-    """Why a night without gates is held all the same. Raises BadInput where it is not."""
+    """Why a night without gates may run unjudged. Raises BadInput if it may not."""
     file = gate.place(board.name, model, gates)
     if meant := _near(file, gates):
-        raise BadInput(f"there is no {file}, but {meant}: is that its name misspelled?")
+        raise BadInput(f"there is no {file}, but {meant}: is its name misspelled?")
     judged = [night for night in before.nights if night.maker == maker and night.gates]
     if judged:
         raise BadInput(
-            f"the gates for {maker} bundles of {model} on {board.name} went away: {len(judged[-1].gates)} judged the "
-            f"night of {judged[-1].started[:10]}\nBring them back into {file}."
+            f"the gates for {maker} bundles of {model} on {board.name} disappeared: {len(judged[-1].gates)} judged the "
+            f"night of {judged[-1].started[:10]}\nRestore them in {file}."
         )
     held = history.measured(before.nights, maker)
     if len(held) >= UNJUDGED:
         raise BadInput(
-            f"{len(held)} nights of {maker} bundles of {model} on {board.name} are recorded, and no gate judges them\n"
-            "When their figures are right, make gates of them: "
+            f"{len(held)} nights of {maker} bundles of {model} on {board.name} are recorded, but there are no gates\n"
+            "If their figures are right, record gates from them: "
             + commands.invoke("gate.record", "--board", board.argument, "--model", model, "--maker", maker)
         )
     return f"recorded, not judged: no gates for {maker} bundles yet, night {len(held) + 1} of {UNJUDGED}"
 
 
 def _near(file: Path, gates: Path) -> Path | None:
-    """A file of gates whose name is nearly the one that is looked for, and is of no model or no board."""
+    """A gate file with a similar name that belongs to no known board and model."""
     models = {path.stem for path in (place.ROOT / "models").glob("*.toml")}
     boards = {path.stem for path in place.BOARDS.glob("*.yaml")}
     there = [path for path in gates.glob("*/*") if path.name != file.name or path.parent != file.parent]
@@ -125,28 +131,28 @@ def _near(file: Path, gates: Path) -> Path | None:
     return strays[near[0]] if near else None
 
 
-def _unheld(gates: Mapping[str, Gate]) -> Iterator[str]:
-    """Gates that judge nothing here: the coarser one of processor time does alone."""
+def _skipped_gates(gates: Mapping[str, Gate]) -> Iterator[str]:
+    """Notes on gates that do not apply on this machine."""
     for name in gates:
-        if why := instructions.unheld(name):
+        if why := instructions.not_applicable(name):
             yield f"not judged: {metrics.find(name).label}: {why}"
 
 
-def _wide(gates: Mapping[str, Gate]) -> Iterator[str]:
-    """Gates that let nearly anything pass."""
+def _wide_gates(gates: Mapping[str, Gate]) -> Iterator[str]:
+    """Notes on gates that pass almost any value."""
     for name, entry in gates.items():
         if entry.wide:
-            yield f"the gate of {metrics.find(name).label} lets nearly anything pass: {entry.text()}"
+            yield f"the gate of {metrics.find(name).label} passes almost any value: {entry.text()}"
 
 
-def _gone(gates: Mapping[str, Gate], maker: str, before: History) -> Iterator[str]:
-    """Gates that the last judged night had and this one has not."""
+def _removed_gates(gates: Mapping[str, Gate], maker: str, before: History) -> Iterator[str]:
+    """Notes on gates that judged the last night and no longer exist."""
     judged = [night for night in before.nights if night.maker == maker and night.gates]
     if not judged or not gates:
         return
     for name, text in judged[-1].gates.items():
         if name not in gates:
             yield (
-                f"a gate went away since the night of {judged[-1].started[:10]}: {metrics.find(name).label} had to be "
-                f"{text}, and is judged no more"
+                f"a gate disappeared since the night of {judged[-1].started[:10]}: {metrics.find(name).label} had to "
+                f"be {text}, and is no longer judged"
             )

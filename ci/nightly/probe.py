@@ -1,7 +1,7 @@
-"""python -m ci.nightly.probe TOKENIZER OUT: texts and conversations with the token ids that transformers gives them.
+"""python -m ci.nightly.probe TOKENIZER OUT: test texts and conversations with the token ids that transformers gives.
 
-TOKENIZER is a checkpoint, or the hf folder of a bundle. A board cuts the same texts (tests/hil/test_text.py): with
-another tokenizer or chat template its ids are others, and no figure of logits would show it.
+TOKENIZER is a checkpoint, or the hf folder of a bundle. The board tokenizes the same texts (tests/hil/test_text.py). A
+wrong tokenizer or chat template changes the ids, which no accuracy figure would show.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ci.device import commands, strict_json
 
 SCHEMA = 1
 AGAIN = f"Make it: {commands.python('ci.nightly.probe', 'CHECKPOINT')}"
-VARIABLES = {"date_string": "01 Jan 2025"}  # a template that writes the date shall write the same one here and there
+VARIABLES = {"date_string": "01 Jan 2025"}  # a fixed date, for templates that print one
 TEXTS = (
     "1+1=",
     "The quick brown fox jumps over the lazy dog.",
@@ -48,7 +48,7 @@ Probe = dict[str, Any]
 
 
 def make(folder: Path) -> Probe:
-    """Texts and conversations with their ids, None where the template refuses. Raises BadInput without a tokenizer."""
+    """Texts and conversations with their ids, None if the template refuses one. Raises BadInput without a tokenizer."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -56,7 +56,9 @@ def make(folder: Path) -> Probe:
     try:
         tokenizer = auto.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise BadInput(f"transformers reads no tokenizer in {folder}: {str(error).splitlines()[0][:200]}") from None
+        raise BadInput(
+            f"transformers cannot load a tokenizer from {folder}: {str(error).splitlines()[0][:200]}"
+        ) from None
     templated = getattr(tokenizer, "chat_template", None) is not None
     return {
         "schema": SCHEMA,
@@ -80,28 +82,28 @@ def _ids(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int] | None
 
 
 def read(file: Path) -> Probe:
-    """Raises BadInput where there is none."""
+    """Raises BadInput for a missing or invalid probe."""
     try:
         found = strict_json.read(file)
     except (OSError, ValueError) as error:
         raise BadInput(f"cannot read {file}: {error}\n{AGAIN} {file}") from None
     if found.get("schema") != SCHEMA:
-        raise BadInput(f"{file} is no probe of a tokenizer\n{AGAIN} {file}")
+        raise BadInput(f"{file} is not a tokenizer probe\n{AGAIN} {file}")
     return found
 
 
 def difference(probe: Probe, told: Any) -> str:
-    """The first text or conversation that is cut otherwise, in words; empty when there is none."""
+    """The first text or conversation with other ids, in words; empty if all are equal."""
     for what, key in (("texts", "text"), ("conversations", "messages")):
         expected = probe[what]
         seen = told.get(what) if isinstance(told, dict) else None
         if not isinstance(seen, list) or len(seen) != len(expected):
-            return f"the board cut {len(seen) if isinstance(seen, list) else 0} {what}, expected {len(expected)}"
+            return f"the board tokenized {len(seen) if isinstance(seen, list) else 0} {what}, expected {len(expected)}"
         for entry, ids in zip(expected, seen, strict=True):
             if ids != entry["ids"]:
                 text = entry[key] if key == "text" else entry[key][-1]["content"]
                 by = "tokenizer" if key == "text" else "chat template"
-                return f"by its {by} {text[:40]!a} is {_some(ids)}, by the checkpoint's {_some(entry['ids'])}"
+                return f"its {by} turns {text[:40]!a} into {_some(ids)}, the checkpoint's into {_some(entry['ids'])}"
     return ""
 
 

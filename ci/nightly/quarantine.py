@@ -1,6 +1,6 @@
-"""Quarantine: what is known to be red, by whom and until when. It is told as such, and turns no night red until then.
+"""Quarantine: known failures with an owner and an end date. Until then they are reported but do not turn a night red.
 
-ci/quarantine.toml has an entry for each, refused at the start of a night where it says less than it must:
+ci/quarantine.toml has one entry each; preflight refuses incomplete ones:
 
     [[quarantine]]
     board = "ax650"
@@ -24,9 +24,9 @@ from typing import Any
 from axrun.errors import BadInput
 from ci.device import doctor, place, toml_lines
 from ci.nightly import board_records, gate, metrics
-from ci.nightly.course import LIMITS, MEASURE
 from ci.nightly.gate import NAME, Judgement
 from ci.nightly.junit import Case
+from ci.nightly.pipeline import LIMITS, MEASURE
 from ci.nightly.stage import Stage
 from ci.nightly.verdict import Verdict
 
@@ -37,16 +37,16 @@ KINDS = ("figure", "test", "stage")
 TEXTS = ("owner", "reason")
 # stages that are not quarantined, and why
 NEVER = {
-    MEASURE: 'it measures everything; name what is red in it: figure = "...", test = "..."',
-    board_records.HEALTH: "nothing is known of what an ill board measures; mend the board, or leave it out",
-    doctor.STAGE: "it makes no night red",
+    MEASURE: 'it covers all figures and tests; name the red one: figure = "...", test = "..."',
+    board_records.HEALTH: "measurements on an unhealthy board mean nothing; repair the board, or exclude it",
+    doctor.STAGE: "it never turns a night red",
 }
 EXCUSED = "quarantined"  # the outcome of a stage and of a figure
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is quarantined: `kind` is one of KINDS, `name` which. The day `until` is the last."""
+    """One quarantined item: `kind` is one of KINDS, `name` its name, `until` the last day."""
 
     board: str
     model: str
@@ -62,12 +62,12 @@ class Entry:
 
     @property
     def what(self) -> str:
-        """For a reader of the file."""
+        """The item with its model and board."""
         return f"{self.key} of {self.model} on {self.board}"
 
     @property
     def label(self) -> str:
-        """For a reader."""
+        """The item as reports name it."""
         return metrics.find(self.name).label if self.kind == "figure" else self.key
 
     @property
@@ -77,7 +77,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Quarantine:
-    """The entries of a board and a model: those that hold today, and those that ended."""
+    """The entries of a board and a model: those in force today, and those that expired."""
 
     entries: tuple[Entry, ...] = ()
     ended: tuple[Entry, ...] = ()
@@ -88,8 +88,8 @@ class Quarantine:
     def notes(self) -> Iterator[str]:
         for entry in self.ended:
             yield (
-                f"the quarantine of {entry.label} ended on {entry.until} ({entry.owner}: {entry.reason}): it counts "
-                f"again; remove it from {FILE.name}"
+                f"the quarantine of {entry.label} expired on {entry.until} ({entry.owner}: {entry.reason}): it counts "
+                f"again; remove the entry from {FILE.name}"
             )
 
 
@@ -98,7 +98,7 @@ NONE = Quarantine()
 
 @dataclass(frozen=True)
 class Excused:
-    """A night without what is quarantined: what its verdict is made of, and `held` what was red, by Entry.key."""
+    """The input of a verdict without quarantined failures; `held` has those that were red, by Entry.key."""
 
     stages: Sequence[Stage]
     judged: Sequence[Judgement]
@@ -107,14 +107,14 @@ class Excused:
     healthy: Sequence[Entry] = ()
 
     def verdict(self, found: Verdict) -> Verdict:
-        """A night that ended in a quarantined stage, before it measured anything, is not judged."""
+        """The verdict; a night that ended in a quarantined stage before measuring is not judged."""
         ended = next((done for done in self.stages if done.excused == EXCUSED and done.name != MEASURE), None)
         if ended is None or not found.code or self.judged or any(done.failed for done in self.stages):
             return found
         return Verdict(f"recorded, not judged: stage {ended.name} is quarantined, and nothing was measured")
 
     def headline(self) -> str:
-        """What a headline ends with; empty where nothing was excused."""
+        """The suffix of a headline; empty if nothing was excused."""
         if not self.held:
             return ""
         told = ", ".join(f"{entry.label} until {entry.until} ({entry.owner})" for entry in self.held.values())
@@ -124,7 +124,7 @@ class Excused:
         for entry in self.held.values():
             yield f"{entry.label} is red and quarantined {entry.text}"
         for entry in self.healthy:
-            yield f"{entry.label} is quarantined {entry.text}, and was healthy: remove it from {FILE.name}"
+            yield f"{entry.label} is quarantined {entry.text}, but it passed: remove the entry from {FILE.name}"
 
     def record(self) -> dict[str, str]:
         return {key: entry.text for key, entry in self.held.items()}
@@ -139,9 +139,9 @@ def load(
     gates: Path = gate.GATES,
     today: datetime.date | None = None,
 ) -> Quarantine:
-    """The quarantine of a board and a model; of none where there is no file.
+    """The quarantine of a board and a model; empty if there is no file.
 
-    Raises BadInput for an entry, of whatever board, that lacks something, matches nothing or ends too late.
+    Raises BadInput for an entry (of any board) that is incomplete, matches nothing or lasts too long.
     """
     now = today or datetime.datetime.now(datetime.UTC).date()
     entries: list[Entry] = []
@@ -163,7 +163,7 @@ def load(
 
 
 def excuse(found: Quarantine, stages: Sequence[Stage], judged: Sequence[Judgement], cases: Sequence[Case]) -> Excused:
-    """Takes what is quarantined out of what a night's verdict is made of."""
+    """Removes quarantined failures from the input of a night's verdict."""
     figures, tests, named = found.names("figure"), found.names("test"), found.names("stage")
     messages = [message for case in cases for message in case.messages]
     if not found.entries:
@@ -193,12 +193,12 @@ def excuse(found: Quarantine, stages: Sequence[Stage], judged: Sequence[Judgemen
         elif done.failed and done.name == MEASURE and done.outcome == "failed" and explained:
             done = replace(done, excused=EXCUSED)
         kept.append(done)
-    healthy = [entry for entry in found.entries if entry.key not in held and _well(entry, stages, judged, cases)]
+    healthy = [entry for entry in found.entries if entry.key not in held and _is_healthy(entry, stages, judged, cases)]
     return Excused(kept, left, counted, held, healthy)
 
 
-def _well(entry: Entry, stages: Sequence[Stage], judged: Sequence[Judgement], cases: Sequence[Case]) -> bool:
-    """Whether a night saw that it is well; not where it did not get so far."""
+def _is_healthy(entry: Entry, stages: Sequence[Stage], judged: Sequence[Judgement], cases: Sequence[Case]) -> bool:
+    """Whether the item passed in this night; False if the night ended before reaching it."""
     if entry.kind == "figure":
         return any(one.metric.name == entry.name and one.outcome == "within" for one in judged)
     if entry.kind == "test":
@@ -236,12 +236,12 @@ def _entry(table: object) -> Entry:
 
 
 def _require(entry: Entry, today: datetime.date, models: Sequence[str], boards: Sequence[str], gates: Path) -> None:
-    """Raises BadInput for an entry that matches nothing or ends too late."""
+    """Raises BadInput for an entry that matches nothing or lasts too long."""
     where = entry.what
     if (entry.until - today).days > MOST_DAYS:
         raise BadInput(
             f"{where} ends on {entry.until}, in {(entry.until - today).days} days; at most {MOST_DAYS}\n"
-            "A quarantine is for what will be mended: give it a nearer date, or remove the gate."
+            "A quarantine is for failures that will be fixed: set an earlier date, or remove the gate."
         )
     for what, name, known in (("board", entry.board, boards), ("model", entry.model, models)):
         if name.partition("@")[0] not in known:
@@ -259,13 +259,13 @@ def _require(entry: Entry, today: datetime.date, models: Sequence[str], boards: 
 
 
 def _require_stage(entry: Entry) -> None:
-    """Raises BadInput for a stage that no night of the board has, and for one without which nothing is known."""
+    """Raises BadInput for an unknown stage, and for one that must not be quarantined."""
     if entry.name not in LIMITS:
-        raise BadInput(f"{entry.what} matches nothing: there are the stages {', '.join(LIMITS)}")
+        raise BadInput(f"{entry.what} matches nothing: the stages are {', '.join(LIMITS)}")
     if entry.name in NEVER:
-        raise BadInput(f"{entry.what} cannot be: {NEVER[entry.name]}")
+        raise BadInput(f"{entry.what} cannot be quarantined: {NEVER[entry.name]}")
     if entry.name == "count" and not place.is_emulated(entry.board):
-        raise BadInput(f"{entry.what} matches nothing: instructions are counted for emulated boards alone")
+        raise BadInput(f"{entry.what} matches nothing: instructions are counted only for emulated boards")
 
 
 def _tests() -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""One retry for what the network or the board did to a night: SSH lost, relay, rsync, a board that did not come up.
+"""Retry policy: a failure of network or board (SSH or rsync lost, relay, no boot) is retried once per night.
 
-Never for what the code did: builds, gates, wrong answers, a command that ended with an error or was not done in time.
+Failures of the code are not: builds, gates, wrong answers, errors of a command, timeouts.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from pathlib import Path
 from ci.nightly.history import Night
 from ci.nightly.stage import TIMED_OUT, Stage
 
-FIRST_TRY = "first-try"  # the folder, in the night's, of what the first try wrote
+FIRST_TRY = "first-try"  # subfolder of the night for the files of the first attempt
 WRITTEN = ("junit.xml", "figures.json", "benchmark.json", "deployed.json")
-LAST = 30  # nights in which flaky ones are counted
+LAST = 30  # nights over which flaky ones are counted
 POWER = ("power on", "power off")
-# what connection.py and ssh.py of ci/device, on_board.py and conftest.py of tests/hil say when the board or the way to
-# it is lost; {board} is the board's name
+# The messages of a lost board or connection: of connection.py and ssh.py in ci/device, of on_board.py and conftest.py
+# in tests/hil. {board} is the board's name.
 LOST = (
     r"{board} was lost during \w+",
     r"{board} did not answer \w+ in \d+ s",
-    r"{board}: rsync was not done after",
+    r"{board}: rsync did not finish within",
     r"rsync to {board}: ",
     r"\S+@\S+ port \d+ cannot be reached: ",
     r"{board} hangs: no answer to ",
@@ -32,9 +32,9 @@ LOST = (
 
 
 def cause(done: Stage, tests: Sequence[str], board: str) -> str:
-    """What the network or the board did to a stage that failed; empty where it was something else.
+    """The failure of network or board that made a stage fail; empty for any other cause.
 
-    `tests` are the messages of the board tests that failed, where the stage ran some.
+    `tests` are the messages of failed board tests, if the stage ran any.
     """
     if done.name in POWER:
         return _first_line(done.reason) if done.code in (1, TIMED_OUT) else ""
@@ -45,12 +45,12 @@ def cause(done: Stage, tests: Sequence[str], board: str) -> str:
 
 
 def lost(reason: str, board: str) -> bool:
-    """Whether a reason says that the board or the way to it was lost."""
+    """Whether a reason reports a lost board or connection."""
     return any(re.match(pattern.format(board=re.escape(board)), reason) for pattern in LOST)
 
 
 def set_aside(folder: Path) -> None:
-    """What the first try wrote makes room for what the second one does."""
+    """Moves the results of the first attempt out of the way."""
     for name in WRITTEN:
         if (folder / name).exists():
             (folder / FIRST_TRY).mkdir(exist_ok=True)
@@ -58,7 +58,7 @@ def set_aside(folder: Path) -> None:
 
 
 def flaky(nights: Iterable[Night]) -> str:
-    """How often a board needed a second try in its last nights; empty where it never did."""
+    """How many of the board's last nights needed a second try; empty for none."""
     last = list(nights)[-LAST:]
     count = sum(bool(night.flaky) for night in last)
     return f"{last[-1].board} needed a second try in {count} of its last {len(last)} nights" if count else ""

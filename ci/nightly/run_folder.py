@@ -1,4 +1,4 @@
-"""The folder of a run: of a night, or of a matrix of them. The oldest go when there are many."""
+"""The output folder of a night or a matrix run. Old ones are removed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 from axrun.errors import BadInput
 
 LOCK = "lock"
-NAME = re.compile(r"\d{8}T\d{6}Z(-\d+)?")  # when it started, and its number where there are several of a second
+NAME = re.compile(r"\d{8}T\d{6}Z(-\d+)?")  # start time, and a number if several started in that second
 
 
 @contextlib.contextmanager
 def claimed(base: Path) -> Iterator[None]:
-    """A folder of bundles and packages, for one night at a time. Raises BadInput naming who has it."""
+    """Locks a folder of bundles and packages for one night. Raises BadInput naming the process that uses it."""
     try:
         base.mkdir(parents=True, exist_ok=True)
         lock = (base / LOCK).open("a+")
@@ -32,7 +32,7 @@ def claimed(base: Path) -> Iterator[None]:
             who = "".join(c for c in lock.read(100) if c.isprintable()) or "another night"
             raise BadInput(
                 f"{base} is in use by {who}: two nights in one folder would mix their bundles\n"
-                "Wait for it, or give this night a folder of its own: --out DIR"
+                "Wait for it, or give this night another folder: --out DIR"
             ) from None
         lock.truncate(0)
         lock.write(f"a night (pid {os.getpid()})")
@@ -41,9 +41,9 @@ def claimed(base: Path) -> Iterator[None]:
 
 
 def new(runs: Path, started: str, kept: int) -> Path:
-    """A new folder in `runs`, which has `kept` then; `started` is like 2026-11-03T02:00:00Z.
+    """Makes a folder in `runs` named after `started` (2026-11-03T02:00:00Z), and keeps the newest `kept` folders.
 
-    Raises BadInput when it cannot be made.
+    Raises BadInput if it cannot be made.
     """
     try:
         runs.mkdir(parents=True, exist_ok=True)
@@ -57,4 +57,4 @@ def new(runs: Path, started: str, kept: int) -> Path:
                 return folder.resolve()
     except OSError as error:
         raise BadInput(f"cannot make a folder in {runs}: {error.strerror or error}") from None
-    raise BadInput(f"{runs} has a hundred runs of this second already")
+    raise BadInput(f"{runs} already has a hundred runs of this second")

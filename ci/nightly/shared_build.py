@@ -1,9 +1,9 @@
-"""python -m ci.nightly.shared_build MODEL CHIP FOLDER [--model-dir DIR] [--limit STAGE=SECONDS]: a build for several
+"""python -m ci.nightly.shared_build MODEL CHIP FOLDER [--model-dir DIR] [--limit STAGE=SECONDS]: one build for several
 boards.
 
-Builds the bundle as a night does, adds the float32 checkpoint's logits, and records both in FOLDER/built.json, the
-reason too where it failed: the nights of the boards take it from there (ci/nightly/built.py). The exit code is the
-build's.
+Builds the bundle the way a night does, adds the float32 checkpoint's logits, and writes FOLDER/built.json, with the
+reason if the build failed. The nights of a matrix take the bundle from there (ci/nightly/built.py). The exit code is
+that of the build.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from pathlib import Path
 
 from axrun.errors import BadInput, Failure
 from axrun.format.bundle import MANIFEST, sha256
-from ci.nightly import built, checkout, course, stage, variant
+from ci.nightly import built, checkout, pipeline, stage, variant
 from ci.nightly.built import Built
 from ci.nightly.night import Signals
 from ci.nightly.stage import Stage
 from ci.nightly.variant import Variant
 
 
-def make(model: Variant, chip: str, folder: Path, model_dir: Path | None, options: course.Options) -> int:
-    """Builds into `folder`, which is emptied; returns 0, or the exit code of what failed. Raises BadInput."""
+def make(model: Variant, chip: str, folder: Path, model_dir: Path | None, options: pipeline.Options) -> int:
+    """Builds into `folder`, which is emptied first; returns 0 or the exit code of the failed stage. Raises BadInput."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -41,9 +41,9 @@ def make(model: Variant, chip: str, folder: Path, model_dir: Path | None, option
 
 
 def _stages(
-    model: Variant, chip: str, folder: Path, model_dir: Path | None, options: course.Options, signals: Signals
+    model: Variant, chip: str, folder: Path, model_dir: Path | None, options: pipeline.Options, signals: Signals
 ) -> tuple[int, str]:
-    """Exit code and reason of the first stage that failed; 0 and nothing where none did."""
+    """Exit code and reason of the first failed stage; 0 and an empty reason on success."""
 
     def run(name: str, *words: str) -> Stage:
         print(f"{name} ...", flush=True)
@@ -52,7 +52,7 @@ def _stages(
             [sys.executable, "-m", *words],
             limit=options.limit(name),
             console=folder / f"{name}.log",
-            cwd=course.ROOT,
+            cwd=pipeline.ROOT,
             environment={"PYTHONUNBUFFERED": "1"},
             stop=lambda: signals.reason,
         )
@@ -60,10 +60,10 @@ def _stages(
         return done
 
     try:
-        flags = course.build_flags(model, chip, folder, folder / built.CHECK, model_dir)
+        flags = pipeline.build_flags(model, chip, folder, folder / built.CHECK, model_dir)
         done = run("build", "invoke", "build", *flags)
         if not done.failed and (
-            words := course.reference_flags(folder / model.spec.name, model, model_dir, folder / "text.txt")
+            words := pipeline.reference_flags(folder / model.spec.name, model, model_dir, folder / "text.txt")
         ):
             done = run("reference", "axc", "reference", *words)
     except Failure as failure:
@@ -77,14 +77,14 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "python -m ci.nightly.shared_build", description=(__doc__ or "").partition("\n\n")[2]
     )
-    parser.add_argument("model", help="of models/, or one in another weight type: tiny-qwen2@s4")
-    parser.add_argument("chip", help="what the bundle is for, as --chip of axc llm_build")
-    parser.add_argument("folder", type=Path, help="where the build goes; what is there goes away")
-    parser.add_argument("--model-dir", type=Path, help="the folder of the checkpoint, where there is no network")
-    parser.add_argument("--limit", action="append", default=[], help="seconds a stage may take: build=600")
+    parser.add_argument("model", help="one of models/*.toml, or with another weight type: tiny-qwen2@s4")
+    parser.add_argument("chip", help="the target chip, as for --chip of axc llm_build")
+    parser.add_argument("folder", type=Path, help="the output folder; its old content is deleted")
+    parser.add_argument("--model-dir", type=Path, help="the folder of the checkpoint, for a machine without network")
+    parser.add_argument("--limit", action="append", default=[], help="time limit of a stage in seconds: build=600")
     given = parser.parse_args(argv)
     try:
-        options = course.Options("", given.model, given.folder, given.folder, limits=course.limits(given.limit))
+        options = pipeline.Options("", given.model, given.folder, given.folder, limits=pipeline.limits(given.limit))
         return make(variant.find(given.model), given.chip, given.folder.absolute(), given.model_dir, options)
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)

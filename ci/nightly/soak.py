@@ -1,10 +1,10 @@
-"""python -m ci.nightly.soak BOARD DEPLOYED OUT [REQUESTS]: `axrun serve` of the deployed release, asked by many users
-at once.
+"""python -m ci.nightly.soak BOARD DEPLOYED OUT [REQUESTS]: soak test of `axrun serve` of the deployed release with
+concurrent users.
 
-The server lives several times. In a life with --exact an answer depends on its request alone: every answer must be the
-first one that its question got, in a fresh process. In a life without, as users have it, rows of the cache are reused
-that were computed in other pieces, and once in a while so small a difference is another token: those are counted, and
-only what reused nothing must be the same.
+The server is started several times (its "lives"), alternately with and without --exact. With --exact an answer depends
+only on its request: it must equal the first answer to the same question, from a fresh process. Without it, the default,
+cached rows may come from other prefill chunks; their rounding rarely changes a token. Such differences are counted;
+only answers that reused nothing must be equal.
 """
 
 from __future__ import annotations
@@ -29,24 +29,23 @@ from ci.device.ssh import Lost
 from ci.nightly import soak_load
 from ci.nightly.soak_load import CUT, LOST, REFUSED, WHOLE, Client, Outcome, Question
 
-SHORT, LONG = 40, 1000  # requests: of every night, and of --soak
-LIVES = {SHORT: 2}  # of the server; as many as a long soak has where another number of requests is asked for
+SHORT, LONG = 40, 1000  # requests of every night, and with --soak
+LIVES = {SHORT: 2}  # server starts by number of requests; LONG_LIVES for any other number
 LONG_LIVES = 6
 USERS, TOKENS, SEED = 4, 12, 10
 LOAD_SECONDS, STOP_SECONDS, IDLE_SECONDS = 600.0, 60.0, 30.0
-SAMPLES = 40  # of memory, in each life
-WARM = 0.3  # of a life's requests come before memory is judged
-# Memory may grow by so many MB in 1000 requests; what a life shows must be more than so many MB, and three times as
-# much as the samples scatter.
+SAMPLES = 40  # of memory, per server life
+WARM = 0.3  # share of a life's requests that counts as warm-up
+# A leak: growth above MOST_SLOPE MB per 1000 requests by CERTAIN standard errors, and above LEAST_GROWTH MB per life.
 MOST_SLOPE, LEAST_GROWTH, CERTAIN = 8.0, 4.0, 3.0
 CMM_SLACK = 1 << 20  # bytes
-MOST_DIFFERING = 0.1  # of the answers that reused what was computed in other pieces
+MOST_DIFFERING = 0.1  # share of the answers with reused cache rows
 MB = 1e6
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Bytes after so many requests of a life, None where the board does not tell."""
+    """Memory in bytes after `requests` requests of a server life; None if the board does not report it."""
 
     life: int
     requests: int
@@ -57,7 +56,7 @@ class Sample:
 
 @dataclass
 class Soak:
-    """What happened: outcomes of requests, samples of memory, and in `faults` what must not have happened."""
+    """The result of a soak test: counts of outcomes, memory samples, and `faults`, which make it fail."""
 
     requests: int
     users: int
@@ -79,7 +78,7 @@ class Soak:
     seconds: float = 0.0
 
     def note(self, outcome: Outcome, exact: bool) -> None:
-        """Counts a request; an answer is held against the first one of its question."""
+        """Counts a request, and compares its answer with the first one to the same question."""
         about = f"{outcome.question.text[:40]!a}"
         if outcome.kind == CUT:
             self.cut += 1
@@ -103,24 +102,24 @@ class Soak:
                 self.reused_differing += not same
 
     def figures(self) -> dict[str, float]:
-        """For the history."""
+        """The figures for the history."""
         found = {f"soak_ttft_{share}": 1e3 * percentile(self.ttft, share) for share in (50, 99) if self.ttft}
         found |= {f"soak_answer_{share}": 1e3 * percentile(self.whole, share) for share in (50, 99) if self.whole}
         if (trend := slope(self.samples)) is not None:
-            found["soak_memory"] = trend.growth  # 40 requests are too few for a slope that reads as one
+            found["soak_memory"] = trend.growth  # 40 requests are too few for a meaningful slope
         if self.reused_compared:
             found["soak_differing"] = 100 * self.reused_differing / self.reused_compared
         return found
 
-    def told(self) -> Iterator[str]:
-        """For a console."""
+    def lines(self) -> Iterator[str]:
+        """The result in lines for a console."""
         yield (
-            f"{self.answers} answers and {self.cut} broken off, of {self.users} users at once, "
-            f"{len(self.starts)} starts of the server, {self.seconds:.0f} s"
+            f"{self.answers} answers, {self.cut} cancelled requests, {self.users} concurrent users, "
+            f"{len(self.starts)} server starts, {self.seconds:.0f} s"
         )
         yield (
             f"{self.compared} answers compared with the first to the same question: {len(self.differing)} differ; "
-            f"{self.reused_compared} more reused what was computed in other pieces: {self.reused_differing} differ"
+            f"{self.reused_compared} more with reused cache rows: {self.reused_differing} differ"
         )
         if self.ttft and self.whole:
             first, whole = ([percentile(times, share) for share in (50, 99)] for times in (self.ttft, self.whole))
@@ -134,7 +133,7 @@ class Soak:
 
 @dataclass(frozen=True)
 class Trend:
-    """MB in 1000 requests, its standard error, and the MB that the fitted line rises by in the longest life."""
+    """Memory growth: MB per 1000 requests, its standard error, and the fitted growth in MB over the longest life."""
 
     slope: float
     error: float
@@ -145,7 +144,7 @@ class Trend:
         return self.slope - CERTAIN * self.error > MOST_SLOPE and self.growth > LEAST_GROWTH
 
     def text(self) -> str:
-        return f"{self.slope:+.1f} ± {self.error:.1f} MB in 1000 requests, {self.growth:+.1f} MB in a life"
+        return f"{self.slope:+.1f} ± {self.error:.1f} MB per 1000 requests, {self.growth:+.1f} MB per server life"
 
 
 def soak(
@@ -155,9 +154,9 @@ def soak(
     users: int = USERS,
     say: Callable[[str], None] = lambda line: None,
 ) -> Soak:
-    """Asks the server that `command` starts on the board `requests` questions. Raises CheckFailed, BadInput, Lost.
+    """Starts the server with `command` on the board and sends it `requests` questions.
 
-    What is wrong with the server is no exception: it is in `faults`.
+    Faults of the server are in `faults` of the result. Raises CheckFailed, BadInput or Lost for other failures.
     """
     found, started = Soak(requests, users), time.monotonic()
     lives = LIVES.get(requests, LONG_LIVES)
@@ -174,7 +173,7 @@ def soak(
 
 
 def judge(found: Soak) -> Iterator[str]:
-    """What must not have happened, the worst first."""
+    """The faults, the worst first."""
     if found.lost:
         yield f"{len(found.lost)} requests were lost; the first: {found.lost[0]}"
     if found.refused:
@@ -183,23 +182,23 @@ def judge(found: Soak) -> Iterator[str]:
         yield f"{len(found.differing)} of {found.compared} answers changed: {found.differing[0]}"
     if found.reused_compared and found.reused_differing > max(1, MOST_DIFFERING * found.reused_compared):
         yield (
-            f"{found.reused_differing} of {found.reused_compared} answers that reused what was cached differ from the "
+            f"{found.reused_differing} of {found.reused_compared} answers with reused cache rows differ from the "
             f"first ones; rounding alone changes fewer than {MOST_DIFFERING:.0%}"
         )
     trend = slope(found.samples)
     if trend is not None and trend.leaks:
-        yield f"memory of axrun serve grows: {trend.text()}; {MOST_SLOPE:.0f} MB in 1000 requests are allowed"
+        yield f"axrun serve leaks memory: {trend.text()}; the limit is {MOST_SLOPE:.0f} MB per 1000 requests"
     if found.cmm and found.cmm[-1] < found.cmm[0] - CMM_SLACK:
         yield (
-            f"CMM does not come back: {found.cmm[0] / MB:.0f} MB were left before the first server, "
-            f"{found.cmm[-1] / MB:.0f} MB after the last had ended"
+            f"CMM is not released: {found.cmm[0] / MB:.0f} MB were free before the first server started, "
+            f"{found.cmm[-1] / MB:.0f} MB after the last one stopped"
         )
 
 
 def slope(samples: Sequence[Sample]) -> Trend | None:
-    """Least squares over the server's resident memory, one slope for all lives and a level for each; None of too few.
+    """Least-squares fit of the server's resident memory: one slope for all lives, an offset for each.
 
-    The first samples of a life, WARM of its requests, are left out.
+    Warm-up samples (the share WARM of a life) are skipped. None for too few samples.
     """
     lives: dict[int, list[tuple[float, float]]] = {}
     for sample in samples:
@@ -229,7 +228,7 @@ def slope(samples: Sequence[Sample]) -> Trend | None:
 
 
 def percentile(values: Sequence[float], share: int) -> float:
-    """The value that `share` per cent are not above."""
+    """The percentile `share` by the nearest-rank method."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share / 100 * len(ordered)) - 1)]
 
@@ -237,7 +236,7 @@ def percentile(values: Sequence[float], share: int) -> float:
 def _live(
     link: Connection, command: Sequence[str], found: Soak, life: int, exact: bool, requests: int, asked: list[Question]
 ) -> bool:
-    """One life of the server: started, asked, stopped. Whether another may follow."""
+    """One life of the server: start, load, stop. Returns whether to go on."""
     if not life and (left := link.call("sample")["cmm"]) is not None:
         found.cmm.append(left)
     began = link.call("start", LOAD_SECONDS + 60, command=list(command), limit=LOAD_SECONDS)
@@ -273,7 +272,7 @@ def _live(
     if ended["code"] is None:
         found.faults.append(f"axrun serve did not end within {STOP_SECONDS:.0f} s of SIGTERM")
     elif ended["code"] != 0:
-        found.faults.append(f"axrun serve ended with exit code {ended['code']} when asked to: {ended['said'][:200]!a}")
+        found.faults.append(f"axrun serve exited with code {ended['code']} on SIGTERM: {ended['said'][:200]!a}")
     if ended["traceback"]:
         found.faults.append(f"axrun serve printed a traceback: {ended['traceback'][:200]!a}")
     if (left := link.call("sample")["cmm"]) is not None:
@@ -282,7 +281,7 @@ def _live(
 
 
 def _first(client: Client, found: Soak, asked: list[Question]) -> bool:
-    """The first answers, which all others are held against. Whether there are any."""
+    """Collects the first answers, the baseline of all others. Returns whether there are any."""
     for outcome in soak_load.questions(client):
         if outcome.kind != WHOLE:
             found.note(outcome, True)
@@ -292,7 +291,7 @@ def _first(client: Client, found: Soak, asked: list[Question]) -> bool:
 
 
 def _died(link: Connection, found: Soak, life: int, requests: int) -> bool:
-    """Whether the server has ended by itself, which is then a fault. A moment is given: the connection goes first."""
+    """Whether the server died, which is a fault. Polls for a second: the connection breaks before the process ends."""
     for _ in range(10):
         seen = link.call("sample")
         if seen["code"] is not None:
@@ -300,14 +299,14 @@ def _died(link: Connection, found: Soak, life: int, requests: int) -> bool:
                 f"axrun serve died in life {life + 1} after {requests} requests, exit code {seen['code']}: "
                 f"{seen['said'][:200]!a}"
             )
-            found.lost.clear()  # because of that
+            found.lost.clear()  # explained by the crash
             return True
         time.sleep(0.1)
     return False
 
 
 def _settled(port: int, found: Soak, sent: int) -> None:
-    """Slots that were hung up on get free again, and the server counted as many requests as were sent."""
+    """Checks that slots of disconnected clients become free, and that the server counted every request."""
     deadline, counted = time.monotonic() + IDLE_SECONDS, {}
     try:
         while time.monotonic() < deadline:
@@ -316,7 +315,7 @@ def _settled(port: int, found: Soak, sent: int) -> None:
                 break
             time.sleep(0.1)
         else:
-            found.faults.append(f"a slot of axrun serve is busy {IDLE_SECONDS:.0f} s after the last request")
+            found.faults.append(f"a slot of axrun serve is still busy {IDLE_SECONDS:.0f} s after the last request")
     except OSError as error:
         found.faults.append(f"axrun serve does not answer /metrics: {error}")
         return
@@ -329,14 +328,14 @@ def _settled(port: int, found: Soak, sent: int) -> None:
 
 
 def on_board(board: Board, deployed: Path, requests: int, say: Callable[[str], None]) -> Soak:
-    """A soak of the release that was deployed. Raises BadInput, CheckFailed."""
+    """Soak-tests the deployed release. Raises BadInput, CheckFailed."""
     if requests < 1:
-        raise BadInput(f"a soak of {requests} requests asks nothing; expected at least 1")
+        raise BadInput(f"{requests} requests: expected at least 1")
     record = evidence.read(deployed)
     if record.board != board.name:
-        raise BadInput(f"{deployed} is the record of a deploy to {record.board}, this board is {board.name}")
+        raise BadInput(f"{deployed} records a deploy to {record.board}, but this board is {board.name}")
     release = f"{board.root}/releases/{record.release}"
-    patient = ["--threads", "1", "--read-timeout", "60"]  # with a machine that emulates a board and does other things
+    patient = ["--threads", "1", "--read-timeout", "60"]  # for a busy host that emulates the board
     flags = ["--port", "0", "--engine", board.engine, *(patient if board.emulated else [])]
     command = ["sh", f"{release}/axrun", "serve", f"{release}/model", *flags]
     try:
@@ -347,8 +346,8 @@ def on_board(board: Board, deployed: Path, requests: int, say: Callable[[str], N
 
 
 def report(found: Soak, board: Board) -> Mapping[str, Any]:
-    """What is kept of a soak."""
-    return {"board": board.name, **dataclasses.asdict(found), "figures": found.figures(), "told": list(found.told())}
+    """The content of soak.json."""
+    return {"board": board.name, **dataclasses.asdict(found), "figures": found.figures(), "told": list(found.lines())}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -357,7 +356,7 @@ def main(argv: Sequence[str]) -> int:
         board = place.find(name)
         found = on_board(board, Path(deployed), int(more[0]) if more else SHORT, lambda line: print(line, flush=True))
         Path(out).write_text(json.dumps(report(found, board)) + "\n", "utf-8")
-        print("\n".join(found.told()))
+        print("\n".join(found.lines()))
         if found.faults:
             more_faults = f" (and {len(found.faults) - 1} more)" if len(found.faults) > 1 else ""
             raise CheckFailed(found.faults[0] + more_faults)

@@ -1,6 +1,6 @@
-"""What a soak asks of `axrun serve`, and the users who ask it: answers as they came over HTTP, none of them judged.
+"""Load generator of the soak test: concurrent users of `axrun serve` over HTTP. It records answers but judges none.
 
-Users ask at once, each over a connection of its own that stays open; some hang up in the middle of an answer.
+Each user has its own persistent connection; some disconnect in the middle of an answer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from ci.device import strict_json
 
 SYSTEM = "You are a calculator on a small board. Answer with the number alone, and nothing else."
-# Turns of conversations; those of one conversation begin alike, and two of them with the same system prompt.
+# System prompt and turns of each conversation; shared prefixes exercise the prompt cache.
 CONVERSATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("", ("1+1=", "2+2=", "17+25=")),
     (SYSTEM, ("12+30=", "7+8=")),
@@ -30,14 +30,14 @@ CONVERSATIONS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 ANSWER_SECONDS = 300.0
 MOST_ANSWER = 1 << 20  # bytes
-CUT_EACH = 7  # of so many requests one is hung up on
+CUT_EACH = 7  # one request in so many is cancelled by the client
 WHOLE, CUT, LOST, REFUSED = "whole", "cut", "lost", "refused"
 HTTP_OK, HTTP_BAD = 200, 400
 
 
 @dataclass(frozen=True)
 class Question:
-    """A request that is always the same: its messages, and the answer that it got first, in a fresh process."""
+    """A fixed request: its messages, and its first answer, from a fresh server, as the baseline."""
 
     messages: tuple[Mapping[str, str], ...]
     first: str
@@ -49,9 +49,9 @@ class Question:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a request. `status` is HTTP's, 0 without one; `reused` tokens of its prompt were in the cache.
+    """The result of a request. `status` is the HTTP status, 0 without a response; `reused` the cached prompt tokens.
 
-    `ttft` and `seconds` are until the first text and the whole answer; `why` says what was wrong.
+    `ttft` and `seconds` are the times to the first text and to the end of the answer; `why` is the error.
     """
 
     kind: str
@@ -74,7 +74,7 @@ class Client:
     _link: http.client.HTTPConnection | None = field(default=None, repr=False)
 
     def ask(self, question: Question, cut: int = 0) -> Outcome:
-        """Streams an answer; hangs up after `cut` pieces of text, where that is not 0."""
+        """Streams an answer; disconnects after `cut` chunks of text unless `cut` is 0."""
         started = time.monotonic()
         try:
             return self._ask(question, cut, started)
@@ -111,7 +111,7 @@ class Client:
                 return Outcome(CUT, question, status=HTTP_OK)
         seconds = time.monotonic() - started
         if not finished:
-            return Outcome(LOST, question, status=HTTP_OK, why="the answer ended before it was whole", seconds=seconds)
+            return Outcome(LOST, question, status=HTTP_OK, why="the answer was truncated", seconds=seconds)
         return Outcome(WHOLE, question, "".join(pieces), HTTP_OK, reused, first or seconds, seconds)
 
     def _post(self, question: Question) -> http.client.HTTPResponse:
@@ -131,11 +131,11 @@ class Client:
             self.close()
             if not kept:
                 raise
-            return self._post(question)  # a connection that was idle for too long: no request got there
+            return self._post(question)  # the server closed an idle connection: the request did not reach it
 
 
 def questions(client: Client) -> Iterator[Outcome]:
-    """Asks every question once, one after another: how the first answers came. Too long ones are left out."""
+    """Asks every question once, one after another, for the first answers. Skips questions beyond the context."""
     for system, turns in CONVERSATIONS:
         messages: list[Mapping[str, str]] = [{"role": "system", "content": system}] if system else []
         for turn in turns:
@@ -158,9 +158,9 @@ def load(
     seed: int,
     told: Callable[[Outcome], bool],
 ) -> None:
-    """`users` ask `requests` questions at once, drawn by `seed`; `told` gets each outcome, and says whether to go on.
+    """`users` concurrent users send `requests` questions in total, drawn with `seed`.
 
-    It is called by one thread at a time. What it raises, this does.
+    `told` gets each outcome and returns whether to go on; calls are serialized. Its exceptions are re-raised here.
     """
     chosen, left = random.Random(seed), queue.SimpleQueue[tuple[Question, int]]()
     for number in range(requests):
@@ -196,7 +196,7 @@ def load(
 
 
 def counts(port: int) -> dict[str, float]:
-    """What the server counted, of its /metrics: requests by status, busy slots, requests that wait. Raises OSError."""
+    """The server's /metrics: requests by status, busy slots, waiting requests. Raises OSError."""
     link = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     with contextlib.closing(link):
         try:
@@ -214,7 +214,7 @@ def counts(port: int) -> dict[str, float]:
 
 
 def _events(response: http.client.HTTPResponse) -> Iterator[Mapping[str, Any]]:
-    """The server-sent events of a response up to [DONE]. Raises ValueError for what is none."""
+    """The server-sent events of a response up to [DONE]. Raises ValueError for a malformed stream."""
     size, done = 0, False
     while line := response.readline(MOST_ANSWER + 1):
         size += len(line)

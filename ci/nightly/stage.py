@@ -1,7 +1,7 @@
-"""One stage of a night: a command with a time limit, its console kept, nothing of it left running.
+"""Runs one stage of a night: a command with a time limit and a console log; no process of it survives.
 
-Every command gets a session of its own. What it leaves behind, daemons that moved to another session included, comes to
-this process as its subreaper (prctl(2), PR_SET_CHILD_SUBREAPER) and is ended with the stage.
+Every command gets a session of its own. Processes that it leaves behind, even daemons in another session, are
+reparented to this process, a subreaper (prctl(2), PR_SET_CHILD_SUBREAPER), and killed at the end of the stage.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from axrun.errors import BadInput
 from ci.device import progress
 
 PR_SET_CHILD_SUBREAPER = 36
-GRACE = 10.0  # seconds between asking a command to end and making it
+GRACE = 10.0  # seconds between a polite signal and SIGKILL
 MOST_REASON = 400  # characters
 TAIL = 60  # lines of a console that a report shows
 POLL = 0.1  # seconds
-HANDED_IN = "bundle handed in"  # the stage of a bundle that was built elsewhere
-TIMED_OUT = 124  # as timeout(1) exits
+HANDED_IN = "bundle handed in"  # the stage in place of a build, for a bundle that was built elsewhere
+TIMED_OUT = 124  # exit code of timeout(1)
 INTERRUPTED = 130
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 OUTCOMES = {0: "done", **dict.fromkeys(KILLED, "killed"), TIMED_OUT: "timed out", INTERRUPTED: "interrupted"}
@@ -35,9 +35,9 @@ OUTCOMES = {0: "done", **dict.fromkeys(KILLED, "killed"), TIMED_OUT: "timed out"
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage that ended: its command's exit status, the seconds it took and might have taken.
+    """A finished stage: exit code, seconds, time limit.
 
-    `reason` is empty when all is well. `excused` says why a failure does not count: tried again, quarantined.
+    `reason` is empty on success. `excused` says why a failure does not count: retried, quarantined.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Stage:
         return OUTCOMES.get(self.code, "failed")
 
     def tail(self) -> str:
-        """The end of its console, control characters made visible."""
+        """The last lines of its console, printable."""
         return "\n".join(_lines(self.console)[-TAIL:])
 
 
 def adopt_orphans() -> None:
-    """Makes this process the parent of what its children leave behind. Linux only; elsewhere they go to init."""
+    """Makes this process the subreaper of its descendants. Linux only; elsewhere orphans go to init."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
@@ -83,11 +83,10 @@ def run(
     stop: Callable[[], str] = lambda: "",
     say: Callable[[str], None] = lambda line: None,
 ) -> Stage:
-    """Runs a command until it ends, its limit is reached, or `stop` gives a reason to.
+    """Runs a command until it ends, times out, or `stop` returns a reason.
 
-    `say` is given how long it has run and the last it said, every progress.EVERY seconds.
-    `leaves`: what it leaves running is meant to stay (a board that was switched on). Raises BadInput when the command
-    cannot be started.
+    Every progress.EVERY seconds, `say` gets the elapsed time and the last line of output. `leaves`: processes left
+    behind may go on (an emulated board that was switched on). Raises BadInput if the command cannot be started.
     """
     before = set(children(os.getpid()))
     started = time.monotonic()
@@ -114,18 +113,18 @@ def run(
                 sweep(before)
     reason = ""
     if code == TIMED_OUT:
-        reason = f"{name} did not end within {limit:.0f} s; the last it said: {last_line(console)}"
+        reason = f"{name} did not end within {limit:.0f} s; last output: {last_line(console)}"
     elif code == INTERRUPTED and stop():
         reason = stop()
     elif code in KILLED:
         reason = memory.reason(name, last_line(console))
     elif code:
-        reason = last_error(console) or f"{name} ended with exit code {code} and said nothing"
+        reason = last_error(console) or f"{name} ended with exit code {code} and printed nothing"
     return Stage(name, code, time.monotonic() - started, limit, reason[:MOST_REASON], console)
 
 
 def _heartbeat(name: str, console: Path, say: Callable[[str], None], started: float) -> Callable[[], None]:
-    """Says that a stage runs, when it is called and a while has passed."""
+    """A callback for the polling loop that reports progress every progress.EVERY seconds."""
     told = started
 
     def beat() -> None:
@@ -140,7 +139,7 @@ def _heartbeat(name: str, console: Path, say: Callable[[str], None], started: fl
 
 
 class Memory:
-    """What this machine had left while a command ran, and whether its kernel killed for memory meanwhile."""
+    """Tracks the machine's available memory and its OOM kills while a command runs."""
 
     def __init__(self) -> None:
         self.least = self.first = _available()
@@ -150,22 +149,22 @@ class Memory:
         self.least = min(self.least, _available())
 
     def reason(self, name: str, said: str) -> str:
-        """Why a command was killed that nobody here killed."""
+        """Explains a SIGKILL that did not come from us."""
         kills = _kills() - self._kills
-        left = f"{self.first >> 20} MB of memory were available when it began, {self.least >> 20} MB at the least"
-        why = "for want of memory" if kills else "from outside, as a kernel without memory does"
-        last = f"; the last it said: {said}" if said else ""
-        return f"{name} was killed {why}: {left}{last}\nGive it more memory, or less to do at a time: PARALLEL=1."
+        left = f"{self.first >> 20} MB of memory were available at its start, {self.least >> 20} MB at the lowest point"
+        why = "by the kernel, out of memory" if kills else "by another process or the kernel, perhaps out of memory"
+        last = f"; last output: {said}" if said else ""
+        return f"{name} was killed {why}: {left}{last}\nGive it more memory, or less work at a time: PARALLEL=1."
 
 
 def _available() -> int:
-    """Bytes; 0 where the system does not tell."""
+    """Available memory in bytes; 0 if unknown."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", _text(Path("/proc/meminfo")), re.MULTILINE)
     return int(found[1]) << 10 if found else 0
 
 
 def _kills() -> int:
-    """Processes that the kernel has killed for memory: of this machine, or of this container."""
+    """The number of OOM kills so far, on this machine and in this container."""
     texts = _text(Path("/proc/vmstat")), _text(Path("/sys/fs/cgroup/memory.events"))
     return sum(int(count) for text in texts for count in re.findall(r"^oom_kill (\d+)$", text, re.MULTILINE))
 
@@ -193,7 +192,7 @@ def _wait(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a command and its session: asked first, made after GRACE seconds."""
+    """Ends a command and its session: SIGINT, then SIGTERM, then SIGKILL."""
     for number, patience in ((signal.SIGINT, GRACE), (signal.SIGTERM, GRACE / 2), (signal.SIGKILL, GRACE)):
         if process.poll() is not None:
             break
@@ -206,7 +205,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def sweep(before: set[int]) -> list[int]:
-    """Kills the children of this process that are not in `before`, and all of theirs; returns what it found."""
+    """Kills the children of this process that are not in `before`, and their descendants; returns their pids."""
     found: list[int] = []
     deadline = time.monotonic() + GRACE
     while time.monotonic() < deadline:
@@ -225,7 +224,7 @@ def sweep(before: set[int]) -> list[int]:
 
 
 def children(parent: int) -> list[int]:
-    """The processes whose parent is `parent`, zombies included; none where there is no /proc."""
+    """The processes whose parent is `parent`, zombies included; empty without /proc."""
     return [pid for pid, of in _parents() if of == parent]
 
 
@@ -242,7 +241,7 @@ def descendants(ancestor: int) -> list[int]:
 
 
 def last_error(console: Path) -> str:
-    """What a command said of its failure: the last `error: ...` with the lines under it, or its last line."""
+    """The error message of a command: the last `error: ...` with the lines after it, or else the last line."""
     lines = _lines(console)
     for place in range(len(lines) - 1, -1, -1):
         if lines[place].lower().startswith("error: "):
@@ -256,14 +255,14 @@ def last_line(console: Path) -> str:
 
 
 def _parents() -> Iterator[tuple[int, int]]:
-    """(pid, parent's pid) of every process: fields 1 and 4 of /proc/PID/stat, the name between may hold anything."""
+    """(pid, parent's pid) of every process: fields 1 and 4 of /proc/PID/stat; field 2 may contain anything."""
     for entry in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError, ValueError):
             yield int(entry.name), int((entry / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()[1])
 
 
 def _lines(console: Path) -> list[str]:
-    """The last of a console as text that shows anywhere."""
+    """The last 64 KB of a console as printable lines."""
     with console.open("rb") as stream:
         stream.seek(max(0, console.stat().st_size - (1 << 16)))
         text = stream.read().decode("utf-8", "replace")

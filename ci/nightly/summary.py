@@ -1,4 +1,4 @@
-"""What a night says of itself to whoever started it: a JSON file, written by `invoke nightly --summary FILE`."""
+"""The result of a night as a JSON file, for the process that started it: `invoke nightly --summary FILE`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from axrun.errors import BadInput
 from ci.device import strict_json
 
 if TYPE_CHECKING:
-    from ci.nightly.night import Held
+    from ci.nightly.night import NightResult
 
 LONGEST = 1 << 22  # bytes of a file
 
 
 @dataclass(frozen=True)
 class Judged:
-    """A figure of the night as its report shows it; `gate` is empty where there is none."""
+    """A figure as the report shows it; `gate` is empty if there is none."""
 
     figure: str
     outcome: str
@@ -29,7 +29,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Summary:
-    """`word` is the verdict's, `code` the exit code, `night` the line of history, `report` the page of the night."""
+    """`word` is green or red, `code` the exit code, `night` the line of history, `report` the path of the page."""
 
     headline: str
     word: str
@@ -46,20 +46,20 @@ class Summary:
         return self.word == "green" and bool(self.reason)
 
 
-def write(file: Path, held: Held) -> None:
-    """Raises BadInput when it cannot be written."""
-    judged = tuple(Judged(entry.metric.name, entry.outcome, entry.value_text, entry.gate_text) for entry in held.judged)
-    found = held.verdict
+def write(file: Path, result: NightResult) -> None:
+    """Raises BadInput for a file that cannot be written."""
+    judged = tuple(Judged(one.metric.name, one.outcome, one.value_text, one.gate_text) for one in result.judged)
+    found = result.verdict
     summary = Summary(
-        headline=held.headline,
+        headline=result.headline,
         word=found.word,
         code=found.code,
         reason=found.reason,
         advice=found.advice,
         judged=judged,
-        notes=tuple(held.notes),
-        report=str(held.report),
-        night=dataclasses.asdict(held.night),
+        notes=tuple(result.notes),
+        report=str(result.report),
+        night=dataclasses.asdict(result.night),
     )
     part = file.with_name(f"{file.name}.part")
     try:
@@ -70,7 +70,7 @@ def write(file: Path, held: Held) -> None:
 
 
 def read(file: Path) -> Summary | None:
-    """None where there is none, as of a night that never began. Raises BadInput for a damaged one."""
+    """None if there is no file: the night never began. Raises BadInput for a damaged one."""
     try:
         found = strict_json.read(file, LONGEST)
         judged = tuple(Judged(**entry) for entry in found.pop("judged"))
@@ -78,4 +78,4 @@ def read(file: Path) -> Summary | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"{file} is no summary of a night: {str(error)[:200]}") from None
+        raise BadInput(f"{file} is not the summary of a night: {str(error)[:200]}") from None

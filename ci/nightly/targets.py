@@ -1,7 +1,7 @@
-"""Targets: what figures are to reach or what others publish, beside what was measured; ci/targets.toml has them.
+"""Targets, from ci/targets.toml: goals of the project, or figures published by others, shown next to measurements.
 
-A target judges nothing. One of a real board is never shown beside an emulated board's figures, and an emulated board
-has none for a figure that follows the clock of the machine beneath.
+A target is informational; gates decide. A real board's target is never shown with an emulated board's figures, and an
+emulated board has none for figures that depend on the host's clock.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BASES = ("published", "goal")
 
 @dataclass(frozen=True)
 class Target:
-    """`value` in `unit`; `basis` is one of BASES, `source` says whose figure it is."""
+    """`value` in `unit`; `basis` is one of BASES, `source` says where the figure is from."""
 
     board: str
     model: str
@@ -33,7 +33,7 @@ class Target:
     source: str
 
     def text(self) -> str:
-        """For a reader: the value and whose it is."""
+        """The value and its basis as text."""
         return f"{metrics.find(self.figure).text(self.value)}, {self.basis}"
 
     def reached(self, value: float) -> bool:
@@ -41,7 +41,7 @@ class Target:
 
 
 def read(file: Path = FILE) -> tuple[Target, ...]:
-    """Raises BadInput, with the line, for a file that does not say what it must."""
+    """Raises BadInput, with the line, for an invalid file."""
     text, content = toml_lines.read(file)
     if unknown := sorted(set(content) - {"target"}):
         raise BadInput(f"{file} line {_line(text, unknown[0])}: {unknown[0]!a:.40} is not known: expected [[target]]")
@@ -87,19 +87,21 @@ def _target(file: Path, text: str, entry: Mapping[str, Any], index: int) -> Targ
         if entry[key] not in allowed:
             raise wrong(key, f"{key} is {entry[key]!a:.40}, expected {' or '.join(map(repr, allowed))}")
     if not 0 < len(entry["source"]) <= 500 or not entry["source"].isprintable():
-        raise wrong("source", "source is not a line of text: expected whose figure it is")
+        raise wrong("source", "source is not a line of text: expected where the figure is from")
     if place.is_emulated(entry["board"]) and metric.timed:
-        raise wrong("figure", f"{entry['board']} is emulated, and {metric.label} follows the host's clock: no target")
+        raise wrong(
+            "figure", f"{entry['board']} is emulated, and {metric.label} depends on the host's clock: no target"
+        )
     return Target(**{**entry, "value": float(entry["value"])})
 
 
 def _line(text: str, name: str) -> int:
-    """Of a key or of a table."""
+    """The line of a key or a table."""
     return max(line(text, name), line(text, table=name))
 
 
 def nearest(found: Sequence[Target], value: float) -> Target | None:
-    """The one to show where there is room for one: the hardest that is reached, else the easiest that is not."""
+    """The target to show if there is room for one: the hardest that is reached, else the easiest that is not."""
     if not found:
         return None
     higher = metrics.find(found[0].figure).higher

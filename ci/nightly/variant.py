@@ -1,4 +1,4 @@
-"""A model in a weight type: `tiny-qwen2@s4` in commands, history and gates; plain `tiny-qwen2` is in its own type."""
+"""Model variants: `tiny-qwen2@s4` is tiny-qwen2 with weight type s4; plain `tiny-qwen2` has its own weight type."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from axrun.errors import BadInput
 
 @dataclass(frozen=True)
 class Variant:
-    """A model of models/*.toml and the weight type that it is built with."""
+    """A model of models/*.toml and the weight type to build it with."""
 
     spec: ModelSpec
     weight_type: str
 
     @property
     def own(self) -> bool:
-        """Whether it is the model's own weight type, with which `make build` builds it."""
+        """Whether it is the weight type of the model's TOML, which `make build` uses."""
         return self.weight_type == self.spec.build.weight_type
 
     @property
     def name(self) -> str:
-        """What history and gates know it by."""
+        """Its name in commands, history and gates."""
         return self.spec.name if self.own else f"{self.spec.name}@{self.weight_type}"
 
     def flags(self) -> list[str]:
-        """Of axc llm_build, beside the model's own."""
+        """Further flags for axc llm_build, after the model's own."""
         return [] if self.own else ["--weight_type", self.weight_type]
 
 
@@ -40,7 +40,7 @@ def find(name: str) -> Variant:
 
 
 def require_weight_type(name: str) -> str:
-    """`name` itself. Raises BadInput where axc has no such weight type."""
+    """Returns `name`. Raises BadInput for an unknown weight type."""
     if name not in WEIGHT_TYPES:
         near = difflib.get_close_matches(name, WEIGHT_TYPES, 1)
         meant = f" (did you mean {near[0]}?)" if near else ""
@@ -49,5 +49,5 @@ def require_weight_type(name: str) -> str:
 
 
 def model_of(name: str) -> str:
-    """The model of a variant's name, whether there is one or not."""
+    """The model part of a variant's name; it need not exist."""
     return name.partition("@")[0]

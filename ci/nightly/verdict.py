@@ -1,4 +1,4 @@
-"""Green, or red with the reason: what the stages, the gates and the nights before say of a night."""
+"""The verdict of a night: green, or red with a reason, from its stages, its gates and earlier nights."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from dataclasses import dataclass, replace
 
 from ci.device import commands
 from ci.nightly import metrics
-from ci.nightly.course import MEASURE
 from ci.nightly.gate import Gate, Judgement
 from ci.nightly.health_log import ADVICE, BOARD
 from ci.nightly.history import Night
+from ci.nightly.pipeline import MEASURE
 from ci.nightly.report.changes import other_bytes
 from ci.nightly.stage import INTERRUPTED, Stage
 
-TREND = 10  # green nights a drift is told from
+TREND = 10  # green nights that a drift is measured against
 FEWEST_FOR_TREND = 5
-NO_GATE = "no gate says"
+NO_GATE = "no gates for"
 GREEN, RED, NOT_HELD = 0, 1, 2  # exit codes
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`reason` is empty when green by gates, else why it is red or was not judged.
+    """`reason` says why the night is red or was not judged; empty for green by gates.
 
-    `stage` is the one that failed, `code` what the nightly exits with.
+    `stage` is the failed stage, `code` the exit code.
     """
 
     reason: str
@@ -38,7 +38,7 @@ class Verdict:
         return "red" if self.code else "green"
 
     def after(self, first: str) -> Verdict:
-        """Of a night whose first try failed for that reason: a red one has both."""
+        """The verdict of a retried night: if red, with the reason of the first attempt too."""
         reason = f"{self.reason} (on the second try; the first: {first})"
         return replace(self, reason=reason) if first and self.code else self
 
@@ -49,13 +49,13 @@ def verdict(
     tests: Sequence[str],
     before: Sequence[Night],
     night: Night,
-    unlike: Sequence[str] = (),
+    mismatches: Sequence[str] = (),
     unjudged: str = "",
 ) -> Verdict:
-    """The first reason to be red, the one that explains the others; green where there is none.
+    """Green, or red with the first reason, which usually explains the others.
 
-    `tests` are the board tests that failed, `before` the nights of history, `night` what is known of this one,
-    `unlike` where what was measured is not what was built and deployed, `unjudged` why no gate judges it.
+    `tests` are the messages of failed board tests, `before` the earlier nights, `night` this one, `mismatches` the
+    differences between the measured and the deployed release, `unjudged` why no gate judges it.
     """
     failed = [stage for stage in stages if stage.failed]
     first = failed[0] if failed else None
@@ -65,11 +65,11 @@ def verdict(
         if reason.startswith(BOARD):
             return Verdict(reason, advice or ADVICE.format(board=night.board), first.name, code)
         return Verdict(f"{first.name}: {reason}", advice, first.name, code)
-    if unlike:
-        more = f" (and {len(unlike) - 1} more)" if len(unlike) > 1 else ""
+    if mismatches:
+        more = f" (and {len(mismatches) - 1} more)" if len(mismatches) > 1 else ""
         return Verdict(
-            f"what was measured is not what was deployed: {unlike[0].partition(chr(10))[0]}{more}",
-            "The figures are of something else. Find who writes to the board beside the deploys, then deploy again.",
+            f"the measured release differs from the deployed one: {mismatches[0].partition(chr(10))[0]}{more}",
+            "The figures do not belong to this build. Find what else writes to the board, then deploy again.",
             MEASURE,
             RED,
         )
@@ -88,11 +88,11 @@ def verdict(
     if not judged:
         return Verdict("nothing was measured on the board", "", MEASURE, RED)
     if ungated:
-        return Verdict(f"{NO_GATE} what {night.maker} bundles must measure here", _recorded(night), MEASURE, RED)
-    if twin := _twin(before, night):
+        return Verdict(f"{NO_GATE} {night.maker} bundles here", _recorded(night), MEASURE, RED)
+    if twin := _earlier_build(before, night):
         files = other_bytes(twin, night)
         return Verdict(
-            f"the bundle is not the one that the same commit built on {twin.started[:10]}: {files[0]} has other bytes"
+            f"the build is not reproducible: on {twin.started[:10]} the same commit built other bytes: {files[0]}"
             + (f" (and {len(files) - 1} more)" if len(files) > 1 else ""),
             f"Builds must be reproducible: {commands.make('verify-reproducible')}",
             "build",
@@ -102,7 +102,7 @@ def verdict(
 
 
 def drifts(figures: metrics.Figures, gates: Mapping[str, Gate], before: Sequence[Night], maker: str) -> Iterator[str]:
-    """Figures within their gates that have moved by more than half a tolerance from what green nights had."""
+    """Figures within their gates, but worse than the median of green nights by more than half the tolerance."""
     green = [night for night in before if night.judged_green and night.maker == maker][-TREND:]
     for name, value in figures.items():
         past = [
@@ -116,34 +116,33 @@ def drifts(figures: metrics.Figures, gates: Mapping[str, Gate], before: Sequence
         worse = (usual - value) if metric.higher else (value - usual)
         if worse > gates[name].tolerance / 2:
             yield (
-                f"{metric.label} is drifting: {metric.text(value)}, while the last {len(past)} green nights had "
-                f"{metric.text(usual)}; its gate still holds"
+                f"{metric.label} is drifting: {metric.text(value)}, the last {len(past)} green nights had "
+                f"{metric.text(usual)}; still within its gate"
             )
 
 
 def _weight(judged: Judgement) -> tuple[int, int, int]:
-    """What was measured and is worse says more than what was not measured."""
+    """Sort key: worse figures first, then suspiciously good ones, then missing ones."""
     outcome = ("worse", "too good", "not measured").index(judged.outcome) if judged.red else 3
     return (outcome, *metrics.rank(judged.metric.name))
 
 
 def _advice(night: Night) -> str:
-    return "Look at what changed. If the jump is right, record the gates anew from the nights that show it: " + _record(
-        night
-    )
+    return "Find the cause. If the change is intended, record new gates from nights that have it: " + _record(night)
 
 
 def _recorded(night: Night) -> str:
-    return "When the figures of three nights are right, record them: " + _record(night)
+    return "Once the figures of three nights are right, record them as gates: " + _record(night)
 
 
 def _record(night: Night) -> str:
+    """The command that records gates."""
     where = ("--board", night.board, "--model", night.model, "--maker", night.maker or "cpu")
     return commands.invoke("gate.record", *where)
 
 
-def _twin(before: Sequence[Night], night: Night) -> Night | None:
-    """The last night that built the same commit with the same maker to other bytes; none of a bundle handed in."""
+def _earlier_build(before: Sequence[Night], night: Night) -> Night | None:
+    """The last night whose build of the same commit and maker had other bytes; None for a bundle built elsewhere."""
     if not night.files or not night.commit or night.commit.endswith("+") or night.handed_in:
         return None
     same = [

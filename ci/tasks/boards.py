@@ -1,4 +1,4 @@
-"""Tasks of a board: the emulated one's switch, a release onto a board and back."""
+"""Tasks of boards: power, deploy and rollback, status, shell, and the runner on a board."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @verb
 def cross(_: Context, board: str = "virtual", out: str = OUT or "out") -> None:
-    """The runner and everything it needs, as aarch64 wheels for a board's Python."""
+    """Package the runner and its dependencies as aarch64 wheels for a board's Python."""
     install(VENV, "boards")
     from axc.inventory import decimal
     from ci.device import place, wheelhouse
@@ -37,13 +37,13 @@ def cross(_: Context, board: str = "virtual", out: str = OUT or "out") -> None:
 def board_up(
     _: Context, board: str = "virtual", disk: str = "", fresh: bool = False, even_if_held: bool = False
 ) -> None:
-    """Start an emulated arm64 board on this machine (root; Debian packages, cached), or switch a board's port on."""
+    """Start an emulated arm64 board on this machine (needs root), or switch a board's power port on."""
     install(VENV, "boards")
     from ci.device import holding, place, power, virtual_board
 
     found = place.find(board)
     if (disk or fresh) and not found.emulated:
-        raise BadInput(f"{board} is a board of its own: --disk and --fresh are for the emulated one")
+        raise BadInput(f"{board} is a real board: --disk and --fresh are for the emulated one")
     with holding.alone(found, even_if_held, TELL):
         if found.emulated:
             virtual_board.up(found, place.address(found), disk, fresh, TELL)
@@ -53,14 +53,14 @@ def board_up(
 
 @verb
 def board_down(_: Context, board: str = "virtual", even_if_held: bool = False) -> None:
-    """Cut a board's power: the emulated one's, whose disk stays, or by a board's port."""
+    """Switch a board off: stop the emulated one (its disk stays), or switch a board's power port off."""
     install(VENV, "boards")
     from ci.device import holding, place, power, virtual_board
 
     found = place.find(board)
     with holding.alone(found, even_if_held, TELL):
         if found.emulated:
-            print(f"{found.name} is off" if virtual_board.down(found) else f"{found.name} was off already")
+            print(f"{found.name} is off" if virtual_board.down(found) else f"{found.name} was already off")
         else:
             power.off(found)
 
@@ -74,7 +74,7 @@ def deploy(
     out: str = OUT or "out",
     keep: int = 3,
 ) -> None:
-    """Runner and bundle onto a board: sent, verified, asked, and only then switched to."""
+    """Deploy runner and bundle to a board: transfer, verify, run a prompt, then switch to the new release."""
     install(VENV, "boards")
     from axc.models import load_model
     from ci.device import deploy, evidence, holding, place, wheelhouse
@@ -95,7 +95,7 @@ def deploy(
 def board_doctor(
     _: Context, board: str = "virtual", model: str = "", json: bool = False, even_if_held: bool = False
 ) -> None:
-    """Say what is wrong with the bundle on a board, and where: axrun doctor of its current release."""
+    """Diagnose the bundle on a board: axrun doctor of its current release."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is the report
         install(VENV, "boards")
     from ci.device import doctor, holding, place
@@ -103,7 +103,7 @@ def board_doctor(
     found = place.find(board)
     with holding.alone(found, even_if_held, _warn):
         if not json:
-            TELL(f"examining what {found.name} has ...")
+            TELL(f"examining the bundle on {found.name} ...")
         report = doctor.on_board(found, place.address(found), model=model)
     print(dumps(report.json()) if json else "\n".join(report.lines()))
     finish(report.exit_code)
@@ -111,7 +111,7 @@ def board_doctor(
 
 @verb
 def rollback(_: Context, board: str = "virtual") -> None:
-    """The release before the current one is current again."""
+    """Switch a board back to the previous release."""
     install(VENV, "boards")
     from ci.device import deploy, holding, place
 
@@ -122,7 +122,7 @@ def rollback(_: Context, board: str = "virtual") -> None:
 
 @verb
 def board_free(_: Context, board: str = "virtual") -> None:
-    """Clear what a night or a deploy left that was killed: processes, lock, place, power, temporary files."""
+    """Clean up after a killed night or deploy: processes, lock, place, power, temporary files."""
     install(VENV, "boards")
     from ci.device import holding, place
 
@@ -139,7 +139,7 @@ def board_health(
     out: str = OUT or "out",
     history: str = "",
 ) -> None:
-    """A known bundle on a board that is on: its files, its answer, speed, memory and disk, beside earlier checks."""
+    """Check a running board with a known-good bundle: files, answer, speed, memory and disk against earlier checks."""
     install(VENV, "boards")
     from ci.device import place
     from ci.nightly.health import main
@@ -154,7 +154,7 @@ def board_health(
 
 @verb
 def board_soak(_: Context, board: str = "virtual", requests: int = 1000, out: str = OUT or "out") -> None:
-    """Several users ask axrun serve of the deployed release at once: answers, lost requests, memory, latencies."""
+    """Soak-test axrun serve of the deployed release with concurrent users: answers, errors, memory, latency."""
     install(VENV, "boards")
     from ci.device import evidence, place
     from ci.nightly.soak import main
@@ -168,7 +168,7 @@ def board_soak(_: Context, board: str = "virtual", requests: int = 1000, out: st
 
 @verb
 def board_status(_: Context, board: str = "virtual", json: bool = False) -> None:
-    """Whether a board answers, what it is, what runs there, who holds it, and where each setting is from."""
+    """Show whether a board answers, its versions and releases, who holds it, and the source of each setting."""
     import json as format_json
 
     install(VENV, "boards")
@@ -183,7 +183,7 @@ def board_status(_: Context, board: str = "virtual", json: bool = False) -> None
 
 @verb
 def board_shell(_: Context, board: str = "virtual", command: str = "", even_if_held: bool = False) -> None:
-    """A shell on a board, or one command there."""
+    """Open a shell on a board, or run one command there."""
     install(VENV, "boards")
     from ci.device import board_shell, holding, place, reach
 
@@ -197,7 +197,7 @@ def board_shell(_: Context, board: str = "virtual", command: str = "", even_if_h
 
 @verb
 def board_ask(_: Context, prompt: str, board: str = "virtual", args: str = ARGS) -> None:
-    """The current release's answer to a prompt (- reads it from stdin), as it is written."""
+    """Run a prompt (- reads it from stdin) with the current release on a board and stream the answer."""
     install(VENV, "boards")
     from ci.device import place, reach, remote_axrun
 
@@ -212,7 +212,7 @@ def board_ask(_: Context, prompt: str, board: str = "virtual", args: str = ARGS)
 
 @verb
 def board_serve(_: Context, board: str = "virtual", port: int = 0, args: str = ARGS) -> None:
-    """The current release's server on a board, reached at a port of this machine's loopback, until Ctrl-C."""
+    """Start the current release's server on a board, forwarded to a loopback port of this machine, until Ctrl-C."""
     install(VENV, "boards")
     from ci.device import place, reach, remote_axrun
 
@@ -223,13 +223,13 @@ def board_serve(_: Context, board: str = "virtual", port: int = 0, args: str = A
         reach.require(found, at, TELL)
         _log_in(found, at)
         with remote_axrun.served(found, at, port, TELL, split(args)) as (url, far):
-            TELL(f"{url}  (page at /, OpenAI's routes at /v1; Ctrl-C ends both sides)")
+            TELL(f"{url}  (page at /, OpenAI's routes at /v1; Ctrl-C stops server and forward)")
             try:
                 finish(far.wait())
             except KeyboardInterrupt:
-                TELL("\nending the server on the board ...")
+                TELL("\nstopping the server on the board ...")
                 far.close()
-                TELL(f"{found.name}: axrun serve has ended")
+                TELL(f"{found.name}: axrun serve has stopped")
 
 
 def _warn(line: str) -> None:
@@ -237,7 +237,7 @@ def _warn(line: str) -> None:
 
 
 def _log_in(board: Board, at: Address) -> None:
-    """Raises BadInput in our words for a board that ssh does not get into."""
+    """Raises BadInput, with our message instead of ssh's, if the login fails."""
     from ci.device.connection import Connection
 
     with Connection(board, at):
@@ -246,7 +246,7 @@ def _log_in(board: Board, at: Address) -> None:
 
 @contextlib.contextmanager
 def _reached(board: Board) -> Iterator[None]:
-    """A farm's place must be held to be reached; a board on the desk is looked at whoever holds it."""
+    """Reserves a farm's place, which cannot be reached otherwise; a desk board needs no reservation to look at it."""
     from ci.device import place
 
     if board.in_farm:
@@ -258,7 +258,7 @@ def _reached(board: Board) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ending() -> Iterator[None]:
-    """SIGTERM and SIGHUP end what runs as Ctrl-C does."""
+    """Makes SIGTERM and SIGHUP act like Ctrl-C."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt

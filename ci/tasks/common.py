@@ -1,7 +1,7 @@
-"""What the tasks share: how one is declared, the settings that make passes on, how a tool is run.
+"""Shared by all tasks: the decorator that declares one, the settings passed by make, and running tools.
 
-An option that is not given takes the variable of its name from the environment, which is how make passes them on: a
-prompt goes from the user's shell to the tokenizer without being read by another shell.
+Options default to the environment variable of their name, which make exports. So a prompt reaches the tokenizer exactly
+as typed, without a second shell interpreting it.
 """
 
 from __future__ import annotations
@@ -39,52 +39,52 @@ FAILED_TESTS, NO_TESTS = 1, 5  # pytest's exit codes
 
 HELP = {
     "model": "one of models/*.toml (MODEL, default tiny-qwen2)",
-    "model_dir": "the folder of its checkpoint, where there is no network (MODEL_DIR)",
-    "prompt": "what to ask (PROMPT, default the model's own)",
-    "out": "the folder of the bundles (OUT, default out)",
-    "parallel": "layers compiled at a time (PARALLEL, default one for each core)",
-    "force": "replace a bundle that was made otherwise (FORCE=1)",
-    "args": "more flags for the command underneath, as in a shell (ARGS)",
+    "model_dir": "the folder of its checkpoint, for a machine without network (MODEL_DIR)",
+    "prompt": "the prompt (PROMPT, default that of the model's TOML)",
+    "out": "the output folder (OUT, default out)",
+    "parallel": "layers compiled in parallel (PARALLEL, default one per core)",
+    "force": "replace a bundle that was built with other settings (FORCE=1)",
+    "args": "further flags for the underlying command, quoted as for a shell (ARGS)",
     "engine": "auto, docker or local: where the compiler runs (ENGINE, default auto)",
-    "base_image": "a Debian image to build on (BASE_IMAGE, default one made here by mmdebstrap)",
-    "mirror": "where the base image's packages come from (MIRROR, default Debian's own)",
-    "record": "write down the packages that were found, instead of holding them against the record",
+    "base_image": "a Debian base image (BASE_IMAGE, default one made on this machine by mmdebstrap)",
+    "mirror": "the Debian mirror for the base image (MIRROR, default Debian's own)",
+    "record": "update the record of packages instead of checking against it",
     "backend": "cpu, or pulsar2 for the vendor's compiler in VENDOR_IMAGE (BACKEND, default cpu)",
-    "peer": f"what to measure beside: {', '.join(PEERS)} (PEER, default none)",
+    "peer": f"a program to compare with: {', '.join(PEERS)} (PEER, default none)",
     "report": "write docs/benchmarks.md and the README's table from the run (REPORT=1)",
     "extra": f"one of {', '.join(SETS)}; may be repeated (default all)",
-    "tag": "what git calls the release; it has to be v and the VERSION of both packages",
-    "upgrade": "take the newest versions instead of keeping those that are locked",
+    "tag": "the release's git tag; must be v and the VERSION of both packages",
+    "upgrade": "upgrade to the newest versions instead of keeping the locked ones",
     "board": "one of ci/boards/*.yaml, or a labgrid environment of your own",
     "disk": "the virtual board's disk for releases, e.g. 64M, empty at each start (default: this machine's)",
-    "even_if_held": "do it although somebody holds the board: what they do there may fail, a night turns red",
-    "keep": "releases to keep on the board, the current one among them",
-    "bundle": "a bundle that was built elsewhere, in place of a build",
-    "history": "the folder of the nights that were held (default OUT/nightly/history)",
+    "even_if_held": "go on although somebody else holds the board; this can break their run",
+    "keep": "releases to keep on the board, including the current one",
+    "bundle": "use a bundle that was built elsewhere instead of building one",
+    "history": "the folder of past nights (default OUT/nightly/history)",
     "wait": "seconds to wait for a board that somebody else holds (default 0)",
-    "limit": "seconds a stage may take, e.g. measure=600; may be repeated",
-    "retry": "--no-retry: do not try once more what the network or the board did",
-    "bisect": "name the commit that made a night red, by building and measuring those since the last green one",
-    "notify": "a command that gets a note on stdin once per change of state (NIGHTLY_NOTIFY)",
-    "soak": "ask axrun serve 1000 questions, in place of 40",
-    "renew": "send the known bundle of the health check anew",
-    "requests": "how many questions to ask (default 1000)",
-    "matrix": "a TOML of boards, models and weight types: a night for each, boards at the same time (ci/matrix.toml)",
-    "built": "the folder of a build that boards share, in place of a build (what --matrix gives its nights)",
+    "limit": "time limit of a stage in seconds, e.g. measure=600; may be repeated",
+    "retry": "--no-retry: do not retry failures of the network or the board",
+    "bisect": "find the commit that turned a night red, by building and measuring commits since the last green one",
+    "notify": "a command to run once per change of state, with the headline on stdin (NIGHTLY_NOTIFY)",
+    "soak": "send 1000 requests to axrun serve instead of 40",
+    "renew": "deploy the known-good bundle of the health check again",
+    "requests": "number of requests (default 1000)",
+    "matrix": "run a night for each board, model and weight type of a TOML, boards in parallel (ci/matrix.toml)",
+    "built": "the folder of a shared build to use instead of building (--matrix sets it)",
     "summary": "a file for the night's verdict and figures, as JSON",
     "into": "the folder of the site (default HISTORY/site)",
-    "targets": "what figures are to reach (default ci/targets.toml)",
+    "targets": "the targets of the figures (default ci/targets.toml)",
     "maker": "who made the axmodels: cpu or pulsar2 (default cpu)",
-    "nights": "how many of the last nights to record from (default 5)",
-    "json": "one JSON object on stdout, and nothing else there",
-    "command": "what to run there, as its shell reads it (default: a session)",
-    "port": "the port on this machine's loopback (default: any that is free)",
-    "fresh": "throw the virtual board's old disk away",
+    "nights": "the number of past nights to record from (default 5)",
+    "json": "print one JSON object on stdout and nothing else",
+    "command": "a command for the board's shell (default: an interactive session)",
+    "port": "the port on this machine's loopback (default: any free one)",
+    "fresh": "discard the virtual board's old disk",
 }
 
 
 def verb(body: Callable[..., None]) -> Any:
-    """An Invoke task whose failures are `error: ...` and an exit code, never a traceback."""
+    """Declares an Invoke task. Its failures print `error: ...` and set the exit code, without a traceback."""
 
     @functools.wraps(body)
     def run(*args: Any, **options: Any) -> None:
@@ -103,14 +103,14 @@ def verb(body: Callable[..., None]) -> Any:
 
 
 def within(option: str, value: int, least: int, most: int) -> int:
-    """A number that an option may have. Raises BadInput."""
+    """Returns `value`. Raises BadInput if it is out of range."""
     if not least <= value <= most:
         raise BadInput(f"{option} {value}: expected {least} to {most}")
     return value
 
 
 def succeed(main: Callable[[list[str]], int], argv: list[str]) -> None:
-    """Call a command of ours in this process; what it had to say about a failure, it has said."""
+    """Calls the main function of one of our commands, which reports its errors itself, and exits with its code."""
     sys.stdout.flush()
     finish(main(argv))
 
@@ -121,13 +121,13 @@ def finish(code: int) -> None:
 
 
 def command(name: str, *args: str) -> tuple[list[str], dict[str, str]]:
-    """A tool of the environment: its words, and an environment that no variable of make reaches."""
+    """The argv of a Python module of this environment, and the environment variables without make's settings."""
     made = {*SETTINGS, *CONTAINER_SETTINGS, "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
     return [sys.executable, "-m", name, *args], {key: value for key, value in os.environ.items() if key not in made}
 
 
 def tool(name: str, *args: str) -> None:
-    """Run a tool of the environment over the checkout."""
+    """Runs a Python module of this environment in the checkout."""
     argv, environment = command(name, *args)
     sys.stdout.flush()
     if code := subprocess.run(argv, cwd=ROOT, env=environment, check=False).returncode:
@@ -135,7 +135,7 @@ def tool(name: str, *args: str) -> None:
 
 
 def suite(*args: str, none_is_fine: bool = False) -> None:
-    """Run tests; that none was selected is a failure, unless `none_is_fine` as of the half that flags left empty."""
+    """Runs pytest. Selecting no test is a failure unless `none_is_fine`."""
     try:
         tool("pytest", *args)
     except Exit as ended:

@@ -1,4 +1,4 @@
-"""Tasks of the nightly: hold a night, record gates."""
+"""Tasks of nightly runs: run a night or a matrix, write the site, record gates."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def nightly(
     built: str = "",
     summary: str = "",
 ) -> None:
-    """Hold a board, build, deploy, measure, judge by its gates, let go, report: green, or red with the reason."""
+    """Nightly run: reserve a board, build, deploy, test, compare with the gates, release it, report green or red."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout begins with the verdict
         install(VENV, "boards", "reference", "test")
     from ci.nightly import nights
     from ci.nightly import summary as summaries
-    from ci.nightly.course import Options, limits
     from ci.nightly.night import nightly
+    from ci.nightly.pipeline import Options, limits
 
     kept, checkpoint = _history(history, out), Path(model_dir).expanduser() if model_dir else None
     if matrix:
         if given := [name for name, value in (("--board", board), ("--bundle", bundle), ("--built", built)) if value]:
-            raise BadInput(f"{given[0]} and --matrix: a matrix names its boards, and builds for them")
+            raise BadInput(f"{given[0]} and --matrix exclude each other: a matrix names its boards and builds for them")
         flags = {"--no-retry": not retry, "--bisect": bisect, "--soak": soak}
         more = [*(flag for flag, given in flags.items() if given), f"--notify={notify}"]
-        page = nights.hold(Path(matrix), Path(out), kept, checkpoint, wait, limit or [], _tell, more)
+        page = nights.run_matrix(Path(matrix), Path(out), kept, checkpoint, wait, limit or [], _tell, more)
         print("\n".join(page.lines()), flush=True)
-        nights.renew(kept, Path(out) / "nightly", _tell, page.matrix.targets)
+        nights.update_site(kept, Path(out) / "nightly", _tell, page.matrix.targets)
         if page.code:
             raise Exit(code=page.code)
         return
@@ -74,8 +74,8 @@ def nightly(
     if summary:
         summaries.write(Path(summary), held)
     print("\n".join(held.lines()), flush=True)
-    if not built:  # of a matrix: it renews the site when all its nights are held
-        nights.renew(kept, options.out, _tell)
+    if not built:  # a matrix updates the site once, after all its nights
+        nights.update_site(kept, options.out, _tell)
     if held.verdict.code:
         raise Exit(code=held.verdict.code)
 
@@ -88,7 +88,7 @@ def site(
     into: str = "",
     targets: str = "",
 ) -> None:
-    """A static site over all nights of a history: verdicts, trends, targets beside measurements, badges."""
+    """Write the static site of a history of nights: verdicts, trends, targets, badges."""
     install(VENV, "boards", "reference")
     from ci.nightly import nights
 
@@ -107,7 +107,7 @@ def gate_record(
     out: str = OUT or "out",
     history: str = "",
 ) -> None:
-    """What the last nights measured becomes what the next must measure."""
+    """Record the figures of the last nights as gates for the next ones."""
     install(VENV, "boards")
     from ci.nightly.night import record
 

@@ -1,7 +1,7 @@
-"""The system tests in groups that share nothing, two at a time, the longest first.
+"""Runs the system tests in independent groups, two at a time, the longest first.
 
-A group is one pytest: its tests share an emulated board, or a Docker daemon and an image. What all groups share, such
-as the board package, is in a folder of the run (tests/shared.py). What failed is tried once more, alone.
+A group is one pytest process: its tests share an emulated board, or a Docker daemon and an image. Artifacts for all
+groups, such as the board package, are in a folder of the run (tests/shared.py). Failed tests are retried alone, once.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from invoke.exceptions import Exit
 from ci.device.progress import took
 from ci.tasks.common import FAILED_TESTS, NO_TESTS, ROOT, command
 
-FOLDERS = ("tests/nightly", "tests/container", "tests/deploy", "tests/engine")  # the others are one group more
+FOLDERS = ("tests/nightly", "tests/container", "tests/deploy", "tests/engine")  # all other tests form one more group
 AT_ONCE = 2
 POLL, GRACE = 0.2, 60.0  # seconds
 
 
 @dataclass(frozen=True)
 class Group:
-    """`folder` is empty for the tests in none of FOLDERS; `memory` keeps what failed, for pytest --last-failed."""
+    """`folder` is empty for the tests outside FOLDERS; `memory` is pytest's cache folder, for --last-failed."""
 
     folder: str
     memory: Path
@@ -41,7 +41,7 @@ class Group:
         return self.memory.with_suffix(".log")
 
     def start(self, *more: str, shown: bool = False) -> subprocess.Popen[bytes]:
-        """`shown` on this terminal, or else in the log."""
+        """Starts pytest; its output goes to this terminal if `shown`, else to the log."""
         words = [self.folder] if self.folder else [f"--deselect={folder}/" for folder in FOLDERS]
         argv, environment = command("pytest", "-m", "system", "-o", f"cache_dir={self.memory}", *words, *more)
         environment["AXC_TEST_RUN"] = str(self.memory.parent)
@@ -51,7 +51,7 @@ class Group:
 
 
 def run(*more: str) -> None:
-    """Raises Exit with pytest's code when a test fails twice. With flags in `more`, a group may have no test."""
+    """Raises Exit with pytest's code if a test fails twice. With flags in `more`, a group may have no test."""
     fine = (0, NO_TESTS) if more else (0,)
     with tempfile.TemporaryDirectory() as folder:
         groups = [Group(name, Path(folder) / f"group{number}") for number, name in enumerate((*FOLDERS, ""))]
@@ -63,15 +63,15 @@ def run(*more: str) -> None:
             return
         for group, code in codes.items():
             if code == FAILED_TESTS:
-                print(f"error: {group.title} failed. Once more, those alone: what was late under load")
-                print("may pass.", flush=True)
+                print(f"error: {group.title} failed. Retrying the failed ones alone, in case they", flush=True)
+                print("timed out under load.", flush=True)
                 code = group.start("--last-failed", "--last-failed-no-failures=none", *more, shown=True).wait()
             if code not in fine:
                 raise Exit(code=code)
 
 
 def _ended(groups: list[Group], *more: str) -> Iterator[tuple[Group, int]]:
-    """Each group and its pytest's exit code, when it ends."""
+    """Yields each group and its exit code as it ends."""
     waiting, running = list(groups), dict[Group, tuple[float, subprocess.Popen[bytes]]]()
     try:
         while waiting or running:
@@ -86,7 +86,7 @@ def _ended(groups: list[Group], *more: str) -> Iterator[tuple[Group, int]]:
                     yield group, code
             time.sleep(POLL)
     finally:
-        for _, process in running.values():  # they let go of their boards and daemons
+        for _, process in running.values():  # so that they release their boards and daemons
             process.send_signal(signal.SIGINT)
         for _, process in running.values():
             try:

@@ -1,4 +1,4 @@
-"""The commit that made a night red, found in real repositories of git; and reds that no commit made."""
+"""Bisection in real git repositories: the commit that turned a night red, and failures that are not the code's."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 from axrun.errors import CheckFailed
 from ci.nightly import bisection
 from ci.nightly.bisection import BAD, GOOD, SKIP, NotFound, Target
-from ci.nightly.course import ROOT
 from ci.nightly.history import Night
 from ci.nightly.junit import Case
+from ci.nightly.pipeline import ROOT
 from ci.nightly.stage import INTERRUPTED, Stage
 from tests.ci.test_history import night
 from tests.ci.test_verdict import GATES, WORSE, held, judged
@@ -92,7 +92,7 @@ def test_the_first_bad_commit_is_named(values: tuple[int | None, ...], culprit: 
 
 def test_commits_that_do_not_build_may_hide_it(tmp_path: Path) -> None:
     repository = Repository(tmp_path, 1, None, None, 10)
-    with pytest.raises(NotFound, match="cannot be built or measured are in the way; it is one of ") as caught:
+    with pytest.raises(NotFound, match="the remaining commits cannot be built or measured; it is one of ") as caught:
         repository.search(tmp_path / "tree")
     assert all(f"value: number {number}" in str(caught.value) for number in (1, 2, 3))
 
@@ -107,7 +107,7 @@ def test_a_green_commit_that_is_red_today_ends_it(tmp_path: Path) -> None:
 
 def test_it_ends_in_time(tmp_path: Path) -> None:
     repository = Repository(tmp_path, 1, 2, 3, 10)
-    with pytest.raises(NotFound, match="the time for it ended; it is one of "):
+    with pytest.raises(NotFound, match="out of time; it is one of "):
         repository.search(tmp_path / "tree", limit=0.0)
     assert len(repository.examined) == 1
 
@@ -117,7 +117,7 @@ def test_a_commit_of_another_line_is_refused(tmp_path: Path) -> None:
     first, second = repository.commits
     bisection.require_path(tmp_path, first, second)
     for good in (second, "0" * 40):
-        with pytest.raises(NotFound, match="is no ancestor of"):
+        with pytest.raises(NotFound, match="is not an ancestor of"):
             bisection.require_path(tmp_path, good, first)
 
 
@@ -140,28 +140,28 @@ def red(**said: object) -> Night:
 @pytest.mark.parametrize(
     ("now", "before", "told"),
     [
-        (red(commit=""), [night(1, commit=A)], "this is no checkout of git"),
-        (red(commit=f"{B}+"), [night(1, commit=A)], "the working tree has changes beside bbbbbbbbbbbb: commit them"),
-        (red(handed_in=True), [night(1, commit=A)], "the bundle was handed in"),
-        (red(), [], "there was no green night before"),
-        (red(), [night(1, commit=A, handed_in=True)], "there was no green night before"),
-        (red(), [night(1, commit=A, reason="recorded, not judged")], "there was no green night before"),
-        (red(), [night(1, commit=f"{A}+")], "the last green night had changes in its working tree"),
-        (red(), [night(1, commit=B)], "was of the same commit: it is not the code"),
+        (red(commit=""), [night(1, commit=A)], "this is not a git checkout"),
+        (red(commit=f"{B}+"), [night(1, commit=A)], "the working tree has changes on top of bbbbbbbbbbbb: commit"),
+        (red(handed_in=True), [night(1, commit=A)], "the bundle was built elsewhere"),
+        (red(), [], "there is no earlier green night"),
+        (red(), [night(1, commit=A, handed_in=True)], "there is no earlier green night"),
+        (red(), [night(1, commit=A, reason="recorded, not judged")], "there is no earlier green night"),
+        (red(), [night(1, commit=f"{A}+")], "the last green night had uncommitted changes"),
+        (red(), [night(1, commit=B)], "had the same commit: the code is not the cause"),
         (
             red(),
             [night(1, commit=A), red(culprit="abc1234 cli: rename a flag", started="2026-11-02T02:00:00Z")],
-            "red since abc1234 cli: rename a flag, as the night of 2026-11-02 found",
+            "red since abc1234 cli: rename a flag, found by the night of 2026-11-02",
         ),
     ],
 )
-def test_a_night_that_has_nothing_to_begin_from(now: Night, before: list[Night], told: str) -> None:
+def test_a_night_without_a_usable_green_night_is_not_bisected(now: Night, before: list[Night], told: str) -> None:
     with pytest.raises(NotFound) as caught:
         bisection.last_good(now, before)
     assert told in str(caught.value)
 
 
-def test_the_last_green_night_is_where_it_begins() -> None:
+def test_bisection_starts_at_the_last_green_night() -> None:
     nights = [night(1, commit=A), night(2, commit=B), red(), red()]
     assert bisection.last_good(red(commit="c" * 40), nights) == nights[1]
 
@@ -169,20 +169,20 @@ def test_the_last_green_night_is_where_it_begins() -> None:
 @pytest.mark.parametrize(
     ("stages", "told"),
     [
-        ([held("power on", 1, "virtual does not answer")], "a red of the board or of this machine"),
-        ([held("build", -9, "killed")], "it was killed, as for want of memory"),
+        ([held("power on", 1, "virtual does not answer")], "the board or this machine failed"),
+        ([held("build", -9, "killed")], "it was killed, perhaps out of memory"),
         ([held("build", 1, "cannot write: No space left on device")], "a disk was full"),
-        ([held("build", INTERRUPTED, "SIGTERM ended the night")], "the night was ended from outside"),
-        ([held("deploy", 1, "virtual was lost during verify: reset")], "the board did not take it"),
-        ([held("deploy", 2, "virtual has no rsync")], "the board did not take it"),
+        ([held("build", INTERRUPTED, "SIGTERM ended the night")], "the night was interrupted"),
+        ([held("deploy", 1, "virtual was lost during verify: reset")], "the board failed"),
+        ([held("deploy", 2, "virtual has no rsync")], "the board failed"),
     ],
 )
-def test_a_red_that_no_commit_made(stages: list[Stage], told: str) -> None:
-    with pytest.raises(NotFound, match=f"is not red by a commit: {told}"):
+def test_a_failure_of_board_or_machine_is_not_bisected(stages: list[Stage], told: str) -> None:
+    with pytest.raises(NotFound, match=f"no commit made .* fail: {told}"):
         bisection.choose(red(stage=stages[0].name), stages, [], [], "virtual")
 
 
-def test_what_is_looked_for() -> None:
+def test_the_target_of_a_bisection() -> None:
     failed = [held("build"), held("measure", 1, "1 failed")]
     mine = Case("test_what_is_left", False, (WORSE,))
     assert bisection.choose(red(), failed, judged(mean_kld=0.01), [mine], "virtual") == Target("figure", "mean_kld")
@@ -192,7 +192,7 @@ def test_what_is_looked_for() -> None:
     assert bisection.choose(red(stage="build"), broken, [], [], "virtual") == Target("stage", "build")
     for case, reason in (
         (Case("test_speed", False, ("virtual hangs: no answer to axrun bench in 40 s",)), "virtual hangs"),
-        (mine, "what was measured is not what was deployed: x"),
+        (mine, "the measured release differs from the deployed one: x"),
     ):
         with pytest.raises(NotFound):
             bisection.choose(red(reason=reason), failed, judged(mean_kld=0.01), [case], "virtual")
@@ -266,13 +266,13 @@ def test_a_commit_with_other_locks_gets_an_environment_of_its_own(tmp_path: Path
     assert steps.python(tmp_path) == sys.executable
     (locks / "build.txt").write_text("numpy==0\n")
     (locks / "install.py").write_text("raise SystemExit('error: numpy 0 is nowhere')")
-    with pytest.raises(CheckFailed, match="its environment cannot be made: numpy 0 is nowhere"):
+    with pytest.raises(CheckFailed, match="cannot make its environment: numpy 0 is nowhere"):
         steps.python(tmp_path)
     install = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'venv', '--without-pip', sys.argv[1]])"
     (locks / "install.py").write_text(install)
     own = steps.python(tmp_path)
     assert Path(own).parents[2] == tmp_path
     assert subprocess.run([own, "-c", "import sys; print(sys.prefix)"], capture_output=True, check=True).stdout
-    assert steps.said == ["its locks are others: it gets an environment of its own"] * 2
+    assert steps.said == ["other locked requirements: making an environment for this commit"] * 2
     assert steps.python(tmp_path) == own  # kept for the next commit with the same locks
     assert len(steps.said) == 2

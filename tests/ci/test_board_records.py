@@ -14,7 +14,7 @@ from axrun.errors import BadInput
 from ci.device import console, kernel_log, place
 from ci.device.connection import Connection
 from ci.device.place import Board
-from ci.nightly.board_records import BoardRecords, Told
+from ci.nightly.board_records import BoardDetails, BoardRecords
 from ci.nightly.report.page import render
 from ci.nightly.stage import Stage
 from tests.ci.test_report import HOSTILE, Outline, page
@@ -118,8 +118,8 @@ def test_a_board_that_was_never_reached_is_not_asked_for_its_log(folder: Path, t
     ],
 )
 def test_sensors_of_a_file_that_a_board_had_its_say_in(seen: Any, shown: Any, board: Board, folder: Path) -> None:
-    assert BoardRecords(board, folder).told({"sensors": {"summary": seen}}).sensors == shown
-    assert BoardRecords(board, folder).told({"sensors": "none"}).sensors == {}
+    assert BoardRecords(board, folder).details({"sensors": {"summary": seen}}).sensors == shown
+    assert BoardRecords(board, folder).details({"sensors": "none"}).sensors == {}
 
 
 def test_the_report_shows_what_the_board_said_and_runs_none_of_it(folder: Path) -> None:
@@ -127,23 +127,25 @@ def test_the_report_shows_what_the_board_said_and_runs_none_of_it(folder: Path) 
         "word": "ill", "started": "2026-11-26T02:00:00Z", "kit": HOSTILE, "faults": [HOSTILE], "notes": [],
         "speed": {"ttft_ms": 8.0}, "sizes": {"memory": 1e9}, "versions": {"bsp": HOSTILE},
     }  # fmt: skip
-    told = Told(check, {HOSTILE: [40.0, 41.5, 43.0]}, [HOSTILE], {"measure": f"Oops {HOSTILE}"}, HOSTILE)
-    outline = Outline(render(dataclasses.replace(page(folder), board_told=told)))
+    told = BoardDetails(check, {HOSTILE: [40.0, 41.5, 43.0]}, [HOSTILE], {"measure": f"Oops {HOSTILE}"}, HOSTILE)
+    outline = Outline(render(dataclasses.replace(page(folder), board_details=told)))
     assert outline.open == []
     assert not outline.of("script")
     assert not outline.of("img")
     text = " ".join("".join(outline.text).split())
-    assert "Ill before the night" in text
+    assert "Unhealthy before the night" in text
     assert f"Oops {HOSTILE}" in text
     assert "41.5" in text
 
 
 def test_what_a_health_check_left_is_in_the_notes(board: Board, folder: Path) -> None:
-    notes = ["the board's kernel is 6.1, was 5.15", "memory of an emulated board are this machine's: recorded"]
+    notes = ["the board's kernel is 6.1, was 5.15", "memory of an emulated board are the host's: recorded"]
     (folder / "health.json").write_text(json.dumps({"notes": notes, "versions": {"kernel": "6.1", "python": "3.11"}}))
     records = BoardRecords(board, folder)
-    assert records.found({"sensors": {"summary": {}, "notes": ["the board shows none"]}}) == [f"health: {notes[0]}"]
-    assert records.found({"sensors": {"summary": {"soc": [90.0] * 3}, "notes": ["soc got hot"]}})[-1] == "soc got hot"
+    assert records.all_notes({"sensors": {"summary": {}, "notes": ["the board shows none"]}}) == [f"health: {notes[0]}"]
+    assert (
+        records.all_notes({"sensors": {"summary": {"soc": [90.0] * 3}, "notes": ["soc got hot"]}})[-1] == "soc got hot"
+    )
     assert records.versions() == {"kernel": "6.1"}
     (folder / "health.json").write_text("[")
     assert records.versions() == {}

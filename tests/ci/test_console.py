@@ -102,7 +102,7 @@ def test_a_port_that_goes_away_is_opened_again(tmp_path: Path, monkeypatch: pyte
         with contextlib.suppress(OSError):
             greet(link, log.file)
             for _ in range(100):
-                link.sendall(b"after\n" if "went away" in log.file.read_text() else b"before\n")
+                link.sendall(b"after\n" if "lost the serial port" in log.file.read_text() else b"before\n")
                 time.sleep(0.01)
 
     with server(say) as port:
@@ -114,7 +114,7 @@ def test_a_port_that_goes_away_is_opened_again(tmp_path: Path, monkeypatch: pyte
         thread.join(30)
     seen = lines(log.file)
     assert seen.index("before") < seen.index("[the serial port is back]") < seen.index("after")
-    assert any(line.startswith("[the serial port went away: ") for line in seen)
+    assert any(line.startswith("[lost the serial port: ") for line in seen)
 
 
 def test_the_emulated_boards_file_comes_by_the_same_driver(tmp_path: Path) -> None:
@@ -199,6 +199,6 @@ def test_a_console_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     text = log.file.read_text()
     assert len(text) < 4500
     assert text.startswith("[")
-    assert " bytes before this are left out]" in text
+    assert " earlier bytes were dropped]" in text
     assert "line 999" in text
     assert all(len(line) <= console.LONGEST + 11 for line in text.splitlines())

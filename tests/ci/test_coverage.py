@@ -22,7 +22,7 @@ from axrun.format.bundle import Bundle
 from axrun.kv_cache import KVCache
 from axrun.load import Loading
 from axrun.measure.evaluate import evaluate
-from ci.nightly import course, gate, metrics, probe
+from ci.nightly import gate, metrics, pipeline, probe
 from ci.nightly.gate import Gate
 from tests.ci import plants
 from tests.conftest import Builder
@@ -38,9 +38,9 @@ def night_bundle(build_tiny: Builder, tiny_qwen2: Path) -> Path:
     spec = load_model("tiny-qwen2").build
     groups = {"prefill_len": spec.prefill_len, "kv_cache_len": spec.kv_cache_len}
     bundle = build_tiny(**groups, last_kv_cache_len=spec.last_kv_cache_len, model_name="tiny-qwen2")
-    flags = dict(zip(*[iter(course.sizes(spec.kv_cache_len))] * 2, strict=True))
+    flags = dict(zip(*[iter(pipeline.sizes(spec.kv_cache_len))] * 2, strict=True))
     numbers: dict[str, Any] = {name.removeprefix("--"): int(value) for name, value in flags.items()}
-    logits.write(logits.Options(input_path=tiny_qwen2, text=course.TEXT, bundle=bundle, **numbers))
+    logits.write(logits.Options(input_path=tiny_qwen2, text=pipeline.TEXT, bundle=bundle, **numbers))
     return bundle
 
 
@@ -159,23 +159,23 @@ def test_a_rollback_that_damages_a_row_is_red(
 
 def test_windows_reach_the_end_of_any_context() -> None:
     for context in (2, 127, 255, 1023, 4095):
-        flags = dict(zip(*[iter(course.sizes(context))] * 2, strict=True))
+        flags = dict(zip(*[iter(pipeline.sizes(context))] * 2, strict=True))
         assert int(flags["--window"]) == context + 1
         assert int(flags["--tokens"]) % int(flags["--window"]) == 0
         assert int(flags["--tokens"]) >= 1024
-        assert len(course.long_enough(b"text", context)) >= 8 * int(flags["--tokens"])
-    assert course.sizes(1 << 17)[1] == str(course.MOST_WINDOW)
+        assert len(pipeline.long_enough(b"text", context)) >= 8 * int(flags["--tokens"])
+    assert pipeline.sizes(1 << 17)[1] == str(pipeline.MOST_WINDOW)
 
 
 def test_a_reference_that_stops_short_is_not_enough(night_bundle: Path, tmp_path: Path, tiny_qwen2: Path) -> None:
     context = Bundle.open(night_bundle).kv_cache_len
-    assert course.reaches(night_bundle, context)
+    assert pipeline.reaches(night_bundle, context)
     short = shutil.copytree(night_bundle, tmp_path / "short")
     options = logits.Options(
-        input_path=tiny_qwen2, text=course.TEXT, bundle=short, window=128, tokens=256, greedy_tokens=0
+        input_path=tiny_qwen2, text=pipeline.TEXT, bundle=short, window=128, tokens=256, greedy_tokens=0
     )
     logits.write(options)
-    assert not course.reaches(short, context)
+    assert not pipeline.reaches(short, context)
 
 
 def test_a_tokenizer_is_told_by_the_ids_it_gives(night_bundle: Path, tmp_path: Path, tiny_qwen2: Path) -> None:
@@ -196,14 +196,14 @@ def test_a_tokenizer_is_told_by_the_ids_it_gives(night_bundle: Path, tmp_path: P
     merges = tokenizer["model"]["merges"]
     tokenizer["model"]["merges"] = merges[: len(merges) // 2]
     file.write_text(json.dumps(tokenizer))
-    assert told(other).startswith("by its tokenizer ")
+    assert told(other).startswith("its tokenizer turns ")
     shutil.copyfile(night_bundle / "hf" / "tokenizer.json", file)
     settings = other / "hf" / "tokenizer_config.json"
     assert "<|im_start|>" in settings.read_text()
     settings.write_text(settings.read_text().replace("<|im_start|>' + message", "' + message"))
-    assert told(other).startswith("by its chat template ")
+    assert told(other).startswith("its chat template turns ")
 
 
 def test_a_folder_without_a_tokenizer_is_said(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="transformers reads no tokenizer in "):
+    with pytest.raises(BadInput, match="transformers cannot load a tokenizer from "):
         probe.make(tmp_path)

@@ -105,7 +105,7 @@ def test_a_boards_report_is_read_as_what_it_is(line: type[Line]) -> None:
     found = doctor.on_board(board, at)
     assert (found.place, found.finding, found.exit_code) == ("virtual", LAYERS, 1)
     for said, told in (
-        (examined(None, ""), "was not done on virtual"),
+        (examined(None, ""), "did not finish on virtual"),
         (examined(2, "", "error: engine ax needs libax_engine.so\nBuild it"), "ended with 2: error: engine ax needs"),
         (examined(0, "Welcome!"), "its report cannot be read"),
         (examined(0, '{"stages": []}'), "its report cannot be read"),

@@ -213,7 +213,7 @@ def test_a_record_is_read_as_it_was_written(deployed: tuple[Path, Record], tmp_p
     with pytest.raises(BadInput, match="no deploy is recorded in"):
         evidence.read(tmp_path / "none.json")
     file.write_text('{"schema": 1}')
-    with pytest.raises(BadInput, match="is no record of a deploy"):
+    with pytest.raises(BadInput, match="is not the record of a deploy"):
         evidence.read(file)
 
 
@@ -228,11 +228,11 @@ def test_libraries_are_the_packages_own(deployed: tuple[Path, Record]) -> None:
     assert told(good) == []
     assert evidence.engine(good) == {"path": inside, "sha256": record.package_files[LIBRARY]}
     (fault,) = told({**good, inside: "2" * 64})
-    assert fault.endswith("libax_engine.so was loaded and is not what was deployed (sha256 222222222222)")
+    assert fault.endswith("libax_engine.so was loaded but differs from the deployed file (sha256 222222222222)")
     (fault,) = told({"/soc/lib/libax_engine.so": "3" * 64})
-    assert fault == "/soc/lib/libax_engine.so was loaded in place of the package's libax_engine.so"
+    assert fault == "/soc/lib/libax_engine.so was loaded instead of the package's libax_engine.so"
     assert told({"/soc/lib/libax_engine.so": "3" * 64}, ours=False) == []  # the vendor's axmodels need the vendor's
-    assert told({}) == ["no libax_engine.so was loaded: nothing says which engine ran"]
+    assert told({}) == ["no libax_engine.so was loaded: the engine that ran is unknown"]
     (fault,) = told(good, ("AXC_ISA", "LD_LIBRARY_PATH"))
     assert fault == "the board's environment sets AXC_ISA, which changes what runs"
 
@@ -243,18 +243,16 @@ def test_what_figures_name_is_what_was_built_and_deployed(deployed: tuple[Path, 
     measured = {"manifest_sha256": record.manifest_sha256}
     good = {"evidence": named, "bench": measured}
     assert differences(record, manifest, good) == []
-    assert differences(record, manifest, {}) == [
-        "nothing says which release was measured: figures.json has no evidence"
-    ]
+    assert differences(record, manifest, {}) == ["the measured release is unknown: figures.json has no evidence"]
     for key in named.keys() - {"faults"}:
         (fault,) = differences(record, manifest, {**good, "evidence": {**named, key: "0" * 16}})
-        assert fault.startswith(f"what was measured names {key} '0000000000000000', deployed was ")
+        assert fault.startswith(f"the measured {key} is '0000000000000000', deployed was ")
     (fault,) = differences(record, manifest, {**good, "bench": {"manifest_sha256": "0"}})
-    assert fault == "axrun bench measured a bundle whose manifest.json is another than the deployed one"
+    assert fault == "axrun bench measured a bundle whose manifest.json differs from the deployed one"
     (fault,) = differences(record, manifest, {**good, "evidence": {**named, "faults": ["x.py is missing"]}})
     assert fault == "x.py is missing"
     other = dataclasses.replace(record, model_files={**record.model_files, "hf/tokenizer.json": "0" * 64})
-    assert "hf/tokenizer.json was deployed otherwise than it was built" in differences(other, manifest, good)
+    assert "hf/tokenizer.json differs between build and deploy" in differences(other, manifest, good)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +308,7 @@ def test_what_python_compiled_is_of_its_source(tmp_path: Path) -> None:
     (folder / "more.so").write_text("")
     faults = "\n".join(compiled.faults(folder, 60))
     assert faults.count("\n") == 2
-    assert "more.so is no compiled file" in faults
+    assert "more.so is not a .pyc file" in faults
     assert f" cannot be compared with {sources / 'three.py'}: " in faults
     assert f" is not what Python compiles of {sources / 'two.py'}" in faults
-    assert compiled.faults(folder, -1)[0].endswith(" were not looked at in -1 s")
+    assert compiled.faults(folder, -1)[0].endswith(" were not checked within -1 s")

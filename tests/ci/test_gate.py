@@ -126,7 +126,7 @@ def test_recording_leaves_the_other_maker_and_needs_three_nights(tmp_path: Path)
     record(BOARD, MODEL, MAKER, [{"decode_128": 3.0}] * 3, "ours", tmp_path)
     assert gate.load(BOARD, MODEL, "pulsar2", tmp_path)["decode_128"].expected == 29
     assert gate.load(BOARD, MODEL, MAKER, tmp_path)["decode_128"].expected == 3
-    with pytest.raises(BadInput, match=r"2 measured nights .* expected at least 3\nHold more: \S*invoke nightly"):
+    with pytest.raises(BadInput, match=r"2 measured nights .* expected at least 3\nRun more: \S*invoke nightly"):
         record(BOARD, MODEL, MAKER, [{"decode_128": 3.0}] * 2, "ours", tmp_path)
 
 
@@ -139,7 +139,7 @@ def test_an_emulated_board_has_no_gate_that_follows_the_clock_of_its_machine(tmp
 def test_no_file_is_no_gates_and_a_name_never_leaves_the_folder(tmp_path: Path) -> None:
     assert gate.load(BOARD, MODEL, MAKER, tmp_path) == {}
     for board, model in (("../etc", MODEL), (BOARD, "a/b"), ("", MODEL), (BOARD, ".."), (BOARD, "x\n")):
-        with pytest.raises(BadInput, match="is no name of a"):
+        with pytest.raises(BadInput, match="is not a valid name of a"):
             gate.load(board, model, MAKER, tmp_path)
 
 
@@ -161,11 +161,11 @@ def test_no_file_is_no_gates_and_a_name_never_leaves_the_folder(tmp_path: Path) 
         (("mean_kld", "mean_kdl"), "line 1: no figure is named 'mean_kdl': is mean_kld meant?"),
         (("mean_kld", "decode_n"), "no figure is named 'decode_n'"),
         (("[cpu.mean_kld]", "cpu = 1\n[x]"), "expected tables of figures"),
-        (("[cpu", "[[cpu"), "tiny-qwen2.toml is no TOML: "),
+        (("[cpu", "[[cpu"), "tiny-qwen2.toml is not valid TOML: "),
         (("1e-5", "9" * 400), "line 2: expected is an integer of 1329 bits, expected 64 at most"),
-        (("1e-5", "9" * 5000), "tiny-qwen2.toml is no TOML: Exceeds the limit"),
+        (("1e-5", "9" * 5000), "tiny-qwen2.toml is not valid TOML: Exceeds the limit"),
         (("1e-5", f"0x{'f' * 5000}"), "line 2: expected is an integer of 20000 bits"),
-        (("1e-5", "[" * 5000), "tiny-qwen2.toml is no TOML: it is nested too deep"),
+        (("1e-5", "[" * 5000), "tiny-qwen2.toml is not valid TOML: it is nested too deeply"),
         (("1e-5", "1e300"), "expected is 1e+300, expected a number within ± 1e+15"),
         (("1e-6", "1e300"), "tolerance is 1e+300, expected a number within ± 1e+15"),
     ],

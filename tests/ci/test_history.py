@@ -50,7 +50,9 @@ def test_a_torn_line_is_reported_and_nothing_is_rewritten(tmp_path: Path) -> Non
         torn = history.read(tmp_path, "virtual", "tiny-qwen2")
         assert torn.nights == (night(1),)
         assert len(torn.faults) == 1
-        assert torn.faults[0].startswith("tiny-qwen2.jsonl line 2 is left out: it is no JSON, as after a crash: '{")
+        assert torn.faults[0].startswith(
+            "tiny-qwen2.jsonl line 2 is skipped: not JSON, perhaps truncated by a crash: '{"
+        )
         history.append(tmp_path, night(2))
         mended = history.read(tmp_path, "virtual", "tiny-qwen2")
         assert mended.nights == (night(1), night(2))
@@ -61,16 +63,16 @@ def test_a_torn_line_is_reported_and_nothing_is_rewritten(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"schema": 2}, "no night of schema 1"),
+        ({"schema": 2}, "not a night of schema 1"),
         ({"verdict": "amber"}, "its verdict is 'amber'"),
         ({"figures": {"decode_128": "fast"}}, "its figures have 'decode_128': 'fast'"),
         ({"figures": {"decade_128": 1.0}}, "its figures have 'decade_128': 1.0"),
         ({"figures": {"decode_128": True}}, "its figures have 'decode_128': True"),
         ({"figures": {"decode_128": 1e300}}, "it has the number 1e+300"),
         ({"figures": {"decode_128": 1e16}}, "its figures have 'decode_128': 1e+16"),
-        ({"figures": {"decode_128": float("nan")}}, "it has NaN, which is no number"),
-        ({"figures": {"decode_128": 10**400}}, "it has the number 10000000000000000000..., of 401 characters"),
-        ({"seconds": 10**400}, "it has the number 10000000000000000000..., of 401 characters"),
+        ({"figures": {"decode_128": float("nan")}}, "it has NaN, which is not a JSON number"),
+        ({"figures": {"decode_128": 10**400}}, "it has the number 10000000000000000000... of 401 characters"),
+        ({"seconds": 10**400}, "it has the number 10000000000000000000... of 401 characters"),
         ({"seconds": -1}, "its seconds is -1"),
         ({"board": "ax650"}, "it is of 'tiny-qwen2' on 'ax650'"),
         ({"model": "qwen2-0.5b"}, "it is of 'qwen2-0.5b' on 'virtual'"),
@@ -115,7 +117,7 @@ def test_writers_at_once_each_get_their_line(tmp_path: Path) -> None:
 
 def test_a_figure_that_is_no_number_is_not_written(tmp_path: Path) -> None:
     for value in (float("nan"), float("inf"), 10**400, 1e300):
-        with pytest.raises(BadInput, match=r"not added to .*tiny-qwen2\.jsonl, where it would be left out: it"):
+        with pytest.raises(BadInput, match=r"this night is not a valid line of .*tiny-qwen2\.jsonl: it"):
             history.append(tmp_path, night(figures={"decode_128": value}))
     with pytest.raises(BadInput, match="its stage is 1"):
         history.append(tmp_path, night(stage=1))
@@ -126,7 +128,7 @@ def test_a_place_that_cannot_be_written_is_an_error_in_one_line(tmp_path: Path) 
     (tmp_path / "virtual").write_text("a file")
     with pytest.raises(BadInput, match=r"cannot add to .*tiny-qwen2\.jsonl: "):
         history.append(tmp_path, night())
-    with pytest.raises(BadInput, match="no name of a board"):
+    with pytest.raises(BadInput, match="not a valid name of a board"):
         history.append(tmp_path, night(board="../virtual"))
 
 

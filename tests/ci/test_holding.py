@@ -124,7 +124,7 @@ def test_a_holder_that_is_alive_is_left_alone(board: Board) -> None:
     with holding.hold(board, "nightly of tiny-qwen2") as held:
         assert held
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, env={**os.environ, **held.variables()})
-        with pytest.raises(BadInput, match="which is running: nothing was touched\nWait for it, or end it: kill "):
+        with pytest.raises(BadInput, match="which is running: nothing was changed\nWait for it, or end it: kill "):
             list(holding.free(board))
         assert list(holding.clear(board)) == []
         assert child.poll() is None
@@ -242,7 +242,7 @@ def test_what_changes_a_held_board_is_refused_by_its_holder_or_forced(
             assert str(refused.value).startswith(f"error: relay is held by {held.note.title}")
         assert relay(board) == []
         boards.board_down.body(None, board=yaml, even_if_held=True)
-        assert f"note: relay is held by {held.note.title}: what it does there may fail now\n" in capsys.readouterr().out
+        assert f"note: relay is held by {held.note.title}, whose run may fail now\n" in capsys.readouterr().out
         assert relay(board) == ["off"]
     boards.board_down.body(None, board=yaml)
     assert relay(board) == ["off", "off"]

@@ -65,18 +65,18 @@ Decoder._step = _slow
 
 def test_a_profile_is_summed_by_object() -> None:
     assert instructions._costs(PROFILE) == (100 + 7 + 900 + 60 + 40 + 1, 900 + 60 + 1)
-    with pytest.raises(CheckFailed, match="callgrind counted no instruction of libax_engine"):
+    with pytest.raises(CheckFailed, match="callgrind counted no instructions in libax_engine"):
         instructions._costs(PROFILE.replace("libax_engine", "libother"))
 
 
 def test_where_nothing_counts_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    assert instructions.unable() == "instructions are counted by valgrind: apt-get install valgrind"
+    assert instructions.unavailable() == "instructions are counted by valgrind: apt-get install valgrind"
     with pytest.raises(BadInput, match="apt-get install valgrind"):
         count(tmp_path)
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
-    assert instructions.unable() == "instructions are counted on x86-64, this is aarch64"
+    assert instructions.unavailable() == "instructions are counted on x86-64, this is aarch64"
 
 
 @pytest.mark.system

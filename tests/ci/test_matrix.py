@@ -21,7 +21,7 @@ from ci.device import place
 from ci.device.place import Board
 from ci.nightly import built, checkout, history, matrix, nights, preflight, run_folder, summary, variant
 from ci.nightly.matrix import Cell, Matrix
-from ci.nightly.matrix_run import Commands, Ran, Run
+from ci.nightly.matrix_run import CellResult, Commands, Run
 from ci.nightly.report.matrix import Page
 from ci.nightly.summary import Judged, Summary
 from tests.ci.test_history import night
@@ -107,24 +107,28 @@ def test_boards_of_ones_own_lie_beside_the_file(tmp_path: Path) -> None:
     ("old", "new", "told"),
     [
         ('"virtual", ', '"virtuel", ', "line 2: no board is named 'virtuel': ci/boards/ has "),
-        ('"ax650"]', '"virtual"]', "line 2: 'virtual' stands twice in boards"),
+        ('"ax650"]', '"virtual"]', "line 2: 'virtual' is twice in boards"),
         ('["tiny-qwen2"]', '["tiny-qwen"]', "line 3: no model is named 'tiny-qwen'"),
-        ('["tiny-qwen2"]', '["tiny-qwen2@s4"]', "line 3: 'tiny-qwen2@s4' names a weight type: put it into weight_type"),
+        ('["tiny-qwen2"]', '["tiny-qwen2@s4"]', "line 3: 'tiny-qwen2@s4' has a weight type: list it in weight_type"),
         ('["tiny-qwen2"]', "[]", "line 3: models is empty"),
         ('["tiny-qwen2"]', '"tiny-qwen2"', "line 3: models is 'tiny-qwen2', expected a list of names"),
         ('["tiny-qwen2"]', "[3]", "line 3: models is [3], expected a list of names"),
         ('  "s4",', '  "s5",', "line 6: no weight type is named 's5': there are fp32, fp16, bf16, s8, s4"),
-        ('  "s4",', '  "s8",', "line 6: 's8' stands twice in weight_type"),
+        ('  "s4",', '  "s8",', "line 6: 's8' is twice in weight_type"),
         ('models = ["tiny-qwen2"]\n', "", "line 1: models is missing"),
         ("# nights", "nights = 3", "line 1: 'nights' is not known: expected boards, models, weight_type"),
         ('board = "ax650"\n', 'bord = "ax650"\n', "line 10: 'bord' is not known: [[exclude]] has board, model"),
-        ('board = "ax650"\n', 'board = "ax630c"\n', "line 9: this exclusion fits no night of the matrix: board ax630c"),
+        (
+            'board = "ax650"\n',
+            'board = "ax630c"\n',
+            "line 9: this exclusion matches no night of the matrix: board ax630c",
+        ),
         ('reason = "not yet"\n', "", "line 9: this exclusion has no reason"),
         ('reason = "not yet"\n', "reason = 3\n", "line 12: reason is 3, expected text"),
         ('board = "ax650"\nweight_type = "s4"\n', 'model = "tiny-qwen2"\n', "line 9: every night is excluded"),
         ('board = "ax650"\nweight_type = "s4"\n', "", "line 9: this exclusion names no board"),
-        ("[[exclude]]", "[exclude]", "line 9: exclude is no table: expected [[exclude]]"),
-        ("# nights", 'targets = "none.toml"', "line 1: targets is 'none.toml', expected a file of targets"),
+        ("[[exclude]]", "[exclude]", "line 9: exclude is not a list of tables: expected"),
+        ("# nights", 'targets = "none.toml"', "line 1: targets is 'none.toml', expected an existing file"),
         ("models =", "models", "Expected '=' after a key in a key/value pair (at line 3, column 8)"),
     ],
 )
@@ -141,10 +145,10 @@ def test_what_is_wrong_is_told_by_its_line(old: str, new: str, told: str, tmp_pa
 def test_one_name_is_one_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "other.yaml").write_text((place.BOARDS / "ax650.yaml").read_text())
     file = written(tmp_path, 'models = ["tiny-qwen2"]\nboards = [\n  "ax650",\n  "other.yaml",\n]\n')
-    with pytest.raises(BadInput, match=r"line 4: 'other\.yaml' is ax650 to gates and history, as another"):
+    with pytest.raises(BadInput, match=r"line 4: 'other\.yaml' has the board name ax650, like another"):
         matrix.read(file)
     monkeypatch.setenv("LG_BOARD_ADDRESS", "127.0.0.1")
-    with pytest.raises(BadInput, match="line 2: LG_BOARD_ADDRESS would be the same for all 2 boards"):
+    with pytest.raises(BadInput, match="line 2: LG_BOARD_ADDRESS would apply to all 2 boards"):
         matrix.read(written(tmp_path))
 
 
@@ -152,7 +156,7 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"cannot read .*none.toml: No such file or directory"):
         matrix.read(tmp_path / "none.toml")
     (tmp_path / "bytes.toml").write_bytes(b"\xff")
-    with pytest.raises(BadInput, match=r"bytes.toml is no TOML: 'utf-8' codec can't decode"):
+    with pytest.raises(BadInput, match=r"bytes.toml is not valid TOML: 'utf-8' codec can't decode"):
         matrix.read(tmp_path / "bytes.toml")
 
 
@@ -163,12 +167,12 @@ def test_every_night_that_cannot_be_held_is_named_before_any_is(tmp_path: Path) 
     with pytest.raises(BadInput) as caught:
         matrix.plans(matrix.read(written(tmp_path, text)), tmp_path)
     said = str(caught.value).splitlines()
-    assert said[0] == f"2 of 3 nights of {tmp_path / 'matrix.toml'} cannot be held:"
+    assert said[0] == f"2 of 3 nights of {tmp_path / 'matrix.toml'} cannot run:"
     assert said[1].startswith(
         "tiny-qwen2@s4 on virtual (emulated): 5 nights of cpu bundles of tiny-qwen2@s4 on virtual"
     )
     assert said[2].endswith("invoke gate.record --board virtual --model tiny-qwen2@s4 --maker cpu")
-    assert said[3] == "tiny-qwen2 on ax650: it is in a farm: name its coordinator, LG_COORDINATOR=host:20408"
+    assert said[3] == "tiny-qwen2 on ax650: the board is in a farm: set its coordinator, LG_COORDINATOR=host:20408"
 
 
 def test_the_nights_that_can_be_held_have_their_gates(tmp_path: Path) -> None:
@@ -275,9 +279,9 @@ def overlap(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one[0] < other[1] and other[0] < one[1]
 
 
-def run(found: Matrix, folder: Path, codes: Callable[[Cell], int | None], said: list[str]) -> list[Ran]:
+def run(found: Matrix, folder: Path, codes: Callable[[Cell], int | None], said: list[str]) -> list[CellResult]:
     folder.mkdir()
-    return Run(found, folder, acting(folder / "log", -SECONDS, codes), said.append).hold()
+    return Run(found, folder, acting(folder / "log", -SECONDS, codes), said.append).run()
 
 
 def test_boards_go_at_the_same_time_their_nights_and_all_builds_one_by_one(tmp_path: Path) -> None:
@@ -328,7 +332,7 @@ from ci.nightly import matrix
 from ci.nightly.matrix_run import Run
 from tests.ci.test_matrix import acting
 folder = Path(sys.argv[1])
-ran = Run(matrix.read(folder / "matrix.toml"), folder, acting(folder / "log", 100, lambda cell: 0), print).hold()
+ran = Run(matrix.read(folder / "matrix.toml"), folder, acting(folder / "log", 100, lambda cell: 0), print).run()
 for entry in ran:
     print(f"{entry.code} {entry.reason}")
 """
@@ -406,7 +410,7 @@ def made(tmp_path: Path) -> tuple[Path, built.Built]:
         ({"chip": "AX620E"}, "its chip is 'AX620E', expected 'AX650'"),
         ({"commit": "0" * 40}, f"its commit is '{'0' * 40}', expected "),
         ({"manifest_sha256": ""}, "its manifest's sha256 is '', expected "),
-        ({"seconds": "long"}, "is no record of a build: expected texts, and a number"),
+        ({"seconds": "long"}, "is not the record of a build: expected strings, and a number"),
     ],
 )
 def test_a_shared_build_is_taken_only_where_it_is_what_a_night_would_build(
@@ -427,16 +431,16 @@ def test_a_shared_build_that_failed_says_why(made: tuple[Path, built.Built], tmp
     with pytest.raises(CheckFailed, match="layer 3 is worse"):
         built.require(folder, variant.find("tiny-qwen2"), "AX650")
     (folder / built.RECORD).write_text("[]")
-    with pytest.raises(BadInput, match="is no record of a build"):
+    with pytest.raises(BadInput, match="is not the record of a build"):
         built.read(folder)
-    with pytest.raises(BadInput, match=r"built.json is no record of a build: .*No such file"):
+    with pytest.raises(BadInput, match=r"built.json is not the record of a build: .*No such file"):
         built.read(tmp_path)
 
 
 def page_of(folder: Path, *said: Summary | None) -> Page:
     found = matrix.read(written(folder))
     ran = [
-        Ran(cell, entry, entry.code if entry else 2, entry.reason if entry else "it fell over", 61.0)
+        CellResult(cell, entry, entry.code if entry else 2, entry.reason if entry else "it fell over", 61.0)
         for cell, entry in zip(found.cells, said, strict=True)
     ]
     page = Page(found, ran, "2026-11-03T02:00:00Z", 120.0, folder)
@@ -538,7 +542,7 @@ def test_a_summary_comes_back_as_it_was(tmp_path: Path) -> None:
     assert summary.read(file) == said_of(cell, 1)
     for text in ("[]", "{", '{"judged": [{}]}', '{"judged": []}'):
         file.write_text(text)
-        with pytest.raises(BadInput, match="is no summary of a night"):
+        with pytest.raises(BadInput, match="is not the summary of a night"):
             summary.read(file)
 
 
@@ -563,7 +567,7 @@ def test_a_build_that_fails_is_told_of_every_night_and_no_board_is_held(tmp_path
     process = start(tmp_path, "--limit", "build=0.1")
     out, said = process.communicate(timeout=10 * SECONDS)
     lines = out.splitlines()
-    why = "build: build did not end within 0 s; the last it said: "
+    why = "build: build did not end within 0 s; last output: "
     assert lines[0].startswith(f"red: 2 of 2 nights on 2 boards: tiny-qwen2 on virtual-2 (emulated): {why}"), said
     assert process.returncode == 1
     assert left(str(tmp_path)) == []
@@ -607,14 +611,14 @@ def test_a_matrix_and_a_board_do_not_go_together(tmp_path: Path) -> None:
     process = start(tmp_path, "--board", "virtual")
     out, said = process.communicate(timeout=SECONDS)
     assert (process.returncode, out) == (2, "")
-    assert "error: --board and --matrix: a matrix names its boards, and builds for them" in said
+    assert "error: --board and --matrix exclude each other: a matrix names its boards" in said
 
 
 def test_a_site_that_cannot_be_renewed_is_said_and_nothing_else(tmp_path: Path) -> None:
     said: list[str] = []
-    nights.renew(tmp_path / "none", tmp_path, said.append)
+    nights.update_site(tmp_path / "none", tmp_path, said.append)
     (note,) = said
-    assert note.startswith(f"note: the site was not renewed: no history in {tmp_path / 'none'}: name the folder")
+    assert note.startswith(f"note: the site was not updated: no history in {tmp_path / 'none'}: name the folder")
     assert run_folder.new(tmp_path / "runs", "2026-11-03T02:00:00Z", 3).name == "20261103T020000Z"
     assert run_folder.new(tmp_path / "runs", "2026-11-03T02:00:00Z", 3).name == "20261103T020000Z-2"
     for day in range(4, 8):

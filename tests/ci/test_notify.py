@@ -64,14 +64,14 @@ def test_the_command_gets_text_and_facts_and_no_shell(tmp_path: Path) -> None:
 def test_a_failure_is_told() -> None:
     command = [sys.executable, "-c", "print('no route\\x1b to the relay'); raise SystemExit(3)"]
     told = notify.send(command, "text", {})
-    assert told == f"the note by {sys.executable} was not sent: it ended with 3: no route\ufffd to the relay"
+    assert told == f"the notification by {sys.executable} was not sent: it ended with 3: no route\ufffd to the relay"
     assert notify.send(["/nonexistent/mail"], "text", {}).endswith("was not sent: No such file or directory")
 
 
 def test_it_may_not_take_long() -> None:
     started = time.monotonic()
     told = notify.send([sys.executable, "-c", "import time; time.sleep(600)"], "text", {}, seconds=1)
-    assert told.endswith("was not sent: it was not done after 1 s")
+    assert told.endswith("was not sent: it did not finish within 1 s")
     assert time.monotonic() - started < 60
 
 

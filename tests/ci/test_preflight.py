@@ -1,4 +1,4 @@
-"""What is said before a night begins: gates that are missing, misspelled, gone or never measured; history; power."""
+"""Preflight checks of a night: gates that are missing, misspelled, removed or never measured; history; power."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_first_nights_of_a_maker_are_recorded(board: Board, gates: Path) -> 
     others = [night(9, maker="pulsar2", gates=GATES), night(9, figures={}, gates={})]
     assert check(board, gates, *four, *others).unjudged.endswith("night 5 of 5")
     text = refused(board, gates, *four, night(5, gates={}))
-    assert text.startswith("5 nights of cpu bundles of tiny-qwen2 on virtual are recorded, and no gate judges them\n")
+    assert text.startswith("5 nights of cpu bundles of tiny-qwen2 on virtual are recorded, but there are no gates\n")
     assert "invoke gate.record --board virtual --model tiny-qwen2 --maker cpu" in text
 
 
@@ -78,15 +78,15 @@ def test_gates_that_went_away_altogether_are_no_first_night(board: Board, gates:
     (gates / "virtual" / "tiny-qwen2.toml").unlink()
     text = refused(board, gates, night(1, gates=GATES), night(2, gates={}))
     assert text.startswith(
-        "the gates for cpu bundles of tiny-qwen2 on virtual went away: 2 judged the night of 2026-11-01\n"
+        "the gates for cpu bundles of tiny-qwen2 on virtual disappeared: 2 judged the night of 2026-11-01\n"
     )
 
 
 def test_one_gate_that_went_away_is_told(board: Board, gates: Path) -> None:
     plan = check(board, gates, night(1, gates=GATES))
     assert plan.notes == (
-        "a gate went away since the night of 2026-11-01: mean KL divergence from the checkpoint had to be "
-        "1e-5 ± 1e-6 nats, and is judged no more",
+        "a gate disappeared since the night of 2026-11-01: mean KL divergence from the checkpoint had to be "
+        "1e-5 ± 1e-6 nats, and is no longer judged",
     )
 
 
@@ -96,7 +96,7 @@ def test_one_gate_that_went_away_is_told(board: Board, gates: Path) -> None:
 def test_a_misspelled_name_is_told(name: str, board: Board, gates: Path) -> None:
     (gates / "virtual" / "tiny-qwen2.toml").unlink()
     write(gates, name, "cpu.decode_128")
-    assert f"{gates / name}: is that its name misspelled?" in refused(board, gates)
+    assert f"{gates / name}: is its name misspelled?" in refused(board, gates)
 
 
 def test_another_models_gates_are_no_misspelling(board: Board, gates: Path) -> None:
@@ -109,7 +109,7 @@ def test_another_models_gates_are_no_misspelling(board: Board, gates: Path) -> N
 def test_a_gate_that_no_night_measures(board: Board, gates: Path) -> None:
     write(gates, "virtual/tiny-qwen2.toml", "cpu.decode_512")
     text = refused(board, gates)
-    assert "cpu.decode_512 is a figure that no night measures; a night measures mean_kld, " in text
+    assert "no night measures cpu.decode_512; a night measures mean_kld, " in text
 
 
 def test_gates_of_instructions_are_held_where_they_can_be_counted(
@@ -117,12 +117,12 @@ def test_gates_of_instructions_are_held_where_they_can_be_counted(
 ) -> None:
     names = (instructions.ENGINE, instructions.RUNNER, "runner_instructions_399")
     write(gates, "virtual/tiny-qwen2.toml", "cpu.decode_128", *(f"cpu.{name}" for name in names))
-    monkeypatch.setattr(instructions, "unable", lambda: "")
+    monkeypatch.setattr(instructions, "unavailable", lambda: "")
     plan = check(board, gates)
     assert set(plan.gates) == {"decode_128", *names[:2]}
     (note,) = plan.notes
     assert note.startswith("not judged: instructions of the runner, Python 399: this is Python 3.")
-    monkeypatch.setattr(instructions, "unable", lambda: "there is no valgrind")
+    monkeypatch.setattr(instructions, "unavailable", lambda: "there is no valgrind")
     plan = check(board, gates)
     assert set(plan.gates) == {"decode_128"}
     assert len(plan.notes) == 3
@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_read(what: str, board: Board, gates: Path) -> Non
         file.mkdir()
     else:
         file.write_text("[cpu")
-    assert refused(board, gates).startswith((f"cannot read {file}: ", f"{file} is no TOML: "))
+    assert refused(board, gates).startswith((f"cannot read {file}: ", f"{file} is not valid TOML: "))
 
 
 def test_the_shipped_gates_can_all_be_reached() -> None:
@@ -184,9 +184,9 @@ def test_a_board_that_is_not_set_up_is_refused_before_a_night_is_written(monkeyp
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", "/nonexistent")
     monkeypatch.setattr("socket.getaddrinfo", unknown)
-    with pytest.raises(BadInput, match=r"ax650 is not set up on this machine: nothing is named 'ax650', the"):
+    with pytest.raises(BadInput, match=r"ax650 is not set up on this machine: 'ax650', the placeholder in"):
         preflight.require_set_up(place.find("ax650"))
-    with pytest.raises(BadInput, match="it is in a farm: name its coordinator"):
+    with pytest.raises(BadInput, match="the board is in a farm: set its coordinator"):
         preflight.require_set_up(place.find("ax650-farm"))
     monkeypatch.setenv("LG_BOARD_ADDRESS", "192.168.1.50")
     preflight.require_set_up(place.find("ax650"))
@@ -200,4 +200,4 @@ def unknown(*_: object) -> None:
 def test_a_gate_that_judges_nothing_is_told(board: Board, gates: Path) -> None:
     file = gates / "virtual" / "tiny-qwen2.toml"
     file.write_text(re.sub(r"tolerance = .*", "tolerance = 1e14", file.read_text()))
-    assert any("lets nearly anything pass: " in note for note in check(board, gates).notes)
+    assert any("passes almost any value: " in note for note in check(board, gates).notes)

@@ -100,8 +100,8 @@ def test_after_its_end_it_counts_again_and_says_so(tmp_path: Path) -> None:
     assert settled(excuse(found, failed, judged(mean_kld=0.01), seen)) == ("red", WORSE)
     (note,) = found.notes()
     assert note == (
-        "the quarantine of mean KL divergence from the checkpoint ended on 2026-12-24 (jane: the fan is broken): it "
-        "counts again; remove it from quarantine.toml"
+        "the quarantine of mean KL divergence from the checkpoint expired on 2026-12-24 (jane: the fan is broken): it "
+        "counts again; remove the entry from quarantine.toml"
     )
 
 
@@ -114,7 +114,7 @@ def test_what_is_healthy_again_is_told(tmp_path: Path) -> None:
         f"test {TEST}",
         "stage deploy",
     ]
-    assert all(note.endswith("and was healthy: remove it from quarantine.toml") for note in told)
+    assert all(note.endswith("but it passed: remove the entry from quarantine.toml") for note in told)
     assert list(excuse(found, [held("build", 1, "red")], [], []).notes()) == []  # it did not get so far
 
 
@@ -135,15 +135,15 @@ def test_what_is_healthy_again_is_told(tmp_path: Path) -> None:
         (entry(model='"tiny"'), "matches nothing: no model is named 'tiny'"),
         (entry(figure='"ttft_16"'), "matches nothing: no gate judges it; there are mean_kld,"),
         (entry(figure='"fps"'), "no figure is named 'fps'"),
-        (entry(figure=None, stage='"sleep"'), "matches nothing: there are the stages power on, build,"),
+        (entry(figure=None, stage='"sleep"'), "matches nothing: the stages are power on, build,"),
         (entry(figure=None, test='"test_it"'), "matches nothing: tests/hil has test_every_way"),
         ("[quarantine]\n", "expected entries: [[quarantine]]"),
-        ("quarantine = [\n", "quarantine.toml is no TOML: "),
+        ("quarantine = [\n", "quarantine.toml is not valid TOML: "),
         (entry() + entry(until="2026-12-01"), "line 8: figure mean_kld of tiny-qwen2 on virtual is quar"),
-        (entry(figure=None, stage='"measure"'), "stage measure of tiny-qwen2 on virtual cannot be: it measures every"),
-        (entry(figure=None, stage='"health"'), "cannot be: nothing is known of what an ill board measures"),
-        (entry(figure=None, stage='"doctor"'), "cannot be: it makes no night red"),
-        (entry(figure=None, stage='"count"', board='"ax650"'), "instructions are counted for emulated boards alone"),
+        (entry(figure=None, stage='"measure"'), "stage measure of tiny-qwen2 on virtual cannot be quarantined: it "),
+        (entry(figure=None, stage='"health"'), "cannot be quarantined: measurements on an unhealthy board"),
+        (entry(figure=None, stage='"doctor"'), "cannot be quarantined: it never turns a night red"),
+        (entry(figure=None, stage='"count"', board='"ax650"'), "instructions are counted only for emulated boards"),
     ],
 )
 def test_an_entry_that_says_too_little_is_refused(text: str, told: str, tmp_path: Path) -> None:

@@ -74,21 +74,21 @@ def test_why_a_board_does_not_answer(board: Board) -> None:
     assert "port 1: Connection refused\nSwitch it on: " in refused(board, at(1))
     assert f"port {nothing}: Connection refused" in refused(board, at(nothing))
     with listener(b"HTTP/1.1 400\r\n") as port:
-        assert "what listens there is no SSH server" in refused(board, at(port))
+        assert "the port is open, but not an SSH server" in refused(board, at(port))
     with listener(b"SS") as port:
-        assert "what listens there is no SSH server" in refused(board, at(port))
+        assert "the port is open, but not an SSH server" in refused(board, at(port))
     started = time.monotonic()
     with listener(None) as port:
-        assert ": nothing in 0 s\n" in refused(board, at(port), 0.3)
+        assert ": no answer in 0 s\n" in refused(board, at(port), 0.3)
     assert time.monotonic() - started < 5
     text = refused(board, at(22, "no-such-board.invalid"))
-    assert 'its name is not known here\nSay where it is: address = "192.168.1.50" in ' in text
+    assert 'its name does not resolve\nSet its address: address = "192.168.1.50" in ' in text
 
 
 @pytest.mark.parametrize("hand", ["manual", "none"])
 def test_a_board_that_nobody_but_its_user_switches(board: Board, hand: str) -> None:
     by_hand = dataclasses.replace(board, power=hand)
-    assert f"Switch it on by hand: its power is {hand!r}." in refused(by_hand, at(1))
+    assert f"Switch it on by hand (power is {hand!r})," in refused(by_hand, at(1))
 
 
 def test_the_command_that_is_named_works_when_pasted(tmp_path: Path) -> None:
@@ -123,11 +123,9 @@ def test_a_night_says_what_nobody_could_switch(board: Board, monkeypatch: pytest
     none, manual = (dataclasses.replace(board, power=hand) for hand in ("none", "manual"))
     assert list(power.unable(board)) == []
     (text,) = power.unable(none)
-    assert text == (
-        "power: none: ax650 is not switched off and on: a cold start is not shown, and it stays on after the night"
-    )
+    assert text == ("power: none: ax650 is not power-cycled: no cold start is tested, and it stays on after the night")
     (text,) = power.unable(manual)
-    assert text.startswith("power: manual, and no terminal to ask at: ax650 is not switched off and on")
+    assert text.startswith("power: manual, but no terminal to ask the user: ax650 is not power-cycled")
 
 
 def test_a_user_is_asked_once_and_the_board_awaited(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:

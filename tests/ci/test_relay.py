@@ -85,9 +85,9 @@ def test_a_relay_that_works(server: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize(
     ("path", "index", "said"),
     [
-        ("/none/{value}", "", "answered 404 Not Found: its path, its index or its model is another"),
+        ("/none/{value}", "", "answered 404 Not Found: wrong path, index or model"),
         ("/relay/{index}/{value}", "7", "index 7) answered 404 Not Found"),
-        ("/locked?{value}", "", "answered 401 Unauthorized: its user and password are not these"),
+        ("/locked?{value}", "", "answered 401 Unauthorized: wrong user or password"),
         ("/broken?{value}", "", "answered 500 Internal Server Error"),
     ],
 )
@@ -120,10 +120,10 @@ def test_a_relay_that_never_answers(deaf: str, monkeypatch: pytest.MonkeyPatch) 
         ("relay/{index}/{value}", "", "no http URL\n"),
         ("http://relay:port/{value}", "", "no address: "),
         ("http://[::1/{value}", "", "no address: "),
-        ("http://relay/{index}", "", "no {value}, which becomes 0 or 1"),
+        ("http://relay/{index}", "", "{value}, which becomes 0 or 1, is missing"),
         ("http://relay/{values}", "", "braces that are neither {index} nor {value}"),
         ("http://relay/{value", "", "braces that are neither"),
-        ("http://relay", "gude", "expected a name or an address alone"),
+        ("http://relay", "gude", "expected only a name or an address"),
         ("http://relay", "shelly_gen3", "labgrid has no such model: is shelly_gen"),
     ],
 )
@@ -141,5 +141,5 @@ def test_by_hand_there_is_nothing_to_switch(monkeypatch: pytest.MonkeyPatch) -> 
         board = with_relay(monkeypatch, hand)
         assert board.switch == hand
         place.require_power(board)
-        with pytest.raises(BadInput, match="switched by hand"), place.power(board):
+        with pytest.raises(BadInput, match="switch it by hand"), place.power(board):
             pass

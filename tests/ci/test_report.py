@@ -142,15 +142,15 @@ def test_flaky_quarantined_and_culprit_are_shown_as_text(tmp_path: Path) -> None
         shown.night, flaky=f"deploy: {HOSTILE}", culprit=f"abc1234 {HOSTILE}", quarantined={"stage x": HOSTILE}
     )
     judgements = [replace(entry, outcome="quarantined") for entry in shown.judgements]
-    tried = [replace(entry, excused="tried again" if entry.code else "") for entry in shown.stages]
+    tried = [replace(entry, excused="retried" if entry.code else "") for entry in shown.stages]
     html = render(replace(shown, night=now, nights=[*shown.nights[:-1], now], judgements=judgements, stages=tried))
     outline = Outline(html)
     text = " ".join("".join(outline.text).split())
     assert not {tag for tag, _ in outline.seen} & {"script", "img"}
     for words in (
         "! quarantined",
-        "! tried again",
-        "the first try",
+        "! retried",
+        "first attempt",
         "red since the commit",
         "abc1234",
         "; quarantined: stage x",
@@ -250,7 +250,7 @@ def test_what_changed_is_found(tmp_path: Path) -> None:
     )
     found = changes.between(before, after, tmp_path)
     assert found.commits == ((git("rev-parse", "--short", new), "second: <b> & 'quotes'"),)
-    assert found.note == "the working tree has changes that are in no commit"
+    assert found.note == "the working tree has uncommitted changes"
     assert found.others == (
         ("requirement come", "none", "2"),
         ("requirement gone", "1", "none"),
@@ -261,7 +261,7 @@ def test_what_changed_is_found(tmp_path: Path) -> None:
     assert changes.other_bytes(before, after) == ["b"]
     assert changes.between(before, before, tmp_path).none
     lost = changes.between(night(1, commit="1" * 40), after, tmp_path)
-    assert "this clone does not have them all" in lost.note
+    assert "some are missing in this clone; fetch them" in lost.note
 
 
 def test_a_night_that_measured_nothing_has_a_page_too(tmp_path: Path) -> None:
@@ -283,4 +283,4 @@ def test_a_night_that_measured_nothing_has_a_page_too(tmp_path: Path) -> None:
     text = " ".join("".join(outline.text).split())
     assert outline.open == []
     assert "There has been no green night yet." in text
-    assert "Not measured: the night ended before." in text
+    assert "Not measured: the night ended earlier." in text

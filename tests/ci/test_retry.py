@@ -10,7 +10,7 @@ import pytest
 
 from ci.device import connection, ssh
 from ci.nightly import history, retry
-from ci.nightly.course import MEASURE
+from ci.nightly.pipeline import MEASURE
 from ci.nightly.stage import INTERRUPTED, TIMED_OUT, Stage
 from ci.nightly.verdict import Verdict
 from tests.ci.test_history import night
@@ -27,7 +27,7 @@ def failed(name: str, reason: str, code: int = 1) -> Stage:
     [
         ("power on", "the power of ax650 could not be switched: HTTP 503", 1),
         ("power on", "ax650 was switched on and does not answer: no sshd at 10.0.0.2 port 22 in 180 s\nLook.", 1),
-        ("power on", "power on did not end within 240 s; the last it said: ", TIMED_OUT),
+        ("power on", "power on did not end within 240 s; last output: ", TIMED_OUT),
         ("power off", "the power of ax650 could not be switched: HTTP 503", 1),
         ("deploy", "ax650 was lost during verify: client_loop: send disconnect: Broken pipe (exit code 255)", 1),
         ("deploy", "ax650 did not answer facts in 120 s", 1),
@@ -48,7 +48,7 @@ def test_what_the_network_or_the_board_did(name: str, reason: str, code: int) ->
         ("deploy", "ax650 answers '1+1=' with tokens [3], expected [2]", 1),
         ("deploy", "the disk of ax650 has 24 MB free, the package needs 155 MB", 2),
         ("deploy", "release 0 does not run on ax650: ax650 was lost during run", 1),
-        ("deploy", "deploy did not end within 1800 s; the last it said: ", TIMED_OUT),
+        ("deploy", "deploy did not end within 1800 s; last output: ", TIMED_OUT),
     ],
 )
 def test_what_it_did_not(name: str, reason: str, code: int) -> None:
@@ -65,7 +65,7 @@ def test_of_a_measurement_every_failure_must_be_the_boards() -> None:
     assert retry.cause(done, ["ax650 was started anew during the tests: 1 5, then 1 9"], "ax650")
     assert retry.cause(done, [worse, hangs], "ax650") == ""
     assert retry.cause(done, ["axrun eval on ax650 ended with 1: 'ax650 hangs: no answer to'"], "ax650") == ""
-    assert retry.cause(done, ["axrun eval on ax650 was not done after 40 s"], "ax650") == ""
+    assert retry.cause(done, ["axrun eval on ax650 did not finish within 40 s"], "ax650") == ""
     assert retry.cause(done, [], "ax650") == ""
 
 

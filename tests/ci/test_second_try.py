@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NIGHT = """
 import sys
 from pathlib import Path
-from ci.nightly.course import Options
+from ci.nightly.pipeline import Options
 from ci.nightly.night import nightly
 yaml, folder, command = sys.argv[1:]
 options = Options(yaml, "tiny-qwen2", Path(folder, "out"), Path(folder, "history"), notify=command, bisect=True)
@@ -58,9 +58,9 @@ def test_red_both_times_is_told_once(dead: Path) -> None:
     said = done.stdout.splitlines()
     assert said[0] == f"red: tiny-qwen2 on relay: {REASON} (on the second try; the first: {REASON})", done.stderr
     assert done.returncode == 1
-    assert f"power on is tried once more, after a power cycle: {REASON.partition(': ')[2]}" in done.stderr.splitlines()
+    assert f"retrying power on after a power cycle: {REASON.partition(': ')[2]}" in done.stderr.splitlines()
     assert "  relay needed a second try in 1 of its last 1 nights" in said
-    assert "  not bisected: power on is not red by a commit: a red of the board or of this machine" in said
+    assert "  not bisected: no commit made power on fail: the board or this machine failed" in said
     (held,) = history.read(dead.parent / "history", "relay", "tiny-qwen2").nights
     assert (held.flaky, held.culprit, held.stage) == (REASON, "", "power on")
     assert notes.read_text().split("\n")[0] == f"the first night is red {said[0]}"

@@ -80,9 +80,9 @@ def test_least_median_and_most_of_each() -> None:
     ("limits", "degrees", "told"),
     [
         ({"hot": {"soc 0": 75.0}}, 71.0, []),
-        ({"hot": {"soc 0": 75.0}}, 73.5, ["soc 0 got hot while it measured: 73.5 °C, the kernel acts at 75 °C"]),
+        ({"hot": {"soc 0": 75.0}}, 73.5, ["soc 0 got hot during the measurement: 73.5 °C, the kernel acts at 75 °C"]),
         ({}, 84.0, []),
-        ({}, 88.2, ["soc 0 got hot while it measured: 88.2 °C"]),
+        ({}, 88.2, ["soc 0 got hot during the measurement: 88.2 °C"]),
     ],
 )
 def test_a_hot_board_is_noted(limits: dict[str, Any], degrees: float, told: list[str]) -> None:
@@ -93,9 +93,13 @@ def test_a_hot_board_is_noted(limits: dict[str, Any], degrees: float, told: list
     ("governor", "clocks", "told"),
     [
         ("performance", (1700, 1700), ""),
-        ("performance", (1700, 1000), "the clock of cpu0 was 1000 MHz while it measured, 1700 is its most (governor p"),
+        (
+            "performance",
+            (1700, 1000),
+            "the clock of cpu0 was 1000 MHz during the measurement, its maximum is 1700 (gov",
+        ),
         ("ondemand", (400, 1700), ""),
-        ("ondemand", (400, 1000), "the clock of cpu0 was 1000 MHz while it measured, 1700 is its most (governor onde"),
+        ("ondemand", (400, 1000), "the clock of cpu0 was 1000 MHz during the measurement, its maximum is 1700 (gov"),
     ],
 )
 def test_a_clock_that_dropped_is_noted(governor: str, clocks: tuple[float, ...], told: str) -> None:
@@ -105,11 +109,11 @@ def test_a_clock_that_dropped_is_noted(governor: str, clocks: tuple[float, ...],
 
 def test_a_cooling_device_that_acts_is_noted() -> None:
     found = seen({"degrees": {"soc 0": 40.0}, "cooling": {"fan 0": 1}}, {"cooling": {"fan 0": 3}})
-    assert list(found.notes()) == ["cooling device fan 0 acted while it measured, up to state 3"]
+    assert list(found.notes()) == ["cooling device fan 0 was active during the measurement, up to state 3"]
 
 
 def test_a_board_without_sensors_has_none() -> None:
-    assert list(seen({}).notes()) == ["the board shows no temperatures and no clocks"]
+    assert list(seen({}).notes()) == ["the board reports no temperatures and no clocks"]
 
 
 @pytest.mark.parametrize(
@@ -149,8 +153,8 @@ def test_they_are_read_while_something_runs(tmp_path: Path, sys_folder: Path, mo
     assert found.why == ""
     assert found.summary()["soc 1, °C"] == [73.9, 73.9, 73.9]
     assert list(found.notes())[:2] == [
-        "the clock of cpu1 was 1200 MHz while it measured, 1700 is its most (governor performance)",
-        "cooling device fan 0 acted while it measured, up to state 2",
+        "the clock of cpu1 was 1200 MHz during the measurement, its maximum is 1700 (governor performance)",
+        "cooling device fan 0 was active during the measurement, up to state 2",
     ]
 
 
@@ -163,4 +167,4 @@ def test_a_board_that_cannot_be_reached_costs_nothing_but_the_readings(tmp_path:
     with sensors.reading(board, Address("", 1, "", tmp_path), 0.05, Gone) as found:
         pass
     (note,) = found.notes()
-    assert note.startswith("the board shows no temperatures and no clocks: virtual was lost during start: ")
+    assert note.startswith("the board reports no temperatures and no clocks: virtual was lost during start: ")

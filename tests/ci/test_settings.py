@@ -86,22 +86,22 @@ def test_status_says_where_each_setting_is_from_and_no_password(config: Path, mo
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("adress = 'x'", "'adress' is no setting of a board: is address meant?"),
-        ("address = ", "is no TOML: "),
+        ("adress = 'x'", "'adress' is not a setting of a board: is address meant?"),
+        ("address = ", "is not valid TOML: "),
         ("address = '-oProxyCommand=x'", "address is '-oProxyCommand=x', expected "),
-        ("user = true", "user is True, expected a text: quote it"),
+        ("user = true", "user is True, expected a string: quote it"),
         ("root = '../..; rm'", "root is '../..; rm', expected "),
         ("port = 0", "port is '0', expected a port, 1 to 65535"),
         ("port = 99999", "port is '99999', expected a port, 1 to 65535"),
         (f"port = 0x{'f' * 5000}", "line 1: port is an integer of 20000 bits"),
-        ("root = '../../etc'", "root is '../../etc', expected a folder by names"),
+        ("root = '../../etc'", "root is '../../etc', expected a folder of names"),
         ("root = '/data/../etc'", "root is '/data/../etc', expected "),
         ("root = '-rf'", "root is '-rf', expected "),
         ("root = 'axrun/-rf'", "root is 'axrun/-rf', expected "),
         ("root = '.'", "root is '.', expected "),
         ("keyfile = '~nobody2/x'", "keyfile is '~nobody2/x': this machine has no user of that name"),
         ("state = '~nobody2/x'", "state is '~nobody2/x': this machine has no user of that name"),
-        ("user = 'a'\n[power]\nx = 1", "line 2: power is {'x': 1}, expected a text"),
+        ("user = 'a'\n[power]\nx = 1", "line 2: power is {'x': 1}, expected a string"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(config: Path, text: str, said: str) -> None:

@@ -113,7 +113,7 @@ def test_targets_stand_beside_what_was_measured_on_that_very_board(kept: Path, t
     assert "measured on the emulated board, cpu bundle, 2026-12-25 ≤ 1.00e-04 nats ✓ reached a goal: ours" in said
     emulated = text(Outline((tmp_path / "site" / "virtual" / "tiny-qwen2.html").read_text()))
     assert "129.2" not in emulated  # a real board's
-    assert "say nothing of a board" in emulated
+    assert "say nothing about a real board" in emulated
     drawn = (tmp_path / "site" / "ax650" / "qwen2-0.5b.html").read_text()
     assert '<line class="target"' in drawn
     assert "129.2 ms, published: a vendor&#39;s log" in drawn
@@ -128,16 +128,16 @@ def test_a_target_without_nights_is_told(tmp_path: Path) -> None:
 
 
 def test_charts_show_all_nights_over_the_gates_of_their_time(kept: Path) -> None:
-    shelf = next(entry for entry in site.collect(kept).shelves if entry.model == "tiny-qwen2")
-    drawn = shelf.chart("cpu", "decode_128")
+    series = next(entry for entry in site.collect(kept).series if entry.model == "tiny-qwen2")
+    drawn = series.chart("cpu", "decode_128")
     assert drawn is not None
-    assert len(drawn.points) == len(shelf.nights) == 84
+    assert len(drawn.points) == len(series.nights) == 84
     assert sum(not point.green for point in drawn.points) == 12
     (step,) = drawn.steps  # gates came after two months, and are the same since
     assert step.text == "gate 22 ± 3 token/s"
     assert drawn.points[13].x < step.x < drawn.points[14].x
     assert step.x + step.width == pytest.approx(drawn.points[-1].x, abs=0.2)
-    per_unit = (drawn.points[0].y - drawn.points[1].y) / (shelf.nights[1].figures["decode_128"] - 21.0 or 1)
+    per_unit = (drawn.points[0].y - drawn.points[1].y) / (series.nights[1].figures["decode_128"] - 21.0 or 1)
     assert step.height == pytest.approx(6 * abs(per_unit), rel=0.1)
     assert drawn.summary.startswith("decode behind 128, 84 nights from 2026-01-01 to 2026-12-25: least 20 token/s")
 
@@ -203,15 +203,15 @@ def test_old_torn_and_strange_lines_are_left_out_and_told(tmp_path: Path) -> Non
         (tmp_path / "history" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "history" / name).write_text(json.dumps(whole))
     found = site.collect(tmp_path / "history")
-    (shelf,) = found.shelves
-    assert len(shelf.nights) == 1
-    assert [fault.partition(" is ")[0] for fault in shelf.faults] == [
+    (series,) = found.series
+    assert len(series.nights) == 1
+    assert [fault.partition(" is ")[0] for fault in series.faults] == [
         f"tiny-qwen2.jsonl line {n}" for n in (2, 3, 4, 5, 6)
     ]
-    assert shelf.charts("cpu") == []
+    assert series.charts("cpu") == []
     made(tmp_path / "history", tmp_path / "site")
     said = text(Outline((tmp_path / "site" / "virtual" / "tiny-qwen2.html").read_text()))
-    assert "line 2 is left out: it has NaN, which is no number" in said
+    assert "line 2 is skipped: it has NaN, which is not a JSON number" in said
 
 
 def test_optional_fields_are_shown_where_a_night_has_them(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_the_same_history_gives_the_same_bytes_and_what_went_away_goes(kept: Pat
 
 def test_a_folder_of_other_things_is_left_alone(kept: Path, tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text("mine")
-    with pytest.raises(BadInput, match=r"has files of another kind \(history\): name a folder of the site's own"):
+    with pytest.raises(BadInput, match=r"has files that are not the site's \(history\): use a separate"):
         site.write(site.collect(kept), tmp_path)
     assert (tmp_path / "index.html").read_text() == "mine"
     with pytest.raises(BadInput, match="no history in "):

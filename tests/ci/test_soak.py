@@ -99,7 +99,7 @@ def test_a_good_server_has_no_faults(link: Connection, bundle_s8: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        ("leak", "memory of axrun serve grows: "),
+        ("leak", "axrun serve leaks memory: "),
         ("change", " answers changed: "),
         ("drop", " requests were lost; the first: "),
         ("refuse", " requests were refused; the first: 500 to "),
@@ -157,7 +157,7 @@ def test_memory_is_judged_by_more_than_noise(each: float, requests: int, lives: 
 def test_cmm_that_does_not_come_back_is_told() -> None:
     held = Soak(40, 4, cmm=[900 << 20, 900 << 20, 640 << 20])
     assert list(soak.judge(held)) == [
-        "CMM does not come back: 944 MB were left before the first server, 671 MB after the last had ended"
+        "CMM is not released: 944 MB were free before the first server started, 671 MB after the last one stopped"
     ]
     assert list(soak.judge(dataclasses.replace(held, cmm=[900 << 20, 900 << 20]))) == []
 
@@ -167,7 +167,7 @@ def test_a_soak_of_what_was_not_deployed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no deploy is recorded in"):
         soak.on_board(board, tmp_path / "virtual.json", 40, say)
     evidence.write(tmp_path / "ax650.json", Record("ax650", "0" * 16, "1" * 16, "2" * 16, "", {}, {}))
-    with pytest.raises(BadInput, match="is the record of a deploy to ax650, this board is virtual"):
+    with pytest.raises(BadInput, match="records a deploy to ax650, but this board is virtual"):
         soak.on_board(board, tmp_path / "ax650.json", 40, say)
 
 

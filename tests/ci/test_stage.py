@@ -79,7 +79,7 @@ def test_a_command_that_ends_well_has_no_reason(tmp_path: Path) -> None:
         ("print('error: no room on the board'); print('Make room.'); raise SystemExit(2)", "no room on the board"),
         ("print('error: first'); print('error: last'); raise SystemExit(1)", "last"),
         ("print('it broke'); raise SystemExit(1)", "it broke"),
-        ("raise SystemExit(3)", "build ended with exit code 3 and said nothing"),
+        ("raise SystemExit(3)", "build ended with exit code 3 and printed nothing"),
         ("print('error: \\x1b[31mred\\x07'); raise SystemExit(1)", "�[31mred�"),
         ("import sys; sys.stdout.buffer.write(b'error: \\xff\\n'); raise SystemExit(1)", "�"),
         ("print('error: ' + 'x' * 100_000); raise SystemExit(1)", "x" * stage.MOST_REASON),
@@ -95,12 +95,12 @@ def test_a_command_that_is_killed_says_what_memory_there_was(tmp_path: Path, mon
     code = "import os, signal; print('layer 3 of 24', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     done = hold(tmp_path, code)
     assert (done.code, done.outcome) == (-9, "killed")
-    said = r"build was killed from outside, as a kernel without memory does: \d+ MB of memory were available when it "
-    assert re.match(said + r"began, \d+ MB at the least; the last it said: layer 3 of 24\n", done.reason)
+    said = r"build was killed by another process or the kernel, perhaps out of memory: \d+ MB of memory were available "
+    assert re.match(said + r"at its start, \d+ MB at the lowest point; last output: layer 3 of 24\n", done.reason)
     assert hold(tmp_path, "raise SystemExit(137)").outcome == "killed"
     kills = iter((7, 8))
     monkeypatch.setattr(stage, "_kills", lambda: next(kills))
-    assert hold(tmp_path, code).reason.startswith("build was killed for want of memory: ")
+    assert hold(tmp_path, code).reason.startswith("build was killed by the kernel, out of memory: ")
 
 
 def test_a_command_beyond_its_limit_is_ended_with_all_of_its_session(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_command_beyond_its_limit_is_ended_with_all_of_its_session(tmp_path: P
         patch.setattr(stage, "GRACE", 0.5)
         done = hold(tmp_path, code, limit=15.0)
     assert (done.code, done.outcome) == (stage.TIMED_OUT, "timed out")
-    assert done.reason == "build did not end within 15 s; the last it said: waiting for the board"
+    assert done.reason == "build did not end within 15 s; last output: waiting for the board"
     pids = [int(path.suffix[1:]) for path in tmp_path.glob("pid.*")]
     assert len(pids) == 2
     assert until(lambda: not any(alive(pid) for pid in pids))

@@ -16,10 +16,10 @@ from ci.device import strict_json
         ("NaN", "it has NaN"),
         ("[-Infinity]", "it has -Infinity"),
         ("1e999", "it has the number 1e999"),
-        ("9" * 400, "it has the number 99999999999999999999..., of 400 characters"),
+        ("9" * 400, "it has the number 99999999999999999999... of 400 characters"),
         ("9" * 5000, "of 5000 characters"),
         (str(2**63), "it has the number"),
-        ("[" * 100_000, "it is nested too deep"),
+        ("[" * 100_000, "it is nested too deeply"),
         ("{", "Expecting property name"),
     ],
 )
@@ -41,7 +41,7 @@ def test_a_file_is_bounded_and_an_object(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="more than 7 bytes"):
         strict_json.read(file, 7)
     file.write_text("[1]")
-    with pytest.raises(ValueError, match="no JSON object"):
+    with pytest.raises(ValueError, match="not a JSON object"):
         strict_json.read(file)
 
 

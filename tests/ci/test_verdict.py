@@ -73,9 +73,9 @@ def test_pytest_itself_can_fail() -> None:
 def test_a_night_that_measured_nothing_or_has_no_gate_is_never_green() -> None:
     assert verdict([held("measure")], [], [], [], night()).reason == "nothing was measured on the board"
     ungated = gate.judge(WELL, {})
-    told = ["no gate says what cpu bundles must measure here: tiny-qwen2 on virtual"] * 2
+    told = ["no gates for cpu bundles here: tiny-qwen2 on virtual"] * 2
     found = verdict([held("measure", 1, "2 failed")], ungated, told, [], night())
-    assert found.reason == "no gate says what cpu bundles must measure here"
+    assert found.reason == "no gates for cpu bundles here"
     assert found.code == 1
     assert "invoke gate.record --board virtual --model tiny-qwen2" in found.advice
 
@@ -85,9 +85,7 @@ def test_the_same_commit_must_build_the_same_bytes() -> None:
     before = [night(1, files=files)]
     now = night(2, files={**files, "b.axmodel": "9", "reference.npz": "4"})
     found = verdict([held("measure")], judged(), [], before, now)
-    assert found.reason == (
-        "the bundle is not the one that the same commit built on 2026-11-01: b.axmodel has other bytes"
-    )
+    assert found.reason == ("the build is not reproducible: on 2026-11-01 the same commit built other bytes: b.axmodel")
     for other in ({"commit": "36dd881"}, {"commit": "5b2a0a6+"}, {"maker": "pulsar2"}, {"handed_in": True}):
         changed = night(2, **{"files": now.files, **other})
         assert verdict([held("measure")], judged(), [], before, changed).word == "green"
@@ -98,7 +96,7 @@ def test_the_same_commit_must_build_the_same_bytes() -> None:
 def test_what_was_measured_must_be_what_was_deployed() -> None:
     unlike = ["models/0/hf/tokenizer.json has other bytes than were deployed", "current points at releases/1"]
     found = verdict([held("measure", 1, "1 failed")], judged(mean_kld=0.01), ["x"], [], night(), unlike)
-    assert found.reason == f"what was measured is not what was deployed: {unlike[0]} (and 1 more)"
+    assert found.reason == f"the measured release differs from the deployed one: {unlike[0]} (and 1 more)"
     assert (found.code, found.stage) == (1, "measure")
 
 
@@ -116,7 +114,7 @@ def test_a_night_without_gates_is_green_only_where_it_says_that_it_is_not_judged
     ("stages", "tests"),
     [
         ([held("power on", 1, "virtual was switched on and does not answer")], []),
-        ([held("build", -9, "build was killed for want of memory")], []),
+        ([held("build", -9, "build was killed by the kernel, out of memory")], []),
         ([held("measure", 1, "")], ["virtual hangs: no answer to axrun bench in 40 s"]),
         ([held("measure", 1, "")], ["axrun eval was killed on virtual: it had 812 MB"]),
         ([held("measure", 4, "ERROR: file or directory not found: tests/hil")], []),
@@ -153,8 +151,7 @@ def test_a_drift_within_the_gate_is_told() -> None:
 
     (said,) = told(18.5)
     assert said == (
-        "decode behind 128 is drifting: 18.5 token/s, while the last 7 green nights had 21 token/s; "
-        "its gate still holds"
+        "decode behind 128 is drifting: 18.5 token/s, the last 7 green nights had 21 token/s; still within its gate"
     )
     assert told(19.5) == []
     assert told(23.9) == []  # better

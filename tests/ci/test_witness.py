@@ -75,9 +75,9 @@ def test_another_engine_than_the_deployed_one_is_told(where: str, board: OnBoard
         inside.write_bytes(other.read_bytes())
     tell(launcher(board), {"beside": other, "swapped": inside, "none": None}[where], 'print(\'{"maker": "cpu"}\')')
     told = {
-        "beside": f"{other} was loaded in place of the package's libax_engine.so",
-        "swapped": "libax_engine.so was loaded and is not what was deployed",
-        "none": "no libax_engine.so was loaded: nothing says which engine ran",
+        "beside": f"{other} was loaded instead of the package's libax_engine.so",
+        "swapped": "libax_engine.so was loaded but differs from the deployed file",
+        "none": "no libax_engine.so was loaded: the engine that ran is unknown",
     }[where]
     with pytest.raises(Otherwise) as caught:
         board.axrun("eval")
@@ -103,7 +103,7 @@ def test_a_variable_that_changes_the_engine_is_told(board: OnBoard, monkeypatch:
         ("print('hello')", r"axrun eval on virtual answers 'hello\\n', expected a JSON object"),
         (
             "print('{\"ttft\": NaN}')",
-            "does not answer with a JSON object: it has NaN, which is no number",
+            "does not answer with a JSON object: it has NaN, which is not a JSON number",
         ),
         (
             "print('[' + '9' * 400 + ']')",

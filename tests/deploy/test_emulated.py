@@ -57,7 +57,7 @@ def test_deployed_asked_and_taken_back(invoke: Invoke, virtual: Place, tmp_path:
 
     again = invoke("deploy", "--board", "virtual", "--prompt", "2+2=")
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count(": there, verified") == 2
+    assert again.stdout.count(": already there, verified") == 2
     assert (virtual.root / "current").resolve() != current
     back = invoke("rollback", "--board", "virtual")
     assert back.returncode == 0, back.stderr
@@ -97,7 +97,7 @@ def test_everything_on_the_board_ends_with_its_power(virtual: Place) -> None:
         (["deploy", "--board", "ax65"], "error: no board is named 'ax65': ci/boards/ has ax630c, ax630c-farm, ax650"),
         (["deploy", "--board", "virtual", "--model", "qwen2-0.5b"], "error: there is no bundle "),
         (["board.up", "--board", "ax650", "--fresh"], "error: ax650 is a board of its own"),
-        (["rollback", "--board", "ax650-farm"], "error: ax650 is in a farm: name its coordinator, LG_COORDINATOR="),
+        (["rollback", "--board", "ax650-farm"], "error: ax650 is in a farm: set its coordinator, LG_COORDINATOR="),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(invoke: Invoke, words: list[str], said: str) -> None:

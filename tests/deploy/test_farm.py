@@ -115,7 +115,7 @@ def test_let_go_by_board_free_when_its_holder_was_killed(farm: Board) -> None:
     first, *lines = holding.free(farm)
     assert first.startswith("held by nightly (pid ")
     assert [line.partition(" of reservation ")[0] for line in lines[:2]] == ["  the place", "  the reservation"]
-    assert all(line.endswith(": let go") for line in lines[:2])
+    assert all(line.endswith(": released") for line in lines[:2])
     assert "acquired: None" in client("-p", "shelf-1", "show")
     assert "Reservation" not in client("reservations")
     assert list(holding.free(farm)) == ["nothing of virtual was held"]

@@ -1,4 +1,4 @@
-"""A health check over a real SSH server: the known bundle is sent once, and what becomes of it there is told."""
+"""A health check over a real SSH server: the known-good bundle is sent once, and what becomes of it there is told."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from ci.device import deploy
 from ci.nightly import health, health_log
-from ci.nightly.health_log import FIRST, HEALTHY, ILL, Check
+from ci.nightly.health_log import FIRST, HEALTHY, UNHEALTHY, Check
 from tests.deploy.conftest import Place, host_package
 
 pytestmark = pytest.mark.system
@@ -48,8 +48,8 @@ def test_the_known_bundle_is_sent_once_and_told_when_it_changes(
     text = tokenizer.read_text()
     tokenizer.write_text(text.replace("a", "b", 1))
     changed = check()
-    assert changed.word == ILL
-    assert changed.faults[0].startswith("the known bundle is not what was sent: health/models/")
+    assert changed.word == UNHEALTHY
+    assert changed.faults[0].startswith("the known-good bundle differs from the deployed one: health/models/")
     assert "/hf/tokenizer.json has other bytes than were deployed" in changed.faults[0]
     tokenizer.write_text(text)
 
@@ -58,12 +58,18 @@ def test_the_known_bundle_is_sent_once_and_told_when_it_changes(
     record.write_text(json.dumps({**kept, "tokens": [*kept["tokens"][:4], 1, 2]}))
     otherwise = check()
     assert otherwise.faults == (
-        "it answers 'who are you?' otherwise than is known from token 5 on: [88, 12, 80, 86], expected [1, 2]",
+        "its answer to 'who are you?' differs from token 5 on: [88, 12, 80, 86], expected [1, 2]",
     )
     record.write_text(json.dumps(kept))
 
     shutil.rmtree(kit)
     fresh = check()
     assert fresh.faults == ()
-    assert said[0] == "no known bundle is on the board yet: it is sent"
-    assert [found.word for found in health_log.read(record.parent)] == [FIRST, HEALTHY, ILL, ILL, fresh.word]
+    assert said[0] == "first check of this board: deploying the known-good bundle"
+    assert [found.word for found in health_log.read(record.parent)] == [
+        FIRST,
+        HEALTHY,
+        UNHEALTHY,
+        UNHEALTHY,
+        fresh.word,
+    ]

@@ -79,14 +79,14 @@ def test_a_key_the_board_does_not_know(host: Place, package: Package, bundle: Pa
 def test_another_architecture(host: Place, package: Package, bundle: Path) -> None:
     board = dataclasses.replace(host.board, architecture="riscv64")
     text = refusal(BadInput, Place(board, host.at), package, bundle)
-    assert f"is a machine of '{platform.machine()}', expected riscv64" in text
+    assert f"has the architecture '{platform.machine()}', expected riscv64" in text
     assert not host.root.exists()
 
 
 def test_another_python(host: Place, package: Package, bundle: Path) -> None:
     board = dataclasses.replace(host.board, python="3.99")
     text = refusal(BadInput, Place(board, host.at), package, bundle)
-    assert "its settings say 3.99\nSay which it has: python = " in text
+    assert "its settings say 3.99\nSet it: python = " in text
 
 
 def test_no_python(virtual: Place, package: Package, bundle: Path) -> None:
@@ -118,7 +118,7 @@ def test_another_deploy_holds_the_board(host: Place, package: Package, bundle: P
     with Connection(host.board, host.at) as other:
         other.call("lock", owner="mary@laptop (pid 7)")
         text = refusal(BadInput, host, package, bundle)
-        assert text.startswith("host is being deployed to by 'mary@laptop (pid 7)'")
+        assert text.startswith("'mary@laptop (pid 7)' is deploying to host")
     deployed(host, package, bundle)
 
 
@@ -133,7 +133,7 @@ def test_a_disk_that_is_too_small(virtual: Place, aarch64: Package, bundle: Path
         assert text.splitlines()[0].endswith(f"the package needs {(aarch64.listing.size + (8 << 20)) >> 20} MB")
         with Connection(small, virtual.at) as link:
             found = link.call("survey", store="packages", name="0" * 16, listing=[])
-            with pytest.raises(BadInput, match="the disk of virtual got full while site was being sent"):
+            with pytest.raises(BadInput, match="the disk of virtual became full during the transfer of site"):
                 link.send(aarch64.site, found["into"], None)
             link.call("drop")
             assert link.call("facts")["free"] > 15 << 20
@@ -146,7 +146,7 @@ def test_a_runner_that_does_not_run(host: Place, package: Package, bundle: Path,
     good = deployed(host, package, bundle)
     broken = host_package(tmp_path / "broken", launcher="#!/bin/sh\necho 'error: no engine here' >&2\nexit 1\n")
     text = refusal(CheckFailed, host, broken, bundle)
-    assert text.endswith("does not run on host: error: no engine here\nWhat ran before still does.")
+    assert text.endswith("does not run on host: error: no engine here\nThe previous release stays current.")
     assert (host.root / "current").resolve().name == good.release
 
 
@@ -187,10 +187,10 @@ def test_a_runner_that_hangs(
         ("yes 1234567890123456789012345678901234567890 | tr -d '\\n'", "answered start with more than 4 MB"),
         ('echo "[1]"', "answered start with b'[1]'"),
         ("sleep 1000", "did not answer start in 10 s"),
-        ("exit 3", "was lost during start: it said nothing (exit code 3)"),
+        ("exit 3", "was lost during start: it printed nothing (exit code 3)"),
         (
             """sh -c 'echo "{\\"ok\\": 1}"; echo "{\\"ok\\": {\\"architecture\\": []}}"; cat >/dev/null'""",
-            "which is no answer",
+            "which is not a valid answer",
         ),
     ],
 )

@@ -148,7 +148,7 @@ def expect(on_board: OnBoard, request: pytest.FixtureRequest) -> Any:
         if not gates and request.config.option.hil_unjudged:
             return
         if not gates:
-            pytest.fail(f"no gate says what {maker} bundles must measure here: {model} on {found.name}", pytrace=False)
+            pytest.fail(f"no gates for {maker} bundles here: {model} on {found.name}", pytrace=False)
         red = [entry for entry in gate.judge(figures, gates) if entry.red and entry.value is not None]
         if red:
             more = f" (and {len(red) - 1} more)" if len(red) > 1 else ""

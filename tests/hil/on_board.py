@@ -142,7 +142,7 @@ class OnBoard:
         if code is None:
             raise Hanging(f"{self.board.name} hangs: no answer to {what} in {seconds} s")
         if code == NOT_DONE:
-            raise Hanging(f"{what} on {self.board.name} was not done after {seconds} s")
+            raise Hanging(f"{what} on {self.board.name} did not finish within {seconds} s")
         if code == LOST:
             raise Hanging(f"{self.board.name} hangs or is gone: ssh gave it up during {what}")
         out = done.stdout.decode("utf-8", "replace")
@@ -154,6 +154,6 @@ class OnBoard:
 
 def _error(said: str) -> str:
     """The last error a command told, or its last line."""
-    lines = [line for line in said.splitlines() if line.strip()] or ["it said nothing"]
+    lines = [line for line in said.splitlines() if line.strip()] or ["it printed nothing"]
     errors = [line.partition("error: ")[2] for line in lines if line.startswith("error: ")]
     return f"{(errors or lines)[-1][:300]!a}"

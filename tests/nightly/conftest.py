@@ -221,7 +221,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
 @pytest.fixture(scope="session")
 def bundle(desk: Desk) -> Path:
     """A bundle with reference logits, as the nightly makes it: nights that are about other things start from it."""
-    from ci.nightly.course import TEXT, sizes
+    from ci.nightly.pipeline import TEXT, sizes
 
     path = desk.folder / "bundle"
     checkpoint = ["--input_path", str(ROOT / "models" / "tiny-qwen2")]

@@ -74,7 +74,7 @@ def test_a_night_is_green(desk: Desk) -> None:
     console = (folder / "console.log").read_text()
     assert f"Server listening on {desk.board.address} port 2222" in console, "the board's sshd, on its console"
     assert (held.blame, held.sensors) == ("", {})
-    assert "The board shows no temperatures and no clocks." in page
+    assert "The board reports no temperatures and no clocks." in page
     assert said[-1] == f"  report: {folder / 'report.html'}"
 
 
@@ -106,7 +106,7 @@ def test_what_somebody_changed_on_the_board_is_told(desk: Desk, bundle: Path) ->
     (engine,) = (desk.root / "current").resolve().glob("package/axrun/session/ax_engine.py")
     engine.write_text(engine.read_text() + SLOW_DOWN)
     code, said = night.end()
-    assert said[0].startswith(f"{HANDED_IN}what was measured is not what was deployed: packages/")
+    assert said[0].startswith(f"{HANDED_IN}the measured release differs from the deployed one: packages/")
     assert "/axrun/session/ax_engine.py has other bytes than were deployed (sha256 " in said[0]
     assert code == 1
     assert desk.left(night) == []
@@ -133,7 +133,7 @@ def test_a_full_disk_is_told(desk: Desk, bundle: Path) -> None:
 
 
 def test_a_fault_of_the_board_is_told_before_anything_is_built(desk: Desk) -> None:
-    """Somebody, or a dying disk, changed a file of the known bundle."""
+    """Somebody, or a dying disk, changed a file of the known-good bundle."""
     if not (desk.root / "health").exists():  # where this test runs alone
         desk.start("--limit", "build=0.1").end()
     (tokenizer,) = (desk.root / "health").glob("models/*/hf/tokenizer.json")
@@ -144,7 +144,7 @@ def test_a_fault_of_the_board_is_told_before_anything_is_built(desk: Desk) -> No
         code, said = night.end()
     finally:
         tokenizer.write_text(text)
-    assert said[0].startswith(f"{RED}board: the known bundle is not what was sent: health/models/")
+    assert said[0].startswith(f"{RED}board: the known-good bundle differs from the deployed one: health/models/")
     assert "/hf/tokenizer.json has other bytes than were deployed" in said[0]
     assert "invoke board.health --board virtual" in said[1]
     assert code == 1
@@ -198,7 +198,7 @@ def test_a_board_that_loses_power_once_is_flaky(desk: Desk, bundle: Path, tmp_pa
     assert held.flaky == note.read_text()
     assert any(re.match(r"  virtual needed a second try in [1-9] of its last \d+ nights", line) for line in said)
     page = (desk.newest() / "report.html").read_text()
-    assert "tried again" in page
+    assert "retried" in page
     assert f"<h1>{said[0].replace(chr(39), '&#39;')}</h1>" in page
 
 

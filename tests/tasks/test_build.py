@@ -37,10 +37,10 @@ def test_build_makes_checks_lists_and_asks(out: Path) -> None:
     assert done.returncode == 0, done.stderr
     bundle = out / "tiny-qwen2"
     lines = done.stdout.splitlines()
-    assert f"{bundle} holds" in lines
+    assert f"contents of {bundle}:" in lines
     assert inventory(bundle) in done.stdout
-    assert "2" in lines[lines.index(f"{bundle} holds") :]
-    assert lines[-1] == f"ask it more: make run OUT='{out}' PROMPT='12+30='"
+    assert "2" in lines[lines.index(f"contents of {bundle}:") :]
+    assert lines[-1] == f"to run another prompt: make run OUT='{out}' PROMPT='12+30='"
 
     asked = invoke("run", "--out", str(out), "--prompt", "12+30=")
     assert asked.returncode == 0, asked.stderr
@@ -51,7 +51,7 @@ def test_without_torch_it_is_built_and_answers_and_says_what_was_left_out(tmp_pa
     done = invoke("build", "--out", str(tmp_path), "--engine", "local", TORCH="none")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "2" in lines[lines.index(f"{tmp_path / 'tiny-qwen2'} holds") :]
+    assert "2" in lines[lines.index(f"contents of {tmp_path / 'tiny-qwen2'}:") :]
     assert next(line for line in lines if line.startswith("check ")) == "check 0: load and run"
     assert not [line for line in lines if line.startswith(("check 1", "check 2"))]
     at = lines.index("not checked against the float32 reference: TORCH=none leaves torch out")

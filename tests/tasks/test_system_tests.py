@@ -41,8 +41,8 @@ def test_each_is_run_once_and_what_failed_once_more_alone(mark: Path, capfd: pyt
     assert sorted(mark.read_text()) == ["a", "b", "b", "c", "c", "d"]
     said = capfd.readouterr().out
     assert "system tests of tests/a (" in said
-    assert "system tests of tests/b failed. Once more" in said
-    assert "the other system tests failed. Once more" in said
+    assert "system tests of tests/b failed. Retrying" in said
+    assert "the other system tests failed. Retrying" in said
 
 
 def test_what_fails_twice_is_an_exit_code(mark: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,8 @@
-"""What runs the current release's axrun on a board for as long as the other side is there.
+"""Runs the current release's axrun on a board while the client is connected.
 
-The first line of its input is a JSON object: the folder of the releases, axrun's words, what axrun reads from stdin.
-Then a byte every few seconds says that the other side still listens; when they stop, or the input ends, axrun is ended
-with all it started. No shell reads what a user wrote.
+The first line of the input is a JSON object: the folder of the releases, axrun's arguments, its stdin. After that, the
+client sends a heartbeat byte every few seconds. When the heartbeats stop or the input ends, axrun and its children are
+killed. No shell interprets the user's text.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-SILENCE_SECONDS = 60.0  # of the other side: it is gone, whatever the network says
-GRACE_SECONDS = 15.0  # for axrun to end by itself
+SILENCE_SECONDS = 60.0  # without a heartbeat the client is gone
+GRACE_SECONDS = 15.0  # between SIGTERM and SIGKILL
 POLL_SECONDS = 0.05
 NO_RELEASE = 66  # exit code
 
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def attend(process: subprocess.Popen[bytes]) -> None:
-    """Returns when the process has ended or the other side is gone."""
+    """Waits until the process ends or the client is gone."""
     heard = time.monotonic()
     while process.poll() is None:
         if select.select([0], [], [], POLL_SECONDS)[0]:
@@ -55,7 +55,7 @@ def attend(process: subprocess.Popen[bytes]) -> None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """The process and its session: asked first, made after GRACE_SECONDS."""
+    """Ends the process and its session: SIGTERM, and SIGKILL after GRACE_SECONDS."""
     for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
         if process.poll() is not None:
             break
@@ -65,4 +65,4 @@ def end(process: subprocess.Popen[bytes]) -> None:
         except (ProcessLookupError, subprocess.TimeoutExpired):
             continue
     with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # what it may have left
+        os.killpg(process.pid, signal.SIGKILL)  # remaining children

@@ -1,6 +1,6 @@
-"""Whether what Python compiled of a package is of the sources that are there: each is compiled anew and compared.
+"""Checks a package's bytecode: recompiles every source and compares the result with the .pyc file.
 
-A compiled file that runs in place of its source would leave no other trace: the source is as it was deployed.
+A manipulated .pyc file runs instead of its source and leaves no other trace, because the source is unchanged.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ MOST_FAULTS = 20
 
 
 def faults(folder: Path, seconds: float) -> list[str]:
-    """What is wrong below `folder`, which has the path of every source's folder in it (PYTHONPYCACHEPREFIX).
+    """Faults of the .pyc files under `folder`, which mirrors the sources' absolute paths (PYTHONPYCACHEPREFIX).
 
-    What is not looked at within `seconds` is told too.
+    Files that were not checked within `seconds` are a fault too.
     """
     found = []
     deadline = time.monotonic() + seconds
     files = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     for number, file in enumerate(files):
         if time.monotonic() > deadline:
-            found.append(f"{len(files) - number} of {len(files)} were not looked at in {seconds:.0f} s")
+            found.append(f"{len(files) - number} of {len(files)} were not checked within {seconds:.0f} s")
             break
         if why := _fault(file, Path("/") / file.relative_to(folder)):
             found.append(f"{file.relative_to(folder)} {why}")
@@ -33,10 +33,10 @@ def faults(folder: Path, seconds: float) -> list[str]:
 
 
 def _fault(file: Path, beside: Path) -> str:
-    """What is wrong with a compiled file, of a source in the folder of `beside`."""
+    """The fault of a .pyc file; its source is in the folder of `beside`."""
     source = beside.with_name(f"{file.name.partition('.')[0]}.py")
     if file.is_symlink() or not file.is_file() or file.suffix != ".pyc":
-        return "is no compiled file"
+        return "is not a .pyc file"
     try:
         data, text = file.read_bytes(), source.read_bytes()
         if data[:4] != importlib.util.MAGIC_NUMBER:
@@ -48,5 +48,5 @@ def _fault(file: Path, beside: Path) -> str:
 
 
 def folder(package: Path) -> Path:
-    """Where the launcher has Python keep it."""
+    """The folder where the launcher keeps the bytecode of a package."""
     return Path(f"{os.path.realpath(package)}.compiled")

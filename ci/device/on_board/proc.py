@@ -1,4 +1,4 @@
-"""What a board's kernel says in files: texts, sizes, the NPU's contiguous memory (CMM)."""
+"""Reads /proc of a board: texts, sizes, the NPU's contiguous memory (CMM)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ENGINE_LIBRARIES = ("/soc/lib/libax_engine.so", "/usr/lib/libax_engine.so", "/op
 
 
 def read(path: str | Path) -> str:
-    """A file's text, empty where there is none."""
+    """A file's text, empty if it cannot be read."""
     try:
         with Path(path).open("rb") as file:
             return file.read(MOST).decode("utf-8", "replace")
@@ -21,29 +21,29 @@ def read(path: str | Path) -> str:
 
 
 def size(text: str, name: str) -> int | None:
-    """Bytes of a line such as `MemAvailable:  123 kB`."""
+    """The bytes of a line such as `MemAvailable:  123 kB`."""
     found = re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)
     return int(found.group(1)) << 10 if found else None
 
 
 def memory(name: str) -> int | None:
-    """Bytes of an entry of /proc/meminfo."""
+    """The bytes of an entry of /proc/meminfo."""
     return size(read(PROC / "meminfo"), name)
 
 
 def cmm(key: str) -> int | None:
-    """Bytes of contiguous memory: `total`, or what may `remain` of it."""
+    """Contiguous memory in bytes; `key` is total or remain."""
     pattern = {"total": r"total size=(\d+)KB", "remain": r"total size.*?remain=(\d+)KB\("}[key]
     found = re.search(pattern, read(PROC / "ax_proc" / "mem_cmm_info"))
     return int(found.group(1)) << 10 if found else None
 
 
 def system() -> str:
-    """What the distribution calls itself; empty where it does not."""
+    """The distribution's name and version; empty if unknown."""
     found = re.search(r'^PRETTY_NAME="?([^"\n]*)', read("/etc/os-release"), re.MULTILINE)
     return found.group(1) if found else ""
 
 
 def vendors_engine() -> str | None:
-    """The vendor's library, where there is one."""
+    """The path of the vendor's engine library, if installed."""
     return next((path for path in ENGINE_LIBRARIES if os.path.exists(path)), None)

@@ -1,4 +1,4 @@
-"""A program that a request starts, runs to its end, and takes with it when the other side goes."""
+"""Runs a program for a request; kills it on a timeout, on too much output, or when the client disconnects."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import time
 from typing import IO, Any
 
 POLL_SECONDS = 0.05
-MOST, FULL = 64 << 20, 125  # bytes that a program may write, and the exit code of one that wrote more
-SHOWN = 4000  # characters of what a program said
+MOST, FULL = 64 << 20, 125  # most bytes of output, and the exit code of a program that wrote more
+SHOWN = 4000  # characters of output in an answer
 
 
 def run(command: list[str], limit: float, shown: int) -> dict[str, Any]:
-    """A program's exit code (None: not done in time), the start of its stdout and the end of its stderr."""
+    """A program's exit code (None: timed out), the start of its stdout and the end of its stderr."""
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, start_new_session=True
         )
         deadline = time.monotonic() + limit
         while process.poll() is None:
-            gone = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])  # nothing but its end is to come now
+            gone = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])  # only the end of the input can arrive now
             full = any(os.fstat(file.fileno()).st_size > MOST for file in (stdout, stderr))
             if full or gone or time.monotonic() > deadline:
                 os.killpg(process.pid, signal.SIGKILL)

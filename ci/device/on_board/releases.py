@@ -1,15 +1,15 @@
 """What a deploy runs on the board: the folders of packages, models and releases.
 
-    <root>/packages/<id>/   the runner with all it imports        named by its content
-    <root>/packages/<id>.compiled/  what Python made of it
-    <root>/models/<id>/     a bundle                              named by its content
+    <root>/packages/<id>/   the runner with its dependencies      <id> is a hash of the content
+    <root>/packages/<id>.compiled/  its bytecode
+    <root>/models/<id>/     a bundle                              <id> is a hash of the content
     <root>/releases/<id>/   package -> ../../packages/<id>, model -> ../../models/<id>, axrun, release.json
     <root>/current          -> releases/<id>
-    <root>/history          what `current` has been, oldest first
-    <root>/incoming/        what is on its way
+    <root>/history          past targets of `current`, oldest first
+    <root>/incoming/        transfers in progress
 
-A folder gets its name by a rename once all of it is there and verified, and `current` changes by a rename: whenever
-this ends, `current` is a whole release.
+A folder is renamed into place after it is complete and verified, and `current` is replaced by a rename. So `current` is
+a complete release at any time, even after a power cut.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from ci.device.on_board import compiled, proc, tree
 from ci.device.on_board.process import SHOWN, run
 from ci.device.on_board.requests import Refused, answer
 
-LOCK_SECONDS = 5  # for one that was interrupted to notice it
+LOCK_SECONDS = 5  # for an interrupted deploy to notice and free the lock
 POLL_SECONDS = 0.05
-REPORT = 1 << 19  # of a doctor's report
+REPORT = 1 << 19  # bytes of a doctor's report
 STORES = ("packages", "models")
 
 
@@ -38,7 +38,7 @@ Listing = list[list[Any]]  # [path, sha256, size in bytes] of every file
 
 
 class Releases:
-    """The folder of all releases, as the requests see it."""
+    """The folder of all releases; its public methods are the requests."""
 
     def __init__(self, root: str) -> None:
         self.root = Path.home() / root
@@ -47,11 +47,11 @@ class Releases:
         self._lock: Any = None
 
     def above(self) -> Path:
-        """The folder of the releases, or the next above it that is there."""
+        """The folder of the releases, or its nearest existing parent."""
         return next(path for path in (self.root, *self.root.parents) if path.is_dir())
 
     def facts(self) -> dict[str, Any]:
-        """What a deploy wants to know first; sizes in bytes, None where the board does not tell."""
+        """The facts that a deploy checks first; sizes in bytes, None for unknown values."""
         above = self.above()
         disk = os.statvfs(above)
         return {
@@ -71,7 +71,7 @@ class Releases:
         }
 
     def lock(self, owner: str) -> None:
-        """Until this process ends, however it ends, nobody else gets the lock."""
+        """Takes the lock; the kernel frees it when this process ends."""
         self.root.mkdir(parents=True, exist_ok=True)
         lock = (self.root / "lock").open("a+")
         deadline = time.monotonic() + LOCK_SECONDS
@@ -90,9 +90,9 @@ class Releases:
         lock.flush()
 
     def survey(self, store: str, name: str, listing: Listing) -> dict[str, Any]:
-        """Whether `name` is there; else where to send it, what to compare with, and the bytes it takes and there are.
+        """Whether `name` exists; if not, where to send it, a folder to link from, and the needed and free bytes.
 
-        What has the same name and content in the current release will be linked, and takes nothing.
+        Files with the same path and content in the current release will be hard-linked and need no space.
         """
         place, incoming = self._places(store, name)
         disk = os.statvfs(str(self.root))
@@ -106,7 +106,7 @@ class Releases:
         return {"whole": False, "into": str(incoming), "like": like, "needed": max(needed - arrived, 0), "free": free}
 
     def verify(self, store: str, name: str, listing: Listing) -> list[str]:
-        """What is wrong with the files of `name`, where it lies; nothing when every one is as listed."""
+        """Faults of the files of `name`, compared with the listing; empty if all match."""
         place, incoming = self._places(store, name)
         folder = place if place.is_dir() else incoming
         faults = []
@@ -124,10 +124,10 @@ class Releases:
         return faults[:20]
 
     def inventory(self, release: str, package: str, model: str) -> dict[str, Any]:
-        """What lies on the board: where `current` points, and every entry of a release, its package and its model.
+        """The inventory: the target of `current`, and every entry of a release, its package and its model.
 
-        Entries are [path, what]: a file's sha256, "link to ...", "empty folder" or "no file"; no link is followed.
-        `folders` are the folders above them that must be folders of their own, not links to others.
+        Entries are [path, kind]: a file's sha256, "link to ...", "empty folder" or "no file". No symlink is followed.
+        `folders` are their parent folders, which must not be symlinks.
         """
         places = {
             "release": self.root / "releases" / _identity(release),
@@ -150,25 +150,25 @@ class Releases:
         return found
 
     def forget_compiled(self, package: str) -> None:
-        """Removes what Python compiled of a package, so that it is compiled anew from the files that are there."""
+        """Removes the bytecode of a package, so that Python recompiles it from the present sources."""
         shutil.rmtree(str(self.root / "packages" / f"{_identity(package)}.compiled"), ignore_errors=True)
 
     def compiled(self, package: str, limit: float) -> list[str]:
-        """Where what Python compiled of a package is not of its sources."""
+        """Faults of a package's bytecode: files that do not match their sources."""
         return compiled.faults(compiled.folder(self.root / "packages" / _identity(package)), limit)
 
     def keep(self, store: str, name: str, listing: Listing) -> None:
-        """What has been verified gets its place."""
+        """Moves a verified folder into place."""
         place, incoming = self._places(store, name)
         if not place.is_dir():
             place.parent.mkdir(exist_ok=True)
             (place.parent / f"{name}.json").write_text(json.dumps({path: digest for path, digest, _ in listing}))
-            os.sync()  # or a power cut could leave the name without the bytes
+            os.sync()  # otherwise a power cut could leave the name without the content
             os.replace(str(incoming), str(place))
         _sync(place.parent)
 
     def assemble(self, name: str, release: dict[str, Any]) -> None:
-        """A release of a package and a model that are there."""
+        """Makes a release of an existing package and model."""
         folder = self.root / "releases" / _identity(name)
         if folder.is_dir():
             return
@@ -193,7 +193,7 @@ class Releases:
             raise Refused("damaged", f"release {name}: {error}") from None
 
     def ask(self, name: str, engine: str, prompt: str, tokens: int, limit: float) -> dict[str, Any]:
-        """A release's greedy answer to a prompt: exit code (None: not done in time), stdout, the end of stderr."""
+        """Runs a prompt greedily with a release: exit code (None: timed out), stdout, the end of stderr."""
         folder = self.root / "releases" / _identity(name)
         command = [
             "sh",
@@ -208,16 +208,16 @@ class Releases:
         return run(command, limit, SHOWN)
 
     def examine(self, engine: str, limit: float) -> dict[str, Any]:
-        """What `axrun doctor` of the current release says of its bundle, as `ask` returns it."""
+        """Runs `axrun doctor` of the current release on its bundle; the result is like that of `ask`."""
         name = self.linked()
         if name is None:
-            raise Refused("bad", "there is no release yet: nothing was deployed")
+            raise Refused("bad", "no release was deployed yet")
         folder = self.root / "releases" / name
         command = ["sh", str(folder / "axrun"), "doctor", str(folder / "model"), "--json", "--engine", engine]
         return {"release": name, **run(command, limit, REPORT)}
 
     def switch(self, name: str) -> str | None:
-        """`current` becomes a release, and what came after the one it was is forgotten; returns what it was."""
+        """Makes a release current; returns the previous one. History after the previous one (rollbacks) is dropped."""
         if not (self.root / "releases" / _identity(name)).is_dir():
             raise Refused("damaged", f"release {name} is not on the board")
         was = self.linked()
@@ -227,18 +227,18 @@ class Releases:
         return was
 
     def previous(self) -> str | None:
-        """The release before the current one, None where there is none."""
+        """The release before the current one; None if there is none."""
         past = [name for name in self.past() if (self.root / "releases" / name).is_dir()]
         earlier = [name for name in past if name != self.linked()]
         return earlier[-1] if earlier else None
 
     def back(self, name: str) -> None:
-        """`current` becomes an earlier release; the history stays, so that going back again goes further back."""
+        """Makes an earlier release current. The history stays, so that another rollback goes further back."""
         self.release(name)
         self._link(name)
 
     def prune(self, keep: int) -> list[str]:
-        """Removes all but the last `keep` releases, with what only they used, and what never arrived."""
+        """Removes all but the last `keep` releases, unused packages and models, and incomplete transfers."""
         current = self.linked()
         there = {folder.name: folder for folder in self.folders("releases")}
         past = [name for name in self.past() if name != current and name in there][::-1]
@@ -257,11 +257,11 @@ class Releases:
         return sorted(folder.name for folder in removed)
 
     def incoming(self) -> int:
-        """Bytes of what is on its way and did not arrive."""
+        """The size of incomplete transfers in bytes."""
         return sum(os.lstat(str(path)).st_size for path in (self.root / "incoming").rglob("*") if path.is_file())
 
     def drop(self) -> None:
-        """Forgets what is on its way, to make room again."""
+        """Removes incomplete transfers."""
         shutil.rmtree(str(self.root / "incoming"), ignore_errors=True)
 
     def _places(self, store: str, name: str) -> tuple[Path, Path]:
@@ -279,7 +279,7 @@ class Releases:
         return name if re.fullmatch("[0-9a-f]{16}", name) else None
 
     def past(self) -> list[str]:
-        """The history up to the current release, each once, the last time it was current."""
+        """The history up to the current release, without duplicates (the last occurrence counts)."""
         listed = re.findall("^[0-9a-f]{16}$", proc.read(self.history), re.MULTILINE)
         current = self.linked()
         if current in listed:
@@ -289,7 +289,7 @@ class Releases:
         return [name for index, name in enumerate(listed) if name not in listed[index + 1 :]]
 
     def _like(self, store: str) -> tuple[str | None, dict[str, str]]:
-        """The folder of the current release's package or model, and what each of its files holds."""
+        """The folder of the current release's package or model, and the sha256 of its files."""
         link = self.current / ("package" if store == "packages" else "model")
         if not link.is_dir():
             return None, {}
@@ -330,7 +330,7 @@ class Releases:
 
 def _identity(name: str) -> str:
     if not isinstance(name, str) or not re.fullmatch("[0-9a-f]{16}", name):
-        raise Refused("bad", f"{name!r} is no name of a release")
+        raise Refused("bad", f"{name!r} is not a valid name of a release")
     return name
 
 

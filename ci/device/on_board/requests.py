@@ -1,4 +1,4 @@
-"""The loop of every program that a board is sent: one JSON object a line asks, one answers."""
+"""The request loop of every program sent to a board: one JSON object per line is a request, one is its answer."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import signal
 import sys
 from typing import Any
 
-IDLE_SECONDS = 3600  # without a request, the other side is gone, whatever the network says
+IDLE_SECONDS = 3600  # without a request for this long, the client is gone
 
 
 class Refused(Exception):
-    """What is asked cannot be done: a kind for the program that asked, and a text."""
+    """A request cannot be fulfilled; has a kind for the client, and a text."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(text)
@@ -20,9 +20,9 @@ class Refused(Exception):
 
 
 def answer(program: Any) -> None:
-    """Calls the method that a request's `do` names, with the rest of the request, until no more come.
+    """Answers requests until the input ends: calls the method named by `do` with the other keys as arguments.
 
-    A signal to end is an end of the input.
+    SIGTERM and SIGHUP end the program like the end of the input.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit())
@@ -44,7 +44,7 @@ def answer(program: Any) -> None:
 
 
 def leave_if_asked_to(seconds: float) -> None:
-    """Waits, and ends the program where the input ends meanwhile: while a request is answered, none is to come."""
+    """Sleeps, and exits if the input ends meanwhile. (The client sends nothing while it waits for an answer.)"""
     if select.select([sys.stdin], [], [], seconds)[0]:
         sys.exit()
 

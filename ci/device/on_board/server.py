@@ -1,6 +1,6 @@
-"""What a soak runs on the board: starts `axrun serve`, tells what it takes, ends it.
+"""Controls `axrun serve` on the board for a soak test: start, sample memory, stop.
 
-The server ends with this program, however that ends.
+The server always ends with this program.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ci.device.on_board import proc
 from ci.device.on_board.requests import Refused, answer, leave_if_asked_to
 
 POLL_SECONDS = 0.05
-SHOWN = 2000  # characters of what the server said
+SHOWN = 2000  # characters of the server's output in an answer
 
 
 class Server:
@@ -32,9 +32,9 @@ class Server:
         self.said: IO[bytes] | None = None
 
     def start(self, command: list[str], limit: float) -> dict[str, Any]:
-        """Starts a server and waits until it has loaded: the port it listens on, and the seconds that took.
+        """Starts a server and waits until it has loaded; returns its port and the seconds it took.
 
-        Port 0 and `why` where it does not.
+        On failure the port is 0 and `why` has the reason.
         """
         self.end()
         self.told = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the server)
@@ -66,7 +66,7 @@ class Server:
         return {"port": 0, "seconds": time.monotonic() - started, "why": f"{why}: {_last(text)}"}
 
     def sample(self) -> dict[str, Any]:
-        """Bytes of the server and of the board, None where it does not tell; `code` once the server has ended."""
+        """Memory of the server and the board in bytes, None if unknown; `code` is set once the server has ended."""
         status = proc.read(f"/proc/{self.process.pid}/status") if self.process else ""
         return {
             "code": self.process.poll() if self.process else None,
@@ -77,9 +77,9 @@ class Server:
         }
 
     def stop(self, limit: float) -> dict[str, Any]:
-        """Asks the server to end: its exit code (None: it had to be killed), and what it said of a failure."""
+        """Sends SIGTERM; returns the server's exit code (None: it had to be killed) and its last output."""
         if self.process is None:
-            raise Refused("bad", "no server runs")
+            raise Refused("bad", "no server is running")
         code = self.process.poll()
         if code is None:
             self.process.send_signal(signal.SIGTERM)
@@ -90,7 +90,7 @@ class Server:
         return {"code": code, "traceback": _last(text) if "Traceback (most recent" in text else "", "said": _last(text)}
 
     def end(self) -> None:
-        """Whatever runs is killed."""
+        """Kills the server, if any."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -101,14 +101,14 @@ class Server:
         self.process, self.told, self.said = None, None, None
 
     def _events(self) -> dict[str, dict[str, Any]]:
-        """What the server has announced, by name."""
+        """The server's events so far, by name."""
         assert self.told is not None
         whole = os.pread(self.told.fileno(), 1 << 16, 0).rpartition(b"\n")[0]
         events = [json.loads(line) for line in whole.splitlines()]
         return {event["event"]: event for event in events}
 
     def _text(self) -> str:
-        """What the server has said, the middle left out when it is much."""
+        """The server's stderr; of a long one, the start and the end."""
         if self.said is None:
             return ""
         length = os.fstat(self.said.fileno()).st_size
@@ -118,7 +118,7 @@ class Server:
 
 
 def _last(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it said nothing"]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["it printed nothing"]
     return lines[-1][:SHOWN]
 
 

@@ -1,7 +1,4 @@
-"""What a board says of itself: status, versions, memory, disk, temperatures, clocks, the kernel's log.
-
-Nothing is changed.
-"""
+"""Reads the state of a board: status, versions, memory, disk, temperatures, clocks, the kernel log. Read-only."""
 
 from __future__ import annotations
 
@@ -24,22 +21,22 @@ from ci.device.on_board.requests import Refused, answer
 SYS = Path("/sys")
 MOST_SENSORS, MOST_TEXT = 64, 200
 MOST_LOG, LOG_SECONDS = 256 << 10, 20
-# file below /proc, and what a version is called; the first three are the vendor's
+# name of a version -> file under /proc; the first three are the vendor's
 NAMED = {"bsp": "ax_proc/version", "id": "ax_proc/board_id", "chip": "ax_proc/chip_type", "model": "device-tree/model"}
 
 
 class State:
-    """Everything is read anew at each request."""
+    """The requests; each reads fresh values."""
 
     def __init__(self, root: str) -> None:
         self.releases = Releases(root)
 
     def facts(self) -> dict[str, Any]:
-        """As a deploy asks for them."""
+        """The same facts as for a deploy."""
         return self.releases.facts()
 
     def status(self) -> dict[str, Any]:
-        """What the board says of itself and of its current release; None where it does not tell. Sizes in bytes."""
+        """The status of the board and its current release; None for unknown values. Sizes in bytes."""
         releases = self.releases
         disk = os.statvfs(releases.above())
         current = releases.linked()
@@ -72,7 +69,7 @@ class State:
         }
 
     def state(self) -> dict[str, Any]:
-        """Versions by name, and sizes in bytes; None where the board does not tell."""
+        """Versions by name, and sizes in bytes; None for unknown values."""
         disk = os.statvfs(self.releases.above())
         return {
             "versions": self._versions(),
@@ -84,7 +81,7 @@ class State:
         }
 
     def limits(self) -> dict[str, Any]:
-        """For each temperature, the degrees from which the kernel slows down or cuts; for each clock, its most MHz."""
+        """The lowest trip point of each temperature in degrees, and the maximum of each clock in MHz."""
         hot = {}
         for name, zone in _zones():
             points = []
@@ -103,7 +100,7 @@ class State:
         return {"hot": hot, "most": most, "governor": ", ".join(sorted(governors - {""}))}
 
     def readings(self) -> dict[str, Any]:
-        """Degrees Celsius, MHz, and which cooling devices act, by name."""
+        """Temperatures in degrees Celsius, clocks in MHz, and active cooling devices, by name."""
         degrees = {name: _number(zone / "temp") for name, zone in _zones()}
         clocks = {name: _number(clock / "scaling_cur_freq") for name, clock in _clocks()}
         cooling = {}
@@ -118,7 +115,7 @@ class State:
         }
 
     def log(self) -> dict[str, Any]:
-        """The end of the kernel's log; `why` it cannot be read, empty where it can."""
+        """The end of the kernel log; `why` has the error if it cannot be read."""
         try:
             done = subprocess.run(["dmesg"], stdin=subprocess.DEVNULL, capture_output=True, timeout=LOG_SECONDS)
         except FileNotFoundError:
@@ -144,7 +141,7 @@ class State:
         return {name: value for name, value in cleaned.items() if value}
 
     def _held(self) -> str | None:
-        """Who deploys right now."""
+        """Who is deploying right now, if anybody."""
         try:
             with (self.releases.root / "lock").open("r") as lock:
                 try:
@@ -156,13 +153,13 @@ class State:
         return None
 
     def _engines(self) -> list[str]:
-        """The engine's libraries: the package's for this kind of machine, and the vendor's."""
+        """The engine libraries: the package's for this architecture, and the vendor's."""
         ours = sorted(str(path) for path in (self.releases.current / "package").glob("*/engine/lib/libax_engine.so"))
         return [*ours, *(path for path in proc.ENGINE_LIBRARIES if os.path.exists(path))]
 
 
 def _driver() -> str:
-    """The vendor's kernel modules: how many, and a digest of their versions; empty where there are none."""
+    """The number of the vendor's kernel modules and a digest of their versions; empty if there are none."""
     loaded = sorted(
         line.split(" ")[0] for line in proc.read(proc.PROC / "modules").splitlines() if line.startswith("ax_")
     )
@@ -182,7 +179,7 @@ def _clocks() -> list[tuple[str, Path]]:
 
 
 def _name(device: Path) -> str:
-    """Its type, and the number that tells two of a type apart."""
+    """The type of a thermal device, and its number."""
     number = re.sub(r"\D", "", device.name)
     return f"{proc.read(device / 'type').strip()[:40] or 'unnamed'} {number}"
 
@@ -200,7 +197,7 @@ def _digest(path: Path) -> str:
 
 
 def _word(path: str | Path) -> str | None:
-    """The first line of a file, None where there is no such file."""
+    """The first line of a file; None if there is none."""
     lines = proc.read(path).replace("\0", "").strip().splitlines()
     return lines[0][:SHOWN] if lines else None
 
@@ -210,7 +207,7 @@ def _devices() -> list[str]:
 
 
 def _engine_version(path: str) -> str:
-    """What a libax_engine says its version is, asked in a process of its own; empty where it does not."""
+    """The version reported by a libax_engine, loaded in a separate process; empty if it fails."""
     code = (
         "import ctypes, sys; get = ctypes.CDLL(sys.argv[1]).AX_ENGINE_GetVersion; get.restype = ctypes.c_char_p; "
         "print((get() or b'').decode('utf-8', 'replace'))"

@@ -1,4 +1,4 @@
-"""What lies on a board, file by file: digests, links, and whether the board was started anew meanwhile."""
+"""The inventory of a board: digests of files, symlinks, the interpreter, and an id of the current boot."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCK = 1 << 20
 
 
 def entries(folder: Path) -> Iterator[list[str]]:
-    """[path, what] of everything below a folder but the folders that hold something."""
+    """[path, kind] of everything under a folder except non-empty folders."""
     waiting = [folder]
     while waiting:
         inside = waiting.pop()
@@ -54,7 +54,7 @@ def sha256(path: Path) -> str:
 
 
 def interpreter() -> dict[str, str]:
-    """The python3 that commands of this user find: `found` in PATH, the `program` that runs by it, both by sha256."""
+    """The user's python3: the file `found` in PATH, and the `program` that actually runs, both with sha256."""
     found = shutil.which("python3") or ""
     program = os.path.realpath(sys.executable or found)
     return {
@@ -74,6 +74,6 @@ def _digest(path: str) -> str:
 
 
 def boot() -> str:
-    """Another text after every start of the board: its kernel's, and of its first process."""
+    """A text that changes with every boot: the kernel's boot id and the start time of pid 1."""
     first = proc.read("/proc/1/stat").rpartition(")")[2].split()
     return f"{proc.read('/proc/sys/kernel/random/boot_id').strip()} {first[19] if len(first) > 19 else ''}"

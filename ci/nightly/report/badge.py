@@ -1,4 +1,4 @@
-"""A badge: a label and a word beside it, as an SVG of our own that needs no network and no font of its own."""
+"""Status badges: a label and a message as an SVG, made without network or font files."""
 
 from __future__ import annotations
 
@@ -36,5 +36,5 @@ def _short(text: str) -> str:
 
 
 def _width(text: str) -> int:
-    """About what Verdana needs at 11 px; textLength makes it exact."""
+    """The approximate width in Verdana at 11 px; textLength corrects the rest."""
     return round(sum(4.3 if c in NARROW else 10.5 if c in WIDE else 7.0 for c in text))

@@ -1,4 +1,4 @@
-"""What is not as it was on the last green night: commits, requirement pins, digests, the machine, the figures."""
+"""Changes since the last green night: commits, requirement pins, the board, engine, reference, bundle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ REFERENCE = "reference.npz"
 
 @dataclass(frozen=True)
 class Changes:
-    """`commits` are `(short id, subject)`, `others` (what, was, is). `note` says why commits cannot be listed."""
+    """`commits` are (short id, subject), `others` (what, before, now). `note` says why commits are missing."""
 
     since: Night
     commits: tuple[tuple[str, str], ...]
@@ -29,13 +29,13 @@ class Changes:
 
 
 def between(since: Night, now: Night, repository: Path) -> Changes:
-    """What changed from one night to another."""
+    """The changes from one night to another."""
     commits, note = _commits(since.commit, now.commit, repository)
     return Changes(since, commits, note, others(since, now))
 
 
 def others(since: Night, now: Night) -> tuple[tuple[str, str, str], ...]:
-    """What beside commits changed: requirements, the machine, maker, engine, reference, bundle; (what, was, is)."""
+    """Changes other than commits: requirements, board, maker, engine, reference, bundle; (what, before, now)."""
     found = [
         *((f"requirement {name}", was, new) for name, was, new in _differences(since.pins, now.pins)),
         *((f"board's {name}", was, new) for name, was, new in _differences(since.machine, now.machine)),
@@ -53,7 +53,7 @@ def others(since: Night, now: Night) -> tuple[tuple[str, str, str], ...]:
 
 
 def other_bytes(since: Night, now: Night) -> Sequence[str]:
-    """Files of the bundle that are not as they were; the reference logits, computed by torch, are not asked for."""
+    """Files of the bundle with other bytes; ignores the reference logits, which torch does not reproduce exactly."""
     names = sorted({*since.files, *now.files} - {REFERENCE})
     return [name for name in names if since.files.get(name) != now.files.get(name)]
 
@@ -64,7 +64,7 @@ def _differences(was: Mapping[str, str], new: Mapping[str, str]) -> list[tuple[s
 
 
 def _files(was: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """How many files of a bundle have other bytes, and a few of their names."""
+    """The number of files with other bytes, and some of their names."""
     if not was or not new:
         return ""
     changed = [name for name in sorted({*was, *new}) if was.get(name) != new.get(name)]
@@ -76,7 +76,7 @@ def _files(was: Mapping[str, str], new: Mapping[str, str]) -> str:
 
 def _commits(since: str, now: str, repository: Path) -> tuple[tuple[tuple[str, str], ...], str]:
     old, new = since.rstrip("+"), now.rstrip("+")
-    note = "the working tree has changes that are in no commit" if now.endswith("+") else ""
+    note = "the working tree has uncommitted changes" if now.endswith("+") else ""
     if not old or not new or old == new:
         return (), note
     command = ["git", "log", "--no-color", f"-{MOST_COMMITS + 1}", "--format=%h%x00%s", f"{old}..{new}", "--"]
@@ -85,7 +85,7 @@ def _commits(since: str, now: str, repository: Path) -> tuple[tuple[tuple[str, s
             command, cwd=repository, capture_output=True, text=True, errors="replace", timeout=GIT_SECONDS, check=True
         )
     except (OSError, subprocess.SubprocessError):
-        return (), f"commits from {old[:12]} to {new[:12]}: this clone does not have them all; fetch, and look there"
+        return (), f"commits from {old[:12]} to {new[:12]}: some are missing in this clone; fetch them"
     found = [tuple(line.split("\0", 1)) for line in done.stdout.splitlines()]
     if len(found) > MOST_COMMITS:
         note = f"only the last {MOST_COMMITS} commits are shown" + (f"; {note}" if note else "")

@@ -1,7 +1,7 @@
-"""A figure over the nights as a small line chart: where everything goes, in units of the SVG's view box.
+"""Layout of a small line chart of a figure over the nights, in units of the SVG's view box.
 
-Drawn by our own template and not by a plotting library: it takes the page's colours, light or dark, needs no script,
-and says each point to a screen reader.
+A template instead of a plotting library: it follows the page's light or dark colours, needs no script, and has a text
+for each point for screen readers.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from ci.nightly.metrics import Metric, number
 
 WIDTH, HEIGHT = 340.0, 150.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 12.0, 12.0, 24.0
-NIGHTS = 60  # the last ones
-MOST_DIGITS = 5  # beside the usual ones, of an axis
-MARGIN = 0.08  # above and below, as a share of what is shown
+NIGHTS = 60  # most nights in a report's chart
+MOST_DIGITS = 5  # extra digits of an axis label
+MARGIN = 0.08  # above and below, as a share of the shown range
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Step:
-    """A piece of the band of gates that changed over the nights, for as long as one held."""
+    """A segment of the gate band: consecutive nights with the same gate."""
 
     x: float
     y: float
@@ -48,7 +48,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a figure had to be on one night: least and most, and both for a reader."""
+    """The gate of one night: lower and upper bound, and its text."""
 
     least: float
     most: float
@@ -57,9 +57,9 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Chart:
-    """`line` is the points of a polyline; `band` the gate's top and height, `expected` its middle; None without one.
+    """`line` is the points of a polyline; `band` the gate's top and height, `expected` its middle, None without a gate.
 
-    `steps` are the bands of each night's own gate, where those are drawn instead; `marks` are targets.
+    Instead of `band`, `steps` may have the bands of each night's own gate. `marks` are targets.
     """
 
     metric: Metric
@@ -91,7 +91,7 @@ class Chart:
 
 
 def draw(metric: Metric, nights: Sequence[Night], gate: Gate | None) -> Chart | None:
-    """The last nights that measured the figure; None where none did."""
+    """The chart of the last nights with the figure; None if there are none."""
     shown = [night for night in nights if metric.name in night.figures][-NIGHTS:]
     if not shown:
         return None
@@ -133,9 +133,9 @@ def draw(metric: Metric, nights: Sequence[Night], gate: Gate | None) -> Chart | 
 
 
 def trend(metric: Metric, nights: Sequence[Night], bounds: Sequence[Bounds | None], targets: Sequence[Tick]) -> Chart:
-    """All `nights`, which each measured the figure, over what each night's gate asked of it.
+    """The chart of all `nights`, which must have the figure, with each night's own gate.
 
-    `targets` are drawn as lines; `at` of each is in the figure's unit.
+    `targets` are drawn as lines; their `at` is in the figure's unit.
     """
     values = [night.figures[metric.name] for night in nights]
     held = [entry for entry in bounds if entry is not None]
@@ -174,7 +174,7 @@ def trend(metric: Metric, nights: Sequence[Night], bounds: Sequence[Bounds | Non
 
 
 def _runs(bounds: Sequence[Bounds | None]) -> Iterator[tuple[int, int, Bounds]]:
-    """Nights in a row with one gate: the first of them, and the first after them."""
+    """Runs of nights with the same gate: index of the first, index after the last, the gate."""
     first = 0
     for place in range(1, len(bounds) + 1):
         if place == len(bounds) or bounds[place] != bounds[first]:
@@ -195,7 +195,7 @@ def _summary(metric: Metric, nights: Sequence[Night], values: Sequence[float]) -
 
 
 def _range(values: Sequence[float], gate: Gate | None) -> tuple[float, float]:
-    """What the axis shows: every value, and the gate."""
+    """The range of the axis: all values and the gate."""
     return _spread([*values, *([gate.least, gate.most] if gate else [])])
 
 
@@ -206,7 +206,7 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> tuple[tuple[float, str], ...]:
-    """Bottom, middle and top of what is shown, within the margin, with as many digits as tell them apart."""
+    """Tick labels at the bottom, middle and top, with enough digits to differ."""
     inset = (high - low) * MARGIN / (1 + 2 * MARGIN)
     values = low + inset, (low + high) / 2, high - inset
     texts = [number(value) for value in values]

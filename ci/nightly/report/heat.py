@@ -1,4 +1,4 @@
-"""Where in the model the error is: what the build's check found of every layer, as a table of shaded cells."""
+"""The heat map of errors by layer, from the check after the build."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 STEPS = 9  # shades
-CALM, ALARM = 1e-6, 1e-1  # of an error: the lightest and the darkest shade
-CHANGED = 1.25  # times the last green night's error, or its inverse, is worth a word
+LIGHTEST, DARKEST = 1e-6, 1e-1  # errors with the lightest and the darkest shade
+CHANGED = 1.25  # show the last green night's error if it differs by more than this factor
 COLUMNS = (("prefill", 0), ("prefill", 1), ("decode", 0), ("decode", 1))
 HEADINGS = ("prefill: 1 - cosine", "prefill: worst error", "decode: 1 - cosine", "decode: worst error")
 
@@ -18,7 +18,7 @@ Layers = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True)
 class Cell:
-    """An error, its shade from 0 to STEPS - 1, and the last green night's where it was another."""
+    """An error, its shade from 0 to STEPS - 1, and the last green night's error if it differed."""
 
     text: str
     shade: int
@@ -27,14 +27,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A part of the model; `cells` as HEADINGS, None where the check has no such figure."""
+    """A part of the model; one cell per heading, None if the check has no such figure."""
 
     part: str
     cells: tuple[Cell | None, ...]
 
 
 def rows(layers: Layers, before: Layers) -> tuple[Row, ...]:
-    """One row a layer, the post model last. `layers` and `before` as ci.nightly.history.Night has them."""
+    """One row per layer, the post model last. `layers` and `before` are Night.layers of ci.nightly.history."""
     parts = sorted({name.rpartition(" ")[0] for name in layers}, key=_place)
     return tuple(Row(part, tuple(_cell(layers, before, part, *column) for column in COLUMNS)) for part in parts)
 
@@ -59,9 +59,9 @@ def _text(error: float) -> str:
 
 
 def _shade(error: float) -> int:
-    if error <= CALM:
+    if error <= LIGHTEST:
         return 0
-    share = math.log(error / CALM) / math.log(ALARM / CALM)
+    share = math.log(error / LIGHTEST) / math.log(DARKEST / LIGHTEST)
     return min(STEPS - 1, int(share * STEPS))
 
 

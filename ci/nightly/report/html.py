@@ -1,4 +1,4 @@
-"""The templates of the pages: everything that is put into one is escaped, and what is missing is an error."""
+"""The Jinja environment of the report pages: autoescaped, and undefined variables are errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 
 
 def environment() -> jinja2.Environment:
-    """For the templates of this folder."""
+    """The environment for the templates of this folder."""
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(FOLDER),
         autoescape=True,
@@ -28,5 +28,5 @@ def environment() -> jinja2.Environment:
 
 
 def href(path: str) -> str:
-    """A relative path as a link: tiny-qwen2@s4 has a character that is none of a path's own."""
+    """A relative path as a URL; the @ of tiny-qwen2@s4 must be quoted."""
     return quote(path, safe="/.-_~")

@@ -1,4 +1,4 @@
-"""The page of a matrix: boards by models, verdict, key figures and report of each night; the same as JUnit and JSON."""
+"""The result of a matrix as an HTML page (boards by models: verdict, key figures, report), as JUnit and as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ci.device.place import Board
 from ci.nightly import metrics, targets
 from ci.nightly.history import Night
 from ci.nightly.matrix import Cell, Matrix
-from ci.nightly.matrix_run import Ran
+from ci.nightly.matrix_run import CellResult
 from ci.nightly.report import state
 from ci.nightly.report.html import environment
 from ci.nightly.report.state import State
@@ -27,12 +27,12 @@ from ci.nightly.verdict import GREEN, NOT_HELD, RED
 
 SCHEMA = 1
 KEY = ("mean_kld", "top1_agreement", "ttft_128", "decode_128", "engine_instructions", "peak_memory")
-MOST_FIGURES = 6  # in a cell; those that are red come first
+MOST_FIGURES = 6  # per cell, red ones first
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure in a cell, for a reader; `gate` and `target` empty where there is none."""
+    """A figure in a cell as text; `gate` and `target` are empty if there is none."""
 
     label: str
     value: str
@@ -42,10 +42,10 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Square:
-    """A cell of the table: a night that was held or not, or (`ran` None) one that the file excludes."""
+class TableCell:
+    """A cell of the table: a night, or an excluded combination (`ran` None)."""
 
-    ran: Ran | None
+    ran: CellResult | None
     state: State
     reason: str
     advice: str
@@ -56,10 +56,10 @@ class Square:
 
 @dataclass(frozen=True)
 class Page:
-    """What became of a matrix; `folder` is where the page goes, `stopped` the signal that ended it."""
+    """The result of a matrix; `folder` is where the page goes, `stopped` names the signal that interrupted it."""
 
     matrix: Matrix
-    ran: Sequence[Ran]
+    ran: Sequence[CellResult]
     started: str
     seconds: float
     folder: Path
@@ -67,7 +67,7 @@ class Page:
 
     @property
     def code(self) -> int:
-        """The exit code: 1 where something that was built or measured is wrong, 2 where nights could not be held."""
+        """The exit code: 1 if something built or measured is wrong, 2 if nights could not run."""
         codes = {ran.code for ran in self.ran}
         return GREEN if codes == {GREEN} else RED if codes - {GREEN, NOT_HELD} else NOT_HELD
 
@@ -89,23 +89,25 @@ class Page:
         return f"green: {all_}: {', '.join([*said, *(f'{count} {word}' for word, count in counts.items())])}"
 
     @property
-    def rows(self) -> list[tuple[Board, list[Square]]]:
-        return [(board, [self.square(board, model) for model in self.matrix.models]) for board in self.matrix.boards]
+    def rows(self) -> list[tuple[Board, list[TableCell]]]:
+        return [
+            (board, [self.table_cell(board, model) for model in self.matrix.models]) for board in self.matrix.boards
+        ]
 
-    def square(self, board: Board, model: Variant) -> Square:
+    def table_cell(self, board: Board, model: Variant) -> TableCell:
         ran = self._by_cell.get(Cell(board, model))
         if ran is None:
             reason = self.matrix.excluded.get((board.name, model.name), "")
-            return Square(None, state.EXCLUDED, reason, "", (), (), "")
+            return TableCell(None, state.EXCLUDED, reason, "", (), (), "")
         found = ran.summary
         if found is None:
-            return Square(ran, state.NOT_HELD, ran.reason, "", (), (), "")
+            return TableCell(ran, state.NOT_HELD, ran.reason, "", (), (), "")
         report = self._link(ran)
         remarks = [*state.remarks(_night(ran)), *found.notes]
-        return Square(ran, _state(ran), _plain(ran), found.advice, remarks, list(self.figures(ran)), report)
+        return TableCell(ran, _state(ran), _plain(ran), found.advice, remarks, list(self.figures(ran)), report)
 
-    def figures(self, ran: Ran) -> Iterator[Figure]:
-        """The key figures: those that are red, then the usual ones; of an emulated board none by the host's clock."""
+    def figures(self, ran: CellResult) -> Iterator[Figure]:
+        """The red figures, then the key figures; for an emulated board without those of the host's clock."""
         if ran.summary is None:
             return
         goals = targets.of(self.matrix.targets, ran.cell.board.name, ran.cell.model.name)
@@ -120,7 +122,7 @@ class Page:
             yield Figure(label, entry.value, entry.gate, _said(goal, value), entry in red)
 
     def lines(self) -> Iterator[str]:
-        """For a console; the first says it all."""
+        """The result in lines for a console, the headline first."""
         yield self.headline
         for ran in self.ran:
             found = _state(ran)
@@ -130,40 +132,40 @@ class Page:
         yield f"  page: {self.folder / 'matrix.html'}"
 
     def write(self) -> None:
-        """matrix.html, junit.xml and matrix.json in the folder."""
+        """Writes matrix.html, junit.xml and matrix.json to the folder."""
         html = environment().get_template("matrix.html.j2").render(page=self)
         (self.folder / "matrix.html").write_text(html, "utf-8")
         ElementTree.ElementTree(self.junit()).write(self.folder / "junit.xml", "utf-8", xml_declaration=True)
         (self.folder / "matrix.json").write_text(json.dumps(self.data(), indent=1, sort_keys=True) + "\n", "utf-8")
 
     def junit(self) -> ElementTree.Element:
-        """A suite for each board, a case for each night, as CI systems show them."""
+        """JUnit results: a suite for each board, a case for each night."""
         top = ElementTree.Element("testsuites", name="matrix")
-        for board, squares in self.rows:
-            held = [each.ran for each in squares if each.ran]
+        for board, row in self.rows:
+            held = [each.ran for each in row if each.ran]
             counts = {
-                "tests": len(squares),
+                "tests": len(row),
                 "failures": sum(ran.code == RED for ran in held),
                 "errors": sum(ran.code not in (GREEN, RED) for ran in held),
-                "skipped": len(squares) - len(held),
+                "skipped": len(row) - len(held),
             }
             suite = ElementTree.SubElement(top, "testsuite", name=_xml(board.title))
             for name, count in counts.items():
                 suite.set(name, str(count))
-            for model, square in zip(self.matrix.models, squares, strict=True):
-                seconds = f"{square.ran.seconds if square.ran else 0.0:.1f}"
+            for model, table_cell in zip(self.matrix.models, row, strict=True):
+                seconds = f"{table_cell.ran.seconds if table_cell.ran else 0.0:.1f}"
                 case = ElementTree.SubElement(suite, "testcase", classname=board.name, name=model.name, time=seconds)
-                if square.ran is None:
-                    ElementTree.SubElement(case, "skipped", message=_xml(f"excluded: {square.reason}"))
-                elif square.ran.code:
-                    kind = "failure" if square.ran.code == RED else "error"
-                    ElementTree.SubElement(case, kind, message=_xml(square.reason)).text = _xml(square.advice)
-                said = [square.state.word, *square.remarks]
+                if table_cell.ran is None:
+                    ElementTree.SubElement(case, "skipped", message=_xml(f"excluded: {table_cell.reason}"))
+                elif table_cell.ran.code:
+                    kind = "failure" if table_cell.ran.code == RED else "error"
+                    ElementTree.SubElement(case, kind, message=_xml(table_cell.reason)).text = _xml(table_cell.advice)
+                said = [table_cell.state.word, *table_cell.remarks]
                 ElementTree.SubElement(case, "system-out").text = _xml("\n".join(said))
         return top
 
     def data(self) -> dict[str, Any]:
-        """The page's content for programs."""
+        """The content of matrix.json."""
         return {
             "schema": SCHEMA,
             "verdict": self.word,
@@ -186,27 +188,27 @@ class Page:
             ],
         }
 
-    def _link(self, ran: Ran) -> str:
-        """The night's report, from the page; empty where it left none."""
+    def _link(self, ran: CellResult) -> str:
+        """The link to the night's report, relative to the page; empty if there is none."""
         report = ran.summary.report if ran.summary else ""
         return os.path.relpath(report, self.folder) if report else ""
 
     @cached_property
-    def _by_cell(self) -> dict[Cell, Ran]:
+    def _by_cell(self) -> dict[Cell, CellResult]:
         return {ran.cell: ran for ran in self.ran}
 
 
-def _state(ran: Ran) -> State:
+def _state(ran: CellResult) -> State:
     return state.of(_night(ran)) if ran.summary else state.NOT_HELD
 
 
-def _plain(ran: Ran) -> str:
-    """The reason without what the state says already."""
+def _plain(ran: CellResult) -> str:
+    """The reason without the words that the state already shows."""
     return ran.reason.removeprefix(f"{_state(ran).word}: ")
 
 
-def _night(ran: Ran) -> Night:
-    """The night of a summary; fields that this version does not know are left out."""
+def _night(ran: CellResult) -> Night:
+    """The night of a summary; unknown fields are ignored."""
     assert ran.summary is not None
     known = {entry.name for entry in dataclasses.fields(Night)}
     return Night(**{name: value for name, value in ran.summary.night.items() if name in known})
@@ -219,5 +221,5 @@ def _said(goal: Target | None, value: float | None) -> str:
 
 
 def _xml(text: str) -> str:
-    """Without the characters that no XML may hold."""
+    """The text without characters that XML does not allow."""
     return "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)

@@ -1,6 +1,6 @@
-"""The report of a night: one HTML page that needs nothing beside it, for someone who was not there.
+"""The report of a night: one self-contained HTML page.
 
-Everything that came from a board, a log or a commit is escaped by the template; nothing on the page runs.
+The template escapes everything, including texts from the board, logs and commits; the page has no scripts.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ci.nightly import metrics
-from ci.nightly.board_records import Told
+from ci.nightly.board_records import BoardDetails
 from ci.nightly.gate import Judgement
 from ci.nightly.history import Night
 from ci.nightly.report import heat
@@ -23,7 +23,7 @@ MOST_NIGHTS = 30  # in the table at the end
 
 @dataclass(frozen=True)
 class Figure:
-    """A row of the figures table, its trend drawn; `before` is the last green night's, `change` how far from it."""
+    """A row of the figures table and its chart; `before` is the last green night's value, `change` the difference."""
 
     judgement: Judgement
     before: str
@@ -33,7 +33,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Page:
-    """What a report shows. `nights` are those before and this one, oldest first; `changes` None: no green night yet."""
+    """The content of a report. `nights` are all nights including this one, oldest first.
+
+    `changes` is None if there has been no green night.
+    """
 
     night: Night
     board: str
@@ -46,7 +49,7 @@ class Page:
     changes: Changes | None
     notes: Sequence[str]
     artifacts: Sequence[tuple[str, str]]
-    board_told: Told = field(default_factory=Told)
+    board_details: BoardDetails = field(default_factory=BoardDetails)
 
     @property
     def figures(self) -> list[Figure]:
@@ -79,7 +82,7 @@ class Page:
 
 
 def _change(old: float, new: float) -> str:
-    """How far a figure moved: a share, or times where it is more than doubled or halved."""
+    """The change of a figure: a percentage, or a factor beyond doubling or halving."""
     if new == old:
         return "same"
     ratio = new / old if old else 0.0

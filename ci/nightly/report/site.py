@@ -1,7 +1,7 @@
-"""A static site over all nights of a history folder: an index, a page for each board and model, badges, a JSON feed.
+"""The static site over a history folder: an index, a page for each board and model, badges, a JSON feed.
 
-It needs nothing but its files: no script, no network, links relative, so that it opens from a disk and from any folder
-of any server. The same history and reports give the same bytes. The history is not trusted: all of it is escaped.
+No scripts, no network, relative links: it opens from a disk and from any folder of a web server. Its bytes depend only
+on the history and the reports. The history is not trusted: everything is escaped.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from ci.nightly.report.state import State
 from ci.nightly.targets import Target
 
 SCHEMA = 1
-RECORD = ".site.json"  # the files that are ours in a folder
-KEY = ("mean_kld", "decode_128", "ttft_128", "engine_instructions", "peak_memory")  # drawn on the index
-MOST_KEY = 3  # of them, for each board and model
-LARGEST_REPORT = 1 << 24  # bytes; a larger one is not copied
+RECORD = ".site.json"  # the list of the files that the site wrote
+KEY = ("mean_kld", "decode_128", "ttft_128", "engine_instructions", "peak_memory")  # candidates for the index
+MOST_KEY = 3  # charts on the index, for each board and model
+LARGEST_REPORT = 1 << 24  # bytes; larger ones are not copied
 GATE = re.compile(r"(\S+) ± (\S+)(?: |$)")
 IN_FEED = (
     "started",
@@ -53,19 +53,19 @@ IN_FEED = (
 
 @dataclass(frozen=True)
 class Row:
-    """A night on the page of its board and model; `report` is a link, empty where the report is gone."""
+    """A night on the page of its board and model; `report` is a link, empty if the report no longer exists."""
 
     night: Night
     state: State
     reason: str
     remarks: Sequence[str]
     report: str
-    others: Sequence[tuple[str, str, str]]  # requirements, machine and engine that are not as the night before
+    others: Sequence[tuple[str, str, str]]  # changes of requirements, board and engine since the night before
 
 
 @dataclass(frozen=True)
-class Beside:
-    """A target beside what was measured last; `measured` empty where nothing was."""
+class TargetRow:
+    """A target and the last measurement of its figure; `measured` is empty if there is none."""
 
     target: Target
     metric: Metric
@@ -77,8 +77,8 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Shelf:
-    """All nights of a board and a model. `reports` is the folder of the night's reports by when they began."""
+class Series:
+    """All nights of a board and a model. `reports` maps the start time of a night to its report."""
 
     board: str
     model: str
@@ -117,7 +117,7 @@ class Shelf:
 
     @property
     def streak(self) -> str:
-        """`green for 12 nights`."""
+        """For example `green for 12 nights`."""
         if self.last is None:
             return "no night could be read"
         word, count = state.streak(self.nights)
@@ -129,7 +129,7 @@ class Shelf:
 
     @property
     def makers(self) -> list[str]:
-        """Whose axmodels were measured, the last one's first."""
+        """The makers of the measured axmodels, the latest first."""
         seen = (night.maker for night in reversed(self.nights) if night.figures)
         return list(dict.fromkeys(seen))
 
@@ -138,7 +138,7 @@ class Shelf:
         return next((night for night in reversed(self.nights) if figure in night.figures), None)
 
     def charts(self, maker: str, *, timed: bool | None = None) -> list[Chart]:
-        """Every figure of a maker's bundles over all nights, or only those that follow a clock, or do not."""
+        """Charts of all figures of a maker; with `timed`, only of those that depend on a clock (True) or do not."""
         names = {name for night in self.nights if night.maker == maker for name in night.figures}
         found = (self.chart(maker, name) for name in sorted(names, key=metrics.rank))
         return [drawn for drawn in found if drawn and timed in (None, drawn.metric.timed)]
@@ -155,12 +155,12 @@ class Shelf:
         marks = [
             Tick(target.value, f"{target.text()}: {target.source}")
             for target in self.targets.get(name, ())
-            if not _off_the_map(target.value, [night.figures[name] for night in nights])
+            if not _is_outlier(target.value, [night.figures[name] for night in nights])
         ]
         return chart.trend(metric, nights, [bounds(night.gates.get(name, "")) for night in nights], marks)
 
     def key_charts(self) -> list[Chart]:
-        """The few for the index; of an emulated board none that follows the host's clock."""
+        """The charts for the index; for an emulated board without those of the host's clock."""
         if not self.makers:
             return []
         drawn = (self.chart(self.makers[0], name) for name in KEY)
@@ -190,8 +190,8 @@ class Shelf:
         """The copy of a night's report, from the root of the site."""
         return f"reports/{self.board}/{self.model}/{stamp(night)}.html" if stamp(night) in self.reports else ""
 
-    def beside(self) -> Iterator[Beside]:
-        """Every target, what was measured beside it."""
+    def target_rows(self) -> Iterator[TargetRow]:
+        """Every target with its last measurement."""
         for name, found in sorted(self.targets.items(), key=lambda item: metrics.rank(item[0])):
             night = self.measured(name)
             for target in found:
@@ -199,7 +199,7 @@ class Shelf:
                 value = night.figures[name] if night else None
                 where = "emulated board" if self.emulated else "board"
                 basis = f"measured on the {where}, {night.maker} bundle, {night.started[:10]}" if night else ""
-                yield Beside(
+                yield TargetRow(
                     target,
                     metric,
                     self.title,
@@ -212,76 +212,78 @@ class Shelf:
 
 @dataclass(frozen=True)
 class Site:
-    """`shelves` by board and model, their names in order; `untold` are targets of what has no nights."""
+    """`series` are sorted by board and model; `targets_only` are those with targets but no nights."""
 
-    shelves: tuple[Shelf, ...]
-    untold: tuple[Shelf, ...]
+    series: tuple[Series, ...]
+    targets_only: tuple[Series, ...]
 
     @property
-    def red(self) -> list[Shelf]:
-        return [shelf for shelf in self.shelves if shelf.state.tone == "bad"]
+    def red(self) -> list[Series]:
+        return [series for series in self.series if series.state.tone == "bad"]
 
     @property
     def headline(self) -> str:
-        if not self.shelves:
+        if not self.series:
             return "no nights yet"
-        count = len(self.shelves)
+        count = len(self.series)
         each = f"{count} board{'s' if count > 1 else ''} and model{'s' if count > 1 else ''}"
         if self.red:
             first, more = self.red[0], f" (and {len(self.red) - 1} more)" if len(self.red) > 1 else ""
             why = f": {first.reason}" if first.reason else ""
             return f"red: {len(self.red)} of {each}: {first.model} on {first.title}{why}{more}"
-        only = f"{self.shelves[0].model} on {self.shelves[0].title}"
+        only = f"{self.series[0].model} on {self.series[0].title}"
         return f"green: the last night of {only if count == 1 else f'each of {each}'}"
 
     @property
     def word(self) -> str:
-        return "soft" if not self.shelves else "red" if self.red else "green"
+        return "soft" if not self.series else "red" if self.red else "green"
 
     @property
     def latest(self) -> str:
-        return max((shelf.last.started for shelf in self.shelves if shelf.last), default="")
+        return max((series.last.started for series in self.series if series.last), default="")
 
-    def beside(self) -> list[Beside]:
-        return list(itertools.chain.from_iterable(shelf.beside() for shelf in (*self.shelves, *self.untold)))
+    def target_rows(self) -> list[TargetRow]:
+        return list(
+            itertools.chain.from_iterable(series.target_rows() for series in (*self.series, *self.targets_only))
+        )
 
 
 def collect(folder: Path, reports: Path | None = None, goals: Sequence[Target] = ()) -> Site:
-    """The site of a history folder. Raises BadInput for one that is not there or cannot be read.
+    """The site of a history folder. Raises BadInput for a missing or unreadable folder.
 
-    `reports` is where nights leave their pages (OUT/nightly); those that are there are linked to.
+    `reports` is the folder of the nights' reports (OUT/nightly); existing ones are linked.
     """
     if not folder.is_dir():
-        raise BadInput(f"no history in {folder}: name the folder that nights were given with --history")
-    shelves = []
+        raise BadInput(f"no history in {folder}: name the folder given to the nights with --history")
+    series = []
     for file in sorted(folder.glob("*/*.jsonl")):
         board, model = file.parent.name, file.stem
         if NAME.fullmatch(board) and NAME.fullmatch(model):
             found = history.read(folder, board, model)
             if found.nights or found.faults:
                 pages = _pages(reports / board / "nights" / model) if reports else {}
-                shelves.append(Shelf(board, model, found.nights, found.faults, targets.of(goals, board, model), pages))
-    told = {(shelf.board, shelf.model) for shelf in shelves}
+                series.append(Series(board, model, found.nights, found.faults, targets.of(goals, board, model), pages))
+    told = {(series.board, series.model) for series in series}
     rest = sorted({(goal.board, goal.model) for goal in goals} - told)
-    untold = tuple(Shelf(board, model, (), (), targets.of(goals, board, model), {}) for board, model in rest)
-    return Site(tuple(shelves), untold)
+    targets_only = tuple(Series(board, model, (), (), targets.of(goals, board, model), {}) for board, model in rest)
+    return Site(tuple(series), targets_only)
 
 
 def write(site: Site, out: Path) -> Path:
-    """Brings the site to `out`: writes what changed, removes what is no longer of it. Returns the index.
+    """Writes the changed files of the site to `out` and removes its obsolete ones. Returns the index.
 
-    Raises BadInput for a folder with files that are not a site's.
+    Raises BadInput for a folder with foreign files.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         record = out / RECORD
         if not record.is_file() and (there := sorted(path.name for path in out.iterdir() if path.name != ".lock")):
-            raise BadInput(f"{out} has files of another kind ({there[0]}): name a folder of the site's own")
+            raise BadInput(f"{out} has files that are not the site's ({there[0]}): use a separate folder")
         with (out / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             before = _ours(record)
             made = dict(_files(site))
-            record.write_text(json.dumps(sorted({*before, *made})) + "\n")  # should this be ended halfway
+            record.write_text(json.dumps(sorted({*before, *made})) + "\n")  # in case of an interruption
             for name, data in made.items():
                 _put(out / name, data)
             for name in sorted(before - set(made)):
@@ -293,7 +295,7 @@ def write(site: Site, out: Path) -> Path:
 
 
 def bounds(text: str) -> Bounds | None:
-    """What a line of history says of a gate, `20 ± 4 token/s`, as numbers; None where it says none."""
+    """Parses the gate text of a history line, `20 ± 4 token/s`; None for anything else."""
     found = GATE.match(text)
     try:
         expected, tolerance = (float(part) for part in found.groups()) if found else (0.0, -1.0)
@@ -305,60 +307,62 @@ def bounds(text: str) -> Bounds | None:
 
 
 def stamp(night: Night) -> str:
-    """The name of the folder of a night's report."""
+    """The name of the folder of a night's report, from its start time."""
     return re.sub("[-:]", "", night.started)
 
 
 def _files(site: Site) -> Iterator[tuple[str, bytes]]:
-    """Every file of the site: its path, its bytes."""
+    """The path and the bytes of every file of the site."""
     made = environment()
     yield "index.html", made.get_template("site.html.j2").render(site=site).encode()
-    for shelf in site.shelves:
-        yield shelf.page, made.get_template("shelf.html.j2").render(shelf=shelf, root="../").encode()
-        yield shelf.badge, badge.svg(f"{shelf.model} on {shelf.title}", shelf.streak, shelf.state.tone).encode()
-        for night in shelf.nights:
-            if link := shelf.report(night):
-                yield link, shelf.reports[stamp(night)].read_bytes()
-    tone = "soft" if not site.shelves else "bad" if site.red else "good"
-    word = "no nights" if not site.shelves else f"{len(site.red)} of {len(site.shelves)} red" if site.red else "green"
+    for series in site.series:
+        yield series.page, made.get_template("series.html.j2").render(series=series, root="../").encode()
+        yield series.badge, badge.svg(f"{series.model} on {series.title}", series.streak, series.state.tone).encode()
+        for night in series.nights:
+            if link := series.report(night):
+                yield link, series.reports[stamp(night)].read_bytes()
+    tone = "soft" if not site.series else "bad" if site.red else "good"
+    word = "no nights" if not site.series else f"{len(site.red)} of {len(site.series)} red" if site.red else "green"
     yield "badge.svg", badge.svg("nightly", word, tone).encode()
     yield "nights.json", (json.dumps(_feed(site), allow_nan=False, indent=1, sort_keys=True) + "\n").encode()
 
 
 def _feed(site: Site) -> dict[str, Any]:
-    """The data of the pages for programs; what is left out of a night is in the history."""
+    """The content of nights.json: the nights without the details that only the history has."""
     return {
         "schema": SCHEMA,
-        "verdict": "none" if not site.shelves else "red" if site.red else "green",
+        "verdict": "none" if not site.series else "red" if site.red else "green",
         "boards": [
             {
-                "board": shelf.board,
-                "model": shelf.model,
-                "emulated": shelf.emulated,
-                "state": shelf.state.word,
-                "streak": state.streak(shelf.nights)[1] if shelf.nights else 0,
-                "last_green": shelf.last_green.started if shelf.last_green else None,
-                "page": shelf.page,
-                "badge": shelf.badge,
-                "not_read": list(shelf.faults),
-                "targets": [dataclasses.asdict(each) for name in sorted(shelf.targets) for each in shelf.targets[name]],
+                "board": series.board,
+                "model": series.model,
+                "emulated": series.emulated,
+                "state": series.state.word,
+                "streak": state.streak(series.nights)[1] if series.nights else 0,
+                "last_green": series.last_green.started if series.last_green else None,
+                "page": series.page,
+                "badge": series.badge,
+                "not_read": list(series.faults),
+                "targets": [
+                    dataclasses.asdict(each) for name in sorted(series.targets) for each in series.targets[name]
+                ],
                 "nights": [
                     {
                         **{name: getattr(night, name) for name in IN_FEED},
                         "state": state.of(night).word,
                         "remarks": state.remarks(night),
-                        "report": shelf.report(night) or None,
+                        "report": series.report(night) or None,
                     }
-                    for night in shelf.nights
+                    for night in series.nights
                 ],
             }
-            for shelf in site.shelves
+            for series in site.series
         ],
     }
 
 
 def _pages(folder: Path) -> dict[str, Path]:
-    """The reports that are still there, by the name of their night; not through links, and none that is huge."""
+    """The existing reports by the name of their night; symlinks and huge files are skipped."""
     found = {}
     for page in sorted(folder.glob("*/report.html")):
         if not page.is_symlink() and page.stat().st_size <= LARGEST_REPORT:
@@ -367,7 +371,7 @@ def _pages(folder: Path) -> dict[str, Path]:
 
 
 def _ours(record: Path) -> set[str]:
-    """The files that were written the last time; a name that leads elsewhere is none of them."""
+    """The files written last time; names that could lead out of the folder are ignored."""
     try:
         names = strict_json.loads(record.read_text("utf-8"))
     except (OSError, ValueError):
@@ -391,7 +395,7 @@ def _listed(others: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, str]
     return [(what, was, new) for what, was, new in others if what != "bundle"]
 
 
-def _off_the_map(value: float, measured: Sequence[float]) -> bool:
-    """Whether a line there would press the nights flat."""
+def _is_outlier(value: float, measured: Sequence[float]) -> bool:
+    """Whether a target is so far off that its line would flatten the chart."""
     middle = statistics.median(measured)
     return not 0.2 * middle <= value <= 5 * middle

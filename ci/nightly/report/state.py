@@ -1,4 +1,4 @@
-"""How a night stands, in a mark and words: not by colour alone, and what was not judged never as green."""
+"""The state of a night as a mark and a word, not by colour alone. A night that was not judged is never plain green."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ci.nightly.history import Night
 
 @dataclass(frozen=True)
 class State:
-    """`word` is for a reader, `tone` one of good, bad, soft: the class of its mark."""
+    """`word` is shown, `tone` (good, bad, soft) is the CSS class of the mark."""
 
     word: str
     mark: str
@@ -26,7 +26,7 @@ EXCLUDED = State("excluded", "-", "soft")
 
 
 def of(night: Night) -> State:
-    """How a night stands; the second try and the quarantine are told apart from plain green and red."""
+    """The state of a night; retried and quarantined nights have states of their own."""
     if not night.green:
         return FLAKY_RED if night.flaky else RED
     if night.quarantined:
@@ -37,19 +37,19 @@ def of(night: Night) -> State:
 
 
 def reason(night: Night) -> str:
-    """Why, without what the state says already."""
+    """The reason without the words that the state already shows."""
     return night.reason.removeprefix(f"{of(night).word}: ")
 
 
 def remarks(night: Night) -> list[str]:
-    """What a night has to say beside its reason, where it has."""
+    """Remarks on retry, quarantine and bisection, if any."""
     found = [f"first try: {night.flaky}"] if night.flaky else []
     found += [f"in quarantine: {what}: {why}" for what, why in night.quarantined.items()]
     return [*found, *([f"culprit: {night.culprit}"] if night.culprit else [])]
 
 
 def streak(nights: Sequence[Night]) -> tuple[str, int]:
-    """The last night's verdict in short, and how many nights in a row had it; one that was not judged is not green."""
+    """The last night's verdict, and the length of its streak; a night that was not judged is not green."""
     words = [_short(night) for night in reversed(nights)]
     return words[0], next((count for count, word in enumerate(words) if word != words[0]), len(words))
 

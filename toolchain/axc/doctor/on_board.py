@@ -50,7 +50,7 @@ def examine(board: str, model: str | None) -> Report:
             timeout=SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise BadInput(f"board {board} was not done after {SECONDS:.0f} s\nRun `axrun doctor` there.") from None
+        raise BadInput(f"board {board} did not finish within {SECONDS:.0f} s\nRun `axrun doctor` there.") from None
     for line in reversed(ran.stdout.splitlines()):
         if line.startswith("{"):
             try:

@@ -1,4 +1,4 @@
-"""The stages of one night on a board, each a command with a time limit, in a folder of the night's own."""
+"""The stages of a night, in order; each is a command with a time limit and a console log in the night's folder."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from ci.nightly.stage import Stage
 from ci.nightly.variant import Variant
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = ROOT / "models" / "tiny-qwen2" / "heldout.txt"  # what accuracy is measured over, whatever the model
-# Flags of axc reference beside --window and --tokens: a window is as long as the context and passes every shape group.
+TEXT = ROOT / "models" / "tiny-qwen2" / "heldout.txt"  # the text for accuracy, for every model
+# Flags of axc reference besides --window and --tokens. A window covers the whole context and so every shape group.
 ACCURACY = {"top_k": 1024, "greedy_tokens": 8}
-WINDOWS, POSITIONS = 2, 1024  # the fewest of a reference
-MOST_WINDOW = 8192  # longer ones take more memory than the machine that computes the reference may have
-BYTES_A_TOKEN = 8  # of TEXT, more than any tokenizer makes of it
-CHIPS = {"ax630c": "AX620E"}  # boards whose chip is not the one of models/*.toml
+WINDOWS, POSITIONS = 2, 1024  # the least size of a reference
+MOST_WINDOW = 8192  # bounds the memory for computing the reference
+BYTES_A_TOKEN = 8  # upper bound for TEXT, with any tokenizer
+CHIPS = {"ax630c": "AX620E"}  # boards with another chip than models/*.toml names
 MEASURE = "measure"
-INSTRUCTIONS = "instructions.json"  # of ci/nightly/instructions.py
-PROBE = "probe.json"  # of ci/nightly/probe.py
-DEPLOYED = "deployed.json"  # the record of the deploy, in the folder of the night
-ON_BOARD = 0.4  # of the time limit of MEASURE is what one command on the board may take: there are two
+INSTRUCTIONS = "instructions.json"  # output of ci/nightly/instructions.py
+PROBE = "probe.json"  # output of ci/nightly/probe.py
+DEPLOYED = "deployed.json"  # copy of the deploy record, in the night's folder
+ON_BOARD = 0.4  # share of the time limit of MEASURE for each of the two commands on the board
 
-# seconds a stage may take, unless --limit says otherwise
+# time limit of each stage in seconds; --limit overrides it
 LIMITS = {
     "power on": 2400.0,
     "build": 3600.0,
@@ -54,35 +54,41 @@ LIMITS = {
     **board_records.LIMITS,
     "power off": 300.0,
 }
-BISECT, BISECT_SECONDS = "bisect", 4 * 3600.0  # a limit for all steps of a bisection (ci/nightly/bisection.py)
+BISECT, BISECT_SECONDS = "bisect", 4 * 3600.0  # limit for all steps together: ci/nightly/bisection.py
 
 BOOT_SECONDS = 180.0
-MOST_WAIT = 1e6  # seconds, for a board
+MOST_WAIT = 1e6  # seconds of --wait
 
 Say = Callable[[str], None]
 
 
 class Interrupted(BaseException):
-    """A signal came while the board was waited for; its argument says so."""
+    """A signal arrived while waiting for the board; the argument names it."""
 
 
 class StageFailed(Exception):
-    """The night goes no further than this stage."""
+    """A stage failed; the night stops here."""
 
 
 class Reached(Exception):
-    """The last stage that is wanted is done."""
+    """The last requested stage is done."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """`board` and `model` by name; `out` is the folder of reports, `history` the folder of nights that were held.
+    """Options of a night.
 
-    `bundle` is one that was built elsewhere, in place of a build; `built` the folder of a build that several boards
-    share (ci/nightly/built.py); `model_dir` the checkpoint where there is no network. `wait` is how many seconds to
-    wait for a board that is held, `soak` asks for the long one; `limits` override LIMITS. `retry`: what the network or
-    the board did is tried once more. `bisect` names the commit of a red, `notify` is a command that is told of a change
-    of state.
+    board, model: by name.
+    out, history: the folders of reports and of past nights.
+    bundle: a bundle built elsewhere, instead of a build.
+    built: the folder of a shared build (ci/nightly/built.py).
+    model_dir: the checkpoint, for a machine without network.
+    wait: seconds to wait for a board that is in use.
+    soak: run the long soak test.
+    limits: stage time limits that override LIMITS.
+    retry: retry a failure of network or board once.
+    bisect: find the commit of a red night.
+    notify: a command to run on a change of state.
     """
 
     board: str
@@ -100,11 +106,11 @@ class Options:
     notify: str = ""
 
     def __post_init__(self) -> None:
-        """Raises BadInput for a limit of no stage, two bundles, and a time to wait that is none."""
+        """Raises BadInput for an unknown stage, an invalid time, and two bundles."""
         if not 0 <= self.wait < MOST_WAIT:
             raise BadInput(f"--wait {self.wait:g}: expected seconds, 0 to {MOST_WAIT:.0f}")
         if self.bundle is not None and self.built is not None:
-            raise BadInput("--bundle and --built both bring a bundle: give one of them")
+            raise BadInput("--bundle and --built both name a bundle: give one of them")
         for name, seconds in self.limits.items():
             if name not in (*LIMITS, BISECT) or not 0 < seconds < 1e6:
                 raise BadInput(
@@ -115,8 +121,8 @@ class Options:
         return self.limits.get(name, BISECT_SECONDS if name == BISECT else LIMITS[name])
 
 
-class Course:
-    """What happens in a night, and what became of it: `stages`, in their order."""
+class Pipeline:
+    """Runs the stages of a night; `stages` has the results, in order."""
 
     def __init__(
         self,
@@ -130,27 +136,27 @@ class Course:
     ) -> None:
         self.options, self.board, self.model, self.folder = options, board, model, folder
         spec = self.spec = model.spec
-        self.base = base or folder.parents[2]  # what build, cross and deploy know as their --out
+        self.base = base or folder.parents[2]  # --out of build, cross and deploy
         self.bundle = self.base / spec.name
         self.deployed = evidence.place(self.base, board.name)
         self.stages: list[Stage] = []
         self.records = board_records.BoardRecords(board, folder)
-        self.counts = board.emulated and not instructions.unable()
-        self.unjudged = False  # the first nights of a maker have no gates
-        self.flaky = ""  # what the network or the board did to the first try
+        self.counts = board.emulated and not instructions.unavailable()
+        self.unjudged = False  # whether there are no gates yet
+        self.flaky = ""  # why the first attempt of a retried stage failed
         self.holding: Holding | None = None
         self.say, self._stop = say, stop
-        # what is measured, and how far: other commits in a bisection
+        # A bisection sets these to measure another commit, up to a certain stage.
         self.root, self.python = ROOT, sys.executable
         self.tests, self.needs_reference, self._last = ["tests/hil"], True, ""
 
     @property
     def interrupted(self) -> str:
-        """Why the night is to end now."""
+        """Why to stop now; empty to go on."""
         return self._stop()
 
     def reserve(self, last: contextlib.ExitStack) -> None:
-        """The board is nobody else's until `last` is closed. Raises StageFailed when it is somebody's."""
+        """Reserves the board until `last` is closed. Raises StageFailed if somebody else holds it."""
         started, reason = time.monotonic(), ""
         try:
             what = f"nightly of {self.spec.name}"
@@ -160,7 +166,7 @@ class Course:
         self.note("reserve", started, reason, f"{self.board.name} is held by {place.owner()}")
 
     def require_built(self) -> None:
-        """A shared build that failed is told before a board is held for it. Raises StageFailed."""
+        """Fails early for a failed shared build, before reserving the board. Raises StageFailed."""
         if self.options.built is not None:
             started = time.monotonic()
             try:
@@ -169,9 +175,9 @@ class Course:
                 self.note("build", started, str(failure), code=failure.exit_code)
 
     def note(self, name: str, started: float, reason: str, well: str = "", code: int = 2) -> None:
-        """A stage that was no command of its own; `code` is for one that failed, which is one with a `reason`.
+        """Adds a stage that ran in this process. It failed, with exit code `code`, if `reason` is not empty.
 
-        Raises StageFailed for one that failed.
+        Raises StageFailed for a failed stage.
         """
         console = self._console(name)
         console.write_text(f"error: {reason}\n" if reason else f"{well}\n", "utf-8")
@@ -179,36 +185,36 @@ class Course:
         self._add(Stage(name, code if reason else 0, time.monotonic() - started, limit, reason, console))
 
     def measure(self) -> None:
-        """Everything between holding the board and switching it off. Raises StageFailed."""
+        """All stages from power-on to the soak test. Raises StageFailed."""
         self.records.begin()
         self.power_on()
         health = self.records.health(self.options.history, self.base)
         self._run(board_records.HEALTH, [self.python, "-m", *health])
         self._prepare()
-        self._twice(self._measure_there)
+        self._with_retry(self._measure_there)
 
     def measure_only(self, last: str, *, board: bool) -> None:
-        """On a board that is on, where a `board` is needed. Raises StageFailed, Reached after the stage `last`."""
+        """The stages up to `last`, for a bisection; with `board`, those on a board too. Raises StageFailed, Reached."""
         self._last = last
         self._prepare()
         if board:
-            self._twice(self._measure_there)
+            self._with_retry(self._measure_there)
 
     def power_on(self) -> None:
         """Raises StageFailed."""
-        self._twice(self._power_on)
+        self._with_retry(self._power_on)
 
     def _power_on(self) -> None:
         if self.board.switch != "port":
-            self._power_by_hand()
+            self._power_manually()
             return
         board = [str(self.board.yaml), str(self._boot_seconds())]
         self._run("power on", [self.python, "-m", "ci.device.power", "on", *board], leaves=True)
 
     def _prepare(self) -> None:
-        """What comes before the board is needed. Raises StageFailed."""
+        """The stages that do not need the board. Raises StageFailed."""
         python = [self.python, "-m"]
-        shutil.rmtree(self.bundle, ignore_errors=True)  # a night builds anew, whatever the night before left
+        shutil.rmtree(self.bundle, ignore_errors=True)  # never reuse an earlier night's build
         if self.options.built is not None:
             self._share(self.options.built)
         elif self.options.bundle is None:
@@ -223,7 +229,7 @@ class Course:
         self._run("package", [*python, "invoke", "cross", *self._where()])
 
     def _measure_there(self) -> None:
-        """Deploys and measures. Raises StageFailed."""
+        """The stages on the board: deploy, measure, soak. Raises StageFailed."""
         python = [self.python, "-m"]
         self.deployed.unlink(missing_ok=True)
         self._run("deploy", [*python, "invoke", "deploy", "--model", self.spec.name, *self._where()])
@@ -235,8 +241,8 @@ class Course:
     def _where(self) -> list[str]:
         return ["--board", str(self.board.yaml), "--out", str(self.base)]
 
-    def _twice(self, attempt: Callable[[], None]) -> None:
-        """Once more where the network or the board made it fail, once in a night; after a power cycle, with a port.
+    def _with_retry(self, attempt: Callable[[], None]) -> None:
+        """Runs `attempt`; if network or board made it fail, power-cycles the board and retries, once per night.
 
         Raises StageFailed.
         """
@@ -248,16 +254,16 @@ class Course:
             if not why or self.flaky or not self.options.retry or self._stop():
                 raise
             self.flaky = f"{failed.name}: {why}"
-            self.stages[-1] = dataclasses.replace(failed, excused="tried again")
+            self.stages[-1] = dataclasses.replace(failed, excused="retried")
             cycle = "after a power cycle" if self.board.switch == "port" else "without a power cycle"
-            self.say(f"{failed.name} is tried once more, {cycle}: {why}")
+            self.say(f"retrying {failed.name} {cycle}: {why}")
             if failed.name not in retry.POWER:
                 retry.set_aside(self.folder)
                 self._power_on()
             attempt()
 
     def examine(self) -> None:
-        """The doctor looks for what made the last stage fail; why the night is red does not depend on it."""
+        """Runs the doctor to diagnose the failed stage; its result does not affect the verdict."""
         with contextlib.suppress(StageFailed, Failure):
             failed, checkpoint = self.stages[-1].name, fetch(self.spec, self.options.model_dir)
             seconds = self.options.limit(doctor.STAGE)
@@ -268,11 +274,11 @@ class Course:
                 self._run(doctor.STAGE, command)
             finally:
                 self.stages[-1] = dataclasses.replace(
-                    self.stages[-1], excused="failed, which does not count" if self.stages[-1].failed else ""
+                    self.stages[-1], excused="failed (ignored)" if self.stages[-1].failed else ""
                 )
 
-    def _power_by_hand(self) -> None:
-        """Raises StageFailed for a board that does not answer."""
+    def _power_manually(self) -> None:
+        """Waits for a person to switch the board on. Raises StageFailed if it does not answer."""
         started, reason, well = time.monotonic(), "", ""
         try:
             well = power.by_hand(self.board, self.say, self._boot_seconds(), self._stop)
@@ -281,11 +287,11 @@ class Course:
         self.note("power on", started, reason, well)
 
     def power_off(self) -> None:
-        """Whatever happened before; a signal does not end it. A board that nothing switches stays on."""
+        """Always runs, and signals do not interrupt it. A board without a power port stays on."""
         stop, self._stop = self._stop, str
         self.records.log(self.stages)
         with contextlib.suppress(StageFailed):
-            self._twice(self._power_off)
+            self._with_retry(self._power_off)
         self.records.end()
         self._stop = stop
 
@@ -332,7 +338,7 @@ class Course:
             raise Reached
 
     def _take(self, bundle: Path) -> None:
-        """A copy of a bundle that was built elsewhere: the reference logits are added to it. Raises StageFailed."""
+        """Copies a bundle that was built elsewhere; the copy gets the reference logits. Raises StageFailed."""
         started, reason, maker = time.monotonic(), "", ""
         try:
             maker = read_manifest(bundle)["maker"]
@@ -341,14 +347,14 @@ class Course:
             reason = str(failure)
         except OSError as error:
             reason = f"cannot copy {bundle}: {error.strerror or error}"
-        self.note(stage.HANDED_IN, started, reason, f"{bundle}, made by {maker}, was handed in: nothing was built")
+        self.note(stage.HANDED_IN, started, reason, f"{bundle}, made by {maker}, was built elsewhere; nothing to build")
 
     def _share(self, folder: Path) -> None:
-        """A copy of a build that other boards have too. Raises StageFailed."""
+        """Copies the shared build of a matrix. Raises StageFailed."""
         started, reason, code, well = time.monotonic(), "", 2, ""
         try:
             found = built.require(folder, self.model, chip(self.board, self.model))
-            well = f"built once for all boards of the matrix, in {found.seconds:.1f} s: {folder}"
+            well = f"shared build of the matrix, made in {found.seconds:.1f} s: {folder}"
             shutil.copytree(folder / self.spec.name, self.bundle)
             shutil.copyfile(folder / built.CHECK, self.folder / built.CHECK)
         except Failure as failure:
@@ -358,7 +364,7 @@ class Course:
         self.note("build", started, reason, well, code)
 
     def _reference_flags(self) -> list[str]:
-        """Flags of axc reference; none where the bundle has one that reaches the end of the context.
+        """Flags of axc reference; empty if the bundle already has logits for the whole context.
 
         Raises StageFailed.
         """
@@ -370,11 +376,11 @@ class Course:
             raise
 
     def _tokenizer(self) -> Path:
-        """Whose ids the board's are compared with: the checkpoint's, or those of a bundle that was handed in."""
+        """The tokenizer to compare the board's ids with: the checkpoint's, or that of a bundle built elsewhere."""
         return self.bundle / "hf" if self.options.bundle else fetch(self.spec, self.options.model_dir)
 
     def _boot_seconds(self) -> float:
-        """For a board to answer; the rest of the stage's limit is for switching it on."""
+        """The time for the board to answer after power-on; the rest of the limit is for switching."""
         return min(BOOT_SECONDS, self.options.limit("power on") / 2)
 
     def _build_flags(self) -> list[str]:
@@ -399,12 +405,12 @@ class Course:
 
 
 def chip(board: Board, model: Variant) -> str:
-    """What a bundle for a board is built for."""
+    """The target chip of a bundle for a board."""
     return CHIPS.get(board.name, model.spec.build.chip)
 
 
 def build_flags(model: Variant, made_for: str, out: Path, report: Path, model_dir: Path | None) -> list[str]:
-    """Flags of `invoke build` for a night: the bundle comes to `out`, what its check found to `report`."""
+    """Flags of `invoke build` for a night: the bundle goes to `out`, the check's per-layer errors to `report`."""
     other = [] if made_for == model.spec.build.chip else ["--chip", made_for]
     more = ["--check_report", str(report), *model.flags(), *other]
     where = ["--model-dir", str(model_dir)] if model_dir else []
@@ -412,7 +418,7 @@ def build_flags(model: Variant, made_for: str, out: Path, report: Path, model_di
 
 
 def reference_flags(bundle: Path, model: Variant, model_dir: Path | None, text: Path) -> list[str]:
-    """Flags of axc reference; none where the bundle has one that reaches the end of the context. Writes `text`.
+    """Flags of axc reference; empty if the bundle already has logits for the whole context. Writes `text`.
 
     Raises BadInput.
     """
@@ -425,7 +431,7 @@ def reference_flags(bundle: Path, model: Variant, model_dir: Path | None, text: 
 
 
 def sizes(context: int) -> list[str]:
-    """Flags of axc reference for a bundle: windows to the end of its context, past each group's history."""
+    """Window flags of axc reference: windows as long as the context, so that they cross every shape group."""
     window = min(context + 1, MOST_WINDOW)
     tokens = max(WINDOWS, -(-POSITIONS // window)) * window
     values = {"window": window, "tokens": tokens, **ACCURACY}
@@ -433,20 +439,20 @@ def sizes(context: int) -> list[str]:
 
 
 def long_enough(text: bytes, context: int) -> bytes:
-    """The text, again and again where it is too short for the windows of `sizes`."""
+    """The text, repeated if it is too short for the windows of `sizes`."""
     tokens = int(sizes(context)[3])
     return text * -(-tokens * BYTES_A_TOKEN // len(text))
 
 
 def reaches(bundle: Path, context: int) -> bool:
-    """Whether a bundle has reference logits that reach the end of its context. Raises BadInput for damaged ones."""
+    """Whether a bundle has reference logits up to the end of its context. Raises BadInput for damaged ones."""
     if REFERENCE not in read_manifest(bundle)["files"]:
         return False
     return bool(logits.read(bundle / REFERENCE).tokens.shape[1] > min(context, MOST_WINDOW - 1))
 
 
 def limits(given: Sequence[str]) -> dict[str, float]:
-    """`stage=seconds` each."""
+    """Parses --limit options: `stage=seconds`. Raises BadInput."""
     found = {}
     for entry in given:
         name, _, seconds = entry.partition("=")

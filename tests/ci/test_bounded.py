@@ -53,4 +53,4 @@ def test_a_board_that_answers_without_end_is_told() -> None:
     board = OnBoard(place.find("virtual"), ["sh", "-c"], 120.0, record, "/nonexistent")
     with pytest.raises(CheckFailed) as caught:
         board.run("axrun bench", FLOOD)
-    assert str(caught.value).startswith("axrun bench on virtual answers with more than 2 MB, which begin with b'\\x00")
+    assert str(caught.value).startswith("axrun bench on virtual printed more than 2 MB, starting with b'\\x00")

@@ -1,4 +1,4 @@
-"""Wheels of a release: from what git has, the same twice, of one version."""
+"""Wheels of a release: built from the commit, reproducible, of one version."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_change_that_is_not_committed_is_not_released(repository: Path, tmp_pa
     changed = tmp_path / "changed"
     shutil.copytree(repository, changed)
     (changed / "toolchain" / "axc" / "cli.py").write_text("")
-    with pytest.raises(BadInput, match=r"toolchain/axc/cli\.py has changes that are not committed"):
+    with pytest.raises(BadInput, match=r"toolchain/axc/cli\.py has uncommitted changes"):
         release.make(tmp_path / "out", machines=(), root=changed)
     assert not (tmp_path / "out").exists()
 
@@ -63,7 +63,7 @@ def test_a_change_that_is_not_committed_is_not_released(repository: Path, tmp_pa
     [
         ("v0.2.0", ("0.1.0", "0.1.0"), "the tag is v0.2.0, the packages' VERSION 0.1.0"),
         ("0.1.0", ("0.1.0", "0.1.0"), "the tag is 0.1.0"),
-        ("", ("0.1.0", "0.2.0"), "axc is 0.1.0 and axrun 0.2.0"),
+        ("", ("0.1.0", "0.2.0"), "axc is 0.1.0, but axrun is 0.2.0"),
     ],
 )
 def test_another_version_than_the_tags_is_refused(tag: str, versions: tuple[str, ...], said: str) -> None:

@@ -81,7 +81,7 @@ def test_another_engine_than_the_deployed_one_is_told(where: str, board: OnBoard
     }[where]
     with pytest.raises(Otherwise) as caught:
         board.axrun("eval")
-    assert str(caught.value).startswith("axrun eval on virtual is not of what was deployed: ")
+    assert str(caught.value).startswith("axrun eval on virtual differs from the deploy: ")
     assert told in str(caught.value)
     assert told in board.seen["evidence"]["faults"][0]
 
@@ -97,7 +97,7 @@ def test_a_variable_that_changes_the_engine_is_told(board: OnBoard, monkeypatch:
     [
         (
             "import os; os.kill(os.getpid(), 9)",
-            r"axrun eval was killed on virtual: it had \d+ MB, the least the board ",
+            r"axrun eval was killed on virtual: it used \d+ MB, the board had at least ",
         ),
         ("raise SystemExit('error: no room')", "axrun eval on virtual ended with 1: 'no room'"),
         ("print('hello')", r"axrun eval on virtual answers 'hello\\n', expected a JSON object"),

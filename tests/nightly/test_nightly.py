@@ -161,7 +161,7 @@ def test_a_fault_of_the_board_is_told_before_anything_is_built(desk: Desk) -> No
     ("limit", "told"),
     [
         (100, "virtual hangs: no answer to axrun eval in 40 s"),
-        (250, "virtual hangs or is gone: ssh gave it up during axrun eval"),  # after 60 s
+        (250, "virtual hangs or is gone: ssh lost it during axrun eval"),  # after 60 s
     ],
 )
 def test_a_board_that_hangs_in_a_test_is_told(desk: Desk, bundle: Path, limit: int, told: str) -> None:

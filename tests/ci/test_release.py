@@ -81,14 +81,14 @@ def wheel(folder: Path, text: str, minute: int = 0) -> None:
 @pytest.mark.parametrize(
     ("text", "minute", "said"), [("/tmp/x", 0, r"differ: axc/cli\.py$"), ("", 1, "differ: order, times or modes")]
 )
-def test_two_builds_that_differ_are_told_with_the_file(tmp_path: Path, text: str, minute: int, said: str) -> None:
+def test_differing_builds_name_the_file(tmp_path: Path, text: str, minute: int, said: str) -> None:
     wheel(tmp_path / "first", "")
     wheel(tmp_path / "second", text, minute)
     with pytest.raises(CheckFailed, match=said):
         release.compare(tmp_path / "first", tmp_path / "second")
 
 
-def test_a_wheel_that_only_one_build_made_is_told(tmp_path: Path) -> None:
+def test_a_wheel_of_only_one_build_is_an_error(tmp_path: Path) -> None:
     wheel(tmp_path / "first", "")
     (tmp_path / "second").mkdir()
     with pytest.raises(CheckFailed, match=r"different wheels: axc-0\.1\.0"):

@@ -1,4 +1,4 @@
-"""What a command on a board loads and takes, seen by the program that runs it there: here, on this machine."""
+"""The witness program, run on this machine: libraries that a command loads, and its memory."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_engine_that_was_loaded_is_named(board: OnBoard) -> None:
 
 
 @pytest.mark.parametrize("where", ["beside", "swapped", "none"])
-def test_another_engine_than_the_deployed_one_is_told(where: str, board: OnBoard, libraries: Path) -> None:
+def test_another_engine_than_the_deployed_one_is_a_fault(where: str, board: OnBoard, libraries: Path) -> None:
     inside = Path(board.root) / "packages" / ("1" * 16) / LIBRARY
     other = libraries / "other" / "libax_engine.so"
     if where == "swapped":
@@ -86,7 +86,7 @@ def test_another_engine_than_the_deployed_one_is_told(where: str, board: OnBoard
     assert told in board.seen["evidence"]["faults"][0]
 
 
-def test_a_variable_that_changes_the_engine_is_told(board: OnBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_that_changes_the_engine_is_a_fault(board: OnBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AXC_ISA", "scalar")
     with pytest.raises(Otherwise, match="the board's environment sets AXC_ISA, which changes what runs"):
         board.axrun("eval")

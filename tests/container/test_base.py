@@ -1,4 +1,4 @@
-"""The record of Debian packages, and what is said where a mirror has others."""
+"""The record of Debian packages, and the error if a mirror has other ones."""
 
 from __future__ import annotations
 

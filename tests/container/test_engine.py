@@ -1,4 +1,4 @@
-"""`make build` in the container and out of it: same bytes, whose files, which way was chosen and why, Ctrl-C."""
+"""`make build` in and out of the container: same bytes, file owners, the choice and its reason, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_without_a_daemon_it_is_this_process() -> None:
 
 
 @pytest.mark.usefixtures("without_daemon")
-def test_an_engine_and_a_backend_that_are_not_known_are_told_those_that_are() -> None:
+def test_an_unknown_engine_or_backend_lists_the_known_ones() -> None:
     for words, said in (
         (["--engine", "podman"], "error: ENGINE is 'podman'; expected one of auto, docker, local"),
         (["--backend", "tpu"], "error: BACKEND is 'tpu'; expected one of cpu, pulsar2"),

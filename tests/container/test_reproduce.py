@@ -1,4 +1,4 @@
-"""Base, image and bundle made twice; and that a difference, planted in copies of small ones, is named exactly."""
+"""Base, image and bundle built twice are equal; planted differences are located exactly."""
 
 from __future__ import annotations
 

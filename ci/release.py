@@ -1,11 +1,11 @@
-"""The wheels of a release: axc's, and axrun's for each machine, built twice from what git has and compared.
+"""Builds the wheels of a release, of axc and of axrun for each machine, twice from the git commit, and compares them.
 
     out/wheels/axc-<version>-py3-none-any.whl
     out/wheels/axrun-<version>-py3-none-manylinux_2_31_x86_64.whl    with libax_engine
     out/wheels/axrun-<version>-py3-none-manylinux_2_31_aarch64.whl
     out/wheels/SHA256SUMS
 
-Each build has a checkout of its own, in a folder of another name, so that a path or a time in a wheel shows.
+The two builds use checkouts in folders with different names, so that a path or timestamp in a wheel is detected.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from ci.device.wheelhouse import EPOCH
 from engine.build import MACHINES
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = Path("board", "axrun", "serve", "page", "lib")  # npm's, not git's: the same bytes by package-lock.json
+PAGE = Path("board", "axrun", "serve", "page", "lib")  # from npm, not in git; package-lock.json fixes its bytes
 BUILD_SECONDS = 1800
 
 
 def make(
     out: Path, machines: Sequence[str] = MACHINES, tag: str = "", say: Say = print, root: Path = ROOT
 ) -> list[Path]:
-    """Builds the wheels of HEAD into `out`/wheels, which is renewed; returns them.
+    """Builds the wheels of HEAD into `out`/wheels, which is replaced; returns them.
 
-    `tag` is what git calls the release, "v0.1.0"; it has to name the version of both packages. Raises BadInput where
-    it does not, or where the tree has changes that are not committed, and CheckFailed where two builds differ.
+    `tag` is the release's git tag, "v0.1.0"; it must match the version of both packages. Raises BadInput for a wrong
+    tag or uncommitted changes, and CheckFailed if the two builds differ.
     """
     check_version(tag, axc.VERSION, axrun.VERSION)
     if changed := _git(root, "status", "--porcelain", "--untracked-files=no").splitlines():
-        raise BadInput(f"{changed[0][3:]} has changes that are not committed\nA release is what git has: commit them.")
+        raise BadInput(f"{changed[0][3:]} has uncommitted changes\nA release is built from a commit: commit them.")
     with tempfile.TemporaryDirectory() as folder:
         first, second = (_build(root, Path(folder) / name, machines, say) for name in ("first", "the-second"))
         compare(first, second)
@@ -59,15 +59,17 @@ def make(
 
 
 def check_version(tag: str, *versions: str) -> None:
-    """Raises BadInput unless all versions are one, and `tag`, where there is one, names it."""
+    """Raises BadInput unless all versions are equal and match `tag`, if given."""
     if len(set(versions)) != 1:
-        raise BadInput(f"axc is {versions[0]} and axrun {versions[1]}\nThey are released together: make them equal.")
+        raise BadInput(
+            f"axc is {versions[0]}, but axrun is {versions[1]}\nThey are released together: make them equal."
+        )
     if tag and tag != f"v{versions[0]}":
         raise BadInput(f"the tag is {tag}, the packages' VERSION {versions[0]}\nTag v{versions[0]}, or raise VERSION.")
 
 
 def compare(first: Path, second: Path) -> None:
-    """Raises CheckFailed, naming the wheel and the file in it, unless both folders hold the same wheels."""
+    """Raises CheckFailed, naming the wheel and the file in it, unless both folders have identical wheels."""
     names = [{wheel.name for wheel in folder.glob("*.whl")} for folder in (first, second)]
     if names[0] != names[1]:
         raise CheckFailed(f"two builds made different wheels: {', '.join(sorted(names[0] ^ names[1]))}")
@@ -77,7 +79,7 @@ def compare(first: Path, second: Path) -> None:
 
 
 def _difference(first: Path, second: Path) -> str:
-    """The first file that differs between two wheels; or that only their archive's own fields do."""
+    """The first file that differs between two wheels, or a note that only archive metadata differs."""
     with zipfile.ZipFile(first) as one, zipfile.ZipFile(second) as other:
         crcs = [{item.filename: item.CRC for item in archive.infolist()} for archive in (one, other)]
     differ = sorted(name for name in crcs[0].keys() | crcs[1].keys() if crcs[0].get(name) != crcs[1].get(name))
@@ -85,7 +87,7 @@ def _difference(first: Path, second: Path) -> str:
 
 
 def _build(root: Path, checkout: Path, machines: Sequence[str], say: Say) -> Path:
-    """The wheels of HEAD, built in a folder made for them."""
+    """Builds the wheels of HEAD in a new checkout folder."""
     checkout.mkdir()
     archive = checkout.with_suffix(".tar")
     _git(root, "archive", "--format=tar", f"--output={archive}", "HEAD")
@@ -112,14 +114,14 @@ def _wheel(project: Path, wheels: Path, what: str, say: Say, **environment: str)
         environment={**kept, "SOURCE_DATE_EPOCH": EPOCH, **environment},
     )
     if done.returncode:
-        said = [line for line in done.stdout.splitlines() if line.strip()] or ["hatchling said nothing"]
-        raise CheckFailed(f"the wheel of {what} could not be built: {said[-1][:300]}")
+        said = [line for line in done.stdout.splitlines() if line.strip()] or ["hatchling printed nothing"]
+        raise CheckFailed(f"cannot build the wheel of {what}: {said[-1][:300]}")
 
 
 def _git(root: Path, *words: str) -> str:
     try:
         return subprocess.run(["git", *words], cwd=root, check=True, capture_output=True, text=True).stdout
     except FileNotFoundError:
-        raise BadInput("git is not on this machine, and a release is what git has") from None
+        raise BadInput("git is not installed; a release is built from a git commit") from None
     except subprocess.CalledProcessError as error:
         raise BadInput(f"git {words[0]}: {error.stderr.strip():.200}") from None

@@ -1,10 +1,10 @@
-"""An image as one file: the archive that `docker save` gives and `docker load` takes, and how ours is made of it.
+"""Reproducible image archives in the format of `docker save` and `docker load`.
 
-A builder stamps what it makes with the time: in the configuration, in its history, and on every file. The archive
-written here says the same in one way only, so that the same files make the same image id with any builder:
+A builder puts the current time into configuration, history and files. The archive written here is canonical, so that
+the same files give the same image id with any builder:
 
-    layers      times later than the epoch become the epoch; owners by number; no names of users, no device nodes
-    config      what a container needs of it (environment, user, command, labels), the epoch as its time of making
+    layers      timestamps clamped to the epoch; numeric owners without names; no device nodes
+    config      only what a container needs (environment, user, command, labels); created at the epoch
     archive     config, layers in order, manifest.json; named by sha256
 """
 
@@ -26,14 +26,14 @@ from axrun.errors import BadInput
 from axrun.format.bundle import sha256
 
 MANIFEST = "manifest.json"
-# of a builder's config; the rest names its host, its parent image or its version
+# fields kept of a builder's config; the others name its host, parent image or version
 RUN_FIELDS = ("Cmd", "Entrypoint", "Env", "Labels", "User", "WorkingDir")
 MAX_JSON = 16 << 20
 
 
 @dataclass(frozen=True)
 class Image:
-    """An archive on disk. `id` is what the daemon calls the image: the sha256 of its config, which names its layers."""
+    """An archive on disk. `id` is the image id: the sha256 of the config, which has the digests of the layers."""
 
     path: Path
     id: str
@@ -45,7 +45,7 @@ class Image:
 
 
 def settle(saved: Path, output: Path, tag: str, epoch: int) -> Image:
-    """Writes the saved image again, free of everything but its content. Raises BadInput for a damaged archive."""
+    """Rewrites a saved image in canonical form. Raises BadInput for a damaged archive."""
     try:
         with tarfile.open(saved) as archive, tempfile.TemporaryDirectory(dir=output.parent) as scratch:
             described = _json(archive, MANIFEST)[0]
@@ -57,11 +57,11 @@ def settle(saved: Path, output: Path, tag: str, epoch: int) -> Image:
                     settle_layer(layer, layers[-1], epoch)
             return write(output, tag, layers, config.get("config") or {}, config["architecture"], epoch)
     except (tarfile.TarError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise BadInput(f"{saved} is no saved image: {type(error).__name__} {error}\nSave it again.") from None
+        raise BadInput(f"{saved} is not a saved image: {type(error).__name__} {error}\nSave it again.") from None
 
 
 def settle_layer(source: IO[bytes], output: Path, epoch: int) -> None:
-    """One layer's tar, in its own order. Times are in whole seconds, none after `epoch` (seconds since 1970)."""
+    """Rewrites a layer's tar in the same order, with whole-second timestamps clamped to `epoch`."""
     with (
         tarfile.open(fileobj=source, mode="r|*") as layer,
         tarfile.open(output, "w", format=tarfile.PAX_FORMAT) as out,
@@ -83,7 +83,7 @@ def settle_layer(source: IO[bytes], output: Path, epoch: int) -> None:
 def write(
     output: Path, tag: str, layers: Iterable[Path], run: Mapping[str, Any], architecture: str, epoch: int
 ) -> Image:
-    """An archive of `layers` (tar files, lowest first); `run` is how a container starts, in Docker's own words."""
+    """Writes an archive of `layers` (tar files, lowest first); `run` has the container fields of Docker's config."""
     ordered = [(sha256(layer), layer) for layer in layers]
     made = datetime.fromtimestamp(epoch, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     config = _bytes(
@@ -100,7 +100,7 @@ def write(
     named = {"Config": f"{identity}.json", "RepoTags": [tag], "Layers": [f"{digest}.tar" for digest, _ in ordered]}
     with tarfile.open(output, "w", format=tarfile.PAX_FORMAT) as archive:
         _add(archive, f"{identity}.json", io.BytesIO(config), len(config), epoch)
-        for digest, layer in dict(ordered).items():  # one that comes twice is kept once
+        for digest, layer in dict(ordered).items():  # without duplicates
             with layer.open("rb") as content:
                 _add(archive, f"{digest}.tar", content, layer.stat().st_size, epoch)
         manifest = _bytes([named])
@@ -116,7 +116,7 @@ def layers_of(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
                 with _member(archive, name) as layer:
                     yield name, layer
     except (tarfile.TarError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} is no saved image: {type(error).__name__} {error}\nSave it again.") from None
+        raise BadInput(f"{path} is not a saved image: {type(error).__name__} {error}\nSave it again.") from None
 
 
 def config_of(path: Path) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def config_of(path: Path) -> dict[str, Any]:
         with tarfile.open(path) as archive:
             return dict(_json(archive, _json(archive, MANIFEST)[0]["Config"]))
     except (tarfile.TarError, KeyError, IndexError, TypeError, ValueError, OSError) as error:
-        raise BadInput(f"{path} is no saved image: {type(error).__name__} {error}\nSave it again.") from None
+        raise BadInput(f"{path} is not a saved image: {type(error).__name__} {error}\nSave it again.") from None
 
 
 def _add(archive: tarfile.TarFile, name: str, content: IO[bytes], size: int, epoch: int) -> None:
@@ -135,7 +135,7 @@ def _add(archive: tarfile.TarFile, name: str, content: IO[bytes], size: int, epo
 
 
 def _member(archive: tarfile.TarFile, name: str) -> IO[bytes]:
-    """A member's content, links inside the archive followed (Docker links a layer that comes twice)."""
+    """A member's content; follows links inside the archive (Docker links duplicate layers)."""
     content = archive.extractfile(name)
     if content is None:
         raise KeyError(name)

@@ -1,8 +1,8 @@
-"""The base image, made from Debian packages where no image registry can be reached.
+"""The base image, built from Debian packages without an image registry.
 
-mmdebstrap puts the packages of packages.txt into a root file system, the same to the last bit each time: they come in
-recorded versions with recorded digests, every time of a file is at most SOURCE_DATE_EPOCH, and what it would copy from
-this machine (host name, name servers, the mirror's address) is written over.
+mmdebstrap makes a bit-reproducible root file system from packages.txt: versions and digests are recorded, timestamps
+are clamped to SOURCE_DATE_EPOCH, and what mmdebstrap copies from this machine (host name, name servers, the mirror's
+address) is overwritten.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ci.device.progress import Say, took, watched
 
 TAG = "axc-base:latest"
 MAKING, MAKING_SECONDS = "one to five minutes", 3600
-SUITE = "bookworm"  # its Python is 3.11, the oldest that the locks hold wheels for
-OWN = "Debian's own mirror"  # mmdebstrap knows where that is
+SUITE = "bookworm"  # its Python is 3.11, the oldest with wheels in the locks
+OWN = "Debian's own mirror"  # mmdebstrap's default
 INCLUDE = ("ca-certificates", "python3", "python3-venv")
 RECORD = Path(__file__).with_name("packages.txt")
 HEADER = """\
@@ -32,9 +32,9 @@ HEADER = """\
 # Recorded by `invoke base-image --record`; SOURCE_DATE_EPOCH is the suite's own date then.
 SOURCE_DATE_EPOCH {epoch}
 """
-LABEL = "axc.packages"  # sha256 of the record an image was made by
+LABEL = "axc.packages"  # label with the sha256 of the record
 STANZAS = "packages.stanzas"
-SHOWN = 30  # differing packages that are named; on another architecture than the recorded one all differ
+SHOWN = 30  # named differences; on another architecture than the recorded one, all packages differ
 HOOKS = (
     'chroot "$1" sh -c "echo localhost >/etc/hostname; : >/etc/resolv.conf"',
     'APT_CONFIG="$MMDEBSTRAP_APT_CONFIG" apt-cache show --no-all-versions '
@@ -44,13 +44,13 @@ HOOKS = (
     f'rm "$1"/{STANZAS}',
     ': >"$1"/etc/apt/sources.list',
 )
-# a container reads no manuals; the licences stay
+# skip manuals, keep licences
 EXCLUDED = ("path-exclude=/usr/share/doc/*", "path-include=/usr/share/doc/*/copyright", "path-exclude=/usr/share/man/*")
 
 
 @dataclass(frozen=True)
 class Package:
-    """A Debian package as a mirror has it."""
+    """A Debian package."""
 
     name: str
     version: str
@@ -63,14 +63,14 @@ class Package:
 
 @dataclass(frozen=True)
 class Record:
-    """What packages.txt says."""
+    """The content of packages.txt."""
 
     epoch: int  # seconds since 1970
     packages: Mapping[str, Package]
 
     @classmethod
     def read(cls, path: Path = RECORD) -> Record:
-        """Raises BadInput for a line that is no package."""
+        """Raises BadInput for an invalid line."""
         lines = [line.split() for line in path.read_text("utf-8").splitlines() if not line.startswith("#")]
         try:
             (_, epoch), *rows = lines
@@ -78,12 +78,12 @@ class Record:
             return cls(int(epoch), {package.name: package for package in packages})
         except (ValueError, TypeError):
             raise BadInput(
-                f"{path} is damaged\nRestore it, or write it anew: {commands.invoke('base-image', '--record')}"
+                f"{path} is damaged\nRestore it, or record it again: {commands.invoke('base-image', '--record')}"
             ) from None
 
 
 def epoch(record: Path = RECORD) -> int:
-    """SOURCE_DATE_EPOCH of the environment, else the recorded one. Raises BadInput."""
+    """SOURCE_DATE_EPOCH from the environment, by default the recorded one. Raises BadInput."""
     said = os.environ.get("SOURCE_DATE_EPOCH", "")
     if said and not (said.isascii() and said.isdigit()):
         raise BadInput(f"SOURCE_DATE_EPOCH is {said!r}; expected seconds since 1970")
@@ -95,8 +95,8 @@ def make(
 ) -> Image:
     """Makes the base image as an archive at `output`; an empty `mirror` is Debian's own.
 
-    Raises BadInput, and CheckFailed naming the packages that are not as recorded; with `renew` what the mirror has is
-    written into the record instead.
+    Raises BadInput, and CheckFailed naming the packages that differ from the record. With `renew` the record is updated
+    instead.
     """
     made_at = epoch(record)
     # absolute: mmdebstrap runs in the scratch folder, and Python before 3.12 keeps a relative one relative
@@ -109,8 +109,8 @@ def make(
         elif faults := list(differences(Record.read(record).packages, found)):
             more = f"; and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
             raise CheckFailed(
-                f"{len(faults)} packages of {mirror or OWN} are not as recorded: {'; '.join(faults[:SHOWN])}{more}\n"
-                "Name a mirror that still has the recorded ones (MIRROR=..., such as a day of Debian's snapshots), "
+                f"{len(faults)} packages of {mirror or OWN} differ from the record: {'; '.join(faults[:SHOWN])}{more}\n"
+                "Use a mirror that still has the recorded ones (MIRROR=..., such as a day of Debian's snapshots), "
                 f"or record these: {commands.invoke('base-image', '--record')}"
             )
         layer = Path(scratch) / "layer.tar"
@@ -121,12 +121,12 @@ def make(
 
 
 def digest(record: Path = RECORD) -> str:
-    """What tells one record from another."""
+    """The sha256 of the record."""
     return hashlib.sha256(record.read_bytes()).hexdigest()
 
 
 def differences(recorded: Mapping[str, Package], found: Mapping[str, Package]) -> Iterator[str]:
-    """`name version -> version` for each package that is not as recorded."""
+    """`name version -> version` for each package that differs from the record."""
     for name in sorted({*recorded, *found}):
         before, now = recorded.get(name), found.get(name)
         if before is None or now is None:
@@ -137,22 +137,22 @@ def differences(recorded: Mapping[str, Package], found: Mapping[str, Package]) -
 
 
 def architecture() -> str:
-    """Debian's and Docker's name for this machine's."""
+    """Debian's and Docker's name for this machine's architecture."""
     return {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
 
 
 def _debootstrap(tree: Path, mirror: str, made_at: int, say: Say) -> dict[str, Package]:
-    """A root file system as a tar at `tree`; returns what is installed in it."""
+    """Makes a root file system as a tar at `tree`; returns its packages."""
     if shutil.which("mmdebstrap") is None:
         raise BadInput(
-            "there is no mmdebstrap here, which makes the base image\n"
+            "mmdebstrap, which makes the base image, is not installed\n"
             "On Debian or Ubuntu: apt-get install mmdebstrap. Or name a Debian image: BASE_IMAGE=..."
         )
     command = [
         *("mmdebstrap", "--variant=minbase", "--components=main", f"--include={','.join(INCLUDE)}"),
         *(f"--dpkgopt={option}" for option in EXCLUDED),
         *(f"--customize-hook={hook}" for hook in HOOKS),
-        # by itself it adds updates of the suite, which are not recorded
+        # mmdebstrap would add the suite's updates, which are not recorded
         f"--setup-hook=sed -i '/ {SUITE} main$/!d' \"$1\"/etc/apt/sources.list",
         *(SUITE, str(tree), *([mirror] if mirror else [])),
     ]

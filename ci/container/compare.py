@@ -1,4 +1,4 @@
-"""Two builds held against each other: what differs, and where exactly."""
+"""Compares two builds and locates the differences."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ci.container.archive import config_of, layers_of
 
 BLOCK = 1 << 18
 MISSING = "(none)"
-# what a tar says about a file, besides its content
+# metadata of a file in a tar
 ATTRIBUTES = ("type", "mode", "uid", "gid", "size", "mtime", "linkname")
 
 
 def folders(first: Path, second: Path) -> Iterator[str]:
-    """A line for every file of two folders that is not the same to the last byte."""
+    """A line for every file that differs between two folders."""
     names = [{path.relative_to(root).as_posix() for path in _files(root)} for root in (first, second)]
     for name in sorted(names[0] | names[1]):
         if name not in names[0] or name not in names[1]:
@@ -29,7 +29,7 @@ def folders(first: Path, second: Path) -> Iterator[str]:
 
 
 def files(first: Path, second: Path, name: str) -> Iterator[str]:
-    """At most one line: the first byte that differs, and for an axmodel what lies there."""
+    """At most one line: the first byte that differs, and for an axmodel the tensor it belongs to."""
     with first.open("rb") as a, second.open("rb") as b:
         at = first_difference(a, b)
     if at is not None:
@@ -39,7 +39,7 @@ def files(first: Path, second: Path, name: str) -> Iterator[str]:
 
 
 def images(first: Path, second: Path) -> Iterator[str]:
-    """A line for every field of the configs and every file of the layers of two archives that differs."""
+    """A line for every differing field of the configs and file of the layers of two image archives."""
     yield from _values("config", config_of(first), config_of(second))
     pairs = itertools.zip_longest(layers_of(first), layers_of(second))
     for index, (a, b) in enumerate(pairs):
@@ -50,7 +50,7 @@ def images(first: Path, second: Path) -> Iterator[str]:
 
 
 def layers(first: IO[bytes], second: IO[bytes]) -> Iterator[str]:
-    """A line for every entry of two layers' tars that differs; the last resort is their order."""
+    """A line for every entry that differs between two layers' tars; if none does, the first difference in order."""
     with tarfile.open(fileobj=first) as a, tarfile.open(fileobj=second) as b:
         entries = {entry.name: entry for entry in a}, {entry.name: entry for entry in b}
         found = False
@@ -69,7 +69,7 @@ def layers(first: IO[bytes], second: IO[bytes]) -> Iterator[str]:
 
 
 def first_difference(first: IO[bytes], second: IO[bytes]) -> int | None:
-    """Offset of the first byte that is not the same in both; None where there is none."""
+    """Offset of the first differing byte; None if the streams are equal."""
     at = 0
     while True:
         a, b = first.read(BLOCK), second.read(BLOCK)
@@ -104,7 +104,7 @@ def _values(where: str, one: Any, other: Any) -> Iterator[str]:
 
 
 def _field(path: Path, at: int) -> str:
-    """What lies at offset `at` of an axmodel, e.g. ` (model.norm.weight + 12)`; empty for any other file."""
+    """The tensor at offset `at` of an axmodel, e.g. ` (in model.norm.weight, its byte 12)`; empty for other files."""
     if path.suffix != ".axmodel":
         return ""
     try:

@@ -1,4 +1,4 @@
-"""Where `axc llm_build` runs: in the container or in this process. The bytes that come out are the same."""
+"""Runs `axc llm_build` in the container or in this process, with the same output bytes."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from ci.device.holding import MARK
 from ci.device.progress import took
 
 ENGINES = ("auto", "docker", "local")
-LABEL = "axc.run"  # on our containers: the process that waits for them
+LABEL = "axc.run"  # label of our containers with the pid of the waiting process
 MAKING = "ten to thirty minutes on two cores"
-STOP_SECONDS = 60  # for a build to put away what it has half written
+STOP_SECONDS = 60  # for an interrupted build to clean up
 OUT_OF_MEMORY = 137
 
 
 @dataclass(frozen=True)
 class Choice:
-    """`client` is the daemon to use, None for this process; `reason` is for the user."""
+    """`client` is the Docker daemon to use, None for this process; `reason` is shown to the user."""
 
     client: docker.DockerClient | None
     reason: str
@@ -46,9 +46,9 @@ class Choice:
 
 
 def choose(wanted: str) -> Choice:
-    """`auto` takes the container where it stands ready, and never makes an image: that takes minutes.
+    """`auto` uses the container if the image is ready. It never builds the image, which takes minutes.
 
-    Raises BadInput for an unknown name, and for `docker` where no daemon of this machine answers.
+    Raises BadInput for an unknown name, and for `docker` without a local daemon.
     """
     if wanted not in ENGINES:
         raise BadInput(f"ENGINE is {wanted!r}; expected one of {', '.join(ENGINES)}")
@@ -63,24 +63,24 @@ def choose(wanted: str) -> Choice:
     where = client.api.base_url if not is_local(client) else "the Docker daemon"
     if not is_local(client):
         if wanted == "docker":
-            raise BadInput(f"the Docker daemon at {where} sees other folders than this machine\nUse ENGINE=local.")
-        return Choice(None, f"the Docker daemon at {where} is another machine's")
+            raise BadInput(f"the Docker daemon at {where} cannot mount this machine's folders\nUse ENGINE=local.")
+        return Choice(None, f"the Docker daemon at {where} is on another machine")
     if image.is_current(client):
         return Choice(client, f"image {image.TAG} {image.label(client, image.TAG, image.LABEL)[:12]}")
     if wanted == "auto":
-        return Choice(None, "Docker answers, but has no image of these locks: `make image`, once, makes one")
-    return Choice(client, f"image {image.TAG} will be made first")
+        return Choice(None, "Docker has no image with the current locks; `make image` builds one")
+    return Choice(client, f"image {image.TAG} will be built first")
 
 
 def ready(client: docker.DockerClient, *, base_image: str, mirror: str, say: Callable[[str], None] = print) -> None:
-    """Makes the image if it is not there or not of this checkout's locks. Raises BadInput, CheckFailed."""
+    """Builds the image unless it exists with this checkout's locks. Raises BadInput, CheckFailed."""
     if not image.is_current(client):
         renew(client, base_image=base_image, mirror=mirror, say=say)
 
 
 def renew(client: docker.DockerClient, *, base_image: str, mirror: str, say: Callable[[str], None] = print) -> Image:
-    """Makes the image and hands it to the daemon. Raises BadInput, CheckFailed."""
-    say(f"{image.TAG}: base image, wheels, build and rewrite: {MAKING}, once for every change of the locks")
+    """Builds the image and loads it into the daemon. Raises BadInput, CheckFailed."""
+    say(f"{image.TAG}: base image, wheels, build and rewrite; {MAKING}, once per change of the locks")
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="axc-image-") as scratch:
         made = image.make(client, Path(scratch) / "image.tar", base_image=base_image, mirror=mirror, say=say)
@@ -90,7 +90,7 @@ def renew(client: docker.DockerClient, *, base_image: str, mirror: str, say: Cal
 
 
 def offer(made: Image, tag: str) -> str:
-    """Hands an archive to the daemon if one answers; says what became of it."""
+    """Loads an archive into the daemon if one answers; returns a message."""
     try:
         client = connect()
     except BadInput as error:
@@ -100,7 +100,7 @@ def offer(made: Image, tag: str) -> str:
 
 
 def llm_build(client: docker.DockerClient, arguments: Sequence[str]) -> int:
-    """`axc llm_build` of this checkout in the image, as the caller, without a network; returns its exit code."""
+    """Runs this checkout's `axc llm_build` in the image as the calling user, without network; returns its exit code."""
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--input_path", "--output_path", "--model_config", "--check_report"):
         known.add_argument(flag, type=Path)
@@ -132,8 +132,8 @@ def run(
 ) -> int:
     """Runs a command in a new container of the image `name` and returns its exit code; Ctrl-C stops it.
 
-    `reads` and `writes` say where folders or files of this machine appear in it. It runs as `user` (uid, gid), by
-    default the caller, without a network. Raises BadInput when it cannot be started.
+    `reads` and `writes` map paths of this machine to paths in the container (read-only and writable mounts). It runs as
+    `user` (uid, gid), by default the caller, without a network. Raises BadInput if it cannot be started.
     """
     terminal = sys.stdout.isatty()
     columns = {"COLUMNS": str(shutil.get_terminal_size().columns)} if terminal else {}
@@ -152,13 +152,13 @@ def run(
                 tmpfs={"/tmp": "rw,exec,mode=1777"},
                 network_mode="none",
                 cap_drop=["ALL"],
-                cap_add=["DAC_OVERRIDE"],  # root may write to anybody's folder; nobody else is given it
+                cap_add=["DAC_OVERRIDE"],  # lets root write to other users' folders; no effect for others
                 security_opt=["no-new-privileges"],
                 labels={LABEL: str(os.getpid()), **({MARK: os.environ[MARK]} if MARK in os.environ else {})},
                 tty=terminal,
             )
         except APIError as error:
-            raise BadInput(f"no container of {name} can be made: {cause(error)}") from None
+            raise BadInput(f"cannot create a container of {name}: {cause(error)}") from None
         try:
             return _attend(container, terminal)
         finally:
@@ -166,7 +166,7 @@ def run(
 
 
 def _attend(container: Container, terminal: bool) -> int:
-    """Shows what the container says as it says it, and waits for its end."""
+    """Starts the container, streams its output, and waits for its end."""
     try:
         said = container.attach(stdout=True, stderr=True, stream=True, demux=not terminal)
         container.start()
@@ -183,16 +183,16 @@ def _attend(container: Container, terminal: bool) -> int:
             container.wait(timeout=STOP_SECONDS)
         return INTERRUPTED
     except APIError as error:
-        raise BadInput(f"the container does not start: {cause(error)}") from None
+        raise BadInput(f"cannot start the container: {cause(error)}") from None
     code = int(ended["StatusCode"])
     if code == OUT_OF_MEMORY:
-        raise CheckFailed("the container was killed, perhaps because memory ran out\nLower PARALLEL, and run it again.")
+        raise CheckFailed("the container was killed, perhaps out of memory\nLower PARALLEL and run it again.")
     return code
 
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does."""
+    """Makes SIGTERM act like Ctrl-C."""
 
     def interrupt(signum: int, frame: object) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""The image `axc`: the Dockerfile built by the daemon, then written again so that the same inputs give the same id."""
+"""The image `axc`: built from the Dockerfile by the daemon, then rewritten so that equal inputs give an equal id."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from ci.device.progress import took
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "axc:latest"
-BUILT = "axc-built:latest"  # as the builder left it, until it is written again
-BLOCK = 1 << 20  # bytes of a piece of a saved image
+BUILT = "axc-built:latest"  # the builder's output, before rewriting
+BLOCK = 1 << 20  # chunk size of a saved image in bytes
 EXTRA = ROOT / "ci" / "container" / "extra"
-# What decides everything of the image but the code, which a build takes from the checkout.
+# The files that determine the image. The code is not in it: a build mounts the checkout.
 ENVIRONMENT = (
     "Dockerfile",
     "board/hatch_build.py",
@@ -41,60 +41,60 @@ ENVIRONMENT = (
     "requirements/reference.txt",
     "requirements/torch.txt",
 )
-LABEL = "axc.environment"  # digest of those
-STAGE = "axc.stage"  # on what the builder leaves behind
+LABEL = "axc.environment"  # label with the digest of ENVIRONMENT
+STAGE = "axc.stage"  # label of intermediate images
 Say = Callable[[str], None]
 
 
 def make(
     client: docker.DockerClient, output: Path, *, base_image: str, mirror: str, fresh: bool = False, say: Say = print
 ) -> Image:
-    """Builds the image as an archive at `output`; the daemon is not given it yet (see `load`).
+    """Builds the image as an archive at `output`, without loading it into the daemon (see `load`).
 
-    `base_image` is any Debian image, by default the one made here. `fresh` uses nothing that was built before, except
-    that base. Raises BadInput with what the builder said, and CheckFailed as `base.make` does.
+    `base_image` is any Debian image, by default that of base.py. `fresh` ignores all caches except that base image.
+    Raises BadInput with the builder's error, and CheckFailed like `base.make`.
     """
     if not base_image and label(client, base.TAG, base.LABEL) != base.digest():
         with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
             load(client, base.make(Path(scratch) / "base.tar", mirror, say=say), base.TAG)
     started = time.monotonic()
-    say("wheels: the locked ones, by hash: some minutes the first time ...")
+    say("wheels: downloading the locked ones, by hash; some minutes the first time ...")
     wheels.gather(EXTRA / "wheels", Path(sys.prefix))
-    say(f"wheels: they are there{took(started)}")
+    say(f"wheels: complete{took(started)}")
     with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
         saved = Path(scratch) / "saved.tar"
         try:
             started = time.monotonic()
-            say("image: built by the daemon ...")
+            say("image: the daemon builds it ...")
             _build(client, base_image, fresh, say)
-            say(f"image: built{took(started)}; written again without the builder's times ...")
+            say(f"image: built{took(started)}; rewriting it without timestamps ...")
             with saved.open("wb") as file:
                 file.writelines(client.api.get_image(BUILT, chunk_size=BLOCK))
         except APIError as error:
-            raise BadInput(f"the image could not be built: {cause(error)}") from None
+            raise BadInput(f"cannot build the image: {cause(error)}") from None
         finally:
             _forget(client, fresh)
         return settle(saved, output, TAG, base.epoch())
 
 
 def load(client: docker.DockerClient, image: Image, tag: str) -> None:
-    """Hands an archive to the daemon; an image that had its tag before is removed if nothing else holds it."""
+    """Loads an archive into the daemon; removes the image that had its tag before, unless it is in use."""
     before = _id(client, tag)
     with image.path.open("rb") as file:
         for line in client.api.load_image(file, quiet=True):
             if "error" in line:
-                raise BadInput(f"the daemon does not take {image.path}: {line['error']}")
+                raise BadInput(f"the daemon cannot load {image.path}: {line['error']}")
     if before is not None and before != _id(client, tag):
         _remove(client, before)
 
 
 def is_current(client: docker.DockerClient) -> bool:
-    """Whether the daemon has an image `axc` made by this checkout's Dockerfile and locks."""
+    """Whether the daemon has an image `axc` of this checkout's Dockerfile and locks."""
     return label(client, TAG, LABEL) == environment()
 
 
 def environment(root: Path = ROOT) -> str:
-    """Digest of what decides the environment in the image."""
+    """Digest of the files in ENVIRONMENT."""
     digest = hashlib.sha256()
     for name in ENVIRONMENT:
         digest.update(hashlib.sha256((root / name).read_bytes()).digest())
@@ -102,7 +102,7 @@ def environment(root: Path = ROOT) -> str:
 
 
 def label(client: docker.DockerClient, image: str, name: str) -> str:
-    """A label of an image; empty where there is no such image or label."""
+    """A label of an image; empty if there is no such image or label."""
     try:
         return str((client.images.get(image).labels or {}).get(name, ""))
     except ImageNotFound:
@@ -110,7 +110,7 @@ def label(client: docker.DockerClient, image: str, name: str) -> str:
 
 
 def context(out: IO[bytes], root: Path = ROOT) -> None:
-    """Writes the build context as a tar: what .dockerignore lets through, without times, owners or umask."""
+    """Writes the build context as a tar: the files allowed by .dockerignore, without times, owners and umask."""
     patterns = (root / ".dockerignore").read_text("utf-8").splitlines()
     names = {"Dockerfile", *exclude_paths(str(root), [line for line in patterns if line and line[0] != "#"])}
     with tarfile.open(fileobj=out, mode="w") as tar:
@@ -139,7 +139,7 @@ def _build(client: docker.DockerClient, base_image: str, fresh: bool, say: Say) 
             nocache=fresh,
             rm=True,
             forcerm=True,
-            network_mode="host" if base_image else "none",  # our base has all packages, the context all wheels
+            network_mode="host" if base_image else "none",  # our base has all packages, the context has all wheels
             buildargs={
                 "BASE_IMAGE": base_image or base.TAG,
                 "SOURCE_DATE_EPOCH": str(base.epoch()),
@@ -154,11 +154,11 @@ def _build(client: docker.DockerClient, base_image: str, fresh: bool, say: Say) 
             if line.startswith("Step "):
                 say(f"  {line}")
         if not _id(client, BUILT):
-            raise BadInput(f"the image could not be built: {' | '.join(last)[-1000:]}")
+            raise BadInput(f"cannot build the image: {' | '.join(last)[-1000:]}")
 
 
 def _lines(steps: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """What the builder says, line by line; its error comes last."""
+    """The builder's output by lines, its error last."""
     for step in steps:
         for line in str(step.get("error") or step.get("stream") or "").splitlines():
             if line.strip():
@@ -166,7 +166,7 @@ def _lines(steps: Iterator[dict[str, Any]]) -> Iterator[str]:
 
 
 def _forget(client: docker.DockerClient, fresh: bool) -> None:
-    """Removes the builder's image; its stages stay as the next build's cache unless they were `fresh`."""
+    """Removes the builder's image. Its stages stay as a cache for the next build, except after a `fresh` one."""
     _remove(client, BUILT)
     if fresh:
         client.images.prune({"dangling": True, "label": [STAGE]})
@@ -176,7 +176,7 @@ def _remove(client: docker.DockerClient, image: str) -> None:
     try:
         client.images.remove(image)
     except APIError as error:
-        if error.status_code not in (404, 409):  # gone already; in use
+        if error.status_code not in (404, 409):  # already removed; in use
             raise
 
 

@@ -1,4 +1,4 @@
-# Brings the Debian packages listed in $1 (name version architecture sha256) into this image at just those versions.
+# Installs the Debian packages listed in $1 (name version architecture sha256) in exactly those versions.
 set -eu
 
 grep -v -e '^#' -e '^SOURCE_DATE_EPOCH' "$1" | while read -r name version _; do

@@ -1,4 +1,4 @@
-"""make verify-reproducible: base, image and bundle made twice from nothing, and every byte compared."""
+"""make verify-reproducible: builds base, image and bundle twice from scratch and compares every byte."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ci.container import base, compare, engine, image
 from ci.container.archive import Image
 
 MODEL = "tiny-qwen2"
-SHOWN = 20  # differences, before the rest is only counted
+SHOWN = 20  # named differences; the rest is counted
 Say = Callable[[str], None]
 
 
 def verify(client: docker.DockerClient, *, base_image: str, mirror: str, say: Say = print) -> None:
-    """Says what was compared. Raises CheckFailed after a list of what differs, and how the steps themselves fail."""
+    """Reports each comparison. Raises CheckFailed after listing differences, and the errors of the build steps."""
     with tempfile.TemporaryDirectory(prefix="axc-reproduce-") as scratch:
         here = Path(scratch)
         if not base_image:
@@ -48,7 +48,7 @@ def verify(client: docker.DockerClient, *, base_image: str, mirror: str, say: Sa
 
 
 def build(client: docker.DockerClient, output: Path, parallel: int) -> Path:
-    """A bundle of the shipped model, made in the image. Raises BadInput when it is not."""
+    """Builds a bundle of the shipped model in the image. Raises BadInput if that fails."""
     spec = load_model(MODEL)
     flags = ["--input_path", str(fetch(spec, None)), "--output_path", str(output), "--model_name", spec.name]
     if code := engine.llm_build(client, [*flags, *spec.build.flags(), "--parallel", str(parallel)]):
@@ -78,4 +78,4 @@ def _fail(say: Say, what: str, found: list[str]) -> None:
     for line in found[:SHOWN]:
         say(f"  {line}")
     if found:
-        raise CheckFailed(f"the {what} is not the same twice: {len(found)} differences, the first is {found[0]}")
+        raise CheckFailed(f"two builds of the {what} differ: {len(found)} differences, the first is {found[0]}")

@@ -1,4 +1,4 @@
-# Makes what pip installed the same each time: bytecode is compiled anew from files whose times no longer change.
+# Makes pip's installation reproducible: recompiles the bytecode from files with fixed timestamps.
 set -eu
 
 find /opt/axc /axc -name __pycache__ -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The vendor's compiler in the image that the user names: an id or a name, or the tarball it is handed out as."""
+"""The vendor's compiler in an image named by the user: an id, a name, or the vendor's tarball."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ci.container import engine
 from ci.container.daemon import cause
 
 PROGRAM = "pulsar2"
-ENVIRONMENT = {"HOME": "/tmp", "FLOAT_MATMUL_USE_CONV_EU": "1"}  # the second is set in the vendor's guides
-MAX_VERSION = 200  # characters of what it says about itself
+ENVIRONMENT = {"HOME": "/tmp", "FLOAT_MATMUL_USE_CONV_EU": "1"}  # the second is from the vendor's guides
+MAX_VERSION = 200  # characters of its version text
 
 
 @dataclass(frozen=True)
 class Vendor:
-    """An `axc.pulsar2.Compiler`. `licence` says which folder here appears where in the container."""
+    """An `axc.pulsar2.Compiler`. `licence` maps a folder of this machine to one in the container."""
 
     client: docker.DockerClient
     identity: str
@@ -51,14 +51,14 @@ class Vendor:
 
 
 def find(client: docker.DockerClient, named: str, digest: str, licence: str) -> Vendor:
-    """The image `named`, loaded first if that is a tarball, which must have the sha256 `digest`.
+    """The image `named`; a tarball must have the sha256 `digest` and is loaded first.
 
-    `licence` is empty, a folder, or `folder:/where the image expects it`. Raises BadInput.
+    `licence` is empty, a folder, or `folder:/path/in/the/image`. Raises BadInput.
     """
     if not named:
         raise BadInput(
-            "BACKEND=pulsar2 needs the vendor's image, which is not ours to give\n"
-            "Name it: VENDOR_IMAGE=id-or-name, or VENDOR_IMAGE=file.tar VENDOR_SHA256=... for the tarball it comes in."
+            "BACKEND=pulsar2 needs the vendor's image, which we may not distribute\n"
+            "Name it: VENDOR_IMAGE=id-or-name, or VENDOR_IMAGE=file.tar VENDOR_SHA256=... for the vendor's tarball."
         )
     identity = _load(client, Path(named), digest) if Path(named).is_file() else _known(client, named)
     code, said = _ask(client, identity, [PROGRAM, "version"])
@@ -83,28 +83,30 @@ def _known(client: docker.DockerClient, named: str) -> str:
         return str(client.images.get(named).id)
     except (ImageNotFound, APIError):
         raise BadInput(
-            f"Docker has no image {named!r}, and there is no such file\nIts images: docker image ls"
+            f"{named!r} is neither an image in Docker nor a file\nList the images: docker image ls"
         ) from None
 
 
 def _load(client: docker.DockerClient, tarball: Path, digest: str) -> str:
-    """The id of the one image in a tarball of just that content."""
+    """Verifies and loads a tarball; returns the id of its only image."""
     if len(digest) != 64 or set(digest) - set(string.hexdigits):
         raise BadInput(f"VENDOR_SHA256 is {digest!r}; expected the 64 hex digits of sha256sum {tarball}")
     if (seen := sha256(tarball)) != digest.lower():
-        raise BadInput(f"{tarball} has sha256 {seen}, expected {digest.lower()}\nFetch it again, from where you trust.")
+        raise BadInput(
+            f"{tarball} has sha256 {seen}, expected {digest.lower()}\nDownload it again from a trusted source."
+        )
     try:
         with tarball.open("rb") as file:
             images = client.images.load(file)
     except (APIError, ImageNotFound) as error:
-        raise BadInput(f"Docker does not take {tarball}: {cause(error)}") from None
+        raise BadInput(f"Docker cannot load {tarball}: {cause(error)}") from None
     if len(images) != 1:
         raise BadInput(f"{tarball} holds {len(images)} images; expected one\nLoad it, and name the image's id instead.")
     return str(images[0].id)
 
 
 def _ask(client: docker.DockerClient, identity: str, command: list[str]) -> tuple[int, str]:
-    """Exit code and words of a short command in a container without network or folders."""
+    """Exit code and output of a short command in a container without network and mounts."""
     options = {"network_mode": "none", "environment": ENVIRONMENT, "stderr": True, "remove": True, "entrypoint": ""}
     try:
         return 0, client.containers.run(identity, command, **options).decode("utf-8", "replace").strip()

@@ -1,7 +1,7 @@
-"""The locked wheels for the image, fetched on this machine with whatever its pip is set up to use.
+"""Downloads the locked wheels for the image with this machine's pip and its configuration.
 
-Proxies, private indexes, certificates and folders of wheels that the user's pip knows are honoured without a word of
-them reaching the image: there, pip sees a folder of files and no network, and accepts nothing but the locked hashes.
+The user's proxies, private indexes, certificates and wheel folders apply, but none of this reaches the image: there,
+pip has no network and installs from a folder of files, with the locked hashes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from axrun.errors import BadInput
 from ci.container.base import architecture
 from requirements.install import LOCKS, last_error, pip_command
 
-SETS = ("build", "reference")  # what the image holds, and the order it is installed in
+SETS = ("build", "reference")  # requirement sets of the image, in the order of installation
 PYTHON = "3.11"  # of base.SUITE
 GLIBC = 36  # 2.36, of base.SUITE
-TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # asked only where the user's own pip finds no torch
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # fallback if the user's pip finds no torch
 CONTINUED = re.compile(r"\\\n\s*")
 
 
 def gather(folder: Path, venv: Path) -> None:
-    """Brings the wheels of `SETS` into `folder`; those that are there are not fetched again. Raises BadInput."""
+    """Downloads the missing wheels of `SETS` into `folder`. Raises BadInput."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in SETS:
         download(folder, venv, LOCKS / f"{name}.txt")
@@ -39,7 +39,7 @@ def gather(folder: Path, venv: Path) -> None:
 
 
 def entries(lock: str) -> Iterator[str]:
-    """The requirements of a lock that the image needs, each on one line with its hashes and without its marker."""
+    """The requirements of a lock file that apply to the image, one line each with hashes and without marker."""
     wanted = {
         "python_version": PYTHON,
         "python_full_version": f"{PYTHON}.2",
@@ -60,7 +60,7 @@ def entries(lock: str) -> Iterator[str]:
 
 
 def download(folder: Path, venv: Path, lock: Path, *more: str, only: Collection[str] = ()) -> None:
-    """Brings the image's wheels of a lock, or those of the distributions `only`, into `folder`. Raises BadInput."""
+    """Downloads the image's wheels of a lock file, or only those of `only`, into `folder`. Raises BadInput."""
     platforms = [f"manylinux_2_{minor}_{platform.machine()}" for minor in range(GLIBC, 4, -1)]
     platforms += [f"manylinux{year}_{platform.machine()}" for year in ("2014", "2010", "1")]
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as flat:
@@ -76,8 +76,8 @@ def download(folder: Path, venv: Path, lock: Path, *more: str, only: Collection[
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise BadInput(
-            f"cannot fetch the wheels of {lock.name} for {architecture()} Linux: {last_error(done.stderr)}\n"
-            "Connect this machine, or put them into a folder and name it: WHEELS=folder."
+            f"cannot download the wheels of {lock.name} for {architecture()} Linux: {last_error(done.stderr)}\n"
+            "Check the network, or put them into a folder and name it: WHEELS=folder."
         )
 
 

@@ -163,7 +163,7 @@ def test_the_same_build_again_leaves_the_bundle_as_it_is(pristine: Path, tmp_pat
     with nothing_changes(tmp_path):
         again = llm_build(pristine, output)
     assert_done(again)
-    assert "left as it is" in again.out
+    assert "nothing to build" in again.out
 
 
 def test_the_same_build_again_with_a_config_of_its_own(pristine: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Faults to plant in a bundle, the manifest made to agree: nothing but what it says tells them."""
+"""Plants faults in a bundle and updates the manifest, so that only measurements can find them."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_cases_share_a_table_and_a_second_run_keeps_what_it_did_not_measure(tree: Path) -> None:
+def test_a_second_run_keeps_tables_it_did_not_measure(tree: Path) -> None:
     line = ["decode", "1 ms", "llama.cpp 2 ms", "2.00x"]
     s8, s4 = [["s8 | decode", "1.0", "2.0"]], [["s4 decode", "0.5", ""]]
     first = run(
@@ -102,7 +102,7 @@ def test_results_edited_by_hand_are_named(tree: Path) -> None:
         results.load(record)
 
 
-def test_the_page_and_the_readme_are_what_the_results_say() -> None:
+def test_page_and_readme_match_the_results() -> None:
     tables = results.load(ROOT / "docs" / "benchmarks" / "results.json")
     assert tables
     assert (ROOT / "docs" / "benchmarks.md").read_text("utf-8") == page.page(tables)

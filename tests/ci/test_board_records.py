@@ -1,4 +1,4 @@
-"""What a night keeps of its board beside its stages, and how the report shows it."""
+"""Records of the board during a night, and their section in the report."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def test_a_board_without_a_console_costs_a_note(folder: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "command", ["printf 'axera: probe\\033[31m failed\\n'", "echo 'dmesg: not permitted' >&2; exit 1"]
 )
-def test_the_kernels_log_is_read_or_told_why_not(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_log_is_read_or_the_reason_reported(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     board = dataclasses.replace(place.find("ax650"), state=tmp_path)
     (tmp_path / "dmesg").write_text(f"#!/bin/sh\n{command}\n")
     (tmp_path / "dmesg").chmod(0o755)
@@ -122,7 +124,7 @@ def test_sensors_of_a_file_that_a_board_had_its_say_in(seen: Any, shown: Any, bo
     assert BoardRecords(board, folder).details({"sensors": "none"}).sensors == {}
 
 
-def test_the_report_shows_what_the_board_said_and_runs_none_of_it(folder: Path) -> None:
+def test_the_report_escapes_the_boards_output(folder: Path) -> None:
     check = {
         "word": "ill", "started": "2026-11-26T02:00:00Z", "kit": HOSTILE, "faults": [HOSTILE], "notes": [],
         "speed": {"ttft_ms": 8.0}, "sizes": {"memory": 1e9}, "versions": {"bsp": HOSTILE},
@@ -138,7 +140,7 @@ def test_the_report_shows_what_the_board_said_and_runs_none_of_it(folder: Path) 
     assert "41.5" in text
 
 
-def test_what_a_health_check_left_is_in_the_notes(board: Board, folder: Path) -> None:
+def test_notes_of_a_health_check_are_in_the_report(board: Board, folder: Path) -> None:
     notes = ["the board's kernel is 6.1, was 5.15", "memory of an emulated board are the host's: recorded"]
     (folder / "health.json").write_text(json.dumps({"notes": notes, "versions": {"kernel": "6.1", "python": "3.11"}}))
     records = BoardRecords(board, folder)

@@ -1,4 +1,4 @@
-"""What a command prints is bounded while it is read; what hangs on behind it is not waited for."""
+"""Output of a command is bounded while it is read; background processes are not waited for."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ def test_a_flood_costs_no_memory_and_is_ended() -> None:
         assert int(grown) < 16 << 10  # KB
 
 
-def test_what_is_left_in_the_background_is_not_waited_for() -> None:
+def test_background_processes_are_not_waited_for() -> None:
     started = time.monotonic()
     assert notify.send(["sh", "-c", "sleep 300 & exit 0"], "text", {}) == ""
     assert notify.send(["sh", "-c", "yes & exit 0"], "text", {}) == ""  # ended by the pipe that is closed
     assert time.monotonic() - started < 60
 
 
-def test_a_board_that_answers_without_end_is_told() -> None:
+def test_endless_output_of_a_board_is_an_error() -> None:
     record = Record("virtual", "0" * 16, "1" * 16, "2" * 16, "", {}, {})
     board = OnBoard(place.find("virtual"), ["sh", "-c"], 120.0, record, "/nonexistent")
     with pytest.raises(CheckFailed) as caught:
         board.run("axrun bench", FLOOD)
-    assert str(caught.value).startswith("axrun bench on virtual answers with more than 2 MB, which begin with b'\\x00")
+    assert str(caught.value).startswith("axrun bench on virtual printed more than 2 MB, starting with b'\\x00")

@@ -1,4 +1,4 @@
-"""A serial console's bytes by labgrid's driver: over TCP as ser2net gives it, and from the emulated board's file."""
+"""The serial console through labgrid's driver: over TCP like ser2net, and from the emulated board's file."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_the_emulated_boards_file_comes_by_the_same_driver(tmp_path: Path) -> No
     ]
 
 
-def test_what_an_emulated_board_said_before_the_night_is_not_of_the_night(tmp_path: Path) -> None:
+def test_console_output_before_the_night_is_dropped(tmp_path: Path) -> None:
     board = dataclasses.replace(place.find("virtual"), state=tmp_path / "state")
     board.state.mkdir()
     (board.state / "console.log").write_bytes(b"of the session before\n")
@@ -153,7 +153,7 @@ def test_a_board_without_a_console_says_so(tmp_path: Path) -> None:
     assert lines(tmp_path / "console.log") == ["[no serial console: ax650.yaml names none]"]
 
 
-def test_a_port_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_serial_port_is_an_error(tmp_path: Path) -> None:
     board = desk(tmp_path, f"RawSerialPort: {{port: {tmp_path}/ttyUSB7}}")
     process = console.start(board, tmp_path / "console.log")
     assert process.wait(60) == BadInput.exit_code

@@ -1,4 +1,4 @@
-"""What a night measures reaches every shape group and the end of the context: faults that begin there are red."""
+"""A night's measurements reach every shape group and the end of the context: faults that start there are red."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_reference_that_stops_short_is_not_enough(night_bundle: Path, tmp_path
     assert not pipeline.reaches(short, context)
 
 
-def test_a_tokenizer_is_told_by_the_ids_it_gives(night_bundle: Path, tmp_path: Path, tiny_qwen2: Path) -> None:
+def test_a_different_tokenizer_is_detected_by_its_ids(night_bundle: Path, tmp_path: Path, tiny_qwen2: Path) -> None:
     expected = probe.make(tiny_qwen2)
 
     def told(bundle: Path) -> str:
@@ -204,6 +204,6 @@ def test_a_tokenizer_is_told_by_the_ids_it_gives(night_bundle: Path, tmp_path: P
     assert told(other).startswith("its chat template turns ")
 
 
-def test_a_folder_without_a_tokenizer_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="transformers cannot load a tokenizer from "):
         probe.make(tmp_path)

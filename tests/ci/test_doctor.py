@@ -1,4 +1,4 @@
-"""A red night's doctor: its finding comes first and hides nothing; what a board answers is not believed unread."""
+"""The doctor of a red night: its finding comes first, the night's reason stays, a board's answer is validated."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_doctor_that_finds_nothing_or_fails_changes_no_reason() -> None:
     assert list(found.notes())[-1] == "doctor, virtual: could not examine: no answer in 900 s"
 
 
-def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+def test_a_written_diagnosis_reads_back(tmp_path: Path) -> None:
     found = Diagnosis({"here": report(LAYERS)}, {"virtual": "it hangs"})
     doctor.write(tmp_path / doctor.FILE, found)
     assert doctor.read(tmp_path / doctor.FILE) == found
@@ -55,7 +55,7 @@ def test_what_was_written_is_read_again(tmp_path: Path) -> None:
         *('{"schema": 1, "reports": {"here": 3}, "failures": {}}', "x" * (doctor.MOST_FILE + 1)),
     ],
 )
-def test_what_is_no_diagnosis_says_nothing(text: str, tmp_path: Path) -> None:
+def test_an_invalid_diagnosis_reads_as_empty(text: str, tmp_path: Path) -> None:
     (tmp_path / doctor.FILE).write_text(text)
     assert doctor.read(tmp_path / doctor.FILE) == Diagnosis()
 
@@ -98,7 +98,7 @@ def examined(code: int | None, stdout: str, stderr: str = "") -> dict[str, Any]:
     return {"release": "0" * 16, "code": code, "stdout": stdout, "stderr": stderr}
 
 
-def test_a_boards_report_is_read_as_what_it_is(line: type[Line]) -> None:
+def test_a_boards_report_is_validated(line: type[Line]) -> None:
     board = place.find("virtual")
     at: Any = None
     line.said = {"examine": examined(1, json.dumps(report(LAYERS).json()))}
@@ -115,7 +115,7 @@ def test_a_boards_report_is_read_as_what_it_is(line: type[Line]) -> None:
             doctor.on_board(board, at)
 
 
-def test_another_model_on_the_board_is_said_before_it_is_examined(line: type[Line]) -> None:
+def test_another_model_on_the_board_is_refused_before_examination(line: type[Line]) -> None:
     line.said = {"facts": {"current": "0" * 16}, "release": {"name": "qwen2-0.5b"}}
     with pytest.raises(BadInput, match=r"has the model 'qwen2-0\.5b', expected 'tiny-qwen2'"):
         doctor.on_board(place.find("virtual"), None, model="tiny-qwen2")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What lies on a board beside the record of its deploy: every planted difference is told, and names its file."""
+"""A board compared with its deploy record: every planted difference is found and names its file."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def older(root: Path, record: Record) -> str:
     return next(path.name for path in (root / "releases").iterdir() if path.name != record.release)
 
 
-def test_what_was_deployed_is_what_lies_there(board: tuple[Path, Record]) -> None:
+def test_an_unchanged_deploy_has_no_differences(board: tuple[Path, Record]) -> None:
     root, record = board
     assert compare(record, inventory(root, record)) == []
 
@@ -198,7 +198,7 @@ def another_question(root: Path, record: Record) -> None:
         (another_question, "releases/{release}/release.json has other bytes than were deployed"),
     ],
 )
-def test_a_difference_is_told_and_names_its_file(plant: Plant, told: str, board: tuple[Path, Record]) -> None:
+def test_a_difference_names_its_file(plant: Plant, told: str, board: tuple[Path, Record]) -> None:
     root, record = board
     plant(root, record)
     faults = compare(record, inventory(root, record))
@@ -237,7 +237,7 @@ def test_libraries_are_the_packages_own(deployed: tuple[Path, Record]) -> None:
     assert fault == "the board's environment sets AXC_ISA, which changes what runs"
 
 
-def test_what_figures_name_is_what_was_built_and_deployed(deployed: tuple[Path, Record], bundle_s8: Path) -> None:
+def test_figures_must_name_the_built_and_deployed_release(deployed: tuple[Path, Record], bundle_s8: Path) -> None:
     record, manifest = deployed[1], read_manifest(bundle_s8)
     named = {**record.named(), "faults": []}
     measured = {"manifest_sha256": record.manifest_sha256}
@@ -268,7 +268,7 @@ def test_what_figures_name_is_what_was_built_and_deployed(deployed: tuple[Path, 
         ),
     ],
 )
-def test_another_interpreter_is_told(change: dict[str, str], told: str, board: tuple[Path, Record]) -> None:
+def test_another_interpreter_is_a_difference(change: dict[str, str], told: str, board: tuple[Path, Record]) -> None:
     root, record = board
     (fault,) = compare(record, {**inventory(root, record), "python": {**PYTHON, **change}})
     assert fault.startswith(told)
@@ -290,7 +290,7 @@ def test_the_interpreter_that_a_command_finds_is_named(tmp_path: Path, monkeypat
     assert tree.interpreter()["found_sha256"] == "unreadable"
 
 
-def test_what_python_compiled_is_of_its_source(tmp_path: Path) -> None:
+def test_bytecode_must_match_its_source(tmp_path: Path) -> None:
     sources, folder = tmp_path / "package", tmp_path / "package.compiled"
     sources.mkdir()
     for name in ("one", "two", "three"):

@@ -1,4 +1,4 @@
-"""Gates: what is red, in which words, and how a gate comes to be."""
+"""Gates: judging figures, the reasons, and recording gates."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_gate_holds_in_both_directions(name: str, value: float, outcome: str) 
     assert judged[0].red == (outcome != "within")
 
 
-def test_a_reason_says_what_was_seen_and_what_was_expected() -> None:
+def test_a_reason_has_the_value_and_its_gate() -> None:
     gates = {"mean_kld": expects(8e-6, 4e-7, "nats"), "decode_128": expects(29, 3, "token/s")}
     slow, kld = judge({"decode_128": 14.52, "mean_kld": 0.031}, gates)[::-1]
     assert kld.reason() == (
@@ -84,7 +84,7 @@ def test_a_figure_is_printed_apart_from_its_gate(expected: float, tolerance: flo
     assert inside == (entry.outcome == "within") or bounds.digits(entry.value or 0.0) == gate.MOST_DIGITS
 
 
-def test_what_has_a_gate_and_was_not_measured_is_red_and_what_has_none_is_not() -> None:
+def test_a_missing_figure_is_red_only_if_it_has_a_gate() -> None:
     judged = judge({"load": 1.0}, {"decode_128": expects(29, 3, "token/s")})
     assert [(entry.metric.name, entry.outcome, entry.red) for entry in judged] == [
         ("decode_128", "not measured", True),
@@ -170,7 +170,7 @@ def test_no_file_is_no_gates_and_a_name_never_leaves_the_folder(tmp_path: Path) 
         (("1e-6", "1e300"), "tolerance is 1e+300, expected a number within ± 1e+15"),
     ],
 )
-def test_a_gate_that_says_anything_else_is_refused(change: tuple[str, str], told: str, tmp_path: Path) -> None:
+def test_an_invalid_gate_is_refused(change: tuple[str, str], told: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput) as refused:
         gate.load(BOARD, MODEL, MAKER, write(tmp_path, GOOD.replace(*change)))
     assert told in str(refused.value)
@@ -212,7 +212,7 @@ def bench(**changes: object) -> dict[str, object]:
     }
 
 
-def test_figures_are_found_in_what_axrun_prints() -> None:
+def test_figures_are_read_from_axruns_reports() -> None:
     assert metrics.accuracy(EVALUATION) == {**EVALUATION, "top1_agreement": pytest.approx(99.5)}
     assert metrics.speed(bench(), cpu_seconds=3.0, yardstick=0.005) == pytest.approx(
         {

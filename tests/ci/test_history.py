@@ -1,4 +1,4 @@
-"""The history of nights: added to, never changed, whatever happened to it."""
+"""The history of nights: append-only, whatever happened to the file."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def night(number: int = 1, **said: object) -> Night:
     return Night(**values)  # type: ignore[arg-type]
 
 
-def test_what_was_added_is_read_in_its_order(tmp_path: Path) -> None:
+def test_nights_are_read_in_the_order_they_were_appended(tmp_path: Path) -> None:
     nights = tuple(night(number) for number in (1, 2, 3))
     files = {history.append(tmp_path, entry) for entry in nights}
     assert files == {tmp_path / "virtual" / "tiny-qwen2.jsonl"}

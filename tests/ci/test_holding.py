@@ -1,4 +1,4 @@
-"""Who is killed leaves a note, and the next one clears what it says: what is ours, and nothing else."""
+"""A killed holder leaves a note, and the next command cleans up what it names, and nothing else."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_a_number_that_another_process_has_by_now_is_not_killed(board: Board) ->
         process.wait()
 
 
-def test_a_note_that_is_none_names_nothing(board: Board, tmp_path: Path) -> None:
+def test_an_invalid_note_is_ignored(board: Board, tmp_path: Path) -> None:
     """What lies there is not trusted: no path of anybody's is removed for it."""
     precious = tmp_path / "precious"
     precious.mkdir()
@@ -189,7 +189,7 @@ def test_within_a_hold_nothing_is_noted(board: Board, monkeypatch: pytest.Monkey
     assert not (board.state / "held").exists()
 
 
-def test_who_is_waited_for_is_said(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_names_the_holder(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(place, "TELL_SECONDS", 0.5)
     code = """
         import sys
@@ -217,7 +217,7 @@ def test_who_is_waited_for_is_said(board: Board, monkeypatch: pytest.MonkeyPatch
     assert said[1].startswith(f"relay is held by {owner}; waited ")
 
 
-def test_what_changes_a_held_board_is_refused_by_its_holder_or_forced(
+def test_a_command_that_changes_a_held_board_is_refused_or_forced(
     board: Board, capsys: pytest.CaptureFixture[str]
 ) -> None:
     yaml = str(board.yaml)
@@ -248,7 +248,7 @@ def test_what_changes_a_held_board_is_refused_by_its_holder_or_forced(
     assert relay(board) == ["off", "off"]
 
 
-def test_what_a_killed_holder_left_is_told_by_status(board: Board, killed: int) -> None:
+def test_status_shows_leftovers_of_a_killed_holder(board: Board, killed: int) -> None:
     (note,) = holding.read(board)
     found = board_status.status(board, place.Address("127.0.65.254", 2222, "board", board.state / "key"))
     assert found["left"] == [note.title]

@@ -1,4 +1,4 @@
-"""Instructions of a fixed answer: counted the same each time, and a slowdown of 5 % is red."""
+"""Instruction counts of a fixed answer repeat, and a slowdown of 5 % is red."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_profile_is_summed_by_object() -> None:
         instructions._costs(PROFILE.replace("libax_engine", "libother"))
 
 
-def test_where_nothing_counts_it_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_machine_that_cannot_count_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert instructions.unavailable() == "instructions are counted by valgrind: apt-get install valgrind"

@@ -1,4 +1,4 @@
-"""The launcher of a board's package: modules of the package and Python's own library, whatever the board's settings."""
+"""The launcher of a board's package imports only the package and Python's library, whatever the board's settings."""
 
 from __future__ import annotations
 

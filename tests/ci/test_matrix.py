@@ -1,4 +1,4 @@
-"""A matrix: what its file may say, how its nights are held side by side, how they end, what its page shows."""
+"""A matrix: reading its file, scheduling its nights in parallel, interruption, and its page."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_shipped_files_can_be_read() -> None:
     ]
 
 
-def test_boards_of_ones_own_lie_beside_the_file(tmp_path: Path) -> None:
+def test_board_yamls_are_relative_to_the_matrix_file(tmp_path: Path) -> None:
     names = [board_yaml(tmp_path, number) for number in (2, 3)]
     found = matrix.read(written(tmp_path, f'boards = {json.dumps(names)}\nmodels = ["tiny-qwen2"]\n'))
     assert [board.name for board in found.boards] == ["virtual-2", "virtual-3"]
@@ -132,7 +132,7 @@ def test_boards_of_ones_own_lie_beside_the_file(tmp_path: Path) -> None:
         ("models =", "models", "Expected '=' after a key in a key/value pair (at line 3, column 8)"),
     ],
 )
-def test_what_is_wrong_is_told_by_its_line(old: str, new: str, told: str, tmp_path: Path) -> None:
+def test_an_error_names_its_line(old: str, new: str, told: str, tmp_path: Path) -> None:
     assert PLAIN.count(old) == 1
     file = written(tmp_path, PLAIN.replace(old, new))
     with pytest.raises(BadInput) as caught:
@@ -152,7 +152,7 @@ def test_one_name_is_one_board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         matrix.read(written(tmp_path))
 
 
-def test_a_file_that_is_none(tmp_path: Path) -> None:
+def test_a_file_that_is_not_toml(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"cannot read .*none.toml: No such file or directory"):
         matrix.read(tmp_path / "none.toml")
     (tmp_path / "bytes.toml").write_bytes(b"\xff")
@@ -374,7 +374,9 @@ def left(mark: str) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_all_and_is_told(number: signal.Signals, driver: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_signal_ends_all_nights_and_is_reported(
+    number: signal.Signals, driver: subprocess.Popen[str], tmp_path: Path
+) -> None:
     until(lambda: noted(tmp_path / "log"))
     driver.send_signal(number)
     said = driver.communicate(timeout=SECONDS)[0].splitlines()
@@ -386,7 +388,7 @@ def test_a_signal_ends_all_and_is_told(number: signal.Signals, driver: subproces
     assert left(str(tmp_path)) == []
 
 
-def test_nights_end_when_what_holds_them_is_killed(driver: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_nights_end_when_the_scheduler_is_killed(driver: subprocess.Popen[str], tmp_path: Path) -> None:
     until(lambda: noted(tmp_path / "log"))
     driver.kill()
     until(lambda: left(str(tmp_path)) == [])
@@ -413,7 +415,7 @@ def made(tmp_path: Path) -> tuple[Path, built.Built]:
         ({"seconds": "long"}, "is not the record of a build: expected strings, and a number"),
     ],
 )
-def test_a_shared_build_is_taken_only_where_it_is_what_a_night_would_build(
+def test_a_shared_build_is_used_only_if_it_matches(
     change: dict[str, object], told: str, made: tuple[Path, built.Built]
 ) -> None:
     folder, record = made
@@ -448,7 +450,7 @@ def page_of(folder: Path, *said: Summary | None) -> Page:
     return page
 
 
-def test_green_says_what_was_judged_and_what_was_not(tmp_path: Path) -> None:
+def test_a_green_headline_counts_judged_and_unjudged_nights(tmp_path: Path) -> None:
     cells = matrix.read(written(tmp_path)).cells
     page = page_of(
         tmp_path, said_of(cells[0]), said_of(cells[1], reason="recorded, not judged: night 1"), said_of(cells[2])
@@ -561,7 +563,7 @@ def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def test_a_build_that_fails_is_told_of_every_night_and_no_board_is_held(tmp_path: Path) -> None:
+def test_a_failed_build_fails_its_nights_without_reserving_boards(tmp_path: Path) -> None:
     names = [board_yaml(tmp_path, number) for number in (2, 3)]
     written(tmp_path, f'boards = {json.dumps(names)}\nmodels = ["tiny-qwen2"]\n')
     process = start(tmp_path, "--limit", "build=0.1")
@@ -614,7 +616,7 @@ def test_a_matrix_and_a_board_do_not_go_together(tmp_path: Path) -> None:
     assert "error: --board and --matrix exclude each other: a matrix names its boards" in said
 
 
-def test_a_site_that_cannot_be_renewed_is_said_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_update_of_the_site_is_only_a_note(tmp_path: Path) -> None:
     said: list[str] = []
     nights.update_site(tmp_path / "none", tmp_path, said.append)
     (note,) = said

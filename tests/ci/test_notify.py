@@ -1,4 +1,4 @@
-"""A note once per change of state; what a board says reaches the command as data."""
+"""One notification per change of state; a board's text reaches the command only as data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def red(reason: str = "deploy: the disk of virtual has 24 MB free", **said: obje
         (red(flaky="deploy: lost"), red(), ""),
     ],
 )
-def test_it_is_told_once_per_change(before: Night | None, now: Night, told: str) -> None:
+def test_one_notification_per_change_of_state(before: Night | None, now: Night, told: str) -> None:
     assert notify.change(before, now) == told
 
 
@@ -61,7 +61,7 @@ def test_the_command_gets_text_and_facts_and_no_shell(tmp_path: Path) -> None:
     assert json.loads(environment["NIGHT_JSON"])["culprit"] == "abc1234 subject"
 
 
-def test_a_failure_is_told() -> None:
+def test_a_failed_notification_is_reported() -> None:
     command = [sys.executable, "-c", "print('no route\\x1b to the relay'); raise SystemExit(3)"]
     told = notify.send(command, "text", {})
     assert told == f"the notification by {sys.executable} was not sent: it ended with 3: no route\ufffd to the relay"

@@ -82,7 +82,7 @@ def test_gates_that_went_away_altogether_are_no_first_night(board: Board, gates:
     )
 
 
-def test_one_gate_that_went_away_is_told(board: Board, gates: Path) -> None:
+def test_a_removed_gate_is_a_note(board: Board, gates: Path) -> None:
     plan = check(board, gates, night(1, gates=GATES))
     assert plan.notes == (
         "a gate disappeared since the night of 2026-11-01: mean KL divergence from the checkpoint had to be "
@@ -93,7 +93,7 @@ def test_one_gate_that_went_away_is_told(board: Board, gates: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["virtual/tiny-qwen.toml", "virtaul/tiny-qwen2.toml", "virtual/tiny-qwen2.tml", "virtual/tiny_qwen2.toml"]
 )
-def test_a_misspelled_name_is_told(name: str, board: Board, gates: Path) -> None:
+def test_a_misspelled_gate_file_is_refused(name: str, board: Board, gates: Path) -> None:
     (gates / "virtual" / "tiny-qwen2.toml").unlink()
     write(gates, name, "cpu.decode_128")
     assert f"{gates / name}: is its name misspelled?" in refused(board, gates)
@@ -197,7 +197,7 @@ def unknown(*_: object) -> None:
     raise OSError("Name or service not known")
 
 
-def test_a_gate_that_judges_nothing_is_told(board: Board, gates: Path) -> None:
+def test_a_gate_without_a_figure_is_refused(board: Board, gates: Path) -> None:
     file = gates / "virtual" / "tiny-qwen2.toml"
     file.write_text(re.sub(r"tolerance = .*", "tolerance = 1e14", file.read_text()))
     assert any("passes almost any value: " in note for note in check(board, gates).notes)

@@ -1,4 +1,4 @@
-"""What a board is sent: whole programs, in an order in which they import, that say what is wrong."""
+"""Programs sent to a board: complete, in import order, with clear errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A command that takes long is reported while it runs, and ended when it takes too long."""
+"""A long command is reported while it runs, and killed on a timeout."""
 
 from __future__ import annotations
 

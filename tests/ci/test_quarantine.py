@@ -1,4 +1,4 @@
-"""What is known to be red is told, turns no night red until its end date, and is refused where it says too little."""
+"""Quarantined failures are reported but turn no night red until their end date; incomplete entries are refused."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_after_its_end_it_counts_again_and_says_so(tmp_path: Path) -> None:
     )
 
 
-def test_what_is_healthy_again_is_told(tmp_path: Path) -> None:
+def test_a_quarantined_item_that_passes_is_a_note(tmp_path: Path) -> None:
     found = load(tmp_path, entry(), entry(figure=None, test=f'"{TEST}"'), entry(figure=None, stage='"deploy"'))
     well = [held("deploy"), held("measure")]
     told = list(excuse(found, well, judged(), [Case(TEST, True, ())]).notes())
@@ -146,7 +146,7 @@ def test_what_is_healthy_again_is_told(tmp_path: Path) -> None:
         (entry(figure=None, stage='"count"', board='"ax650"'), "instructions are counted only for emulated boards"),
     ],
 )
-def test_an_entry_that_says_too_little_is_refused(text: str, told: str, tmp_path: Path) -> None:
+def test_an_incomplete_entry_is_refused(text: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput) as caught:
         load(tmp_path, text)
     assert told in str(caught.value)
@@ -168,7 +168,7 @@ def test_the_file_of_the_tree_is_whole() -> None:
     quarantine.load("virtual", "tiny-qwen2", models, boards)
 
 
-def test_cases_are_read_from_what_pytest_writes(tmp_path: Path) -> None:
+def test_cases_are_read_from_junit_xml(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(
         "import pytest\n\ndef test_well():\n    pass\n\n@pytest.mark.parametrize('n', [1])\ndef test_bad(n):\n"
         "    pytest.fail('it is worse', pytrace=False)\n\ndef test_not():\n    pytest.skip('later')\n"

@@ -1,4 +1,4 @@
-"""A board that does not answer is told within seconds, with what to do; and nothing long is begun before."""
+"""A board that does not answer is reported within seconds, with advice, before any long work."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_deploy_looks_before_it_builds_a_package(tmp_path: Path, bundle_s8: Path
     assert not made
 
 
-def test_a_night_says_what_nobody_could_switch(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_night_reports_a_board_without_power_port(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", None)
     none, manual = (dataclasses.replace(board, power=hand) for hand in ("none", "manual"))
     assert list(power.unable(board)) == []

@@ -1,4 +1,4 @@
-"""A relay that is wrong is told by its setting: a real HTTP server, a port where nothing is, one that never answers."""
+"""A faulty relay is reported with its setting: a real HTTP server, a closed port, a server that never answers."""
 
 from __future__ import annotations
 
@@ -91,7 +91,9 @@ def test_a_relay_that_works(server: str, monkeypatch: pytest.MonkeyPatch) -> Non
         ("/broken?{value}", "", "answered 500 Internal Server Error"),
     ],
 )
-def test_what_a_relay_answers(server: str, path: str, index: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_relay_are_explained(
+    server: str, path: str, index: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert said in refused(with_relay(monkeypatch, server + path, index=index))
 
 
@@ -127,7 +129,7 @@ def test_a_relay_that_never_answers(deaf: str, monkeypatch: pytest.MonkeyPatch) 
         ("http://relay", "shelly_gen3", "labgrid has no such model: is shelly_gen"),
     ],
 )
-def test_a_setting_that_cannot_be_meant_is_told_before_anything_is_switched(
+def test_an_invalid_setting_is_refused_before_switching(
     host: str, model: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     board = with_relay(monkeypatch, host, model)

@@ -1,4 +1,4 @@
-"""Wheels of a release: from what git has, the same twice, of one version."""
+"""Wheels of a release: built from the commit, reproducible, of one version."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_change_that_is_not_committed_is_not_released(repository: Path, tmp_pa
     changed = tmp_path / "changed"
     shutil.copytree(repository, changed)
     (changed / "toolchain" / "axc" / "cli.py").write_text("")
-    with pytest.raises(BadInput, match=r"toolchain/axc/cli\.py has changes that are not committed"):
+    with pytest.raises(BadInput, match=r"toolchain/axc/cli\.py has uncommitted changes"):
         release.make(tmp_path / "out", machines=(), root=changed)
     assert not (tmp_path / "out").exists()
 
@@ -63,7 +63,7 @@ def test_a_change_that_is_not_committed_is_not_released(repository: Path, tmp_pa
     [
         ("v0.2.0", ("0.1.0", "0.1.0"), "the tag is v0.2.0, the packages' VERSION 0.1.0"),
         ("0.1.0", ("0.1.0", "0.1.0"), "the tag is 0.1.0"),
-        ("", ("0.1.0", "0.2.0"), "axc is 0.1.0 and axrun 0.2.0"),
+        ("", ("0.1.0", "0.2.0"), "axc is 0.1.0, but axrun is 0.2.0"),
     ],
 )
 def test_another_version_than_the_tags_is_refused(tag: str, versions: tuple[str, ...], said: str) -> None:
@@ -81,14 +81,14 @@ def wheel(folder: Path, text: str, minute: int = 0) -> None:
 @pytest.mark.parametrize(
     ("text", "minute", "said"), [("/tmp/x", 0, r"differ: axc/cli\.py$"), ("", 1, "differ: order, times or modes")]
 )
-def test_two_builds_that_differ_are_told_with_the_file(tmp_path: Path, text: str, minute: int, said: str) -> None:
+def test_differing_builds_name_the_file(tmp_path: Path, text: str, minute: int, said: str) -> None:
     wheel(tmp_path / "first", "")
     wheel(tmp_path / "second", text, minute)
     with pytest.raises(CheckFailed, match=said):
         release.compare(tmp_path / "first", tmp_path / "second")
 
 
-def test_a_wheel_that_only_one_build_made_is_told(tmp_path: Path) -> None:
+def test_a_wheel_of_only_one_build_is_an_error(tmp_path: Path) -> None:
     wheel(tmp_path / "first", "")
     (tmp_path / "second").mkdir()
     with pytest.raises(CheckFailed, match=r"different wheels: axc-0\.1\.0"):

@@ -1,4 +1,4 @@
-"""The report: complete, self-contained, and deaf to what a board puts into it."""
+"""The report: complete, self-contained, and immune to text from a board."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def page(folder: Path, said: str = "fine") -> Page:
     )
 
 
-def test_the_page_is_whole_and_needs_nothing_beside_it(tmp_path: Path) -> None:
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
     outline = Outline(render(page(tmp_path)))
     assert outline.open == []
     assert not {tag for tag, _ in outline.seen} & {"script", "link", "iframe", "object", "embed", "img", "form"}
@@ -158,7 +158,7 @@ def test_flaky_quarantined_and_culprit_are_shown_as_text(tmp_path: Path) -> None
         assert words in text
 
 
-def test_each_chart_says_what_it_shows(tmp_path: Path) -> None:
+def test_each_chart_has_a_text_summary(tmp_path: Path) -> None:
     html = render(page(tmp_path))
     drawings = re.findall("(?s)<svg.*?</svg>", html)
     assert len(drawings) == 3  # of the figures that were measured on some night
@@ -226,7 +226,7 @@ def test_the_heat_map_has_a_row_for_each_part_and_darkens_with_the_error() -> No
     assert heat.rows({}, before) == ()
 
 
-def test_what_changed_is_found(tmp_path: Path) -> None:
+def test_changes_between_nights_are_found(tmp_path: Path) -> None:
     def git(*words: str) -> str:
         author = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
         done = subprocess.run(["git", *author, *words], cwd=tmp_path, check=True, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""One retry: for what the network or the board did, never for what the code did."""
+"""The retry policy: one retry for failures of network or board, none for failures of the code."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def failed(name: str, reason: str, code: int = 1) -> Stage:
         ("deploy", "axera@10.0.0.2 port 22 cannot be reached: Connection reset by peer\nIs the board on?", 2),
     ],
 )
-def test_what_the_network_or_the_board_did(name: str, reason: str, code: int) -> None:
+def test_failures_of_network_or_board_are_retried(name: str, reason: str, code: int) -> None:
     assert retry.cause(failed(name, reason, code), [], "ax650") == reason.partition("\n")[0]
 
 
@@ -51,7 +51,7 @@ def test_what_the_network_or_the_board_did(name: str, reason: str, code: int) ->
         ("deploy", "deploy did not end within 1800 s; last output: ", TIMED_OUT),
     ],
 )
-def test_what_it_did_not(name: str, reason: str, code: int) -> None:
+def test_other_failures_are_not_retried(name: str, reason: str, code: int) -> None:
     assert retry.cause(failed(name, reason, code), [], "ax650") == ""
 
 
@@ -69,7 +69,7 @@ def test_of_a_measurement_every_failure_must_be_the_boards() -> None:
     assert retry.cause(done, [], "ax650") == ""
 
 
-def test_every_pattern_is_what_the_code_says() -> None:
+def test_every_pattern_matches_a_message_of_the_code() -> None:
     """Each of LOST is found in the source that raises it, so that a reworded message is noticed."""
     sources = inspect.getsource(connection) + inspect.getsource(ssh)
     sources += "".join((ROOT / "tests" / "hil" / name).read_text() for name in ("on_board.py", "conftest.py"))

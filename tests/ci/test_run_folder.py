@@ -1,4 +1,4 @@
-"""The folder of a night: one night at a time, and named by when it began."""
+"""The folder of a night: one night at a time, named by its start time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole night of a relay that does not answer: both reasons, the line of history, the note; then the same again."""
+"""A whole night with a dead relay: both reasons, history and notification; then the same again."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def hold(yaml: Path, command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_red_both_times_is_told_once(dead: Path) -> None:
+def test_two_failures_give_one_red_night_with_both_reasons(dead: Path) -> None:
     notes = dead.parent / "notes"
     code = "import os, sys; print(os.environ['NIGHT_CHANGE'], sys.stdin.readline(), file=open(sys.argv[1], 'a'))"
     command = f'{sys.executable} -c "{code}" {notes}'

@@ -1,4 +1,4 @@
-"""Temperatures and clocks as a board's kernel shows them: /sys in a folder, read by the program that a board gets."""
+"""Temperatures and clocks from a board's /sys (a folder here), read by the program that is sent to boards."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sys_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_the_kernel_shows_is_read(sys_folder: Path) -> None:
+def test_sensors_are_read_from_sysfs(sys_folder: Path) -> None:
     board = state.State("axrun")
     assert board.readings() == {
         "degrees": {"soc 0": 61.25, "soc 1": 73.9},
@@ -125,7 +125,7 @@ def test_a_board_without_sensors_has_none() -> None:
         {"degrees": None},
     ],
 )
-def test_what_is_no_value_of_a_sensor_is_left_out(answer: dict[str, Any]) -> None:
+def test_invalid_sensor_values_are_skipped(answer: dict[str, Any]) -> None:
     assert seen(answer).summary() == {}
 
 

@@ -1,4 +1,4 @@
-"""A board's own settings: the environment over the user's file over the YAML, through to what labgrid connects to."""
+"""Settings of a board: environment over the user's file over the YAML, up to labgrid's connection."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_status_says_where_each_setting_is_from_and_no_password(config: Path, mo
         ("user = 'a'\n[power]\nx = 1", "line 2: power is {'x': 1}, expected a string"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(config: Path, text: str, said: str) -> None:
+def test_an_invalid_setting_is_refused(config: Path, text: str, said: str) -> None:
     (config / "ax650.toml").write_text(text)
     with pytest.raises(BadInput) as caught:
         place.find("ax650")
@@ -112,7 +112,7 @@ def test_what_cannot_be_meant_is_refused(config: Path, text: str, said: str) -> 
     assert said in str(caught.value)
 
 
-def test_who_holds_a_board_is_told_without_locking_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_names_the_holder_without_locking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LG_BOARD_STATE", str(tmp_path / "state"))
     board = place.find("virtual")
     assert board_status.holder(board) == ""

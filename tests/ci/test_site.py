@@ -1,4 +1,4 @@
-"""The site over all history: complete, deaf to what a history holds, the same bytes each time, open from anywhere."""
+"""The site: complete, immune to the history's content, deterministic, and usable from any folder."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_index_says_how_each_board_and_model_stands(kept: Path, tmp_path: Pa
     assert [attributes for attributes in outline.of("th") if attributes.get("scope") not in ("col", "row")] == []
 
 
-def test_targets_stand_beside_what_was_measured_on_that_very_board(kept: Path, tmp_path: Path) -> None:
+def test_targets_are_shown_only_with_figures_of_their_board(kept: Path, tmp_path: Path) -> None:
     made(kept, tmp_path / "site")
     said = text(Outline((tmp_path / "site" / "index.html").read_text()))
     assert "125 ms measured on the board, pulsar2 bundle, 2026-11-20 ≤ 129.2 ms ✓ reached" in said
@@ -119,7 +119,7 @@ def test_targets_stand_beside_what_was_measured_on_that_very_board(kept: Path, t
     assert "129.2 ms, published: a vendor&#39;s log" in drawn
 
 
-def test_a_target_without_nights_is_told(tmp_path: Path) -> None:
+def test_a_target_without_nights_is_shown(tmp_path: Path) -> None:
     (tmp_path / "history").mkdir()
     made(tmp_path / "history", tmp_path / "site")
     said = text(Outline((tmp_path / "site" / "index.html").read_text()))
@@ -186,7 +186,7 @@ def test_nothing_of_a_history_becomes_markup(tmp_path: Path) -> None:
     assert HOSTILE in json.loads((tmp_path / "site" / "nights.json").read_text())["boards"][0]["nights"][0]["reason"]
 
 
-def test_old_torn_and_strange_lines_are_left_out_and_told(tmp_path: Path) -> None:
+def test_invalid_lines_are_skipped_and_reported(tmp_path: Path) -> None:
     file = history.append(tmp_path / "history", night(1))
     whole = json.loads(file.read_text())
     needed = {key: whole[key] for key in ("schema", "board", "model", "started", "seconds", "verdict", "reason")}
@@ -240,7 +240,7 @@ def test_optional_fields_are_shown_where_a_night_has_them(tmp_path: Path) -> Non
     assert [state.streak(verdicts[:count]) for count in (2, 4, 5)] == [("green", 2), ("not judged", 2), ("red", 1)]
 
 
-def test_the_same_history_gives_the_same_bytes_and_what_went_away_goes(kept: Path, tmp_path: Path) -> None:
+def test_the_site_is_deterministic_and_removes_obsolete_files(kept: Path, tmp_path: Path) -> None:
     first, second = made(kept, tmp_path / "one"), made(kept, tmp_path / "two")
     assert first == second
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "one").rglob("*.html")}
@@ -313,7 +313,7 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-def test_words_stand_out_from_what_is_beneath_them_by_day_and_by_night() -> None:
+def test_text_contrast_is_sufficient_in_light_and_dark_mode() -> None:
     css = (Path(site.__file__).parent / "page.css").read_text()
     for block in re.findall(r":root \{(.*?)\}", css, re.S):
         colours = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6})", block))
@@ -322,7 +322,7 @@ def test_words_stand_out_from_what_is_beneath_them_by_day_and_by_night() -> None
                 assert contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)
 
 
-def test_the_shipped_targets_hold_what_they_must() -> None:
+def test_the_shipped_targets_are_valid() -> None:
     found = targets.read()
     assert {(entry.board, entry.basis) for entry in found} >= {("ax650", "published"), ("ax630c", "published")}
     assert targets.nearest(found[:2], 125.0) == found[1]  # 129.16 is reached, 122 is not
@@ -372,7 +372,7 @@ source = "ours"
         ("[[target]]", "[target", "Expected ']' at the end of a table declaration (at line 2"),
     ],
 )
-def test_what_is_wrong_with_targets_is_told_by_its_line(old: str, new: str, told: str, tmp_path: Path) -> None:
+def test_an_error_in_targets_names_its_line(old: str, new: str, told: str, tmp_path: Path) -> None:
     file = tmp_path / "targets.toml"
     file.write_text(TARGET.replace(old, new))
     with pytest.raises(BadInput) as caught:

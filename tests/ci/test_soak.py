@@ -1,4 +1,4 @@
-"""A soak of a real `axrun serve` on loopback, and of servers with a fault planted in them: each is told by its name."""
+"""Soak tests of a real `axrun serve` on loopback, and of servers with planted faults: each fault is named."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_good_server_has_no_faults(link: Connection, bundle_s8: Path) -> None:
         ("stay", "axrun serve did not end within 1 s of SIGTERM"),
     ],
 )
-def test_a_planted_fault_is_told_by_its_name(
+def test_a_planted_fault_is_named(
     fault: str, told: str, link: Connection, bundle_s8: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault == "stay":
@@ -154,7 +154,7 @@ def test_memory_is_judged_by_more_than_noise(each: float, requests: int, lives: 
         assert trend.slope == pytest.approx(1000 * each, abs=1e-6)
 
 
-def test_cmm_that_does_not_come_back_is_told() -> None:
+def test_cmm_that_is_not_released_is_a_fault() -> None:
     held = Soak(40, 4, cmm=[900 << 20, 900 << 20, 640 << 20])
     assert list(soak.judge(held)) == [
         "CMM is not released: 944 MB were free before the first server started, 671 MB after the last one stopped"
@@ -162,7 +162,7 @@ def test_cmm_that_does_not_come_back_is_told() -> None:
     assert list(soak.judge(dataclasses.replace(held, cmm=[900 << 20, 900 << 20]))) == []
 
 
-def test_a_soak_of_what_was_not_deployed_is_refused(tmp_path: Path) -> None:
+def test_a_soak_needs_the_record_of_this_board(tmp_path: Path) -> None:
     board, say = place.find("virtual"), lambda line: None
     with pytest.raises(BadInput, match="no deploy is recorded in"):
         soak.on_board(board, tmp_path / "virtual.json", 40, say)
@@ -171,7 +171,7 @@ def test_a_soak_of_what_was_not_deployed_is_refused(tmp_path: Path) -> None:
         soak.on_board(board, tmp_path / "ax650.json", 40, say)
 
 
-def test_what_a_soak_judges_itself_gets_no_gate(tmp_path: Path) -> None:
+def test_soak_figures_with_fixed_limits_get_no_gate(tmp_path: Path) -> None:
     nights = [{"soak_memory": value, "soak_ttft_50": 30.0, "load": 1.0} for value in (0.1, -0.2, 0.3)]
     file = gate.record("ax650", "tiny-qwen2", "cpu", nights, "three nights", tmp_path)
     assert set(gate.load("ax650", "tiny-qwen2", "cpu", tmp_path)) == {"soak_ttft_50", "load"}

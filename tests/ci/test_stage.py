@@ -1,4 +1,4 @@
-"""A stage: its end, its limit, its reason, and that nothing of it stays."""
+"""A stage: end, time limit, reason, and no process left behind."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ def test_a_command_that_ends_well_has_no_reason(tmp_path: Path) -> None:
         ("print('error: ' + 'x' * 100_000); raise SystemExit(1)", "x" * stage.MOST_REASON),
     ],
 )
-def test_a_reason_is_what_the_command_said_last_of_its_failure(code: str, reason: str, tmp_path: Path) -> None:
+def test_the_reason_is_the_last_error_of_the_command(code: str, reason: str, tmp_path: Path) -> None:
     done = hold(tmp_path, code)
     assert done.failed
     assert done.reason == reason
 
 
-def test_a_command_that_is_killed_says_what_memory_there_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_command_reports_available_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "import os, signal; print('layer 3 of 24', flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     done = hold(tmp_path, code)
     assert (done.code, done.outcome) == (-9, "killed")
@@ -163,7 +163,7 @@ def test_a_night_that_is_to_stop_ends_its_stage(tmp_path: Path) -> None:
     assert not alive(int((tmp_path / "pid").read_text()))
 
 
-def test_a_command_that_is_not_there_is_said(tmp_path: Path) -> None:
+def test_a_missing_command_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="power: cannot start no-such-tool: No such file or directory"):
         stage.run("power", ["no-such-tool"], limit=1, console=tmp_path / "log", cwd=tmp_path)
 

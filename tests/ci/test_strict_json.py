@@ -1,4 +1,4 @@
-"""JSON of others: what later arithmetic would fail on is refused where it is read."""
+"""Strict JSON: values that later arithmetic would fail on are refused when read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ci.device import strict_json
         ("{", "Expecting property name"),
     ],
 )
-def test_what_python_takes_and_arithmetic_does_not_is_refused(text: str, why: str) -> None:
+def test_numbers_beyond_64_bits_and_nan_are_refused(text: str, why: str) -> None:
     with pytest.raises(ValueError, match=why.replace("[", r"\[").replace(".", r"\.")):
         strict_json.loads(text)
 
@@ -45,7 +45,7 @@ def test_a_file_is_bounded_and_an_object(tmp_path: Path) -> None:
         strict_json.read(file)
 
 
-def test_what_is_kept_can_be_read_again() -> None:
+def test_plain_values_read_back() -> None:
     value = {"nan": float("nan"), "inf": [float("-inf")], "huge": 10**400, "well": (1, 2.5, True)}
     kept = strict_json.plain(value)
     assert strict_json.loads(json.dumps(kept)) == kept

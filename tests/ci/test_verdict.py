@@ -1,4 +1,4 @@
-"""The reason of a red night: the one that explains the others, in one line."""
+"""The reason of a red night: one line, the reason that explains the others."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_figure_says_more_than_pytest() -> None:
     assert "gate.record --board virtual --model tiny-qwen2" in found.advice
 
 
-def test_what_broke_says_more_than_what_was_not_measured() -> None:
+def test_a_broken_test_outranks_a_missing_figure() -> None:
     tests = ["virtual hangs: no answer to axrun bench in 40 s"]
     found = verdict([held("measure", 1, "== 1 failed ==")], judged(decode_128=None), tests, [], night())
     assert found.reason == tests[0]
@@ -93,7 +93,7 @@ def test_the_same_commit_must_build_the_same_bytes() -> None:
     assert verdict([held("measure")], judged(), [], handed_in, now).word == "green"
 
 
-def test_what_was_measured_must_be_what_was_deployed() -> None:
+def test_the_measured_release_must_be_the_deployed_one() -> None:
     unlike = ["models/0/hf/tokenizer.json has other bytes than were deployed", "current points at releases/1"]
     found = verdict([held("measure", 1, "1 failed")], judged(mean_kld=0.01), ["x"], [], night(), unlike)
     assert found.reason == f"the measured release differs from the deployed one: {unlike[0]} (and 1 more)"
@@ -120,7 +120,7 @@ def test_a_night_without_gates_is_green_only_where_it_says_that_it_is_not_judged
         ([held("measure", 4, "ERROR: file or directory not found: tests/hil")], []),
     ],
 )
-def test_gates_are_recorded_anew_only_for_figures(stages: list[Stage], tests: list[str]) -> None:
+def test_only_figures_advise_to_record_new_gates(stages: list[Stage], tests: list[str]) -> None:
     found = verdict(stages, judged(decode_128=None), tests, [], night())
     assert found.code
     assert "gate.record" not in found.advice
@@ -143,7 +143,7 @@ def test_failures_are_read_as_pytest_writes_them(tmp_path: Path) -> None:
     assert failures(junit) == []
 
 
-def test_a_drift_within_the_gate_is_told() -> None:
+def test_a_drift_within_the_gate_is_a_note() -> None:
     before = [night(n, figures={"decode_128": 21.0, "mean_kld": 1e-5}) for n in range(1, 8)]
 
     def told(value: float, past: list[Night] = before) -> list[str]:

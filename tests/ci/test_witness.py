@@ -1,4 +1,4 @@
-"""What a command on a board loads and takes, seen by the program that runs it there: here, on this machine."""
+"""The witness program, run on this machine: libraries that a command loads, and its memory."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_engine_that_was_loaded_is_named(board: OnBoard) -> None:
 
 
 @pytest.mark.parametrize("where", ["beside", "swapped", "none"])
-def test_another_engine_than_the_deployed_one_is_told(where: str, board: OnBoard, libraries: Path) -> None:
+def test_another_engine_than_the_deployed_one_is_a_fault(where: str, board: OnBoard, libraries: Path) -> None:
     inside = Path(board.root) / "packages" / ("1" * 16) / LIBRARY
     other = libraries / "other" / "libax_engine.so"
     if where == "swapped":
@@ -81,12 +81,12 @@ def test_another_engine_than_the_deployed_one_is_told(where: str, board: OnBoard
     }[where]
     with pytest.raises(Otherwise) as caught:
         board.axrun("eval")
-    assert str(caught.value).startswith("axrun eval on virtual is not of what was deployed: ")
+    assert str(caught.value).startswith("axrun eval on virtual differs from the deploy: ")
     assert told in str(caught.value)
     assert told in board.seen["evidence"]["faults"][0]
 
 
-def test_a_variable_that_changes_the_engine_is_told(board: OnBoard, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_that_changes_the_engine_is_a_fault(board: OnBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AXC_ISA", "scalar")
     with pytest.raises(Otherwise, match="the board's environment sets AXC_ISA, which changes what runs"):
         board.axrun("eval")
@@ -97,7 +97,7 @@ def test_a_variable_that_changes_the_engine_is_told(board: OnBoard, monkeypatch:
     [
         (
             "import os; os.kill(os.getpid(), 9)",
-            r"axrun eval was killed on virtual: it had \d+ MB, the least the board ",
+            r"axrun eval was killed on virtual: it used \d+ MB, the board had at least ",
         ),
         ("raise SystemExit('error: no room')", "axrun eval on virtual ended with 1: 'no room'"),
         ("print('hello')", r"axrun eval on virtual answers 'hello\\n', expected a JSON object"),

@@ -1,4 +1,4 @@
-"""One Docker daemon and one image for all tests marked `system`: the machine's, or our own where none answers."""
+"""One Docker daemon and one image for all `system` tests: the machine's daemon, or a private one."""
 
 from __future__ import annotations
 

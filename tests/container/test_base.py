@@ -1,4 +1,4 @@
-"""The record of Debian packages, and what is said where a mirror has others."""
+"""The record of Debian packages, and the error if a mirror has other ones."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_packages_that_are_not_as_recorded_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckFailed) as error:
         base.make(tmp_path / "base.tar", "", record=record)
     said = str(error.value)
-    assert said.startswith(f"4 packages of {base.OWN} are not as recorded: apt 1.0 -> {apt.split()[1]}; ")
+    assert said.startswith(f"4 packages of {base.OWN} differ from the record: apt 1.0 -> {apt.split()[1]}; ")
     assert "; bash 5" in said
     assert "-> other content; dash is new; zoo is gone\n" in said
     assert [path.name for path in tmp_path.iterdir()] == ["packages.txt"]

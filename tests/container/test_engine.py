@@ -1,4 +1,4 @@
-"""`make build` in the container and out of it: same bytes, whose files, which way was chosen and why, Ctrl-C."""
+"""`make build` in and out of the container: same bytes, file owners, the choice and its reason, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_without_a_daemon_it_is_this_process() -> None:
 
 
 @pytest.mark.usefixtures("without_daemon")
-def test_an_engine_and_a_backend_that_are_not_known_are_told_those_that_are() -> None:
+def test_an_unknown_engine_or_backend_lists_the_known_ones() -> None:
     for words, said in (
         (["--engine", "podman"], "error: ENGINE is 'podman'; expected one of auto, docker, local"),
         (["--backend", "tpu"], "error: BACKEND is 'tpu'; expected one of cpu, pulsar2"),
@@ -105,7 +105,7 @@ class TestInTheContainer:
         ours = client.images.get(axc)
         try:
             client.images.get(base.TAG).tag(axc)  # an image of that name which is not of these locks
-            assert str(engine.choose("auto")).startswith("engine: local (Docker answers, but has no image of these")
+            assert str(engine.choose("auto")).startswith("engine: local (Docker has no image with the current locks")
         finally:
             ours.tag(axc)
         assert engine.choose("auto").client is not None
@@ -150,14 +150,14 @@ class TestInTheContainer:
         assert [path.name for path in out.rglob("*")] == []
 
     def test_a_killed_container_is_said_to_be(self, client: docker.DockerClient, axc: str, tmp_path: Path) -> None:
-        with pytest.raises(CheckFailed, match="was killed, perhaps because memory ran out\nLower PARALLEL"):
+        with pytest.raises(CheckFailed, match="was killed, perhaps out of memory\nLower PARALLEL"):
             in_container(client, axc, "sh -c 'kill -KILL $$'", tmp_path)
 
     def test_a_daemon_elsewhere_is_not_used(self, client: docker.DockerClient, forwarded: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DOCKER_HOST", forwarded)
-            assert str(engine.choose("auto")).endswith("is another machine's)")
-            with pytest.raises(BadInput, match="sees other folders than this machine"):
+            assert str(engine.choose("auto")).endswith("is on another machine)")
+            with pytest.raises(BadInput, match="cannot mount this machine's folders"):
                 engine.choose("docker")
 
     @pytest.fixture

@@ -1,4 +1,4 @@
-"""What is in the image: the recorded Debian packages, the locked Python packages, our commands, and no more."""
+"""The content of the image: the recorded Debian packages, the locked Python packages, our commands, and no more."""
 
 from __future__ import annotations
 

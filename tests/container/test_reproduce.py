@@ -1,4 +1,4 @@
-"""Base, image and bundle made twice; and that a difference, planted in copies of small ones, is named exactly."""
+"""Base, image and bundle built twice are equal; planted differences are located exactly."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_layer_keeps_links_and_owners_and_loses_devices(tmp_path: Path) -> Non
 def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
     damaged = tmp_path / "image.tar"
     damaged.write_bytes(image(tmp_path / "a", FILES).path.read_bytes()[:900])
-    with pytest.raises(BadInput, match="is no saved image"):
+    with pytest.raises(BadInput, match="is not a saved image"):
         settle(damaged, tmp_path / "b.tar", "toy", EPOCH)
 
 

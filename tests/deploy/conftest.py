@@ -1,4 +1,4 @@
-"""A board to deploy to: the emulated one, and, where emulation would only cost time, this machine's own sshd."""
+"""Boards to deploy to: the emulated one, and this machine's own sshd where emulation would only cost time."""
 
 from __future__ import annotations
 

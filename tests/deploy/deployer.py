@@ -1,4 +1,4 @@
-"""Deploys in a process of its own, which a test can kill: `python deployer.py STATE HOST PORT USER ROOT PYTHON ...`."""
+"""Deploys in a separate process, which a test can kill: `python deployer.py STATE HOST PORT USER ROOT PYTHON ...`."""
 
 from __future__ import annotations
 

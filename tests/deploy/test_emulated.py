@@ -1,4 +1,4 @@
-"""The commands as a user gives them, on the emulated arm64 board."""
+"""The user's commands on the emulated arm64 board."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_everything_on_the_board_ends_with_its_power(virtual: Place) -> None:
         (["rollback", "--board", "ax650-farm"], "error: ax650 is in a farm: set its coordinator, LG_COORDINATOR="),
     ],
 )
-def test_what_cannot_be_done_is_said_in_a_line(invoke: Invoke, words: list[str], said: str) -> None:
+def test_an_impossible_command_is_a_one_line_error(invoke: Invoke, words: list[str], said: str) -> None:
     done = invoke(*words)
     assert done.returncode == 2
     assert done.stderr.startswith(said)

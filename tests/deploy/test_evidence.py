@@ -1,4 +1,4 @@
-"""A deploy's record beside what lies on the board, through a real sshd."""
+"""A deploy record compared with the board, through a real sshd."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def inventory(host: Place, record: evidence.Record) -> dict[str, Any]:
         return dict(link.call("inventory", release=record.release, package=record.package, model=record.model))
 
 
-def test_a_deploy_is_recorded_and_a_difference_is_told(host: Place, bundles: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_deploy_is_recorded_and_differences_are_found(
+    host: Place, bundles: tuple[Path, Path], tmp_path: Path
+) -> None:
     file = tmp_path / "deployed.json"
     package = host_package(tmp_path / "package")
     older = deploy(host.board, host.at, package, bundles[1], "1+1=", record=file)

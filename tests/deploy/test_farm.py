@@ -94,7 +94,7 @@ def test_reserved_locked_reached_and_let_go(farm: Board, virtual: Place, monkeyp
         pass
 
 
-def test_let_go_when_what_was_done_there_fails(farm: Board) -> None:
+def test_the_place_is_released_if_the_deploy_fails(farm: Board) -> None:
     with pytest.raises(ZeroDivisionError), place.hold(farm):
         raise ZeroDivisionError
     assert "acquired: None" in client("-p", "shelf-1", "show")

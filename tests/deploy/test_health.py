@@ -1,4 +1,4 @@
-"""A health check over a real SSH server: the known-good bundle is sent once, and what becomes of it there is told."""
+"""A health check over a real SSH server: the known-good bundle is deployed once, and changes to it are found."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.deploy.conftest import Place, host_package
 pytestmark = pytest.mark.system
 
 
-def test_the_known_bundle_is_sent_once_and_told_when_it_changes(
+def test_the_known_good_bundle_is_deployed_once_and_changes_are_found(
     host: Place, bundles: tuple[Path, Path], tmp_path: Path
 ) -> None:
     said: list[str] = []

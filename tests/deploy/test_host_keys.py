@@ -1,4 +1,4 @@
-"""A board's host key is checked with any YAML, wherever it lies: a wrong key ends the connection, in labgrid too."""
+"""Host keys are checked with any YAML, in labgrid too: a wrong key ends the connection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A deploy that is killed, at any point, leaves the board with a whole release and without a lock."""
+"""A deploy that is killed at any point leaves a complete release and no lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a deploy refuses, and what it says: one to three lines, and the board runs what it ran."""
+"""Refusals of a deploy: an error of one to three lines, and the old release stays current."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_a_runner_that_does_not_run(host: Place, package: Package, bundle: Path,
         ('{"text": "3", "tokens": {"a": 1}}', "answers '{"),
     ],
 )
-def test_a_runner_that_answers_otherwise(
+def test_a_runner_with_another_answer_is_refused(
     host: Place, package: Package, bundle: Path, tmp_path: Path, answer: str, expected: str
 ) -> None:
     good = deployed(host, package, bundle)

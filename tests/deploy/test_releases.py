@@ -1,4 +1,4 @@
-"""What is on the board after deploys: little moved, old releases kept and removed, a way back."""
+"""The board after several deploys: small transfers, releases kept and removed, rollback."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_the_same_again_moves_nothing(host: Place, bundles: tuple[Path, Path], t
     assert first.wire > second.size / 2
 
 
-def test_old_releases_go_with_what_only_they_used(host: Place, bundles: tuple[Path, Path], tmp_path: Path) -> None:
+def test_old_releases_are_removed_with_their_unused_files(
+    host: Place, bundles: tuple[Path, Path], tmp_path: Path
+) -> None:
     package = host_package(tmp_path / "package")
     other = host_package(tmp_path / "other", ballast=b"other")
     for bundle in bundles:
@@ -57,7 +59,7 @@ def test_old_releases_go_with_what_only_they_used(host: Place, bundles: tuple[Pa
     assert len(names(host.root / "releases")) == 2
 
 
-def test_what_rotted_on_the_board_is_mended(host: Place, bundles: tuple[Path, Path], tmp_path: Path) -> None:
+def test_damaged_files_on_the_board_are_repaired(host: Place, bundles: tuple[Path, Path], tmp_path: Path) -> None:
     package = host_package(tmp_path / "package")
     deploy(host.board, host.at, package, bundles[0], "1+1=")
     model = (host.root / "current" / "model").resolve()

@@ -1,4 +1,4 @@
-"""axrun on a board from here: answers as they are written, a server behind a forward, and nothing left of either."""
+"""axrun on a board, controlled from here: streamed answers, a forwarded server, and nothing left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`invoke cross`: the same bytes each time, every wheel for the board, and a wheelhouse that pip accepts offline."""
+"""`invoke cross`: reproducible bytes, all wheels for the board, and a wheelhouse that pip accepts offline."""
 
 from __future__ import annotations
 

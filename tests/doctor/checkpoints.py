@@ -1,4 +1,4 @@
-"""Tiny random checkpoints as transformers saves them, every weight, bias and norm of its own."""
+"""Tiny random checkpoints saved by transformers, with random weights, biases and norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a planted fault is, and what a doctor must say of it."""
+"""A planted fault, and the finding that a doctor must report for it."""
 
 from __future__ import annotations
 

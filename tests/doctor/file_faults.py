@@ -1,4 +1,4 @@
-"""Faults of files and versions: what is missing, damaged, in another's place or made by something else."""
+"""Faults of files and versions: missing, damaged, swapped, or made by something else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults that a bundle's builder could have made in the graphs and their tables, rightly signed."""
+"""Faults that a buggy compiler could make in graphs and tables; the manifest matches."""
 
 from __future__ import annotations
 

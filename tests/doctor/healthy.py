@@ -1,4 +1,4 @@
-"""The table of healthy bundles, beside those of conftest.py: families, types, shapes, checkpoints, tokenizers."""
+"""The table of healthy bundles besides those of conftest.py: families, types, shapes, checkpoints, tokenizers."""
 
 from __future__ import annotations
 

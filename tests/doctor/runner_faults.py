@@ -1,4 +1,4 @@
-"""Faults of the runner and of its engines, put in place for one test; the bundle is as it was built."""
+"""Faults of the runner and its engines, patched in for one test; the bundle is unchanged."""
 
 from __future__ import annotations
 

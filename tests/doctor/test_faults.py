@@ -1,4 +1,4 @@
-"""Planted faults: each is found at its stage and named by its file. None is called healthy, none undecided."""
+"""Planted faults: each is found at its stage, with its file. None is called healthy or undecided."""
 
 from __future__ import annotations
 

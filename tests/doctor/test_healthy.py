@@ -1,4 +1,4 @@
-"""Healthy bundles of every family and type: a doctor finds nothing in them, with a checkpoint and without one."""
+"""Healthy bundles of every family and type: a doctor finds no fault, with and without a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Odd inputs: one clear error and no traceback, or a report that is one JSON object. Nothing else on stdout."""
+"""Invalid inputs: one clear error without traceback, or a report as one JSON object; nothing else on stdout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults of tokenizer and template: other ids, another prompt, another end."""
+"""Faults of tokenizer and template: other ids, another prompt, another stop condition."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults that a bundle's builder could have made in the weights: embedding, layers and head, rightly signed."""
+"""Faults that a buggy compiler could make in the weights (embedding, layers, head); the manifest matches."""
 
 from __future__ import annotations
 

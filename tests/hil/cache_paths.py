@@ -1,13 +1,12 @@
-"""Run on the board with the release's packages: reads one window of the reference by other ways through the K/V cache.
+"""Runs on the board with the release's packages: takes a window of the reference on several paths through the KV cache.
 
-Arguments: the bundle, the engine, threads (0: the engine's own choice). Prints JSON: for each way the positions it
-scored, mean and largest divergence from the checkpoint in nats, the largest difference of a logit from the same
-token's in a fresh run, and where that was.
+Arguments: the bundle, the engine, threads (0: the engine's default). Prints JSON: for each path the scored positions,
+mean and largest divergence from the checkpoint in nats, the largest logit difference from a fresh run, its position.
 
     fresh      the whole window at once
     decode     token by token around the end of each shape group's history, and at the end of the context
-    chunks     pieces of odd lengths, as the turns of a conversation come
-    rollback   other tokens, taken back, then the right ones: an answer that is written anew
+    chunks     prefill in chunks of odd lengths, like the turns of a conversation
+    rollback   wrong tokens, rolled back, then the right ones, like a regenerated answer
 """
 
 import json
@@ -21,7 +20,7 @@ from axrun.format import logits as reference_logits
 from axrun.format.bundle import Bundle
 from axrun.model import Model
 
-AROUND, WRONG = 3, 5  # tokens on each side of a boundary; tokens that are taken back
+AROUND, WRONG = 3, 5  # tokens on each side of a boundary; tokens to roll back
 
 path, engine, threads = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 bundle = Bundle.open(path)
@@ -33,7 +32,7 @@ boundaries = sorted({group.history for group in bundle.groups if 0 < group.histo
 
 
 def divergence(position: int, row: Any) -> float:
-    """KL(checkpoint || ours) after a token, over the likeliest tokens and the bucket of all others."""
+    """KL(checkpoint || ours) after a token, over the top tokens and one bucket for the rest."""
     shifted = row.astype(np.float64) - row.max()
     ours = shifted - np.log(np.exp(shifted).sum())
     ids = reference.ids[0, position].astype(np.int64)
@@ -99,7 +98,7 @@ def chunks() -> None:
 
 
 def rollback() -> None:
-    """From the end of the context backwards: rows that were longer ago are reused, those behind are written anew."""
+    """From the end of the context backwards: earlier rows are reused, later ones are rewritten."""
     other = [(token + 1) % bundle.vocab_size for token in tokens]
     model.forward(tokens)
     for boundary in reversed(boundaries):

@@ -1,7 +1,7 @@
 """Tests on a board, virtual or real: pytest tests/hil --lg-env ci/boards/virtual.yaml --hil-model tiny-qwen2
 
-The board is on and has a release (`invoke deploy`). labgrid's plugin reaches it; without an environment it would skip
-every test, and a run that tested no board must not be green, so that such a run fails here.
+The board must be on and have a release (`invoke deploy`). labgrid's plugin connects to it. Without an environment the
+plugin would skip every test; a run in which no test reached a board fails here instead.
 """
 
 from __future__ import annotations
@@ -24,22 +24,26 @@ from ci.device.ssh import Lost
 from ci.nightly import gate
 from tests.hil.on_board import Hanging, OnBoard, Otherwise
 
-COMPILED_SECONDS = 600  # for what Python compiled to be compared
+COMPILED_SECONDS = 600  # for checking the bytecode
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("hil", "tests on a board")
     group.addoption("--hil-model", default="tiny-qwen2", help="the model that was deployed (default tiny-qwen2)")
-    group.addoption("--hil-figures", type=Path, help="write what was measured to this JSON file")
+    group.addoption("--hil-figures", type=Path, help="write the measured figures to this JSON file")
     group.addoption("--hil-deployed", type=Path, help="the record of the deploy (default out/deployed/BOARD.json)")
-    group.addoption("--hil-probe", type=Path, help="what python -m ci.nightly.probe wrote: texts and their token ids")
-    group.addoption("--hil-unjudged", action="store_true", help="without gates, record figures and judge nothing")
-    group.addoption("--hil-limit", type=float, default=900.0, help="seconds for a command on the board (default 900)")
+    group.addoption("--hil-probe", type=Path, help="output of python -m ci.nightly.probe: texts and their token ids")
+    group.addoption(
+        "--hil-unjudged", action="store_true", help="record figures without judging them if there are no gates"
+    )
+    group.addoption(
+        "--hil-limit", type=float, default=900.0, help="time limit of a command on the board in seconds (default 900)"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Before labgrid reads the environment: what its YAML refers to."""
+    """Sets the variables that the board's YAML refers to, before labgrid reads it."""
     yaml = config.getoption("lg_env")
     if not yaml:
         raise pytest.UsageError("no board was named: --lg-env ci/boards/virtual.yaml")
@@ -50,7 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Before labgrid makes a target of the environment it has read: host keys are checked, wherever the YAML lies."""
+    """Applies settings and host key checks to labgrid's configuration, before it creates a target."""
     try:
         place.settle(place.find(str(session.config.option.lg_env)), session.config.stash[LABGRID_ENV_KEY].config)
     except BadInput as error:
@@ -59,7 +63,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Green needs a test that ran on a board."""
+    """Fails a run in which no test ran on a board."""
     reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
     reports = [report for outcome in ("passed", "failed") for report in reporter.stats.get(outcome, [])]
     if not any(report.when == "call" for report in reports) and session.exitstatus in (
@@ -80,9 +84,9 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 @pytest.fixture(scope="session")
 def on_board(request: pytest.FixtureRequest, target: Any) -> Iterator[OnBoard]:
-    """The board of --lg-env, reached, holding what was deployed: every file is compared, before and after.
+    """The connected board of --lg-env. Every file is compared with the deploy record, before and after the tests.
 
-    What was measured is written as the session ends, with the release it was measured on.
+    At the end of the session the figures are written, with the release they belong to.
     """
     options = request.config.option
     found = place.find(str(options.lg_env))
@@ -92,14 +96,14 @@ def on_board(request: pytest.FixtureRequest, target: Any) -> Iterator[OnBoard]:
         pytest.fail(f"{found.name} does not answer over SSH: {error}", pytrace=False)
     record = evidence.read(options.hil_deployed or evidence.place(Path("out"), found.name))
     if record.board != found.name:
-        raise BadInput(f"the record is of a deploy to {record.board}, this board is {found.name}")
+        raise BadInput(f"the record is of a deploy to {record.board}, but this board is {found.name}")
     at = place.address_of(target)
     seen = inventory(found, at, record, options.hil_limit)
     shell = [*ssh.command(at), at.host]
     measured = OnBoard(found, shell, options.hil_limit, record, str(seen["root"]))
     measured.seen["evidence"] = {**record.named(), "python": seen["python"], "faults": []}
     try:
-        measured.require("what lies", evidence.compare(record, seen))
+        measured.require("the release", evidence.compare(record, seen))
         with sensors.reading(found, at) as readings:
             yield measured
         measured.seen["sensors"] = {"summary": readings.summary(), "notes": list(readings.notes())}
@@ -107,14 +111,14 @@ def on_board(request: pytest.FixtureRequest, target: Any) -> Iterator[OnBoard]:
             booted, seen = seen["boot"], inventory(found, at, record, options.hil_limit)
             if seen["boot"] != booted:
                 raise Hanging(f"{found.name} was started anew during the tests: {booted}, then {seen['boot']}")
-            measured.require("after the measurement, what lies", evidence.compare(record, seen))
-            measured.require("after the measurement, what Python compiled", compiled(found, at, record))
+            measured.require("after the measurement, the release", evidence.compare(record, seen))
+            measured.require("after the measurement, the bytecode", compiled(found, at, record))
     finally:
         keep(measured, options.hil_figures)
 
 
 def inventory(board: Board, at: Address, record: Record, seconds: float) -> dict[str, Any]:
-    """What lies on the board; compiled Python is forgotten, so that nothing stale of it runs. Raises Hanging."""
+    """Removes the bytecode, so that none of it is stale, and returns the board's inventory. Raises Hanging."""
     names = {"package": record.package, "model": record.model}
     try:
         with Connection(board, at) as link:
@@ -125,7 +129,7 @@ def inventory(board: Board, at: Address, record: Record, seconds: float) -> dict
 
 
 def compiled(board: Board, at: Address, record: Record) -> list[str]:
-    """Where what ran was not compiled of what was deployed."""
+    """Faults of the bytecode: files that do not match the deployed sources."""
     with Connection(board, at) as link:
         faults = link.call("compiled", COMPILED_SECONDS + 60, package=record.package, limit=COMPILED_SECONDS)
     return [f"packages/{record.package}.compiled/{fault}" for fault in faults]
@@ -138,11 +142,11 @@ def keep(on_board: OnBoard, file: Path | None) -> None:
 
 @pytest.fixture
 def expect(on_board: OnBoard, request: pytest.FixtureRequest) -> Any:
-    """Holds figures against the gates of the board and the model, and keeps them."""
+    """Records figures and compares them with the gates of the board and the model."""
 
     def hold(figures: dict[str, float], maker: str) -> None:
         on_board.seen["figures"] |= figures
-        keep(on_board, request.config.option.hil_figures)  # whatever comes next
+        keep(on_board, request.config.option.hil_figures)  # even if the test fails
         found, model = on_board.board, request.config.option.hil_model
         gates = gate.load(found.name, model, maker)
         if not gates and request.config.option.hil_unjudged:

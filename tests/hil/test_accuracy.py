@@ -1,4 +1,4 @@
-"""How much of the checkpoint is left, measured on the board, by the board's engine."""
+"""Accuracy relative to the checkpoint, measured on the board with the board's engine."""
 
 from __future__ import annotations
 

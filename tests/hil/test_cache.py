@@ -1,4 +1,4 @@
-"""The same tokens by every way through the K/V cache, past every shape group and to the end of the context."""
+"""The same tokens on every path through the KV cache, across every shape group and to the end of the context."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PATHS = Path(__file__).with_name("cache_paths.py")
 def test_every_way_through_the_cache_is_the_checkpoints(on_board: OnBoard, expect: Any) -> None:
     board = on_board.board
     threads = "1" if board.emulated else "0"
-    said = on_board.python("the ways through the cache", PATHS.read_text("utf-8"), f"{on_board.release}/model",
+    said = on_board.python("the paths through the cache", PATHS.read_text("utf-8"), f"{on_board.release}/model",
                            board.engine, threads, runs=True)  # fmt: skip
     try:
         ways = json.loads(said)
     except ValueError:
-        raise CheckFailed(f"the ways through the cache on {board.name} are {said[:80]!a}, expected figures") from None
+        raise CheckFailed(f"the paths through the cache on {board.name} are {said[:80]!a}, expected figures") from None
     on_board.seen["cache"] = ways
     expect(metrics.cache(ways), on_board.maker)

@@ -1,4 +1,4 @@
-"""How fast the board is, by its own clock; pytest-benchmark gets the board's times, not those of the network."""
+"""Speed of the board by its own clock; pytest-benchmark gets the board's times, without the network."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ YARDSTICK = Path(__file__).with_name("yardstick.py")
 
 
 class BoardClock:
-    """The timer of a benchmark: shows the board's seconds, as they are told."""
+    """A timer for pytest-benchmark that replays times measured on the board."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -43,12 +43,12 @@ def bench(on_board: OnBoard) -> dict[str, Any]:
 
 
 def threads(on_board: OnBoard) -> tuple[str, ...]:
-    """One on an emulated board: two that wait for each other would measure the load of the machine beneath."""
+    """One thread on an emulated board: two that wait for each other would measure the load of the host."""
     return ("--threads", "1") if on_board.board.emulated else ()
 
 
 def measure_yardstick(on_board: OnBoard) -> float:
-    """Seconds."""
+    """The yardstick's processor time in seconds."""
     said = on_board.python("the yardstick", YARDSTICK.read_text("utf-8"))
     try:
         return float(said)
@@ -70,7 +70,7 @@ def test_speed_is_within_its_gates(on_board: OnBoard, bench: dict[str, Any], exp
 def test_times_for_pytest_benchmark(
     group: str, key: str, place: int, bench: dict[str, Any], benchmark: BenchmarkFixture, on_board: OnBoard
 ) -> None:
-    """Seconds of a first token, or of one decoded token; tokens a second are in extra_info."""
+    """Seconds for the first token, or per decoded token; tokens per second are in extra_info."""
     entry = bench[group][place]
     runs = list(times(entry[key]["runs"]))
     told: Iterator[float] = iter(runs)

@@ -1,4 +1,4 @@
-"""The tokenizer and the chat template on the board cut texts as transformers does with the checkpoint's."""
+"""Tokenizer and chat template on the board give the same ids as transformers with the checkpoint."""
 
 from __future__ import annotations
 
@@ -31,4 +31,4 @@ def test_texts_are_cut_as_by_the_checkpoint(on_board: OnBoard, request: pytest.F
     except ValueError:
         raise CheckFailed(f"the tokenizer on {on_board.board.name} says {said[:80]!a}, expected token ids") from None
     if fault := probe.difference(expected, told):
-        raise CheckFailed(f"{on_board.board.name} reads text otherwise: {fault}")
+        raise CheckFailed(f"{on_board.board.name} tokenizes text differently: {fault}")

@@ -1,4 +1,4 @@
-"""Run on the board with the release's packages: cuts a probe's texts and conversations, prints their token ids.
+"""Runs on the board with the release's packages: tokenizes a probe's texts and conversations, prints the token ids.
 
 Arguments: the bundle, and the probe without its ids as JSON.
 """

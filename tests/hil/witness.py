@@ -1,8 +1,8 @@
-"""Runs a command on the board and watches it: python3 -I -S -c THIS COMMAND ... Prints one JSON object.
+"""Runs a command on the board and monitors it: python3 -I -S -c THIS COMMAND ... Prints one JSON object.
 
-`code` (negative: the signal that ended it), `stdout`, the end of `stderr`, `cpu` seconds, `libraries` it had loaded
-(sha256 by the path that the kernel names), `variables` of its environment by name, `peak` and `available` bytes: the
-most memory it had and the least the board had left. Needs Python 3.9 alone.
+`code` (negative: a signal), `stdout`, the end of `stderr`, `cpu` seconds, the loaded `libraries` (path -> sha256),
+the names of its environment `variables`, `peak` and `available` in bytes: its peak memory, and the least memory that
+the board had left. Needs only Python 3.9.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ import subprocess
 import sys
 import tempfile
 
-POLL_SECONDS, SLOW_SECONDS = 0.05, 0.3  # until the engine is loaded, and from then on
+POLL_SECONDS, SLOW_SECONDS = 0.05, 0.3  # before and after the engine is loaded
 ENGINE = "libax_engine"
 MOST_STDOUT, MOST_STDERR = 1 << 20, 4000
-FLOODED = 125  # its exit code then
-MOST_FILE = 64 << 20  # bytes of what a command writes: beyond that it is killed
+FLOODED = 125  # exit code if a command wrote too much
+MOST_FILE = 64 << 20  # most bytes of output before the command is killed
 KILLED = re.compile(r"out of memory|oom-kill|killed process", re.IGNORECASE)
 
 
 def loaded(pid: int) -> set[str]:
-    """Paths of the shared libraries that a process has mapped: proc_pid_maps(5)."""
+    """Paths of the shared libraries mapped by a process: proc_pid_maps(5)."""
     fields = [line.split(None, 5) for line in text(f"/proc/{pid}/maps").splitlines()]
     return {line[5].strip() for line in fields if len(line) == 6 and ".so" in os.path.basename(line[5])}
 
@@ -41,7 +41,7 @@ def digest(path: str) -> str:
 
 
 def size(path: str, name: str) -> int:
-    """Bytes of a line `name:   123 kB`; 0 where there is none."""
+    """The bytes of a line `name:   123 kB`; 0 if there is none."""
     found = re.search(rf"^{name}:\s+(\d+) kB", text(path), re.MULTILINE)
     return int(found.group(1)) << 10 if found else 0
 
@@ -55,7 +55,7 @@ def text(path: str) -> str:
 
 
 def kernel_says() -> str:
-    """The last line of the kernel's log about memory, where this user may read it."""
+    """The last line about memory in the kernel log, if this user may read it."""
     try:
         done = subprocess.run(["dmesg"], capture_output=True, text=True, errors="replace", timeout=10)
     except (OSError, subprocess.SubprocessError):
@@ -73,7 +73,7 @@ def watch(command: list[str]) -> dict[str, object]:
             libraries |= loaded(process.pid)
             if any(os.fstat(file.fileno()).st_size > MOST_FILE for file in (stdout, stderr)):
                 process.kill()
-                stderr.write(b"\nerror: it wrote without end\n")
+                stderr.write(b"\nerror: too much output\n")
                 flooded = True
             peak = max(peak, size(f"/proc/{process.pid}/status", "VmHWM"))
             available = min(available, size("/proc/meminfo", "MemAvailable"))

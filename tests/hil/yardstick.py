@@ -1,6 +1,6 @@
-"""A fixed piece of arithmetic, run on the board by itself: prints the processor time that it takes, seconds.
+"""A fixed piece of arithmetic, run alone on the board; prints its processor time in seconds.
 
-Small matrices between steps of the interpreter, as the runner's own work is.
+It mixes small matrix products with interpreter work, like the runner.
 """
 
 import statistics

@@ -1,4 +1,4 @@
-"""Whole nights on an emulated board of the test's own, and what is left of them afterwards: nothing."""
+"""Whole nights on a private emulated board, and a check that nothing is left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run of tests/hil that tested no board is never green."""
+"""A run of tests/hil in which no test reached a board is never green."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_run_without_a_test_fails(flags: list[str], desk: Desk, tmp_path: Path
     assert "error: no test ran on a board" in done.stdout
 
 
-def test_a_board_that_is_not_known_is_said(desk: Desk) -> None:
+def test_an_unknown_board_is_refused(desk: Desk) -> None:
     done = hil(desk, "--lg-env", "virtuel.yaml")
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "no board is named 'virtuel.yaml'" in done.stderr + done.stdout

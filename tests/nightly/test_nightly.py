@@ -1,4 +1,4 @@
-"""Nights that are green, and nights that are red for a reason that was planted: the first line says which."""
+"""Green nights, and red nights with planted causes, which the first line must name."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_night_is_green(desk: Desk) -> None:
     assert said[-1] == f"  report: {folder / 'report.html'}"
 
 
-def test_a_fault_behind_position_128_is_told_by_its_accuracy(desk: Desk, bundle: Path, tmp_path: Path) -> None:
+def test_a_fault_after_position_128_turns_accuracy_red(desk: Desk, bundle: Path, tmp_path: Path) -> None:
     """Bytes and digests agree, it answers as on this machine; only what it says far into a text is worse."""
     faulty = shutil.copytree(bundle, tmp_path / "faulty")
     plants.zero_rotary(faulty, 128)
@@ -99,7 +99,7 @@ def test_a_fault_behind_position_128_is_told_by_its_accuracy(desk: Desk, bundle:
     assert "deploy done" in " ".join(night.said)
 
 
-def test_what_somebody_changed_on_the_board_is_told(desk: Desk, bundle: Path) -> None:
+def test_a_file_changed_on_the_board_is_red(desk: Desk, bundle: Path) -> None:
     """Behind the deploy's back: a slower engine. Its figures are those of another release, whatever they are."""
     night = desk.start("--bundle", str(bundle), counts=False)
     night.wait_for("deploy done")
@@ -112,7 +112,7 @@ def test_what_somebody_changed_on_the_board_is_told(desk: Desk, bundle: Path) ->
     assert desk.left(night) == []
 
 
-def test_a_dead_board_is_told(desk: Desk) -> None:
+def test_a_dead_board_is_red(desk: Desk) -> None:
     dead = desk.yaml("dead", on="/bin/true", off="/bin/true")
     night = desk.start("--limit", "power on=30", board=str(dead))
     code, said = night.end()
@@ -122,7 +122,7 @@ def test_a_dead_board_is_told(desk: Desk) -> None:
     assert desk.left(night) == []
 
 
-def test_a_full_disk_is_told(desk: Desk, bundle: Path) -> None:
+def test_a_full_disk_is_red(desk: Desk, bundle: Path) -> None:
     on = f"{sys.executable} -m invoke --search-root {ROOT} board.up --board virtual --disk 24M"
     night = desk.start("--bundle", str(bundle), board=str(desk.yaml("small", on=on)))
     code, said = night.end()
@@ -132,7 +132,7 @@ def test_a_full_disk_is_told(desk: Desk, bundle: Path) -> None:
     assert history.read(desk.history, "virtual", "tiny-qwen2").nights[-1].blame == "board"
 
 
-def test_a_fault_of_the_board_is_told_before_anything_is_built(desk: Desk) -> None:
+def test_an_unhealthy_board_is_red_before_the_build(desk: Desk) -> None:
     """Somebody, or a dying disk, changed a file of the known-good bundle."""
     if not (desk.root / "health").exists():  # where this test runs alone
         desk.start("--limit", "build=0.1").end()
@@ -161,10 +161,10 @@ def test_a_fault_of_the_board_is_told_before_anything_is_built(desk: Desk) -> No
     ("limit", "told"),
     [
         (100, "virtual hangs: no answer to axrun eval in 40 s"),
-        (250, "virtual hangs or is gone: ssh gave it up during axrun eval"),  # after 60 s
+        (250, "virtual hangs or is gone: ssh lost it during axrun eval"),  # after 60 s
     ],
 )
-def test_a_board_that_hangs_in_a_test_is_told(desk: Desk, bundle: Path, limit: int, told: str) -> None:
+def test_a_board_that_hangs_in_a_test_is_red(desk: Desk, bundle: Path, limit: int, told: str) -> None:
     night = desk.start("--bundle", str(bundle), "--limit", f"measure={limit}", "--no-retry", counts=limit == 100)
     night.wait_for("measure ...")
     night.wait_until(lambda: any(" eval " in what for what in commands(on_board(desk.board))))
@@ -251,7 +251,7 @@ def test_kill_9_leaves_nothing_that_the_next_command_does_not_clear(desk: Desk, 
     assert desk.invoke("board.free").stdout == "nothing of virtual was held\n"
 
 
-def test_a_board_that_somebody_holds_is_told(desk: Desk) -> None:
+def test_a_held_board_is_red_with_its_holder(desk: Desk) -> None:
     with place.hold(desk.board):
         night = desk.start()
         code, said = night.end()
@@ -281,7 +281,7 @@ def test_a_night_that_is_ended_lets_go_of_the_board(number: signal.Signals, desk
         (["virtuel"], "no board is named 'virtuel': ci/boards/ has "),
     ],
 )
-def test_what_is_no_night_at_all_is_said_in_one_error(flags: list[str], told: str, desk: Desk) -> None:
+def test_an_impossible_night_is_a_one_line_error(flags: list[str], told: str, desk: Desk) -> None:
     night = desk.start(*flags) if flags[0].startswith("-") else desk.start(board=flags[0])
     code, said = night.end()
     assert (code, said) == (2, [])

@@ -1,4 +1,4 @@
-"""`make bench` runs every benchmark there is, all of one or of a part."""
+"""`make bench` runs every benchmark, or the selected ones."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_invoke_bench_runs_that_command() -> None:
     assert "tests/bench/bench_load.py::test_load_beside_onnxruntime" in done.stdout
 
 
-def test_an_unknown_peer_is_told_the_known_ones() -> None:
+def test_an_unknown_peer_lists_the_known_ones() -> None:
     done = invoke("bench", "--peer", "gguf")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: no peer is named 'gguf': there is llama.cpp\n"

@@ -1,4 +1,4 @@
-"""The README's first command and what follows it, from checkpoint to answer."""
+"""The README's first commands, from checkpoint to answer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_build_makes_checks_lists_and_asks(out: Path) -> None:
     assert "42" in asked.stdout.splitlines()
 
 
-def test_without_torch_it_is_built_and_answers_and_says_what_was_left_out(tmp_path: Path) -> None:
+def test_a_build_without_torch_says_that_it_is_unchecked(tmp_path: Path) -> None:
     done = invoke("build", "--out", str(tmp_path), "--engine", "local", TORCH="none")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -61,7 +61,7 @@ def test_without_torch_it_is_built_and_answers_and_says_what_was_left_out(tmp_pa
     )
 
 
-def test_an_unknown_source_of_torch_is_told_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_source_of_torch_lists_the_known_ones(tmp_path: Path) -> None:
     done = invoke("build", "--out", str(tmp_path / "out"), "--engine", "local", TORCH="gpu")
     assert done.returncode == 2
     assert done.stderr == "error: TORCH is 'gpu'; expected cpu, pypi or none\n"

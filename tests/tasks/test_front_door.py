@@ -1,4 +1,4 @@
-"""The Makefile and tasks.py as a user meets them: commands in, text and exit codes out."""
+"""The Makefile and tasks.py as a user sees them: commands in, text and exit codes out."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_text_reaches_the_tasks_as_typed(name: str, given: str) -> None:
     assert done.stdout == AWKWARD + "\n"
 
 
-def test_an_unknown_model_is_told_the_known_ones(venv: str) -> None:
+def test_an_unknown_model_lists_the_known_ones(venv: str) -> None:
     done = call("make", "build", venv, "MODEL=qwen2-0.5")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -120,7 +120,7 @@ def test_an_awkward_model_name_is_quoted_back_unread(venv: str) -> None:
     assert f"error: no model is named {AWKWARD!r}" in done.stderr
 
 
-def test_run_before_build_says_what_to_do_first(venv: str, tmp_path: Path) -> None:
+def test_run_before_build_names_the_build_command(venv: str, tmp_path: Path) -> None:
     done = call("make", "run", venv, f"OUT={tmp_path / 'no where'}")
     assert done.returncode == 2
     assert (
@@ -141,7 +141,7 @@ def python(path: Path, change: str) -> str:
     return f'PYTHON={script(path, f"""exec "{sys.executable}" -c "{code}" "$@" """)}'
 
 
-def test_a_python_too_old_is_named_with_what_is_needed(tmp_path: Path) -> None:
+def test_too_old_a_python_names_the_needed_version(tmp_path: Path) -> None:
     old = python(tmp_path / "python3.9", "sys.version_info = (3, 9, 2, 'final', 0)")
     done = call("make", "setup", old, f"VENV={tmp_path / 'venv'}")
     assert done.returncode == 2
@@ -159,7 +159,7 @@ def test_no_python_at_all() -> None:
     )
 
 
-def test_a_python_without_ensurepip_is_told_the_package(tmp_path: Path) -> None:
+def test_a_python_without_ensurepip_names_the_package(tmp_path: Path) -> None:
     bare = python(tmp_path / "python3", "sys.modules['ensurepip'] = None")
     make = shutil.which("make")
     assert make
@@ -184,7 +184,7 @@ def test_only_the_tests_build_the_engine_themselves(target: str, venv: str) -> N
     assert ("install.py --without-engine" in done.stdout) == target.startswith("test")
 
 
-def test_clean_removes_what_was_made_and_keeps_the_rest(tmp_path: Path, venv: str) -> None:
+def test_clean_removes_only_build_outputs(tmp_path: Path, venv: str) -> None:
     checkout = tmp_path / "a checkout"
     for name in (
         "Makefile",

@@ -1,4 +1,4 @@
-"""Import names are axc, axrun and ci; `board` is a module of other people's, on the very boards axrun is for."""
+"""Import names are axc, axrun and ci; `board` would clash with a third-party module used on such boards."""
 
 from __future__ import annotations
 

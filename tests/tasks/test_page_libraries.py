@@ -1,4 +1,4 @@
-"""What brings the chat page's libraries, with archives in a folder and no network."""
+"""Installing the chat page's libraries from a folder of archives, without a network."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_archives_of_a_folder_are_enough(lock: Path, tmp_path: Path) -> None:
     assert os.listdir(lib.parent) == ["lib"]
 
 
-def test_what_is_there_is_left_alone_until_the_lock_changes(
+def test_an_environment_is_reused_until_the_lock_changes(
     lock: Path, wheels: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lib = tmp_path / "lib"
@@ -130,7 +130,7 @@ def test_one_error_names_the_archives_and_the_way(
     assert second == f"connect this machine, or put {names} into a folder and name it: WHEELS=folder"
 
 
-def test_a_lock_whose_package_is_built_otherwise_is_said(lock: Path, wheels: Path, tmp_path: Path) -> None:
+def test_a_package_with_another_hash_than_the_lock_is_an_error(lock: Path, wheels: Path, tmp_path: Path) -> None:
     changed = archive({"package/dist/new-place.mjs": b"export default 1;", "package/LICENSE": b"as is"})
     (wheels / "dompurify-1.0.0.tgz").write_bytes(changed)
     entries = json.loads(lock.read_text())

@@ -1,4 +1,4 @@
-"""The locks, and what happens where torch cannot be had."""
+"""The lock files, and the behaviour without torch."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_sets_agree_on_every_package_they_share() -> None:
     assert {name: found for name, found in versions.items() if len(found) > 1} == {}
 
 
-def test_an_unknown_set_is_told_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_set_lists_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(SetupFailed, match=rf"'tests': there are {', '.join(SETS)}"):
         install(tmp_path, "tests")
 
@@ -104,7 +104,7 @@ def test_torch_may_be_unwanted_even_where_it_is(tmp_path: Path, monkeypatch: pyt
         install(tmp_path, "reference")
 
 
-def test_a_peer_without_a_compiler_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_without_a_compiler_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler -O3")
     with pytest.raises(SetupFailed, match=r"no no-such-compiler here\n.*apt-get install g\+\+"):
         install_peer("llama.cpp", tmp_path / "venv")
@@ -196,7 +196,7 @@ def test_a_package_declares_what_it_imports_and_nothing_else(package: str, proje
     assert used - declared(ROOT / project) - set(UNDECLARED) == set()
 
 
-def test_an_engine_that_does_not_build_is_told_when_the_work_beside_it_is_done(tmp_path: Path) -> None:
+def test_an_engine_build_failure_is_reported_after_the_parallel_work(tmp_path: Path) -> None:
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.write_text('#!/bin/sh\necho "$1" >"$0.built"\nexit 3\n')

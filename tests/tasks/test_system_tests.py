@@ -1,4 +1,4 @@
-"""The groups of system tests: all are run, what failed is run once more, and what fails twice is an exit code."""
+"""The groups of system tests: all run, failures are retried once, a second failure sets the exit code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def write(mark: Path, name: str, text: str) -> None:
     file.write_text(text.format(mark=str(mark), name=name))
 
 
-def test_each_is_run_once_and_what_failed_once_more_alone(mark: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_groups_run_once_and_failed_tests_are_retried_alone(mark: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write(mark, "b", FAILS_ONCE)
     write(mark, "c", FAILS_ONCE)
     system_tests.run()
@@ -45,7 +45,7 @@ def test_each_is_run_once_and_what_failed_once_more_alone(mark: Path, capfd: pyt
     assert "the other system tests failed. Retrying" in said
 
 
-def test_what_fails_twice_is_an_exit_code(mark: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_test_that_fails_twice_sets_the_exit_code(mark: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write(mark, "d", FAILS)
     with pytest.raises(Exit) as ended:
         system_tests.run()

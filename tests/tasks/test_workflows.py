@@ -1,4 +1,4 @@
-"""What the workflows and CONTRIBUTING.md tell people and machines to run is there."""
+"""The commands in the workflows and CONTRIBUTING.md exist."""
 
 from __future__ import annotations
 

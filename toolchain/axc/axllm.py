@@ -1,6 +1,6 @@
-"""The files that the vendor's `axllm run DIR` reads: config.json, post_config.json, tokenizer.txt.
+"""Writes the files for the vendor's `axllm run DIR`: config.json, post_config.json, tokenizer.txt.
 
-They follow the tokenizer, not the model type: a Llama may have a SentencePiece or a byte-level vocabulary.
+They depend on the tokenizer, not on the model type: a Llama may have a SentencePiece or a byte-level vocabulary.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from axrun.errors import BadInput
 from axrun.text.tokenizer import Tokenizer
 
 TOKENIZER_TXT = "tokenizer.txt"
-# what `axllm` calls a byte-level tokenizer of a family that has no name of its own there
+# axllm's tokenizer type for byte-level tokenizers of families that it does not know
 OTHER_BYTE_LEVEL = "SmolLM2"
 SENTENCEPIECE = "LLaMA"
-BUILT_IN_END = "<|im_end|>"  # of a turn, in the templates of all its byte-level types
+BUILT_IN_END = "<|im_end|>"  # end of a turn in the built-in templates of all byte-level types
 
 
 def files(hf: Path, made: HfFolder, name: str, config: ModelConfig, target: Target) -> dict[str, str]:
@@ -37,7 +37,7 @@ def files(hf: Path, made: HfFolder, name: str, config: ModelConfig, target: Targ
 
 
 def to_json(values: Mapping[str, Any]) -> str:
-    """The one way JSON is written: sorted, indented, a line feed at the end."""
+    """JSON in canonical form: sorted, indented, with a final line feed."""
     return json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -64,7 +64,7 @@ def axllm_config(
 
 
 def tokenizer_type(hf: Path, model_type: str) -> str:
-    """What `axllm` calls the tokenizer; without one, what the model type has as a rule."""
+    """axllm's name of the tokenizer type; without a tokenizer, the usual one of the model type."""
     path = hf / "tokenizer.json"
     own = FAMILIES[model_type].axllm_tokenizer
     byte_level = _byte_level(read_json(path)) if path.is_file() else bool(own)
@@ -72,14 +72,14 @@ def tokenizer_type(hf: Path, model_type: str) -> str:
 
 
 def added_around(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer adds by itself before and behind a text."""
+    """The special tokens that the tokenizer adds before and after a text."""
     text, whole = tokenizer.encode("a", special=False), tokenizer.encode("a")
     at = next(at for at in range(len(whole) + 1) if whole[at : at + len(text)] == text or at == len(whole))
     return whole[:at], whole[at + len(text) :]
 
 
 def post_config(hf: Path) -> dict[str, Any]:
-    """Sampling: the model's own values, all switched off, as the vendor ships its models: greedy until asked."""
+    """Sampling parameters of the model, all disabled as in the vendor's models: greedy by default."""
     path = hf / "generation_config.json"
     wanted = read_json(path) if path.is_file() else {}
 
@@ -105,10 +105,10 @@ def post_config(hf: Path) -> dict[str, Any]:
 
 
 def tokenizer_txt(hf: Path, made: HfFolder) -> str | None:
-    """The vendor's text form of the tokenizer (type 3: BPE with its merges), or None where it would not be exact.
+    """The vendor's text format of the tokenizer (type 3: BPE with merges), or None if it would not be exact.
 
-    Exact means: byte-level BPE whose ids run without a gap, and that puts no space before a text. The vendor's other
-    BPE form drops the merges, encodes by longest match and gives other ids than the model was trained with.
+    It is exact for byte-level BPE with contiguous ids and without a prefix space. The vendor's other BPE format drops
+    the merges, encodes by longest match and gives other ids than those of training.
     """
     path = hf / "tokenizer.json"
     if not path.is_file():
@@ -116,7 +116,7 @@ def tokenizer_txt(hf: Path, made: HfFolder) -> str | None:
     try:
         return _bpe_txt(read_json(path), list(made.stop_ids))
     except (KeyError, AttributeError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} is no tokenizer: {type(error).__name__} {error}\nDownload it again.") from None
+        raise BadInput(f"{path} is not a valid tokenizer: {type(error).__name__} {error}\nDownload it again.") from None
 
 
 def _byte_level(tokenizer: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What a build will take of disk and memory, told before it starts, and held against what there is."""
+"""Estimates a build's disk and memory before it starts, and checks that they are available."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from axc.quantizer import WEIGHT_TYPES
 from axrun import free_memory
 from axrun.errors import BadInput
 
-PROCESS_BYTES = 200 << 20  # an interpreter with numpy and its threads' stacks, as RLIMIT_DATA counts them
-BLOCKS_BYTES = 16 << 20  # the blocks a matrix passes through
-PROOF_BYTES = 176 << 20  # transformers and torch, which the tokenizer is compared with
-PROOF_SHARE = 40  # bytes for each of the tokenizer's files: it is opened twice
+PROCESS_BYTES = 200 << 20  # an interpreter with numpy and thread stacks, as counted by RLIMIT_DATA
+BLOCKS_BYTES = 16 << 20  # buffers for blocks of a matrix
+PROOF_BYTES = 176 << 20  # transformers and torch, for comparing the tokenizer
+PROOF_SHARE = 40  # bytes of memory per byte of the tokenizer's files, which are loaded twice
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes: `disk` still to be written, private `memory` of one process, how many `processes`.
+    """In bytes: `disk` still to be written, private `memory` per process; the number of `processes`.
 
-    `proof` is what the first process takes besides, to compare the tokenizer.
+    `proof` is additional memory of the first process, for comparing the tokenizer.
     """
 
     disk: int
@@ -42,7 +42,7 @@ class Budget:
 
 
 def memory(config: ModelConfig, target: Target) -> int:
-    """Private bytes of a process: interpreter, blocks in work, rotary tables, the largest matrix's scales."""
+    """Private bytes of a process: interpreter, block buffers, rotary tables, the largest matrix's scales."""
     scales = 0
     for name in (target.weight_type, target.post_weight_type):
         group = WEIGHT_TYPES[name].group
@@ -53,13 +53,13 @@ def memory(config: ModelConfig, target: Target) -> int:
 
 
 def proof(tokenizer_bytes: int) -> int:
-    """Private bytes that comparing a tokenizer with transformers takes; none where there is neither."""
+    """Private bytes for comparing a tokenizer with transformers; 0 without either."""
     installed = importlib.util.find_spec("transformers") is not None
     return PROOF_BYTES + PROOF_SHARE * tokenizer_bytes if installed and tokenizer_bytes else 0
 
 
 def require_disk(needed: int, folder: Path) -> None:
-    """Raises BadInput when the disk that `folder` is or would be on has less free."""
+    """Raises BadInput if the disk of `folder` has less free space."""
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -70,7 +70,7 @@ def require_disk(needed: int, folder: Path) -> None:
 
 
 def require_memory(needed: int, processes: int, proof: int = 0) -> None:
-    """Raises BadInput when there is, or a process may take, too little; `proof` is needed by one of them besides."""
+    """Raises BadInput if too little memory is available or allowed; one process needs `proof` in addition."""
     available = available_memory()
     if available is not None and available < needed * processes + proof:
         raise BadInput(
@@ -86,7 +86,7 @@ def require_memory(needed: int, processes: int, proof: int = 0) -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be had without swapping, within a container's limit; None where the system does not say."""
+    """Memory available without swapping, within a container's limit; None if unknown."""
     return free_memory.available()
 
 

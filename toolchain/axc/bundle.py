@@ -1,4 +1,4 @@
-"""What a bundle holds besides axmodels and embedding: configs for three runners, the tokenizer, the manifest."""
+"""Writes the parts of a bundle besides axmodels and embedding: configs for three runners, tokenizer, manifest."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from axrun.format.bundle import MANIFEST, SCHEMA, read_manifest, sha256
 
 
 def input_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """Every file of a checkpoint that a bundle is made from."""
+    """Every checkpoint file that a bundle is built from."""
     return (*checkpoint.files, *(() if checkpoint.gguf else hf_folder.input_files(checkpoint.path)))
 
 
@@ -40,10 +40,10 @@ def finish(
     tools: Mapping[str, str] | None = None,
     kept: Mapping[str, Kept] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Adds the manifest over all files to `folder`; returns it.
+    """Writes the manifest of all files in `folder` and returns it.
 
-    `inputs` and `outputs` by file name, `outputs` being the axmodels and the embedding. `maker` is whose compiler made
-    the axmodels; how accurate another's weights are is not known here, and not said.
+    `inputs` and `outputs` are by file name; `outputs` are the axmodels and the embedding. `maker` names the compiler of
+    the axmodels; the accuracy of another maker's weights is unknown and therefore omitted.
     """
     files = {file: {"sha256": written.sha256, "size": written.nbytes} for file, written in outputs.items()}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -82,19 +82,19 @@ def finish(
         },
     }
     if maker == "cpu":
-        # root of squared error over squared weights: deterministic, unlike what a check of the whole model measures
+        # root of squared error over squared weights; deterministic, unlike the figures of a whole-model check
         manifest["accuracy"] = {
             "weight_error": {tensor: float(f"{errors[tensor]:.4g}") for tensor in sorted(errors)},
             "worst_weight_error": float(f"{max(errors.values(), default=0.0):.4g}"),
         }
-        if kept:  # what the checkpoint stores them as
+        if kept:  # their types in the checkpoint
             manifest["accuracy"]["kept"] = {tensor: kept[tensor].packed for tensor in sorted(kept)}
     write_json(folder / MANIFEST, manifest)
     return manifest
 
 
 def add_file(folder: Path, name: str, content: bytes) -> None:
-    """Puts a file into a finished bundle, in place of one of its name, and into the manifest. Raises BadInput."""
+    """Adds or replaces a file of a finished bundle, and updates the manifest. Raises BadInput."""
     manifest = read_manifest(folder)
     manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
     manifest["files"] = {file: manifest["files"][file] for file in sorted(manifest["files"])}
@@ -102,7 +102,7 @@ def add_file(folder: Path, name: str, content: bytes) -> None:
     try:
         news[name].write_bytes(content)
         write_json(news[MANIFEST], manifest)
-        for file, new in news.items():  # both are whole on the disk before the bundle changes
+        for file, new in news.items():  # both are completely written before the bundle changes
             new.replace(folder / file)
     except OSError as error:
         raise BadInput(f"cannot write into {folder}: {error.strerror or error}") from None
@@ -112,7 +112,7 @@ def add_file(folder: Path, name: str, content: bytes) -> None:
 
 
 def hidden_bytes(target: Target) -> int:
-    """Bytes of one value of the hidden state."""
+    """Bytes per value of the hidden state."""
     return 4 if target.hidden_state_type == "fp32" else 2
 
 
@@ -128,9 +128,9 @@ def write_texts(
     target: Target,
     model_config: Path | None = None,
 ) -> HfFolder:
-    """Writes the small files: hf/, proven to be read as transformers reads the checkpoint, and those for `axllm`.
+    """Writes the small files: hf/, verified to load like the checkpoint in transformers, and those for `axllm`.
 
-    Raises BadInput for a tokenizer, template or config that is damaged, or cannot be read alike.
+    Raises BadInput for a tokenizer, template or config that is damaged or loads differently.
     """
     hf = folder / "hf"
     try:
@@ -140,7 +140,7 @@ def write_texts(
     except BadInput as error:
         words = str(error).replace(str(hf), str(checkpoint.path)).replace(str(checkpoint.folder), str(checkpoint.path))
         raise BadInput(words) from None
-    (folder / axllm.TOKENIZER_TXT).unlink(missing_ok=True)  # of a build that was killed
+    (folder / axllm.TOKENIZER_TXT).unlink(missing_ok=True)  # left by a killed build
     for file, text in files.items():
         (folder / file).write_text(text, "utf-8", newline="\n")
     return made

@@ -1,8 +1,8 @@
-"""Checks of a bundle against its checkpoint, as transformers reads and computes it: never our own quantised copy.
+"""Checks a bundle against its checkpoint as loaded and computed by transformers, never against our own quantised copy.
 
 Level 0 loads and runs every axmodel. Level 1 compares every layer and the post model over a walk through the shape
-groups, each layer fed with the reference's hidden states. Level 2 compares whole models over that walk, the token ids
-of the prompt, and a greedy answer. No more than one layer of the bundle is in memory at a time.
+groups; each layer gets the reference's hidden states. Level 2 compares the whole model over that walk, the token ids of
+the prompt, and a greedy answer. At most one layer of the bundle is in memory at a time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ LOGIT_ROWS = 64  # compared at a time
 
 @dataclass
 class Found:
-    """What the bundle makes of the walk and of the answer: hidden states [n, hidden] behind the last layer so far."""
+    """The bundle's hidden states [n, hidden] of walk and answer, after the last layer run so far."""
 
     walk: Floats
     answer: Floats
@@ -62,9 +62,9 @@ class Found:
 
 
 def check(plan: Plan, level: int, prompt: str, say: Say, report: Path | None = None) -> None:
-    """Runs a level and those below it. Raises CheckFailed naming the first part that disagrees.
+    """Runs a level and all lower ones. Raises CheckFailed naming the first part that disagrees.
 
-    `report` receives the figures as JSON; they vary in the last digits with the CPU, so they are no part of the bundle.
+    `report` gets the figures as JSON. They are not part of the bundle, because their last digits depend on the CPU.
     """
     bundle = Bundle.open(plan.options.output_path)
     results: dict[str, Any] = {"level": level, "prompt": prompt}
@@ -92,7 +92,7 @@ def check(plan: Plan, level: int, prompt: str, say: Say, report: Path | None = N
 
 
 def _load_and_run(bundle: Bundle) -> None:
-    """Every axmodel once in every group, on zeros. Raises CheckFailed for an output that is not finite."""
+    """Runs every axmodel in every group on zeros. Raises CheckFailed for a non-finite output."""
     for index in range(bundle.layers):
         decoder = Decoder([open_session(bundle.layer_path(index), ENGINE)])
         for group in sorted(bundle.groups, key=lambda group: group.history):
@@ -109,13 +109,13 @@ def _load_and_run(bundle: Bundle) -> None:
 
 
 def _asked(bundle: Bundle, prompt: str) -> list[int]:
-    """The prompt as the runner asks it; none without a tokenizer."""
+    """The token ids of the prompt as the runner encodes it; empty without a tokenizer."""
     tokenizer = Tokenizer.find(bundle.hf)
     return prompt_ids(tokenizer, ChatTemplate.find(bundle.hf), prompt) if tokenizer else []
 
 
 def _layers(plan: Plan, bundle: Bundle, expected: Expected, say: Say) -> Found:
-    """Each layer fed with the reference's hidden states, and the layers one after another."""
+    """Runs each layer on the reference's hidden states, and all layers in sequence."""
     dtype = FLOATS[bundle.hidden_state_type]
     noise = explained(bundle.hidden_state_type, *_rounding(plan.target.weight_type, expected))
     steps = list(walk.steps(bundle.prefill_len, len(expected.ids)))
@@ -139,7 +139,7 @@ def _layers(plan: Plan, bundle: Bundle, expected: Expected, say: Say) -> Found:
 
 
 def _embedding(plan: Plan, expected: Expected, found: Found) -> None:
-    """The table has the reference's rows, rounded to bfloat16 by contract and to the hidden state's type."""
+    """Checks that the table has the reference's rows, rounded to bfloat16 and to the hidden state's type."""
     rows, table = found.walk, expected.trace.embedded
     error = np.abs(rows.astype(np.float64) - table)
     least = 2.0**-8 + {"fp16": 2.0**-11}.get(plan.target.hidden_state_type, 0.0)
@@ -152,7 +152,7 @@ def _embedding(plan: Plan, expected: Expected, found: Found) -> None:
 def _layer(
     decoder: Decoder, index: int, steps: Sequence[Step], expected: Expected, hidden_type: str
 ) -> Iterator[Agreement]:
-    """One layer in every stage, in their order."""
+    """Compares one layer in every stage."""
     given, wanted = expected.trace.inputs[index], expected.trace.outputs[index]
     stages: dict[str, list[Rows]] = {}
     for step in steps:
@@ -171,14 +171,14 @@ def _layer(
 
 
 def _remember(decoder: Decoder, keys: Floats, values: Floats) -> None:
-    """The cache of a single layer holds these rows [n, kv_size], and no others."""
+    """Fills the cache of a single layer with exactly these rows [n, kv_size]."""
     decoder.cache.reset()
     decoder.cache.write(0, 0, *(from_float32(rows[None], decoder.dtype) for rows in (keys, values)))
     decoder.cache.length = len(keys)
 
 
 def through(decoder: Decoder, steps: Sequence[Step], hidden: Floats) -> Floats:
-    """The outputs [n, hidden] of a layer for a sequence from the beginning, as the steps leave them."""
+    """The outputs [n, hidden] of a layer for a sequence from the beginning, after all steps."""
     decoder.cache.reset()
     out = np.empty_like(hidden)
     for step in steps:
@@ -187,7 +187,7 @@ def through(decoder: Decoder, steps: Sequence[Step], hidden: Floats) -> Floats:
 
 
 def _post(plan: Plan, bundle: Bundle, expected: Expected, found: Found, say: Say) -> dict[str, Any]:
-    """The post model on the reference's hidden states, and on the bundle's own, a few rows of logits at a time."""
+    """Runs the post model on the reference's hidden states and on the bundle's own, LOGIT_ROWS rows at a time."""
     dtype = FLOATS[bundle.hidden_state_type]
     post = Post(open_session(bundle.post_path, ENGINE))
     alone, whole, divergences, spreads, same = [], [], [], [], []
@@ -219,7 +219,7 @@ def _post(plan: Plan, bundle: Bundle, expected: Expected, found: Found, say: Say
 def _whole(
     plan: Plan, bundle: Bundle, expected: Expected, whole: dict[str, Any], prompt: str, say: Say, faults: list[str]
 ) -> dict[str, Any]:
-    """Figures of the whole model; what they may not be is appended to `faults`."""
+    """Figures of the whole model; values beyond their bounds are appended to `faults`."""
     target, rounded = plan.target, expected.trace.embedded
     types = {bundle.hidden_state_type, *_rounding(target.weight_type, expected)}
     types |= {*_rounding(target.post_weight_type, expected), *([] if is_bfloat16(rounded) else ["bf16"])}
@@ -254,7 +254,7 @@ def _whole(
 
 
 def compared(answer: Answer, ours: Floats, gap: float) -> tuple[list[int], list[str]]:
-    """The bundle's choice after each of the reference's tokens; a fault where no rounding explains another choice."""
+    """The bundle's token after each of the reference's; a fault if rounding does not explain a different choice."""
     chosen, faults = ours.argmax(axis=1).tolist(), []
     for at, (mine, theirs) in enumerate(zip(chosen, answer.tokens, strict=True)):
         margin = float(answer.logits[at, theirs] - answer.logits[at, mine])
@@ -267,13 +267,13 @@ def compared(answer: Answer, ours: Floats, gap: float) -> tuple[list[int], list[
 
 
 def _margins(logits: Floats) -> list[float]:
-    """How far the reference's first choice lies before its second, of each row."""
+    """The logit margin between the reference's first and second choice in each row."""
     top = np.partition(logits, -2, axis=1)[:, -2:]
     return [float(margin) for margin in top[:, 1] - top[:, 0]]
 
 
 def _other_prompt(bundle: Bundle, checkpoint: Path, prompt: str) -> list[str]:
-    """Where AutoTokenizer of the checkpoint's folder has other token ids for the prompt than the runner."""
+    """Faults if the runner's token ids for the prompt differ from AutoTokenizer's on the checkpoint."""
     from axc.reference import Refused, tokenizer
 
     ours, template = Tokenizer.find(bundle.hf), ChatTemplate.find(bundle.hf)
@@ -297,13 +297,13 @@ def _other_prompt(bundle: Bundle, checkpoint: Path, prompt: str) -> list[str]:
 
 
 def _templated(theirs: Any, prompt: str, wanted: list[int]) -> list[int]:
-    """The prompt in AutoTokenizer's template, as text or as a list of parts: templates are written for either."""
+    """The prompt in AutoTokenizer's template, as text or as a list of parts; a template may expect either."""
     found: list[list[int]] = []
     for content in (prompt, [{"type": "text", "text": prompt}]):
         message = {"role": "user", "content": content}
         try:
             found.append(theirs.apply_chat_template([message], add_generation_prompt=True, return_dict=False))
-        except Exception:  # the template is a program, and may be written for the other form
+        except Exception:  # the template may be written for the other form
             continue
     return wanted if wanted in found else [*found, []][0]
 
@@ -314,12 +314,12 @@ def _difference(what: str, ours: list[int], theirs: list[int]) -> str:
 
 
 def _rounding(weight_type: str, expected: Expected) -> list[str]:
-    """The weight type, where it cannot hold the checkpoint's values."""
+    """The weight type, if it cannot represent all of the checkpoint's values."""
     return [] if weight_type in expected.exact else [weight_type]
 
 
 def is_bfloat16(values: Floats) -> bool:
-    """Whether bfloat16 has every value."""
+    """Whether every value is exact in bfloat16."""
     return not (values.view(np.uint32) & 0xFFFF).any()
 
 
@@ -331,7 +331,7 @@ def _line(entries: Sequence[Agreement]) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """JSON has no infinity and no NaN: null."""
+    """Replaces infinities and NaN, which JSON lacks, by null."""
     if isinstance(value, dict):
         return {key: _as_json(entry) for key, entry in value.items()}
     if isinstance(value, list):

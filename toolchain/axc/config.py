@@ -1,4 +1,4 @@
-"""The config of a checkpoint, and every tensor that a build of it will read: where the two are compared."""
+"""Loads the config of a checkpoint and cross-checks it with every tensor that a build will read."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def load(
 ) -> ModelConfig:
     """The config of a checkpoint, cross-checked with the shapes of all its tensors.
 
-    `model_config` replaces the checkpoint's config.json, `model_type` the type named in it. `say` is told what is
-    passed over or decided against the letter of the files, as transformers does too.
-    Raises BadInput naming the tensors that are missing, unexpected or of another shape.
+    `model_config` replaces the checkpoint's config.json, `model_type` the type named in it. `say` gets a note on every
+    key or file that is ignored or overridden, as in transformers.
+    Raises BadInput naming tensors that are missing, unexpected or have the wrong shape.
     """
     path = model_config or (checkpoint.path if checkpoint.gguf else checkpoint.path / "config.json")
     values = dict(checkpoint.gguf.config) if checkpoint.gguf and not model_config else read_config_json(path)

@@ -1,4 +1,4 @@
-"""What the commands show on a terminal: the Config, the estimate, progress bars, the steps that are done."""
+"""Terminal output of the commands: config, estimate, progress bars, finished steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from axrun.errors import CheckFailed
 from axrun.format import bundle
 from axrun.progress import show_on_terminal
 
-# which bar a kind of job moves
+# kind of job -> title of its progress bar
 BARS = {"layer": "layers", "post": "post, embedding", "embedding": "post, embedding", "input": "sha256 of inputs"}
 
 
@@ -32,7 +32,7 @@ def llm_build(options: build.Options, check_level: int, prompt: str, report: Pat
     print(f"Target({', '.join(f'{key}={value!r}' for key, value in asdict(planned.target).items())})")
     print(f"bundle {options.output_path} {planned.budget.text()}", flush=True)
     _done("prepare", started)
-    if check_level < 1 and not planned.checkpoint.gguf:  # which transformers reads with torch only
+    if check_level < 1 and not planned.checkpoint.gguf:  # transformers needs torch to read a GGUF
         _spare_torch()
 
     started = time.monotonic()
@@ -53,7 +53,7 @@ def llm_build(options: build.Options, check_level: int, prompt: str, report: Pat
         for bar in bars.values():
             bar.close()
     if not fresh:
-        print(f"{options.output_path} is this very bundle, and whole: it is left as it is")
+        print(f"{options.output_path} is already this bundle, complete: nothing to build")
     total = sum(entry["size"] for entry in manifest["files"].values())
     print(f"{options.output_path}: {len(manifest['files'])} files, {megabytes(total)}, complete and named by sha256")
     print(f"worst relative error of a quantised matrix: {manifest['accuracy']['worst_weight_error']:.2%}")
@@ -68,15 +68,15 @@ def llm_build(options: build.Options, check_level: int, prompt: str, report: Pat
         except CheckFailed as failure:
             where = f"axc doctor {options.output_path} --checkpoint {options.input_path}"
             raise CheckFailed(
-                f"{failure}\nThe bundle stays there to be looked at: {where}; then build it anew with --force."
+                f"{failure}\nThe bundle stays there for examination: {where}; then build it again with --force."
             ) from None
     _done("check", started, "" if check_level >= 0 else " (not asked for)")
 
 
 def _spare_torch() -> None:
-    """transformers reads the tokenizer without torch: importing that takes longer than building a small model.
+    """Makes transformers load the tokenizer without torch, whose import takes longer than building a small model.
 
-    For the rest of this process. It has no effect where a .bin checkpoint has imported torch already.
+    It affects the rest of this process, unless reading a .bin checkpoint has already imported torch.
     """
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
 
@@ -86,7 +86,7 @@ def _done(step: str, started: float, remark: str = "") -> None:
 
 
 def verify(path: Path, *, as_json: bool) -> None:
-    """Prints what was verified. Raises BadInput, CheckFailed."""
+    """Verifies a bundle and prints the result. Raises BadInput, CheckFailed."""
     total = sum(entry["size"] for entry in bundle.read_manifest(path)["files"].values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", file=sys.stderr, leave=False, disable=None) as bar:
         manifest = bundle.verify(path, bar.update)
@@ -96,7 +96,7 @@ def verify(path: Path, *, as_json: bool) -> None:
 
 
 def reference(options: logits.Options) -> None:
-    """Writes reference logits and says what they hold. Raises BadInput."""
+    """Writes reference logits and describes them. Raises BadInput."""
     path, written = logits.write(options, show_on_terminal, print)
     for line in logits.lines(path, written):
         print(line)

@@ -1,4 +1,4 @@
-"""The graphs that this compiler writes for a model and the flags of a bundle."""
+"""The graphs that this compiler would write for a model and a bundle's flags, for comparison with the bundle's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FLAGS = tuple(sorted(field.name for field in dataclasses.fields(Target)))
 
 
 def target(manifest: Mapping[str, Any]) -> Target | None:
-    """The flags that a bundle was built with; None where the manifest does not tell them."""
+    """The flags of a bundle's build; None if the manifest does not have them."""
     flags = manifest.get("flags")
     if not isinstance(flags, dict) or set(flags) != set(FLAGS):
         return None
@@ -35,13 +35,13 @@ def target(manifest: Mapping[str, Any]) -> Target | None:
 
 
 def same_compiler(manifest: Mapping[str, Any]) -> bool:
-    """Whether this very compiler made a bundle: another one's graphs may be others, and as good."""
+    """Whether exactly this compiler made the bundle; another version's graphs may differ and be equally good."""
     return bool(manifest["tools"].get("digest") == identity.digest())
 
 
 @functools.lru_cache(maxsize=64)
 def fresh(config: ModelConfig, target: Target, index: int | None, kept: Keeping = ()) -> Drawing:
-    """What this compiler writes for a layer, or for the post model (`index` None)."""
+    """The graph that this compiler writes for a layer, or for the post model (`index` None)."""
     if index is None:
         model, parameters = compiler.post_model(config, target, dict(kept))
     else:
@@ -57,17 +57,16 @@ def fresh(config: ModelConfig, target: Target, index: int | None, kept: Keeping 
 def changed(
     model: Axmodel, config: ModelConfig, target: Target, index: int | None, kept: Mapping[str, Kept] = NONE
 ) -> str:
-    """How the graph of a file differs from what this compiler writes; empty where it does not. `kept`: the matrices
-    that keep the levels which the checkpoint has."""
+    """The difference of a file's graph from the one that this compiler writes, in words; empty if there is none.
+
+    `kept`: the matrices whose quantisation levels are taken from the checkpoint unchanged.
+    """
     wanted = fresh(config, target, index, tuple(sorted(kept.items())))
     return difference(draw(model, index, wanted.constants), wanted, index)
 
 
 def listed(checkpoint: Checkpoint, config: ModelConfig, target: Target) -> dict[str, Any]:
-    """All graphs of a model, for a doctor that has no compiler: each that differs from the others once.
-
-    Raises BadInput.
-    """
+    """All distinct graphs of a model, for a doctor without a compiler. Raises BadInput."""
     stored = checkpoint.tied() if config.tie_word_embeddings else checkpoint
     kept = build.stored_types(stored, config, target.weight_type, target.post_weight_type)[1]
     keeping = tuple(sorted(kept.items()))

@@ -1,4 +1,4 @@
-"""What a check asks of the reference, gathered before the bundle is opened: the two need not be in memory together."""
+"""The reference's results for a check, computed before the bundle is loaded, so that both need not fit in memory."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 ANSWER_TOKENS = 32
-HISTORY_BYTES = 1 << 30  # most K/V rows of a probe, over all layers
+HISTORY_BYTES = 1 << 30  # bound on the K/V rows of a probe, over all layers
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Tokens behind a history: K and V rows [n, kv_size] of each layer, and what the reference makes of them."""
+    """Tokens after a history of K and V rows [n, kv_size] per layer, and the reference's pass over them."""
 
     step: Step
     history: list[tuple[Floats, Floats]]
@@ -40,7 +40,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Answer:
-    """A prompt's ids, the reference's greedy tokens, and the logits [n, vocab] that each was taken from."""
+    """A prompt's ids, the reference's greedy tokens, and the logits [n, vocab] of each."""
 
     asked: list[int]
     tokens: list[int]
@@ -49,10 +49,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Expected:
-    """`ids` of the walk and the reference's pass over them; `reach` says in words how far the check gets.
+    """`ids` of the walk and the reference's pass over them; `reach` describes how far the check gets.
 
-    `exact` are the weight types that hold every value of the checkpoint. `rows` are K and V of the walk, [n, kv_size]
-    of each layer, where they were asked for and are what the layers keep.
+    `exact` are the weight types that represent every value of the checkpoint. `rows` are K and V of the walk, [n,
+    kv_size] per layer, if requested and if the layers cache K and V.
     """
 
     ids: Ids
@@ -65,10 +65,10 @@ class Expected:
 
 
 def expect(options: Options, bundle: Bundle, prompt: str, asked: list[int], say: Callable[[str], None]) -> Expected:
-    """Loads the reference and asks it.
+    """Loads the reference and computes its results.
 
-    Raises CheckFailed when transformers does not read the checkpoint as the bundle's model, BadInput when memory or
-    the context do not suffice.
+    Raises CheckFailed if transformers loads another model than the bundle's, BadInput if memory or the context do not
+    suffice.
     """
     from axc.reference import Reference, Refused
 
@@ -82,9 +82,9 @@ def expect(options: Options, bundle: Bundle, prompt: str, asked: list[int], say:
 
 
 def ask(reference: Reference, bundle: Bundle, prompt: str, asked: list[int], *, keep_rows: bool = False) -> Expected:
-    """Asks the reference. `asked` are the token ids to answer, none for no answer.
+    """Computes the reference's results. `asked` are the token ids to answer, empty for no answer.
 
-    Raises CheckFailed when it is another model than the bundle's, BadInput when the context does not suffice.
+    Raises CheckFailed if it is another model than the bundle's, BadInput if the context does not suffice.
     """
     count, cache, tokenizer = walk.length(bundle), reference.empty_cache(), Tokenizer.find(bundle.hf)
     ids = walk.sample(tokenizer.encode(prompt) if tokenizer else [], count, bundle.vocab_size)
@@ -117,7 +117,7 @@ def _expect_shape(bundle: Bundle, trace: Trace) -> None:
 
 
 def _probe(bundle: Bundle, reference: Reference, cache: Any, count: int) -> tuple[list[Probe], str]:
-    """The probes behind a walk of `count` tokens whose K/V rows `cache` holds, and how far the check gets."""
+    """The probes after a walk of `count` tokens with K/V rows in `cache`, and how far the check gets."""
     context, dtype = bundle.kv_cache_len, FLOATS[bundle.hidden_state_type]
     if context <= count:
         return [], f"{count} tokens, the whole context"
@@ -126,8 +126,10 @@ def _probe(bundle: Bundle, reference: Reference, cache: Any, count: int) -> tupl
     for step in walk.probes(bundle, count):
         if step.start > most:
             continue
-        rows = np.random.default_rng(walk.SEED).integers(0, count, step.start)  # no pattern: a shift of rows shows
-        trend = np.linspace(-1, 1, step.start, dtype=np.float32)  # and rows that are left out
+        rows = np.random.default_rng(walk.SEED).integers(
+            0, count, step.start
+        )  # random, so that shifted rows are detected
+        trend = np.linspace(-1, 1, step.start, dtype=np.float32)  # and missing rows too
         resumed = reference.resampled(cache, rows, trend, lambda values: to_float32(from_float32(values, dtype), dtype))
         if resumed is None or resumed[1][0][0].shape[1] != bundle.kv_size:
             break

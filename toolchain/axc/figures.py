@@ -1,6 +1,6 @@
-"""The figures of a checkpoint that a board's doctor compares a bundle with: made by transformers, in float32.
+"""Computes figures.npz, the float32 reference values by transformers that `axrun doctor` compares a bundle with.
 
-The file and what each array holds: board/axrun/doctor/figures.py.
+board/axrun/doctor/figures.py describes the file and its arrays.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float32]
 Say = Callable[[str], None]
 
-BASE = 16  # real rows of each layer that inputs and histories are picked from
-SEED = 11  # of the picks
+BASE = 16  # real rows per layer, from which inputs and histories are sampled
+SEED = 11  # of the sampling
 TABLE = 64  # rows of the embedding table
 POST = 2  # rows of logits
 ANSWER = 16  # tokens of the greedy answer
-ASKED = 24  # tokens before it, at most
-SPREAD = 256  # ids of the vocabulary whose logits are kept of each token of the answer
-LIKELIEST = 8  # of each token of the answer, beside those
+ASKED = 24  # most tokens of its prompt
+SPREAD = 256  # evenly spread vocabulary ids whose logits are stored per token of the answer
+LIKELIEST = 8  # top ids stored in addition
 
 
 def leave(
@@ -55,9 +55,9 @@ def leave(
     say: Say,
     graphs: Mapping[str, Any] | None = None,
 ) -> Figures | None:
-    """Writes the figures into a bundle and its manifest, and says what they hold, or why there are none.
+    """Writes the figures into a bundle and its manifest; reports their content, or why there are none.
 
-    `graphs`: what this compiler writes for the bundle's model and flags.
+    `graphs`: the graphs that this compiler writes for the bundle's model and flags.
     """
     try:
         bundle = Bundle.open(folder)
@@ -74,12 +74,12 @@ def leave(
 
 
 class NoFigures(Exception):
-    """The layers keep something else between tokens than K and V of one width: there are no figures for them."""
+    """There are no figures for this model: its layers cache something other than K and V of one width."""
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Visits (group, start, count), and the positions of each whose rows are kept."""
+    """Visits (group, start, count), and the positions whose rows are stored for each."""
 
     visits: list[tuple[int, int, int]]
     probes: list[tuple[int, int]]
@@ -93,7 +93,7 @@ def compute(
     text: dict[str, Any],
     show: Show,
 ) -> Figures:
-    """The figures of a bundle. `ids` are tokens of a real text, `weights` those of its axmodels by name.
+    """Computes the figures of a bundle. `ids` are tokens of a real text, `weights` the axmodels' sources by name.
 
     Raises NoFigures, BadInput.
     """
@@ -106,7 +106,7 @@ def compute(
     heads = [layer.keys.shape[1] for layer in cache.layers] if rows is not None else []
     if rows is None or any(part.shape[1] != bundle.kv_size for pair in rows for part in pair):
         raise NoFigures("the layers keep something else than K and V of one width between tokens")
-    base = slice(1, None) if len(ids) > 1 else slice(None)  # the first token's rows are like no others'
+    base = slice(1, None) if len(ids) > 1 else slice(None)  # the first token's rows are atypical
     carried = FLOATS[hidden_type]
     hidden = np.stack([from_float32(part[base], carried) for part in trace.inputs])
     keys, values = (np.stack([from_float32(pair[i][base], carried) for pair in rows]) for i in (0, 1))
@@ -153,7 +153,7 @@ def compute(
 
 
 def plan(bundle: Bundle) -> Asked:
-    """Every prefill group behind its full history and an odd one, decode at several depths, and a walk through all."""
+    """Visits of every prefill group behind a full and an odd history, of decode at several depths, and of a walk."""
     context = bundle.kv_cache_len
     visits: list[tuple[int, int, int]] = []
     for group in bundle.groups:
@@ -169,7 +169,7 @@ def plan(bundle: Bundle) -> Asked:
 
 
 def _places(bundle: Bundle, group: int, start: int, count: int) -> list[int]:
-    """The first, the middle and the last token of a visit; of the walk also those around every border of a group."""
+    """The first, middle and last position of a visit; for the walk also those around every group boundary."""
     places = {start, start + count // 2, start + count - 1}
     if group == WALK:
         borders = {entry.history for entry in bundle.groups if entry.tokens > 1} | {bundle.prefill_len}
@@ -186,7 +186,7 @@ def _layers(
     heads: list[int],
     show: Show,
 ) -> tuple[Floats, tuple[Floats, Floats]]:
-    """What each layer adds at each probe [L, P, H], and the K and V rows it makes there [L, P, D]."""
+    """Each layer's update at each probe [L, P, H], and its new K and V rows [L, P, D]."""
     (hidden, keys, values), (given, kept) = base, picks
     hidden_type, layers = bundle.hidden_state_type, bundle.layers
     dtype, probes = FLOATS[hidden_type], np.array(asked.probes)
@@ -209,7 +209,7 @@ def _layers(
 
 
 def _constants(reference: Reference, weights: Mapping[str, Source]) -> dict[str, Any]:
-    """Checksums of the vectors by their names, and the epsilon of the norms where all have the same."""
+    """Checksums of the vectors by name, and the norms' epsilon if all share one."""
     epsilons = {float(getattr(module, "variance_epsilon", 0)) for module in reference.model.modules()} - {0.0}
     vectors = {
         name: checksum(source.rows(reference, 0, source.shape[0]))
@@ -220,13 +220,13 @@ def _constants(reference: Reference, weights: Mapping[str, Source]) -> dict[str,
 
 
 def _stop_ids(bundle: Bundle) -> dict[str, Any]:
-    """The ids that the build found to end an answer."""
+    """The stop ids found by the build."""
     listed = bundle.manifest.get("text", {}).get("stop_ids")
     return {"stop_ids": sorted(map(int, listed))} if isinstance(listed, dict) else {}
 
 
 def text(checkpoint: Path) -> dict[str, Any]:
-    """Texts and conversations as transformers' tokenizer and template of the checkpoint read them; none without one."""
+    """Texts and conversations encoded by transformers with the checkpoint's files; empty without a tokenizer."""
     from axc.reference import Refused, tokenizer
 
     try:
@@ -250,7 +250,7 @@ def text(checkpoint: Path) -> dict[str, Any]:
     for name, (messages, given) in CONVERSATIONS.items():
         try:
             prompt = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **given)
-        except Exception:  # a template is a program of its own
+        except Exception:  # a template can raise anything
             prompt = None
         conversations.append({"name": name, "messages": messages, "given": given, "prompt": prompt})
     vocabulary["template_sum"] = zlib.crc32(source.encode("utf-8", "surrogatepass"))
@@ -258,7 +258,7 @@ def text(checkpoint: Path) -> dict[str, Any]:
 
 
 def _table(table: Any, draw: np.random.Generator) -> dict[str, NDArray[Any]]:
-    """Rows of the embedding table as torch rounds them to bfloat16, and the checksum of every few rows."""
+    """Rows of the embedding table, rounded to bfloat16 by torch, and checksums of every TABLE_ROWS rows."""
     count = len(table)
     ids = np.unique(np.concatenate([draw.integers(0, count, TABLE), [0, count // 2, count - 1]]))
     sums = []
@@ -275,13 +275,13 @@ def _bfloat16(rows: Any) -> NDArray[np.uint16]:
 
 
 def _post(trace: Any, exact: bool, carried: str) -> tuple[NDArray[Any], tuple[NDArray[Any], Floats]]:
-    """The last layer's output of a few tokens, and their logits."""
+    """The last layer's output for a few tokens, and their logits."""
     last = slice(len(trace.logits) - POST, None)
     return from_float32(trace.outputs[-1][last], carried), packed(trace.logits[last], exact)
 
 
 def _answer(reference: Reference, bundle: Bundle, ids: Sequence[int]) -> dict[str, NDArray[Any]]:
-    """A piece of the text and the greedy answer to it, and the logits of each token of that."""
+    """A prompt from the text, its greedy answer, and logits of each answer token."""
     room = bundle.kv_cache_len - ANSWER
     asked = np.array(ids[1 : 1 + max(1, min(ASKED, room, len(ids) - 1))], np.uint32)
     tokens = min(ANSWER, bundle.kv_cache_len - len(asked))

@@ -1,10 +1,9 @@
-"""Which compiler this is: a digest of the sources that decide a bundle's bytes, and of whose results they write.
+"""The identity of the compiler: a digest of all sources that determine a bundle's bytes, and versions of libraries.
 
-A version number is raised by hand; between two raises a commit may change every byte of a bundle. The digest covers
-what `axc.build` and `axc.pulsar2` import of ours, found in the sources themselves, and of a subpackage of
-theirs every module, since those may be looked up by name. It is the same in a checkout, in an installed wheel and in
-the container. A comment changes it too: a digest that differs without need costs a build, the other way round a stale
-bundle passes for a current one.
+A version number is raised by hand, but any commit may change the bytes of a bundle. The digest covers every module of
+ours that `axc.build` and `axc.pulsar2` import, found by parsing the sources, and all modules of imported subpackages,
+which may be looked up by name. It is the same in a checkout, an installed wheel and the container. Comments count too:
+an unnecessary change of the digest costs one build, a missed change would leave a stale bundle in use.
 """
 
 from __future__ import annotations
@@ -23,20 +22,20 @@ from axc import VERSION
 
 ROOTS = ("axc.build", "axc.pulsar2")
 PLACES = MappingProxyType({package.__name__: Path(*package.__path__) for package in (axrun, axc)})
-# Third-party packages whose arithmetic is written into a bundle. Those that only read or compare decide nothing; what
-# mended a tokenizer is named in the manifest's `text`, where one had to be.
+# Third-party packages whose results are written into a bundle, unlike those that only read or compare. The manifest's
+# `text` names the package that repaired a tokenizer, if any.
 COMPUTING = ("gguf", "numpy")
 DIGITS = 16  # of SHA-256, in hexadecimal
 
 
 @functools.cache
 def digest() -> str:
-    """What tells this compiler from one that would write other bytes."""
+    """The digest of this compiler."""
     return digest_of(PLACES)
 
 
 def tools() -> dict[str, str]:
-    """The compiler as a manifest names it: versions by name, and the digest."""
+    """The compiler's entry in a manifest: versions by name, and the digest."""
     return {"axc": VERSION, "digest": digest(), **{name: metadata.version(name) for name in COMPUTING}}
 
 

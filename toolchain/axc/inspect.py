@@ -1,4 +1,4 @@
-"""What an axmodel or a bundle holds, for people and for machines. Reads the vendor's axmodels too."""
+"""`axc inspect`: describes an axmodel or a bundle as text or JSON. Reads the vendor's axmodels too."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from axrun.errors import BadInput
 from axrun.format.axmodel import Axmodel, TensorInfo, read
 from axrun.format.bundle import Bundle, compiler
 
-NOT_SHOWN = ("axmodel.groups", vendor_axmodel.EXTRA_DATA)  # of the metadata: shown decoded
+NOT_SHOWN = ("axmodel.groups", vendor_axmodel.EXTRA_DATA)  # metadata that is shown decoded instead
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def describe(path: Path) -> dict[str, Any]:
 
 
 def describe_axmodel(model: Axmodel, path: Path) -> dict[str, Any]:
-    """Producer, groups, inputs and outputs, operators, and how many bytes each initializer takes."""
+    """Producer, groups, inputs and outputs, operators, and the size of each initializer."""
     if not model.inputs and not model.nodes:
         raise BadInput(f"{path} is a protobuf file without a graph, not an axmodel")
     largest = sorted(model.initializers.values(), key=lambda tensor: (-tensor.nbytes, tensor.name))
@@ -59,7 +59,7 @@ def describe_axmodel(model: Axmodel, path: Path) -> dict[str, Any]:
 
 
 def _npu_nodes(model: Axmodel) -> list[Any]:
-    """The vendor's compiled nodes: `neu mode`, one for each shape group."""
+    """The vendor's compiled nodes (`neu mode`), one per shape group."""
     return [node for node in model.nodes if "neu" in node.op_type.lower()]
 
 
@@ -79,7 +79,7 @@ def as_text(path: Path) -> str:
 
 
 def _printable(line: str) -> str:
-    """What a file says of itself may hold what a terminal takes for commands."""
+    """The line with control characters escaped, which a terminal could interpret as commands."""
     return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
@@ -107,7 +107,7 @@ def _axmodel_text(about: dict[str, Any]) -> str:
 
 
 def _vendor_lines(about: dict[str, Any] | None) -> list[str]:
-    """What is the vendor's own, one line each."""
+    """The vendor-specific entries, one line each."""
     if about is None:
         return []
     lines = [f"{key:<12} {about[key]}" for key in ("commit", "npu_mode", "chip") if about.get(key)]

@@ -1,4 +1,4 @@
-"""axc reference: writes reference logits of a float32 checkpoint over a text, for `axrun eval` to measure against."""
+"""axc reference: writes the logits of a float32 checkpoint over a text, the reference of `axrun eval`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ Say = Callable[[str], None]
 
 WINDOW = 512
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
-MODEL_CONFIG = "model_config"  # what a manifest calls a config.json given in place of the checkpoint's
-ROWS = 128  # of logits at a time
-MOST_ANSWERS = 16  # greedy continuations, one a window
+MODEL_CONFIG = "model_config"  # the manifest's name of a config.json given with --model_config
+ROWS = 128  # rows of logits per block
+MOST_ANSWERS = 16  # greedy continuations, one per window
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Options:
 
 
 def write(options: Options, show: Show = unseen, say: Say = lambda line: None) -> tuple[Path, ReferenceLogits]:
-    """Computes the logits and writes them to a file, or into a bundle and its manifest; the path, and what it holds.
+    """Computes the logits and writes them to a file, or into a bundle and its manifest; returns path and content.
 
-    A bundle gets the figures of a doctor too; `say` is told of those. Raises BadInput when the checkpoint or the text
-    cannot be used, or the bundle was built from another checkpoint.
+    A bundle also gets the doctor's figures, reported through `say`. Raises BadInput if the checkpoint or the text is
+    unusable, or if the bundle was built from another checkpoint.
     """
     manifest = None if options.bundle is None else read_manifest(options.bundle)
     inputs = {path.name: sha256(path) for path in _inputs(options, manifest)}
@@ -100,7 +100,7 @@ def write(options: Options, show: Show = unseen, say: Say = lambda line: None) -
 
 
 def _graphs(checkpoint: Checkpoint, model: ModelConfig, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What this compiler writes for the model and the flags of a bundle that it made itself; None for any other."""
+    """The graphs that this compiler writes for a bundle that it built itself; None for any other bundle."""
     target = drawings.target(manifest)
     if target is None or not drawings.same_compiler(manifest):
         return None
@@ -113,12 +113,12 @@ def compute(
     model: Mapping[str, Any] = MappingProxyType({}),
     show: Show = unseen,
 ) -> tuple[ReferenceLogits, Reference]:
-    """The reference logits of a text in windows of equal length, and who gave them; the text's end may not be used.
+    """The reference logits of a text in windows of equal length, and the reference; a remainder of the text is unused.
 
-    `model` is the description in a bundle's manifest, for the length of a window where the options give none. Raises
+    `model` is the description in a bundle's manifest; it determines the window length if the options do not. Raises
     BadInput.
     """
-    text = _text(options.text)  # before torch is loaded, which takes its time
+    text = _text(options.text)  # before the slow import of torch
 
     import transformers
 
@@ -165,7 +165,7 @@ def compute(
 
 
 def _window_of(model: Mapping[str, Any]) -> int:
-    """Tokens of a window that goes past the first prefill and through every group, within the context."""
+    """The length of a window that leaves the first prefill chunk and crosses every group, within the context."""
     if not model:
         return WINDOW
     history = max((group["history"] for group in model["groups"] if group["tokens"] > 1), default=0)
@@ -173,7 +173,7 @@ def _window_of(model: Mapping[str, Any]) -> int:
 
 
 def _not_reached(model: Mapping[str, Any], length: int) -> Iterator[str]:
-    """What of a bundle windows of this length leave unmeasured."""
+    """Remarks on parts of a bundle that windows of this length do not measure."""
     if not model:
         return
     histories = sorted(group["history"] for group in model["groups"] if group["tokens"] > 1)
@@ -187,7 +187,7 @@ def _not_reached(model: Mapping[str, Any], length: int) -> Iterator[str]:
 
 
 def _inputs(options: Options, manifest: dict[str, Any] | None) -> Iterator[Path]:
-    """The files of the checkpoint: those that the bundle was built from, else all that a model is made of."""
+    """The checkpoint's files: those that the bundle was built from, or all that make up a model."""
     folder = options.input_path
     if folder.suffix == GGUF and folder.is_file():
         yield folder
@@ -215,7 +215,7 @@ def _text(path: Path) -> bytes:
 
 
 def _ids(options: Options, text: bytes) -> list[int]:
-    """Token ids of the text by AutoTokenizer, as many as are wanted."""
+    """Token ids of the text by AutoTokenizer, at most `tokens` of the options."""
     from axc.reference import tokenizer
 
     ids = list(tokenizer(options.input_path).encode(text.decode("utf-8")))[: options.tokens]
@@ -241,7 +241,7 @@ def _rows(logprobs: NDArray[np.float64], following: NDArray[np.int64], top: int)
     vocabulary = logprobs.shape[1]
     ids = np.argpartition(logprobs, vocabulary - top, axis=1)[:, vocabulary - top :]
     kept = np.take_along_axis(logprobs, ids, axis=1)
-    order = np.lexsort((ids, -kept), axis=1)  # equal ones in the order of their ids
+    order = np.lexsort((ids, -kept), axis=1)  # ties in the order of ids
     ids, kept = np.take_along_axis(ids, order, axis=1), np.take_along_axis(kept, order, axis=1)
     others = np.exp(logprobs)
     np.put_along_axis(others, ids, 0.0, axis=1)
@@ -252,7 +252,7 @@ def _rows(logprobs: NDArray[np.float64], following: NDArray[np.int64], top: int)
 
 
 def _expect_same(manifest: dict[str, Any], inputs: dict[str, str], options: Options) -> None:
-    """Raises BadInput when the bundle is not of this checkpoint."""
+    """Raises BadInput if the bundle was not built from this checkpoint."""
     built = manifest.get("inputs")
     recorded = {name: entry.get("sha256") for name, entry in built.items()} if isinstance(built, dict) else {}
     if options.model_config is not None:
@@ -266,7 +266,7 @@ def _expect_same(manifest: dict[str, Any], inputs: dict[str, str], options: Opti
 
 
 def lines(path: Path, logits: ReferenceLogits) -> Iterator[str]:
-    """What was written, for a reader."""
+    """The result in lines for a console."""
     windows, length = logits.tokens.shape
     bound = "exact" if logits.exact else f"a lower bound, of {logits.ids.shape[2]} tokens and the rest"
     yield f"{path}: {windows} windows of {length} tokens, {path.stat().st_size:,} bytes; divergence is {bound}"

@@ -1,6 +1,6 @@
-"""Where a bundle is built: a folder beside its place, renamed into it when whole.
+"""The staging folder of a build: next to the output path, renamed to it when the bundle is complete.
 
-A build that is killed leaves the folder, and the next one with the same inputs and flags goes on from it.
+A killed build leaves its folder; the next build with the same inputs and flags resumes from it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ KEY_FILE = ".build.json"
 
 
 def staging_path(output: Path) -> Path:
-    """The folder a bundle for `output` is built in: on the same file system."""
+    """The staging folder for `output`, on the same file system."""
     return output.with_name(f".{output.name}.building")
 
 
 class KeepStaging(Exception):
-    """Ends a build with `reason` and keeps its finished files for the next try."""
+    """Aborts a build with `reason` and keeps its finished files for the next attempt."""
 
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
@@ -37,10 +37,10 @@ class KeepStaging(Exception):
 
 @contextlib.contextmanager
 def staging(output: Path, key: dict[str, Any]) -> Iterator[Path]:
-    """The staging folder, held by a lock; what another build left there stays only if its `key` was the same.
+    """The locked staging folder; files of an earlier build are kept only if its `key` was the same.
 
-    Left in place when the block raises `KeepStaging` or the process is killed, removed on every other way out.
-    Raises BadInput when another process is building the same bundle, or the folder is none that a build made; OSError.
+    It stays if the block raises `KeepStaging` or the process is killed; otherwise it is removed.
+    Raises BadInput if another process is building the same bundle, or the folder was not made by a build; OSError.
     """
     folder = staging_path(output)
     made = [parent for parent in (output.parent, *output.parent.parents) if not parent.exists()]
@@ -94,13 +94,13 @@ def _keep_only(folder: Path, key: dict[str, Any]) -> None:
         return
     for entry in sorted(
         folder.iterdir(), key=lambda entry: entry.name == KEY_FILE
-    ):  # the key last: see _refuse_foreign
+    ):  # the key file last: _refuse_foreign needs it
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     record.write_text(text, "utf-8")
 
 
 def publish(folder: Path, output: Path, *, replace: bool) -> None:
-    """Renames the finished bundle into its place; an older bundle there goes when `replace`. Raises BadInput."""
+    """Renames the finished bundle to `output`; replaces an older one if `replace`. Raises BadInput."""
     for record in [*folder.glob(f"*{DONE}"), folder / KEY_FILE]:
         record.unlink()
     if output.exists() and any(output.iterdir()):
@@ -116,9 +116,9 @@ def publish(folder: Path, output: Path, *, replace: bool) -> None:
 
 
 def refuse_other_content(output: Path, reason: str = "", *, force: bool) -> None:
-    """Raises BadInput when `output` holds anything but a bundle, or a bundle and `force` was not given.
+    """Raises BadInput if `output` has something other than a bundle, or a bundle and `force` was not given.
 
-    `reason` says what tells that bundle from the one to be built.
+    `reason` names the difference from the bundle to be built.
     """
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
@@ -132,7 +132,7 @@ def refuse_other_content(output: Path, reason: str = "", *, force: bool) -> None
 
 
 def staged_bytes(output: Path) -> int:
-    """Bytes that an earlier build of `output` has already on the disk."""
+    """Bytes already written by an earlier build of `output`."""
     folder = staging_path(output)
     files = [path.with_name(path.name.removesuffix(DONE)) for path in folder.glob(f"*{DONE}")]
     return sum(path.stat().st_size for path in files if path.is_file())

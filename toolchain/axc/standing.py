@@ -1,4 +1,4 @@
-"""A bundle that is at the output path already: the very one a build would make, or what tells it from that."""
+"""Examines an existing bundle at the output path: identical to what the build would make, or how it differs."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from axrun.format.bundle import MANIFEST, read_manifest, sha256, verify
 if TYPE_CHECKING:
     from axc.build import Plan
 
-MODEL_CONFIG = "model_config"  # what the manifest calls a config.json given in place of the checkpoint's
-SHOWN = 2  # differences, before the rest is only counted
+MODEL_CONFIG = "model_config"  # the manifest's name of a config.json given with --model_config
+SHOWN = 2  # named differences; the rest is counted
 
 
 class Standing(NamedTuple):
-    """`manifest` of the very bundle, whole; None where there is another or none. `reason`: what tells it apart."""
+    """`manifest` of an identical, complete bundle, else None; `reason` says how another bundle differs."""
 
     manifest: dict[str, Any] | None
     reason: str
 
 
 def find(planned: Plan) -> Standing:
-    """What is at the output path of a build by this compiler."""
+    """Examines the output path of a build by this compiler."""
     if not (planned.output / MANIFEST).is_file():
         return Standing(None, "")
     try:
@@ -43,12 +43,12 @@ def find(planned: Plan) -> Standing:
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """As they are read back from JSON: tuples are lists."""
+    """The values as JSON gives them back: tuples become lists."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _made_otherwise(planned: Plan, manifest: Mapping[str, Any]) -> list[str]:
-    """How the compiler, the flags and the names differ; nothing large is read for it."""
+    """Differences in compiler, flags and names; reads no large file."""
     found = []
     made, mine, maker = manifest["tools"], identity.tools(), manifest["maker"]
     if maker != "cpu":
@@ -73,7 +73,7 @@ def _made_otherwise(planned: Plan, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _made_from_others(planned: Plan, recorded: Mapping[str, Any]) -> Iterator[str]:
-    """How the inputs differ, hashed where their sizes do not tell."""
+    """Differences in the inputs; files of equal size are hashed."""
     files = {path.name: path for path in planned.inputs}
     if planned.options.model_config:
         files[MODEL_CONFIG] = planned.options.model_config

@@ -1,7 +1,6 @@
-"""The runner's tokenizer and template held against transformers' reading of the original checkpoint, on a probe.
+"""Compares the runner's tokenizer and chat template with transformers' for the original checkpoint, on a set of probes.
 
-What is compared is what the runner itself will use (axrun.text.tokenizer, axrun.text.template) on the files that go
-into the bundle.
+It runs the runner's own code (axrun.text.tokenizer, axrun.text.template) on the files that go into the bundle.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ import axrun.text.template
 from axrun.text.template import ChatTemplate
 from axrun.text.tokenizer import Tokenizer
 
-MOST_SINGLE = 2048  # ids that are decoded alone, spread over a vocabulary
-TOGETHER = 32  # added tokens in one text
+MOST_SINGLE = 2048  # ids decoded one by one, spread over the vocabulary
+TOGETHER = 32  # added tokens per text
 
 PLAIN = (
     *("", " ", "  ", "\t", "\n", "\n\n", "\r\n", " \n ", " a", "a ", "  a  b  ", "a\n b\n\n  c\t\td", "\n a", "a\r\rb"),
@@ -63,7 +62,7 @@ PLAIN = (
     *("A very common sentence, with commas; and (parentheses).", "\u2581a \u2581 \u0120b", "<0x0A> <0xE4>"),
     "".join(map(chr, range(256))),
 )
-BROKEN = ("\u6f22", "\U0001f99c", "\u00e9\u00e9")  # whose tokens are taken apart
+BROKEN = ("\u6f22", "\U0001f99c", "\u00e9\u00e9")  # texts whose tokens are decoded partially
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "\u00fc"}}}
 TOOL = {
@@ -122,7 +121,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 def tokenizer_differences(ours: Tokenizer, theirs: Any) -> Iterator[str]:
-    """What the two encode or decode differently, in words; nothing where they agree. `theirs` is transformers'."""
+    """Differences in encoding and decoding, in words; empty if they agree. `theirs` is transformers'."""
     texts = probe(ours, theirs)
     lists: list[list[int]] = []
     for special in (True, False):
@@ -141,19 +140,19 @@ def tokenizer_differences(ours: Tokenizer, theirs: Any) -> Iterator[str]:
 
 
 def probe(ours: Tokenizer, theirs: Any) -> list[str]:
-    """The texts that are encoded: odd ones, and the added tokens of both in and beside others."""
+    """The texts to encode: unusual ones, and the added tokens of both within and next to other text."""
     return [*PLAIN, *_with_tokens(sorted(_added(ours) | _added_of(theirs)))]
 
 
 def added_differences(ours: Tokenizer, theirs: Any) -> list[str]:
-    """The added tokens that differ in id or flags, or that one of the two lacks."""
+    """Added tokens that differ in id or flags, or exist in only one of the two."""
     one, other = _added_by_id(ours), _added_by_id_of(theirs)
     numbers = sorted(number for number in {*one, *other} if one.get(number) != other.get(number))
     return [f"{number} {(other.get(number) or one[number])[0]!r}" for number in numbers]
 
 
 def template_differences(template: ChatTemplate, theirs: Any, source: str) -> Iterator[str]:
-    """The conversations that are rendered differently, or refused by one of the two; at the same time of day."""
+    """Conversations rendered differently, or refused by only one of the two; both see the same clock."""
     for name, (messages, given) in CONVERSATIONS.items():
         for prompt in (True, False):
             with _same_clock():

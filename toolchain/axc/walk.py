@@ -1,8 +1,8 @@
-"""The road of a check: which tokens a bundle is asked, and through which shape groups they go.
+"""The walk of a check: the tokens to run, and the shape groups that they go through.
 
-A walk prefills, decodes, prefills again behind an odd number of cached rows, decodes to its end, goes back and
-prefills once more: what a chunked prompt, a second turn and a rolled back turn ask of the cache. Where the context is
-longer than a walk, probes ask for its far positions behind a history of K/V rows that the walk has left.
+A walk prefills, decodes, prefills again after an odd number of cached rows, decodes to its end, rolls back and prefills
+once more. This covers a chunked prompt, a second turn and a regenerated turn. If the context is longer than the walk,
+probes test far positions behind a history of K/V rows taken from the walk.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from axrun.format.bundle import Bundle
 
-WALK = 640  # tokens at most; the whole context where that is no longer
-DECODED_WALK = 96  # the same for a bundle without prefill, which takes one token at a time
+WALK = 640  # most tokens of a walk; the whole context if that is shorter
+DECODED_WALK = 96  # the same for a bundle without prefill, which runs one token at a time
 DECODED = 3  # tokens of a decode stage
 PROBE = 16  # tokens of a probe
-SEED = 9  # of the ids spread over the vocabulary
+SEED = 9  # of the random ids
 
 
 class Step(NamedTuple):
-    """Tokens [start, stop) in one go."""
+    """Tokens [start, stop) in one forward pass."""
 
     stage: str
     start: int
@@ -31,7 +31,7 @@ class Step(NamedTuple):
 
 
 def length(bundle: Bundle) -> int:
-    """Tokens of the walk."""
+    """The number of tokens of the walk."""
     return min(bundle.kv_cache_len, WALK if bundle.prefill_len else DECODED_WALK)
 
 
@@ -58,7 +58,7 @@ def _decode(start: int, stop: int) -> Iterator[Step]:
 
 
 def probes(bundle: Bundle, count: int) -> list[Step]:
-    """What lies behind the walk's `count` tokens: each group at its full history, and the context's last rows."""
+    """Probes beyond the walk's `count` tokens: each group behind its full history, and the end of the context."""
     context = bundle.kv_cache_len
     if context <= count:
         return []
@@ -68,9 +68,9 @@ def probes(bundle: Bundle, count: int) -> list[Step]:
 
 
 def sample(prompt: Sequence[int], count: int, vocabulary: int) -> NDArray[np.int64]:
-    """`count` token ids: the prompt's, then ids spread over the vocabulary, the same each time and without a pattern.
+    """`count` token ids: the prompt's, then random ids with a fixed seed.
 
-    A prompt repeated would hide errors of position: rows far apart would hold the same.
+    A repeated prompt would hide position errors, because distant rows would be equal.
     """
     spread = np.random.default_rng(SEED).integers(0, vocabulary, count)
     known = [token for token in prompt if token < vocabulary]

@@ -96,7 +96,7 @@ def test_what_is_not_there(
 def test_a_folder_that_is_no_bundle(tiny_qwen2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = ended(capsys, tiny_qwen2, "--checkpoint", tiny_qwen2)
     assert code == 2
-    assert "is no bundle" in err
+    assert "is not a bundle" in err
 
 
 def test_a_board_is_asked_from_a_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Stage `answer`: the whole model's logits over the walk, and its greedy tokens beside the reference's."""
+"""Stage `answer`: compares the whole model's logits over the walk, and its greedy tokens, with the reference."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from axrun.model import Post
 from axrun.session import open_session
 
 CAUSE = "every part agrees by itself, so errors add up: probably the weight type is too coarse for this model"
-FINER = "Build with finer weights (-w s8 or bf16); if it stays, report it with this output."
+FINER = "Build with finer weights (-w s8 or bf16); if that does not help, report it with this output."
 
 
 def examine(case: Case) -> str | Finding:
-    """Takes what the stage `cache` left."""
+    """Uses the hidden states computed by the stage `cache`."""
     bundle, expected = case.bundle, case.expected
     if bundle.maker != "cpu":
         raise NotExamined("needs a board with an NPU: run `axrun doctor` there")

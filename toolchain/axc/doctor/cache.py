@@ -1,8 +1,8 @@
-"""Stage `cache`: what the runner gives to layers and keeps of them; then its own decoder over the walk, layer by layer.
+"""Stage `cache`: checks the runner's masks, positions and KV cache, then its decoder over the walk, layer by layer.
 
-Masks, positions and cached rows of every position are compared as data, without the model. Then layers run. They agree
-by themselves when this is examined, so what disagrees here is the runner's: its masks, positions, chunks, or where it
-puts rows. Which, is found by giving the layer a mask or positions that are wrong in a known way.
+Masks, positions and cached rows of every position are first compared as data, without running the model. Then layers
+run. The stage `layers` has shown that they agree by themselves, so a disagreement here is the runner's: masks,
+positions, chunks, or misplaced rows. To find out which, the layer is run with masks or positions with a known error.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from axrun.model import Embedding
 from axrun.session import open_session
 
 DECODER = "board/axrun/decoder.py"
-INSTALL = "Install axrun again; if it stays, report it with this output."
-FEW = 4  # tokens of the walk that are decoded in the place of an answer, where there is none
+INSTALL = "Install axrun again; if that does not help, report it with this output."
+FEW = 4  # tokens of the walk to decode if there is no answer
 
 
 class Spoken(NamedTuple):
-    """A prompt of `asked` tokens and the answer to it: what layer after layer made of it, each alone in a decoder.
+    """A prompt of `asked` tokens and its answer, computed layer by layer, each layer alone in a decoder.
 
-    `hidden` [n, H] behind the last layer; `rows`: K and V of each layer.
+    `hidden` [n, H] is the last layer's output; `rows` are K and V of each layer.
     """
 
     ids: list[int]
@@ -42,7 +42,7 @@ class Spoken(NamedTuple):
 
 
 def examine(case: Case) -> str | Finding:
-    """Every layer over the walk; leaves the hidden states behind the last layer, and `Spoken`, in `case.examined`."""
+    """Runs every layer over the walk; stores the last layer's output, and `Spoken`, in `case.examined`."""
     bundle = case.bundle
     if bundle.maker != "cpu":
         raise NotExamined("needs a board with an NPU: run `axrun doctor` there")
@@ -78,14 +78,14 @@ def examine(case: Case) -> str | Finding:
 
 
 def _aligned(prefill: int, count: int) -> Iterator[Step]:
-    """Back to where the chunks of a long prompt begin, and two of them."""
+    """A rollback to a chunk boundary of a long prompt, and two chunks from there."""
     start = (count // prefill - 2) * prefill if prefill else 0
     if start > 0:
         yield Step("rollback", start, start + 2 * prefill)
 
 
 def _spoken(case: Case) -> tuple[list[int], int]:
-    """The ids of the prompt and of the reference's answer, and how many of them are the prompt's."""
+    """The ids of prompt and reference answer, and the number of prompt ids."""
     answer = case.expected.answer
     if answer:
         return answer.asked + answer.tokens[:-1], len(answer.asked)

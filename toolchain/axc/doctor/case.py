@@ -1,4 +1,4 @@
-"""What is examined and what it is held against; each is read once, when a stage first asks for it."""
+"""The bundle under examination and its reference data; each item is loaded once, on first use."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-ENGINES = ("ax", "ort")  # that share no code
+ENGINES = ("ax", "ort")  # they share no code
 REBUILD = "Build the bundle again with `axc llm_build`."
 REPORT = "Report it, with this output: the compiler is at fault."
 COMPARED = ("tokenizer", "template", "embedding", "layers", "post", "answer")  # stages that compare with the checkpoint
-MODEL_CONFIG = "model_config"  # what the manifest calls a config.json given in place of the checkpoint's
+MODEL_CONFIG = "model_config"  # the manifest's name of a config.json given with --model_config
 
 
 @dataclass(frozen=True)
 class Options:
-    """`engine` is auto (the runner's own choice), or one of ENGINES. `prompt` is what the answer is asked for."""
+    """`engine` is auto (the runner's default) or one of ENGINES. `prompt` is for the stage `answer`."""
 
     bundle: Path
     checkpoint: Path
@@ -53,14 +53,14 @@ class Options:
 
 
 class Unusable(Exception):
-    """The checkpoint, not the bundle, cannot be used: ends the walk with the BadInput that it carries."""
+    """The checkpoint, not the bundle, is unusable: ends the examination with the BadInput in its argument."""
 
 
 class Case:
     """A bundle and its checkpoint. `say` gets progress.
 
-    `examined` is where stages leave what later ones need. `config` is the checkpoint's, by our own reader: it is only
-    used to tell another model's checkpoint, and to name what differs.
+    Stages store results for later stages in `examined`. `config` is the checkpoint's config by our own reader; it is
+    only used to detect a checkpoint of another model, and to name differences.
     """
 
     def __init__(self, options: Options, say: Say = lambda line: None) -> None:
@@ -72,11 +72,11 @@ class Case:
 
     @property
     def folder(self) -> Path:
-        """Where the checkpoint's text files are."""
+        """The folder of the checkpoint's text files."""
         return self.checkpoint.folder
 
     def path_of(self, name: str) -> Path:
-        """Where a file of the checkpoint's is, by the name that a manifest has for it."""
+        """The path of a checkpoint file, by its name in the manifest."""
         single = self.checkpoint.gguf is not None
         return self.checkpoint.path.with_name(name) if single else self.checkpoint.path / name
 
@@ -86,7 +86,7 @@ class Case:
 
     @functools.cached_property
     def kept(self) -> Mapping[str, Kept]:
-        """The matrices that keep the levels which the checkpoint has; raises BadInput."""
+        """The matrices whose quantisation levels are taken from the checkpoint unchanged; raises BadInput."""
         types = self.bundle.flag("weight_type"), self.bundle.flag("post_weight_type")
         stored = self.checkpoint.tied() if self.config.tie_word_embeddings else self.checkpoint
         return build.stored_types(stored, self.config, *types)[1]
@@ -101,12 +101,12 @@ class Case:
 
     @property
     def dtype(self) -> str:
-        """Of the hidden state, as ONNX names it."""
+        """ONNX's name of the hidden state's type."""
         return FLOATS[self.bundle.hidden_state_type]
 
     @functools.cached_property
     def reference(self) -> Reference:
-        """transformers' reading of the checkpoint. Raises Unusable."""
+        """The checkpoint as transformers loads it. Raises Unusable."""
         from axc.reference import Reference
 
         self.say("  loading the float32 reference")
@@ -121,18 +121,18 @@ class Case:
 
     @functools.cached_property
     def weights(self) -> Mapping[str, Source]:
-        """What the axmodels' weights are made of, by our own reader."""
+        """The sources of the axmodels' weights, by our own reader."""
         return compiler.weights(self.config)
 
     def weight(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Rows [start, stop) of an axmodel's weight, made of what transformers read."""
+        """Rows [start, stop) of an axmodel's weight, computed from the tensors that transformers loaded."""
         source = self.weights[name]
         stop = source.shape[0] if stop is None else min(stop, source.shape[0])
         return np.asarray(source.rows(self.reference, start, stop), np.float32)
 
     @functools.cached_property
     def expected(self) -> expected.Expected:
-        """What the reference makes of a walk through the context. Raises Unusable for another model's checkpoint."""
+        """The reference's results of a walk through the context. Raises Unusable for another model's checkpoint."""
         reference, bundle = self.reference, self.bundle
         asked = self._asked()[: bundle.kv_cache_len - 1]
         self.say("  asking the reference")
@@ -142,7 +142,7 @@ class Case:
             raise Unusable(BadInput(str(refused).partition("\n")[0])) from None
 
     def _asked(self) -> list[int]:
-        """The prompt as the runner asks it; nothing where the model has no such tokens."""
+        """The token ids of the prompt as the runner encodes it; empty if the model has no such tokens."""
         if self.tokenizer is None:
             return []
         with bounded("the chat template"):
@@ -154,13 +154,13 @@ class Case:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """The bundle's, as the runner reads it, which asks the chat template how it ends an answer."""
+        """The bundle's tokenizer as the runner loads it, which renders the chat template to find the end of a turn."""
         with bounded("the chat template"):
             return Tokenizer.find(self.bundle.hf)
 
     @functools.cached_property
     def theirs(self) -> Any:
-        """transformers' tokenizer of the checkpoint, None where that has none. Raises Unusable."""
+        """transformers' tokenizer of the checkpoint; None if there is none. Raises Unusable."""
         if not any((self.folder / name).is_file() for name in hf_folder.TOKENIZERS):
             return None
         from axc.reference import tokenizer
@@ -171,12 +171,12 @@ class Case:
             raise Unusable(refused) from None
 
     def noise(self, weight_type: str) -> Noise:
-        """What the hidden state's type and that of the weights explain."""
+        """The error that the types of hidden state and weights explain."""
         exact = weight_type in self.expected.exact
         return explained(self.bundle.hidden_state_type, *([] if exact else [weight_type]))
 
     def other_model(self) -> tuple[str, Any, Any] | None:
-        """What tells the checkpoint's model from the bundle's: in words, of the checkpoint, of the bundle."""
+        """The first difference between the models: (what, of the checkpoint, of the bundle); None if there is none."""
         bundle, model = self.bundle, self.config
         for what, seen, wanted in (
             ("model_type", model.model_type, bundle.model_type),
@@ -192,7 +192,7 @@ class Case:
     def expect_same_model(self) -> Finding | None:
         """Raises BadInput for the checkpoint of another model.
 
-        A finding where it is the very one that the bundle was built from: then the bundle is another.
+        A finding instead, if the bundle was built from this very checkpoint: then the bundle is damaged.
         """
         other = self.other_model()
         if other is None:
@@ -217,7 +217,7 @@ class Case:
 
     @functools.cached_property
     def changed_inputs(self) -> list[str]:
-        """Files of the checkpoint that are not those the manifest records; hashed when first asked for."""
+        """Checkpoint files whose digest differs from the manifest's."""
         recorded = self.bundle.manifest.get("inputs")
         if not isinstance(recorded, dict):
             return []
@@ -231,7 +231,7 @@ class Case:
         return found
 
     def blame(self, finding: Finding) -> Finding:
-        """The finding, its cause the checkpoint's where a file of it that matters there changed since the build."""
+        """The finding; if a relevant checkpoint file changed since the build, that becomes its cause."""
         if finding.stage not in COMPARED or finding.file.startswith("board/"):
             return finding
         changed = [name for name in self.changed_inputs if _matters(name, finding)]
@@ -248,7 +248,7 @@ class Case:
 
 
 def _matters(name: str, finding: Finding) -> bool:
-    """Whether an input of a build can be why a stage disagrees."""
+    """Whether a changed input of the build can explain a finding."""
     configs, weights = ("config.json", MODEL_CONFIG), (".safetensors", ".bin", ".index.json", GGUF)
     if finding.stage in ("tokenizer", "template"):
         return name.endswith(GGUF) or not name.endswith(weights)

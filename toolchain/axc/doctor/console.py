@@ -1,4 +1,4 @@
-"""What `axc doctor` prints: progress on stderr, the report on stdout."""
+"""Output of `axc doctor`: progress on stderr, the report on stdout."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from axrun.progress import Progress
 
 
 def doctor(options: Options, *, as_json: bool, board: str | None = None, model: str | None = None) -> None:
-    """Examines here, and then on a board where one is named; in JSON that report is `board`.
+    """Examines the bundle here and, if given, on a `board`; in JSON that report is under `board`.
 
-    Raises BadInput, also where the board gives no report, and CheckFailed where something disagrees.
+    Raises BadInput, also if the board gives no report, and CheckFailed if a stage disagrees.
     """
     if board is not None:
         on_board.expect(board)
@@ -25,7 +25,7 @@ def doctor(options: Options, *, as_json: bool, board: str | None = None, model: 
     failure: BadInput | None = None
     different = ""
     if board is not None:
-        _say(f"examining what board {board} has ...")
+        _say(f"examining the bundle on board {board} ...")
         try:
             reports.append(on_board.examine(board, model))
             different = on_board.other_bundle(reports[0], reports[1], board)

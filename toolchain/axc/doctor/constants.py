@@ -1,6 +1,6 @@
-"""The constants of a graph: epsilon of norms, rotary tables, numbers of heads, scale of attention.
+"""Compares the constants of a graph (norm epsilon, rotary tables, head counts, attention scale) with the reference.
 
-Held against the modules of transformers' own model, which were made from the checkpoint's config.json.
+The expected values come from the modules of transformers' model, made from the checkpoint's config.json.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from axrun.format.axmodel import Axmodel, Node
 if TYPE_CHECKING:
     from axc.reference import Reference
 
-EPSILONS = ("variance_epsilon", "eps", "epsilon")  # what norms of transformers call theirs
+EPSILONS = ("variance_epsilon", "eps", "epsilon")  # attribute names in transformers' norms
 TURN = 2.0**-21  # relative error of an angle: of a frequency and of its product with a position
 VALUE = 2e-6
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant that is another than the checkpoint asks for."""
+    """A constant that differs from the checkpoint's."""
 
     what: str
     expected: str
@@ -38,7 +38,7 @@ class Constant:
 def differences(
     model: Axmodel, stored: Mapping[str, Stored], reference: Reference, layer: int | None
 ) -> Iterator[Constant]:
-    """Those of a layer's axmodel, or of the post model's (`layer` None)."""
+    """The wrong constants of a layer's axmodel, or of the post model (`layer` None)."""
     yield from _norms(model, reference)
     if layer is not None:
         yield from _heads(model, reference)
@@ -114,7 +114,7 @@ def _heads(model: Axmodel, reference: Reference) -> Iterator[Constant]:
 
 
 def _scaling(reference: Reference, usual: float) -> float:
-    """What a module of the reference scales scores by."""
+    """The reference's scale of attention scores."""
     for module in reference.model.modules():
         if hasattr(module, "scaling") and (hasattr(module, "q_proj") or hasattr(module, "qkv_proj")):
             return float(module.scaling)
@@ -122,13 +122,13 @@ def _scaling(reference: Reference, usual: float) -> float:
 
 
 def _softcap(reference: Reference) -> float:
-    """What a module of the reference caps scores by; 0 where none does."""
+    """The reference's soft cap of attention scores; 0 for none."""
     found = (getattr(module, "attn_logit_softcapping", None) for module in reference.model.modules())
     return float(next((value for value in found if value), 0.0))
 
 
 def _interleaved(reference: Reference) -> bool:
-    """Whether the reference rotates neighbours: its own function tells."""
+    """Whether the reference rotates neighbouring elements, found by calling its `rotate_half`."""
     import torch
 
     turned = getattr(sys.modules[type(reference.model).__module__], "rotate_half", None)
@@ -169,7 +169,7 @@ def _tables(model: Axmodel, stored: Mapping[str, Stored], reference: Reference) 
 
 
 def rotary(reference: Reference, positions: int) -> tuple[Floats, Floats] | None:
-    """cos and sin [positions, head_dim / 2] of the reference's own module; None where it has none that is alike."""
+    """cos and sin [positions, head_dim / 2] of the reference's rotary module; None without a compatible one."""
     import torch
 
     for name, module in reference.model.named_modules():
@@ -189,7 +189,7 @@ def rotary(reference: Reference, positions: int) -> tuple[Floats, Floats] | None
 def angles(
     names: tuple[str, ...], cos: Floats, sin: Floats, right_cos: Floats, right_sin: Floats
 ) -> Iterator[Constant]:
-    """Tables [positions, head_dim / 2] beside the right ones: one constant where any value differs."""
+    """Compares tables [positions, head_dim / 2] with the right ones; at most one constant."""
     if cos.shape != right_cos.shape:
         yield Constant(
             names[0],
@@ -218,7 +218,7 @@ def angles(
 
 
 def _why(cos: Floats, sin: Floats, right_cos: Floats, right_sin: Floats, bad: NDArray[np.bool_]) -> str:
-    """What a rotary table that differs was made with."""
+    """The cause of a wrong rotary table."""
     rows = np.flatnonzero(bad)
     with np.errstate(all="ignore"):
         if not (np.isfinite(cos).all() and np.isfinite(sin).all()):
@@ -251,7 +251,7 @@ def _why(cos: Floats, sin: Floats, right_cos: Floats, right_sin: Floats, bad: ND
 
 
 def _base(cos: Floats, sin: Floats, right_cos: Floats, right_sin: Floats) -> str:
-    """rope_theta or a scaling, from the angles at position 1."""
+    """Infers rope_theta or a scaling from the angles at position 1."""
     seen = np.arctan2(sin[1].astype(np.float64), cos[1].astype(np.float64))
     right = np.arctan2(right_sin[1].astype(np.float64), right_cos[1].astype(np.float64))
     half = len(seen)
@@ -268,7 +268,7 @@ def _base(cos: Floats, sin: Floats, right_cos: Floats, right_sin: Floats) -> str
 
 
 def _theta(angles: NDArray[np.float64], exponent: NDArray[np.float64]) -> float | None:
-    """The base b where angles are b ** -exponent; None where they are not."""
+    """The base b if the angles are b ** -exponent, else None."""
     if len(angles) < 3 or not (angles > 0).all() or abs(angles[0] - 1) > 1e-4:
         return None
     logarithms = -np.log(angles[1:]) / exponent[1:]

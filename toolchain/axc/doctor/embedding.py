@@ -1,4 +1,4 @@
-"""Stage `embedding`: the table's rows beside transformers' table, rounded to bfloat16 by torch."""
+"""Stage `embedding`: compares the table's rows with transformers' table, rounded to bfloat16 by torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`axc doctor`: the stages in order, to the first that disagrees."""
+"""`axc doctor`: runs the stages in order, up to the first that disagrees."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Stage = Callable[[], "str | Finding"]
 
 
 def doctor(options: Options, show: Show = unseen, say: Say = lambda line: None) -> Report:
-    """Raises BadInput for a folder that is no bundle, and for a checkpoint that cannot be read or is another model's.
+    """Raises BadInput for a folder that is not a bundle, and for a checkpoint that is unreadable or another model's.
 
-    `show` is told of each stage, `say` gets a line for what is done in one.
+    `show` gets each finished stage, `say` progress lines within a stage.
     """
     _expect_bundle(options.bundle)
     case = Case(options, say)
@@ -41,7 +41,7 @@ def doctor(options: Options, show: Show = unseen, say: Say = lambda line: None) 
 
 
 def stages(case: Case) -> dict[str, Stage]:
-    """By the names of axrun.doctor.report.STAGES."""
+    """The stages by their names in axrun.doctor.report.STAGES."""
 
     def of_bundle() -> str | Finding:
         found = files(case.options.bundle)
@@ -67,7 +67,7 @@ def stages(case: Case) -> dict[str, Stage]:
 
 
 def _flags(case: Case) -> Finding | None:
-    """Flags of our own compiler that this one cannot take: graphs could not be compared."""
+    """A finding for flags that this compiler does not know, with which graphs cannot be compared."""
     bundle = case.bundle
     if bundle.maker != "cpu" or drawings.target(bundle.manifest) is not None:
         return None
@@ -82,11 +82,11 @@ def _changed(case: Case) -> str:
 
 
 def _expect_bundle(folder: Path) -> None:
-    """A folder without a manifest is a bundle that lost it where it has axmodels, and else none."""
+    """Raises BadInput unless the folder has a manifest or axmodels (a bundle that lost its manifest)."""
     if not folder.is_dir():
         raise BadInput(f"no bundle folder {folder}\nBuild one with `make build` or `axc llm_build`.")
     if not (folder / MANIFEST).is_file() and not any(folder.glob("*.axmodel")):
-        raise BadInput(f"{folder} is no bundle: it has no {MANIFEST} and no axmodels\nGive the folder of a bundle.")
+        raise BadInput(f"{folder} is not a bundle: it has no {MANIFEST} and no axmodels\nGive the folder of a bundle.")
 
 
 def _maker(folder: Path) -> str:

@@ -1,8 +1,8 @@
-"""Stage `layers`: each layer's K, V and output, fed with the reference's hidden states and its K/V rows.
+"""Stage `layers`: compares each layer's K, V and output, given the reference's hidden states and K/V rows.
 
-What disagrees is explained by trying: the weights, the constants, the graph, the other engine, and last by where along
-the context it is wrong. Weights, constants and graph are compared where outputs agree, too: one row of a matrix, and
-with four bits a whole operator, may hide below what quantisation explains.
+A disagreement is explained by trying causes in turn: weights, constants, graph, the other engine, and last the position
+in the context where it starts. Weights, constants and graph are also compared if the outputs agree: a fault in one
+matrix row, or with four bits in a whole operator, can be smaller than the quantisation error.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from axrun.format import axmodel
 from axrun.format.axmodel import Axmodel
 
 PER_POSITION = 2.0**-22  # relative error of a rotated row: of its angle, for each position
-SENSITIVE = 4.0  # times the bounds, where weights, constants and graph are right: small random models have 2
-FEWEST = 32  # rows of a stage whose errors are compared with those of another
-APART = 3.0  # times the largest error of a right row, that of most wrong ones
+SENSITIVE = 4.0  # factor on the bounds if weights, constants and graph are right; small random models reach 2
+FEWEST = 32  # least rows of a stage for comparing its errors with another stage's
+APART = 3.0  # wrong rows must exceed the largest error of right ones by this factor
 LARGEST_FLOAT16 = 65504.0
 ALTOGETHER = "other values altogether"
 NORMS = ("model.norm.", "model.final_layernorm.")  # final norms
 
 
 class Measured(NamedTuple):
-    """Relative errors [count] of the rows of each output in a visit."""
+    """Relative errors [count] of the rows of each output of a visit."""
 
     visit: Visit
     errors: tuple[Rows, Rows, Rows]
@@ -49,7 +49,7 @@ class Measured(NamedTuple):
 
 
 class Trouble(NamedTuple):
-    """The first disagreement of a layer, and all that was measured of it."""
+    """The first disagreement of a layer, and all its measurements."""
 
     visit: Visit
     output: str
@@ -60,7 +60,7 @@ class Trouble(NamedTuple):
 
 
 def examine(case: Case) -> str | Finding:
-    """Every layer, in order."""
+    """Examines every layer, in order."""
     bundle = case.bundle
     if bundle.maker != "cpu":
         raise NotExamined("needs a board with an NPU: run `axrun doctor` there")
@@ -93,7 +93,7 @@ def examine(case: Case) -> str | Finding:
 
 
 def _layer(case: Case, index: int, agreements: list[Agreement], beyond: list[int]) -> Finding | None:
-    """None where it agrees; `beyond` gets a layer whose errors are above the bounds though all of it is right."""
+    """None if it agrees; `beyond` collects layers with errors above the bounds although nothing is wrong."""
     path = case.bundle.layer_path(index)
     try:
         measured = list(measure(case, index, case.engine))
@@ -109,7 +109,7 @@ def _layer(case: Case, index: int, agreements: list[Agreement], beyond: list[int
 
 
 def measure(case: Case, index: int, engine: str) -> Iterator[Measured]:
-    """All visits of one layer. Raises BadInput when the engine does not load it."""
+    """Runs all visits of one layer. Raises BadInput if the engine cannot load it."""
     bundle, expected = case.bundle, case.expected
     layer = Layer(bundle.layer_path(index), engine, None, bundle.hidden_state_type)
     for visit in visits(layer.session.groups, bundle.kv_cache_len, len(expected.ids), expected.probes):
@@ -118,13 +118,13 @@ def measure(case: Case, index: int, engine: str) -> Iterator[Measured]:
 
 
 def run(case: Case, layer: Layer, index: int, visit: Visit, shift: int = 0) -> Result:
-    """One visit with the reference's hidden states and history."""
+    """Runs one visit with the reference's hidden states and history."""
     given, _, (keys, values) = _reference(case, index, visit)
     return layer.run(visit.group, visit.start, given, keys[: visit.start], values[: visit.start], shift)
 
 
 def _reference(case: Case, index: int, visit: Visit) -> tuple[Floats, Floats, tuple[Floats, Floats]]:
-    """Hidden states that go in and come out [count, H], K and V from position 0 on: past the new rows in the walk."""
+    """Input and output hidden states [count, H], and K and V from position 0 on, in the walk including the new rows."""
     expected, part = case.expected, slice(visit.start, visit.start + visit.tokens)
     assert expected.rows is not None
     if visit.probe < 0:
@@ -158,7 +158,7 @@ def relative(seen: Floats, wanted: Floats) -> Rows:
 
 
 def find_trouble(case: Case, index: int, measured: list[Measured]) -> Trouble | None:
-    """The first visit with rows that no rounding explains: K before V before the output."""
+    """The first visit with errors beyond rounding; K is checked before V before the output."""
     noise = case.noise(case.bundle.flag("weight_type") or "s4")
     for entry in measured:
         for name, rows, finite in zip(OUTPUTS, entry.errors, entry.finite, strict=True):
@@ -182,7 +182,7 @@ def _agreements(index: int, measured: list[Measured]) -> Iterator[Agreement]:
 
 
 def _unloadable(case: Case, index: int, refused: BadInput) -> Finding:
-    """The engine refuses the file: the file's fault, unless the other engine takes it."""
+    """The engine cannot load the file: the file's fault, unless the other engine can."""
     path = case.bundle.layer_path(index)
     seen = str(refused).partition("\n")[0].replace(f"{path} ", "")
     model = axmodel.read(path)
@@ -207,7 +207,7 @@ def _unloadable(case: Case, index: int, refused: BadInput) -> Finding:
 
 
 def _quiet(case: Case, index: int, model: Axmodel) -> Finding | None:
-    """Weights, constants and graph of a layer whose outputs agree."""
+    """Compares weights, constants and graph of a layer whose outputs agree."""
     file, tensors = case.bundle.layer_path(index).name, stored.read(model)
     for fault in faulty_weights(case, index, tensors):
         changed = _graph(case, index, model) if ALTOGETHER in fault.cause else None
@@ -226,7 +226,7 @@ def _quiet(case: Case, index: int, model: Axmodel) -> Finding | None:
 
 
 def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Finding | None:
-    """Why; None where everything is as it should be, and this model is more sensitive to its types than most."""
+    """Explains a disagreement; None if nothing is wrong and the model is just more sensitive to its types than most."""
     file, tensors = case.bundle.layer_path(index).name, stored.read(model)
     part = f"layer {index}, {trouble.visit.text}, {trouble.output}"
     shown = trouble.text.partition(" has ")[2] or "values that are not finite"
@@ -238,7 +238,9 @@ def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Find
     case.say("  comparing its weights with the checkpoint's")
     faults = list(faulty_weights(case, index, tensors))
     if faults and ALTOGETHER in faults[0].cause and (changed := _graph(case, index, model)) is not None:
-        return dataclasses.replace(changed, part=part, expected=expected, seen=seen)  # levels that are read otherwise
+        return dataclasses.replace(
+            changed, part=part, expected=expected, seen=seen
+        )  # the graph interprets the levels differently
     if faults:
         return _weight_finding("layers", part, file, faults, seen, expected)
     for constant in constants.differences(model, tensors, case.reference, index):
@@ -251,10 +253,10 @@ def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Find
     others = _other(case, index)
     if others and find_trouble(case, index, others) is None:
         cause = (
-            f"engine {case.engine} computes this layer otherwise than {case.other_engine}, which agrees with the "
+            f"engine {case.engine} computes this layer differently from {case.other_engine}, which agrees with the "
             "reference: the axmodel is right"
         )
-        advice = "Install or build the engine again; if it stays, report it with this output."
+        advice = "Install or build the engine again; if that does not help, report it with this output."
         return Finding("layers", part + f", engine {case.engine}", file, expected, seen, cause, advice)
     if cause := _shifted(case, index, trouble):
         return Finding("layers", part, file, expected, seen, cause, REPORT)
@@ -264,9 +266,9 @@ def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Find
 
 
 def _graph(case: Case, index: int, model: Axmodel, quiet: bool = False) -> Finding | None:
-    """How the graph differs from what this compiler writes, where the manifest tells with which flags.
+    """A finding if the graph differs from the one that this compiler writes for the manifest's flags.
 
-    `quiet`: outputs agree. The graph of another compiler is then as good, and only remarked.
+    `quiet`: outputs agree. Another compiler's graph is then equally good and only mentioned.
     """
     changed = graph_difference(case, index, model, quiet)
     if not changed:
@@ -276,7 +278,7 @@ def _graph(case: Case, index: int, model: Axmodel, quiet: bool = False) -> Findi
 
 
 def graph_difference(case: Case, index: int | None, model: Axmodel, quiet: bool) -> str:
-    """The same in words, of a layer or the post model (`index` None)."""
+    """The difference in words, for a layer or the post model (`index` None)."""
     target = drawings.target(case.bundle.manifest)
     changed = drawings.changed(model, case.config, target, index, case.kept) if target is not None else ""
     if changed and quiet and not drawings.same_compiler(case.bundle.manifest):
@@ -286,13 +288,13 @@ def graph_difference(case: Case, index: int | None, model: Axmodel, quiet: bool)
 
 
 def graph_remark(case: Case) -> str:
-    """A clause on graphs of another compiler, where outputs agree."""
+    """A clause on different graphs of another compiler whose outputs agree."""
     other = case.examined.get("other graphs")
     return f"; another axc made it, whose graphs are others: {other}" if other else ""
 
 
 def _separable(measured: list[Measured], trouble: Trouble) -> bool:
-    """Whether rows are right or wrong, and few between."""
+    """Whether rows are clearly right or wrong, with a gap between the errors."""
     which = OUTPUTS.index(trouble.output)
     errors = np.concatenate([entry.errors[which].error for entry in measured])
     wrong = errors > trouble.limits.rms
@@ -305,7 +307,7 @@ def _mark(entry: Measured, trouble: Trouble) -> Marked:
 
 
 def _other(case: Case, index: int) -> list[Measured]:
-    """What the other engine makes of a layer; nothing where it does not load it."""
+    """The other engine's measurements of a layer; empty if it cannot load it."""
     try:
         return list(measure(case, index, case.other_engine))
     except BadInput:
@@ -313,12 +315,12 @@ def _other(case: Case, index: int) -> list[Measured]:
 
 
 def target_known(case: Case) -> bool:
-    """Whether graphs can be compared with what the compiler writes."""
+    """Whether the bundle's graphs can be compared with this compiler's."""
     return drawings.target(case.bundle.manifest) is not None
 
 
 def _sensitive(trouble: Trouble, others: list[Measured]) -> bool:
-    """Whether errors are little above the bounds, and the same in two engines that share no code."""
+    """Whether errors are only slightly above the bounds, and equal in two engines that share no code."""
     for ours, theirs in zip(trouble.measured, others, strict=True):
         if not all(ours.finite) or not all(theirs.finite):
             return False
@@ -330,7 +332,7 @@ def _sensitive(trouble: Trouble, others: list[Measured]) -> bool:
 
 
 def _guess(case: Case, index: int, trouble: Trouble, where: str) -> str:
-    """Weights, constants and graph are as they should be."""
+    """A probable cause if weights, constants and graph are right."""
     if not trouble.finite:
         reached = max(float(np.abs(case.expected.trace.outputs[at]).max()) for at in (index, max(index - 1, 0)))
         if case.bundle.hidden_state_type == "fp16" and reached > 0.5 * LARGEST_FLOAT16:
@@ -344,7 +346,7 @@ def _guess(case: Case, index: int, trouble: Trouble, where: str) -> str:
 
 
 def _shifted(case: Case, index: int, trouble: Trouble) -> str:
-    """Whether other positions than were given leave little of the error; rounding alone no shift makes smaller."""
+    """A cause if shifted positions remove most of the error; a shift cannot reduce a mere rounding error."""
     visit = trouble.visit
     layer = Layer(case.bundle.layer_path(index), case.engine, None, case.bundle.hidden_state_type)
     which = OUTPUTS.index(trouble.output)
@@ -357,7 +359,7 @@ def _shifted(case: Case, index: int, trouble: Trouble) -> str:
 
 
 def faulty_weights(case: Case, index: int | None, tensors: dict[str, Stored]) -> Iterator[Fault]:
-    """Tensors of layer `index` (None: the final norm) that are not the checkpoint's, in the order of the checkpoint."""
+    """Tensors of layer `index` (None: the final norm) that differ from the checkpoint's, in its order."""
     prefixes = NORMS if index is None else (f"model.layers.{index}.",)
     shapes = {name: source.shape for name, source in case.weights.items()}
     wanted = [name for name in shapes if name.startswith(prefixes)]
@@ -381,13 +383,13 @@ def faulty_weights(case: Case, index: int | None, tensors: dict[str, Stored]) ->
             yield fault
     read = cross_check.reads(case.weights)
     for name, shape in case.reference.parameters().items():
-        if name.startswith(prefixes) and name not in read:  # what our own reader does not know of
+        if name.startswith(prefixes) and name not in read:  # tensors that our own reader does not know
             kind = "bias" if name.endswith(".bias") else "weight"
             yield Fault(name, "", f"the {kind} is missing", f"{list(shape)}", "no such tensor")
 
 
 def compared(case: Case, entry: Stored, name: str, index: int | None) -> Fault | None:
-    """How a stored tensor differs from the checkpoint's `name`."""
+    """The difference of a stored tensor from the checkpoint's `name`; None if there is none."""
     bad = weight_faults.compare(entry, name, case.weight)
     if bad is None:
         return None
@@ -398,7 +400,7 @@ def compared(case: Case, entry: Stored, name: str, index: int | None) -> Fault |
 
 
 def _others(case: Case, name: str, index: int | None) -> dict[str, str]:
-    """Tensors of as many elements: of the same layer, of the same kind in other layers, embedding and head."""
+    """Tensors of the same size: in the same layer, of the same kind in other layers, embedding and head."""
     shapes = {name: source.shape for name, source in case.weights.items()}
     size = int(np.prod(shapes[name]))
     alike = [other for other, shape in shapes.items() if other != name and int(np.prod(shape)) == size]
@@ -413,7 +415,7 @@ def _others(case: Case, name: str, index: int | None) -> dict[str, str]:
 
 
 def _weight_finding(stage: str, part: str, file: str, faults: list[Fault], seen: str, expected: str = "") -> Finding:
-    """One finding for what several tensors have: all of another layer's, or of another checkpoint's."""
+    """One finding for several faulty tensors, e.g. if all are another layer's or another checkpoint's."""
     first = faults[0]
     causes = {fault.cause.rpartition(" of layer ")[2] for fault in faults if " of layer " in fault.cause}
     altogether = all(ALTOGETHER in fault.cause for fault in faults)

@@ -1,4 +1,4 @@
-"""`axc doctor --board`: what `axrun doctor` says on a board, by the checkout's own task. The compiler has no SSH."""
+"""`axc doctor --board`: runs `axrun doctor` on a board through the checkout's Invoke task; axc itself has no SSH."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_ERROR = 300  # characters
 
 
 def expect(board: str) -> None:
-    """Raises BadInput outside of a checkout and for a board that it does not name, before anything is examined."""
+    """Raises BadInput outside a checkout and for an unknown board, before anything is examined."""
     if not (ROOT / "tasks.py").is_file():
         raise BadInput(
             f"--board needs a checkout of the project, with tasks.py; {ROOT} has none\n"
@@ -28,7 +28,7 @@ def expect(board: str) -> None:
 
 
 def other_bundle(here: Report, there: Report, board: str) -> str:
-    """That a board has another bundle than the one that was examined here; empty where it has not, or does not say."""
+    """An error text if the board has another bundle than the one examined here; empty if not, or if unknown."""
     if not there.manifest or not here.manifest or there.manifest == here.manifest:
         return ""
     return (
@@ -38,9 +38,9 @@ def other_bundle(here: Report, there: Report, board: str) -> str:
 
 
 def examine(board: str, model: str | None) -> Report:
-    """The report of a board's current release; `model` is the name it must have been deployed under.
+    """The report of a board's current release; `model` is the expected name of its bundle.
 
-    Raises BadInput where the board gives no report, with what the task advises.
+    Raises BadInput, with the task's advice, if the board gives no report.
     """
     command = [sys.executable, "-m", "invoke", "board.doctor", "--board", board, "--json"]
     command += ["--model", model] if model else []

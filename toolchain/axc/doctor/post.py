@@ -70,7 +70,7 @@ def examine(case: Case) -> str | Finding:
         return Finding("post", where, file, "the graph that axc writes", "another", changed, REBUILD)
     if fault and _other_agrees(case):
         cause = f"engine {case.engine} computes the post model otherwise than {case.other_engine}, which agrees"
-        advice = "Install or build the engine again; if it stays, report it with this output."
+        advice = "Install or build the engine again; if that does not help, report it with this output."
         return Finding("post", f"logits, engine {case.engine}", file, expected, seen, cause, advice)
     known = drawings.target(bundle.manifest) is not None
     if fault and known and text and even and measured.worst <= SENSITIVE * noise.row:
@@ -110,7 +110,7 @@ def _runners(case: Case) -> Finding | None:
             part, count = f"logits of row {row}, by the runner", int((seen != alone).sum())
             wanted = f"{alone[token]:.6g} for token {token}, as the post model gives it by itself"
             cause = f"the runner is at fault: {count} of {len(alone)} logits are not those of the post model"
-            advice = "Install axrun again; if it stays, report it with this output."
+            advice = "Install axrun again; if that does not help, report it with this output."
             return Finding("post", part, "board/axrun/model.py", wanted, f"{seen[token]:.6g}", cause, advice)
     return _block(post, hidden[:ROWS])
 
@@ -125,7 +125,7 @@ def _block(post: Post, hidden: Array) -> Finding | None:
         if not error <= SUMS:
             part, expected = f"logits of row {row} of {len(hidden)}", f"those of the row alone, error {SUMS:g}"
             cause = "the runner is at fault: logits of several rows at a time are not those of each"
-            advice = "Install axrun again; if it stays, report it with this output."
+            advice = "Install axrun again; if that does not help, report it with this output."
             return Finding("post", part, "board/axrun/model.py", expected, f"error {error:.2g}", cause, advice)
     return None
 

@@ -1,4 +1,4 @@
-"""Stages `tokenizer` and `template`: what the runner makes of texts and chats, beside transformers."""
+"""Stages `tokenizer` and `template`: compares the runner's tokenizer and chat template with transformers'."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from axrun.text.hf_files import SPECIAL, special_tokens, template_file
 from axrun.text.template import ChatTemplate
 from axrun.text.tokenizer import Tokenizer
 
-SECTIONS = {  # of tokenizer.json: what they are called, and what usually goes wrong with them
+SECTIONS = {  # sections of tokenizer.json and their names in findings
     "added_tokens": "added tokens",
     "normalizer": "normalizer",
     "pre_tokenizer": "pre-tokenizer",
@@ -28,13 +28,13 @@ SECTIONS = {  # of tokenizer.json: what they are called, and what usually goes w
     "post_processor": "post-processor (bos and eos around a text)",
     "decoder": "decoder",
 }
-MODEL = ("vocab", "merges")  # of its model, what is compared with a file that is not the checkpoint's own
+MODEL = ("vocab", "merges")  # compared if the file is not a copy of the checkpoint's
 SHOWN = 60
 COPY = "Copy hf/ of the bundle again, or build it again with `axc llm_build`."
 
 
 def tokenizer(case: Case) -> str | Finding:
-    """Ids of texts, texts of ids."""
+    """Compares encoding and decoding."""
     file = tokenizer_file(case.bundle.hf)
     try:
         ours, theirs = case.tokenizer, case.theirs
@@ -68,7 +68,7 @@ def tokenizer_file(hf: Path) -> str:
 
 
 def _differences(ours: Tokenizer, theirs: Any) -> Iterator[tuple[str, str, str]]:
-    """(what, as transformers has it, as the bundle has it)."""
+    """Differences as (what, transformers' value, the bundle's value)."""
     added, wanted = text_proof.described(ours.added_tokens), text_proof.described(theirs.added_tokens_decoder)
     for number in sorted({*added, *wanted}):
         if added.get(number) != wanted.get(number):
@@ -89,7 +89,7 @@ def _token(token: Any) -> str:
 
 
 def _why(case: Case, file: str, theirs: Any) -> str:
-    """The sections of tokenizer.json that differ, and which of them alone brings the ids right."""
+    """The sections of tokenizer.json that differ, and the one whose replacement alone corrects the ids."""
     path = case.bundle.path / file
     backend = getattr(theirs, "backend_tokenizer", None)
     if backend is None or not path.name.endswith("tokenizer.json"):
@@ -111,9 +111,9 @@ def _differs(section: str) -> str:
 
 
 def _other_model(case: Case, file: str, theirs: Any) -> Finding | None:
-    """The sections of tokenizer.json as data: rare merges, and rules for rare characters, show in few texts.
+    """Compares the sections of tokenizer.json as data, because rare merges and rules affect few texts.
 
-    Beside the checkpoint's own file where the bundle has it as it was; else vocabulary and merges only.
+    If the bundle has a copy of the checkpoint's file, all sections are compared; else only vocabulary and merges.
     """
     backend, path = getattr(theirs, "backend_tokenizer", None), case.bundle.path / file
     text = case.bundle.manifest.get("text")
@@ -147,7 +147,7 @@ def _mended_by(ours: dict[str, Any], wanted: dict[str, Any], key: str, theirs: A
 
 
 def _detail(key: str, ours: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first thing in a section that differs."""
+    """The first difference within a section."""
     one, other = ours.get(key), wanted.get(key)
     if key == "model" and isinstance(one, dict) and isinstance(other, dict):
         vocabulary, right = one.get("vocab"), other.get("vocab")
@@ -176,7 +176,7 @@ def _entry(token: Any) -> Any:
 
 
 def _first(ours: list[Any], theirs: list[Any]) -> str:
-    """Around where the JSON of two lists begins to differ."""
+    """An excerpt of `ours` around the first difference from `theirs`."""
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     if at >= len(ours):
         return "nothing more"
@@ -194,7 +194,7 @@ def _short(text: str) -> str:
 
 
 def template(case: Case) -> str | Finding:
-    """Prompts of chats, and the ids that end an answer."""
+    """Compares rendered chats and stop ids."""
     ours, theirs = case.tokenizer, case.theirs
     if ours is None or theirs is None:
         return "no tokenizer, so no chats"
@@ -260,13 +260,13 @@ def _template_finding(case: Case, file: str, ours: str, theirs: str, difference:
 
 
 def _common(one: str, other: str) -> int:
-    """Characters that both begin with."""
+    """The length of the common prefix."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _special(case: Case, theirs: Any, source: str) -> Finding | None:
-    """Special tokens by name, where the template or the end of an answer uses them."""
+    """Compares the special tokens that the template or the stop condition uses."""
     ours = special_tokens(case.bundle.hf)
     wanted = {name: token for name, token in theirs.special_tokens_map.items() if name in SPECIAL}
     for name in sorted({*ours, *wanted}):
@@ -279,7 +279,7 @@ def _special(case: Case, theirs: Any, source: str) -> Finding | None:
 
 
 def _stops(case: Case, ours: Tokenizer, theirs: Any, rendered: ChatTemplate | None) -> Finding | None:
-    """Every id that a file of the checkpoint or its template ends an answer with, and no other."""
+    """Compares the stop ids with those named by the checkpoint's files and template."""
     wanted = dict[int, str]()
     for named, numbers in _named_stops(case, theirs, rendered):
         wanted.update({number: wanted.get(number, named) for number in numbers if number < case.bundle.vocab_size})
@@ -305,7 +305,7 @@ def _stops(case: Case, ours: Tokenizer, theirs: Any, rendered: ChatTemplate | No
 
 
 def _named_stops(case: Case, theirs: Any, rendered: ChatTemplate | None) -> Iterator[tuple[str, list[int]]]:
-    """(what names them, ids) by transformers' reading of the checkpoint."""
+    """(source, ids) of the checkpoint's stop ids, read with transformers."""
     import transformers
 
     folder = case.folder

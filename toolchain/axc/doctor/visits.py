@@ -1,4 +1,4 @@
-"""What a single layer is asked by its C interface: every shape group, behind full and odd histories, to the end."""
+"""The test inputs of a single layer: every shape group, behind full and odd histories, to the end of the context."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from axrun.session import SessionGroup
 
-DECODES = 12  # single tokens that are asked for, at most
+DECODES = 12  # most decode visits
 
 
 class Visit(NamedTuple):
-    """`tokens` tokens at `start`, in a shape group; `probe` is the index of a probe behind the walk, -1 in the walk."""
+    """A run of `tokens` tokens at `start` in a shape group; `probe` is an index of a probe, -1 for the walk itself."""
 
     stage: str
     group: int
@@ -29,7 +29,7 @@ class Visit(NamedTuple):
 
 
 def visits(groups: Sequence[SessionGroup], context: int, count: int, probes: Sequence[Any]) -> Iterator[Visit]:
-    """What a layer is asked: every group at a full history and at an odd one, and single tokens at their borders."""
+    """Visits of every group behind a full and an odd history, and of single tokens at the groups' boundaries."""
     prefills = [group for group in groups if group.tokens > 1]
     decode = next((group for group in groups if group.tokens == 1), None)
     for group in prefills:
@@ -53,7 +53,7 @@ def visits(groups: Sequence[SessionGroup], context: int, count: int, probes: Seq
 def _probe(
     prefills: Sequence[SessionGroup], decode: SessionGroup | None, index: int, start: int, stop: int
 ) -> Iterator[Visit]:
-    """The first token of a probe in decode, and all of it in the prefill group with the least history that holds it."""
+    """The first token of a probe as decode, and the whole probe in the smallest prefill group that fits."""
     fitting = [group for group in prefills if group.history >= start and group.tokens >= stop - start]
     if fitting:
         group = min(fitting, key=lambda group: group.history)

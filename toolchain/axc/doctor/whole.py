@@ -1,7 +1,7 @@
-"""The whole model as `axrun run` has it, all layers in one decoder, beside its layers one after another.
+"""Compares the whole model as `axrun run` runs it, all layers in one decoder, with its layers run one after another.
 
-Both run the same axmodels on the same shapes: K, V, logits and tokens are the same to the bit, or the runner puts
-layers together wrongly.
+Both run the same axmodels on the same shapes. K, V, logits and tokens must be bit-identical; otherwise the runner
+connects the layers wrongly.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from axrun.model import Model, Post
 from axrun.sampling import Sampling
 from axrun.sequence import Sequence
 
-GENERATED = 4  # tokens that the runner's own loop is asked for
+GENERATED = 4  # tokens to generate with the runner's decoding loop
 MODEL, GENERATE = "board/axrun/model.py", "board/axrun/generate.py"
 
 
 def examine_whole(case: Case, spoken: Spoken) -> Finding | None:
-    """None where it agrees, and where memory is too short to load the model."""
+    """None if it agrees, or if there is not enough memory to load the model."""
     bundle = case.bundle
     shortage = memory.shortage(bundle, case.engine)
     if shortage is not None:
         case.say(f"  the layers are not run as one model: {shortage.text()}")
         return None
-    case.say("  the whole model, as `axrun run` has it")
+    case.say("  the whole model, as `axrun run` runs it")
     try:
         model = Model.load(bundle, case.engine)
         logits = _forced(model, spoken)
@@ -61,7 +61,7 @@ def _forced(model: Model, spoken: Spoken) -> list[Floats]:
 
 
 def _cached(case: Case, model: Model, spoken: Spoken) -> Finding | None:
-    """K and V of the whole model beside those of each layer in a decoder alone."""
+    """Compares K and V of the whole model with those of each layer run alone."""
     caches = (model.decoder.cache.keys, model.decoder.cache.values)
     for layer, pair in enumerate(spoken.rows):
         for name, cache, wanted in zip("KV", caches, pair, strict=True):
@@ -76,7 +76,7 @@ def _cached(case: Case, model: Model, spoken: Spoken) -> Finding | None:
 
 
 def _holds(spoken: Spoken, seen: Floats) -> str:
-    """Where a row belongs."""
+    """Explains a wrong row: which row of which layer it holds."""
     if not seen.any():
         return "the row was not written, or was cleared"
     for layer, pair in enumerate(spoken.rows):
@@ -88,7 +88,7 @@ def _holds(spoken: Spoken, seen: Floats) -> str:
 
 
 def _generated(case: Case, model: Model, spoken: Spoken, logits: list[Floats]) -> Finding | None:
-    """The runner's own loop, as far as its tokens are those that the logits are for."""
+    """Checks the runner's decoding loop, up to its first token that differs from the forced ones."""
     asked = spoken.ids[: spoken.asked]
     wanted = spoken.ids[spoken.asked :]
     for at, token in enumerate(generate(Sequence(model), asked, Sampling(), min(GENERATED, len(logits)))):

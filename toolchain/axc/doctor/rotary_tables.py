@@ -74,4 +74,4 @@ class _Walk:
         if len(by) != 1 or by[0] < 1:
             raise Unknown(f"{divisor.name} is {by.tolist()}"[:60])
         ids = self.ids(node.inputs[0])
-        return ids // by[0] if node.op_type == "Div" else ids % by[0]
+        return np.asarray(ids // by[0] if node.op_type == "Div" else ids % by[0])

@@ -1,6 +1,8 @@
 // Grouped-query attention that reads keys and values where the cache has them, and only those that some row sees.
 #pragma once
 
+#include <algorithm>
+
 #include "float_tile.h"
 #include "rows.h"
 
@@ -91,6 +93,8 @@ inline std::pair<Vf, Vf> both_halves(Type type, Vu words) {
   return {half_to_float(__builtin_convertvector(words & 0xFFFF, Vh)), half_to_float(__builtin_convertvector(words >> 16, Vh))};
 }
 
+// Half the shuffles, which narrow vectors wait for; with 512 bits it is no faster.
+constexpr bool kByWords = kWidth < 16;
 static_assert(kPanel % (2 * kWidth) == 0);
 
 // Columns of kPanel rows of 16-bit floats become rows of kPanel, widened: two columns are transposed as one word.
@@ -137,22 +141,22 @@ inline void attend(const AttentionJob& job, const AttentionShare& share, void* m
   for (size_t first = 0; first < count; first += kPanel) {
     const size_t keys = least(kPanel, count - first);
     const uint32_t* seen = s.seen + first;
-    const void* rows_of[kPanel];
-    for (size_t j = 0; j < kPanel; ++j) {
-      rows_of[j] = j < keys ? cached_row(job, job.k_cache, job.k_current, seen[j], share.kv_head) : s.wide;
-    }
+    const bool words = kByWords && job.type != Type::Float;
     if (keys < kPanel) std::memset(s.wide, 0, kPanel * depth * sizeof(float));
     for (size_t j = first + kPanel; j < least(first + 2 * kPanel, count); ++j) {
       prefetch(cached_row(job, job.k_cache, job.k_current, s.seen[j], share.kv_head), row_bytes);
     }
+    const void* rows_of[kPanel];
     for (size_t j = 0; j < keys; ++j) {
       prefetch(cached_row(job, job.v_cache, job.v_current, seen[j], share.kv_head), row_bytes);
-      if (job.type == Type::Float) std::memcpy(s.wide + j * depth, rows_of[j], dim * sizeof(float));
+      rows_of[j] = cached_row(job, job.k_cache, job.k_current, seen[j], share.kv_head);
+      if (!words) widen(job.type, rows_of[j], dim, s.wide + j * depth);
     }
-    if (job.type == Type::Float) {
-      transpose_panel(dim, s.panel, [&](size_t j, size_t i) AXC_INLINE { return load(s.wide + j * depth + i); });
-    } else {
+    if (words) {
+      std::fill(rows_of + keys, rows_of + kPanel, s.wide);
       transpose_halves(job.type, dim, rows_of, s.panel);
+    } else {
+      transpose_panel(dim, s.panel, [&](size_t j, size_t i) AXC_INLINE { return load(s.wide + j * depth + i); });
     }
     float* scores = s.scores + first;
     for (size_t r = 0; r < rows; ++r) std::memset(scores + r * width, 0, kPanel * sizeof(float));

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from axc import build, families
+from axc import build, check, families
 from axrun.format.bundle import Bundle
 from axrun.model import Model
 
@@ -119,6 +120,15 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": True,
         },
     ),
+    "phi4-mini, beyond the original length": (
+        "phi3",
+        {
+            "rope_parameters": LONGROPE,
+            "partial_rotary_factor": 0.75,
+            "max_position_embeddings": 512,
+            "original_max_position_embeddings": 64,
+        },
+    ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
     "smollm3, interval": ("smollm3", {"no_rope_layer_interval": 2}),
     "granite": ("granite", MULTIPLIERS),
@@ -194,6 +204,20 @@ def test_logits_are_transformers(row: str, tmp_path: Path) -> None:
     bundle, logits = built(tmp_path / "hf", tmp_path / "out"), expected(model)
     assert worst(bundle, logits, "ax") <= 1e-4
     assert worst(bundle, logits, "ort") <= 1e-4
+
+
+def test_a_context_beyond_the_original_length_has_the_long_factors(tmp_path: Path) -> None:
+    """Of longrope: the build says so, and the check asks the reference for the same."""
+    kind, particular = ROWS["phi4-mini, beyond the original length"]
+    random_model(kind, particular).save_pretrained(tmp_path / "hf")
+    short = build.Options(tmp_path / "hf", tmp_path / "out", prefill_len=16, kv_cache_len=63)
+    assert not build.plan(short).notices
+    plan = build.plan(replace(short, kv_cache_len=127, **FLOATS))
+    (notice,) = plan.notices
+    assert "long_factor at all positions" in notice
+    assert "--kv_cache_len up to 63" in notice
+    build.build(plan)
+    check.check(plan, 1, "", lambda line: None)
 
 
 # Families whose code transformers does not have, beside one that computes the same: its weights under other names.

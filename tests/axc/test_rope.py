@@ -1,6 +1,10 @@
-"""Rotary tables against transformers' own frequencies and the C library's cosines."""
+"""Rotary tables against transformers' own frequencies and the C library's cosines, in float64."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +12,12 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from axc import rope
+from axc.families import blocks
+from axc.graph import Graph
+from axc.quantizer import WEIGHT_TYPES
 from axc.rope import Rope
+from axrun.format.axmodel import OPSET, PRODUCER, encode
+from axrun.session import open_session
 
 ROPES = {
     "default": (Rope(1e6), {"rope_type": "default", "rope_theta": 1e6}),
@@ -36,12 +45,82 @@ def test_frequencies_are_transformers(kind: str) -> None:
     np.testing.assert_allclose(rope.frequencies(ours, 64), rotary.inv_freq.numpy(), rtol=3e-7)
 
 
-@pytest.mark.parametrize("kind", ROPES)
+LONG = 131072
+EVERY = {
+    **{kind: ours for kind, (ours, _) in ROPES.items()},
+    "partial": Rope(1e4, partial=0.75),
+    "yarn": Rope(1e4, "yarn", 16.0, original_max_position_embeddings=8192, attention_factor=1.2772588722239782),
+    "longrope": Rope(
+        1e4,
+        "longrope",
+        original_max_position_embeddings=4096,
+        attention_factor=1.19,
+        divisors=(1.0,) * 32,
+        long_divisors=(1.0,) * 16 + (40.7,) * 16,
+    ),
+}
+
+
+def exact(ours: Rope, positions: int) -> tuple[Any, Any]:
+    """cos and sin of every position times the float32 frequencies, in float64."""
+    ours = replace(ours, divisors=ours.long_divisors)
+    angles = np.arange(positions)[:, None] * rope.frequencies(ours, 64).astype(np.float64)
+    return np.cos(angles) * ours.attention_factor, np.sin(angles) * ours.attention_factor
+
+
+@pytest.mark.parametrize("kind", EVERY)
 def test_tables_are_correctly_rounded(kind: str) -> None:
-    """The float32 nearest to the cosine of the float32 angle, up to the longest contexts there are."""
-    ours, _ = ROPES[kind]
-    positions = 131072
-    cos, sin = rope.tables(ours, 64, positions)
-    angles = (np.arange(positions, dtype=np.float32)[:, None] * rope.frequencies(ours, 64)).astype(np.float64)
-    assert (cos == np.cos(angles).astype(np.float32)).all()
-    assert (sin == np.sin(angles).astype(np.float32)).all()
+    ours = EVERY[kind]
+    made = rope.tables(ours, 64, LONG)
+    assert made.low is not None
+    assert (len(made.high[0]), len(made.low[0])) == (512, 256)
+    for table, wanted in zip(made.high, exact(ours, LONG), strict=True):
+        assert (table == wanted[:: len(made.low[0])].astype(np.float32)).all()
+    for table, wanted in zip(made.low, exact(replace(ours, attention_factor=1.0), 256), strict=True):
+        assert (table == wanted.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 4, 5, 127, 128, 129, 8192, LONG])
+def test_tables_are_split_where_that_is_smaller(positions: int) -> None:
+    made = rope.tables(Rope(1e4), 8, positions)
+    rows = len(made.high[0]) + (len(made.low[0]) if made.low else 0)
+    assert rows <= positions
+    assert (made.low is None) == (positions < 6)
+    assert rows <= 2.2 * positions**0.5 + 2
+
+
+@pytest.mark.parametrize("engine", ["ax", "ort"])
+@pytest.mark.parametrize("kind", EVERY)
+def test_every_angle_is_that_of_its_position(kind: str, engine: str, tmp_path: Path) -> None:
+    """Heads of (1, 0) are turned into cos and sin themselves."""
+    ours, tokens = EVERY[kind], 32768
+    half = ours.width(64) // 2
+    session = open_session(angles_of(ours, tokens, tmp_path), engine)
+    arrays = {info.name: session.allocate(info) for info in session.groups[0].inputs + session.groups[0].outputs}
+    arrays["input"][0, :, :half] = 1
+    binding = session.bind(0, arrays)
+    wanted = exact(ours, LONG)
+    for first in range(0, LONG, tokens):
+        arrays["indices"][0] = np.arange(first, first + tokens)
+        binding.run()
+        for at, table in enumerate(wanted):
+            seen = arrays["output"][0, :, at * half : (at + 1) * half]
+            np.testing.assert_allclose(seen, table[first : first + tokens], rtol=0, atol=1e-6)
+
+
+def angles_of(ours: Rope, tokens: int, folder: Path) -> Path:
+    """An axmodel that rotates one head of 64."""
+    graph = Graph("angles", WEIGHT_TYPES["s8"], "FLOAT", {})
+    x, indices = graph.input("input", "FLOAT", 1, "M", 64), graph.input("indices", "UINT32", 1, "M")
+    cos, sin, ids = blocks.angles(graph, blocks.Rotation(ours, LONG), 64, indices)
+    graph.output("output", graph.rotary(x, cos, sin, ids, 1), "FLOAT")
+    groups = f'[{{"tokens":{tokens},"history":0}}]'
+    metadata = {"axmodel.version": "1", "axmodel.kind": "post", "axmodel.groups": groups}
+    model = graph.axmodel("test", OPSET, PRODUCER, metadata)
+    stored = {
+        name: replace(tensor, raw=memoryview(np.ascontiguousarray(graph.parameters[name]).tobytes()))
+        for name, tensor in model.initializers.items()
+    }
+    path = folder / "angles.axmodel"
+    path.write_bytes(encode(replace(model, initializers=stored)))
+    return path

@@ -54,6 +54,8 @@ def test_shapes_are_the_published_sizes(model: str) -> None:
         "qwen2-0.5b": 494,
         "qwen2-1.5b": 1544,
         "qwen2-7b": 7616,
+        "qwen3-0.6b": 596,
+        "gemma-3-1b": 999.9,
         "llama-3.2-1b": 1236,
         "llama-2-7b": 6738,
         "tinyllama-1.1b": 1100,

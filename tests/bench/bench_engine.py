@@ -1,5 +1,7 @@
 """The engine beside onnxruntime and llama.cpp, Qwen2-0.5B shapes, two cores: load, prefill, decode, memory bound.
 
+And decode in the shapes of other architectures beside Qwen2's.
+
 `make bench ARGS='-k engine'`. llama.cpp joins with PEER=llama.cpp, or when LLAMA_PYTHON names a Python that has
 llama-cpp-python and gguf. Engines take turns, and the best of the rounds counts: other work on the machine only ever
 slows one down.
@@ -17,6 +19,8 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from axc.shapes import config_json
+from axc.synth import synth
 from tests.engine.conftest import build
 
 ROUNDS = 3
@@ -189,24 +193,62 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+OTHERS = ("qwen2-0.5b", "qwen3-0.6b", "gemma-3-1b")
+FEW: dict[str, Any] = {"num_hidden_layers": 6, "vocab_size": 16384}  # layers as wide as they are; the head is small
+
+
+@pytest.fixture(scope="session")
+def few_layers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints with a few layers in the shapes of several architectures."""
+    folder = tmp_path_factory.mktemp("few layers")
+    for name in OTHERS:
+        synth(name, folder / name, config=config_json(name) | FEW)
+    return {name: folder / name for name in OTHERS}
+
+
+@pytest.mark.parametrize("weight", CASES)
+def test_engine_decodes_every_architecture_as_fast(
+    weight: str, few_layers: dict[str, Path], benchmark: BenchmarkFixture, tmp_path: Path
+) -> None:
+    """Bytes of weights a second in decode: norms of heads, more norms a layer, windows, GELU beside Qwen2's."""
+    libraries, best = str(build("native")), dict[str, dict[str, float]]()
+    for name, checkpoint in few_layers.items():
+        llm_build(checkpoint, tmp_path / name, weight)
+
+    def round_() -> None:
+        for name in few_layers:
+            seen = json.loads(script(sys.executable, OURS, tmp_path / name, "ax", AXRUN_ENGINE=libraries))
+            best[name] = {what: min(best.get(name, seen)[what], seconds) for what, seconds in seen.items()}
+
+    benchmark.pedantic(round_, rounds=ROUNDS)
+    weights = {name: nbytes(tmp_path / name) for name in few_layers}
+    benchmark.extra_info.update(best=best, bytes_per_token=weights)
+    print(f"\n{weight}:" + "".join(f"{what:>28}" for what in ("decode", "decode at 256")))
+    for name in few_layers:
+        row = f"{name:14}"
+        for what in ("decode", "decode at 256"):
+            rate, usual = (weights[one] / best[one][what] for one in (name, OTHERS[0]))
+            row += f"{best[name][what] * 1e3:7.2f} ms {rate / 1e9:5.1f} GB/s {rate / usual:5.2f}"
+        print(row)
+
+
+def llm_build(checkpoint: Path, bundle: Path, weight: str) -> None:
+    places = ["--input_path", str(checkpoint), "--output_path", str(bundle)]
+    command = [sys.executable, "-m", "axc", "llm_build", *places, *FLAGS, "-w", weight, "--post_weight_type", "s8"]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def nbytes(bundle: Path) -> int:
+    """What a token reads of a bundle."""
+    return sum(file.stat().st_size for file in bundle.glob("*.axmodel"))
+
+
 @pytest.mark.parametrize("weight", CASES)
 def test_engine_beside_others(
     weight: str, checkpoint: Path, llama: str | None, benchmark: BenchmarkFixture, tmp_path: Path
 ) -> None:
     bundle, gguf = tmp_path / "bundle", tmp_path / "weights.gguf"
-    command = [
-        sys.executable,
-        "-m",
-        "axc",
-        "llm_build",
-        "--input_path",
-        str(checkpoint),
-        "--output_path",
-        str(bundle),
-    ]
-    subprocess.run(
-        [*command, *FLAGS, "-w", weight, "--post_weight_type", "s8"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL
-    )
+    llm_build(checkpoint, bundle, weight)
     libraries = str(build("native"))
     rivals: dict[str, Any] = {
         "ax": lambda: script(sys.executable, OURS, bundle, "ax", AXRUN_ENGINE=libraries),
@@ -228,7 +270,7 @@ def test_engine_beside_others(
                 best[name][what] = min(best[name].get(what, seconds), seconds)
 
     benchmark.pedantic(round_, rounds=ROUNDS)
-    weights = sum(file.stat().st_size for file in bundle.glob("*.axmodel"))
+    weights = nbytes(bundle)
     bound = weights / max(reads)
     benchmark.extra_info.update(best=best, bytes_per_second=max(reads), bytes_per_token=weights)
     read = max(reads) / 1e9

@@ -26,14 +26,16 @@ def flip_a_scale(bundle: Path, layer: int = 2) -> None:
 
 
 def zero_rotary(bundle: Path, position: int) -> None:
-    """In every layer, sine and cosine are zero from a position on."""
+    """In every layer, sine and cosine are zero from a position on that begins a row of the high tables."""
     for name in _layers(bundle):
         tensors = axmodel.read(bundle / name).initializers
         with (bundle / name).open("r+b") as stream:
-            for table in (tensors["rotary.cos"], tensors["rotary.sin"]):
+            first, rest = divmod(position, int(tensors["rotary.low.rows"].array()))
+            assert not rest
+            for table in (tensors["rotary.high.cos"], tensors["rotary.high.sin"]):
                 row = table.nbytes // table.dims[0]
-                stream.seek(table.offset + position * row)
-                stream.write(bytes((table.dims[0] - position) * row))
+                stream.seek(table.offset + first * row)
+                stream.write(bytes((table.dims[0] - first) * row))
         agree(bundle, name)
 
 

@@ -15,16 +15,20 @@ from tests.doctor.axmodels import attribute, edit, get, manifest, metadata, node
 from tests.doctor.fault import Fault
 from tests.doctor.weight_faults import Plant, in_layer, in_post
 
-POSITIONS = np.arange(1024, dtype=np.float64)[:, None]
+
+def angles(theta: float, positions: Any, dim: int) -> Any:
+    return np.asarray(positions, np.float64)[:, None] * theta ** (-np.arange(0, dim, 2) / dim)
 
 
 def rotary(theta: float, dim: int = 32) -> Callable[[onnx.ModelProto], None]:
     """Tables of plain rotary frequencies."""
 
     def change(model: onnx.ModelProto) -> None:
-        angles = POSITIONS * theta ** (-np.arange(0, dim, 2) / dim)
-        for name, function in (("rotary.cos", np.cos), ("rotary.sin", np.sin)):
-            put(model, name, function(angles[: len(get(model, name))]).astype(np.float32))
+        low = int(get(model, "rotary.low.rows"))
+        for part, step in (("high", low), ("low", 1)):
+            for name, function in (("cos", np.cos), ("sin", np.sin)):
+                rows = step * np.arange(len(get(model, f"rotary.{part}.{name}")))
+                put(model, f"rotary.{part}.{name}", function(angles(theta, rows, dim)).astype(np.float32))
 
     return change
 
@@ -39,22 +43,23 @@ def every_layer(change: Callable[[onnx.ModelProto], object]) -> Plant:
 
 def zero_rotary(model: onnx.ModelProto) -> None:
     """From position 128 on."""
-    for name in ("rotary.cos", "rotary.sin"):
+    for name in ("rotary.high.cos", "rotary.high.sin"):
         values = get(model, name)
-        values[128:] = 0
+        values[128 // int(get(model, "rotary.low.rows")) :] = 0
         put(model, name, values)
 
 
 def zero_the_last_position(model: onnx.ModelProto) -> None:
-    values = get(model, "rotary.cos")
-    values[254] = 0
-    put(model, "rotary.cos", values)
+    """And whatever other multiple of the low tables' rows it shares its row with."""
+    values = get(model, "rotary.high.cos")
+    values[-1] = 0
+    put(model, "rotary.high.cos", values)
 
 
 def exchange_tables(model: onnx.ModelProto) -> None:
-    cos, sin = get(model, "rotary.cos"), get(model, "rotary.sin")
-    put(model, "rotary.cos", sin)
-    put(model, "rotary.sin", cos)
+    """The tables of cos and sin in the sums, so that cos has the sine and sin the cosine."""
+    for turned in (entry for entry in model.graph.node if entry.op_type == "RotaryEmbedding"):
+        turned.input[1], turned.input[2] = turned.input[2], turned.input[1]
 
 
 def interleave(model: onnx.ModelProto) -> None:
@@ -149,12 +154,13 @@ def rotated_otherwise(which: int, theta: float) -> Callable[[onnx.ModelProto], N
 
     def change(model: onnx.ModelProto) -> None:
         turned = node(model, "RotaryEmbedding", which)
+        half = get(model, "rotary.low.cos").shape[1]
         for at, function in ((1, np.cos), (2, np.sin)):
-            rows, half = get(model, turned.input[at]).shape
-            values = function(POSITIONS[:rows] * theta ** (-np.arange(half) / half)).astype(np.float32)
+            values = function(angles(theta, np.arange(1024), 2 * half)).astype(np.float32)
             own = onnx.numpy_helper.from_array(values, f"own.{at}")
             model.graph.initializer.append(own)
             turned.input[at] = own.name
+        turned.input.append(next(entry.output[0] for entry in model.graph.node if "indices" in entry.input))
 
     return change
 

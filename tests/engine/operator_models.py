@@ -212,9 +212,13 @@ def angle_tables(p: Pattern, positions: str, half: int) -> tuple[str, str]:
     return cos, p.add("Add", p.add("Mul", sh, cl), p.add("Mul", ch, sl))
 
 
-def rotary(tokens: int, cast: bool, tables: str, partial: int, interleaved: int) -> Sample:
+def rotary(tokens: int, cast: bool, tables: str, partial: int, interleaved: int, normed: bool = False) -> Sample:
     p = Pattern(3, tokens)
     x = p.input("input", 1, "M", 48)
+    if normed:  # each head, as Qwen3 and Gemma 3 have it
+        heads = p.add("Reshape", x, p.numbers(0, 0, 3, -1))
+        heads = p.add("RMSNormalization", heads, p.vector(16), axis=-1, epsilon=1e-6)
+        x = p.add("Reshape", heads, p.numbers(0, 0, -1))
     indices = p.input("indices", 1, "M", array=p.random.integers(0, 128, (1, tokens)).astype(np.uint32))
     positions = p.add("Cast", indices, to=TensorProto.INT64)
     half = (partial or 16) // 2
@@ -224,11 +228,26 @@ def rotary(tokens: int, cast: bool, tables: str, partial: int, interleaved: int)
     else:
         y = p.add("RotaryEmbedding", x, p.vector(128, half), p.vector(128, half), positions, **attributes)
     p.add("Cast", y, name="output", to=TensorProto.FLOAT16 if cast else TensorProto.FLOAT)
-    name = f"rotary-{cast}-{tables}-{partial}-{interleaved}"
+    name = f"rotary-{cast}-{tables}-{partial}-{interleaved}-{normed}"
     dtype = "FLOAT16" if cast else "FLOAT"
-    return p.sample(
-        name, "rotary" if cast else "RotaryEmbedding", {"output": (dtype, (1, "M", 48))}, 4e-3 if cast else 1e-5
-    )
+    return p.sample(name, "rotary", {"output": (dtype, (1, "M", 48))}, 4e-3 if cast else 1e-5)
+
+
+def norm(tokens: int, heads: int, residual: bool) -> Sample:
+    p = Pattern(6, tokens)
+    shape = (1, "M", heads, 40) if heads else (1, "M", 40)
+    y = p.add("RMSNormalization", p.input("input", *shape), p.vector(40), axis=-1, epsilon=1e-5)
+    if residual:
+        y = p.add("Add", p.input("r", *shape), y)
+    p.add("Cast", y, name="output", to=TensorProto.FLOAT)
+    return p.sample(f"norm-{heads}-{residual}", "norm", {"output": ("FLOAT", shape)}, 1e-5)
+
+
+def convert(tokens: int, width: int, given: Any, made: str) -> Sample:
+    p = Pattern(7, tokens)
+    x = p.input("input", 1, "M", width, array=floats(p.random, 1, tokens, width).astype(given))
+    p.add("Cast", x, name="output", to=DTYPES[made].onnx)
+    return p.sample(f"cast-{width}-{made}", "cast", {"output": (made, (1, "M", width))}, 0.0)
 
 
 def attention(tokens: int, history: int, **attributes: Any) -> Sample:
@@ -271,12 +290,28 @@ PATTERNS: dict[str, Callable[[], list[Sample]]] = {
         for activation in ("silu", "gelu")
         for together in (False, True)
     ],
-    "rotary": lambda: [
-        rotary(tokens, cast, tables, partial, interleaved)
-        for tokens in (1, 5)
-        for cast in (False, True)
-        for tables in ("one", "sums")
-        for partial, interleaved in ((0, 0), (8, 0), (8, 1))
+    "rotary": lambda: (
+        [
+            rotary(tokens, cast, tables, partial, interleaved)
+            for tokens in (1, 5)
+            for cast in (False, True)
+            for tables in ("one", "sums")
+            for partial, interleaved in ((0, 0), (8, 0), (8, 1))
+        ]
+        + [rotary(tokens, cast, "sums", 8, 0, True) for tokens in (1, 5) for cast in (False, True)]
+    ),
+    "norm": lambda: [
+        norm(tokens, heads, residual) for tokens in (1, 9) for heads in (0, 3) for residual in (False, True)
+    ],
+    "cast": lambda: [
+        convert(tokens, width, given, made)
+        for tokens, width in ((1, 33), (7, 4099))
+        for given, made in (
+            (np.float32, "BFLOAT16"),
+            (np.float16, "FLOAT"),
+            (ml_dtypes.bfloat16, "FLOAT"),
+            (ml_dtypes.bfloat16, "FLOAT16"),
+        )
     ],
     "attention": lambda: [
         attention(tokens, history, **attributes)

@@ -22,7 +22,7 @@ from tests.engine.conftest import ROOT, Run
 from tests.engine.operator_models import METADATA, PATTERNS, Sample, initializer, sample
 from tests.engine.test_numerics import HERE
 
-FUSED = ("linear", "attention", "rotary", "gated")
+FUSED = ("linear", "attention", "rotary", "gated", "norm", "cast")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from axc import rope
 from axc.compile import Target, weights
 from axc.families.family import ModelConfig
 from axc.quantizer import WEIGHT_TYPES
@@ -48,7 +49,9 @@ def memory(config: ModelConfig, target: Target) -> int:
         group = WEIGHT_TYPES[name].group
         matrices = (source.shape for source in weights(config).values() if len(source.shape) == 2)
         scales = max(scales, *(rows * columns // group * 4 if group else rows * 4 for rows, columns in matrices))
-    rotary = target.positions * config.head_dim * 8 * 8  # float64 tables and what they are computed through
+    rotary = (
+        sum(rope.rows(target.positions)) * config.head_dim * 8 * 8
+    )  # float64 tables and what they are computed through
     return PROCESS_BYTES + BLOCKS_BYTES + 2 * scales + rotary
 
 

@@ -159,6 +159,13 @@ def plan(options: Options) -> Plan:
     types, kept, notes = stored_types(checkpoint, model, options.weight_type, options.post_weight_type)
     notices += notes
     target = options.target(model, *types)
+    turns = getattr(model, "rope", None)
+    if turns and turns.long(target.positions):
+        original = turns.original_max_position_embeddings
+        notices.append(
+            f"rope: long_factor at all positions: a context of {target.positions} is beyond the original {original}; "
+            f"short_factor with --kv_cache_len up to {original - 1}"
+        )
     inputs = bundle.input_files(checkpoint)
     memory = budget.memory(model, target)
     proof = budget.proof(hf_folder.tokenizer_bytes(checkpoint.folder))

@@ -125,7 +125,7 @@ def _yarn(inner: Reader, base: float, share: float, positions: int, count: int) 
 
 
 def _longrope(inner: Reader, base: float, share: float, positions: int, count: int) -> Rope:
-    """With the short factors: the long ones begin behind the original length, where a context ends here."""
+    """Short factors for contexts up to the original length, long ones beyond."""
     original = inner.integer(ORIGINAL_LENGTH, low=2)
     given = inner.values.get("factor")
     factor = positions / original if given is None else inner.number("factor", low=1e-3, high=1e6)
@@ -133,20 +133,26 @@ def _longrope(inner: Reader, base: float, share: float, positions: int, count: i
         attention = inner.number("attention_factor", low=1e-3, high=1e3)
     else:
         attention = math.sqrt(1 + logarithm(factor) / logarithm(original)) if factor > 1 else 1.0
-    short = inner.get("short_factor")
-    numbers = isinstance(short, list) and all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-3 <= value <= 1e6 for value in short
-    )
-    if not numbers or len(short) != count:
-        raise BadInput(f"{inner.path}: short_factor is {short!r:.60}; expected {count} numbers, one for each frequency")
+    short, long = (_divisors(inner, key, count) for key in ("short_factor", "long_factor"))
     return Rope(
         base,
         "longrope",
         original_max_position_embeddings=original,
         partial=share,
         attention_factor=attention,
-        divisors=tuple(float(value) for value in short),
+        divisors=short,
+        long_divisors=long,
     )
+
+
+def _divisors(inner: Reader, key: str, count: int) -> tuple[float, ...]:
+    given = inner.get(key)
+    numbers = isinstance(given, list) and all(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-3 <= value <= 1e6 for value in given
+    )
+    if not numbers or len(given) != count:
+        raise BadInput(f"{inner.path}: {key} is {given!r:.60}; expected {count} numbers, one for each frequency")
+    return tuple(float(value) for value in given)
 
 
 KINDS: dict[str, Callable[[Reader, float, float, int, int], Rope]] = {

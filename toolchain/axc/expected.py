@@ -76,6 +76,7 @@ def expect(options: Options, bundle: Bundle, prompt: str, asked: list[int], say:
         reference = Reference(options.input_path, options.model_config, options.model_type)
     except Refused as refused:
         raise CheckFailed(f"{refused}\nThe bundle was built from something else; do not ship it.") from None
+    reference.extend(bundle.kv_cache_len + 1)
     for remark in reference.remarks:
         say(f"  {remark}")
     return ask(reference, bundle, prompt, asked)

@@ -153,17 +153,28 @@ class Graph:
         shape = self.constant("heads.flat", np.array([0, 0, -1], np.int64))
         return self._node("Reshape", [x, shape], x.dtype, (*x.shape[:2], int(x.shape[2]) * int(x.shape[3])))
 
+    def rows(self, table: Value, at: Value) -> Value:
+        """Rows [1, M, width] of a table [rows, width] at `at` [1, M]."""
+        _expect(len(table.shape) == 2 and at.dtype == "INT64", "Gather", table, at)
+        return self._node("Gather", [table, at], table.dtype, (*at.shape, table.shape[1]), axis=0)
+
+    def divided(self, x: Value, name: str, divisor: int) -> tuple[Value, Value]:
+        """Quotient and remainder of positive integers by a number, a constant called `name`."""
+        by = self.constant(name, np.array(divisor, np.int64))
+        return self._node("Div", [x, by], x.dtype, x.shape), self._node("Mod", [x, by], x.dtype, x.shape)
+
     def rotary(
-        self, x: Value, cos: Value, sin: Value, positions: Value, heads: int, interleaved: bool = False
+        self, x: Value, cos: Value, sin: Value, positions: Value | None, heads: int, interleaved: bool = False
     ) -> Value:
         """RotaryEmbedding of the first elements of each head of x [1, M, heads * head_dim], twice as many as `cos` has.
 
         An element is rotated with the one half as many further on, as in transformers, or `interleaved` with the next.
+        `cos` and `sin` are tables by position, or without `positions` have a row for each of the M.
         """
-        width, head_dim = 2 * int(cos.shape[1]), int(x.shape[-1]) // heads
+        width, head_dim = 2 * int(cos.shape[-1]), int(x.shape[-1]) // heads
         _expect(width <= head_dim, "RotaryEmbedding", x, cos)
         more: dict[str, Any] = {} if width == head_dim else {"rotary_embedding_dim": width}
-        inputs = [x, cos, sin, positions]
+        inputs = [x, cos, sin] + ([] if positions is None else [positions])
         return self._node(
             "RotaryEmbedding", inputs, "FLOAT", x.shape, num_heads=heads, interleaved=int(interleaved), **more
         )
@@ -215,6 +226,11 @@ class Graph:
         if factor == 1:
             return x
         return self._node("Mul", [x, self.constant(name, np.array(factor, np.float32))], x.dtype, x.shape)
+
+    def sub(self, a: Value, b: Value) -> Value:
+        """Elementwise difference of equal shapes."""
+        _expect(a.shape == b.shape, "Sub", a, b)
+        return self._node("Sub", [a, b], a.dtype, a.shape)
 
     def mul(self, a: Value, b: Value) -> Value:
         """Elementwise product of equal shapes."""

@@ -26,6 +26,7 @@ from axrun.errors import BadInput
 try:
     import torch
     import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.modeling_utils import load_state_dict
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 except ImportError:
@@ -122,6 +123,18 @@ class Reference:
     @property
     def model_type(self) -> str:
         return str(self.config.model_type)
+
+    @torch.no_grad()
+    def extend(self, positions: int) -> None:
+        """Computes every sequence as transformers does those of `positions` tokens.
+
+        Of a longrope, whose frequencies are others beyond the original length: a bundle's are those of its context.
+        """
+        for module in self.model.modules():
+            if getattr(module, "rope_type", None) == "longrope":
+                found, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, torch.device("cpu"), seq_len=positions)
+                for name in ("inv_freq", "original_inv_freq"):
+                    getattr(module, name).copy_(found)
 
     @torch.no_grad()
     def trace(self, ids: Ids, cache: Any = None) -> Trace:

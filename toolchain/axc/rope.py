@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
 
 import numpy as np
@@ -20,7 +20,8 @@ class Rope:
     """Rotary position embedding. `kind` is default, linear (with `factor`), llama3, yarn or longrope.
 
     `partial` is the share of a head that is rotated, its first elements; `attention_factor` multiplies cosines and
-    sines; `divisors` are longrope's, one for each frequency. Frequencies as in transformers' modeling_rope_utils.
+    sines; `divisors` are longrope's, one for each frequency, `long_divisors` those of contexts beyond the original
+    length. Frequencies as in transformers' modeling_rope_utils.
     """
 
     theta: float
@@ -35,6 +36,15 @@ class Rope:
     beta_slow: float = 1.0
     truncate: bool = True
     divisors: tuple[float, ...] = ()
+    long_divisors: tuple[float, ...] = ()
+
+    def long(self, positions: int) -> bool:
+        """Whether a context is beyond the original length of a longrope: all of its positions have other frequencies.
+
+        transformers decides by the length of each sequence, and computes K anew where one grows beyond; a bundle's
+        tables are fixed, so its context decides.
+        """
+        return self.kind == "longrope" and positions > self.original_max_position_embeddings
 
     def width(self, head_dim: int) -> int:
         """How many elements of a head are rotated."""
@@ -108,14 +118,43 @@ def _yarn(inverse: list[Decimal], rope: Rope, width: int) -> list[Decimal]:
     return found
 
 
-@functools.lru_cache(maxsize=2)
-def tables(rope: Rope, head_dim: int, positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """cos and sin [positions, rotated elements / 2], each the float32 nearest to that of the float32 angle.
+@dataclass(frozen=True)
+class Tables:
+    """cos and sin [rows, rotated elements / 2] of every position, or of parts of positions that are added.
 
-    Times `attention_factor`, rounded once more.
+    With `low`, position p = high * len(low) + rest; `high` has a row for each multiple of len(low), `low` one for each
+    rest, and the angles' addition theorem gives the position's.
     """
-    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies(rope, head_dim)[None, :]
-    x = angles.astype(np.float64)
+
+    high: tuple[NDArray[np.float32], NDArray[np.float32]]
+    low: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+
+
+def rows(positions: int) -> tuple[int, int]:
+    """How many rows the high and the low tables have; low 0 where one table is not larger than both."""
+
+    def both(low: int) -> int:
+        return low + -(-positions // low)
+
+    low = min((1 << bits for bits in range(positions.bit_length())), key=both)
+    return (-(-positions // low), low) if both(low) < positions else (positions, 0)
+
+
+@functools.lru_cache(maxsize=4)
+def tables(rope: Rope, head_dim: int, positions: int) -> Tables:
+    """The rotary tables of a context. `attention_factor` is in those of whole positions or of their high parts."""
+    inverse = frequencies(replace(rope, divisors=rope.long_divisors) if rope.long(positions) else rope, head_dim)
+    high, low = rows(positions)
+    if not low:
+        return Tables(turned(inverse, range(positions), rope.attention_factor))
+    return Tables(turned(inverse, range(0, high * low, low), rope.attention_factor), turned(inverse, range(low)))
+
+
+def turned(
+    inverse: NDArray[np.float32], positions: range, factor: float = 1.0
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """cos and sin of each position times each frequency, times `factor`: the float32 nearest to the exact value."""
+    x = np.array(positions, np.float64)[:, None] * inverse.astype(np.float64)[None, :]  # exact below 2**29 positions
     quarter = np.rint(x * (2 / math.pi))
     x = ((x - quarter * PI_2_HEAD) - quarter * PI_2_MIDDLE) - quarter * PI_2_TAIL
     square = x * x
@@ -123,8 +162,7 @@ def tables(rope: Rope, head_dim: int, positions: int) -> tuple[NDArray[np.float3
     turn = quarter.astype(np.int64) & 3
     cos = np.choose(turn, [cosine, -sine, -cosine, sine])
     sin = np.choose(turn, [sine, cosine, -sine, -cosine])
-    factor = np.float32(rope.attention_factor)
-    return cos.astype(np.float32) * factor, sin.astype(np.float32) * factor
+    return (cos * factor).astype(np.float32), (sin * factor).astype(np.float32)
 
 
 def _horner(x: NDArray[np.float64], terms: tuple[float, ...]) -> NDArray[np.float64]:

@@ -6,6 +6,24 @@ from typing import Any
 
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "rms_norm_eps": 1e-6, "hidden_act": "silu"}
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "head_dim": 128,
+}
+GEMMA3 = {
+    "architectures": ["Gemma3ForCausalLM"],
+    "model_type": "gemma3_text",
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "rope_local_base_freq": 1e4,
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 32.0,
@@ -19,6 +37,8 @@ SHAPES: dict[str, Shape] = {
     "qwen2-0.5b": (QWEN2, 896, 4864, 24, 14, 2, 151936, 32768, 1e6, True, None),
     "qwen2-1.5b": (QWEN2, 1536, 8960, 28, 12, 2, 151936, 32768, 1e6, True, None),
     "qwen2-7b": (QWEN2, 3584, 18944, 28, 28, 4, 152064, 32768, 1e6, False, None),
+    "qwen3-0.6b": (QWEN3, 1024, 3072, 28, 16, 8, 151936, 40960, 1e6, True, None),
+    "gemma-3-1b": (GEMMA3, 1152, 6912, 26, 4, 1, 262144, 32768, 1e6, True, None),
     "llama-3.2-1b": (LLAMA, 2048, 8192, 16, 32, 8, 128256, 131072, 5e5, True, LLAMA3_ROPE),
     "llama-2-7b": (LLAMA, 4096, 11008, 32, 32, 32, 32000, 4096, 1e4, False, None),
     "tinyllama-1.1b": (LLAMA, 2048, 5632, 22, 32, 4, 32000, 2048, 1e4, False, None),

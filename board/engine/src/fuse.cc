@@ -5,16 +5,16 @@
 #include <map>
 #include <optional>
 
-#include "program.h"
+#include "patterns.h"
 
 namespace axc {
 namespace {
 
 const float* floats(const Tensor& tensor) { return reinterpret_cast<const float*>(tensor.bytes()); }
 
-class Fuser {
+class Fuser : Neighbours {
  public:
-  explicit Fuser(const Graph& graph) : graph_(graph), made_at_(graph.values.size(), -1) {}
+  explicit Fuser(const Graph& graph) : Neighbours(graph), rows_(graph), made_at_(graph.values.size(), -1) {}
 
   Program run() {
     find_views();
@@ -32,20 +32,6 @@ class Fuser {
   }
 
  private:
-  const Value& value(int index) const { return graph_.values[index]; }
-  const Operation* maker(int index) const {
-    return value(index).maker < 0 ? nullptr : &graph_.operations[value(index).maker];
-  }
-  // The operation that alone uses a value, which is no output.
-  const Operation* only_user(int index) const {
-    const Value& seen = value(index);
-    return seen.output < 0 && seen.users.size() == 1 ? &graph_.operations[seen.users[0]] : nullptr;
-  }
-  int index_of(const Operation& operation) const { return static_cast<int>(&operation - graph_.operations.data()); }
-  static bool is(const Operation* operation, std::string_view name) { return operation && operation->is(name); }
-  static int other(const Operation& operation, int index) {
-    return operation.inputs[0] == index ? operation.inputs[1] : operation.inputs[0];
-  }
   bool taken(const Operation& root) const { return roots_.contains(index_of(root)); }
 
   // A value that has the bytes of another one has its memory; an output lies where the caller wants it.
@@ -73,8 +59,16 @@ class Fuser {
   void match(const Operation& operation) {
     if (operation.is("MatMul")) match_linear(operation);
     if (operation.is("Mul")) match_gated(operation);
-    if (operation.is("RotaryEmbedding")) match_rotary(operation);
+    if (operation.is("RotaryEmbedding")) take(rows_.rotary(operation));
     if (operation.is("Attention")) match_attention(operation);
+    if (operation.is("Cast") && !is_view(operation)) take(rows_.convert(operation));
+    if (operation.is("RMSNormalization")) {
+      take(rows_.norm(operation, [this](const Operation& root) { return !taken(root); }));
+    }
+  }
+
+  void take(std::optional<RowPatterns::Match> match) {
+    if (match) roots_.emplace(index_of(*match->root), std::move(match->step));
   }
 
   // [DequantizeLinear | Cast] -> Transpose -> MatMul [-> Add bias] [-> Add residual]
@@ -175,21 +169,6 @@ class Fuser {
       }
     }
     return {};
-  }
-
-  // RotaryEmbedding -> Cast to what the cache holds
-  void match_rotary(const Operation& rotary) {
-    const Value& x = value(rotary.inputs[0]);
-    const Operation* cast = only_user(rotary.outputs[0]);
-    if (x.type != Type::Float || x.shape.size() != 3 || !is(cast, "Cast") || value(cast->outputs[0]).type == Type::Float ||
-        !is_float(value(cast->outputs[0]).type)) {
-      return;
-    }
-    const size_t heads = static_cast<size_t>(rotary.integer("num_heads", 1));
-    const Rotation rotation{heads, x.width() / heads, value(rotary.inputs[1]).width(), rotary.integer("interleaved", 0) != 0};
-    const int positions = rotary.inputs.size() > 3 ? rotary.inputs[3] : -1;
-    roots_.emplace(index_of(*cast),
-                   Rotary{rotary.inputs[0], rotary.inputs[1], rotary.inputs[2], positions, cast->outputs[0], rotation});
   }
 
   // Attention(q, Cast(Concat(K_cache, k)), Cast(Concat(V_cache, v)), Unsqueeze(Cast(mask)))
@@ -301,7 +280,7 @@ class Fuser {
     return true;
   }
 
-  const Graph& graph_;
+  const RowPatterns rows_;
   std::vector<int> made_at_;  // of every value that has memory of its own: the step that writes it
   std::map<int, Step> roots_;
   Program program_;

@@ -37,10 +37,40 @@ struct Attention {
   float scale, softcap;
 };
 
-// A rotation whose result is stored as the cache holds it.
+// The scale and epsilon of an RMS norm; no scale: none.
+struct Scaling {
+  const float* scale = nullptr;
+  float epsilon = 0;
+};
+
+// RMS norms of rows, `residual` added.
+struct Norm {
+  int x, residual, to;
+  size_t width;
+  Scaling scaling;
+};
+
+// Where the cosines and sines of a token are: in its row of `cos` and `sin`; in the row of its position; or, where there
+// are low tables, those of the sum of two angles, of the position's quotient by `divisor` and of its remainder.
+struct Angles {
+  int cos, sin, cos_low, sin_low;  // -1: no low tables
+  int positions;                   // int64 or uint32; -1: each token has its row
+  size_t reach, divisor;           // positions below `reach` have rows
+
+  bool operator==(const Angles&) const = default;
+};
+
+// A rotation of heads, each normalised before where there is a norm.
 struct Rotary {
-  int x, cos, sin, positions, to;  // positions -1: cos and sin have a row for each token
+  int x, to;
   Rotation rotation;
+  Angles angles;
+  Scaling norm;
+};
+
+// A cast between floats.
+struct Convert {
+  int x, to;
 };
 
 // activation(gate) * up
@@ -55,8 +85,8 @@ struct Plain {
   size_t first = 0;
 };
 
-using Step = std::variant<Linear, Attention, Rotary, Gated, Plain>;
-constexpr const char* kFusedNames[] = {"linear", "attention", "rotary", "gated"};
+using Step = std::variant<Linear, Attention, Rotary, Gated, Norm, Convert, Plain>;
+constexpr const char* kFusedNames[] = {"linear", "attention", "rotary", "gated", "norm", "cast"};
 static_assert(std::size(kFusedNames) + 1 == std::variant_size_v<Step>);
 
 // Where a value lies: `offset` and `width` are bytes for each unit of an area; width 0: nowhere.
@@ -123,9 +153,12 @@ void touch(const Graph& graph, const Step& step, Reads reads, Writes writes) {
       writes(s.to);
     }
     void operator()(const Rotary& s) {
-      for (const int value : {s.x, s.cos, s.sin, s.positions}) read_if(value);
+      const Angles& at = s.angles;
+      for (const int value : {s.x, at.cos, at.sin, at.cos_low, at.sin_low, at.positions}) read_if(value);
       writes(s.to);
     }
+    void operator()(const Norm& s) { reads(s.x), read_if(s.residual), writes(s.to); }
+    void operator()(const Convert& s) { reads(s.x), writes(s.to); }
     void operator()(const Gated& s) { reads(s.gate), reads(s.up), writes(s.to); }
     void operator()(const Plain& s) {
       const Operation& operation = graph.operations[s.operation];

@@ -8,6 +8,7 @@ namespace axc {
 namespace {
 
 constexpr size_t kRowsPerItem = 8;
+constexpr size_t kElementsPerItem = 8192;  // of a cast
 
 // How the rows of weights are handed out: so many items that a thread that is held up leaves some to the others.
 struct Grain {
@@ -72,13 +73,14 @@ class Run {
   }
 
   void all() {
+    auto start = std::chrono::steady_clock::now();
     for (const Step& step : model_.program.steps) {
-      const auto start = std::chrono::steady_clock::now();
       std::visit([this](const auto& kind) { (*this)(kind); }, step);
-      const auto took = std::chrono::steady_clock::now() - start;
+      const auto end = std::chrono::steady_clock::now();
       Counter& counter = runtime_.counters[counter_of(step)];
       ++counter.calls;
-      counter.nanoseconds += static_cast<uint64_t>(std::chrono::nanoseconds(took).count());
+      counter.nanoseconds += static_cast<uint64_t>(std::chrono::nanoseconds(end - start).count());
+      start = end;
     }
   }
 
@@ -124,6 +126,11 @@ class Run {
     }
     return view;
   }
+  size_t product(int index) const {
+    size_t product = 1;
+    for (const Dim& dim : value(index).shape) product *= size_of(dim);
+    return product;
+  }
   // Rows of a tensor: all dimensions but the last.
   size_t rows(int index) const {
     size_t rows = 1;
@@ -138,6 +145,11 @@ class Run {
     scratch_ = runtime_.scratch.reserve(scratch_bytes_ * pool_.size());
   }
   uint8_t* scratch(size_t thread) const { return scratch_ + thread * scratch_bytes_; }
+
+  // Weights of a norm have been driven from the caches by the matrices of the other layers.
+  static void prefetch(const float* from, size_t count) {
+    for (size_t i = 0; i < count; i += 16) __builtin_prefetch(from + i);
+  }
 
   template <class Body>
   void each_row(size_t rows, const Body& body) {
@@ -224,23 +236,80 @@ class Run {
 
   static Grain grain(size_t rows) { return rows <= kTokensByDot ? kInPlace : kPacked; }
 
+  uint64_t position(const Angles& at, size_t token) const {
+    if (at.positions < 0) return token;
+    uint64_t position = 0;
+    const size_t bytes = value(at.positions).type == Type::Uint32 ? 4 : 8;
+    std::memcpy(&position, address(at.positions) + bytes * token, bytes);
+    return position;
+  }
+
+  // Checks the positions, and adds the parts of angles: once for queries and keys.
+  void add_parts(const Angles& at, size_t tokens, size_t half) {
+    if (at.positions < 0 || (turned_ && *turned_ == at)) return;
+    for (size_t token = 0; token < tokens; ++token) check_position(position(at, token), at.reach);
+    turned_ = &at;
+    if (!at.divisor) return;
+    float* rows = reinterpret_cast<float*>(runtime_.turns.reserve(2 * tokens * half * sizeof(float)));
+    const Turns high = tables(at.cos, at.sin), low = tables(at.cos_low, at.sin_low);
+    each_row(tokens, [&](size_t token, size_t) {
+      const uint64_t whole = position(at, token);
+      float* row = rows + 2 * token * half;
+      add_angles(high.row(whole / at.divisor, half), low.row(whole % at.divisor, half), half, row, row + half);
+    });
+  }
+  Turns tables(int cos, int sin) const { return {floats(cos), floats(sin)}; }
+
   void operator()(const Rotary& s) {
     const Rotation& rotation = s.rotation;
-    const size_t width = rotation.heads * rotation.head_dim, count = rows(s.x);
-    const size_t positions = s.positions < 0 ? count : rows(s.cos);
-    const auto position = [&](size_t row) {
-      uint64_t at = row;
-      if (s.positions >= 0) std::memcpy(&at, address(s.positions) + 8 * row, sizeof at);
-      return at;
-    };
-    for (size_t row = 0; row < count; ++row) check_position(position(row), positions);
+    const size_t head = rotation.head_dim, width = rotation.heads * head, half = rotation.half, count = rows(s.to);
+    add_parts(s.angles, count, half);
     const View to = view(s.to);
-    reserve_scratch(width * sizeof(float));
+    const float *x = floats(s.x), *sums = s.angles.divisor ? reinterpret_cast<const float*>(runtime_.turns.get()) : nullptr;
+    const Turns given = tables(s.angles.cos, s.angles.sin);
+    reserve_scratch(2 * width * sizeof(float));
     each_row(count, [&](size_t row, size_t thread) {
-      const size_t table = position(row) * rotation.half;
-      float* wide = reinterpret_cast<float*>(scratch(thread));
-      rotate(kernels_, rotation, floats(s.x) + row * width, floats(s.cos) + table, floats(s.sin) + table, wide);
-      kernels_.narrow(to.type, wide, width, to.data + row * width * to.element());
+      float *normed = reinterpret_cast<float*>(scratch(thread)), *turned = normed + width;
+      const float* from = x + row * width;
+      const Turns turns = sums ? Turns{sums + 2 * row * half, sums + (2 * row + 1) * half}
+                               : given.row(position(s.angles, row), half);
+      if (s.norm.scale) {
+        for (size_t i = 0; i < width; i += head) kernels_.rms_norm(from + i, s.norm.scale, s.norm.epsilon, head, normed + i);
+        from = normed;
+      }
+      float* wide = to.type == Type::Float ? to.floats() + row * width : turned;
+      rotate(kernels_, rotation, from, turns.cos, turns.sin, wide);
+      if (wide == turned) kernels_.narrow(to.type, turned, width, to.data + row * width * to.element());
+    });
+  }
+
+  void operator()(const Norm& s) {
+    const size_t count = product(s.to) / s.width;
+    const float *x = floats(s.x), *residual = s.residual < 0 ? nullptr : floats(s.residual);
+    float* to = floats(s.to);
+    prefetch(s.scaling.scale, s.width);
+    each_row(count, [&](size_t row, size_t) {
+      const size_t at = row * s.width;
+      kernels_.rms_norm(x + at, s.scaling.scale, s.scaling.epsilon, s.width, to + at);
+      for (size_t i = 0; residual && i < s.width; ++i) to[at + i] += residual[at + i];
+    });
+  }
+
+  void operator()(const Convert& s) {
+    const View x = view(s.x), to = view(s.to);
+    const Value& made = value(s.to);
+    if (made.output >= 0 && !outputs_[made.output] && made.users.empty()) return;
+    const size_t count = to.count();
+    const bool through = x.type != Type::Float && to.type != Type::Float;
+    if (through) reserve_scratch(kElementsPerItem * sizeof(float));
+    pool_.each(ceil_div(count, kElementsPerItem), [&](size_t item, size_t thread) {
+      const size_t first = item * kElementsPerItem, number = std::min(kElementsPerItem, count - first);
+      const uint8_t* from = x.data + first * x.element();
+      uint8_t* target = to.data + first * to.element();
+      float* wide = reinterpret_cast<float*>(through ? scratch(thread) : target);
+      if (x.type != Type::Float) kernels_.widen(x.type, from, number, wide);
+      if (to.type == Type::Float) return;
+      kernels_.narrow(to.type, through ? wide : reinterpret_cast<const float*>(from), number, target);
     });
   }
 
@@ -283,6 +352,7 @@ class Run {
   Pool& pool_;
   uint8_t* scratch_ = nullptr;
   size_t scratch_bytes_ = 0;
+  const Angles* turned_ = nullptr;  // whose sums are in the runtime's `turns`
 };
 
 }  // namespace

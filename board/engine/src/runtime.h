@@ -16,6 +16,7 @@ class Arena {
  public:
   // Throws std::bad_alloc.
   uint8_t* reserve(size_t bytes);
+  uint8_t* get() const { return memory_.get(); }
 
  private:
   struct Free {
@@ -40,7 +41,7 @@ class Runtime {
   static Runtime& instance();
 
   std::mutex mutex;  // held by who runs a model or changes what is below
-  Arena values, levels, scratch;
+  Arena values, levels, scratch, turns;
   std::vector<Placed> areas;  // of the model that runs
   std::vector<View> views;    // of the step that runs
   std::vector<Counter> counters;  // of each kind of fused step, then of each operator

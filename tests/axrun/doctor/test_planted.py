@@ -61,14 +61,16 @@ def swapped_layers(folder: Path) -> None:
 
 def other_base(folder: Path) -> None:
     """Rotary tables with another base."""
-    for name, function in (("rotary.cos", np.cos), ("rotary.sin", np.sin)):
+    rows = int(axmodel.read(folder / L1).initializers["rotary.low.rows"].array())
+    for part, step in (("low", 1), ("high", rows)):
+        for name, function in (("cos", np.cos), ("sin", np.sin)):
 
-        def table(old: NDArray[Any], function: Any = function) -> NDArray[Any]:
-            half = old.shape[1]
-            angles = np.arange(len(old))[:, None] / 500.0 ** (np.arange(half) / half)
-            return np.asarray(function(angles), np.float32)
+            def table(old: NDArray[Any], function: Any = function, step: int = step) -> NDArray[Any]:
+                half = old.shape[1]
+                angles = step * np.arange(len(old))[:, None] / 500.0 ** (np.arange(half) / half)
+                return np.asarray(function(angles), np.float32)
 
-        tensor(folder, L1, name, table)
+            tensor(folder, L1, f"rotary.{part}.{name}", table)
 
 
 def other_eps(folder: Path) -> None:

@@ -115,6 +115,7 @@ class Case:
             found = Reference(options.checkpoint, options.model_config, options.model_type)
         except BadInput as refused:
             raise Unusable(refused) from None
+        found.extend(self.bundle.kv_cache_len + 1)
         for remark in found.remarks:
             self.say(f"  {remark}")
         return found

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from axc.doctor import rotary_tables
 from axc.doctor.stored import Floats, Stored
 from axrun.format.axmodel import Axmodel, Node
 
@@ -152,17 +153,15 @@ def _tables(model: Axmodel, stored: Mapping[str, Stored], reference: Reference) 
             )
     known = set[tuple[str, ...]]()
     for node in nodes:
-        names = node.inputs[1:3]
-        if names in known:
+        if node.inputs[1:3] in known:
             continue
-        known.add(names)
-        if len(names) < 2 or not {*names} <= stored.keys():
-            found = ", ".join(names) or "none"
-            yield Constant(
-                "rotary tables", "tables of cos and sin in the file", found, "a rotary table is no constant of the file"
-            )
+        known.add(node.inputs[1:3])
+        try:
+            names, cos, sin = rotary_tables.tables(model, stored, node)
+        except rotary_tables.Unknown as error:
+            expected, cause = "tables of cos and sin in the file", "a rotary table is no constant of the file"
+            yield Constant("rotary tables", expected, str(error), cause)
             continue
-        cos, sin = (stored[name].values() for name in names)
         wanted = rotary(reference, len(cos))
         if wanted is not None:
             yield from angles(names, cos, sin, *wanted)

@@ -47,12 +47,6 @@ class DecoderConfig(ModelConfig):
     rope: Rope
     sliding: tuple[bool, ...] = ()
 
-    @property
-    def context(self) -> int:
-        """longrope has other frequencies behind the original length; those are not built."""
-        original = self.rope.original_max_position_embeddings if self.rope.kind == "longrope" else 1 << 30
-        return min(self.max_position_embeddings, original)
-
 
 def decoder(reader: Reader, *, epsilon: str = "rms_norm_eps", partial: bool = False) -> dict[str, Any]:
     """The fields of DecoderConfig but `sliding` and the window. Raises BadInput.
@@ -250,6 +244,27 @@ class Rotation:
     interleaved: bool = False
 
 
+def angles(graph: Graph, rotation: Rotation, head_dim: int, indices: Value) -> tuple[Value, Value, Value | None]:
+    """cos, sin and position ids for RotaryEmbedding; without ids cos and sin have a row for each token.
+
+    One table of all positions would grow with the context in every layer. Two small ones do as well: position
+    p = high * n + low, cos(a + b) = cos a cos b - sin a sin b, sin(a + b) = sin a cos b + cos a sin b.
+    """
+    made = rope.tables(rotation.rope, head_dim, rotation.positions)
+    position_ids = graph.cast(indices, "INT64")
+    if made.low is None:
+        cos, sin = made.high
+        return graph.constant("rotary.cos", cos), graph.constant("rotary.sin", sin), position_ids
+    rows = []
+    places = graph.divided(position_ids, "rotary.low.rows", len(made.low[0]))
+    for part, arrays, at in zip(("high", "low"), (made.high, made.low), places, strict=True):
+        for name, array in zip(("cos", "sin"), arrays, strict=True):
+            rows.append(graph.rows(graph.constant(f"rotary.{part}.{name}", array), at))
+    cos_high, sin_high, cos_low, sin_low = rows
+    cosine = graph.sub(graph.mul(cos_high, cos_low), graph.mul(sin_high, sin_low))
+    return cosine, graph.add(graph.mul(sin_high, cos_low), graph.mul(cos_high, sin_low)), None
+
+
 @dataclass(frozen=True)
 class HeadNorm:
     """A norm of q and k by the names of their weights: of each head, or of all of them as one row (`whole`)."""
@@ -290,9 +305,7 @@ def attention(
     if head_norm is not None and not head_norm.rotated_first:
         q, k = normed(q, k)
     if rotation is not None:
-        cos_table, sin_table = rope.tables(rotation.rope, config.head_dim, rotation.positions)
-        cos, sin = graph.constant("rotary.cos", cos_table), graph.constant("rotary.sin", sin_table)
-        position_ids = graph.cast(given.indices, "INT64")
+        cos, sin, position_ids = angles(graph, rotation, config.head_dim, given.indices)
         q = graph.rotary(q, cos, sin, position_ids, heads, rotation.interleaved)
         k = graph.rotary(k, cos, sin, position_ids, kv_heads, rotation.interleaved)
     if head_norm is not None and head_norm.rotated_first:

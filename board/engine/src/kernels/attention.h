@@ -1,6 +1,8 @@
 // Grouped-query attention that reads keys and values where the cache has them, and only those that some row sees.
 #pragma once
 
+#include <algorithm>
+
 #include "float_tile.h"
 #include "rows.h"
 
@@ -85,6 +87,41 @@ inline void cap_scores(float cap, float* scores) {
   each(scores, scores, kPanel, scores, [cap](Vf v, Vf) { return cap * hyperbolic_tangent(v / cap); });
 }
 
+// The two values of 16 bits in each word.
+inline std::pair<Vf, Vf> both_halves(Type type, Vu words) {
+  if (type == Type::BFloat16) return {std::bit_cast<Vf>(words << 16), std::bit_cast<Vf>(words & 0xFFFF0000)};
+  return {half_to_float(__builtin_convertvector(words & 0xFFFF, Vh)), half_to_float(__builtin_convertvector(words >> 16, Vh))};
+}
+
+// Half the shuffles, which narrow vectors wait for; with 512 bits it is no faster.
+constexpr bool kByWords = kWidth < 16;
+static_assert(kPanel % (2 * kWidth) == 0);
+
+// Columns of kPanel rows of 16-bit floats become rows of kPanel, widened: two columns are transposed as one word.
+inline void transpose_halves(Type type, size_t columns, const void* const rows[kPanel], float* panel) {
+  for (size_t i = 0; i < columns; i += 2 * kWidth) {
+    const size_t count = least(2 * kWidth, columns - i);
+    for (size_t j = 0; j < kPanel; j += kWidth) {
+      Vf words[kWidth];
+      repeat<kWidth>([&](auto r) AXC_INLINE {
+        const uint16_t* from = static_cast<const uint16_t*>(rows[j + r]) + i;
+        words[r] = Vf{};
+        if (count == 2 * kWidth) {
+          std::memcpy(&words[r], from, sizeof(Vf));
+        } else {
+          std::memcpy(&words[r], from, 2 * count);
+        }
+      });
+      transpose(words);
+      repeat<kWidth>([&](auto r) AXC_INLINE {
+        const auto [even, odd] = both_halves(type, std::bit_cast<Vu>(words[r]));
+        store(panel + (i + 2 * r) * kPanel + j, even);
+        if (2 * r + 1 < count) store(panel + (i + 2 * r + 1) * kPanel + j, odd);
+      });
+    }
+  }
+}
+
 inline void attend(const AttentionJob& job, const AttentionShare& share, void* memory) {
   const size_t heads = share.last_head - share.first_head, tokens = share.last - share.first, rows = heads * tokens;
   const size_t columns = job.history + job.tokens, dim = job.head_dim;
@@ -104,15 +141,23 @@ inline void attend(const AttentionJob& job, const AttentionShare& share, void* m
   for (size_t first = 0; first < count; first += kPanel) {
     const size_t keys = least(kPanel, count - first);
     const uint32_t* seen = s.seen + first;
+    const bool words = kByWords && job.type != Type::Float;
     if (keys < kPanel) std::memset(s.wide, 0, kPanel * depth * sizeof(float));
     for (size_t j = first + kPanel; j < least(first + 2 * kPanel, count); ++j) {
       prefetch(cached_row(job, job.k_cache, job.k_current, s.seen[j], share.kv_head), row_bytes);
     }
+    const void* rows_of[kPanel];
     for (size_t j = 0; j < keys; ++j) {
       prefetch(cached_row(job, job.v_cache, job.v_current, seen[j], share.kv_head), row_bytes);
-      widen(job.type, cached_row(job, job.k_cache, job.k_current, seen[j], share.kv_head), dim, s.wide + j * depth);
+      rows_of[j] = cached_row(job, job.k_cache, job.k_current, seen[j], share.kv_head);
+      if (!words) widen(job.type, rows_of[j], dim, s.wide + j * depth);
     }
-    transpose_panel(dim, s.panel, [&](size_t j, size_t i) AXC_INLINE { return load(s.wide + j * depth + i); });
+    if (words) {
+      std::fill(rows_of + keys, rows_of + kPanel, s.wide);
+      transpose_halves(job.type, dim, rows_of, s.panel);
+    } else {
+      transpose_panel(dim, s.panel, [&](size_t j, size_t i) AXC_INLINE { return load(s.wide + j * depth + i); });
+    }
     float* scores = s.scores + first;
     for (size_t r = 0; r < rows; ++r) std::memset(scores + r * width, 0, kPanel * sizeof(float));
     float_rows(s.panel, kPanel, s.q, dim, rows, dim, scores, width, [] {});

@@ -31,6 +31,21 @@ inline void rotate(const Kernels& kernels, const Rotation& r, const float* x, co
   }
 }
 
+// Cosines and sines of angles, a row of them or tables of rows.
+struct Turns {
+  const float *cos, *sin;
+
+  Turns row(size_t row, size_t half) const { return {cos + row * half, sin + row * half}; }
+};
+
+// Those of the sum of two rows of angles. Rounded as the single operators round, on every machine.
+inline void add_angles(Turns a, Turns b, size_t half, float* __restrict cos, float* __restrict sin) {
+  for (size_t i = 0; i < half; ++i) {
+    cos[i] = a.cos[i] * b.cos[i] - a.sin[i] * b.sin[i];
+    sin[i] = a.sin[i] * b.cos[i] + a.cos[i] * b.sin[i];
+  }
+}
+
 inline void check_position(uint64_t position, size_t positions) {
   if (position < positions) return;
   illegal("position " + std::to_string(position) + " is outside the " + std::to_string(positions) + " of the rotary tables");

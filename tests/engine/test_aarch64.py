@@ -18,7 +18,7 @@ from tests.engine.compare import exact, filled
 from tests.engine.conftest import CACHE, compile_client
 from tests.engine.rounded import ENGINES, rounded
 from tests.engine.test_library import check_system
-from tests.engine.test_numerics import levels, linear_file
+from tests.engine.test_numerics import grouped, levels, linear_file
 
 pytestmark = pytest.mark.system
 
@@ -71,13 +71,13 @@ def test_a_boards_cpu_computes_what_onnxruntime_computes(
 @pytest.mark.parametrize("cpu", CPUS)
 def test_a_boards_cpu_rounds_activations_to_the_bits_asked_for(cpu: str, program: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
-    attributes = {"axis": 1, "block_size": 128}
-    for path in (
-        linear_file(tmp_path, levels(random, "INT8", 37, 300, 0), {"axis": 0}),
-        linear_file(tmp_path, levels(random, "INT4", 37, 384, 128), attributes),
-    ):
+    shapes = ((37, 384, 128), (33, 576, 32), (9, 576, 64), (3, 96, 96), (7, 36, 0))
+    paths = [linear_file(tmp_path, levels(random, "INT8", 37, 300, 0), {"axis": 0})]
+    for scale_dtype, zeros in (("FLOAT", False), ("FLOAT16", True)):
+        paths += grouped(tmp_path, scale_dtype, zeros, shapes)
+    for path in paths:
         plain = exact(path)
-        for group in plain.groups:
+        for group in (plain.groups[0], plain.groups[-1]):
             arrays = filled(plain, group.index)
             inputs, given = arrays["input"].tobytes(), arrays["input"].copy()
             for bits, (_, top) in ENGINES.items():

@@ -15,6 +15,7 @@ from axrun.errors import BadInput
 from axrun.format.axmodel import OPSET, PRODUCER, Axmodel, Node, Tensor, TensorInfo, encode
 from axrun.format.bundle import Bundle
 from axrun.format.dtypes import DTYPES, FLOATS, from_float32, nbytes, to_float32
+from axrun.format.quantised import pack4
 from axrun.model import Model
 from axrun.session import ax_int8
 from tests.engine.compare import exact, filled
@@ -75,11 +76,16 @@ def linear_file(
         for i, (dtype, dims, data) in enumerate(parts)
     }
     rows, columns = parts[0][1]
-    widen = Node("DequantizeLinear", tuple(tensors), ("wide",), attributes) if len(parts) > 1 else None
-    if widen is None:
-        widen = Node("Cast", ("weight.0",), ("wide",), {"to": 1})
+    widened = [Node("Cast", ("weight.0",), ("wide",), {"to": 1})]
+    if len(parts) > 1:
+        names = list(tensors)
+        widened = []
+        if parts[1][0] == "FLOAT16":
+            widened.append(Node("Cast", (names[1],), ("scales",), {"to": 1}))
+            names[1] = "scales"
+        widened.append(Node("DequantizeLinear", tuple(names), ("wide",), attributes))
     nodes = (
-        widen,
+        *widened,
         Node("Transpose", ("wide",), ("transposed",), {"perm": (1, 0)}),
         Node("Cast", ("input",), ("x",), {"to": DTYPES["FLOAT"].onnx}),
         Node("MatMul", ("x", "transposed"), ("product",)),
@@ -102,12 +108,15 @@ def linear_file(
         initializers=tensors,
         name="linear",
     )
-    path = folder / f"{hidden}-{parts[0][0]}-{rows}x{columns}-{attributes.get('block_size', 0)}.axmodel"
+    kind = "-".join([hidden, *(part[0] for part in parts)])
+    path = folder / f"{kind}-{rows}x{columns}-{attributes.get('block_size', 0)}.axmodel"
     path.write_bytes(encode(model))
     return path
 
 
-def levels(random: Any, dtype: str, rows: int, columns: int, block: int) -> list[tuple[str, tuple[int, ...], Any]]:
+def levels(
+    random: Any, dtype: str, rows: int, columns: int, block: int, scale_dtype: str = "FLOAT", zeros: bool = False
+) -> list[tuple[str, tuple[int, ...], Any]]:
     """The extremes of a type are among the levels; scales have both signs."""
     scales = random.standard_normal((rows, columns // block) if block else rows).astype(np.float32)
     if dtype == "INT8":
@@ -116,7 +125,13 @@ def levels(random: Any, dtype: str, rows: int, columns: int, block: int) -> list
         data[-1] = -128
     else:
         data = random.integers(0, 256, rows * columns // 2, np.uint8)
-    return [(dtype, (rows, columns), data), ("FLOAT", scales.shape, scales)]
+    parts = [(dtype, (rows, columns), data), (scale_dtype, scales.shape, from_float32(scales, scale_dtype))]
+    if zeros:
+        least, most = {"INT8": (-128, 127), "INT4": (-8, 7)}[dtype]
+        points = random.integers(least, most, scales.shape, np.int8, endpoint=True)
+        points.flat[0] = least
+        parts.append((dtype, scales.shape, pack4(points) if dtype == "INT4" else points))
+    return parts
 
 
 @pytest.mark.parametrize("isa", HERE)
@@ -134,7 +149,10 @@ def test_odd_shapes_and_blocks(isa: str, tmp_path: Path, in_process: Run) -> Non
         paths.append(
             linear_file(tmp_path, levels(random, "INT4", rows, columns, block), {"axis": 1, "block_size": block})
         )
-    paths.append(linear_file(tmp_path, levels(random, "INT8", 12, 96, 32), {"axis": 1, "block_size": 32}))
+    for scale_dtype, zeros in (("FLOAT", True), ("FLOAT16", True), ("FLOAT16", False)):  # too small for integers
+        for dtype, rows, columns, block in (("INT4", 5, 36, 12), ("INT4", 5, 96, 16), ("INT8", 5, 63, 9)):
+            parts = levels(random, dtype, rows, columns, block, scale_dtype, zeros)
+            paths.append(linear_file(tmp_path, parts, {"axis": 1, "block_size": block}))
     for dtype, nan in (("FLOAT8E4M3FN", (0x7F, 0xFF)), ("FLOAT8E5M2", (*range(0x7C, 0x80), *range(0xFC, 0x100)))):
         every = np.array([byte for byte in range(256) if byte not in nan], np.uint8)
         paths.append(linear_file(tmp_path, [(dtype, (31, 75), random.choice(every, (31, 75)))], {}))
@@ -151,14 +169,46 @@ def test_odd_shapes_and_blocks(isa: str, tmp_path: Path, in_process: Run) -> Non
         assert float(worst) <= TOLERANCE[hidden], (path, worst)
 
 
+# rows, columns and block of weights for integer arithmetic; block 0: a scale for each row
+INTEGER_SHAPES = (
+    *((37, 384, 128), (6, 128, 128), (5, 640, 128)),
+    *((37, 96, 32), (33, 576, 32), (3, 2304, 32), (66, 1152, 32)),
+    *((9, 576, 64), (70, 1536, 64), (17, 64, 64)),
+    *((3, 96, 96), (33, 192, 96), (8, 512, 256)),  # blocks in which there are several groups of the kernels'
+    *((7, 36, 0), (6, 130, 0), (8, 512, 0)),
+)
+
+
+def grouped(
+    folder: Path, scale_dtype: str, zeros: bool, shapes: tuple[tuple[int, int, int], ...] = INTEGER_SHAPES
+) -> list[Path]:
+    """Weights of these shapes, and both types of levels."""
+    random = np.random.default_rng(0)
+    return [
+        linear_file(
+            folder,
+            levels(random, dtype, rows, columns, block, scale_dtype, zeros),
+            {"axis": 1, "block_size": block} if block else {"axis": 0},
+        )
+        for dtype in ("INT4", "INT8")
+        for rows, columns, block in shapes
+    ]
+
+
+def kinds(folder: Path) -> list[Path]:
+    """Weights of every shape, type of levels, type of scales, with and without zero points."""
+    return [path for scale in ("FLOAT", "FLOAT16") for zeros in (False, True) for path in grouped(folder, scale, zeros)]
+
+
 @pytest.mark.parametrize("isa", HERE)
 def test_activations_are_rounded_to_the_bits_asked_for(isa: str, tmp_path: Path, in_process: Run) -> None:
-    """Products of integers are exact: what is computed is what onnxruntime computes from the rounded activations."""
+    """Products of integers are exact: what is computed is what onnxruntime computes from the rounded activations.
+
+    Weights that went by float32 would differ by what the rounding costs.
+    """
     random = np.random.default_rng(0)
     paths = [linear_file(tmp_path, levels(random, "INT8", *shape, 0), {"axis": 0}) for shape in ((37, 300), (5, 127))]
-    for rows, columns in ((37, 384), (6, 128)):
-        attributes = {"axis": 1, "block_size": 128}
-        paths.append(linear_file(tmp_path, levels(random, "INT4", rows, columns, 128), attributes))
+    paths += kinds(tmp_path)
     done = in_process("rounded.py", *paths, AXC_ISA=isa)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]

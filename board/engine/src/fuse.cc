@@ -17,6 +17,9 @@ class Fuser : Neighbours {
   explicit Fuser(const Graph& graph) : Neighbours(graph), rows_(graph), made_at_(graph.values.size(), -1) {}
 
   Program run() {
+    size_t bytes = 0;
+    for (const Value& value : graph_.values) bytes += value.tensor ? value.tensor->data.size() : 0;
+    program_.scales = ScaleStore(bytes);
     find_views();
     const int count = static_cast<int>(graph_.operations.size());
     for (int index = 0; index < count; ++index) {
@@ -95,44 +98,45 @@ class Fuser : Neighbours {
   }
 
   // The weight behind the second operand of a product, where its rows can be read as they are stored.
-  std::optional<Matrix> matrix(int index) const {
+  std::optional<Matrix> matrix(int index) {
     const Operation* transpose = maker(index);
     if (!is(transpose, "Transpose") || value(index).shape.size() != 2) return {};
     const Attribute* perm = transpose->attribute("perm");
     if (perm && perm->integers != std::vector<int64_t>{1, 0}) return {};
     const Value* stored = &value(transpose->inputs[0]);
     const Operation* widened = maker(transpose->inputs[0]);
-    const Tensor* scales = nullptr;
-    if (is(widened, "Cast") || is(widened, "DequantizeLinear")) {
-      stored = &value(widened->inputs[0]);
-      if (widened->is("DequantizeLinear")) {
-        scales = value(widened->inputs[1]).tensor;
-        if (!scales || scales->type != Type::Float || widened->inputs.size() != 2) return {};
-      }
-    }
+    if (is(widened, "Cast") || is(widened, "DequantizeLinear")) stored = &value(widened->inputs[0]);
     if (!stored->tensor || stored->tensor->type == Type::None || value(index).type != Type::Float) return {};
     const Tensor& tensor = *stored->tensor;
     const size_t rows = static_cast<size_t>(tensor.dims[0]), columns = static_cast<size_t>(tensor.dims[1]);
     if (!rows || !columns) return {};
-    Matrix matrix{Arithmetic::Float, tensor.type, tensor.bytes(), rows, columns, nullptr, 0};
-    const bool levels = tensor.type == Type::Int8 || tensor.type == Type::Int4;
+    Matrix matrix{Arithmetic::Float, tensor.type, tensor.bytes(), rows, columns};
+    if (is(widened, "DequantizeLinear")) return add_scales(matrix, tensor, *widened);
     const bool float8 = tensor.type == Type::Float8E4M3 || tensor.type == Type::Float8E5M2;
-    if (levels != (scales != nullptr) || (!levels && !is_float(tensor.type) && !float8)) return {};
-    if (scales) {
-      const int64_t axis = widened->integer("axis", 1), block = widened->integer("block_size", 0);
-      matrix.scales = floats(*scales);
-      matrix.block = block ? static_cast<size_t>(block) : columns;
-      const bool along_rows = axis == 1 || axis == -1;
-      if (block ? !along_rows || columns % matrix.block : along_rows || scales->dims != std::vector<int64_t>{tensor.dims[0]}) {
-        return {};
-      }
-      // rows or blocks that begin inside a byte
-      if (tensor.type == Type::Int4 && (columns % 2 || matrix.block % 2)) return {};
-    }
-    if (tensor.type == Type::Int8 && matrix.block == columns) matrix.arithmetic = Arithmetic::Int8;
-    if (tensor.type == Type::Int4 && matrix.block == kBlock) matrix.arithmetic = Arithmetic::Int4;
+    if (!is_float(tensor.type) && !float8) return {};
     if (tensor.type == Type::BFloat16 && hidden_is_bfloat16()) matrix.arithmetic = Arithmetic::BFloat16;
     return matrix;
+  }
+
+  // A weight of integer levels with its scales and zero points.
+  std::optional<Matrix> add_scales(Matrix matrix, const Tensor& levels, const Operation& dequantize) {
+    const Operation* cast = maker(dequantize.inputs[1]);
+    const Tensor* scales = value(is(cast, "Cast") ? cast->inputs[0] : dequantize.inputs[1]).tensor;
+    const bool given = dequantize.inputs.size() > 2 && dequantize.inputs[2] >= 0;
+    const Tensor* zeros = given ? value(dequantize.inputs[2]).tensor : nullptr;
+    if (levels.type != Type::Int8 && levels.type != Type::Int4) return {};
+    if (!scales || scales->type != (is(cast, "Cast") ? Type::Float16 : Type::Float)) return {};
+    if (value(dequantize.inputs[1]).type != Type::Float || given != (zeros && zeros->type == levels.type)) return {};
+    const int64_t axis = dequantize.integer("axis", 1), block = dequantize.integer("block_size", 0);
+    matrix.block = block ? static_cast<size_t>(block) : matrix.columns;
+    matrix.blocks = (matrix.columns + matrix.block - 1) / matrix.block;
+    const int64_t blocks = static_cast<int64_t>(matrix.blocks);
+    const std::vector<int64_t> dims = block ? std::vector<int64_t>{levels.dims[0], blocks} : std::vector<int64_t>{levels.dims[0]};
+    const bool along_rows = axis == 1 || axis == -1;
+    if (along_rows != (block != 0) || scales->dims != dims || (zeros && zeros->dims != dims)) return {};
+    // rows or blocks that begin inside a byte
+    if (levels.type == Type::Int4 && (matrix.columns % 2 || matrix.block % 2)) return {};
+    return program_.scales.complete(matrix, *scales, zeros) ? std::optional(matrix) : std::nullopt;
   }
 
   // Rounding activations to bfloat16 is no loss then that the hidden state does not have too.
@@ -253,7 +257,8 @@ class Fuser : Neighbours {
       if (!earlier || program_.stands_for[earlier->x] != x) continue;
       const bool ready = next.residual < 0 || made_at_[program_.stands_for[next.residual]] < at;
       const Matrix& first = earlier->parts[0].weight;
-      if (earlier->gated >= 0 || !ready || first.arithmetic != next.weight.arithmetic || first.columns != next.weight.columns) {
+      if (earlier->gated >= 0 || !ready || first.arithmetic != next.weight.arithmetic || first.columns != next.weight.columns ||
+          first.block != next.weight.block) {
         return false;
       }
       made_at_[program_.stands_for[next.to]] = at;

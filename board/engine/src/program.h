@@ -9,6 +9,7 @@
 #include "kernels/kernels.h"
 #include "operators/operator.h"
 #include "operators/rotary.h"
+#include "scale_store.h"
 
 namespace axc {
 
@@ -119,6 +120,7 @@ struct Program {
   std::vector<Area> areas;
   std::vector<Operand> operands;  // of plain steps
   size_t most_tensors = 0;      // inputs and outputs of one plain step
+  ScaleStore scales;            // of weights
 
   // Bytes of all areas. Throws Failure where that is more than any machine has.
   size_t bytes(uint64_t tokens, uint64_t history) const;

@@ -9,6 +9,7 @@ namespace {
 
 constexpr size_t kRowsPerItem = 8;
 constexpr size_t kElementsPerItem = 8192;  // of a cast
+constexpr size_t kSlack = 16;  // numbers behind those of activations: kernels read whole vectors
 
 // How the rows of weights are handed out: so many items that a thread that is held up leaves some to the others.
 struct Grain {
@@ -177,12 +178,15 @@ class Run {
   void operator()(const Linear& s) {
     const Matrix& any = s.parts[0].weight;
     const size_t count = rows(s.x);
-    Activations levels{model_.precision, count, any.columns, nullptr, nullptr, nullptr};
+    const bool grouped = any.arithmetic == Arithmetic::Int4 || any.arithmetic == Arithmetic::Int8Blocks;
+    Activations levels{model_.precision, count, any.columns, grouped ? any.block : kBlock, nullptr, nullptr, nullptr, nullptr};
     if (rounds(any.arithmetic, count)) {
-      const size_t entries = levels.blocks() * count;
-      levels.levels = runtime_.levels.reserve(entries * (kLevelBytes + sizeof(float) + sizeof(int32_t)));
+      const size_t entries = levels.blocks() * count, groups = entries * levels.groups();
+      const bool zeros = count > kTokensByDot && std::any_of(s.parts.begin(), s.parts.end(), [](const Part& part) { return part.weight.zeros; });
+      levels.levels = runtime_.levels.reserve(entries * kLevelBytes + (groups + kSlack) * (2 * sizeof(float) + sizeof(int32_t)));
       levels.scales = reinterpret_cast<float*>(levels.levels + entries * kLevelBytes);
-      levels.sums = reinterpret_cast<int32_t*>(levels.scales + entries);
+      levels.sums = reinterpret_cast<int32_t*>(levels.scales + groups + kSlack);
+      levels.totals = zeros ? reinterpret_cast<float*>(levels.sums + groups + kSlack) : nullptr;
       each_row(count, [&](size_t row, size_t) { kernels_.quantise(floats(s.x), any.arithmetic, row, row + 1, levels); });
     }
     if (count) s.gated < 0 ? linear(s, count, levels) : gated_linear(s, count, levels);

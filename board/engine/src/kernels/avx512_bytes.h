@@ -1,5 +1,6 @@
-// AVX-512 with VNNI: levels as bytes. A 16-bit level is two signed bytes, so a product takes two 8-bit dot products with
-// unsigned weights: sum (w + 128) (256 high + low) - 128 sum (256 high + low).
+// AVX-512 with VNNI: levels as bytes. A 16-bit level is two signed bytes, so a product takes two 8-bit dot products.
+// Of their factors one is unsigned: the weight, sum (w + 128) (256 high + low) - 128 sum (256 high + low), where it is read
+// once, else the level, sum (256 high + low) w - 2^15 sum w.
 #pragma once
 
 #include <immintrin.h>
@@ -14,26 +15,36 @@ namespace axc {
 namespace {
 
 constexpr size_t kWidth = 16, kVectors = 2, kFloatRows = 12;
-constexpr int32_t kOffset8 = 128, kOffset4 = 8;
 constexpr size_t kIntPanel = 32, kPrefetched = 16384;
 
 }  // namespace
 }  // namespace axc
 
 #include "prefetch.h"
+#include "scales.h"
 
 namespace axc {
 namespace {
 
-// 64 high bytes, 64 high bytes, 64 low bytes, 64 low bytes. For 4-bit weights the even columns come first: they are the
-// low halves of the bytes. Returns the levels' sum.
-inline int32_t store_bytes(const int16_t* levels, Arithmetic order, uint8_t* out) {
+// Of 128 levels the sums of each group of columns, 32, 64 or 128.
+AXC_INLINE inline void store_sums(const __m512i of_32[4], size_t group, int32_t* sums) {
+  for (size_t i = 0; i < 4; i += group / 32) {
+    __m512i sum = of_32[i];
+    for (size_t j = 1; j < group / 32; ++j) sum = _mm512_add_epi32(sum, of_32[i + j]);
+    *sums++ = _mm512_reduce_add_epi32(sum);
+  }
+}
+
+// For products of single tokens: 128 high bytes, then 128 low ones, signed. For 4-bit weights the even columns come first:
+// they are the low halves of the bytes. And the levels' sums.
+inline void store_bytes(const int16_t* levels, size_t group, Arithmetic order, uint8_t* out, int32_t* sums) {
   const __m512i ones = _mm512_set1_epi16(1);
-  __m512i words[4], sum = _mm512_setzero_si512();
+  __m512i words[4], of_32[4];
   for (int i = 0; i < 4; ++i) {
     words[i] = _mm512_loadu_si512(levels + 32 * i);
-    sum = _mm512_dpwssd_epi32(sum, words[i], ones);
+    of_32[i] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), words[i], ones);
   }
+  store_sums(of_32, group, sums);
   if (order == Arithmetic::Int4) {
     alignas(64) uint16_t even[32];
     for (int i = 0; i < 32; ++i) even[i] = static_cast<uint16_t>(2 * i);
@@ -47,7 +58,20 @@ inline int32_t store_bytes(const int16_t* levels, Arithmetic order, uint8_t* out
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * i), _mm512_cvtepi16_epi8(high));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + kBlock + 32 * i), _mm512_cvtepi16_epi8(words[i]));
   }
-  return _mm512_reduce_add_epi32(sum);
+}
+
+// For products of many tokens: 128 high bytes, then 128 low ones, unsigned, of levels + 2^15; or one byte, of levels + 2^7.
+// For 4-bit weights the even columns of every 8 come first: they are the low halves of 4 bytes.
+inline void store_unsigned(const int16_t* levels, Precision precision, Arithmetic order, uint8_t* out) {
+  alignas(64) uint16_t places[32];
+  for (int i = 0; i < 32; ++i) places[i] = static_cast<uint16_t>(order == Arithmetic::Int4 ? i / 8 * 8 + i % 4 * 2 + i / 4 % 2 : i);
+  const __m512i from = _mm512_load_si512(places);
+  const __m512i offset = _mm512_set1_epi16(precision == Precision::Bits8 ? 128 : -32768);
+  for (int i = 0; i < 4; ++i) {
+    const __m512i words = _mm512_add_epi16(_mm512_permutexvar_epi16(from, _mm512_loadu_si512(levels + 32 * i)), offset);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 32 * i), _mm512_cvtepi16_epi8(_mm512_srli_epi16(words, 8)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + kBlock + 32 * i), _mm512_cvtepi16_epi8(words));
+  }
 }
 
 inline __mmask64 first_bytes(size_t count) { return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
@@ -94,24 +118,43 @@ inline void each_turned(const uint8_t* w, size_t stride, size_t rows, size_t byt
   }
 }
 
-// Panel: for every 4 columns 32 outputs x 4 bytes.
-inline void pack_bytes_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, uint8_t* panel) {
-  const __m512i flip = _mm512_set1_epi8(-128);
+constexpr size_t kBytePanel = kIntPanel * kBlock;
+
+// Panel: for every 4 columns 32 outputs x 4 bytes; behind them, of each group of columns, what is to be added to the
+// product with unsigned levels: 2^7 times minus the sum of the weights.
+struct BytePanel {
+  uint8_t* at;
+  size_t steps;  // of a group of columns
+  __m512i sums[kIntPanel / 16] = {};
+
+  AXC_INLINE void put(size_t step, size_t half, __m512i w) {
+    _mm512_store_si512(at + (step * 2 + half) * 64, w);
+    sums[half] = _mm512_dpbusd_epi32(sums[half], _mm512_set1_epi8(-128), w);
+    if ((step + 1) % steps) return;
+    _mm512_store_si512(at + kBytePanel + (step / steps * 2 + half) * 64, _mm512_sub_epi32(_mm512_setzero_si512(), sums[half]));
+    sums[half] = _mm512_setzero_si512();
+  }
+};
+
+inline void pack_bytes_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
+  BytePanel to{panel, group / 4};
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(w);
-  each_turned<kBlock>(bytes, stride, rows, columns, [&](size_t group, size_t half, const __m512i* r) AXC_INLINE {
-    for (size_t i = 0; i < 16; ++i) {
-      _mm512_store_si512(panel + (half * 16 + i) * 128 + group * 64, _mm512_xor_si512(r[i], flip));
-    }
+  each_turned<kBlock>(bytes, stride, rows, columns, [&](size_t half, size_t part, const __m512i* r) AXC_INLINE {
+    for (size_t i = 0; i < 16; ++i) to.put(part * 16 + i, half, r[i]);
   });
 }
 
-inline void pack_bytes_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
-  const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x88)), low = _mm512_set1_epi8(15);
-  each_turned<kBlock / 2>(w, stride, rows, kBlock / 2, [&](size_t group, size_t, const __m512i* r) AXC_INLINE {
+inline void pack_bytes_int4(const uint8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
+  BytePanel to{panel, group / 4};
+  const __m512i eight = _mm512_set1_epi8(8), nibble = _mm512_set1_epi8(15);
+  const auto level = [&](__m512i bytes) AXC_INLINE {
+    constexpr int kFlipped = 0x28;  // as ternary logic: (bytes ^ eight) & nibble
+    return _mm512_sub_epi8(_mm512_ternarylogic_epi32(bytes, eight, nibble, kFlipped), eight);
+  };
+  each_turned<kBlock / 2>(w, stride, rows, columns / 2, [&](size_t half, size_t, const __m512i* r) AXC_INLINE {
     for (size_t i = 0; i < 16; ++i) {
-      const __m512i both = _mm512_xor_si512(r[i], flip);
-      _mm512_store_si512(panel + i * 128 + group * 64, _mm512_and_si512(both, low));
-      _mm512_store_si512(panel + (16 + i) * 128 + group * 64, _mm512_and_si512(_mm512_srli_epi16(both, 4), low));
+      to.put(2 * i, half, level(r[i]));
+      to.put(2 * i + 1, half, level(_mm512_srli_epi16(r[i], 4)));
     }
   });
 }
@@ -130,25 +173,30 @@ AXC_INLINE inline void add_scaled(Vi sums, float scale, const float* row_scales,
   store(c, load(c) + __builtin_convertvector(sums, Vf) * factor);
 }
 
+// All of a block: high and low bytes in sums of their own.
 template <size_t kRows, bool kScaled, Precision kPrecision>
-void byte_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t* sums, int32_t offset,
-              const float* row_scales, float* c) {
+void byte_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t*, const float* row_scales,
+               size_t columns, float* c) {
   Vi high[kRows][2], low[kRows][2];  // as __m512i GCC 12 would keep them in memory too
-  repeat<kRows>([&](auto t) AXC_INLINE {
-    high[t][0] = high[t][1] = Vi{};
-    low[t][0] = low[t][1] = Vi{} - offset * sums[t];
+  repeat<2>([&](auto v) AXC_INLINE {
+    const Vi offset = Vi(_mm512_load_si512(panel + kBytePanel + 64 * v));
+    repeat<kRows>([&](auto t) AXC_INLINE {
+      high[t][v] = kPrecision == Precision::Bits16 ? offset : Vi{};
+      low[t][v] = kPrecision == Precision::Bits16 ? Vi{} : offset;
+    });
   });
-  for (size_t k = 0; k < kBlock; k += 4) {
+  columns = (columns + 7) / 8 * 8;  // which lie in an order of the panel's own
+  for (size_t k = 0; k < columns; k += 4) {
     const __m512i w0 = _mm512_load_si512(panel + k * 32), w1 = _mm512_load_si512(panel + k * 32 + 64);
     repeat<kRows>([&](auto t) AXC_INLINE {
       const __m512i h = _mm512_set1_epi32(dword(levels + t * kLevelBytes + k));
       const __m512i l = _mm512_set1_epi32(dword(levels + t * kLevelBytes + kBlock + k));
       if (kPrecision == Precision::Bits16) {
-        high[t][0] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][0]), w0, h));
-        high[t][1] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][1]), w1, h));
+        high[t][0] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][0]), h, w0));
+        high[t][1] = Vi(_mm512_dpbusd_epi32(__m512i(high[t][1]), h, w1));
       }
-      low[t][0] = Vi(_mm512_dpbusd_epi32(__m512i(low[t][0]), w0, l));
-      low[t][1] = Vi(_mm512_dpbusd_epi32(__m512i(low[t][1]), w1, l));
+      low[t][0] = Vi(_mm512_dpbusd_epi32(__m512i(low[t][0]), l, w0));
+      low[t][1] = Vi(_mm512_dpbusd_epi32(__m512i(low[t][1]), l, w1));
     });
   }
   repeat<kRows>([&](auto t) AXC_INLINE {
@@ -158,18 +206,64 @@ void byte_tile(const uint8_t* panel, const uint8_t* levels, const float* scales,
   });
 }
 
-constexpr size_t kGroup = 16;      // blocks whose scales fill a vector
+// A block of several groups: of each a chain of sums, high bytes before low ones, which leaves room for the block's own.
+template <size_t kRows, size_t kGroup, Precision kPrecision>
+void group_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t*, const float* row_scales,
+                size_t columns, float* c) {
+  const auto each = [](auto f) AXC_INLINE {
+    repeat<kRows>([&](auto t) AXC_INLINE { repeat<2>([&](auto v) AXC_INLINE { f(t, v); }); });
+  };
+  Vf total[kRows][2];
+  each([&](auto t, auto v) AXC_INLINE { total[t][v] = Vf{}; });
+  for (size_t g = 0; g * kGroup < columns; ++g) {
+    Vi acc[kRows][2];
+    each([&](auto t, auto v) AXC_INLINE { acc[t][v] = Vi(_mm512_load_si512(panel + kBytePanel + (g * 2 + v) * 64)); });
+    const auto add = [&](const uint8_t* bytes) AXC_INLINE {
+      for (size_t k = g * kGroup; k < (g + 1) * kGroup; k += 4) {
+        const __m512i w0 = _mm512_load_si512(panel + k * 32), w1 = _mm512_load_si512(panel + k * 32 + 64);
+        repeat<kRows>([&](auto t) AXC_INLINE {
+          const __m512i x = _mm512_set1_epi32(dword(bytes + t * kLevelBytes + k));
+          acc[t][0] = Vi(_mm512_dpbusd_epi32(__m512i(acc[t][0]), x, w0));
+          acc[t][1] = Vi(_mm512_dpbusd_epi32(__m512i(acc[t][1]), x, w1));
+        });
+      }
+    };
+    if (kPrecision == Precision::Bits16) {
+      add(levels);
+      each([&](auto t, auto v) AXC_INLINE { acc[t][v] <<= 8; });
+    }
+    add(levels + kBlock);
+    each([&](auto t, auto v) AXC_INLINE {
+      total[t][v] += __builtin_convertvector(acc[t][v], Vf) * load(row_scales + g * kIntPanel + 16 * v);
+    });
+  }
+  each([&](auto t, auto v) AXC_INLINE {
+    float* at = c + t * kIntPanel + 16 * v;
+    store(at, load(at) + total[t][v] * scales[t * (kBlock / kGroup)]);
+  });
+}
+
+template <size_t kRows, size_t kGroup, Precision kPrecision>
+constexpr auto bytes_tile = [] {
+  if constexpr (kGroup == 0 || kGroup == kBlock) {
+    return byte_tile<kRows, kGroup != 0, kPrecision>;
+  } else {
+    return group_tile<kRows, kGroup, kPrecision>;
+  }
+}();
+
 constexpr size_t kDotRows = 4;
 
-// The sum over a block of unsigned weights times levels, in float32 lanes: 256 high + low, by one chain of sums.
-template <Precision kPrecision>
-AXC_INLINE inline Vf block_product(__m512i w0, __m512i w1, const __m512i levels[4]) {
+// The sums of unsigned weights times levels in each lane: 256 high + low, by one chain of sums.
+template <Precision kPrecision, class... Weights>
+AXC_INLINE inline Vf lane_products(const __m512i* high, const __m512i* low, Weights... w) {
   __m512i sum = _mm512_setzero_si512();
   if (kPrecision == Precision::Bits16) {
-    sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w0, levels[0]), w1, levels[1]);
+    ((sum = _mm512_dpbusd_epi32(sum, w, *high++)), ...);
     sum = _mm512_slli_epi32(sum, 8);
   }
-  return __builtin_convertvector(Vi(_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w0, levels[2]), w1, levels[3])), Vf);
+  ((sum = _mm512_dpbusd_epi32(sum, w, *low++)), ...);
+  return __builtin_convertvector(Vi(sum), Vf);
 }
 
 // A block of a row as unsigned bytes, `columns` of it.
@@ -178,7 +272,7 @@ AXC_INLINE inline void unsigned_bytes(const uint8_t* at, size_t columns, __m512i
   if (kFour) {
     constexpr int kFlipped = 0x28;  // as ternary logic: (weights ^ flip) & nibble
     const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x88)), nibble = _mm512_set1_epi8(15);
-    const __m512i bytes = _mm512_loadu_si512(at);
+    const __m512i bytes = columns == kBlock ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(first_bytes(columns / 2), at);
     w0 = _mm512_ternarylogic_epi32(bytes, flip, nibble, kFlipped);
     w1 = _mm512_ternarylogic_epi32(_mm512_srli_epi16(bytes, 4), flip, nibble, kFlipped);
   } else {
@@ -193,23 +287,53 @@ AXC_INLINE inline void unsigned_bytes(const uint8_t* at, size_t columns, __m512i
   }
 }
 
-// kRows rows of a weight with one token. Out of the loop that calls it: inlined it runs short of registers.
-template <bool kFour, Precision kPrecision, size_t kRows>
+// Of 16 scales of a row.
+AXC_INLINE inline Vf masked_scales(const Matrix& w, size_t at, __mmask16 there) {
+  if (w.scale_type == Type::Float16) {
+    return Vf(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, static_cast<const uint16_t*>(w.scales) + at)));
+  }
+  return Vf(_mm512_maskz_loadu_ps(there, static_cast<const float*>(w.scales) + at));
+}
+
+// And zero points.
+AXC_INLINE inline Vf zeros_of(const Matrix& w, size_t at, __mmask16 there) {
+  return __builtin_convertvector(Vi(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(there, w.zeros + at))), Vf);
+}
+
+// Which of 16 scales belongs to a lane of a product, of the first block that they are of. The 4 columns of a lane are of
+// one group: with 4-bit weights the first and the second 64 bytes of levels are of the same groups.
+template <bool kFour, size_t kGroup>
+alignas(64) constexpr auto kScaleOfLane = [] {
+  struct { int32_t of[2][16]; } lanes{};
+  for (int32_t lane = 0; lane < 16; ++lane) {
+    lanes.of[0][lane] = lane * (kFour ? 8 : 4) / static_cast<int32_t>(kGroup);
+    lanes.of[1][lane] = kFour ? lanes.of[0][lane] : (64 + lane * 4) / static_cast<int32_t>(kGroup);
+  }
+  return lanes;
+}();
+
+// kRows rows of a weight with one token. Out of the loop that calls it: inlined it runs short of registers. kGroup 0:
+// without the scale, which is one for the row.
+template <bool kFour, size_t kGroup, Precision kPrecision, size_t kRows>
 [[gnu::noinline]] void dot_rows(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
+  constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan, kTogether = 16 / kGroups;
   constexpr size_t kBytes = kFour ? kBlock / 2 : kBlock;
-  const size_t blocks = a.blocks(), stride = kFour ? blocks * kBytes : w.columns;
+  constexpr float kOffset = kFour ? 8 : 128;  // of levels as unsigned numbers
+  const size_t blocks = a.blocks(), groups = (w.columns + kSpan - 1) / kSpan, stride = w.stride();
   const uint8_t *weights = w.data + row * stride, *ahead = weights + kPrefetched;
   Vf total[kRows], offset[kRows];
   repeat<kRows>([&](auto r) AXC_INLINE { total[r] = offset[r] = Vf{}; });
-  for (size_t first = 0; first < blocks; first += kGroup) {
-    const size_t entry = a.entry(first, token), count = least(kGroup, blocks - first);
-    const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
-    const Vf scales = Vf(_mm512_maskz_loadu_ps(there, a.scales + entry));
-    const Vf sums = __builtin_convertvector(Vi(_mm512_maskz_loadu_epi32(there, a.sums + entry)), Vf) * scales;
-    alignas(64) float factors[kRows][kGroup];
+  for (size_t first = 0; first < blocks; first += kTogether) {
+    const size_t entry = a.entry(first, token), count = least(kTogether, blocks - first), group = first * kGroups;
+    const __mmask16 there = static_cast<__mmask16>((1u << least(16, groups - group)) - 1);
+    const Vf scales = Vf(_mm512_maskz_loadu_ps(there, a.scales + entry * kGroups));
+    const Vf sums = __builtin_convertvector(Vi(_mm512_maskz_loadu_epi32(there, a.sums + entry * kGroups)), Vf) * scales;
+    Vf factors[kRows];
+    alignas(64) float stored[kRows][16];
     repeat<kRows>([&](auto r) AXC_INLINE {
-      const Vf own = kFour ? Vf(_mm512_maskz_loadu_ps(there, w.scales + (row + r) * blocks + first)) : all(1.0f);
-      if (kFour || r == 0) store(factors[r], scales * own), offset[r] += sums * own;
+      const Vf own = kGroup ? masked_scales(w, (row + r) * groups + group, there) : all(1.0f);
+      const Vf away = w.zeros ? zeros_of(w, (row + r) * groups + group, there) + kOffset : all(kOffset);
+      if (kGroup || r == 0) factors[r] = scales * own, store(stored[r], factors[r]), offset[r] += sums * own * away;
     });
     for (size_t b = 0; b < count; ++b) {
       const uint8_t *at = weights + (first + b) * kBytes, *of = a.levels + (entry + b) * kLevelBytes;
@@ -218,33 +342,50 @@ template <bool kFour, Precision kPrecision, size_t kRows>
       for (size_t i = 0; i < 4; ++i) levels[i] = _mm512_loadu_si512(of + 64 * i);
       fetch(ahead, kRows * kBytes);
       ahead += kRows * kBytes;
+      const auto factor = [&](size_t r, size_t half) AXC_INLINE {
+        const __m512i lanes = _mm512_add_epi32(_mm512_load_si512(kScaleOfLane<kFour, kSpan>.of[half]),
+                                               _mm512_set1_epi32(static_cast<int>(b * kGroups)));
+        return Vf(_mm512_permutexvar_ps(lanes, __m512(factors[r])));
+      };
       repeat<kRows>([&](auto r) AXC_INLINE {
         __m512i w0, w1;
         unsigned_bytes<kFour>(at + r * stride, columns, w0, w1);
-        total[r] += block_product<kPrecision>(w0, w1, levels) * factors[kFour ? r : 0][b];
+        if constexpr (kGroups == 1) {
+          total[r] += lane_products<kPrecision>(levels, levels + 2, w0, w1) * stored[kGroup ? r : 0][b];
+        } else if constexpr (kFour) {
+          total[r] += lane_products<kPrecision>(levels, levels + 2, w0, w1) * factor(r, 0);
+        } else {
+          total[r] += lane_products<kPrecision>(levels, levels + 2, w0) * factor(r, 0);
+          total[r] += lane_products<kPrecision>(levels + 1, levels + 3, w1) * factor(r, 1);
+        }
       });
     }
   }
   repeat<kRows>([&](auto r) AXC_INLINE {
-    out[r] = sum(total[r] - offset[kFour ? r : 0] * float{kFour ? kOffset4 : kOffset8});
+    out[r] = sum(total[r] - offset[kGroup ? r : 0]);
   });
 }
 
-template <bool kFour, Precision kPrecision>
+template <bool kFour, size_t kGroup, Precision kPrecision>
 void dots_of(const Matrix& w, size_t row, size_t rows, const Activations& a, size_t token, float* out) {
   constexpr size_t kTogether = kFour ? 4 : 2;  // what measured fastest
   size_t r = 0;
-  for (; r + kTogether <= rows; r += kTogether) dot_rows<kFour, kPrecision, kTogether>(w, row + r, a, token, out + r);
-  for (; r < rows; ++r) dot_rows<kFour, kPrecision, 1>(w, row + r, a, token, out + r);
+  for (; r + kTogether <= rows; r += kTogether) {
+    dot_rows<kFour, kGroup, kPrecision, kTogether>(w, row + r, a, token, out + r);
+  }
+  for (; r < rows; ++r) dot_rows<kFour, kGroup, kPrecision, 1>(w, row + r, a, token, out + r);
+}
+
+template <Precision kPrecision>
+void dots_in(const Matrix& w, size_t row, size_t rows, const Activations& a, size_t token, float* out) {
+  const bool four = w.arithmetic == Arithmetic::Int4;
+  by_group(w, a, [&](auto group) {
+    (four ? dots_of<true, group, kPrecision> : dots_of<false, group, kPrecision>)(w, row, rows, a, token, out);
+  });
 }
 
 void dots(const Matrix& w, size_t row, size_t rows, const Activations& a, size_t token, float* out) {
-  const bool four = w.arithmetic == Arithmetic::Int4;
-  if (a.precision == Precision::Bits8) {
-    (four ? dots_of<true, Precision::Bits8> : dots_of<false, Precision::Bits8>)(w, row, rows, a, token, out);
-  } else {
-    (four ? dots_of<true, Precision::Bits16> : dots_of<false, Precision::Bits16>)(w, row, rows, a, token, out);
-  }
+  (a.precision == Precision::Bits8 ? dots_in<Precision::Bits8> : dots_in<Precision::Bits16>)(w, row, rows, a, token, out);
 }
 
 inline bool has_avx512() { return cpu_has({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"}); }

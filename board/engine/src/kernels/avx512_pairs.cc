@@ -22,39 +22,40 @@ alignas(64) constexpr auto kPairOrder = [] {
   return order;
 }();
 
-// Returns the sum of x0 x1.
-int32_t store_pairs(const int16_t* levels, Arithmetic order, uint8_t* out) {
+// And the sums of x0 x1.
+void store_pairs(const int16_t* levels, size_t group, Arithmetic order, uint8_t* out, int32_t* sums) {
   const __m512i from = _mm512_load_si512(kPairOrder.of[order == Arithmetic::Int4]);
-  __m512i sum = _mm512_setzero_si512();
+  __m512i of_32[4];
   for (size_t i = 0; i < 4; ++i) {
     const __m512i words = _mm512_permutexvar_epi16(from, _mm512_loadu_si512(levels + 32 * i));
     const __m512i other = _mm512_shuffle_epi32(words, _MM_PERM_CDAB);
     constexpr __mmask16 kFirst = 0x5555;  // else each product counts twice
-    sum = _mm512_mask_dpwssd_epi32(sum, kFirst, words, other);
+    of_32[i] = _mm512_mask_dpwssd_epi32(_mm512_setzero_si512(), kFirst, words, other);
     _mm512_storeu_si512(out + 64 * i, words);
   }
-  return _mm512_reduce_add_epi32(sum);
+  store_sums(of_32, group, sums);
 }
 
-int32_t store_levels(const int16_t* levels, const Activations& of, Arithmetic order, uint8_t* out) {
-  const bool pairs = of.rows > kTokensByDot && of.precision == Precision::Bits16;
-  return (pairs ? store_pairs : store_bytes)(levels, order, out);
+void store_levels(const int16_t* levels, const Activations& of, Arithmetic order, uint8_t* out, int32_t* sums) {
+  if (of.rows <= kTokensByDot) return store_bytes(levels, of.group, order, out, sums);
+  if (of.precision == Precision::Bits8) return store_unsigned(levels, of.precision, order, out);
+  store_pairs(levels, of.group, order, out, sums);
 }
 
-// Panel: for every 4 columns and 16 outputs two words w1, then two w0.
+// Panel: for every 4 columns and 16 outputs two words w1, then two w0. Each group of columns ends with the sums of its
+// products.
 struct PairPanel {
   uint8_t* at;
+  size_t steps;  // of a group of columns
   __m512i products[kIntPanel / 16] = {};
 
-  AXC_INLINE void put(size_t step, size_t group, __m512i w0, __m512i w1) {
-    _mm512_store_si512(at + (step * 4 + group * 2) * 64, w1);
-    _mm512_store_si512(at + (step * 4 + group * 2 + 1) * 64, w0);
-    products[group] = _mm512_dpwssd_epi32(products[group], w0, w1);
-  }
-  void end() const {
-    for (size_t group = 0; group < kIntPanel / 16; ++group) {
-      _mm512_store_si512(at + kPairPanel + group * 64, _mm512_sub_epi32(_mm512_setzero_si512(), products[group]));
-    }
+  AXC_INLINE void put(size_t step, size_t half, __m512i w0, __m512i w1) {
+    _mm512_store_si512(at + (step * 4 + half * 2) * 64, w1);
+    _mm512_store_si512(at + (step * 4 + half * 2 + 1) * 64, w0);
+    products[half] = _mm512_dpwssd_epi32(products[half], w0, w1);
+    if ((step + 1) % steps) return;
+    _mm512_store_si512(at + kPairPanel + (step / steps * 2 + half) * 64, _mm512_sub_epi32(_mm512_setzero_si512(), products[half]));
+    products[half] = _mm512_setzero_si512();
   }
 };
 
@@ -67,58 +68,60 @@ AXC_INLINE inline __m512i signed_low(__m512i words) {
 }
 
 template <Precision kPrecision>
-void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, uint8_t* panel) {
-  if (kPrecision == Precision::Bits8) return pack_bytes_int8(w, stride, rows, columns, panel);
-  PairPanel to{panel};
+void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
+  if (kPrecision == Precision::Bits8) return pack_bytes_int8(w, stride, rows, columns, group, panel);
+  PairPanel to{panel, group / 4};
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(w);
-  each_turned<kBlock>(bytes, stride, rows, columns, [&](size_t group, size_t half, const __m512i* r) AXC_INLINE {
-    for (size_t i = 0; i < 16; ++i) to.put(half * 16 + i, group, signed_low<8>(r[i]), _mm512_srai_epi16(r[i], 8));
+  each_turned<kBlock>(bytes, stride, rows, columns, [&](size_t half, size_t part, const __m512i* r) AXC_INLINE {
+    for (size_t i = 0; i < 16; ++i) to.put(part * 16 + i, half, signed_low<8>(r[i]), _mm512_srai_epi16(r[i], 8));
   });
-  to.end();
 }
 
 template <Precision kPrecision>
-void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
-  if (kPrecision == Precision::Bits8) return pack_bytes_int4(w, stride, rows, panel);
-  PairPanel to{panel};
-  each_turned<kBlock / 2>(w, stride, rows, kBlock / 2, [&](size_t group, size_t, const __m512i* r) AXC_INLINE {
+void pack_int4(const uint8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
+  if (kPrecision == Precision::Bits8) return pack_bytes_int4(w, stride, rows, columns, group, panel);
+  PairPanel to{panel, group / 4};
+  each_turned<kBlock / 2>(w, stride, rows, columns / 2, [&](size_t half, size_t, const __m512i* r) AXC_INLINE {
     for (size_t i = 0; i < 16; ++i) {
-      to.put(2 * i, group, signed_low<4>(r[i]), signed_low<4>(_mm512_srli_epi16(r[i], 4)));
-      to.put(2 * i + 1, group, signed_low<4>(_mm512_srli_epi16(r[i], 8)), _mm512_srai_epi16(r[i], 12));
+      to.put(2 * i, half, signed_low<4>(r[i]), signed_low<4>(_mm512_srli_epi16(r[i], 4)));
+      to.put(2 * i + 1, half, signed_low<4>(_mm512_srli_epi16(r[i], 8)), _mm512_srai_epi16(r[i], 12));
     }
   });
-  to.end();
 }
 
-template <size_t kRows, bool kScaled>
-void pair_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t* sums, int32_t,
-               const float* row_scales, float* c) {
-  Vu acc[kRows][2];
-  repeat<2>([&](auto v) AXC_INLINE {
-    const Vu products = Vu(_mm512_load_si512(panel + kPairPanel + 64 * v));
-    repeat<kRows>([&](auto t) AXC_INLINE { acc[t][v] = products - static_cast<uint32_t>(sums[t]); });
-  });
-  for (size_t step = 0; step < kBlock / 4; ++step) {
-    Vu w[4];
-    repeat<4>([&](auto i) AXC_INLINE { w[i] = Vu(_mm512_load_si512(panel + (step * 4 + i) * 64)); });
+template <size_t kRows, size_t kGroup>
+void pair_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t* sums,
+               const float* row_scales, size_t columns, float* c) {
+  constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan;
+  for (size_t g = 0; g * kSpan < columns; ++g) {
+    Vu acc[kRows][2];
+    repeat<2>([&](auto v) AXC_INLINE {
+      const Vu products = Vu(_mm512_load_si512(panel + kPairPanel + (g * 2 + v) * 64));
+      repeat<kRows>([&](auto t) AXC_INLINE { acc[t][v] = products - static_cast<uint32_t>(sums[t * kGroups + g]); });
+    });
+    for (size_t step = g * kSpan / 4; step < (g + 1) * kSpan / 4; ++step) {
+      Vu w[4];
+      repeat<4>([&](auto i) AXC_INLINE { w[i] = Vu(_mm512_load_si512(panel + (step * 4 + i) * 64)); });
+      repeat<kRows>([&](auto t) AXC_INLINE {
+        const __m512i x0 = _mm512_set1_epi32(dword(levels + t * kLevelBytes + 8 * step));
+        const __m512i x1 = _mm512_set1_epi32(dword(levels + t * kLevelBytes + 8 * step + 4));
+        repeat<2>([&](auto v) AXC_INLINE {
+          const __m512i first = _mm512_add_epi16(x0, __m512i(w[2 * v])), second = _mm512_add_epi16(x1, __m512i(w[2 * v + 1]));
+          acc[t][v] = Vu(_mm512_dpwssd_epi32(__m512i(acc[t][v]), first, second));
+        });
+      });
+    }
     repeat<kRows>([&](auto t) AXC_INLINE {
-      const __m512i x0 = _mm512_set1_epi32(dword(levels + t * kLevelBytes + 8 * step));
-      const __m512i x1 = _mm512_set1_epi32(dword(levels + t * kLevelBytes + 8 * step + 4));
       repeat<2>([&](auto v) AXC_INLINE {
-        const __m512i first = _mm512_add_epi16(x0, __m512i(w[2 * v])), second = _mm512_add_epi16(x1, __m512i(w[2 * v + 1]));
-        acc[t][v] = Vu(_mm512_dpwssd_epi32(__m512i(acc[t][v]), first, second));
+        add_scaled<kGroup != 0>(Vi(acc[t][v]), scales[t * kGroups], row_scales + g * kIntPanel + 16 * v,
+                                c + t * kIntPanel + 16 * v);
       });
     });
   }
-  repeat<kRows>([&](auto t) AXC_INLINE {
-    repeat<2>([&](auto v) AXC_INLINE {
-      add_scaled<kScaled>(Vi(acc[t][v]), scales[t], row_scales + 16 * v, c + t * kIntPanel + 16 * v);
-    });
-  });
 }
 
-template <size_t kRows, bool kScaled, Precision kPrecision>
-constexpr auto int_tile = kPrecision == Precision::Bits8 ? byte_tile<kRows, kScaled, Precision::Bits8> : pair_tile<kRows, kScaled>;
+template <size_t kRows, size_t kGroup, Precision kPrecision>
+constexpr auto int_tile = kPrecision == Precision::Bits8 ? bytes_tile<kRows, kGroup, Precision::Bits8> : pair_tile<kRows, kGroup>;
 
 bool runs_here() { return has_avx512() && cpu_has({"avx512bf16"}) && is_amd(); }
 

@@ -1,19 +1,20 @@
 // Products in float32 with weights of any type: in place for a few tokens, else packed. And what ends every product.
 #pragma once
 
-#include "prefetch.h"
 #include "float_tile.h"
+#include "prefetch.h"
+#include "scales.h"
 
 namespace axc {
 namespace {
 
 constexpr size_t kDepth = 128;  // columns packed at a time
 
-// Both 4-bit levels of each byte, times a scale.
-inline void widen_pairs(const uint8_t* pairs, size_t count, float scale, float* out) {
+// Both 4-bit levels of each byte, less a zero point, times a scale.
+inline void widen_pairs(const uint8_t* pairs, size_t count, int32_t zero, float scale, float* out) {
   using Bytes = uint8_t __attribute__((vector_size(kWidth)));
   constexpr auto kLanes = std::make_index_sequence<kWidth>();
-  const auto level = [scale](Vi bits) AXC_INLINE { return __builtin_convertvector((bits ^ 8) - 8, Vf) * scale; };
+  const auto level = [=](Vi bits) AXC_INLINE { return __builtin_convertvector((bits ^ 8) - (8 + zero), Vf) * scale; };
   const auto some = [&](size_t i, size_t n) AXC_INLINE {
     Bytes bytes{};
     std::memcpy(&bytes, pairs + i, n);
@@ -34,14 +35,14 @@ inline void widen_row(const Matrix& w, size_t row, size_t first, size_t count, f
     widen(w.type, data + first * static_cast<size_t>(bits_of(w.type)) / 8, count, out);
     return;
   }
-  const float* scales = w.scales + row * (w.columns / w.block);
   for (size_t i = 0; i < count;) {
-    const size_t at = first + i, end = i + least(count - i, w.block - at % w.block);
-    const float scale = scales[at / w.block];
+    const size_t at = first + i, end = i + least(count - i, w.block - at % w.block), index = row * w.blocks + at / w.block;
+    const float scale = scale_at(w, index);
+    const int32_t zero = w.zeros ? w.zeros[index] : 0;
     if (w.type == Type::Int8) {
-      for (; i < end; ++i) out[i] = scale * static_cast<float>(static_cast<int8_t>(data[first + i]));
+      for (; i < end; ++i) out[i] = scale * static_cast<float>(static_cast<int8_t>(data[first + i]) - zero);
     } else {
-      widen_pairs(data + at / 2, (end - i) / 2, scale, out + i);  // blocks and rows of 4-bit weights are even
+      widen_pairs(data + at / 2, (end - i) / 2, zero, scale, out + i);  // blocks and rows of 4-bit weights are even
       i = end;
     }
   }

@@ -1,12 +1,14 @@
 // Products of integer weights with activations rounded to levels. Sums within a block are exact integers, whatever the
 // instruction set. Its file brings, before it includes this:
-//   kOffset8, kOffset4        what packing adds to a level to make it unsigned (0: it stays signed)
 //   kIntRows, kIntPanel       tokens and outputs of a tile
-//   store_levels              one block of activations in the order its products read; returns what they need besides
+//   store_levels              one block of activations in the order its products read, and what they need besides of
+//                             each group of columns that share a scale of the weight
 //   pack_int8, pack_int4      <precision>: one block of kIntPanel rows of a weight
-//   int_tile                  <tokens, scaled, precision>: c[t][o] += scale[t] (* row_scale[o]) * product
+//   int_tile                  <tokens, group, precision>: c[t][o] += scale[t] * sum of row_scale[g][o] * product over the
+//                             columns of group g; group 0: c[t][o] += scale[t] * product
 //   kRoundsBfloat16           whether there is kBfloat16Linear: rows [first, last) by products of bfloat16
-//   kDotRows, dots            whole rows of a weight, in place, with one token
+//   kDotRows, dots            whole rows of a weight, in place, with one token: zero points taken off, and scaled unless
+//                             there is one scale for the row
 #pragma once
 
 #include "panels.h"
@@ -22,6 +24,15 @@ inline void round_to_bfloat16(const float* x, size_t first, size_t last, const A
       std::memset(to, 0, kLevelBytes);
       narrow(Type::BFloat16, x + row * out.columns + begin, count, to);
     }
+  }
+}
+
+// Of each group of a block the sum of the values that the levels stand for.
+inline void store_totals(const int16_t* levels, float scale, size_t group, float* out) {
+  for (size_t begin = 0; begin < kBlock; begin += group) {
+    int32_t sum = 0;
+    for (size_t i = begin; i < begin + group; ++i) sum += levels[i];
+    *out++ = static_cast<float>(sum) * scale;
   }
 }
 
@@ -48,9 +59,11 @@ inline void quantise(const float* x, Arithmetic order, size_t first, size_t last
         const int32_t level = std::bit_cast<int32_t>(values[i] * factor + kRound) - std::bit_cast<int32_t>(kRound);
         levels[i] = static_cast<int16_t>(finite ? level : 0);
       }
-      const size_t entry = out.entry(block, row);
-      out.scales[entry] = finite ? largest / top : std::bit_cast<float>(0x7FC00000);
-      out.sums[entry] = store_levels(levels, out, order, out.levels + entry * kLevelBytes);
+      const size_t entry = out.entry(block, row), groups = out.groups();
+      const float scale = finite ? largest / top : std::bit_cast<float>(0x7FC00000);
+      for (size_t g = 0; g < groups; ++g) out.scales[entry * groups + g] = scale;
+      store_levels(levels, out, order, out.levels + entry * kLevelBytes, out.sums + entry * groups);
+      if (out.totals) store_totals(levels, scale, out.group, out.totals + (row * out.blocks() + block) * groups);
     }
   }
 }
@@ -58,13 +71,16 @@ inline void quantise(const float* x, Arithmetic order, size_t first, size_t last
 // Rows as they lie in memory: what bounds this is how fast the weight is read.
 inline void int_linear_in_place(const LinearJob& job, size_t first, size_t last) {
   const Matrix& w = *job.weight;
-  const bool four = w.arithmetic == Arithmetic::Int4;
+  const bool by_row = w.arithmetic == Arithmetic::Int8;
   for (size_t row = first; row < last; row += kDotRows) {
     const size_t rows = least(kDotRows, last - row);
     for (size_t t = 0; t < job.tokens; ++t) {
       float products[kDotRows];
       dots(w, row, rows, *job.levels, t, products);
-      for (size_t r = 0; r < rows; ++r) finish(job, t, row + r, four ? products[r] : products[r] * w.scales[row + r]);
+      for (size_t r = 0; r < rows; ++r) {
+        if (by_row) products[r] *= scale_at(w, row + r);
+        finish(job, t, row + r, products[r]);
+      }
     }
   }
 }

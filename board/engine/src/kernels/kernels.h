@@ -10,25 +10,30 @@ namespace axc {
 
 // How a matrix is multiplied.
 enum class Arithmetic {
-  Float,     // widened to float32; any type and block
-  BFloat16,  // bfloat16 times activations rounded to bfloat16, where there are many tokens and such products; else as Float
-  Int8,      // 8-bit levels, one scale a row, times 16-bit activations
-  Int4,      // 4-bit levels, one scale for each kBlock columns of a row, times 16-bit activations
+  Float,       // widened to float32; any type and block
+  BFloat16,    // bfloat16 times activations rounded to bfloat16, where there are many tokens and such products; else as Float
+  Int8,        // 8-bit levels, one scale a row, times 16-bit activations
+  Int8Blocks,  // 8-bit levels, one scale for each 32, 64 or 128 columns of a row, times 16-bit activations
+  Int4,        // 4-bit levels, as Int8Blocks
 };
 
-// A weight in the file's layout [rows, columns]; value = scale x level where there are scales.
+// A weight in the file's layout [rows, columns]; value = scale x (level - zero point) where there are scales.
 struct Matrix {
   Arithmetic arithmetic;
   Type type;
   const uint8_t* data;
   size_t rows, columns;
-  const float* scales;  // [rows, columns / block]
-  size_t block;         // columns that share a scale
+  size_t block = 0, blocks = 0;   // columns that share a scale and a zero point, and how often in a row; 0: none do
+  Type scale_type = Type::None;   // Float or Float16
+  const void* scales = nullptr;   // [rows, blocks]
+  const int8_t* zeros = nullptr;  // [rows, blocks] or null: all are 0
 
   size_t stride() const { return columns * static_cast<size_t>(bits_of(type)) / 8; }
+  size_t scale_bytes() const { return static_cast<size_t>(bits_of(scale_type)) / 8; }
 };
 
 constexpr size_t kBlock = 128;         // activations that share a scale
+constexpr size_t kLeastGroup = 32;     // columns of a weight that share one, for integer arithmetic
 constexpr size_t kLevelBytes = 256;    // of a block: room for 16 bits each
 constexpr size_t kTokenChunk = 128;    // tokens that share one packing of a weight
 constexpr size_t kTokensByDot = 4;     // up to here a weight is read in place, not packed
@@ -41,14 +46,19 @@ constexpr float top_level(Precision precision) { return precision == Precision::
 
 // Activations rounded to levels, block by block: value = scale x level. Few rows lie one behind the other, as products
 // of single rows read them; many lie side by side, block by block, as packed products do.
+//
+// A block is one group, or as many as a weight has scales for it.
 struct Activations {
   Precision precision;
   size_t rows, columns;
-  uint8_t* levels;  // kLevelBytes each, in an order of the kernels' own; zeros behind `columns`; or bfloat16, unscaled
-  float* scales;
-  int32_t* sums;    // of a block; of what, is the kernels' own
+  size_t group;     // columns: kBlock, or a divisor of it
+  uint8_t* levels;  // kLevelBytes a block, in an order of the kernels' own; zeros behind `columns`; or bfloat16, unscaled
+  float* scales;    // [entries, groups()], those of a block all the same
+  int32_t* sums;    // [entries, groups()]; of what, is the kernels' own
+  float* totals;    // [rows, blocks() * groups()], the sums of values, of many rows; null where nobody asks for them
 
   size_t blocks() const { return (columns + kBlock - 1) / kBlock; }
+  size_t groups() const { return kBlock / group; }
   size_t entry(size_t block, size_t row) const {
     return rows <= kTokensByDot ? row * blocks() + block : block * rows + row;
   }

@@ -12,35 +12,42 @@ namespace axc {
 namespace {
 
 constexpr size_t kWidth = 4, kVectors = 2, kFloatRows = 6;
-constexpr int32_t kOffset8 = 0, kOffset4 = 0;
 constexpr size_t kIntRows = 4, kIntPanel = 8, kPrefetched = 0;
 
 }  // namespace
 }  // namespace axc
 
-#include "vectors.h"
+#include "scales.h"
 
 namespace axc {
 namespace {
 
-// 128 high bytes, then 128 low ones; for 4-bit weights the even columns come first: they are the low halves of the bytes.
-int32_t store_levels(const int16_t* levels, const Activations&, Arithmetic order, uint8_t* out) {
+// 128 high bytes, then 128 low ones; for 4-bit weights the even columns of every 32 come first: they are the low halves
+// of 16 bytes.
+void store_levels(const int16_t* levels, const Activations& of, Arithmetic order, uint8_t* out, int32_t* sums) {
+  store_sums(levels, of.group, sums);
   for (size_t i = 0; i < kBlock; ++i) {
-    const int16_t level = levels[order == Arithmetic::Int4 ? i % 64 * 2 + i / 64 : i];
+    const int16_t level = levels[order == Arithmetic::Int4 ? i / 32 * 32 + i % 16 * 2 + i / 16 % 2 : i];
     const int high = (level + 128) >> 8;
     out[i] = static_cast<uint8_t>(high);
     out[kBlock + i] = static_cast<uint8_t>(level - high * 256);
   }
-  return 0;
 }
 
 // Panel: for every 4 columns 8 outputs x 4 bytes.
 template <Precision>
-void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, uint8_t* panel) {
+void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, size_t, uint8_t* panel) {
   if (rows < kIntPanel || columns < kBlock) std::memset(panel, 0, kIntPanel * kBlock);
   for (size_t r = 0; r < rows; ++r) {
     for (size_t k = 0; k < columns; ++k) panel[k / 4 * 32 + r * 4 + k % 4] = static_cast<uint8_t>(w[r * stride + k]);
   }
+}
+
+// The first `count` of 16 bytes, zeros behind them.
+inline uint8x16_t some_bytes(const void* from, size_t count) {
+  uint8_t bytes[16] = {};
+  std::memcpy(bytes, from, count);
+  return vld1q_u8(bytes);
 }
 
 // Two's complement nibbles to bytes.
@@ -50,56 +57,58 @@ inline void nibbles(uint8x16_t bytes, int8x16_t& low, int8x16_t& high) {
 }
 
 template <Precision>
-void pack_int4(const uint8_t* w, size_t stride, size_t rows, uint8_t* panel) {
-  if (rows < kIntPanel) std::memset(panel, 0, kIntPanel * kBlock);
+void pack_int4(const uint8_t* w, size_t stride, size_t rows, size_t columns, size_t, uint8_t* panel) {
+  if (rows < kIntPanel || columns < kBlock) std::memset(panel, 0, kIntPanel * kBlock);
   for (size_t r = 0; r < rows; ++r) {
-    for (size_t i = 0; i < kBlock / 2; i += 16) {
+    for (size_t k = 0; k < columns; k += 32) {
+      const uint8_t* at = w + r * stride + k / 2;
       int8x16_t low, high;
-      nibbles(vld1q_u8(w + r * stride + i), low, high);
+      nibbles(columns - k < 32 ? some_bytes(at, (columns - k) / 2) : vld1q_u8(at), low, high);
       int8_t bytes[32];
       vst1q_s8(bytes, low), vst1q_s8(bytes + 16, high);
-      for (size_t k = 0; k < 16; k += 4) {
-        std::memcpy(panel + (i + k) / 4 * 32 + r * 4, bytes + k, 4);
-        std::memcpy(panel + (kBlock / 2 + i + k) / 4 * 32 + r * 4, bytes + 16 + k, 4);
-      }
+      for (size_t i = 0; i < 32; i += 4) std::memcpy(panel + (k + i) / 4 * 32 + r * 4, bytes + i, 4);
     }
   }
 }
 
-template <size_t kRows, bool kScaled, Precision kPrecision>
-void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t*, int32_t, const float* row_scales,
-              float* c) {
-  int32x4_t high[kRows][2], low[kRows][2];
-  repeat<kRows>([&](auto t) AXC_INLINE { high[t][0] = high[t][1] = low[t][0] = low[t][1] = vdupq_n_s32(0); });
+template <size_t kRows, size_t kGroup, Precision kPrecision>
+void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t*, const float* row_scales,
+              size_t columns, float* c) {
+  constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan;
+  columns = (columns + 31) / 32 * 32;  // packed
   const int8_t* weights = reinterpret_cast<const int8_t*>(panel);
   const int8_t* x = reinterpret_cast<const int8_t*>(levels);
-  for (size_t k = 0; k < kBlock; k += 16) {
-    int8x16_t h[kRows], l[kRows];
-    repeat<kRows>([&](auto t) AXC_INLINE {
-      h[t] = vld1q_s8(x + t * kLevelBytes + k);
-      l[t] = vld1q_s8(x + t * kLevelBytes + kBlock + k);
-    });
-    repeat<4>([&](auto lane) AXC_INLINE {
-      const int8x16_t w0 = vld1q_s8(weights + k * 8 + lane * 32), w1 = vld1q_s8(weights + k * 8 + lane * 32 + 16);
+  for (size_t g = 0; g * kSpan < columns; ++g) {
+    int32x4_t high[kRows][2], low[kRows][2];
+    repeat<kRows>([&](auto t) AXC_INLINE { high[t][0] = high[t][1] = low[t][0] = low[t][1] = vdupq_n_s32(0); });
+    for (size_t k = g * kSpan, end = least(k + kSpan, columns); k < end; k += 16) {
+      int8x16_t h[kRows], l[kRows];
       repeat<kRows>([&](auto t) AXC_INLINE {
-        if (kPrecision == Precision::Bits16) {
-          high[t][0] = vdotq_laneq_s32(high[t][0], w0, h[t], lane);
-          high[t][1] = vdotq_laneq_s32(high[t][1], w1, h[t], lane);
-        }
-        low[t][0] = vdotq_laneq_s32(low[t][0], w0, l[t], lane);
-        low[t][1] = vdotq_laneq_s32(low[t][1], w1, l[t], lane);
+        h[t] = vld1q_s8(x + t * kLevelBytes + k);
+        l[t] = vld1q_s8(x + t * kLevelBytes + kBlock + k);
+      });
+      repeat<4>([&](auto lane) AXC_INLINE {
+        const int8x16_t w0 = vld1q_s8(weights + k * 8 + lane * 32), w1 = vld1q_s8(weights + k * 8 + lane * 32 + 16);
+        repeat<kRows>([&](auto t) AXC_INLINE {
+          if (kPrecision == Precision::Bits16) {
+            high[t][0] = vdotq_laneq_s32(high[t][0], w0, h[t], lane);
+            high[t][1] = vdotq_laneq_s32(high[t][1], w1, h[t], lane);
+          }
+          low[t][0] = vdotq_laneq_s32(low[t][0], w0, l[t], lane);
+          low[t][1] = vdotq_laneq_s32(low[t][1], w1, l[t], lane);
+        });
+      });
+    }
+    repeat<kRows>([&](auto t) AXC_INLINE {
+      repeat<2>([&](auto v) AXC_INLINE {
+        float* at = c + t * kIntPanel + v * kWidth;
+        float32x4_t factor = vdupq_n_f32(scales[t * kGroups]);
+        if (kGroup) factor = vmulq_f32(factor, vld1q_f32(row_scales + g * kIntPanel + v * kWidth));
+        const int32x4_t sum = vaddq_s32(vshlq_n_s32(high[t][v], 8), low[t][v]);
+        vst1q_f32(at, vfmaq_f32(vld1q_f32(at), vcvtq_f32_s32(sum), factor));
       });
     });
   }
-  repeat<kRows>([&](auto t) AXC_INLINE {
-    repeat<2>([&](auto v) AXC_INLINE {
-      float* at = c + t * kIntPanel + v * kWidth;
-      float32x4_t factor = vdupq_n_f32(scales[t]);
-      if (kScaled) factor = vmulq_f32(factor, vld1q_f32(row_scales + v * kWidth));
-      const int32x4_t sum = vaddq_s32(vshlq_n_s32(high[t][v], 8), low[t][v]);
-      vst1q_f32(at, vfmaq_f32(vld1q_f32(at), vcvtq_f32_s32(sum), factor));
-    });
-  });
 }
 
 // Both bytes of 16 levels, or the only one, with 16 weights.
@@ -109,46 +118,50 @@ inline void accumulate(int8x16_t w, const int8_t* levels, int32x4_t& high, int32
   low = vdotq_s32(low, w, vld1q_s8(levels + kBlock));
 }
 
-inline float32x4_t fold(int32x4_t high, int32x4_t low, float factor, float32x4_t total) {
-  return vfmaq_n_f32(total, vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(high, 8), low)), factor);
-}
-
-template <Precision kPrecision>
-float dot_int8(const Matrix& w, size_t row, const Activations& a, size_t token) {
-  const int8_t* weights = reinterpret_cast<const int8_t*>(w.data) + row * w.columns;
-  float32x4_t total = vdupq_n_f32(0);
-  for (size_t b = 0; b < a.blocks(); ++b) {
-    const size_t entry = a.entry(b, token), count = least(kBlock, w.columns - b * kBlock);
-    const int8_t *at = weights + b * kBlock, *levels = reinterpret_cast<const int8_t*>(a.levels + entry * kLevelBytes);
-    int32x4_t high = vdupq_n_s32(0), low = high;
-    size_t k = 0;
-    for (; k + 16 <= count; k += 16) accumulate<kPrecision>(vld1q_s8(at + k), levels + k, high, low);
-    if (k < count) {
-      int8_t rest[16] = {};
-      std::memcpy(rest, at + k, count - k);
-      accumulate<kPrecision>(vld1q_s8(rest), levels + k, high, low);
-    }
-    total = fold(high, low, a.scales[entry], total);
-  }
-  return vaddvq_f32(total);
-}
-
-template <Precision kPrecision>
-float dot_int4(const Matrix& w, size_t row, const Activations& a, size_t token) {
-  const size_t blocks = a.blocks();
-  const uint8_t* weights = w.data + row * blocks * (kBlock / 2);
-  float32x4_t total = vdupq_n_f32(0);
-  for (size_t b = 0; b < blocks; ++b) {
-    const size_t entry = a.entry(b, token);
-    const int8_t* levels = reinterpret_cast<const int8_t*>(a.levels + entry * kLevelBytes);
-    int32x4_t high = vdupq_n_s32(0), low = high;
-    for (size_t k = 0; k < kBlock / 2; k += 16) {
+// Products of a group of columns with their levels.
+template <bool kFour, Precision kPrecision>
+AXC_INLINE inline int32x4_t products(const uint8_t* weights, const int8_t* levels, size_t columns) {
+  int32x4_t high = vdupq_n_s32(0), low = high;
+  const auto add = [&](uint8x16_t bytes, size_t k) AXC_INLINE {
+    if (kFour) {
       int8x16_t even, odd;
-      nibbles(vld1q_u8(weights + b * (kBlock / 2) + k), even, odd);
+      nibbles(bytes, even, odd);
       accumulate<kPrecision>(even, levels + k, high, low);
-      accumulate<kPrecision>(odd, levels + kBlock / 2 + k, high, low);
+      accumulate<kPrecision>(odd, levels + k + 16, high, low);
+    } else {
+      accumulate<kPrecision>(vreinterpretq_s8_u8(bytes), levels + k, high, low);
     }
-    total = fold(high, low, a.scales[entry] * w.scales[row * blocks + b], total);
+  };
+  constexpr size_t kStep = kFour ? 32 : 16;
+  size_t k = 0;
+  for (; k + kStep <= columns; k += kStep) add(vld1q_u8(weights + k * 16 / kStep), k);
+  if (k < columns) add(some_bytes(weights + k * 16 / kStep, (columns - k) * 16 / kStep), k);
+  return vaddq_s32(vshlq_n_s32(high, 8), low);
+}
+
+// kGroup 0: without the scale, which is one for the row.
+template <bool kFour, size_t kGroup, Precision kPrecision>
+float dot_row(const Matrix& w, size_t row, const Activations& a, size_t token) {
+  constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan, kBytes = kFour ? kSpan / 2 : kSpan;
+  const size_t entry = a.entry(0, token), groups = (w.columns + kSpan - 1) / kSpan;
+  const uint8_t* weights = w.data + row * w.stride();
+  const int8_t* levels = reinterpret_cast<const int8_t*>(a.levels + entry * kLevelBytes);
+  float32x4_t total = vdupq_n_f32(0);
+  for (size_t first = 0; first < groups; first += kWidth) {
+    const size_t count = least(kWidth, groups - first), own = entry * kGroups + first;
+    Vf factors = scales_at(a, own);
+    if (kGroup) factors *= scales_at(w, row, first, count);
+    if (w.zeros) {
+      total = vsubq_f32(total, float32x4_t(first_lanes(factors * sums_at(a, own) * zeros_at(w, row, first, count), count)));
+    }
+    float each[kWidth];
+    store(each, factors);
+    for (size_t g = 0; g < count; ++g, weights += kBytes) {
+      const size_t column = (first + g) * kSpan, left = w.columns - column;
+      const int8_t* at = levels + column / kBlock * kLevelBytes + column % kBlock;
+      const int32x4_t sum = left < kSpan ? products<kFour, kPrecision>(weights, at, left) : products<kFour, kPrecision>(weights, at, kSpan);
+      total = vfmaq_n_f32(total, vcvtq_f32_s32(sum), each[g]);
+    }
   }
   return vaddvq_f32(total);
 }
@@ -157,7 +170,10 @@ constexpr size_t kDotRows = 1;
 
 template <Precision kPrecision>
 float product(const Matrix& w, size_t row, const Activations& a, size_t token) {
-  return (w.arithmetic == Arithmetic::Int4 ? dot_int4<kPrecision> : dot_int8<kPrecision>)(w, row, a, token);
+  const bool four = w.arithmetic == Arithmetic::Int4;
+  return by_group(w, a, [&](auto group) {
+    return (four ? dot_row<true, group, kPrecision> : dot_row<false, group, kPrecision>)(w, row, a, token);
+  });
 }
 
 void dots(const Matrix& w, size_t row, size_t, const Activations& a, size_t token, float* out) {

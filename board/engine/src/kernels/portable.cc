@@ -5,7 +5,6 @@ namespace axc {
 namespace {
 
 constexpr size_t kWidth = 4, kVectors = 2, kFloatRows = 4;
-constexpr int32_t kOffset8 = 0, kOffset4 = 0;
 constexpr size_t kIntRows = 4, kIntPanel = 8, kPrefetched = 0;
 
 constexpr bool kRoundsBfloat16 = false;

@@ -83,12 +83,12 @@ def build(
     """A checkpoint becomes a checked bundle, and the bundle answers."""
     from axc.fetch import fetch
     from axc.inventory import inventory
-    from axc.models import load_model
+    from axc.models import find_model
     from ci.container.engine import choose, llm_build, ready
 
     if backend not in BACKENDS:
         raise BadInput(f"BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}")
-    spec = load_model(model)
+    spec = find_model(model)
     bundle, question = Path(out) / spec.name, prompt or spec.prompt
     more = split(args)
     if backend == "pulsar2":
@@ -137,10 +137,10 @@ def run(
     args: str = ARGS,
 ) -> None:
     """Ask a bundle that is there."""
-    from axc.models import load_model
+    from axc.models import find_model
 
-    spec = load_model(model)
-    ask(built(spec.name, out), prompt or spec.prompt, split(args))
+    spec = find_model(model)
+    ask(built(spec, out), prompt or spec.prompt, split(args))
 
 
 @verb

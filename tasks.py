@@ -81,6 +81,7 @@ def build(
     backend: str = BACKEND or "cpu",
 ) -> None:
     """A checkpoint becomes a checked bundle, and the bundle answers."""
+    from axc import vendor_flags
     from axc.fetch import fetch
     from axc.inventory import inventory
     from axc.models import find_model
@@ -92,12 +93,9 @@ def build(
     bundle, question = Path(out) / spec.name, prompt or spec.prompt
     more = split(args)
     if backend == "pulsar2":
-        if more:
-            raise BadInput(
-                f"ARGS are for `axc llm_build`; with BACKEND=pulsar2 the flags are those of models/{spec.name}.toml"
-            )
+        passed_on = vendor_flags.passed_on(more)
         checkpoint = fetch(spec, Path(model_dir).expanduser() if model_dir else None)
-        build_by_vendor(spec, checkpoint, bundle, force=force)
+        build_by_vendor(spec, checkpoint, bundle, passed_on, force=force)
         print(f"\n{bundle} holds\n{inventory(bundle)}\n\nit runs on a board with an NPU")
         return
     chosen = choose(engine)
@@ -322,13 +320,18 @@ def without_reference() -> str:
     return ""
 
 
-def build_by_vendor(spec: ModelSpec, checkpoint: Path, bundle: Path, *, force: bool) -> None:
+def build_by_vendor(spec: ModelSpec, checkpoint: Path, bundle: Path, flags: tuple[str, ...], *, force: bool) -> None:
     from axc import build, pulsar2
     from ci.container import vendor
     from ci.container.daemon import connect
 
     options = build.Options(
-        input_path=checkpoint, output_path=bundle, model_name=spec.name, force=force, **spec.build.given()
+        input_path=checkpoint,
+        output_path=bundle,
+        model_name=spec.name,
+        force=force,
+        vendor=flags,
+        **spec.build.given(),
     )
     found = vendor.find(connect(), VENDOR_IMAGE, VENDOR_SHA256, VENDOR_LICENCE)
     pulsar2.build(build.plan(options), found)

@@ -43,6 +43,8 @@ NOISE = {
     "bf16": Noise(0.03, 0.12, 0.1, 5e-3),
     "s8": Noise(0.08, 0.3, 0.25, 0.025),
     "s4": Noise(0.8, 5.0, 1.2, 1.5),
+    "fp8_e4m3": Noise(0.3, 1.2, 0.8, 0.3),
+    "fp8_e5m2": Noise(0.5, 2.5, 1.0, 0.8),
 }
 # The errors of a stage over those of the first one, geometric mean over the layers: at most 1.30 was measured without a
 # fault; 1.9 to 3.4 where one cached row of 200 is hidden. Below NEGLIGIBLE it is the order of sums in float32.

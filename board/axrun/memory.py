@@ -22,7 +22,9 @@ CMM_INFO = Path("/proc/ax_proc/mem_cmm_info")  # Axera's driver: total size=...,
 RUNTIME_BYTES = {"ax": 44 << 20, "ax-int8": 44 << 20, "ort": 80 << 20}
 # What onnxruntime takes of an axmodel's size, by weight type: (once it is loaded, more while it is being loaded). It
 # widens 16-bit weights, and packs matrices into copies. Seen with onnxruntime 1.31 on Qwen2-0.5B.
+# 8-bit floats are widened as 16-bit ones are, from half the size.
 ORT_COPIES = {"s8": (1.5, 3.0), "s4": (1.2, 3.0), "bf16": (2.1, 5.0), "fp16": (2.1, 5.0), "fp32": (1.4, 2.0)}
+ORT_COPIES |= dict.fromkeys(("fp8_e4m3", "fp8_e5m2"), (4.2, 10.0))
 MAPPED = (1.0, 0.0)  # the other engines compute from the file
 
 Allow = Callable[[str], bool]

@@ -40,7 +40,7 @@ def filled(session: Session, group: int, seed: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("hidden", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("weight", ["fp32", "fp16", "bf16", "s8", "s4"])
+@pytest.mark.parametrize("weight", ["fp32", "fp16", "bf16", "s8", "s4", "fp8_e4m3", "fp8_e5m2"])
 def test_every_group_computes_what_onnxruntime_computes_from_the_file(
     build_tiny: Any, hidden: str, weight: str
 ) -> None:

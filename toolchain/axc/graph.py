@@ -56,7 +56,7 @@ ONNX_DTYPES = {np.dtype(np.float32): "FLOAT", np.dtype(np.int64): "INT64"}
 class Graph:
     """One axmodel in the making. `weight_type` is what `linear` stores its matrices in, `weights` what they are.
 
-    Matrices in `kept` are stored as that says.
+    Matrices in `kept` are stored as that says. `ret_postnorm`: the post model also gives what its norm makes.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Graph:
     hidden_type: str
     weights: Mapping[str, Source]
     kept: Mapping[str, WeightType] = field(default_factory=dict)
+    ret_postnorm: bool = False
     inputs: list[TensorInfo] = field(default_factory=list)
     outputs: list[TensorInfo] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)

@@ -123,7 +123,7 @@ class Fuser {
     Matrix matrix{Arithmetic::Float, tensor.type, tensor.bytes(), rows, columns, nullptr, 0};
     const bool levels = tensor.type == Type::Int8 || tensor.type == Type::Int4;
     const bool float8 = tensor.type == Type::Float8E4M3 || tensor.type == Type::Float8E5M2;
-    if (levels != (scales != nullptr) || (!levels && !is_float(tensor.type) && !float8)) return {};
+    if (levels ? !scales : scales ? !float8 : !is_float(tensor.type) && !float8) return {};
     if (scales) {
       const int64_t axis = widened->integer("axis", 1), block = widened->integer("block_size", 0);
       matrix.scales = floats(*scales);

@@ -32,6 +32,9 @@ inline void widen_row(const Matrix& w, size_t row, size_t first, size_t count, f
   const uint8_t* data = w.data + row * w.stride();
   if (w.type != Type::Int8 && w.type != Type::Int4) {
     widen(w.type, data + first * static_cast<size_t>(bits_of(w.type)) / 8, count, out);
+    if (!w.scales) return;
+    const float* scales = w.scales + row * (w.columns / w.block);
+    for (size_t i = 0; i < count; ++i) out[i] *= scales[(first + i) / w.block];
     return;
   }
   const float* scales = w.scales + row * (w.columns / w.block);

@@ -1,4 +1,4 @@
-"""Matrices stored as levels (integers or 8-bit floats): value = (level - zero point) x scale, one for each block of a row.
+"""Matrices stored as levels, integers or 8-bit floats: value = (level - zero point) x scale, one for each block.
 
 In the graph `[Cast ->] DequantizeLinear`, the scales float32, or float16 behind a Cast:
 https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html

@@ -142,6 +142,12 @@ class Graph:
         _expect(inputs[1].shape == x.shape[-1:], "LayerNormalization", x, inputs[1])
         return self._node("LayerNormalization", inputs, "FLOAT", x.shape, axis=-1, epsilon=epsilon)
 
+    def standardized(self, x: Value, epsilon: float) -> Value:
+        """LayerNormalization along the last axis, without weight or bias."""
+        width = int(x.shape[-1])
+        ones = self.constant(f"ones.{width}", np.ones(width, np.float32))
+        return self._node("LayerNormalization", [x, ones], "FLOAT", x.shape, axis=-1, epsilon=epsilon)
+
     def heads(self, x: Value, count: int) -> Value:
         """x [1, M, heads * d] as [1, M, heads, d]."""
         shape = self.constant(f"heads.{count}", np.array([0, 0, count, -1], np.int64))
@@ -218,8 +224,8 @@ class Graph:
         return self._node("Mul", [x, self.constant(name, np.array(factor, np.float32))], x.dtype, x.shape)
 
     def mul(self, a: Value, b: Value) -> Value:
-        """Elementwise product of equal shapes."""
-        _expect(a.shape == b.shape, "Mul", a, b)
+        """Elementwise; `b` may be a vector along the last axis."""
+        _expect(a.shape[-len(b.shape) :] == b.shape, "Mul", a, b)
         return self._node("Mul", [a, b], a.dtype, a.shape)
 
     def top_k(self, logits: Value, k: int) -> tuple[Value, Value]:

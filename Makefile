@@ -90,7 +90,8 @@ ready:
 	@"$(KEEPER)" requirements/install.py $(WITHOUT) "$(VENV)" build
 
 ##
-## MODEL=tiny-qwen2    one of models/*.toml              MODEL_DIR=folder     its checkpoint, without network
+## MODEL=tiny-qwen2    one of models/*.toml, or a repository of the Hugging Face Hub: MODEL=owner/name
+## MODEL_DIR=folder    its checkpoint, without network
 ## PROMPT='1+1='       the prompt                        OUT=out              the output folder
 ## PARALLEL=cores      layers compiled in parallel       FORCE=1              replace a different bundle
 ## ARGS='...'          more flags for the command        WHEELS=folder        more wheels to install from

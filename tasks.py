@@ -81,23 +81,21 @@ def build(
     backend: str = BACKEND or "cpu",
 ) -> None:
     """Compile a checkpoint into a checked bundle, and run a prompt."""
+    from axc import vendor_flags
     from axc.fetch import fetch
     from axc.inventory import inventory
-    from axc.models import load_model
+    from axc.models import find_model
     from ci.container.engine import choose, llm_build, ready
 
     if backend not in BACKENDS:
         raise BadInput(f"BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}")
-    spec = load_model(model)
+    spec = find_model(model)
     bundle, question = Path(out) / spec.name, prompt or spec.prompt
     more = split(args)
     if backend == "pulsar2":
-        if more:
-            raise BadInput(
-                f"ARGS are for `axc llm_build`; with BACKEND=pulsar2 the flags are those of models/{spec.name}.toml"
-            )
+        passed_on = vendor_flags.passed_on(more)
         checkpoint = fetch(spec, Path(model_dir).expanduser() if model_dir else None)
-        build_by_vendor(spec, checkpoint, bundle, force=force)
+        build_by_vendor(spec, checkpoint, bundle, passed_on, force=force)
         print(f"\ncontents of {bundle}:\n{inventory(bundle)}\n\nit runs on a board with an NPU")
         return
     chosen = choose(engine)
@@ -137,10 +135,10 @@ def run(
     args: str = ARGS,
 ) -> None:
     """Run a prompt with a bundle that was built before."""
-    from axc.models import load_model
+    from axc.models import find_model
 
-    spec = load_model(model)
-    ask(built(spec.name, out), prompt or spec.prompt, split(args))
+    spec = find_model(model)
+    ask(built(spec, out), prompt or spec.prompt, split(args))
 
 
 @verb
@@ -323,13 +321,18 @@ def without_reference() -> str:
     return ""
 
 
-def build_by_vendor(spec: ModelSpec, checkpoint: Path, bundle: Path, *, force: bool) -> None:
+def build_by_vendor(spec: ModelSpec, checkpoint: Path, bundle: Path, flags: tuple[str, ...], *, force: bool) -> None:
     from axc import build, pulsar2
     from ci.container import vendor
     from ci.container.daemon import connect
 
     options = build.Options(
-        input_path=checkpoint, output_path=bundle, model_name=spec.name, force=force, **spec.build.given()
+        input_path=checkpoint,
+        output_path=bundle,
+        model_name=spec.name,
+        force=force,
+        vendor=flags,
+        **spec.build.given(),
     )
     found = vendor.find(connect(), VENDOR_IMAGE, VENDOR_SHA256, VENDOR_LICENCE)
     pulsar2.build(build.plan(options), found)

@@ -21,8 +21,9 @@ CMM_INFO = Path("/proc/ax_proc/mem_cmm_info")  # Axera's driver: total size=...,
 # Memory of the interpreter with numpy, tokenizers and an engine.
 RUNTIME_BYTES = {"ax": 44 << 20, "ax-int8": 44 << 20, "ort": 80 << 20}
 # Memory of onnxruntime relative to the size of the axmodel, by weight type: (after loading, additional while loading).
-# It widens 16-bit weights and packs copies of matrices. Measured with onnxruntime 1.31 on Qwen2-0.5B.
+# It widens 8-bit and 16-bit floats and packs copies of matrices. Measured with onnxruntime 1.31 on Qwen2-0.5B.
 ORT_COPIES = {"s8": (1.5, 3.0), "s4": (1.2, 3.0), "bf16": (2.1, 5.0), "fp16": (2.1, 5.0), "fp32": (1.4, 2.0)}
+ORT_COPIES |= dict.fromkeys(("fp8_e4m3", "fp8_e5m2"), (4.2, 10.0))
 MAPPED = (1.0, 0.0)  # the other engines work on the mapped file
 
 Allow = Callable[[str], bool]

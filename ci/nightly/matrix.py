@@ -29,7 +29,7 @@ from ci.device.toml_lines import line
 from ci.nightly import history, pipeline, preflight, targets, variant
 from ci.nightly.preflight import Plan
 from ci.nightly.targets import Target
-from ci.nightly.variant import Variant
+from ci.nightly.variant import Variant, own_type
 
 KEYS = ("boards", "models", "weight_type", "targets", "exclude")
 EXCLUDE = ("board", "model", "weight_type", "reason")
@@ -106,7 +106,7 @@ class _Reader:
         self.one_name(boards)
         specs = self.each("models", self.model)
         types = self.each("weight_type", variant.require_weight_type) if "weight_type" in self.content else [""]
-        models = [Variant(spec, kind or spec.build.weight_type) for spec in specs for kind in types]
+        models = [Variant(spec, kind or own_type(spec)) for spec in specs for kind in types]
         if len(boards) * len(models) > MOST:
             raise self.wrong(1, f"{len(boards) * len(models)} nights, expected at most {MOST}")
         every = [Cell(board, model) for board in boards for model in models]

@@ -20,7 +20,7 @@ class Variant:
     @property
     def own(self) -> bool:
         """Whether it is the weight type of the model's TOML, which `make build` uses."""
-        return self.weight_type == self.spec.build.weight_type
+        return self.weight_type == own_type(self.spec)
 
     @property
     def name(self) -> str:
@@ -36,7 +36,12 @@ def find(name: str) -> Variant:
     """The variant called `name`. Raises BadInput for an unknown model or weight type."""
     model, at, weight_type = name.partition("@")
     spec = load_model(model)
-    return Variant(spec, require_weight_type(weight_type) if at else spec.build.weight_type)
+    return Variant(spec, require_weight_type(weight_type) if at else own_type(spec))
+
+
+def own_type(spec: ModelSpec) -> str:
+    """The weight type that `make build` builds it with."""
+    return spec.build.weight_type or "s8"  # which llm_build takes for floats
 
 
 def require_weight_type(name: str) -> str:

@@ -76,12 +76,12 @@ def deploy(
 ) -> None:
     """Deploy runner and bundle to a board: transfer, verify, run a prompt, then switch to the new release."""
     install(VENV, "boards")
-    from axc.models import load_model
+    from axc.models import find_model
     from ci.device import deploy, evidence, holding, place, wheelhouse
 
     within("--keep", keep, 1, 1000)
-    spec, found = load_model(model), place.find(board)
-    bundle = built(spec.name, out)
+    spec, found = find_model(model), place.find(board)
+    bundle = built(spec, out)
     with holding.hold(found, f"deploy of {spec.name}", say=TELL) as held, holding.marked(held):
 
         def package() -> wheelhouse.Package:

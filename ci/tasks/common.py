@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from invoke.exceptions import Exit
 from invoke.tasks import task
@@ -23,6 +23,9 @@ from axrun.command import INTERRUPTED
 from axrun.errors import BadInput, Failure
 from ci.device import commands
 from requirements.install import PEERS, SETS, SetupFailed
+
+if TYPE_CHECKING:
+    from axc.models import ModelSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 VENV = Path(sys.prefix)
@@ -38,7 +41,7 @@ TELL = functools.partial(print, flush=True)
 FAILED_TESTS, NO_TESTS = 1, 5  # pytest's exit codes
 
 HELP = {
-    "model": "one of models/*.toml (MODEL, default tiny-qwen2)",
+    "model": "one of models/*.toml, or owner/name on the Hugging Face Hub (MODEL, default tiny-qwen2)",
     "model_dir": "the folder of its checkpoint, for a machine without network (MODEL_DIR)",
     "prompt": "the prompt (PROMPT, default that of the model's TOML)",
     "out": "the output folder (OUT, default out)",
@@ -150,11 +153,12 @@ def split(args: str) -> list[str]:
         raise BadInput(f"ARGS is {args!r}: {error}; quote it as for a shell") from None
 
 
-def built(name: str, out: str) -> Path:
-    bundle = Path(out) / name
+def built(spec: ModelSpec, out: str) -> Path:
+    """The bundle of a model. Raises BadInput where there is none yet."""
+    bundle = Path(out) / spec.name
     if not bundle.is_dir():
         where = [] if out == "out" else [f"OUT={bundle.parent.absolute()}"]
-        raise BadInput(f"there is no bundle {bundle} yet: {commands.make('build', f'MODEL={name}', *where)}")
+        raise BadInput(f"there is no bundle {bundle} yet: {commands.make('build', f'MODEL={spec.asked}', *where)}")
     return bundle
 
 

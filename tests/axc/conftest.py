@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import transformers
 
 from axc import shapes, synth
+from tests.axc import hub_server
 from tests.axc.as_transformers import AS_ITSELF, SMALL, random_model, theirs
 from tests.axc.axc import ROOT
 
@@ -96,3 +98,22 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, An
         random_model(config).save_pretrained(folder)
         made[kind] = (folder, theirs(folder))
     return made
+
+
+@pytest.fixture
+def hub() -> Iterator[hub_server.Hub]:
+    with hub_server.serving() as hub:
+        yield hub
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> hub_server.Client:
+    return hub_server.Client(tmp_path)
+
+
+@pytest.fixture
+def dead_end() -> str:
+    """An address where nothing listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{unused.getsockname()[1]}"

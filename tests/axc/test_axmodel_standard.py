@@ -26,6 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "fp16-s4-top-k": {"hidden_state_type": "fp16", "weight_type": "s4", "post_topk": 5},
     "bf16-s8": {"hidden_state_type": "bf16", "weight_type": "s8", "post_weight_type": "bf16"},
     "bf16-bf16-no-prefill": {"weight_type": "bf16", "prefill_len": 0, "last_kv_cache_len": ()},
+    "fp8": {"hidden_state_type": "fp32", "weight_type": "fp8_e4m3", "post_weight_type": "fp8_e5m2"},
     "uneven": {"weight_type": "s4", "hidden_state_type": "fp32"},
 }
 
@@ -178,7 +179,7 @@ def test_it_runs_from_the_file_alone(files: list[Path], tmp_path: Path) -> None:
             assert np.ptp(outputs[info.name].astype(np.float64)) > 0
 
 
-@pytest.mark.parametrize("weight_type", ["fp32", "s8", "s4"])
+@pytest.mark.parametrize("weight_type", ["fp32", "s8", "s4", "fp8_e4m3"])
 def test_onnxruntime_and_onnx_s_reference_agree(build_tiny: Builder, weight_type: str) -> None:
     """The reference evaluator shares no code with onnxruntime; it speaks for what the graph says.
 

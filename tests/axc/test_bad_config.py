@@ -27,6 +27,11 @@ DEEP = "[" * 100_000
             id="unknown architecture",
         ),
         pytest.param(
+            {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8},
+            ["the nearest family is qwen3,", "which does not compute with num_experts 128, num_experts_per_tok 8"],
+            id="a mixture of experts",
+        ),
+        pytest.param(
             {"model_type": "mamba-2"}, ["'mamba-2'", "toolchain/axc/families/mamba_2.py"], id="nothing is near"
         ),
         pytest.param({"model_type": None}, ["None is not supported", "the nearest family is"], id="no architecture"),

@@ -116,6 +116,10 @@ def test_keys_of_other_architectures_change_nothing_and_are_said(models: Any, ki
         assert f"not read, as in transformers' {kind}: {key} {value!r}" in said
     change_config(folder, {}, without=tuple(ELSEWHERE))
     assert plan(folder, tmp_path / "out").notices == ()
+    for rope, odd in (({"rope_type": "linear", "factor": 2.0}, "beta"), ({"rope_type": "dynamic", "factor": 2.0}, "x")):
+        change_config(folder, {"rope_scaling": {**rope, "rope_theta": 1e4, odd: 3}})
+        (said,) = plan(folder, tmp_path / "out").notices
+        assert said == f"config.json: not read, as in transformers' {kind}: rope_scaling.{odd} 3"
 
 
 @pytest.mark.parametrize(

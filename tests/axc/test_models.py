@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from axc.models import MODELS, Hub, Package, Shipped, load_model
+from axc.models import MODELS, Hub, Shipped, find_model, load_model
 from axrun.errors import BadInput
 
 TOML = """
@@ -46,7 +46,10 @@ def test_every_model_of_the_repository_loads_and_its_groups_fit_its_cache(name: 
         assert (model.source.path / "config.json").is_file()
     else:
         needed = {"config.json", "model.safetensors", "tokenizer.json"}
-        assert isinstance(model.source, Package) or needed <= {pin.name for pin in model.source.files}
+        pins = model.source.files if isinstance(model.source, Hub) else ()
+        assert not pins or needed <= {pin.name for pin in pins}
+        said = "Not pinned here" in (MODELS / f"{name}.toml").read_text()
+        assert said == (isinstance(model.source, Hub) and not pins)
 
 
 def test_defaults_become_the_flags_of_llm_build(tmp_path: Path) -> None:
@@ -74,6 +77,26 @@ def test_an_unknown_model_is_told_the_known_ones_and_the_nearest(asked: str) -> 
 def test_a_model_name_is_not_a_path() -> None:
     with pytest.raises(BadInput, match="no model is named"):
         load_model("../models/tiny-qwen2")
+    with pytest.raises(BadInput, match=r"(?s)MODEL=models/tiny-qwen2 is a path here.*--input_path models/tiny-qwen2"):
+        find_model("models/tiny-qwen2")
+
+
+def test_a_repository_without_a_toml(tmp_path: Path) -> None:
+    model = find_model("Some.One/A_model-1.5B")
+    assert (model.name, model.asked) == ("Some.One--A_model-1.5B", "Some.One/A_model-1.5B")
+    assert model.source == Hub("Some.One/A_model-1.5B", "main", ())
+    assert "--weight_type" not in model.build.flags()  # as it is quantised already
+    assert load_model("toy", write(tmp_path, 'repo = "a/b"')).source == Hub("a/b", "main", ())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../up", "a/..", "./a", "/etc", "a/", "a/b/c", "a b/c", "a/b\n", "-a/b", "a/-b", ".a/b", "a/b.git", "a--b/c",
+     "a/b..c", "a/b.", "é/b", "a\\b/c", "a/" + 96 * "b"],
+)  # fmt: skip
+def test_what_is_no_repository_leads_to_no_folder(name: str) -> None:
+    with pytest.raises(BadInput, match=r"is no repository of the Hub: expected owner/name|is a path here"):
+        find_model(name)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +110,9 @@ def test_a_model_name_is_not_a_path() -> None:
         (PINNED.format(files='"a" = { size = 3 }'), "", "a has no digest"),
         (PINNED.format(files='"../a" = { sha256 = "' + "a" * 64 + '" }'), "", "not a file name inside"),
         (PINNED.format(files='"a" = { sha256 = "a" }'), "", "not 64 lower-case hex digits"),
-        (PINNED.format(files="").replace("0123456789" * 4, "main"), "", "a revision a full commit id"),
+        (PINNED.format(files="").replace("0123456789" * 4, "main"), "", "a revision is a full commit id"),
+        ('repo = "a/b"\nrevision = "v1"', "", "a/b at 'v1': a revision is a full commit id"),
+        ('repo = "a/../b"', "", "'a/../b' is no repository"),
     ],
 )
 def test_a_wrong_file_is_named_with_its_fault(tmp_path: Path, source: str, build: str, said: str) -> None:

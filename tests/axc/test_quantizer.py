@@ -22,7 +22,7 @@ from axc.quantizer.kept import Kept
 from axc.quantizer.round_to_nearest import RoundToNearest, quantize
 from axc.weights.sources import Stored
 from axrun.errors import BadInput
-from axrun.format import axmodel
+from axrun.format import axmodel, dtypes
 from axrun.format.axmodel import PRODUCER
 from axrun.session import ax_engine, ort
 
@@ -59,6 +59,8 @@ HALF_SCALES = {
     for size in (32, 64)
 }
 KINDS: dict[str, WeightType] = {**WEIGHT_TYPES, **HALF_SCALES}
+MOST = {"fp32": 0, "fp16": 1e-3, "bf16": 3e-3, "s8": 0.01, "s4": 0.12, "fp8_e4m3": 0.028, "fp8_e5m2": 0.055}
+FLOAT8 = {"FLOAT8E4M3FN": ml_dtypes.float8_e4m3fn, "FLOAT8E5M2": ml_dtypes.float8_e5m2}
 
 
 @pytest.mark.parametrize("stored", ["BFLOAT16", "FLOAT16", "FLOAT"])
@@ -88,7 +90,7 @@ def test_what_is_stored_comes_back_as_onnx_reads_it(weight_type: str, stored: st
     restored = evaluated[0].astype(np.float64)
     wanted = weights.astype(np.float64)
     relative = np.sqrt(np.square(restored - wanted).sum() / np.square(wanted).sum())
-    assert relative <= {"fp32": 0, "fp16": 1e-3, "bf16": 3e-3, "s8": 0.01, "s4": 0.12}[weight_type.split()[0]]
+    assert relative <= MOST[weight_type.split()[0]]
     if len(parts) > 1:
         assert error.relative == pytest.approx(relative, rel=1e-3)
 
@@ -181,6 +183,37 @@ def test_half_scales_cost_next_to_nothing() -> None:
 
 def test_s4_blocks_shrink_until_they_divide_the_row() -> None:
     assert [WEIGHT_TYPES["s4"].dequantize(width)["block_size"] for width in (896, 4864, 320, 48)] == [128, 128, 64, 16]
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_float8_is_that_of_ml_dtypes(dtype: str) -> None:
+    """Every byte, and what lies between, at and beside the ties of all of them."""
+    theirs = np.arange(256, dtype=np.uint8).view(FLOAT8[dtype]).astype(np.float32)
+    np.testing.assert_array_equal(dtypes.float8_values(dtype), theirs)
+    finite = np.sort(theirs[np.isfinite(theirs)])
+    middle = ((finite[1:].astype(np.float64) + finite[:-1]) / 2).astype(np.float32)
+    beside = [np.nextafter(middle, np.float32(toward)) for toward in (-np.inf, np.inf)]
+    values = np.concatenate([finite, middle, *beside, RANDOM.normal(0, 3, 10_000).astype(np.float32)])
+    ours = dtypes.float8_from_float32(values, dtype)
+    assert ours.dtype == np.uint8
+    np.testing.assert_array_equal(ours, values.astype(FLOAT8[dtype]).view(np.uint8))
+    beyond = np.array([1e30, -1e30, finite[-1] * 1.0001], np.float32)
+    assert dtypes.float8_values(dtype)[dtypes.float8_from_float32(beyond, dtype)].tolist() == [
+        *(finite[-1], -finite[-1], finite[-1])
+    ]
+
+
+@pytest.mark.parametrize("size", [1e-35, 1e-3, 1.0, 1e6])
+def test_float8_keeps_its_precision_at_any_size_and_zeros(size: float) -> None:
+    weights = RANDOM.normal(0, 1, (8, 512)).astype(np.float32) * np.float32(size)
+    weights[3] = 0
+    for name in ("fp8_e4m3", "fp8_e5m2"):
+        kind, error = WEIGHT_TYPES[name], SquaredError()
+        codes, scales = kind.store(weights, "FLOAT", error)
+        assert not codes[3].any()
+        assert np.isfinite(scales).all()
+        if size > 1e-30:
+            assert error.relative < MOST[name]
 
 
 def test_rounding_to_bfloat16_is_that_of_ml_dtypes() -> None:

@@ -40,7 +40,7 @@ def filled(session: Session, group: int, seed: int = 0) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("hidden", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("weight", ["fp32", "fp16", "bf16", "s8", "s4"])
+@pytest.mark.parametrize("weight", ["fp32", "fp16", "bf16", "s8", "s4", "fp8_e4m3", "fp8_e5m2"])
 def test_every_group_matches_onnxruntime_on_the_file(build_tiny: Any, hidden: str, weight: str) -> None:
     path = Bundle.open(build_tiny(hidden_state_type=hidden, weight_type=weight)).layer_path(1)
     lowered, plain = ort.open_session(path), exact(path)

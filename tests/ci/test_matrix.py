@@ -113,7 +113,11 @@ def test_board_yamls_are_relative_to_the_matrix_file(tmp_path: Path) -> None:
         ('["tiny-qwen2"]', "[]", "line 3: models is empty"),
         ('["tiny-qwen2"]', '"tiny-qwen2"', "line 3: models is 'tiny-qwen2', expected a list of names"),
         ('["tiny-qwen2"]', "[3]", "line 3: models is [3], expected a list of names"),
-        ('  "s4",', '  "s5",', "line 6: no weight type is named 's5': there are fp32, fp16, bf16, s8, s4"),
+        (
+            '  "s4",',
+            '  "s5",',
+            "line 6: no weight type is named 's5': there are fp32, fp16, bf16, s8, s4, fp8_e4m3, fp8_e5m2",
+        ),
         ('  "s4",', '  "s8",', "line 6: 's8' is twice in weight_type"),
         ('models = ["tiny-qwen2"]\n', "", "line 1: models is missing"),
         ("# nights", "nights = 3", "line 1: 'nights' is not known: expected boards, models, weight_type"),

@@ -148,6 +148,7 @@ HEALTHY: tuple[Healthy, ...] = (
     Healthy("shipped, s8 in fp32", shipped, {**types("fp32", "s8"), **groups(16, 63, 16)}),
     Healthy("shipped, s4 in fp16", shipped, {**types("fp16", "s4", "s8"), **groups(16, 63, 16)}),
     Healthy("shipped, s4 in fp32, head bf16", shipped, {**types("fp32", "s4", "bf16"), **groups(16, 63)}),
+    Healthy("shipped, fp8", shipped, {**types("bf16", "fp8_e4m3", "fp8_e5m2"), **groups(16, 63)}),
     Healthy("shipped, bf16 in fp32", shipped, {**types("fp32", "bf16"), **groups(32, 127, 64)}),
     Healthy("shipped, fp16 in bf16", shipped, {**types("bf16", "fp16", "fp32"), **groups(32, 127, 64)}),
     Healthy("shipped, fp32 in bf16", shipped, {**types("bf16", "fp32", "s4"), **groups(32, 127)}),

@@ -236,6 +236,11 @@ def dequantize(random: np.random.Generator) -> Iterator[Case]:
         blocked = [x, floats(random, 4, 3, 2), levels(dtype, 4, 3, 2)]
         yield evaluated("DequantizeLinear", blocked, constants=stored, axis=1, block_size=2)
     yield evaluated("DequantizeLinear", [levels(np.int32, 3, 5), floats(random, 3)], axis=0)
+    for dtype in (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2):
+        finite = np.arange(256, dtype=np.uint8).view(dtype)[:, None]
+        finite = np.where(np.isfinite(finite.astype(np.float32)), finite, dtype(0))
+        yield evaluated("DequantizeLinear", [finite, floats(random, 256)], axis=0)
+        yield evaluated("DequantizeLinear", [finite.reshape(2, 128), floats(random, 2, 4)], axis=1, block_size=32)
 
 
 def norms(op: str) -> Draw:

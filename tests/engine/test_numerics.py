@@ -26,7 +26,7 @@ ISAS = {
     "x86_64": ["portable", "avx2", "avx512", "avx512_bf16", "avx512_pairs"],
     "aarch64": ["portable", "neon", "neon_dotprod"],
 }[platform.machine()]
-WEIGHTS = ("fp32", "fp16", "bf16", "s8", "s4")
+WEIGHTS = ("fp32", "fp16", "bf16", "s8", "s4", "fp8_e4m3", "fp8_e5m2")
 
 
 CPU = Path("/proc/cpuinfo").read_text()
@@ -45,7 +45,7 @@ def axmodels(build_tiny: Callable[..., Path]) -> list[Path]:
     for hidden, weights in (("fp32", WEIGHTS), ("bf16", WEIGHTS), ("fp16", ("s8",))):
         for weight in weights:
             options = {"post_topk": 5} if weight == "fp32" else {}
-            post = {"fp32": "fp32", "fp16": "fp16", "bf16": "bf16"}.get(weight, "s8")
+            post = weight if weight != "s4" else "s8"
             made = build_tiny(hidden_state_type=hidden, weight_type=weight, post_weight_type=post, **options)
             bundle = Bundle.open(made)
             paths += [bundle.layer_path(1), bundle.post_path]

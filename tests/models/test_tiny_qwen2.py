@@ -255,7 +255,7 @@ def torchs_settings() -> Iterator[None]:
 
 @pytest.mark.usefixtures("torchs_settings")
 def test_training_learns_and_repeats_to_the_byte(tmp_path: Path) -> None:
-    recipe = replace(train.Recipe(), steps=2)
+    recipe = replace(train.Recipe(), steps=2, threads=1)  # two in a busy machine wait for each other
     losses = train.build(recipe, tmp_path / "one", print)
     assert losses[-1] < losses[0] - 0.1
     train.build(recipe, tmp_path / "two", print)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from axc.inventory import inventory
+from tests.axc.hub_server import REPO, REVISION, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,18 +48,28 @@ def test_build_makes_checks_lists_and_asks(out: Path) -> None:
     assert "42" in asked.stdout.splitlines()
 
 
-def test_a_build_without_torch_says_that_it_is_unchecked(tmp_path: Path) -> None:
-    done = invoke("build", "--out", str(tmp_path), "--engine", "local", TORCH="none")
+def test_a_repository_of_the_hub_is_built_and_answers_even_without_torch(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with serving() as hub:
+        hub.publish({path.name: path.read_bytes() for path in (ROOT / "models/tiny-qwen2").iterdir() if path.is_file()})
+        cache = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        done = invoke("build", "--model", REPO, "--out", out, "--engine", "local", TORCH="none", **cache)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "2" in lines[lines.index(f"contents of {tmp_path / 'tiny-qwen2'}:") :]
+    assert f"{REPO} was not pinned: main is {REVISION} now. Builds take that from here on, with" in lines
+    assert "2" in lines[lines.index(f"contents of {out}/owner--toy:") :]
     assert next(line for line in lines if line.startswith("check ")) == "check 0: load and run"
     assert not [line for line in lines if line.startswith(("check 1", "check 2"))]
     at = lines.index("not checked against the float32 reference: TORCH=none leaves torch out")
+    where = f"MODEL={REPO} OUT={out}"
     assert (
         lines[at + 1]
-        == f"to check it: make build OUT={tmp_path} TORCH=pypi (3 GB to download), or WHEELS=folder with that wheel"
+        == f"to check it: make build {where} TORCH=pypi (3 GB to download), or WHEELS=folder with that wheel"
     )
+    assert lines[-1] == f"ask it more: make run {where} PROMPT='12+30='"
+    asked = invoke("run", "--model", REPO, "--out", out, "--prompt", "12+30=")
+    assert asked.returncode == 0, asked.stderr
+    assert "42" in asked.stdout.splitlines()
 
 
 def test_an_unknown_source_of_torch_lists_the_known_ones(tmp_path: Path) -> None:

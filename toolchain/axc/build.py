@@ -51,6 +51,8 @@ class Options:
     weight_type: str | None = None
     chip: str = "AX650"
     last_kv_cache_len: tuple[int, ...] = ()
+    ret_postnorm: bool = False
+    vendor: tuple[str, ...] = ()  # flags for the vendor's compiler alone: axc.vendor_flags
     model_name: str | None = None
     force: bool = False
 
@@ -103,6 +105,8 @@ class Options:
             post_weight_type=post_weight_type,
             post_topk=self.post_topk,
             chip=self.chip,
+            ret_postnorm=self.ret_postnorm,
+            vendor=self.vendor,
         )
 
 

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from axc import VERSION, identity
+from axc import VERSION, identity, vendor_flags
 from axrun.command import Verb, dispatch
 
-WEIGHTS = ("fp32", "fp16", "bf16", "s8", "s4")
+WEIGHTS = ("fp32", "fp16", "bf16", "s8", "s4", "fp8_e4m3", "fp8_e5m2")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,9 +67,11 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="add a group that prefills after this many rows of history; may be repeated",
     )
+    add("--ret_postnorm", action="store_true", help="the post model also gives the normalised hidden state")
     add("--model_name", help="name in the manifest (default: the model type)")
     add("--force", action="store_true", help="replace a bundle that is at --output_path already")
     add("--check_report", type=Path, help="write the check's figures to this JSON file")
+    vendor_flags.refuse(parser)
 
 
 def _llm_build(arguments: argparse.Namespace) -> None:
@@ -90,6 +92,7 @@ def _llm_build(arguments: argparse.Namespace) -> None:
         weight_type=arguments.weight_type,
         chip=arguments.chip,
         last_kv_cache_len=tuple(arguments.last_kv_cache_len),
+        ret_postnorm=arguments.ret_postnorm,
         model_name=arguments.model_name,
         force=arguments.force,
     )

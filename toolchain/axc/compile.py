@@ -32,6 +32,8 @@ class Target:
     post_weight_type: str
     post_topk: int
     chip: str
+    ret_postnorm: bool = False
+    vendor: tuple[str, ...] = ()
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -83,6 +85,7 @@ def post_model(
     """The axmodel of final norm and lm_head, and where its data come from."""
     hidden_type = FLOATS[target.hidden_state_type]
     graph = Graph("post", WEIGHT_TYPES[target.post_weight_type], hidden_type, weights(config), kept)
+    graph.ret_postnorm = target.ret_postnorm
     families.FAMILIES[config.model_type].post(config, target.post_topk, graph)
     return _finish(graph, target, "post", (Group(0, 1, 0),), target.post_weight_type, {})
 

@@ -8,7 +8,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,8 @@ ARITHMETIC: dict[str, Neutral] = {
         global_rope_theta local_rope_theta rotary_dim rotary_emb_base
         layer_norm_eps layer_norm_epsilon norm_eps norm_epsilon hidden_activation activation_function head_dims
         unpadded_vocab_size attention_softmax_in_fp32_scale vision_config audio_config sliding_window_pattern
-        num_experts num_local_experts moe_intermediate_size kv_lora_rank q_lora_rank attention_scale softmax_scale
+        num_experts num_local_experts n_routed_experts n_shared_experts moe_intermediate_size kv_lora_rank q_lora_rank
+        qk_rope_head_dim v_head_dim attention_scale softmax_scale state_size conv_kernel linear_num_value_heads
         """),
         _none,
     ),
@@ -141,6 +142,18 @@ def unread(values: dict[str, Any], reads: Iterable[str]) -> list[str]:
         f"{key} {_shown(value)}"
         for key, value in values.items()
         if key not in known and key in ARITHMETIC and not ARITHMETIC[key](value)
+    ]
+
+
+def unread_rope(values: dict[str, Any], reads: Mapping[str, Iterable[str]]) -> list[str]:
+    """The same inside of rope_scaling or rope_parameters, whichever counts; `reads` by kind of rope."""
+    where = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    nested = values.get(where) or {}
+    known = frozenset(reads.get(nested.get("rope_type", nested.get("type", "default")), nested))
+    return [
+        f"{where}.{key} {_shown(value)}"
+        for key, value in nested.items()
+        if key not in known and value is not None and not isinstance(value, dict)
     ]
 
 

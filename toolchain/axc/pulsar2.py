@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from axc import budget, bundle, identity, jobs
+from axc import budget, bundle, identity, jobs, vendor_flags
 from axc.axmodel.writer import Written
 from axc.build import Plan, staging_key
 from axc.compile import Target
@@ -61,6 +61,7 @@ def build(planned: Plan, compiler: Compiler, say: Say = print) -> dict[str, Any]
         raise BadInput(f"{compiler.identity} has none of {', '.join(COMMANDS)}\nIs it the vendor's image?")
     if planned.checkpoint.gguf:
         raise BadInput(f"{planned.checkpoint.path} is a GGUF file, which the vendor's compiler does not read")
+    vendor_flags.require(planned.target.vendor, command)
     planned = dataclasses.replace(planned, target=_reachable(planned.target, command, say))
     output = planned.output
     refuse_other_content(output, force=planned.options.force)
@@ -116,7 +117,8 @@ def flags(planned: Plan, command: str, output: Path) -> list[str]:
         *([("--model_type", options.model_type)] if options.model_type else []),
         *([("--model_config", options.model_config)] if options.model_config else []),
     ]
-    return [str(word) for pair in said for word in pair]
+    more = ["--ret_postnorm"] if target.ret_postnorm else []
+    return [*(str(word) for pair in said for word in pair), *more, *target.vendor]
 
 
 def _reachable(target: Target, command: str, say: Say) -> Target:

@@ -97,7 +97,7 @@ def unfit_scales(model: axmodel.Axmodel) -> tuple[str, str, str, str] | None:
         if len(bad):
             words = f"{scales[bad[0]]} at {_place(bad[0], factors)}"
             return factors.name, "finite scales", words, f"{len(bad)} of {len(scales)} scales are not finite"
-        if matrix.dims[1] % packed.block:
+        if matrix.dims[1] % packed.block or matrix.dtype not in LARGEST:
             continue
         largest = _largest(packed)
         bad = np.flatnonzero((largest < LARGEST[matrix.dtype]) & (np.abs(scales) > NOTHING))

@@ -9,7 +9,15 @@ from typing import Any
 from axrun.format.axmodel import Axmodel
 from axrun.format.bundle import Bundle
 
-WEIGHT_TYPES = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16", "s8": "INT8", "s4": "INT4"}
+WEIGHT_TYPES = {
+    "fp32": "FLOAT",
+    "fp16": "FLOAT16",
+    "bf16": "BFLOAT16",
+    "s8": "INT8",
+    "s4": "INT4",
+    "fp8_e4m3": "FLOAT8E4M3FN",
+    "fp8_e5m2": "FLOAT8E5M2",
+}
 MODEL_CONFIG = "model_config"  # the manifest's entry for a config.json given with --model_config
 
 Difference = tuple[str, str, str]  # what, expected, seen

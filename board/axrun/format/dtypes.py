@@ -5,6 +5,7 @@ bfloat16 is stored as numpy uint16: the upper half of an IEEE float32.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,6 +46,21 @@ NAMES: dict[int, str] = {dtype.onnx: name for name, dtype in DTYPES.items()}
 FLOATS = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}
 
 
+class Float8(NamedTuple):
+    """A sign, `exponent` and `mantissa` bits; `bias` of the exponent; `largest` finite value.
+
+    https://onnx.ai/onnx/technical/float8.html
+    """
+
+    exponent: int
+    mantissa: int
+    bias: int
+    largest: float
+
+
+FLOAT8 = {"FLOAT8E4M3FN": Float8(4, 3, 7, 448.0), "FLOAT8E5M2": Float8(5, 2, 15, 57344.0)}
+
+
 def nbytes(dtype: str, dims: tuple[int, ...]) -> int:
     """Bytes of a dense tensor; 4-bit types are rounded up to a whole byte."""
     count = 1
@@ -70,8 +86,38 @@ def f32_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     return rounded.astype(np.uint16)
 
 
+@functools.cache
+def float8_values(dtype: str) -> NDArray[np.float32]:
+    """What each byte of a float8 type stands for: [256]."""
+    kind, codes = FLOAT8[dtype], np.arange(128)
+    exponent, mantissa = codes >> kind.mantissa, codes & (1 << kind.mantissa) - 1
+    whole = np.where(exponent > 0, mantissa + (1 << kind.mantissa), mantissa)
+    values = np.ldexp(whole.astype(np.float32), np.maximum(exponent, 1) - kind.bias - kind.mantissa).astype(np.float32)
+    past = values > kind.largest  # E5M2 has infinity, then NaN; E4M3FN one NaN
+    values[past] = np.where((mantissa[past] == 0) & (dtype == "FLOAT8E5M2"), np.inf, np.nan)
+    both = np.concatenate([values, np.negative(values)])
+    both.flags.writeable = False
+    return both
+
+
+def float8_from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[np.uint8]:
+    """Round to nearest, ties to even, of values up to the largest finite one: beyond it they become that. Any shape.
+
+    A code without its sign is the number of steps between 0 and the value.
+    """
+    kind = FLOAT8[dtype]
+    least = 1 - kind.bias  # exponent of the normal values
+    size = np.minimum(np.abs(values), np.float32(kind.largest))
+    exponent = np.where(size < 2.0**least, least, np.frexp(size)[1] - 1)
+    steps = np.rint(np.ldexp(size, kind.mantissa - exponent)).astype(np.int32)
+    codes = steps + ((exponent - least) << kind.mantissa)
+    return np.asarray(np.minimum(codes, 127) | np.where(np.signbit(values), 128, 0), np.uint8)
+
+
 def to_float32(array: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """Values of a FLOAT, FLOAT16 or BFLOAT16 array as float32."""
+    """Values of a FLOAT, FLOAT16, BFLOAT16 or float8 array as float32."""
+    if dtype in FLOAT8:
+        return np.asarray(float8_values(dtype)[array])
     return bf16_to_f32(array) if dtype == "BFLOAT16" else array.astype(np.float32)
 
 

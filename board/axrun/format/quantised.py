@@ -1,4 +1,4 @@
-"""Matrices stored as integer levels: value = (level - zero point) x scale, a scale for each block of a row.
+"""Matrices stored as levels, integers or 8-bit floats: value = (level - zero point) x scale, one for each block.
 
 In the graph `[Cast ->] DequantizeLinear`, the scales float32, or float16 behind a Cast:
 https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html
@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axrun.format.axmodel import Axmodel, Node, Tensor
-from axrun.format.dtypes import DTYPES
+from axrun.format.dtypes import DTYPES, FLOAT8, to_float32
 
 Floats = NDArray[np.float32]
 
-LEVELS = ("INT8", "INT4")
+LEVELS = ("INT8", "INT4", *FLOAT8)
 SCALES = ("FLOAT", "FLOAT16")
 
 
@@ -43,8 +43,10 @@ class Quantised:
     def parts(self) -> tuple[Tensor, ...]:
         return (self.levels, self.scales) if self.zeros is None else (self.levels, self.scales, self.zeros)
 
-    def level_rows(self, start: int, stop: int) -> NDArray[np.int8]:
-        """Levels of rows [start, stop) as they are stored: [n, in]."""
+    def level_rows(self, start: int, stop: int) -> NDArray[Any]:
+        """Levels of rows [start, stop) as they are stored: int8, or float32 of 8-bit floats, [n, in]."""
+        if self.levels.dtype in FLOAT8:
+            return to_float32(self.levels.array()[start:stop], self.levels.dtype)
         return integers(self.levels, start, stop, self.levels.dims[1])
 
     def scale_rows(self, start: int, stop: int) -> Floats:
@@ -81,6 +83,8 @@ def quantised(model: Axmodel, node: Node, made_by: Mapping[str, Node]) -> Quanti
     if levels is None or scales is None or (given and zeros is None):
         return None
     if levels.dtype not in LEVELS or len(levels.dims) != 2 or not all(levels.dims):
+        return None
+    if zeros is not None and levels.dtype in FLOAT8:
         return None
     if zeros is not None and (zeros.dtype, zeros.dims) != (levels.dtype, scales.dims):
         return None

@@ -118,13 +118,15 @@ class Fuser : Neighbours {
     return matrix;
   }
 
-  // A weight of integer levels with its scales and zero points.
+  // A weight of integer levels with its scales and zero points, or of 8-bit floats with scales.
   std::optional<Matrix> add_scales(Matrix matrix, const Tensor& levels, const Operation& dequantize) {
     const Operation* cast = maker(dequantize.inputs[1]);
     const Tensor* scales = value(is(cast, "Cast") ? cast->inputs[0] : dequantize.inputs[1]).tensor;
     const bool given = dequantize.inputs.size() > 2 && dequantize.inputs[2] >= 0;
     const Tensor* zeros = given ? value(dequantize.inputs[2]).tensor : nullptr;
-    if (levels.type != Type::Int8 && levels.type != Type::Int4) return {};
+    const bool float8 = levels.type == Type::Float8E4M3 || levels.type == Type::Float8E5M2;
+    if (levels.type != Type::Int8 && levels.type != Type::Int4 && !float8) return {};
+    if (float8 && given) return {};
     if (!scales || scales->type != (is(cast, "Cast") ? Type::Float16 : Type::Float)) return {};
     if (value(dequantize.inputs[1]).type != Type::Float || given != (zeros && zeros->type == levels.type)) return {};
     const int64_t axis = dequantize.integer("axis", 1), block = dequantize.integer("block_size", 0);

@@ -23,7 +23,10 @@ size_t groups_of(const Matrix& weight, size_t group) { return (weight.columns + 
 bool ScaleStore::complete(Matrix& weight, const Tensor& scales, const Tensor* zeros) {
   const bool by_row = weight.block >= weight.columns;
   size_t group = weight.block;
-  if (by_row && weight.type == Type::Int8 && !zeros) {
+  const bool levels = weight.type == Type::Int8 || weight.type == Type::Int4;
+  if (!levels) {
+    weight.arithmetic = Arithmetic::Float;
+  } else if (by_row && weight.type == Type::Int8 && !zeros) {
     weight.arithmetic = Arithmetic::Int8;
   } else {
     const size_t common = by_row ? kBlock : std::gcd(weight.block, kBlock);

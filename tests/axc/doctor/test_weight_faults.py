@@ -18,6 +18,7 @@ from axrun.format.quantised import Quantised
 
 ROWS, COLUMNS, HEAD = 64, 64, 16
 DTYPES = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16", "s8": "INT8", "s4": "INT4"}
+DTYPES |= {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 TYPES = tuple(DTYPES)
 RANDOM = np.random.default_rng(0)
 WEIGHTS = {

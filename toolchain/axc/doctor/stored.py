@@ -12,13 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axrun.format.axmodel import Axmodel, Tensor
-from axrun.format.dtypes import DTYPES, to_float32
+from axrun.format.dtypes import DTYPES, FLOAT8, to_float32
 from axrun.format.quantised import Quantised, makers, quantised
 
 Floats = NDArray[np.float32]
-Levels = NDArray[Any]  # int8, or int16 where zero points are taken off
+Levels = NDArray[Any]  # int8, or int16 where zero points are taken off; float32 of 8-bit floats
 
-ENDS = {"INT8": (-127, 127), "INT4": (-8, 7)}  # of the levels that the compiler uses
+# of the levels that the compiler uses
+ENDS: dict[str, tuple[float, float]] = {"INT8": (-127, 127), "INT4": (-8, 7)}
+ENDS |= {name: (-kind.largest, kind.largest) for name, kind in FLOAT8.items()}
 FLOAT_TYPES = ("FLOAT", "FLOAT16", "BFLOAT16")
 
 
@@ -39,7 +41,7 @@ class Stored:
         return self.tensor.dims
 
     @property
-    def integer(self) -> bool:
+    def scaled(self) -> bool:
         return self.packed is not None
 
     @property
@@ -72,8 +74,8 @@ class Stored:
     def ends(self, start: int, stop: int) -> tuple[Levels, Levels]:
         """The least and the largest that `levels` can be: [n, blocks]."""
         low, high = ENDS[self.dtype]
-        zeros = self._packed.zero_rows(start, stop).astype(np.int16)
-        return np.asarray(low - zeros, np.int16), np.asarray(high - zeros, np.int16)
+        zeros = self._packed.zero_rows(start, stop).astype(np.float32)
+        return low - zeros, high - zeros
 
     def scale_rows(self, start: int, stop: int) -> Floats:
         """The scales of rows [start, stop): [n, blocks]."""
@@ -82,7 +84,7 @@ class Stored:
     def values(self, start: int = 0, stop: int | None = None) -> Floats:
         """Rows [start, stop) as float32."""
         stop = self.shape[0] if stop is None else min(stop, self.shape[0])
-        if not self.integer:
+        if not self.scaled:
             return to_float32(self.tensor.array()[start:stop], self.dtype)
         return dequantized(self.levels(start, stop), self.scale_rows(start, stop), self.block)
 

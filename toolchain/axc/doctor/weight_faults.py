@@ -14,15 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axc.doctor.stored import ENDS, Floats, Levels, Stored, dequantized
-from axrun.format.dtypes import from_float32, to_float32
+from axrun.format.dtypes import FLOAT8, from_float32, to_float32
 
 Bools = NDArray[np.bool_]
 Weight = Callable[[str], Floats]
 
 SLACK = 1e-3  # of a step: float32 arithmetic on levels up to 127
-LARGEST = {"INT8": 1.03, "INT4": 1.6}  # how far a value may lie beyond the last level: 1 / the least of FACTORS
+# how far a value may lie beyond the last level: 1 / the least of FACTORS
+LARGEST = {"INT8": 1.03, "INT4": 1.6, "FLOAT8E4M3FN": 1.001, "FLOAT8E5M2": 1.001}
 SMALLEST = {"FLOAT": 2.0**-100, "FLOAT16": 2.0**-14}  # of the scales: those below are not exact, or stored as zeros
-CLOSE = {"FLOAT": 1e-5, "FLOAT16": 2e-3, "BFLOAT16": 1e-2, "INT8": 0.04, "INT4": 0.4}  # relative error of a match
+# relative error of a match
+CLOSE = {"FLOAT": 1e-5, "FLOAT16": 2e-3, "BFLOAT16": 1e-2, "INT8": 0.04, "INT4": 0.4}
+CLOSE |= {"FLOAT8E4M3FN": 0.06, "FLOAT8E5M2": 0.12}
 ROWS = 2048  # compared at a time
 MOST_SHIFT = 64
 MOST_WHOLE = 1 << 27  # bytes of a tensor that is looked at as a whole
@@ -56,14 +59,14 @@ def compare(stored: Stored, name: str, weight: Callable[[str, int, int], Floats]
 
 def wrong_elements(stored: Stored, start: int, stop: int, wanted: Floats) -> Bools:
     """Which elements of rows [start, stop) are not the nearest that the type has to those of the checkpoint."""
-    if not stored.integer:
+    if not stored.scaled:
         return np.asarray(to_float32(from_float32(wanted, stored.dtype), stored.dtype) != stored.values(start, stop))
     levels, scales = stored.levels(start, stop), stored.scale_rows(start, stop)
     low, high = (np.repeat(ends, stored.block, axis=1) for ends in stored.ends(start, stop))
     rows, columns = levels.shape
     with np.errstate(all="ignore"):
         ideal = (wanted.reshape(rows, -1, stored.block) / scales[:, :, None]).reshape(rows, columns)
-        away = np.abs(ideal - levels) > 0.5 + SLACK
+        away = ~(np.abs(ideal - levels) <= (0.5 + SLACK) * _steps(ideal, stored.dtype))
         most = LARGEST[stored.dtype]
         away &= ~((levels >= high) & (ideal > high) & (ideal <= most * np.maximum(high, -low)))
         away &= ~((levels <= low) & (ideal < low) & (ideal >= most * np.minimum(low, -high)))
@@ -72,6 +75,15 @@ def wrong_elements(stored: Stored, start: int, stop: int, wanted: Floats) -> Boo
         same = (dequantized(levels, scales, stored.block) == wanted).reshape(rows, -1, stored.block).all(axis=2)
         coarse &= ~same  # levels that the checkpoint itself has, by a rule of its own
     return np.asarray(away | ~np.isfinite(ideal) | np.repeat(coarse, stored.block, axis=1))
+
+
+def _steps(ideal: Floats, dtype: str) -> Floats | float:
+    """From one level to the next, around values in units of a scale."""
+    kind = FLOAT8.get(dtype)
+    if kind is None:
+        return 1.0
+    exponent = np.maximum(np.frexp(ideal)[1] - 1, 1 - kind.bias)
+    return np.asarray(np.ldexp(np.ones_like(ideal), exponent - kind.mantissa), np.float32)
 
 
 @np.errstate(all="ignore")
@@ -137,13 +149,13 @@ def _few_rows(
     plural = "rows are" if len(bad_rows) > 1 else "row is"
     if not np.isfinite(right).all():
         yield CHECKPOINT
-    if stored.integer:
+    if stored.scaled:
         yield from _coarse(stored, wanted, bad_rows)
     if not np.isfinite(rows).all():
         yield f"the {plural} not finite"
     elif (rows == 0).all():
         yield f"the {plural} zeroed"
-    elif stored.integer:
+    elif stored.scaled:
         yield from _scales(stored, wanted, bad_rows)
     if rows.ndim == 2 and rows.shape[1] >= 8:
         for index, row in zip(bad_rows, rows, strict=True):
@@ -168,7 +180,7 @@ def _coarse(stored: Stored, wanted: Floats, bad_rows: NDArray[np.intp]) -> Itera
     ratios = _ratios(stored, scales, wanted[bad_rows])
     with np.errstate(all="ignore"):
         ideal = (wanted[bad_rows].reshape(len(bad_rows), -1, stored.block) / scales[:, :, None]).reshape(levels.shape)
-        fitting = (np.abs(ideal - levels) <= 0.5 + SLACK).all()
+        fitting = (np.abs(ideal - levels) <= (0.5 + SLACK) * _steps(ideal, stored.dtype)).all()
     off = ratios > 1 + SLACK
     if fitting and off.any():
         worst = float(ratios.max())
@@ -183,13 +195,13 @@ def _whole(
     rows, right = stored.values(start, stop), wanted[start:stop]
     if not np.isfinite(right).all():
         yield CHECKPOINT
-    if stored.integer:
+    if stored.scaled:
         yield from _coarse(stored, wanted, bad_rows)
     if (rows == 0).all():
         yield "it is zeroed"
     if _near(-rows, right, stored.dtype):
         yield "its sign is flipped"
-    if stored.integer:
+    if stored.scaled:
         yield from _levels(stored, wanted, right, start, stop)
     else:
         yield from _floats(stored, rows, right, start, stop)
@@ -228,11 +240,19 @@ def _levels(stored: Stored, wanted: Floats, right: Floats, start: int, stop: int
     kind, block = stored.dtype, stored.block
     with np.errstate(all="ignore"):
         ideal = (right.reshape(len(right), -1, block) / scales[:, :, None]).reshape(right.shape)
-        if (np.abs(levels) <= np.abs(ideal) + SLACK).all() and (np.abs(ideal - levels) < 1 + SLACK).all():
+        step = _steps(ideal, kind)
+        slack = SLACK * step
+        if (np.abs(levels) <= np.abs(ideal) + slack).all() and (np.abs(ideal - levels) < step + slack).all():
             yield "it was cut towards zero instead of rounded to the nearest"
-        elif ((ideal - levels > -SLACK) & (ideal - levels < 1 + SLACK)).mean() > 0.999:
+        elif ((ideal - levels > -slack) & (ideal - levels < step + slack)).mean() > 0.999:
             yield "it was rounded down instead of to the nearest"
     yield from _scales(stored, wanted, np.arange(start, stop))
+    if kind in FLOAT8:
+        raw = stored.tensor.array()[start:stop]
+        for real in FLOAT8:
+            if real != kind and _near(dequantized(to_float32(raw, real), scales, block), right, real):
+                yield f"its bytes are {real}, the file calls them {kind}"
+        return
     if kind == "INT4":
         other = (levels.reshape(-1, 2)[:, ::-1]).reshape(levels.shape)
         if _near(dequantized(other, scales, block), right, kind):
@@ -257,7 +277,7 @@ def _scales(stored: Stored, wanted: Floats, rows: NDArray[np.intp]) -> Iterator[
         return
     with np.errstate(all="ignore"):
         ratios = scales / fitted
-    off = ~(np.abs(ratios - 1) < (0.02 if stored.dtype == "INT8" else 0.2)) & (fitted != 0)
+    off = ~(np.abs(ratios - 1) < (0.2 if stored.dtype == "INT4" else 0.02)) & (fitted != 0)
     if not off.any():
         return
     whole = _fitted(stored.levels(0, stored.shape[0]), wanted, block)
@@ -318,7 +338,7 @@ def _elsewhere(
             for cause, order in orders:
                 if _near(whole, wanted[order], kind):
                     yield cause
-            if stored.integer:
+            if stored.scaled:
                 yield from _levels_elsewhere(stored, wanted, [(transposed, None), *orders])
         for cause in _shifted(seen, wanted, start, kind):
             yield cause

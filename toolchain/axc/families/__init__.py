@@ -65,6 +65,8 @@ def read_config(
     rope = getattr(config, "rope", None)
     known = family.reads | ({ORIGINAL_LENGTH} if rope and rope.kind != "default" else set())
     unread = config_keys.unread(read.values, known)
+    if rope and proven:
+        unread += config_keys.unread_rope(read.values, NESTED_ROPE_KEYS)
     if unread:
         say(f"config.json: not read, as in transformers' {given}: {', '.join(unread[:4])}")
     if not proven:
@@ -107,6 +109,8 @@ def _not_supported(values: dict[str, Any], path: Path, name: object) -> str:
     """That it is not supported, what is nearest, and how to add it."""
     nearest = _nearest(values, name)
     first = f"{path}: model_type {name!r:.60} is not supported; the nearest family is {nearest}"
+    if unread := config_keys.unread(values, FAMILIES[nearest].reads):
+        first += f",\nwhich does not compute with {', '.join(unread[:4])}{', ...' if len(unread) > 4 else ''}"
     file = name.replace("-", "_") if isinstance(name, str) and name.replace("-", "_").isidentifier() else "NAME"
     return f"{first}\nTo add it, follow {RECIPE} and write toolchain/axc/families/{file:.60}.py."
 

@@ -369,7 +369,8 @@ def post(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> None:
-    """Final norm and head: `output` and float32 `logits` [1, M, vocab]; with `top_k` also `indices` and `prob`.
+    """Final norm and head: `output` and float32 `logits` [1, M, vocab]; with `top_k` also `indices` and `prob`,
+    and where the graph is to have it `postnorm` [1, M, hidden].
 
     Logits are multiplied by `scale`, and then softcap * tanh(logits / softcap).
     """
@@ -385,4 +386,6 @@ def post(
         probability, indices = graph.top_k(logits, top_k)
         graph.output("indices", indices, "INT32")
         graph.output("prob", probability, graph.hidden_type)
+    if graph.ret_postnorm:
+        graph.output("postnorm", x, graph.hidden_type)
     graph.output("logits", logits, "FLOAT")

@@ -1,4 +1,7 @@
-"""Phi-1, Phi-1.5 and Phi-2: one LayerNorm, then attention and MLP side by side; a part of each head is rotated."""
+"""Phi-1, Phi-1.5 and Phi-2: one LayerNorm, then attention and MLP side by side; a part of each head is rotated.
+
+With qk_layernorm each head of q and k goes through a LayerNorm too.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 
 from axc.config_json import Reader
 from axc.families import blocks
-from axc.families.blocks import DecoderConfig, Rotation, Sources
+from axc.families.blocks import DecoderConfig, HeadNorm, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
 
@@ -36,12 +39,14 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 @dataclass(frozen=True, kw_only=True)
 class Config(DecoderConfig):
     activation: str
+    qk_layernorm: bool
 
 
 def config(reader: Reader) -> Config:
-    reader.expect("qk_layernorm", False)
     fields = blocks.decoder(reader, epsilon="layer_norm_eps", partial=True)
-    return Config(model_type="phi", **fields, activation=blocks.activation(reader))
+    return Config(
+        model_type="phi", **fields, activation=blocks.activation(reader), qk_layernorm=reader.flag("qk_layernorm")
+    )
 
 
 def weights(config: Config) -> Sources:
@@ -50,9 +55,11 @@ def weights(config: Config) -> Sources:
     def layer(prefix: str, index: int) -> Sources:
         found = blocks.attention_weights(prefix, config, qkv_bias=True)
         found = {name: source for name, source in found.items() if "o_proj" not in name}
+        head_norms = HEAD_NORMS if config.qk_layernorm else ()
         return {
             **blocks.norm_weights(prefix, hidden, "input_layernorm", bias=True),
             **found,
+            **blocks.norm_weights(prefix, config.head_dim, *head_norms, bias=True),
             **blocks.matrix(f"{prefix}self_attn.dense", hidden, config.num_attention_heads * config.head_dim, True),
             **blocks.matrix(f"{prefix}mlp.fc1", inner, hidden, True),
             **blocks.matrix(f"{prefix}mlp.fc2", hidden, inner, True),
@@ -62,6 +69,7 @@ def weights(config: Config) -> Sources:
 
 
 NORM = "model.final_layernorm"
+HEAD_NORMS = ("self_attn.q_layernorm", "self_attn.k_layernorm")
 
 
 def layer(config: Config, index: int, positions: int, graph: Graph) -> None:
@@ -69,7 +77,10 @@ def layer(config: Config, index: int, positions: int, graph: Graph) -> None:
     given = blocks.inputs(config, graph)
     normed = norm(graph, given.x, f"{prefix}input_layernorm")
     rotation = Rotation(config.rope, positions)
-    attended = blocks.attention(graph, given, normed, prefix, config, rotation, output="self_attn.dense")
+    head_norm = HeadNorm(norm, HEAD_NORMS) if config.qk_layernorm else None
+    attended = blocks.attention(
+        graph, given, normed, prefix, config, rotation, head_norm=head_norm, output="self_attn.dense"
+    )
     inner = blocks.activate(graph, graph.linear(normed, f"{prefix}mlp.fc1"), config.activation)
     x = graph.add(graph.add(attended, graph.linear(inner, f"{prefix}mlp.fc2")), given.x)
     graph.output("output", x, graph.hidden_type)

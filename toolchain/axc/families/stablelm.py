@@ -1,4 +1,7 @@
-"""StableLM: LayerNorm, a quarter of each head is rotated; attention and MLP one after another or side by side."""
+"""StableLM: LayerNorm, a quarter of each head is rotated; attention and MLP one after another or side by side.
+
+With qk_layernorm each head of q and k goes through a LayerNorm of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from typing import Any
 
 from axc.config_json import Reader
 from axc.families import blocks
-from axc.families.blocks import DecoderConfig, Rotation, Sources
+from axc.families.blocks import DecoderConfig, HeadNorm, Rotation, Sources
 from axc.families.family import Family
-from axc.graph import Graph
+from axc.graph import Graph, Value
+from axc.weights.sources import Stacked, Stored
 
 # of a key that is absent, as in transformers' class
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -39,16 +43,28 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 class Config(DecoderConfig):
     use_qkv_bias: bool
     use_parallel_residual: bool
+    qk_layernorm: bool
     activation: str
 
 
+@dataclass(frozen=True)
+class NormsOfHeads(HeadNorm):
+    """LayerNorm without bias; the weights of all heads are one vector."""
+
+    epsilon: float = 0.0
+
+    def __call__(self, graph: Graph, x: Value, name: str, heads: int) -> Value:
+        normed = graph.flat(graph.standardized(graph.heads(x, heads), self.epsilon))
+        return graph.mul(normed, graph.vector(f"{name}.weight"))
+
+
 def config(reader: Reader) -> Config:
-    reader.expect("qk_layernorm", False)
     return Config(
         model_type="stablelm",
         **blocks.decoder(reader, epsilon="layer_norm_eps", partial=True),
         use_qkv_bias=reader.flag("use_qkv_bias"),
         use_parallel_residual=reader.flag("use_parallel_residual"),
+        qk_layernorm=reader.flag("qk_layernorm"),
         activation=blocks.activation(reader),
     )
 
@@ -57,8 +73,14 @@ def weights(config: Config) -> Sources:
     hidden = config.hidden_size
     norms = ("input_layernorm", *(() if config.use_parallel_residual else ("post_attention_layernorm",)))
 
+    def head_norm(name: str, heads: int) -> Sources:
+        each = (Stored(f"{name}.norms.{head}.weight", (config.head_dim,)) for head in range(heads))
+        return {f"{name}.weight": Stacked(tuple(each))} if config.qk_layernorm else {}
+
     def layer(prefix: str, index: int) -> Sources:
         return {
+            **head_norm(prefix + HEAD_NORMS[0], config.num_attention_heads),
+            **head_norm(prefix + HEAD_NORMS[1], config.num_key_value_heads),
             **blocks.norm_weights(prefix, hidden, *norms, bias=True),
             **blocks.attention_weights(prefix, config, config.use_qkv_bias),
             **blocks.gated_mlp_weights(prefix, hidden, config.intermediate_size),
@@ -67,11 +89,17 @@ def weights(config: Config) -> Sources:
     return blocks.decoder_weights(config, layer, norm_bias=True)
 
 
+HEAD_NORMS = ("self_attn.q_layernorm", "self_attn.k_layernorm")
+
+
 def layer(config: Config, index: int, positions: int, graph: Graph) -> None:
     prefix, norm = f"model.layers.{index}.", blocks.layer_norm(config.rms_norm_eps)
     given = blocks.inputs(config, graph)
     normed = norm(graph, given.x, f"{prefix}input_layernorm")
-    x = graph.add(given.x, blocks.attention(graph, given, normed, prefix, config, Rotation(config.rope, positions)))
+    epsilon, rotation = config.rms_norm_eps, Rotation(config.rope, positions)
+    head_norm = NormsOfHeads(norm, HEAD_NORMS, epsilon=epsilon) if config.qk_layernorm else None
+    attended = blocks.attention(graph, given, normed, prefix, config, rotation, head_norm=head_norm)
+    x = graph.add(given.x, attended)
     if not config.use_parallel_residual:
         normed = norm(graph, x, f"{prefix}post_attention_layernorm")
     x = graph.add(x, blocks.gated_mlp(graph, normed, prefix, config.activation))

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from axc.quantizer.float8 import ScaledFloat8
 from axc.quantizer.floats import Float
 from axc.quantizer.round_to_nearest import RoundToNearest
 
@@ -57,4 +58,6 @@ WEIGHT_TYPES: dict[str, WeightType] = {
     "bf16": Float("BFLOAT16"),
     "s8": RoundToNearest("INT8", 0),
     "s4": RoundToNearest("INT4", 128),
+    "fp8_e4m3": ScaledFloat8("FLOAT8E4M3FN"),
+    "fp8_e5m2": ScaledFloat8("FLOAT8E5M2"),
 }

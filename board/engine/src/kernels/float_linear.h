@@ -33,6 +33,8 @@ inline void widen_row(const Matrix& w, size_t row, size_t first, size_t count, f
   const uint8_t* data = w.data + row * w.stride();
   if (w.type != Type::Int8 && w.type != Type::Int4) {
     widen(w.type, data + first * static_cast<size_t>(bits_of(w.type)) / 8, count, out);
+    if (!w.scales) return;
+    for (size_t i = 0; i < count; ++i) out[i] *= scale_at(w, row * w.blocks + (first + i) / w.block);
     return;
   }
   for (size_t i = 0; i < count;) {

@@ -155,16 +155,17 @@ inline Vh float_to_half(Vf x) {
   return __builtin_convertvector(half | sign, Vh);
 }
 
-inline float float8_to_float(uint8_t byte, Type type) {
-  const uint32_t sign = uint32_t{byte & 0x80u} << 24;
-  if (type == Type::Float8E5M2) {  // the upper byte of a half
-    Vh half{};
-    half[0] = static_cast<uint16_t>(byte << 8);
-    return half_to_float(half)[0];
-  }
-  if ((byte & 0x7F) == 0x7F) return std::bit_cast<float>(sign | 0x7FC00000);
-  const float magnitude = std::bit_cast<float>(uint32_t{byte & 0x7Fu} << 20) * 0x1p120f;
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | sign);
+using Vb = uint8_t __attribute__((vector_size(kWidth)));
+
+inline Vf float8_e4m3_to_float(Vb x) {
+  const Vu bits = __builtin_convertvector(x, Vu), rest = bits & 0x7F;
+  const Vu magnitude = std::bit_cast<Vu>(std::bit_cast<Vf>(rest << 20) * 0x1p120f);
+  const Vu nan = Vu{} + 0x7FC00000;
+  return std::bit_cast<Vf>((rest == 0x7F ? nan : magnitude) | (bits & 0x80) << 24);
+}
+
+inline Vf float8_e5m2_to_float(Vb x) {  // the upper byte of a half
+  return half_to_float(__builtin_convertvector(x, Vh) << 8);
 }
 
 // Applies `one` to whole vectors of `count` elements and, padded, to what is left.
@@ -189,10 +190,8 @@ inline void widen(Type type, const void* x, size_t count, float* y) {
   switch (type) {
     case Type::BFloat16: convert<Vh>(static_cast<const uint16_t*>(x), y, count, bf16_to_float); break;
     case Type::Float16: convert<Vh>(static_cast<const uint16_t*>(x), y, count, half_to_float<Vh>); break;
-    case Type::Float8E4M3:
-    case Type::Float8E5M2:
-      for (size_t i = 0; i < count; ++i) y[i] = float8_to_float(static_cast<const uint8_t*>(x)[i], type);
-      break;
+    case Type::Float8E4M3: convert<Vb>(static_cast<const uint8_t*>(x), y, count, float8_e4m3_to_float); break;
+    case Type::Float8E5M2: convert<Vb>(static_cast<const uint8_t*>(x), y, count, float8_e5m2_to_float); break;
     default:
       if (x != y) std::memcpy(y, x, count * sizeof(float));
   }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from axc import families
 from axc.checkpoints import EMBEDDING, HEAD, INFINITY, Checkpoint
-from axc.config_json import read_config_json
+from axc.checkpoints.json_files import read_config_json
 from axc.families.family import ModelConfig
 from axc.weights.cross_check import cross_check
 

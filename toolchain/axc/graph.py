@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axc.quantizer import WeightType
+from axc.quantizer.kept import Kept
 from axc.weights import Source
 from axrun.format.axmodel import Attribute, Axmodel, Node, Tensor, TensorInfo
 from axrun.format.dtypes import NAMES, nbytes
@@ -47,7 +48,14 @@ class Weight:
     part: int
 
 
-Parameter = Vector | Weight | NDArray[Any]
+@dataclass(frozen=True)
+class Order:
+    """Data of an initializer: the columns of the checkpoint's `tensor` in the order in which they are kept."""
+
+    tensor: str
+
+
+Parameter = Vector | Weight | Order | NDArray[Any]
 
 ONNX_DTYPES = {np.dtype(np.float32): "FLOAT", np.dtype(np.int64): "INT64"}
 
@@ -121,6 +129,9 @@ class Graph:
             for part, (part_name, dtype, dims) in enumerate(kind.parts(weight, out_features, in_features))
         ]
         _expect(x.shape[-1] == in_features, "MatMul", x, parts[0])
+        if isinstance(kind, Kept) and kind.reordered:
+            order = self.parameter(f"{weight}_order", "INT64", (in_features,), Order(kind.tensor))
+            x = self._node("Gather", [x, order], x.dtype, x.shape, axis=-1)
         if len(parts) == 1:
             matrix = self.cast(parts[0], "FLOAT")
         else:

@@ -11,7 +11,7 @@ import codecs
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from axc import gguf_reading, quantised_reading
+from axc import gguf_reading, lora_reading, quantised_reading
 from axc.budget import available_memory, megabytes
 from axc.checkpoints.gguf import SUFFIX as GGUF
 from axrun.errors import BadInput
@@ -84,9 +84,11 @@ class Reference:
         model_config: Path | None = None,
         model_type: str | None = None,
         available: int | None = None,
+        adapters: Sequence[tuple[Path, float]] = (),
     ) -> None:
         """`model_config` stands for the folder's config.json; `model_type` for a type that transformers does not know.
 
+        `adapters` are folders of LoRA adapters that are merged, and what each one's change is multiplied by.
         `available` is the memory in bytes, by default what the machine has. Raises Refused, and BadInput when memory
         does not suffice.
         """
@@ -103,7 +105,7 @@ class Reference:
             with torch.device("meta"):
                 auto: Any = transformers.AutoModelForCausalLM
                 skeleton = auto.from_config(self.config, dtype=torch.float32, trust_remote_code=False)
-            whole_only = path.suffix == GGUF or self._quantised is not None
+            whole_only = path.suffix == GGUF or self._quantised is not None or bool(adapters)
             self.stored = stored = self._types()
         whole = 0 if stored == {torch.float32} and not whole_only else 4 * _count(skeleton)  # float32 files are mapped
         layers = _decoder_layers(skeleton)
@@ -119,6 +121,11 @@ class Reference:
                 "are available\nClose other programs, or go without: llm_build --check_level 0."
             )
         self.model = self._load(min(stored, key=str) if streamed else torch.float32, skeleton)
+        for folder, weight in adapters:
+            with _refusing(folder):
+                lora_reading.merge(self.model, folder, weight)
+            self.remarks.append(f"{folder}: {lora_reading.SAID}")
+            self.stored = {torch.float32}
         self._layers = _decoder_layers(self.model)
         if streamed:
             self._stream()

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from axc.checkpoints import folder, quantised, safetensors, torch_bin
 from axc.checkpoints.gguf import SUFFIX as GGUF
 from axc.checkpoints.gguf import Model
-from axc.checkpoints.stored import EMBEDDING, HEAD, STORED_DTYPES, Grid, LevelRows, Rows, StoredTensor
+from axc.checkpoints.lora import Lora, merge
+from axc.checkpoints.stored import EMBEDDING, HEAD, STORED_DTYPES, Grid, LevelRows, ReorderedRows, Rows, StoredTensor
 from axrun.errors import BadInput
 from axrun.format.dtypes import bf16_to_f32
 
-__all__ = ["EMBEDDING", "HEAD", "INFINITY", "STORED_DTYPES", "Checkpoint", "Grid", "StoredTensor", "widen"]
+__all__ = ["EMBEDDING", "HEAD", "INFINITY", "STORED_DTYPES", "Checkpoint", "Grid", "Lora", "StoredTensor", "widen"]
 
 BLOCK_ELEMENTS = 1 << 16  # read at a time: three float32 blocks of these stay in a core's L2 cache
 FORMS = {".safetensors": safetensors, ".bin": torch_bin}  # by suffix of a folder's weight files
@@ -33,7 +34,8 @@ class Checkpoint:
     """An opened checkpoint. `tensors` by name; `files` are the weight files, in order of name.
 
     `aside` names weight files that lie in the folder and are not read, `source` the file or index that was preferred.
-    `gguf` is the file where the checkpoint is one. `readers`: by key, how tensors are read that are packed.
+    `gguf` is the file where the checkpoint is one. `adapters` are merged into it. `readers`: by key, how tensors are
+    read that are packed or changed.
     """
 
     path: Path
@@ -42,15 +44,26 @@ class Checkpoint:
     source: str = ""
     aside: tuple[str, ...] = ()
     gguf: Model | None = None
+    adapters: tuple[Lora, ...] = ()
     readers: Mapping[str, Rows] = field(default_factory=dict, repr=False, compare=False)
     _arrays: dict[Path, dict[str, NDArray[Any]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
-        """Reads the headers of a checkpoint's weight files. Raises BadInput for anything missing or damaged."""
+    def open(cls, path: Path, adapters: tuple[Lora, ...] = ()) -> Checkpoint:
+        """Reads the headers of a checkpoint's weight files, and of the adapters that are to be merged into it.
+
+        Raises BadInput for anything missing or damaged.
+        """
+        found = cls._opened(path)
+        for adapter in adapters:
+            found = found._merged(adapter)
+        return found
+
+    @classmethod
+    def _opened(cls, path: Path) -> Checkpoint:
         if path.suffix == GGUF and path.is_file():
             model = Model.open(path)
-            return cls(path, model.tensors, (path,), path.name, (), model, model.slices)
+            return cls(path, model.tensors, (path,), path.name, (), model, readers=model.slices)
         chosen = folder.choose(path)
         tensors: dict[str, StoredTensor] = {}
         for file in chosen.files:
@@ -69,6 +82,17 @@ class Checkpoint:
             return plain
         tensors, readers = quantised.present(settings, quantised.Raw(tensors, plain.array))
         return replace(plain, tensors=tensors, readers=readers)
+
+    def _merged(self, adapter: Lora) -> Checkpoint:
+        if adapter.folder.resolve() in [other.folder.resolve() for other in self.adapters]:
+            raise BadInput(f"--lora {adapter.folder} is given twice\nGive it once, with a weight: DIR:WEIGHT.")
+        changed, readers = merge(adapter, self.tensors, self.rows)
+        return replace(
+            self,
+            tensors={**self.tensors, **changed},
+            readers={**self.readers, **readers},
+            adapters=(*self.adapters, adapter),
+        )
 
     @property
     def folder(self) -> Path:
@@ -104,6 +128,10 @@ class Checkpoint:
             levels, scales, *zeros = reader.levels(start, min(start + height, stored.shape[0]))
             _refuse_non_finite(name, scales, stored, start)
             yield levels, scales, *zeros
+
+    def order(self, name: str) -> NDArray[np.int64]:
+        """The columns of a tensor in the order that `levels` has them in."""
+        return cast(ReorderedRows, self.readers[self.tensors[name].key]).order()
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values; read in blocks. Raises BadInput for values that are not finite."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -27,6 +28,13 @@ class LevelRows(Rows, Protocol):
 
     def levels(self, start: int, stop: int) -> tuple[NDArray[Any], ...]:
         """Rows [start, stop): levels int8 [n, in], scales float32 [n, in / block], and zero points where there are."""
+
+
+class ReorderedRows(LevelRows, Protocol):
+    """And where blocks are contiguous in another order of the columns."""
+
+    def order(self) -> NDArray[np.int64]:
+        """The columns in the order that `levels` has them in."""
 
 
 @dataclass(frozen=True)

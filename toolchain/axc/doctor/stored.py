@@ -24,11 +24,15 @@ FLOAT_TYPES = ("FLOAT", "FLOAT16", "BFLOAT16")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of an axmodel: floats, or what `packed` says."""
+    """A tensor of an axmodel: floats, or what `packed` says.
+
+    `order` is a tensor with the checkpoint's columns in the order that they are stored in, where that is another.
+    """
 
     name: str
     tensor: Tensor
     packed: Quantised | None = None
+    order: Tensor | None = None
 
     @property
     def dtype(self) -> str:
@@ -104,8 +108,9 @@ def read(model: Axmodel) -> dict[str, Stored]:
         packed = quantised(model, node, made_by)
         if packed is None or packed.levels.dims[1] % packed.block:
             continue
-        found[packed.levels.name] = Stored(packed.levels.name, packed.levels, packed)
-        others |= {part.name for part in packed.parts[1:]}
+        order = model.initializers.get(f"{packed.levels.name}_order")
+        found[packed.levels.name] = Stored(packed.levels.name, packed.levels, packed, order)
+        others |= {part.name for part in (*packed.parts[1:], *([order] if order else []))}
     for name, tensor in model.initializers.items():
         if name not in found and name not in others and tensor.dtype in DTYPES:
             found[name] = Stored(name, tensor)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from axc.checkpoints.json_files import read_config_json
 from axc.checkpoints.quantised import auto_round, awq, compressed_tensors, fp8, gptq
 from axc.checkpoints.quantised.matrix import Matrix, Raw
-from axc.checkpoints.quantised.settings import FLOAT_CHECKPOINT, Settings
+from axc.checkpoints.settings import FLOAT_CHECKPOINT, Settings
 from axc.checkpoints.stored import Rows, StoredTensor
 from axrun.errors import BadInput
 

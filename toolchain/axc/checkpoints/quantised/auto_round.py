@@ -10,7 +10,7 @@ from typing import Any
 
 from axc.checkpoints.quantised import awq, gptq
 from axc.checkpoints.quantised.matrix import Matrix, Raw
-from axc.checkpoints.quantised.settings import Settings, keys
+from axc.checkpoints.settings import Settings, keys
 
 NAME = "AutoRound"
 HARMLESS = keys(

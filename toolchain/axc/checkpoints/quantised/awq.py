@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from axc.checkpoints.quantised.gptq import scale_rows
 from axc.checkpoints.quantised.matrix import SCALES, Columns, Integers, Matrix, Raw, signed, staircase, unsigned
-from axc.checkpoints.quantised.settings import Settings, keys
+from axc.checkpoints.settings import Settings, keys
 from axc.checkpoints.stored import StoredTensor
 
 NAME, BITS, EACH = "AWQ", 4, 8

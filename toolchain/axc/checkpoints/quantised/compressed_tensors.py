@@ -27,7 +27,7 @@ from axc.checkpoints.quantised.matrix import (
     unsigned,
     widened,
 )
-from axc.checkpoints.quantised.settings import Settings, keys
+from axc.checkpoints.settings import Settings, keys
 from axc.checkpoints.stored import Rows, StoredTensor
 from axrun.errors import BadInput
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axc.checkpoints.quantised.matrix import AGAIN, SCALES, Floats, Matrix, Raw, widened
-from axc.checkpoints.quantised.settings import Settings
+from axc.checkpoints.settings import Settings
 from axc.checkpoints.stored import StoredTensor
 from axrun.errors import BadInput
 

@@ -108,7 +108,7 @@ class Integers:
 
     def order(self) -> NDArray[np.int64]:
         """Columns so that those of a group follow one another."""
-        assert self.groups is not None
+        assert self.groups is not None  # else nothing is reordered
         return np.argsort(self.groups, kind="stable")
 
     def _zeros(self, start: int, stop: int) -> NDArray[np.int8] | None:

@@ -1,4 +1,4 @@
-"""The part of config.json that says how weights are quantised, as untrusted input: typed and bounded access by key."""
+"""What a JSON file says of how weights are stored, as untrusted input: typed and bounded access by key."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ def keys(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Settings:
-    """A JSON object of the file `path`, named `where` in messages."""
+    """A JSON object of the file `path`, named `where` in messages that end with `advice`."""
 
     values: dict[str, Any]
     path: Path
     where: str
+    advice: str = FLOAT_CHECKPOINT
 
     def refuse(self, key: str, expected: str) -> BadInput:
         """What to raise for the value of a key."""
-        return BadInput(
-            f"{self.path}: {self.where} has {key} {self.values.get(key)!r:.60}; {expected}\n{FLOAT_CHECKPOINT}"
-        )
+        return BadInput(f"{self.path}: {self.where} has {key} {self.values.get(key)!r:.60}; {expected}\n{self.advice}")
 
     def only(self, key: str, *expected: Any, absent: Any = None) -> Any:
         """The value of a key, which must be one of these; `absent` where it is not there or null."""
@@ -60,7 +59,7 @@ class Settings:
         value = self.values.get(key)
         if not isinstance(value, dict):
             raise self.refuse(key, "expected an object")
-        return Settings(value, self.path, where)
+        return Settings(value, self.path, where, self.advice)
 
     def refuse_unknown(self, known: Iterable[str]) -> None:
         """Raises BadInput for a key that may change what the stored numbers mean, for all that is known here."""

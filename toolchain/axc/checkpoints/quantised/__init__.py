@@ -53,7 +53,7 @@ def find(folder: Path) -> Settings | None:
         return None
     said = values[keys[0]]
     method = said.get("quant_method") if isinstance(said, dict) else None
-    if len(keys) > 1 or method not in METHODS:
+    if len(keys) > 1 or not isinstance(method, str) or method not in METHODS:
         seen = f"quant_method {method!r:.40}" if method else f"{said!r:.60}"
         raise BadInput(
             f"{path} says the checkpoint is quantised already ({', '.join(keys)}: {seen}); read are "
@@ -70,7 +70,7 @@ def present(settings: Settings, raw: Raw) -> tuple[dict[str, StoredTensor], dict
         module = matrix.stored.name.removesuffix(".weight")
         for suffix in method.tensors:
             tensors.pop(f"{module}.{suffix}", None)
-        if tensors.pop(matrix.stored.name, matrix.stored).dtype not in ("F8_E4M3", "I8", "FLOAT"):
+        if tensors.get(matrix.stored.name, matrix.stored).key != matrix.stored.key:
             raise BadInput(f"{matrix.stored.file}: {module} is stored quantised, and as floats too; which is meant?")
         tensors[matrix.stored.name] = matrix.stored
         rows[matrix.stored.key] = matrix.rows

@@ -126,9 +126,9 @@ class Integers:
         return None
 
     def grid(self, bits: int, scale_dtype: str) -> Grid | None:
-        """What it is exactly; None where groups have different sizes."""
+        """What it is exactly; None where groups have other sizes."""
         half = 1 << (bits - 1)
-        if self.groups is not None and len({*np.bincount(self.groups).tolist()}) > 1:
+        if self.groups is not None and (np.bincount(self.groups) != self.block).any():
             return None
         kept = "FLOAT16" if scale_dtype == "FLOAT16" else "FLOAT"
         return Grid(-half, half - 1, self.block, kept, not self.symmetric, self.groups is not None)

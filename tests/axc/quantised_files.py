@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.axc.as_transformers import SMALL, random_model
 
@@ -207,3 +208,26 @@ def write(folder: Path, form: Form, seed: int = 0, **changes: Any) -> dict[str, 
     says = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"], "quantization_config": config(form)}
     (folder / "config.json").write_text(json.dumps(says))
     return values
+
+
+def quantised(source: Path, folder: Path, form: Form) -> None:
+    """A whole checkpoint, its layers' matrices rounded to the nearest and stored so."""
+    shutil.copytree(source, folder)
+    random, tensors = np.random.default_rng(0), dict[str, torch.Tensor]()
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if "layers" not in name or tensor.ndim < 2:
+            tensors[name] = tensor
+            continue
+        values, module = tensor.float().numpy(), name.removesuffix(".weight")
+        drawn = draw(*values.shape, form, random)
+        ordered = values[:, np.argsort(drawn.groups, kind="stable")].reshape(len(values), -1, form.group)
+        low, high = np.minimum(ordered.min(axis=2), 0), np.maximum(ordered.max(axis=2), 0)
+        scales = torch.from_numpy((high - low) / 15).to(form.scales)
+        zeros = np.clip(np.rint(-low / scales.float().numpy()), 1, 15).astype(np.int64)
+        step = scales.float().numpy()[:, drawn.groups]
+        codes = np.clip(np.rint(values / step) + zeros[:, drawn.groups], 0, 15).astype(np.int64)
+        made = gptq(Drawn(codes, scales, zeros, drawn.groups), form.bits, less_one=True)
+        tensors |= {f"{module}.{part}": stored for part, stored in made.items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    says = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**says, "quantization_config": config(form)}))

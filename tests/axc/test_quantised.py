@@ -21,6 +21,7 @@ from axrun.format.bundle import Bundle
 from axrun.model import Model
 from tests.axc import quantised_files
 from tests.axc.as_transformers import IDS, plan, same
+from tests.axc.axc import assert_done, axc, llm_build
 from tests.axc.quantised_files import FLOATS, FORMS
 
 Floats = NDArray[np.float32]
@@ -106,3 +107,23 @@ def test_what_no_type_holds_is_refused_until_it_is_asked_for(made: Made, tmp_pat
 def _built(folder: Path, output: Path) -> Path:
     build.build(plan(folder, output))
     return output
+
+
+def test_build_check_and_doctor(pristine: Path, tmp_path: Path) -> None:
+    """With zero points, and with groups that are contiguous in another order of the columns only."""
+    folder, output = tmp_path / "gptq", tmp_path / "out"
+    quantised_files.quantised(pristine, folder, FORMS["gptq-desc_act-asymmetric"])
+    built = llm_build(folder, output, "--prefill_len", 16, "--kv_cache_len", 63, "--check_level", 2)
+    assert_done(built)
+    assert "matrices stored as GPTQ 4-bit kept as s4: the same levels and scales" in built.out
+    examined = axc("doctor", output, "--checkpoint", folder)
+    assert examined.code == 0, examined
+    assert "healthy: all 10 stages agree" in examined.out
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(made: Made, tmp_path: Path) -> None:
+    folder, _ = made("gptq-desc_act")
+    first, second = (
+        build.build(plan(folder, tmp_path / str(n), weight_type=None, parallel=n)).manifest["files"] for n in (1, 2)
+    )
+    assert first == second

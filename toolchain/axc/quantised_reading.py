@@ -129,7 +129,8 @@ def _compressed(module: Module, says: Says) -> Tensor:
     if "weight_g_idx" in module and int(module["weight_g_idx"][0]) >= 0:
         index = module["weight_g_idx"].long()
     zeros = torch.zeros(1, 1) if zeros is None or form["symmetric"] else zeros.reshape(-1, groups)[:, index]
-    return (levels - zeros).float().mul(scales.reshape(-1, groups)[:, index])
+    values: Tensor = (levels - zeros).float()
+    return values * scales.reshape(-1, groups)[:, index]
 
 
 def _fp8(module: Module, says: Says) -> Tensor:

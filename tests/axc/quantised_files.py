@@ -219,7 +219,8 @@ def quantised(source: Path, folder: Path, form: Form) -> None:
             tensors[name] = tensor
             continue
         values, module = tensor.float().numpy(), name.removesuffix(".weight")
-        drawn = draw(*values.shape, form, random)
+        rows, columns = values.shape
+        drawn = draw(rows, columns, form, random)
         ordered = values[:, np.argsort(drawn.groups, kind="stable")].reshape(len(values), -1, form.group)
         low, high = np.minimum(ordered.min(axis=2), 0), np.maximum(ordered.max(axis=2), 0)
         scales = torch.from_numpy((high - low) / 15).to(form.scales)

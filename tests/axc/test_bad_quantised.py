@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from axc import config
 from axc.checkpoints import Checkpoint
+from axc.reference import Reference
 from axrun.errors import BadInput
 from tests.axc import quantised_files
 from tests.axc.axc import assert_refused, llm_build
@@ -163,8 +165,9 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("auto-round", {"extra_config": {"model.layers.0": {"bits": 2}}}, "'model.layers.0' has other bits or groups"),
     ("auto-round", {"act_bits": 8}, "act_bits 8"),
     ("ct-int4", {"format": "marlin-24"}, "format 'marlin-24'"),
-    ("ct-int4", {"quantization_status": "frozen"}, "quantization_status 'frozen'"),
+    ("ct-int4", {"quantization_status": "initialized"}, "quantization_status 'initialized'"),
     ("ct-int4", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme {'num_bits': 8}"),
+    ("ct-int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config has format 'sparse-24"),
     ("ct-int4", {"config_groups": {}}, "expected one way to store weights"),
     ("ct-int4", {"config_groups": [3]}, "config_groups [3]"),
     ("ct-int4", group(num_bits=3), "num_bits 3"),
@@ -207,8 +210,8 @@ def test_a_pickled_folder(whole: Whole, tmp_path: Path) -> None:
         other.mkdir()
         torch.save(tensors, other / "pytorch_model.bin")
         (other / "config.json").write_text((one / "config.json").read_text())
-        rows = [Checkpoint.open(folder).rows(f"{UP}.weight", 3, 70) for folder in (one, other)]
-        assert np.array_equal(*rows)
+        mapped, pickled = (Checkpoint.open(folder).rows(f"{UP}.weight", 3, 70) for folder in (one, other))
+        assert np.array_equal(mapped, pickled)
 
 
 VALUES: list[Any] = [None, True, 0, -1, 3, 8, 1 << 62, 2.5, "gptq_v2", "", [], [128, 128], {}, {"bits": 4}]
@@ -220,8 +223,8 @@ TYPES = (torch.int8, torch.int32, torch.float16, torch.float64, torch.float8_e4m
 def test_mutations(whole: Whole, tmp_path: Path, data: st.DataObject) -> None:
     """Settings, shapes, types and values changed: read, or refused; nothing else is raised."""
     says, tensors = whole[data.draw(st.sampled_from(USED))]
-    config, changed = json.loads(json.dumps(says["quantization_config"])), dict(tensors)
-    place = config
+    said, changed = json.loads(json.dumps(says["quantization_config"])), dict(tensors)
+    place = said
     while data.draw(st.booleans()):
         key = data.draw(st.sampled_from(sorted(place)))
         if isinstance(place[key], dict) and place[key] and data.draw(st.booleans()):
@@ -242,8 +245,25 @@ def test_mutations(whole: Whole, tmp_path: Path, data: st.DataObject) -> None:
             changed[name] = tensor.flatten()
         elif how == "type":
             changed[name] = tensor.float().to(data.draw(st.sampled_from(TYPES)))
-        elif tensor.ndim:
+        elif tensor.numel():
             noise = np.random.default_rng(data.draw(st.integers(0, 9))).integers(0, 256, tensor.nbytes, np.uint8)
             changed[name] = torch.from_numpy(noise).view(tensor.dtype).reshape(tensor.shape)
     with contextlib.suppress(BadInput):
-        read_all(write(tmp_path / "folder", {**says, "quantization_config": config}, changed))
+        read_all(write(tmp_path / "folder", {**says, "quantization_config": said}, changed))
+
+
+def test_biases_of_zeros_that_the_architecture_does_not_have(whole: Whole, tmp_path: Path) -> None:
+    """AutoGPTQ and Optimum write one for every matrix."""
+    says, tensors = whole["gptq-32"]
+    told: list[str] = []
+    zeros = {**tensors, f"{UP}.bias": torch.zeros(128, dtype=torch.float16)}
+    folder = write(tmp_path / "folder", says, zeros)
+    config.load(Checkpoint.open(folder), say=told.append)
+    assert told == ["1 bias of a quantised matrix is all zeros and not of this architecture: left out"]
+    assert Reference(folder).weight(f"{UP}.weight").shape == (128, 128)
+    zeros[f"{UP}.bias"][3] = 1
+    write(folder, says, zeros)
+    with pytest.raises(BadInput, match=rf"1 tensor is not of this architecture: {UP}\.bias"):
+        config.load(Checkpoint.open(folder))
+    with pytest.raises(BadInput, match=rf"does not use {UP}\.bias"):
+        Reference(folder)

@@ -7,7 +7,7 @@ stored scales and levels; the packages compute them in the scales' own type, whi
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -36,8 +36,13 @@ def take_from(config: Any) -> Says | None:
     return found if isinstance(found, dict) else None
 
 
-def weights(folder: Path, says: Says, load: Callable[[Path], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Every tensor of a folder by its name there, those that are quantised dequantised to float32."""
+def weights(
+    folder: Path, says: Says, load: Callable[[Path], Mapping[str, Tensor]], known: Collection[str]
+) -> dict[str, Tensor]:
+    """Every tensor of a folder by its name there, those that are quantised dequantised to float32.
+
+    Some packages write a bias of zeros for every matrix: those that are not among the `known` weights are left out.
+    """
     modules: dict[str, Module] = {}
     plain: dict[str, Tensor] = {}
     last = {*LAST.split()}
@@ -49,6 +54,10 @@ def weights(folder: Path, says: Says, load: Callable[[Path], Mapping[str, Tensor
             else:
                 plain[name] = tensor
     values = READINGS[str(says["quant_method"])]
+    for module in modules:
+        name = f"{module}.bias"
+        if name in plain and name not in known and not plain[name].any():
+            del plain[name]
     return {**plain, **{f"{module}.weight": values(parts, says) for module, parts in modules.items()}}
 
 

@@ -344,7 +344,7 @@ class Reference:
                 tensors = gguf_reading.weights(self.path, skeleton)
                 model, report = type(skeleton).from_pretrained(None, state_dict=tensors, **how)
             elif self._quantised is not None:
-                tensors = quantised_reading.weights(self.path, self._quantised, _mapped)
+                tensors = quantised_reading.weights(self.path, self._quantised, _mapped, {*skeleton.state_dict()})
                 model, report = type(skeleton).from_pretrained(None, state_dict=tensors, **how)
             else:
                 model, report = auto.from_pretrained(self.path, weights_only=True, **how, **LOCAL)

@@ -60,9 +60,11 @@ Blocks = tuple[int, int] | None
 def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
     read = keys("format quantization_status config_groups kv_cache_scheme sparsity_config transform_config")
     settings.refuse_unknown((*HARMLESS, *read, "moe_sparsity_config"))
-    settings.only("quantization_status", "compressed", absent="compressed")
-    for key in ("kv_cache_scheme", "sparsity_config", "transform_config", "moe_sparsity_config"):
-        settings.only(key, None, {}, {"format": "dense"}, absent=None)
+    settings.only("quantization_status", "compressed", "frozen", absent="compressed")  # what is stored tells
+    for key in ("kv_cache_scheme", "transform_config", "moe_sparsity_config"):
+        settings.only(key, None, {}, absent=None)
+    if settings.values.get("sparsity_config"):
+        settings.part("sparsity_config", f"{settings.where}.sparsity_config").only("format", "dense")
     groups = settings.part("config_groups", f"{settings.where}.config_groups")
     schemes = [_scheme(groups.part(name, f"config_groups.{name}"), settings) for name in groups.values]
     if not schemes or any(scheme != schemes[0] for scheme in schemes):

@@ -56,7 +56,7 @@ class Scaled:
 def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
     settings.refuse_unknown((*HARMLESS, "fmt", "weight_block_size", "scale_fmt"))
     settings.only("fmt", "e4m3", "float8_e4m3fn", absent="e4m3")
-    settings.only("scale_fmt", "float", absent="float")
+    settings.only("scale_fmt", "float", "ue8m0", absent="float")  # ue8m0: floats that are powers of two
     block = settings.values.get("weight_block_size")
     if block is not None and not (
         isinstance(block, list) and len(block) == 2 and all(type(size) is int and 1 <= size < 1 << 24 for size in block)

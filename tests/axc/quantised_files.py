@@ -24,7 +24,10 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True)
 class Form:
-    """A way to store matrices. `group`: columns that share a scale, 0 for all; `index`: groups in random columns."""
+    """A way to store matrices.
+
+    `group`: columns that share a scale, 0 for all; `index`: groups in random columns, alike for matrices of a width.
+    """
 
     method: str
     bits: int = 4
@@ -85,7 +88,7 @@ class Drawn:
 def draw(rows: int, columns: int, form: Form, random: np.random.Generator) -> Drawn:
     size = form.group or columns
     groups = np.arange(columns) // size
-    groups = random.permutation(groups) if form.index else groups
+    groups = np.random.default_rng(columns).permutation(groups) if form.index else groups
     shape, top = (rows, columns // size), 1 << form.bits
     zeros = np.full(shape, top // 2) if form.symmetric else random.integers(1, top, shape)
     spread = 0.15 / top * 4

@@ -15,7 +15,7 @@ import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from axc import build
+from axc import build, logits
 from axc.checkpoints import Checkpoint, Lora, widen
 from axc.doctor import case as doctor
 from axc.doctor.case import Case
@@ -143,6 +143,9 @@ def test_the_commands_and_the_manifest(base: Path, adapter: Adapter, tmp_path: P
     assert case.changed_inputs == []
     with pytest.raises(BadInput, match=r"adapters of weight 0\.5, given are none\n.*--lora"):
         Case(doctor.Options(output, base)).expect_same_model()
+    for wrong, named in (((), "lora1/adapter_config.json"), ((Lora(one),), "--lora")):
+        with pytest.raises(BadInput, match=f"was not built from .*: {named} is another"):
+            logits.write(logits.Options(base, base / "config.json", bundle=output, lora=wrong))
     data = bytearray((one / "adapter_model.safetensors").read_bytes())
     data[-1] ^= 1
     (one / "adapter_model.safetensors").write_bytes(data)

@@ -69,8 +69,14 @@ def dequantised(model: onnx.ModelProto, weight: str) -> Floats:
     graph = onnx.helper.make_graph([*casts, node], "weight", [], [output], [*stored.values()])
     made: Any = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=model.opset_import)).run(None, {})
     values = np.empty_like(made[0], np.float32)
-    order = stored.get(f"{weight}_order")
-    values[:, slice(None) if order is None else numpy_helper.to_array(order)] = made[0]
+    made_by = {name: other for other in model.graph.node for name in other.output}
+    (transpose,) = (other for other in model.graph.node if other.input[0] == node.output[0])
+    (product,) = (other for other in model.graph.node if transpose.output[0] in other.input)
+    gather = made_by[product.input[0]]
+    orders = [
+        tensor for tensor in model.graph.initializer if gather.op_type == "Gather" and tensor.name in gather.input
+    ]
+    values[:, numpy_helper.to_array(orders[0]) if orders else slice(None)] = made[0]
     return values
 
 
@@ -90,6 +96,14 @@ def test_levels_and_scales_are_kept_to_the_last_bit(made: Made, tmp_path: Path, 
     logits = Model.load(Bundle.open(tmp_path / "out")).forward(IDS.tolist(), 0, logits="all")
     expected_logits = Reference(folder).logits(IDS)  # activations have 16 bits where the engine computes in integers
     assert np.abs(logits - expected_logits).max() <= 2e-3 * np.abs(expected_logits).max()
+
+
+def test_matrices_of_one_order_share_the_gathered_input(made: Made, tmp_path: Path) -> None:
+    build.build(plan(made("gptq-desc_act")[0], tmp_path / "out", weight_type=None))
+    model = onnx.load(tmp_path / "out" / "llama_p16_l0_together.axmodel")
+    gathers = [node for node in model.graph.node if node.op_type == "Gather"]
+    readers = [[node.op_type for node in model.graph.node if made.output[0] in node.input] for made in gathers]
+    assert readers == [["MatMul"] * 3, ["MatMul"], ["MatMul"] * 2, ["MatMul"]]
 
 
 @pytest.mark.parametrize("name", FLOATS)

@@ -77,6 +77,7 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, Parameter] = field(default_factory=dict)
+    reordered: dict[tuple[str, str], Value] = field(default_factory=dict)
 
     def input(self, name: str, dtype: str, *shape: Dim) -> Value:
         """Declares an input; order of declaration is order in the file."""
@@ -130,8 +131,7 @@ class Graph:
         ]
         _expect(x.shape[-1] == in_features, "MatMul", x, parts[0])
         if isinstance(kind, Kept) and kind.reordered:
-            order = self.parameter(f"{weight}_order", "INT64", (in_features,), Order(kind.tensor))
-            x = self._node("Gather", [x, order], x.dtype, x.shape, axis=-1)
+            x = self._reordered(x, weight, kind)
         if len(parts) == 1:
             matrix = self.cast(parts[0], "FLOAT")
         else:
@@ -143,6 +143,14 @@ class Graph:
         y = self._node("MatMul", [x, matrix], "FLOAT", (*x.shape[:-1], out_features))
         bias = f"{name}.bias"
         return self.add(y, self.vector(bias)) if bias in self.weights else y
+
+    def _reordered(self, x: Value, weight: str, kind: Kept) -> Value:
+        """x in the order of a matrix's columns; those that have one order share it."""
+        key = (x.name, kind.reordered)
+        if key not in self.reordered:
+            order = self.parameter(f"{weight}_order", "INT64", (int(x.shape[-1]),), Order(kind.tensor))
+            self.reordered[key] = self._node("Gather", [x, order], x.dtype, x.shape, axis=-1)
+        return self.reordered[key]
 
     def layer_norm(self, x: Value, name: str, epsilon: float) -> Value:
         """LayerNormalization along the last axis, with `name`.weight and `name`.bias if there is one."""

@@ -42,7 +42,8 @@ class Grid:
     """A matrix is stored as integer levels from `low` to `high`, with a scale for each `block` values along a row.
 
     Each of its values is the float32 product of a scale, which `scale_dtype` holds, and a level, with `zero_points`
-    less the block's one of the same range. `reordered`: blocks are contiguous in another order of the columns only.
+    less the block's one of the same range. `reordered`: a digest of the order of columns in which blocks are
+    contiguous, where that is not their own.
     """
 
     low: int
@@ -50,7 +51,7 @@ class Grid:
     block: int
     scale_dtype: str = "FLOAT"
     zero_points: bool = False
-    reordered: bool = False
+    reordered: str = ""
 
 
 @dataclass(frozen=True)

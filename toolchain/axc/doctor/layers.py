@@ -391,7 +391,7 @@ def compared(case: Case, entry: Stored, name: str, index: int | None) -> Fault |
     order = None if entry.order is None else entry.order.array()
     if order is not None and not np.array_equal(np.sort(order), np.arange(entry.shape[1])):
         cause, wanted = "the order of its columns is no permutation", f"each of 0 to {entry.shape[1] - 1} once"
-        return Fault(f"{name}_order", "", cause, wanted, f"{order[:4].tolist()} ...")
+        return Fault(name, "", cause, wanted, f"{order[:4].tolist()} ...")
 
     def weight(tensor: str, start: int = 0, stop: int | None = None) -> Floats:
         rows = case.weight(tensor, start, stop)

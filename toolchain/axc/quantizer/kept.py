@@ -30,8 +30,8 @@ class Kept:
 
     `tensor` is the checkpoint's name of it, `packed` the format that it has there. `zero_points`: there is also
     `<name>_zero_point` of the levels' type and the scales' shape, and value = (level - zero point) x scale.
-    `repeat`: blocks that share a scale of the checkpoint. `reordered`: columns are in the checkpoint's `order` of them,
-    in which its blocks are contiguous, and `<name>_order` gathers the input so.
+    `repeat`: blocks that share a scale of the checkpoint. `reordered`: a digest of the checkpoint's `order` of columns,
+    where they are in that and the input is gathered so.
     """
 
     dtype: str
@@ -41,7 +41,7 @@ class Kept:
     scale_dtype: str = "FLOAT"
     zero_points: bool = False
     repeat: int = 1
-    reordered: bool = False
+    reordered: str = ""
 
     @property
     def bits(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +132,8 @@ class Integers:
         if self.groups is not None and (np.bincount(self.groups) != self.block).any():
             return None
         kept = "FLOAT16" if scale_dtype == "FLOAT16" else "FLOAT"
-        return Grid(-half, half - 1, self.block, kept, not self.symmetric, self.groups is not None)
+        order = "" if self.groups is None else hashlib.sha256(self.groups.tobytes()).hexdigest()[:16]
+        return Grid(-half, half - 1, self.block, kept, not self.symmetric, order)
 
 
 def column_groups(file: Path, key: str, index: NDArray[Any], count: int, block: int) -> NDArray[np.int64] | None:

@@ -305,6 +305,7 @@ def lock(_: Context, upgrade: bool = False) -> None:
             *("uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--generate-hashes"),
             *("--no-emit-package", "axrun", "--custom-compile-command", "invoke lock"),
             *(["--upgrade"] if upgrade else []),
+            *(["--override", "requirements/without-torch.in"] if name == "test" else []),
             *(*sources, f"requirements/{name}.in", "--output-file", f"requirements/{name}.txt"),
         )
 

@@ -77,9 +77,19 @@ DEEP = "[" * 100_000
             {"rope_scaling": {"rope_type": "linear", "factor": 1e-300}}, ["factor"], id="rope that is not finite"
         ),
         pytest.param(
-            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-            ["quantised already", "gptq", "original float checkpoint"],
-            id="pre-quantised",
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            ["quantised already", "'bitsandbytes'", "read are auto-round, awq", "original float checkpoint"],
+            id="quantised by an unknown method",
+        ),
+        pytest.param(
+            {"quantization": {"group_size": 64, "bits": 4}},
+            ["quantised already (quantization: {{'group_size': 64", "original float checkpoint"],
+            id="quantised by MLX",
+        ),
+        pytest.param(
+            {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
+            ["says that weights are quantised", "gptq", "none is stored so", "original float checkpoint"],
+            id="said to be quantised",
         ),
     ],
 )

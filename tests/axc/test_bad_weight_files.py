@@ -37,7 +37,11 @@ def test_no_weights(tmp_path: Path, content: str) -> None:
     folder.mkdir()
     if content != "nothing":
         (folder / content).write_text("...")
-    expected = ("model.safetensors or pytorch_model.bin", f"It holds {content}", "Pre-quantised files other than GGUF")
+    expected = (
+        "model.safetensors or pytorch_model.bin",
+        f"It holds {content}",
+        "docs/checkpoints.md lists",
+    )
     assert_build_refused(folder, tmp_path, "holds no weights", *expected)
 
 

@@ -348,7 +348,7 @@ def test_the_comparison_reads_blocks(tmp_path: Path, tied: Any, monkeypatch: pyt
 def test_an_adapter_beside_weights(folder: Path) -> None:
     config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 4}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    words = ("holds weights and a PEFT adapter", "'org/base'", "merge_and_unload()", "remove adapter_config.json")
+    words = ("holds weights and a PEFT adapter", "'org/base'", "this one as --lora", "remove adapter_config.json")
     assert_refused(folder, *words)
 
 
@@ -368,7 +368,7 @@ def test_an_adapter_alone(tmp_path: Path, config: str, base: str) -> None:
     folder.mkdir()
     (folder / "adapter_config.json").write_text(config)
     save_file({"base_model.model.x.lora_A.weight": torch.ones(1)}, folder / "adapter_model.safetensors")
-    assert_refused(folder, "is a PEFT adapter", base, "merge_and_unload()")
+    assert_refused(folder, "is a PEFT adapter", base, "this one as --lora")
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,10 @@ def test_an_adapter_alone(tmp_path: Path, config: str, base: str) -> None:
         (["model.safetensors.index.fp16.json"], ["a variant"]),
         (["model-00001-of-00002.safetensors"], ["without their index", "model.safetensors.index.json"]),
         (["pytorch_model-00001-of-00002.bin"], ["without their index", "pytorch_model.bin.index.json"]),
-        (["quantize_config.json", "gptq_model-4bit-128g.safetensors"], ["quantised weights"]),
+        (
+            ["quantize_config.json", "gptq_model-4bit-128g.safetensors"],
+            ["of an older layout"],
+        ),
         (["tf_model.h5"], ["TensorFlow", "save_pretrained()"]),
         (["flax_model.msgpack"], ["Flax"]),
         (["last.ckpt"], ["training program", "state_dict()"]),

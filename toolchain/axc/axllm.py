@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from axc.checkpoints.json_files import read_json
 from axc.compile import Target
-from axc.config_json import read_json
 from axc.embed import BFLOAT16_FILE
 from axc.families import FAMILIES
 from axc.families.family import ModelConfig

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from axc import budget, bundle, config, hf_folder, identity, jobs, standing
 from axc.axmodel.writer import Written
-from axc.checkpoints import EMBEDDING, HEAD, Checkpoint, StoredTensor
+from axc.checkpoints import EMBEDDING, HEAD, Checkpoint, Lora, StoredTensor
 from axc.compile import Target, weights
 from axc.families.family import ModelConfig
 from axc.jobs import Job, Work
@@ -55,6 +55,7 @@ class Options:
     vendor: tuple[str, ...] = ()  # flags for the vendor's compiler alone: axc.vendor_flags
     model_name: str | None = None
     force: bool = False
+    lora: tuple[Lora, ...] = ()
 
     def __post_init__(self) -> None:
         for flag, value, allowed in (
@@ -157,7 +158,7 @@ class Built(NamedTuple):
 def plan(options: Options) -> Plan:
     """Reads the headers of the checkpoint and decides everything. Raises BadInput; writes nothing."""
     notices: list[str] = []
-    checkpoint = Checkpoint.open(options.input_path)
+    checkpoint = Checkpoint.open(options.input_path, options.lora)
     model = config.load(checkpoint, options.model_config, options.model_type, notices.append)
     checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
     types, kept, notes = stored_types(checkpoint, model, options.weight_type, options.post_weight_type)
@@ -174,7 +175,7 @@ def plan(options: Options) -> Plan:
     memory = budget.memory(model, target)
     proof = budget.proof(hf_folder.tokenizer_bytes(checkpoint.folder))
     budget.require_memory(memory, options.parallel, proof)  # the tables are made below
-    planned = jobs.plan(Work(checkpoint.path, (), Path(), model, target, kept), inputs)
+    planned = jobs.plan(Work(checkpoint.path, (), Path(), model, target, kept, options.lora), inputs)
     texts = sum(path.stat().st_size for path in hf_folder.input_files(checkpoint.folder))
     small = 2 * texts  # and what is made of them
     disk = sum(job.nbytes for job in planned if job.kind != "input") + small + (1 << 20)
@@ -238,13 +239,15 @@ def _build(planned: Plan, output: Path, progress: Progress, say: Say) -> dict[st
         made = bundle.write_texts(folder, planned.checkpoint, *what, planned.options.model_config)
         for remark in made.remarks:
             say(remark)
-        work = Work(planned.checkpoint.path, planned.stamps, folder, planned.config, planned.target, planned.kept)
+        path, adapters = planned.checkpoint.path, planned.checkpoint.adapters
+        work = Work(path, planned.stamps, folder, planned.config, planned.target, planned.kept, adapters)
         done = dict(_run(work, planned.jobs, planned.options.parallel, progress))
-        inputs = {Path(job.file).name: written for job, written in done.items() if job.kind == "input"}
+        files = {Path(job.file): written for job, written in done.items() if job.kind == "input"}
+        inputs = {bundle.input_name(path, adapters): written for path, written in files.items()}
         if planned.options.model_config:
             inputs[MODEL_CONFIG] = Written(*_digest(planned.options.model_config))
         outputs = {job.file: written for job, written in done.items() if job.kind != "input"}
-        manifest = bundle.finish(folder, *what, made, inputs, outputs, kept=planned.kept)
+        manifest = bundle.finish(folder, *what, made, inputs, outputs, kept=planned.kept, adapters=adapters)
         publish(folder, output, replace=planned.options.force)
     return manifest
 
@@ -261,6 +264,7 @@ def staging_key(planned: Plan) -> dict[str, Any]:
         "config": as_json(asdict(planned.config)),
         "target": as_json(asdict(planned.target)),
         "inputs": [list(stamp) for stamp in planned.stamps],
+        "adapters": [adapter.weight for adapter in planned.checkpoint.adapters],
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +12,7 @@ from typing import Any
 from axc import axllm, hf_folder, identity
 from axc.axllm import to_json
 from axc.axmodel.writer import Written
-from axc.checkpoints import Checkpoint
+from axc.checkpoints import Checkpoint, Lora
 from axc.compile import Target
 from axc.embed import BFLOAT16_FILE
 from axc.families.family import ModelConfig
@@ -24,7 +24,16 @@ from axrun.format.bundle import MANIFEST, SCHEMA, read_manifest, sha256
 
 def input_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
     """Every checkpoint file that a bundle is built from."""
-    return (*checkpoint.files, *(() if checkpoint.gguf else hf_folder.input_files(checkpoint.path)))
+    texts = () if checkpoint.gguf else hf_folder.input_files(checkpoint.path)
+    return (*checkpoint.files, *texts, *(file for adapter in checkpoint.adapters for file in adapter.files))
+
+
+def input_name(path: Path, adapters: Sequence[Lora]) -> str:
+    """The manifest's name of a file of a checkpoint, or of an adapter that is merged into it."""
+    for number, adapter in enumerate(adapters, 1):
+        if path in adapter.files:
+            return f"lora{number}/{path.name}"
+    return path.name
 
 
 def finish(
@@ -39,11 +48,13 @@ def finish(
     maker: str = "cpu",
     tools: Mapping[str, str] | None = None,
     kept: Mapping[str, Kept] = MappingProxyType({}),
+    adapters: Sequence[Lora] = (),
 ) -> dict[str, Any]:
     """Writes the manifest of all files in `folder` and returns it.
 
     `inputs` and `outputs` are by file name; `outputs` are the axmodels and the embedding. `maker` names the compiler of
-    the axmodels; the accuracy of another maker's weights is unknown and therefore omitted.
+    the axmodels; the accuracy of another maker's weights is unknown and therefore omitted. `adapters` are merged into
+    the weights.
     """
     files = {file: {"sha256": written.sha256, "size": written.nbytes} for file, written in outputs.items()}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -81,6 +92,8 @@ def finish(
             "kv_cache": 2 * config.num_hidden_layers * target.kv_cache_len * config.kv_size * hidden_bytes(target),
         },
     }
+    if adapters:  # their files are among the inputs
+        manifest["adapters"] = [{"weight": adapter.weight} for adapter in adapters]
     if maker == "cpu":
         # root of squared error over squared weights; deterministic, unlike the figures of a whole-model check
         manifest["accuracy"] = {

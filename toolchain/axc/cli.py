@@ -7,6 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from axc import VERSION, identity, vendor_flags
 from axrun.command import Verb, dispatch
@@ -25,9 +26,15 @@ def _version() -> str:
     return f"{VERSION} (digest {identity.digest()})"
 
 
+def _lora(arguments: argparse.Namespace) -> Any:
+    from axc.checkpoints import Lora
+
+    return tuple(Lora.parse(text) for text in arguments.lora)
+
+
 def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input_path", type=Path, required=True, help="folder of the checkpoint, or a GGUF file")
+    add("--input_path", type=Path, required=True, help="folder of the checkpoint, quantised or not, or a GGUF file")
     add("--output_path", type=Path, required=True, help="folder the bundle becomes; it must not hold another one")
     add("--prefill_len", type=int, default=0, help="tokens of a prefill chunk; 0: no prefill groups (default 0)")
     add("--parallel", type=int, default=1, help="processes; the bytes that come out do not depend on it (default 1)")
@@ -68,6 +75,13 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
         help="add a group that prefills after this many rows of history; may be repeated",
     )
     add("--ret_postnorm", action="store_true", help="the post model also gives the normalised hidden state")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="DIR[:WEIGHT]",
+        help="merge this peft adapter first, its change times WEIGHT (default 1); may be repeated",
+    )
     add("--model_name", help="name in the manifest (default: the model type)")
     add("--force", action="store_true", help="replace a bundle that is at --output_path already")
     add("--check_report", type=Path, help="write the check's figures to this JSON file")
@@ -95,6 +109,7 @@ def _llm_build(arguments: argparse.Namespace) -> None:
         ret_postnorm=arguments.ret_postnorm,
         model_name=arguments.model_name,
         force=arguments.force,
+        lora=_lora(arguments),
     )
     console.llm_build(options, arguments.check_level, arguments.prompt, arguments.check_report)
 
@@ -147,6 +162,13 @@ def _doctor_flags(parser: argparse.ArgumentParser) -> None:
     add("--model_config", type=Path, metavar="FILE", help="the config.json that the bundle was built with, if another")
     add("--model_type", help="the architecture that the bundle was built as, if it was given")
     add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="DIR[:WEIGHT]",
+        help="an adapter that it was built with; may be repeated",
+    )
+    add(
         "--engine",
         choices=("auto", "ax", "ort"),
         default="auto",
@@ -167,13 +189,14 @@ def _doctor(arguments: argparse.Namespace) -> None:
         model_config=arguments.model_config,
         model_type=arguments.model_type,
         engine=arguments.engine,
+        lora=_lora(arguments),
     )
     console.doctor(options, as_json=arguments.json, board=arguments.board, model=arguments.model)
 
 
 def _reference_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input_path", type=Path, required=True, help="folder of the checkpoint, or a GGUF file")
+    add("--input_path", type=Path, required=True, help="folder of the checkpoint, quantised or not, or a GGUF file")
     add("--text", type=Path, required=True, help="UTF-8 file to measure over")
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--output_path", type=Path, metavar="FILE", help="file to write")
@@ -184,13 +207,21 @@ def _reference_flags(parser: argparse.ArgumentParser) -> None:
     add("--greedy_tokens", type=int, default=32, help="length of the greedy answers; 0: none (default 32)")
     add("--model_config", type=Path, help="a config.json to use in place of the checkpoint's")
     add("--model_type", help="architecture of a checkpoint whose own model_type transformers does not know")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="DIR[:WEIGHT]",
+        help="merge this peft adapter first; may be repeated",
+    )
 
 
 def _reference(arguments: argparse.Namespace) -> None:
     from axc import console
     from axc.logits import Options
 
-    console.reference(Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}))
+    given = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)}
+    console.reference(Options(**{**given, "lora": _lora(arguments)}))
 
 
 def _synth_flags(parser: argparse.ArgumentParser) -> None:

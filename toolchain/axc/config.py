@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from axc import families
 from axc.checkpoints import EMBEDDING, HEAD, INFINITY, Checkpoint
-from axc.config_json import read_config_json
+from axc.checkpoints.json_files import read_config_json
 from axc.families.family import ModelConfig
-from axc.weights.cross_check import cross_check
+from axc.weights import Source
+from axc.weights.cross_check import cross_check, reads
 
 
 def load(
@@ -38,8 +39,27 @@ def load(
         say(f"config.json names code of its own (auto_map); it is not run: the model is read as {config.model_type}")
     config = _untied_where_the_head_differs(checkpoint, config, say)
     stored = checkpoint.tied() if config.tie_word_embeddings else checkpoint
-    cross_check(stored, family.weights(config), family.redundant, path)
+    sources = family.weights(config)
+    cross_check(_without_idle_biases(stored, sources, say), sources, family.redundant, path)
     return config
+
+
+def _without_idle_biases(
+    checkpoint: Checkpoint, sources: Mapping[str, Source], say: Callable[[str], None]
+) -> Checkpoint:
+    """Without biases of zeros that some packages write for every quantised matrix, whether the model has one or not."""
+    expected, tensors = reads(sources), checkpoint.tensors
+    idle = [
+        name
+        for name, stored in tensors.items()
+        if name.endswith(".bias") and name not in expected and stored.dtype in INFINITY
+        if (matrix := tensors.get(f"{name.removesuffix('bias')}weight")) and matrix.packed
+        if all(not block.any() for _, block in checkpoint.blocks(name))
+    ]
+    if idle:
+        many = f"{len(idle)} biases of quantised matrices are" if len(idle) > 1 else "1 bias of a quantised matrix is"
+        say(f"{many} all zeros and not of this architecture: left out")
+    return replace(checkpoint, tensors={name: stored for name, stored in tensors.items() if name not in idle})
 
 
 def _untied_where_the_head_differs(

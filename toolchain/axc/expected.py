@@ -73,7 +73,7 @@ def expect(options: Options, bundle: Bundle, prompt: str, asked: list[int], say:
     from axc.reference import Reference, Refused
 
     try:
-        reference = Reference(options.input_path, options.model_config, options.model_type)
+        reference = Reference(options.input_path, options.model_config, options.model_type, adapters=options.lora)
     except Refused as refused:
         raise CheckFailed(f"{refused}\nThe bundle was built from something else; do not ship it.") from None
     reference.extend(bundle.kv_cache_len + 1)

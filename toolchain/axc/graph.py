@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axc.quantizer import WeightType
+from axc.quantizer.kept import Kept
 from axc.weights import Source
 from axrun.format.axmodel import Attribute, Axmodel, Node, Tensor, TensorInfo
 from axrun.format.dtypes import NAMES, nbytes
@@ -47,7 +48,14 @@ class Weight:
     part: int
 
 
-Parameter = Vector | Weight | NDArray[Any]
+@dataclass(frozen=True)
+class Order:
+    """Data of an initializer: the columns of the checkpoint's `tensor` in the order in which they are kept."""
+
+    tensor: str
+
+
+Parameter = Vector | Weight | Order | NDArray[Any]
 
 ONNX_DTYPES = {np.dtype(np.float32): "FLOAT", np.dtype(np.int64): "INT64"}
 
@@ -70,6 +78,7 @@ class Graph:
     nodes: list[Node] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     parameters: dict[str, Parameter] = field(default_factory=dict)
+    reordered: dict[tuple[str, str], Value] = field(default_factory=dict)
 
     def input(self, name: str, dtype: str, *shape: Dim) -> Value:
         """Declares an input; order of declaration is order in the file."""
@@ -122,6 +131,8 @@ class Graph:
             for part, (part_name, dtype, dims) in enumerate(kind.parts(weight, out_features, in_features))
         ]
         _expect(x.shape[-1] == in_features, "MatMul", x, parts[0])
+        if isinstance(kind, Kept) and kind.reordered:
+            x = self._reordered(x, weight, kind)
         if len(parts) == 1:
             matrix = self.cast(parts[0], "FLOAT")
         else:
@@ -133,6 +144,14 @@ class Graph:
         y = self._node("MatMul", [x, matrix], "FLOAT", (*x.shape[:-1], out_features))
         bias = f"{name}.bias"
         return self.add(y, self.vector(bias)) if bias in self.weights else y
+
+    def _reordered(self, x: Value, weight: str, kind: Kept) -> Value:
+        """x in the order of a matrix's columns; those that have one order share it."""
+        key = (x.name, kind.reordered)
+        if key not in self.reordered:
+            order = self.parameter(f"{weight}_order", "INT64", (int(x.shape[-1]),), Order(kind.tensor))
+            self.reordered[key] = self._node("Gather", [x, order], x.dtype, x.shape, axis=-1)
+        return self.reordered[key]
 
     def layer_norm(self, x: Value, name: str, epsilon: float) -> Value:
         """LayerNormalization along the last axis, with `name`.weight and `name`.bias if there is one."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from axc import embed
 from axc.axmodel.writer import Written, write_axmodel, write_file
-from axc.checkpoints import EMBEDDING, Checkpoint
+from axc.checkpoints import EMBEDDING, Checkpoint, Lora
 from axc.compile import Target, layer_model, post_model, weights
 from axc.families.family import ModelConfig
 from axc.graph import Parameter
@@ -32,6 +32,7 @@ class Work:
     config: ModelConfig
     target: Target
     kept: Mapping[str, Kept] = field(default_factory=dict)
+    adapters: tuple[Lora, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _stop(cancelled: Callable[[], bool]) -> None:
 
 
 def _make(work: Work, job: Job, path: Path, tick: Callable[[], None]) -> Written:
-    checkpoint = _opened(work.checkpoint, work.stamps)
+    checkpoint = _opened(work.checkpoint, work.adapters, work.stamps)
     checkpoint = checkpoint.tied() if work.config.tie_word_embeddings else checkpoint
     if job.kind == "embedding":
         return write_file(path, _ticking(embed.bfloat16_blocks(weights(work.config)[EMBEDDING], checkpoint), tick))
@@ -109,9 +110,9 @@ def _ticking(pieces: Iterator[Any], tick: Callable[[], None]) -> Iterator[Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> Checkpoint:
+def _opened(path: Path, adapters: tuple[Lora, ...], stamps: tuple[tuple[str, int, int], ...]) -> Checkpoint:
     """Once a process and build; the stamps part the builds."""
-    return Checkpoint.open(path)
+    return Checkpoint.open(path, adapters)
 
 
 def _finished(path: Path, record: Path) -> Written | None:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from axc import VERSION, config, drawings, figures, hf_folder
 from axc import compile as compiler
-from axc.bundle import add_file
-from axc.checkpoints import Checkpoint
+from axc.bundle import add_file, input_name
+from axc.checkpoints import Checkpoint, Lora
 from axc.checkpoints.gguf import SUFFIX as GGUF
 from axc.families.family import ModelConfig
 from axrun.errors import BadInput
@@ -43,7 +43,7 @@ class Options:
 
     `tokens` is the most of the text that is used, `top_k` how many log-probabilities are kept of each position,
     `greedy_tokens` how long the greedy continuations are (0: none). `model_config` stands for the checkpoint's
-    config.json, `model_type` for a model_type that transformers does not know.
+    config.json, `model_type` for a model_type that transformers does not know. `lora` are adapters that are merged.
     """
 
     input_path: Path
@@ -56,6 +56,7 @@ class Options:
     greedy_tokens: int = 32
     model_config: Path | None = None
     model_type: str | None = None
+    lora: tuple[Lora, ...] = ()
 
     def __post_init__(self) -> None:
         if (self.output_path is None) == (self.bundle is None):
@@ -77,14 +78,14 @@ def write(options: Options, show: Show = unseen, say: Say = lambda line: None) -
     unusable, or if the bundle was built from another checkpoint.
     """
     manifest = None if options.bundle is None else read_manifest(options.bundle)
-    inputs = {path.name: sha256(path) for path in _inputs(options, manifest)}
+    inputs = {input_name(path, options.lora): sha256(path) for path in _inputs(options, manifest)}
     if manifest is not None:
         _expect_same(manifest, inputs, options)
     logits, reference = compute(options, inputs, {} if manifest is None else manifest["model"], show)
     if options.bundle is not None and manifest is not None:
         add_file(options.bundle, NAME, logits.encode())
         kind = options.model_type or manifest["model"]["model_type"]
-        checkpoint = Checkpoint.open(options.input_path)
+        checkpoint = Checkpoint.open(options.input_path, options.lora)
         model = config.load(checkpoint, options.model_config, kind)
         ids, graphs = logits.tokens[0].tolist(), _graphs(checkpoint, model, manifest)
         weights = compiler.weights(model)
@@ -132,7 +133,7 @@ def compute(
     remarks = list(_not_reached(model, length))
     prompt = max(length // 2, 1)
     answers = min(len(windows), MOST_ANSWERS) if options.greedy_tokens else 0
-    reference = Reference(options.input_path, options.model_config, options.model_type)
+    reference = Reference(options.input_path, options.model_config, options.model_type, adapters=options.lora)
     continuations = np.zeros((answers, min(options.greedy_tokens, length - prompt)), np.uint32)
     if continuations.size:
         continuations[:] = reference.generate(windows[:answers, :prompt], continuations.shape[1]).tokens
@@ -189,6 +190,10 @@ def _not_reached(model: Mapping[str, Any], length: int) -> Iterator[str]:
 def _inputs(options: Options, manifest: dict[str, Any] | None) -> Iterator[Path]:
     """The checkpoint's files: those that the bundle was built from, or all that make up a model."""
     folder = options.input_path
+    for file in (file for adapter in options.lora for file in adapter.files):
+        if not file.is_file():
+            raise BadInput(f"{file} is missing\nGive the folder of a peft adapter as --lora.")
+        yield file
     if folder.suffix == GGUF and folder.is_file():
         yield folder
         return
@@ -258,6 +263,9 @@ def _expect_same(manifest: dict[str, Any], inputs: dict[str, str], options: Opti
     if options.model_config is not None:
         inputs = {**inputs, MODEL_CONFIG: sha256(options.model_config)}
     other = sorted(name for name in {**recorded, **inputs} if recorded.get(name) != inputs.get(name))
+    weights = [adapter.weight for adapter in options.lora]
+    if [adapter.get("weight") for adapter in manifest.get("adapters", ())] != weights:
+        other.append("--lora")
     if other:
         raise BadInput(
             f"{options.bundle} was not built from {options.input_path}: {other[0]} is another\n"

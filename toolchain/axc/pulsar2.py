@@ -54,6 +54,9 @@ class Compiler(Protocol):
         """Runs `pulsar2 ARGUMENTS`, which sees two folders at their own paths; returns its exit code."""
 
 
+MERGE = "Merge it with peft, merge_and_unload(), and give the result as --input_path."
+
+
 def build(planned: Plan, compiler: Compiler, say: Say = print) -> dict[str, Any]:
     """Makes the bundle and returns its manifest. Raises BadInput, CheckFailed; leaves nothing behind when it does."""
     command = next((name for name in COMMANDS if compiler.has(name)), None)
@@ -62,6 +65,10 @@ def build(planned: Plan, compiler: Compiler, say: Say = print) -> dict[str, Any]
     if planned.checkpoint.gguf:
         raise BadInput(f"{planned.checkpoint.path} is a GGUF file, which the vendor's compiler does not read")
     vendor_flags.require(planned.target.vendor, command)
+    if planned.checkpoint.adapters:
+        raise BadInput(
+            f"--lora {planned.checkpoint.adapters[0].folder}: the vendor's compiler merges no adapters\n{MERGE}"
+        )
     planned = dataclasses.replace(planned, target=_reachable(planned.target, command, say))
     output = planned.output
     refuse_other_content(output, force=planned.options.force)

@@ -1,7 +1,8 @@
 """The independent reference: transformers reads the checkpoint's folder by its own rules and computes in float32.
 
 Nothing of our reader is used: AutoConfig, AutoModelForCausalLM and AutoTokenizer open the folder themselves, so what we
-misread, they show. The decoder layers are found by structure, not by the names that our families know.
+misread, they show. Where weights are quantised they cannot without a GPU: `axc.quantised_reading` gives those. The
+decoder layers are found by structure, not by the names that our families know.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import codecs
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from axc import gguf_reading
+from axc import gguf_reading, lora_reading, quantised_reading
 from axc.budget import available_memory, megabytes
 from axc.checkpoints.gguf import SUFFIX as GGUF
 from axrun.errors import BadInput
@@ -84,9 +85,11 @@ class Reference:
         model_config: Path | None = None,
         model_type: str | None = None,
         available: int | None = None,
+        adapters: Sequence[tuple[Path, float]] = (),
     ) -> None:
         """`model_config` stands for the folder's config.json; `model_type` for a type that transformers does not know.
 
+        `adapters` are folders of LoRA adapters that are merged, and what each one's change is multiplied by.
         `available` is the memory in bytes, by default what the machine has. Raises Refused, and BadInput when memory
         does not suffice.
         """
@@ -94,21 +97,24 @@ class Reference:
         transformers.logging.disable_progress_bar()
         self.path, self.remarks = path, list[str]()
         self.config = self._read_config(model_config or path, model_type)
+        self._quantised = quantised_reading.take_from(self.config)
+        if self._quantised is not None:
+            self.remarks.append(f"{path}: {quantised_reading.SAID}")
         self.config._attn_implementation = "eager"
         self.config.return_dict = True  # outputs are taken by name, whatever config.json says of their form
         with _refusing(path):
             with torch.device("meta"):
                 auto: Any = transformers.AutoModelForCausalLM
                 skeleton = auto.from_config(self.config, dtype=torch.float32, trust_remote_code=False)
-            single = path.suffix == GGUF
-            self.stored = stored = gguf_reading.stored_types(path) if single else _stored_types(path)
-        whole = 0 if stored == {torch.float32} and not single else 4 * _count(skeleton)  # float32 files are mapped
+            whole_only = path.suffix == GGUF or self._quantised is not None or bool(adapters)
+            self.stored = stored = self._types()
+        whole = 0 if stored == {torch.float32} and not whole_only else 4 * _count(skeleton)  # float32 files are mapped
         layers = _decoder_layers(skeleton)
         largest = max(_count(layer) for layer in layers)
         widened = 4 * (_count(skeleton) - sum(_count(layer) for layer in layers) + largest)
         available = available_memory() if available is None else available
         streamed = available is not None and available < whole + HEADROOM
-        streamed = streamed and not single
+        streamed = streamed and not whole_only
         need = widened if streamed and len(stored) == 1 and stored <= {*WIDENED} else whole
         if available is not None and available < need + HEADROOM:
             raise BadInput(
@@ -116,6 +122,11 @@ class Reference:
                 "are available\nClose other programs, or go without: llm_build --check_level 0."
             )
         self.model = self._load(min(stored, key=str) if streamed else torch.float32, skeleton)
+        for folder, weight in adapters:
+            with _refusing(folder):
+                lora_reading.merge(self.model, folder, weight)
+            self.remarks.append(f"{folder}: {lora_reading.SAID}")
+            self.stored = {torch.float32}
         self._layers = _decoder_layers(self.model)
         if streamed:
             self._stream()
@@ -331,6 +342,12 @@ class Reference:
                 return CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
         raise Refused(f"transformers {transformers.__version__} does not know model_type {own!r} of {source}")
 
+    def _types(self) -> set[torch.dtype]:
+        """The element types that weights have or, where they are quantised, are dequantised to."""
+        if self._quantised is not None:
+            return {torch.float32}
+        return gguf_reading.stored_types(self.path) if self.path.suffix == GGUF else _stored_types(self.path)
+
     def _load(self, dtype: torch.dtype, skeleton: Any) -> Any:
         auto: Any = transformers.AutoModelForCausalLM
         how: dict[str, Any] = {"config": self.config, "dtype": dtype, "output_loading_info": True}
@@ -338,6 +355,9 @@ class Reference:
         with _refusing(self.path):
             if self.path.suffix == GGUF:
                 tensors = gguf_reading.weights(self.path, skeleton)
+                model, report = type(skeleton).from_pretrained(None, state_dict=tensors, **how)
+            elif self._quantised is not None:
+                tensors = quantised_reading.weights(self.path, self._quantised, _mapped, {*skeleton.state_dict()})
                 model, report = type(skeleton).from_pretrained(None, state_dict=tensors, **how)
             else:
                 model, report = auto.from_pretrained(self.path, weights_only=True, **how, **LOCAL)
@@ -424,6 +444,11 @@ def _stored_types(path: Path) -> set[torch.dtype]:
         for file in sorted(file for file in path.glob(pattern) if file.is_file()):
             found |= {tensor.dtype for tensor in load_state_dict(file, map_location="meta").values()}
     return found
+
+
+def _mapped(file: Path) -> dict[str, Any]:
+    """The tensors of a weight file."""
+    return dict(load_state_dict(file, map_location="cpu"))
 
 
 def _flat(rows: Any) -> Floats:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from axc import hf_folder, identity
+from axc.bundle import input_name
 from axrun.errors import BadInput, CheckFailed
 from axrun.format.bundle import MANIFEST, read_manifest, sha256, verify
 
@@ -66,6 +67,10 @@ def _made_otherwise(planned: Plan, manifest: Mapping[str, Any]) -> list[str]:
     for flag in sorted({*wanted, *given}):
         if wanted.get(flag) != given.get(flag):
             found.append(f"it has --{flag} {_value(given.get(flag))}, this build {_value(wanted.get(flag))}")
+    weights = [adapter.weight for adapter in planned.checkpoint.adapters]
+    merged = [adapter["weight"] for adapter in manifest.get("adapters", [])]
+    if merged != weights:
+        found.append(f"it has adapters of weight {_value(merged)}, this build {_value(weights)}")
     for what, value in (("name", planned.name), ("model_type", planned.config.model_type)):
         if manifest["model"][what] != value:
             found.append(f"its model's {what} is {manifest['model'][what]!a:.40}, this build's {value!r:.40}")
@@ -74,7 +79,7 @@ def _made_otherwise(planned: Plan, manifest: Mapping[str, Any]) -> list[str]:
 
 def _made_from_others(planned: Plan, recorded: Mapping[str, Any]) -> Iterator[str]:
     """Differences in the inputs; files of equal size are hashed."""
-    files = {path.name: path for path in planned.inputs}
+    files = {input_name(path, planned.checkpoint.adapters): path for path in planned.inputs}
     if planned.options.model_config:
         files[MODEL_CONFIG] = planned.options.model_config
     for name in sorted({*files, *recorded}):

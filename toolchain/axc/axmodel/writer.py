@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.graph import Parameter, Vector, Weight
+from axc.graph import Order, Parameter, Vector, Weight
 from axc.quantizer import SquaredError
 from axc.quantizer.kept import Kept
 from axc.weights import PackedTensors, blocks, float32
@@ -104,6 +104,8 @@ class Content:
             yield float32(parameter.name, parameter.source, self.tensors)
         elif isinstance(parameter, Weight):
             yield from self._weight(parameter)
+        elif isinstance(parameter, Order):
+            yield self.tensors.order(parameter.tensor)
         else:
             yield parameter
 

@@ -1,7 +1,8 @@
 """Every form in which people have a model, as one Checkpoint: lazy tensors by their Hugging Face names.
 
-A folder with safetensors or PyTorch .bin files, whole or in shards with an index, or one GGUF file. Nothing is read
-before it is asked for, and no pickle can run code. Tensors have the names transformers gives them on loading.
+A folder with safetensors or PyTorch .bin files, whole or in shards with an index, its weights floats or quantised, or a
+GGUF file. Nothing is read before it is asked for, and no pickle can run code. Tensors have the names transformers gives
+them on loading.
 """
 
 from __future__ import annotations
@@ -9,19 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoints import folder, safetensors, torch_bin
+from axc.checkpoints import folder, quantised, safetensors, torch_bin
 from axc.checkpoints.gguf import SUFFIX as GGUF
 from axc.checkpoints.gguf import Model
-from axc.checkpoints.stored import EMBEDDING, HEAD, STORED_DTYPES, Grid, Slice, StoredTensor
+from axc.checkpoints.lora import Lora, merge
+from axc.checkpoints.stored import EMBEDDING, HEAD, STORED_DTYPES, Grid, LevelRows, ReorderedRows, Rows, StoredTensor
 from axrun.errors import BadInput
 from axrun.format.dtypes import bf16_to_f32
 
-__all__ = ["EMBEDDING", "HEAD", "INFINITY", "STORED_DTYPES", "Checkpoint", "Grid", "StoredTensor", "widen"]
+__all__ = ["EMBEDDING", "HEAD", "INFINITY", "STORED_DTYPES", "Checkpoint", "Grid", "Lora", "StoredTensor", "widen"]
 
 BLOCK_ELEMENTS = 1 << 16  # read at a time: three float32 blocks of these stay in a core's L2 cache
 FORMS = {".safetensors": safetensors, ".bin": torch_bin}  # by suffix of a folder's weight files
@@ -32,7 +34,8 @@ class Checkpoint:
     """An opened checkpoint. `tensors` by name; `files` are the weight files, in order of name.
 
     `aside` names weight files that lie in the folder and are not read, `source` the file or index that was preferred.
-    `gguf` is the file where the checkpoint is one.
+    `gguf` is the file where the checkpoint is one. `adapters` are merged into it. `readers`: by key, how tensors are
+    read that are packed or changed.
     """
 
     path: Path
@@ -41,14 +44,26 @@ class Checkpoint:
     source: str = ""
     aside: tuple[str, ...] = ()
     gguf: Model | None = None
-    _slices: dict[Path, dict[str, Slice]] = field(default_factory=dict, repr=False, compare=False)
+    adapters: tuple[Lora, ...] = ()
+    readers: Mapping[str, Rows] = field(default_factory=dict, repr=False, compare=False)
+    _arrays: dict[Path, dict[str, NDArray[Any]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def open(cls, path: Path) -> Checkpoint:
-        """Reads the headers of a checkpoint's weight files. Raises BadInput for anything missing or damaged."""
+    def open(cls, path: Path, adapters: tuple[Lora, ...] = ()) -> Checkpoint:
+        """Reads the headers of a checkpoint's weight files, and of the adapters that are to be merged into it.
+
+        Raises BadInput for anything missing or damaged.
+        """
+        found = cls._opened(path)
+        for adapter in adapters:
+            found = found._merged(adapter)
+        return found
+
+    @classmethod
+    def _opened(cls, path: Path) -> Checkpoint:
         if path.suffix == GGUF and path.is_file():
             model = Model.open(path)
-            return cls(path, model.tensors, (path,), path.name, (), model, {path: dict(model.slices)})
+            return cls(path, model.tensors, (path,), path.name, (), model, readers=model.slices)
         chosen = folder.choose(path)
         tensors: dict[str, StoredTensor] = {}
         for file in chosen.files:
@@ -61,7 +76,23 @@ class Checkpoint:
                         f"and again as {stored.key} in {file.name}"
                     )
                 tensors[name] = stored
-        return cls(path, tensors, chosen.files, chosen.source, chosen.aside)
+        plain = cls(path, tensors, chosen.files, chosen.source, chosen.aside)
+        settings = quantised.find(path)
+        if settings is None:
+            return plain
+        tensors, readers = quantised.present(settings, quantised.Raw(tensors, plain.array))
+        return replace(plain, tensors=tensors, readers=readers)
+
+    def _merged(self, adapter: Lora) -> Checkpoint:
+        if adapter.folder.resolve() in [other.folder.resolve() for other in self.adapters]:
+            raise BadInput(f"--lora {adapter.folder} is given twice\nGive it once, with a weight: DIR:WEIGHT.")
+        changed, readers = merge(adapter, self.tensors, self.rows)
+        return replace(
+            self,
+            tensors={**self.tensors, **changed},
+            readers={**self.readers, **readers},
+            adapters=(*self.adapters, adapter),
+        )
 
     @property
     def folder(self) -> Path:
@@ -79,19 +110,28 @@ class Checkpoint:
     def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop) along the first dimension as stored; bfloat16 as uint16."""
         stored = self.tensors[name]
-        if stored.file not in self._slices:
-            self._slices[stored.file] = FORMS[stored.file.suffix].slices(stored.file)
-        return self._slices[stored.file][stored.key](start, stop)
+        reader = self.readers.get(stored.key)
+        return self.array(stored)[start:stop] if reader is None else reader(start, stop)
+
+    def array(self, stored: StoredTensor) -> NDArray[Any]:
+        """A tensor as its file has it, mapped."""
+        if stored.file not in self._arrays:
+            self._arrays[stored.file] = FORMS[stored.file.suffix].arrays(stored.file)
+        return self._arrays[stored.file][stored.key]
 
     def levels(self, name: str) -> Iterator[tuple[NDArray[Any], ...]]:
-        """A tensor with a grid, in blocks of whole rows: levels [n, in] and scales [n, in / block]."""
+        """A tensor with a grid, in blocks of whole rows: levels, scales, and zero points where it has them."""
         stored = self.tensors[name]
-        slicer: Any = self._slices[stored.file][stored.key]
+        reader = cast(LevelRows, self.readers[stored.key])
         height = max(BLOCK_ELEMENTS // stored.shape[1], 1)
         for start in range(0, stored.shape[0], height):
-            levels, scales = slicer.levels(start, min(start + height, stored.shape[0]))
+            levels, scales, *zeros = reader.levels(start, min(start + height, stored.shape[0]))
             _refuse_non_finite(name, scales, stored, start)
-            yield levels, scales
+            yield levels, scales, *zeros
+
+    def order(self, name: str) -> NDArray[np.int64]:
+        """The columns of a tensor in the order that `levels` has them in."""
+        return cast(ReorderedRows, self.readers[self.tensors[name].key]).order()
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values; read in blocks. Raises BadInput for values that are not finite."""

@@ -78,8 +78,8 @@ def _refuse_other_forms(folder: Path, names: Sequence[str]) -> None:
         alone = not any(name in names for pair in ORDER for name in pair)
         raise BadInput(
             f"{folder} {'is' if alone else 'holds weights and'} a PEFT adapter ({ADAPTER_CONFIG}) of the base model "
-            f"{base}\nMerge the two first: PeftModel.from_pretrained(base, adapter).merge_and_unload()"
-            ".save_pretrained(folder)" + ("." if alone else f";\nto build the base alone, remove {ADAPTER_CONFIG}.")
+            f"{base}\nGive the base's folder as --input_path and this one as --lora"
+            + ("." if alone else f";\nto build the base alone, remove {ADAPTER_CONFIG}.")
         )
     distributed = [name for name in names if DISTRIBUTED.fullmatch(name)]
     if distributed:
@@ -112,7 +112,7 @@ def _no_weights(folder: Path, names: Sequence[str]) -> tuple[str, str]:
         f"{folder} holds no weights: expected model.safetensors or pytorch_model.bin, or their .index.json",
         f"Give {folder / below[0]}, which holds a config.json."
         if below
-        else f"It holds {present}. Pre-quantised files other than GGUF are not read.",
+        else f"It holds {present}. docs/checkpoints.md lists what is read.",
     )
 
 
@@ -120,7 +120,6 @@ def _matches(pattern: str) -> Callable[[str], bool]:
     return lambda name: re.fullmatch(pattern, name) is not None
 
 
-FLOAT_CHECKPOINT = "Give the float checkpoint it was made from, in safetensors."
 # what people hand in: file names, what it is, what to do
 OTHER_FORMS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
     (_matches(r".*\.gguf"), "a GGUF file", "Give that file itself as the checkpoint."),
@@ -142,7 +141,7 @@ OTHER_FORMS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
     (
         _matches(r"adapter_model\..*"),
         "the weights of an adapter",
-        "Its adapter_config.json is missing; merge the adapter into its base model with peft, and give the result.",
+        "Its adapter_config.json is missing; with it, give the folder as --lora beside its base model.",
     ),
     (
         _matches(r"(model|pytorch_model)\..+\.(safetensors|bin)|(model|pytorch_model)\..+\.index\..+\.json"),
@@ -151,8 +150,8 @@ OTHER_FORMS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
     ),
     (
         _matches(r"(quantize_config|quant_config|hf_quant_config)\.json|gptq_model.*|.*awq.*"),
-        "quantised weights",
-        f"They are not read. {FLOAT_CHECKPOINT}",
+        "quantised weights of an older layout",
+        "Give a folder that transformers loads: model.safetensors, and quantization_config in config.json.",
     ),
     (
         _matches(r"tf_model.*\.h5|flax_model.*\.msgpack|.*\.ckpt\.(index|meta)"),

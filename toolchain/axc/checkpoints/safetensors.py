@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from axc.checkpoints.stored import STORED_DTYPES, Slice, StoredTensor, stored
+from axc.checkpoints.stored import PACKED_DTYPES, STORED_DTYPES, StoredTensor, stored
 from axrun.errors import BadInput
 from axrun.format.dtypes import DTYPES
+
+CARRIERS = {name: np.dtype(DTYPES[dtype].numpy) for name, dtype in STORED_DTYPES.items()}
+CARRIERS |= {name: np.dtype(carrier) for name, carrier in PACKED_DTYPES.items()}
 
 
 def _open(file: Path) -> Any:
@@ -33,7 +37,7 @@ def headers(file: Path) -> list[StoredTensor]:
     return found
 
 
-def slices(file: Path) -> dict[str, Slice]:
+def arrays(file: Path) -> dict[str, NDArray[Any]]:
     """Views of the file's memory map; the library's own slices are copies, and it has held the header to the file."""
     _open(file)
     mapped = np.memmap(file, np.uint8, "r")
@@ -41,11 +45,10 @@ def slices(file: Path) -> dict[str, Slice]:
     header = json.loads(mapped[8:begin].tobytes())
     header.pop("__metadata__", None)
 
-    def slicer(entry: dict[str, Any]) -> Slice:
-        # only tensors of a float type are ever asked for: config.load has refused the others
+    def view(entry: dict[str, Any]) -> NDArray[Any]:
         first, last = entry["data_offsets"]
-        carrier = np.dtype(DTYPES[STORED_DTYPES[entry["dtype"]]].numpy)
-        whole = mapped[begin + first : begin + last].view(carrier).reshape(entry["shape"])
-        return lambda start, stop: whole[start:stop]
+        whole: NDArray[Any] = mapped[begin + first : begin + last].view(CARRIERS[entry["dtype"]])
+        return whole.reshape(entry["shape"])
 
-    return {name: slicer(entry) for name, entry in header.items() if entry["dtype"] in STORED_DTYPES}
+    # only tensors of these types are ever asked for: config.load and the quantised formats refuse others
+    return {name: view(entry) for name, entry in header.items() if entry["dtype"] in CARRIERS}

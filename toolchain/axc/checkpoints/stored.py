@@ -2,30 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # safetensors' names of the element types a checkpoint may hold -> ONNX's
 STORED_DTYPES = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "F64": "DOUBLE"}
+# and of those that only quantised checkpoints have, as numpy carries them
+PACKED_DTYPES = {"I8": "i1", "U8": "u1", "I32": "<i4", "I64": "<i8", "F8_E4M3": "u1"}
 
-Slice = Callable[[int, int], NDArray[Any]]
+
+class Rows(Protocol):
+    """How a tensor is read."""
+
+    def __call__(self, start: int, stop: int, /) -> NDArray[Any]:
+        """Rows [start, stop) along the first dimension; bfloat16 as uint16."""
+
+
+class LevelRows(Rows, Protocol):
+    """How a matrix with a grid is read."""
+
+    def levels(self, start: int, stop: int) -> tuple[NDArray[Any], ...]:
+        """Rows [start, stop): levels int8 [n, in], scales float32 [n, in / block], and zero points where there are."""
+
+
+class ReorderedRows(LevelRows, Protocol):
+    """And where blocks are contiguous in another order of the columns."""
+
+    def order(self) -> NDArray[np.int64]:
+        """The columns in the order that `levels` has them in."""
 
 
 @dataclass(frozen=True)
 class Grid:
     """A matrix is stored as integer levels from `low` to `high`, with a scale for each `block` values along a row.
 
-    Each of its values is the float32 product of a scale and a level.
+    Each of its values is the float32 product of a scale, which `scale_dtype` holds, and a level, with `zero_points`
+    less the block's one of the same range. `reordered`: a digest of the order of columns in which blocks are
+    contiguous, where that is not their own.
     """
 
     low: int
     high: int
     block: int
+    scale_dtype: str = "FLOAT"
+    zero_points: bool = False
+    reordered: str = ""
 
 
 @dataclass(frozen=True)

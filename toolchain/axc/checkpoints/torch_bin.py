@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoints.stored import Slice, StoredTensor, stored
+from axc.checkpoints.stored import StoredTensor, stored
 from axrun.errors import BadInput
 
 TORCH_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+TORCH_DTYPES |= {"int8": "I8", "uint8": "U8", "int32": "I32", "int64": "I64", "float8_e4m3fn": "F8_E4M3"}
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -68,16 +69,16 @@ def headers(file: Path) -> list[StoredTensor]:
     ]
 
 
-def slices(file: Path) -> dict[str, Slice]:
+def arrays(file: Path) -> dict[str, NDArray[Any]]:
+    """Views of the file's memory map where it can be mapped."""
     import torch
 
-    def slicer(tensor: Any) -> Slice:
-        bits = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    carried = {torch.bfloat16: (torch.int16, np.uint16), torch.float8_e4m3fn: (torch.uint8, np.uint8)}
 
-        def rows(start: int, stop: int) -> NDArray[Any]:
-            array = np.ascontiguousarray(bits[start:stop].numpy())
-            return array.view(np.uint16) if tensor.dtype == torch.bfloat16 else array
+    def view(tensor: Any) -> NDArray[Any]:
+        if tensor.dtype not in carried:
+            return np.asarray(tensor.numpy())
+        bits, carrier = carried[tensor.dtype]
+        return np.asarray(tensor.view(bits).numpy().view(carrier))
 
-        return rows
-
-    return {name: slicer(tensor) for name, tensor in _load(file).items()}
+    return {name: view(tensor) for name, tensor in _load(file).items() if str(tensor.dtype)[6:] in TORCH_DTYPES}

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from axc import build, config, expected, hf_folder
 from axc import compile as compiler
-from axc.checkpoints import Checkpoint
+from axc.bundle import input_name
+from axc.checkpoints import Checkpoint, Lora
 from axc.checkpoints.gguf import SUFFIX as GGUF
 from axc.quantizer.kept import Kept
 from axc.weights import Source
@@ -50,6 +51,7 @@ class Options:
     model_type: str | None = None
     engine: str = "auto"
     prompt: str = "1+1="
+    lora: tuple[Lora, ...] = ()
 
 
 class Unusable(Exception):
@@ -66,7 +68,7 @@ class Case:
     def __init__(self, options: Options, say: Say = lambda line: None) -> None:
         """Raises BadInput for a checkpoint that cannot be read."""
         self.options, self.say = options, say
-        self.checkpoint = Checkpoint.open(options.checkpoint)
+        self.checkpoint = Checkpoint.open(options.checkpoint, options.lora)
         self.config = config.load(self.checkpoint, options.model_config, options.model_type)
         self.examined: dict[str, Any] = {}
 
@@ -77,8 +79,16 @@ class Case:
 
     def path_of(self, name: str) -> Path:
         """The path of a checkpoint file, by its name in the manifest."""
+        if name in self._adapters:
+            return self._adapters[name]
         single = self.checkpoint.gguf is not None
         return self.checkpoint.path.with_name(name) if single else self.checkpoint.path / name
+
+    @functools.cached_property
+    def _adapters(self) -> dict[str, Path]:
+        """The files of the adapters, by the names that a manifest has for them."""
+        given = self.options.lora
+        return {input_name(file, given): file for adapter in given for file in adapter.files}
 
     @functools.cached_property
     def bundle(self) -> Bundle:
@@ -112,7 +122,7 @@ class Case:
         self.say("  loading the float32 reference")
         options = self.options
         try:
-            found = Reference(options.checkpoint, options.model_config, options.model_type)
+            found = Reference(options.checkpoint, options.model_config, options.model_type, adapters=options.lora)
         except BadInput as refused:
             raise Unusable(refused) from None
         found.extend(self.bundle.kv_cache_len + 1)
@@ -195,6 +205,7 @@ class Case:
 
         A finding instead, if the bundle was built from this very checkpoint: then the bundle is damaged.
         """
+        self._expect_same_adapters()
         other = self.other_model()
         if other is None:
             return None
@@ -211,6 +222,17 @@ class Case:
             f"{self.bundle.path} is {wanted}\nGive the checkpoint that the bundle was built from{self._flags()}."
         )
 
+    def _expect_same_adapters(self) -> None:
+        recorded = self.bundle.manifest.get("adapters")
+        merged = [adapter.get("weight") for adapter in recorded or () if isinstance(adapter, dict)]
+        given = [adapter.weight for adapter in self.options.lora]
+        if merged != given:
+            shown = [" ".join(f"{weight!a:.20}" for weight in weights) or "none" for weights in (merged, given)]
+            raise BadInput(
+                f"{self.bundle.path} was built with adapters of weight {shown[0]}, given are {shown[1]}\n"
+                "Give each adapter that it was built with, in that order: --lora DIR:WEIGHT."
+            )
+
     def _flags(self) -> str:
         inputs = self.bundle.manifest.get("inputs")
         given = isinstance(inputs, dict) and MODEL_CONFIG in inputs and self.options.model_config is None
@@ -225,7 +247,7 @@ class Case:
         found = []
         for name, entry in sorted(recorded.items()):
             path = self.options.model_config if name == MODEL_CONFIG else self.path_of(name)
-            if "/" in name or path is None or not isinstance(entry, dict):
+            if ("/" in name and name not in self._adapters) or path is None or not isinstance(entry, dict):
                 continue
             if not path.is_file() or path.stat().st_size != entry.get("size") or sha256(path) != entry.get("sha256"):
                 found.append(name)

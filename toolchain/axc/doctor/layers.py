@@ -390,13 +390,22 @@ def faulty_weights(case: Case, index: int | None, tensors: dict[str, Stored]) ->
 
 def compared(case: Case, entry: Stored, name: str, index: int | None) -> Fault | None:
     """The difference of a stored tensor from the checkpoint's `name`; None if there is none."""
-    bad = weight_faults.compare(entry, name, case.weight)
+    order = None if entry.order is None else entry.order.array()
+    if order is not None and not np.array_equal(np.sort(order), np.arange(entry.shape[1])):
+        cause, wanted = "the order of its columns is no permutation", f"each of 0 to {entry.shape[1] - 1} once"
+        return Fault(name, "", cause, wanted, f"{order[:4].tolist()} ...")
+
+    def weight(tensor: str, start: int = 0, stop: int | None = None) -> Floats:
+        rows = case.weight(tensor, start, stop)
+        return rows if order is None or tensor != name else np.ascontiguousarray(rows[:, order])
+
+    bad = weight_faults.compare(entry, name, weight)
     if bad is None:
         return None
     config = case.reference.config.get_text_config()
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     turned = head_dim if ".q_proj." in name or ".k_proj." in name else 0
-    return weight_faults.explain(entry, name, *bad, case.weight, _others(case, name, index), turned)
+    return weight_faults.explain(entry, name, *bad, weight, _others(case, name, index), turned)
 
 
 def _others(case: Case, name: str, index: int | None) -> dict[str, str]:

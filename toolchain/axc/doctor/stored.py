@@ -5,13 +5,14 @@ Dequantised as ONNX defines DequantizeLinear: https://onnx.ai/onnx/operators/onn
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from axrun.format.axmodel import Axmodel, Tensor
+from axrun.format.axmodel import Axmodel, Node, Tensor
 from axrun.format.dtypes import DTYPES, FLOAT8, to_float32
 from axrun.format.quantised import Quantised, makers, quantised
 
@@ -26,11 +27,15 @@ FLOAT_TYPES = ("FLOAT", "FLOAT16", "BFLOAT16")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of an axmodel: floats, or what `packed` says."""
+    """A tensor of an axmodel: floats, or what `packed` says.
+
+    `order` is a tensor with the checkpoint's columns in the order that they are stored in, where that is another.
+    """
 
     name: str
     tensor: Tensor
     packed: Quantised | None = None
+    order: Tensor | None = None
 
     @property
     def dtype(self) -> str:
@@ -100,15 +105,31 @@ def dequantized(levels: Levels, scales: Floats, block: int) -> Floats:
 def read(model: Axmodel) -> dict[str, Stored]:
     """Every initializer by name; a quantised one with its scales and zero points, which are not listed again."""
     made_by = makers(model)
+    orders = _orders(model, made_by)
     found: dict[str, Stored] = {}
     others: set[str] = set()
     for node in model.nodes:
         packed = quantised(model, node, made_by)
         if packed is None or packed.levels.dims[1] % packed.block:
             continue
-        found[packed.levels.name] = Stored(packed.levels.name, packed.levels, packed)
-        others |= {part.name for part in packed.parts[1:]}
+        order = orders.get(node.outputs[0])
+        found[packed.levels.name] = Stored(packed.levels.name, packed.levels, packed, order)
+        others |= {part.name for part in (*packed.parts[1:], *([order] if order else []))}
     for name, tensor in model.initializers.items():
         if name not in found and name not in others and tensor.dtype in DTYPES:
             found[name] = Stored(name, tensor)
+    return found
+
+
+def _orders(model: Axmodel, made_by: Mapping[str, Node]) -> dict[str, Tensor]:
+    """The order that the input of a product is gathered in, by the matrix [out, in] that it is multiplied with."""
+    found: dict[str, Tensor] = {}
+    for node in model.nodes:
+        if node.op_type != "MatMul":
+            continue
+        gather, transpose = (made_by.get(name) for name in node.inputs)
+        if gather is None or gather.op_type != "Gather" or gather.attributes.get("axis") != -1 or transpose is None:
+            continue
+        if gather.inputs[1] in model.initializers:
+            found[transpose.inputs[0]] = model.initializers[gather.inputs[1]]
     return found

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axc.checkpoints.stored import StoredTensor
-from axc.quantizer.round_to_nearest import LEVELS
 from axrun.errors import BadInput
 from axrun.format.dtypes import DTYPES as ELEMENTS
 from axrun.format.dtypes import from_float32, to_float32
@@ -20,6 +19,8 @@ if TYPE_CHECKING:
     from axc.quantizer import Part, SquaredError
 
 DTYPES = {"s8": "INT8", "s4": "INT4"}
+HELD = {"INT8": (-128, 127), "INT4": (-8, 7)}  # levels; round_to_nearest does not use -128
+BLOCK4 = 128  # the longest 4-bit block that an engine multiplies as it is
 ZERO_POINTS = 2  # the number of their part
 
 
@@ -29,6 +30,8 @@ class Kept:
 
     `tensor` is the checkpoint's name of it, `packed` the format that it has there. `zero_points`: there is also
     `<name>_zero_point` of the levels' type and the scales' shape, and value = (level - zero point) x scale.
+    `repeat`: blocks that share a scale of the checkpoint. `reordered`: a digest of the checkpoint's `order` of columns,
+    where they are in that and the input is gathered so.
     """
 
     dtype: str
@@ -37,6 +40,8 @@ class Kept:
     packed: str
     scale_dtype: str = "FLOAT"
     zero_points: bool = False
+    repeat: int = 1
+    reordered: str = ""
 
     @property
     def bits(self) -> float:
@@ -64,7 +69,7 @@ class Kept:
     def write(
         self, levels: NDArray[np.int8], scales: NDArray[np.float32], zeros: NDArray[np.int8] | None = None
     ) -> Iterator[NDArray[Any]]:
-        """One array for each part, from levels [n, in], scales and zero points [n, in / block] in the levels' range.
+        """One array for each part, from levels [n, in], scales and zero points of the checkpoint in the levels' range.
 
         4-bit zero points stay one to a byte: rows of them may end inside a byte, so that they are packed together
         (`finish`). Raises OverflowError for a scale that `scale_dtype` does not hold exactly, TypeError for zero points
@@ -72,6 +77,9 @@ class Kept:
         """
         if (zeros is not None) != self.zero_points:
             raise TypeError(f"{self.tensor}: zero points are {'missing' if self.zero_points else 'not expected'}")
+        if self.repeat > 1:
+            scales = np.repeat(scales, self.repeat, axis=1)
+            zeros = None if zeros is None else np.repeat(zeros, self.repeat, axis=1)
         yield pack4(levels) if self.dtype == "INT4" else levels
         with np.errstate(over="ignore"):  # said below, with the value
             stored = from_float32(scales, self.scale_dtype)
@@ -93,9 +101,24 @@ class Kept:
 def keep(weight_type: str, stored: StoredTensor) -> Kept | None:
     """How `weight_type` holds a tensor exactly as it is stored; None where it does not, or is stored otherwise."""
     grid, dtype = stored.grid, DTYPES.get(weight_type)
-    if grid is None or dtype is None or not LEVELS[dtype][0] <= grid.low <= grid.high <= LEVELS[dtype][1]:
+    if grid is None or dtype is None or not HELD[dtype][0] <= grid.low <= grid.high <= HELD[dtype][1]:
         return None
-    return Kept(dtype, grid.block, stored.name, stored.packed)
+    block = grid.block if dtype == "INT8" else _block4(grid.block)
+    return Kept(
+        dtype=dtype,
+        block=block,
+        tensor=stored.name,
+        packed=stored.packed,
+        scale_dtype=grid.scale_dtype,
+        zero_points=grid.zero_points,
+        repeat=grid.block // block,
+        reordered=grid.reordered,
+    )
+
+
+def _block4(block: int) -> int:
+    """Blocks that a longer one, such as a whole row, is cut into."""
+    return next((size for size in (BLOCK4, BLOCK4 // 2, BLOCK4 // 4) if block > size and block % size == 0), block)
 
 
 def decide(flag: str, asked: str | None, tensors: Mapping[str, StoredTensor]) -> tuple[str, dict[str, Kept], list[str]]:

@@ -39,6 +39,9 @@ class PackedTensors(Tensors, Protocol):
         [n, in / block] where the matrix has them.
         """
 
+    def order(self, name: str) -> NDArray[np.int64]:
+        """The columns of a matrix in the order that `levels` has them in."""
+
 
 class Source(Protocol):
     """What one weight is made of."""

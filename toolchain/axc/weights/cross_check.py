@@ -56,11 +56,11 @@ def cross_check(checkpoint: Checkpoint, sources: Mapping[str, Source], redundant
 ODD_NAMES = (
     (
         r"\.(lora_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.",
-        "They are of an adapter: merge it with merge_and_unload() and save again.",
+        "They are of an adapter: merge it with merge_and_unload() and save again, or give it as --lora.",
     ),
     (
         r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_scale_inv|absmax|quant_map|biases)$",
-        "They are quantised weights: give the original float checkpoint.",
+        "They are quantised weights, of which config.json says nothing: give the original float checkpoint.",
     ),
     (r"^tok_embeddings\.|\.attention\.wq\.", "They have Meta's own names: give the version for transformers."),
     (r"\.(LayerNorm)\.(gamma|beta)$|\.(gamma|beta)$", "Names in gamma and beta are of TensorFlow: save again."),

@@ -1,0 +1,143 @@
+"""Quantised folders: our reading beside what was packed, a second reading and transformers, and what is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from axc import build
+from axc.checkpoints import Checkpoint
+from axc.reference import Reference
+from axrun.errors import BadInput
+from axrun.format.bundle import Bundle
+from axrun.model import Model
+from tests.axc import quantised_files
+from tests.axc.as_transformers import IDS, plan, same
+from tests.axc.axc import assert_done, axc, llm_build
+from tests.axc.quantised_files import FLOATS, FORMS
+
+Floats = NDArray[np.float32]
+Made = Callable[[str], tuple[Path, dict[str, Floats]]]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """A folder of each form, made once, and the values that it holds."""
+    folder, known = tmp_path_factory.mktemp("quantised"), dict[str, dict[str, Floats]]()
+
+    def make(name: str) -> tuple[Path, dict[str, Floats]]:
+        if name not in known:
+            known[name] = quantised_files.write(folder / name, FORMS[name])
+        return folder / name, known[name]
+
+    return make
+
+
+def bits(values: Floats) -> NDArray[np.uint32]:
+    return np.ascontiguousarray(values, np.float32).view(np.uint32)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_value_to_the_last_bit(made: Made, name: str) -> None:
+    """Ours, in blocks and in odd runs of rows, and the second reading, in transformers' model."""
+    folder, expected = made(name)
+    checkpoint, reference = Checkpoint.open(folder), Reference(folder)
+    assert len(expected) == 14
+    for tensor, values in expected.items():
+        assert checkpoint.tensors[tensor].packed
+        for start, block in checkpoint.blocks(tensor):
+            assert np.array_equal(bits(block), bits(values[start : start + len(block)]))
+        assert np.array_equal(bits(checkpoint.rows(tensor, 11, 30)), bits(values[11:30]))
+        assert np.array_equal(bits(reference.weight(tensor)), bits(values))
+    assert "dequantised by axc.quantised_reading" in reference.remarks[0]
+
+
+def dequantised(model: onnx.ModelProto, weight: str) -> Floats:
+    """By onnx's reference evaluator, columns in the checkpoint's order."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name.startswith(weight)}
+    (node,) = (node for node in model.graph.node if node.op_type == "DequantizeLinear" and weight in node.input)
+    casts = [other for other in model.graph.node if other.op_type == "Cast" and other.input[0] in stored]
+    output = onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None)
+    graph = onnx.helper.make_graph([*casts, node], "weight", [], [output], [*stored.values()])
+    made: Any = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=model.opset_import)).run(None, {})
+    values = np.empty_like(made[0], np.float32)
+    made_by = {name: other for other in model.graph.node for name in other.output}
+    (transpose,) = (other for other in model.graph.node if other.input[0] == node.output[0])
+    (product,) = (other for other in model.graph.node if transpose.output[0] in other.input)
+    gather = made_by[product.input[0]]
+    orders = [
+        tensor for tensor in model.graph.initializer if gather.op_type == "Gather" and tensor.name in gather.input
+    ]
+    values[:, numpy_helper.to_array(orders[0]) if orders else slice(None)] = made[0]
+    return values
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in FLOATS])
+def test_levels_and_scales_are_kept_to_the_last_bit(made: Made, tmp_path: Path, name: str) -> None:
+    """ONNX's DequantizeLinear of the axmodel; and the whole model beside transformers'."""
+    folder, expected = made(name)
+    planned = plan(folder, tmp_path / "out", weight_type=None)
+    assert len(planned.kept) == 14
+    assert planned.target.weight_type == ("s8" if FORMS[name].bits == 8 else "s4")
+    manifest = build.build(planned).manifest
+    assert manifest["accuracy"]["weight_error"] == {}
+    model = onnx.load(tmp_path / "out" / "llama_p16_l1_together.axmodel")
+    for part in ("mlp.down_proj", "self_attn.k_proj"):
+        weight = f"model.layers.1.{part}.weight"
+        assert np.array_equal(bits(dequantised(model, weight)), bits(expected[weight]))
+    logits = Model.load(Bundle.open(tmp_path / "out")).forward(IDS.tolist(), 0, logits="all")
+    expected_logits = Reference(folder).logits(IDS)  # activations have 16 bits where the engine computes in integers
+    assert np.abs(logits - expected_logits).max() <= 2e-3 * np.abs(expected_logits).max()
+
+
+def test_matrices_of_one_order_share_the_gathered_input(made: Made, tmp_path: Path) -> None:
+    build.build(plan(made("gptq-desc_act")[0], tmp_path / "out", weight_type=None))
+    model = onnx.load(tmp_path / "out" / "llama_p16_l0_together.axmodel")
+    gathers = [node for node in model.graph.node if node.op_type == "Gather"]
+    readers = [[node.op_type for node in model.graph.node if made.output[0] in node.input] for made in gathers]
+    assert readers == [["MatMul"] * 3, ["MatMul"], ["MatMul"] * 2, ["MatMul"]]
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_what_no_type_holds_is_refused_until_it_is_asked_for(made: Made, tmp_path: Path, name: str) -> None:
+    folder, _ = made(name)
+    with pytest.raises(BadInput, match=r"is stored as .*fp8, which .*\n.*--weight_type s8"):
+        plan(folder, tmp_path / "out", weight_type=None)
+    planned = plan(folder, tmp_path / "out", weight_type="s8")
+    (note,) = planned.notices
+    assert note.endswith("fp8 dequantised, and stored again as s8: not exact")
+    logits = Model.load(Bundle.open(_built(folder, tmp_path / "fp32"))).forward(IDS.tolist(), 0, logits="all")
+    assert same(logits, Reference(folder).logits(IDS))
+
+
+def _built(folder: Path, output: Path) -> Path:
+    build.build(plan(folder, output))
+    return output
+
+
+def test_build_check_and_doctor(pristine: Path, tmp_path: Path) -> None:
+    """With zero points, and with groups that are contiguous in another order of the columns only."""
+    folder, output = tmp_path / "gptq", tmp_path / "out"
+    quantised_files.quantised(pristine, folder, FORMS["gptq-desc_act-asymmetric"])
+    built = llm_build(folder, output, "--prefill_len", 16, "--kv_cache_len", 63, "--check_level", 2)
+    assert_done(built)
+    assert "matrices stored as GPTQ 4-bit kept as s4: the same levels and scales" in built.out
+    examined = axc("doctor", output, "--checkpoint", folder)
+    assert examined.code == 0, examined
+    assert "healthy: all 10 stages agree" in examined.out
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(made: Made, tmp_path: Path) -> None:
+    folder, _ = made("gptq-desc_act")
+    first, second = (
+        build.build(plan(folder, tmp_path / str(n), weight_type=None, parallel=n)).manifest["files"] for n in (1, 2)
+    )
+    assert first == second

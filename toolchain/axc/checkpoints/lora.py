@@ -1,0 +1,189 @@
+"""LoRA adapters as peft saves them, merged while rows are read: W + weight * (lora_alpha / r) * B A in float32.
+
+https://huggingface.co/docs/peft/developer_guides/lora . Sums are taken in the order of r by elementwise arithmetic: the
+same bits on every machine, which a BLAS would not give.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axc.checkpoints import safetensors
+from axc.checkpoints.folder import ADAPTER_CONFIG, refuse_lfs_pointer
+from axc.checkpoints.json_files import read_config_json
+from axc.checkpoints.quantised.matrix import Floats, widened
+from axc.checkpoints.settings import Settings, keys
+from axc.checkpoints.stored import Rows, StoredTensor, loaded_name
+from axrun.errors import BadInput
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+ADVICE = "Merge it with peft, merge_and_unload(), and give the result as --input_path."
+AGAIN = "The adapter is damaged; get it again."
+# names, versions, training; which modules have one is seen in the file. fan_in_fan_out is of Conv1D, which none of the
+# architectures here has, and which peft itself passes over for any other layer.
+HARMLESS = keys(
+    """
+    task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules exclude_modules
+    lora_dropout layers_to_transform layers_pattern megatron_core eva_config corda_config qalora_group_size
+    runtime_config fan_in_fan_out
+    """
+)
+# change what is computed, except at null, false and nothing
+OFF = keys(
+    """
+    modules_to_save use_dora megatron_config trainable_token_indices velora_config alora_invocation_tokens use_qalora
+    monteclora_config layer_replication lora_bias target_parameters use_bdlora arrow_config kasa_config lora_ga_config
+    loftq_config ensure_weight_tying
+    """
+)
+INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # the others begin by changing the base's weights
+MAX_RANK = 1 << 14
+
+
+class Lora(NamedTuple):
+    """A folder of an adapter, and what its change is multiplied by."""
+
+    folder: Path
+    weight: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        """Of DIR or DIR:WEIGHT. Raises BadInput."""
+        folder, colon, number = text.rpartition(":")
+        if not colon or Path(text).is_dir():
+            return cls(Path(text))
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = math.nan
+        if not math.isfinite(weight) or not folder:
+            raise BadInput(f"--lora is {text!a:.200}; expected DIR or DIR:WEIGHT, e.g. adapter:0.5")
+        return cls(Path(folder), weight)
+
+    @property
+    def files(self) -> tuple[Path, Path]:
+        return self.folder / ADAPTER_CONFIG, self.folder / WEIGHTS
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Rows of a matrix with the change of an adapter: `a` [r, in], `b` [out, r]."""
+
+    base: Callable[[int, int], NDArray[Any]]
+    dtype: str
+    a: Floats
+    b: Floats
+    factor: np.float32
+
+    def __call__(self, start: int, stop: int) -> Floats:
+        values = widened(self.base(start, stop), self.dtype)
+        change = np.zeros_like(values)
+        product = np.empty_like(values)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused by the reader
+            for column, row in zip(self.b[start:stop].T, self.a, strict=True):
+                change += np.multiply(column[:, None], row, out=product)
+            change *= self.factor
+            values += change
+        return values
+
+
+def merge(
+    adapter: Lora, tensors: Mapping[str, StoredTensor], rows: Callable[[str, int, int], NDArray[Any]]
+) -> tuple[dict[str, StoredTensor], dict[str, Rows]]:
+    """The tensors that an adapter changes, and how they are read then, by key. Raises BadInput.
+
+    `rows` reads rows of a tensor of the base.
+    """
+    changed: dict[str, StoredTensor] = {}
+    readers: dict[str, Rows] = {}
+    for module, a, b, factor in _pairs(adapter):
+        name = f"{loaded_name(module)}.weight"
+        base = tensors.get(name)
+        if base is None or base.shape != (len(b), a.shape[1]):
+            seen = f"the base has {list(base.shape)}" if base else "the base has none"
+            raise BadInput(
+                f"{adapter.files[1]} changes {module}.weight, [{len(b)}, {a.shape[1]}]; {seen}\n"
+                "Give the base model that the adapter was trained on as --input_path."
+            )
+
+        def read(start: int, stop: int, name: str = name) -> NDArray[Any]:
+            return rows(name, start, stop)
+
+        readers[base.key] = Merged(read, base.dtype, a, b, factor)
+        packed = base.packed and f"{base.packed} with an adapter"
+        changed[name] = replace(base, dtype="FLOAT", packed=packed, grid=None)
+    return changed, readers
+
+
+def _pairs(adapter: Lora) -> Iterator[tuple[str, Floats, Floats, np.float32]]:
+    """Each module's name, A [r, in], B [out, r], and the factor of their product. Raises BadInput."""
+    config, weights = adapter.files
+    if not config.is_file():
+        raise BadInput(f"{config} is missing\nGive the folder of a peft adapter as --lora.")
+    settings = Settings(read_config_json(config), config, "the adapter", ADVICE)
+    _refuse_others(settings)
+    if not weights.is_file():
+        pickled = " (adapter_model.bin is a pickle, and not read)" if weights.with_suffix(".bin").is_file() else ""
+        raise BadInput(f"{weights} is missing{pickled}\nSave the adapter again with peft's save_pretrained().")
+    refuse_lfs_pointer(weights)
+    stored = {tensor.key: tensor for tensor in safetensors.headers(weights)}
+    arrays = safetensors.arrays(weights)
+    modules = sorted(key.removesuffix(".lora_A.weight") for key in stored if key.endswith(".lora_A.weight"))
+    wanted = {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
+    odd = sorted({*stored} ^ wanted)
+    if odd or not modules:
+        what = f"has {odd[0]}" if odd and odd[0] in stored else f"lacks {odd[0]}" if odd else "holds no lora_A"
+        raise BadInput(f"{weights} {what:.200}; expected pairs of lora_A.weight and lora_B.weight\n{ADVICE}")
+    for module in modules:
+        a, b = (stored[f"{module}.lora_{part}.weight"] for part in "AB")
+        name = module.removeprefix(PREFIX)
+        rank = _of_module(settings, "rank_pattern", name, settings.integer("r", 1, MAX_RANK))
+        fits = len(a.shape) == 2 and len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank
+        if not fits or {a.dtype, b.dtype} - {"FLOAT", "FLOAT16", "BFLOAT16"}:
+            raise BadInput(
+                f"{weights}: {module} has A {a.dtype}{list(a.shape)} and B {b.dtype}{list(b.shape)}; expected floats "
+                f"of rank {rank}\n{AGAIN}"
+            )
+        alpha = _of_module(settings, "alpha_pattern", name, settings.values.get("lora_alpha"))
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
+            raise settings.refuse("lora_alpha", "expected a number")
+        scale = alpha / math.sqrt(rank) if settings.flag("use_rslora", False) else alpha / rank
+        first, second = (widened(arrays[tensor.key], tensor.dtype) for tensor in (a, b))
+        if not (np.isfinite(first).all() and np.isfinite(second).all()):
+            raise BadInput(
+                f"{weights}: {module} holds a value that is not finite\nThe adapter is damaged; get it again."
+            )
+        yield name, first, second, np.float32(adapter.weight * scale)
+
+
+def _refuse_others(settings: Settings) -> None:
+    """Raises BadInput for what is no plain LoRA."""
+    read = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights")
+    settings.refuse_unknown((*HARMLESS, *OFF, *read))
+    settings.only("peft_type", "LORA")
+    settings.only("bias", "none", absent="none")
+    settings.only("init_lora_weights", *INITIAL, absent=True)
+    for key in OFF:
+        settings.only(key, None, False, [], {}, absent=None)
+
+
+def _of_module(settings: Settings, key: str, module: str, usual: Any) -> Any:
+    """The value that a pattern of peft gives a module; patterns are regular expressions there, here plain names."""
+    patterns = settings.values.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise settings.refuse(key, "expected an object")
+    for pattern, value in patterns.items():
+        plain = pattern.removeprefix("^").replace("\\.", ".")
+        if not plain.replace(".", "").replace("_", "").isalnum():
+            raise settings.refuse(key, "of patterns only plain names of modules are read")
+        if module == plain or (pattern[0] != "^" and module.endswith(f".{plain}")):
+            return value
+    return usual

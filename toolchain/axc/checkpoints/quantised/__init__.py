@@ -1,0 +1,85 @@
+"""Folders whose config.json says that the weights are quantised already: GPTQ, AWQ, AutoRound, compressed-tensors, fp8.
+
+One file a format: it finds the matrices among the stored tensors and presents each as one tensor, `NAME.weight`, of
+float32 rows and perhaps integer levels. All other tensors of the folder stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from axc.checkpoints.json_files import read_config_json
+from axc.checkpoints.quantised import auto_round, awq, compressed_tensors, fp8, gptq
+from axc.checkpoints.quantised.matrix import Matrix, Raw
+from axc.checkpoints.settings import FLOAT_CHECKPOINT, Settings
+from axc.checkpoints.stored import Rows, StoredTensor
+from axrun.errors import BadInput
+
+# how config.json says it: transformers, older compressed-tensors, MLX
+KEYS = ("quantization_config", "compression_config", "quantization")
+
+
+class Method(NamedTuple):
+    """How a quant_method is read; `tensors` are the names of those that a matrix of it is made of, besides `weight`."""
+
+    matrices: Callable[[Settings, Raw], Iterator[Matrix]]
+    tensors: tuple[str, ...]
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "fp8": Method(fp8.matrices, fp8.TENSORS),
+        "gptq": Method(gptq.matrices, gptq.TENSORS),
+        "awq": Method(awq.matrices, gptq.TENSORS),
+        "auto-round": Method(auto_round.matrices, gptq.TENSORS),
+        "intel/auto-round": Method(auto_round.matrices, gptq.TENSORS),
+        "compressed-tensors": Method(compressed_tensors.matrices, compressed_tensors.TENSORS),
+    }
+)
+
+
+def find(folder: Path) -> Settings | None:
+    """What the config.json of a folder says of quantisation; None where it has none or says nothing.
+
+    Raises BadInput for a quant_method that is not read.
+    """
+    path = folder / "config.json"
+    values = read_config_json(path) if path.is_file() else {}
+    keys = [key for key in KEYS if values.get(key) is not None]
+    if not keys:
+        return None
+    said = values[keys[0]]
+    method = said.get("quant_method") if isinstance(said, dict) else None
+    if len(keys) > 1 or not isinstance(method, str) or method not in METHODS:
+        seen = f"quant_method {method!r:.40}" if method else f"{said!r:.60}"
+        raise BadInput(
+            f"{path} says the checkpoint is quantised already ({', '.join(keys)}: {seen}); read are "
+            f"{', '.join(sorted(METHODS))}\n{FLOAT_CHECKPOINT}"
+        )
+    return Settings(said, path, keys[0])
+
+
+def present(settings: Settings, raw: Raw) -> tuple[dict[str, StoredTensor], dict[str, Rows]]:
+    """The tensors of a quantised folder, and how those that are packed are read, by `key`. Raises BadInput."""
+    method = METHODS[settings.values["quant_method"]]
+    tensors, rows = dict(raw.tensors), dict[str, Rows]()
+    for matrix in method.matrices(settings, raw):
+        module = matrix.stored.name.removesuffix(".weight")
+        for suffix in method.tensors:
+            tensors.pop(f"{module}.{suffix}", None)
+        if tensors.get(matrix.stored.name, matrix.stored).key != matrix.stored.key:
+            raise BadInput(f"{matrix.stored.file}: {module} is stored quantised, and as floats too; which is meant?")
+        tensors[matrix.stored.name] = matrix.stored
+        rows[matrix.stored.key] = matrix.rows
+    if not rows:
+        raise BadInput(
+            f"{settings.path} says that weights are quantised ({settings.where}: {settings.values['quant_method']}), "
+            f"but none is stored so\n{FLOAT_CHECKPOINT}"
+        )
+    return tensors, rows
+
+
+__all__ = ["METHODS", "Raw", "Settings", "find", "present"]

@@ -1,0 +1,87 @@
+"""fp8: e4m3 numbers with a scale for each block of rows and columns, as DeepSeek and Qwen publish them.
+
+https://huggingface.co/docs/transformers/quantization/finegrained_fp8 . No integer type here holds them: they are read
+as their float32 product with the scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from axc.checkpoints.quantised.matrix import AGAIN, SCALES, Floats, Matrix, Raw, widened
+from axc.checkpoints.settings import Settings
+from axc.checkpoints.stored import StoredTensor
+from axrun.errors import BadInput
+
+PACKED = "fp8"
+# how the activations are quantised beside them is not followed: they stay 16-bit-class here
+HARMLESS = ("quant_method", "activation_scheme", "modules_to_not_convert", "ignored_layers", "dequantize")
+TENSORS = ("input_scale", "activation_scale", "weight_scale", "weight_scale_inv")
+
+
+def _table() -> Floats:
+    """The value of each byte: 4 bits of exponent with bias 7, 3 of mantissa, no infinities (OCP OFP8)."""
+    byte = np.arange(128)
+    exponent, mantissa = byte >> 3, (byte & 7) / 8
+    magnitude = np.where(exponent == 0, mantissa * 2.0**-6, (1 + mantissa) * 2.0 ** (exponent - 7.0))
+    magnitude[127] = np.nan
+    return np.concatenate([magnitude, -magnitude]).astype(np.float32)
+
+
+E4M3 = _table()
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """e4m3 bytes [out, in] times scales [rows of blocks, columns of blocks] of `height` x `width` numbers each."""
+
+    data: NDArray[np.uint8]
+    scales: Floats
+    height: int
+    width: int
+
+    def __call__(self, start: int, stop: int) -> Floats:
+        values = E4M3[self.data[start:stop]]
+        scales = self.scales[np.arange(start, stop) // self.height]
+        with np.errstate(over="ignore", invalid="ignore"):  # refused by the reader
+            values *= np.repeat(scales, self.width, axis=1)[:, : values.shape[1]]
+        return np.asarray(values)
+
+
+def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
+    settings.refuse_unknown((*HARMLESS, "fmt", "weight_block_size", "scale_fmt"))
+    settings.only("fmt", "e4m3", "float8_e4m3fn", absent="e4m3")
+    settings.only("scale_fmt", "float", "ue8m0", absent="float")  # ue8m0: floats that are powers of two
+    block = settings.values.get("weight_block_size")
+    if block is not None and not (
+        isinstance(block, list) and len(block) == 2 and all(type(size) is int and 1 <= size < 1 << 24 for size in block)
+    ):
+        raise settings.refuse("weight_block_size", "expected two numbers of rows and columns")
+    for module in raw.modules("weight"):
+        weight = raw.tensors[f"{module}.weight"]
+        if weight.dtype == "F8_E4M3":
+            suffix = "weight_scale_inv" if raw.find(module, "weight_scale_inv") else "weight_scale"
+            yield matrix(raw, module, weight, suffix, tuple(block) if block else None)
+
+
+def matrix(raw: Raw, module: str, weight: StoredTensor, suffix: str, block: tuple[int, int] | None) -> Matrix:
+    """`block`: rows and columns that share a scale; None: one scale for all, or for each row. Raises BadInput."""
+    weight = raw.need(module, "weight", ("F8_E4M3",), (None, None))
+    rows, columns = weight.shape
+    found = raw.find(module, suffix)
+    if block is None:
+        block = (1, columns) if found and found.shape in ((rows, 1), (rows,)) and rows > 1 else (rows, columns)
+        shape: Any = found.shape if found and found.shape in ((), (1,), (1, 1), (rows,)) else (rows, 1)
+    else:
+        shape = (-(-rows // block[0]), -(-columns // block[1]))
+    scale = raw.need(module, suffix, SCALES, shape)
+    scales = widened(raw.array(scale), scale.dtype).reshape(-(-rows // block[0]), -(-columns // block[1]))
+    if not np.isfinite(scales).all():
+        raise BadInput(f"{scale.file}: {scale.key} holds a scale that is not finite\n{AGAIN}")
+    stored = StoredTensor(f"{module}.weight", "FLOAT", weight.shape, weight.file, weight.key, PACKED)
+    return Matrix(stored, Scaled(raw.array(weight), scales, *block))

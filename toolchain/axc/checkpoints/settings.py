@@ -1,0 +1,68 @@
+"""What a JSON file says of how weights are stored, as untrusted input: typed and bounded access by key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from axrun.errors import BadInput
+
+FLOAT_CHECKPOINT = "Give the original float checkpoint."
+
+
+def keys(text: str) -> tuple[str, ...]:
+    """The words of a text."""
+    return tuple(text.split())
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A JSON object of the file `path`, named `where` in messages that end with `advice`."""
+
+    values: dict[str, Any]
+    path: Path
+    where: str
+    advice: str = FLOAT_CHECKPOINT
+
+    def refuse(self, key: str, expected: str) -> BadInput:
+        """What to raise for the value of a key."""
+        return BadInput(f"{self.path}: {self.where} has {key} {self.values.get(key)!r:.60}; {expected}\n{self.advice}")
+
+    def only(self, key: str, *expected: Any, absent: Any = None) -> Any:
+        """The value of a key, which must be one of these; `absent` where it is not there or null."""
+        value = self.values.get(key)
+        value = absent if value is None else value
+        if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in expected):
+            raise self.refuse(key, f"expected {' or '.join(repr(one) for one in expected)}")
+        return value
+
+    def flag(self, key: str, absent: bool) -> bool:
+        return bool(self.only(key, True, False, absent=absent))
+
+    def integer(self, key: str, low: int, high: int) -> int:
+        value = self.values.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise self.refuse(key, f"expected a whole number from {low} to {high}")
+        return value
+
+    def group_size(self) -> int:
+        """Columns that share a scale; -1: all."""
+        value = self.values.get("group_size")
+        if value == -1 and not isinstance(value, bool):
+            return -1
+        return self.integer("group_size", 1, 1 << 24)
+
+    def part(self, key: str, where: str) -> Settings:
+        """An object inside of this one."""
+        value = self.values.get(key)
+        if not isinstance(value, dict):
+            raise self.refuse(key, "expected an object")
+        return Settings(value, self.path, where, self.advice)
+
+    def refuse_unknown(self, known: Iterable[str]) -> None:
+        """Raises BadInput for a key that may change what the stored numbers mean, for all that is known here."""
+        odd = sorted(key for key, value in self.values.items() if key not in known and value is not None)
+        if odd:
+            raise self.refuse(odd[0], "what that means for the stored weights is not known")

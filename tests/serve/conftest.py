@@ -1,4 +1,4 @@
-"""What the server's tests share: servers, and transformers' model of the checkpoint they serve."""
+"""Fixtures of the server tests: running servers, and transformers' model of the served checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.serve.server import Server, Start
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts servers of a test's own; they end with it."""
+    """Starts servers for one test and stops them after it."""
     started = []
 
     def begin(bundle: Path, *flags: object, **environment: str) -> Server:
@@ -51,7 +51,7 @@ def server_long(bundle_long: Path) -> Iterator[Server]:
 
 @pytest.fixture(scope="session")
 def bundle_saying(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that says the texts of tests.serve.saying.TEXTS; a context of 1023 tokens."""
+    """A model that answers with the texts of tests.serve.saying.TEXTS; a context of 1023 tokens."""
     folder = tmp_path_factory.mktemp("saying")
     checkpoint = saying.write(folder / "checkpoint", saying.TEXTS, endless="e")
     options: dict[str, Any] = {"prefill_len": 64, "kv_cache_len": 1023, "last_kv_cache_len": (256, 512)}
@@ -78,7 +78,7 @@ def reference(tiny_qwen2: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def endless(tiny_qwen2: Path) -> dict[str, int]:
-    """A logit_bias that keeps answers from ending before the context does."""
+    """A logit_bias that prevents answers from ending before the context is full."""
     settings = json.loads((tiny_qwen2 / "generation_config.json").read_text())
     return {str(token): -100 for token in settings["eos_token_id"]}
 

@@ -1,4 +1,4 @@
-"""Many clients at once: each streams answers one after another, and every third hangs up in the middle of each."""
+"""Load test: many clients stream answers one after another; every third client disconnects in the middle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUESTIONS = ("1+1=", "12+30=", "who are you?", "what can you do?", "tell me abou
 
 @dataclass
 class Figures:
-    """Seconds to first token and to the whole answer; what was wrong; how many were cut."""
+    """Seconds to first token and to the complete answer; errors; number of aborted answers."""
 
     first: list[float] = field(default_factory=list)
     whole: list[float] = field(default_factory=list)
@@ -36,9 +36,9 @@ class Figures:
 
 
 def run(server: Server, clients: int, seconds: float, whole: int = 0, cut: int = 0) -> Figures:
-    """For `seconds`, and until so many answers were whole and so many cut, however slow the machine is.
+    """Runs for `seconds` and until `whole` answers were complete and `cut` were aborted, however slow the machine is.
 
-    Clients number 0, 3, 6, ... hang up; what the others get is held against the answer each question gets alone.
+    Clients 0, 3, 6, ... disconnect. The answers of the others are compared with those of an idle server.
     """
     alone = {text: server.chat(text, max_tokens=40)["choices"][0]["message"]["content"] for text in QUESTIONS}
     figures = Figures()

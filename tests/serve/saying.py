@@ -1,7 +1,7 @@
-"""Checkpoints whose answers are known texts: the last character of a question decides which one is said.
+"""Checkpoints that answer with fixed texts, selected by the last character of the question.
 
-Every token decides the next: the embedding is one-hot, the layer adds nothing, and the head is the table of what
-follows what. A text is cut into pieces, each a token of its own.
+Each token determines the next one: the embedding is one-hot, the layer adds nothing, and the head is the transition
+table. A text is split into pieces, each of which is a separate token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 END = "<|end|>"
-PIECE = 3  # bytes of a piece, at least
+PIECE = 3  # minimum bytes of a piece
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 FENCES = """Before
@@ -103,15 +103,15 @@ TEXTS = {
     "e": "And on it goes: word by word, line by line;\n\n",
 }
 
-# A byte-level tokenizer writes these bytes as themselves and the others as the characters from 256 on.
+# Byte-level BPE spells these bytes as themselves, and the others as characters from U+0100 on.
 BYTES = (*PRINTABLE, *(byte for byte in range(256) if byte not in PRINTABLE))
 ALPHABET = dict(zip(BYTES, sorted(pre_tokenizers.ByteLevel.alphabet()), strict=True))
 
 
 def write(folder: Path, texts: Mapping[str, str], endless: str = "", context: int = 4096) -> Path:
-    """A checkpoint that says texts[character], and begins again after those of `endless`.
+    """A checkpoint that answers texts[last character of the question]; texts in `endless` repeat for ever.
 
-    A question that ends in "?" is answered by a random capital letter and a random digit, all as likely.
+    A question that ends in "?" is answered by a random capital letter and a random digit, uniformly.
     """
     folder.mkdir(parents=True)
     vocab = {END: 0, **{char: 1 + i for i, char in enumerate(ALPHABET.values())}}
@@ -139,7 +139,7 @@ def write(folder: Path, texts: Mapping[str, str], endless: str = "", context: in
 
 
 def pieces(text: str, taken: Mapping[str, int]) -> list[str]:
-    """Cuts a text into pieces that are no token yet, each another one."""
+    """Splits a text into distinct pieces that are not tokens yet."""
     cut: list[str] = []
     at = 0
     while at < len(text):

@@ -1,4 +1,4 @@
-"""A real server for the tests: `axrun serve` in a process of its own, on loopback."""
+"""A real server for the tests: `axrun serve` in a separate process, on loopback."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class Server:
-    """A running server. Its standard error is read as it comes, so that it never blocks on it."""
+    """A running server. A thread reads its standard error, so that it never blocks on a full pipe."""
 
     def __init__(self, bundle: Path, *flags: object, **environment: str) -> None:
         command = [sys.executable, "-m", "axrun", "serve", str(bundle), "--port", "0", "--threads", "1"]
@@ -64,7 +64,7 @@ class Server:
         return self
 
     def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 120.0) -> int:
-        """Its exit code; minus the signal where that killed it."""
+        """Stops the server; returns its exit code, or minus the signal that killed it."""
         if self.process.poll() is None:
             self.process.send_signal(how)
         code = self.process.wait(seconds)
@@ -80,14 +80,14 @@ class Server:
         return self.client.stream("POST", f"/v1/{path}", json={"model": MODEL, "stream": True, **body})
 
     def complete(self, prompt: Any, **body: Any) -> dict[str, Any]:
-        """The body of a whole completion, greedy."""
+        """The body of a greedy completion without streaming."""
         response = self.post("completions", prompt=prompt, **{"temperature": 0, **body})
         assert response.status_code == 200, response.text
         answer: dict[str, Any] = response.json()
         return answer
 
     def chat(self, text: str, **body: Any) -> dict[str, Any]:
-        """The body of a whole answer, greedy."""
+        """The body of a greedy chat completion without streaming."""
         messages = [{"role": "user", "content": text}]
         response = self.post("chat/completions", messages=messages, **{"temperature": 0, **body})
         assert response.status_code == 200, response.text
@@ -101,7 +101,7 @@ class Server:
         return {name: float(value) for name, value in pairs}
 
     def idle(self, seconds: float = 60.0) -> dict[str, float]:
-        """Metrics once no slot is written to. Fails when one is kept."""
+        """The metrics once all slots are idle. Fails if one stays busy."""
 
         def rests() -> dict[str, float] | None:
             metrics = self.metrics()
@@ -110,7 +110,7 @@ class Server:
         return self.until(rests, seconds)
 
     def until(self, condition: Callable[[], T | None], seconds: float = 60.0) -> T:
-        """What the condition gives once that is true. Fails when it takes too long."""
+        """The result of the condition once it is true. Fails on a timeout."""
         end = time.monotonic() + seconds
         while not (given := condition()):
             assert time.monotonic() < end, "\n".join(self.lines)

@@ -1,4 +1,4 @@
-"""Requests that are wrong in every way there is: each gets its 4xx in OpenAI's shape, and the server stays up."""
+"""Invalid requests: each gets a 4xx error in OpenAI's format, and the server keeps running."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 @pytest.fixture(scope="module")
 def strict(bundle_s8: Path) -> Iterator[Server]:
-    """Small bodies only."""
+    """A server with a small --max-body."""
     server = Server(bundle_s8, "--max-body", 20_000, "--read-timeout", 120).ready()
     yield server
     assert server.stop() == 0
@@ -36,7 +36,7 @@ def _it_still_answers(strict: Server) -> Iterator[None]:
 
 
 def refusal(response: httpx.Response, status: int, words: str) -> dict[str, Any]:
-    """The error, once its shape and its words were looked at."""
+    """The error object, after checking its format and its message."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     body = response.json()
@@ -52,8 +52,8 @@ def refusal(response: httpx.Response, status: int, words: str) -> dict[str, Any]
         (b"", "not JSON"),
         (b"{", "not JSON"),
         (b"[1, 2", "not JSON"),
-        (b'{"model": "qwen2", "prompt": "x", "temperature": NaN}', "NaN is no JSON number"),
-        (b'{"model": "qwen2", "prompt": "x", "temperature": -Infinity}', "-Infinity is no JSON number"),
+        (b'{"model": "qwen2", "prompt": "x", "temperature": NaN}', "NaN is not a JSON number"),
+        (b'{"model": "qwen2", "prompt": "x", "temperature": -Infinity}', "-Infinity is not a JSON number"),
         (b'{"model": "qwen2", "prompt": "\xff"}', "not UTF-8 at byte"),
         ('{"model": "qwen2", "prompt": "x"}'.encode("utf-16"), "not UTF-8 at byte 0"),
         (b"[" * 15_000, "not JSON"),
@@ -63,7 +63,7 @@ def refusal(response: httpx.Response, status: int, words: str) -> dict[str, Any]
         (b'"qwen2"', "expected an object"),
     ],
 )
-def test_what_is_no_json_object(strict: Server, body: bytes, words: str) -> None:
+def test_malformed_bodies(strict: Server, body: bytes, words: str) -> None:
     refusal(strict.client.post(COMPLETIONS, content=body, headers=JSON), 400, words)
 
 
@@ -90,7 +90,7 @@ def test_what_is_no_json_object(strict: Server, body: bytes, words: str) -> None
             "Missing required parameter",
         ),
         (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "not UTF-8 at character"),
-        (CHAT, {"messages": [{"role": "user", "content": "1+" * 400}]}, "messages", "context is 255 tokens"),
+        (CHAT, {"messages": [{"role": "user", "content": "1+" * 400}]}, "messages", "context is 255"),
         (CHAT, {"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         (CHAT, {"logprobs": 3}, "logprobs", "true or false"),
         (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs", "at most 20"),
@@ -165,18 +165,18 @@ def test_numbers_too_large_for_a_float(strict: Server) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "words"),
     [
-        ("GET", "/nowhere", 404, "nothing here"),
-        ("GET", "/page/../server.py", 404, "nothing here"),
-        ("GET", "/..%2f..%2fcli.py", 404, "nothing here"),
-        ("POST", "/v1/embeddings", 404, "nothing here"),
-        ("GET", "/v1/models/gpt-5", 404, "no such model"),
-        ("GET", CHAT, 405, "takes POST only"),
-        ("OPTIONS", COMPLETIONS, 405, "takes POST only"),
-        ("DELETE", "/v1/models", 405, "takes GET only"),
-        ("POST", "/", 405, "takes GET only"),
+        ("GET", "/nowhere", 404, "No such route"),
+        ("GET", "/page/../server.py", 404, "No such route"),
+        ("GET", "/..%2f..%2fcli.py", 404, "No such route"),
+        ("POST", "/v1/embeddings", 404, "No such route"),
+        ("GET", "/v1/models/gpt-5", 404, "No such model"),
+        ("GET", CHAT, 405, "accepts POST only"),
+        ("OPTIONS", COMPLETIONS, 405, "accepts POST only"),
+        ("DELETE", "/v1/models", 405, "accepts GET only"),
+        ("POST", "/", 405, "accepts GET only"),
     ],
 )
-def test_routes_that_are_none(strict: Server, method: str, path: str, status: int, words: str) -> None:
+def test_unknown_routes_and_methods(strict: Server, method: str, path: str, status: int, words: str) -> None:
     response = strict.client.request(method, path)
     refusal(response, status, words)
     if status == 405:
@@ -189,13 +189,13 @@ def test_head_is_get_without_a_body(strict: Server) -> None:
     assert head.headers["content-length"] == str(len(whole.content))
 
 
-def test_another_model_is_not_there(strict: Server) -> None:
-    error = refusal(strict.post("completions", model="gpt-5", prompt="x"), 404, "there is: qwen2")
+def test_unknown_model(strict: Server) -> None:
+    error = refusal(strict.post("completions", model="gpt-5", prompt="x"), 404, "this server has: qwen2")
     assert (error["code"], error["param"]) == ("model_not_found", "model")
 
 
-def test_only_json_is_taken(strict: Server) -> None:
-    """A form is what another site's page can send without being allowed to."""
+def test_only_json_bodies_are_accepted(strict: Server) -> None:
+    """Pages of other sites can send forms without permission (no CORS preflight)."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", "", "application/jsonx"):
         body = json.dumps({"model": MODEL, "prompt": "x"}).encode()
         response = strict.client.post(COMPLETIONS, content=body, headers={"content-type": kind})
@@ -205,7 +205,7 @@ def test_only_json_is_taken(strict: Server) -> None:
 
 
 @pytest.mark.parametrize("size", [20_001, 300_000])
-def test_bodies_that_are_too_large(strict: Server, size: int) -> None:
+def test_too_large_bodies(strict: Server, size: int) -> None:
     body = json.dumps({"model": MODEL, "prompt": "x"}).encode()
     refusal(strict.client.post(COMPLETIONS, content=body.ljust(size), headers=JSON), 413, "larger than 20000")
     chunks = iter([body] + [b" " * 1000] * (size // 1000))
@@ -213,7 +213,7 @@ def test_bodies_that_are_too_large(strict: Server, size: int) -> None:
     assert strict.client.post(COMPLETIONS, content=body.ljust(20_000), headers=JSON).status_code == 200
 
 
-def test_a_body_without_end_is_cut_off(strict: Server) -> None:
+def test_an_endless_body_is_cut_off(strict: Server) -> None:
     rss = strict.rss()
     with connect(strict) as connection:
         connection.sendall(head(COMPLETIONS, 1 << 40))
@@ -234,7 +234,7 @@ def head(path: str, length: int) -> bytes:
 
 
 def answer(connection: socket.socket) -> bytes:
-    """Everything until the server hangs up."""
+    """All bytes until the server closes the connection."""
     parts = []
     while part := connection.recv(65_536):
         parts.append(part)
@@ -252,7 +252,7 @@ def answer(connection: socket.socket) -> bytes:
         b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nTransfer-Encoding: nonsense\r\n\r\n",
     ],
 )
-def test_what_is_no_http(strict: Server, sent: bytes) -> None:
+def test_malformed_http(strict: Server, sent: bytes) -> None:
     with connect(strict) as connection:
         connection.sendall(sent)
         first, _, body = answer(connection).partition(b"\r\n\r\n")
@@ -261,7 +261,7 @@ def test_what_is_no_http(strict: Server, sent: bytes) -> None:
 
 
 def test_slow_senders_do_not_hold_a_connection(bundle_s8: Path, start: Start) -> None:
-    """A head that drips, a body that drips, a connection that says nothing, and one that is idle behind an answer."""
+    """Slow heads, slow bodies, silent connections, and idle keep-alive connections are closed."""
     beginnings = {
         "head": b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ",
         "body": head(COMPLETIONS, 5000),
@@ -284,7 +284,7 @@ def test_slow_senders_do_not_hold_a_connection(bundle_s8: Path, start: Start) ->
                 continue
             try:
                 if name in ("head", "body"):
-                    with contextlib.suppress(ConnectionError):  # what was said before that can still be read
+                    with contextlib.suppress(ConnectionError):  # data sent before the reset can still be read
                         connection.sendall(b"x")
                 part = connection.recv(65_536)
             except TimeoutError:

@@ -1,4 +1,4 @@
-"""Clients that hold connections in every way there is: each wait has its end, and a newcomer is always answered."""
+"""Clients that hold connections open: every wait has a timeout, and a new client is always answered."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def request(body: dict[str, Any], version: str = "1.1") -> str:
     return f"POST /v1/completions HTTP/{version}\r\n{HEAD}Content-Length: {len(given)}\r\n\r\n{given}"
 
 
-# way: (what is sent at once, what is sent again and again, the statuses that are answered)
+# way: (bytes to send first, bytes to send repeatedly, expected statuses)
 WAYS: dict[str, tuple[str, str, Sequence[int]]] = {
     "nothing": ("", "", [408]),
     "head": ("GET /health HTTP/1.1\r\nHost: localhost\r\nX-Slow: ", "x", [408]),
@@ -44,8 +44,8 @@ WAYS: dict[str, tuple[str, str, Sequence[int]]] = {
     "chunk header": (COMPLETION + CHUNKED + "1;", "x", [408]),
     "trailers": (COMPLETION + CHUNKED + "2\r\n{}\r\n0\r\n", "X: x\r\n", [408]),
     "body after 100": (COMPLETION + "Expect: 100-continue\r\n" + LONG, " ", [100, 408]),
-    "body nobody reads": ("POST /nothing HTTP/1.1\r\nHost: localhost\r\n" + LONG, "x", [404]),
-    "chunks nobody reads": ("POST /nothing HTTP/1.1\r\nHost: localhost\r\n" + CHUNKED, "1\r\nx\r\n", [404]),
+    "body is not read": ("POST /nothing HTTP/1.1\r\nHost: localhost\r\n" + LONG, "x", [404]),
+    "chunks are not read": ("POST /nothing HTTP/1.1\r\nHost: localhost\r\n" + CHUNKED, "1\r\nx\r\n", [404]),
     "refused after Expect": (
         "POST /nothing HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\n" + LONG,
         "x",
@@ -73,7 +73,7 @@ WAYS: dict[str, tuple[str, str, Sequence[int]]] = {
 
 @pytest.fixture(scope="module")
 def held(bundle_long: Path) -> Iterator[Server]:
-    """Asks for a key, and has little patience."""
+    """A server with an API key and short timeouts."""
     server = Server(bundle_long, "--read-timeout", 1, AXRUN_API_KEY="k").ready()
     yield server
     assert server.stop() == 0
@@ -97,19 +97,19 @@ def connect(server: Server, way: str = "") -> socket.socket:
 def begin(server: Server, way: str) -> socket.socket:
     connection = connect(server, way)
     connection.setblocking(False)
-    with contextlib.suppress(OSError):  # it takes no more
+    with contextlib.suppress(OSError):  # the send buffer is full
         connection.send(WAYS[way][0].encode())
     return connection
 
 
 def newcomer(server: Server) -> None:
-    """A client that has no connection yet is answered."""
+    """Checks that a new client gets a response."""
     assert httpx.get(f"{server.url}/health", timeout=30).status_code == 200
     given = {"model": MODEL, "prompt": "1+1=", "max_tokens": 1, "temperature": 0}
 
     def ask() -> httpx.Response | None:
         response = httpx.post(f"{server.url}/v1/completions", json=given, headers=KEY, timeout=30)
-        return None if response.status_code == 429 else response  # others want answers, too
+        return None if response.status_code == 429 else response  # the queue is full
 
     assert server.until(ask).json()["choices"][0]["text"] == "2"
 
@@ -118,8 +118,8 @@ def statuses(received: bytes) -> list[int]:
     return [int(status) for status in re.findall(rb"HTTP/1.1 (\d+) ", received)]
 
 
-@pytest.mark.parametrize("way", sorted(WAYS.keys() - {"never reads"}))  # which costs a while
-def test_a_newcomer_is_answered_while_others_hold_every_connection(held: Server, way: str) -> None:
+@pytest.mark.parametrize("way", sorted(WAYS.keys() - {"never reads"}))  # slow
+def test_a_new_client_is_answered_while_others_hold_every_connection(held: Server, way: str) -> None:
     with contextlib.ExitStack() as stack:
         held_open = [stack.enter_context(begin(held, way)) for _ in range(MAX_CONNECTIONS + 30)]
         for _ in range(2):
@@ -129,8 +129,8 @@ def test_a_newcomer_is_answered_while_others_hold_every_connection(held: Server,
                     connection.send(WAYS[way][1].encode())
 
 
-def test_no_way_holds_a_connection_for_long(held: Server) -> None:
-    """What was answered can be read before the end, and the process has no more files and hardly more memory after."""
+def test_held_connections_are_closed(held: Server) -> None:
+    """The response can still be read before the close; afterwards open files and memory are as before."""
     files, rss = open_files(held), held.rss()
     with contextlib.ExitStack() as stack:
         held_open = {(way, i): stack.enter_context(begin(held, way)) for way in WAYS for i in range(8)}
@@ -174,7 +174,7 @@ def test_no_way_holds_a_connection_for_long(held: Server) -> None:
 
 
 def ended(server: Server, connection: socket.socket) -> bool:
-    """Whether the server has no such connection any more, for a client that does not read."""
+    """Whether the server has closed the connection, for a client that does not read."""
     port = connection.getsockname()[1]
     entries = Path("/proc/net/tcp").read_text().splitlines()[1:]
     here = int(server.url.rpartition(":")[2])
@@ -188,7 +188,7 @@ def open_files(server: Server) -> int:
     return len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
 
 
-def test_an_answer_in_the_making_is_not_dropped_for_a_newcomer(held: Server, endless: dict[str, int]) -> None:
+def test_an_answer_in_progress_is_not_dropped_for_a_new_client(held: Server, endless: dict[str, int]) -> None:
     given = {"prompt": "Once", "max_tokens": 3000, "logit_bias": endless, "stream": True}
     with contextlib.ExitStack() as stack:
         stream = held.client.stream("POST", "/v1/completions", json={"model": MODEL, **given}, headers=KEY)
@@ -202,7 +202,7 @@ def test_an_answer_in_the_making_is_not_dropped_for_a_newcomer(held: Server, end
 
 
 def whole(server: Server, sent: str, half_close: bool = True) -> bytes:
-    """Everything the server sends to a client that ends its side of the connection, or does not."""
+    """All bytes from the server, for a client that half-closes the connection or not."""
     with connect(server) as connection:
         connection.sendall(sent.encode())
         if half_close:
@@ -215,22 +215,22 @@ def whole(server: Server, sent: str, half_close: bool = True) -> bytes:
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_who_ends_its_side_still_gets_its_answer(held: Server, streamed: bool, version: str) -> None:
+def test_a_client_that_half_closes_gets_its_answer(held: Server, streamed: bool, version: str) -> None:
     received = whole(held, request({"prompt": "1+1=", "max_tokens": 1, "stream": streamed}, version))
     assert statuses(received) == [200]
     assert b'"text":"2"' in received
     assert received.endswith(b"data: [DONE]\n\n" + (b"\r\n0\r\n\r\n" if version == "1.1" else b"")) or not streamed
 
 
-def test_who_ends_its_side_gets_every_answer(held: Server) -> None:
+def test_a_client_that_half_closes_gets_all_pipelined_answers(held: Server) -> None:
     first, second = (request({"prompt": prompt, "max_tokens": 1}) for prompt in ("1+1=", "2+2="))
     received = whole(held, first + HEALTH + second)
     assert statuses(received) == [200, 200, 200]
     assert received.index(b'"text":"2"') < received.index(b'"text":"4"')
 
 
-def test_who_ends_its_side_may_wait_long(held: Server, endless: dict[str, int]) -> None:
-    """It is asked whether it still reads by an interim response, which a client passes over."""
+def test_a_client_that_half_closes_may_wait_long(held: Server, endless: dict[str, int]) -> None:
+    """The server probes it with an interim response, which clients ignore."""
     given = {"prompt": "Once", "max_tokens": 2500, "logit_bias": endless}
     with connect(held) as connection:
         connection.sendall(request(given).encode())
@@ -249,14 +249,14 @@ def test_who_ends_its_side_may_wait_long(held: Server, endless: dict[str, int]) 
         (COMPLETION + CHUNKED + "5\r\n{}", 400),
     ],
 )
-def test_who_ends_its_side_too_early_is_told(held: Server, sent: str, status: int) -> None:
+def test_a_half_close_in_the_middle_of_a_request_is_an_error(held: Server, sent: str, status: int) -> None:
     assert statuses(whole(held, sent)) == [status]
 
 
 @pytest.mark.parametrize(
     ("sent", "expected"),
     [
-        # two ends of a body: answered by the chunks, and what follows is no request
+        # conflicting lengths: the chunked one counts, and the rest is not a request
         ("Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n{chunk}0\r\n\r\n" + HEALTH, [200]),
         ("Transfer-Encoding: chunked\r\nContent-Length: 6\r\n\r\n{chunk}0\r\n\r\n" + HEALTH, [200]),
         ("Content-Length: 2\r\nContent-Length: 3\r\n\r\n{}x" + HEALTH, [400]),
@@ -271,7 +271,7 @@ def test_who_ends_its_side_too_early_is_told(held: Server, sent: str, status: in
         ),
     ],
 )
-def test_no_request_is_hidden_in_a_body(held: Server, sent: str, expected: list[int]) -> None:
+def test_request_smuggling_is_refused(held: Server, sent: str, expected: list[int]) -> None:
     body = json.dumps({"prompt": "1+1=", "model": MODEL, "max_tokens": 1})
     sent = sent.replace("{chunk}", f"{len(body):x}\r\n{body}\r\n")
     received = whole(held, COMPLETION + sent, half_close=False)
@@ -279,8 +279,8 @@ def test_no_request_is_hidden_in_a_body(held: Server, sent: str, expected: list[
     assert b"connection: close" in received.lower()
 
 
-def test_any_mixture_of_requests_cuts_and_ends_leaves_it_whole(held: Server) -> None:
-    """Seeded sessions of pipelined requests, sent in pieces and ended in any way: no 5xx, nothing left behind."""
+def test_random_sessions_leave_the_server_intact(held: Server) -> None:
+    """Random pipelined requests, split and ended at random points: no 5xx, no leaked connections."""
     pieces = [begin + drip for begin, drip, _ in WAYS.values() if len(begin) < 2000]
     pieces += [request({"prompt": "1+1=", "max_tokens": 3, "stream": streamed}) for streamed in (True, False)]
     files, seen = open_files(held), set()

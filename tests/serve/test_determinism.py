@@ -1,4 +1,4 @@
-"""With --exact an answer depends on its request alone; without it, a slot computes only what is new to it."""
+"""Reuse of the KV cache: with --exact, answers depend on the request only; without it, the longest prefix is reused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def start(slot: Slot, ids: list[int], reused: int) -> Iterator[Any]:
 
 
 def logits(model: Model, slot: Slot, ids: list[int], then: list[int]) -> list[Any]:
-    """After the prompt, and after each token that follows."""
+    """The logits after the prompt and after each following token."""
     for hidden in start(slot, ids, slot.reusable(ids)):
         last = model.post(hidden[-1:]).copy()
     return [last, *(model.post(hidden).copy() for token in then for hidden in slot.extend([token]))]
@@ -49,8 +49,8 @@ def logits(model: Model, slot: Slot, ids: list[int], then: list[int]) -> list[An
     ("cached", "written", "prompt", "reused"),
     [
         (100, 0, 120, 96),  # whole chunks of 32, not the 4 of the last
-        (100, 30, 130, 96),  # what was written token by token is read in chunks
-        (96, 0, 96, 64),  # the last chunk's logits are wanted
+        (100, 30, 130, 96),  # decoded tokens are prefilled again in chunks
+        (96, 0, 96, 64),  # the logits of the last chunk are needed
         (97, 0, 97, 96),
         (40, 0, 33, 32),
         (31, 10, 60, 0),
@@ -76,7 +76,7 @@ def test_reuse_is_exact_to_the_last_bit(
 @pytest.mark.parametrize(
     ("cached", "written", "prompt"), [(100, 0, 120), (100, 30, 140), (31, 10, 60), (200, 20, 255), (100, 0, 100)]
 )
-def test_only_what_is_new_is_computed(model: Model, ids: list[int], cached: int, written: int, prompt: int) -> None:
+def test_only_new_tokens_are_computed(model: Model, ids: list[int], cached: int, written: int, prompt: int) -> None:
     slot = slot_of(model, exact=False)
     logits(model, slot, ids[:cached], ids[cached : cached + written])
     reused = slot.reusable(ids[:prompt])
@@ -87,8 +87,8 @@ def test_only_what_is_new_is_computed(model: Model, ids: list[int], cached: int,
     assert np.abs(again[0] - alone[0]).max() < 0.05 * np.ptp(alone[0])
 
 
-def test_a_further_turn_costs_what_is_new_in_it(bundle_s8: Path, start: Starter) -> None:
-    """Over HTTP, and beside another conversation that begins as every chat does."""
+def test_a_further_turn_prefills_only_new_tokens(bundle_s8: Path, start: Starter) -> None:
+    """Over HTTP, with another conversation that shares only the beginning of the template."""
     server = start(bundle_s8, "--slots", 2).ready()
     messages: list[dict[str, str]] = []
     cached, prompts = [], []
@@ -105,16 +105,16 @@ def test_a_further_turn_costs_what_is_new_in_it(bundle_s8: Path, start: Starter)
         assert prompts[number] - cached[number] < 30
 
 
-def test_a_common_beginning_is_reused_and_the_rest_is_not(model: Model, ids: list[int]) -> None:
+def test_a_common_prefix_is_reused_and_the_rest_is_not(model: Model, ids: list[int]) -> None:
     slot, other = slot_of(model), ids[:70] + [token ^ 1 for token in ids[70:140]]
     logits(model, slot, ids[:150], [])
     assert slot.reusable(other) == 64
     for one, again in zip(logits(model, slot_of(model), other, []), logits(model, slot, other, []), strict=True):
         np.testing.assert_array_equal(one, again)
-    assert slot.reusable(ids[:150]) == 64, "what was replaced is not there any more"
+    assert slot.reusable(ids[:150]) == 64, "replaced tokens are no longer in the cache"
 
 
-def test_a_prompt_that_was_broken_off_leaves_what_it_computed(model: Model, ids: list[int]) -> None:
+def test_an_interrupted_prefill_keeps_its_finished_chunks(model: Model, ids: list[int]) -> None:
     slot = slot_of(model)
     chunks = start(slot, ids[:200], 0)
     next(chunks)
@@ -125,7 +125,7 @@ def test_a_prompt_that_was_broken_off_leaves_what_it_computed(model: Model, ids:
     np.testing.assert_array_equal(alone[0], again[0])
 
 
-def test_a_reset_forgets_what_a_failed_step_left(model: Model, ids: list[int]) -> None:
+def test_a_reset_clears_the_rows_of_a_failed_step(model: Model, ids: list[int]) -> None:
     slot = slot_of(model)
     logits(model, slot, ids[:50], [])
     slot.model.decoder.cache.keys[0][:, 50:] = 0x7FC0  # a bfloat16 NaN
@@ -146,7 +146,7 @@ def test_slots_that_do_not_fit_are_refused_with_the_numbers(model: Model, monkey
     assert len(allocate(model, 12)) == 12
 
 
-def test_answers_under_load_are_those_alone(bundle_s8: Path, start: Starter, heldout: str) -> None:
+def test_answers_under_load_equal_those_of_an_idle_server(bundle_s8: Path, start: Starter, heldout: str) -> None:
     prompts = [heldout[begin : begin + length] for begin in (0, 40, 90) for length in (30, 130, 260)]
     bodies: list[dict[str, Any]] = [{"prompt": prompts[4], "max_tokens": 30, "temperature": 1.2, "seed": 3}]
     for index, prompt in enumerate(prompts):
@@ -154,7 +154,7 @@ def test_answers_under_load_are_those_alone(bundle_s8: Path, start: Starter, hel
     quiet = start(bundle_s8, "--slots", 1, "--exact").ready()
     alone, tokens = [], []
     for number, body in enumerate(bodies):
-        quiet.complete("x" * (number + 1), max_tokens=1)  # another beginning, so that nothing is there to reuse
+        quiet.complete("x" * (number + 1), max_tokens=1)  # another prefix, so that nothing can be reused
         answer = quiet.complete(**body)
         assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
         alone.append(answer["choices"])
@@ -174,6 +174,6 @@ def test_answers_under_load_are_those_alone(bundle_s8: Path, start: Starter, hel
         for answers in pool.map(ask, range(len(bodies))):
             for number, choices in answers:
                 assert choices == alone[number]
-    # Of those who ask for the same at last, only the first on each slot can find it without that beginning.
+    # Of the final identical requests, only the first on each slot can find no prefix to reuse.
     shared = (tokens[longest] - 1) // 32 * 32
     assert busy.idle()['axrun_tokens_total{kind="prompt_reused"}'] >= (len(bodies) - 3) * shared > 100

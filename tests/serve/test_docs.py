@@ -1,4 +1,4 @@
-"""docs/serve.md lists the fields that are accepted, as the schemas have them, and the routes and flags there are."""
+"""docs/serve.md matches the code: request fields, routes and flags."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from tests.serve.server import ROOT, Server
 PAGE = (ROOT / "docs" / "serve.md").read_text()
 
 
-def test_the_fields_are_those_of_the_schemas() -> None:
-    """`python -m axrun.serve.fields` prints what has to stand there."""
+def test_the_field_tables_match_the_schemas() -> None:
+    """`python -m axrun.serve.fields` prints the tables."""
     for heading, lines in tables().items():
         assert f"\n### {heading}\n\n" + "\n".join(lines) + "\n" in PAGE
     known = {row.split("`")[1] for lines in tables().values() for row in lines[2:]}
     assert {"user", "metadata", "reasoning_effort", "verbosity", "cache_prompt", "cache_control", "ignore_eos"} <= known
 
 
-def test_the_routes_are_there(server: Server) -> None:
+def test_all_routes_are_documented(server: Server) -> None:
     document: dict[str, Any] = server.client.get("/openapi.json").json()
     for path in document["paths"]:
         assert f"{path.replace('/qwen2', '/NAME')}`" in PAGE
 
 
-def test_the_flags_are_there() -> None:
+def test_all_flags_exist() -> None:
     parser = argparse.ArgumentParser()
     VERBS["serve"].flags(parser)
     known = {option for action in parser._actions for option in action.option_strings}

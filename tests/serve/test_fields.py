@@ -1,4 +1,4 @@
-"""Fields that clients send and that change nothing are accepted; what cannot be read is refused in plain words."""
+"""Fields without effect are accepted; message parts that are not text are refused by name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def content(answer: dict[str, Any]) -> str:
     return text
 
 
-def test_what_changes_nothing_is_accepted(server: Server) -> None:
+def test_fields_without_effect_are_accepted(server: Server) -> None:
     plain = content(server.chat("who are you?"))
     given = {**ignored(schema.CHAT), **switched_off(schema.CHAT)}
     assert {"user", "metadata", "store", "reasoning_effort", "verbosity", "cache_prompt", "cache_control"} < set(given)
@@ -43,8 +43,8 @@ def test_what_changes_nothing_is_accepted(server: Server) -> None:
     assert server.complete(**completion)["choices"][0]["text"] == "2"
 
 
-def test_messages_as_other_servers_and_libraries_keep_them(server: Server) -> None:
-    """A conversation with what clients leave in it, and the same without."""
+def test_messages_with_extra_fields_of_other_servers_are_accepted(server: Server) -> None:
+    """A conversation with extra fields, and the same without them."""
     parts = [{"type": "text", "text": "who are you?", "cache_control": {"type": "ephemeral"}}]
     assistant: dict[str, Any] = {
         "role": "assistant",
@@ -65,7 +65,7 @@ def test_messages_as_other_servers_and_libraries_keep_them(server: Server) -> No
         assert content(seen[0]) == content(seen[1])
 
 
-def test_no_model_is_the_served_one(server: Server) -> None:
+def test_the_served_model_is_the_default(server: Server) -> None:
     for model in ({}, {"model": None}):
         response = server.client.post("/v1/chat/completions", json={"messages": ASK, "max_tokens": 1, **model})
         assert (response.status_code, response.json()["model"]) == (200, "qwen2")
@@ -74,7 +74,7 @@ def test_no_model_is_the_served_one(server: Server) -> None:
 
 @pytest.mark.parametrize("limit", [-1, None])
 def test_no_limit_of_tokens(server: Server, endless: dict[str, int], limit: int | None) -> None:
-    """To the end of the context, where a completion otherwise has 16 tokens."""
+    """The answer goes on to the end of the context; the default of completions is 16 tokens."""
     given = {"logit_bias": endless, "max_tokens": limit}
     for answer in (server.complete("1+1=", **given), server.chat("1+1=", **given)):
         assert answer["usage"]["total_tokens"] == 256
@@ -82,8 +82,8 @@ def test_no_limit_of_tokens(server: Server, endless: dict[str, int], limit: int 
     assert server.chat("1+1=", max_completion_tokens=limit)["choices"][0]["finish_reason"] == "stop"
 
 
-def test_ignore_eos_goes_on(server: Server) -> None:
-    """The same answer, and more behind it; stop strings still end it."""
+def test_ignore_eos_continues_past_stop_tokens(server: Server) -> None:
+    """The answer is the same but longer; stop strings still end it."""
     plain = server.chat("1+1=")
     longer = server.chat("1+1=", ignore_eos=True, max_tokens=30)
     assert plain["usage"]["completion_tokens"] < 30 == longer["usage"]["completion_tokens"]
@@ -102,7 +102,7 @@ def test_ignore_eos_goes_on(server: Server) -> None:
         ({"type": "video_url", "video_url": {"url": "x"}}, "a video"),
     ],
 )
-def test_what_is_no_text_is_refused_by_name(server: Server, part: dict[str, Any], kind: str) -> None:
+def test_parts_that_are_not_text_are_refused_by_name(server: Server, part: dict[str, Any], kind: str) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}, part]}]
     error = server.post("chat/completions", messages=messages)
     assert error.status_code == 400

@@ -1,4 +1,4 @@
-"""The server against its own OpenAPI document, by schemathesis: what fits is answered, what does not is refused."""
+"""schemathesis against the server's own OpenAPI document: valid requests are answered, invalid ones refused."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ CHECKS = (
 )
 
 
-EXAMPLES = {GenerationMode.POSITIVE: 50, GenerationMode.NEGATIVE: 80}  # a positive one has to be answered
+EXAMPLES = {GenerationMode.POSITIVE: 50, GenerationMode.NEGATIVE: 80}  # positive ones take longer: they are answered
 
-# what no JSON Schema of one field can say
+# rules that the JSON Schema of one field cannot express
 ACROSS_FIELDS = ("needs stream", "needs logprobs", "outside the vocabulary", "more than 64", "context is", "is empty")
 
 
 @pytest.fixture(scope="module")
 def document(server: Server) -> Any:
-    """The server's own."""
+    """The OpenAPI document of the server."""
     return schemathesis.openapi.from_dict(server.client.get("/openapi.json").json())
 
 
 @pytest.fixture(scope="module")
 def brief(server: Server) -> Any:
-    """The same with tokens that there are, and short answers: long ones show no more."""
+    """The same with valid token ids and short answers, to save time."""
     given = server.client.get("/openapi.json").json()
     for path in ("/v1/chat/completions", "/v1/completions"):
         body = given["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
@@ -58,7 +58,7 @@ def brief(server: Server) -> Any:
 
 
 def fuzz(operation: Any, server: Server, mode: GenerationMode) -> Counter[str]:
-    """How often which status was answered; a refusal that only several fields together explain counts apart."""
+    """Counts of statuses; refusals that depend on several fields are counted separately."""
     seen: Counter[str] = Counter()
 
     @settings(
@@ -82,19 +82,19 @@ def fuzz(operation: Any, server: Server, mode: GenerationMode) -> Counter[str]:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_what_fits_the_document_is_answered(brief: Any, server: Server, path: str) -> None:
+def test_valid_requests_are_answered(brief: Any, server: Server, path: str) -> None:
     seen = fuzz(brief[path]["POST"], server, GenerationMode.POSITIVE)
     assert seen["200"] > 10
     assert set(seen) == {"200", "across fields"}
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_what_does_not_fit_is_refused(document: Any, server: Server, path: str) -> None:
+def test_invalid_requests_are_refused(document: Any, server: Server, path: str) -> None:
     seen = fuzz(document[path]["POST"], server, GenerationMode.NEGATIVE)
     assert seen["400"] + seen["404"] > 40
     assert set(seen) <= {"400", "404", "415", "across fields"}
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/qwen2", "/health", "/metrics"])
-def test_the_rest_is_as_documented(document: Any, server: Server, path: str) -> None:
+def test_other_routes_match_the_document(document: Any, server: Server, path: str) -> None:
     assert set(fuzz(document[path]["GET"], server, GenerationMode.POSITIVE)) == {"200"}

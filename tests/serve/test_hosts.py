@@ -1,4 +1,4 @@
-"""Which names the server answers to, and what a foreign page in a browser can reach."""
+"""Allowed host names, and requests of a foreign page in a browser."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ MALFORMED = [
 
 
 def served(hosts: Hosts, names: list[str]) -> set[int]:
-    """What becomes of requests to these hosts."""
+    """The statuses of requests with these host names."""
 
     def status(name: str) -> int:
         try:
@@ -70,27 +70,27 @@ def served(hosts: Hosts, names: list[str]) -> set[int]:
         (Hosts(loopback=True, key=False, own=["127.0.0.1"], allowed=["*"]), 200, 200),
     ],
 )
-def test_names_that_are_served(hosts: Hosts, private: int, foreign: int) -> None:
+def test_allowed_names(hosts: Hosts, private: int, foreign: int) -> None:
     assert served(hosts, LOCAL + ADDRESSES) == {200}
     assert served(hosts, PRIVATE) == {private}
     assert served(hosts, FOREIGN) == {foreign}
     assert served(hosts, MALFORMED) == {400}
 
 
-def test_names_of_its_own_and_allowed_ones() -> None:
+def test_own_names_and_allowed_ones() -> None:
     hosts = Hosts(loopback=False, key=False, own=["board.example"], allowed=["Proxy.example."])
     assert served(hosts, ["board.example:80", "BOARD.example", "proxy.example"]) == {200}
     assert served(hosts, ["x.board.example", "example", "axboard"]) == {403}
 
 
 @pytest.mark.parametrize("name", ["http://localhost", "localhost:8000", "", "a b", "*.example"])
-def test_a_name_that_is_none(name: str) -> None:
+def test_malformed_names(name: str) -> None:
     with pytest.raises(BadInput, match="--allowed-host"):
         Options(allowed_host=[name])
 
 
-def test_a_foreign_page_does_not_reach_it(server: Server) -> None:
-    """Neither by a name of its own that resolves to this machine, nor as itself."""
+def test_a_foreign_page_cannot_reach_the_server(server: Server) -> None:
+    """Neither by DNS rebinding nor by a cross-origin request."""
     for method, path in (("GET", "/"), ("GET", "/health"), ("GET", "/nothing"), ("POST", "/v1/completions")):
         refused = server.client.request(method, path, headers={"host": "evil.example:8000"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "host_not_allowed")

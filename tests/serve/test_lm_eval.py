@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, unmodified, against a real server; the tasks are local files and no hub is asked."""
+"""lm-evaluation-harness, unmodified, against a real server; the tasks are local files, without network access."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 from tests.serve.server import MODEL, Server
 
-WINDOW = 252  # tokens that lm_eval rates at a time: its max_length of 254, less one of context and one to draw
+WINDOW = 252  # tokens per window of lm_eval: max_length 254, minus one of context and one to generate
 SUMS = [(1, 1), (7, 8), (12, 30), (25, 25), (40, 2), (3, 9)]
 
 CHOICES = """
@@ -56,7 +56,7 @@ metric_list: [{{metric: word_perplexity}}]
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory, heldout: str) -> Path:
-    """Sums to choose from and to answer, and a text to rate."""
+    """Multiple-choice sums, sums to answer, and a text to score."""
     folder = tmp_path_factory.mktemp("tasks")
     sums = [{"question": f"{a}+{b}=", "choices": [str(a + b), str(a + b + 1), str(a)], "answer": 0} for a, b in SUMS]
     texts = [{"text": part} for part in (heldout[:500], heldout[600:1800])]
@@ -119,7 +119,7 @@ def evaluated(
 
 
 def loglikelihood(reference: Any, tokenizer: Any, context: str, continuation: str) -> tuple[float, bool]:
-    """Of a continuation, and whether it is the greedy one."""
+    """The log likelihood of a continuation, and whether it is the greedy one."""
     start, ids = len(tokenizer.encode(context)), tokenizer.encode(context + continuation)
     with torch.inference_mode():
         rows = reference(torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -127,10 +127,10 @@ def loglikelihood(reference: Any, tokenizer: Any, context: str, continuation: st
     return sum(float(rows[i - 1, ids[i]]) for i in places), all(int(rows[i - 1].argmax()) == ids[i] for i in places)
 
 
-def test_the_harness_gets_what_transformers_gives(
+def test_the_harness_gets_the_results_of_transformers(
     evaluated: Any, reference: Any, hf_tokenizer: Any, server_fp32: Server
 ) -> None:
-    """One test: the harness takes half a minute to start, in every process that has one of several."""
+    """A single test, because the harness takes half a minute to start in each test process."""
     expect_loglikelihoods(evaluated, reference, hf_tokenizer)
     expect_rolling_loglikelihoods(evaluated, reference, hf_tokenizer)
     expect_generations(evaluated, server_fp32, "answers")
@@ -153,7 +153,7 @@ def expect_loglikelihoods(evaluated: Any, reference: Any, hf_tokenizer: Any) -> 
 
 
 def expect_rolling_loglikelihoods(evaluated: Any, reference: Any, hf_tokenizer: Any) -> None:
-    """The second text is longer than the context and comes in windows, each behind one token of the last."""
+    """The second text exceeds the context and comes in windows, each with one token of the previous one as context."""
     sizes = []
     for sample in evaluated["rolling"]["samples"]:
         ids = [hf_tokenizer.eos_token_id, *hf_tokenizer.encode(sample["doc"]["text"])]

@@ -24,7 +24,7 @@ LOGITS = arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 40)), el
 
 @settings(deadline=None)
 @given(LOGITS)
-def test_log_softmax_is_torchs(logits: Any) -> None:
+def test_log_softmax_matches_torch(logits: Any) -> None:
     expected = torch.from_numpy(logits.copy()).log_softmax(-1).numpy()
     np.testing.assert_allclose(log_softmax(logits), expected, atol=1e-5)
     np.testing.assert_array_equal(log_softmax(logits)[0], log_softmax(logits[0]))
@@ -32,20 +32,22 @@ def test_log_softmax_is_torchs(logits: Any) -> None:
 
 @settings(deadline=None)
 @given(LOGITS, st.integers(0, 20))
-def test_likeliest_are_the_first_of_a_stable_sort(logits: Any, count: int) -> None:
-    row = np.round(logits[0])  # so that some are equal
+def test_likeliest_matches_a_stable_sort(logits: Any, count: int) -> None:
+    row = np.round(logits[0])  # creates ties
     assert list(likeliest(row, count)) == list(np.argsort(-row, kind="stable")[:count])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_are_said(bad: float) -> None:
+def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
     with pytest.raises(CheckFailed, match="not finite"):
         log_softmax(np.array([1.0, bad, 2.0], np.float32))
 
 
 @settings(deadline=None)
 @given(LOGITS, st.lists(st.integers(0, 39), max_size=20), st.floats(-2, 2), st.floats(-2, 2))
-def test_penalties_are_openais(logits: Any, written: list[int], presence: float, frequency: float) -> None:
+def test_penalties_match_the_formulas_of_openai(
+    logits: Any, written: list[int], presence: float, frequency: float
+) -> None:
     row = logits[0]
     answer = Counter(token for token in written if token < len(row))
     bias = {0: 3.5, len(row) - 1: -100.0}
@@ -54,7 +56,7 @@ def test_penalties_are_openais(logits: Any, written: list[int], presence: float,
         count = answer[token]
         expected[token] += bias.get(token, 0) - count * frequency - (count > 0) * presence
     before = row.copy()
-    ids = [1, 1, 0, *answer.elements()]  # a prompt counts for nothing
+    ids = [1, 1, 0, *answer.elements()]  # the prompt does not count
     sampler = Sampler(Sampling(presence_penalty=presence, frequency_penalty=frequency, logit_bias=bias))
     for stop in range(3, len(ids) + 1):
         seen = sampler.processed(row, ids[:stop], 3)
@@ -75,7 +77,7 @@ def test_token_bytes_spell_the_text(tiny_qwen2: Path, hf_tokenizer: Any, heldout
 
 
 def test_token_bytes_of_sentencepiece(tmp_path: Path) -> None:
-    """As Llama's: spaces as U+2581, bytes that have no piece as <0xNN>."""
+    """Llama's vocabulary: U+2581 for spaces, <0xNN> for bytes without a piece."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models
 

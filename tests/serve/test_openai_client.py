@@ -23,7 +23,7 @@ def greedy(reference: Any, ids: list[int], count: int) -> list[int]:
 
 
 def log_softmax(reference: Any, ids: list[int]) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """After every token, [n, vocab]."""
+    """Log probabilities after every token, [n, vocab]."""
     with torch.inference_mode():
         return np.asarray(reference(torch.tensor([ids])).logits[0].log_softmax(-1).numpy())
 
@@ -38,7 +38,7 @@ def ask(text: str) -> list[Any]:
     return [{"role": "user", "content": text}]
 
 
-def test_an_answer_is_that_of_transformers(client: openai.OpenAI, reference: Any, hf_tokenizer: Any) -> None:
+def test_answers_match_transformers(client: openai.OpenAI, reference: Any, hf_tokenizer: Any) -> None:
     messages = [{"role": "system", "content": "Be brief."}, *ask("12+30=")]
     answer = client.chat.completions.create(model=MODEL, messages=messages, temperature=0)
     ids = hf_tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
@@ -54,7 +54,7 @@ def test_an_answer_is_that_of_transformers(client: openai.OpenAI, reference: Any
     assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
 
 
-def test_a_stream_spells_the_same_answer(client: openai.OpenAI) -> None:
+def test_a_stream_gives_the_same_answer(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model=MODEL, messages=ask("who are you?"), temperature=0)
     chunks = list(
         client.chat.completions.create(
@@ -79,7 +79,7 @@ def test_a_stream_spells_the_same_answer(client: openai.OpenAI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_a_conversation_goes_on(client: openai.OpenAI) -> None:
+def test_a_conversation_continues(client: openai.OpenAI) -> None:
     first = client.chat.completions.create(model=MODEL, messages=ask("1+1="), temperature=0)
     more = [*ask("1+1="), first.choices[0].message, *ask("2+2=")]
     parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2="}]
@@ -91,7 +91,7 @@ def test_a_conversation_goes_on(client: openai.OpenAI) -> None:
     assert answers[0].usage == answers[1].usage or answers[0].usage is not None
 
 
-def test_logprobs_of_a_chat_are_those_of_transformers(client: openai.OpenAI, reference: Any, hf_tokenizer: Any) -> None:
+def test_logprobs_match_transformers(client: openai.OpenAI, reference: Any, hf_tokenizer: Any) -> None:
     answer = client.chat.completions.create(
         model=MODEL, messages=ask("who are you?"), temperature=0, logprobs=True, top_logprobs=5
     )
@@ -110,7 +110,7 @@ def test_logprobs_of_a_chat_are_those_of_transformers(client: openai.OpenAI, ref
 
 
 def test_echo_scores_the_prompt(client: openai.OpenAI, reference: Any, hf_tokenizer: Any, heldout: str) -> None:
-    """As strings, as tokens, as lists of either; more than one prefill chunk long."""
+    """Prompts as strings, as token ids, and as lists of either; longer than one prefill chunk."""
     text = heldout[:300]
     ids = hf_tokenizer.encode(text)
     assert len(ids) > 70
@@ -166,7 +166,7 @@ def test_completions_stop_at_16_tokens_unless_told(client: openai.OpenAI, heldou
     assert "".join(part.choices[0].text for part in streamed) == longer.choices[0].text
 
 
-def test_a_streams_logprobs_are_those_of_the_whole(client: openai.OpenAI) -> None:
+def test_logprobs_of_a_stream_equal_those_without(client: openai.OpenAI) -> None:
     given: Any = {"model": MODEL, "prompt": "who are", "temperature": 0, "logprobs": 3, "echo": True, "max_tokens": 12}
     whole = client.completions.create(**given).choices[0].logprobs
     assert whole is not None
@@ -186,7 +186,7 @@ def test_a_seed_repeats_an_answer_and_n_gives_several(client: openai.OpenAI, hel
     assert answers(-5) == answers(-5)
 
 
-def test_drawing_can_be_narrowed(client: openai.OpenAI, heldout: str) -> None:
+def test_sampling_parameters_narrow_the_choice(client: openai.OpenAI, heldout: str) -> None:
     def answer(**more: Any) -> str:
         given: Any = {"model": MODEL, "prompt": heldout[:40], "max_tokens": 80, "seed": 7, **more}
         return str(client.completions.create(**given).choices[0].text)
@@ -199,7 +199,7 @@ def test_drawing_can_be_narrowed(client: openai.OpenAI, heldout: str) -> None:
     assert answer(temperature=0, extra_body={"repetition_penalty": 10}) != greedy
 
     def counts(**more: Any) -> list[int]:
-        """How often each of five tokens is written, when there are no others."""
+        """Counts of five tokens, when all others are excluded by logit_bias."""
         five = {str(token): 100 for token in range(300, 305)}
         given: Any = {"model": MODEL, "prompt": "Once", "max_tokens": 100, "temperature": 0, "logprobs": 0, **more}
         scores = client.completions.create(**given, logit_bias=five).choices[0].logprobs
@@ -217,7 +217,7 @@ def test_drawing_can_be_narrowed(client: openai.OpenAI, heldout: str) -> None:
     assert answer(temperature=0, logit_bias={"5": 100}) == answer(temperature=0, logit_bias={"5": 100.0}) != greedy
 
 
-def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
+def test_errors_become_exceptions_of_the_client(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-5", messages=ask("x"))
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
@@ -236,5 +236,5 @@ def test_errors_are_the_clients_own_exceptions(client: openai.OpenAI) -> None:
 def test_models_are_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).owned_by == "axrun"
-    with pytest.raises(openai.NotFoundError, match="there is: qwen2"):
+    with pytest.raises(openai.NotFoundError, match="this server has: qwen2"):
         client.models.retrieve("gpt-5")

@@ -1,4 +1,4 @@
-"""The page at / in a real browser: Debian's Chromium, headless, against a real server."""
+"""The chat page in a real browser: Debian's Chromium, headless, with a real server."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=900,760"
 )
-# An address of RFC 5737 that leads here: over plain http, a browser trusts only this machine's own addresses.
+# An RFC 5737 address mapped to this machine: browsers treat plain http as secure on local addresses only.
 ELSEWHERE = "192.0.2.1"
 
 
 class Page:
-    """What a person does with the page and sees on it."""
+    """User actions on the page, and the visible text."""
 
     def __init__(self, driver: Any) -> None:
         self.driver = driver
@@ -60,16 +60,16 @@ class Page:
         self.until(lambda: len(self.texts(".assistant")) > before)
 
     def answered(self) -> str:
-        """The last answer, once it is complete."""
+        """The last answer, after it is complete."""
         self.until(lambda: self.find("#send").is_displayed() and self.texts(".below"))
         return self.texts(".assistant .text")[-1]
 
     def press(self, text: str) -> None:
-        """The last button of that name."""
+        """Presses the last button with this label."""
         self.driver.find_elements(By.XPATH, f"//button[text()='{text}']")[-1].click()
 
     def call(self, script: str, *given: Any) -> Any:
-        """What an async function body of this page gives; `Writing` and `clean` are those of markdown.js."""
+        """Runs an async function body in the page; `Writing` and `clean` are those of markdown.js."""
         whole = (
             "const [done, ...given] = [arguments[arguments.length - 1], ...arguments];"
             "import('/markdown.js').then(async ({load, Writing, clean}) => { await load();"
@@ -103,7 +103,7 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def server_saying(bundle_saying: Path) -> Iterator[Server]:
-    """Says what saying.TEXTS has. It may be reached from other machines, so that a browser need not trust it."""
+    """Answers with saying.TEXTS; reachable by a non-local address, which browsers do not treat as secure."""
     server = Server(bundle_saying, "--host", "0.0.0.0").ready()
     yield server
     assert server.stop() == 0
@@ -111,7 +111,7 @@ def server_saying(bundle_saying: Path) -> Iterator[Server]:
 
 
 def visit(driver: Any, url: str, name: str) -> Page:
-    """The page as a new visitor sees it."""
+    """Opens the page with empty storage."""
     driver.get(url)
     driver.execute_script("localStorage.clear(); sessionStorage.clear()")
     driver.get(url)
@@ -123,13 +123,13 @@ def visit(driver: Any, url: str, name: str) -> Page:
 
 @pytest.fixture
 def page(driver: Any, server_long: Server) -> Page:
-    """In front of tiny-qwen2."""
+    """The page of a server with tiny-qwen2."""
     return visit(driver, server_long.url, "qwen2")
 
 
 @pytest.fixture
 def sayer(driver: Any, server_saying: Server) -> Iterator[Page]:
-    """In front of the model that says known texts; further tabs that a test opens are closed."""
+    """The page of a server with fixed answers; closes further tabs that a test opens."""
     first = driver.current_window_handle
     yield visit(driver, server_saying.url, "llama")
     for tab in set(driver.window_handles) - {first}:
@@ -152,7 +152,7 @@ def test_a_question_is_answered(page: Page, server_long: Server) -> None:
     assert page.driver.get_log("browser") == []
 
 
-def test_a_second_question_sees_the_first(page: Page) -> None:
+def test_a_second_question_follows_the_first(page: Page) -> None:
     page.ask("1+1=")
     assert page.answered() == "2"
     page.ask("2+2=")
@@ -166,7 +166,7 @@ def tokens_read(figures: str) -> int:
     return int(figures.split(" tokens read")[0].split()[-1])
 
 
-def test_an_answer_is_shown_as_it_streams_and_stop_keeps_what_came(sayer: Page, server_saying: Server) -> None:
+def test_a_streaming_answer_is_shown_and_stop_keeps_the_text(sayer: Page, server_saying: Server) -> None:
     cancelled = server_saying.metrics()["axrun_cancelled_total"]
     for stop in (lambda: sayer.type(Keys.ESCAPE), lambda: sayer.find("#stop").click()):
         sayer.ask("tell me a long tale")
@@ -182,7 +182,7 @@ def test_an_answer_is_shown_as_it_streams_and_stop_keeps_what_came(sayer: Page, 
     assert server_saying.idle()["axrun_cancelled_total"] == cancelled + 2
 
 
-def test_reload_keeps_the_conversation_and_new_chat_forgets_it(page: Page) -> None:
+def test_reload_keeps_the_conversation_and_new_chat_deletes_it(page: Page) -> None:
     page.ask("12+30=")
     answer = page.answered()
     plain = tokens_read(page.texts(".figures")[0])
@@ -203,7 +203,7 @@ def test_reload_keeps_the_conversation_and_new_chat_forgets_it(page: Page) -> No
 def test_an_error_is_shown_and_can_be_tried_again(page: Page) -> None:
     page.ask("1+" * 4200)
     page.answered()
-    assert "This model's context is 8191 tokens" in page.texts(".error")[0]
+    assert "this model's context is 8191" in page.texts(".error")[0]
     page.press("Edit question")
     assert page.find("#prompt").get_property("value") == "1+" * 4200
     assert page.texts(".turn") == []
@@ -218,7 +218,7 @@ def test_an_error_is_shown_and_can_be_tried_again(page: Page) -> None:
     assert page.texts(".error") == []
 
 
-def test_a_key_is_asked_for_and_a_lost_server_is_said(driver: Any, bundle_s8: Path, start: Start) -> None:
+def test_a_missing_key_and_an_unreachable_server_are_reported(driver: Any, bundle_s8: Path, start: Start) -> None:
     server = start(bundle_s8, AXRUN_API_KEY="open-sesame").ready()
     driver.get(server.url)
     page = Page(driver)
@@ -244,7 +244,7 @@ def test_a_failed_turn_is_not_sent_again(sayer: Page) -> None:
     sayer.answered()
     sayer.ask("a" * 2000)
     sayer.answered()
-    assert "This model's context is 1023 tokens" in sayer.texts(".error")[0]
+    assert "this model's context is 1023" in sayer.texts(".error")[0]
     sayer.ask("two s")
     assert sayer.answered() == saying.TEXTS["s"]
     read = tokens_read(sayer.texts(".figures")[-1])
@@ -252,7 +252,7 @@ def test_a_failed_turn_is_not_sent_again(sayer: Page) -> None:
 
 
 def test_a_conversation_goes_on_past_the_context(page: Page, server_long: Server) -> None:
-    """Room is made before the context is full, and so much at a time that most questions find their beginning read."""
+    """Turns are left out before the context is full, many at a time, so that most prompts find a cached prefix."""
     refused = 'axrun_requests_total{path="/v1/chat/completions",status="400"}'
     before = server_long.metrics().get(refused)
     page.set("max_tokens", "8")
@@ -267,17 +267,17 @@ def test_a_conversation_goes_on_past_the_context(page: Page, server_long: Server
     assert max(read) < 0.75 * 8191
     shorter = [number for number, (one, after) in enumerate(itertools.pairwise(read), 2) if after < one]
     assert shorter == [5]
-    assert page.texts(".note") == ["The 3 turns above are left out: the model's context of 8,191 tokens got full."]
+    assert page.texts(".note") == ["The 3 turns above are left out: the model's context of 8,191 tokens is full."]
 
 
-def test_what_is_left_out_is_shown_and_remembered(sayer: Page) -> None:
+def test_left_out_turns_are_marked_and_stay_marked(sayer: Page) -> None:
     for _ in range(6):
         sayer.ask("and then? l")
         assert sayer.answered() == saying.LONG
     assert sayer.texts(".error") == []
     notes = sayer.texts(".note")
     assert len(notes) == 1
-    assert "turns above are left out: the model's context of 1,023 tokens got full" in notes[0]
+    assert "turns above are left out: the model's context of 1,023 tokens is full" in notes[0]
     left_out = len(sayer.texts(".turn.left-out"))
     assert 2 <= left_out < len(sayer.texts(".turn")) == 12
     sayer.driver.refresh()
@@ -286,14 +286,14 @@ def test_what_is_left_out_is_shown_and_remembered(sayer: Page) -> None:
 
 
 def test_oldest_turns_go_when_the_server_finds_the_question_too_long(sayer: Page) -> None:
-    """The estimate is by the answers, of three characters a token or more; here a character is a token."""
+    """The estimate comes from answers with three or more characters per token; here a character is a token."""
     for _ in range(2):
         sayer.ask("and then? l")
         sayer.answered()
     sayer.ask("b" * 900 + " s")
     assert sayer.answered() == saying.TEXTS["s"]
     assert sayer.texts(".error") == []
-    assert sayer.texts(".note") == ["The 2 turns above are left out: the model's context of 1,023 tokens got full."]
+    assert sayer.texts(".note") == ["The 2 turns above are left out: the model's context of 1,023 tokens is full."]
 
 
 def test_the_gauge_shows_how_full_the_context_is(sayer: Page, server_saying: Server) -> None:
@@ -311,10 +311,10 @@ def test_the_gauge_shows_how_full_the_context_is(sayer: Page, server_saying: Ser
     assert sayer.find("#gauge-text").text == "1,023 of 1,023 tokens"
 
 
-# ---- trying again, tabs, reloads
+# ---- retries, tabs, reloads
 
 
-def test_try_again_has_a_seed_of_its_own(sayer: Page) -> None:
+def test_try_again_uses_another_seed(sayer: Page) -> None:
     sayer.set("temperature", "1")
     sayer.ask("draw?")
     sayer.answered()
@@ -325,15 +325,15 @@ def test_try_again_has_a_seed_of_its_own(sayer: Page) -> None:
         for _ in range(6):
             sayer.press("Try again")
             seen.add(sayer.answered())
-        assert len(seen) > 1  # of 260; the same six times: never
+        assert len(seen) > 1  # six equal answers out of 260 are practically impossible
     sayer.set("temperature", "0")
     for _ in range(2):
         sayer.press("Try again")
         sayer.answered()
-    assert sayer.texts(".figures")[0].endswith("the same again: a temperature above 0 lets answers differ")
+    assert sayer.texts(".figures")[0].endswith("same answer as before: set a temperature above 0 for other answers")
 
 
-def test_a_reload_while_writing_keeps_what_came(sayer: Page) -> None:
+def test_a_reload_during_an_answer_keeps_the_text(sayer: Page) -> None:
     sayer.ask("one s")
     sayer.answered()
     sayer.ask("for ever: e")
@@ -359,7 +359,7 @@ def test_a_reload_while_writing_keeps_what_came(sayer: Page) -> None:
         '{"messages": [], "start": 4}',
     ],
 )
-def test_whatever_lies_in_the_storage_the_page_works(kept: str, sayer: Page) -> None:
+def test_the_page_works_with_invalid_data_in_the_storage(kept: str, sayer: Page) -> None:
     sayer.driver.execute_script(
         "localStorage.setItem('axrun.chat.x', arguments[0]); sessionStorage.setItem('axrun.chat', '\"x\"')", kept
     )
@@ -383,7 +383,7 @@ def test_two_tabs_show_one_conversation_and_do_not_overwrite_each_other(sayer: P
     sayer.until(lambda: sayer.texts(".user .text") == ["one s", "two s"])
     sayer.ask("for ever: e")
     sayer.until(lambda: sayer.texts(".writing .text")[-1])
-    driver.switch_to.window(second)  # while that is being written, here too
+    driver.switch_to.window(second)  # ask here too while the other answer is in progress
     sayer.until(lambda: len(sayer.texts(".turn")) == 6)
     sayer.ask("three s")
     sayer.answered()
@@ -403,7 +403,7 @@ def test_two_tabs_show_one_conversation_and_do_not_overwrite_each_other(sayer: P
     assert "interrupted" not in sayer.texts(".figures")
 
 
-def test_a_full_storage_is_said_and_older_conversations_make_room(sayer: Page) -> None:
+def test_a_full_storage_is_reported_and_old_conversations_are_removed(sayer: Page) -> None:
     fill = "{messages: [], start: 0, saved: 1, more: 'x'.repeat(2500000)}"
     for name in ("axrun.chat.old", "axrun.chat.older"):
         sayer.driver.execute_script(f"localStorage.setItem(arguments[0], JSON.stringify({fill}))", name)
@@ -420,7 +420,7 @@ def test_a_full_storage_is_said_and_older_conversations_make_room(sayer: Page) -
     assert sayer.find("#unkept").is_displayed()
 
 
-def test_a_browser_that_forbids_storage_still_talks(sayer: Page) -> None:
+def test_the_page_works_without_storage(sayer: Page) -> None:
     forbid = "for (const name of ['localStorage', 'sessionStorage'])"
     forbid += " Object.defineProperty(window, name, {get() { throw new DOMException('', 'SecurityError') }})"
     command = ("Page.addScriptToEvaluateOnNewDocument", {"source": forbid})
@@ -492,7 +492,7 @@ def test_without_the_libraries_fences_are_code_and_the_rest_is_text(sayer: Page)
 
 
 def harmless(page: Page) -> None:
-    """Nothing of an answer ran, was fetched, or is anything but text, code and links elsewhere."""
+    """Nothing of the answer ran or was fetched, and it contains only text, code and external links."""
     assert page.driver.execute_script("return window.pwned") is None
     allowed = "div,span,button,p,br,hr,h1,h2,h3,h4,h5,h6,strong,em,s,code,pre,blockquote,ul,ol,li,a"
     allowed += ",table,thead,tbody,tr,th,td"
@@ -514,20 +514,20 @@ def harmless(page: Page) -> None:
     assert page.find("#log").is_displayed()
 
 
-def test_nothing_of_a_nasty_answer_runs_or_is_fetched(sayer: Page) -> None:
+def test_nothing_of_a_malicious_answer_runs_or_is_fetched(sayer: Page) -> None:
     sayer.ask("nasty x")
     sayer.answered()
     harmless(sayer)
     shown = sayer.texts(".assistant .text")[0]
-    assert shown.startswith("<script>window.pwned = 1</script>")  # it is shown as what it is
+    assert shown.startswith("<script>window.pwned = 1</script>")  # shown as text
     assert "[e](/metrics)" in shown
-    assert sayer.driver.get_log("browser") == []  # no policy had to stop anything
+    assert sayer.driver.get_log("browser") == []  # no violation of the content security policy
     sayer.driver.refresh()
     sayer.until(lambda: sayer.texts(".assistant .text") == [shown])
     harmless(sayer)
 
 
-def test_the_sanitiser_holds_if_the_parser_should_not(sayer: Page) -> None:
+def test_the_sanitiser_works_without_the_parser(sayer: Page) -> None:
     payloads = [
         "<img src=x onerror=window.pwned=1>",
         "<svg><style><img src=x onerror=window.pwned=1></style></svg>",
@@ -554,11 +554,11 @@ def test_the_sanitiser_holds_if_the_parser_should_not(sayer: Page) -> None:
     written = (
         "try { document.createElement('div').innerHTML = '<b>'; return 'taken' } catch (error) { return error.name }"
     )
-    assert sayer.driver.execute_script(written) == "TypeError"  # the page's own policy
+    assert sayer.driver.execute_script(written) == "TypeError"  # by the trusted-types policy
 
 
-def test_no_text_takes_the_renderer_long(sayer: Page) -> None:
-    """Each of these takes some renderer of Markdown minutes, or its stack; here all take a second or two."""
+def test_no_text_makes_the_renderer_slow(sayer: Page) -> None:
+    """Some Markdown renderers need minutes for each of these, or overflow the stack; here all take a second or two."""
     sayer.driver.set_script_timeout(60)
     parts = [
         "*a **a ",
@@ -611,8 +611,8 @@ def test_no_text_takes_the_renderer_long(sayer: Page) -> None:
     assert sayer.call(script, texts) is None
 
 
-def test_a_growing_answer_ends_up_as_a_whole_one_and_only_its_end_is_drawn(sayer: Page) -> None:
-    """What is put into the page grows with the answer, not with its square: 2000 pieces."""
+def test_incremental_rendering_gives_the_same_result_and_redraws_only_the_end(sayer: Page) -> None:
+    """Rendering 2000 pieces takes work linear in the length of the answer."""
     texts = [saying.MARKDOWN, saying.FENCES, saying.NASTY, "\r\n".join(saying.LONG.split(". ")) * 6]
     script = (
         "const [grown, whole] = [document.createElement('div'), document.createElement('div')];"
@@ -628,7 +628,7 @@ def test_a_growing_answer_ends_up_as_a_whole_one_and_only_its_end_is_drawn(sayer
     for text in texts:
         _, grown, finished, whole = sayer.call(script, text, 7)
         assert finished == whole
-        if "[1]:" not in text:  # links that are defined later are known at the end only
+        if "[1]:" not in text:  # references defined later are resolved only at the end
             assert grown == whole
     document = "".join(f"Paragraph {number} with **bold** words.\n\n* item\n* item\n\n" for number in range(200))
     drawn, grown, _, whole = sayer.call(script, document, 5)
@@ -652,7 +652,7 @@ def pasted(page: Page) -> str:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", ELSEWHERE])
 def test_code_and_answers_are_copied(host: str, driver: Any, server_saying: Server) -> None:
-    """Over plain http too, where browsers have no navigator.clipboard."""
+    """Also over plain http, where browsers have no navigator.clipboard."""
     page = visit(driver, server_saying.url.replace("127.0.0.1", host), "llama")
     assert driver.execute_script("return [isSecureContext, !!navigator.clipboard]") == [host != ELSEWHERE] * 2
     page.ask("code, f")
@@ -699,10 +699,10 @@ def test_it_fits_a_small_screen_and_the_keyboard_reaches_everything(sayer: Page)
         sayer.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
-# ---- where its files come from
+# ---- resources of the page
 
 
-def test_the_page_needs_nothing_from_elsewhere(server_long: Server) -> None:
+def test_the_page_loads_nothing_from_other_hosts(server_long: Server) -> None:
     page = server_long.client.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
     policy = page.headers["content-security-policy"]
@@ -736,7 +736,7 @@ def test_a_server_without_the_libraries_says_so(
     monkeypatch.setattr("tests.serve.server.ROOT", tmp_path)
     server = Server(bundle_saying).ready()
     try:
-        server.wait_for(r"the page shows answers as plain text: .* \(make page\)")
+        server.wait_for(r"the page shows answers as plain text; run `make page`")
         assert server.client.get("/lib/purify.js").status_code == 404
         page = visit(driver, server.url, "llama")
         page.until(lambda: page.find("#as-text").is_displayed())

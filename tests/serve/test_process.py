@@ -1,4 +1,4 @@
-"""The server as a process: how it starts, how it ends, who may use it, what it does when there is too much to do."""
+"""The server process: start, shutdown, API key, overload, disconnects, metrics."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.serve.server import MODEL, Server, Start, events
 
 
 def data(response: httpx.Response) -> Iterator[str]:
-    """The data of a stream's events, past the first one: a slot is taken."""
+    """The events of a stream after the first one, when a slot is busy."""
     assert response.status_code == 200
     lines = (line.removeprefix("data: ") for line in response.iter_lines() if line)
     next(lines)
     return lines
 
 
-def test_killed_it_serves_again(bundle_s8: Path, start: Start) -> None:
+def test_it_restarts_after_a_kill(bundle_s8: Path, start: Start) -> None:
     server = start(bundle_s8).ready()
     answer = server.complete("1+1=")["choices"]
     assert server.stop(signal.SIGKILL) == -signal.SIGKILL
@@ -39,14 +39,14 @@ def test_killed_it_serves_again(bundle_s8: Path, start: Start) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_idle_server_ends_at_once(bundle_s8: Path, start: Start, number: signal.Signals) -> None:
+def test_an_idle_server_stops_at_once(bundle_s8: Path, start: Start, number: signal.Signals) -> None:
     server = start(bundle_s8, "--grace", 3600, "--read-timeout", 3600).ready()
-    assert server.client.get("/health").status_code == 200  # an idle connection does not keep it
+    assert server.client.get("/health").status_code == 200  # an idle connection does not delay the shutdown
     assert server.stop(number) == 0
     assert not any("Traceback" in line or "rror" in line for line in server.lines)
 
 
-def test_a_program_that_starts_it_is_told_where_it_listens_and_when_it_answers(bundle_s8: Path) -> None:
+def test_json_events_report_address_and_readiness(bundle_s8: Path) -> None:
     command = [sys.executable, "-m", "axrun", "serve", str(bundle_s8), "--port", "0", "--threads", "1", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as server:
         assert server.stdout
@@ -61,12 +61,12 @@ def test_a_program_that_starts_it_is_told_where_it_listens_and_when_it_answers(b
         assert server.stdout.read() == ""
 
 
-def test_a_signal_while_loading_ends_it(bundle_s8: Path, start: Start) -> None:
+def test_a_signal_while_loading_stops_it(bundle_s8: Path, start: Start) -> None:
     server = start(bundle_s8)
     assert server.stop() == 0
 
 
-def test_it_finishes_what_it_began_and_refuses_the_rest(
+def test_shutdown_finishes_running_requests_and_refuses_queued_ones(
     bundle_long: Path, start: Start, endless: dict[str, int]
 ) -> None:
     server = start(bundle_long, "--slots", 1, "--grace", 300, "--exact").ready()
@@ -92,7 +92,7 @@ def test_it_finishes_what_it_began_and_refuses_the_rest(
         httpx.get(server.url)
 
 
-def test_what_outlasts_the_grace_is_cut(bundle_long: Path, start: Start, endless: dict[str, int]) -> None:
+def test_requests_beyond_the_grace_period_are_cut_off(bundle_long: Path, start: Start, endless: dict[str, int]) -> None:
     server = start(bundle_long, "--grace", "0.2").ready()
     with server.stream("completions", prompt="Once", max_tokens=8000, logit_bias=endless) as begun:
         rest = data(begun)
@@ -102,7 +102,7 @@ def test_what_outlasts_the_grace_is_cut(bundle_long: Path, start: Start, endless
     assert server.stop() == 0
 
 
-def test_a_full_queue_says_when_to_come_again(bundle_long: Path, start: Start, endless: dict[str, int]) -> None:
+def test_a_full_queue_returns_retry_after(bundle_long: Path, start: Start, endless: dict[str, int]) -> None:
     server = start(bundle_long, "--slots", 1, "--queue", 1).ready()
     with (
         ThreadPoolExecutor(1) as pool,
@@ -115,13 +115,13 @@ def test_a_full_queue_says_when_to_come_again(bundle_long: Path, start: Start, e
         assert refused.status_code == 429
         assert 1 <= int(refused.headers["retry-after"]) <= 60
         assert refused.json()["error"]["code"] == "rate_limit_exceeded"
-        begun.close()  # and the next one is served at once
+        begun.close()  # the next one is then served at once
         assert waiting.result(60)["choices"][0]["text"]
     assert server.idle()["axrun_cancelled_total"] == 1
 
 
 @pytest.mark.parametrize("streamed", [True, False])
-def test_who_hangs_up_frees_the_slot_at_once(
+def test_a_disconnect_frees_the_slot_at_once(
     bundle_long: Path, server_long: Server, endless: dict[str, int], streamed: bool
 ) -> None:
     before = server_long.metrics()
@@ -136,11 +136,11 @@ def test_who_hangs_up_frees_the_slot_at_once(
     after = server_long.idle()
     assert after["axrun_cancelled_total"] == before["axrun_cancelled_total"] + 1
     written = 'axrun_tokens_total{kind="written"}'
-    assert after[written] == before[written], "it was written to the end"
+    assert after[written] == before[written], "generation went on to the end"
 
 
-def test_two_streams_take_turns(server_long: Server, endless: dict[str, int]) -> None:
-    """Neither waits for the other's end: one that came later and wants less is done first."""
+def test_two_streams_are_interleaved(server_long: Server, endless: dict[str, int]) -> None:
+    """A later but shorter request finishes first."""
     cancelled = server_long.metrics()["axrun_cancelled_total"]
     with server_long.stream("completions", prompt="Once", max_tokens=8000, logit_bias=endless) as begun:
         rest = data(begun)
@@ -152,7 +152,7 @@ def test_two_streams_take_turns(server_long: Server, endless: dict[str, int]) ->
     assert server_long.idle()["axrun_cancelled_total"] == cancelled + 1
 
 
-def test_a_request_has_its_time(bundle_long: Path, start: Start, endless: dict[str, int]) -> None:
+def test_a_request_times_out(bundle_long: Path, start: Start, endless: dict[str, int]) -> None:
     server = start(bundle_long, "--slots", 1, "--timeout", 3).ready()
     late = server.post("completions", prompt="Once", max_tokens=8000, logit_bias=endless)
     assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
@@ -163,7 +163,7 @@ def test_a_request_has_its_time(bundle_long: Path, start: Start, endless: dict[s
     assert server.complete("1+1=", max_tokens=1)["choices"][0]["text"] == "2"
 
 
-def test_a_reader_who_does_not_read_holds_nothing(server_long: Server, endless: dict[str, int]) -> None:
+def test_a_client_that_does_not_read_blocks_nobody(server_long: Server, endless: dict[str, int]) -> None:
     written = 'axrun_tokens_total{kind="written"}'
     before = server_long.metrics()[written]
     body = json.dumps({"model": MODEL, "prompt": "Once", "max_tokens": 500, "logit_bias": endless, "stream": True})
@@ -177,7 +177,7 @@ def test_a_reader_who_does_not_read_holds_nothing(server_long: Server, endless: 
         server_long.idle()
 
 
-def test_a_key_is_wanted_where_it_is_set(bundle_s8: Path, start: Start) -> None:
+def test_the_api_key_is_required(bundle_s8: Path, start: Start) -> None:
     server = start(bundle_s8, AXRUN_API_KEY="open-sesame").ready()
     for key in (None, "", "Bearer", "Bearer open", "Basic open-sesame", "Bearer open-sesame2", "open-sesame"):
         for method, path in (("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/metrics")):
@@ -196,7 +196,7 @@ def test_a_key_is_wanted_where_it_is_set(bundle_s8: Path, start: Start) -> None:
     assert server.client.get("/").status_code == 200
 
 
-def test_health_says_loading_until_it_is_loaded(bundle_s8: Path, start: Start) -> None:
+def test_health_reports_loading(bundle_s8: Path, start: Start) -> None:
     server = start(bundle_s8)
     seen: list[tuple[int, str]] = []
     while not seen or seen[-1] != (200, "ok"):
@@ -238,7 +238,7 @@ def test_metrics_add_up(bundle_s8: Path, start: Start) -> None:
         ({"grace": -1.0}, "--grace is -1.0"),
         ({"max_body": 0}, "--max-body is 0"),
         ({"api_key": ""}, "API key is empty"),
-        ({"api_key": "sch\u00f6n"}, "characters that a header cannot carry"),
+        ({"api_key": "sch\u00f6n"}, "characters that are not allowed in a header"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], words: str) -> None:
@@ -246,9 +246,7 @@ def test_options_out_of_range(options: dict[str, Any], words: str) -> None:
         Options(**options)
 
 
-def test_what_cannot_be_served_is_one_short_error(
-    bundle_s8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_start_up_errors_are_short(bundle_s8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*arguments: object) -> str:
         assert main(["serve", *map(str, arguments)]) == 2
         err = capsys.readouterr().err
@@ -267,7 +265,7 @@ def test_what_cannot_be_served_is_one_short_error(
 
 def test_another_name_and_another_address(bundle_s8: Path, start: Start) -> None:
     server = start(bundle_s8, "--name", "org/my model", "--host", "0.0.0.0")
-    assert any("whoever reaches 0.0.0.0 may use this model" in line for line in server.lines)
+    assert any("anyone who can reach 0.0.0.0 can use this model" in line for line in server.lines)
     server.ready()
     assert server.complete("1+1=", model="org/my model", max_tokens=1)["choices"][0]["text"] == "2"
     assert server.client.get("/v1/models/org/my%20model").json()["id"] == "org/my model"

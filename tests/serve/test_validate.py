@@ -1,4 +1,4 @@
-"""Our validator beside jsonschema-rs, on the schemas that requests are held against."""
+"""Our validator compared with jsonschema-rs, on the request schemas."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ VALUES = st.recursive(
 
 
 def bodies(name: str) -> st.SearchStrategy[Any]:
-    """Mostly near what is asked for: the required fields there, and a few others with any value."""
+    """Mostly nearly valid bodies: the required fields, plus a few others with any value."""
     content = st.one_of(st.just("hi"), VALUES, st.lists(st.just({"type": "text", "text": "hi"}), max_size=2))
     message = st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "robot"]), "content": content})
     valid = {
@@ -78,7 +78,7 @@ def keywords(value: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("name", list(SCHEMAS))
-def test_the_schemas_use_no_keyword_that_is_not_checked(name: str) -> None:
+def test_all_keywords_in_the_schemas_are_supported(name: str) -> None:
     checked = {
         "type",
         "anyOf",
@@ -93,7 +93,7 @@ def test_the_schemas_use_no_keyword_that_is_not_checked(name: str) -> None:
     assert keywords(SCHEMAS[name]) <= checked | {"title", "description", "x-refused"}
 
 
-def test_the_document_is_one() -> None:
+def test_the_openapi_document_is_valid() -> None:
     jsonschema_rs.meta.validate(SCHEMAS["CHAT"])
     given = json.loads(json.dumps(document("m")))
     assert given["openapi"] == "3.1.0"
@@ -101,7 +101,7 @@ def test_the_document_is_one() -> None:
         jsonschema_rs.meta.validate(part)
 
 
-def test_what_is_validated_is_tidied() -> None:
+def test_validation_normalises_values() -> None:
     given = {"model": "m", "prompt": [1.0, 2], "max_tokens": 5.0, "temperature": 1, "stop": None, "seed": None}
     seen = validate(given, SCHEMAS["COMPLETION"])
     assert seen == {"model": "m", "prompt": [1, 2], "max_tokens": 5, "temperature": 1}
@@ -111,7 +111,7 @@ def test_what_is_validated_is_tidied() -> None:
     assert type(seen["max_tokens"]) is int
 
 
-def test_parse_reads_json_and_nothing_else() -> None:
+def test_parse_accepts_only_json() -> None:
     assert parse('{"a": [1, 2.5, "\u20ac", null, true]}'.encode()) == {"a": [1, 2.5, "\u20ac", None, True]}
     assert math.isinf(parse(b"1e999")), "the schema refuses it"
     for body in (b"NaN", b"{'a': 1}", b'{"a": 1,}', b"\xef\xbb\xbf{}", b"[" * 100_000, b'"\x01"'):

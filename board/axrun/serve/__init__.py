@@ -1,5 +1,5 @@
-"""axrun serve: a bundle behind OpenAI's HTTP interface.
+"""axrun serve: OpenAI's HTTP API for one bundle.
 
 A request goes `app` -> `schema`, `validate` -> `order` -> `scheduler`, `slots` -> `writer` -> `answer` -> `app`.
-One thread owns the model and takes one engine step at a time, in turn for every slot; an event loop talks HTTP.
+One thread owns the model and runs one engine step per busy slot, round-robin; an event loop handles HTTP.
 """

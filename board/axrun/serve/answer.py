@@ -1,4 +1,4 @@
-"""OpenAI's answers: whole ones and the chunks of a stream, for chat completions and for completions."""
+"""Response bodies in OpenAI's format: complete ones and stream chunks, for chat completions and completions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass(frozen=True)
 class Style:
-    """How an endpoint writes. `body` and `chunk` are what a choice has of a text, in a whole answer and in a stream."""
+    """The response format of an endpoint. `body` and `chunk` wrap the text of a choice, complete and in a stream."""
 
     prefix: str
     whole: str
@@ -53,7 +53,7 @@ COMPLETION = Style(
 
 @dataclass
 class Answer:
-    """One answer in the making, of `n` choices for each prompt. `scored`: log probabilities were asked for."""
+    """A response under construction, with `n` choices per prompt. `scored`: log probabilities were requested."""
 
     style: Style
     model: str
@@ -66,7 +66,7 @@ class Answer:
     _last: dict[int, Piece] = field(default_factory=dict)
 
     def whole(self, pieces: Sequence[Piece]) -> bytes:
-        """The body of a plain answer."""
+        """The body of a response without streaming."""
         choices = []
         for index in sorted({piece.choice for piece in pieces}):
             mine = [piece for piece in pieces if piece.choice == index]
@@ -77,7 +77,7 @@ class Answer:
         return to_json({**self._head(self.style.whole), "choices": choices, "usage": self.usage()})
 
     def events(self, piece: Piece) -> Iterator[bytes]:
-        """Server-sent events of a piece, perhaps none."""
+        """The server-sent events for a piece; may be none."""
         if piece.choice not in self._last and self.style.opening:
             yield self._event([self._choice(piece.choice, self.style.opening)])
         self._last[piece.choice] = piece
@@ -93,7 +93,7 @@ class Answer:
         return event({**self._head(self.style.part), "choices": [], "usage": self.usage()}) + DONE
 
     def usage(self) -> dict[str, Any]:
-        """Tokens so far; a prompt counts once, however many choices share it."""
+        """Token counts so far; a prompt counts once, however many choices share it."""
         prompts = [piece for piece in self._last.values() if piece.choice % self.n == 0]
         prompt, written = sum(piece.prompt for piece in prompts), sum(piece.written for piece in self._last.values())
         return {
@@ -129,5 +129,5 @@ def event(value: Any) -> bytes:
 
 
 def to_json(value: Any) -> bytes:
-    """UTF-8; half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes a question mark."""
+    """UTF-8; a lone surrogate, which JSON can express and UTF-8 cannot, becomes a question mark."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode("utf-8", "replace")

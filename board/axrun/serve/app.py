@@ -1,4 +1,4 @@
-"""The routes: what each path answers, and how an order becomes an answer."""
+"""The ASGI application: routes, authentication, and the way from a request to its response."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ GONE = object()
 
 @dataclass(frozen=True)
 class Limits:
-    """`timeout` seconds to write an answer, `read_timeout` for a body of up to `max_body` bytes to arrive.
+    """Limits of a request: `timeout` in seconds to generate the answer, `max_body` in bytes.
 
-    `read_timeout` is the client's time to take the rest of a written answer, too.
+    `read_timeout`, in seconds, applies to receiving the body and to the client reading the rest of a finished answer.
     """
 
     timeout: float = 300.0
@@ -63,7 +63,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An endpoint that writes: what it takes, how that is read, how its answers are spelled."""
+    """A generating endpoint: schema of the request, function that reads it, format of the response."""
 
     schema: Schema
     read: Callable[[Reader, Mapping[str, Any]], Order]
@@ -71,7 +71,7 @@ class Endpoint:
 
 
 class App:
-    """An ASGI application. `api_key` guards everything but the page, /health and /openapi.json."""
+    """An ASGI application. `api_key` protects all routes except the page, /health and /openapi.json."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class App:
             "/v1/completions": Endpoint(schema.request(schema.COMPLETION, model), Reader.completion, COMPLETION),
         }
         self._assets = {path: ((PAGE / name).read_bytes(), kind) for path, (name, kind) in ASSETS.items()}
-        # path: (method, handler, is it guarded)
+        # path: (method, handler, needs the API key)
         self._routes: dict[str, tuple[str, Callable[[Exchange], Awaitable[None]], bool]] = {
             **dict.fromkeys(self._endpoints, ("POST", self._write, True)),
             "/v1/models": ("GET", self._models, True),
@@ -124,21 +124,21 @@ class App:
             traceback.print_exc()
             if exchange.status:
                 raise
-            await exchange.refuse(ApiError(500, "The server failed; its log has the reason.", "internal_error"))
+            await exchange.refuse(ApiError(500, "Internal error; see the server log.", "internal_error"))
         finally:
             self._account(exchange, time.monotonic() - came)
 
     async def _answer(self, exchange: Exchange) -> None:
-        if exchange.has("host"):  # HTTP/1.0 can do without
+        if exchange.has("host"):  # optional in HTTP/1.0
             self._hosts.check(exchange.header("host"))
         if exchange.path not in self._routes:
             if exchange.path.startswith("/v1/models/"):
                 raise self._no_model()
-            raise ApiError(404, "There is nothing here. /openapi.json lists what there is.", "unknown_url")
+            raise ApiError(404, "No such route; /openapi.json lists all routes.", "unknown_url")
         method, handler, guarded = self._routes[exchange.path]
         if exchange.method != method:
             allowed = {"allow": method if method == "POST" else f"{method}, HEAD"}
-            raise ApiError(405, f"{exchange.path} takes {method} only.", "method_not_allowed", headers=allowed)
+            raise ApiError(405, f"{exchange.path} accepts {method} only.", "method_not_allowed", headers=allowed)
         if guarded and self._api_key is not None:
             self._authenticate(exchange.header("authorization"), self._api_key)
         await handler(exchange)
@@ -148,7 +148,7 @@ class App:
         scheme, _, token = given.partition(" ")
         if scheme.lower() != "bearer" or not hmac.compare_digest(token.strip(" ").encode("latin-1"), key.encode()):
             challenge = f'{REALM}, error="invalid_token"' if given else REALM
-            words = "Wrong or no API key; send Authorization: Bearer KEY."
+            words = "Wrong or missing API key; send Authorization: Bearer KEY."
             raise ApiError(401, words, "invalid_api_key", headers={"www-authenticate": challenge})
 
     async def _write(self, exchange: Exchange) -> None:
@@ -157,7 +157,7 @@ class App:
             raise ApiError(415, f"Send the body as Content-Type: {JSON}.", "unsupported_media_type")
         coding = exchange.header("content-encoding").lower()
         if coding not in ("", "identity"):
-            words = f"The body is sent with Content-Encoding: {coding[:40]!a}; send it as it is."
+            words = f"Content-Encoding {coding[:40]!a} is not supported; send the body without encoding."
             raise ApiError(415, words, "unsupported_media_type")
         limits = self._limits
         body = await exchange.body(limits.max_body, limits.read_timeout)
@@ -168,11 +168,11 @@ class App:
 
         def arrived(event: Event) -> None:
             events.put_nowait(event)
-            if event is None or isinstance(event, ApiError):  # all is written, and only has to be taken
+            if event is None or isinstance(event, ApiError):  # complete: only the client still has to read it
                 exchange.patience(limits.read_timeout)
 
         def deliver(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the server was told to go at once
+            with contextlib.suppress(RuntimeError):  # the loop is closed after a forced shutdown
                 loop.call_soon_threadsafe(arrived, event)
 
         ticket = Ticket(deque(order.choices), deliver, time.monotonic() + limits.timeout)
@@ -203,7 +203,7 @@ class App:
     async def _stream(self, exchange: Exchange, answer: Answer, pieces: AsyncIterator[Piece]) -> None:
         try:
             async for piece in pieces:
-                if not exchange.status:  # not before the first token: an error until then has a status of its own
+                if not exchange.status:  # until the first token, an error can still set the status
                     await exchange.begin(200, "text/event-stream; charset=utf-8", STREAM_HEADERS)
                 for data in answer.events(piece):
                     await exchange.send(data)
@@ -237,18 +237,18 @@ class App:
         await exchange.reply(200, content, kind, PAGE_HEADERS)
 
     def _no_model(self) -> ApiError:
-        return ApiError(404, f"There is no such model here; there is: {self._model}.", "model_not_found", "model")
+        return ApiError(404, f"No such model; this server has: {self._model}.", "model_not_found", "model")
 
     def _account(self, exchange: Exchange, seconds: float) -> None:
         known = exchange.path in self._routes
         self._metrics.request(exchange.path if known else "other", exchange.status)
         if exchange.method == "POST" or exchange.status >= 400:
             path = exchange.path if known else ascii(exchange.path)[:80]
-            self._log(f"{exchange.method} {path} {exchange.status or 'hung up'} {seconds:.3f} s")
+            self._log(f"{exchange.method} {path} {exchange.status or 'disconnected'} {seconds:.3f} s")
 
 
 async def _pieces(events: asyncio.Queue[Any]) -> AsyncIterator[Piece]:
-    """Raises ApiError when the scheduler gives up, Gone when the client has."""
+    """Raises ApiError if the scheduler fails, Gone if the client disconnected."""
     while True:
         event = await events.get()
         if event is GONE:

@@ -1,16 +1,16 @@
-"""A connection: HTTP/1.1 with a limit on every wait, and a close that lets the client read its answer.
+"""An HTTP/1.1 connection with a timeout on every wait and a lingering close.
 
 uvicorn parses requests with h11 and runs the application. This adds what a public port needs:
 
 | waiting for | limit |
 |---|---|
-| the head of a request | `read_timeout` since the connection was made or the last answer complete |
+| the head of a request | `read_timeout` from the start of the connection or the end of the last response |
 | its body | `read_timeout`, in `Exchange.body` |
-| the application | what it asks for with `scope["state"]["patience"]`, else twice `read_timeout` |
-| the client to take the rest of a written answer | `read_timeout` |
+| the application | set with `scope["state"]["patience"]`, by default twice `read_timeout` |
+| the client to read the rest of a finished response | `read_timeout` |
 | the client to close after us | LINGER_SECONDS, LINGER_BYTES |
 
-When all connections are taken, a new one replaces the one that matters least.
+At the connection limit, a new connection replaces the least important one.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from axrun.serve.errors import ApiError
 MAX_CONNECTIONS = 512
 LINGER_SECONDS = 5.0
 LINGER_BYTES = 16 << 20
-READ_AHEAD = 1 << 16  # bytes of further requests that are taken while one is answered
-GRACE_SECONDS = 1.0  # after the client ended its side, before it is asked whether it still reads
+READ_AHEAD = 1 << 16  # bytes of pipelined requests to buffer while one is answered
+GRACE_SECONDS = 1.0  # from the client's half-close to the first probe whether it still reads
 PROBE_SECONDS = 0.25
 
 
 class _Transport:
-    """A transport that closes in the way of the protocol."""
+    """A transport whose close() is the protocol's lingering close."""
 
     def __init__(self, transport: asyncio.Transport, close: Callable[[], None], closing: Callable[[], bool]) -> None:
         self._transport, self.close, self._closing = transport, close, closing
@@ -49,16 +49,16 @@ class _Transport:
 
 
 class Protocol(H11Protocol):
-    """One connection. uvicorn makes one for each."""
+    """One connection; uvicorn creates an instance for each."""
 
     _timer: asyncio.TimerHandle | None = None
     _prober: asyncio.TimerHandle | None = None
-    _since = 0.0  # when the present wait began
-    _kept = False  # the application works on an answer
-    _welcome = False  # the application has accepted a request of this connection
+    _since = 0.0  # start of the current wait
+    _kept = False  # the application is generating a response
+    _welcome = False  # the application has accepted a request from this connection
     _refused = False
     _closing = False
-    _eof = False  # the client ended its side
+    _eof = False  # the client half-closed the connection
     _probed = False
     _discarded = 0
 
@@ -81,10 +81,10 @@ class Protocol(H11Protocol):
             return
         super().data_received(data)
         if self.flow.read_paused and self.conn.their_state is h11.DONE and self._ahead() < READ_AHEAD:
-            self.flow.resume_reading()  # else the end of the connection would go unseen
+            self.flow.resume_reading()  # otherwise the end of the connection would go unnoticed
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more, and may still read. Its answer goes on; who is gone is found out by `_probe`."""
+        """Half-close: the client may still read, so its response continues; `_probe` detects a client that left."""
         self._eof = True
         if self._closing:
             return False
@@ -125,7 +125,7 @@ class Protocol(H11Protocol):
             self.handle_events()
             if self._eof and not self._answering():
                 self.transport.close()
-        else:  # a body that nobody read
+        else:  # the body was not read
             self.transport.close()
 
     def shutdown(self) -> None:
@@ -143,18 +143,18 @@ class Protocol(H11Protocol):
         return self.cycle is not None and not self.cycle.response_complete
 
     def _ahead(self) -> int:
-        """Bytes that were received and belong to no request yet."""
+        """Bytes received that belong to no request yet."""
         return len(self.conn.trailing_data[0])
 
     def _wait(self, seconds: float) -> None:
-        """Sets the one deadline of the connection."""
+        """Sets the single deadline of the connection."""
         if self._timer is not None:
             self._timer.cancel()
         self._since = self.loop.time()
         self._timer = self.loop.call_later(seconds, self._late)
 
     def _patience(self, seconds: float, keep: bool = False) -> None:
-        """The application needs so many seconds more. With `keep` no new connection takes this one's place."""
+        """Extends the deadline for the application. With `keep`, no new connection may replace this one."""
         if self._answering() and not self._closing:
             self._kept = keep
             self._welcome |= keep
@@ -170,13 +170,13 @@ class Protocol(H11Protocol):
             self.transport.close()
 
     def _refuse(self, error: ApiError) -> None:
-        """Answers in place of the application, and hangs up."""
+        """Responds in place of the application, and closes the connection."""
         self._say(error)
         self._refused = True
         self.transport.close()
 
     def _say(self, error: ApiError) -> None:
-        """Writes an error, unless an answer has begun."""
+        """Sends an error, unless a response has begun."""
         if self._answering():
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -191,10 +191,10 @@ class Protocol(H11Protocol):
                 self.transport.write(self.conn.send(part) or b"")
 
     def _close(self) -> None:
-        """Closes once the client has taken what was written, or its time is up.
+        """Closes after the client has read the response, or after a timeout.
 
-        To close a socket with unread data resets the connection, and the client may lose an answer that it has not read
-        yet. So our side ends first, and what still comes is discarded:
+        Closing a socket with unread data resets the connection, and the client may lose a response that it has not read
+        yet. So we half-close first and discard what still arrives:
         https://www.rfc-editor.org/rfc/rfc9112#section-9.6
         """
         if self._closing:
@@ -210,7 +210,7 @@ class Protocol(H11Protocol):
             self._raw.write_eof()
 
     def _make_room(self) -> None:
-        """Drops the connection that matters least: one that closes, one that never asked anything, the oldest."""
+        """Drops the least important connection: one that is closing, one without a request yet, else the oldest."""
         others = [other for other in self.connections if isinstance(other, Protocol) and other is not self]
         idle = [other for other in others if not other._kept]
         if idle:
@@ -222,7 +222,7 @@ class Protocol(H11Protocol):
         if not self._closing and (self.cycle is None or self._answering()):
             self._say(_crowded())
         self._closing = True
-        self.connections.discard(self)  # now: many may come before connection_lost is called
+        self.connections.discard(self)  # at once: many may arrive before connection_lost is called
         self._raw.abort()
 
     def _probe_after(self, seconds: float) -> None:
@@ -231,10 +231,10 @@ class Protocol(H11Protocol):
         self._prober = self.loop.call_later(seconds, self._probe)
 
     def _probe(self) -> None:
-        """Finds out whether a client that ended its side is still there.
+        """Checks whether a client that half-closed is still there.
 
-        A socket that is closed and one that only ended its side look alike until something is sent to them. A client
-        ignores an interim response: https://www.rfc-editor.org/rfc/rfc9110#section-15.2
+        A closed and a half-closed socket look the same until data is sent to them. Clients ignore an interim response:
+        https://www.rfc-editor.org/rfc/rfc9110#section-15.2
         """
         if self._closing or not self._answering():
             return

@@ -1,4 +1,4 @@
-"""What a request can be refused with, in OpenAI's shape: https://platform.openai.com/docs/guides/error-codes"""
+"""Errors of a request, in OpenAI's format: https://platform.openai.com/docs/guides/error-codes"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """An HTTP status with a reason. `param`: the field at fault. `retry_after` in seconds is a header, too."""
+    """An HTTP error. `param` is the field at fault. `retry_after`, in seconds, is sent as a header."""
 
     def __init__(
         self,
@@ -32,5 +32,5 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that cannot be meant as it stands: 400."""
+    """The error for an invalid request: status 400."""
     return ApiError(400, message, code, param)

@@ -1,4 +1,4 @@
-"""One HTTP request and its answer, over ASGI: https://asgi.readthedocs.io/en/latest/specs/www.html"""
+"""One HTTP request and its response, over ASGI: https://asgi.readthedocs.io/en/latest/specs/www.html"""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ JSON = "application/json"
 
 
 class Gone(Exception):
-    """The client hung up."""
+    """The client disconnected."""
 
 
 class Exchange:
-    """`status` is 0 until the answer begins; a HEAD request is a GET whose answer has no body.
+    """A request and its response. `status` is 0 until the response begins.
 
-    An answer to a request whose body was not read to its end closes the connection.
+    HEAD is handled as a GET without a body in the response. If the body of a request was not read completely, the
+    response closes the connection.
     """
 
     def __init__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
@@ -38,44 +39,44 @@ class Exchange:
         chunked = self.has("transfer-encoding")
         self._announced = 0 if chunked else int(self.header("content-length") or 0)
         self._unread = chunked or self._announced > 0
-        # a proxy before us may have seen another end of the body: https://www.rfc-editor.org/rfc/rfc9112#section-6.1
+        # a proxy may disagree on where the body ends: https://www.rfc-editor.org/rfc/rfc9112#section-6.1
         self._ambiguous = chunked and self.has("content-length")
 
     def header(self, name: str) -> str:
-        """A header by its name in small letters; empty where there is none."""
+        """A header by its lower-case name; empty if absent."""
         return self._headers.get(name, "")
 
     def has(self, name: str) -> bool:
-        """Whether there is such a header."""
+        """Whether the header is present."""
         return name in self._headers
 
     async def body(self, limit: int, seconds: float) -> bytes:
-        """The request's body. Raises ApiError when it is longer than `limit` bytes or takes too long, and Gone."""
+        """The request body. Raises ApiError if it exceeds `limit` bytes or takes too long, Gone on a disconnect."""
         try:
             return await asyncio.wait_for(self._body(limit), seconds)
         except asyncio.TimeoutError:
             raise ApiError(408, f"The body did not arrive within {seconds:g} seconds.", "timeout") from None
 
     def patience(self, seconds: float, keep: bool = False) -> None:
-        """What follows may take so long. `keep`: the connection is not dropped for a new one meanwhile."""
+        """Sets the deadline of the next step. `keep`: the connection must not be dropped for a new one meanwhile."""
         self._patience(seconds, keep)
 
     async def gone(self) -> None:
-        """Returns when the client has hung up. To be waited for once the body was read."""
+        """Returns when the client disconnects. Call it after the body was read."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
     async def reply(self, status: int, body: bytes, kind: str = JSON, headers: Mapping[str, str] | None = None) -> None:
-        """A whole answer."""
+        """Sends a complete response."""
         await self.begin(status, kind, {"content-length": str(len(body)), **(headers or {})})
         await self.send(body, more=False)
 
     async def refuse(self, error: ApiError) -> None:
-        """An error as an answer."""
+        """Sends an error as the response."""
         await self.reply(error.status, to_json(error.json()), headers=error.headers)
 
     async def begin(self, status: int, kind: str, headers: Mapping[str, str]) -> None:
-        """The head of an answer, of content type `kind`."""
+        """Sends the head of a response with content type `kind`."""
         self.status = status
         pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
         pairs.append((b"content-type", kind.encode("latin-1")))
@@ -84,7 +85,7 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": pairs})
 
     async def send(self, body: bytes, more: bool = True) -> None:
-        """A part of its body; waits while the client is behind."""
+        """Sends a part of the body; waits while the client's buffer is full."""
         await self._send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def _body(self, limit: int) -> bytes:

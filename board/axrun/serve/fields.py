@@ -1,4 +1,4 @@
-"""The table of request fields in docs/serve.md, from the schemas that requests are held against.
+"""The table of request fields in docs/serve.md, generated from the schemas that validate requests.
 
 `python -m axrun.serve.fields` prints it.
 """
@@ -26,7 +26,7 @@ LIMITS = {"minimum": "from", "maximum": "to"}
 
 
 def tables() -> dict[str, list[str]]:
-    """Lines of Markdown by heading: what is supported, accepted without effect, and refused unless it is off."""
+    """Markdown lines by heading: fields that are supported, ignored, and refused unless turned off."""
     rows: dict[tuple[str, str], list[str]] = {}
     for place, fields in PLACES.items():
         for name, field in fields.items():

@@ -22,9 +22,10 @@ class Rated(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A token of prompt or answer with the likeliest ones in its place.
+    """A token of the prompt or the answer, with the most likely alternatives.
 
-    `logprob` None: the first of a prompt. `start` is where its text begins, in characters. `ends`: a stop token.
+    `logprob` is None for the first token of a prompt. `start` is the character offset of its text.
+    `ends`: a stop token.
     """
 
     id: int
@@ -36,16 +37,16 @@ class Scored(NamedTuple):
 
 
 def log_softmax(logits: Floats) -> Floats:
-    """Of [n, vocab] or [vocab], the same shape. Raises CheckFailed when the logits are not finite."""
+    """The log-softmax of logits [n, vocab] or [vocab]. Raises CheckFailed if they are not finite."""
     if not np.isfinite(logits).all():
-        raise CheckFailed("the model gave logits that are not finite: it overflows or its files are damaged")
+        raise CheckFailed("the model returned logits that are not finite: it overflows or its files are damaged")
     shifted = logits - logits.max(-1, keepdims=True)
     total = np.exp(shifted).sum(-1, dtype=np.float64, keepdims=True)
     return np.asarray(shifted - np.log(total), np.float32)
 
 
 def likeliest(logprobs: Floats, count: int) -> Iterator[int]:
-    """Ids of the `count` highest of [vocab], equal ones in the order of their ids."""
+    """Ids of the `count` highest entries of [vocab]; ties by id."""
     count = min(count, len(logprobs))
     if not count:
         return iter(())
@@ -55,7 +56,7 @@ def likeliest(logprobs: Floats, count: int) -> Iterator[int]:
 
 
 def chat_logprobs(scored: Sequence[Scored]) -> dict[str, Any]:
-    """As chat completions have them; a stop token is not of the content."""
+    """The format of chat completions; a stop token is not part of the content."""
 
     def entry(token: Scored | Rated) -> dict[str, Any]:
         text = token.bytes.decode("utf-8", "replace")
@@ -68,7 +69,7 @@ def chat_logprobs(scored: Sequence[Scored]) -> dict[str, Any]:
 
 
 def completion_logprobs(scored: Sequence[Scored]) -> dict[str, Any]:
-    """As completions have them. Tokens that are no text are written `bytes:\\xe2\\x82`, so that they stay apart."""
+    """The format of completions. Tokens that are not valid UTF-8 stay distinct as `bytes:\\xe2\\x82`."""
     top: list[dict[str, float] | None] = []
     for token in scored:
         entries: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What a message can hold for other models: pictures, sound, files. Here each is refused by its name."""
+"""Message parts for other models (images, audio, files), each refused by name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from axrun.serve.errors import invalid
 
-# https://platform.openai.com/docs/api-reference/chat/create, and what other servers and the Responses API have
+# https://platform.openai.com/docs/api-reference/chat/create, plus types of other servers and of the Responses API
 KINDS = {
     "image_url": "an image",
     "image": "an image",
@@ -25,7 +25,7 @@ KINDS = {
 
 
 def refuse_media(body: Any) -> None:
-    """Raises ApiError for the first part of a message that is no text, in a body that may not be well-formed."""
+    """Raises ApiError for the first message part that is not text. The body has not been validated yet."""
     for i, message in enumerate(_list(body, "messages")):
         for j, part in enumerate(_list(message, "content")):
             kind = part.get("type") if isinstance(part, dict) else None

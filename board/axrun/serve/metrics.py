@@ -1,4 +1,4 @@
-"""What /metrics tells a Prometheus: https://prometheus.io/docs/practices/naming"""
+"""Metrics for Prometheus, served at /metrics: https://prometheus.io/docs/practices/naming"""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from axrun.serve.writer import Piece
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 GAUGES = {
     "slots": ("axrun_slots", "K/V slots."),
-    "busy": ("axrun_slots_busy", "K/V slots that are written to."),
+    "busy": ("axrun_slots_busy", "K/V slots in use."),
     "waiting": ("axrun_requests_waiting", "Requests in the queue."),
 }
 
 
 class Metrics:
-    """Every figure of one server."""
+    """The metrics of one server."""
 
     def __init__(self, model: str) -> None:
         registry = self._registry = CollectorRegistry()
         self._requests = Counter("axrun_requests", "Requests answered.", ["path", "status"], registry=registry)
-        self._cancelled = Counter("axrun_cancelled", "Requests whose client hung up.", registry=registry)
-        self._seconds = Histogram("axrun_request_seconds", "Whole answers.", buckets=SECONDS, registry=registry)
-        self._ttft = Histogram(
-            "axrun_first_token_seconds", "From a request to its first token.", buckets=SECONDS, registry=registry
+        self._cancelled = Counter("axrun_cancelled", "Requests whose client disconnected.", registry=registry)
+        self._seconds = Histogram(
+            "axrun_request_seconds", "Time to answer a request completely.", buckets=SECONDS, registry=registry
         )
+        self._ttft = Histogram("axrun_first_token_seconds", "Time to first token.", buckets=SECONDS, registry=registry)
         tokens = Counter("axrun_tokens", "Tokens, by kind.", ["kind"], registry=registry)
         self._prompt, self._reused, self._written = map(tokens.labels, ("prompt", "prompt_reused", "written"))
-        steps = Counter("axrun_step_seconds", "Time in steps of the engine.", ["phase"], registry=registry)
+        steps = Counter("axrun_step_seconds", "Time spent in engine steps, by phase.", ["phase"], registry=registry)
         self._prefill, self._decode = map(steps.labels, ("prefill", "decode"))
-        Gauge("axrun_model_info", "The model that is served.", ["model"], registry=registry).labels(model).set(1)
+        Gauge("axrun_model_info", "The served model.", ["model"], registry=registry).labels(model).set(1)
         ProcessCollector(registry=registry)
 
     def watch(self, figures: Callable[[], Mapping[str, int]]) -> None:
-        """`figures` are asked for when somebody looks."""
+        """`figures` is called on every scrape."""
         self._registry.register(_Figures(figures))
 
     def text(self) -> bytes:
@@ -45,11 +45,11 @@ class Metrics:
         return generate_latest(self._registry)
 
     def request(self, path: str, status: int) -> None:
-        """`status` 0: the client hung up before there was one."""
+        """`status` 0: the client disconnected before the response began."""
         self._requests.labels(path, str(status)).inc()
 
     def answered(self, seconds: float) -> None:
-        """A whole answer, from the request to its last byte."""
+        """Records a complete answer; `seconds` from the request to the last byte."""
         self._seconds.observe(seconds)
 
     def cancelled(self) -> None:
@@ -59,11 +59,11 @@ class Metrics:
         self._ttft.observe(seconds)
 
     def step(self, seconds: float, piece: Piece | None) -> None:
-        """A step that gives the first token is the last of the prefill."""
+        """Records an engine step. The step that yields the first token still counts as prefill."""
         (self._prefill if piece is None or piece.written <= 1 else self._decode).inc(seconds)
 
     def choice(self, piece: Piece) -> None:
-        """The last piece of an answer."""
+        """Counts the tokens of a finished choice; `piece` is its last one."""
         self._prompt.inc(piece.prompt)
         self._reused.inc(piece.reused)
         self._written.inc(piece.written)

@@ -113,20 +113,20 @@ SCHEMAS: dict[str, Any] = {
     ),
 }
 
-# status: what it says
+# status: description
 REFUSALS = {
-    "400": "The request cannot be answered as it stands.",
-    "403": "The Host header has a name that this server does not answer to.",
+    "400": "The request is invalid or not supported.",
+    "403": "The name in the Host header is not allowed.",
     "404": "No such model.",
     "408": "The body did not arrive in time.",
     "413": "The body is too large.",
-    "415": "The body is not sent as JSON.",
-    "429": "Too many requests are waiting; Retry-After says when to come again.",
-    "500": "The server failed.",
+    "415": "The Content-Type of the body is not application/json.",
+    "429": "Too many requests are queued; Retry-After says when to try again.",
+    "500": "Internal error.",
     "503": "The model is being loaded, or the server is shutting down.",
-    "504": "The request took too long.",
+    "504": "The answer was not finished in time.",
 }
-UNAUTHORIZED = "Wrong or no API key, where one is set."
+UNAUTHORIZED = "Wrong or missing API key."
 
 
 def document(model: str) -> dict[str, Any]:
@@ -136,8 +136,8 @@ def document(model: str) -> dict[str, Any]:
         "info": {
             "title": "axrun serve",
             "version": "1",
-            "description": "OpenAI's chat completions and completions, for one model. Fields that are known and "
-            "not supported are refused unless they are switched off; unknown ones are refused.",
+            "description": "OpenAI's chat completions and completions for one model. Fields that are known but "
+            "not supported are refused unless their value turns them off; unknown fields are refused.",
         },
         "paths": {
             "/v1/chat/completions": {
@@ -146,21 +146,21 @@ def document(model: str) -> dict[str, Any]:
             "/v1/completions": {
                 "post": _writing("Continue a text", "Completion", schema.request(schema.COMPLETION, model))
             },
-            "/v1/models": {"get": _reading("The model that is served, as a list", "Models")},
-            f"/v1/models/{model}": {"get": _reading("The model that is served", "Model")},
+            "/v1/models": {"get": _reading("List the served model", "Models")},
+            f"/v1/models/{model}": {"get": _reading("Show the served model", "Model")},
             "/health": {
                 "get": {
-                    "summary": "Whether requests are answered",
+                    "summary": "Readiness of the server",
                     "security": [],
                     "responses": {
-                        "200": _says("They are.", _ref("Health")),
-                        "503": _says("Not yet, or not any more.", _ref("Health")),
+                        "200": _says("Ready.", _ref("Health")),
+                        "503": _says("Loading, or shutting down.", _ref("Health")),
                     },
                 }
             },
             "/metrics": {
                 "get": {
-                    "summary": "Figures for Prometheus",
+                    "summary": "Metrics for Prometheus",
                     "responses": {
                         "200": {"description": "Text.", "content": {"text/plain": {"schema": STRING}}},
                         "401": _says(UNAUTHORIZED, _ref("Error")),
@@ -177,7 +177,7 @@ def document(model: str) -> dict[str, Any]:
 
 
 def _writing(summary: str, answer: str, body: dict[str, Any]) -> dict[str, Any]:
-    whole = _says("The answer; with stream, its chunks as server-sent events, then [DONE].", _ref(answer))
+    whole = _says("The answer; with stream, chunks as server-sent events, then [DONE].", _ref(answer))
     whole["content"]["text/event-stream"] = {}
     refusals = {status: _says(text, _ref("Error")) for status, text in {**REFUSALS, "401": UNAUTHORIZED}.items()}
     return {

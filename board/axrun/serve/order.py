@@ -1,4 +1,4 @@
-"""From a request that is well-formed to what is to be written: prompts in tokens, limits, how to draw."""
+"""Turns a validated request body into choices to generate: prompt tokens, limits, sampling settings."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from axrun.serve.schema import MAX_CHOICES, NO_LIMIT
 from axrun.text.template import ChatTemplate, chat_ids
 from axrun.text.tokenizer import Tokenizer
 
-LEAST_TEMPERATURE = 1e-3  # below it drawing is greedy in effect, and divides by next to nothing
+LEAST_TEMPERATURE = 1e-3  # below it sampling is effectively greedy, and the division could overflow
 SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer to write. `text` is the prompt as the client gave it, None where it gave token ids.
+    """One answer to generate. `text` is the prompt as the client sent it, None if it sent token ids.
 
-    `stop_ids` end it as the model's own do. `max_tokens` None goes to the end of the context; `top` None wants no log
-    probabilities, else so many likeliest.
+    `stop_ids` are additional stop tokens. `max_tokens` None: up to the end of the context. `top`: number of most likely
+    tokens to report with their log probabilities; None: no log probabilities.
     """
 
     index: int
@@ -39,13 +39,13 @@ class Choice:
 
     @property
     def scores_prompt(self) -> bool:
-        """Every token of the prompt has to be computed, in a slot or not."""
+        """Whether logits of every prompt token are needed, so that cached K/V cannot be reused."""
         return self.echo and self.top is not None
 
 
 @dataclass(frozen=True)
 class Order:
-    """A request's choices, `n` for each prompt, and how they are to be delivered."""
+    """A parsed request: its choices, `n` for each prompt, and the form of the response."""
 
     choices: Sequence[Choice]
     n: int
@@ -56,9 +56,9 @@ class Order:
 
 @dataclass(frozen=True)
 class Reader:
-    """What orders are read with: all of it belongs to one bundle.
+    """Parses request bodies for one bundle.
 
-    `parse_special`: special tokens that a chat message spells are control tokens, not text.
+    `parse_special`: special tokens spelled in a chat message are control tokens, not text.
     """
 
     tokenizer: Tokenizer
@@ -69,12 +69,12 @@ class Reader:
     parse_special: bool = False
 
     def chat(self, body: Mapping[str, Any]) -> Order:
-        """Raises ApiError for what cannot be answered."""
+        """Raises ApiError for a request that cannot be answered."""
         if self.template is None:
             raise invalid("This model has no chat template; use /v1/completions.", "messages")
         if "top_logprobs" in body and not body.get("logprobs"):
             raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
-        given = body["messages"]  # an assistant that only called tools said nothing
+        given = body["messages"]  # `content` is absent in assistant messages that only call tools
         messages = [{"role": _role(message["role"]), "content": message.get("content", "")} for message in given]
         try:
             ids = chat_ids(self.tokenizer, self.template, messages, self.parse_special)
@@ -85,7 +85,7 @@ class Reader:
         return self._order(body, [(None, ids)], "messages", limit, top, echo=False)
 
     def completion(self, body: Mapping[str, Any]) -> Order:
-        """Raises ApiError for what cannot be answered."""
+        """Raises ApiError for a request that cannot be answered."""
         given = body["prompt"]
         listed = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
         prompts = [self._prompt(prompt) for prompt in listed]
@@ -112,10 +112,10 @@ class Reader:
     ) -> Order:
         for _, ids in prompts:
             if not ids:
-                raise invalid("The prompt is empty: there is no token to start from.", param)
+                raise invalid("The prompt is empty; at least one token is needed.", param)
             if len(ids) > self.context:
                 raise invalid(
-                    f"This model's context is {self.context} tokens, and the prompt has {len(ids)}; shorten it.",
+                    f"The prompt has {len(ids)} tokens, and this model's context is {self.context}; shorten it.",
                     param,
                     "context_length_exceeded",
                 )
@@ -152,7 +152,7 @@ class Reader:
         given = {key: body[key] for key in SAMPLING if key in body}
         if given.get("temperature", 1) < LEAST_TEMPERATURE:
             given["temperature"] = 0.0
-        if given.get("top_p") == 0:  # the likeliest token alone
+        if given.get("top_p") == 0:  # only the most likely token
             given.update(top_p=1.0, top_k=1)
         if body.get("logit_bias"):
             bias = given["logit_bias"] = {int(token): added for token, added in body["logit_bias"].items()}

@@ -1,4 +1,4 @@
-"""Who may write when: a bounded queue, first come first served, and one thread that gives every slot a step in turn."""
+"""Scheduling: a bounded FIFO queue, and one thread that runs an engine step for each busy slot, round-robin."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Event = Union[Piece, ApiError, None]
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way. `deliver` gets its pieces, then None; or an ApiError, and nothing after it.
+    """A queued or running request. `deliver` receives its pieces and then None, or an ApiError as the last event.
 
-    It is called in the scheduler's thread. Times are of time.monotonic().
+    `deliver` is called in the scheduler's thread. Times are those of time.monotonic().
     """
 
     choices: deque[Choice]
@@ -42,7 +42,7 @@ class Ticket:
 
 @dataclass(eq=False)
 class _Turn:
-    """A choice that is being written in a slot."""
+    """A choice that is being generated in a slot."""
 
     ticket: Ticket
     slot: Slot
@@ -50,9 +50,9 @@ class _Turn:
 
 
 class Scheduler(threading.Thread):
-    """`load` is called in the thread: the slots, and what writes a choice into one.
+    """The scheduler thread. `load` is called in it, and returns the slots and the function that generates a choice.
 
-    `failure` is what it ended with when it could not load.
+    `failure` is the exception that ended the thread, if any.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Scheduler(threading.Thread):
         ended: Callable[[], None],
         ready: Callable[[], None] = lambda: None,
     ) -> None:
-        """`limit` requests may wait. `ready` is called when requests are taken, `ended` when the thread is done."""
+        """`limit` is the queue length. `ready` is called once requests are accepted, `ended` when the thread ends."""
         super().__init__(name="scheduler", daemon=True)
         self._load, self._limit, self._metrics, self._ended, self._ready = load, limit, metrics, ended, ready
         self._changed = threading.Condition()
@@ -71,20 +71,20 @@ class Scheduler(threading.Thread):
         self._turns: list[_Turn] = []
         self._slots: Sequence[Slot] = ()
         self._takes = 0
-        self._pace = 1.0  # seconds a request keeps its slot, a running mean
+        self._pace = 1.0  # running mean of the seconds a request takes
         self._stop_at = math.inf
         self.state = LOADING
         self.failure: BaseException | None = None
 
     @property
     def load_figures(self) -> dict[str, int]:
-        """How many slots there are, are writing, and how many requests wait."""
+        """The numbers of slots, busy slots and queued requests."""
         return {"slots": len(self._slots), "busy": len(self._turns), "waiting": len(self._waiting)}
 
     def submit(self, ticket: Ticket) -> None:
-        """Puts it at the end of the queue.
+        """Adds a request to the queue.
 
-        Raises ApiError: 503 while loading or stopping, 429 when the queue is full.
+        Raises ApiError: 503 while loading or stopping, 429 if the queue is full.
         """
         with self._changed:
             if self.state != READY:
@@ -93,7 +93,7 @@ class Scheduler(threading.Thread):
                 seconds = self._pace * (1 + len(self._waiting) / max(len(self._slots), 1))
                 raise ApiError(
                     429,
-                    f"{len(self._waiting)} requests are waiting already; try again later.",
+                    f"{len(self._waiting)} requests are already queued; try again later.",
                     "rate_limit_exceeded",
                     retry_after=min(max(math.ceil(seconds), 1), LONGEST_RETRY),
                 )
@@ -101,7 +101,7 @@ class Scheduler(threading.Thread):
             self._changed.notify()
 
     def cancel(self, ticket: Ticket) -> None:
-        """Nobody reads it any more: it leaves the queue now, or its slot before the next step."""
+        """Removes a request from the queue now, or from its slot before the next step."""
         with self._changed:
             ticket.cancelled = True
             if ticket in self._waiting:
@@ -109,7 +109,7 @@ class Scheduler(threading.Thread):
                 self._metrics.cancelled()
 
     def stop(self, grace: float) -> None:
-        """No new requests, those that wait are refused, and those that write have `grace` seconds to end."""
+        """Refuses new and queued requests; running ones have `grace` seconds to finish."""
         with self._changed:
             self.state, self._stop_at = STOPPING, time.monotonic() + grace
             for ticket in self._waiting:
@@ -134,7 +134,7 @@ class Scheduler(threading.Thread):
             self._ended()
 
     def _round(self) -> None:
-        """One step for each slot that is taken."""
+        """Runs one step for each busy slot."""
         with self._changed:
             while not self._turns and not self._waiting and self.state == READY:
                 self._changed.wait()
@@ -193,7 +193,7 @@ class Scheduler(threading.Thread):
             ticket.deliver(None)
         elif self.state == STOPPING:
             ticket.deliver(_unavailable(STOPPING))
-        else:  # the others first
+        else:  # back of the queue: other requests go first
             with self._changed:
                 if not ticket.cancelled:
                     self._waiting.append(ticket)
@@ -203,9 +203,10 @@ class Scheduler(threading.Thread):
 
 
 def _best(free: Sequence[Slot], choice: Choice) -> Slot:
-    """The slot whose tokens are the beginning of the prompt, or the prompt of them; else the one idle for longest.
+    """The slot that shares the longest prefix with the prompt, else the least recently used one.
 
-    An eighth may be different, no more: every chat begins as its template does, and is not to push out another.
+    A prefix counts only if it covers 7/8 of the shorter of the two. All chats share the beginning of the template, and
+    such a short match must not evict the cache of another chat.
     """
 
     def match(slot: Slot) -> int:
@@ -221,11 +222,11 @@ def _unavailable(state: str) -> ApiError:
 
 
 def _late() -> ApiError:
-    return ApiError(504, "The request took longer than the server's time limit.", "timeout")
+    return ApiError(504, "The answer was not finished within the server's time limit.", "timeout")
 
 
 def _failed(error: Exception) -> ApiError:
     if not isinstance(error, Failure):
         traceback.print_exception(type(error), error, error.__traceback__)
-        return ApiError(500, "The server failed on this request; its log has the reason.", "internal_error")
+        return ApiError(500, "Internal error; see the server log.", "internal_error")
     return ApiError(500, str(error), "model_failed")

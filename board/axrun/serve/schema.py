@@ -1,4 +1,4 @@
-"""What a request may hold, as JSON Schema: what is checked and what /openapi.json publishes are the same tables.
+"""Request bodies as JSON Schema. The same tables validate requests and are published in /openapi.json.
 
 https://platform.openai.com/docs/api-reference/chat/create, https://platform.openai.com/docs/api-reference/completions/create
 """
@@ -9,13 +9,13 @@ from typing import Any
 
 Fields = dict[str, dict[str, Any]]
 
-MAX_CHOICES = 64  # prompts x n of one request
+MAX_CHOICES = 64  # prompts times n in one request
 MAX_N = 16
 MAX_STOPS = 16
 MAX_STOP_IDS = 64
 MAX_LENGTH = (1 << 31) - 1
-NO_LIMIT = -1  # of tokens
-IGNORED = "Accepted; changes nothing here."
+NO_LIMIT = -1  # value of a token limit
+IGNORED = "Accepted and ignored."
 
 
 def _optional(kind: str, text: str = "", **limits: Any) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def _ignored(*kinds: str) -> dict[str, Any]:
 
 
 def _neutral(value: Any) -> dict[str, Any]:
-    """A field that other servers have, with its value that changes nothing."""
+    """A field of other servers, with the only value accepted here: the one that has no effect."""
     kind = "boolean" if isinstance(value, bool) else "number"
     return _refused(kind, enum=[value, None])
 
@@ -50,31 +50,44 @@ def _limit(text: str, least: int) -> dict[str, Any]:
 
 
 COMMON: Fields = {
-    "stream": _optional("boolean", "Answer in server-sent events, as tokens come."),
+    "stream": _optional("boolean", "Stream the answer as server-sent events."),
     "stream_options": _optional(
         "object",
-        "With stream; include_usage: a last event with the usage.",
+        "Options of a stream; include_usage adds a last event with the token counts.",
         properties={
-            "include_usage": _optional("boolean", "A last event with the usage."),
+            "include_usage": _optional("boolean", "Send a last event with the token counts."),
             "include_obfuscation": _ignored("boolean"),
         },
         additionalProperties=False,
     ),
-    "temperature": _optional("number", "0: greedy; absent: as the bundle's post_config.json.", minimum=0, maximum=2),
-    "top_p": _optional("number", "Draw from the likeliest tokens of this total probability.", minimum=0, maximum=1),
-    "top_k": _optional("integer", "Draw from this many likeliest tokens; 0: all.", minimum=0, maximum=MAX_LENGTH),
-    "repetition_penalty": _optional("number", "Above 1: recent tokens are less likely.", minimum=0.01, maximum=100),
-    "presence_penalty": _optional("number", "Taken from logits of tokens in the answer.", minimum=-2, maximum=2),
-    "frequency_penalty": _optional("number", "The same, times how often they are in it.", minimum=-2, maximum=2),
+    "temperature": _optional(
+        "number", "Sampling temperature. 0: greedy; absent: as in the bundle's post_config.json.", minimum=0, maximum=2
+    ),
+    "top_p": _optional(
+        "number",
+        "Sample from the smallest set of most likely tokens with this total probability.",
+        minimum=0,
+        maximum=1,
+    ),
+    "top_k": _optional("integer", "Sample from this many most likely tokens; 0: all.", minimum=0, maximum=MAX_LENGTH),
+    "repetition_penalty": _optional("number", "Above 1: makes recent tokens less likely.", minimum=0.01, maximum=100),
+    "presence_penalty": _optional(
+        "number", "Subtracted from the logits of tokens that are in the answer.", minimum=-2, maximum=2
+    ),
+    "frequency_penalty": _optional(
+        "number", "Subtracted once for each occurrence of the token in the answer.", minimum=-2, maximum=2
+    ),
     "logit_bias": _optional(
         "object",
-        "Token id to what is added to its logit.",
+        "Map from token id to a number that is added to its logit.",
         propertyNames={"pattern": "^[0-9]{1,9}$"},
         additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
         maxProperties=1024,
     ),
-    "seed": _optional("integer", "Same seed and request, same answer.", minimum=-(1 << 63), maximum=(1 << 63) - 1),
-    "n": _optional("integer", "Answers; with a seed, answer i is drawn with seed + i.", minimum=1, maximum=MAX_N),
+    "seed": _optional(
+        "integer", "Seed of the sampler: same seed and request, same answer.", minimum=-(1 << 63), maximum=(1 << 63) - 1
+    ),
+    "n": _optional("integer", "Number of answers; with a seed, answer i uses seed + i.", minimum=1, maximum=MAX_N),
     "stop": {
         "anyOf": [
             {"type": "null"},
@@ -82,15 +95,15 @@ COMMON: Fields = {
             {"type": "array", "maxItems": MAX_STOPS, "items": {"type": "string", "minLength": 1, "maxLength": 256}},
         ],
         "title": f"a string, or a list of up to {MAX_STOPS}, none of them empty",
-        "description": "The answer ends before the first of these, special tokens spelled out; it is not part of it.",
+        "description": "Stop strings: the answer ends before the first of them. They may spell special tokens.",
     },
     "stop_token_ids": {
         "type": ["array", "null"],
-        "description": "The answer ends before the first of these token ids, as before those of the model.",
+        "description": "Token ids that end the answer, in addition to those of the model.",
         "maxItems": MAX_STOP_IDS,
         "items": {"type": "integer", "minimum": 0, "maximum": MAX_LENGTH},
     },
-    "ignore_eos": _optional("boolean", "Go on past the tokens that end the model's answers; for benchmarks."),
+    "ignore_eos": _optional("boolean", "Continue past the model's stop tokens; for benchmarks."),
     "user": _ignored("string"),
     "metadata": _ignored("object"),
     "store": _ignored("boolean"),
@@ -124,7 +137,7 @@ TEXT_PART = {
     "type": "object",
     "required": ["type", "text"],
     "properties": {
-        "type": {"type": "string", "enum": ["text"], "description": "Always text."},
+        "type": {"type": "string", "enum": ["text"], "description": "The type of the part: text."},
         "text": {"type": "string", "description": "The text."},
         "cache_control": _ignored("object"),
     },
@@ -139,15 +152,19 @@ def _message(*roles: str, required: list[str], content: list[dict[str, Any]]) ->
         "type": "object",
         "required": required,
         "properties": {
-            "role": {"type": "string", "enum": list(roles), "description": "Who speaks; developer is system."},
+            "role": {
+                "type": "string",
+                "enum": list(roles),
+                "description": "The author of the message; developer is treated as system.",
+            },
             "content": {
                 "anyOf": content,
                 "title": "a string, or a list of parts of type text",
-                "description": "What is said; an assistant's may be null.",
+                "description": "The content of the message; an assistant's may be null.",
             },
             "name": _ignored("string"),
             "cache_control": _ignored("object"),
-            # what a client has in an answer that it sends back
+            # fields of an answer that clients send back in the history
             "annotations": _ignored("array"),
             "reasoning": _ignored("string"),
             "reasoning_content": _ignored("string"),
@@ -172,10 +189,14 @@ MESSAGE = {
 CHAT: Fields = {
     "messages": {"type": "array", "minItems": 1, "items": MESSAGE, "description": "The conversation so far."},
     **COMMON,
-    "max_completion_tokens": _limit("Longest answer; absent, null or -1: to the end of the context.", 1),
-    "max_tokens": _limit("The older name of the same.", 1),
-    "logprobs": _optional("boolean", "Log probability of every token of the answer."),
-    "top_logprobs": _optional("integer", "And of this many likeliest; needs logprobs.", minimum=0, maximum=20),
+    "max_completion_tokens": _limit(
+        "Maximum number of tokens of the answer; absent, null or -1: to the end of the context.", 1
+    ),
+    "max_tokens": _limit("Older name of max_completion_tokens.", 1),
+    "logprobs": _optional("boolean", "Return the log probability of every token of the answer."),
+    "top_logprobs": _optional(
+        "integer", "Number of most likely tokens to return at each position; needs logprobs.", minimum=0, maximum=20
+    ),
     "parallel_tool_calls": _ignored("boolean"),
     "chat_template_kwargs": _refused("object", maxProperties=0),
     "add_generation_prompt": _neutral(True),
@@ -200,7 +221,7 @@ TOKENS = {"type": "array", "minItems": 1, "items": TOKEN}
 
 COMPLETION: Fields = {
     "prompt": {
-        "description": "What to continue.",
+        "description": "The text to continue.",
         "anyOf": [
             {"type": "string"},
             {"type": "array", "minItems": 1, "maxItems": MAX_CHOICES, "items": {"type": "string"}},
@@ -210,18 +231,21 @@ COMPLETION: Fields = {
         "title": f"text, token ids, or a list of up to {MAX_CHOICES} of either, none of them empty",
     },
     **COMMON,
-    "max_tokens": {**_limit("Longest answer; absent: 16; null or -1: to the end of the context.", 0), "default": 16},
+    "max_tokens": {
+        **_limit("Maximum number of tokens; absent: 16; null or -1: to the end of the context.", 0),
+        "default": 16,
+    },
     "logprobs": _optional(
-        "integer", "Log probabilities: the token's, and of so many likeliest.", minimum=0, maximum=20
+        "integer", "Return log probabilities of each token and of this many most likely ones.", minimum=0, maximum=20
     ),
-    "echo": _optional("boolean", "The prompt before the answer, with log probabilities if asked for."),
+    "echo": _optional("boolean", "Return the prompt before the answer, with log probabilities if requested."),
     "best_of": _refused("integer", minimum=1, maximum=1),
     "suffix": _refused("string", maxLength=0),
 }
 
 
 def request(fields: Fields, model: str) -> dict[str, Any]:
-    """The schema of a request's body; `model` is the only name that is served, and the one that is meant by none."""
+    """The schema of a request body; `model` is the only accepted model name, and the default."""
     required = [name for name, schema in fields.items() if "null" not in _types(schema)]
     properties = {"model": {"type": ["string", "null"], "enum": [model, None]}, **fields}
     return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}

@@ -1,4 +1,4 @@
-"""axrun serve as a process: load, listen, stop when told."""
+"""The process of axrun serve: load, listen, shut down on a signal."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ Announce = Callable[[Mapping[str, Any]], None]
 
 @dataclass(frozen=True)
 class Options:
-    """How to serve. `name` None: the bundle's. `api_key` None: $AXRUN_API_KEY, and where that is not set, no key.
+    """Options of the server. `name` None: that of the bundle. `api_key` None: $AXRUN_API_KEY, if set.
 
-    `exact`: an answer does not depend on what its slot held before, to the last bit. `allowed_host`: names that clients
-    may use for this server, besides those of `axrun.serve.hosts`; "*" is any. `parse_special`: special tokens that a
-    chat message spells are control tokens, not text. `generation_config`: what a request leaves open is drawn as the
-    checkpoint's file of that name says, and not as post_config.json does.
+    `exact`: answers are bit-identical, whatever the slot held before. `allowed_host`: further host names to accept,
+    besides those of `axrun.serve.hosts`; "*" accepts any. `parse_special`: special tokens spelled in a chat message are
+    control tokens, not text. `generation_config`: take the sampling defaults from the checkpoint's
+    generation_config.json, not from post_config.json.
     """
 
     host: str = "127.0.0.1"
@@ -79,7 +79,9 @@ class Options:
                 raise BadInput(f"--allowed-host is {name!r}, expected a name without scheme and port, or {ANY}")
         key = self.key
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
-            raise BadInput("the API key is empty or has characters that a header cannot carry; use letters and digits")
+            raise BadInput(
+                "the API key is empty or has characters that are not allowed in a header; use letters and digits"
+            )
 
     @property
     def key(self) -> str | None:
@@ -89,9 +91,8 @@ class Options:
 def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: Announce = lambda event: None) -> None:
     """Serves a bundle until SIGTERM or SIGINT.
 
-    `announce` gets what a program that starts a server waits for: `listening`, with host and port, and `ready`.
-
-    Raises BadInput for a bundle or an address that cannot be used, CheckFailed when the bundle is not as built.
+    `announce` receives the events `listening`, with host and port, and `ready`.
+    Raises BadInput for a bundle or an address that cannot be used, CheckFailed if the bundle fails verification.
     """
     bundle, say = loading.open(path), loading.say
     tokenizer = Tokenizer.open(bundle.hf)
@@ -133,25 +134,25 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
         server = Server(app, scheduler, options.grace, options.read_timeout)
         say(f"Starting server on port {port} with model '{name}'...")
         if options.key is None and not loopback:
-            say(f"warning: whoever reaches {host} may use this model; set {KEY_VARIABLE} to keep strangers out")
+            say(f"warning: anyone who can reach {host} can use this model; set {KEY_VARIABLE} to require a key")
         address = f"[{host}]" if ":" in host else host
         if not LIBRARIES.keys() <= ASSETS.keys():
-            say("the page shows answers as plain text: its Markdown libraries are not installed (make page)")
+            say("the page shows answers as plain text; run `make page` to install its Markdown libraries")
         say(f"OpenAI API Server starting on http://{address}:{port}")
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, server.handle_exit)  # which uvicorn puts back when it is done: no signal is a failure
+            signal.signal(number, server.handle_exit)  # uvicorn restores it at the end; a signal is no failure
         announce({"event": "listening", "host": host, "port": port})
         scheduler.start()
         server.run([listener])
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)  # one that comes while the interpreter ends would be its exit code
+            signal.signal(number, signal.SIG_IGN)  # a signal during exit would change the exit code
     scheduler.join(timeout=1.0)
     if scheduler.failure is not None:
         raise scheduler.failure
 
 
 class Server(uvicorn.Server):
-    """Ends with the scheduler, and the scheduler with it."""
+    """A uvicorn server that stops together with the scheduler."""
 
     def __init__(self, app: Any, scheduler: Scheduler, grace: float, read_timeout: int) -> None:
         config = uvicorn.Config(
@@ -171,13 +172,13 @@ class Server(uvicorn.Server):
         self._scheduler, self._grace = scheduler, grace
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """The first signal asks for an orderly end, which is no failure; the second does not wait."""
+        """The first signal starts a graceful shutdown; the second one forces it."""
         if self.should_exit:
             self.force_exit = True
         self.should_exit = True
 
     def leave(self) -> None:
-        """The scheduler has ended."""
+        """Stops the server after the scheduler has ended."""
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -186,7 +187,7 @@ class Server(uvicorn.Server):
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises BadInput when the address cannot be had."""
+    """A bound socket. Raises BadInput if the address is not available."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
@@ -201,6 +202,6 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _fingerprint(bundle: Bundle) -> str:
-    """The same for the same files."""
+    """A fingerprint of the bundle's files."""
     files = json.dumps(bundle.manifest["files"], sort_keys=True)
     return f"fp_{hashlib.sha256(files.encode()).hexdigest()[:10]}"

@@ -1,6 +1,6 @@
-"""K/V slots: sequences that share the layers of one model, so that several answers are written at a time.
+"""KV slots: sequences that share the layers of one model, so that several answers can be generated concurrently.
 
-What was computed for one request serves the next that begins alike.
+The KV cache of a finished request is reused by a later one with the same prefix.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from axrun.memory import Allow, refuse
 from axrun.model import Model
 from axrun.sequence import Sequence
 
-SPARE = 64 << 20  # bytes of memory that slots leave to everything else
+SPARE = 64 << 20  # bytes of memory to leave free
 
 
 class Slot(Sequence):
-    """A sequence that requests take turns in. `used` is when it was last taken, in whatever the scheduler counts."""
+    """A sequence that serves one request at a time. `used` is the scheduler's counter at its last assignment."""
 
     def __init__(self, model: Model, exact: bool = False) -> None:
         super().__init__(model, exact)
@@ -23,15 +23,15 @@ class Slot(Sequence):
 
 
 def allocate(first: Model, count: int, allow: Allow = refuse, exact: bool = False) -> list[Slot]:
-    """`count` slots of a model, whose own cache is the first one's.
+    """Creates `count` slots of a model; the first one uses the model's own cache.
 
-    Raises BadInput when their K/V does not fit the memory that is left, and `allow`, asked with the numbers, says no.
+    Raises BadInput if their KV caches do not fit into the free memory and `allow(message)` returns False.
     """
     each, left = first.decoder.cache.nbytes, available()
     needed = (count - 1) * each
     if left is not None and needed + SPARE > left:
-        shortage = f"{count} slots need {needed >> 20} MB more for their K/V, {left >> 20} MB of memory are left"
+        shortage = f"{count} slots need {needed >> 20} MB more for their KV caches, {left >> 20} MB of memory are free"
         if not allow(shortage):
             fitting = 1 + max(left - SPARE, 0) // each
-            raise BadInput(f"{shortage}\nStart with --slots {fitting}; --force tries it.")
+            raise BadInput(f"{shortage}\nStart with --slots {fitting}; --force tries anyway.")
     return [Slot(model, exact) for model in (first, *(first.another() for _ in range(count - 1)))]

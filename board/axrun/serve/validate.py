@@ -1,7 +1,7 @@
-"""JSON held against a schema: the part of JSON Schema that `axrun.serve.schema` uses.
+"""Validation of JSON against the part of JSON Schema that `axrun.serve.schema` uses.
 
-https://json-schema.org/draft/2020-12/json-schema-validation. Beside the standard words, `x-refused` marks a field that
-is known and not supported: only values that switch it off fit.
+https://json-schema.org/draft/2020-12/json-schema-validation. In addition to the standard
+keywords, `x-refused` marks a field that is known but not supported: only values that turn it off are valid.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WORDS = {
 
 CONTAINERS = {"null": type(None), "string": str, "array": list, "object": dict}
 
-# keyword: (does the value fit the keyword's, what was expected); each looks at the types it is about
+# keyword: (types it applies to, predicate, description of the expected value)
 LIMITS: dict[str, tuple[Any, Callable[[Any, Any], bool], str]] = {
     "minimum": ((int, float), lambda value, limit: value >= limit, "at least {}"),
     "maximum": ((int, float), lambda value, limit: value <= limit, "at most {}"),
@@ -42,7 +42,7 @@ LIMITS: dict[str, tuple[Any, Callable[[Any, Any], bool], str]] = {
 
 
 def parse(body: bytes) -> Any:
-    """JSON from a request. Raises ApiError for what is no UTF-8, no JSON, or has numbers that are none (NaN)."""
+    """Parses a request body. Raises ApiError if it is not UTF-8 or not JSON, or contains NaN or an infinity."""
     try:
         return json.loads(body.decode("utf-8"), parse_constant=_not_a_number)
     except UnicodeDecodeError as error:
@@ -52,9 +52,9 @@ def parse(body: bytes) -> Any:
 
 
 def validate(value: Any, schema: Schema, name: str = "") -> Any:
-    """The value with whole floats as integers, without properties that are null, and with defaults of absent ones.
+    """Returns the value with integral floats as integers, null properties removed and defaults filled in.
 
-    Raises ApiError that names the first property at fault: what it is, what was expected.
+    Raises ApiError naming the first invalid property, its value and the expected one.
     """
     if "anyOf" in schema:
         return _any_of(value, schema, name)
@@ -115,7 +115,7 @@ def _any_of(value: Any, schema: Schema, name: str) -> Any:
 
 
 def _meant(value: dict[str, Any], options: list[Schema]) -> Schema:
-    """The one of several kinds of object, told by a property of which each has values of its own."""
+    """Selects an object schema by the property whose allowed values differ between the options (discriminator)."""
     key = next(key for key, rule in options[0]["properties"].items() if "enum" in rule)
     for option in options:
         if value.get(key) in option["properties"][key]["enum"]:
@@ -149,4 +149,4 @@ def _short(value: Any) -> str:
 
 
 def _not_a_number(constant: str) -> Any:
-    raise ValueError(f"{constant} is no JSON number")
+    raise ValueError(f"{constant} is not a JSON number")

@@ -1,4 +1,4 @@
-"""One answer, written step by step: every step is one run of the engine, so that many answers can take turns."""
+"""Generates one answer in single engine steps, so that the scheduler can interleave many answers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Array = NDArray[Any]
 
 
 class Piece(NamedTuple):
-    """More of an answer: text that is final, and the tokens it came from where log probabilities are wanted.
+    """A part of an answer: final text, and its scored tokens if log probabilities were requested.
 
-    `finish` is stop or length with the last piece, empty before. Counts are of tokens, up to here; a stop token is none
-    of the answer's. `reused` ones of the prompt were in the slot already.
+    `finish` is `stop` or `length` on the last piece and empty before. Token counts are cumulative; a stop token does
+    not count as written. `reused` tokens of the prompt were already in the KV cache of the slot.
     """
 
     choice: int
@@ -39,15 +39,15 @@ class Piece(NamedTuple):
 
 
 class Writer:
-    """Writes answers with the tokenizer of one model."""
+    """Generates answers with the tokenizer of one model."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def write(self, choice: Choice, sequence: Sequence) -> Iterator[Piece | None]:
-        """After every run of the engine, the piece it gave, or None in the middle of a prompt.
+        """Yields after every engine step: a piece, or None during prefill.
 
-        The last piece has a `finish`. Raises CheckFailed when the model gives no finite numbers.
+        The last piece has `finish` set. Raises CheckFailed if the model returns values that are not finite.
         """
         reused = 0 if choice.scores_prompt else sequence.reusable(choice.ids)
         script = _Script(choice, reused, self._tokenizer)
@@ -68,7 +68,7 @@ class Writer:
         yield script.last()
 
     def _score(self, model: Model, hidden: Array, following: abc.Sequence[int], script: _Script) -> None:
-        """Of tokens of the prompt, by the hidden states before them."""
+        """Scores tokens of the prompt with the logits of the hidden states before them."""
         at = 0
         for rows in model.logits(hidden):
             script.prompt_scores(following[at : at + len(rows)], log_softmax(rows))
@@ -76,31 +76,31 @@ class Writer:
 
 
 class _Script:
-    """The text and the scores of an answer, and how much of them may be shown."""
+    """Accumulates text and scores of an answer, and tracks how much of them is final."""
 
     def __init__(self, choice: Choice, reused: int, tokenizer: Tokenizer) -> None:
         self._choice, self._reused, self._tokenizer = choice, reused, tokenizer
         self._stream, self._stops = TextStream(tokenizer), StopStrings(choice.stop)
-        self._waiting: list[Scored] = []  # scores whose text is not shown yet
-        self._new = ""  # text to show with the next piece
-        self._shown = 0  # characters, the next piece's too
-        self._whole = 0  # characters up to the last whole one, shown or not
+        self._waiting: list[Scored] = []  # scores whose text is not final yet
+        self._new = ""  # final text for the next piece
+        self._shown = 0  # final characters, including the next piece
+        self._whole = 0  # decoded characters, final or not
         self._decoder, self._placed = codecs.getincrementaldecoder("utf-8")("replace"), 0  # in the prompt
         self._ended = False
         self.written = 0
         if choice.echo:
             self._show(self._prompt())
             self._whole = self._shown
-        if choice.scores_prompt:  # the first token has nothing before it to be rated by
+        if choice.scores_prompt:  # the first token has no preceding logits
             self._score(choice.ids[0], None, self._place(choice.ids[0]))
 
     @property
     def ended(self) -> bool:
-        """A stop token or a stop string was met."""
+        """Whether a stop token or a stop string was found."""
         return self._ended or self._stops.found
 
     def add(self, token: int, logits: Logits, ends: bool) -> None:
-        """A token of the answer, or where it `ends` the stop token behind it."""
+        """Adds a token of the answer; with `ends`, the stop token after it."""
         self._ended = ends
         if self._choice.top is not None:
             self._score(token, log_softmax(logits), self._whole, self._ended)
@@ -111,11 +111,11 @@ class _Script:
             self._show(self._stops.push(text, self._hidden(token)))
 
     def _hidden(self, token: int) -> str:
-        """The spelling of a special token, which is not shown."""
+        """The spelling of a special token, which is matched against stop strings but not shown."""
         return self._tokenizer.token_bytes(token).decode() if token in self._tokenizer.special_ids else ""
 
     def prompt_scores(self, ids: abc.Sequence[int], rows: Logits) -> None:
-        """The next tokens of the prompt by their log probabilities, [n, vocab]."""
+        """Adds the scores of the next prompt tokens; `rows` are log probabilities [n, vocab]."""
         for token, row in zip(ids, rows):
             self._score(token, row, self._place(token))
 
@@ -128,20 +128,20 @@ class _Script:
         self._waiting.append(scored)
 
     def _place(self, token: int) -> int:
-        """Where a token of the prompt begins; one inside a character, where that does."""
+        """The character offset of a prompt token; a token inside a character gets the offset of that character."""
         start = self._placed
         self._placed += len(self._decoder.decode(self._tokenizer.token_bytes(token)))
         return start
 
     def piece(self, finish: str = "") -> Piece:
-        """What came since the last one."""
+        """The piece of everything final since the last call."""
         ready = len(self._waiting) if finish and not self._stops.found else self._begun()
         scored, self._waiting = self._waiting[:ready], self._waiting[ready:]
         text, self._new = self._new, ""
         return Piece(self._choice.index, text, scored, finish, len(self._choice.ids), self._reused, self.written)
 
     def last(self) -> Piece:
-        """The rest."""
+        """The last piece."""
         if not self._stops.found:
             rest = self._stream.finish()
             self._show(self._stops.push(rest))
@@ -149,7 +149,7 @@ class _Script:
         return self.piece("stop" if self.ended else "length")
 
     def _begun(self) -> int:
-        """Scores whose text is shown, at least in part."""
+        """The number of waiting scores whose text is final, at least in part."""
         return next((i for i, scored in enumerate(self._waiting) if scored.start >= self._shown), len(self._waiting))
 
     def _show(self, text: str) -> None:

@@ -6,20 +6,20 @@ import { empty, load, save, Store } from "/store.js";
 const $ = (id) => document.getElementById(id);
 const SETTINGS = ["system", "temperature", "top_p", "max_tokens", "seed"];
 const NUMBERS = SETTINGS.slice(1, 4);
-const SAVE_MS = 1000; // while an answer is written
+const SAVE_MS = 1000; // while an answer is being generated
 const QUIET_MS = 10000; // after which an answer of another tab counts as interrupted
-const RENDER_SHARE = 4; // of the time, at most one part in so many is spent drawing an answer
+const RENDER_SHARE = 4; // spend at most 1/RENDER_SHARE of the time rendering an answer
 
 let model = "";
 let context = 0; // tokens; 0: not known yet
-let answering = null; // the AbortController of the answer that is being written
-let leaving = false; // this page is being left: what it was fetching fails
-let elsewhere = 0; // the timer of an answer that another tab is writing
+let answering = null; // the AbortController of the answer in progress
+let leaving = false; // the page is being unloaded, so pending requests fail
+let elsewhere = 0; // the timer of an answer in progress in another tab
 const store = new Store(() => answering !== null, adopt);
 let conversation = store.open(); // messages: {role, content, figures, error, seed, tries, tokens, writing}
-const drawn = new WeakMap(); // a message's text as shown: {content, text}
+const drawn = new WeakMap(); // the rendered text of a message: {content, text}
 
-// ---- what is shown
+// ---- rendering
 
 function textOf(message) {
   const known = drawn.get(message);
@@ -65,12 +65,12 @@ function showAll() {
 function leftOut(start) {
   const count = start / 2;
   const what = count === 1 ? "The turn above is" : `The ${count} turns above are`;
-  return `${what} left out: the model's context of ${context.toLocaleString("en")} tokens got full.`;
+  return `${what} left out: the model's context of ${context.toLocaleString("en")} tokens is full.`;
 }
 
-/** How full the context is; `tokens` as the server counted, else estimated. */
+/** Shows the use of the context; `tokens` as counted by the server, else estimated. */
 function showGauge(tokens) {
-  // The last token of an answer is counted, and has no place of its own yet.
+  // The last token of an answer is counted, but is not in the KV cache yet.
   const used = Math.min(tokens ?? estimate(shown(conversation, system()), conversation.rate), context);
   $("gauge").hidden = !context || !conversation.messages.length;
   $("gauge-bar").max = context;
@@ -110,7 +110,7 @@ function adopt(changed) {
   showAll();
 }
 
-// ---- what is asked
+// ---- requests
 
 const system = () => $("system").value.trim();
 
@@ -123,13 +123,13 @@ function request(seed) {
   return { method: "POST", headers, body: JSON.stringify(body), signal: answering.signal };
 }
 
-/** A seed of its own for every try; those of a chosen seed follow it. */
+/** A different seed for every try: random, or counting up from the seed in the settings. */
 function seedOf(tries) {
   if ($("seed").value !== "") return Number($("seed").value) + tries;
   return crypto.getRandomValues(new Uint32Array(1))[0];
 }
 
-/** The response to the conversation; where the server finds it too long, with more of the oldest turns left out. */
+/** Sends the conversation; if the server finds it too long, again with more of the oldest turns left out. */
 async function respond(seed) {
   for (;;) {
     const response = await fetch("/v1/chat/completions", request(seed));
@@ -137,7 +137,7 @@ async function respond(seed) {
     const body = await response.json().catch(() => null);
     if (body?.error?.code === "context_length_exceeded" && leaveOut(conversation)) continue;
     if (response.status === 401) toggleSettings(true);
-    throw new Error(body?.error?.message ?? `the server answered ${response.status}`);
+    throw new Error(body?.error?.message ?? `the server returned status ${response.status}`);
   }
 }
 
@@ -175,7 +175,7 @@ function figures(clock, usage, finish) {
   return parts.join(" · ");
 }
 
-/** Draws an answer while it is written: once a frame, and not so often that it takes the browser's time. */
+/** Renders an answer in progress: at most once a frame, and within RENDER_SHARE of the time. */
 function drawing(text) {
   const writing = new Writing(text);
   let message = null;
@@ -204,7 +204,7 @@ function drawing(text) {
   };
 }
 
-/** Writes an answer to the last question; `before` is one that was not liked. */
+/** Generates an answer to the last question; `before` is the rejected previous answer. */
 async function answer(before) {
   const tries = before ? (before.tries ?? 0) + 1 : 0;
   const message = { role: "assistant", content: "", seed: seedOf(tries), tries, writing: true };
@@ -245,7 +245,7 @@ async function answer(before) {
     if (answering.signal.aborted) finish = "stopped";
     else message.error = error instanceof TypeError ? "The server cannot be reached." : error.message;
   }
-  if (message.error && !message.content) mine.start = start; // nothing was gained by leaving turns out
+  if (message.error && !message.content) mine.start = start; // leaving turns out did not help
   answering = null;
   draw.finish(message);
   if (mine === conversation) complete(message, before, figures(clock, usage, finish), usage);
@@ -253,11 +253,11 @@ async function answer(before) {
   $("prompt").focus();
 }
 
-/** An answer has come to its end. */
+/** Finishes an answer. */
 function complete(message, before, told, usage) {
   const same = before?.content && before.content === message.content;
   delete message.writing;
-  message.figures = same ? `${told} · the same again: a temperature above 0 lets answers differ` : told;
+  message.figures = same ? `${told} · same answer as before: set a temperature above 0 for other answers` : told;
   message.tokens = usage?.total_tokens;
   if (usage) conversation.rate = rateOf(shown(conversation, system()), usage.total_tokens) ?? conversation.rate;
   keep();
@@ -278,7 +278,7 @@ function again() {
   answer(conversation.messages.pop());
 }
 
-/** Takes the last question back into the field; its answer goes. */
+/** Moves the last question back into the input field and removes its answer. */
 function edit() {
   if (answering) return;
   const [question] = conversation.messages.splice(-2);
@@ -327,7 +327,7 @@ async function greet() {
   setTimeout(greet, health.className === "ok" ? 10000 : 1000);
 }
 
-// ---- hands and keys
+// ---- user input
 
 $("as-text").hidden = await loadMarkdown();
 
@@ -362,7 +362,7 @@ $("settings").addEventListener("input", () => {
 });
 addEventListener("beforeunload", () => {
   leaving = true;
-  setTimeout(() => (leaving = false), 3000); // it was not left after all
+  setTimeout(() => (leaving = false), 3000); // the unload was cancelled
 });
 addEventListener("pagehide", () => {
   leaving = true;

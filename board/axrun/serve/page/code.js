@@ -1,4 +1,4 @@
-// Code with its language and a button that copies it, and how anything is copied.
+// Code blocks with a language label and a copy button; copying to the clipboard.
 
 export function element(kind, className, text) {
   const made = document.createElement(kind);
@@ -18,7 +18,7 @@ export function codeBlock(code, language) {
   const block = element("div", "code");
   const head = element("div", "head");
   const pre = element("pre");
-  pre.tabIndex = 0; // scrolled with the arrow keys where it is wider than the page
+  pre.tabIndex = 0; // so that the arrow keys scroll a wide block
   pre.setAttribute("aria-label", language ? `Code, ${language}` : "Code");
   pre.append(element("code", "", code));
   head.append(
@@ -29,7 +29,7 @@ export function codeBlock(code, language) {
   return block;
 }
 
-/** Copies a text and says so on the button; where the browser does not let it, selects `shown` for the user to copy. */
+/** Copies a text and confirms on the button; if the browser refuses, selects `shown` for the user to copy. */
 export async function copy(pressed, text, shown) {
   const done = (await byClipboard(text)) || byCommand(text);
   if (!done) getSelection().selectAllChildren(shown);
@@ -38,7 +38,7 @@ export async function copy(pressed, text, shown) {
 }
 
 async function byClipboard(text) {
-  if (!navigator.clipboard) return false; // it exists only over https and on this machine itself
+  if (!navigator.clipboard) return false; // available only over https and on localhost
   try {
     await navigator.clipboard.writeText(text);
     return true;

@@ -1,9 +1,9 @@
-// Markdown to DOM nodes. What the model writes is never trusted: markdown-it makes no HTML of HTML, and DOMPurify
-// lets through nothing but the elements listed here. Without the two, text stays text and fences become code.
+// Markdown to DOM nodes. Model output is untrusted: markdown-it escapes HTML, and DOMPurify allows only the elements
+// listed here. Without the two libraries, text stays text and fences become code blocks.
 
 import { codeBlock } from "/code.js";
 
-const LINK = /^(?:https?:\/\/|mailto:)/i; // relative addresses and other schemes are not followed
+const LINK = /^(?:https?:\/\/|mailto:)/i; // no relative URLs, no other schemes
 const CLEAN = {
   ALLOWED_TAGS: [
     ...["p", "br", "hr", "h1", "h2", "h3", "h4", "h5", "h6", "strong", "em", "s", "code", "pre", "blockquote"],
@@ -20,7 +20,7 @@ const CLEAN = {
 let parser = null;
 let purifier = null;
 
-/** Brings the libraries; false where this server has none. */
+/** Loads the libraries; returns false if this server does not have them. */
 export async function load() {
   try {
     const [markdownIt, purify] = await Promise.all([import("/lib/markdown-it.js"), import("/lib/purify.js")]);
@@ -37,14 +37,14 @@ function configure(markdownIt) {
   const made = markdownIt({ html: false, linkify: true, breaks: true });
   made.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
   made.validateLink = (address) => LINK.test(address);
-  // No image is fetched for a model: it becomes a link.
+  // Images are not fetched; they become links.
   made.renderer.rules.image = (tokens, index, options, env, self) => {
     const escaped = (text) => made.utils.escapeHtml(text);
     const alt = self.renderInlineAsText(tokens[index].children, options, env);
     const address = tokens[index].attrGet("src");
     return `<a href="${escaped(address)}">${escaped(alt || address)}</a>`;
   };
-  // Models break lines inside table cells with <br>, the one tag that is read.
+  // <br> is the only tag that is rendered: models use it for line breaks inside table cells.
   made.inline.ruler.push("br", (state, silent) => {
     const found = /^<br ?\/?>/i.exec(state.src.slice(state.pos, state.pos + 6));
     if (!found) return false;
@@ -52,7 +52,7 @@ function configure(markdownIt) {
     state.pos += found[0].length;
     return true;
   });
-  // The policy of this page forbids style attributes.
+  // The content security policy of this page forbids style attributes.
   made.core.ruler.push("align", (state) => {
     for (const token of state.tokens) {
       const style = token.type === "th_open" || token.type === "td_open" ? token.attrGet("style") : null;
@@ -62,7 +62,7 @@ function configure(markdownIt) {
   return made;
 }
 
-/** A fragment of the HTML that is harmless. */
+/** A sanitised fragment of the HTML. */
 export function clean(html) {
   const fragment = purifier.sanitize(html, CLEAN);
   for (const link of fragment.querySelectorAll("a")) {
@@ -72,18 +72,18 @@ export function clean(html) {
   return fragment;
 }
 
-/** A text that grows: only its last block is parsed and drawn again. */
+/** A growing text: only its last block is parsed and rendered again. */
 export class Writing {
   constructor(target) {
     this.target = target;
     this.text = "";
-    this.done = 0; // characters in blocks that are complete
+    this.done = 0; // characters in complete blocks
     this.open = []; // nodes of the last block
     this.env = {};
     target.classList.toggle("markdown", parser !== null);
   }
 
-  /** Draws the text as far as it has come; it only ever grows. */
+  /** Renders the text so far; `text` may only grow. */
   draw(text) {
     if (text === this.text) return;
     this.text = text;
@@ -98,7 +98,7 @@ export class Writing {
     this.done += startOf(rest, last[0]?.map?.[0] ?? 0);
   }
 
-  /** Draws the whole text anew: a link may be defined behind its use. */
+  /** Renders the whole text again: a link reference may be defined after its use. */
   finish(text) {
     this.target.replaceChildren();
     Object.assign(this, { text: "", done: 0, open: [], env: {} });
@@ -132,7 +132,7 @@ function startOf(text, line) {
   return at;
 }
 
-/** Text as text, and what stands between fences as code: https://spec.commonmark.org/0.31.2/#fenced-code-blocks */
+/** Plain text, with fenced code blocks as code: https://spec.commonmark.org/0.31.2/#fenced-code-blocks */
 export function plain(text) {
   const nodes = [];
   let lines = [];

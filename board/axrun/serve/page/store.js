@@ -1,12 +1,12 @@
-// Conversations in this browser: {messages: [{role, content, ...}], start}. Several tabs may show the same one; the
-// first that goes on keeps it, and another that was going on too goes on in a copy. Nothing is ever overwritten.
+// Conversations stored in this browser: {messages: [{role, content, ...}], start}. Several tabs may show the same one.
+// The first tab that continues it keeps it; another tab that continues it too gets a copy. Nothing is overwritten.
 
 const PREFIX = "axrun.chat.";
 const MOST = 20; // conversations; the oldest are removed
 
 const token = () => [...crypto.getRandomValues(new Uint32Array(3))].map((word) => word.toString(36)).join("");
 
-/** `storage`: localStorage or sessionStorage, by name: where storage is forbidden, even to look at them is an error. */
+/** `storage` is the name localStorage or sessionStorage: if storage is disabled, even reading the property throws. */
 export function load(storage, key, otherwise) {
   try {
     return JSON.parse(window[storage].getItem(key)) ?? otherwise;
@@ -15,7 +15,7 @@ export function load(storage, key, otherwise) {
   }
 }
 
-/** False where the browser's storage is full or forbidden. */
+/** Returns false if the browser's storage is full or disabled. */
 export function save(storage, key, value) {
   try {
     window[storage].setItem(key, JSON.stringify(value));
@@ -44,7 +44,7 @@ export class Store {
     return found ?? empty();
   }
 
-  /** Keeps the conversation; false where the browser does not let it. */
+  /** Saves the conversation; returns false if the browser refuses. */
   save(conversation) {
     const before = this.read(this.id);
     if ((before?.version ?? null) !== this.version) this.take(token(), null);
@@ -61,7 +61,7 @@ export class Store {
     return true;
   }
 
-  /** Removes the conversation and begins another. */
+  /** Deletes the conversation and starts a new one. */
   forget() {
     remove(this.id);
     this.take(token(), null);
@@ -94,11 +94,11 @@ function remove(id) {
   try {
     localStorage.removeItem(PREFIX + id);
   } catch {
-    // forbidden: nothing was kept either
+    // storage is disabled, so nothing was stored
   }
 }
 
-/** Ids of what is kept, oldest first. */
+/** Ids of the stored conversations, oldest first. */
 function stored() {
   try {
     return Object.keys(localStorage)
@@ -110,7 +110,7 @@ function stored() {
   }
 }
 
-/** The conversation, or null for anything else: another version of this page, or another page, may have written it. */
+/** The conversation, or null if malformed: another page or version of this page may have written it. */
 function checked(value) {
   const { messages, start } = value ?? {};
   if (!Array.isArray(messages) || messages.length % 2 || ![...messages.keys(), messages.length].includes(start)) return null;

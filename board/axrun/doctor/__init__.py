@@ -1,1 +1,1 @@
-"""What is wrong with a bundle, and where: the stages between a checkpoint and an answer, in order."""
+"""Diagnosis of a bundle: compares each stage between checkpoint and answer, in order, with the checkpoint."""

@@ -1,4 +1,4 @@
-"""Bounds on time and memory for what a checkpoint brings: its chat template is a program of its own."""
+"""Time and memory limits for untrusted code of a checkpoint: its chat template is a program."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from axrun.errors import BadInput
 
 try:
     import resource
-except ImportError:  # no POSIX
+except ImportError:  # not a POSIX system
     resource = None  # type: ignore[assignment]
 
-SECONDS = 60.0  # of processor time
-MEMORY = 1 << 30  # bytes beyond what the process has
+SECONDS = 60.0  # of CPU time
+MEMORY = 1 << 30  # bytes on top of the current address space
 
 
 class _TooLong(BaseException):
-    """Passes by what catches Exception."""
+    """Not an Exception, so that the limited code cannot catch it by accident."""
 
 
 @contextlib.contextmanager
 def bounded(what: str) -> Iterator[None]:
-    """Raises BadInput where the block takes more than SECONDS; more than MEMORY is a MemoryError inside it.
+    """Limits a block to SECONDS and MEMORY; raises BadInput if it exceeds them.
 
-    Only the main thread can be stopped; elsewhere the block runs as it is.
+    Only works in the main thread; elsewhere the block runs without limits.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -43,9 +43,9 @@ def bounded(what: str) -> Iterator[None]:
         with _less_memory():
             yield
     except _TooLong:
-        raise BadInput(f"{what} takes more than {SECONDS:g} s of processor time\nMend it, or remove it.") from None
+        raise BadInput(f"{what} takes more than {SECONDS:g} s of CPU time\nFix it, or remove it.") from None
     except MemoryError:
-        raise BadInput(f"{what} takes more than {MEMORY >> 20} MiB\nMend it, or remove it.") from None
+        raise BadInput(f"{what} takes more than {MEMORY >> 20} MiB\nFix it, or remove it.") from None
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
@@ -68,7 +68,7 @@ def _less_memory() -> Iterator[None]:
 
 
 def _used() -> int:
-    """Bytes of address space that the process has; 0 where the system does not tell."""
+    """Size of the address space of the process in bytes; 0 if unknown."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except (OSError, ValueError, IndexError):

@@ -1,4 +1,4 @@
-"""The stage `cache`: layers through the runner's own chunks, masks and K/V cache, as a prompt and an answer go."""
+"""The stage `cache`: runs the layers with the runner's own chunks, masks and KV cache."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from axrun.session import open_session
 
 STAGE = "cache"
 DECODER = "axrun: board/axrun/decoder.py"
-INSTALL = "Install or deploy axrun again: its files are not the release's, or the engine's chunks are wrong."
-DECODED = 3  # tokens taken one at a time, behind the first prefill and at the end
+INSTALL = "Install or deploy axrun again: its files differ from the release, or the engine handles chunks wrongly."
+DECODED = 3  # tokens run one at a time, after the first prefill and at the end
 
 
 def cache(context: Context) -> str | Finding:
-    """The runner's masks, positions and rows as data; then each layer alone takes a walk of tokens, and its output and
-    what then stands in its cache are compared."""
+    """Checks the runner's masks, positions and cache rows with dummy layers; then runs a token sequence through each
+    layer alone, and compares outputs and cache."""
     context.expect_runnable()
     bundle = context.bundle
     try:
-        slip = runner(open_session(bundle.layer_path(0), context.engine, context.threads), bundle)
+        fault = runner(open_session(bundle.layer_path(0), context.engine, context.threads), bundle)
     except Failure as failure:
         return refused(STAGE, failure, "layer 0 does not load", bundle.layer_path(0).name)
-    if slip is not None:
-        cause = f"layers have no part in it, the runner is at fault: {slip.cause}"
-        return Finding(STAGE, slip.part, f"axrun: {slip.file}", slip.expected, slip.seen, cause, INSTALL)
+    if fault is not None:
+        cause = f"the runner is at fault, not the layers: {fault.cause}"
+        return Finding(STAGE, fault.part, f"axrun: {fault.file}", fault.expected, fault.seen, cause, INSTALL)
     figures = context.figures
     walks = [visit for visit, (group, *_) in enumerate(figures.visits.tolist()) if group == WALK]
     if not walks:
-        raise NotExamined("the figures hold no walk through the cache")
+        raise NotExamined("the figures have no token sequence for the cache")
     visit, noise = walks[0], allowed(bundle, figures)
     count = int(figures.visits[visit][2])
     for index in range(bundle.layers):
@@ -50,7 +50,7 @@ def cache(context: Context) -> str | Finding:
             ours = bundle.maker == OURS
             outputs, differing = difference(decoder, layer, hidden, steps(count, bundle.prefill_len), ours)
         except Failure as failure:
-            return refused(STAGE, failure, f"layer {index} behind its cache", bundle.layer_path(index).name)
+            return refused(STAGE, failure, f"layer {index} with its cache", bundle.layer_path(index).name)
         if differing is not None:
             return Finding(
                 STAGE,
@@ -58,7 +58,7 @@ def cache(context: Context) -> str | Finding:
                 DECODER,
                 differing.expected,
                 differing.seen,
-                f"asked directly, the layer is right, so the runner is at fault: {differing.cause}",
+                f"called directly, the layer is right, so the runner is at fault: {differing.cause}",
                 INSTALL,
             )
         keys, values = kept(decoder)
@@ -67,29 +67,26 @@ def cache(context: Context) -> str | Finding:
             first = bad[0]
             stored = {entry.what for entry in bad} & {KEYS, VALUES}
             cause = (
-                "the rows are not put where they belong"
+                "the rows are written to wrong positions"
                 if stored
-                else "the rows in the cache are right and are not read so: the mask, or where a chunk begins"
+                else "the rows in the cache are right but not read correctly: the mask, or the start of a chunk"
             )
             if OUTPUT not in {entry.what for entry in bad}:
-                cause = "the rows in the cache were changed after the layer gave them, or put at other positions"
+                cause = "the rows were changed after the layer returned them, or written to wrong positions"
             return Finding(
                 STAGE,
                 f"layer {index}, {first.what} at position {first.position} of {count} tokens in the runner's chunks",
                 DECODER,
                 f"the float32 reference's, with an error of at most {noise.row:.2g}",
-                f"an error of {first.error:.2g}; asked directly, the layer is right",
+                f"an error of {first.error:.2g}; called directly, the layer is right",
                 cause,
                 INSTALL,
             )
-    return (
-        f"{bundle.layers} layers over {count} tokens in prefill, behind history and in decode: the same K, V and output"
-    )
+    return f"{bundle.layers} layers over {count} tokens in prefill, with history and in decode: same K, V and output"
 
 
 def steps(count: int, prefill: int) -> Iterator[tuple[int, int]]:
-    """A prefill, a few single tokens, a short prefill behind them, prefills as a long prompt has them, and single
-    tokens to the end."""
+    """The steps (start, stop): a prefill, single tokens, a short prefill, full prefill chunks, and single tokens."""
     end = max(count - DECODED, 1)
     first = min(prefill or 1, end)
     again = min(first + DECODED, end)

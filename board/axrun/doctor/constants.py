@@ -1,7 +1,7 @@
-"""What an axmodel holds beside what the checkpoint has, as far as it is exact: nothing of it hides in noise.
+"""Exact checks of an axmodel, without a tolerance.
 
-Norm weights, biases and epsilon by checksum; the graph beside the compiler's; the scales of integer weights, and
-whether their levels fill the range.
+Norm weights, biases and epsilon are compared by checksum, and the graph with that of the compiler. Scales of integer
+weights must be plausible: the quantised values must use their range.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from axrun.format import axmodel
 from axrun.format.quantised import Quantised, makers, quantised
 
 EPSILON = "epsilon"
-LARGEST = {"INT8": 64, "INT4": 4}  # of the levels under one scale, in size, at least: half of the range
-ROWS = 2048  # looked at together
-NOTHING = 2.0**-99  # the scale of a row of zeros is smaller
+LARGEST = {"INT8": 64, "INT4": 4}  # minimum of the largest quantised value per scale: half of the range
+ROWS = 2048  # rows per step
+NOTHING = 2.0**-99  # scales below this belong to rows of zeros
 
 
 def checksum(vector: NDArray[Any]) -> int:
@@ -31,7 +31,7 @@ def checksum(vector: NDArray[Any]) -> int:
 
 
 def constants(context: Context, stage: str, index: int | None) -> Finding | None:
-    """What is not the checkpoint's in a layer, or in the post model where `index` is None."""
+    """The first difference from the checkpoint in a layer, or in the post model if `index` is None."""
     bundle, about = context.bundle, context.figures.about
     if bundle.maker != OURS:
         return None
@@ -42,7 +42,7 @@ def constants(context: Context, stage: str, index: int | None) -> Finding | None
     try:
         model = axmodel.read(path)
     except BadInput:
-        return None  # the stage files says it
+        return None  # reported by the stage files
     if other := _whose(model, index):
         seen = f"weights of layer {', '.join(other)}"
         cause = f"it is the axmodel of layer {other[0]}: two layers were swapped, or one was copied over another"
@@ -63,13 +63,13 @@ def constants(context: Context, stage: str, index: int | None) -> Finding | None
 
 
 def _whose(model: axmodel.Axmodel, index: int | None) -> list[str]:
-    """Other layers whose weights the file holds."""
+    """Other layers whose weights are in the file."""
     named = {name.split(".")[2] for name in model.initializers if name.startswith("model.layers.")}
     return sorted(named - {str(index)})
 
 
 def _graph(model: axmodel.Axmodel, known: object, manifest: Mapping[str, Any], index: int | None) -> str:
-    """How a graph differs from the compiler's, where the compiler that made the bundle left its own."""
+    """The difference from the compiler's graph, if the bundle was made by the compiler that stored it."""
     if not isinstance(known, dict) or known.get("digest") != manifest["tools"].get("digest"):
         return unread(model)
     distinct, layers = known.get("distinct"), known.get("layers")
@@ -85,7 +85,7 @@ def _graph(model: axmodel.Axmodel, known: object, manifest: Mapping[str, Any], i
 
 
 def unfit_scales(model: axmodel.Axmodel) -> tuple[str, str, str, str] | None:
-    """Part, expected, seen and cause of the first scale that is no rounding's."""
+    """Part, expected, seen and cause of the first implausible scale."""
     made_by = makers(model)
     for node in model.nodes:
         packed = quantised(model, node, made_by)
@@ -102,20 +102,16 @@ def unfit_scales(model: axmodel.Axmodel) -> tuple[str, str, str, str] | None:
         largest = _largest(packed)
         bad = np.flatnonzero((largest < LARGEST[matrix.dtype]) & (np.abs(scales) > NOTHING))
         if len(bad):
-            wanted = f"a level of {LARGEST[matrix.dtype]} or more in size"
+            wanted = f"a largest quantised value of at least {LARGEST[matrix.dtype]}"
             beside = "" if packed.zeros is None else " from the zero point"
-            words = (
-                f"{largest[bad[0]]}{beside} at most in {_place(bad[0], factors)}, whose scale is {scales[bad[0]]:.3g}"
-            )
-            cause = (
-                f"{len(bad)} of {len(scales)} scales are far too large: values are rounded to few levels or to nothing"
-            )
+            words = f"{largest[bad[0]]}{beside} in {_place(bad[0], factors)}, with a scale of {scales[bad[0]]:.3g}"
+            cause = f"{len(bad)} of {len(scales)} scales are far too large: values are rounded to few levels or to zero"
             return matrix.name, wanted, words, cause
     return None
 
 
 def _largest(packed: Quantised) -> NDArray[Any]:
-    """The largest level in size under each scale, counted from the zero point."""
+    """The largest absolute quantised value per scale, relative to the zero point."""
     matrix = packed.levels
     count = matrix.dims[0] * packed.blocks
     if packed.zeros is not None:
@@ -140,7 +136,7 @@ def _from_zero(packed: Quantised, start: int) -> NDArray[np.int16]:
 
 
 def _place(number: int, factors: axmodel.Tensor) -> str:
-    """The row, and the block of it, of a scale."""
+    """The row and block of a scale."""
     blocks = factors.dims[1] if len(factors.dims) > 1 else 1
     return f"row {number // blocks}" + (f", block {number % blocks}" if blocks > 1 else "")
 
@@ -161,7 +157,7 @@ def _words(vector: NDArray[Any]) -> str:
         return "all zero"
     if (vector == 1).all():
         return "all one"
-    return f"mean {vector.mean():.4g}, root of mean square {np.sqrt((vector**2).mean()):.4g}"
+    return f"mean {vector.mean():.4g}, root mean square {np.sqrt((vector**2).mean()):.4g}"
 
 
 def _finding(stage: str, part: str, file: str, expected: str, seen: str, cause: str) -> Finding:

@@ -1,6 +1,6 @@
-"""One layer's axmodel by its C interface: with positions, a mask and a history of its own, and no code of the runner.
+"""Runs a single layer directly through the session, with its own positions, masks and history.
 
-What the runner gets wrong about masks and caches does not show here; what the axmodel or the engine gets wrong does.
+No code of the runner's decoder is used, so errors seen here are those of the axmodel or the engine.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ INPUTS = ("indices", "input", "mask")
 
 
 class Result(NamedTuple):
-    """float32 rows [count, width] of the three outputs."""
+    """The three outputs as float32 rows [count, width]."""
 
     keys: Floats
     values: Floats
@@ -38,12 +38,11 @@ class Layer:
     def __init__(
         self, path: Path, engine: str, threads: int | None, hidden_type: str, session: Session | None = None
     ) -> None:
-        """`session`: of that file, where it is open. Raises BadInput when the engine does not load it, or it is no
-        layer's."""
+        """`session`: an open session of that file. Raises BadInput if the engine cannot load it or it is no layer."""
         self.session = open_session(path, engine, threads) if session is None else session
         names = {info.name for group in self.session.groups for info in (*group.inputs, *group.outputs)}
         if not names >= {*OUTPUTS, *INPUTS}:
-            raise BadInput(f"{path.name} has no {', '.join(sorted({*OUTPUTS, *INPUTS} - names))}: it is no layer's")
+            raise BadInput(f"{path.name} has no {', '.join(sorted({*OUTPUTS, *INPUTS} - names))}: it is not a layer")
         self.hidden_type, self.dtype = hidden_type, FLOATS[hidden_type]
         self._bound: dict[tuple[int, int, int], tuple[dict[str, Array], Any]] = {}
 
@@ -58,11 +57,11 @@ class Layer:
         seen: Floats | None = None,
         shape: tuple[int, int] | None = None,
     ) -> Result:
-        """What group `index` makes of hidden states [count, H] behind K and V rows [start, D].
+        """Runs group `index` on hidden states [count, H] after K and V rows [start, D].
 
-        `shift` is added to the positions; `seen` [count, start + count] stands in for the causal mask: what a runner
-        that is wrong would give. `shape`: other numbers of tokens and history than the group's, for a flexible engine.
-        What is not finite is returned as it is. Raises BadInput when the engine refuses to run.
+        `shift` is added to the positions, and `seen` [count, start + count] replaces the causal mask, to reproduce
+        errors of a runner. `shape`: tokens and history, if different from the group (flexible engines only). Values
+        that are not finite are returned. Raises BadInput if the engine refuses to run.
         """
         tokens, history = shape or (self.session.groups[index].tokens, self.session.groups[index].history)
         arrays, binding = self._buffers(index, tokens, history)
@@ -78,7 +77,7 @@ class Layer:
             for name, rows in (("K_cache", keys), ("V_cache", values)):
                 arrays[name][...] = 0
                 arrays[name][0, :start] = from_float32(rows, self.dtype)
-        with contextlib.suppress(NotFinite):  # the rows tell
+        with contextlib.suppress(NotFinite):  # visible in the rows
             binding.run()
         return Result(*(to_float32(arrays[name][0, :count], self.dtype).copy() for name in OUTPUTS))
 
@@ -96,20 +95,20 @@ class Layer:
 
 
 def _shape(info: TensorInfo, tokens: int, history: int) -> tuple[int, ...]:
-    """Of a tensor, for other numbers of tokens and history than its group has."""
+    """The shape of a tensor for the given tokens and history."""
     if info.name == "mask":
         return 1, tokens, history + tokens
     return (1, history if info.name in CACHES else tokens, *(int(size) for size in info.shape[2:]))
 
 
 def causal(start: int, count: int) -> Floats:
-    """[count, start + count]: 0 where a token sees a row, BLOCKED where it must not."""
+    """A causal mask [count, start + count]: 0 for visible rows, BLOCKED for masked ones."""
     rows, columns = np.arange(count)[:, None] + start, np.arange(start + count)[None, :]
     return np.where(columns <= rows, 0.0, BLOCKED).astype(np.float32)
 
 
 def within(seen: Floats, window: int) -> Floats:
-    """A mask [count, start + count] whose tokens see no row that lies `window` tokens and more back; 0: any."""
+    """Restricts a mask [count, start + count] to the last `window` tokens; 0: unlimited."""
     if not window:
         return seen
     count, whole = seen.shape
@@ -118,7 +117,7 @@ def within(seen: Floats, window: int) -> Floats:
 
 
 def _mask(tokens: int, history: int, seen: Floats, dtype: str) -> Floats:
-    """The mask [tokens, history + tokens] of a group, from that of its tokens; padding sees itself only."""
+    """Expands a mask to the shape [tokens, history + tokens] of a group; padding attends only to itself."""
     lowest = max(BLOCKED, -65504.0) if dtype == "FLOAT16" else BLOCKED
     whole = np.full((tokens, history + tokens), lowest, np.float32)
     np.fill_diagonal(whole[:, history:], 0.0)

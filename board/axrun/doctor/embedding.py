@@ -1,4 +1,4 @@
-"""The stage `embedding`: the table has the checkpoint's rows, rounded to the nearest bfloat16."""
+"""The stage `embedding`: compares the table with the checkpoint's rows, rounded to the nearest bfloat16."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from axrun.doctor.report import Finding
 from axrun.format.dtypes import bf16_to_f32
 
 STAGE = "embedding"
-BLOCK = 4096  # rows that are searched at a time
+BLOCK = 4096  # rows per step of a search
 SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4, 8, -8, 16, -16)
 
 Bits = NDArray[np.uint16]
 
 
 def embedding(context: Context) -> str | Finding:
-    """Compares some rows value by value, and all of them by their checksums."""
+    """Compares some rows by value, and all rows by checksum."""
     bundle, figures = context.bundle, context.figures
     table: Bits = np.memmap(bundle.embedding_path, "<u2", "r", shape=(bundle.vocab_size, bundle.hidden_size))
     ids = figures.table_ids.astype(np.int64)
@@ -31,7 +31,7 @@ def embedding(context: Context) -> str | Finding:
     sums = np.array([zlib.crc32(table[at : at + TABLE_ROWS].tobytes()) for at in starts], np.uint32)
     blocks = np.flatnonzero(sums != figures.table_sums)
     if not len(bad) and not len(blocks):
-        return f"all {bundle.vocab_size:,} rows by their checksums, {len(ids)} of them value by value"
+        return f"all {bundle.vocab_size:,} rows by checksum, {len(ids)} of them by value"
     many = f"{len(blocks):,} of {len(sums):,} blocks of {TABLE_ROWS} rows differ"
     if not len(bad):
         first = int(blocks[0]) * TABLE_ROWS
@@ -49,25 +49,25 @@ def embedding(context: Context) -> str | Finding:
 def _cause(table: Bits, ids: NDArray[np.int64], wanted: Bits, bad: int, token: int) -> str:
     rows = table[ids]
     if (rows.byteswap() == wanted).all():
-        return "the bytes of each value are in the other order (big-endian)"
+        return "the bytes of each value are swapped (big-endian, the other order)"
     for shift in SHIFTS:
         inside = (ids + shift >= 0) & (ids + shift < len(table))
         if bad == len(ids) and (table[ids[inside] + shift] == wanted[inside]).all():
-            return f"every row stands {shift:+d} rows from its place: a row was lost or added before it"
+            return f"every row is {shift:+d} rows from its place: a row was lost or added before it"
     apart = (wanted.astype(np.int32) & 0x7FFF) - (rows.astype(np.int32) & 0x7FFF)
     same_sign = (wanted >> 15 == rows >> 15) | (rows & 0x7FFF == 0)
     if same_sign.all() and ((apart == 0) | (apart == 1)).all():
         return "values were truncated to bfloat16 instead of rounded to the nearest"
     if same_sign.all() and (np.abs(apart) <= 1).all():
-        return "values were rounded twice, or from another precision than the checkpoint's"
+        return "values were rounded twice, or from a precision other than the checkpoint's"
     with np.errstate(all="ignore"):
         ours, theirs = bf16_to_f32(np.ascontiguousarray(rows)), bf16_to_f32(wanted)
         ratio = float((ours * theirs).sum() / (theirs * theirs).sum())
         if (cosines(ours, theirs) > 0.9999).all():
-            return f"every row is scaled by {ratio:.4g}: a scale that belongs into the model was put into the table"
+            return f"every row is scaled by {ratio:.4g}: a scale that belongs in the model was applied to the table"
     place = _elsewhere(table, wanted[list(ids).index(token)])
     if place is not None:
-        return f"that row stands at token {place}: rows were swapped, or the table is of another order"
+        return f"that row is at token {place}: rows were swapped, or the table has another order"
     if bad < len(ids) / 2:
         return f"{bad} of {len(ids)} rows differ: the file was damaged in part"
     return "the table of another checkpoint"
@@ -84,5 +84,5 @@ def _elsewhere(table: Bits, row: Bits) -> int | None:
 def _finding(context: Context, part: str, expected: str, seen: str, cause: str) -> Finding:
     file = context.bundle.embedding_file
     return Finding(
-        STAGE, part, file, expected, seen, cause, "Build the bundle again, or make the table anew: axc embed."
+        STAGE, part, file, expected, seen, cause, "Build the bundle again, or write the table again with axc embed."
     )

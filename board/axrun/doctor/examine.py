@@ -1,4 +1,4 @@
-"""axrun doctor: examines a bundle alone, where it lies, against figures that were left in it."""
+"""axrun doctor: checks a bundle on the machine it runs on, with the figures stored in it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from axrun.format.bundle import MANIFEST, Bundle, read_manifest
 from axrun.progress import Show, unseen
 from axrun.session import ENGINES, engine_version
 
-SAMPLED = 16  # rows of the reference logits that the sampler chooses from
+SAMPLED = 16  # rows of the reference logits to test the sampler with
 
 
 def examine(
@@ -39,18 +39,18 @@ def examine(
     say: Say = lambda line: None,
     installed: Installed | None = None,
 ) -> Report:
-    """Walks the stages of a bundle. `show` is told of each, `say` gets a line for what is done in one.
+    """Runs all stages on a bundle. `show` receives the progress, `say` details of a stage.
 
-    Raises BadInput when there is no such folder, or no such engine here.
+    Raises BadInput if the folder does not exist or the engine is not installed.
     """
     if engine not in ENGINES:
         raise BadInput(f"unknown engine {engine!r}; there are: {', '.join(sorted(ENGINES))}")
     if not path.is_dir():
         raise BadInput(f"no bundle folder {path}\nGive the folder that has {MANIFEST}.")
     if not (path / MANIFEST).is_file() and not any(path.glob("*.axmodel")):
-        raise BadInput(f"{path} is no bundle: it has no {MANIFEST} and no axmodels\nGive the folder that has them.")
+        raise BadInput(f"{path} is not a bundle: it has no {MANIFEST} and no axmodels\nGive the folder that has them.")
     if engine == "ort":
-        engine_version(engine)  # refuses where it is not installed
+        engine_version(engine)  # raises if it is not installed
     here = look() if installed is None else installed
     report = Report(str(path), _maker(path), machine.describe().board or "this machine", engine)
     report.manifest = manifest_digest(path)
@@ -85,7 +85,7 @@ def _maker(path: Path) -> str:
 
 
 def _rows(bundle: Bundle) -> Iterator[tuple[Any, int]]:
-    """Logits of the reference, as far as they were kept, and the likeliest token of each."""
+    """The stored reference logits, each row with its most likely token."""
     if logits.NAME not in bundle.manifest["files"]:
         return
     reference = logits.read(bundle.path / logits.NAME)

@@ -1,8 +1,8 @@
-"""Figures of the checkpoint in a bundle, against which a board examines it alone: `axc reference` leaves them.
+"""Figures: reference data of the checkpoint, stored in a bundle by `axc reference`, to check the bundle on a board.
 
-A layer is asked about hidden states and K/V rows that are picked from a few real ones of it, so that a prefill of its
-full width and a history of the whole context take no more room than the picks. Only a few tokens' outputs are kept.
-What the file takes: about 4 MB for Qwen2-0.5B (24 layers of 896, six groups), growing with layers x hidden size.
+The inputs of a layer (hidden states and K/V rows) are drawn from a few real rows of it, so that the inputs for a full
+prefill and the whole context need only the indices. Outputs are stored for a few tokens only.
+Size of the file: about 4 MB for Qwen2-0.5B (24 layers of 896, six groups), growing with layers x hidden size.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from axrun.format.dtypes import FLOATS, bf16_to_f32, from_float32, to_float32
 NAME = "figures.npz"  # in a bundle
 SCHEMA = 1
 MOST_BYTES = 256 << 20
-TABLE_ROWS = 64  # of the embedding table that share a checksum
-MOST_VISITS = 16  # of a layer, and 4 more for each shape group
-MOST_PROBES = 64  # of a visit, on the average
-WALK = -1  # as the group of a visit: all of it through the runner's own chunks and cache
+TABLE_ROWS = 64  # rows of the embedding table per checksum
+MOST_VISITS = 16  # per layer, plus 4 for each shape group
+MOST_PROBES = 64  # average per visit
+WALK = -1  # value of `group` for a visit with the runner's own chunks and cache
 
-# array: (kinds of dtype, dimensions); L layers, B base rows, N positions, V visits, P probes
+# array: (kinds of dtype, number of dimensions); L layers, B base rows, N positions, V visits, P probes
 ARRAYS = {
     "hidden": ("uf", 3),
     "keys": ("uf", 3),
@@ -56,7 +56,7 @@ ARRAYS = {
     "answer_logits": ("f", 2),
 }
 
-CARRIED = ("hidden", "keys", "values", "post_hidden", "table_rows")  # unsigned where they are bfloat16
+CARRIED = ("hidden", "keys", "values", "post_hidden", "table_rows")  # unsigned if bfloat16
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
@@ -64,16 +64,16 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Figures:
-    """What the float32 checkpoint makes of a bundle's layers, post model and prompt.
+    """Reference inputs and outputs of the layers, the post model and the embedding, from the float32 checkpoint.
 
-    `hidden` [L, B, H], `keys` and `values` [L, B, D] are the base rows, in the carrier of the hidden state's type;
-    `given` and `kept` [N] which of them stand at each position. `visits` [V, 3]: group (WALK: the runner's chunks),
-    start, count. `probes` [P, 2]: visit, position in the context. `updates` [L, P, H], what each layer adds to its
-    input, and `new_keys`, `new_values` [L, P, D], its K/V rows: whole numbers times a scale for each row, or floats
-    with scales of 1. `table_ids`, `table_rows` [n, H]: rows of the embedding table in bfloat16, `table_sums` CRC-32 of
-    each TABLE_ROWS rows. `post_hidden` [r, H] and `post_logits` [r, vocab]. `asked`, `answer`: a prompt and its greedy
-    answer, `answer_logits` [tokens, n] what each was taken from, of `answer_ids`. `about`: vocab_size, exact (weight
-    types that hold the checkpoint's values), text (ids by the checkpoint's tokenizer), what it was made from.
+    `hidden` [L, B, H], `keys` and `values` [L, B, D] are the base rows, in the hidden state type; `given` and `kept`
+    [N] are the indices of the base rows at each position. `visits` [V, 3]: group (WALK: the runner's chunks), start,
+    count. `probes` [P, 2]: visit, position in the context. `updates` [L, P, H], what each layer adds to its input, and
+    `new_keys`, `new_values` [L, P, D], its K/V rows: integers times a scale per row, or floats with scales of 1.
+    `table_ids`, `table_rows` [n, H]: rows of the embedding table in bfloat16, `table_sums` CRC-32 of each TABLE_ROWS
+    rows. `post_hidden` [r, H] and `post_logits` [r, vocab]. `asked`, `answer`: a prompt and its greedy answer,
+    `answer_logits` [tokens, n] the logits of each of its tokens for `answer_ids`. `about`: vocab_size, exact (weight
+    types that represent the checkpoint's values exactly), text (ids by the checkpoint's tokenizer), provenance.
     """
 
     hidden: Array
@@ -106,29 +106,30 @@ class Figures:
         return str(self.about["hidden_state_type"])
 
     def encode(self) -> bytes:
-        """The file; the same values give the same bytes."""
+        """The bytes of the file; the same values give the same bytes."""
         sums = {name: _sum(getattr(self, name)) for name in ARRAYS}
         return npz.encode(
             {name: getattr(self, name) for name in ARRAYS}, {**self.about, "schema": SCHEMA, "sums": sums}
         )
 
     def inputs(self, layer: int, start: int, stop: int) -> Floats:
-        """Hidden states [stop - start, H] that a layer is given at these positions."""
+        """The input hidden states [stop - start, H] of a layer at these positions."""
         return to_float32(self.hidden[layer][self.given[start:stop]], FLOATS[self.hidden_type])
 
     def history(self, layer: int, start: int) -> tuple[Floats, Floats]:
-        """K and V [start, D] before position `start`."""
+        """The K and V rows [start, D] before position `start`."""
         return picked(self.keys[layer], self.values[layer], self.kept[:start], self.hidden_type)
 
     def of_visit(self, visit: int) -> Array:
-        """Indices of the probes of a visit."""
+        """The indices of the probes of a visit."""
         return np.flatnonzero(self.probes[:, 0] == visit)
 
 
 def picked(keys: Array, values: Array, picks: Array, hidden_type: str) -> tuple[Floats, Floats]:
-    """K and V [n, D] of the base rows that `picks` name, in float32 values of the hidden state's type.
+    """K and V [n, D] of the base rows with the indices `picks`, as float32 values of the hidden state type.
 
-    V follows a trend along the positions, from -1 to 1 times one of its rows: its mean tells which rows were seen.
+    V gets a linear trend over the positions, from -1 to 1 times one of its rows, so that the mean of V reveals which
+    rows were attended to.
     """
     dtype = FLOATS[hidden_type]
     trend = np.linspace(-1, 1, len(picks), dtype=np.float32)[:, None]
@@ -138,7 +139,7 @@ def picked(keys: Array, values: Array, picks: Array, hidden_type: str) -> tuple[
 
 
 def packed(rows: Floats, exact: bool) -> tuple[Array, Floats]:
-    """Rows [..., n] as int16 and a float32 scale [...] each; `exact`: as they are, with scales of 1."""
+    """Rows [..., n] as int16 with a float32 scale [...] each; `exact`: unchanged, with scales of 1."""
     if exact:
         return rows.astype(np.float32), np.ones(rows.shape[:-1], np.float32)
     scale = np.maximum(np.abs(rows).max(axis=-1, initial=0.0) / 32767, np.float32(1e-30)).astype(np.float32)
@@ -146,14 +147,14 @@ def packed(rows: Floats, exact: bool) -> tuple[Array, Floats]:
 
 
 def unpacked(rows: Array, scale: Any) -> Floats:
-    """The float32 rows of `packed`."""
+    """The float32 rows: the inverse of `packed`."""
     return np.asarray(rows.astype(np.float32) * np.asarray(scale, np.float32)[..., None])
 
 
 def read(path: Path, bundle: Bundle) -> Figures:
-    """Opens the figures of a bundle; everything in them is checked before it is used.
+    """Reads and validates the figures of a bundle.
 
-    Raises BadInput when the file cannot be read, is damaged, or is of another bundle.
+    Raises BadInput if the file cannot be read, is damaged, or belongs to another bundle.
     """
     try:
         arrays, about = npz.read(path, ARRAYS, SCHEMA, MOST_BYTES)
@@ -184,7 +185,7 @@ def _sum(array: Array) -> int:
 
 
 def _sums_fault(figures: Figures, about: Mapping[str, Any]) -> str:
-    """Which values were changed after they were computed; who wrote none of the sums is believed."""
+    """Describes arrays that do not match their checksums; files without checksums are accepted."""
     sums = about.get("sums")
     if not isinstance(sums, dict):
         return ""
@@ -194,7 +195,7 @@ def _sums_fault(figures: Figures, about: Mapping[str, Any]) -> str:
 
 
 def _fault(figures: Figures, bundle: Bundle) -> str:
-    """What is wrong with the values, in words; empty where nothing is."""
+    """Describes the first invalid value; empty if all are valid."""
     layers, width, hidden = bundle.layers, bundle.kv_size, bundle.hidden_size
     base, positions = figures.hidden.shape[1], len(figures.given)
     probes, visits, rows = len(figures.probes), len(figures.visits), len(figures.post_hidden)
@@ -202,7 +203,7 @@ def _fault(figures: Figures, bundle: Bundle) -> str:
     if not base or not 0 < positions <= max(bundle.kv_cache_len, 1) or not visits or not probes:
         return f"it has {base} base rows, {positions} positions, {visits} visits and {probes} probes"
     if visits > MOST_VISITS + 4 * len(bundle.groups) or probes > MOST_PROBES * visits:
-        return f"it has {visits:,} visits and {probes:,} probes, more than a layer is asked"
+        return f"it has {visits:,} visits and {probes:,} probes, too many per layer"
     if not rows or not len(figures.table_ids):
         return f"it has {rows} rows of logits and {len(figures.table_ids)} of the embedding table"
     for name, shape in (
@@ -234,7 +235,7 @@ def _fault(figures: Figures, bundle: Bundle) -> str:
         return f"its table_rows are {figures.table_rows.dtype}"
     for name, most in (("given", base), ("kept", base), ("table_ids", bundle.vocab_size)):
         if int(getattr(figures, name).max(initial=0)) >= most:
-            return f"its {name} name rows beyond {most}"
+            return f"its {name} refer to rows beyond {most}"
     for name in ("asked", "answer", "answer_ids"):
         if int(getattr(figures, name).max(initial=0)) >= bundle.vocab_size:
             return f"its {name} are outside the vocabulary of {bundle.vocab_size}"
@@ -247,9 +248,9 @@ def _visits_fault(figures: Figures, bundle: Bundle, positions: int) -> str:
     for group, start, count in figures.visits.tolist():
         walk = group == WALK and start == 0
         if not walk and not (0 <= group < len(bundle.groups) and 0 <= start <= bundle.groups[group].history):
-            return f"it visits group {group} behind {start} rows"
+            return f"it visits group {group} after {start} rows"
         if not 0 < count <= (positions if walk else bundle.groups[group].tokens) or start + count > positions:
-            return f"it visits {count} tokens behind {start} rows in group {group}"
+            return f"it visits {count} tokens after {start} rows in group {group}"
     for visit, position in figures.probes.tolist():
         if visit >= len(figures.visits):
             return f"it probes visit {visit} of {len(figures.visits)}"
@@ -272,4 +273,6 @@ def _values_fault(figures: Figures) -> str:
 
 
 def _damaged(path: Path, what: str) -> BadInput:
-    return BadInput(f"{path} holds no figures of this bundle: {what}\nWrite them anew with `axc reference --bundle`.")
+    return BadInput(
+        f"{path} has no valid figures of this bundle: {what}\nWrite them again with `axc reference --bundle`."
+    )

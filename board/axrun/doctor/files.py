@@ -1,4 +1,4 @@
-"""The stage `files`: everything the manifest lists is there, whole, and is what its name says."""
+"""The stage `files`: all files in the manifest exist, are intact, and have the content that their name says."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from axrun.format.dtypes import FLOATS
 
 STAGE = "files"
 MOST_MANIFEST = 64 << 20  # bytes
-MOST_TEXT = 64 << 20  # of a file whose line ends are looked at, and of a JSON file that is read
-MOST_ENTRIES = 100_000  # files and folders that are listed
-MOST_NAMED = 3  # of several that are wrong in the same way
+MOST_TEXT = 64 << 20  # maximum size for checks of line ends and for JSON files
+MOST_ENTRIES = 100_000  # maximum number of files and folders
+MOST_NAMED = 3  # names to list for one kind of fault
 COPY = "Copy the bundle again: rsync -a --delete --checksum."
 BUILD = "Build the bundle again."
 
@@ -32,9 +32,9 @@ Shape = tuple[Union[int, str], ...]
 
 
 def files(folder: Path, progress: Progress = lambda nbytes: None) -> str | Finding:
-    """Compares every file of a bundle with the manifest, and reads every axmodel's description.
+    """Compares every file of a bundle with the manifest, and the header of every axmodel with its part.
 
-    `progress(bytes)` is called as files are hashed. Never raises for what the files hold.
+    `progress(bytes)` is called while hashing. Never raises because of file contents.
     """
     try:
         manifest = _manifest(folder)
@@ -58,7 +58,7 @@ def files(folder: Path, progress: Progress = lambda nbytes: None) -> str | Findi
 
 
 def manifest_digest(folder: Path) -> str:
-    """The sha256 of a bundle's manifest, which names it; empty where there is none that can be read."""
+    """The sha256 of the manifest, which identifies the bundle; empty if it cannot be read."""
     path = folder / MANIFEST
     try:
         return sha256(path) if path.is_file() and path.stat().st_size <= MOST_MANIFEST else ""
@@ -79,13 +79,13 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _stored(folder: Path, manifest: Mapping[str, Any], progress: Progress) -> Finding | None:
-    """What is missing, no file, of another size or of other bytes; what does not belong there."""
+    """The first file that is missing, not a regular file, changed, or not part of the bundle."""
     entries: Mapping[str, Any] = manifest["files"]
     present = _present(folder)
     missing = [name for name in entries if name not in present]
     extra = sorted(present.keys() - entries.keys() - {MANIFEST})
     if missing:
-        near = f"; there is {extra[0]}, which is not of the bundle" if extra else ""
+        near = f"; there is {extra[0]}, which is not part of the bundle" if extra else ""
         return _finding(
             f"{_some(missing)} missing",
             missing[0],
@@ -96,11 +96,11 @@ def _stored(folder: Path, manifest: Mapping[str, Any], progress: Progress) -> Fi
         )
     if odd := [name for name in entries if not stat.S_ISREG(present[name].st_mode)]:
         return _finding(
-            f"{_some(odd)} no plain file",
+            f"{_some(odd)} not a regular file",
             odd[0],
-            "a file of the bundle's own",
+            "a regular file",
             "a link" if stat.S_ISLNK(present[odd[0]].st_mode) else "a folder or a device",
-            "copied by a tool that keeps or makes links",
+            "copied by a tool that keeps or creates links",
             COPY,
         )
     if wrong := [name for name, entry in entries.items() if present[name].st_size != entry["size"]]:
@@ -135,34 +135,34 @@ def _extra(extra: list[str]) -> Finding | None:
     if not extra:
         return None
     return _finding(
-        f"{_some(extra)} not of this bundle",
+        f"{_some(extra)} not part of this bundle",
         extra[0],
         "only what the manifest lists",
         ", ".join(extra[:MOST_NAMED]),
         "left over from another build, or copied there by hand",
-        f"Remove what is not of the bundle, or: {COPY}",
+        f"Remove the extra files, or: {COPY}",
     )
 
 
 def _resized(path: Path, entry: Mapping[str, Any], size: int) -> tuple[str, str]:
-    """Cause and advice for a file of another size."""
+    """Cause and advice for a file with a wrong size."""
     with path.open("rb") as file:
         head = file.read(len(LFS_POINTER))
     if not size:
         return "the disk was full, or the copy was cut short", COPY
     if head == LFS_POINTER:
-        return "a Git LFS pointer, not the file it stands for", "Run git lfs pull where it came from, and copy again."
+        return "a Git LFS pointer, not the file it stands for", "Run git lfs pull in its repository, and copy it again."
     if entry["size"] < size <= MOST_TEXT:
         unix = path.read_bytes().replace(b"\r\n", b"\n")
         if hashlib.sha256(unix).hexdigest() == entry["sha256"]:
             return "line ends became CRLF: copied as text by a tool or by Git on Windows", COPY
     if size < entry["size"]:
-        return "edited, another build's, or its copy was cut short", COPY
-    return "another build's file, or appended to", COPY
+        return "edited, of another build, or its copy was cut short", COPY
+    return "a file of another build, or something was appended", COPY
 
 
 def _present(folder: Path) -> dict[str, os.stat_result]:
-    """Everything below a folder but the folders that hold something, by its name there; links are not followed."""
+    """All files and empty folders below a folder by relative name; links are not followed."""
     found: dict[str, os.stat_result] = {}
 
     def failed(error: OSError) -> None:
@@ -174,12 +174,12 @@ def _present(folder: Path) -> dict[str, os.stat_result]:
         for path in [os.path.join(root, name) for name in (*names, *links)] + [root] * empty:
             found[os.path.relpath(path, folder).replace(os.sep, "/")] = os.lstat(path)
         if len(found) > MOST_ENTRIES:
-            raise BadInput(f"{folder} holds more than {MOST_ENTRIES:,} files: it is no bundle\n{COPY}")
+            raise BadInput(f"{folder} holds more than {MOST_ENTRIES:,} files: it is not a bundle\n{COPY}")
     return found
 
 
 def _readable(folder: Path, manifest: Mapping[str, Any]) -> Finding | None:
-    """Every JSON file of the bundle is JSON."""
+    """Checks that every JSON file of the bundle is valid."""
     for name, entry in manifest["files"].items():
         if not name.endswith(".json") or entry["size"] > MOST_TEXT:
             continue
@@ -187,33 +187,35 @@ def _readable(folder: Path, manifest: Mapping[str, Any]) -> Finding | None:
             json.loads((folder / name).read_text("utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             cause = "edited by hand before the manifest was written, or damaged in the checkpoint"
-            return _finding(f"{name} is no JSON", name, "a JSON document", f"{error!s:.80}", cause, BUILD)
+            return _finding(f"{name} is not valid JSON", name, "a JSON document", f"{error!s:.80}", cause, BUILD)
     return None
 
 
 def _axmodels(bundle: Bundle) -> Finding | None:
-    """Every axmodel is whole and describes the layer, the groups, types and shapes that the manifest says."""
+    """Checks that every axmodel is complete and has the part, groups, types and shapes in the manifest."""
     for what, expected, seen in described(bundle):
-        return _finding(what, MANIFEST, expected, seen, "the manifest was edited, or is another build's", BUILD)
+        return _finding(what, MANIFEST, expected, seen, "the manifest was edited, or belongs to another build", BUILD)
     names = [(bundle.layer_path(index), f"layer {index}") for index in range(bundle.layers)]
     for path, part in [*names, (bundle.post_path, "post")]:
         try:
             model = axmodel.read(path)
         except BadInput as failure:
-            return refused(STAGE, failure, f"{path.name} is no whole axmodel", path.name)
+            return refused(STAGE, failure, f"{path.name} is not a complete axmodel", path.name)
         for what, expected, seen in _differences(bundle, part, model):
-            cause = "built with other options than the rest, or copied from another bundle before the manifest was"
+            cause = (
+                "built with other options than the rest, or copied from another bundle before the manifest was written"
+            )
             return _finding(f"{part}: its {what}", path.name, expected, seen, cause, BUILD)
     rows = bundle.vocab_size * bundle.hidden_size * 2
     if (size := bundle.embedding_path.stat().st_size) != rows:
         shape = f"{rows:,} bytes: {bundle.vocab_size} x {bundle.hidden_size} bfloat16"
-        cause = "the table of another model, or of another vocabulary"
+        cause = "the table of another model or vocabulary"
         return _finding("the embedding table", bundle.embedding_file, shape, f"{size:,} bytes", cause, BUILD)
     return None
 
 
 def _differences(bundle: Bundle, part: str, model: Axmodel) -> Iterator[tuple[str, str, str]]:
-    """What differs, expected and seen; of the vendor's axmodels only who made them: the rest is closed."""
+    """Differences as (what, expected, seen). Of the vendor's axmodels only the maker is checked: the rest is closed."""
     ours = bundle.maker == "cpu"
     if model.ours != ours:
         made = model.producer_name or "an unknown compiler"
@@ -252,7 +254,7 @@ def _required(part: str) -> tuple[str, ...]:
 
 
 def _tensor(bundle: Bundle, part: str, name: str) -> tuple[str, Shape] | None:
-    """Type and shape of a tensor as docs/axmodel.md says; None for one it does not name."""
+    """Type and shape of a tensor in docs/axmodel.md; None for other tensors."""
     hidden, dtype = bundle.hidden_size, FLOATS[bundle.hidden_state_type]
     known: dict[str, tuple[str, Shape]] = {
         "K_cache": (dtype, (1, "T", bundle.kv_size)),
@@ -271,7 +273,7 @@ def _tensor(bundle: Bundle, part: str, name: str) -> tuple[str, Shape] | None:
 
 
 def _some(names: list[str]) -> str:
-    """The first of them, and how many more: `a is`, `a and 2 more are`."""
+    """The first name and the number of others: `a is`, `a and 2 more are`."""
     return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"
 
 

@@ -1,6 +1,6 @@
-"""Which versions go together, as far as the vendor's public files, headers and issue threads say.
+"""Tables of compatible versions, from the vendor's public files, headers and issue threads.
 
-A table of what is known to fit and what is known not to; what is not in it is said to be unknown.
+They list what is known to work and what is known to fail; anything else is reported as unknown.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ Version = tuple[int, ...]
 
 
 class Least(NamedTuple):
-    """The least version of a chip family's BSP for something, and what happens below it."""
+    """The minimum BSP version of a chip family, and the problem with older ones."""
 
     chip: str
     version: Version
@@ -28,20 +28,20 @@ CHIPS = {"AX650": ("AX650", "AX8850"), "AX620E": ("AX630C", "AX620Q", "AX620E")}
 BY_SYMBOLS = {(True, False): "AX650", (True, True): "AX620E"}
 
 # https://github.com/AXERA-TECH/ax-llm/issues/4: a maintainer asks for V1.45.0_P38 where AX_ENGINE_CreateHandle fails
-# for a language model's second layer or second run until the board is started anew.
-NEEDED = (Least("AX650", (1, 45, 0, 38), "AX_ENGINE_CreateHandle fails until the board is started anew"),)
+# for a language model's second layer or second run until the board is rebooted.
+NEEDED = (Least("AX650", (1, 45, 0, 38), "AX_ENGINE_CreateHandle fails until the board is rebooted"),)
 
-# pyaxengine's README: before these, AX_ENGINE_GetGroupIOInfo does not know bfloat16. axrun reads it all the same.
+# pyaxengine's README: before these, AX_ENGINE_GetGroupIOInfo does not know bfloat16. axrun handles that.
 SHOWS_BFLOAT16 = (Least("AX650", (2, 18), "shows bfloat16 as unknown"), Least("AX620E", (3, 12), "shows it as unknown"))
 
-# BSP releases that a public source names, and the engines seen with them (AX_ENGINE_GetVersion).
+# BSP releases in public sources, and the engine versions seen with them (AX_ENGINE_GetVersion).
 BSPS = {
     "AX650": ((1, 27), (1, 40), (1, 45), (2, 0), (2, 18), (3, 6), (3, 10)),
     "AX620E": ((1, 7), (2, 0), (3, 12)),
 }
 ENGINES = {"AX650": ((2, 10), (2, 12)), "AX620E": ((2, 6),)}
 
-# Pulsar2 releases whose axmodels or documents are public. llm_build ends with 5, llm_build2 begins with 6.
+# Pulsar2 releases with public axmodels or documents. llm_build exists up to version 5, llm_build2 from 6 on.
 PULSAR2 = (
     (1, 1),
     (1, 7),
@@ -58,20 +58,20 @@ PULSAR2 = (
     (6, 0),
     (7, 0),
 )
-LEAST_LLM_PULSAR2 = (3, 2)  # the first whose language models have published figures
+LEAST_LLM_PULSAR2 = (3, 2)  # the first one with published results for language models
 
 
 def number(text: str) -> Version:
-    """The numbers of a version: `Ax_Version V1.45.0_P39` is (1, 45, 0, 39); a build's date does not count."""
+    """The numbers of a version: `Ax_Version V1.45.0_P39` is (1, 45, 0, 39); the build date is ignored."""
     found = re.search(r"\d+(?:\.\d+)+(?:_P\d+)?", text)
     return tuple(int(part) for part in re.findall(r"\d{1,9}", found[0])) if found else ()
 
 
 def family(chip_type: str) -> str:
-    """The family of a chip, empty where it is unknown."""
+    """The family of a chip; empty if unknown."""
     return next((family for family, names in CHIPS.items() if any(name in chip_type for name in names)), "")
 
 
 def known(version: Version, table: tuple[Version, ...]) -> bool:
-    """Whether a version belongs to a release of the table."""
+    """Whether a version is in the table."""
     return any(version[: len(entry)] == entry for entry in table)

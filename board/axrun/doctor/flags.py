@@ -1,4 +1,4 @@
-"""What a manifest says of a bundle beside what its other parts say: the context, the groups, the flags, the layers."""
+"""Consistency checks of a manifest: context, groups, flags and layers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from axrun.format.axmodel import Axmodel
 from axrun.format.bundle import Bundle
 
 WEIGHT_TYPES = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16", "s8": "INT8", "s4": "INT4"}
-MODEL_CONFIG = "model_config"  # what the manifest calls a config.json given in place of the checkpoint's
+MODEL_CONFIG = "model_config"  # the manifest's entry for a config.json given with --model_config
 
-Difference = tuple[str, str, str]  # what it is of, expected, seen
+Difference = tuple[str, str, str]  # what, expected, seen
 
 
 def described(bundle: Bundle) -> Iterator[Difference]:
-    """What does not fit together in the manifest; the flags of our own compiler only, the vendor's has others."""
+    """Inconsistencies in the manifest. Flags are checked for our own compiler only: the vendor's has others."""
     context = max((group.history for group in bundle.groups if group.tokens == 1), default=0)
     if context != bundle.kv_cache_len:
-        yield "kv_cache_len", f"a context of {bundle.kv_cache_len}", f"a decode group behind {context} rows"
+        yield "kv_cache_len", f"a context of {bundle.kv_cache_len}", f"a decode group with {context} rows"
     layers = _layers(bundle)
     if layers is not None and layers != bundle.layers:
         yield "layers", f"{layers} layers, as hf/config.json has", f"{bundle.layers}"
@@ -30,7 +30,7 @@ def described(bundle: Bundle) -> Iterator[Difference]:
 def _flags(bundle: Bundle) -> Iterator[Difference]:
     flags = bundle.manifest.get("flags")
     if not isinstance(flags, dict):
-        yield "flags", "an object of the flags that it was built with", f"{flags!r:.60}"
+        yield "flags", "an object with the build flags", f"{flags!r:.60}"
         return
     types = tuple(WEIGHT_TYPES)
     prefill = [group for group in bundle.groups if group.tokens > 1]
@@ -44,7 +44,7 @@ def _flags(bundle: Bundle) -> Iterator[Difference]:
     ):
         seen: Any = flags.get(name)
         if name == "last_kv_cache_len" and not bundle.prefill_len:
-            continue  # there is no prefill behind a history
+            continue  # there is no prefill with history
         if not any(type(seen) is type(each) and seen == each for each in wanted):
             yield f"flag {name}", " or ".join(map(str, wanted)), f"{seen!r:.60}"
     if bundle.prefill_len and {group.tokens for group in prefill} != {bundle.prefill_len}:
@@ -54,7 +54,7 @@ def _flags(bundle: Bundle) -> Iterator[Difference]:
 
 
 def _layers(bundle: Bundle) -> int | None:
-    """As the checkpoint's config.json says; None where another stood for it, or it does not say."""
+    """The number in the checkpoint's config.json; None if it has none or --model_config replaced it."""
     inputs = bundle.manifest.get("inputs")
     if isinstance(inputs, dict) and MODEL_CONFIG in inputs:
         return None
@@ -67,8 +67,8 @@ def _layers(bundle: Bundle) -> int | None:
 
 
 def weight_types(model: Axmodel) -> Iterator[tuple[str, str]]:
-    """Where an axmodel of ours tells the type of its weights, and the type."""
-    yield "as the file says", model.metadata.get("axmodel.weight_type", "")
+    """The weight types of one of our axmodels, each with its source."""
+    yield "in the metadata", model.metadata.get("axmodel.weight_type", "")
     found = {
         tensor.dtype
         for name, tensor in model.initializers.items()
@@ -76,7 +76,7 @@ def weight_types(model: Axmodel) -> Iterator[tuple[str, str]]:
     }
     if len(found) == 1:
         dtype = found.pop()
-        yield "as its matrices are stored", next((name for name, kind in WEIGHT_TYPES.items() if kind == dtype), dtype)
+        yield "of the stored matrices", next((name for name, kind in WEIGHT_TYPES.items() if kind == dtype), dtype)
 
 
 __all__ = ["described", "weight_types"]

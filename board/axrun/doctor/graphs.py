@@ -1,7 +1,7 @@
-"""What the graph of an axmodel computes, as data: operators in order, what each reads, what reaches which output.
+"""A canonical form of an axmodel's graph (`Drawing`): operators in order with their inputs, and the outputs.
 
-Names of values mean nothing and are left out; those of inputs, outputs and initializers stay. A layer's own index is
-written `#`, so that equal layers have equal drawings.
+Names of intermediate values are dropped; those of inputs, outputs and initializers are kept. The index of a layer is
+replaced by `#`, so that equal layers have equal drawings.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ import numpy as np
 
 from axrun.format.axmodel import Axmodel, Node, Tensor
 
-MOST = 4096  # operators of a drawing
+MOST = 4096  # maximum number of operators
 LAYER = "model.layers.#."
-INDEX = "axmodel.layer"  # of the metadata, what equal layers do not share
+INDEX = "axmodel.layer"  # the metadata key that differs between equal layers
 
 Named = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """`nodes`: [operator, domain, attributes, inputs, outputs]. An input is the name of an input of the graph or of an
-    initializer, or number and output of the node that makes it: `12.0`.
+    """`nodes`: [operator, domain, attributes, inputs, outputs]. An input is the name of a graph input or
+    an initializer, or the number and output of the node that produces it: `12.0`.
 
-    `inputs`: [dtype, shape] by name, `outputs`: [dtype, shape, where it comes from]. `tensors`: [dtype, dims] of the
-    initializers; `constants`: CRC-32 of those that come from no checkpoint. `metadata`: what the file says of itself.
+    `inputs`: [dtype, shape] by name, `outputs`: [dtype, shape, source]. `tensors`: [dtype, dims] of the
+    initializers; `constants`: CRC-32 of those that are not from the checkpoint.
     """
 
     nodes: Sequence[Sequence[Any]]
@@ -44,7 +44,7 @@ class Drawing:
 
     @classmethod
     def parse(cls, values: object) -> Drawing | None:
-        """From what `json` gave; None for anything else."""
+        """The inverse of `json`; None for invalid values."""
         kinds = {"nodes": list, "inputs": dict, "outputs": dict, "tensors": dict, "constants": dict}
         kinds["metadata"] = dict
         if not isinstance(values, dict) or any(type(values.get(name)) is not kind for name, kind in kinds.items()):
@@ -65,7 +65,7 @@ class Drawing:
 def draw(model: Axmodel, index: int | None, constants: Mapping[str, int] | None = None) -> Drawing:
     """The drawing of a layer's axmodel, or of the post model's (`index` None).
 
-    `constants`: names whose data are compared; their checksums are those given, or of the file where it has data.
+    `constants`: names whose data are compared; the given checksums are used unless the file has the data.
     """
     own = f"model.layers.{index}."
 
@@ -100,13 +100,13 @@ def draw(model: Axmodel, index: int | None, constants: Mapping[str, int] | None 
 
 
 def unread(model: Axmodel) -> str:
-    """In words, a tensor that stands in the file and no operator reads; empty where there is none.
+    """Describes a tensor that no operator reads; empty if there is none.
 
-    This needs no other graph: an operator that was left out leaves its weight behind.
+    This needs no reference graph: a missing operator leaves its weight unused.
     """
     read = {name for node in model.nodes for name in node.inputs}
     name = next((name for name in model.initializers if name not in read), "")
-    return f"no operator reads {name}: the graph lacks the one that does" if name else ""
+    return f"no operator reads {name}: the graph lacks an operator" if name else ""
 
 
 def checksum(tensor: Tensor) -> int:
@@ -114,7 +114,7 @@ def checksum(tensor: Tensor) -> int:
 
 
 def difference(seen: Drawing, wanted: Drawing, index: int | None = None) -> str:
-    """The first difference in words; empty where both compute the same. `index` stands for the # in names."""
+    """Describes the first difference; empty if both compute the same. `index` replaces the # in names."""
     words = _operators(seen, wanted) or _wiring(seen, wanted) or _ends(seen, wanted) or _stored(seen, wanted)
     return (words or _metadata(seen, wanted)).replace(LAYER, f"model.layers.{index}.")
 
@@ -144,13 +144,13 @@ def _wiring(seen: Drawing, wanted: Drawing) -> str:
 
 
 def _inputs(seen: Drawing, node: Sequence[Any], wanted: Drawing, other: Sequence[Any]) -> str:
-    """The first input that differs of two nodes of one operator."""
+    """Describes the first different input of two nodes with the same operator."""
     if node[0] != other[0] or node[3] == other[3]:
         return ""
     at = next((i for i, (a, b) in enumerate(zip(node[3], other[3])) if a != b), min(len(node[3]), len(other[3])))
     pairs = ((seen, node), (wanted, other))
     sources = [_source(graph, entry[3][at]) if at < len(entry[3]) else "missing" for graph, entry in pairs]
-    return f"input {at} of {_called(node, seen)} is {sources[0]}, the compiler takes {sources[1]}"
+    return f"input {at} of {_called(node, seen)} is {sources[0]}, the compiler uses {sources[1]}"
 
 
 def _ends(seen: Drawing, wanted: Drawing) -> str:
@@ -165,7 +165,7 @@ def _ends(seen: Drawing, wanted: Drawing) -> str:
         if entry[2] != wanted.outputs[name][2]:
             sources = [_source(graph, graph.outputs[name][2]) for graph in (seen, wanted)]
             taken = next((other for other, values in wanted.outputs.items() if values[2] == entry[2]), "")
-            swapped = f": it is what belongs to {taken}" if taken else ""
+            swapped = f": it belongs to {taken}" if taken else ""
             return f"output {name} is {sources[0]}, the compiler has {sources[1]}{swapped}"
     return ""
 
@@ -196,7 +196,7 @@ def _signature(node: Sequence[Any], graph: Drawing) -> str:
 
 
 def _plain(node: Node) -> dict[str, Any]:
-    """Attributes as the file can hold them, floats of 32 bits, and as JSON has them."""
+    """Attributes as JSON values, with floats rounded to 32 bits as in the file."""
     return {name: _value(value) for name, value in node.attributes.items()}
 
 
@@ -224,7 +224,7 @@ def _attributes(node: Sequence[Any], other: Sequence[Any]) -> str:
 
 
 def _source(graph: Drawing, place: str) -> str:
-    """A value by the operator that makes it, and the nearest weight or input before that."""
+    """Describes a value by the operator that produces it and the nearest weight or input before that."""
     made = {output: node for node in graph.nodes for output in node[4]}
     if place not in made:
         return place or "nothing"

@@ -1,4 +1,4 @@
-"""What a machine has installed that runs axmodels, as it tells it itself; nothing of it is loaded into this process."""
+"""Drivers and engines installed on this machine. Libraries are queried in a separate process."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from axrun.doctor import fits
 from axrun.session import libax_engine
 
 PROC = Path("/proc/ax_proc")  # Axera's driver
-MOST = 4096  # characters of what a file or a library says
-SECONDS = 30.0  # for a library to say its version
+MOST = 4096  # maximum characters from a file or a library
+SECONDS = 30.0  # timeout for querying a library
 
-# In a process of its own: two libraries of one name do not go together, and a damaged one may end it.
+# Runs in a separate process: two libraries with the same name conflict, and a damaged one may crash.
 ASK = """
 import ctypes, json, os, sys
 folder = sys.argv[1]
@@ -35,9 +35,9 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Engine:
-    """A libax_engine.so. `extensions` is 0 for any but ours; `chip` the family its functions are of, or empty.
+    """A libax_engine.so. `extensions` is 0 unless it is ours; `chip` is the family judging by its functions, or empty.
 
-    `fault` is why it does not load, empty where it does. `interpreter`: libax_interpreter.so, which it needs, is there.
+    `fault` is the reason why it does not load, or empty. `interpreter`: libax_interpreter.so, which it needs, exists.
     """
 
     folder: str
@@ -50,9 +50,9 @@ class Engine:
 
 @dataclass(frozen=True)
 class Installed:
-    """`bsp` and `chip_type` are what the driver says, empty without one.
+    """`bsp` and `chip_type` are reported by the driver, empty without one.
 
-    `ours` and `vendors` are the engines that would run our axmodels and the vendor's, None where there is none.
+    `ours` and `vendors` are the engines that would run our axmodels and the vendor's, or None.
     """
 
     bsp: str
@@ -65,12 +65,12 @@ class Installed:
 
     @property
     def chip(self) -> str:
-        """The family of the chip, by the driver, else by the vendor's engine; empty where neither tells."""
+        """The family of the chip according to the driver, else the vendor's engine; empty if unknown."""
         return fits.family(self.chip_type) or (self.vendors.chip if self.vendors else "")
 
 
 def look(proc: Path = PROC, soc: Path = libax_engine.BOARD) -> Installed:
-    """Asks the driver's files and the libraries. `soc` is where a board has the vendor's."""
+    """Reads the driver's files and queries the libraries. `soc` is the folder of the vendor's libraries."""
     ours = libax_engine.folder(ours=True)
     vendors = os.environ.get(libax_engine.FOLDER) or os.fspath(soc)
     engines = {folder: ask(folder) for folder in {ours, vendors} if Path(folder, "libax_engine.so").exists()}
@@ -86,13 +86,13 @@ def look(proc: Path = PROC, soc: Path = libax_engine.BOARD) -> Installed:
 
 
 def ask(folder: str) -> Engine:
-    """What the engine in a folder says of itself."""
+    """Queries the engine in a folder."""
     interpreter = Path(folder, "libax_interpreter.so").exists()
     command = [sys.executable, "-I", "-S", "-c", ASK, folder]
     try:
         done = subprocess.run(command, capture_output=True, timeout=SECONDS, check=False)
     except subprocess.TimeoutExpired:
-        return Engine(folder, interpreter=interpreter, fault=f"it says nothing within {SECONDS:.0f} s")
+        return Engine(folder, interpreter=interpreter, fault=f"no answer within {SECONDS:.0f} s")
     try:
         told = json.loads(done.stdout[:MOST])
         symbols = bool(told["affinity"]), bool(told["ops"])
@@ -100,12 +100,12 @@ def ask(folder: str) -> Engine:
         return Engine(folder, printable(str(told["version"])), chip, int(told["extensions"]), interpreter)
     except (ValueError, KeyError, TypeError):
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()
-        why = printable(said[-1]) if said else f"the process that loaded it ended with {done.returncode}"
+        why = printable(said[-1]) if said else f"the process that loaded it exited with {done.returncode}"
         return Engine(folder, interpreter=interpreter, fault=why)
 
 
 def printable(text: str) -> str:
-    """Text of another program, short and without control characters."""
+    """Output of another program, shortened and without control characters."""
     return "".join(character for character in text if character.isprintable())[:200]
 
 

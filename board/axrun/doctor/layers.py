@@ -1,4 +1,4 @@
-"""The stage `layers`: each layer in prefill, with history and in decode, fed with rows of the reference's."""
+"""The stage `layers`: runs each layer in prefill, with history and in decode on reference inputs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from axrun.doctor.walk import refused
 from axrun.errors import BadInput, Failure
 
 STAGE = "layers"
-ORDER = {KEYS: 0, VALUES: 1, OUTPUT: 2}  # the output follows from the others
+ORDER = {KEYS: 0, VALUES: 1, OUTPUT: 2}  # the output depends on the others
 
 
 def layers(context: Context) -> str | Finding:
-    """Runs each layer's shape groups by the engine's interface, without the runner's masks and caches."""
+    """Runs the shape groups of each layer directly, without the runner's masks and cache."""
     context.expect_runnable()
     bundle, figures = context.bundle, context.figures
     noise, worst = allowed(bundle, figures), 0.0
@@ -70,7 +70,7 @@ def layers(context: Context) -> str | Finding:
 
 
 def _with_rows(found: Finding, index: int, bad: Sequence[Measured], entries: Sequence[Measured]) -> Finding:
-    """A finding of what is exact, and which rows show it."""
+    """Adds the wrong rows to a finding of the exact checks."""
     if not bad:
         return found
     first = min(bad, key=lambda entry: ORDER[entry.what])
@@ -79,7 +79,7 @@ def _with_rows(found: Finding, index: int, bad: Sequence[Measured], entries: Seq
 
 
 def _outputs(context: Context, index: int, visit: int, made: Result) -> tuple[Floats, Floats, Floats]:
-    """A layer's outputs at the probes of a visit, what it should add to its inputs there, and these: [n, H] each."""
+    """Outputs, expected updates and inputs at the probes of a visit: [n, H] each."""
     figures = context.figures
     _, start, count = figures.visits[visit].tolist()
     probes = figures.of_visit(visit)
@@ -113,7 +113,7 @@ def _visits(context: Context) -> Iterator[int]:
 
 
 def _run(context: Context, layer: Layer, source: int, visit: int) -> Result:
-    """What a layer makes of a visit with the inputs and the history of layer `source`."""
+    """Runs a visit with the inputs and the history of layer `source`."""
     group, start, count = context.figures.visits[visit].tolist()
     keys, values = context.figures.history(source, start)
     return layer.run(group, start, context.figures.inputs(source, start, start + count), keys, values)
@@ -125,16 +125,16 @@ def _finding(
     first = min(bad, key=lambda entry: ORDER[entry.what])
     file = context.bundle.layer_path(index).name
     most = noise.row if first.error > noise.row else noise.rms
-    cause, advice = pattern(bad, entries), "Build the bundle again; if it stays, report it with this output."
+    cause, advice = pattern(bad, entries), "Build the bundle again; if the error persists, report it with this output."
     other = _whose(context, index, noise)
     if other is not None:
         cause = f"it is the axmodel of layer {other}: two layers were swapped, or one was copied over another"
         advice = "Copy or build the bundle again."
     elif beside := _other_engine(context, index, noise):
         file, cause = beside
-        advice = "Install axrun again; if it stays, report the engine with this output."
+        advice = "Install axrun again; if the error persists, report the engine with this output."
     elif context.other_engine:
-        cause += f"; engine {context.other_engine} finds the same"
+        cause += f"; engine {context.other_engine} gives the same result"
     return Finding(
         STAGE,
         f"layer {index}, {first.place}, {first.what}",
@@ -147,7 +147,7 @@ def _finding(
 
 
 def _whose(context: Context, index: int, noise: Noise) -> int | None:
-    """The layer whose figures this axmodel agrees with, in its first visit."""
+    """The layer whose figures this axmodel matches in its first visit, if any."""
     figures, visit = context.figures, next(_visits(context))
     layer = _open(context, index, context.engine)
     for other in range(context.bundle.layers):
@@ -160,7 +160,7 @@ def _whose(context: Context, index: int, noise: Noise) -> int | None:
 
 
 def _other_engine(context: Context, index: int, noise: Noise) -> tuple[str, str] | None:
-    """File and cause where an engine that shares no code agrees with the figures."""
+    """File and cause if an independent engine agrees with the figures."""
     other = context.other_engine
     if not other:
         return None

@@ -1,8 +1,7 @@
-"""What the runner gives to layers and keeps of them, as data: its own decoder, over layers that compute nothing.
+"""Checks the bookkeeping of the runner's decoder with dummy layers that compute nothing.
 
-Each layer is a `Blank` that gives rows of random numbers and compares what it is given with a `Ledger`: positions,
-masks, hidden states and cached rows follow from which tokens were taken before, by rules that stand here a second
-time. That costs so little that every position and every layer is asked for.
+Each layer is a `DummySession` that returns random rows and compares its inputs with a `Ledger`: an independent model of
+the expected positions, masks, hidden states and cached rows. It is cheap enough to check every position and layer.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from axrun.format.axmodel import BLOCKED, TensorInfo
 from axrun.format.dtypes import DTYPES, from_float32, to_float32
 from axrun.session import CACHES, Array, SessionGroup
 
-WIDTH = 4  # of every row
-CODES = 1 << 12  # different rows of each kind and layer
+WIDTH = 4  # values per row
+CODES = 1 << 12  # distinct rows per kind and layer
 SEED = 5
 KINDS = ("K", "V", "hidden state")
 WIDE = {*CACHES, "K_cache_out", "V_cache_out", "input", "output"}
 
 
-class Slip(NamedTuple):
-    """What the runner does wrong first: `part` names layer and tokens, `cause` says what it is, `file` where."""
+class Fault(NamedTuple):
+    """The first error of the runner: `part` is the layer and the tokens, `cause` the error, `file` the source file."""
 
     part: str
     expected: str
@@ -35,12 +34,12 @@ class Slip(NamedTuple):
     file: str = "board/axrun/decoder.py"
 
 
-class Wrong(Exception):
-    """Carries a Slip out of the runner's code."""
+class FaultFound(Exception):
+    """Carries a Fault through the runner's code."""
 
 
 class Seen(NamedTuple):
-    """What a layer was given: positions, mask [tokens, history + tokens] and hidden states, copied."""
+    """Copies of a layer's inputs: positions, mask [tokens, history + tokens] and hidden states."""
 
     indices: Array
     mask: Array
@@ -48,42 +47,42 @@ class Seen(NamedTuple):
 
 
 class Ledger:
-    """Rows that every layer gave, by position: K and V of the tokens that are cached.
+    """The expected K and V rows of all layers by position.
 
-    A token has a number that no other has; from that follow the rows of every layer for it.
+    Every token has a unique number, which determines its rows in all layers.
     """
 
     def __init__(self, windows: Sequence[int], context: int, dtype: str) -> None:
-        """`windows`: of each layer, how many tokens back it sees, itself among them; 0: all."""
+        """`windows`: the attention window of each layer in tokens, including the token itself; 0: unlimited."""
         self.layers, self.dtype = len(windows), dtype
         layers, self._windows = self.layers, windows
         draw = np.random.default_rng(SEED)
         lowest = max(BLOCKED, -65504.0) if dtype == "FLOAT16" else BLOCKED
-        self._values = from_float32(np.array([0.0, lowest], np.float32), dtype)  # of a mask: seen, not seen
+        self._values = from_float32(np.array([0.0, lowest], np.float32), dtype)  # values of a mask: visible, blocked
         self._given = from_float32(draw.standard_normal((CODES, WIDTH)).astype(np.float32), dtype)
         rows = draw.standard_normal((len(KINDS), layers, CODES, WIDTH)).astype(np.float32)
         self._codes = from_float32(rows, dtype)
-        self.rows: Array = np.zeros((2, layers, context, WIDTH), self._codes.dtype)  # K and V, as they must be cached
-        self._before = self.rows.copy()  # what the same positions held before a rollback
-        self.position = 0  # of the next token
-        self._next = 0  # its number
+        self.rows: Array = np.zeros((2, layers, context, WIDTH), self._codes.dtype)  # expected K and V in the cache
+        self._before = self.rows.copy()  # the rows at these positions before a rollback
+        self.position = 0  # position of the next token
+        self._next = 0  # number of the next token
         self._seen: list[Seen] = []
         self._text = ""
 
     def take(self, start: int, count: int) -> Array:
-        """Hidden states [count, WIDTH] of tokens that are taken next, from position `start` on."""
+        """Starts a step: returns hidden states [count, WIDTH] of new tokens from position `start` on."""
         if start < self.position:
             self._before[:, :, start : self.position] = self.rows[:, :, start : self.position]
-            self._next += CODES // 2 + 1  # other tokens than those that were there
+            self._next += CODES // 2 + 1  # not the numbers of the tokens that were there
         self.position, self._seen = start, []
         return self._given[self._numbers(count)]
 
     def visit(self, layer: int, arrays: Mapping[str, Array]) -> None:
-        """A layer runs: looks at what it was given, and fills in what it gives. Raises Wrong."""
+        """Run of a layer: checks its inputs and fills its outputs. Raises FaultFound."""
         tokens = arrays["input"].shape[1]
         self._text = f"layer {layer}, tokens from position {self.position} on"
         if layer != len(self._seen):
-            raise _wrong(self._text, f"layer {len(self._seen)} next", f"layer {layer}", "layers run in another order")
+            raise _wrong(self._text, f"layer {len(self._seen)} next", f"layer {layer}", "layers run in the wrong order")
         mask = arrays["mask"][0]
         first = self._seen[0] if self._seen else None
         if first is not None and np.array_equal(mask, first.mask):
@@ -95,13 +94,13 @@ class Ledger:
             arrays[name][0] = self._codes[kind, layer, numbers]
 
     def chunk(self, chunk: Chunk, output: Array) -> None:
-        """A chunk was run by all layers, and gave `output`. Raises Wrong."""
+        """Checks a chunk after it ran through all layers and returned `output`. Raises FaultFound."""
         at, count = self.position, chunk.count
         tokens = f"tokens {at} to {at + count - 1}" if count > 1 else f"token {at}"
         if len(self._seen) != self.layers:
             raise _wrong(tokens, f"{self.layers} layers", f"{len(self._seen)}", "it does not run each layer once")
         if chunk.position != at:
-            raise _wrong(tokens, f"position {at}", f"{chunk.position}", "chunks do not follow one another")
+            raise _wrong(tokens, f"position {at}", f"{chunk.position}", "chunks are not consecutive")
         numbers = self._numbers(count)
         for layer, given in enumerate(self._seen):
             part = f"layer {layer}, {tokens}"
@@ -116,18 +115,18 @@ class Ledger:
         self.position, self._next, self._seen = at + count, self._next + count, []
 
     def last(self) -> Array:
-        """What the last layer gave for the token before `position`: [WIDTH]."""
+        """The output [WIDTH] of the last layer for the token before `position`."""
         return np.asarray(self._codes[2, -1, (self._next - 1) % CODES])
 
     def kept(self, caches: Sequence[Sequence[Array]]) -> None:
-        """Compares K and V of every layer's cache, as far as they are written. Raises Wrong."""
+        """Compares the written K and V rows of all layers' caches. Raises FaultFound."""
         for layer in range(self.layers):
             self._text = f"layer {layer}, after {self.position} tokens"
             for kind in (0, 1):
                 self._rows(kind, layer, caches[kind][layer][0])
                 if not np.isfinite(to_float32(caches[kind][layer][0, self.position :], self.dtype)).all():
-                    cause = "rows behind the end of the cache are not finite: a mask does not hide those"
-                    raise _wrong(self._text, "rows that are finite", "others", cause)
+                    cause = "rows after the end of the cache are not finite: a mask does not hide those"
+                    raise _wrong(self._text, "finite rows", "others", cause)
 
     def _numbers(self, count: int) -> Array:
         return (self._next + np.arange(count)) % CODES
@@ -137,10 +136,10 @@ class Ledger:
         history = arrays[CACHES[0]].shape[1] if CACHES[0] in arrays else 0
         if columns != history + tokens or arrays["indices"].shape[1] != tokens:
             seen = f"{columns} columns for {history} + {tokens}"
-            raise _wrong(self._text, "a mask as wide as history and tokens together", seen, "shapes do not fit")
+            raise _wrong(self._text, "a mask with history + tokens columns", seen, "shapes do not fit")
         if self.position > history:
-            cause = f"its group has a history of {history} rows, too few: the chunk is in another group's shape"
-            raise _wrong(self._text, f"{self.position} cached rows are seen", f"{history}", cause)
+            cause = f"its group has a history of only {history} rows: the chunk uses the wrong group"
+            raise _wrong(self._text, f"{self.position} cached rows", f"{history}", cause)
         for kind, name in enumerate(CACHES):
             if name in arrays:
                 self._rows(kind, layer, arrays[name][0])
@@ -155,29 +154,29 @@ class Ledger:
         cause = self._holds(kind, layer, row, seen)
         part = f"{self._text}: {KINDS[kind]} row {row} in the cache"
         raise _wrong(
-            part, f"the row that layer {layer} gave for position {row}", f"another; {len(bad)} rows are", cause
+            part, f"the row that layer {layer} returned for position {row}", f"another; {len(bad)} rows are", cause
         )
 
     def _holds(self, kind: int, layer: int, row: int, seen: Array) -> str:
-        """What stands in a row of the cache instead of what belongs there."""
+        """Describes what a row of the cache holds instead of the expected row."""
         found = seen[row]
         if found.any() and np.array_equal(found, self._before[kind, layer, row]):
-            return "it holds what was there before a rollback: a stale row was kept, or the new one not written"
+            return "it holds the row from before a rollback: a stale row was kept, or the new one was not written"
         if not found.any():
             elsewhere = np.flatnonzero((seen == self.rows[kind, layer, row]).all(axis=1))
             if len(elsewhere):
-                return f"{KINDS[kind]} row {row} was put into row {elsewhere[0]}: rows are in the wrong place"
+                return f"{KINDS[kind]} row {row} was written to row {elsewhere[0]}: rows are in the wrong place"
             return "the row was not written, or was cleared"
         for other, at, place in np.argwhere((self.rows == found).all(axis=-1)):
             return f"it holds {KINDS[other]} row {place} of layer {at}: rows are in the wrong place"
-        return "it holds what no layer gave for a token that is cached"
+        return "it holds values that no layer returned for a cached token"
 
     def _positions(self, part: str, indices: Array, at: int, count: int) -> None:
         wanted = np.arange(at, at + count)
         if not np.array_equal(indices[:count], wanted):
             first = int(np.flatnonzero(indices[:count] != wanted)[0])
             apart = int(indices[first]) - int(wanted[first])
-            cause = f"the positions it gives are off by {apart:+d}, from token {at + first} on"
+            cause = f"positions are off by {apart:+d}, from token {at + first} on"
             raise _wrong(part, f"position {wanted[first]}", f"{indices[first]}", cause)
 
     def _masked(self, part: str, mask: Array, at: int, count: int, window: int) -> None:
@@ -196,20 +195,20 @@ class Ledger:
                 part, f"{right:g} in its mask", f"{seen:g}", _mask_words(at, count, history, row, column, seen)
             )
         if not (mask[count:] == self._values[0]).any(axis=1).all():
-            cause = "a row of padding sees nothing: its softmax is not finite"
-            raise _wrong(part, "padding sees itself", "it sees nothing", cause)
+            cause = "a row of padding is fully masked: its softmax is not finite"
+            raise _wrong(part, "padding attends to itself", "fully masked", cause)
 
     def _hidden(self, part: str, seen: Array, wanted: Array, count: int) -> None:
         if len(seen) < count or not np.array_equal(seen[:count], wanted):
             bad = np.flatnonzero((seen[:count] != wanted[: len(seen)]).any(axis=1)) if len(seen) >= count else [0]
-            cause = "a layer does not get what the one before it gave, or gets it in another order"
+            cause = "a layer does not get the output of the previous one, or in another order"
             raise _wrong(part, f"the hidden state of token {self.position + int(bad[0])}", "another", cause)
         if not np.isfinite(to_float32(seen, self.dtype)).all():
             raise _wrong(part, "finite hidden states in padding", "others", "padding is not cleared")
 
 
-class Blank:
-    """A session of one layer that gives rows of the ledger; as flexible, and in the shapes, that the engine's has."""
+class DummySession:
+    """A session of one layer that returns rows of the ledger, with the same shapes and flexibility as the engine's."""
 
     def __init__(
         self, groups: tuple[SessionGroup, ...], flexible: bool, window: int, layer: int, ledger: Ledger
@@ -233,7 +232,7 @@ class _Bound:
 
 
 def narrow(groups: Sequence[SessionGroup]) -> tuple[SessionGroup, ...]:
-    """The same groups with rows of WIDTH values."""
+    """The groups with rows of WIDTH values."""
 
     def thin(info: TensorInfo) -> TensorInfo:
         return dataclasses.replace(info, shape=(*info.shape[:2], WIDTH)) if info.name in WIDE else info
@@ -248,7 +247,7 @@ def _mask_words(at: int, count: int, history: int, row: int, column: int, value:
     token = at + row
     new = column - history
     if column < history:
-        what = f"cached row {column}" if column < at else f"row {column}, behind the {at} that are cached"
+        what = f"cached row {column}" if column < at else f"row {column}, after the {at} cached ones"
     elif new < count:
         what = "itself" if new == row else f"the token at position {at + new}"
     else:
@@ -258,8 +257,8 @@ def _mask_words(at: int, count: int, history: int, row: int, column: int, value:
     return f"its mask hides {what} from the token at position {token}"
 
 
-def _wrong(part: str, expected: str, seen: str, cause: str) -> Wrong:
-    return Wrong(Slip(part, expected, seen, cause))
+def _wrong(part: str, expected: str, seen: str, cause: str) -> FaultFound:
+    return FaultFound(Fault(part, expected, seen, cause))
 
 
-__all__ = ["WIDTH", "Blank", "Ledger", "Slip", "Wrong", "narrow"]
+__all__ = ["WIDTH", "DummySession", "Fault", "FaultFound", "Ledger", "narrow"]

@@ -1,4 +1,4 @@
-"""Rows that a layer made beside the figures' rows: how far apart, and what the pattern of those apart says."""
+"""Comparison of a layer's outputs with the figures: errors per row, and the likely cause from their pattern."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from axrun.doctor.direct import Floats, Result
 from axrun.doctor.figures import WALK, Array, Figures, unpacked
 from axrun.format.bundle import Bundle
 
-# What the vendor's compiler may cost beyond ours of the same types. Not measured: no board was at hand.
+# Additional tolerance for the vendor's compiler with the same types. Not measured, since no board was available.
 VENDORS = 2.0
-MOST_MEDIAN, LEAST_WRONG, FAR = 0.05, 0.7, 8.0  # of channels: see wrong_channels
-ABRUPT = 0.02  # of the error of wrong K rows: what right ones have before a table ends, not where its base is another
+MOST_MEDIAN, LEAST_WRONG, FAR = 0.05, 0.7, 8.0  # thresholds of wrong_channels
+# maximum ratio of the errors of right to wrong K rows where a rotary table ends; with a wrong base errors grow
+# gradually
+ABRUPT = 0.02
 OUTPUT, KEYS, VALUES = "output", "K row", "V row"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One row: `what` of OUTPUT, KEYS and VALUES, at a position of a visit."""
+    """The error of one row; `what` is OUTPUT, KEYS or VALUES."""
 
     what: str
     stage: str
@@ -35,13 +37,13 @@ class Measured:
     def place(self) -> str:
         if self.stage == "decode":
             return f"decode at position {self.position}"
-        behind = f" behind {self.start} rows" if self.start else ""
+        behind = f" after {self.start} rows" if self.start else ""
         return f"{self.stage}{behind}, position {self.position}"
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Rows of the reference at the probes of a visit: what the layer adds to its input, and its K and V."""
+    """Reference rows at the probes of a visit: the update of the layer, and its K and V."""
 
     updates: Floats
     keys: Floats
@@ -49,12 +51,12 @@ class Expected:
 
 
 def allowed(bundle: Bundle, figures: Figures) -> Noise:
-    """What the types of a bundle's layers may cost."""
+    """The tolerance for the layers of a bundle."""
     return _noise(bundle, figures, bundle.flag("weight_type"))
 
 
 def allowed_whole(bundle: Bundle, figures: Figures) -> Noise:
-    """The same with the post model's and the embedding table's, which is bfloat16."""
+    """The tolerance for the whole model, including the post model and the bfloat16 embedding table."""
     types = {bundle.flag("weight_type"), bundle.flag("post_weight_type")}
     return _noise(bundle, figures, *sorted(types), *(() if "bf16" in figures.about["exact"] else ("bf16",)))
 
@@ -71,7 +73,7 @@ def _noise(bundle: Bundle, figures: Figures, *weight_types: str) -> Noise:
 
 
 def expected(figures: Figures, layer: int, probes: Array) -> Expected:
-    """What the figures say of a layer at some probes."""
+    """The reference rows of a layer at some probes."""
     return Expected(
         unpacked(figures.updates[layer][probes], figures.updates_scale[layer][probes]),
         unpacked(figures.new_keys[layer][probes], figures.new_keys_scale[layer][probes]),
@@ -82,9 +84,9 @@ def expected(figures: Figures, layer: int, probes: Array) -> Expected:
 def compare(
     figures: Figures, layer: int, visit: int, made: Result, against: int | None = None, kinds: Sequence[str] = ()
 ) -> list[Measured]:
-    """What a layer made in a visit beside the figures of that layer, or of another: one entry a row and output.
+    """Errors of a layer's outputs against the figures of that or another layer: one entry per row and output.
 
-    `made` has the rows of all of the visit's tokens.
+    `made` has the rows of all tokens of the visit.
     """
     group, start, count = (int(value) for value in figures.visits[visit])
     probes = figures.of_visit(visit)
@@ -113,7 +115,7 @@ def compare(
 
 
 def stage_of(figures: Figures, visit: int) -> str:
-    """prefill, history (a prefill behind cached rows), decode, or walk."""
+    """The stage of a visit: prefill, history (a prefill after cached rows), decode, or walk."""
     group, start, count = (int(value) for value in figures.visits[visit])
     if group == WALK:
         return "walk"
@@ -121,7 +123,7 @@ def stage_of(figures: Figures, visit: int) -> str:
 
 
 def wrong(entries: Sequence[Measured], noise: Noise) -> list[Measured]:
-    """Those that the noise does not explain; all of a kind where their root mean square does not."""
+    """Entries beyond the tolerance; all entries of a kind if their root mean square exceeds it."""
     found = [entry for entry in entries if not entry.error <= noise.row]
     for what in (OUTPUT, KEYS, VALUES):
         errors = np.array([entry.error for entry in entries if entry.what == what])
@@ -131,11 +133,11 @@ def wrong(entries: Sequence[Measured], noise: Noise) -> list[Measured]:
 
 
 def wrong_channels(pairs: Sequence[tuple[Floats, Floats, Floats]], hidden_type: str) -> list[int]:
-    """Channels of the output whose error is far beyond the others' and most of what the layer adds there.
+    """Output channels whose error is much larger than that of the others, and most of the update.
 
-    `pairs`: a layer's outputs, what it should add, and its inputs, [n, H] each. One row of a matrix among many moves
-    the whole row's error by little. Seen on tiny-qwen2: at most 0.04 of the update with s8 where nothing is wrong, 1.6
-    where a scale has the other sign. Four bits leave too much noise to tell: no channel is then called wrong.
+    `pairs`: outputs, expected updates and inputs of a layer, [n, H] each. A single bad matrix row hardly changes the
+    error of the whole output row. Measured on tiny-qwen2 in s8: at most 0.04 of the update without a fault, 1.6 for a
+    scale with the wrong sign. With 4-bit weights the noise is too high, and no channel is reported.
     """
     ours, updates, given = (np.concatenate(column).astype(np.float64) for column in zip(*pairs))
     error = np.maximum(np.abs(ours - updates - given) - ROUNDING[hidden_type] * np.abs(updates + given), 0)
@@ -149,7 +151,7 @@ def wrong_channels(pairs: Sequence[tuple[Floats, Floats, Floats]], hidden_type: 
 
 
 def pattern(bad: Sequence[Measured], entries: Sequence[Measured]) -> str:
-    """Which of a layer's rows are wrong, in words, and what usually causes that."""
+    """Describes which rows are wrong, and the usual cause."""
     if not np.isfinite([entry.error for entry in bad]).all():
         return "values that are not finite: an overflow, or damaged weights"
     kinds = {entry.what for entry in bad}
@@ -163,7 +165,7 @@ def pattern(bad: Sequence[Measured], entries: Sequence[Measured]) -> str:
         if start and right < ABRUPT * min(entry.error for entry in keys):
             return f"K is right before position {start} and wrong from there on: the rotary tables end or change there"
         if start:
-            return "K is right at position 0 and not behind it: probably the rotary tables (base, scaling or order)"
+            return "K is right at position 0 and wrong after it: probably the rotary tables (base, scaling or order)"
         if not any(entry.what == KEYS for entry in good):
             return "K is wrong everywhere: probably k_proj, its bias, its norm, the order of heads, or rotary"
         return "K is wrong at some positions: probably the rotary tables"
@@ -173,19 +175,19 @@ def pattern(bad: Sequence[Measured], entries: Sequence[Measured]) -> str:
 
 
 def _output_pattern(bad: Sequence[Measured], entries: Sequence[Measured]) -> str:
-    """The same where K and V are right."""
+    """Like `pattern`, if K and V are right."""
     right = [entry for entry in entries if entry.what == OUTPUT and entry not in bad]
     if right and {entry.stage for entry in bad} == {"decode"}:
         return "wrong in decode only: the decode group, or the engine's path for one token"
     if right and all(entry.start for entry in bad) and any(entry.start == 0 for entry in right):
-        return "wrong behind cached rows only: how the layer reads its cache or its mask"
+        return "wrong after cached rows only: the layer reads its cache or its mask wrongly"
     if start := _only_from(bad, entries, OUTPUT):
-        return f"right before position {start} and wrong from there on: rotary, or what the mask hides"
+        return f"right before position {start} and wrong from there on: rotary, or the mask"
     return "K and V are right and the output is not: q_proj, o_proj, the MLP, a norm, or the attention's scale"
 
 
 def _only_from(bad: Sequence[Measured], entries: Sequence[Measured], what: str) -> int:
-    """The first wrong position where all from there on are wrong and all before it are right; 0 where it is not so."""
+    """The position from which all rows are wrong, with all before it right; 0 if there is none."""
     first = min(entry.position for entry in bad)
     of_kind = [entry for entry in entries if entry.what == what]
     after = all(entry in bad for entry in of_kind if entry.position >= first)

@@ -1,4 +1,4 @@
-"""The stages `post` and `answer`: logits of the reference's hidden states, and the greedy answer of the whole model."""
+"""The stages `post` and `answer`: logits of reference hidden states, and the greedy answer of the whole model."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from axrun.session import open_session
 Floats = NDArray[np.float32]
 
 POST, ANSWER = "post", "answer"
-FEW = 0.01  # of the vocabulary: so many logits may be called a few
+FEW = 0.01  # maximum share of the vocabulary to report single logits
 
 
 def post(context: Context) -> str | Finding:
-    """Logits of a few tokens over the whole vocabulary."""
+    """Compares logits of a few hidden states over the whole vocabulary."""
     context.expect_runnable()
     bundle, figures = context.bundle, context.figures
     noise = allowed_post(bundle, figures)
@@ -50,16 +50,16 @@ def post(context: Context) -> str | Finding:
     if most <= noise.row:
         part = f"the logit of token {few[0]}" + f" and {len(few) - 1} more" * (len(few) > 1)
         wanted, seen = f"{reference[0, few[0]]:.4g}", f"{ours[0, few[0]]:.4g}"
-        cause = "rows of the head were damaged, or have another's scale"
+        cause = "rows of the head were damaged, or have the scale of another row"
         return _finding(POST, part, file, wanted, seen, cause)
     cause = _cause(ours, reference, noise.row)
-    tops = [f"token {int(row.argmax())} likeliest" for row in (reference[worst], ours[worst])]
+    tops = [f"token {int(row.argmax())} most likely" for row in (reference[worst], ours[worst])]
     seen = f"{tops[1]}, error {errors.error[worst]:.2g}, cosine {errors.cosine[worst]:.4f}"
     return _finding(POST, f"row {worst} of the logits", file, f"{tops[0]}, error at most {noise.row:.2g}", seen, cause)
 
 
 def _few(ours: Floats, reference: Floats) -> list[int]:
-    """Tokens whose logits lie far beyond the others' errors, in every row."""
+    """Tokens whose logits have far larger errors than the others in every row."""
     apart = np.abs(centred(ours) - centred(reference))
     usual = np.sqrt((apart**2).mean(axis=1, keepdims=True))
     found = np.flatnonzero((apart > 16 * usual + 1e-6).all(axis=0))
@@ -71,10 +71,10 @@ def _cause(ours: Floats, reference: Floats, most: float) -> str:
         return "values that are not finite: an overflow, or damaged weights"
     for shift in (1, -1, 2, -2):
         if (logit_errors(np.roll(ours, -shift, axis=1), reference).error <= most).all():
-            return f"the head's rows stand {shift:+d} from their place"
+            return f"the head's rows are {shift:+d} rows from their place"
     if (cosines(centred(ours), centred(reference)) > 0.999).all():
         ratio = float((centred(ours) * centred(reference)).sum() / (centred(reference) ** 2).sum())
-        return f"logits are scaled by {ratio:.3g}: a scale or a soft cap is missing, or is there twice"
+        return f"logits are scaled by {ratio:.3g}: a scale or a soft cap is missing, or applied twice"
     few = _few(ours, reference)
     if few:
         return f"{len(few)} logits are far off, token {few[0]} first: rows of the head were damaged"
@@ -82,12 +82,12 @@ def _cause(ours: Floats, reference: Floats, most: float) -> str:
 
 
 def answer(context: Context) -> str | Finding:
-    """The whole model's choice after each token of the reference's greedy answer."""
+    """Compares the whole model's prediction after each token of the reference's greedy answer."""
     context.expect_runnable()
     bundle, figures = context.bundle, context.figures
     asked, tokens = figures.asked.tolist(), figures.answer.tolist()
     if not asked or not tokens:
-        raise NotExamined("the figures hold no answer")
+        raise NotExamined("the figures have no answer")
     shortage = memory.shortage(bundle, context.engine)
     if shortage is not None:
         raise NotExamined(shortage.text())
@@ -111,7 +111,7 @@ def answer(context: Context) -> str | Finding:
             "",
             f"an error of at most {noise.logits:.2g}",
             seen,
-            "each layer is right by itself: how the runner puts them together, or errors that add up",
+            "each layer is right by itself: the runner combines them wrongly, or errors accumulate",
         )
     places = {int(token): place for place, token in enumerate(ids)}
     same = 0
@@ -125,18 +125,16 @@ def answer(context: Context) -> str | Finding:
             part = f"token {at + 1} of the answer"
             cause = f"the reference prefers its token by {margin:.2g}, and errors explain {gap:.2g}"
             return _finding(ANSWER, part, "", f"token {theirs}", f"token {mine}", cause)
-    return (
-        f"{same} of {len(tokens)} greedy tokens are the same, each after the reference's own; error of logits {rms:.2g}"
-    )
+    return f"{same} of {len(tokens)} greedy tokens are the same (teacher-forced); error of logits {rms:.2g}"
 
 
 def _forced(model: Model, asked: list[int], tokens: list[int]) -> Iterator[Floats]:
-    """Logits after the prompt, and after each token of the reference's answer but the last."""
+    """Logits after the prompt, and after each token of the reference's answer except the last."""
     for step in steps(Sequence(model), asked, forced(tokens), len(tokens)):
         if isinstance(step, Token):
             yield step.logits.copy()
 
 
 def _finding(stage: str, part: str, file: str, expected: str, seen: str, cause: str) -> Finding:
-    advice = "Build the bundle again; if it stays, report it with this output."
+    advice = "Build the bundle again; if the error persists, report it with this output."
     return Finding(stage, part, file, expected, seen, cause, advice)

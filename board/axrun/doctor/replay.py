@@ -1,8 +1,7 @@
-"""The runner's decoder beside a layer that is asked directly, in the same chunks and shapes.
+"""Compares the runner's decoder with a layer called directly, in the same chunks and shapes.
 
-Both run one axmodel in one engine on the same shapes, so that rounding and the order of sums are the same: where our
-engines are asked, the rows are the same to the bit, whatever the types. What differs is the runner's own: its masks,
-its positions, or the rows in its cache.
+Both run the same axmodel in the same engine, so rounding and summation order are equal: with our engines, the rows are
+bit-identical for all types. Any difference is an error of the runner: its masks, positions, or cached rows.
 """
 
 from __future__ import annotations
@@ -16,21 +15,23 @@ from numpy.typing import NDArray
 from axrun.agreement import LEAST_UPDATE, ROUNDING, SMALLEST
 from axrun.decoder import Chunk, Decoder
 from axrun.doctor.direct import Floats, Layer, Result
+from axrun.doctor.known_faults import known_faults
 from axrun.doctor.measured import KEYS, OUTPUT, VALUES
-from axrun.doctor.slips import slips
 from axrun.errors import CheckFailed
 from axrun.format.dtypes import to_float32
 
-DISCARDED = 3  # tokens that are in the cache before a walk and are rolled back, and two prefills where there are any
-VENDORS = 5e-3  # of a layer's update: what the order of sums may cost in an engine that promises nothing; a guess
-ALIKE = 0.98  # cosine of rows that are one
-EXPLAINED = 0.5  # of a difference: what a slip leaves of it at most, if it is the cause
+ROLLED_BACK = (
+    3  # minimum number of tokens to cache and roll back before the sequence (two prefills, if there are prefill groups)
+)
+VENDORS = 5e-3  # tolerance relative to the update, for engines that are not deterministic; estimated
+ALIKE = 0.98  # minimum cosine of rows considered equal
+EXPLAINED = 0.5  # a known fault is the cause if it reduces the difference below this factor
 
 Rows = tuple[Floats, Floats]
 
 
 class Difference(NamedTuple):
-    """The first row that the runner and the layer by itself do not share: of tokens [start, stop), at `position`."""
+    """The first row that differs between runner and layer: in the step [start, stop), at `position`."""
 
     start: int
     stop: int
@@ -42,7 +43,7 @@ class Difference(NamedTuple):
 
     @property
     def place(self) -> str:
-        """In words."""
+        """A description of the place."""
         tokens = f"tokens {self.start} to {self.stop - 1}" if self.stop - self.start > 1 else f"token {self.start}"
         if self.what == OUTPUT:
             return f"{tokens}, output at position {self.position}"
@@ -52,15 +53,15 @@ class Difference(NamedTuple):
 def difference(
     decoder: Decoder, layer: Layer, hidden: Floats, steps: Iterable[tuple[int, int]], exact: bool = True
 ) -> tuple[Floats, Difference | None]:
-    """Takes the decoder of a single layer over steps (start, stop) of hidden states [n, H], from 0 on.
+    """Runs a single-layer decoder over steps (start, stop) of hidden states [n, H], and compares each step.
 
-    Other tokens stand in the cache before; a step that goes back is given other tokens than were there. `exact`: the
-    engine gives the same bits for the same shapes. What the decoder gave [n, H] comes first, to the difference.
+    Other tokens are cached first and rolled back. `exact`: the engine is deterministic for equal shapes. Returns the
+    outputs of the decoder [n, H] up to the first difference, and that difference or None.
     """
     other = hidden[::-1]
     decoder.cache.reset()
     most = max(group.tokens for group in decoder.groups)
-    count = min(max(2 * most if most > 1 else 0, DISCARDED), len(hidden))
+    count = min(max(2 * most if most > 1 else 0, ROLLED_BACK), len(hidden))
     made = Result(*(np.zeros((len(hidden), width), np.float32) for width in (decoder.kv_size,) * 2 + hidden.shape[1:]))
     outputs, start, stop = np.zeros_like(hidden), 0, count
     try:
@@ -75,13 +76,13 @@ def difference(
                 return outputs, found
     except CheckFailed as failed:
         seen = str(failed).partition("\n")[0]
-        cause = "it gives values that are not finite"
+        cause = "it returns values that are not finite"
         return outputs, Difference(start, stop, OUTPUT, start, "finite values", seen, cause)
     return outputs, None
 
 
 def kept(decoder: Decoder) -> Rows:
-    """K and V of all positions in the cache of a single layer."""
+    """The K and V rows in the cache of a single-layer decoder."""
     keys, values = (rows[0][0] for rows in (decoder.cache.keys, decoder.cache.values))
     return to_float32(keys, decoder.dtype).copy(), to_float32(values, decoder.dtype).copy()
 
@@ -89,7 +90,7 @@ def kept(decoder: Decoder) -> Rows:
 def _step(
     decoder: Decoder, layer: Layer, given: Floats, start: int, made: Result, out: Floats, stale: Rows, exact: bool
 ) -> Difference | None:
-    """What differs in one step; what the layer gives by itself is added to `made`."""
+    """Compares one step; adds the rows that the layer returns by itself to `made`."""
     stop, hidden_type = start + len(given), layer.hidden_type
     for chunk in decoder.chunks(start, len(given)):
         rows = slice(chunk.position - start, chunk.position - start + chunk.count)
@@ -101,15 +102,15 @@ def _step(
         if len(bad):
             at = chunk.position + int(bad[0])
             seen = f"they differ by {apart.max():.2g} of the layer's update; {len(bad)} of {chunk.count} rows do"
-            cause = _slipped(decoder, layer, chunk, given[rows], made, out[rows], right.output)
-            return Difference(start, stop, OUTPUT, at, "what the layer gives by itself", seen, cause)
+            cause = _matching_fault(decoder, layer, chunk, given[rows], made, out[rows], right.output)
+            return Difference(start, stop, OUTPUT, at, "the output of the layer by itself", seen, cause)
     for what, seen_rows, old, right_rows in zip((KEYS, VALUES), kept(decoder), stale, made[:2]):
         right_rows = right_rows[:stop]
         apart = _apart(seen_rows[:stop], right_rows, np.zeros_like(right_rows), hidden_type, exact)
         bad = np.flatnonzero(apart)
         if len(bad):
             row = int(bad[0])
-            wanted = "the row as it was before" if row < start else "the row that the layer gives by itself"
+            wanted = "the row as it was before" if row < start else "the row that the layer returns by itself"
             text = f"it differs by {apart[row]:.2g}; {len(bad)} of {stop} rows do"
             cause = _misplaced(what, row, kept(decoder), made, old, stop)
             return Difference(start, stop, what, row, wanted, text, cause)
@@ -119,7 +120,7 @@ def _step(
 def _direct(
     decoder: Decoder, layer: Layer, chunk: Chunk, given: Floats, made: Result, shift: int = 0, seen: Any = None
 ) -> Result:
-    """What the layer gives by itself for a chunk, in the shape that the runner has for it."""
+    """Runs a chunk on the layer directly, in the shape that the runner uses."""
     before = chunk.position
     shape = decoder.shape(chunk)
     return layer.run(chunk.group, before, given, made.keys[:before], made.values[:before], shift, seen, shape)
@@ -127,9 +128,9 @@ def _direct(
 
 @np.errstate(all="ignore")
 def _apart(seen: Floats, wanted: Floats, given: Floats, hidden_type: str, exact: bool) -> NDArray[np.float64]:
-    """How far rows [n, H] lie apart, relative to what was added to `given`; 0 where they are the same. [n]"""
+    """The difference [n] of rows [n, H], relative to the update of `given`; 0 for equal rows."""
     apart = np.abs(seen.astype(np.float64) - wanted)
-    if not exact:  # a flip of the last bit is none, nor is what the order of sums may do
+    if not exact:  # ignore flips of the last bit and effects of summation order
         apart = np.maximum(apart - 2.01 * ROUNDING[hidden_type] * np.abs(wanted) - 2 * SMALLEST[hidden_type], 0)
     update = np.linalg.norm(wanted.astype(np.float64) - given, axis=1)
     size = np.maximum(update, LEAST_UPDATE * np.linalg.norm(wanted, axis=1))
@@ -138,39 +139,39 @@ def _apart(seen: Floats, wanted: Floats, given: Floats, hidden_type: str, exact:
     return np.asarray(np.where(error > (0 if exact else VENDORS), error, 0))
 
 
-def _slipped(
+def _matching_fault(
     decoder: Decoder, layer: Layer, chunk: Chunk, given: Floats, made: Result, out: Floats, right: Floats
 ) -> str:
-    """Which mask or which positions bring the layer to what the runner got."""
+    """Finds the known fault of mask or positions with which the layer reproduces the runner's output."""
     best, least = "", float(np.linalg.norm(right - out)) * EXPLAINED
-    for slip in slips(chunk.position, chunk.count):
-        tried = _direct(decoder, layer, chunk, given, made, slip.shift, slip.mask).output
+    for fault in known_faults(chunk.position, chunk.count):
+        tried = _direct(decoder, layer, chunk, given, made, fault.shift, fault.mask).output
         error = float(np.linalg.norm(tried - out))
         if error < least:
-            best, least = slip.text, error
-    return best or "probably its mask, its positions, or the rows of history that it gives"
+            best, least = fault.text, error
+    return best or "probably its mask, its positions, or its history rows"
 
 
 def _misplaced(what: str, row: int, seen: Rows, made: Result, old: Floats, stop: int) -> str:
-    """What a row of the cache holds instead."""
+    """Describes what a row of the cache holds instead."""
     rows = seen[0 if what == KEYS else 1]
     if rows[row].any() and np.array_equal(rows[row], old[row]):
-        return "the row still holds what was there before a rollback: stale rows are kept, new ones are not written"
+        return "the row still holds the values from before a rollback: stale rows are kept, new ones are not written"
     wanted = (made.keys if what == KEYS else made.values)[row]
     if not rows[row].any():
         best = _alike(rows, wanted)
         if best is not None:
-            return f"{what} {row} lies in row {best}: rows are put in the wrong place"
+            return f"{what} {row} is in row {best}: rows are written to the wrong place"
         return f"{what} {row} was not written, or was cleared"
     for called, others in ((KEYS, made.keys[:stop]), (VALUES, made.values[:stop])):
         best = _alike(others, rows[row])
         if best is not None and (called, best) != (what, row):
-            return f"the row holds {called} {best}: rows are put or kept in the wrong place"
+            return f"the row holds {called} {best}: rows are written to or kept in the wrong place"
     return "probably rows are overwritten, or kept from another sequence"
 
 
 def _alike(rows: Floats, wanted: Floats) -> int | None:
-    """The row that points the same way; None where none does."""
+    """The index of the row with the same direction, or None."""
     scores = rows @ wanted / (np.linalg.norm(rows, axis=1) * np.linalg.norm(wanted) + 1e-30)
     best = int(np.argmax(scores))
     return best if scores[best] > ALIKE else None

@@ -1,7 +1,7 @@
-"""What a doctor says: the stages it walked, and the first thing that disagrees.
+"""The report of a diagnosis: the stages that were examined, and the first disagreement.
 
-Every stage is compared with something that shares no code with it: the checkpoint as transformers reads it, or the
-figures that a build left of that. The first stage that disagrees ends the walk, since what follows only inherits it.
+Every stage is compared with an independent reference: the checkpoint in transformers, or the figures derived from it.
+The first stage that disagrees ends the examination, since later ones only inherit the error.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-# In the order they are walked: each rests on those before it.
+# In the order of examination: each depends on the previous ones.
 STAGES = {
-    "files": "every file is there, as the manifest lists it",
+    "files": "every file is as listed in the manifest",
     "versions": "the board, its driver, the engine and the compiler fit the bundle",
-    "tokenizer": "texts become the token ids of the checkpoint's own tokenizer, and ids become its texts",
-    "template": "chats become the prompt of the checkpoint's own template; it stops at the same tokens",
+    "tokenizer": "texts give the token ids of the checkpoint's own tokenizer, and vice versa",
+    "template": "chats give the prompt of the checkpoint's own template; the stop tokens are the same",
     "embedding": "the table has the checkpoint's rows",
     "layers": "each layer in prefill, with history and in decode, fed with the reference's hidden states",
-    "cache": "the K/V rows in the cache, where the layers put them and where they read them",
+    "cache": "the K/V rows in the cache are written and read correctly",
     "post": "the post model's logits",
-    "sampling": "the token that is chosen from known logits",
+    "sampling": "the token sampled from known logits",
     "answer": "the greedy answer of the whole model",
 }
 HEALTHY, FAULTY, UNDECIDED = "healthy", "faulty", "undecided"
-MOST_TEXT = 1000  # characters of a text in a report of another machine
-AGREES, DISAGREES, LEFT = "agrees", "disagrees", "not examined"
+MOST_TEXT = 1000  # maximum length of a text in a report from another machine
+AGREES, DISAGREES, SKIPPED = "agrees", "disagrees", "not examined"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Where something disagrees, and what usually causes it.
+    """A disagreement, with its usual cause.
 
-    `part` says where inside the stage: "layer 3, prefill behind 64 rows, output". `file` is relative to the bundle or
-    to the release, empty where no file is to blame. `cause` is what explains it, and says "probably" where it guesses.
+    `part` says where inside the stage: "layer 3, prefill after 64 rows, output". `file` is relative to the bundle or
+    to the release; empty if no file is at fault. `cause` says "probably" if it is a guess.
     """
 
     stage: str
@@ -55,7 +55,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Walked:
-    """One stage: `outcome` is AGREES, DISAGREES or LEFT; `text` says how far it looked, or why it did not."""
+    """The result of a stage: `outcome` is AGREES, DISAGREES or SKIPPED; `text` has details or the reason."""
 
     stage: str
     outcome: str
@@ -65,9 +65,9 @@ class Walked:
 
 @dataclass
 class Report:
-    """What was walked so far. `place` is where: this machine, or a board's name; `engine` what computed the layers.
+    """The results so far. `place` is this machine or the name of a board; `engine` ran the layers.
 
-    `manifest` is the sha256 of the bundle's manifest, empty where that cannot be read: which bundle it was.
+    `manifest` is the sha256 of the manifest, which identifies the bundle; empty if it cannot be read.
     """
 
     bundle: str
@@ -80,7 +80,7 @@ class Report:
 
     @property
     def verdict(self) -> str:
-        """Healthy only when every stage was examined and agrees."""
+        """Healthy only if every stage was examined and agrees."""
         if self.finding:
             return FAULTY
         done = {entry.stage for entry in self.walked if entry.outcome == AGREES}
@@ -91,15 +91,15 @@ class Report:
         return 1 if self.finding else 0
 
     def headline(self) -> str:
-        """The one line that says it all."""
+        """A one-line summary."""
         if self.finding:
             return f"{FAULTY}: {next(self.finding.lines())}: {self.finding.cause}"
-        seen = {entry.stage for entry in self.walked if entry.outcome != LEFT}
+        seen = {entry.stage for entry in self.walked if entry.outcome != SKIPPED}
         left = ", ".join(stage for stage in STAGES if stage not in seen)
         return f"{UNDECIDED}: not examined: {left}" if left else f"{HEALTHY}: all {len(STAGES)} stages agree"
 
     def lines(self) -> Iterator[str]:
-        """For a console: a line for each stage, then the finding or the verdict."""
+        """Lines for a console: one per stage, then the finding or the verdict."""
         for entry in self.walked:
             yield f"  {entry.stage:<10} {entry.outcome:<13} {entry.text} ({entry.seconds:.1f} s)"
         if self.finding:
@@ -108,17 +108,17 @@ class Report:
 
     @classmethod
     def parse(cls, values: object) -> Report:
-        """A report from what `json` gave, which may come from another machine. Raises ValueError for anything else."""
+        """The inverse of `json`. The values may come from another machine: raises ValueError if they are invalid."""
         found = _object(values, "a report")
         report = cls(_text(found, "bundle"), _text(found, "maker"), _text(found, "place"), _text(found, "engine"))
-        report.manifest = _text(found, "manifest") if "manifest" in found else ""  # older runners do not say
+        report.manifest = _text(found, "manifest") if "manifest" in found else ""  # older runners do not send it
         stages = found.get("stages")
         if not isinstance(stages, list) or len(stages) > len(STAGES):
             raise ValueError(f"its stages are {stages!r:.60}")
         for entry in stages:
             walked = _object(entry, "a stage")
             stage, outcome, seconds = _text(walked, "stage"), _text(walked, "outcome"), walked.get("seconds")
-            known = stage in STAGES and outcome in (AGREES, DISAGREES, LEFT)
+            known = stage in STAGES and outcome in (AGREES, DISAGREES, SKIPPED)
             if not known or not isinstance(seconds, (int, float)):
                 raise ValueError(f"it has the stage {walked!r:.60}")
             report.walked.append(Walked(stage, outcome, _text(walked, "text"), float(seconds)))
@@ -126,7 +126,7 @@ class Report:
             finding = _object(found["finding"], "a finding")
             report.finding = Finding(*(_text(finding, field.name) for field in dataclasses.fields(Finding)))
             if report.finding.stage not in STAGES:
-                raise ValueError(f"it finds something in the stage {report.finding.stage[:40]!r}")
+                raise ValueError(f"its finding is in the unknown stage {report.finding.stage[:40]!r}")
         return report
 
     def json(self) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _object(value: object, what: str) -> dict[str, Any]:
 
 
 def _text(values: dict[str, Any], key: str) -> str:
-    """A string, made printable and short. Raises ValueError for anything else."""
+    """A string, made printable and shortened. Raises ValueError for other types."""
     value = values.get(key)
     if not isinstance(value, str):
         raise ValueError(f"its {key} is {value!r:.60}")

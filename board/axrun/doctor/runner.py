@@ -1,7 +1,7 @@
-"""The runner over every position of a context, with layers that compute nothing: see `ledger`.
+"""Runs the runner over every position of the context with dummy layers (see `ledger`).
 
-A prompt as long as the context, in the runner's own chunks; a single token at every position; chunks from any position
-on, behind a rollback; which hidden state becomes logits; and what a prompt reuses of the one before.
+Covers a prompt as long as the context; a single token at every position; chunks after a rollback; the hidden state that
+becomes logits; and the prefix that a prompt reuses.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from axrun.decoder import Decoder
-from axrun.doctor.ledger import WIDTH, Blank, Ledger, Slip, Wrong, narrow
+from axrun.doctor.ledger import WIDTH, DummySession, Fault, FaultFound, Ledger, narrow
 from axrun.errors import Failure
 from axrun.format import axmodel
 from axrun.format.bundle import Bundle
@@ -23,20 +23,19 @@ from axrun.sequence import Sequence
 from axrun.session import Array, Session, SessionGroup
 
 MODEL, SEQUENCE = "board/axrun/model.py", "board/axrun/sequence.py"
-ROWS = 4096  # of the embedding table, at a time
-STARTS = 48  # positions from which chunks are taken behind a rollback, beside those at the borders of groups
+ROWS = 4096  # rows of the embedding table per step
+STARTS = 48  # number of rollback positions, besides those at the borders of groups
 
 
-def runner(session: Session, bundle: Bundle) -> Slip | None:
-    """What the runner does wrong with a bundle's layers, which are all of the shapes and types of `session`; None where
-    nothing."""
+def runner(session: Session, bundle: Bundle) -> Fault | None:
+    """The first fault of the runner with a bundle's layers, or None. All layers have the shapes of `session`."""
     files = (axmodel.read(bundle.layer_path(index)) for index in range(bundle.layers))
     windows = tuple(_window(file.metadata.get("axmodel.window", "")) for file in files)
     return examine(tuple(session.groups), session.flexible, windows) or _table(bundle)
 
 
-def _table(bundle: Bundle) -> Slip | None:
-    """Every row of the embedding, as the runner takes it from the file."""
+def _table(bundle: Bundle) -> Fault | None:
+    """Checks every row of the embedding that the runner reads from the file."""
     dtype = FLOATS[bundle.hidden_state_type]
     table = np.memmap(bundle.embedding_path, "<u2", "r", shape=(bundle.vocab_size, bundle.hidden_size))
     embedding = Embedding(bundle.embedding_path, bundle.vocab_size, bundle.hidden_size, dtype)
@@ -45,8 +44,8 @@ def _table(bundle: Bundle) -> Slip | None:
         wanted = rows if dtype == "BFLOAT16" else from_float32(bf16_to_f32(rows), dtype)
         bad = np.flatnonzero((embedding(range(start, start + len(rows))) != wanted).any(axis=1))
         if len(bad):
-            cause = "the runner takes another row of the embedding table than that of the token"
-            return Slip(f"token {start + bad[0]}", "its row of the table", "another", cause, MODEL)
+            cause = "the runner reads the wrong row of the embedding table"
+            return Fault(f"token {start + bad[0]}", "its row of the table", "another", cause, MODEL)
     return None
 
 
@@ -54,13 +53,15 @@ def _window(text: str) -> int:
     return int(text) if text.isdecimal() and len(text) < 10 else 0
 
 
-def examine(groups: tuple[SessionGroup, ...], flexible: bool, windows: tuple[int, ...]) -> Slip | None:
-    """The same, of the groups, whether an engine takes other shapes too, and how far back each layer sees (0: all)."""
+def examine(groups: tuple[SessionGroup, ...], flexible: bool, windows: tuple[int, ...]) -> Fault | None:
+    """Like `runner`, for shape groups, a flexible engine or not, and each layer's attention window (0: unlimited)."""
     groups = narrow(groups)
     dtype = next(info.dtype for info in groups[0].inputs if info.name == "input")
     context = max(group.history for group in groups if group.tokens == 1)
     ledger = Ledger(windows, context, dtype)
-    sessions: list[Any] = [Blank(groups, flexible, window, layer, ledger) for layer, window in enumerate(windows)]
+    sessions: list[Any] = [
+        DummySession(groups, flexible, window, layer, ledger) for layer, window in enumerate(windows)
+    ]
     decoder = Decoder(sessions)
     most = max(group.tokens for group in groups)
     try:
@@ -71,30 +72,30 @@ def examine(groups: tuple[SessionGroup, ...], flexible: bool, windows: tuple[int
         for turn, start in enumerate(_starts(groups, context)):
             _run(decoder, ledger, start, min(2 + turn % (2 * most), context - start))
         _model(decoder, ledger, sorted({1, min(most + 1, context), context}))
-    except Wrong as wrong:
-        slip: Slip = wrong.args[0]
-        return slip
+    except FaultFound as wrong:
+        fault: Fault = wrong.args[0]
+        return fault
     except (Failure, ValueError, IndexError) as failed:
         seen = f"{str(failed).partition(chr(10))[0]:.200}"
         part = f"tokens from position {ledger.position} on"
-        return Slip(part, "they are taken", seen, "the runner refuses tokens that fit the context")
+        return Fault(part, "they are accepted", seen, "the runner refuses tokens that fit the context")
     return None
 
 
 def _run(decoder: Decoder, ledger: Ledger, start: int, count: int) -> None:
-    """Takes `count` tokens from `start` on, and compares what the caches hold afterwards."""
+    """Runs `count` tokens from `start` on, and checks the caches afterwards."""
     hidden = ledger.take(start, count)
     for chunk, output in decoder.run(hidden, start):
         ledger.chunk(chunk, output)
     if ledger.position != start + count or decoder.cache.length != start + count:
-        seen = f"{ledger.position - start} tokens were taken, the cache has {decoder.cache.length}"
-        raise Wrong(Slip(f"tokens {start} to {start + count - 1}", f"{count} tokens", seen, "tokens are left out"))
+        seen = f"{ledger.position - start} tokens were run, the cache has {decoder.cache.length}"
+        raise FaultFound(Fault(f"tokens {start} to {start + count - 1}", f"{count} tokens", seen, "tokens are skipped"))
     if count > 1 or start + count == decoder.context:
         ledger.kept((decoder.cache.keys, decoder.cache.values))
 
 
 def _starts(groups: abc.Sequence[SessionGroup], context: int) -> Iterator[int]:
-    """Positions downwards, so that each goes back: spread over the context, and around every border of a group."""
+    """Descending positions, so that each is a rollback: spread over the context, and around the borders of groups."""
     spread = {int(at) for at in np.linspace(0, context - 1, min(STARTS, context))}
     borders = {group.history + step for group in groups for step in (-1, 0, 1)}
     borders |= {group.history + group.tokens + step for group in groups for step in (-1, 0, 1)}
@@ -102,20 +103,20 @@ def _starts(groups: abc.Sequence[SessionGroup], context: int) -> Iterator[int]:
 
 
 class _Rows:
-    """Stands for the embedding: hidden states that the ledger expects, of the tokens `ids` from `start` on."""
+    """Replaces the embedding: returns the hidden states of the ledger for the tokens `ids` from `start` on."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger, self.start, self.ids = ledger, 0, list[int]()
 
     def __call__(self, ids: abc.Sequence[int]) -> Array:
         if list(ids) != self.ids:
-            part, cause = f"a prompt of {len(self.ids)} tokens", "other tokens are taken than were given"
-            raise Wrong(Slip(part, f"{self.ids[-3:]} at its end", f"{list(ids)[-3:]}", cause, MODEL))
+            part, cause = f"a prompt of {len(self.ids)} tokens", "the runner uses other tokens than those given"
+            raise FaultFound(Fault(part, f"{self.ids[-3:]} at its end", f"{list(ids)[-3:]}", cause, MODEL))
         return self.ledger.take(self.start, len(ids))
 
 
 def _model(decoder: Decoder, ledger: Ledger, counts: abc.Sequence[int]) -> None:
-    """Logits are of the last token's hidden state; a prompt takes from the cache what it shares with the one before."""
+    """Checks that logits come from the last hidden state, and that a prompt reuses only the shared prefix."""
     rows: Any = _Rows(ledger)
     post: Any = lambda hidden: to_float32(hidden, ledger.dtype).reshape(-1, WIDTH)  # noqa: E731
     model, run = Model(rows, decoder, post), decoder.run
@@ -133,30 +134,30 @@ def _model(decoder: Decoder, ledger: Ledger, counts: abc.Sequence[int]) -> None:
             found = model.forward(range(count), 0, kind).reshape(-1, WIDTH)
             last = to_float32(ledger.last(), ledger.dtype)
             if len(found) != (count if each else 1) or not np.array_equal(found[-1], last):
-                cause = "logits are of another token's hidden state than the last one's"
+                cause = "logits come from the hidden state of another token than the last one"
                 part = f"logits after {count} tokens"
-                raise Wrong(Slip(part, f"those of token {count - 1}", "others", cause, MODEL))
+                raise FaultFound(Fault(part, f"those of token {count - 1}", "others", cause, MODEL))
     for exact in (False, True):
         _turns(Sequence(model, exact), rows, counts[-1])
 
 
 def _turns(sequence: Sequence, rows: _Rows, context: int) -> None:
-    """Prompts that share a beginning with what is in the cache."""
+    """Checks prompts that share a prefix with the cache."""
     before: list[int] = []
     for shared in sorted({0, 1, context // 3, context // 2 + 1, context - 1}):
         prompt = [*before[:shared], *range(1000 * (shared + 1), 1000 * (shared + 1) + context - len(before[:shared]))]
-        part = f"a prompt that shares {shared} tokens with the one before"
+        part = f"a prompt that shares {shared} tokens with the previous one"
         reused = sequence.reusable(prompt)
         if reused >= len(prompt) or prompt[:reused] != sequence.ids[:reused]:
-            cause = "rows of other tokens are taken from the cache"
-            raise Wrong(Slip(part, f"at most {shared} rows are reused", f"{reused}", cause, SEQUENCE))
+            cause = "rows of other tokens are reused from the cache"
+            raise FaultFound(Fault(part, f"at most {shared} rows are reused", f"{reused}", cause, SEQUENCE))
         sequence.truncate(reused)
         rows.start, rows.ids = reused, prompt[reused:]
         for _ in sequence.extend(prompt[reused:]):
             pass
         if sequence.ids != prompt or sequence.model.length != len(prompt):
-            cause = "the sequence holds other tokens than it was given"
-            raise Wrong(Slip(part, f"{len(prompt)} tokens", f"{len(sequence.ids)}", cause, SEQUENCE))
+            cause = "the sequence holds other tokens than those given"
+            raise FaultFound(Fault(part, f"{len(prompt)} tokens", f"{len(sequence.ids)}", cause, SEQUENCE))
         before = prompt
 
 

@@ -1,6 +1,6 @@
-"""The stage `sampling`: the sampler on logits whose answer is known, and post_config.json.
+"""The stage `sampling`: the sampler on logits with known results, and post_config.json.
 
-The expected values are worked out here in plain Python from the definitions, not with what the sampler uses.
+The expected values are computed here in plain Python from the definitions, independently of the sampler.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from axrun.sampling.sampler import Sampler
 
 STAGE = "sampling"
 CODE = "axrun: board/axrun/sampling/"
-LOGITS = (1.0, -2.0, 3.0, 0.5, 3.0, -0.25, 2.0, 0.0)  # 2 and 4 are equal: the lower id is taken
+LOGITS = (1.0, -2.0, 3.0, 0.5, 3.0, -0.25, 2.0, 0.0)  # tokens 2 and 4 tie: the lower id wins
 PAST = (4, 1, 6)
-SEEDED = (5, 2, 0, 0, 6, 7, 4, 5)  # of 8 equal tokens, by numpy's PCG64 of seed 0, whose numbers are fixed
+SEEDED = (5, 2, 0, 0, 6, 7, 4, 5)  # draws from 8 equal tokens with numpy's PCG64, seed 0, whose sequence is fixed
 CLOSE = 1e-5
 
 
 @dataclass(frozen=True)
 class Case:
-    """A sampling over LOGITS behind PAST, and the shares [vocab] that a token must be drawn with."""
+    """Sampling settings applied to LOGITS after PAST, and the expected probabilities [vocab]."""
 
     name: str
     sampling: Sampling
@@ -37,9 +37,9 @@ class Case:
 
 
 def sampling(bundle: Bundle, rows: Sequence[tuple[Any, int]] = ()) -> str | Finding:
-    """Runs the sampler over known logits, then over `rows` of logits [vocab] and the token that is likeliest in each.
+    """Tests the sampler on known logits, then on `rows`: logits [vocab] with their most likely token.
 
-    Also reads post_config.json.
+    Also checks post_config.json.
     """
     found = _known() or _seeded() or _post_config(bundle)
     if found:
@@ -49,7 +49,7 @@ def sampling(bundle: Bundle, rows: Sequence[tuple[Any, int]] = ()) -> str | Find
         if token != expected:
             return _finding(f"greedy, row {number} of the reference", CODE, f"token {expected}", f"token {token}")
     also = f", {len(rows)} rows of the reference" if rows else ""
-    return f"{len(CASES) + 3} known answers{also}; post_config.json takes the likeliest token"
+    return f"{len(CASES) + 3} known answers{also}; post_config.json is greedy"
 
 
 def _known() -> Finding | None:
@@ -67,13 +67,13 @@ def _known() -> Finding | None:
         if not np.allclose(shares, expected, rtol=CLOSE, atol=CLOSE):
             wrong = int(np.abs(shares - expected).argmax())
             return _finding(
-                case.name, CODE, f"token {wrong} drawn with {expected[wrong]:.5f}", f"with {shares[wrong]:.5f}"
+                case.name, CODE, f"token {wrong} with probability {expected[wrong]:.5f}", f"{shares[wrong]:.5f}"
             )
     return None
 
 
 def _seeded() -> Finding | None:
-    """The same seed gives the same tokens, those that numpy's generator is documented to give."""
+    """Checks that a seed gives the documented sequence of numpy's generator."""
     sampler = Sampler(Sampling(temperature=1.0), seed=0)
     drawn = tuple(sampler(np.zeros(8, np.float32)) for _ in SEEDED)
     if drawn == SEEDED:
@@ -92,7 +92,7 @@ def _post_config(bundle: Bundle) -> Finding | None:
             "the nine keys of the vendor's runner, each in its range",
             str(failure).partition("\n")[0],
             "edited by hand",
-            "Mend the value, or build the bundle again.",
+            "Fix the value, or build the bundle again.",
         )
     if sampling != Sampling(penalty_window=sampling.penalty_window):
         switches = ", ".join(name for name in SWITCHES if bundle.post_config.get(name) is True)
@@ -100,10 +100,10 @@ def _post_config(bundle: Bundle) -> Finding | None:
             STAGE,
             "post_config.json",
             "post_config.json",
-            "the likeliest token, as a build writes it",
+            "greedy, as a build writes it",
             f"{switches}: true",
-            "edited by hand: answers are drawn or penalised, not greedy",
-            "Keep it if that is meant, and sign it by building anew; else copy or build the bundle again.",
+            "edited by hand: answers are sampled or penalised, not greedy",
+            "If that is intended, build again to update the manifest; otherwise copy or build the bundle again.",
         )
     return None
 
@@ -115,12 +115,12 @@ def _softmax(logits: Sequence[float], temperature: float = 1.0, kept: Sequence[i
 
 
 def _likeliest(logits: Sequence[float]) -> list[int]:
-    """Ids, the likeliest first, equal ones in their order."""
+    """Ids by falling logit; ties by id."""
     return sorted(range(len(logits)), key=lambda i: (-logits[i], i))
 
 
 def _nucleus(logits: Sequence[float], top_p: float) -> list[int]:
-    """The fewest likeliest tokens that have `top_p` together."""
+    """The smallest set of most likely tokens with a total probability of `top_p`."""
     kept, held = [], 0.0
     shares = _softmax(logits)
     for token in _likeliest(logits):
@@ -165,6 +165,6 @@ def _finding(part: str, file: str, expected: str, seen: str) -> Finding:
         file,
         expected,
         seen,
-        "axrun or numpy on this machine is damaged or not the release's: the bundle has no part in it",
+        "axrun or numpy on this machine is damaged or differs from the release; the bundle is not at fault",
         "Install axrun again, or deploy it again.",
     )

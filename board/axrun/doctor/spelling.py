@@ -1,4 +1,4 @@
-"""Checksums of what a tokenizer makes of every token of its vocabulary: no sample of texts meets each merge rule."""
+"""Checksums over the whole vocabulary of a tokenizer: no sample of texts covers every merge rule."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 
 import tokenizers
 
-BLOCK = 64  # ids that share a checksum
+BLOCK = 64  # ids per checksum
 
 
 def vocabulary(backend: tokenizers.Tokenizer) -> list[int]:
-    """CRC-32 of each BLOCK ids: how a token is spelled, its flags, and the ids of its own text alone and in a text."""
+    """CRC-32 per BLOCK of ids: spelling, flags, and the ids of the token's text alone and within a text."""
     size = backend.get_vocab_size(with_added_tokens=True)
     added = backend.get_added_tokens_decoder()
     return [_checksum(backend, added, range(start, min(start + BLOCK, size))) for start in range(0, size, BLOCK)]
 
 
 def different(listed: Sequence[Any], seen: Sequence[int]) -> tuple[str, str, str] | None:
-    """Part, expected and seen of the first block that differs; None where none does."""
+    """Part, expected and seen of the first block that differs, or None."""
     if list(listed) == list(seen):
         return None
     if len(listed) != len(seen):
         return "the vocabulary", f"{len(listed)} times {BLOCK} tokens", f"{len(seen)} times {BLOCK}"
     at = next(i for i, (a, b) in enumerate(zip(listed, seen)) if a != b) * BLOCK
     part = f"tokens {at} to {at + BLOCK - 1}"
-    return part, "spelled, flagged and cut as by transformers' tokenizer", "one of them is not"
+    return part, "the spelling, flags and segmentation of transformers' tokenizer", "at least one differs"
 
 
 def _checksum(backend: tokenizers.Tokenizer, added: dict[int, Any], numbers: range) -> int:

@@ -1,4 +1,4 @@
-"""The ids that end an answer, in the stage `template`: those that the build found, and tokens of the model."""
+"""Check of the stop token ids, in the stage `template`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ STAGE, PART = "template", "stop ids"
 
 
 def stops(bundle: Bundle) -> Finding | None:
-    """What is wrong with them, if anything."""
+    """Compares the stop ids with those in the manifest; returns the finding, if any."""
     try:
         tokenizer = Tokenizer.find(bundle.hf)
     except Failure:
-        return None  # the stage tokenizer says it
+        return None  # reported by the stage tokenizer
     if tokenizer is None:
         return None
     listed = _listed(bundle)
-    seen = sorted(token for token in tokenizer.stop_ids if token < bundle.vocab_size)  # the build leaves others out
+    seen = sorted(token for token in tokenizer.stop_ids if token < bundle.vocab_size)  # the build omits others
     if listed is not None and sorted(listed) != seen:
         missing, other = sorted(set(listed) - set(seen)), sorted(set(seen) - set(listed))
         cause = "an answer does not end, or ends too early: " + " and ".join(
             [f"{missing} no longer stop"] * bool(missing) + [f"{other} stop"] * bool(other)
         )
         named = tokenizer.stop_sources[other[0]][0] if other else listed[missing[0]]
-        advice = "hf/ is not the build's: copy or build the bundle again."
+        advice = "hf/ is not that of the build: copy or build the bundle again."
         return Finding(
             STAGE, PART, _file(bundle, named), f"{sorted(listed)}, as the build found them", f"{seen}", cause, advice
         )
@@ -34,16 +34,16 @@ def stops(bundle: Bundle) -> Finding | None:
 
 
 def recorded(bundle: Bundle, known: object) -> Finding | None:
-    """Whether the manifest lists other stop ids than when the figures were made, which list them as `known`."""
+    """Compares the manifest's stop ids with `known`, those stored in the figures."""
     listed = _listed(bundle)
     if not isinstance(known, list) or listed is None or sorted(listed) == known:
         return None
-    cause = "the manifest was edited, or is another build's: answers end too early, or not"
+    cause = "the manifest was edited, or belongs to another build: answers end too early, or not at all"
     return Finding(STAGE, PART, MANIFEST, f"{known!s:.80}", f"{sorted(listed)!s:.80}", cause, "Build the bundle again.")
 
 
 def _listed(bundle: Bundle) -> dict[int, str] | None:
-    """Stop ids as the build found them, with the first file that names each."""
+    """The stop ids in the manifest, each with the first file that names it."""
     text = bundle.manifest.get("text")
     ids = text.get("stop_ids") if isinstance(text, dict) else None
     if not isinstance(ids, dict) or not all(number.isdecimal() and len(number) < 10 for number in ids):
@@ -52,5 +52,5 @@ def _listed(bundle: Bundle) -> dict[int, str] | None:
 
 
 def _file(bundle: Bundle, named: str) -> str:
-    """What names a stop id, as a file of the bundle."""
+    """The file of the bundle that names a stop id."""
     return f"hf/{named}" if (bundle.hf / named).is_file() else "hf/tokenizer_config.json"

@@ -1,4 +1,4 @@
-"""The stages `tokenizer` and `template`: what the runner reads of hf/, beside what transformers reads."""
+"""The stages `tokenizer` and `template`: compares how the runner and transformers read hf/."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ COPY = "Copy the bundle again, or build it again from this checkpoint."
 
 
 def tokenizer(context: Context) -> str | Finding:
-    """Token ids of texts, and the texts of those ids, as the checkpoint's own tokenizer has them."""
+    """Compares encoding and decoding of texts with the checkpoint's own tokenizer."""
     hf = context.bundle.hf
     try:
         with bounded("the chat template"):
-            ours = Tokenizer.find(hf)  # which asks the chat template how it ends an answer
+            ours = Tokenizer.find(hf)  # also renders the chat template to find its end-of-turn token
     except Failure as failure:
         named = template_file(hf) if "chat template" in str(failure) else None
         part = "the chat template" if named else "the tokenizer's files"
@@ -51,16 +51,16 @@ def tokenizer(context: Context) -> str | Finding:
             return _finding(context, part, _ids(entry["ids"], ids), _ids(ids, entry["ids"]), _why(ids, entry["ids"]))
         if (text := ours.decode(ids)) != entry["decoded"]:
             part = f"the ids of {entry['text'][:30]!a} as text"
-            cause = "another decoder in tokenizer.json: spaces or parts of characters are put together otherwise"
+            cause = "another decoder in tokenizer.json: spaces or parts of characters are joined differently"
             return _finding(context, part, f"{entry['decoded'][:50]!a}", f"{text[:50]!a}", cause)
     listed = context.figures.about["text"].get("vocabulary")
     if isinstance(listed, list) and (other := different(listed, vocabulary(ours.backend))):
         part, expected, seen = other
-        return _finding(context, part, expected, seen, "tokenizer.json was edited, or is another model's")
+        return _finding(context, part, expected, seen, "tokenizer.json was edited, or belongs to another model")
     if part := _other_section(context):
-        cause = "it was edited, or is another model's: the texts that were tried do not show it"
+        cause = "it was edited, or belongs to another model, though the test texts give the same ids"
         return _finding(context, part, "the checkpoint's, by its checksum", "another", cause)
-    return f"{len(texts)} texts to ids and back, as transformers has them"
+    return f"{len(texts)} texts to ids and back, as in transformers"
 
 
 def sections(file: Path) -> dict[str, int]:
@@ -70,7 +70,7 @@ def sections(file: Path) -> dict[str, int]:
 
 
 def _other_section(context: Context) -> str:
-    """The section of tokenizer.json that is not the checkpoint's, where both have one that nobody had to mend."""
+    """The section of tokenizer.json that differs from the checkpoint's; empty if equal or not comparable."""
     listed = context.figures.about["text"].get("sections")
     file, text = context.bundle.hf / "tokenizer.json", context.bundle.manifest.get("text")
     mended = text.get("mended") if isinstance(text, dict) else None
@@ -84,8 +84,8 @@ def _other_section(context: Context) -> str:
 
 
 def template(context: Context) -> str | Finding:
-    """Conversations as the checkpoint's own template writes them, and the ids that end an answer."""
-    hf, name = context.bundle.hf, "hf/tokenizer_config.json"  # where most checkpoints have it
+    """Compares rendered conversations with the checkpoint's own template, and checks the stop ids."""
+    hf, name = context.bundle.hf, "hf/tokenizer_config.json"  # its usual place
     try:
         file = template_file(hf)
         name = f"hf/{file[0]}" if file else name
@@ -103,13 +103,13 @@ def template(context: Context) -> str | Finding:
         raise NotExamined("the figures hold no conversations: transformers found no tokenizer in the checkpoint")
     if about["template"] != (ours is not None):
         having, lacking = ("none", "a template") if ours else ("a template", "none")
-        cause = "the file is another model's, or was left out of the copy"
+        cause = "the file belongs to another model, or was not copied"
         return Finding(TEMPLATE, "the chat template", name, having.replace("none", "no template"), lacking, cause, COPY)
     if ours is None:
-        return "the checkpoint has no chat template, nor has the bundle"
+        return "neither the checkpoint nor the bundle has a chat template"
     conversations = _listed(about, "conversations", ("name", "messages", "given", "prompt"))
     if not conversations:
-        raise NotExamined("the template writes the date: its prompts differ from day to day, and none were left")
+        raise NotExamined("the template writes the date, so its prompts change daily and none were stored")
     for entry in conversations:
         prompt = None
         try:
@@ -118,18 +118,18 @@ def template(context: Context) -> str | Finding:
         except Failure as failure:
             return refused(TEMPLATE, failure, f"the conversation: {entry['name'][:60]}", name)
         if prompt != entry["prompt"]:
-            cause = "another template than the checkpoint's: of another model, or edited"
+            cause = "a different template than the checkpoint's: of another model, or edited"
             seen, wanted = _at_difference(prompt, entry["prompt"]), _at_difference(entry["prompt"], prompt)
             return Finding(TEMPLATE, f"the conversation: {entry['name'][:60]}", name, wanted, seen, cause, COPY)
     known = about.get("template_sum")
     if file and isinstance(known, int) and zlib.crc32(file[1].encode("utf-8", "surrogatepass")) != known:
-        cause = "another template than the checkpoint's, though not in the conversations that were tried"
+        cause = "a different template than the checkpoint's, though the test conversations are the same"
         return Finding(TEMPLATE, "its text", name, "the checkpoint's, by its checksum", "another", cause, COPY)
     return f"{len(conversations)} conversations, as transformers renders them"
 
 
 def _rendered(template: ChatTemplate, entry: Mapping[str, Any]) -> str | None:
-    """None where the template refuses."""
+    """The rendered prompt; None if the template refuses the messages."""
     try:
         return template.render(entry["messages"], True, **entry["given"])
     except Failure:
@@ -137,7 +137,7 @@ def _rendered(template: ChatTemplate, entry: Mapping[str, Any]) -> str | None:
 
 
 def _listed(about: Mapping[str, Any], name: str, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """Entries of the figures' texts; those that are no such entries are left out."""
+    """Valid entries of a list in the figures; others are skipped."""
     listed = about.get(name)
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
     kinds: dict[str, Any] = {
@@ -154,9 +154,9 @@ def _listed(about: Mapping[str, Any], name: str, keys: Sequence[str]) -> list[di
 
 def _why(ours: Sequence[int], theirs: Sequence[Any]) -> str:
     if len(ours) == len(theirs) and len({a - b for a, b in zip(ours, theirs) if isinstance(b, int)}) == 1:
-        return f"every id is {ours[0] - theirs[0]:+d}: the vocabulary is shifted, as with another list of added tokens"
+        return f"every id is {ours[0] - theirs[0]:+d}: the vocabulary is shifted, as by another list of added tokens"
     if list(ours) == list(theirs[1:]) or list(ours[1:]) == list(theirs):
-        return "a special token at the beginning: another post-processor in tokenizer.json"
+        return "a special token at the start differs: another post-processor in tokenizer.json"
     return "the tokenizer of another model, or a file of it that was changed"
 
 
@@ -172,7 +172,7 @@ def _finding(context: Context, part: str, expected: str, seen: str, cause: str) 
 
 
 def _ids(ids: Sequence[Any], other: Sequence[Any]) -> str:
-    """A few ids around the first that differs."""
+    """A few ids from the first different one on."""
     at = next((i for i, (a, b) in enumerate(zip(ids, other)) if a != b), min(len(ids), len(other)))
     return f"{list(ids[at : at + 6])!s:.80} from token {at} on, of {len(ids)}"
 

@@ -1,4 +1,4 @@
-"""The stage `versions`: board, driver, engine and compiler fit the bundle, as far as the table in fits.py tells."""
+"""The stage `versions`: checks board, driver, engine and compiler of the bundle against the tables in fits.py."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from axrun.session.libax_engine import BOARD, EXTENSIONS, FOLDER
 
 STAGE = "versions"
 LIBRARY = "libax_engine.so"
-OURS = "cpu"  # the maker of our own axmodels
+OURS = "cpu"  # `maker` of our own axmodels
 
 
 def versions(bundle: Bundle, engine: str, installed: Installed | None = None) -> str | Finding:
-    """Compares what made a bundle with what runs it here; `engine` as --engine names it.
+    """Compares the tools that made a bundle with those that run it here; `engine` is the value of --engine.
 
-    Returns the versions in words; what the table does not have is called unknown there. Raises NotExamined for a
-    vendor's bundle on a machine that has neither driver nor engine for it.
+    Returns a list of the versions, marked if they are not in the tables. Raises NotExamined for a vendor's bundle on a
+    machine without a driver and an engine for it.
     """
     found = _made_at_once(bundle)
     if found:
@@ -35,7 +35,7 @@ def versions(bundle: Bundle, engine: str, installed: Installed | None = None) ->
 
 
 def _made_at_once(bundle: Bundle) -> Finding | None:
-    """All axmodels are of one compiler, and it is the manifest's."""
+    """Checks that all axmodels are from the compiler in the manifest."""
     names = [bundle.layer_path(index) for index in range(bundle.layers)] + [bundle.post_path]
     versions = {path.name: axmodel.read(path).version for path in names}
     tools = bundle.manifest["tools"]
@@ -44,7 +44,7 @@ def _made_at_once(bundle: Bundle) -> Finding | None:
     if bundle.maker == OURS or not expected:
         expected = expected or first
         other = {name: version for name, version in versions.items() if version != expected}
-    else:  # the vendor's compiler writes its version in two ways; the numbers are the same
+    else:  # the vendor's compiler writes its version in two formats with the same numbers
         other = {name: version for name, version in versions.items() if fits.number(version) != fits.number(first)}
         if fits.number(expected) and fits.number(first) and fits.number(expected) != fits.number(first):
             other = versions
@@ -53,11 +53,11 @@ def _made_at_once(bundle: Bundle) -> Finding | None:
     name = next(iter(other))
     return Finding(
         STAGE,
-        f"{name} was made by another compiler than the manifest names",
+        f"{name} was made by another compiler than that in the manifest",
         name,
         expected,
         other[name] or "no version",
-        "an axmodel of another build was put into the bundle",
+        "an axmodel of another build was copied into the bundle",
         "Build the bundle again.",
     )
 
@@ -70,10 +70,10 @@ def _ours(bundle: Bundle, engine: str, here: Installed) -> Finding | None:
             STAGE,
             "no engine for axmodels of axc",
             LIBRARY,
-            f"{LIBRARY} of axrun {VERSION} beside the package, or in the folder that {FOLDER} names",
+            f"{LIBRARY} of axrun {VERSION} next to the package, or in the folder given by {FOLDER}",
             "none",
             "axrun was installed from a wheel without an engine for this machine, or from source",
-            "Install the wheel of this machine's kind, or `make engine`; --engine ort needs none.",
+            "Install the wheel for this machine, or run `make engine`; --engine ort needs no library.",
         )
     if here.ours.fault:
         return _does_not_load(here.ours, here)
@@ -84,10 +84,10 @@ def _ours(bundle: Bundle, engine: str, here: Installed) -> Finding | None:
             STAGE,
             "the engine does not belong to this axrun",
             f"{here.ours.folder}/{LIBRARY}",
-            f"extensions {EXTENSIONS}, as axrun {VERSION} has them",
+            f"extensions {EXTENSIONS}, as in axrun {VERSION}",
             seen,
             f"the library {other}",
-            f"Unset {FOLDER}, or install axrun anew.",
+            f"Unset {FOLDER}, or install axrun again.",
         )
     return None
 
@@ -104,7 +104,7 @@ def _vendors(bundle: Bundle, here: Installed) -> Finding | None:
             f"{LIBRARY} of the board's BSP ({here.bsp})",
             "none",
             "the BSP's libraries are not mounted or were removed",
-            f"Install the BSP's /soc anew, or set {FOLDER} to the folder that has its libraries.",
+            f"Install /soc of the BSP again, or set {FOLDER} to the folder with its libraries.",
         )
     if engine.fault:
         return _does_not_load(engine, here)
@@ -113,10 +113,10 @@ def _vendors(bundle: Bundle, here: Installed) -> Finding | None:
             STAGE,
             "axc's engine in place of the board's",
             f"{engine.folder}/{LIBRARY}",
-            "the vendor's library, which has the NPU",
+            "the vendor's library, which drives the NPU",
             engine.version,
-            f"{FOLDER} names the folder of ours, or ours was copied over the vendor's",
-            f"Unset {FOLDER}; the vendor's lies in {BOARD}.",
+            f"{FOLDER} points to our library, or ours was copied over the vendor's",
+            f"Unset {FOLDER}; the vendor's library is in {BOARD}.",
         )
     return _chip(bundle, here) or _too_old(bundle, here)
 
@@ -156,13 +156,13 @@ def _too_old(bundle: Bundle, here: Installed) -> Finding | None:
 def _does_not_load(engine: Engine, here: Installed) -> Finding:
     causes = {
         "wrong ELF class": f"built for another machine than this {here.machine}",
-        "invalid ELF header": "it is no library: the copy was cut short, or it is a text file",
+        "invalid ELF header": "it is not a library: the copy was cut short, or it is a text file",
         "file too short": "the copy was cut short",
         "GLIBC": f"built for a newer C library than this {here.libc}",
         "libax_interpreter": "libax_interpreter.so is missing beside it",
-        "cannot open shared object file": "a library that it needs is missing",
+        "cannot open shared object file": "a library it depends on is missing",
     }
-    cause = next((cause for word, cause in causes.items() if word in engine.fault), "damaged, or of another system")
+    cause = next((cause for word, cause in causes.items() if word in engine.fault), "damaged, or for another system")
     return Finding(
         STAGE,
         "the engine does not load",
@@ -170,7 +170,7 @@ def _does_not_load(engine: Engine, here: Installed) -> Finding:
         f"{LIBRARY} for {here.machine}, {here.libc}",
         engine.fault,
         cause,
-        "Install it again: the board's BSP for the vendor's, the axrun wheel for ours.",
+        "Install it again: from the board's BSP for the vendor's library, from the axrun wheel for ours.",
     )
 
 
@@ -185,7 +185,9 @@ def _said(bundle: Bundle, engine: str, here: Installed) -> Iterator[str]:
         yield f"BSP {here.bsp}{_unknown(fits.number(here.bsp), fits.BSPS.get(here.chip, ()))}"
         yield f"chip {here.chip_type or 'unknown'}" + ("" if here.chip else ": not in the table")
     else:
-        yield "no BSP: not a board of Axera's" if bundle.maker == OURS else "no driver: /proc/ax_proc/version is absent"
+        yield (
+            "no BSP: not an Axera board" if bundle.maker == OURS else "no driver: /proc/ax_proc/version does not exist"
+        )
 
 
 def _vendors_words(bundle: Bundle, here: Installed) -> Iterator[str]:
@@ -196,12 +198,12 @@ def _vendors_words(bundle: Bundle, here: Installed) -> Iterator[str]:
     version = fits.number(pulsar2)
     yield f"Pulsar2 {pulsar2 or 'of an unknown version'}{_unknown(version, fits.PULSAR2)}"
     if version and version < fits.LEAST_LLM_PULSAR2:
-        yield f"no language model of a Pulsar2 before {_words(fits.LEAST_LLM_PULSAR2)} is known"
+        yield f"no language model compiled with Pulsar2 before {_words(fits.LEAST_LLM_PULSAR2)} is known"
     if not bundle.flag("chip"):
-        yield "the manifest names no chip"
+        yield "the manifest has no chip"
     for least in fits.SHOWS_BFLOAT16:
         if least.chip == here.chip and here.bsp and fits.number(here.bsp) < least.version:
-            yield f"an engine before {_words(least.version)} {least.below}; axrun reads it all the same"
+            yield f"an engine before {_words(least.version)} {least.below}; axrun handles that"
 
 
 def _running(engine: str, here: Installed) -> str:
@@ -215,7 +217,7 @@ def _running(engine: str, here: Installed) -> str:
 
 
 def _unknown(version: fits.Version, table: tuple[fits.Version, ...]) -> str:
-    return "" if version and fits.known(version, table) else " (not in the table: whether it fits is unknown)"
+    return "" if version and fits.known(version, table) else " (not in the table: compatibility unknown)"
 
 
 def _words(version: fits.Version) -> str:

@@ -1,4 +1,4 @@
-"""Walks the stages in order and stops at the first that disagrees."""
+"""Runs the stages in order up to the first that disagrees."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Union
 
-from axrun.doctor.report import AGREES, DISAGREES, LEFT, STAGES, Finding, Report, Walked
+from axrun.doctor.report import AGREES, DISAGREES, SKIPPED, STAGES, Finding, Report, Walked
 from axrun.errors import Failure
 from axrun.progress import Progress, Show, unseen
 
-# A stage returns how far it looked, or what disagrees. It raises NotExamined where it cannot tell.
+# A stage returns a description of what it examined, or a Finding. It raises NotExamined if it cannot decide.
 Stage = Callable[[], Union[str, Finding]]
 Say = Callable[[str], None]
 
 
-UNREAD = "cannot read "  # as messages of readers begin where the system refuses
+UNREAD = "cannot read "  # prefix of messages about I/O errors
 
 
 class NotExamined(Exception):
-    """A stage cannot be compared with anything here; its text says why, and what would let it."""
+    """A stage cannot be examined; the message says why, and what is needed."""
 
 
 def walk(report: Report, stages: Mapping[str, Stage], show: Show = unseen) -> Report:
-    """Runs the stages in the order of STAGES, and adds to `report` what they say.
+    """Runs the stages in the order of STAGES, and adds their results to `report`.
 
-    A stage that is not among `stages`, or raises NotExamined, is left and the walk goes on; any other Failure that a
-    stage raises is what it found. `show` is told before each stage.
+    A stage that is not in `stages` or raises NotExamined is skipped; any other Failure that a stage raises becomes its
+    finding. `show` is called before each stage.
     """
     for number, name in enumerate(STAGES, 1):
         show(Progress(number, len(STAGES), name))
@@ -42,7 +42,7 @@ def walk(report: Report, stages: Mapping[str, Stage], show: Show = unseen) -> Re
             else:
                 text = found
         except NotExamined as left:
-            outcome, text = LEFT, str(left)
+            outcome, text = SKIPPED, str(left)
         except Failure as failure:
             report.finding = refused(name, failure)
             outcome, text = DISAGREES, report.finding.part
@@ -55,21 +55,21 @@ def walk(report: Report, stages: Mapping[str, Stage], show: Show = unseen) -> Re
 
 
 def refused(stage: str, failure: Failure, part: str = "cannot be read", file: str = "") -> Finding:
-    """The finding for what a reader of ours refuses: its first line is what was seen, its last what to do."""
+    """The finding for a Failure: its first line is what was seen, the rest is the advice."""
     seen, _, advice = str(failure).partition("\n")
     return Finding(
         stage,
         part,
         file,
-        f"what the stage {stage} needs can be read and run",
+        f"the inputs of the stage {stage} can be read and run",
         seen,
-        "damaged, incomplete or made for something else",
+        "damaged, incomplete or made for another purpose",
         advice.replace("\n", " ") or "Build or copy the bundle again.",
     )
 
 
 def _named(seen: str, bundle: str) -> str:
-    """The file of the bundle that a message begins with, or says that it cannot read; empty where there is none."""
+    """The file of the bundle at the start of a message, or after "cannot read"; empty if there is none."""
     start = seen[len(UNREAD) :] if seen.startswith(UNREAD) else seen
     path = start.partition(": ")[0].partition(" ")[0]
     inside = path.startswith(f"{bundle}/") and os.path.isfile(path)
@@ -77,4 +77,4 @@ def _named(seen: str, bundle: str) -> str:
 
 
 def _missing(name: str) -> str:
-    raise NotExamined(f"this command does not look at {name}")
+    raise NotExamined(f"this command does not examine {name}")

@@ -1,4 +1,4 @@
-"""A bundle with figures, built once, and copies of it that a test may damage."""
+"""Fixtures: a bundle with figures, built once, and copies of it to damage."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Examiner = Callable[..., Report]
 
 @pytest.fixture(scope="session")
 def examined(bundle_s8: Path, tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A healthy bundle with reference logits and figures. Nobody writes into it."""
+    """A healthy bundle with reference logits and figures; read-only."""
     bundle = shutil.copytree(bundle_s8, tmp_path_factory.mktemp("examined") / "tiny")
     options = Options(tiny_qwen2, tiny_qwen2 / "heldout.txt", bundle=bundle, tokens=64, window=32, greedy_tokens=2)
     write(options)
@@ -34,7 +34,7 @@ def copy(examined: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def installed() -> object:
-    """What this machine has: asked once."""
+    """The installed engines of this machine, queried once."""
     return look()
 
 
@@ -48,7 +48,7 @@ def context(installed: object) -> Callable[[Path], Context]:
 
 @pytest.fixture
 def found(installed: object) -> Callable[[Path], Finding]:
-    """What the doctor finds in a bundle that has a fault."""
+    """Runs the doctor on a faulty bundle; returns its finding."""
 
     def finding(bundle: Path) -> Finding:
         report = examine(bundle, "ax", installed=installed)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""axrun doctor as a user starts it: exit codes, JSON, and what it says where it cannot tell."""
+"""The command axrun doctor: exit codes, JSON, and undecided results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_healthy_bundle(engine: str, examined: Path) -> None:
     assert err.splitlines()[-1] == "[10/10] answer"
 
 
-def test_a_fault_is_named_and_the_code_is_1(copy: Path) -> None:
+def test_a_fault_is_reported_with_exit_code_1(copy: Path) -> None:
     swapped_layers(copy)
     code, out, err = doctor(str(copy))
     assert code == 1
@@ -45,7 +45,7 @@ def test_without_figures_it_is_undecided(bundle_s8: Path) -> None:
     assert code == 0
     last = out.splitlines()[-1]
     assert last == "undecided: not examined: tokenizer, template, embedding, layers, cache, post, answer"
-    assert "`axc reference --bundle` leaves them" in out
+    assert "`axc reference --bundle` stores them" in out
 
 
 @pytest.mark.parametrize(
@@ -55,13 +55,13 @@ def test_without_figures_it_is_undecided(bundle_s8: Path) -> None:
         (["nowhere", "--engine", "gpu"], "unknown engine 'gpu'"),
     ],
 )
-def test_what_cannot_be_examined_at_all(words: list[str], told: str) -> None:
+def test_bad_input(words: list[str], told: str) -> None:
     code, out, err = doctor(*words)
     assert (code, out) == (2, "")
     assert err.startswith(f"error: {told}")
 
 
-def test_a_folder_that_is_no_bundle_is_bad_input(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_bundle_is_bad_input(tmp_path: Path) -> None:
     code, out, err = doctor(str(tmp_path), "--json")
     assert (code, out) == (2, "")
-    assert f"{tmp_path} is no bundle: it has no manifest.json" in err
+    assert f"{tmp_path} is not a bundle: it has no manifest.json" in err

@@ -1,4 +1,4 @@
-"""Figures in a bundle are untrusted: whatever the file holds is refused by name before it is used, or agrees."""
+"""Figures in a bundle are untrusted: invalid values are refused by name before they are used."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def content(bundle: Bundle) -> bytes:
     return (bundle.path / NAME).read_bytes()
 
 
-def test_what_was_written_is_read_again(figures: Figures, content: bytes) -> None:
+def test_round_trip(figures: Figures, content: bytes) -> None:
     assert figures.encode() == content
 
 
-def test_every_group_is_visited_at_a_full_history_and_its_rows_are_probed(figures: Figures, bundle: Bundle) -> None:
+def test_every_group_is_probed_with_a_full_history(figures: Figures, bundle: Bundle) -> None:
     visits = figures.visits.tolist()
     for group in bundle.groups:
         full = min(group.history, bundle.kv_cache_len - 1)
@@ -50,7 +50,7 @@ def test_every_group_is_visited_at_a_full_history_and_its_rows_are_probed(figure
     assert {int(visit) for visit in figures.probes[:, 0]} == set(range(len(visits)))
 
 
-def test_rows_are_kept_to_a_thousandth_whatever_their_size() -> None:
+def test_packed_rows_have_a_relative_error_below_a_thousandth() -> None:
     rows = np.random.default_rng(0).normal(size=(4, 64)).astype(np.float32) * np.array([[1e-6], [1], [1e3], [1e6]])
     again = unpacked(*packed(rows.astype(np.float32), exact=False))
     assert (np.linalg.norm(again - rows, axis=1) < 1e-4 * np.linalg.norm(rows, axis=1)).all()
@@ -96,20 +96,20 @@ SPOILED: dict[str, tuple[Callable[[Figures], Figures], str]] = {
 
 
 @pytest.mark.parametrize("name", SPOILED)
-def test_values_that_do_not_fit_are_named(name: str, figures: Figures, bundle: Bundle, tmp_path: Path) -> None:
+def test_invalid_values_are_named(name: str, figures: Figures, bundle: Bundle, tmp_path: Path) -> None:
     change, word = SPOILED[name]
     (tmp_path / NAME).write_bytes(change(figures).encode())
     assert word in refused(tmp_path / NAME, bundle)
 
 
-def test_a_file_that_is_none(bundle: Bundle, content: bytes, tmp_path: Path) -> None:
+def test_malformed_files(bundle: Bundle, content: bytes, tmp_path: Path) -> None:
     file = tmp_path / NAME
     for data in (b"", b"PK", content[: len(content) // 2], b"x" * 1000):
         file.write_bytes(data)
         refused(file, bundle)
 
 
-def test_compressed_arrays_and_arrays_beside_them_are_refused(bundle: Bundle, content: bytes, tmp_path: Path) -> None:
+def test_compressed_and_extra_arrays_are_refused(bundle: Bundle, content: bytes, tmp_path: Path) -> None:
     (tmp_path / "whole.npz").write_bytes(content)
     with zipfile.ZipFile(tmp_path / "whole.npz") as source, zipfile.ZipFile(tmp_path / NAME, "w") as target:
         for info in source.infolist():
@@ -121,14 +121,16 @@ def test_compressed_arrays_and_arrays_beside_them_are_refused(bundle: Bundle, co
     assert "it holds" in refused(tmp_path / NAME, bundle)
 
 
-def test_a_file_too_large_is_not_read(bundle: Bundle, tmp_path: Path) -> None:
+def test_a_too_large_file_is_not_read(bundle: Bundle, tmp_path: Path) -> None:
     with (tmp_path / NAME).open("wb") as stream:
         stream.truncate(stored.MOST_BYTES + 1)
     assert "bytes" in refused(tmp_path / NAME, bundle)
 
 
 @given(data=st.data())
-def test_any_bytes_are_refused_in_words_or_read(data: st.DataObject, bundle: Bundle, content: bytes) -> None:
+def test_changed_bytes_are_refused_with_a_message_or_accepted(
+    data: st.DataObject, bundle: Bundle, content: bytes
+) -> None:
     changed = bytearray(content)
     for _ in range(data.draw(st.integers(1, 4))):
         changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
@@ -140,10 +142,8 @@ def test_any_bytes_are_refused_in_words_or_read(data: st.DataObject, bundle: Bun
 
 @settings(max_examples=20)
 @given(data=st.data())
-def test_any_text_beside_the_arrays_is_no_traceback(
-    data: st.DataObject, bundle: Bundle, figures: Figures, examined: Path
-) -> None:
-    """What the figures say of texts goes to the tokenizer and to a template."""
+def test_any_json_gives_no_traceback(data: st.DataObject, bundle: Bundle, figures: Figures, examined: Path) -> None:
+    """Texts in the figures are passed to the tokenizer and the template."""
     from axrun.doctor import text
     from axrun.doctor.context import Context
     from axrun.doctor.installed import Installed
@@ -168,7 +168,7 @@ def test_any_text_beside_the_arrays_is_no_traceback(
             stage(context)
 
 
-def test_it_holds_every_array_and_nothing_more(content: bytes, tmp_path: Path) -> None:
+def test_the_file_has_exactly_the_listed_arrays(content: bytes, tmp_path: Path) -> None:
     (tmp_path / NAME).write_bytes(content)
     with zipfile.ZipFile(tmp_path / NAME) as archive:
         assert set(archive.namelist()) == {"about.json", *(f"{name}.npy" for name in ARRAYS)}

@@ -1,4 +1,4 @@
-"""Files that are missing, cut short, swapped, converted or of another build are named, with what usually causes it."""
+"""Missing, truncated, swapped, converted or foreign files are reported with the usual cause."""
 
 from __future__ import annotations
 
@@ -68,17 +68,22 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
     "one over another": (lambda folder: shutil.copy(folder / L1, folder / L0), L0, "bytes of", "copied over it"),
     "line ends": (crlf, "hf/tokenizer_config.json", "not as built", "CRLF"),
     "git lfs": (pointer, L0, "not as built", "Git LFS pointer"),
-    "a link": (linked, L0, "no plain file", "links"),
-    "extra": (lambda folder: (folder / "notes.txt").write_text(""), "notes.txt", "not of this bundle", "left over"),
+    "a link": (linked, L0, "not a regular file", "links"),
+    "extra": (
+        lambda folder: (folder / "notes.txt").write_text(""),
+        "notes.txt",
+        "not part of this bundle",
+        "left over",
+    ),
     "swapped, signed": (lambda folder: swap(folder, agree=True), L0, "layer 0: its part", "another bundle"),
-    "no axmodel": (lambda folder: resigned(folder, L0, b"x" * 999), L0, "no whole axmodel", "damaged"),
+    "no axmodel": (lambda folder: resigned(folder, L0, b"x" * 999), L0, "not a complete axmodel", "damaged"),
     "post as a layer": (
         lambda folder: resigned(folder, L1, (folder / POST).read_bytes()),
         L1,
         "layer 1: its part",
         "another bundle",
     ),
-    "no json": (lambda folder: resigned(folder, "config.json", b"{"), "config.json", "no JSON", "edited"),
+    "no json": (lambda folder: resigned(folder, "config.json", b"{"), "config.json", "not valid JSON", "edited"),
     "short table": (lambda folder: resigned(folder, TABLE, b"x" * 256), TABLE, "embedding table", "another"),
     "other groups": (
         lambda folder: described(folder, groups=[{"tokens": 1, "history": 255}]),
@@ -96,7 +101,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_named(fault: str, copy: Path) -> None:
+def test_a_fault_is_reported(fault: str, copy: Path) -> None:
     plant, file, part, cause = FAULTS[fault]
     plant(copy)
     found = files(copy)
@@ -106,7 +111,7 @@ def test_a_fault_is_named(fault: str, copy: Path) -> None:
     assert cause in found.cause
 
 
-def test_a_healthy_bundle_is_read_whole(examined: Path) -> None:
+def test_a_healthy_bundle_is_read_completely(examined: Path) -> None:
     read: list[int] = []
     found = files(examined, read.append)
     assert isinstance(found, str)
@@ -117,6 +122,6 @@ def test_a_healthy_bundle_is_read_whole(examined: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", "[" * 100_000, '{"schema": 9}', "\x00" * 64, '{"files": {"../x": {}}}']
 )
-def test_any_manifest_is_a_finding(text: str, copy: Path) -> None:
+def test_an_invalid_manifest_is_a_finding(text: str, copy: Path) -> None:
     (copy / MANIFEST).write_text(text)
     assert isinstance(files(copy), Finding)

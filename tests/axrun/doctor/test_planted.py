@@ -1,4 +1,4 @@
-"""Faults behind right digests: only what the bundle computes tells them, and each is named by stage, file and cause."""
+"""Planted faults with correct digests: the doctor reports each with stage, file and cause."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Plant = Callable[[Path], object]
 
 
 def tensor(folder: Path, file: str, name: str, change: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
-    """Changes the first initializer whose name ends so, in its place in the file."""
+    """Changes the first initializer with this name suffix, in place in the file."""
     tensors = axmodel.read(folder / file).initializers
     found = next(entry for key, entry in tensors.items() if key.endswith(name))
     new = np.ascontiguousarray(change(found.array().copy()).astype(found.array().dtype)).tobytes()
@@ -48,7 +48,7 @@ def rewritten(folder: Path, file: str, change: Callable[[Axmodel], Axmodel]) -> 
 
 
 def swapped_layers(folder: Path) -> None:
-    """With what they say of themselves: as the vendor's, which say nothing."""
+    """Also swaps the layer numbers in the metadata, since the vendor's axmodels have none."""
     contents = {}
     for file, other, number in ((L0, L1, "0"), (L1, L0, "1")):
         model = axmodel.read(folder / other)
@@ -60,7 +60,7 @@ def swapped_layers(folder: Path) -> None:
 
 
 def other_base(folder: Path) -> None:
-    """Rotary tables of another base."""
+    """Rotary tables with another base."""
     for name, function in (("rotary.cos", np.cos), ("rotary.sin", np.sin)):
 
         def table(old: NDArray[Any], function: Any = function) -> NDArray[Any]:
@@ -97,7 +97,7 @@ def nan_scale(folder: Path) -> None:
 
 
 def scales(weight: str, factor: float) -> Plant:
-    """All scales of a quantised weight, times a factor."""
+    """Multiplies all scales of a quantised weight by a factor."""
 
     def plant(folder: Path) -> None:
         names = [key for key in axmodel.read(folder / L1).initializers if weight in key and "scale" in key]
@@ -166,7 +166,7 @@ PLANTED: dict[str, tuple[Plant, Callable[[Context], str | Finding], str, str, st
         "K row",
         "from there on: the rotary",
     ),
-    "rotary base": (other_base, layers.layers, L1, "K row", "right at position 0 and not behind it: probably the ro"),
+    "rotary base": (other_base, layers.layers, L1, "K row", "right at position 0 and wrong after it: probably the ro"),
     "eps": (other_eps, layers.layers, L1, "layer 1", "the norm before them (weight, eps)"),
     "not finite": (nan_scale, layers.layers, L1, "output", "not finite"),
     "k_proj": (scales("k_proj", 1.7), layers.layers, L1, "K row", "K is wrong everywhere: probably k_proj"),
@@ -202,7 +202,7 @@ PLANTED: dict[str, tuple[Plant, Callable[[Context], str | Finding], str, str, st
         "scaled by 2",
     ),
     "one value": (table(one_value), embedding.embedding, TABLE, "rows 320 to 383", "changed"),
-    "rows exchanged": (table(exchanged), embedding.embedding, TABLE, "token 0", "stands at token 1"),
+    "rows exchanged": (table(exchanged), embedding.embedding, TABLE, "token 0", "is at token 1"),
     "head late": (
         head(lambda old: np.roll(old, 1, axis=0), "embed"),
         post.post,
@@ -213,12 +213,12 @@ PLANTED: dict[str, tuple[Plant, Callable[[Context], str | Finding], str, str, st
     "final norm": (head(lambda old: old * 2), post.post, POST, "model.norm.weight", "is not the checkpoint's"),
     "row of the head": (head(damaged_row, "scale"), post.post, POST, "token 77", "rows of the head"),
     "vocabulary": (other_vocabulary, text.tokenizer, "hf/tokenizer.json", "the text", "tokenizer of another model"),
-    "template": (other_template, text.template, "hf/tokenizer_config.json", "the conversation", "another template"),
+    "template": (other_template, text.template, "hf/tokenizer_config.json", "the conversation", "a different template"),
 }
 
 
 @pytest.mark.parametrize("fault", PLANTED)
-def test_a_fault_is_named(fault: str, copy: Path, context: Callable[[Path], Context]) -> None:
+def test_a_fault_is_reported(fault: str, copy: Path, context: Callable[[Path], Context]) -> None:
     plant, stage, file, part, cause = PLANTED[fault]
     plant(copy)
     found = stage(context(copy))
@@ -229,10 +229,10 @@ def test_a_fault_is_named(fault: str, copy: Path, context: Callable[[Path], Cont
     assert cause in found.cause
 
 
-def test_the_vendors_interface_is_enough(
+def test_the_vendors_interface_is_sufficient(
     examined: Path, context: Callable[[Path], Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing of our library's extensions: groups as the engine shows them, files handed over as bytes."""
+    """Without our library's extensions: groups as reported by the engine, files passed as bytes."""
     extended = libax_engine.library()
     plain = libax_engine.Library(extended.sys, extended.engine, False, extended.folder)
 
@@ -247,7 +247,7 @@ def test_the_vendors_interface_is_enough(
         assert isinstance(found, str), list(found.lines())
 
 
-def test_a_runner_that_puts_rows_elsewhere_is_told_from_the_layers(
+def test_a_runner_with_misplaced_rows_is_distinguished_from_the_layers(
     examined: Path,
     context: Callable[[Path], Context],
     found: Callable[[Path], Finding],
@@ -263,7 +263,7 @@ def test_a_runner_that_puts_rows_elsewhere_is_told_from_the_layers(
     assert "in the wrong place" in finding.cause
 
 
-def test_a_runner_whose_mask_hides_too_much_is_told(
+def test_a_runner_with_a_wrong_mask_is_reported(
     examined: Path, found: Callable[[Path], Finding], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill = kv_cache.fill_mask
@@ -273,7 +273,7 @@ def test_a_runner_whose_mask_hides_too_much_is_told(
     assert "its mask hides cached row 16 from the token at position 32" in finding.cause
 
 
-def test_a_runner_that_leaves_a_layer_out_is_told(
+def test_a_runner_that_skips_a_layer_is_reported(
     examined: Path, found: Callable[[Path], Finding], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     initial = decoder.Decoder.__init__
@@ -283,7 +283,7 @@ def test_a_runner_that_leaves_a_layer_out_is_told(
     assert "it does not run each layer once" in finding.cause
 
 
-def test_an_engine_that_is_wrong_is_told_from_the_axmodel(
+def test_a_faulty_engine_is_distinguished_from_the_axmodel(
     examined: Path, found: Callable[[Path], Finding], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = ax_engine.AxBinding.run

@@ -1,4 +1,4 @@
-"""The known answers are those of transformers, and a sampler that differs is found."""
+"""The known results match transformers, and the stage detects a faulty sampler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from axrun.format.bundle import Bundle
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_known_answers_are_those_of_transformers(case: Case) -> None:
+def test_known_results_match_transformers(case: Case) -> None:
     wanted, window = case.sampling, case.sampling.penalty_window
     processors = LogitsProcessorList()
     if wanted.repetition_penalty != 1:
@@ -35,7 +35,8 @@ def test_known_answers_are_those_of_transformers(case: Case) -> None:
         processors.append(TopKLogitsWarper(wanted.top_k))
     if wanted.top_p < 1:
         processors.append(TopPLogitsWarper(wanted.top_p))
-    logits = torch.tensor([[value - 1e-4 * index for index, value in enumerate(LOGITS)]])  # no ties: torch has no rule
+    # without ties, for which torch has no rule
+    logits = torch.tensor([[value - 1e-4 * index for index, value in enumerate(LOGITS)]])
     past = torch.tensor([case.past[-window:] if window else case.past], dtype=torch.int64)
     processed: Any = processors
     shares = torch.softmax(processed(past, logits), dim=-1)[0].numpy()
@@ -54,7 +55,7 @@ def test_a_healthy_bundle(examined: Path) -> None:
         ("draw.likeliest", lambda kept, count, scratch: np.arange(2), "top-k"),
     ],
 )
-def test_a_sampler_that_differs_is_found(
+def test_a_faulty_sampler_is_found(
     name: str, broken: object, part: str, examined: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(f"axrun.sampling.{name}", broken)
@@ -64,13 +65,13 @@ def test_a_sampler_that_differs_is_found(
     assert found.file in (stage.CODE, "numpy")
 
 
-def test_a_row_of_the_reference_that_is_not_chosen_is_found(examined: Path) -> None:
+def test_a_wrong_choice_for_a_reference_row_is_found(examined: Path) -> None:
     found = sampling(Bundle.open(examined), [(np.array([0.0, 1.0, 0.5]), 2)])
     assert isinstance(found, Finding)
     assert (found.expected, found.seen) == ("token 2", "token 1")
 
 
-def test_other_stop_ids_are_found(copy: Path) -> None:
+def test_different_stop_ids_are_found(copy: Path) -> None:
     file = copy / "hf" / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 5}))
     found = stops(Bundle.open(copy))
@@ -79,7 +80,7 @@ def test_other_stop_ids_are_found(copy: Path) -> None:
     assert "[5] stop" in found.cause
 
 
-def test_a_post_config_that_cannot_be_used_is_found(copy: Path) -> None:
+def test_an_invalid_post_config_is_found(copy: Path) -> None:
     file = copy / "post_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "top_p": 7}))
     found = sampling(Bundle.open(copy))

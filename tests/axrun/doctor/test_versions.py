@@ -1,4 +1,4 @@
-"""Versions that do not go together are named; what the table does not have is said to be unknown, not judged."""
+"""Incompatible versions are reported; versions that are not in the tables are reported as unknown."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BOARD = Installed("Ax_Version V3.6.2_20250731140456", "AX650N_CHIP", OURS, SOC, 
 
 @pytest.fixture(scope="session")
 def vendors(bundle_s8: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The manifest and the file names of a bundle by the vendor's compiler; its axmodels say what the vendor's say."""
+    """A bundle with manifest, file names and axmodel headers like those of the vendor's compiler."""
     folder = shutil.copytree(bundle_s8, tmp_path_factory.mktemp("vendors") / "tiny")
     bundle = Bundle.open(folder)
     for path in [*(bundle.layer_path(index) for index in range(bundle.layers)), bundle.post_path]:
@@ -108,15 +108,15 @@ def test_a_board_that_does_not_fit_the_vendors(machine: Installed, part: str, ca
     assert cause in found.cause
 
 
-def test_what_is_not_in_the_table_is_said(vendors: Bundle) -> None:
+def test_unknown_versions_are_reported(vendors: Bundle) -> None:
     machine = with_engine(dataclasses.replace(BOARD, bsp="Ax_Version V9.9.0"), version="9.1s")
     said = versions(vendors, "ax", machine)
     assert isinstance(said, str)
-    assert "BSP Ax_Version V9.9.0 (not in the table: whether it fits is unknown)" in said
-    assert "engine 9.1s (not in the table: whether it fits is unknown)" in said
+    assert "BSP Ax_Version V9.9.0 (not in the table: compatibility unknown)" in said
+    assert "engine 9.1s (not in the table: compatibility unknown)" in said
 
 
-def test_the_vendors_where_there_is_no_board(vendors: Bundle) -> None:
+def test_the_vendors_without_a_board(vendors: Bundle) -> None:
     with pytest.raises(NotExamined, match="no driver and no engine"):
         versions(vendors, "ax", HOST)
 
@@ -151,7 +151,7 @@ int AX_ENGINE_SetAffinity(void) { return 0; }
 """
 
 
-def test_a_board_is_asked_by_its_libraries_and_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_board_is_queried_through_its_libraries_and_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(FOLDER, raising=False)
     proc, soc = tmp_path / "proc", tmp_path / "lib"
     proc.mkdir()
@@ -172,7 +172,7 @@ def test_a_board_is_asked_by_its_libraries_and_driver(tmp_path: Path, monkeypatc
     assert found.ours.extensions == EXTENSIONS
 
 
-def test_a_library_that_is_none_is_said_and_harms_nothing(tmp_path: Path) -> None:
+def test_an_invalid_library_is_reported(tmp_path: Path) -> None:
     for name in ("sys", "engine"):
         (tmp_path / f"libax_{name}.so").write_bytes(b"\x7fELF and no more")
     assert "file too short" in ask(str(tmp_path)).fault or "ELF" in ask(str(tmp_path)).fault

@@ -1,4 +1,4 @@
-"""The walk goes in order, past what cannot be told, and stops at the first that disagrees; reports survive a wire."""
+"""Stages run in order up to the first that disagrees, and undecidable ones are skipped; reports can be serialised."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def refuses() -> str:
 FOUND = Finding("layers", "layer 3", "l3.axmodel", "that", "this", "swapped", "Build again.")
 
 
-def test_all_that_agrees_is_healthy() -> None:
+def test_all_stages_agree() -> None:
     said: list[Progress] = []
     walked = walk(report(), stages(), said.append)
     assert walked.verdict == "healthy"
@@ -40,14 +40,14 @@ def test_all_that_agrees_is_healthy() -> None:
     assert [entry.stage for entry in walked.walked] == list(STAGES)
 
 
-def test_the_first_finding_ends_it() -> None:
+def test_the_first_finding_ends_the_run() -> None:
     walked = walk(report(), stages(layers=lambda: FOUND, answer=refuses))
     assert (walked.verdict, walked.exit_code, walked.finding) == ("faulty", 1, FOUND)
     assert walked.walked[-1].stage == "layers"
     assert walked.headline() == "faulty: layers: layer 3 (l3.axmodel): swapped"
 
 
-def test_what_cannot_be_told_is_said_and_gone_past() -> None:
+def test_undecidable_stages_are_skipped_and_listed() -> None:
     walked = walk(report(), stages(layers=left))
     assert (walked.verdict, walked.exit_code) == ("undecided", 0)
     assert walked.headline() == "undecided: not examined: layers"
@@ -56,14 +56,14 @@ def test_what_cannot_be_told_is_said_and_gone_past() -> None:
     assert walk(report(), without).headline() == "undecided: not examined: post"
 
 
-def test_what_a_reader_refuses_is_a_finding() -> None:
+def test_a_failure_is_a_finding() -> None:
     finding = walk(report(), stages(post=refuses)).finding
     assert finding is not None
     assert (finding.stage, finding.seen, finding.advice) == ("post", "cannot read x", "Build it again.")
 
 
 @pytest.mark.parametrize("stage", [lambda: FOUND, left, lambda: "fine"])
-def test_a_report_is_the_same_on_another_machine(stage: Stage) -> None:
+def test_a_report_round_trip(stage: Stage) -> None:
     walked = walk(report(), stages(layers=stage))
     again = Report.parse(json.loads(json.dumps(walked.json())))
     assert again == walked
@@ -91,11 +91,11 @@ def spoiled(change: Callable[[dict[str, object]], object]) -> dict[str, object]:
         spoiled(lambda values: values.update(finding="red")),
     ],
 )
-def test_what_is_no_report_is_refused(values: object) -> None:
+def test_an_invalid_report_is_refused(values: object) -> None:
     with pytest.raises(ValueError, match=r"is|are|has|finds"):
         Report.parse(values)
 
 
-def test_what_another_machine_says_is_made_fit_to_show() -> None:
+def test_text_from_another_machine_is_made_printable() -> None:
     values = spoiled(lambda values: values.update(bundle="\x1b[31m" + "x" * 5000))
     assert Report.parse(values).bundle == "\ufffd[31m" + "x" * 995

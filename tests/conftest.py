@@ -1,4 +1,4 @@
-"""What every test may use: the shipped checkpoint, and bundles built from it once a session."""
+"""Fixtures for all tests: the checkpoint in this repository, and bundles built from it once per session."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from axc import build
 ROOT = Path(__file__).resolve().parents[1]
 Builder = Callable[..., Path]
 
-# A shell that runs tests in the background has them, and all they start, ignore Ctrl-C, which some tests send.
+# Background jobs of a shell ignore SIGINT, and so would their children; some tests send SIGINT.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-# Read when torch is loaded. Where models are tiny and cores busy, threads of OpenMP spend their time waiting for each
-# other: fifty times what the work takes.
+# torch reads this at import. With tiny models on busy cores, OpenMP threads mostly wait for each other: fifty times the
+# time of the work itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# The same examples in every run, and none too slow. Others: pytest --hypothesis-profile=default
+# The same examples in every run, without a deadline. For random ones: pytest --hypothesis-profile=default
 settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session")
 def tiny_qwen2() -> Path:
-    """The shipped checkpoint."""
+    """The checkpoint in this repository."""
     return ROOT / "models" / "tiny-qwen2"
 
 
 @pytest.fixture(scope="session")
 def build_tiny(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Builder:
-    """Builds tiny-qwen2 with four groups (prefill 32; histories 0, 32, 128) and whatever other options are given."""
+    """Builds tiny-qwen2 with four groups (prefill 32; histories 0, 32, 128) and the given options."""
 
     def make(**options: Any) -> Path:
         output = tmp_path_factory.mktemp("bundle") / "tiny"
@@ -55,13 +55,13 @@ def bundle_s8(build_tiny: Builder) -> Path:
 
 @pytest.fixture(scope="session")
 def bundle_fp32(build_tiny: Builder) -> Path:
-    """float32 hidden state and weights; the embedding table is bfloat16, as the checkpoint has it."""
+    """float32 hidden state and weights; the embedding table is bfloat16, as in the checkpoint."""
     return build_tiny(hidden_state_type="fp32", weight_type="fp32", post_weight_type="fp32")
 
 
 @pytest.fixture(scope="session")
 def bundle_long(tiny_qwen2: Path, build_tiny: Builder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A context of 8191 tokens: an answer that only the context ends is still being written when a test gets to it."""
+    """A context of 8191 tokens, so that an endless answer is still in progress when a test reacts to it."""
     config = json.loads((tiny_qwen2 / "config.json").read_text())
     longer = tmp_path_factory.mktemp("longer") / "config.json"
     longer.write_text(json.dumps({**config, "max_position_embeddings": 8192}))
@@ -70,7 +70,7 @@ def bundle_long(tiny_qwen2: Path, build_tiny: Builder, tmp_path_factory: pytest.
 
 @pytest.fixture
 def vendors_axmodel(tmp_path: Path) -> Path:
-    """A file like the vendor's compiler makes: an ONNX container with one node of its own."""
+    """A file like those of the vendor's compiler: an ONNX container with one custom node."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node("neu mode", ["x"], ["y"])], "vendor", values[:1], values[1:])
     path = tmp_path / "vendor.axmodel"

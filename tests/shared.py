@@ -1,6 +1,6 @@
-"""What a whole run of tests makes once: the processes of `make test-all` find it in a folder that RUN names.
+"""Artifacts built once per test run. The processes of `make test-all` share them in the folder in $AXC_TEST_RUN.
 
-Where RUN is not set, a process is a run of its own. Who needs to change what was made gets a copy.
+If the variable is not set, each process has its own. Tests that modify an artifact work on a copy.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ci.device import wheelhouse
 from ci.device.listing import Listing
 from ci.device.wheelhouse import Package
 
-RUN = "AXC_TEST_RUN"  # of ci/tasks/system_tests.py
+RUN = "AXC_TEST_RUN"  # set by ci/tasks/system_tests.py
 
 
 def folder() -> Path:
-    """The folder of this run, which goes away with it."""
+    """The folder of this run, deleted at its end."""
     if RUN not in os.environ:
         made = os.environ[RUN] = tempfile.mkdtemp(prefix="axc-test-run-")
         atexit.register(shutil.rmtree, made, ignore_errors=True)
@@ -28,7 +28,7 @@ def folder() -> Path:
 
 
 def board_package(python: str) -> Package:
-    """The board package that `invoke cross` makes, from nothing; to be read only."""
+    """The board package of `invoke cross`, built from scratch; read-only."""
     whole = folder() / f"board-package-{python}.whole"
     with whole.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -40,6 +40,6 @@ def board_package(python: str) -> Package:
 
 
 def copy_board_package(python: str, out: Path) -> None:
-    """Puts the package where `invoke cross` has it, which then makes the runner's wheel anew and finds the rest."""
+    """Copies the package to where `invoke cross` puts it, which then rebuilds only the runner's wheel."""
     made = board_package(python)
     shutil.copytree(made.folder, out / made.folder.relative_to(folder()))

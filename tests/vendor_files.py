@@ -1,6 +1,6 @@
-"""Files as the vendor's compiler makes them, built with onnx from what is known of the public ones.
+"""Files like those of the vendor's compiler, built with onnx after public examples.
 
-One row a version: what its ModelProto looks like around the code, which is closed and stands here as bytes.
+One row per version: the layout of its ModelProto. The NPU code is closed and replaced by arbitrary bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 @dataclass(frozen=True)
 class Row:
-    """`node`: name of the one node; `code`, `params`: its blobs; `inside`: whether they are inputs of the node too."""
+    """`node`: name of the only node; `code`, `params`: its blobs; `inside`: whether they are inputs of the node too."""
 
     version: str
     commit: str

@@ -1,3 +1,3 @@
-"""The runner."""
+"""axrun, the runner of bundles."""
 
 VERSION = "0.1.0"

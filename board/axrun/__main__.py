@@ -1,4 +1,4 @@
-"""`python -m axrun` is `axrun`."""
+"""Entry point of `python -m axrun`."""
 
 import sys
 

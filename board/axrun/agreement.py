@@ -1,7 +1,7 @@
-"""How far a bundle may lie from its float32 reference: what is measured, and the bounds.
+"""Error metrics and tolerances of a bundle against its float32 reference.
 
-A layer's error is measured on its update (output minus input), which the residual stream would hide, and without what
-the hidden state's own rounding explains. Whole models are compared by their logits.
+The error of a layer is measured on its update (output minus input): the residual stream would hide it. The rounding of
+the hidden state itself is subtracted. Whole models are compared by their logits.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from axrun.format.dtypes import FLOATS, from_float32, to_float32
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
-ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}  # most relative error of the nearest value
-SMALLEST = {"fp32": 2.0**-149, "fp16": 2.0**-25, "bf16": 2.0**-134}  # most error below the normal range
-LEAST_UPDATE = 0.02  # of the output's norm: an update smaller than this is measured as if it had it
+ROUNDING = {"fp32": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-8}  # maximum relative rounding error
+SMALLEST = {"fp32": 2.0**-149, "fp16": 2.0**-25, "bf16": 2.0**-134}  # maximum rounding error of subnormal values
+LEAST_UPDATE = 0.02  # relative to the output's norm: lower bound of the update's norm in the denominator
 
 
 class Noise(NamedTuple):
-    """What a type may cost: relative errors of a part alone (root mean square of rows, one row), and of a whole model
-    (root mean square of its logits' relative errors, mean KL divergence in nats)."""
+    """Tolerances of a type: relative errors of a single part (root mean square over rows, worst row) and of a whole
+    model (root mean square of the relative error of logits, mean KL divergence in nats)."""
 
     rms: float
     row: float
@@ -36,7 +36,7 @@ class Noise(NamedTuple):
 # Two to ten times the worst measured: a trained SmolLM2-135M (30 layers, on text and on random tokens), tiny-qwen2, and
 # random models of 2 to 6 layers. Update errors, rms and one row: fp32 1.2e-6, 3.5e-6; fp16 1.5e-3, 4.7e-3; bf16 0.012,
 # 0.035; s8 0.033, 0.11; s4 0.47, 1.8. KL divergence: fp32 2e-11, fp16 6e-6, bf16 4e-4, s8 0.010, s4 0.95.
-# A part that does nothing has an error of 1, logits that have nothing to do with the reference's one of 1.4.
+# For comparison: a part that computes nothing has an error of 1, uncorrelated logits one of 1.4.
 NOISE = {
     "fp32": Noise(1e-5, 5e-5, 1e-4, 1e-8),
     "fp16": Noise(5e-3, 0.02, 0.02, 1e-4),
@@ -44,21 +44,21 @@ NOISE = {
     "s8": Noise(0.08, 0.3, 0.25, 0.025),
     "s4": Noise(0.8, 5.0, 1.2, 1.5),
 }
-# The errors of a stage over those of the first one, geometric mean over the layers: at most 1.30 was measured without a
-# fault; 1.9 to 3.4 where one cached row of 200 is hidden. Below NEGLIGIBLE it is the order of sums in float32.
+# Ratio of the errors of a stage to those of the first stage, geometric mean over the layers. Measured: at most 1.30
+# without a fault, 1.9 to 3.4 if one cached row of 200 is masked. Errors below NEGLIGIBLE are float32 summation order.
 RISE = 1.7
 NEGLIGIBLE = 1e-4
-QUIET = np.errstate(invalid="ignore", over="ignore")  # what is not finite is found by the bounds
-GAP = 8.0  # root mean square errors of a logit by which the reference may prefer its token to the bundle's
+QUIET = np.errstate(invalid="ignore", over="ignore")  # values that are not finite exceed the bounds anyway
+GAP = 8.0  # maximum logit gap between the two top tokens, in root mean square errors of a logit
 
 
 def explained(*types: str) -> Noise:
-    """What several types may cost together."""
+    """The combined tolerance of several types."""
     return Noise(*(sum(values) for values in zip(*(NOISE[name] for name in types))))
 
 
 class Rows(NamedTuple):
-    """Of rows [n]: their cosine with the reference's, and their relative error."""
+    """For each row [n]: cosine with the reference, and relative error."""
 
     cosine: Doubles
     error: Doubles
@@ -66,9 +66,9 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a part agrees with the reference in a stage: least cosine of a row, relative errors over `rows` rows.
+    """Agreement of a part with the reference in one stage: minimum cosine and relative errors over `rows` rows.
 
-    `rms` and `worst` are of a layer's updates, or of the post model's centred logits.
+    `rms` and `worst` are errors of a layer's update, or of the post model's centred logits.
     """
 
     part: str
@@ -85,7 +85,7 @@ class Agreement:
         return cls(part, stage, len(error), float(rows.cosine.min()), rms, float(error.max()))
 
     def fault(self, noise: Noise) -> str:
-        """What is wrong, in words; empty where nothing is."""
+        """Describes the violated tolerance; empty if there is none."""
         for name, value, most in (("error", self.rms, noise.rms), ("worst error", self.worst, noise.row)):
             if not value <= most:
                 return f"{self.part} in {self.stage} has {name} {value:.2e}, expected at most {most:.2e}"
@@ -93,7 +93,7 @@ class Agreement:
 
 
 def rises(layers: Sequence[Agreement]) -> Iterator[str]:
-    """Stages in which the layers' errors are larger than in their first stage: what rounding does not depend on."""
+    """Yields stages with larger errors than the first one. Rounding does not explain that."""
     first: dict[str, Agreement] = {}
     ratios: dict[str, list[float]] = {}
     for entry in layers:
@@ -103,12 +103,12 @@ def rises(layers: Sequence[Agreement]) -> Iterator[str]:
     for stage, logarithms in ratios.items():
         rise = float(np.exp(np.mean(logarithms)))
         if not rise <= RISE:
-            yield f"the layers' errors rise by {rise:.2f} in {stage}, expected at most {RISE}"
+            yield f"the layers' errors rise by a factor of {rise:.2f} in {stage}, expected at most {RISE}"
 
 
 @QUIET
 def update_errors(ours: Floats, reference: Floats, given: Floats, hidden_type: str) -> Rows:
-    """Compares a layer's outputs [n, hidden] for the inputs `given`, which it saw rounded to `hidden_type`."""
+    """Errors of a layer's outputs [n, hidden] for the inputs `given`, which the layer got rounded to `hidden_type`."""
     dtype = FLOATS[hidden_type]
     seen = to_float32(from_float32(given, dtype), dtype)
     out, expected = ours.astype(np.float64), reference.astype(np.float64)
@@ -122,7 +122,7 @@ def update_errors(ours: Floats, reference: Floats, given: Floats, hidden_type: s
 
 @QUIET
 def logit_errors(ours: Floats, reference: Floats) -> Rows:
-    """Compares rows of logits [n, vocab], their means left out: softmax does not see them."""
+    """Errors of logits [n, vocab] after subtracting the row means, which softmax ignores."""
     a, b = centred(ours), centred(reference)
     return Rows(cosines(a, b), _norm(a - b) / np.maximum(_norm(b), 1e-300))
 
@@ -134,7 +134,7 @@ def centred(logits: Floats) -> Doubles:
 
 @QUIET
 def cosines(a: NDArray[np.floating], b: NDArray[np.floating]) -> Doubles:
-    """Of rows [n, width]; 1 where both are zero."""
+    """Cosine of each pair of rows [n, width]; 1 if both are zero."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     norms = _norm(a) * _norm(b)
     return np.asarray(np.where(norms == 0, (a == b).all(axis=1), (a * b).sum(axis=1) / np.where(norms == 0, 1, norms)))

@@ -1,4 +1,4 @@
-"""axrun: the runner's commands. Each verb is a function of another module; here are flags and what is printed."""
+"""The command line of axrun: flags and output. The commands themselves are functions of other modules."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from axrun import VERSION, progress
 from axrun.command import Verb, dispatch
 from axrun.errors import BadInput, CheckFailed
 
-if TYPE_CHECKING:  # numpy and an engine take their time, which --help does not need
+if TYPE_CHECKING:  # importing numpy and an engine is slow, and --help does not need them
     from axrun.load import Loading
     from axrun.run import Options
 
-JSON_HELP = "one JSON object on stdout, and nothing else there"
+JSON_HELP = "print one JSON object on stdout, and nothing else"
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "penalty_window")
 
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _speed_flags(parser: argparse.ArgumentParser) -> None:
     engines = (
-        "what executes axmodels: ax (libax_engine, the default where there is one), ax-int8 (our own, with 8-bit "
+        "engine that runs the axmodels: ax (libax_engine, the default if installed), ax-int8 (the same with 8-bit "
         "activations: faster, less exact) or ort (onnxruntime)"
     )
     parser.add_argument("--engine", metavar="NAME", help=engines)
@@ -39,10 +39,10 @@ def _speed_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _bundle_flags(parser: argparse.ArgumentParser) -> None:
-    """What every command that loads a bundle has."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
-    parser.add_argument("--verify", action="store_true", help="first hold every file against the manifest")
-    parser.add_argument("--force", action="store_true", help="load even where memory looks too small")
+    """The flags of every command that loads a bundle."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
+    parser.add_argument("--verify", action="store_true", help="verify every file against the manifest first")
+    parser.add_argument("--force", action="store_true", help="load even if memory seems too small")
     _speed_flags(parser)
 
 
@@ -54,29 +54,34 @@ def _loading(arguments: argparse.Namespace) -> Loading:
 
 
 def _parse_special_flag(parser: argparse.ArgumentParser) -> None:
-    what = "special tokens that a message spells, e.g. <|im_end|>, are control tokens, not text; in raw prompts always"
+    what = "special tokens spelled in a message, e.g. <|im_end|>, are control tokens, not text (always with --raw)"
     parser.add_argument("--parse-special", action="store_true", help=what)
 
 
 def _generation_config_flag(parser: argparse.ArgumentParser) -> None:
-    what = "draw as the checkpoint's generation_config.json says, not as post_config.json does; other flags still win"
+    what = "sample with the checkpoint's generation_config.json instead of post_config.json; other flags override it"
     parser.add_argument("--generation-config", action="store_true", help=what)
 
 
 def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--system", metavar="TEXT", help="system message, for a bundle with a chat template")
+    add("--system", metavar="TEXT", help="system message; needs a chat template")
     _parse_special_flag(parser)
-    add("--max-tokens", type=int, metavar="N", help="longest answer (default: to the end of the context)")
-    add("--greedy", action="store_true", help="always the likeliest token, whatever post_config.json says")
+    add("--max-tokens", type=int, metavar="N", help="maximum length of the answer (default: to the end of the context)")
+    add("--greedy", action="store_true", help="always take the most likely token, whatever post_config.json says")
     _generation_config_flag(parser)
-    add("--temperature", type=float, metavar="T", help="0 is greedy, 1 the model's own distribution")
-    add("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that have probability P together")
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    add("--min-p", type=float, metavar="P", help="draw from tokens that have at least P of the likeliest's probability")
-    add("--repetition-penalty", type=float, metavar="R", help="above 1 makes recent tokens less likely")
-    add("--penalty-window", type=int, metavar="N", help="how many tokens back the penalty looks")
-    add("--seed", type=int, default=0, metavar="N", help="of the draws: same seed, same answer (default 0)")
+    add(
+        "--temperature",
+        type=float,
+        metavar="T",
+        help="sampling temperature: 0 is greedy, 1 the model's own distribution",
+    )
+    add("--top-p", type=float, metavar="P", help="sample from the most likely tokens with a total probability of P")
+    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
+    add("--min-p", type=float, metavar="P", help="sample from tokens with at least P times the top token's probability")
+    add("--repetition-penalty", type=float, metavar="R", help="a value above 1 makes recent tokens less likely")
+    add("--penalty-window", type=int, metavar="N", help="number of recent tokens that the penalty applies to")
+    add("--seed", type=int, default=0, metavar="N", help="random seed: same seed, same answer (default 0)")
 
 
 def _options(arguments: argparse.Namespace) -> Options:
@@ -108,8 +113,8 @@ def _engine_flags(parser: argparse.ArgumentParser) -> None:
 
 def _run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--prompt", required=True, metavar="TEXT", help="what to ask; - reads it from stdin")
-    add("--raw", action="store_true", help="give the prompt to the model as it is, without the chat template")
+    add("--prompt", required=True, metavar="TEXT", help="the prompt; - reads it from stdin")
+    add("--raw", action="store_true", help="pass the prompt to the model unchanged, without the chat template")
     add("--json", action="store_true", help=JSON_HELP)
     _bundle_flags(parser)
     _sampling_flags(parser)
@@ -140,9 +145,9 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 def _eval_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--reference", type=Path, metavar="FILE", help="what `axc reference` wrote (default: the bundle's own)")
-    add("--max-kld", type=float, metavar="X", help="exit with 1 when the mean KLD is above X")
-    add("--min-top1", type=float, metavar="X", help="exit with 1 when the share of same top tokens is below X")
+    add("--reference", type=Path, metavar="FILE", help="output of `axc reference` (default: the one in the bundle)")
+    add("--max-kld", type=float, metavar="X", help="exit with 1 if the mean KL divergence is above X")
+    add("--min-top1", type=float, metavar="X", help="exit with 1 if the top-1 agreement (0 to 1) is below X")
     add("--json", action="store_true", help=JSON_HELP)
     _bundle_flags(parser)
 
@@ -157,14 +162,19 @@ def _eval(arguments: argparse.Namespace) -> None:
 
 def _bench_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--prompt-lengths", type=_numbers, metavar="N,N", help="of prompts, tokens (default 16,128,512, if they fit)")
-    add("--depths", type=_numbers, metavar="N,N", help="tokens in the K/V cache before decoding (default the same)")
-    add("--tokens", type=int, default=32, metavar="N", help="decoded in a run (default 32)")
-    add("--warmup", type=int, default=1, metavar="N", help="runs before the clock starts (default 1)")
-    add("--repeat", type=int, default=5, metavar="N", help="runs that are timed (default 5)")
+    add(
+        "--prompt-lengths",
+        type=_numbers,
+        metavar="N,N",
+        help="prompt lengths in tokens (default 16,128,512, if they fit)",
+    )
+    add("--depths", type=_numbers, metavar="N,N", help="tokens in the KV cache before decoding (default: the same)")
+    add("--tokens", type=int, default=32, metavar="N", help="tokens to decode per run (default 32)")
+    add("--warmup", type=int, default=1, metavar="N", help="untimed runs first (default 1)")
+    add("--repeat", type=int, default=5, metavar="N", help="timed runs (default 5)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help=JSON_HELP)
-    form.add_argument("--markdown", action="store_true", help="a table for a page")
+    form.add_argument("--markdown", action="store_true", help="print a Markdown table")
     _bundle_flags(parser)
 
 
@@ -185,14 +195,14 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _allow(arguments: argparse.Namespace) -> Callable[[str], bool]:
-    """Who says whether a bundle is loaded that memory looks too small for: the flag, a person, or nobody."""
+    """The policy if memory seems too small: load with --force, ask on a terminal, else refuse."""
 
     def forced(shortage: str) -> bool:
         _say(f"warning: {shortage}")
         return True
 
     def asked(shortage: str) -> bool:
-        print(f"{shortage}\nTry it all the same? [y/N] ", end="", file=sys.stderr, flush=True)
+        print(f"{shortage}\nLoad it anyway? [y/N] ", end="", file=sys.stderr, flush=True)
         return sys.stdin.readline().strip().lower() in ("y", "yes")
 
     if arguments.force:
@@ -202,38 +212,57 @@ def _allow(arguments: argparse.Namespace) -> Callable[[str], bool]:
 
 def _serve_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen (default 127.0.0.1: this machine only)")
-    add("--port", type=int, default=8000, metavar="N", help="port (default 8000; 0: any that is free)")
-    add("--slots", type=int, default=4, metavar="N", help="answers written at a time, each with its K/V (default 4)")
+    add(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on (default 127.0.0.1: this machine only)",
+    )
+    add("--port", type=int, default=8000, metavar="N", help="port to listen on (default 8000; 0: any free port)")
+    add("--slots", type=int, default=4, metavar="N", help="concurrent answers, each with its own KV cache (default 4)")
     add("--queue", type=int, default=64, metavar="N", help="requests that may wait for a slot (default 64)")
-    add("--timeout", type=float, default=300.0, metavar="S", help="seconds a request may take (default 300)")
+    add("--timeout", type=float, default=300.0, metavar="S", help="seconds to generate an answer (default 300)")
     add(
         "--read-timeout",
         type=int,
         default=10,
         metavar="S",
-        help="seconds for a request to arrive, and for an answer to be taken once it is written (default 10)",
+        help="seconds to receive a request, and for the client to read a finished answer (default 10)",
     )
-    add("--grace", type=float, default=10.0, metavar="S", help="seconds to finish answers on SIGTERM (default 10)")
-    add("--max-body", type=int, default=1 << 20, metavar="BYTES", help="largest request (default 1048576)")
+    add(
+        "--grace",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="seconds to finish running answers on SIGTERM (default 10)",
+    )
+    add("--max-body", type=int, default=1 << 20, metavar="BYTES", help="largest request body (default 1048576)")
     add(
         "--api-key",
         metavar="KEY",
-        help="ask clients for this key; in the environment, AXRUN_API_KEY, ps does not show it",
+        help="require this API key; the environment variable AXRUN_API_KEY does the same, and ps does not show it",
     )
     add(
         "--allowed-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="another name that clients may use for this server, repeatable; * is any (default: localhost, addresses, "
-        "and beyond this machine names that nobody can register; see docs/serve.md)",
+        help="additional host name to accept, repeatable; * accepts any (default: localhost and IP addresses; "
+        "if other machines can connect, also names without public DNS: see docs/serve.md)",
     )
-    add("--exact", action="store_true", help="same answers to the last bit, whatever was asked before; slower turns")
+    add(
+        "--exact",
+        action="store_true",
+        help="bit-identical answers, whatever was asked before; reuses less of the KV cache",
+    )
     _parse_special_flag(parser)
     _generation_config_flag(parser)
-    add("--name", metavar="NAME", help="what clients call the model (default: as the bundle does)")
-    add("--json", action="store_true", help="events on stdout, a JSON object a line: listening (host, port), ready")
+    add("--name", metavar="NAME", help="model name for clients (default: that of the bundle)")
+    add(
+        "--json",
+        action="store_true",
+        help="print events on stdout, one JSON object per line: listening (host, port), ready",
+    )
     _bundle_flags(parser)
 
 
@@ -251,10 +280,10 @@ def _announce(event: Mapping[str, Any]) -> None:
 
 def _model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("file", type=Path, metavar="FILE", help="an .axmodel")
-    add("--group", type=int, metavar="G", help="one shape group (default: each)")
-    add("--warmup", type=int, default=3, metavar="N", help="runs before the clock starts (default 3)")
-    add("--repeat", type=int, default=20, metavar="N", help="runs that are timed (default 20)")
+    add("file", type=Path, metavar="FILE", help="an .axmodel file")
+    add("--group", type=int, metavar="G", help="shape group to time (default: all)")
+    add("--warmup", type=int, default=3, metavar="N", help="untimed runs first (default 3)")
+    add("--repeat", type=int, default=20, metavar="N", help="timed runs (default 20)")
     _engine_flags(parser)
 
 
@@ -275,7 +304,7 @@ def _model(arguments: argparse.Namespace) -> None:
 
 
 def _doctor_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of the bundle")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
     _engine_flags(parser)
 
 
@@ -318,7 +347,7 @@ VERBS = {
     "chat": Verb(
         _chat_flags,
         _chat,
-        "Talk with a bundle, in a terminal or through a pipe. What was said stays in the K/V cache.",
+        "Chat with a bundle, in a terminal or through a pipe. The conversation stays in the KV cache.",
         "examples:\n"
         "  axrun chat out/tiny-qwen2\n"
         "  axrun chat out/qwen2-0.5b --system 'You answer in one sentence.' --temperature 0.7 --top-p 0.8\n"
@@ -327,7 +356,7 @@ VERBS = {
     "serve": Verb(
         _serve_flags,
         _serve,
-        "Answer over HTTP as OpenAI does, with a page to chat in at /. Ends on Ctrl-C and SIGTERM.",
+        "Serve OpenAI's HTTP API, and a chat page at /. Ctrl-C and SIGTERM stop it.",
         "examples:\n"
         "  axrun serve out/tiny-qwen2\n"
         "  AXRUN_API_KEY=secret axrun serve out/qwen2-0.5b --host 0.0.0.0 --slots 2\n"
@@ -337,7 +366,7 @@ VERBS = {
     "eval": Verb(
         _eval_flags,
         _eval,
-        "Measure what is left of the checkpoint: perplexity, KL divergence, same tokens.",
+        "Measure quality against the checkpoint: perplexity, KL divergence, token agreement.",
         "examples:\n"
         "  axc reference --input_path models/tiny-qwen2 --text models/tiny-qwen2/heldout.txt --bundle out/tiny-qwen2\n"
         "  axrun eval out/tiny-qwen2\n"
@@ -346,7 +375,7 @@ VERBS = {
     "bench": Verb(
         _bench_flags,
         _bench,
-        "Measure speed: load, time to first token, prefill and decode, at several depths.",
+        "Measure speed: load time, time to first token, prefill and decode, at several context depths.",
         "examples:\n"
         "  axrun bench out/tiny-qwen2\n"
         "  axrun bench out/qwen2-0.5b --prompt-lengths 23,128 --depths 128,512 --threads 2 --json",
@@ -354,9 +383,9 @@ VERBS = {
     "doctor": Verb(
         _doctor_flags,
         _doctor,
-        "Say what is wrong with a bundle, and where: stage after stage, to the first that disagrees.",
-        "`axc reference --bundle` leaves the figures in a bundle that layers, cache and answers are compared with.\n"
-        "Exits with 1 when something disagrees, with 0 when nothing does; what was not examined is said.\n"
+        "Check a bundle stage by stage, and report the first one that disagrees with the checkpoint.",
+        "Layers, cache and answers are compared with the figures that `axc reference --bundle` stores in the bundle.\n"
+        "Exits with 1 if a stage disagrees, else with 0; stages that cannot be examined are listed.\n"
         "examples:\n"
         "  axrun doctor out/tiny-qwen2\n"
         "  axrun doctor out/qwen2-0.5b --engine ax --json",
@@ -364,7 +393,7 @@ VERBS = {
     "model": Verb(
         _model_flags,
         _model,
-        "Time one axmodel, shape group by shape group.",
+        "Time one axmodel, per shape group.",
         "examples:\n"
         "  axrun model out/tiny-qwen2/qwen2_post.axmodel\n"
         "  axrun model out/qwen2-0.5b/qwen2_p128_l0_together.axmodel --group 0 --repeat 100 --threads 1 --json",

@@ -1,4 +1,4 @@
-"""What the two command lines share: verbs in a table, errors in a few lines, exit codes."""
+"""Shared by the command lines of axc and axrun: a table of verbs, short error messages, exit codes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, Callable, NamedTuple, NoReturn
 
 from axrun.errors import Failure
 
-INTERRUPTED = 130  # as a shell shows a program that SIGINT ended
+INTERRUPTED = 130  # the exit code that shells report after SIGINT
 
 
 class Verb(NamedTuple):
-    """One command: what adds its flags to a parser, the function they are handed to, and what its help says."""
+    """A command: the function that adds its flags, the function that runs it, and its help texts."""
 
     flags: Callable[[argparse.ArgumentParser], None]
     command: Callable[[argparse.Namespace], None]
@@ -25,7 +25,7 @@ class Verb(NamedTuple):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with a flag in one line and where to look, instead of the whole usage."""
+    """Reports a bad flag in one line with a pointer to --help, instead of the whole usage."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class ShowVersion(argparse.Action):
-    """Prints the version, which `const` finds out, and ends the program."""
+    """Prints the version returned by `const`, and exits."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
         print(f"{parser.prog} {self.const()}")
@@ -62,7 +62,7 @@ def dispatch(
         parser.print_help()
         return 2
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # what is shown of files may be anything
+        sys.stdout.reconfigure(errors="backslashreplace")  # file contents in messages may not be printable
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -86,12 +86,12 @@ def dispatch(
 
 
 def _interrupt(signum: int, frame: object) -> None:
-    """Once: what is cleaned up on the way out is not interrupted again."""
+    """Raises KeyboardInterrupt once; a second signal must not interrupt the clean-up."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
 def _close_stdout() -> None:
-    """Or the interpreter complains of the same failure when it ends."""
+    """Otherwise the interpreter reports the same error again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Decoder layers with their K/V: hidden states in, hidden states out, in chunks that fit the shape groups."""
+"""Decoder layers with their KV cache: hidden states in, hidden states out, in chunks that fit the shape groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from axrun.session import Binding, Session, SessionGroup
 
 Array = NDArray[Any]
 
-# A flexible engine gets no more padding than this, and no more different shapes.
+# Granularity of shapes on a flexible engine: bounds both the padding and the number of distinct shapes.
 TOKENS_STEP = 8
 HISTORY_STEP = 64
 
@@ -26,7 +26,7 @@ TENSORS = {"indices", "input", "mask", "K_cache_out", "V_cache_out", "output"}
 
 @dataclass(frozen=True)
 class Chunk:
-    """`count` tokens from `position` on, to be run by a group."""
+    """`count` tokens from `position` on, to be run in a shape group."""
 
     group: int
     position: int
@@ -35,9 +35,9 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """Every layer bound for one shape; `output` is the last layer's, and the arrays are views of shared buffers.
+    """All layers bound for one shape. `output` is that of the last layer; the arrays are views of shared buffers.
 
-    `masks` are by the window of the layers that read them.
+    `masks`: one mask for each attention window.
     """
 
     bindings: Sequence[Binding]
@@ -50,11 +50,11 @@ class Step:
 
 
 def chunks(groups: Sequence[SessionGroup], position: int, count: int, flexible: bool = False) -> Iterator[Chunk]:
-    """Cuts `count` tokens from `position` on into runs of shape groups.
+    """Splits `count` tokens from `position` on into chunks.
 
-    A chunk goes to the prefill group with the least history that holds what is cached before it. One token alone, and
-    whatever no prefill group has the history for, goes to a decode group: token by token, or on a flexible engine as
-    many at a time as in any prefill.
+    A chunk uses the prefill group with the smallest history that holds the cached tokens before it. A single token, and
+    tokens beyond the history of all prefill groups, use a decode group: token by token, or on a flexible engine with as
+    many tokens per run as in prefill.
     """
     most = max(group.tokens for group in groups)
     while count:
@@ -67,7 +67,7 @@ def chunks(groups: Sequence[SessionGroup], position: int, count: int, flexible: 
 
 
 def expect_room(count: int, context: int) -> None:
-    """Raises BadInput when `count` tokens are more than the K/V cache has rows."""
+    """Raises BadInput if `count` tokens do not fit the KV cache."""
     if count > context:
         raise BadInput(
             f"{count} tokens do not fit the context of {context} (kv_cache_len)\n"
@@ -76,15 +76,17 @@ def expect_room(count: int, context: int) -> None:
 
 
 class Decoder:
-    """Layers of one model in order, or a single one. `dtype` is their hidden_state_type, as ONNX names it."""
+    """The layers of a model in order, or a single one. `dtype` is the hidden_state_type as an ONNX type name."""
 
     def __init__(self, sessions: Sequence[Session]) -> None:
-        """Raises BadInput when the layers do not belong together."""
+        """Raises BadInput if the layers do not fit together."""
         self.sessions = sessions
         self.groups = sessions[0].groups
         infos = {info.name: info for group in self.groups for info in group.inputs + group.outputs}
         if not infos.keys() >= TENSORS:
-            raise BadInput(f"layer 0 has no {', '.join(sorted(TENSORS - infos.keys()))}: it is no layer's axmodel")
+            raise BadInput(
+                f"layer 0 has no {', '.join(sorted(TENSORS - infos.keys()))}: it is not the axmodel of a layer"
+            )
         for index, session in enumerate(sessions):
             if session.groups != self.groups:
                 raise BadInput(f"layer {index} has other shape groups or tensors than layer 0; build the bundle again")
@@ -112,23 +114,23 @@ class Decoder:
         self._steps: dict[tuple[int, int, int], Step] = {}
 
     def chunks(self, position: int, count: int) -> Iterator[Chunk]:
-        """How `count` tokens from `position` on are run."""
-        if count == 1:  # as below, cheaper: this is every token that is decoded
+        """The chunks that run `count` tokens from `position` on."""
+        if count == 1:  # fast path for decode, same result as below
             group = next(group for group in self._decode if group.history >= position)
             return iter((Chunk(group.index, position, 1),))
         return chunks(self.groups, position, count, self.flexible)
 
     def forward(self, hidden: NDArray[np.float32], position: int) -> NDArray[np.float32]:
-        """The layers' output, float32 [n, H], for the hidden states [n, H] of tokens at `position`, position + 1, ...
+        """The output of the layers, float32 [n, H], for hidden states [n, H] of tokens at `position`, position + 1, ...
 
-        They are rounded to `dtype`. What the cache holds from `position` on is replaced.
-        Raises BadInput when they end behind `context`, CheckFailed when a layer gives what is not finite.
+        The inputs are rounded to `dtype`. Cached rows from `position` on are replaced.
+        Raises BadInput if the tokens exceed the context, CheckFailed if a layer returns values that are not finite.
         """
         outputs = self.run(from_float32(hidden, self.dtype), position)
         return np.concatenate([to_float32(output, self.dtype) for _, output in outputs])
 
     def run(self, hidden: Array, position: int) -> Iterator[tuple[Chunk, Array]]:
-        """What `forward` computes, in the carrier of `dtype`, chunk by chunk; the next overwrites an output."""
+        """Like `forward`, in the type `dtype`, chunk by chunk; the next chunk overwrites the output."""
         if not 0 <= position <= self.cache.length:
             raise ValueError(f"position {position} leaves a gap after the {self.cache.length} tokens in the cache")
         expect_room(position + len(hidden), self.context)
@@ -142,7 +144,7 @@ class Decoder:
         step = self._step(chunk)
         position, count = chunk.position, chunk.count
         step.input[0, :count] = hidden
-        step.input[0, count:] = 0  # padding: a NaN left there would show through the mask
+        step.input[0, count:] = 0  # padding: a stale NaN would pass through the mask
         step.indices[0] = 0
         step.indices[0, :count] = np.arange(position, position + count)
         for window, mask in step.masks.items():
@@ -154,24 +156,26 @@ class Decoder:
             try:
                 binding.run()
             except NotFinite as error:
-                if error.row < count:  # else padding, which nobody reads
+                if error.row < count:  # otherwise padding, which is not read
                     raise self._overflow(error, layer, position + error.row) from None
             self.cache.write(layer, position, keys, values)
         self.cache.length = position + count
         return step.output[0, :count]
 
     def _overflow(self, error: NotFinite, layer: int, token: int) -> CheckFailed:
-        seen = f"{error.part or f'layer {layer}'} gave a value that is not finite in {error.tensor}, at token {token}"
+        seen = (
+            f"{error.part or f'layer {layer}'} returned a value that is not finite in {error.tensor}, at token {token}"
+        )
         if self.dtype == "FLOAT16":
             return CheckFailed(
-                f"{seen}: float16 ends at 65504, and it overflows\nBuild with --hidden_state_type bf16 or fp32."
+                f"{seen}: it exceeds 65504, the largest float16 value\nBuild with --hidden_state_type bf16 or fp32."
             )
         return CheckFailed(
             f"{seen}: it overflows or its files are damaged\nRun `axrun run --verify`, or build the bundle again."
         )
 
     def shape(self, chunk: Chunk) -> tuple[int, int]:
-        """Tokens and history that a chunk is run with: its group's, or on a flexible engine less padding."""
+        """The shape (tokens, history) of a chunk: that of its group, or with less padding on a flexible engine."""
         group = self.groups[chunk.group]
         if not self.flexible:
             return group.tokens, group.history

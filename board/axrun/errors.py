@@ -1,32 +1,32 @@
-"""The two ways a command can end badly.
+"""Exceptions that end a command with a message instead of a traceback.
 
-A message says what was seen, what was expected and what to do next, in one to three lines.
+The message says what was seen, what was expected and what to do next, in one to three lines.
 """
 
 from __future__ import annotations
 
 
 class Failure(Exception):
-    """A failure a user can act on; `exit_code` is what the command exits with."""
+    """A failure the user can act on; the command exits with `exit_code`."""
 
     exit_code = 1
 
 
 class BadInput(Failure):
-    """What was handed in cannot be used: a file, a flag, a request. Exit code 2."""
+    """Unusable input: a file, a flag, a request. Exit code 2."""
 
     exit_code = 2
 
 
 class CheckFailed(Failure):
-    """The work was done and what came out is wrong or below its gate. Exit code 1."""
+    """The result is wrong or misses its gate. Exit code 1."""
 
     exit_code = 1
 
 
 class NotFinite(CheckFailed):
-    """An axmodel gave an infinity or a NaN: in row `row` of `tensor`. `part` is what its file says it is."""
+    """An axmodel returned an infinity or a NaN in row `row` of `tensor`. `part` of the model."""
 
     def __init__(self, part: str, tensor: str, row: int) -> None:
-        super().__init__(f"{part or 'the axmodel'} gave a value that is not finite in row {row} of {tensor}")
+        super().__init__(f"{part or 'the axmodel'} returned a value that is not finite in row {row} of {tensor}")
         self.part, self.tensor, self.row = part, tensor, row

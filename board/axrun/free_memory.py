@@ -1,6 +1,6 @@
-"""How much memory this process can still take: what the machine has left, and what its control groups leave it.
+"""Memory available to this process: that of the machine, limited by its control groups.
 
-A container's limit is one of a control group, which /proc/meminfo does not know.
+The limit of a container is that of a control group, which /proc/meminfo ignores.
 https://docs.kernel.org/admin-guide/cgroup-v2.html#memory and, for version 1,
 https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
 """
@@ -14,16 +14,13 @@ from pathlib import Path
 MEMINFO = Path("/proc/meminfo")  # https://docs.kernel.org/filesystems/proc.html#meminfo
 CGROUP = Path("/proc/self/cgroup")
 MOUNT = Path("/sys/fs/cgroup")
-# limit, usage, and the key in memory.stat of file pages that the kernel can drop: usage counts those too
+# limit, usage, and the memory.stat key of page cache, which usage includes but the kernel can drop
 VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 
 
 def available(meminfo: Path = MEMINFO) -> int | None:
-    """Bytes of the host's memory that can be taken without swapping; None where that is not known.
-
-    In a container that is what its limit leaves, where that is less.
-    """
+    """Bytes that can be allocated without swapping, within the limit of the container; None if unknown."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", _text(meminfo))
     if found is None:
         return None
@@ -32,13 +29,13 @@ def available(meminfo: Path = MEMINFO) -> int | None:
 
 
 def memory_left(cgroup: Path = CGROUP, mount: Path = MOUNT) -> int | None:
-    """Bytes until the tightest of the groups is full; None where none of them has a limit."""
+    """Bytes left in the most restrictive control group; None if no group has a limit."""
     found = [left for folder, names in _groups(cgroup, mount) for left in [_left(folder, *names)] if left is not None]
     return max(min(found), 0) if found else None
 
 
 def _groups(cgroup: Path, mount: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """Each group from this process's up to the root; one that a container does not see is left out."""
+    """The control groups from that of this process up to the root; skips those a container cannot see."""
     for number, controllers, path in re.findall(r"^(\d+):([^:]*):/(.*)$", _text(cgroup), re.MULTILINE):
         if number == "0":
             top, names = mount, VERSION_2
@@ -54,9 +51,9 @@ def _groups(cgroup: Path, mount: Path) -> Iterator[tuple[Path, tuple[str, str, s
 
 def _left(folder: Path, limit: str, usage: str, droppable: str) -> int | None:
     most, used = _text(folder / limit).strip(), _text(folder / usage).strip()
-    if not (most.isdigit() and used.isdigit()):  # version 2 says "max" where there is none
+    if not (most.isdigit() and used.isdigit()):  # version 2 has "max" for no limit
         return None
-    if int(most) >= 1 << 62:  # version 1 has the largest number there is instead
+    if int(most) >= 1 << 62:  # version 1 has a huge number instead
         return None
     cached = re.search(rf"^{droppable} (\d+)$", _text(folder / "memory.stat"), re.MULTILINE)
     return int(most) - int(used) + (int(cached[1]) if cached else 0)

@@ -1,6 +1,6 @@
-"""The decoding loop, the only one: prefill, draw, feed back, until the model stops or a limit is reached.
+"""The decoding loop, shared by all commands: prefill, sample, feed back, until a stop token or a limit.
 
-Each step is one run of the engine, so that several answers can take turns and a user can stop one.
+Each step is one run of the engine, so that the server can interleave answers and a user can stop one.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from axrun.sequence import Array, Sequence
 
 EOS, LENGTH, CONTEXT = "eos", "length", "context"
 
-# The token behind ids, for logits [vocab] that stay as they are; from `start` on the ids are the answer's.
+# (logits [vocab], ids, start) -> next token after `ids`. Does not modify the logits; ids[start:] are the answer so far.
 Choose = Callable[[Logits, abc.Sequence[int], int], int]
 
 
 class Prefilled(NamedTuple):
-    """A chunk of the prompt is in the cache, up to token `done`; `hidden` are its hidden states [n, H]."""
+    """A prefilled chunk: `done` tokens of the prompt are in the cache; `hidden` [n, H] are its hidden states."""
 
     done: int
     hidden: Array
 
 
 class Token(NamedTuple):
-    """A token that was drawn, from `logits` [vocab], before any processor.
+    """A sampled token, with its raw `logits` [vocab].
 
-    `seconds` it took: the first one's is the time to first token. `stop` is empty, or why the answer ends with it: eos
-    (a stop token, which is none of the answer's), length (max_tokens) or context.
+    `seconds` is the time it took; for the first one, the time to first token. `stop` is the reason if the answer ends
+    here: eos (a stop token, not part of the answer), length (max_tokens) or context; else empty.
     """
 
     id: int
@@ -44,11 +44,11 @@ class Token(NamedTuple):
 
 @dataclass
 class Stats:
-    """How a generation went. Rates are tokens a second.
+    """Statistics of a generation. Rates are in tokens per second.
 
-    `prompt_tokens` were prefilled, `reused` ones before them were in the cache. `steps` are the tokens drawn after the
-    first, in `decode_seconds`; the stopping one is among them, though it is none of the `tokens` of the answer. `stop`
-    is why it ended, as of a Token; empty while it runs.
+    `prompt_tokens` were prefilled; `reused` tokens before them were already in the cache. `steps` counts the tokens
+    sampled after the first one, in `decode_seconds`, including a stop token, which is not counted in `tokens`. `stop`
+    is the reason for the end, as in Token; empty while running.
     """
 
     prompt_tokens: int = 0
@@ -65,7 +65,7 @@ class Stats:
 
     @property
     def decode_rate(self) -> float:
-        """The first token excluded, as the vendor's newest runner counts."""
+        """Excludes the first token, like the vendor's newest runner."""
         return self.steps / self.decode_seconds if self.decode_seconds else 0.0
 
 
@@ -79,12 +79,12 @@ def steps(
     reuse: int | None = None,
     stats: Stats | None = None,
 ) -> Iterator[Prefilled | Token]:
-    """Answers a prompt: the sequence becomes the prompt and then the answer, except for its last token.
+    """Generates an answer. Afterwards the sequence holds the prompt and the answer without its last token.
 
-    The first `reuse` tokens of the sequence are kept, which are the prompt's too; None keeps as many as possible. Each
-    chunk of the prompt yields a Prefilled, then each token a Token; the next step overwrites their arrays. A caller may
-    stop between steps: the sequence then holds whole tokens. `max_tokens` None: up to the end of the context.
-    Raises BadInput when the prompt is empty or does not fit the context, CheckFailed for logits or layers that are not
+    Keeps the first `reuse` tokens of the sequence, which must equal those of the prompt; None: as many as possible.
+    Yields a Prefilled per chunk of the prompt, then a Token per token; the next step overwrites their arrays. A caller
+    may stop between steps; the sequence is then consistent. `max_tokens` None: up to the end of the context.
+    Raises BadInput if the prompt is empty or does not fit the context, CheckFailed for logits or layers that are not
     finite.
     """
     stats = Stats() if stats is None else stats
@@ -124,7 +124,7 @@ def steps(
 
 
 def forced(tokens: abc.Sequence[int]) -> Choose:
-    """Chooses given tokens, whatever the logits are, and 0 after the last one (teacher forcing)."""
+    """Teacher forcing: chooses the given tokens whatever the logits are, and 0 after the last one."""
     return lambda logits, ids, start: tokens[len(ids) - start] if len(ids) - start < len(tokens) else 0
 
 
@@ -138,7 +138,7 @@ def generate(
     seed: int | None = None,
     stats: Stats | None = None,
 ) -> Iterator[Token]:
-    """The tokens of an answer, as of `steps`; a stop token is not yielded."""
+    """Yields the tokens of an answer, without the stop token; arguments as for `steps`."""
     for step in steps(sequence, prompt, Sampler(sampling, seed), max_tokens, stop_ids, stats=stats):
         if isinstance(step, Token) and step.stop != EOS:
             yield step

@@ -1,4 +1,4 @@
-"""The keys and values of past tokens, one buffer a layer, and the masks that say which of them a token sees."""
+"""The KV cache, one buffer per layer, and the attention masks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Array = NDArray[Any]
 class KVCache:
     """Row i of `keys[layer]` and `values[layer]`, each [1, rows, width], belongs to the token at position i.
 
-    `length` rows hold tokens. The mask hides what is behind them, except a NaN: so those rows are finite, or zero.
+    `length` rows hold tokens. Rows after them must be finite: the mask hides any value except a NaN.
     """
 
     keys: Sequence[Array]
@@ -33,16 +33,16 @@ class KVCache:
         self.values[layer][:, position:stop] = values
 
     def truncate(self, length: int) -> None:
-        """Forgets the tokens from position `length` on."""
+        """Drops the tokens from position `length` on."""
         if not 0 <= length <= self.length:
-            raise ValueError(f"cannot go to length {length} of a cache that holds {self.length} tokens")
-        end, self.length = self.length, length  # first: who interrupts this finds no token whose rows are gone
+            raise ValueError(f"cannot truncate a cache of {self.length} tokens to {length}")
+        end, self.length = self.length, length  # first, so that an interrupt cannot leave tokens without rows
         if length < end:
             for array in (*self.keys, *self.values):
                 array[:, length:end] = 0
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Drops all tokens."""
         self.truncate(0)
 
     @property
@@ -51,7 +51,7 @@ class KVCache:
 
 
 def visible_and_blocked(dtype: str) -> tuple[Any, Any]:
-    """The mask's two values in the carrier of a FLOAT, FLOAT16 or BFLOAT16 tensor; FLOAT16 has no -65536."""
+    """The two values of a mask, in the numpy type of a FLOAT, FLOAT16 or BFLOAT16 tensor; FLOAT16 has no -65536."""
     lowest = max(BLOCKED, -65504.0) if dtype == "FLOAT16" else BLOCKED
     visible, blocked = from_float32(np.array([0.0, lowest], np.float32), dtype)
     return visible, blocked
@@ -60,8 +60,8 @@ def visible_and_blocked(dtype: str) -> tuple[Any, Any]:
 def fill_mask(mask: Array, past: int, count: int, visible: Any, blocked: Any) -> None:
     """Writes a mask [1, M, T + M] for `count` tokens after `past` cached ones (past <= T, count <= M).
 
-    Token j sees the cached rows 0..past-1, and of the current ones 0..j. Rows from `count` on are padding: they see
-    themselves only, which keeps their softmax finite.
+    Token j attends to the cached rows 0..past-1 and to the new rows 0..j. Rows from `count` on are padding and attend
+    only to themselves, which keeps their softmax finite.
     """
     tokens = mask.shape[1]
     history = mask.shape[2] - tokens
@@ -73,7 +73,7 @@ def fill_mask(mask: Array, past: int, count: int, visible: Any, blocked: Any) ->
 
 
 def hide_before_window(mask: Array, past: int, count: int, window: int, blocked: Any) -> None:
-    """Blocks in a mask of `fill_mask` what lies `window` tokens and more before a token."""
+    """Blocks rows at a distance of `window` tokens or more in a mask of `fill_mask`."""
     tokens = mask.shape[1]
     history = mask.shape[2] - tokens
     distance = np.arange(past, past + count)[:, None] - np.arange(past)[None, :]

@@ -1,4 +1,4 @@
-"""A bundle becomes a model: held against its manifest if asked, then against memory, then loaded part by part."""
+"""Loading of a bundle: verify it if requested, check the free memory, load it part by part."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Say = Callable[[str], None]
 
 
 def silent(text: str) -> None:
-    """Where nobody listens."""
+    """Default callback: discards the text."""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How a bundle is loaded, and who is told.
+    """Options and callbacks for loading a bundle.
 
-    `verify` holds every file against the manifest first. `threads` None: one for each CPU. `allow` is asked where
-    memory is too small. `say` gets console lines, `progress` how far the work is.
+    `verify`: verify every file against the manifest first. `threads` None: one per CPU. `allow` decides whether to
+    continue if memory is too small. `say` receives console lines, `progress` the progress.
     """
 
     verify: bool = False
@@ -36,13 +36,13 @@ class Loading:
     progress: Show = unseen
 
     def open(self, path: Path) -> Bundle:
-        """Raises BadInput for a bundle that cannot be used, CheckFailed when it is not as built."""
+        """Raises BadInput for a bundle that cannot be used, CheckFailed if it fails verification."""
         if self.verify:
             bundles.verify(path)
         return Bundle.open(path)
 
     def load(self, bundle: Bundle) -> Model:
-        """Raises BadInput when memory is too small and `allow`, asked with the numbers, says no."""
+        """Raises BadInput if memory is too small and `allow(message)` returns False."""
         require(bundle, self.engine, self.allow)
         parts = iter(range(1, bundle.layers + 3))
 
@@ -56,7 +56,7 @@ DEFAULTS = Loading()
 
 
 def describe(model: Model, bundle: Bundle) -> Iterator[str]:
-    """What the vendor's runner says of a loaded model; there too, a group without history counts as one of 1 row."""
+    """The lines the vendor's runner prints for a loaded model; like it, counts no history as 1 row."""
     prefill = [group for group in model.decoder.groups if group.tokens > 1]
     yield f"max_token_len : {model.context}"
     yield f"kv_cache_size : {model.decoder.kv_size}, kv_cache_num: {model.context}"

@@ -1,4 +1,4 @@
-"""What ran a measurement: CPU, board and memory, as the kernel tells them."""
+"""Description of the machine that ran a measurement: CPU, board and memory, as reported by the kernel."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 
 PROC = Path("/proc")
 
-# Where /proc/cpuinfo has numbers only: part numbers of Arm (implementer 0x41), from each core's MIDR_EL1 in its
-# technical reference manual.
+# Names for Arm part numbers (implementer 0x41), as /proc/cpuinfo has only numbers. Source: MIDR_EL1 in the technical
+# reference manual of each core.
 ARM_PARTS = {
     0xD03: "Cortex-A53",
     0xD04: "Cortex-A35",
@@ -30,7 +30,7 @@ ARM_PARTS = {
 
 @dataclass(frozen=True)
 class Machine:
-    """`cpus` are those this process may use; `board` is the device tree's model, empty where there is none."""
+    """`cpus` is the number of CPUs this process may use; `board` the device tree model, empty without a device tree."""
 
     cpu: str
     cpus: int
@@ -40,7 +40,7 @@ class Machine:
 
 
 def describe(proc: Path = PROC) -> Machine:
-    """The machine this process runs on."""
+    """Describes the machine this process runs on."""
     return Machine(
         cpu=_cpu(_text(proc / "cpuinfo")) or platform.machine(),
         cpus=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
@@ -51,9 +51,9 @@ def describe(proc: Path = PROC) -> Machine:
 
 
 def peak_memory(proc: Path = PROC) -> int | None:
-    """The most memory this process has had, bytes; None where the kernel does not say.
+    """Peak resident memory of this process in bytes; None if unknown.
 
-    Not getrusage's ru_maxrss, which begins with what the parent had.
+    Not getrusage's ru_maxrss, which a child process inherits from its parent.
     """
     found = re.search(r"^VmHWM:\s+(\d+) kB$", _text(proc / "self" / "status"), re.MULTILINE)
     return int(found[1]) << 10 if found else None

@@ -1,6 +1,6 @@
-"""Memory: what a bundle takes when it is loaded, and how much is left for it.
+"""Memory that a bundle needs, and the memory that is free.
 
-A vendor's axmodel lives in the NPU's contiguous memory (CMM), ours in the host's.
+The vendor's axmodels are loaded into the contiguous memory of the NPU (CMM), ours into host memory.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from axrun.model import POST_ROWS
 
 CMM_INFO = Path("/proc/ax_proc/mem_cmm_info")  # Axera's driver: total size=...,remain=<kb>KB(<mb>MB + <kb>KB)
 
-# An interpreter with numpy, tokenizers and an engine.
+# Memory of the interpreter with numpy, tokenizers and an engine.
 RUNTIME_BYTES = {"ax": 44 << 20, "ax-int8": 44 << 20, "ort": 80 << 20}
-# What onnxruntime takes of an axmodel's size, by weight type: (once it is loaded, more while it is being loaded). It
-# widens 16-bit weights, and packs matrices into copies. Seen with onnxruntime 1.31 on Qwen2-0.5B.
+# Memory of onnxruntime relative to the size of the axmodel, by weight type: (after loading, additional while loading).
+# It widens 16-bit weights and packs copies of matrices. Measured with onnxruntime 1.31 on Qwen2-0.5B.
 ORT_COPIES = {"s8": (1.5, 3.0), "s4": (1.2, 3.0), "bf16": (2.1, 5.0), "fp16": (2.1, 5.0), "fp32": (1.4, 2.0)}
-MAPPED = (1.0, 0.0)  # the other engines compute from the file
+MAPPED = (1.0, 0.0)  # the other engines work on the mapped file
 
 Allow = Callable[[str], bool]
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes. The embedding table is not among them: it is mapped, and read a row a token."""
+    """Memory needs in bytes, without the embedding table: it is mapped, and only one row per token is read."""
 
     weights: int
     kv_cache: int
@@ -43,17 +43,17 @@ class Needs:
 
 @dataclass(frozen=True)
 class Shortage:
-    """`total` bytes are needed and `left` are there, of `what`: memory or CMM."""
+    """`needs.total` bytes are needed and `left` bytes are free, of `what`: memory or CMM."""
 
     needs: Needs
     left: int
     what: str
 
     def text(self) -> str:
-        """One line, with the numbers."""
+        """A one-line message with the numbers."""
         needs = self.needs
         parts = f"weights {needs.weights >> 20}, K/V {needs.kv_cache >> 20}, buffers {needs.buffers >> 20}"
-        return f"the bundle needs {needs.total >> 20} MB of {self.what} ({parts}), {self.left >> 20} MB are left"
+        return f"the bundle needs {needs.total >> 20} MB of {self.what} ({parts}), {self.left >> 20} MB are free"
 
 
 def refuse(shortage: str) -> bool:
@@ -64,17 +64,19 @@ def refuse(shortage: str) -> bool:
 def require(
     bundle: Bundle, engine: str, allow: Allow = refuse, cmm_info: Path = CMM_INFO, meminfo: Path = MEMINFO
 ) -> None:
-    """Holds what a bundle needs against what is left; where it is too little, `allow` may let it pass all the same.
+    """Raises BadInput if a bundle needs more memory than is free, unless `allow(message)` returns True.
 
-    Raises BadInput. What is not known, as on a system without /proc, is not held against anything.
+    Does nothing if the free memory is unknown, e.g. on a system without /proc.
     """
     found = shortage(bundle, engine, cmm_info, meminfo)
     if found is not None and not allow(found.text()):
-        raise BadInput(f"{found.text()}\nEnd other programs or build with a smaller --kv_cache_len; --force tries it.")
+        raise BadInput(
+            f"{found.text()}\nStop other programs or build with a smaller --kv_cache_len; --force tries anyway."
+        )
 
 
 def shortage(bundle: Bundle, engine: str, cmm_info: Path = CMM_INFO, meminfo: Path = MEMINFO) -> Shortage | None:
-    """What is too little for the bundle; None where it fits, or where nothing is known."""
+    """The shortage of memory for the bundle; None if it fits or the free memory is unknown."""
     needed = needs(bundle, engine)
     cmm = cmm_left(cmm_info) if bundle.maker == "pulsar2" else None
     left, what = (available(meminfo), "memory") if cmm is None else (cmm, "CMM")
@@ -82,7 +84,7 @@ def shortage(bundle: Bundle, engine: str, cmm_info: Path = CMM_INFO, meminfo: Pa
 
 
 def needs(bundle: Bundle, engine: str) -> Needs:
-    """What the bundle takes at its peak, which may be while its largest axmodel is being loaded."""
+    """The peak memory of the bundle, which may occur while its largest axmodel is loaded."""
     weights = loading = 0.0
     for path in (*map(bundle.layer_path, range(bundle.layers)), bundle.post_path):
         flag = "post_weight_type" if path == bundle.post_path else "weight_type"
@@ -102,7 +104,7 @@ def needs(bundle: Bundle, engine: str) -> Needs:
 
 
 def remaining(cmm_info: Path = CMM_INFO, meminfo: Path = MEMINFO) -> str:
-    """As the vendor's runner prints it: `remain_cmm(2048 MB)`, or `remain_mem(...)`; empty where neither is known."""
+    """Free memory as the vendor's runner prints it: `remain_cmm(2048 MB)` or `remain_mem(...)`; empty if unknown."""
     cmm, memory = cmm_left(cmm_info), available(meminfo)
     if cmm is not None:
         return f"remain_cmm({cmm >> 20} MB)"
@@ -110,7 +112,7 @@ def remaining(cmm_info: Path = CMM_INFO, meminfo: Path = MEMINFO) -> str:
 
 
 def cmm_left(cmm_info: Path = CMM_INFO) -> int | None:
-    """Bytes of contiguous memory that the NPU's driver can still give; None where there is no such driver."""
+    """Free bytes of contiguous memory (CMM); None without the NPU driver."""
     found = re.search(r"total size.*?remain=(\d+)KB\(", _text(cmm_info))
     return int(found[1]) << 10 if found else None
 

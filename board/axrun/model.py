@@ -22,14 +22,14 @@ from axrun.session import Binding, Session, open_session
 Array = NDArray[Any]
 Logits = NDArray[np.float32]
 
-POST_ROWS = 32  # rows of hidden states a flexible engine turns into logits at a time
+POST_ROWS = 32  # rows per run of the post model on a flexible engine
 
 
 class Embedding:
-    """The table [vocab, hidden] of a bundle, mapped from its bfloat16 file."""
+    """The embedding table [vocab, hidden] of a bundle, memory-mapped from its bfloat16 file."""
 
     def __init__(self, path: str | os.PathLike[str], vocab_size: int, hidden_size: int, dtype: str) -> None:
-        """Rows come in the carrier of `dtype`. Raises BadInput when the file has another size."""
+        """`dtype` is the type of the returned rows. Raises BadInput if the file has another size."""
         expected = vocab_size * hidden_size * 2
         seen = os.path.getsize(path)
         if seen != expected:
@@ -41,7 +41,7 @@ class Embedding:
         self._dtype = dtype
 
     def __call__(self, ids: Sequence[int]) -> Array:
-        """Hidden states [n, hidden]. Raises BadInput for an id the table does not have."""
+        """Hidden states [n, hidden] of token ids. Raises BadInput for an id outside the table."""
         wrong = [token for token in ids if not 0 <= token < len(self._table)]
         if wrong:
             raise BadInput(
@@ -52,10 +52,10 @@ class Embedding:
 
 
 class Post:
-    """Final norm and lm_head."""
+    """The post model: final norm and lm_head."""
 
     def __init__(self, session: Session) -> None:
-        """Raises BadInput when the session is no post model's."""
+        """Raises BadInput if the session is not that of a post model."""
         self.session = session
         group = session.groups[0]
         infos = {info.name: info for info in group.inputs + group.outputs}
@@ -71,7 +71,7 @@ class Post:
     def __call__(self, hidden: Array) -> Logits:
         """float32 logits [n, vocab] of hidden states [n, H]; the next call may overwrite them.
 
-        Raises CheckFailed when one is not finite.
+        Raises CheckFailed if one is not finite.
         """
         if len(hidden) > self._rows:
             cuts = range(self._rows, len(hidden), self._rows)
@@ -104,13 +104,13 @@ class Post:
 
 
 class Model:
-    """Embedding, layers and post of a bundle, with one K/V cache."""
+    """Embedding, layers and post model of a bundle, with one KV cache."""
 
     def __init__(self, embedding: Embedding, decoder: Decoder, post: Post) -> None:
         self.embedding, self.decoder, self.post = embedding, decoder, post
 
     def another(self) -> Model:
-        """The same model with a cache of its own."""
+        """The same model with a separate KV cache."""
         return Model(self.embedding, Decoder(self.decoder.sessions), self.post)
 
     @classmethod
@@ -123,7 +123,7 @@ class Model:
     ) -> Model:
         """Loads every axmodel of the bundle; `progress(what)` is called after each part.
 
-        Raises BadInput when a file cannot be loaded or is not what the manifest says.
+        Raises BadInput if a file cannot be loaded or does not match the manifest.
         """
         hidden_type = FLOATS[bundle.hidden_state_type]
         embedding = Embedding(bundle.embedding_path, bundle.vocab_size, bundle.hidden_size, hidden_type)
@@ -155,12 +155,12 @@ class Model:
 
     @property
     def length(self) -> int:
-        """Tokens in the K/V cache: where the next one goes."""
+        """Number of tokens in the KV cache; the position of the next one."""
         return self.decoder.cache.length
 
     @property
     def context(self) -> int:
-        """Tokens that fit."""
+        """Maximum number of tokens."""
         return self.decoder.context
 
     def forward(
@@ -168,10 +168,10 @@ class Model:
     ) -> Logits:
         """float32 logits after the last of `ids` [vocab], or after every one [n, vocab].
 
-        The tokens go to `position`, position + 1, ...: the cache's length unless given. What the cache holds from there
-        on is replaced. The last token's logits are overwritten by the next call.
-        Raises BadInput when there are no tokens, or more than fit the context, CheckFailed when a layer or a logit is
-        not finite.
+        The tokens get the positions from `position` on (default: the cache length), and replace what the cache holds
+        there. The next call overwrites the returned array.
+        Raises BadInput for no tokens or more than fit the context, CheckFailed if a layer or the logits are not
+        finite.
         """
         if logits == "all":
             return np.concatenate([rows.copy() for rows in self.blocks(ids, position)])
@@ -180,25 +180,25 @@ class Model:
         return self.post(last).reshape(-1)
 
     def blocks(self, ids: Sequence[int], position: int | None = None) -> Iterator[Logits]:
-        """What `forward` gives after every token, a few rows [n, vocab] at a time; the next overwrite them."""
+        """Logits after every token, as `forward`, a few rows [n, vocab] at a time; each overwrites the previous."""
         for _, hidden in self.hidden(ids, position):
             yield from self.logits(hidden)
 
     def logits(self, hidden: Array) -> Iterator[Logits]:
-        """float32 logits of hidden states [n, H], a few rows [n, vocab] at a time; the next overwrite them."""
+        """float32 logits of hidden states [n, H], a few rows [n, vocab] at a time; each overwrites the previous."""
         for start in range(0, len(hidden), POST_ROWS):
             yield self.post(hidden[start : start + POST_ROWS])
 
     def hidden(self, ids: Sequence[int], position: int | None = None) -> Iterator[tuple[Chunk, Array]]:
-        """Hidden states [n, H] of the tokens, chunk by chunk; the next overwrite them. Arguments as of `forward`."""
+        """Hidden states [n, H] by chunk; each overwrites the previous ones. Arguments as for `forward`."""
         if not len(ids):
-            raise BadInput("there is no token to start from: the prompt is empty")
+            raise BadInput("the prompt is empty; at least one token is needed")
         return self.decoder.run(self.embedding(ids), self.length if position is None else position)
 
 
 def _expect(path: Path, part: str) -> None:
-    """Raises BadInput when one of our axmodels is in another's place."""
+    """Raises BadInput if a file holds another part of the model."""
     model = axmodel.read(path)
     seen = f"layer {model.layer}" if model.kind == "layer" else model.kind
     if model.ours and seen != part:
-        raise BadInput(f"{path} holds {seen}, expected {part}: files are swapped\nBuild or copy the bundle again.")
+        raise BadInput(f"{path} holds {seen}, expected {part}: files were swapped\nBuild or copy the bundle again.")

@@ -11,7 +11,7 @@ BAR = 20  # characters
 
 @dataclass(frozen=True)
 class Progress:
-    """`done` of `total` parts; `what` says which."""
+    """`done` of `total` parts are finished; `what` describes the current one."""
 
     done: int
     total: int
@@ -22,7 +22,7 @@ class Progress:
 
     @property
     def bar(self) -> str:
-        """The same with a bar."""
+        """The text with a progress bar."""
         full = BAR * self.done // max(self.total, 1)
         return f"[{self.done}/{self.total}] {'#' * full:.<{BAR}} {self.what}"
 
@@ -31,11 +31,11 @@ Show = Callable[[Progress], None]
 
 
 def unseen(progress: Progress) -> None:
-    """Default of callers that show nothing."""
+    """Default callback: shows nothing."""
 
 
 def show(progress: Progress) -> None:
-    """On stderr: a bar that grows on a terminal, a line each elsewhere."""
+    """Shows progress on stderr: a bar on a terminal, one line per step elsewhere."""
     if sys.stderr.isatty():
         print(
             f"\r\x1b[K{progress.bar}", end="\n" if progress.done == progress.total else "", file=sys.stderr, flush=True
@@ -45,12 +45,12 @@ def show(progress: Progress) -> None:
 
 
 def show_on_terminal(progress: Progress) -> None:
-    """As `show` on a terminal; nothing elsewhere."""
+    """Like `show` on a terminal; shows nothing elsewhere."""
     if sys.stderr.isatty():
         show(progress)
 
 
 def mention(line: str) -> None:
-    """A detail of the current part: overwrites the line of a terminal, and is dropped elsewhere."""
+    """Shows a detail of the current step: overwrites the line on a terminal; shows nothing elsewhere."""
     if sys.stderr.isatty():
         print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Ask a bundle one question: load it, give it the prompt, stream the answer, say how fast it went."""
+"""axrun run: load a bundle, prefill the prompt, stream the answer, report the speed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENDINGS = {"eos": "hit eos", "length": "max_tokens reached", "context": "context
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer's text and token ids, and how it went."""
+    """Text and token ids of the answer, with statistics."""
 
     text: str
     ids: tuple[int, ...]
@@ -45,10 +45,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Options:
-    """How to answer. What is not None in `sampling` overrides post_config.json.
+    """Options of an answer. Values in `sampling` that are not None override post_config.json.
 
-    `generation_config`: tokens are drawn as the checkpoint's file of that name says, and not as post_config.json does.
-    `parse_special`: special tokens that a message spells are control tokens, not text.
+    `generation_config`: use the sampling settings of the checkpoint's generation_config.json, not of post_config.json.
+    `parse_special`: special tokens spelled in a message are control tokens, not text.
     """
 
     system: str | None = None
@@ -66,9 +66,9 @@ class Options:
             raise BadInput(f"seed is {self.seed}, expected at least 0")
 
     def sampling_of(self, bundle: Bundle, say: Say) -> Sampling:
-        """How tokens are drawn from a bundle; what its checkpoint asks for and does not get is said.
+        """The sampling settings for a bundle. Reports settings of its checkpoint that are not applied.
 
-        Raises BadInput for a value out of range, here or in its files.
+        Raises BadInput for a value out of range, in the options or in the files.
         """
         sampling, remark = sampling_of(bundle, self.generation_config, **self.sampling)
         if remark:
@@ -78,7 +78,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Question:
-    """`raw` leaves out the chat template."""
+    """A prompt with its options; `raw`: without the chat template."""
 
     prompt: str
     raw: bool = False
@@ -86,9 +86,9 @@ class Question:
 
 
 def run(path: Path, question: Question, loading: Loading = DEFAULTS, write: Say = silent) -> Answer:
-    """Loads a bundle and answers. `write` gets the answer's text as it comes.
+    """Loads a bundle and answers a question. `write` receives the text as it is generated.
 
-    Raises BadInput for a bundle, a prompt or a value that cannot be used, CheckFailed when the bundle is not as built.
+    Raises BadInput for an unusable bundle, prompt or option, CheckFailed if the bundle fails verification.
     """
     bundle, options, say = loading.open(path), question.options, loading.say
     sampling = options.sampling_of(bundle, say)

@@ -1,10 +1,9 @@
-"""A sequence: token ids and their K/V in a model's cache. What a prompt has in common with it is not computed again.
+"""A sequence of token ids with its KV cache, which reuses the prefix that it shares with the next prompt.
 
-What is reused is the longest beginning that the sequence and a prompt share, so that a further turn of a conversation
-costs what is new in it. Rows of K/V that were computed in other chunks may differ in their last bits, and once in a
-long while so does a token. Where answers must not depend on what happened to be in the cache, an `exact` sequence
-reuses only what a run from the start would compute in the very same chunks: whole prefill chunks, from the beginning
-on.
+A further turn of a conversation therefore costs only its new tokens. K/V rows that were computed in other chunks may
+differ in their last bits, which can rarely change a token. If answers must not depend on the previous content of the
+cache, use an `exact` sequence: it reuses only whole prefill chunks from the start, which any run would compute
+identically.
 """
 
 from __future__ import annotations
@@ -22,31 +21,31 @@ Array = NDArray[Any]
 
 
 class Sequence:
-    """`ids` are the tokens in the cache of `model`, which is the sequence's own and empty to begin with."""
+    """`ids` are the tokens in the cache of `model`, which the sequence owns and which must be empty at first."""
 
     def __init__(self, model: Model, exact: bool = False) -> None:
         self.model = model
         self.ids: list[int] = []
         self._wants_exact = exact
-        self._exact = 0  # tokens from the start on whose rows any run would have computed alike
+        self._exact = 0  # tokens whose rows were computed in whole chunks from the start
         model.decoder.cache.reset()
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
+        """Number of tokens in the cache."""
         return len(self.ids)
 
     @property
     def context(self) -> int:
-        """Tokens that fit."""
+        """Maximum number of tokens."""
         return self.model.context
 
     def common(self, ids: abc.Sequence[int]) -> int:
-        """How many tokens its own begin with, too."""
+        """Length of the prefix shared with `ids`."""
         return common_prefix(ids, self.ids)
 
     def reusable(self, ids: abc.Sequence[int]) -> int:
-        """How many of the tokens need not be computed again; never all, for the last one's logits are wanted."""
+        """Number of tokens that need not be computed again; never all, since the logits of the last one are needed."""
         common = self.common(ids)
         if not self._wants_exact:
             return max(min(common, len(ids) - 1), 0)
@@ -59,24 +58,24 @@ class Sequence:
         return reused
 
     def truncate(self, length: int) -> None:
-        """Forgets the tokens from `length` on."""
-        del self.ids[length:]  # first: an interrupt here must not leave tokens whose rows are gone
+        """Drops the tokens from `length` on."""
+        del self.ids[length:]  # first, so that an interrupt cannot leave tokens without rows
         self._exact = min(self._exact, len(self.ids))
         cache = self.model.decoder.cache
         cache.truncate(min(len(self.ids), cache.length))
 
     def reset(self) -> None:
-        """Forgets everything, and whatever a step that failed has left."""
+        """Drops all tokens, and clears rows that a failed step left."""
         self.ids, self._exact = [], 0
         cache = self.model.decoder.cache
         cache.length = cache.keys[0].shape[1]
         cache.reset()
 
     def extend(self, ids: abc.Sequence[int]) -> Iterator[Array]:
-        """Hidden states [n, H] of further tokens, chunk by chunk; the next overwrites them.
+        """Appends tokens; yields their hidden states [n, H] by chunk, each overwriting the previous ones.
 
-        Raises BadInput when the tokens are none or do not fit the context, CheckFailed when a layer gives what is not
-        finite. However it ends, the sequence holds the tokens whose rows are computed.
+        Raises BadInput for no tokens or more than fit the context, CheckFailed if a layer returns values that are not
+        finite. Even then, the sequence holds exactly the tokens whose rows are complete.
         """
         start = len(self.ids)
         for chunk, hidden in self.model.hidden(ids, start):
@@ -86,20 +85,20 @@ class Sequence:
             yield hidden
 
     def score(self, ids: abc.Sequence[int]) -> Iterator[Logits]:
-        """float32 logits after each of further tokens, a few rows [n, vocab] at a time; the next overwrite them."""
+        """Appends tokens; yields float32 logits after each, a few rows [n, vocab] at a time (reused buffer)."""
         for hidden in self.extend(ids):
             yield from self.model.logits(hidden)
 
     def _whole(self, chunk: Chunk) -> int:
-        """Tokens of the chunk at the same place in an endless prompt."""
+        """Number of tokens that the chunk at this position has in a prompt of unlimited length."""
         return next(self.model.decoder.chunks(chunk.position, self.context - chunk.position)).count
 
 
 def common_prefix(one: abc.Sequence[int], other: abc.Sequence[int]) -> int:
-    """How many tokens both begin with."""
+    """Length of the common prefix."""
     one, other = list(one), list(other)
     least, most = 0, min(len(one), len(other))
-    while least < most:  # halves are compared in C
+    while least < most:  # binary search: slices are compared in C
         middle = (least + most + 1) // 2
         if one[least:middle] == other[least:middle]:
             least = middle

@@ -204,7 +204,10 @@ def test_names_that_only_transformers_knows_reach_the_template(plain: Path) -> N
     ("files", "words"),
     [
         ({"chat_template.jinja": "{% for m in messages %}{{ m.content }"}, "the chat template is damaged"),
-        ({"chat_template.jinja": "{% for m in messages %}{{ m.role }}{% endfor %}"}, "drops what the user says"),
+        (
+            {"chat_template.jinja": "{% for m in messages %}{{ m.role }}{% endfor %}"},
+            "drops the content of user messages",
+        ),
         (
             {"chat_template.jinja": "{{ messages[0].content | nothing }}"},
             "damaged: chat_template.jinja line 1: .*nothing",
@@ -239,7 +242,7 @@ def test_without_a_tokenizer_there_is_nothing_to_prove(plain: Path) -> None:
     made = write(plain)
     said = ["no tokenizer (tokenizer.json or another's file): the bundle takes token ids only"]
     assert (made.tokenizer, made.remarks, made.manifest()) == (None, said, {"stop_ids": {}})
-    with pytest.raises(BadInput, match="has no tokenizer, so there is no way to ask"):
+    with pytest.raises(BadInput, match="has no tokenizer"):
         Tokenizer.open(plain.with_name("hf"))
 
 

@@ -1,4 +1,4 @@
-"""What the board's tests share: loaded bundles, transformers' model of the same checkpoint, a text for both."""
+"""Fixtures of the runner tests: loaded bundles, the same checkpoint in transformers, a text for both."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LinearFile = Callable[..., Path]
 
 @pytest.fixture(scope="session", params=sorted(ENGINES))
 def engine(request: pytest.FixtureRequest) -> str:
-    """Each engine there is; what loads a model by a fixture runs on every one."""
+    """Each engine; tests that load a model with a fixture run on all of them."""
     return str(request.param)
 
 
@@ -40,14 +40,14 @@ def _loaded_s8(bundle_s8: Path, engine: str) -> Model:
 
 @pytest.fixture
 def model_fp32(_loaded_fp32: Model) -> Model:
-    """float32 throughout, with nothing in the cache."""
+    """float32 throughout, with an empty cache."""
     _loaded_fp32.decoder.cache.reset()
     return _loaded_fp32
 
 
 @pytest.fixture
 def model_s8(_loaded_s8: Model) -> Model:
-    """s8 weights, bfloat16 hidden state, with nothing in the cache."""
+    """s8 weights, bfloat16 hidden state, with an empty cache."""
     _loaded_s8.decoder.cache.reset()
     return _loaded_s8
 
@@ -66,7 +66,7 @@ def hf_tokenizer(tiny_qwen2: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def heldout(tiny_qwen2: Path, hf_tokenizer: Any) -> list[int]:
-    """Token ids of a text the model was not trained on: 255, a whole context."""
+    """255 token ids (the whole context) of a text the model was not trained on."""
     return list(hf_tokenizer(tiny_qwen2.joinpath("heldout.txt").read_text())["input_ids"][:255])
 
 
@@ -79,9 +79,9 @@ def heldout_logits(reference: Any, heldout: list[int]) -> NDArray[np.float32]:
 
 @pytest.fixture
 def linear_file(tmp_path: Path) -> LinearFile:
-    """Writes an axmodel that is one linear layer: input [1, M, in] -> output [1, M, out], both float32.
+    """Writes an axmodel with one linear layer: input [1, M, in] -> output [1, M, out], both float32.
 
-    `parts` are the tensors of the weight: (dtype, dims, data), the first one the matrix.
+    `parts` are the tensors of the weight, (dtype, dims, data); the first is the matrix.
     """
 
     def write(parts: list[tuple[str, tuple[int, ...], NDArray[Any]]], **attributes: int) -> Path:

@@ -1,4 +1,4 @@
-"""axrun bench: what it reports adds up, and belongs to what it says it belongs to."""
+"""axrun bench: the report is consistent, and describes the bundle, machine and engine that ran."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ENGINES = {
 }
 
 
-def test_json_has_every_figure_and_what_ran_it(
+def test_json_has_all_figures_and_the_environment(
     bundle_s8: Path, engine: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--prompt-lengths", "5,40", "--depths", "0,100", "--tokens", "4", "--repeat", "3", "--threads", "1"]
@@ -104,20 +104,20 @@ def test_the_tables(bundle_s8: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--tokens", "1"], "--tokens 1"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(
+def test_invalid_options_are_refused(
     bundle_s8: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
 ) -> None:
     assert main(["bench", str(bundle_s8), *flags]) == 2
     assert words in capsys.readouterr().err
 
 
-def test_numbers_are_numbers(bundle_s8: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_must_be_numbers(bundle_s8: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["bench", str(bundle_s8), "--depths", "many"])
     assert "--depths" in capsys.readouterr().err
 
 
-def test_a_board_is_told_by_its_device_tree_and_its_cores(tmp_path: Path) -> None:
+def test_a_board_is_identified_by_device_tree_and_cores(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(ARM)
     (tmp_path / "device-tree").mkdir()
     (tmp_path / "device-tree" / "model").write_bytes(b"Axera AX650N demo\0")
@@ -125,7 +125,7 @@ def test_a_board_is_told_by_its_device_tree_and_its_cores(tmp_path: Path) -> Non
     assert (machine.cpu, machine.board) == ("2 x Cortex-A55", "Axera AX650N demo")
 
 
-def test_where_the_kernel_tells_nothing_the_architecture_is_told(tmp_path: Path) -> None:
+def test_the_architecture_is_the_fallback(tmp_path: Path) -> None:
     assert describe(tmp_path).cpu == platform.machine()
     assert describe(tmp_path).board == ""
     assert peak_memory(tmp_path) is None

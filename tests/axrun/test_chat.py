@@ -1,4 +1,4 @@
-"""Chat templates against transformers' apply_chat_template, in the styles of several families."""
+"""Chat templates compared with transformers' apply_chat_template, in the styles of several families."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ TALK = [
 
 @pytest.fixture
 def folder(tiny_qwen2: Path, tmp_path: Path) -> Path:
-    """tiny-qwen2's tokenizer without its template, and with the special tokens that templates name."""
+    """tiny-qwen2's tokenizer without its template, with the special tokens that the templates use."""
     shutil.copy(tiny_qwen2 / "tokenizer.json", tmp_path)
     config = json.loads((tiny_qwen2 / "tokenizer_config.json").read_text())
     del config["chat_template"]
@@ -87,7 +87,7 @@ def configure(folder: Path, **values: Any) -> None:
 
 
 def both(folder: Path, messages: list[dict[str, str]], **variables: Any) -> tuple[str, str]:
-    """The prompt by us and by transformers."""
+    """Our prompt and that of transformers."""
     template = ChatTemplate.find(folder)
     assert template is not None
     theirs: Any = transformers.AutoTokenizer.from_pretrained(folder)
@@ -98,9 +98,7 @@ def both(folder: Path, messages: list[dict[str, str]], **variables: Any) -> tupl
 @pytest.mark.parametrize("messages", [ASK, TALK])
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, MISTRAL, MARKED])
 @pytest.mark.parametrize("prompt", [True, False])
-def test_a_prompt_is_what_transformers_makes(
-    folder: Path, template: str, messages: list[dict[str, str]], prompt: bool
-) -> None:
+def test_prompts_match_transformers(folder: Path, template: str, messages: list[dict[str, str]], prompt: bool) -> None:
     configure(folder, chat_template=template)
     ours, theirs = both(folder, messages, add_generation_prompt=prompt)
     assert ours == theirs
@@ -108,7 +106,7 @@ def test_a_prompt_is_what_transformers_makes(
 
 
 @pytest.mark.parametrize("messages", [ASK, TALK])
-def test_the_shipped_models_prompt_is_what_transformers_makes(tiny_qwen2: Path, messages: list[dict[str, str]]) -> None:
+def test_prompts_of_the_shipped_model_match_transformers(tiny_qwen2: Path, messages: list[dict[str, str]]) -> None:
     ours, theirs = both(tiny_qwen2, messages)
     assert ours == theirs
 
@@ -121,7 +119,7 @@ def test_variables_reach_the_template(folder: Path) -> None:
     assert "sümme" in ours
 
 
-def test_of_several_templates_the_default_is_taken(folder: Path) -> None:
+def test_the_default_of_several_templates_is_used(folder: Path) -> None:
     configure(folder, chat_template=[{"name": "rag", "template": "no"}, {"name": "default", "template": CHATML}])
     ours, theirs = both(folder, TALK)
     assert ours == theirs
@@ -147,7 +145,7 @@ def test_a_folder_without_a_template_has_none(folder: Path) -> None:
     assert ChatTemplate.find(folder) is None
 
 
-def test_a_refusal_is_told_in_the_templates_words() -> None:
+def test_a_refusal_has_the_message_of_the_template() -> None:
     template = ChatTemplate(MISTRAL, {"bos_token": "<s>", "eos_token": "</s>"})
     with pytest.raises(BadInput, match="refuses these messages: After the optional system message"):
         template.render([{"role": "assistant", "content": "me first"}])
@@ -169,7 +167,7 @@ def test_a_template_cannot_leave_its_sandbox(source: str) -> None:
         ChatTemplate(source, {}).render(ASK)
 
 
-def test_a_damaged_template_is_named() -> None:
+def test_a_damaged_template_is_reported() -> None:
     with pytest.raises(BadInput, match=r"the chat template is damaged.*\n.*--raw"):
         ChatTemplate("{% for %}", {})
 
@@ -206,7 +204,7 @@ MIXED = "{% for m in messages %}{{ m.content | upper if m.role == 'system' else 
     ],
 )
 @pytest.mark.parametrize("typed", [False, True])
-def test_content_comes_in_the_form_that_the_template_takes(
+def test_content_has_the_form_that_the_template_reads(
     source: str, forms: dict[str, str], prompt: str, typed: bool
 ) -> None:
     template = ChatTemplate(source, {})
@@ -216,14 +214,14 @@ def test_content_comes_in_the_form_that_the_template_takes(
     assert template.render(template.fit(messages)) == prompt
 
 
-def test_a_template_may_want_a_system_message_first() -> None:
+def test_a_template_may_require_a_system_message() -> None:
     refuse = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
     assert ChatTemplate(refuse + EITHER, {}).forms["user"] == "string"
 
 
-def test_a_template_that_drops_the_question_gives_no_prompt() -> None:
+def test_a_template_that_drops_the_question_is_refused() -> None:
     template = ChatTemplate("{% for m in messages %}{{ m.role }}{% endfor %}", {})
-    with pytest.raises(BadInput, match=r"drops what the user says.*\n.*--raw"):
+    with pytest.raises(BadInput, match=r"drops the content of user messages.*\n.*--raw"):
         template.fit([{"role": "user", "content": "?"}])
 
 
@@ -237,7 +235,7 @@ def test_a_template_that_drops_the_question_gives_no_prompt() -> None:
         "{{ dict(a=1) }}{{ messages[0].items() | list | length }}",
     ],
 )
-def test_what_a_template_may_use_is_what_transformers_gives_it(folder: Path, source: str) -> None:
+def test_templates_have_the_functions_of_transformers(folder: Path, source: str) -> None:
     configure(folder, chat_template=source)
     messages: list[dict[str, Any]] = [{"role": "user", "content": "ü <1>", "reasoning": "so", "name": None}]
     ours, theirs = both(folder, messages)

@@ -1,4 +1,4 @@
-"""axrun as its user meets it: answers, lines, exit codes, and every kind of bad input."""
+"""The axrun command line: answers, console lines, exit codes, and bad input."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def axrun(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[st
 
 @pytest.fixture
 def copied(bundle_s8: Path, tmp_path: Path) -> Path:
-    """A bundle to damage."""
+    """A copy of a bundle, to damage."""
     return Path(shutil.copytree(bundle_s8, tmp_path / "bundle"))
 
 
@@ -41,7 +41,7 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_the_answer_is_alone_on_stdout_and_the_vendors_lines_on_stderr(bundle_s8: Path) -> None:
+def test_the_answer_goes_to_stdout_and_the_vendors_lines_to_stderr(bundle_s8: Path) -> None:
     done = axrun("run", bundle_s8, "--prompt", "1+1=")
     assert (done.returncode, done.stdout) == (0, "2\n")
     lines = done.stderr.splitlines()
@@ -70,7 +70,7 @@ def test_the_answer_is_alone_on_stdout_and_the_vendors_lines_on_stderr(bundle_s8
     assert len(lines) == 19
 
 
-def test_json_says_how_it_went(bundle_s8: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_answer_and_statistics(bundle_s8: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(bundle_s8), "--prompt", "12+30=", "--json", "--verify", "--threads", "1"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert (answer["text"], answer["stop"], answer["prompt_tokens"]) == ("42", "eos", 25)
@@ -78,12 +78,12 @@ def test_json_says_how_it_went(bundle_s8: Path, capsys: pytest.CaptureFixture[st
     assert answer["decode_tokens_per_s"] > 0
 
 
-def test_a_prompt_from_stdin_is_a_prompt(bundle_s8: Path) -> None:
+def test_a_prompt_from_stdin(bundle_s8: Path) -> None:
     done = axrun("run", bundle_s8, "--prompt", "-", "--raw", "--json", stdin="7+8=\n")
     assert json.loads(done.stdout)["text"] == "15"
 
 
-def test_max_tokens_is_not_called_eos(bundle_s8: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_max_tokens_is_reported_as_the_reason(bundle_s8: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(bundle_s8), "--prompt", "who are you?", "--max-tokens", "3"]) == 0
     out, err = capsys.readouterr()
     assert out.strip()
@@ -183,7 +183,7 @@ def _nothing(bundle: Path) -> None:
         (_nothing, ["--engine", "tpu"], 2, "unknown engine 'tpu'; there are: ax, ax-int8, ort"),
     ],
 )
-def test_bad_input_is_one_short_error(
+def test_bad_input_gives_a_short_error(
     copied: Path,
     capsys: pytest.CaptureFixture[str],
     damage: Callable[[Path], object],
@@ -200,7 +200,7 @@ def test_bad_input_is_one_short_error(
     assert message.count("\n") <= 3
 
 
-def test_a_checkpoint_in_place_of_a_bundle_is_told_how_it_becomes_one(
+def test_a_checkpoint_instead_of_a_bundle_names_the_build_command(
     tiny_qwen2: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["run", str(tiny_qwen2), "--prompt=1+1="]) == 2
@@ -211,7 +211,7 @@ def test_a_checkpoint_in_place_of_a_bundle_is_told_how_it_becomes_one(
     "arguments",
     [["run"], ["run", "x", "--prompt", "y", "--seed", "z"], ["fly"], ["model"], ["model", "x", "--repeat", "?"]],
 )
-def test_flags_that_cannot_be_read_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_flags_exit_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     err = capsys.readouterr().err
@@ -220,27 +220,27 @@ def test_flags_that_cannot_be_read_end_with_2(arguments: list[str], capsys: pyte
     assert len(err.splitlines()) <= 3
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+def test_a_missing_folder(tmp_path: Path) -> None:
     done = axrun("run", tmp_path / "nowhere", "--prompt", "x")
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: no bundle folder {tmp_path / 'nowhere'}\n")
     assert "Traceback" not in done.stderr
 
 
-def test_stdin_that_is_not_text(bundle_s8: Path) -> None:
+def test_stdin_that_is_not_utf8(bundle_s8: Path) -> None:
     command = [sys.executable, "-m", "axrun", "run", str(bundle_s8), "--prompt", "-"]
     done = subprocess.run(command, cwd=ROOT, input=b"ab\xff", capture_output=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (2, b"error: stdin is not UTF-8 at byte 2\n")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_ends_with_130(bundle_s8: Path, number: signal.Signals) -> None:
+def test_an_interrupt_exits_with_130(bundle_s8: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "axrun", "run", str(bundle_s8), "--prompt", "-"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdin
         process.stdin.write("1+")
         process.stdin.flush()
-        while _unread(process.stdin.fileno()):  # it is reading, past all imports
+        while _unread(process.stdin.fileno()):  # it is reading stdin, after all imports
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(number)
@@ -249,7 +249,7 @@ def test_an_interrupt_ends_with_130(bundle_s8: Path, number: signal.Signals) -> 
 
 
 def _unread(pipe: int) -> int:
-    """Bytes that are in a pipe, https://man7.org/linux/man-pages/man7/pipe.7.html"""
+    """The number of unread bytes in a pipe, https://man7.org/linux/man-pages/man7/pipe.7.html"""
     return int(struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0])
 
 
@@ -260,7 +260,7 @@ def test_a_closed_pipe_is_quiet(bundle_s8: Path) -> None:
     assert "BrokenPipe" not in done.stderr
 
 
-def test_help_names_every_command_and_imports_next_to_nothing() -> None:
+def test_help_lists_every_command_and_imports_little() -> None:
     script = (
         "import sys\nfrom axrun.cli import main\n"
         "try: main(['--help'])\nexcept SystemExit: pass\n"
@@ -280,8 +280,8 @@ def test_every_command_has_examples_in_its_help(verb: str, capsys: pytest.Captur
     assert f"\n  axrun {verb} " in capsys.readouterr().out
 
 
-def test_running_needs_nothing_of_the_compilers(bundle_s8: Path) -> None:
-    """A board has neither the toolchain nor its packages."""
+def test_running_needs_nothing_of_the_compiler(bundle_s8: Path) -> None:
+    """Boards have neither the toolchain nor its dependencies."""
     script = (
         "import sys\n"
         "for name in ('axc', 'onnx', 'onnxruntime', 'torch', 'transformers'): sys.modules[name] = None\n"
@@ -292,7 +292,7 @@ def test_running_needs_nothing_of_the_compilers(bundle_s8: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
-def test_an_engine_that_is_not_installed_is_said(bundle_s8: Path) -> None:
+def test_a_missing_engine_is_reported(bundle_s8: Path) -> None:
     script = (
         "import sys\nsys.modules['onnxruntime'] = None\nfrom axrun.cli import main\n"
         f"sys.exit(main(['run', {str(bundle_s8)!r}, '--prompt', '1+1=', '--engine', 'ort']))"
@@ -305,7 +305,7 @@ def test_an_engine_that_is_not_installed_is_said(bundle_s8: Path) -> None:
     ]
 
 
-def test_a_library_that_is_not_where_it_was_said_to_be(bundle_s8: Path, tmp_path: Path) -> None:
+def test_a_missing_library_is_reported(bundle_s8: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "axrun", "run", str(bundle_s8), "--prompt", "1+1=", "--engine", "ax"]
     environment = {**os.environ, "AXRUN_ENGINE": str(tmp_path)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -352,14 +352,14 @@ def test_model_times_every_group(bundle_s8: Path, capsys: pytest.CaptureFixture[
         (["--warmup", "-1"], "--warmup -1"),
     ],
 )
-def test_model_refuses_what_it_cannot_time(
+def test_model_refuses_invalid_options(
     bundle_s8: Path, capsys: pytest.CaptureFixture[str], flags: list[str], words: str
 ) -> None:
     assert main(["model", str(bundle_s8 / "qwen2_post.axmodel"), *flags]) == 2
     assert words in capsys.readouterr().err
 
 
-def test_model_refuses_what_is_no_axmodel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_refuses_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "x.axmodel"
     path.write_bytes(b"not one")
     assert main(["model", str(path)]) == 2
@@ -386,7 +386,7 @@ def test_a_vendors_axmodel_needs_a_board(engine: str, verb: str, copied: Path, t
         assert error[0].endswith("made by Pulsar2 4.1-patch1: it is code for an NPU, and needs a board with one")
 
 
-def test_a_file_of_another_compiler_is_called_that(tmp_path: Path) -> None:
+def test_a_file_of_another_compiler_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.axmodel"
     path.write_bytes(vendor_files.encode(vendor_files.ROWS["4.1"], "").replace(b"Pulsar2", b"pytorch", 1))
     done = axrun("model", path, "--engine", "ax")

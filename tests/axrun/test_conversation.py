@@ -1,4 +1,4 @@
-"""Conversations against transformers' own template, tokenizer and greedy answers; and what a turn costs."""
+"""Conversations compared with transformers' template, tokenizer and greedy answers; reuse of the KV cache."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def said(conversation: Conversation, question: str) -> str:
 
 
 def prompt(hf_tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """The token ids of a conversation that waits for an answer, by transformers."""
+    """The prompt of a conversation in transformers, with the generation prompt."""
     text = hf_tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return list(hf_tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def theirs(reference: Any, hf_tokenizer: Any, messages: list[dict[str, str]], most: int = 200) -> str:
-    """transformers' greedy answer to a whole conversation, from nothing."""
+    """transformers' greedy answer to the whole conversation, without a cache."""
     ids = torch.tensor([prompt(hf_tokenizer, messages)])
     out = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=most)
     return str(hf_tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def test_answers_are_those_of_transformers_which_sees_it_all_anew(
+def test_answers_match_transformers_without_a_cache(
     conversation: Conversation, reference: Any, hf_tokenizer: Any
 ) -> None:
     messages: list[dict[str, str]] = []
@@ -60,7 +60,7 @@ def test_answers_are_those_of_transformers_which_sees_it_all_anew(
     assert conversation.messages == messages
 
 
-def test_only_what_is_new_is_prefilled(conversation: Conversation, hf_tokenizer: Any) -> None:
+def test_only_new_tokens_are_prefilled(conversation: Conversation, hf_tokenizer: Any) -> None:
     messages: list[dict[str, str]] = []
     before: list[int] = []
     for number, question in enumerate(QUESTIONS):
@@ -77,7 +77,7 @@ def test_only_what_is_new_is_prefilled(conversation: Conversation, hf_tokenizer:
         assert conversation.length == len(before)
 
 
-def test_undo_takes_back_a_turn_and_asking_again_costs_one_token(conversation: Conversation) -> None:
+def test_after_undo_the_same_question_prefills_one_token(conversation: Conversation) -> None:
     first = said(conversation, QUESTIONS[0])
     second = said(conversation, QUESTIONS[2])
     assert conversation.undo() == QUESTIONS[2]
@@ -126,9 +126,7 @@ def test_a_system_message_that_the_template_refuses_changes_nothing(bundle_fp32:
 
 
 @pytest.mark.parametrize("pieces", [1, 4])
-def test_what_was_said_until_it_was_stopped_stays_said(
-    pieces: int, conversation: Conversation, reference: Any, hf_tokenizer: Any
-) -> None:
+def test_a_stopped_answer_is_kept(pieces: int, conversation: Conversation, reference: Any, hf_tokenizer: Any) -> None:
     calls = 0
 
     def between() -> None:
@@ -151,7 +149,7 @@ def test_what_was_said_until_it_was_stopped_stays_said(
     assert said(conversation, "1+1=") == theirs(reference, hf_tokenizer, messages)
 
 
-def test_a_stop_while_a_long_question_is_read_forgets_it(
+def test_a_stop_during_prefill_drops_the_question(
     conversation: Conversation, reference: Any, hf_tokenizer: Any
 ) -> None:
     said(conversation, QUESTIONS[0])
@@ -164,14 +162,14 @@ def test_a_stop_while_a_long_question_is_read_forgets_it(
     assert list(text) == [""]
     assert turn.stats.tokens == 0
     assert conversation.messages == messages
-    assert length < conversation.length < length + turn.stats.prompt_tokens  # it stopped between chunks
+    assert length < conversation.length < length + turn.stats.prompt_tokens  # stopped between chunks
     asked = [*map(dict, messages), {"role": "user", "content": QUESTIONS[1]}]
     again, text = conversation.ask(QUESTIONS[1])
     assert "".join(text) == theirs(reference, hf_tokenizer, asked)
     assert again.reused >= length
 
 
-def test_an_answer_nobody_reads_to_its_end_leaves_the_cache_in_order(
+def test_an_abandoned_answer_leaves_the_cache_consistent(
     conversation: Conversation, reference: Any, hf_tokenizer: Any
 ) -> None:
     _, pieces = conversation.ask("where do you run?")
@@ -181,10 +179,10 @@ def test_an_answer_nobody_reads_to_its_end_leaves_the_cache_in_order(
     assert said(conversation, "1+1=") == theirs(reference, hf_tokenizer, [{"role": "user", "content": "1+1="}])
 
 
-def test_the_last_token_of_a_cut_answer_is_pushed_with_the_next_turn(
+def test_the_last_token_of_a_cut_answer_is_prefilled_with_the_next_turn(
     bundle_fp32: Any, model_fp32: Model, reference: Any, hf_tokenizer: Any
 ) -> None:
-    """It was drawn and shown, but never went through the layers."""
+    """It was sampled and shown, but did not go through the layers."""
     conversation = converse(bundle_fp32, model_fp32, max_tokens=3)
     messages = [{"role": "user", "content": "where do you run?"}]
     before = len(prompt(hf_tokenizer, messages))
@@ -198,7 +196,7 @@ def test_the_last_token_of_a_cut_answer_is_pushed_with_the_next_turn(
     assert "".join(pieces) == theirs(reference, hf_tokenizer, messages, 3)
 
 
-def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_message(
+def test_a_full_context_drops_the_oldest_turns_and_keeps_the_system_message(
     bundle_fp32: Any, model_fp32: Model, reference: Any, hf_tokenizer: Any
 ) -> None:
     conversation = converse(bundle_fp32, model_fp32, max_tokens=24)
@@ -216,7 +214,7 @@ def test_a_full_context_forgets_the_oldest_turns_and_keeps_the_system_message(
         assert answer == theirs(reference, hf_tokenizer, asked, 24)
         ids = prompt(hf_tokenizer, asked)
         assert len(ids) + 24 <= 255
-        if turn.forgotten:  # and no more went than had to
+        if turn.forgotten:  # no more turns were dropped than necessary
             dropped = [system, *everything[2 * (forgotten - 1) :], question]
             assert len(prompt(hf_tokenizer, dropped)) + 24 > 255
         everything += [question, {"role": "assistant", "content": answer}]
@@ -233,14 +231,14 @@ def test_a_question_that_does_not_fit_alone_changes_nothing(conversation: Conver
     assert said(conversation, "2+2=") == "4"
 
 
-def test_the_reserve_is_what_an_answer_may_take(bundle_fp32: Any, model_fp32: Model) -> None:
+def test_the_reserve_depends_on_max_tokens(bundle_fp32: Any, model_fp32: Model) -> None:
     assert converse(bundle_fp32, model_fp32).reserve == 63
     assert converse(bundle_fp32, model_fp32, max_tokens=10).reserve == 10
     assert converse(bundle_fp32, model_fp32, max_tokens=1000).reserve == 127
 
 
-def test_the_repetition_penalty_sees_the_turns_before(bundle_fp32: Any, model_fp32: Model) -> None:
-    """In the second turn most of the prompt is in the cache, and is penalised as if it were not."""
+def test_the_repetition_penalty_covers_earlier_turns(bundle_fp32: Any, model_fp32: Model) -> None:
+    """In the second turn most of the prompt is cached, and must be penalised all the same."""
     hf = Bundle.open(bundle_fp32).hf
     tokenizer, template = Tokenizer.find(hf), ChatTemplate.find(hf)
     assert tokenizer

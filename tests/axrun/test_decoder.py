@@ -1,4 +1,4 @@
-"""Layers with their cache, against transformers: prompts of any length, engines that pad and engines that do not."""
+"""Layers with their KV cache, compared with transformers: any prompt length, on rigid and flexible engines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FOUR_GROUPS = [SessionGroup(i, *shape, (), ()) for i, shape in enumerate([(1, 25
 
 
 class Rigid:
-    """An engine that takes a group's shape only, as the NPU does: what is bound is what the group says."""
+    """An engine that runs only the exact shapes of its groups, like the NPU."""
 
     flexible = False
 
@@ -60,7 +60,7 @@ def rigid(bundle_fp32: Path, engine: str) -> Model:
         (250, 5, [(0, 250 + i, 1) for i in range(5)]),
     ],
 )
-def test_chunks_take_the_group_with_the_least_history_that_fits(
+def test_chunks_use_the_group_with_the_smallest_sufficient_history(
     position: int, count: int, expected: list[tuple[int, int, int]]
 ) -> None:
     assert list(chunks(FOUR_GROUPS, position, count)) == [Chunk(*chunk) for chunk in expected]
@@ -75,7 +75,7 @@ def test_chunks_take_the_group_with_the_least_history_that_fits(
         (254, 1, [(0, 254, 1)]),
     ],
 )
-def test_a_flexible_engine_prefills_behind_any_history(
+def test_a_flexible_engine_prefills_after_any_history(
     position: int, count: int, expected: list[tuple[int, int, int]]
 ) -> None:
     assert list(chunks(FOUR_GROUPS, position, count, flexible=True)) == [Chunk(*chunk) for chunk in expected]
@@ -104,7 +104,7 @@ def test_a_prompt_of_any_length_gives_the_reference_logits(
 
 
 @pytest.mark.parametrize("cuts", [[1] * 40, [3, 40, 1, 1, 60, 2, 33], [100, 1, 1, 100]])
-def test_how_a_text_is_cut_does_not_matter(
+def test_the_chunking_does_not_matter(
     model_fp32: Model, heldout: list[int], heldout_logits: NDArray[np.float32], cuts: list[int]
 ) -> None:
     for count in cuts:
@@ -113,7 +113,7 @@ def test_how_a_text_is_cut_does_not_matter(
         np.testing.assert_allclose(logits, heldout_logits[at + count - 1], rtol=0, atol=1e-4)
 
 
-def test_going_back_replaces_what_was_there(
+def test_a_rollback_replaces_the_old_rows(
     model_fp32: Model, heldout: list[int], heldout_logits: NDArray[np.float32]
 ) -> None:
     model_fp32.forward([1] * 200)
@@ -124,12 +124,12 @@ def test_going_back_replaces_what_was_there(
     np.testing.assert_allclose(model_fp32.forward(heldout[50:60]), heldout_logits[59], rtol=0, atol=1e-4)
 
 
-def test_a_nan_does_not_outlive_the_tokens_it_came_with(
+def test_a_nan_is_cleared_with_its_tokens(
     model_fp32: Model, heldout: list[int], heldout_logits: NDArray[np.float32]
 ) -> None:
     broken = np.full((20, 128), np.nan, np.float32)
     model_fp32.forward(heldout[:3])
-    with pytest.raises(CheckFailed, match="layer 0 gave a value that is not finite in K_cache_out, at token 3"):
+    with pytest.raises(CheckFailed, match="layer 0 returned a value that is not finite in K_cache_out, at token 3"):
         model_fp32.decoder.forward(broken, 3)
     assert model_fp32.length == 3
     np.testing.assert_allclose(model_fp32.forward(heldout[3:6]), heldout_logits[5], rtol=0, atol=1e-4)
@@ -137,7 +137,7 @@ def test_a_nan_does_not_outlive_the_tokens_it_came_with(
     np.testing.assert_allclose(model_fp32.forward(heldout[:3]), heldout_logits[2], rtol=0, atol=1e-4)
 
 
-def test_one_layer_alone_takes_reference_hidden_states(bundle_fp32: Path, reference: Any, heldout: list[int]) -> None:
+def test_a_single_layer_on_reference_hidden_states(bundle_fp32: Path, reference: Any, heldout: list[int]) -> None:
     with torch.inference_mode():
         states = reference(torch.tensor([heldout[:100]]), output_hidden_states=True).hidden_states
     decoder = Decoder([open_session(Bundle.open(bundle_fp32).layer_path(1))])
@@ -155,7 +155,7 @@ def test_s8_agrees_with_the_checkpoint(
     assert (np.exp(p) * (p - q)).sum(axis=1).mean() < 1e-3
 
 
-def test_the_context_has_an_end_and_it_is_said(model_fp32: Model, heldout: list[int]) -> None:
+def test_exceeding_the_context_is_an_error(model_fp32: Model, heldout: list[int]) -> None:
     model_fp32.forward(heldout)
     with pytest.raises(BadInput, match=r"256 tokens do not fit the context of 255 \(kv_cache_len\)\n.*--kv_cache_len"):
         model_fp32.forward([1])
@@ -175,7 +175,7 @@ def test_layers_of_different_bundles_do_not_mix(bundle_s8: Path, bundle_fp32: Pa
         Decoder(sessions)
 
 
-def test_a_post_model_is_no_layer(bundle_s8: Path) -> None:
+def test_a_post_model_is_not_a_layer(bundle_s8: Path) -> None:
     with pytest.raises(BadInput, match="layer 0 has no K_cache_out, V_cache_out, indices, mask"):
         Decoder([open_session(Bundle.open(bundle_s8).post_path)])
 
@@ -184,7 +184,7 @@ def test_a_post_model_is_no_layer(bundle_s8: Path) -> None:
     ("ids", "words"),
     [([], "the prompt is empty"), ([5, 9999], "token id 9999 is outside the vocabulary of"), ([-1], "token id -1")],
 )
-def test_ids_the_model_does_not_have_are_refused(model_fp32: Model, ids: list[int], words: str) -> None:
+def test_ids_outside_the_vocabulary_are_refused(model_fp32: Model, ids: list[int], words: str) -> None:
     with pytest.raises(BadInput, match=words):
         model_fp32.forward(ids)
 

@@ -1,4 +1,4 @@
-"""axrun eval against transformers: every figure recomputed from whole distributions, by torch's own functions."""
+"""axrun eval compared with transformers: every metric recomputed from full distributions with torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WINDOW, WINDOWS, ANSWER = 120, 4, 24
 
 @pytest.fixture(scope="session")
 def files(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """Reference logits of the held-out text, by how many of the likeliest tokens they keep."""
+    """Reference logits of the held-out text, by the number of most likely tokens they keep."""
     folder = tmp_path_factory.mktemp("reference")
     text = tiny_qwen2 / "heldout.txt"
     options = {
@@ -56,7 +56,7 @@ def bundle_s4(build_tiny: Builder) -> Path:
 
 @torch.inference_mode()
 def recomputed(model: Model, reference: Any, logits: ReferenceLogits) -> dict[str, float]:
-    """The figures from both models' whole distributions."""
+    """The metrics from the full distributions of both models."""
     tokens = torch.from_numpy(logits.tokens.astype(np.int64))
     ours = []
     for window in tokens.tolist():
@@ -78,7 +78,7 @@ def recomputed(model: Model, reference: Any, logits: ReferenceLogits) -> dict[st
 
 
 @pytest.mark.parametrize("name", ["bundle_s8", "bundle_s4", "bundle_fp32"])
-def test_the_figures_are_those_of_the_whole_distributions(
+def test_the_metrics_match_the_full_distributions(
     name: str, engine: str, files: dict[int, Path], reference: Any, request: pytest.FixtureRequest
 ) -> None:
     model = Model.load(Bundle.open(request.getfixturevalue(name)), engine)
@@ -92,7 +92,7 @@ def test_the_figures_are_those_of_the_whole_distributions(
     assert (found.mean_kld < 1e-6) == (name == "bundle_fp32")
 
 
-def test_fewer_buckets_are_a_lower_bound_and_a_tight_one(files: dict[int, Path], bundle_s4: Path) -> None:
+def test_fewer_buckets_give_a_tight_lower_bound(files: dict[int, Path], bundle_s4: Path) -> None:
     model = Model.load(Bundle.open(bundle_s4))
     exact, many, one = (measure(model, reference_logits.read(files[top])) for top in (640, 32, 1))
     assert (exact.divergence, many.divergence, one.divergence) == ("exact", "lower bound", "lower bound")
@@ -105,7 +105,7 @@ def test_fewer_buckets_are_a_lower_bound_and_a_tight_one(files: dict[int, Path],
 
 
 @pytest.mark.parametrize("name", ["bundle_s4", "bundle_fp32"])
-def test_greedy_answers_are_counted_to_the_first_other_token(
+def test_greedy_agreement_counts_to_the_first_difference(
     name: str, engine: str, files: dict[int, Path], reference: Any, request: pytest.FixtureRequest
 ) -> None:
     model = Model.load(Bundle.open(request.getfixturevalue(name)), engine)
@@ -123,7 +123,7 @@ def test_greedy_answers_are_counted_to_the_first_other_token(
     assert (found.greedy_same == ANSWER) == (name == "bundle_fp32")
 
 
-def test_without_continuations_there_is_no_greedy_figure(tiny_qwen2: Path, tmp_path: Path, model_fp32: Model) -> None:
+def test_without_continuations_there_is_no_greedy_metric(tiny_qwen2: Path, tmp_path: Path, model_fp32: Model) -> None:
     text = tiny_qwen2 / "heldout.txt"
     _, logits = write(Options(tiny_qwen2, text, tmp_path / "x", tokens=80, window=40, greedy_tokens=0))
     found = measure(model_fp32, logits)
@@ -157,16 +157,16 @@ def test_the_table_and_the_json(bundle_s8: Path, files: dict[int, Path], capsys:
         (["--max-kld", "nan"], 1, "mean KLD"),
     ],
 )
-def test_a_gate_that_is_asked_for_can_fail(
+def test_gates_can_fail(
     bundle_s8: Path, files: dict[int, Path], capsys: pytest.CaptureFixture[str], flags: list[str], code: int, words: str
 ) -> None:
     assert main(["eval", str(bundle_s8), "--reference", str(files[32]), "--json", *flags]) == code
     out, err = capsys.readouterr()
-    assert json.loads(out)["windows"] == WINDOWS  # the figures come all the same
+    assert json.loads(out)["windows"] == WINDOWS  # the metrics are printed anyway
     assert re.search(words, err)
 
 
-def test_the_bundles_own_reference_is_the_default(
+def test_the_reference_in_the_bundle_is_the_default(
     bundle_s8: Path, tiny_qwen2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = Path(shutil.copytree(bundle_s8, tmp_path / "bundle"))

@@ -1,4 +1,4 @@
-"""A container's memory limit: of version 1 and 2, of the group or one above it, page cache left out; a real one."""
+"""Memory limits of control groups: versions 1 and 2, parent groups, page cache; and a real group."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def seen(tmp_path: Path, lines: str) -> int | None:
     return memory_left(tmp_path / "cgroup", tmp_path / "mount")
 
 
-def test_version_2_takes_the_tightest_of_the_group_and_those_above(tmp_path: Path) -> None:
+def test_version_2_uses_the_lowest_limit_of_the_group_and_its_parents(tmp_path: Path) -> None:
     mount = tmp_path / "mount"
     group(mount / "a" / "b", V2, "max", 900 * MB, 0)
     assert seen(tmp_path, "0::/a/b\n") is None
@@ -43,7 +43,7 @@ def test_version_2_takes_the_tightest_of_the_group_and_those_above(tmp_path: Pat
     assert seen(tmp_path, "0::/\n") is None
 
 
-def test_version_1_without_a_limit_says_the_largest_number(tmp_path: Path) -> None:
+def test_version_1_without_a_limit(tmp_path: Path) -> None:
     group(tmp_path / "mount" / "memory" / "box", V1, "9223372036854771712", 3 * MB, 0)
     lines = "5:devices:/x\n4:memory,hugetlb:/box\n0::/\n"
     assert seen(tmp_path, lines) is None
@@ -51,13 +51,13 @@ def test_version_1_without_a_limit_says_the_largest_number(tmp_path: Path) -> No
     assert seen(tmp_path, lines) == 24 * MB
 
 
-def test_a_container_that_sees_its_own_group_as_the_root(tmp_path: Path) -> None:
-    """Without a namespace the path is the host's, which is not there; the root of the mount is the container's."""
+def test_a_container_with_its_own_group_as_the_root(tmp_path: Path) -> None:
+    """Without a cgroup namespace the path is that of the host and does not exist; the mount root is the container's."""
     group(tmp_path / "mount", V2, str(40 * MB), 50 * MB, 0)
     assert seen(tmp_path, "0::/docker/0123\n") == 0
 
 
-def test_damaged_files_are_no_limit(tmp_path: Path) -> None:
+def test_damaged_files_are_ignored(tmp_path: Path) -> None:
     group(tmp_path / "mount", V2, "what", 1, 0)
     assert seen(tmp_path, "nonsense\n0::/../..\n") is None
     assert memory_left(tmp_path / "none", tmp_path) is None
@@ -65,7 +65,7 @@ def test_damaged_files_are_no_limit(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def real_group() -> Iterator[Path]:
-    """A control group of this machine's with a limit of 256 MB."""
+    """A control group on this machine with a limit of 256 MB."""
     old = (MOUNT / "memory" / "memory.limit_in_bytes").is_file()
     folder = (MOUNT / "memory" if old else MOUNT) / f"axc-test-{os.getpid()}"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""Generation against transformers' own: greedy tokens for short and long prompts, and what ends it."""
+"""Generation compared with transformers: greedy tokens for short and long prompts, and stop conditions."""
 
 from __future__ import annotations
 
@@ -28,17 +28,15 @@ def greedy(reference: Any, ids: list[int], count: int, **options: Any) -> list[i
 
 
 @pytest.mark.parametrize("length", [1, 20, 33, 100, 170])
-def test_greedy_tokens_are_those_of_transformers(
-    model_fp32: Model, reference: Any, heldout: list[int], length: int
-) -> None:
-    """100 and 170 are longer than a prefill chunk; 170 also longer than any prefill group's history."""
+def test_greedy_tokens_match_transformers(model_fp32: Model, reference: Any, heldout: list[int], length: int) -> None:
+    """100 and 170 exceed a prefill chunk; 170 also exceeds the history of all prefill groups."""
     stop = set(reference.generation_config.eos_token_id)
     expected = greedy(reference, heldout[:length], 30)
     seen = [token.id for token in generate(Sequence(model_fp32), heldout[:length], Sampling(), 30, stop)]
     assert seen == [token for token in expected if token not in stop]
 
 
-def test_the_repetition_penalty_is_that_of_transformers(model_fp32: Model, reference: Any, heldout: list[int]) -> None:
+def test_the_repetition_penalty_matches_transformers(model_fp32: Model, reference: Any, heldout: list[int]) -> None:
     expected = greedy(reference, heldout[:40], 25, repetition_penalty=4.0, eos_token_id=None)
     seen = [token.id for token in generate(Sequence(model_fp32), heldout[:40], Sampling(repetition_penalty=4.0), 25)]
     assert seen == expected != greedy(reference, heldout[:40], 25, eos_token_id=None)
@@ -52,10 +50,10 @@ def test_a_seed_repeats_an_answer(model_fp32: Model, heldout: list[int]) -> None
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_it_ends_with_the_stop_token_or_max_tokens_or_the_context(model_fp32: Model, heldout: list[int]) -> None:
+def test_it_stops_at_the_stop_token_max_tokens_or_the_context(model_fp32: Model, heldout: list[int]) -> None:
     stats = Stats()
     free = [token.id for token in generate(Sequence(model_fp32), heldout[:250], Sampling(), stats=stats)]
-    # the answer fills the cache, and one more token needs no room in it
+    # the answer fills the cache; its last token needs no row
     assert (stats.stop, len(free), model_fp32.length) == ("context", 6, 255)
 
     stats = Stats()
@@ -75,7 +73,7 @@ def test_the_first_token_may_be_the_last(model_fp32: Model, heldout: list[int]) 
     assert (stats.stop, stats.tokens, stats.steps, stats.decode_rate) == ("eos", 0, 0, 0.0)
 
 
-def test_stats_tell_prefill_from_decode(model_fp32: Model, heldout: list[int]) -> None:
+def test_stats_separate_prefill_and_decode(model_fp32: Model, heldout: list[int]) -> None:
     stats = Stats()
     tokens = list(generate(Sequence(model_fp32), heldout[:50], Sampling(), 8, stats=stats))
     assert (stats.prompt_tokens, stats.tokens, stats.steps) == (50, 8, 7)
@@ -85,7 +83,7 @@ def test_stats_tell_prefill_from_decode(model_fp32: Model, heldout: list[int]) -
     assert stats.prefill_rate == pytest.approx(50 / stats.ttft_seconds)
 
 
-def test_a_conversation_goes_on_where_it_was(model_fp32: Model, reference: Any, heldout: list[int]) -> None:
+def test_a_conversation_continues_from_the_cache(model_fp32: Model, reference: Any, heldout: list[int]) -> None:
     sequence, stats = Sequence(model_fp32), Stats()
     list(generate(sequence, heldout[:60], Sampling(), 1))
     assert sequence.ids == heldout[:60]
@@ -95,8 +93,8 @@ def test_a_conversation_goes_on_where_it_was(model_fp32: Model, reference: Any, 
     assert sequence.ids == heldout[:90] + seen[:-1]
 
 
-def test_steps_show_chunks_and_raw_logits_and_the_stop_token(model_fp32: Model, heldout: list[int]) -> None:
-    """What a server needs: each run of the engine by itself, and logits before any processor."""
+def test_steps_yield_chunks_raw_logits_and_the_stop_token(model_fp32: Model, heldout: list[int]) -> None:
+    """The server needs single engine runs, and logits before any processor."""
     plain = Model.forward(model_fp32, heldout[:70]).copy()
     best = int(plain.argmax())
     sampler = Sampler(Sampling(logit_bias={best: -100.0, 5: 1000.0}))
@@ -108,7 +106,7 @@ def test_steps_show_chunks_and_raw_logits_and_the_stop_token(model_fp32: Model, 
     np.testing.assert_allclose(last.logits, plain, rtol=0, atol=1e-4)
 
 
-def test_no_token_is_drawn_where_none_is_wanted(model_fp32: Model, heldout: list[int]) -> None:
+def test_max_tokens_0_samples_nothing(model_fp32: Model, heldout: list[int]) -> None:
     stats, sequence = Stats(), Sequence(model_fp32)
     assert list(generate(sequence, heldout[:40], Sampling(), 0, stats=stats)) == []
     assert (stats.stop, sequence.length) == ("length", 40)
@@ -122,7 +120,7 @@ def test_forced_tokens_give_the_logits_of_a_text(
     np.testing.assert_allclose(rows, heldout_logits[49:60], rtol=0, atol=1e-4)
 
 
-def test_who_leaves_in_the_middle_leaves_whole_tokens(model_fp32: Model, heldout: list[int]) -> None:
+def test_an_abandoned_generation_leaves_the_sequence_consistent(model_fp32: Model, heldout: list[int]) -> None:
     sequence = Sequence(model_fp32)
     for number, _ in enumerate(steps(sequence, heldout[:200], Sampler(Sampling()))):
         if number == 1:
@@ -134,7 +132,7 @@ def test_who_leaves_in_the_middle_leaves_whole_tokens(model_fp32: Model, heldout
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 2), max_size=40), st.lists(st.integers(0, 2), max_size=40), st.integers(0, 40))
-def test_a_common_prefix_is_as_long_as_it_is(one: list[int], other: list[int], shared: int) -> None:
+def test_common_prefix(one: list[int], other: list[int], shared: int) -> None:
     other = one[:shared] + other
     expected = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
     assert common_prefix(one, other) == common_prefix(tuple(other), one) == expected

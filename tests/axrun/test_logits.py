@@ -1,4 +1,4 @@
-"""Reference logits on disk: what is written is read, by numpy too, and nothing damaged gets through."""
+"""Reference logits on disk: round trip, readable with numpy, damaged files are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VOCABULARY, WINDOWS, LENGTH = 11, 3, 7
 
 
 def sample(top: int = 4) -> ReferenceLogits:
-    """Probabilities of a vocabulary of eleven, at random."""
+    """Random probabilities over a vocabulary of eleven tokens."""
     random = np.random.default_rng(0)
     weights = random.random((WINDOWS, LENGTH - 1, VOCABULARY))
     logprobs = np.log(weights / weights.sum(axis=2, keepdims=True))
@@ -49,7 +49,7 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("top", [1, 4, VOCABULARY])
-def test_what_is_written_is_read(tmp_path: Path, top: int) -> None:
+def test_round_trip(tmp_path: Path, top: int) -> None:
     written, path = sample(top), tmp_path / "x.npz"
     path.write_bytes(written.encode())
     again = read(path)
@@ -96,7 +96,7 @@ def _change(**fields: Any) -> Callable[[Path], None]:
 
 
 def _promising(shape: str) -> bytes:
-    """An array whose header promises more than follows."""
+    """An array with a header that claims more data than there is."""
     header = f"{{'descr': '<u4', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
 
@@ -119,7 +119,7 @@ def _promising(shape: str) -> bytes:
         (_with(tokens=_promising("(-1, -1)")), r"uint32\[-1, -1\] in 0 bytes"),
         (_change(about={"vocab_size": "many", "prompt": 3}), "its vocab_size is 'many'"),
         (_change(about={"vocab_size": 8, "prompt": 3}), "outside the vocabulary of 8"),
-        (_change(about={"vocab_size": 3, "prompt": 3}), "4 likeliest of 3"),
+        (_change(about={"vocab_size": 3, "prompt": 3}), "4 most likely of 3"),
         (_change(about={"vocab_size": VOCABULARY, "prompt": 7}), "continuations of 7 tokens"),
         (_change(about={"vocab_size": VOCABULARY}), "continuations of None tokens"),
         (_change(continuations=np.zeros((4, 3), np.uint32)), "4 continuations"),
@@ -132,10 +132,10 @@ def _promising(shape: str) -> bytes:
         (_change(logprobs=sample().logprobs[..., ::-1], ids=sample().ids[..., ::-1]), "do not come first"),
         (lambda path: _write(path, {**_members(path), "about.json": b"[]"}), "schema"),
         (lambda path: _write(path, {**_members(path), "about.json": b'{"schema": 2}'}), "schema 2"),
-        (lambda path: _write(path, {**_members(path), "about.json": b"[" * 100_000}), "holds no reference logits"),
+        (lambda path: _write(path, {**_members(path), "about.json": b"[" * 100_000}), "has no valid reference logits"),
     ],
 )
-def test_damage_is_one_short_error(path: Path, damage: Callable[[Path], object], words: str) -> None:
+def test_damage_gives_a_short_error(path: Path, damage: Callable[[Path], object], words: str) -> None:
     damage(path)
     with pytest.raises(BadInput, match=words) as caught:
         read(path)
@@ -144,7 +144,7 @@ def test_damage_is_one_short_error(path: Path, damage: Callable[[Path], object],
 
 @settings(max_examples=200, deadline=None)
 @given(place=st.integers(0, 10**6), value=st.integers(0, 255))
-def test_no_byte_that_is_changed_does_more_than_raise_bad_input(
+def test_any_changed_byte_raises_at_most_bad_input(
     tmp_path_factory: pytest.TempPathFactory, place: int, value: int
 ) -> None:
     path = tmp_path_factory.mktemp("flip") / "x.npz"
@@ -158,7 +158,7 @@ def test_no_byte_that_is_changed_does_more_than_raise_bad_input(
     assert found.ids.shape == sample().ids.shape
 
 
-def test_what_it_was_made_from_is_kept(tmp_path: Path) -> None:
+def test_the_provenance_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     about = {**sample().about, "text": {"sha256": "0" * 64}}
     path.write_bytes(dataclasses.replace(sample(), about=about).encode())

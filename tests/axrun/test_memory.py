@@ -1,4 +1,4 @@
-"""How much memory is left, as the board's driver and the kernel say it, and what is held against it before a load."""
+"""Free memory as reported by the NPU driver and the kernel, and the check before a bundle is loaded."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def cmm(folder: Path, kilobytes: int) -> Path:
     return path
 
 
-def test_a_boards_cmm_comes_first(tmp_path: Path) -> None:
+def test_cmm_has_precedence(tmp_path: Path) -> None:
     info = tmp_path / "mem_cmm_info"
     info.write_text(CMM)
     assert remaining(cmm_info=info) == "remain_cmm(1950 MB)"
     assert cmm_left(info) == 1996800 << 10
 
 
-def test_elsewhere_it_is_what_the_kernel_calls_available(none: Path) -> None:
+def test_without_cmm_it_is_the_available_memory(none: Path) -> None:
     seen = re.fullmatch(r"remain_mem\((\d+) MB\)", remaining(cmm_info=none))
     assert seen
     total = re.search(r"MemTotal:\s+(\d+) kB", MEMINFO.read_text())
@@ -69,14 +69,14 @@ def test_elsewhere_it_is_what_the_kernel_calls_available(none: Path) -> None:
     assert 0 < int(seen[1]) <= int(total[1]) // 1024
 
 
-def test_where_nothing_is_known_nothing_is_said_or_refused(tmp_path: Path, none: Path, bundle_s8: Path) -> None:
+def test_unknown_memory_is_not_reported_or_refused(tmp_path: Path, none: Path, bundle_s8: Path) -> None:
     (tmp_path / "odd").write_text("total size=?")
     assert remaining(tmp_path / "odd", none) == ""
     assert available(none) is None
     require(Bundle.open(bundle_s8), "ort", refuse, none, none)
 
 
-def test_the_kv_cache_is_counted_to_the_byte_and_the_files_as_they_are(bundle_s8: Path, model_s8: Model) -> None:
+def test_kv_cache_and_file_sizes_are_counted_exactly(bundle_s8: Path, model_s8: Model) -> None:
     bundle = Bundle.open(bundle_s8)
     mapped = needs(bundle, "ax")
     assert mapped.kv_cache == model_s8.decoder.cache.nbytes
@@ -85,8 +85,8 @@ def test_the_kv_cache_is_counted_to_the_byte_and_the_files_as_they_are(bundle_s8
     assert mapped.total == mapped.weights + mapped.kv_cache + mapped.buffers
 
 
-def test_what_is_reckoned_is_what_a_process_takes(bundle_s8: Path, engine: str) -> None:
-    """Most of it is the interpreter's, for so small a model."""
+def test_the_estimate_matches_a_process(bundle_s8: Path, engine: str) -> None:
+    """Most of it is the interpreter, for such a small model."""
     script = (
         "import tokenizers, jinja2\nfrom axrun.format.bundle import Bundle\n"
         "from axrun.machine import peak_memory\nfrom axrun.model import Model\n"
@@ -98,7 +98,7 @@ def test_what_is_reckoned_is_what_a_process_takes(bundle_s8: Path, engine: str) 
 
 
 @pytest.mark.parametrize("spare", [-1, 0])
-def test_it_is_refused_with_the_numbers_a_kilobyte_below(
+def test_one_kilobyte_too_little_is_refused_with_the_numbers(
     bundle_s8: Path, tmp_path: Path, none: Path, spare: int
 ) -> None:
     bundle = Bundle.open(bundle_s8)
@@ -116,20 +116,20 @@ def test_it_is_refused_with_the_numbers_a_kilobyte_below(
     assert text.count("\n") == 1
 
 
-def test_a_vendors_bundle_is_held_against_the_npus_memory(vendors: Bundle, tmp_path: Path, none: Path) -> None:
+def test_a_vendor_bundle_needs_cmm(vendors: Bundle, tmp_path: Path, none: Path) -> None:
     plenty, little = meminfo(tmp_path, 1 << 30), cmm(tmp_path, 1000)
-    with pytest.raises(BadInput, match=r"MB of CMM .*0 MB are left"):
+    with pytest.raises(BadInput, match=r"MB of CMM .*0 MB are free"):
         require(vendors, "ax", refuse, little, plenty)
     with pytest.raises(BadInput, match="MB of memory"):
         require(vendors, "ax", refuse, none, meminfo(tmp_path, 1000))
     require(vendors, "ax", refuse, cmm(tmp_path, 1 << 21), meminfo(tmp_path, 1000))
 
 
-def test_our_axmodels_are_held_against_the_hosts_memory(bundle_s8: Path, tmp_path: Path) -> None:
+def test_our_axmodels_need_host_memory(bundle_s8: Path, tmp_path: Path) -> None:
     require(Bundle.open(bundle_s8), "ort", refuse, cmm(tmp_path, 1000), meminfo(tmp_path, 1 << 30))
 
 
-def test_who_is_asked_may_let_it_pass(bundle_s8: Path, tmp_path: Path, none: Path) -> None:
+def test_the_allow_callback_decides(bundle_s8: Path, tmp_path: Path, none: Path) -> None:
     asked: list[str] = []
 
     def allow(text: str) -> bool:
@@ -138,37 +138,37 @@ def test_who_is_asked_may_let_it_pass(bundle_s8: Path, tmp_path: Path, none: Pat
 
     require(Bundle.open(bundle_s8), "ort", allow, none, meminfo(tmp_path, 1000))
     assert len(asked) == 1
-    assert "0 MB are left" in asked[0]
+    assert "0 MB are free" in asked[0]
 
 
 @pytest.fixture
 def immense(bundle_s8: Path, tmp_path: Path) -> Path:
-    """A bundle with a post model of a thousand gigabytes, none of them on the disk."""
+    """A bundle with a sparse post model file of a thousand gigabytes."""
     folder = Path(shutil.copytree(bundle_s8, tmp_path / "immense"))
     os.truncate(folder / "qwen2_post.axmodel", 10**12)
     return folder
 
 
 @pytest.mark.parametrize("verb", [["run", "--prompt", "1+1="], ["chat"], ["bench"]])
-def test_every_command_that_loads_looks_first(immense: Path, verb: list[str]) -> None:
+def test_every_command_checks_before_loading(immense: Path, verb: list[str]) -> None:
     command = [sys.executable, "-m", "axrun", verb[0], str(immense), *verb[1:]]
     done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "axmodel ok" not in done.stderr
-    assert re.search(r"error: the bundle needs \d{6,} MB of memory .* MB are left\n.*--force", done.stderr)
+    assert re.search(r"error: the bundle needs \d{6,} MB of memory .* MB are free\n.*--force", done.stderr)
     forced = subprocess.run(
         [*command, "--force"], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     assert "warning: the bundle needs" in forced.stderr
-    assert "init 3 axmodel ok" in forced.stderr  # it went on, until that file
+    assert "init 3 axmodel ok" in forced.stderr  # it went on up to that file
     assert forced.returncode == 2
 
 
 @pytest.mark.parametrize(("answer", "loaded"), [("y", True), ("n", False), ("", False)])
-def test_a_person_is_asked(immense: Path, answer: str, loaded: bool) -> None:
+def test_a_terminal_user_is_asked(immense: Path, answer: str, loaded: bool) -> None:
     tty = Tty(["run", immense, "--prompt", "1+1="], {})
     try:
-        tty.expect(r"MB are left\r\nTry it all the same\? \[y/N\] ")
+        tty.expect(r"MB are free\r\nLoad it anyway\? \[y/N\] ")
         tty.type(answer + "\r")
         assert tty.end() == 2
         assert (b"init 0 axmodel ok" in tty.seen) == loaded

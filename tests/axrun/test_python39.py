@@ -1,4 +1,4 @@
-"""Boards carry Python 3.9: nothing that runs there is newer, neither its grammar nor what it calls."""
+"""Code for boards runs on Python 3.9: no newer syntax, modules or arguments."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = sorted([*(ROOT / "board").rglob("*.py"), *(ROOT / "ci" / "device" / "on_board").rglob("*.py")])
 
-# What came with 3.10 and later, https://docs.python.org/3/whatsnew/: modules, names in modules, keyword arguments
-# of calls, methods and built-in functions.
+# New in 3.10 and later, https://docs.python.org/3/whatsnew/: modules, names in modules, keyword arguments, methods and
+# built-in functions.
 MODULES = {"tomllib"}
 NAMES = {
     "asyncio": {"timeout", "timeout_at", "TaskGroup", "Runner", "Barrier"},
@@ -45,7 +45,7 @@ BUILTINS = {"aiter", "anext", "ExceptionGroup", "BaseExceptionGroup", "EncodingW
 
 
 def newer(source: str) -> Iterator[str]:
-    """What in a module Python 3.9 does not have; annotations and what only type checkers read are left out."""
+    """Yields uses of features newer than Python 3.9, except in annotations and TYPE_CHECKING blocks."""
     tree = ast.parse(source, feature_version=(3, 9))
     unread = {id(inner) for node in ast.walk(tree) for part in _unread(node) for inner in ast.walk(part)}
     modules: dict[str, str] = {}
@@ -89,7 +89,7 @@ def _has_union(parts: list[ast.expr]) -> bool:
 
 
 def _is_type_union(value: ast.expr) -> bool:
-    """`A = int | None` or `A = Callable[..., int | None]`: types joined by | where 3.9 evaluates it."""
+    """`A = int | None` or `A = Callable[..., int | None]`: a union with | that is evaluated at run time."""
     for node in ast.walk(value):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
             sides = (node.left, node.right)
@@ -101,7 +101,7 @@ def _is_type_union(value: ast.expr) -> bool:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_what_runs_on_a_board_runs_on_python_3_9(path: Path) -> None:
+def test_board_code_runs_on_python_3_9(path: Path) -> None:
     source = path.read_text("utf-8")
     assert list(newer(source)) == []
     if source.strip() and path.name != "__init__.py":
@@ -126,7 +126,7 @@ def test_what_runs_on_a_board_runs_on_python_3_9(path: Path) -> None:
         ("anext(x)", "anext"),
     ],
 )
-def test_what_is_newer_is_found(source: str, found: str | type[Exception]) -> None:
+def test_newer_features_are_found(source: str, found: str | type[Exception]) -> None:
     if isinstance(found, str):
         assert found in list(newer(source))
     else:

@@ -1,4 +1,4 @@
-"""Sampling against transformers' logits processors."""
+"""Sampling compared with transformers' logits processors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OFF = {
 
 
 def logits_of(seed: int, vocab: int, spread: float = 4.0) -> NDArray[np.float32]:
-    """All different, so that no tie is cut differently."""
+    """Random logits without ties."""
     random = np.random.default_rng(seed)
     return random.permutation(np.linspace(-spread, spread, vocab)).astype(np.float32)
 
@@ -58,7 +58,7 @@ def transformers_probabilities(logits: NDArray[np.float32], past: list[int], sam
 
 
 def probabilities(logits: NDArray[np.float32], past: list[int], sampling: Sampling) -> NDArray[np.float64]:
-    """What is drawn from, ours."""
+    """Our probabilities."""
     kept = Sampler(sampling).weights(logits, past).astype(np.float64)
     return np.asarray(kept / kept.sum())
 
@@ -74,7 +74,7 @@ def probabilities(logits: NDArray[np.float32], past: list[int], sampling: Sampli
     window=st.one_of(st.none(), st.integers(0, 8)),
     past=st.lists(st.integers(0, 2), max_size=12),
 )
-def test_a_distribution_is_what_transformers_samples_from(
+def test_distributions_match_transformers(
     seed: int,
     vocab: int,
     temperature: float,
@@ -88,7 +88,7 @@ def test_a_distribution_is_what_transformers_samples_from(
     logits = logits_of(seed, vocab)
     expected = transformers_probabilities(logits, past, sampling)
     seen = probabilities(logits, past, sampling)
-    # a token whose predecessors hold the share to the last digit may stay or go
+    # a token at the exact boundary of top_p may be kept or not
     different = np.flatnonzero((seen > 0) != (expected > 0))
     assert len(different) <= 1
     if not len(different):
@@ -96,7 +96,7 @@ def test_a_distribution_is_what_transformers_samples_from(
 
 
 def test_a_wide_vocabulary_keeps_every_token_of_the_nucleus() -> None:
-    """Flat logits: the candidates are not among the few above the first cut."""
+    """Flat logits: the nucleus exceeds the first set of candidates."""
     logits = logits_of(0, 100_000, spread=0.01)
     for sampling in (Sampling(1.0, top_p=0.9), Sampling(1.0, top_k=70_000)):
         seen, expected = probabilities(logits, [], sampling), transformers_probabilities(logits, [], sampling)
@@ -112,10 +112,10 @@ def test_a_wide_vocabulary_keeps_every_token_of_the_nucleus() -> None:
     top_p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999, 1.0]),
     top_k=st.sampled_from([0, 1, 2, 40, 600, 2000]),
 )
-def test_what_is_cut_is_what_sorting_everything_cuts(
+def test_cutting_matches_a_full_sort(
     seed: int, vocab: int, levels: int, spread: float, top_p: float, top_k: int
 ) -> None:
-    """With many equal logits, too: of those, lower ids stay."""
+    """Also with many ties, where lower ids are kept."""
     random = np.random.default_rng(seed)
     logits = (spread * random.integers(0, levels, vocab) / levels).astype(np.float32)
     kept = weights(logits, Sampling(1.0, top_p=top_p, top_k=top_k))
@@ -123,7 +123,7 @@ def test_what_is_cut_is_what_sorting_everything_cuts(
     order = np.argsort(-plain, kind="stable")[: top_k or None]
     mass = np.cumsum(plain[order].astype(np.float64))
     count = len(order) if top_p == 1 else 1 + np.count_nonzero(mass[:-1] < top_p * mass[-1])
-    assert abs(np.count_nonzero(kept) - np.count_nonzero(plain[order[:count]])) <= 1  # where sums round differently
+    assert abs(np.count_nonzero(kept) - np.count_nonzero(plain[order[:count]])) <= 1  # sums may round differently
     assert set(np.flatnonzero(kept)) ^ set(np.flatnonzero(plain)) <= set(order[count - 1 :]) | set(
         np.argsort(-plain, kind="stable")[len(order) :]
     )
@@ -137,7 +137,7 @@ def test_what_is_cut_is_what_sorting_everything_cuts(
     share=st.sampled_from([0.0, 0.01, 0.5, 1.0]),
     chance=st.one_of(st.floats(0, 1, exclude_max=True), st.just(1 - 2**-53)),
 )
-def test_a_draw_is_where_the_chance_falls(seed: int, vocab: int, share: float, chance: float) -> None:
+def test_draw_inverts_the_cumulative_distribution(seed: int, vocab: int, share: float, chance: float) -> None:
     random = np.random.default_rng(seed)
     kept = random.random(vocab, np.float32) * (random.random(vocab) < share)
     kept[random.integers(vocab)] = 1.0
@@ -147,7 +147,7 @@ def test_a_draw_is_where_the_chance_falls(seed: int, vocab: int, share: float, c
     assert chance * sums[-1] <= sums[token] + 1e-6
 
 
-def test_as_it_is_the_likeliest_token_is_taken_and_the_logits_stay() -> None:
+def test_the_default_is_greedy_and_keeps_the_logits() -> None:
     logits = logits_of(3, 200)
     before = logits.copy()
     assert Sampler(Sampling())(logits) == logits.argmax()
@@ -156,7 +156,7 @@ def test_as_it_is_the_likeliest_token_is_taken_and_the_logits_stay() -> None:
     np.testing.assert_array_equal(logits, before)
 
 
-def test_a_seed_repeats_the_draws_and_another_does_not() -> None:
+def test_a_seed_determines_the_draws() -> None:
     logits, sampling = logits_of(4, 500, spread=1), Sampling(1.0, top_p=0.95, top_k=100)
     draws = [[sampler(logits) for _ in range(40)] for sampler in (Sampler(sampling, seed) for seed in (7, 7, 8))]
     assert draws[0] == draws[1] != draws[2]
@@ -174,15 +174,15 @@ def test_draws_follow_the_distribution(sampling: Sampling) -> None:
     ("on", "expected"),
     [
         ([], Sampling(penalty_window=20)),
-        (["temperature"], Sampling(penalty_window=20)),  # neither top_p nor top_k: the likeliest token
+        (["temperature"], Sampling(penalty_window=20)),  # neither top_p nor top_k: greedy
         (["top_k_sampling"], Sampling(1.0, top_k=10, penalty_window=20)),
         (["temperature", "top_k_sampling"], Sampling(0.9, top_k=10, penalty_window=20)),
         (["temperature", "top_p_sampling"], Sampling(0.9, top_p=0.8, penalty_window=20)),
-        (["top_p_sampling", "top_k_sampling"], Sampling(1.0, top_p=0.8, penalty_window=20)),  # top_p wins
+        (["top_p_sampling", "top_k_sampling"], Sampling(1.0, top_p=0.8, penalty_window=20)),  # top_p takes precedence
         (["repetition_penalty"], Sampling(repetition_penalty=1.2, penalty_window=20)),
     ],
 )
-def test_post_config_means_what_it_means_to_the_vendors_runner(on: list[str], expected: Sampling) -> None:
+def test_post_config_has_the_vendors_meaning(on: list[str], expected: Sampling) -> None:
     assert Sampling.from_post_config({**OFF, **{f"enable_{key}": True for key in on}}) == expected
 
 
@@ -205,17 +205,17 @@ def test_post_config_means_what_it_means_to_the_vendors_runner(on: list[str], ex
         ({"enable_temperature": 1}, "enable_temperature is 1, expected true or false"),
     ],
 )
-def test_a_wrong_post_config_is_named(change: dict[str, Any], words: str) -> None:
+def test_an_invalid_post_config_is_reported(change: dict[str, Any], words: str) -> None:
     with pytest.raises(BadInput, match=words):
         Sampling.from_post_config({**OFF, **change})
 
 
-def test_a_missing_key_is_named() -> None:
+def test_a_missing_key_is_reported() -> None:
     with pytest.raises(BadInput, match=r"lacks \['top_k'\]"):
         Sampling.from_post_config({key: value for key, value in OFF.items() if key != "top_k"})
 
 
-def test_overrides_take_the_place_of_what_was_there() -> None:
+def test_overrides_replace_values() -> None:
     greedy = Sampling()
     assert greedy.override(temperature=None, top_p=None) == greedy
     assert greedy.override(top_p=0.9) == Sampling(1.0, top_p=0.9)
@@ -231,5 +231,5 @@ def test_overrides_take_the_place_of_what_was_there() -> None:
 def test_logits_that_are_not_finite_are_an_error(value: float, sampling: Sampling) -> None:
     logits = logits_of(0, 50)
     logits[17] = value
-    with pytest.raises(CheckFailed, match="the model gave a logit of"):
+    with pytest.raises(CheckFailed, match="the model returned a logit of"):
         Sampler(sampling)(logits)

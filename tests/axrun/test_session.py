@@ -1,4 +1,4 @@
-"""The session contract on every engine, and what onnxruntime's own has besides, with the compiler's own layers."""
+"""The session interface on every engine, and onnxruntime specifics, with layers from the compiler."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from axrun.format.dtypes import DTYPES, from_float32, to_float32
 from axrun.session import Session, open_session, ort
 from axrun.session.ort import OrtSession
 
-TOLERANCE = {"fp32": 2e-4, "fp16": 2e-3, "bf16": 1e-2}  # of the largest value: an ulp or two of the type
+TOLERANCE = {"fp32": 2e-4, "fp16": 2e-3, "bf16": 1e-2}  # relative to the largest value: one or two ulp of the type
 
 
 def filled(session: Session, group: int, seed: int = 0) -> dict[str, Any]:
-    """Every array of a group, allocated, the inputs random; the newest half of the history is hidden."""
+    """Allocated arrays of a group with random inputs; the mask hides the newer half of the history."""
     random = np.random.default_rng(seed)
     shape = session.groups[group]
     arrays = {info.name: session.allocate(info) for info in shape.inputs + shape.outputs}
@@ -41,9 +41,7 @@ def filled(session: Session, group: int, seed: int = 0) -> dict[str, Any]:
 
 @pytest.mark.parametrize("hidden", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("weight", ["fp32", "fp16", "bf16", "s8", "s4"])
-def test_every_group_computes_what_onnxruntime_computes_from_the_file(
-    build_tiny: Any, hidden: str, weight: str
-) -> None:
+def test_every_group_matches_onnxruntime_on_the_file(build_tiny: Any, hidden: str, weight: str) -> None:
     path = Bundle.open(build_tiny(hidden_state_type=hidden, weight_type=weight)).layer_path(1)
     lowered, plain = ort.open_session(path), exact(path)
     assert [(group.tokens, group.history) for group in lowered.groups] == [(1, 255), (32, 0), (32, 32), (32, 128)]
@@ -60,7 +58,7 @@ def test_every_group_computes_what_onnxruntime_computes_from_the_file(
 
 
 def exact(path: Path) -> OrtSession:
-    """The file as it is in onnxruntime, optimisers off: it rounds no activations then."""
+    """The unmodified file in onnxruntime without optimisers, which would round activations."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.open_session(path, lowered=False)
@@ -68,7 +66,7 @@ def exact(path: Path) -> OrtSession:
     return session
 
 
-def test_the_file_stays_as_it_was(bundle_s8: Path, engine: str) -> None:
+def test_the_file_is_not_changed(bundle_s8: Path, engine: str) -> None:
     path = Bundle.open(bundle_s8).layer_path(0)
     before = hashlib.sha256(path.read_bytes()).digest(), os.stat(path).st_mtime_ns
     open_session(path, engine)
@@ -83,7 +81,7 @@ def test_a_group_without_history_has_no_cache_inputs(bundle_s8: Path, engine: st
     assert [info.name for info in session.groups[0].outputs] == ["K_cache_out", "V_cache_out", "output"]
 
 
-def test_a_binding_reads_and_writes_the_callers_memory_again_and_again(bundle_s8: Path, engine: str) -> None:
+def test_a_binding_can_run_repeatedly(bundle_s8: Path, engine: str) -> None:
     session = open_session(Bundle.open(bundle_s8).layer_path(0), engine)
     arrays = filled(session, 0)
     binding = session.bind(0, arrays)
@@ -98,7 +96,7 @@ def test_a_binding_reads_and_writes_the_callers_memory_again_and_again(bundle_s8
     np.testing.assert_array_equal(arrays["output"], first)
 
 
-def test_a_flexible_binding_on_a_prefix_gives_what_the_whole_group_gives(bundle_fp32: Path, engine: str) -> None:
+def test_a_flexible_binding_on_a_prefix_matches_the_whole_group(bundle_fp32: Path, engine: str) -> None:
     session = open_session(Bundle.open(bundle_fp32).layer_path(2), engine)
     assert session.flexible
     arrays = filled(session, 0)
@@ -112,7 +110,7 @@ def test_a_flexible_binding_on_a_prefix_gives_what_the_whole_group_gives(bundle_
     np.testing.assert_allclose(arrays["output"], whole, rtol=0, atol=1e-5)
 
 
-def test_outputs_that_are_not_bound_are_not_delivered(bundle_s8: Path, engine: str) -> None:
+def test_unbound_outputs_are_discarded(bundle_s8: Path, engine: str) -> None:
     session = open_session(Bundle.open(bundle_s8).post_path, engine)
     inputs, outputs = session.groups[0].inputs, {info.name: info for info in session.groups[0].outputs}
     given = session.allocate(inputs[0])
@@ -141,26 +139,26 @@ def test_arrays_that_do_not_fit_are_refused(bundle_s8: Path, engine: str, change
         session.bind(0, {name: array for name, array in arrays.items() if array is not None})
 
 
-def test_every_float_type_has_its_carrier(bundle_s8: Path, engine: str) -> None:
+def test_every_float_type_has_a_numpy_type(bundle_s8: Path, engine: str) -> None:
     session = open_session(Bundle.open(bundle_s8).layer_path(0), engine)
     for info in session.groups[0].inputs:
         assert session.allocate(info).dtype == DTYPES[info.dtype].numpy
 
 
-def test_an_unknown_engine_is_named_with_those_there_are(bundle_s8: Path) -> None:
+def test_an_unknown_engine_lists_the_known_ones(bundle_s8: Path) -> None:
     with pytest.raises(BadInput, match="unknown engine 'tpu'; there are: ax, ax-int8, ort"):
         open_session(Bundle.open(bundle_s8).layer_path(0), engine="tpu")
 
 
 @pytest.mark.parametrize("threads", [0, -1, 100000])
-def test_a_senseless_number_of_threads_is_refused(bundle_s8: Path, threads: int) -> None:
+def test_an_invalid_number_of_threads_is_refused(bundle_s8: Path, threads: int) -> None:
     with pytest.raises(BadInput, match=f"{threads} threads"):
         open_session(Bundle.open(bundle_s8).layer_path(0), threads=threads)
 
 
 @pytest.mark.parametrize("lowered", [True, False])
-def test_a_graph_onnxruntime_refuses_ends_in_one_error(bundle_s8: Path, tmp_path: Path, lowered: bool) -> None:
-    """The container is whole, but an operator's name is not."""
+def test_a_graph_that_onnxruntime_refuses_gives_an_error(bundle_s8: Path, tmp_path: Path, lowered: bool) -> None:
+    """A valid file with an invalid operator name."""
     path = tmp_path / "odd.axmodel"
     path.write_bytes(Bundle.open(bundle_s8).layer_path(0).read_bytes().replace(b"Attention", b"Attentoin"))
     with pytest.raises(BadInput, match="does not load in onnxruntime") as caught:
@@ -169,13 +167,13 @@ def test_a_graph_onnxruntime_refuses_ends_in_one_error(bundle_s8: Path, tmp_path
     assert len(str(caught.value)) <= 300 + len(str(path))
 
 
-def test_a_graph_that_reads_what_is_not_there_ends_in_one_error(bundle_s8: Path, tmp_path: Path) -> None:
+def test_a_graph_with_a_missing_tensor_gives_an_error(bundle_s8: Path, tmp_path: Path) -> None:
     path = tmp_path / "odd.axmodel"
     content = Bundle.open(bundle_s8).layer_path(0).read_bytes()
     name = b"model.layers.0.mlp.up_proj.weight_scale"
     at = content.index(name)  # as an input of its DequantizeLinear
     path.write_bytes(content[:at] + name[:-1] + b"X" + content[at + len(name) :])
-    with pytest.raises(BadInput, match=r"has a graph that is none of axc's.*up_proj.weight_scalX"):
+    with pytest.raises(BadInput, match=r"has a graph that axc does not write.*up_proj.weight_scalX"):
         ort.open_session(path)
 
 

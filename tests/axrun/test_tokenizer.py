@@ -1,4 +1,4 @@
-"""The tokenizer against transformers', and text as it streams."""
+"""The tokenizer compared with transformers, and streaming detokenisation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tokenizer(tiny_qwen2: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def sentencepiece_like(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """As Llama 2 has it: a space is part of the word after it, unknown characters are byte tokens, BOS is added."""
+    """Like Llama 2: a space belongs to the next word, unknown characters become byte tokens, BOS is added."""
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
     backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -72,14 +72,14 @@ def sentencepiece_like(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_ids_and_text_are_those_of_transformers(tokenizer: Tokenizer, hf_tokenizer: Any, text: str) -> None:
+def test_ids_and_text_match_transformers(tokenizer: Tokenizer, hf_tokenizer: Any, text: str) -> None:
     ids = tokenizer.encode(text)
     assert ids == hf_tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == hf_tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_vocabulary_and_merges_alone_are_enough_for_qwen2(
+def test_qwen2_needs_only_vocabulary_and_merges(
     tokenizer: Tokenizer, tiny_qwen2: Path, tmp_path: Path, text: str
 ) -> None:
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "generation_config.json"):
@@ -91,7 +91,7 @@ def test_vocabulary_and_merges_alone_are_enough_for_qwen2(
     assert alone.stop_ids == tokenizer.stop_ids
 
 
-def test_every_id_that_a_file_or_the_template_names_stops(tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_stop_ids_come_from_all_files_and_the_template(tiny_qwen2: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_qwen2 / "tokenizer.json", tmp_path)
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     vocabulary = backend.get_vocab()
@@ -113,7 +113,7 @@ def test_every_id_that_a_file_or_the_template_names_stops(tiny_qwen2: Path, tmp_
     assert _stop_ids(tmp_path) == expected
 
 
-def test_a_damaged_template_is_no_hindrance_to_raw_prompts(tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_raw_prompts_work_with_a_damaged_template(tiny_qwen2: Path, tmp_path: Path) -> None:
     shutil.copy(tiny_qwen2 / "tokenizer.json", tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages")
     assert _stop_ids(tmp_path) == {}
@@ -126,21 +126,21 @@ def _stop_ids(folder: Path) -> Mapping[int, tuple[str, ...]]:
     return found.stop_sources
 
 
-def test_what_the_tokenizer_adds_by_itself_can_be_left_out(sentencepiece_like: Tokenizer) -> None:
+def test_automatic_special_tokens_can_be_omitted(sentencepiece_like: Tokenizer) -> None:
     ids = sentencepiece_like.encode("the cat")
     assert ids[0] == 1
     assert sentencepiece_like.encode("the cat", special=False) == ids[1:]
     assert sentencepiece_like.decode(ids) == "the cat"
 
 
-def test_special_tokens_have_the_names_templates_use(tiny_qwen2: Path, hf_tokenizer: Any) -> None:
+def test_special_tokens_have_the_names_of_templates(tiny_qwen2: Path, hf_tokenizer: Any) -> None:
     expected = hf_tokenizer.special_tokens_map
     assert special_tokens(tiny_qwen2) == {name: expected[name] for name in ("eos_token", "pad_token")}
 
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=40))
-def test_streamed_text_is_the_whole_text_and_never_half_a_character(tokenizer: Tokenizer, text: str) -> None:
+def test_streamed_text_is_complete_and_has_only_whole_characters(tokenizer: Tokenizer, text: str) -> None:
     _streams(tokenizer, text)
 
 
@@ -160,22 +160,22 @@ def _streams(tokenizer: Tokenizer, text: str) -> None:
         assert not any("\ufffd" in piece for piece in pieces)
 
 
-def test_bytes_that_are_no_text_do_not_hold_the_stream_up(tokenizer: Tokenizer) -> None:
-    broken = [tokenizer.encode("漢")[0]] * 100  # the first byte of a character, over and over
+def test_invalid_bytes_do_not_block_the_stream(tokenizer: Tokenizer) -> None:
+    broken = [tokenizer.encode("漢")[0]] * 100  # the first byte of a character, repeated
     stream = TextStream(tokenizer)
     pieces = [stream.push(token) for token in broken]
     assert "".join(pieces) == "\ufffd" * 100
     assert stream.push(tokenizer.encode("a")[0]) == "a"
 
 
-def test_half_a_character_at_the_end_is_shown_as_such(tokenizer: Tokenizer) -> None:
+def test_an_incomplete_character_at_the_end_is_shown(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer)
     assert "".join(stream.push(token) for token in tokenizer.encode("ok 漢")[:-1]) == "ok "
     assert stream.finish() == "\ufffd"
 
 
 def test_streaming_takes_time_linear_in_the_tokens(tokenizer: Tokenizer) -> None:
-    """Counted, not timed: how many ids are decoded for each token that comes."""
+    """Counts the decoded ids per token, instead of measuring time."""
     counted: list[int] = []
 
     class Counting(Tokenizer):
@@ -207,13 +207,13 @@ def test_a_folder_without_a_tokenizer_has_none(tmp_path: Path) -> None:
         ({"tokenizer_config.json": "\udcff".encode("utf-8", "surrogateescape").decode("latin-1")}, "cannot read"),
     ],
 )
-def test_a_damaged_tokenizer_is_named(tmp_path: Path, files: dict[str, str], words: str) -> None:
+def test_a_damaged_tokenizer_is_reported(tmp_path: Path, files: dict[str, str], words: str) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(BadInput, match=words):
         Tokenizer.find(tmp_path)
 
 
-def test_text_that_is_no_unicode_is_refused(tokenizer: Tokenizer) -> None:
+def test_invalid_unicode_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(BadInput, match="not UTF-8 at character 2"):
         tokenizer.encode("ab\udcff")

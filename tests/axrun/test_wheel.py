@@ -1,4 +1,4 @@
-"""The runner's wheel, alone: installed where nothing is but what it declares, it answers, serves and measures."""
+"""The runner's wheel works with nothing but its declared dependencies: it answers, serves and measures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ABSENT = ("torch", "transformers", "onnx", "safetensors", "axc")
 
 
 def declared(requirements: list[str], extras: tuple[str, ...] = ("",)) -> Iterator[importlib.metadata.Distribution]:
-    """What the requirements bring on this machine, and what those bring."""
+    """The requirements on this machine, with their transitive dependencies."""
     pending, seen = [(Requirement(text), extras) for text in requirements], set()
     while pending:
         requirement, wanted = pending.pop()
@@ -42,7 +42,7 @@ def declared(requirements: list[str], extras: tuple[str, ...] = ("",)) -> Iterat
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of packages: the wheel's files, and links to those of its requirements."""
+    """A site-packages folder with the files of the wheel and links to its requirements."""
     folder, site = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("site")
     build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
     subprocess.run([*build, str(ROOT / "board")], check=True)
@@ -62,14 +62,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bundle(build_tiny: Builder, tiny_qwen2: Path) -> Path:
-    """With reference logits in it."""
+    """A bundle with reference logits."""
     made = build_tiny()
     write(Options(tiny_qwen2, tiny_qwen2 / "heldout.txt", bundle=made, tokens=100, window=50, greedy_tokens=2))
     return made
 
 
 def python(site: Path, *arguments: object) -> list[str]:
-    """A command line of a Python that sees no packages but those."""
+    """A Python command line that can import only these packages."""
     start = f"import sys; sys.path.append({str(site)!r}); from axrun.cli import main; sys.exit(main(sys.argv[1:]))"
     return [sys.executable, "-I", "-S", "-c", start, *map(str, arguments)]
 
@@ -81,7 +81,7 @@ def axrun(site: Path, *arguments: object) -> str:
     return done.stdout
 
 
-def test_nothing_else_is_there(site: Path) -> None:
+def test_no_other_packages_can_be_imported(site: Path) -> None:
     command = [*python(site)[:-1], f"import sys; sys.path.append({str(site)!r}); import numpy, axrun.cli"]
     subprocess.run(command, check=True)
     for name in ABSENT:
@@ -90,7 +90,7 @@ def test_nothing_else_is_there(site: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["run", "chat", "serve", "eval", "bench", "model"])
-def test_every_command_explains_itself(site: Path, verb: str) -> None:
+def test_every_command_has_help(site: Path, verb: str) -> None:
     assert verb in axrun(site, "--help")
     assert f"usage: axrun {verb}" in axrun(site, verb, "--help")
 
@@ -107,7 +107,7 @@ def healthy(address: str) -> bool:
     try:
         with urllib.request.urlopen(f"{address}/health", timeout=60) as response:
             return bool(response.status == 200)
-    except urllib.error.URLError:  # it does not listen yet, or it loads
+    except urllib.error.URLError:  # not listening yet, or loading
         return False
 
 

@@ -1,4 +1,4 @@
-"""A program on a terminal of its own: what a person types, and what they see."""
+"""Runs a program on a pseudo-terminal: typed input and visible output."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 180.0  # seconds
+TIMEOUT = 180.0  # seconds
 CTRL_C, CTRL_D, UP = b"\x03", b"\x04", b"\x1b[A"
 STYLE = re.compile(rb"\x1b\[[?0-9;]*[a-zA-Z]")
 
 
 class Tty:
-    """`python -m axrun ...` behind a pseudo-terminal. `seen` is all that it has shown, as bytes."""
+    """`python -m axrun ...` on a pseudo-terminal. `seen` is all its output as bytes."""
 
     def __init__(self, arguments: Sequence[object], environment: Mapping[str, str]) -> None:
         self.seen = b""
@@ -37,8 +37,8 @@ class Tty:
         os.write(self._fd, keys.encode() if isinstance(keys, str) else keys)
 
     def expect(self, pattern: str) -> str:
-        """Waits until what was shown since the last match has the pattern; what was shown up to its end."""
-        deadline = time.monotonic() + PATIENCE
+        """Waits until the output since the last match contains the pattern; returns the output up to its end."""
+        deadline = time.monotonic() + TIMEOUT
         while not (found := re.search(pattern.encode(), self.seen[self._read_to :])):
             assert time.monotonic() < deadline, f"no {pattern!r} in {self.seen[self._read_to :]!r}"
             assert self._more(deadline - time.monotonic()), f"it ended without {pattern!r}: {self.seen!r}"
@@ -46,14 +46,14 @@ class Tty:
         return STYLE.sub(b"", self.seen[start : self._read_to]).decode("utf-8", "replace")
 
     def end(self) -> int:
-        """Waits until it ends; its exit code."""
-        deadline = time.monotonic() + PATIENCE
+        """Waits for the end; returns the exit code."""
+        deadline = time.monotonic() + TIMEOUT
         while self._more(deadline - time.monotonic()):
             assert time.monotonic() < deadline, f"it does not end: {self.seen!r}"
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def close(self) -> None:
-        """For a test that ends early."""
+        """Cleans up after a test that ends early."""
         os.close(self._fd)
         try:
             os.kill(self.pid, signal.SIGKILL)
@@ -67,7 +67,7 @@ class Tty:
             return True
         try:
             data = os.read(self._fd, 65536)
-        except OSError:  # Linux says so when the other end is closed
+        except OSError:  # Linux raises this when the other end is closed
             return False
         self.seen += data
         return bool(data)

@@ -1,4 +1,4 @@
-"""axrun chat as its user meets it: on a terminal, where it is typed to, and on a pipe."""
+"""axrun chat on a terminal and on a pipe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 @pytest.fixture(scope="module")
 def endless_bundle(bundle_long: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its answers end with the context only, and fill the terminal long before: they wait for the test."""
+    """A bundle whose answers end only with the context; they fill the terminal buffer before, and wait for the test."""
     bundle = Path(shutil.copytree(bundle_long, tmp_path_factory.mktemp("endless") / "bundle"))
     settings = bundle / "hf" / "generation_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token_id": [1 << 20]}))
@@ -60,13 +60,13 @@ def lines(output: bytes) -> list[str]:
     return output.decode().splitlines()
 
 
-def test_a_pipe_gets_the_answers_and_nothing_else(bundle_s8: Path) -> None:
+def test_a_pipe_gets_only_the_answers(bundle_s8: Path) -> None:
     done = piped(bundle_s8, "1+1=\n\n  what is 17+25?  \n/stats\n2+3=")
     assert (done.returncode, lines(done.stdout)) == (0, ["2", "42", "5"])
     log = done.stderr.decode()
     assert "LLM init ok" in log
     assert "\n> " not in log
-    assert "K/V cache: " in log
+    assert "KV cache: " in log
 
 
 def test_commands(bundle_s8: Path) -> None:
@@ -75,18 +75,18 @@ def test_commands(bundle_s8: Path) -> None:
     done = piped(bundle_s8, script)
     assert (done.returncode, lines(done.stdout)) == (0, ["2", "2"])
     log = lines(done.stderr.partition(b"LLM init ok\n")[2])
-    assert log[0] == "[there is nothing to take back]"
-    assert log[1] == "[taken back: 1+1=]"
+    assert log[0] == "[nothing to undo]"
+    assert log[1] == "[removed: 1+1=]"
     assert log[2].endswith("tokens; 0 turns")
     assert log[3].startswith("input token num : 1 new, ")
     assert log[4].startswith("ttft: ")
     assert log[5].startswith("hit eos,avg ")
     assert log[6].endswith("tokens; 1 turn")
-    assert log[7:9] == ["[all turns are forgotten]", log[2]]
-    assert log[9] == "there is no command /fly; /help lists them"
+    assert log[7:9] == ["[conversation cleared]", log[2]]
+    assert log[9] == "unknown command /fly; /help lists all commands"
     commands = ["/reset", "/undo", "/system", "/stats", "/help", "/quit"]
     assert [line.split()[0] for line in log[10:16]] == commands
-    assert log[16:] == ["[the system message is set]", "[there is no system message]"]
+    assert log[16:] == ["[system message set]", "[system message removed]"]
 
 
 def test_a_system_message_reaches_the_model(bundle_s8: Path) -> None:
@@ -97,11 +97,11 @@ def test_a_system_message_reaches_the_model(bundle_s8: Path) -> None:
     assert "Anna" in flag.stdout.decode() != plain.stdout.decode()
 
 
-def test_a_full_context_is_said(bundle_s8: Path) -> None:
+def test_a_full_context_is_reported(bundle_s8: Path) -> None:
     questions = "".join(f"what is {number}+{number}?\n" for number in range(1, 15))
     done = piped(bundle_s8, questions, "--system", "Your name is Anna.", "--max-tokens", "8")
     assert len(lines(done.stdout)) == 14
-    assert "[context full: forgot the oldest 1 turn; the system message stays]" in lines(done.stderr)
+    assert "[context full: dropped the oldest 1 turn; the system message stays]" in lines(done.stderr)
 
 
 def test_an_answer_that_ends_with_the_context_says_so(build_tiny: Builder) -> None:
@@ -110,7 +110,7 @@ def test_an_answer_that_ends_with_the_context_says_so(build_tiny: Builder) -> No
     assert "[context full: the answer ends here]" in lines(done.stderr)
 
 
-def test_what_is_shown_is_always_whole_characters(bundle_s8: Path) -> None:
+def test_only_whole_characters_are_shown(bundle_s8: Path) -> None:
     """At this temperature half of the tokens are stray bytes."""
     command = [sys.executable, "-u", "-m", "axrun", "chat", str(bundle_s8), "--temperature", "9", "--max-tokens", "90"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
@@ -123,7 +123,7 @@ def test_what_is_shown_is_always_whole_characters(bundle_s8: Path) -> None:
             assert data.decode("utf-8")
             shown += 1
     assert process.returncode == 0
-    assert shown > 1  # in pieces: how many depends on the machine
+    assert shown > 1  # the number of pieces depends on the machine
 
 
 @pytest.mark.parametrize(
@@ -190,35 +190,35 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(start: Start, endless_bundl
     tty = start(endless_bundle, "--temperature", "4")
     tty.expect(PROMPT)
     tty.type("tell me a story\r")
-    tty.expect(r"story\r\n.")  # it has begun
+    tty.expect(r"story\r\n.")  # the answer has started
     tty.type(CTRL_C)
     tty.expect(rf"\[stopped\]\r\n.*{PROMPT}")
     tty.type("/stats\r")
     shown = tty.expect(PROMPT)
     assert "stopped,avg" in shown
     assert "1 turn" in shown
-    length = int(shown.partition("K/V cache: ")[2].split()[0])
+    length = int(shown.partition("KV cache: ")[2].split()[0])
     assert length < 8191
     tty.type("/undo\r")
-    assert "[taken back: tell me a story]" in tty.expect(PROMPT)
+    assert "[removed: tell me a story]" in tty.expect(PROMPT)
     tty.type(CTRL_D)
     assert tty.end() == 0
 
 
-def test_ctrl_c_twice_and_between_answers(start: Start, bundle_long: Path) -> None:
+def test_ctrl_c_twice_and_at_the_prompt(start: Start, bundle_long: Path) -> None:
     tty = start(bundle_long, "--greedy")
     tty.expect(PROMPT)
     for _ in range(3):
         tty.type("1+" + "".join(chr(CTRL_C[0])))
         tty.expect(PROMPT)
     tty.type("1+1=\r")
-    assert tty.expect(PROMPT).splitlines()[-2:] == ["2", "> "]  # what was typed before is gone
+    assert tty.expect(PROMPT).splitlines()[-2:] == ["2", "> "]  # the typed line was discarded
     tty.type("tell me a story\r")
     tty.expect(r"story\r\n.")
     tty.type(CTRL_C * 3)
     tty.expect(PROMPT)
-    tty.type("/undo\r")  # or the answer depends on how much of the story was told
-    tty.expect(r"taken back: tell me a story\]\r\n.*> ")
+    tty.type("/undo\r")  # otherwise the answer depends on how far the story went
+    tty.expect(r"removed: tell me a story\]\r\n.*> ")
     tty.type("2+2=\r")
     assert tty.expect(PROMPT).splitlines()[-2:] == ["4", "> "]
     tty.type(CTRL_D)
@@ -239,7 +239,7 @@ def test_an_interrupt_from_elsewhere_discards_a_line_too(start: Start, bundle_s8
     assert tty.end() == 0
 
 
-def test_a_question_that_cannot_be_asked_is_said_and_the_chat_goes_on(start: Start, bundle_s8: Path) -> None:
+def test_an_invalid_question_is_reported_and_the_chat_continues(start: Start, bundle_s8: Path) -> None:
     tty = start(bundle_s8)
     tty.expect(PROMPT)
     tty.type("1+" * 300 + "\r")
@@ -252,7 +252,7 @@ def test_a_question_that_cannot_be_asked_is_said_and_the_chat_goes_on(start: Sta
     assert tty.end() == 0
 
 
-def test_the_history_outlives_the_program(start: Start, bundle_s8: Path, tmp_path: Path) -> None:
+def test_the_history_is_saved(start: Start, bundle_s8: Path, tmp_path: Path) -> None:
     tty = start(bundle_s8)
     tty.expect(PROMPT)
     tty.type("12+30=\r")
@@ -275,7 +275,7 @@ def test_the_history_outlives_the_program(start: Start, bundle_s8: Path, tmp_pat
     assert again.end() == 0
 
 
-def test_sigterm_ends_it(start: Start, endless_bundle: Path) -> None:
+def test_sigterm_stops_the_program(start: Start, endless_bundle: Path) -> None:
     tty = start(endless_bundle, "--temperature", "4")
     tty.expect(PROMPT)
     os.kill(tty.pid, signal.SIGTERM)
@@ -286,11 +286,11 @@ def test_sigterm_ends_it(start: Start, endless_bundle: Path) -> None:
     writing.expect(r"story\r\n.")
     os.kill(writing.pid, signal.SIGTERM)
     assert writing.end() == 130
-    assert b"[context full" not in writing.seen  # nor did it wait for the end of its answer
+    assert b"[context full" not in writing.seen  # it did not wait for the end of the answer
 
 
-def test_a_model_cannot_steer_the_terminal(start: Start, bundle_s8: Path) -> None:
-    """At this temperature it says every byte; of the control characters only tab and newline get through."""
+def test_model_output_cannot_control_the_terminal(start: Start, bundle_s8: Path) -> None:
+    """At this temperature the model emits every byte; of the control characters only tab and newline are passed on."""
     tty = start(bundle_s8, "--temperature", "50", "--max-tokens", "150")
     tty.expect(PROMPT)
     for seed in range(3):

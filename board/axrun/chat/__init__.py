@@ -1,1 +1,1 @@
-"""A conversation with a person: turns that stay in the cache, lines and commands, a terminal."""
+"""axrun chat: conversations that stay in the KV cache, commands, terminal input and output."""

@@ -1,8 +1,8 @@
-"""A conversation that stays in the K/V cache: of each turn only what is new to the cache is prefilled.
+"""A conversation that stays in the KV cache: each turn prefills only the tokens that are new.
 
-The chat template is rendered for the whole conversation and cut into tokens; those that the cache begins with are
-reused. The rule for a full context: the system message stays, the oldest turns go, a question with its answer at a
-time, until the prompt leaves the reserve for an answer.
+The chat template is rendered for the whole conversation and tokenised; the prefix that is in the cache is reused. When
+the context gets full, the system message is kept, and the oldest turns (question and answer) are dropped until the
+prompt leaves the reserve for an answer.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Message = Mapping[str, str]
 
 
 class Stopped(Exception):
-    """Raised by `between` to end an answer where it is."""
+    """Raised by `between` to stop an answer."""
 
 
 @dataclass
 class Turn:
-    """How a turn went. `reused` tokens of its prompt were in the cache; the other `stats.prompt_tokens` were prefilled.
+    """Statistics of a turn. `reused` tokens of its prompt were in the cache; `stats.prompt_tokens` were prefilled.
 
-    `forgotten` are the turns that were dropped to make room. `stats.stop` may also be `stopped`.
+    `forgotten` is the number of turns dropped to make room. `stats.stop` may also be `stopped`.
     """
 
     reused: int
@@ -41,7 +41,7 @@ class Turn:
 
 
 class Conversation:
-    """`messages` are the turns that are remembered, questions and answers in turn, without the system message."""
+    """`messages` are the questions and answers so far, alternating, without the system message."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class Conversation:
         seed: int = 0,
         parse_special: bool = False,
     ) -> None:
-        """`max_tokens` None: an answer may go on to the end of the context.
+        """`max_tokens` None: answers may continue to the end of the context.
 
-        `parse_special`: special tokens that a message spells are control tokens, not text.
+        `parse_special`: special tokens spelled in a message are control tokens, not text.
         """
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._sampling, self._max_tokens, self._seed = sampling, max_tokens, seed
@@ -67,17 +67,17 @@ class Conversation:
 
     @property
     def context(self) -> int:
-        """Tokens that fit."""
+        """Maximum number of tokens."""
         return self._sequence.context
 
     @property
     def length(self) -> int:
-        """Tokens in the cache."""
+        """Number of tokens in the cache."""
         return self._sequence.length
 
     @property
     def reserve(self) -> int:
-        """Tokens that are kept free for an answer: `max_tokens`, or a quarter of the context; at most half of it."""
+        """Tokens reserved for an answer: `max_tokens` or a quarter of the context, at most half of it."""
         wanted = self.context // 4 if self._max_tokens is None else self._max_tokens
         return min(wanted, self.context // 2)
 
@@ -87,7 +87,7 @@ class Conversation:
 
     @system.setter
     def system(self, text: str | None) -> None:
-        """Raises BadInput when the template takes no system message, and keeps the old one."""
+        """Raises BadInput and keeps the old message if the template refuses a system message."""
         before, self._system = self._system, text
         try:
             self._tokens([{"role": "user", "content": "?"}])
@@ -96,11 +96,11 @@ class Conversation:
             raise
 
     def reset(self) -> None:
-        """Forgets all turns; the system message stays."""
+        """Drops all turns; keeps the system message."""
         self.messages, self.turn = [], None
 
     def undo(self) -> str | None:
-        """Forgets the last question and its answer, and returns the question; None when there is none."""
+        """Drops the last question and its answer, and returns the question, or None."""
         if not self.messages:
             return None
         question = self.messages[-2]["content"]
@@ -108,10 +108,10 @@ class Conversation:
         return question
 
     def ask(self, question: str, between: Callable[[], None] = lambda: None) -> tuple[Turn, Iterator[str]]:
-        """How the turn goes, known as far as it has gone, and the answer's text as it comes.
+        """Asks a question; returns its Turn, updated as it proceeds, and an iterator over the text of the answer.
 
-        `between` is called between tokens and may raise Stopped: what was said until then stays said. A question that
-        got no token is forgotten. Raises BadInput when the question alone does not fit the context.
+        `between` is called between tokens and may raise Stopped: the answer so far is kept. A question without a single
+        token of answer is dropped. Raises BadInput if the question alone does not fit the context.
         """
         messages, prompt, forgotten = self._fit([*self.messages, {"role": "user", "content": question}])
         reused = self._sequence.reusable(prompt)
@@ -147,7 +147,7 @@ class Conversation:
             self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
 
     def _fit(self, messages: list[Message]) -> tuple[list[Message], list[int], int]:
-        """The messages that are kept, their prompt, and how many turns went."""
+        """The messages to keep, their prompt, and the number of dropped turns."""
         forgotten = 0
         while len(prompt := self._tokens(messages)) + self.reserve > self.context and len(messages) > 1:
             messages, forgotten = messages[2:], forgotten + 1

@@ -1,4 +1,4 @@
-"""axrun chat: lines in, answers out, and commands that begin with a slash."""
+"""axrun chat: reads lines, prints answers, and handles commands that begin with a slash."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from axrun.text.tokenizer import Tokenizer
 
 
 def chat(path: Path, options: Options, terminal: Terminal, loading: Loading = DEFAULTS) -> None:
-    """Loads a bundle and talks until the input ends. Questions and answers go through `terminal`, all else is said.
+    """Loads a bundle and chats until the input ends. Questions and answers go through `terminal`, messages to `say`.
 
-    Raises BadInput for a bundle or a value that cannot be used, and, where nobody is there to read them, for a question
-    that cannot; CheckFailed when the bundle is not as built.
+    Raises BadInput for an unusable bundle or option, and without a terminal also for an unusable question; CheckFailed
+    if the bundle fails verification.
     """
     bundle, say = loading.open(path), loading.say
     sampling = options.sampling_of(bundle, say)
     tokenizer, template = Tokenizer.open(bundle.hf), ChatTemplate.find(bundle.hf)
     if template is None:
-        raise BadInput(f"{bundle.hf} has no chat template, so there is no way to chat; ask without one: axrun run")
+        raise BadInput(f"{bundle.hf} has no chat template, which chat needs; use axrun run instead")
     say("LLM init start")
     model = loading.load(bundle)
     for line in describe(model, bundle):
@@ -43,13 +43,13 @@ def chat(path: Path, options: Options, terminal: Terminal, loading: Loading = DE
 
 
 class Repl:
-    """What is done with a line."""
+    """Handles input lines."""
 
     def __init__(self, conversation: Conversation, terminal: Terminal, say: Say) -> None:
         self.conversation, self.terminal, self.say = conversation, terminal, say
 
     def take(self, line: str) -> bool:
-        """Obeys a command or answers a question; False when it was the last."""
+        """Runs a command or answers a question; returns False to quit."""
         text = line.strip()
         try:
             if text.startswith("/"):
@@ -64,7 +64,7 @@ class Repl:
 
     def _command(self, name: str, rest: str) -> bool:
         if name not in COMMANDS:
-            self.say(f"there is no command {name}; /help lists them")
+            self.say(f"unknown command {name}; /help lists all commands")
             return True
         COMMANDS[name].action(self, rest.strip())
         return name != "/quit"
@@ -74,7 +74,7 @@ class Repl:
         turn, pieces = conversation.ask(question, self.terminal.between)
         if turn.forgotten:
             kept = "; the system message stays" if conversation.system is not None else ""
-            self.say(f"[context full: forgot the oldest {_count(turn.forgotten, 'turn')}{kept}]")
+            self.say(f"[context full: dropped the oldest {_count(turn.forgotten, 'turn')}{kept}]")
         for piece in pieces:
             self.terminal.write(piece)
         self.terminal.write("\n")
@@ -83,25 +83,25 @@ class Repl:
 
     def reset(self, rest: str) -> None:
         self.conversation.reset()
-        self.say("[all turns are forgotten]")
+        self.say("[conversation cleared]")
 
     def undo(self, rest: str) -> None:
         question = self.conversation.undo()
-        self.say("[there is nothing to take back]" if question is None else f"[taken back: {question}]")
+        self.say("[nothing to undo]" if question is None else f"[removed: {question}]")
 
     def system(self, text: str) -> None:
         self.conversation.system = text or None
-        self.say("[the system message is set]" if text else "[there is no system message]")
+        self.say("[system message set]" if text else "[system message removed]")
 
     def stats(self, rest: str) -> None:
         conversation, turn = self.conversation, self.conversation.turn
         if turn is not None:
             stats = turn.stats
-            self.say(f"input token num : {stats.prompt_tokens} new, {turn.reused} in the K/V cache")
+            self.say(f"input token num : {stats.prompt_tokens} new, {turn.reused} in the KV cache")
             self.say(f"ttft: {1e3 * stats.ttft_seconds:.2f} ms, {stats.prefill_rate:.2f} token/s")
             self.say(f"{ENDINGS.get(stats.stop, stats.stop)},avg {stats.decode_rate:.2f} token/s")
         turns = _count(len(conversation.messages) // 2, "turn")
-        self.say(f"K/V cache: {conversation.length} of {conversation.context} tokens; {turns}")
+        self.say(f"KV cache: {conversation.length} of {conversation.context} tokens; {turns}")
 
     def quit(self, rest: str) -> None:
         pass
@@ -113,7 +113,7 @@ class Repl:
 
 @dataclass(frozen=True)
 class Command:
-    """A line that begins with a slash."""
+    """A command that begins with a slash."""
 
     action: Callable[[Repl, str], None]
     argument: str
@@ -121,12 +121,12 @@ class Command:
 
 
 COMMANDS = {
-    "/reset": Command(Repl.reset, "", "forget all turns; the system message stays"),
-    "/undo": Command(Repl.undo, "", "take back the last question and its answer"),
-    "/system": Command(Repl.system, "TEXT", "set the system message; without TEXT there is none"),
-    "/stats": Command(Repl.stats, "", "how the last turn went, and how full the context is"),
-    "/help": Command(Repl.help, "", "this list"),
-    "/quit": Command(Repl.quit, "", "end, as Ctrl-D does"),
+    "/reset": Command(Repl.reset, "", "clear the conversation; keep the system message"),
+    "/undo": Command(Repl.undo, "", "remove the last question and its answer"),
+    "/system": Command(Repl.system, "TEXT", "set the system message; without TEXT, remove it"),
+    "/stats": Command(Repl.stats, "", "show statistics of the last turn, and use of the context"),
+    "/help": Command(Repl.help, "", "list the commands"),
+    "/quit": Command(Repl.quit, "", "quit, like Ctrl-D"),
 }
 REMARKS = {"context": "[context full: the answer ends here]", "stopped": "[stopped]"}
 

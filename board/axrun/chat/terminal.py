@@ -1,4 +1,4 @@
-"""Where a person types: lines with an editor and a history, text that appears as it comes, and Ctrl-C."""
+"""Terminal input and output: line editing with a history, streamed text, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from axrun.errors import BadInput
 PROMPT = "> "
 HISTORY_LINES = 1000
 TICK_SECONDS = 0.2
-# What a model may not do to a terminal: control characters are shown, not obeyed, but for tab and newline.
+# Model output must not control the terminal: control characters except tab and newline are made visible.
 CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
 CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
 
 
 class Discarded(Exception):
-    """Ctrl-C while a line was being typed."""
+    """Ctrl-C while typing a line."""
 
 
 class Terminal:
-    """stdin and stdout. `interactive`: a person types; else lines come from a pipe or a file, without a prompt."""
+    """stdin and stdout. `interactive`: a user types; otherwise lines come from a pipe or file, without a prompt."""
 
     def __init__(self) -> None:
         self.interactive = sys.stdin.isatty()
         self._typing = self._pressed = False
 
     def write(self, text: str) -> None:
-        """Shows whole characters at once; those that the terminal's encoding lacks as question marks."""
+        """Writes text and flushes; characters outside the terminal's encoding become question marks."""
         text = text.translate(CONTROLS) if sys.stdout.isatty() else text
         encoding = sys.stdout.encoding
         sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
         sys.stdout.flush()
 
     def lines(self) -> Iterator[str]:
-        """Lines until the input ends. Raises BadInput for one of a pipe that is no UTF-8."""
+        """Lines until the input ends. Raises BadInput for a line from a pipe that is not UTF-8."""
         yield from self._typed() if self.interactive else _piped()
 
     def between(self) -> None:
-        """Raises Stopped once a person has pressed Ctrl-C behind the last line."""
+        """Raises Stopped if the user pressed Ctrl-C after the last line."""
         if self._pressed:
             raise Stopped
 
@@ -69,7 +69,7 @@ class Terminal:
                     yield line
 
     def _input(self, prompt: str) -> str:
-        self._pressed = False  # whatever is pressed from here on is not about the answer before
+        self._pressed = False  # later key presses do not concern the previous answer
         self._typing = True
         try:
             with _ticking():
@@ -86,7 +86,7 @@ class Terminal:
 
 @contextlib.contextmanager
 def _heard(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGINT goes to `handler`; afterwards to whom it went before, unless somebody else has taken it meanwhile."""
+    """Installs `handler` for SIGINT; restores the previous one afterwards, unless somebody replaced it meanwhile."""
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield
@@ -97,10 +97,9 @@ def _heard(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupt_is_a_key() -> Iterator[None]:
-    """Ctrl-C comes in its place among the other keys, where `_edit_lines` has bound it, and not as a signal.
+    """Turns Ctrl-C into an ordinary key, bound by `_edit_lines`, instead of a signal.
 
-    A signal overtakes what was typed before it or is overtaken by what is typed after it, so that a Ctrl-C meant for an
-    answer could discard the next question.
+    Signals are not ordered with typed keys, so a Ctrl-C meant for an answer could discard the next question.
     """
     before = termios.tcgetattr(sys.stdin)
     characters = list(before[6])
@@ -114,7 +113,7 @@ def _interrupt_is_a_key() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ticking() -> Iterator[None]:
-    """Wakes a wait for a key now and then: a signal that comes just before such a wait is not heard before it ends."""
+    """Interrupts waits for a key periodically: a signal just before a wait is otherwise handled only after it."""
     before = signal.signal(signal.SIGALRM, lambda number, frame: None)
     signal.setitimer(signal.ITIMER_REAL, TICK_SECONDS, TICK_SECONDS)
     try:
@@ -133,7 +132,7 @@ def _piped() -> Iterator[str]:
 
 
 def _edit_lines() -> bool:
-    """Line editing and a history that outlives the program, where Python has readline; whether Ctrl-C is bound too."""
+    """Enables line editing with a saved history, if Python has readline. Returns whether Ctrl-C is bound too."""
     try:
         import readline
     except ImportError:
@@ -150,7 +149,7 @@ def _edit_lines() -> bool:
             readline.write_history_file(history)
 
     atexit.register(keep)
-    gnu = "libedit" not in (readline.__doc__ or "")  # which binds in another language
+    gnu = "libedit" not in (readline.__doc__ or "")  # libedit has another syntax for bindings
     if gnu:
         readline.parse_and_bind(r'"\C-x\C-c": kill-whole-line')
         readline.parse_and_bind(r'"\C-c": "\C-x\C-c\C-m"')

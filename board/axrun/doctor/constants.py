@@ -128,7 +128,7 @@ def _largest(packed: Quantised) -> NDArray[Any]:
 
 
 def _from_zero(packed: Quantised, start: int) -> NDArray[np.int16]:
-    """The same of ROWS rows with zero points."""
+    """Like `_largest`, for ROWS rows with zero points."""
     stop = min(start + ROWS, packed.levels.dims[0])
     levels = packed.level_rows(start, stop).reshape(stop - start, packed.blocks, -1).astype(np.int16)
     zeros = packed.zero_rows(start, stop)[:, :, None]

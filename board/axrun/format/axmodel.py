@@ -1,7 +1,7 @@
-"""The axmodel: an ONNX ModelProto read without a copy, and the byte layout of one to be written.
+"""Axmodels: a zero-copy reader of ONNX ModelProto files, and the byte layout for writing them.
 
-docs/axmodel.md is the specification. The reader takes the vendor's axmodels too: their container is the same,
-their content (one `neu mode` node per group, NPU blobs as initializers) is closed.
+docs/axmodel.md is the specification. The reader also opens the vendor's axmodels: the container is the same, but the
+content (one `neu mode` node per group, NPU blobs as initializers) is closed.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ FORMAT_VERSION = 1
 IR_VERSION = 11  # the first that knows opset 23
 OPSET = 23  # the first with Attention, RMSNormalization and RotaryEmbedding
 ALIGNMENT = 64  # of every raw_data in the file: a cache line, and the widest vector load
-MAX_BYTES = (1 << 31) - 1  # protobuf reads no larger message
-BLOCKED = -65536.0  # the additive mask's value for a column that must not be seen; 0 for one that may
+MAX_BYTES = (1 << 31) - 1  # the largest message that protobuf reads
+BLOCKED = -65536.0  # value of the additive mask for a masked column; 0 for a visible one
 
 Attribute = Union[int, float, str, tuple[int, ...], tuple[float, ...], wire.Span]
 
 
 @dataclass(frozen=True)
 class Group:
-    """A shape group: `tokens` rows go in, after `history` rows of cache (0: this group has no cache input)."""
+    """A shape group: `tokens` input rows after `history` cached rows (0: the group has no cache input)."""
 
     index: int
     tokens: int
@@ -44,7 +44,7 @@ class Group:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """An input or output; a dimension is a number or the name of one that groups decide."""
+    """An input or output; a dimension is a number, or a name whose value depends on the group."""
 
     name: str
     dtype: str
@@ -53,7 +53,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Tensor:
-    """An initializer. `offset` is where its `nbytes` of raw data begin in the file (-1: not stored as raw data)."""
+    """An initializer. `offset` is the file offset of its `nbytes` of raw data (-1: not stored as raw data)."""
 
     name: str
     dtype: str
@@ -63,7 +63,7 @@ class Tensor:
     raw: memoryview | None = field(default=None, repr=False, compare=False)
 
     def array(self) -> NDArray[Any]:
-        """The data in place: shape `dims`, or flat bytes where two 4-bit values share one."""
+        """A view of the data: shape `dims`, or flat bytes for 4-bit types (two values per byte)."""
         if self.raw is None:
             raise BadInput(f"initializer {self.name} is not stored as raw data")
         flat = np.frombuffer(self.raw, DTYPES[self.dtype].numpy)
@@ -72,7 +72,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Node:
-    """An operator with the names of what it reads and writes."""
+    """An operator with the names of its inputs and outputs."""
 
     op_type: str
     inputs: tuple[str, ...]
@@ -84,7 +84,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Axmodel:
-    """One axmodel file; `buffer` is its memory map, which the tensors' data lie in."""
+    """One axmodel file; `buffer` is its memory map, which holds the data of the tensors."""
 
     producer_name: str
     producer_version: str
@@ -112,13 +112,13 @@ class Axmodel:
 
     @property
     def version(self) -> str:
-        """Of the compiler; the vendor's is in the doc_string."""
+        """Version of the compiler; the vendor's is in the doc_string."""
         found = re.search(rf"{VENDOR} Version: *(\S.{{0,60}})", self.doc_string) if self.vendors else None
         return found[1].strip() if found else self.producer_version
 
     @property
     def commit(self) -> str:
-        """Of the vendor's compiler; empty for any other."""
+        """Commit of the vendor's compiler; empty for any other."""
         found = re.search(rf"{VENDOR} Commit: *(\S.{{0,60}})", self.doc_string) if self.vendors else None
         return found[1].strip() if found else ""
 
@@ -134,19 +134,19 @@ class Axmodel:
 
     @property
     def window(self) -> int:
-        """Of how many tokens back, itself among them, a token of this layer sees the rows; 0: of all."""
+        """The attention window of this layer in tokens, including the token itself; 0: unlimited."""
         return int(self.metadata.get("axmodel.window", "0"))
 
     @property
     def part(self) -> str:
-        """What it is of a model: `layer 3`, `post`; empty for the vendor's."""
+        """The part of the model: `layer 3`, `post`; empty for the vendor's."""
         return f"layer {self.metadata.get('axmodel.layer', '?')[:12]}" if self.kind == "layer" else self.kind
 
 
 def read(path: str | os.PathLike[str]) -> Axmodel:
-    """Opens an axmodel by memory map: nothing of the weights is read.
+    """Opens an axmodel by memory map, without reading the weights.
 
-    Raises BadInput when it cannot be opened, is truncated, is no ModelProto, or is ours and breaks the format.
+    Raises BadInput if it cannot be opened, is truncated, is not a ModelProto, or is ours and violates the format.
     """
     name = os.fspath(path)
     try:
@@ -170,7 +170,7 @@ ENCRYPTED = b"\xde\xad\xbe\xef"
 
 
 def _refuse_stand_ins(name: str, content: mmap.mmap) -> None:
-    """Raises BadInput for files that carry the extension and are no axmodels."""
+    """Raises BadInput for files that have the extension but are not axmodels."""
     head = content[:512]
     if head.startswith(LFS_POINTER):
         size = re.search(rb"\nsize (\d{1,18})\r?\n", head)
@@ -187,7 +187,7 @@ def _refuse_stand_ins(name: str, content: mmap.mmap) -> None:
 
 
 def parse(buffer: memoryview) -> Axmodel:
-    """An axmodel from the bytes of its file. Raises WireError or ValueError saying what is wrong."""
+    """Parses the bytes of an axmodel. Raises WireError or ValueError with the reason."""
     model = wire.decode(buffer, "Model", 0, len(buffer))
     if "graph" not in model:
         raise ValueError("it holds no graph")
@@ -298,22 +298,22 @@ def _attribute(buffer: memoryview, message: wire.Message) -> Attribute:
         return tuple(message["floats"])
     if kind == ATTRIBUTE_INTS:
         return tuple(message["ints"])
-    return wire.Span(0, 0)  # a tensor or a graph: nothing of ours has one, and inspection has no use for it
+    return wire.Span(0, 0)  # a tensor or a graph: our axmodels have none, and inspection does not need it
 
 
 @dataclass(frozen=True)
 class Slot:
-    """The place of an initializer's raw data in a file to be written."""
+    """The place of an initializer's raw data in the output file."""
 
     tensor: Tensor
     offset: int
 
 
 def layout(model: Axmodel) -> Iterator[bytes | Slot]:
-    """The file of `model` in order: bytes to write as they are, and slots for the raw data of its initializers.
+    """The contents of the file of `model` in order: literal bytes, and slots for the raw data of initializers.
 
-    The tensors' own `offset` and `raw` are not looked at. Every slot begins at a multiple of ALIGNMENT; a doc_string
-    of spaces before raw_data makes up the distance. Raises BadInput above protobuf's limit of 2 GiB.
+    `offset` and `raw` of the tensors are ignored. Every slot is aligned to ALIGNMENT: a doc_string of spaces before
+    raw_data serves as padding. Raises BadInput above protobuf's limit of 2 GiB.
     """
     head = wire.encode(
         "Model",
@@ -335,14 +335,14 @@ def layout(model: Axmodel) -> Iterator[bytes | Slot]:
         },
     )
     tensors = list(model.initializers.values())
-    for width in range(1, 11):  # of the graph's length, which the offsets and so the padding depend on
+    for width in range(1, 11):  # bytes of the graph's length field: offsets and therefore padding depend on it
         parts = _place(tensors, len(head) + width + len(nodes))
         length = len(nodes) + sum(len(part) if isinstance(part, bytes) else part.tensor.nbytes for part in parts)
         if len(wire.varint(length)) == width:
             break
     if len(head) + width + length > MAX_BYTES:
         raise BadInput(
-            f"{model.name} would take {length:,} bytes; ONNX files end at {MAX_BYTES:,}\n"
+            f"{model.name} would take {length:,} bytes; ONNX files have at most {MAX_BYTES:,}\n"
             "Choose a smaller type: -w s8 for layers, --post_weight_type s8 or bf16 for the post model."
         )
     yield head + wire.varint(length) + nodes
@@ -350,7 +350,7 @@ def layout(model: Axmodel) -> Iterator[bytes | Slot]:
 
 
 def encode(model: Axmodel) -> bytes:
-    """The whole file in memory, with the data the initializers carry in `raw`."""
+    """The complete file in memory, with the data in `raw` of the initializers."""
     return b"".join(part if isinstance(part, bytes) else bytes(part.tensor.raw or b"") for part in layout(model))
 
 
@@ -360,7 +360,7 @@ def _opsets(model: Axmodel) -> list[wire.Message]:
 
 
 def _place(tensors: Sequence[Tensor], at: int) -> list[bytes | Slot]:
-    """Initializer fields from file position `at` on."""
+    """Initializer fields starting at file position `at`."""
     key, data = wire.tag("Graph", "initializer"), wire.tag("Tensor", "raw_data")
     parts: list[bytes | Slot] = []
     for tensor in tensors:
@@ -373,7 +373,9 @@ def _place(tensors: Sequence[Tensor], at: int) -> list[bytes | Slot]:
             gap = -(at + len(prefix)) % ALIGNMENT
             if not gap:
                 break
-            spaces += gap if "doc_string" in fields else (gap - 2) % ALIGNMENT  # the field itself takes two bytes
+            spaces += (
+                gap if "doc_string" in fields else (gap - 2) % ALIGNMENT
+            )  # tag and length of the field take two bytes
             fields["doc_string"] = " " * spaces
         at += len(prefix)
         parts += [prefix, Slot(tensor, at)]
@@ -382,14 +384,14 @@ def _place(tensors: Sequence[Tensor], at: int) -> list[bytes | Slot]:
 
 
 def encode_info(info: TensorInfo) -> wire.Message:
-    """An input or output as a ValueInfoProto's fields."""
+    """The ValueInfoProto fields of an input or output."""
     dims = [{"dim_param": dim} if isinstance(dim, str) else {"dim_value": dim} for dim in info.shape]
     tensor_type = {"elem_type": DTYPES[info.dtype].onnx, "shape": {"dim": dims}}
     return {"name": info.name, "type": {"tensor_type": tensor_type}}
 
 
 def encode_node(node: Node) -> wire.Message:
-    """An operator as a NodeProto's fields."""
+    """The NodeProto fields of an operator."""
     attributes = []
     for name in sorted(node.attributes):
         value = node.attributes[name]

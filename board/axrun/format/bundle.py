@@ -1,4 +1,4 @@
-"""A bundle on disk: the folder that holds everything a board needs to run one model."""
+"""The bundle on disk: a folder with everything a board needs to run one model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 SCHEMA = 1
 HASH_BLOCK = 1 << 18
 
-# what the runner reads of the manifest's "model", and the type it must have
+# keys of the manifest's "model" that the runner reads, with their types
 MODEL_FIELDS: dict[str, type] = {
     "name": str,
     "model_type": str,
@@ -40,7 +40,7 @@ MODEL_FIELDS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle; every file it names lies inside `path`.
+    """An opened bundle; all its files are inside `path`.
 
     `kv_size` is the width of a K or V row, `hidden_state_type` one of fp32, fp16, bf16, `layer_file` a printf template.
     """
@@ -64,7 +64,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Reads the manifest; hashes nothing. Raises BadInput when the folder is no whole bundle."""
+        """Reads the manifest, without hashing files. Raises BadInput if the folder is not a complete bundle."""
         folder = Path(path)
         manifest = read_manifest(folder)
         model = manifest.get("model")
@@ -98,17 +98,17 @@ class Bundle:
 
     @property
     def compiler(self) -> str:
-        """The version and digest of the compiler that made it, and of what it computed with."""
+        """Version and digest of the compiler, and the versions of its libraries."""
         return compiler(self.manifest)
 
     def flag(self, name: str) -> str:
-        """A flag it was built with, e.g. weight_type; empty where the manifest does not tell."""
+        """A build flag, e.g. weight_type; empty if the manifest does not have it."""
         flags = self.manifest.get("flags")
         return str(flags.get(name, "")) if isinstance(flags, dict) else ""
 
     @property
     def hf(self) -> Path:
-        """The folder of tokenizer and config files, as the checkpoint had them."""
+        """The folder with the checkpoint's tokenizer and config files."""
         return self.path / "hf"
 
     @property
@@ -124,7 +124,7 @@ class Bundle:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a bundle, its file list checked for names that leave the folder. Raises BadInput."""
+    """The manifest of a bundle, with file names checked not to leave the folder. Raises BadInput."""
     if not folder.is_dir():
         raise BadInput(f"no bundle folder {folder}\nBuild one with `make build` or `axc llm_build`.")
     manifest = _read_object(folder / MANIFEST)
@@ -155,15 +155,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def compiler(manifest: Mapping[str, Any]) -> str:
-    """What made a bundle, in words: `axc 0.1.0, digest 0123456789abcdef, numpy 2.4.6`."""
+    """The tools that made a bundle: `axc 0.1.0, digest 0123456789abcdef, numpy 2.4.6`."""
     return ", ".join(f"{name} {version}" for name, version in manifest["tools"].items())
 
 
 def verify(folder: Path, progress: Callable[[int], None] = lambda nbytes: None) -> dict[str, Any]:
-    """Holds every file of a bundle against its manifest; returns the manifest.
+    """Verifies every file of a bundle against its manifest; returns the manifest.
 
-    `progress(bytes)` is called as they are read. Raises BadInput when there is no manifest to hold against,
-    CheckFailed naming the files that are missing, changed or not of the bundle.
+    `progress(bytes)` is called while reading. Raises BadInput if there is no valid manifest, CheckFailed if files are
+    missing, changed or not part of the bundle.
     """
     manifest = read_manifest(folder)
     files = manifest["files"]
@@ -174,7 +174,7 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda nbytes: None) 
         if path.is_symlink() or not path.is_dir() or path not in folders
     }
     faults = [f"{name} is missing" for name in files if name not in present]
-    faults += [f"{name} is not of this bundle" for name in sorted(present - set(files) - {MANIFEST})]
+    faults += [f"{name} is not part of this bundle" for name in sorted(present - set(files) - {MANIFEST})]
     for name in sorted(present & set(files)):
         entry, path = files[name], folder / name
         if path.is_symlink():
@@ -190,7 +190,7 @@ def verify(folder: Path, progress: Callable[[int], None] = lambda nbytes: None) 
 
 
 def sha256(path: Path, progress: Callable[[int], None] = lambda nbytes: None) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises BadInput when it cannot be read."""
+    """SHA-256 of a file in hexadecimal. Raises BadInput if it cannot be read."""
     digest = hashlib.sha256()
     for block in _blocks(path):
         digest.update(block)
@@ -199,7 +199,7 @@ def sha256(path: Path, progress: Callable[[int], None] = lambda nbytes: None) ->
 
 
 def _blocks(path: Path) -> Iterator[memoryview]:
-    """One buffer, filled again and again: fresh memory for every block would take as long as reading it."""
+    """The blocks of a file in one reused buffer: allocating each block would cost as much as reading it."""
     buffer = memoryview(bytearray(HASH_BLOCK))
     try:
         with path.open("rb", buffering=0) as file:
@@ -210,7 +210,7 @@ def _blocks(path: Path) -> Iterator[memoryview]:
 
 
 def _groups(folder: Path, listed: object) -> tuple[Group, ...]:
-    """The shape groups, as the layers' axmodels have them."""
+    """The shape groups of the layers."""
     if not isinstance(listed, list) or not 1 <= len(listed) <= 1024:
         raise _damaged(folder, f"its model.groups is {listed!r:.60}")
     groups = []
@@ -232,8 +232,8 @@ def _read_object(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         advice = "Build or copy the bundle again."
         if (path.parent / "config.json").is_file():
-            advice = f"A checkpoint becomes one by: axc llm_build --input_path {path.parent} --output_path FOLDER"
-        raise BadInput(f"{path.parent} is no bundle: it has no {path.name}\n{advice}") from None
+            advice = f"Build one from a checkpoint: axc llm_build --input_path {path.parent} --output_path FOLDER"
+        raise BadInput(f"{path.parent} is not a bundle: it has no {path.name}\n{advice}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"cannot read {path}: {error}\nBuild or copy the bundle again.") from None
     if not isinstance(values, dict):

@@ -1,6 +1,6 @@
 """Element types of tensors, named as ONNX names them, and the bfloat16 conversions.
 
-bfloat16 travels as numpy uint16: the upper half of an IEEE float32.
+bfloat16 is stored as numpy uint16: the upper half of an IEEE float32.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 
 class Dtype(NamedTuple):
-    """`onnx`: value of TensorProto.DataType; `bits` per element; `numpy`: the array type that carries it."""
+    """`onnx`: value of TensorProto.DataType; `bits` per element; `numpy`: the numpy type that stores it."""
 
     onnx: int
     bits: int
@@ -46,7 +46,7 @@ FLOATS = {"fp32": "FLOAT", "fp16": "FLOAT16", "bf16": "BFLOAT16"}
 
 
 def nbytes(dtype: str, dims: tuple[int, ...]) -> int:
-    """Bytes of a dense tensor; a trailing half byte of a 4-bit type counts whole."""
+    """Bytes of a dense tensor; 4-bit types are rounded up to a whole byte."""
     count = 1
     for dim in dims:
         count *= dim
@@ -54,14 +54,14 @@ def nbytes(dtype: str, dims: tuple[int, ...]) -> int:
 
 
 def bf16_to_f32(bits: NDArray[np.uint16], out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """Exact: every bfloat16 is a float32. Any shape; `out`, of the same, is filled and returned."""
+    """Exact conversion of any shape; `out`, of the same shape, is filled and returned."""
     wide = np.empty(bits.shape, np.uint32) if out is None else out.view(np.uint32)
     np.left_shift(bits, 16, out=wide, dtype=np.uint32)
     return wide.view(np.float32)
 
 
 def f32_to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Round to nearest, ties to even; a NaN stays a NaN. Any shape."""
+    """Rounds to nearest, ties to even; a NaN stays a NaN. Any shape."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
     nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
@@ -76,5 +76,5 @@ def to_float32(array: NDArray[Any], dtype: str) -> NDArray[np.float32]:
 
 
 def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
-    """float32 values in the carrier of a FLOAT, FLOAT16 or BFLOAT16 tensor."""
+    """float32 values in the numpy type of a FLOAT, FLOAT16 or BFLOAT16 tensor."""
     return f32_to_bf16(values) if dtype == "BFLOAT16" else values.astype(DTYPES[dtype].numpy)

@@ -1,9 +1,9 @@
-"""Reference logits on disk: what the float32 checkpoint says of every token of a text, small enough for a board.
+"""Reference logits on disk: predictions of the float32 checkpoint over a text, small enough for a board.
 
-For each position the K likeliest tokens and their log-probabilities, and the log of the mass that is left: K + 1
-buckets. The Kullback-Leibler divergence over the buckets is exact where K is the whole vocabulary, elsewhere a lower
-bound (merging outcomes cannot add divergence: Cover and Thomas, Elements of Information Theory, 2.7). `about.json` in
-the file says which.
+For each position, the file has the K most likely tokens with their log-probabilities, and the log of the remaining
+mass: K + 1 buckets. The Kullback-Leibler divergence over the buckets is exact if K is the whole vocabulary, else a
+lower bound (merging outcomes cannot add divergence: Cover and Thomas, Elements of Information Theory, 2.7).
+`about.json` in the file says which.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from axrun.format import npz
 
 NAME = "reference.npz"  # in a bundle
 SCHEMA = 1
-# array: (kind of dtype, dimensions)
+# array: (kind of dtype, number of dimensions)
 ARRAYS = {
     "tokens": ("u", 2),
     "ids": ("u", 3),
@@ -34,12 +34,12 @@ ARRAYS = {
 
 @dataclass(frozen=True)
 class ReferenceLogits:
-    """W windows of N tokens, the first N - 1 of each scored; natural logarithms.
+    """W windows of N tokens, of which the first N - 1 are scored. Logarithms are natural.
 
-    `tokens` uint32 [W, N]; `ids` uint [W, N-1, K], the likeliest first, and their `logprobs` float32; `rest` float32
-    [W, N-1], the log of the mass outside them, -inf where K is the vocabulary; `following` float32 [W, N-1], the
-    log-probability of the token that follows. `continuations` uint32 [C, G]: how the checkpoint goes on, greedily,
-    after the first `prompt` tokens of the first C windows. `about`: vocab_size, prompt, what it was made from.
+    `tokens` uint32 [W, N]; `ids` uint [W, N-1, K], most likely first, and their `logprobs` float32; `rest` float32
+    [W, N-1], the log of the mass outside them, -inf if K is the vocabulary; `following` float32 [W, N-1], the
+    log-probability of the token that follows. `continuations` uint32 [C, G]: greedy answers of the
+    checkpoint after the first `prompt` tokens of the first C windows. `about`: vocab_size, prompt, provenance.
     """
 
     tokens: NDArray[np.uint32]
@@ -52,24 +52,24 @@ class ReferenceLogits:
 
     @property
     def exact(self) -> bool:
-        """Whether divergences from it are exact, not lower bounds."""
+        """Whether divergences are exact, or lower bounds."""
         return bool(self.ids.shape[2] == self.about["vocab_size"])
 
     @property
     def prompt(self) -> int:
-        """Tokens before a continuation."""
+        """Number of tokens before a continuation."""
         return int(self.about["prompt"])
 
     def encode(self) -> bytes:
-        """The file; the same values give the same bytes."""
+        """The bytes of the file; the same values give the same bytes."""
         about = {**self.about, "schema": SCHEMA, "divergence": "exact" if self.exact else "lower bound"}
         return npz.encode({name: getattr(self, name) for name in ARRAYS}, about)
 
 
 def read(path: Path) -> ReferenceLogits:
-    """Opens reference logits; everything in them is checked before it is used.
+    """Reads and validates reference logits.
 
-    Raises BadInput when the file cannot be read, is none, or holds what no checkpoint can say.
+    Raises BadInput if the file cannot be read, has another format, or holds impossible values.
     """
     try:
         arrays, about = npz.read(path, ARRAYS, SCHEMA)
@@ -83,13 +83,13 @@ def read(path: Path) -> ReferenceLogits:
 
 
 def _fault(logits: ReferenceLogits) -> str:
-    """What is wrong with the values, in words; empty where nothing is."""
+    """Describes the first invalid value; empty if all are valid."""
     about, (windows, length), top = logits.about, logits.tokens.shape, logits.ids.shape[2]
     vocabulary, prompt = about.get("vocab_size"), about.get("prompt")
     if type(vocabulary) is not int or not 2 <= vocabulary < 1 << 31:
         return f"its vocab_size is {vocabulary!r:.40}"
     if windows < 1 or length < 2 or not 1 <= top <= vocabulary:
-        return f"it has {windows} windows of {length} tokens and {top} likeliest of {vocabulary}"
+        return f"it has {windows} windows of {length} tokens and {top} most likely of {vocabulary}"
     for name, shape in (
         ("ids", (windows, length - 1, top)),
         ("logprobs", (windows, length - 1, top)),
@@ -107,9 +107,9 @@ def _fault(logits: ReferenceLogits) -> str:
     if not np.abs(mass - 1).max() < 1e-3 or not logits.following.max() <= 1e-5 or np.isneginf(logits.following).any():
         return "its probabilities do not add up to 1"
     if (logits.logprobs[..., 1:] > logits.logprobs[..., :-1]).any():
-        return "its likeliest tokens do not come first"
+        return "its most likely tokens do not come first"
     return ""
 
 
 def _damaged(path: Path, what: str) -> BadInput:
-    return BadInput(f"{path} holds no reference logits: {what}\nWrite them anew with `axc reference`.")
+    return BadInput(f"{path} has no valid reference logits: {what}\nWrite them again with `axc reference`.")

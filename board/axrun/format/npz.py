@@ -1,6 +1,6 @@
-"""Arrays and a JSON object in one .npz that numpy opens without pickle, its arrays stored as they are.
+"""Arrays and a JSON object in an uncompressed .npz that numpy opens without pickle.
 
-The same values give the same bytes. A reader takes no more memory than the file has bytes.
+The same values give the same bytes. Reading takes no more memory than the size of the file.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from axrun.errors import BadInput
 
 ABOUT = "about.json"
 MOST_ABOUT = 1 << 20  # bytes
-NO_TIME = (1980, 1, 1, 0, 0, 0)  # zip has none earlier
+NO_TIME = (1980, 1, 1, 0, 0, 0)  # the earliest date in a zip file
 
 
 class Damaged(ValueError):
-    """The file is not what it should be; the message says why."""
+    """The file has the wrong format; the message says why."""
 
 
 def encode(arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> bytes:
-    """The file."""
+    """The bytes of the file."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, array in arrays.items():
@@ -42,9 +42,9 @@ def encode(arrays: Mapping[str, NDArray[Any]], about: Mapping[str, Any]) -> byte
 def read(
     path: Path, kinds: Mapping[str, tuple[str, int]], schema: int, most: int | None = None
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    """The arrays of `kinds`, (kinds of dtype, number of dimensions), and the object beside them, of this schema.
+    """Reads the arrays in `kinds`, name -> (kinds of dtype, number of dimensions), and the JSON object of this schema.
 
-    `most`: bytes that the file may have. Raises BadInput when it cannot be read, Damaged for what is not as it should.
+    `most`: maximum size in bytes. Raises BadInput if the file cannot be read, Damaged if its format is wrong.
     """
     try:
         if most is not None and path.stat().st_size > most:
@@ -54,7 +54,7 @@ def read(
             arrays = {name: _array(archive, stored[f"{name}.npy"], *kinds[name]) for name in kinds}
             about = json.loads(archive.read(stored[ABOUT]))
     except OSError as error:
-        if error.errno == errno.EINVAL:  # zipfile goes to an offset before the file's beginning
+        if error.errno == errno.EINVAL:  # zipfile seeks to a negative offset
             raise Damaged("its directory of entries points outside of it") from None
         raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
     except (zipfile.BadZipFile, EOFError, KeyError, ValueError, RecursionError, RuntimeError) as error:
@@ -67,12 +67,12 @@ def read(
 
 def _entry(name: str) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(name, NO_TIME)
-    info.create_system, info.external_attr = 3, 0o644 << 16  # the same on any system
+    info.create_system, info.external_attr = 3, 0o644 << 16  # the same on every system
     return info
 
 
 def _entries(path: Path, archive: zipfile.ZipFile, kinds: Mapping[str, Any]) -> dict[str, zipfile.ZipInfo]:
-    """By name; stored, so that none is larger than the file."""
+    """The entries by name. All are uncompressed, so that none is larger than the file."""
     expected = {ABOUT, *(f"{name}.npy" for name in kinds)}
     infos = archive.infolist()
     if len(infos) != len(expected) or {info.filename for info in infos} != expected:
@@ -87,10 +87,10 @@ def _entries(path: Path, archive: zipfile.ZipFile, kinds: Mapping[str, Any]) -> 
 
 
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo, kinds: str, dimensions: int) -> NDArray[Any]:
-    """An array; its header is held against the bytes that are there before any memory is taken."""
+    """An array, whose header is checked against the size of the data before memory is allocated."""
     data = io.BytesIO(archive.read(info))
     if np.lib.format.read_magic(data) != (1, 0):
-        raise ValueError(f"{info.filename} is no array of version 1.0")
+        raise ValueError(f"{info.filename} is not an array of version 1.0")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(data)
     rest = info.file_size - data.tell()
     if dtype.kind not in kinds or dtype.itemsize > 4 or len(shape) != dimensions or fortran:

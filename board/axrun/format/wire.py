@@ -1,6 +1,6 @@
 """The part of ONNX's protobuf schema that axmodels use, and a bounds-checked reader and writer of its wire format.
 
-Own code, because no protobuf library maps a tensor without copying it or lets a writer choose where its bytes begin.
+Written here because no protobuf library can map a tensor without a copy, or lets a writer align its bytes.
 Format: https://protobuf.dev/programming-guides/encoding ; fields: onnx.proto of ONNX 1.19, which defines opset 23.
 """
 
@@ -13,14 +13,14 @@ Message = dict[str, Any]
 
 
 class Span(NamedTuple):
-    """Where a bytes field lies in the buffer it was read from; it is not copied."""
+    """The range of a bytes field in the input buffer, which is not copied."""
 
     start: int
     stop: int
 
 
 class Field(NamedTuple):
-    """`kind` is int, float, string, bytes or the name of a message."""
+    """`kind`: int, float, string, bytes or the name of a message."""
 
     name: str
     kind: str
@@ -91,7 +91,7 @@ Buffer = Union[bytes, memoryview]
 
 
 class WireError(ValueError):
-    """The bytes are not the protobuf message they should be."""
+    """The bytes are not a valid protobuf message of this schema."""
 
 
 def read_varint(buffer: Buffer, at: int, stop: int) -> tuple[int, int]:
@@ -115,9 +115,9 @@ def signed(value: int) -> int:
 
 
 def decode(buffer: Buffer, message: str, start: int, stop: int) -> Message:
-    """One message in buffer[start:stop]. Unknown fields are skipped, bytes are left in place as `Span`.
+    """Decodes one message in buffer[start:stop]. Skips unknown fields; bytes fields become a `Span`.
 
-    Raises WireError for anything that does not fit its field or reaches past `stop`.
+    Raises WireError for a value that does not match its field or exceeds `stop`.
     """
     schema = SCHEMA[message]
     out: Message = {field.name: [] for field in schema.values() if field.repeated}
@@ -148,7 +148,7 @@ def decode(buffer: Buffer, message: str, start: int, stop: int) -> Message:
 
 
 def _values(buffer: Buffer, field: Field, wire: int, value: int, at: int, end: int) -> list[Any]:
-    """What one occurrence of a field holds: one value, or many when scalars are packed."""
+    """The values of one occurrence of a field: one, or several if packed."""
     if field.kind in WIRE_TYPE:
         if wire == WIRE_TYPE[field.kind]:
             return [signed(value) if wire == VARINT else FLOAT.unpack(bytes(buffer[at:end]))[0]]
@@ -188,15 +188,15 @@ def varint(value: int) -> bytes:
 
 
 def tag(message: str, name: str) -> bytes:
-    """The key that announces a field."""
+    """The tag of a field."""
     number, field = next((number, field) for number, field in SCHEMA[message].items() if field.name == name)
     return varint(number << 3 | WIRE_TYPE.get(field.kind, BYTES))
 
 
 def encode(message: str, values: Message) -> bytes:
-    """A message from a dict of its fields, in the order of the schema's table; absent fields are left out.
+    """Encodes a dict of fields in the order of the schema; absent fields are omitted.
 
-    The inverse of `decode`, with bytes where it gives spans.
+    The inverse of `decode`, with bytes instead of spans.
     """
     out = []
     for number, field in SCHEMA[message].items():

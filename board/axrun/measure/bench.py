@@ -1,7 +1,7 @@
-"""axrun bench: how fast a bundle is, in numbers that can be compared with another run's.
+"""axrun bench: measures the speed of a bundle, comparable between runs.
 
-The tokens are spread over the vocabulary: how long they take does not depend on what they mean. Text is not in it, as
-in llama-bench: tokenizing and showing are not timed. Sampling is, greedy, as it stands between two tokens.
+The prompt tokens are spread over the vocabulary, since the speed does not depend on their meaning. As in llama-bench,
+tokenisation and output are not timed. Greedy sampling is included, as it is part of every decode step.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from axrun.sampling import Sampling
 from axrun.sequence import Sequence
 from axrun.session import engine_version
 
-LENGTHS = (16, 128, 512)  # of prompts, and depths, unless asked for others: those that fit
-TURN = 16  # tokens of a new turn in a conversation
-STRIDE = 7919  # a prime: successive ids of the prompts
+LENGTHS = (16, 128, 512)  # default prompt lengths and depths, as far as they fit the context
+TURN = 16  # tokens of a new turn of a conversation
+STRIDE = 7919  # step between successive token ids of the prompts; a prime
 
 
 @dataclass(frozen=True)
 class Options:
-    """`prompts`: lengths; `depths`: tokens in the K/V cache before decoding begins; None: those of LENGTHS that fit.
+    """`prompts`: prompt lengths; `depths`: tokens in the KV cache before decoding; None: those of LENGTHS that fit.
 
-    `tokens` are decoded in each of `repeat` runs, after `warmup` runs that do not count.
+    `tokens` are decoded in each of `repeat` timed runs, after `warmup` untimed ones.
     """
 
     prompts: tuple[int, ...] | None = None
@@ -59,7 +59,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds of every run."""
+    """The seconds of every run."""
 
     runs: tuple[float, ...]
 
@@ -82,7 +82,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Time to first token of `tokens` new ones behind `depth` in the cache: a prompt, or a further turn."""
+    """Time to first token for `tokens` new tokens after `depth` cached ones: a prompt, or a further turn."""
 
     tokens: int
     depth: int
@@ -90,7 +90,7 @@ class Prefill:
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self.tokens / self.ttft.median
 
     def json(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """Seconds a token, of `tokens` in a row behind `depth` in the cache."""
+    """Seconds per token, over `tokens` consecutive tokens after `depth` cached ones."""
 
     tokens: int
     depth: int
@@ -112,7 +112,7 @@ class Decode:
 
     @property
     def rate(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return 1 / self.token.median
 
     def json(self) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class Report:
-    """`load_seconds` from opened files to a model that can answer; `peak_rss` bytes of the whole process."""
+    """The results. `load_seconds`: time to load the model; `peak_rss`: peak memory of the process in bytes."""
 
     bundle: str
     manifest_sha256: str
@@ -160,14 +160,14 @@ class Report:
             yield _row(f"decode at {decoded.depth}, a token", decoded.token, decoded.rate)
 
     def lines(self) -> Iterator[str]:
-        """For a reader at a terminal."""
+        """Lines for a terminal."""
         yield from self._about()
         yield f"{'':<26}{'median ms':>12}{'min to max':>22}{'token/s':>12}"
         for test, median, spread, rate in self.rows():
             yield f"{test:<26}{median:>12}{spread:>22}{rate:>12}"
 
     def markdown(self) -> Iterator[str]:
-        """For a page."""
+        """Lines of Markdown."""
         for line in self._about():
             yield f"* {line}"
         yield ""
@@ -186,10 +186,10 @@ class Report:
 
 
 def bench(path: Path, options: Options, loading: Loading = DEFAULTS) -> Report:
-    """Measures a bundle. It is said what is measured next.
+    """Measures a bundle, and announces each measurement.
 
-    Raises BadInput for a bundle that cannot be used and for lengths that its context does not hold, CheckFailed when
-    the bundle is not as built.
+    Raises BadInput for an unusable bundle and for lengths beyond its context, CheckFailed if the bundle fails
+    verification.
     """
     bundle = loading.open(path)
     prompts = _lengths("--prompt-lengths", options.prompts, bundle.kv_cache_len, bundle.kv_cache_len)
@@ -238,13 +238,13 @@ def _measure(
 
 
 def _ttft(sequence: Sequence, depth: int, tokens: int) -> float:
-    """Seconds until `tokens` behind `depth` have been answered with one."""
+    """Seconds to prefill `tokens` after `depth` cached ones, and to generate one token."""
     sequence.truncate(depth)
     return next(generate(sequence, _ids(sequence.model, depth + tokens), Sampling())).seconds
 
 
 def _per_token(sequence: Sequence, depth: int, tokens: int) -> float:
-    """Seconds of a token, the mean of a run of `tokens` behind `depth`, each drawn and fed back."""
+    """Seconds per token: the mean over `tokens` generated tokens after `depth` cached ones."""
     sequence.truncate(depth)
     stats = Stats()
     for _ in generate(sequence, _ids(sequence.model, depth + 1), Sampling(), tokens, stats=stats):
@@ -263,7 +263,7 @@ def _ids(model: Model, count: int) -> list[int]:
 
 
 def _lengths(flag: str, asked: tuple[int, ...] | None, most: int, context: int) -> tuple[int, ...]:
-    """Those asked for, or those of LENGTHS that fit. Raises BadInput for one that does not."""
+    """The given lengths, or those of LENGTHS that fit. Raises BadInput for a length that does not fit."""
     if asked is None:
         return tuple(length for length in LENGTHS if length <= most)
     if max(asked) > most:

@@ -1,6 +1,7 @@
-"""How much of the checkpoint is left in a bundle: perplexity, divergence and agreement, against reference logits.
+"""axrun eval: perplexity, KL divergence and token agreement of a bundle against reference logits of its checkpoint.
 
-Needs no torch: a board measures itself, on its own engine. The measures are those of llama.cpp's perplexity tool,
+Needs no torch, so that a board can evaluate a bundle on its own engine. The metrics are those of llama.cpp's perplexity
+tool,
 https://github.com/ggml-org/llama.cpp/tree/master/tools/perplexity
 """
 
@@ -32,11 +33,11 @@ Doubles = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Quality:
-    """Over `positions` scored tokens; divergences in nats, agreements as shares.
+    """Metrics over `positions` scored tokens; divergences in nats, agreement as a fraction.
 
-    `divergence` says whether they are exact or lower bounds. `greedy_same` is how many tokens of a greedy answer are
-    the checkpoint's before the first that is not: the mean over `greedy_answers` of `greedy_tokens` each (None: there
-    are none in the reference).
+    `divergence` says whether divergences are exact or lower bounds. `greedy_same` is the number of tokens of a greedy
+    answer before the first one that differs from the checkpoint's: the mean over `greedy_answers` of `greedy_tokens`
+    each (None: the reference has none).
     """
 
     positions: int
@@ -61,7 +62,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures and what they belong to."""
+    """The metrics, with bundle, reference and engine."""
 
     quality: Quality
     bundle: str
@@ -77,7 +78,7 @@ class Evaluation:
         return {**about, **{key: _round(value) for key, value in figures.items()}}
 
     def table(self) -> Iterator[str]:
-        """Lines for a reader."""
+        """Lines for a terminal."""
         quality = self.quality
         bound = "" if quality.divergence == "exact" else "  (a lower bound)"
         greedy = "not in the reference"
@@ -98,7 +99,7 @@ class Evaluation:
             yield f"  {name:<20} {text}"
 
     def require(self, max_kld: float | None, min_top1: float | None) -> None:
-        """Raises CheckFailed when the mean divergence is above `max_kld` or the top-1 agreement below `min_top1`."""
+        """Raises CheckFailed if the mean divergence is above `max_kld` or the top-1 agreement below `min_top1`."""
         kld, top1 = self.quality.mean_kld, self.quality.top1_agreement
         if max_kld is not None and not kld <= max_kld:
             raise CheckFailed(f"{self.bundle} has a mean KLD of {kld:.6f}, expected at most {max_kld}")
@@ -107,9 +108,9 @@ class Evaluation:
 
 
 def evaluate(path: Path, reference: Path | None = None, loading: Loading = DEFAULTS) -> Evaluation:
-    """Measures a bundle against reference logits: a file, or None for those in the bundle.
+    """Evaluates a bundle against reference logits: a file, or None for those in the bundle.
 
-    Raises BadInput for a bundle or a reference that cannot be used, CheckFailed when the bundle is not as built.
+    Raises BadInput for an unusable bundle or reference, CheckFailed if the bundle fails verification.
     """
     bundle = loading.open(path)
     file = _reference(bundle) if reference is None else reference
@@ -128,7 +129,7 @@ def evaluate(path: Path, reference: Path | None = None, loading: Loading = DEFAU
 
 
 def measure(model: Model, reference: ReferenceLogits, progress: Show = unseen) -> Quality:
-    """Measures a model whose context holds the reference's windows."""
+    """Evaluates a model whose context holds the reference's windows."""
     windows, length = reference.tokens.shape
     losses, divergences, same = [], [], []
     sequence = Sequence(model)
@@ -164,16 +165,16 @@ def measure(model: Model, reference: ReferenceLogits, progress: Show = unseen) -
 
 
 def log_softmax(logits: Logits) -> Doubles:
-    """Natural logarithms of the probabilities, [n, vocab]. Raises CheckFailed when logits are not finite."""
+    """Natural logarithms of the probabilities, [n, vocab]. Raises CheckFailed if logits are not finite."""
     shifted = logits - logits.max(axis=1, keepdims=True)
     total = np.exp(shifted).sum(axis=1, dtype=np.float64, keepdims=True)
     if not np.isfinite(total).all():
-        raise CheckFailed("the model gives logits that are not finite; its files are damaged, or it overflows")
+        raise CheckFailed("the model returned logits that are not finite: it overflows or its files are damaged")
     return np.asarray(shifted - np.log(total))
 
 
 def _divergence(reference: ReferenceLogits, window: int, rows: slice, ours: Doubles) -> Doubles:
-    """KL(reference || ours) over the likeliest tokens and the bucket of all others, [n]."""
+    """KL(reference || ours) over the most likely tokens and the bucket of all others, [n]."""
     ids = reference.ids[window, rows].astype(np.int64)
     p, q = reference.logprobs[window, rows].astype(np.float64), np.take_along_axis(ours, ids, axis=1)
     found = (np.exp(p) * (p - q)).sum(axis=1)
@@ -182,13 +183,13 @@ def _divergence(reference: ReferenceLogits, window: int, rows: slice, ours: Doub
         np.put_along_axis(others, ids, 0.0, axis=1)
         q_rest = np.log(np.maximum(others.sum(axis=1), np.finfo(np.float64).tiny))
         p_rest = reference.rest[window, rows].astype(np.float64)
-        # a bucket that the reference leaves empty adds nothing
+        # an empty bucket of the reference adds nothing
         found += np.where(np.isneginf(p_rest), 0.0, np.exp(p_rest) * (np.maximum(p_rest, -1e3) - q_rest))
     return np.asarray(found)
 
 
 def _same_greedy(sequence: Sequence, reference: ReferenceLogits, window: int) -> int:
-    """How many tokens of a greedy answer are the reference's before one is not."""
+    """The number of tokens of a greedy answer before the first one that differs from the reference."""
     expected = reference.continuations[window].tolist()
     sequence.truncate(0)
     ours = generate(sequence, reference.tokens[window, : reference.prompt].tolist(), Sampling(), len(expected))
@@ -199,14 +200,14 @@ def _same_greedy(sequence: Sequence, reference: ReferenceLogits, window: int) ->
 def _reference(bundle: Bundle) -> Path:
     if reference_logits.NAME not in bundle.manifest["files"]:
         raise BadInput(
-            f"{bundle.path} holds no {reference_logits.NAME} to be measured against\n"
-            "Write it where the checkpoint is: axc reference --input_path CHECKPOINT --text FILE --bundle BUNDLE"
+            f"{bundle.path} has no {reference_logits.NAME} to compare with\n"
+            "Write it on a host with the checkpoint: axc reference --input_path CHECKPOINT --text FILE --bundle BUNDLE"
         )
     return bundle.path / reference_logits.NAME
 
 
 def _expect_fit(bundle: Bundle, reference: ReferenceLogits, file: Path) -> None:
-    """Raises BadInput when the reference is of another model, or its windows are too long for the bundle."""
+    """Raises BadInput if the reference is of another model, or its windows are too long for the bundle."""
     if reference.about["vocab_size"] != bundle.vocab_size:
         raise BadInput(
             f"{file} is of a vocabulary of {reference.about['vocab_size']}, the bundle has {bundle.vocab_size}: "

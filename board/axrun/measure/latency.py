@@ -1,4 +1,4 @@
-"""How long one axmodel takes, shape group by shape group."""
+"""Latency of one axmodel per shape group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from axrun.session import Session, open_session
 
 
 class Latency(NamedTuple):
-    """Milliseconds of `repeat` runs of a group."""
+    """Latencies of `repeat` runs of a group in milliseconds."""
 
     group: int
     tokens: int
@@ -37,7 +37,7 @@ def measure(
 ) -> list[Latency]:
     """Times one shape group of an axmodel, or all, at its full shape.
 
-    Raises BadInput, and CheckFailed when it computes what is not finite.
+    Raises BadInput for invalid arguments, CheckFailed if an output is not finite.
     """
     if repeat < 1 or warmup < 0:
         raise BadInput(f"--repeat is {repeat} and --warmup {warmup}; expected at least 1 and 0")

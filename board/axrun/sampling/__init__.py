@@ -1,4 +1,4 @@
-"""How tokens are drawn: the settings. Logits go through a list of processors, and a draw among what they leave."""
+"""Sampling settings. Logits pass through a list of processors; a token is then sampled from the result."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 
 from axrun.errors import BadInput
 
-# What a value must be: (types, condition, in words).
+# key: (types, condition, description of valid values)
 RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     "temperature": ((int, float), lambda value: value == 0 or 1e-3 <= value <= 100, "0 (greedy) or 0.001 to 100"),
-    "repetition_penalty": ((int, float), lambda value: 0 < value <= 100, "a number above 0 (1 is none), up to 100"),
-    "penalty_window": ((int,), lambda value: value >= 0, "a whole number of tokens from 0 on"),
-    "top_p": ((int, float), lambda value: 0 < value <= 1, "a number above 0, up to 1 (1 is off)"),
-    "top_k": ((int,), lambda value: value >= 0, "a whole number from 0 (off) on"),
-    "min_p": ((int, float), lambda value: 0 <= value <= 1, "a number from 0 (off) to 1"),
-    "presence_penalty": ((int, float), lambda value: -100 <= value <= 100, "a number from -100 to 100 (0 is none)"),
-    "frequency_penalty": ((int, float), lambda value: -100 <= value <= 100, "a number from -100 to 100 (0 is none)"),
+    "repetition_penalty": ((int, float), lambda value: 0 < value <= 100, "a number above 0, up to 100 (1: off)"),
+    "penalty_window": ((int,), lambda value: value >= 0, "a whole number of at least 0"),
+    "top_p": ((int, float), lambda value: 0 < value <= 1, "a number above 0, up to 1 (1: off)"),
+    "top_k": ((int,), lambda value: value >= 0, "a whole number of at least 0 (0: off)"),
+    "min_p": ((int, float), lambda value: 0 <= value <= 1, "a number from 0 to 1 (0: off)"),
+    "presence_penalty": ((int, float), lambda value: -100 <= value <= 100, "a number from -100 to 100 (0: off)"),
+    "frequency_penalty": ((int, float), lambda value: -100 <= value <= 100, "a number from -100 to 100 (0: off)"),
 }
-POST_CONFIG = ("temperature", "repetition_penalty", "penalty_window", "top_p", "top_k")  # its values, and its switches:
+POST_CONFIG = ("temperature", "repetition_penalty", "penalty_window", "top_p", "top_k")
+# keys of post_config.json that enable a value
 SWITCHES = {
     "enable_temperature": "temperature",
     "enable_repetition_penalty": "repetition_penalty",
@@ -31,12 +32,12 @@ SWITCHES = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are drawn; as it is, the likeliest one always (greedy).
+    """Sampling settings; the defaults are greedy.
 
-    `penalty_window` is how many of the last tokens, of prompt and answer, the repetition penalty looks at (None: all).
-    `presence_penalty` is subtracted from the logit of a token that the answer holds, `frequency_penalty` for each time
-    it does; `logit_bias` is added, by token id; tokens of `suppress` are never drawn. `min_p` is the least share of
-    the likeliest token's probability that a token must have.
+    `penalty_window`: number of recent tokens, of prompt and answer, that the repetition penalty applies to (None: all).
+    `presence_penalty` is subtracted from the logits of tokens that are in the answer, `frequency_penalty` once for each
+    occurrence. `logit_bias` is added by token id. Tokens in `suppress` are never sampled. `min_p` is the minimum
+    probability of a token relative to that of the most likely one.
     Raises BadInput for a value out of range.
     """
 
@@ -59,9 +60,9 @@ class Sampling:
 
     @classmethod
     def from_post_config(cls, config: Mapping[str, Any]) -> Sampling:
-        """The vendor's post_config.json: all nine keys, checked whether switched on or not.
+        """Settings from the vendor's post_config.json. All nine keys are checked, whether enabled or not.
 
-        top_p wins over top_k; with neither the likeliest token is taken, whatever the temperature.
+        top_p takes precedence over top_k; with neither, sampling is greedy whatever the temperature.
         Raises BadInput naming a key that is missing, unknown or out of range.
         """
         expected = [*SWITCHES, *POST_CONFIG]
@@ -84,8 +85,8 @@ class Sampling:
         )
 
     def override(self, **given: Any) -> Sampling:
-        """With the values that are not None in place of its own; top_p, top_k or min_p alone turns greedy
-        into drawing."""
+        """A copy with the given values that are not None. top_p, top_k or min_p without a temperature turns greedy
+        decoding into sampling at temperature 1."""
         given = {key: value for key, value in given.items() if value is not None}
         if any(given.get(key) for key in ("top_p", "top_k", "min_p")) and self.temperature == 0:
             given.setdefault("temperature", 1.0)

@@ -1,4 +1,4 @@
-"""A draw from logits: temperature, top-k, top-p, min-p, in the order of transformers, with one sort for all."""
+"""Sampling from logits: temperature, top-k, top-p and min-p, in the order of transformers, with a single sort."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from axrun.sampling import Sampling
 
 Floats = NDArray[np.float32]
 
-BUCKET_BITS = 16  # of a float32 that are left out to sort weights roughly: two in a bucket differ by less than 1 %
-BLOCK = 512  # weights that are summed, or held against each other, before one among them is looked for
-PEAK = 64  # likeliest tokens that are asked first whether they hold the share of top_p
+BUCKET_BITS = 16  # low bits of a float32 ignored by the bucket sort: weights in a bucket differ by less than 1 %
+BLOCK = 512  # weights per block: sums and maxima are computed per block before searching inside one
+PEAK = 64  # number of most likely tokens to try first for top_p
 
 
 class Scratch:
-    """Arrays [vocab] that every token uses again: to touch fresh memory takes longer than what is computed in it."""
+    """Arrays [vocab] reused for every token: page faults of fresh memory cost more than the computation."""
 
     def __init__(self, vocab: int) -> None:
         self.kept = np.empty(vocab, np.float32)
@@ -26,10 +26,10 @@ class Scratch:
 
 
 def weights(logits: Floats, sampling: Sampling, scratch: Scratch | None = None) -> Floats:
-    """What a token is drawn from, at a temperature above 0: shares [vocab] of no particular sum, 0 for what is cut.
+    """Unnormalised probabilities [vocab] at a temperature above 0; 0 for tokens that are cut off.
 
-    Of equal tokens the lower ids stay. They lie in `scratch`, if it is given. Raises CheckFailed when the logits are
-    not finite.
+    Ties keep the lower ids. The result is an array of `scratch`, if given. Raises CheckFailed if the logits are not
+    finite.
     """
     scratch = Scratch(len(logits)) if scratch is None else scratch
     kept = scratch.kept
@@ -39,12 +39,12 @@ def weights(logits: Floats, sampling: Sampling, scratch: Scratch | None = None) 
     np.exp(np.subtract(kept, peak, out=kept), out=kept)
     kept = _cut(kept, sampling, scratch)
     if sampling.min_p:
-        kept[kept < np.float32(sampling.min_p)] = 0  # the likeliest weighs 1
+        kept[kept < np.float32(sampling.min_p)] = 0  # the most likely token has weight 1
     return kept
 
 
 def _cut(kept: Floats, sampling: Sampling, scratch: Scratch) -> Floats:
-    """Without the weights that top-k and top-p rule out."""
+    """Sets the weights that top-k and top-p exclude to 0."""
     top_k = sampling.top_k if sampling.top_k < len(kept) else 0
     if not top_k and sampling.top_p == 1:
         return kept
@@ -67,19 +67,19 @@ def _cut(kept: Floats, sampling: Sampling, scratch: Scratch) -> Floats:
 
 
 def likeliest(kept: Floats, count: int, scratch: Scratch) -> NDArray[np.intp]:
-    """Ids, in order, among which are those of the `count` largest weights, and few others where `count` is small."""
+    """Rising ids that include the `count` largest weights; few others if `count` is small."""
     peaks = np.maximum.reduceat(kept, np.arange(0, len(kept), BLOCK))
     if count > len(peaks):
         return np.arange(len(kept))
-    least = np.partition(peaks, -count)[-count]  # so many blocks have a weight at least as large
+    least = np.partition(peaks, -count)[-count]  # `count` blocks have a maximum at least as large
     return np.flatnonzero(np.greater_equal(kept, least, out=scratch.chosen))
 
 
 def keep_head(kept: Floats, worth: NDArray[np.float64] | None, need: float, scratch: Scratch) -> Floats:
-    """Sets to 0 the weights [vocab] behind the fewest likeliest that are worth `need` together; None: each is worth 1.
+    """Keeps the smallest set of largest weights [vocab] whose `worth` adds up to `need`, and sets the others to 0.
 
-    Floats that are not negative are in the order of their bits. So their upper bits sort them into buckets, and only
-    the bucket in which the need is met has to be sorted.
+    `worth` None: each counts 1. Non-negative floats sort like their bit patterns, so the upper bits give the bucket,
+    and only the bucket in which the sum is reached has to be sorted.
     """
     buckets, chosen = scratch.buckets, scratch.chosen
     np.right_shift(kept.view(np.uint32), BUCKET_BITS, out=buckets, casting="unsafe")
@@ -98,7 +98,7 @@ def keep_head(kept: Floats, worth: NDArray[np.float64] | None, need: float, scra
 
 
 def draw(kept: Floats, chance: float) -> int:
-    """The token at `chance`, from 0 up to 1, of the way through weights [vocab] that lie side by side."""
+    """Inverse transform sampling: the token at the fraction `chance`, in [0, 1), of the cumulative weights."""
     ends = np.cumsum(np.add.reduceat(kept, np.arange(0, len(kept), BLOCK), dtype=np.float64))
     target = min(chance * ends[-1], np.nextafter(ends[-1], 0))
     block = int(np.searchsorted(ends, target, side="right"))
@@ -106,11 +106,12 @@ def draw(kept: Floats, chance: float) -> int:
     inside = kept[start : start + BLOCK]
     sums = np.cumsum(inside, dtype=np.float64) + (ends[block - 1] if block else 0.0)
     place = int(np.searchsorted(sums, target, side="right"))
-    return start + (place if place < len(sums) else int(np.flatnonzero(inside)[-1]))  # summed in another order
+    # place can be past the end, since the block was summed in another order
+    return start + (place if place < len(sums) else int(np.flatnonzero(inside)[-1]))
 
 
 def expect_finite(value: np.float32) -> None:
-    """Raises CheckFailed for a logit that is not."""
+    """Raises CheckFailed for a logit that is not finite."""
     if not np.isfinite(value):
         raise overflow(value)
 
@@ -118,6 +119,6 @@ def expect_finite(value: np.float32) -> None:
 def overflow(logit: np.float32) -> CheckFailed:
     """The error for a logit that is not finite."""
     return CheckFailed(
-        f"the model gave a logit of {logit}: it overflows or its files are damaged\n"
+        f"the model returned a logit of {logit}: it overflows or its files are damaged\n"
         "Run `axrun run --verify`, or build with --hidden_state_type bf16 or fp32."
     )

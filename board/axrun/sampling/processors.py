@@ -1,7 +1,7 @@
-"""Logits processors: what changes the logits of a token before it is drawn, one after another, in one list.
+"""Logits processors, applied in order before a token is sampled.
 
-A new one (a grammar, a bias of another kind) is a class here and a line in `processors`. Temperature, top-k, top-p and
-min-p are not among them: `axrun.sampling.draw` applies those together, since they share one sort.
+To add one (a grammar, another bias), write a class here and add it to `processors`. Temperature, top-k, top-p and min-p
+are not processors: `axrun.sampling.draw` applies them together, since they share one sort.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Floats = NDArray[np.float32]
 
 
 class Processor(Protocol):
-    """Belongs to one answer, and may keep what it has seen of it."""
+    """A processor for one answer; it may keep state between tokens."""
 
     def __call__(self, logits: Floats, ids: Sequence[int], start: int) -> None:
-        """Changes logits [vocab] of the token behind `ids` in place; from `start` on `ids` are the answer's."""
+        """Modifies the logits [vocab] of the token after `ids` in place; ids[start:] are the answer so far."""
 
 
 def processors(sampling: Sampling) -> list[Processor]:
-    """Those that the settings ask for, in the order in which they are applied: OpenAI's first, then transformers'."""
+    """The processors for these settings in order: those of OpenAI's API first, then those of transformers."""
     found: list[Processor] = []
     if sampling.presence_penalty or sampling.frequency_penalty:
         found.append(AnswerPenalty(sampling.presence_penalty, sampling.frequency_penalty))
@@ -40,7 +40,7 @@ def processors(sampling: Sampling) -> list[Processor]:
 
 
 class AnswerPenalty:
-    """Lowers tokens that the answer holds: once by `presence`, and by `frequency` for each time.
+    """Lowers the logits of tokens in the answer: once by `presence`, and by `frequency` per occurrence.
 
     https://platform.openai.com/docs/guides/text-generation#frequency-and-presence-penalties
     """
@@ -60,7 +60,7 @@ class AnswerPenalty:
 
 
 class Bias:
-    """Adds to logits, by token id."""
+    """Adds a bias to logits by token id."""
 
     def __init__(self, added: Mapping[int, float]) -> None:
         self._ids = np.fromiter(added, np.int64, len(added))
@@ -71,9 +71,9 @@ class Bias:
 
 
 class RepetitionPenalty:
-    """Divides the logits of recent tokens by the penalty, or multiplies them where they are negative.
+    """Divides positive logits of recent tokens by the penalty, and multiplies negative ones.
 
-    `window`: how many tokens count as recent, None for all.
+    `window`: number of recent tokens, None for all.
     Keskar et al., CTRL, https://arxiv.org/abs/1909.05858, section 4.1, as transformers has it.
     """
 
@@ -89,7 +89,7 @@ class RepetitionPenalty:
 
 
 class Suppress:
-    """Rules tokens out; ids beyond the vocabulary are none."""
+    """Excludes tokens; ignores ids outside the vocabulary."""
 
     def __init__(self, tokens: Collection[int]) -> None:
         self._ids = np.array(sorted(tokens), np.int64)

@@ -1,4 +1,4 @@
-"""From the logits of a token to the token: processors, then the likeliest one or a draw."""
+"""From logits to a token: apply the processors, then take the most likely token or sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from axrun.sampling.processors import processors
 
 
 class Sampler:
-    """Draws the tokens of one answer; the same seed and logits give the same tokens."""
+    """Samples the tokens of one answer; the same seed and logits give the same tokens."""
 
     def __init__(self, sampling: Sampling, seed: int | None = None) -> None:
         self.sampling = sampling
@@ -21,8 +21,9 @@ class Sampler:
         self._scratch = Scratch(0)
 
     def __call__(self, logits: Floats, ids: Sequence[int] = (), start: int = 0) -> int:
-        """The token behind `ids`, for float32 logits [vocab], which stay as they are; `ids` from `start` on are the
-        answer's. Raises CheckFailed when they are not finite."""
+        """The token after `ids`, from float32 logits [vocab], which stay unmodified; ids[start:] are the answer.
+
+        Raises CheckFailed if the logits are not finite."""
         if self.sampling.temperature:
             return draw(self.weights(logits, ids, start), self._random.random())
         logits = self.processed(logits, ids, start)
@@ -31,11 +32,11 @@ class Sampler:
         return token
 
     def weights(self, logits: Floats, ids: Sequence[int] = (), start: int = 0) -> Floats:
-        """What a token is drawn from, at a temperature above 0; the next call overwrites it."""
+        """The weights to sample from, at a temperature above 0; the next call overwrites them."""
         return weights(self.processed(logits, ids, start), self.sampling, self._scratch)
 
     def processed(self, logits: Floats, ids: Sequence[int] = (), start: int = 0) -> Floats:
-        """The logits behind all processors, which the next call overwrites; themselves where there is none."""
+        """The logits after all processors; the next call overwrites them. Without processors, the input itself."""
         if len(logits) != len(self._scratch.kept):
             self._scratch = Scratch(len(logits))
         if not self._processors:

@@ -1,10 +1,10 @@
-"""The contract between the runner and whatever executes an axmodel.
+"""The interface between the runner and the engines that execute axmodels.
 
-It follows the vendor's C interface: a session has shape groups, a group has named inputs and outputs, and memory
-belongs to the caller, who allocates it once, binds it once and then only runs. So the K/V of a layer is one buffer that
-all its groups read, and the `output` of one layer is the `input` of the next: nothing is copied or allocated per token.
+It follows the vendor's C interface: a session has shape groups, and a group has named inputs and outputs. The caller
+allocates memory once, binds it once, and then only runs. All groups of a layer share one KV buffer, and the `output`
+buffer of a layer is the `input` of the next: nothing is copied or allocated per token.
 
-bfloat16 travels as numpy uint16 (`axrun.format.dtypes`).
+bfloat16 arrays have the numpy type uint16 (`axrun.format.dtypes`).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ CACHES = ("K_cache", "V_cache")
 
 @dataclass(frozen=True)
 class SessionGroup:
-    """A shape group, its dimensions as numbers.
+    """A shape group with numeric dimensions.
 
-    Where `history` is 0, K_cache and V_cache are not among the inputs: nothing would be read from them.
+    If `history` is 0, K_cache and V_cache are not among the inputs.
     """
 
     index: int
@@ -41,17 +41,17 @@ class SessionGroup:
 
 
 class Binding(Protocol):
-    """A group whose inputs and outputs have their memory."""
+    """A group with memory bound to its inputs and outputs."""
 
     def run(self) -> None:
-        """Reads the bound inputs, fills the bound outputs.
+        """Computes the bound outputs from the bound inputs.
 
-        Raises NotFinite, the outputs filled all the same, when one of them holds an infinity or a NaN.
+        Raises NotFinite if an output holds an infinity or a NaN; the outputs are complete even then.
         """
 
 
 class Session(Protocol):
-    """One axmodel, loaded. `flexible`: its bindings may have any numbers of tokens and history, not only a group's."""
+    """A loaded axmodel. `flexible`: bindings may have any number of tokens and history, not only those of a group."""
 
     @property
     def flexible(self) -> bool: ...
@@ -61,15 +61,15 @@ class Session(Protocol):
 
     @property
     def window(self) -> int:
-        """Of how many tokens back, itself among them, a token of this layer may see the rows; 0: of all."""
+        """The attention window of this layer in tokens, including the token itself; 0: unlimited."""
 
     def allocate(self, info: TensorInfo) -> Array:
-        """Zeroed memory for an input or output, where the engine can work on it."""
+        """Zeroed memory for an input or output, accessible to the engine."""
 
     def bind(self, group: int, arrays: Mapping[str, Array]) -> Binding:
-        """Ties allocated arrays, or leading parts of them, to the inputs and outputs of a group.
+        """Binds allocated arrays, or leading parts of them, to the inputs and outputs of a group.
 
-        Every input must be given; an output that is not is not delivered. The binding keeps the arrays alive.
+        All inputs must be given; missing outputs are discarded. The binding keeps the arrays alive.
         Raises ValueError for a name, type or shape that the group does not have.
         """
 
@@ -80,16 +80,16 @@ ENGINES = {"ax": "axrun.session.ax_engine", "ax-int8": "axrun.session.ax_int8", 
 
 
 def usual_engine() -> str:
-    """The engine to take when nobody asks for one: ax, unless this machine has onnxruntime and no libax_engine."""
+    """The default engine: ax, unless this machine has onnxruntime and no libax_engine."""
     from axrun.session import libax_engine
 
     return "ort" if importlib.util.find_spec("onnxruntime") and not libax_engine.is_there() else "ax"
 
 
 def open_session(path: str | os.PathLike[str], engine: str = "ax", threads: int | None = None) -> Session:
-    """Loads an axmodel; `threads` None is one for each CPU this process may use.
+    """Loads an axmodel. `threads` None: one per CPU this process may use.
 
-    Raises BadInput when the engine is unknown or not installed, or cannot load the file.
+    Raises BadInput if the engine is unknown or not installed, or cannot load the file.
     """
     if threads is not None and not 1 <= threads <= 1024:
         raise BadInput(f"{threads} threads; expected 1 to 1024")
@@ -100,5 +100,5 @@ def open_session(path: str | os.PathLike[str], engine: str = "ax", threads: int 
 
 
 def engine_version(engine: str) -> str:
-    """The version of an engine that is installed."""
+    """The version of an installed engine."""
     return str(importlib.import_module(ENGINES[engine]).version())

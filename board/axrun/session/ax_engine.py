@@ -1,7 +1,7 @@
 """Sessions in libax_engine: our own library on any CPU, the vendor's on a board.
 
-With our library's extensions a file is mapped, not copied, and a binding may have any numbers of tokens and history;
-with any other library the model is handed over as bytes and bindings have the shapes of its groups.
+Our library has extensions: it maps the file instead of copying it, and bindings may have any number of tokens and
+history. Any other library gets the model as bytes, and bindings have the shapes of its groups.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from axrun.session.libax_engine import (
     library,
 )
 
-ALIGNMENT = 128  # of buffers, as the vendor's clients have it
+ALIGNMENT = 128  # of buffers, as in the vendor's clients
 TAG = b"axrun"
 
 
 @dataclass(frozen=True)
 class Block:
-    """Memory of the engine's: a virtual address, its size, and the physical address the NPU has for it."""
+    """A memory block of the engine: virtual address, size, and physical address for the NPU."""
 
     start: int
     size: int
@@ -53,15 +53,15 @@ _blocks: dict[int, Block] = {}
 
 
 def allocate(info: TensorInfo) -> Array:
-    """Zeroed memory of AX_SYS_MemAllocCached as an array; it is freed when the last view of it is gone.
+    """Zeroed memory of AX_SYS_MemAllocCached as an array; freed together with its last view.
 
-    Raises BadInput when there is no such memory left.
+    Raises BadInput if this memory is exhausted.
     """
     loaded = library()
     shape = tuple(int(dim) for dim in info.shape)
     size = max(nbytes(info.dtype, shape), 1)
     if size >= 1 << 32:
-        raise BadInput(f"{info.name} takes {size:,} bytes; a block of the engine's memory ends at 4 GiB")
+        raise BadInput(f"{info.name} takes {size:,} bytes; a memory block of the engine has at most 4 GiB")
     physical, address = c_uint64(), c_void_p()
     loaded.call("AX_SYS_MemAllocCached", byref(physical), byref(address), c_uint32(size), c_uint32(ALIGNMENT), TAG)
     start = address.value or 0
@@ -79,7 +79,7 @@ def _release(loaded: Library, start: int) -> None:
 
 
 def _physical(array: Array) -> int:
-    """The physical address of an array that lies in allocated memory; 0 of any other."""
+    """The physical address of an array in allocated memory; 0 for any other array."""
     address = array.ctypes.data
     for block in _blocks.values():
         if block.start <= address and address + array.nbytes <= block.start + block.size:
@@ -88,7 +88,7 @@ def _physical(array: Array) -> int:
 
 
 class AxBinding:
-    """A run whose arguments C has already."""
+    """A run with prepared C arguments."""
 
     def __init__(
         self,
@@ -99,16 +99,16 @@ class AxBinding:
         check: FiniteCheck | None,
         keep: Any,
     ) -> None:
-        """`synced`: address, physical address and size of what is flushed before and of what is invalidated after.
+        """`synced`: address, physical address and size of the buffers to flush before and to invalidate after a run.
 
-        `named`: the axmodel and its outputs, for errors. `check` None: the function itself looks at what it computed.
+        `named`: the axmodel and its outputs, for errors. `check` None: the C function checks its outputs itself.
         """
         self._library, self._function, self._arguments = loaded, getattr(loaded.engine, call[0]), call[1:]
         self._name = call[0]
         self._before, self._after = synced
         self._part, self._outputs = named
         self._check = check
-        self._keep = keep  # C has their addresses only
+        self._keep = keep  # C code holds only their addresses
 
     def run(self) -> None:
         for arguments in self._before:
@@ -126,7 +126,7 @@ class AxBinding:
 
 
 class AxSession:
-    """An axmodel in the engine. `ours`: what its file says, where the file is of our format."""
+    """An axmodel loaded in the engine. `ours`: the parsed file, if it has our format."""
 
     def __init__(self, loaded: Library, handle: c_void_p, ours: Axmodel | None) -> None:
         self._library, self._handle, self._part = loaded, handle, ours.part if ours else ""
@@ -145,7 +145,7 @@ class AxSession:
         return allocate(info)
 
     def round_activations(self, bits: int) -> None:
-        """What activations are rounded to where they meet integer weights: 16 bits, or 8. Only of our own engine."""
+        """Sets the precision of activations in products with integer weights: 16 or 8 bits. Our engine only."""
         self._library.call("axc_set_activation_bits", self._handle, c_uint32(bits))
 
     def bind(self, group: int, arrays: Mapping[str, Array]) -> AxBinding:
@@ -191,7 +191,7 @@ class AxSession:
         return "AX_ENGINE_RunGroupIOSync", self._handle, self._context, c_uint32(group), io
 
     def _expected(self, group: SessionGroup, arrays: Mapping[str, Array]) -> dict[str, TensorInfo]:
-        """The infos of a group, resized to the arrays' numbers of tokens and history where that is possible."""
+        """The tensor infos of a group, resized to the tokens and history of the arrays if the engine is flexible."""
         infos = {info.name: info for info in group.inputs + group.outputs}
         if not self.flexible or "input" not in arrays or arrays["input"].ndim != 3:
             return infos
@@ -201,7 +201,7 @@ class AxSession:
         return {name: _sized(self._symbolic[name], tokens, history) for name in infos}
 
     def _stand_ins(self, group: int, bound: Mapping[str, Array]) -> dict[str, Array]:
-        """Memory for what the engine wants and the caller has not: unused caches, outputs nobody reads."""
+        """Dummy memory for tensors that the engine requires and the caller did not bind: unused caches and outputs."""
         info = _infos(self._library, self._handle)[group]
         metas = [info.pInputs[i] for i in range(info.nInputSize)] + [info.pOutputs[i] for i in range(info.nOutputSize)]
         named = {meta.pName.decode(): meta.nSize for meta in metas}
@@ -230,7 +230,7 @@ def _names(info: IoInfo) -> tuple[list[str], list[str]]:
     )
 
 
-# AX_ENGINE_DATA_TYPE_T; libraries that do not know bfloat16 call it 0, as they do float16
+# AX_ENGINE_DATA_TYPE_T; libraries without bfloat16 report 0 for it, as for float16
 SHOWN = {
     0: "BFLOAT16",
     1: "UINT8",
@@ -245,7 +245,7 @@ SHOWN = {
 
 
 def _shown_groups(infos: Sequence[IoInfo]) -> tuple[SessionGroup, ...]:
-    """Groups as the engine describes them. Raises BadInput for a type that no layer has."""
+    """The groups as the engine describes them. Raises BadInput for an unexpected data type."""
     groups = []
     for index, info in enumerate(infos):
         inputs = [_shown(info.pInputs[i]) for i in range(info.nInputSize)]
@@ -261,7 +261,7 @@ def _shown_groups(infos: Sequence[IoInfo]) -> tuple[SessionGroup, ...]:
 def _shown(meta: IoMeta) -> TensorInfo:
     name = meta.pName.decode()
     if meta.eDataType not in SHOWN:
-        raise BadInput(f"the engine shows {name} with data type {meta.eDataType}, which no layer has")
+        raise BadInput(f"the engine reports data type {meta.eDataType} for {name}, which no layer uses")
     return TensorInfo(name, SHOWN[meta.eDataType], tuple(meta.pShape[i] for i in range(meta.nShapeSize)))
 
 
@@ -288,9 +288,9 @@ def _file_groups(model: Axmodel) -> tuple[SessionGroup, ...]:
 
 
 def open_session(path: str | os.PathLike[str], threads: int | None = None) -> AxSession:
-    """Loads an axmodel into the engine; `threads` holds for the whole process, and for our own library only.
+    """Loads an axmodel into the engine. `threads` applies to the whole process, and to our own library only.
 
-    Raises BadInput when there is no engine, or it refuses the file.
+    Raises BadInput if there is no engine or it refuses the file.
     """
     model = axmodel.read(path)
     loaded = library() if model.ours else _boards_library(path, model)
@@ -300,12 +300,12 @@ def open_session(path: str | os.PathLike[str], threads: int | None = None) -> Ax
 
 
 def _boards_library(path: str | os.PathLike[str], model: Axmodel) -> Library:
-    """The library for an axmodel that is not ours. Raises BadInput where this machine has none."""
+    """The library for an axmodel that is not ours. Raises BadInput if this machine has none."""
     try:
         loaded = library(ours=False)
     except EngineMissing:
         loaded = None
-    if loaded is None or loaded.extended:  # ours runs ours only
+    if loaded is None or loaded.extended:  # our library runs only our axmodels
         name = os.fspath(path)
         if not model.vendors:
             raise BadInput(
@@ -321,13 +321,13 @@ def _boards_library(path: str | os.PathLike[str], model: Axmodel) -> Library:
 
 
 def version() -> str:
-    """What the engine for our axmodels calls itself, and the kernels in use. Raises BadInput."""
+    """Version string of the engine for our axmodels, and the instruction set in use. Raises BadInput."""
     loaded = library()
     return f"{loaded.engine.AX_ENGINE_GetVersion().decode('utf-8', 'replace')} {loaded.isa}".strip()
 
 
 def open_with(loaded: Library, path: str | os.PathLike[str], model: Axmodel) -> AxSession:
-    """Loads an axmodel, which was read already, into a given engine. Raises BadInput when that refuses the file."""
+    """Loads a parsed axmodel into a given engine. Raises BadInput if the engine refuses the file."""
     handle = c_void_p()
     if loaded.extended:
         loaded.call("axc_open", byref(handle), os.fsencode(path))

@@ -1,6 +1,6 @@
-"""libax_engine with activations rounded to 8 bits where they meet s8 and s4 weights: faster, and less exact.
+"""libax_engine with 8-bit activations in products with s8 and s4 weights: faster, less exact.
 
-Each 128 activations share a scale. What that costs in quality `axrun eval --engine ax-int8` tells.
+Each block of 128 activations has one scale. `axrun eval --engine ax-int8` measures the loss of quality.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ __all__ = ["open_session", "version"]
 
 
 def open_session(path: str | os.PathLike[str], threads: int | None = None) -> AxSession:
-    """Loads an axmodel of ours. Raises BadInput as ax does, and for an axmodel or an engine of another maker."""
+    """Loads one of our axmodels. Raises BadInput like engine ax, and for an axmodel or library that is not ours."""
     session = ax_engine.open_session(path, threads)
     if not session.flexible:
         raise BadInput(
-            f"{os.fspath(path)} does not run on our own libax_engine, which engine ax-int8 is\nUse --engine ax."
+            f"{os.fspath(path)} does not run on our own libax_engine, which engine ax-int8 needs\nUse --engine ax."
         )
     session.round_activations(8)
     return session

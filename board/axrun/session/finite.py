@@ -1,7 +1,7 @@
-"""Whether what an engine computed is finite, for engines that do not say so themselves.
+"""Check for infinities and NaNs in outputs, for engines that do not check themselves.
 
-In the types of a hidden state an infinity or a NaN is a number whose exponent is all ones. The test is on the bits:
-numpy knows no bfloat16, and for float16 it is as fast as any.
+An infinity or a NaN has an exponent of all ones. The check works on the bits: numpy has no bfloat16, and for float16 it
+is as fast as any other way.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from axrun.format.axmodel import TensorInfo
 
 Array = NDArray[Any]
 
-# dtype: (its bits, those of the exponent)
+# dtype: (unsigned type of the same width, exponent mask)
 EXPONENTS: dict[str, tuple[str, int]] = {
     "FLOAT": ("<u4", 0x7F800000),
     "FLOAT16": ("<u2", 0x7C00),
     "BFLOAT16": ("<u2", 0x7F80),
 }
-PIECE = 1 << 18  # elements looked at together: what is written in between stays in the cache
+PIECE = 1 << 18  # elements per step, so that temporaries stay in the CPU cache
 
 
 class FiniteCheck:
-    """Looks at the outputs of a binding after each run. Arrays are [1, rows, width] and stay where they are."""
+    """Checks the outputs of a binding after each run. Arrays are [1, rows, width]."""
 
     def __init__(self, part: str, outputs: Sequence[TensorInfo], arrays: Mapping[str, Array]) -> None:
-        """`arrays` holds those that are delivered. `part` names the axmodel in an error."""
+        """`arrays` are the bound outputs. `part` names the axmodel in errors."""
         self._part = part
         self._tensors: list[tuple[str, Array, Any]] = []
         self._pieces: list[tuple[Array, Any]] = []
@@ -43,7 +43,7 @@ class FiniteCheck:
                 self._pieces += [(flat[at : at + PIECE], mask) for at in range(0, len(flat), PIECE)]
 
     def __call__(self) -> None:
-        """Raises NotFinite, naming the first row of any output that holds an infinity or a NaN."""
+        """Raises NotFinite with the first row of an output that holds an infinity or a NaN."""
         for bits, mask in self._pieces:
             if (bits & mask).max() == mask:
                 self._find()

@@ -1,6 +1,6 @@
-"""The C interface of libax_engine, by ctypes: its structures, and the library itself, loaded once.
+"""ctypes bindings of libax_engine: the C structures, and the library itself, loaded once per process.
 
-Ours on any CPU, the vendor's on a board; they share a name.
+The library is ours on any CPU, or the vendor's on a board; both have the same name.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 from axrun.errors import BadInput
 
-FOLDER = "AXRUN_ENGINE"  # an environment variable: the folder of the libraries
+FOLDER = "AXRUN_ENGINE"  # environment variable with the folder of the libraries
 _PACKAGE = Path(__file__).resolve().parents[1]
-# Ours: in a wheel inside the package, in a checkout where `make engine` puts it.
+# Our library: inside the package in a wheel, or in the output folder of `make engine` in a checkout.
 _CHECKOUT = (_PACKAGE.parent / "engine" / "build.py").is_file()
 BESIDE = (_PACKAGE.parent if _CHECKOUT else _PACKAGE) / "engine" / "lib"
-BOARD = Path("/soc/lib")  # a board's own, for the NPU and the vendor's axmodels; the system may know other places
-EXTENSIONS = 3  # the version of axc_engine.h this file is written for
+BOARD = Path("/soc/lib")  # the vendor's library on a board; the dynamic linker may search other folders too
+EXTENSIONS = 3  # the version of axc_engine.h that this file implements
 NOT_FINITE = 0x80060080  # AXC_ENGINE_NOT_FINITE
 
 
@@ -98,12 +98,12 @@ class Counter(ctypes.Structure):
 
 
 class EngineMissing(BadInput):
-    """There is no libax_engine.so to load."""
+    """No libax_engine.so was found."""
 
 
 @dataclass(frozen=True)
 class Library:
-    """Both libraries, initialised, and the folder they come from. `extended`: the engine is ours."""
+    """libax_sys and libax_engine, initialised, and their folder. `extended`: the engine is ours."""
 
     sys: Any
     engine: Any
@@ -111,30 +111,30 @@ class Library:
     folder: str = ""
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Calls a function of either; raises BadInput with the code it returned and what the engine says about it."""
+        """Calls a function of either library. Raises BadInput with the error code and the engine's message."""
         library = self.sys if name.startswith("AX_SYS") else self.engine
         code = getattr(library, name)(*arguments)
         if code:
             raise self.failure(name, code)
 
     def not_finite(self) -> tuple[int, int]:
-        """The index of the output, and its row, after a run of this thread that returned NOT_FINITE."""
+        """The output index and row, after a run of this thread returned NOT_FINITE."""
         output, row = c_uint32(), c_uint32()
         self.engine.axc_not_finite(byref(output), byref(row))
         return output.value, row.value
 
     def failure(self, name: str, code: int) -> BadInput:
-        """The error for a code that the function `name` returned just now in this thread."""
+        """The error for the code that the function `name` has just returned in this thread."""
         why = f": {self.engine.axc_last_error().decode('utf-8', 'replace')}" if self.extended else ""
         return BadInput(f"{name} failed with 0x{code & 0xFFFFFFFF:08x}{why}"[:300])
 
     @property
     def isa(self) -> str:
-        """The kernels in use; empty for another engine."""
+        """The instruction set in use; empty for another engine."""
         return str(self.engine.axc_isa().decode()) if self.extended else ""
 
     def counters(self) -> dict[str, tuple[int, float]]:
-        """Calls and seconds of each kind of step since `reset_counters`; empty for another engine."""
+        """Calls and seconds per kind of step since `reset_counters`; empty for another engine."""
         if not self.extended:
             return {}
         counters = (Counter * self.engine.axc_counters(None, 0))()
@@ -147,29 +147,29 @@ class Library:
 
 
 def folder(ours: bool) -> str:
-    """Where the engine for our axmodels or for the vendor's is looked for; empty: wherever the system has it."""
+    """The folder of the engine for our axmodels or for the vendor's; empty: the dynamic linker's search path."""
     asked = os.environ.get(FOLDER)
     places = (asked,) if asked else (BESIDE, BOARD) if ours else (BOARD,)
     return next((str(place) for place in places if Path(place, "libax_engine.so").exists()), asked or "")
 
 
 def is_there() -> bool:
-    """Whether a folder is known that has an engine for our axmodels."""
+    """Whether a known folder has an engine for our axmodels."""
     return bool(folder(ours=True))
 
 
 def library(ours: bool = True) -> Library:
     """The engine for our axmodels or for the vendor's, loaded and initialised once.
 
-    Raises BadInput when there is none, or it does not start, or this process has another already: they share a name,
-    by which the system would take one for the other.
+    Raises BadInput if there is none, it fails to initialise, or this process already uses the other one: they share a
+    name, so the dynamic linker would mix them up.
     """
     wanted = folder(ours)
     for loaded in _loaded:
         if loaded.folder != wanted:
             raise BadInput(
                 f"this process runs libax_engine of {loaded.folder or 'the system'}; the axmodel is for that of "
-                f"{wanted or 'the system'}\nRun our axmodels and the vendor's in processes of their own."
+                f"{wanted or 'the system'}\nRun our axmodels and the vendor's in separate processes."
             )
         return loaded
     _loaded.append(_load(wanted))

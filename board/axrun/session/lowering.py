@@ -1,15 +1,15 @@
-"""Rewrites an axmodel's graph in memory into what onnxruntime's CPU kernels run fastest. The file stays as it is.
+"""Rewrites the graph of an axmodel, in memory, into operators that onnxruntime's CPU kernels run fastest.
 
-In the file a weight is `[[Cast ->] DequantizeLinear | Cast] -> Transpose -> MatMul`. Left alone, onnxruntime
+In the file a weight is `[[Cast ->] DequantizeLinear | Cast] -> Transpose -> MatMul`. Without lowering, onnxruntime
 expands 4-bit blocks to float32 on every run, and rounds the activations of 8-bit weights to 8 bits. Instead:
 
-* INT8 and INT4 become MatMulNBits with int8 arithmetic, fed with every activation in two 8-bit halves: `high`, rounded
-  to 8 bits per block, and `low`, what that left over, which the kernel rounds to 8 bits again. The two go through as
-  two rows of one multiplication, so a weight is read once.
+* INT8 and INT4 become MatMulNBits with int8 arithmetic, with each activation split into two 8-bit parts: `high`,
+  rounded to 8 bits per block, and `low`, the remainder, which the kernel rounds to 8 bits again. The two are rows of
+  one multiplication, so a weight is read once.
 * FLOAT, FLOAT16 and BFLOAT16 become float32 FusedMatMul with the weight in its [out, in] order.
 
-What it costs and saves, in one run on one core of an AVX-512 server, a layer of Qwen2-0.5B in s8, and tiny-qwen2 in s8
-against its checkpoint (onnxruntime 1.31):
+Costs and savings, measured in one run on one core of an AVX-512 server, a layer of Qwen2-0.5B in s8, and tiny-qwen2 in
+s8 against its checkpoint (onnxruntime 1.31):
 
     activations             error of a product    decode     prefill 128    memory    mean KLD
     one 8-bit half          1e-2                  1.38 ms    36 ms          1         3.67e-5
@@ -33,11 +33,11 @@ from axrun.format.quantised import Quantised, makers, pack4, quantised
 from axrun.format.wire import Message, encode
 
 CONTRIB = "com.microsoft"
-BLOCKS = (128, 64, 32, 16)  # sizes MatMulNBits takes, the fastest first
+BLOCKS = (128, 64, 32, 16)  # block sizes of MatMulNBits, fastest first
 INT8_ARITHMETIC = 4  # MatMulNBits.accuracy_level
 UNSIGNED = {"INT8": 0x80, "INT4": 0x88}  # flips the sign bits: what was 0 becomes MatMulNBits' zero point
 EXTERNAL = 1  # TensorProto.DataLocation
-APART = 1 << 14  # bytes from which a constant is handed over beside the model, not inside
+APART = 1 << 14  # minimum bytes of a constant that is passed outside of the model
 
 
 class Constant(NamedTuple):
@@ -49,7 +49,7 @@ class Constant(NamedTuple):
 
 @dataclass
 class Lowering:
-    """A graph being rewritten. `makers` maps a value to the node it comes from."""
+    """A graph being rewritten. `makers` maps a value to the node that produces it."""
 
     model: Axmodel
     makers: dict[str, Node]
@@ -66,7 +66,7 @@ class Lowering:
         return output
 
     def matmul(self, node: Node) -> bool:
-        """Rewrites a multiplication with a transposed weight; False when `node` is something else."""
+        """Rewrites a multiplication with a transposed weight; returns False if `node` is something else."""
         transpose = self.makers.get(node.inputs[1]) if node.op_type == "MatMul" else None
         if transpose is None or transpose.op_type != "Transpose":
             return False
@@ -125,7 +125,7 @@ class Lowering:
     def _split(self, x: str, block: int, columns: int) -> str:
         """x [1, M, columns] as [2, M, columns]: the high halves, then the low ones; `high + low == x`.
 
-        high is a multiple of peak / 127 in each block of columns, so the kernel's own rounding leaves it exact.
+        high is a multiple of peak / 127 in each block of columns, so the kernel's rounding does not change it.
         """
         if (x, block) in self.halves:
             return self.halves[x, block]
@@ -134,7 +134,7 @@ class Lowering:
         blocked = self.constant(f"lowering.{block}", np.array([0, 0, -1, block], np.int64), "INT64")
         paired = self.constant(f"lowering.rows.{columns}", np.array([2, -1, columns], np.int64), "INT64")
         step = self.constant("lowering.step", np.array(1 / 127, np.float32))
-        tiny = self.constant("lowering.tiny", np.array(1e-30, np.float32))  # keeps a block of zeros from 0 / 0
+        tiny = self.constant("lowering.tiny", np.array(1e-30, np.float32))  # avoids 0 / 0 in a block of zeros
         blocks = self.node("Reshape", [x, blocked], f"{name}.blocks")
         sizes = self.node("Abs", [blocks], f"{name}.sizes")
         peaks = self.node("ReduceMax", [sizes, last], f"{name}.peaks", keepdims=1)
@@ -152,7 +152,7 @@ class Lowering:
 
 
 def lower(model: Axmodel) -> tuple[bytes, dict[str, Constant]]:
-    """The rewritten model, and by name the constants that go beside it: they are not inside."""
+    """The rewritten model, and the constants that are passed outside of it, by name."""
     lowering = Lowering(model, makers(model))
     for node in model.nodes:
         if not lowering.matmul(node):
@@ -198,7 +198,7 @@ def _initializer(name: str, constant: Constant, apart: bool) -> Message:
 
 
 def _expand(stored: Quantised) -> NDArray[np.float32]:
-    """Integer weights as float32 [out, in], for widths no block size divides."""
+    """Integer weights as float32 [out, in], for widths that no block size divides."""
     rows, columns = stored.levels.dims
     levels = stored.level_rows(0, rows).astype(np.float32)
     if stored.zeros is not None:

@@ -25,15 +25,15 @@ except ImportError:
         "engine ort needs the package onnxruntime, which is not installed\nInstall it: pip install 'axrun[ort]'"
     ) from None
 
-FATAL = 4  # log_severity_level: what is less is raised as an exception too
+FATAL = 4  # log_severity_level: less severe errors are raised as exceptions anyway
 CONFIG = {
-    "session.intra_op.allow_spinning": "0",  # every layer has its own threads: those of one would starve the next's
-    "session.use_env_allocators": "1",  # one arena for the intermediate values of all layers
+    "session.intra_op.allow_spinning": "0",  # layers have separate threads: spinning ones would starve the next
+    "session.use_env_allocators": "1",  # one arena for the intermediates of all layers
 }
 
 
 class OrtBinding:
-    """Arrays wrapped once; onnxruntime works in the caller's memory."""
+    """Arrays wrapped once as OrtValues; onnxruntime works in the caller's memory."""
 
     def __init__(self, session: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], check: FiniteCheck) -> None:
         self._run = session.run_with_iobinding
@@ -42,7 +42,7 @@ class OrtBinding:
             self._binding.bind_ortvalue_input(name, value)
         for name, value in outputs.items():
             self._binding.bind_ortvalue_output(name, value)
-        self._values = (inputs, outputs)  # the binding has their addresses only
+        self._values = (inputs, outputs)  # the binding holds only their addresses
         self._check = check
 
     def run(self) -> None:
@@ -51,7 +51,7 @@ class OrtBinding:
 
 
 class OrtSession:
-    """An axmodel in onnxruntime. M and T are symbolic in its graph, so bindings may have any."""
+    """An axmodel in onnxruntime. M and T are symbolic in its graph, so bindings may have any values."""
 
     flexible = True
 
@@ -102,9 +102,9 @@ class OrtSession:
 
 
 def open_session(path: str | os.PathLike[str], threads: int | None = None, lowered: bool = True) -> OrtSession:
-    """Loads one of our axmodels; with `lowered` False the file's graph as it is, as any user of onnxruntime would.
+    """Loads one of our axmodels. `lowered` False: the unmodified graph, as any user of onnxruntime would load it.
 
-    Raises BadInput for a vendor's axmodel and for what onnxruntime refuses.
+    Raises BadInput for an axmodel of the vendor and for a file that onnxruntime refuses.
     """
     model = axmodel.read(path)
     if not model.ours:
@@ -127,7 +127,7 @@ def open_session(path: str | os.PathLike[str], threads: int | None = None, lower
             options.add_external_initializers(list(apart), values)
         session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise BadInput(f"{path} has a graph that is none of axc's ({error!r})\nBuild or copy it again.") from None
+        raise BadInput(f"{path} has a graph that axc does not write ({error!r})\nBuild or copy it again.") from None
     except Exception as error:  # onnxruntime's own exceptions have no common base
         reason = " ".join(str(error).split())[:200]
         raise BadInput(f"{path} does not load in onnxruntime {onnxruntime.__version__}: {reason}") from None
@@ -144,7 +144,7 @@ def _cpus() -> int:
 
 @functools.cache
 def _share_arena() -> None:
-    """Without it 24 layers keep 24 arenas, each as large as the longest prefill needs."""
+    """Shares one arena: otherwise 24 layers keep 24 arenas, each sized for the longest prefill."""
     cpu = onnxruntime.OrtMemoryInfo(
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )

@@ -1,1 +1,1 @@
-"""Text and token ids: the tokenizer, the chat template, what stops an answer, text from tokens as they come."""
+"""Text and token ids: tokenizer, chat template, stop tokens and stop strings, streaming detokenisation."""

@@ -1,12 +1,12 @@
-"""Control tokens that a message spells are text; those that the chat template writes are control tokens.
+"""Sanitises control tokens: spelled in a message they are text, written by the chat template they are control tokens.
 
-Control tokens are the special tokens, and the other added tokens that stand in the template's own text (or that
-tokenizer_config.json lists as `chat_control_tokens`). Before the template is rendered, each of their spellings in a
-message is put between two marks, characters for private use. What stands between them in the prompt is encoded without
-the tokenizer's added tokens, all else as always. A conversation that spells none is encoded as a whole, so that its ids
-are those of the plain prompt. transformers' `apply_chat_template(sanitize_control_tokens=True)` has the same rule, and
-is what this is tested against. The limit of both: a template that deletes, joins or recases parts of a message can
-still form a control token of text that spelled none.
+Control tokens are the special tokens, and other added tokens that occur in the text of the template (or that
+tokenizer_config.json lists as `chat_control_tokens`). Before rendering, each of their spellings in a message is
+enclosed in two marks (private-use characters). In the rendered prompt, the text between marks is encoded without added
+tokens, and everything else as usual. A conversation without such spellings is encoded as a whole, so that its ids are
+those of the plain prompt. transformers' `apply_chat_template(sanitize_control_tokens=True)` has the same rule, and the
+tests compare with it. Limitation of both: a template that deletes, joins or changes the case of parts of a message can
+still form a control token.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 BEGIN, END = "\U000f0000", "\U000f0001"
 MARKS = re.compile(f"[{BEGIN}{END}]")
-# a mark in JSON that is plain ASCII, as Python's repr shows it, and in a URL
+# a mark escaped in ASCII JSON, in Python's repr, and in a URL
 ESCAPED = re.compile(r"\\u[dD][bB]80\\u[dD][cC]0[01]|\\U000[fF]000[01]|%F3%B0%80%8[01]")
-KEPT = ("role", "type")  # of a message or its parts: names that templates compare, no text
+KEPT = ("role", "type")  # keys of a message or part whose values are names that templates compare, not text
 
 
 @functools.lru_cache(maxsize=8)
 def control_ids(tokenizer: Tokenizer, template: ChatTemplate) -> frozenset[int]:
-    """The control tokens, as transformers' `_get_control_tokens` has them."""
+    """The ids of the control tokens, as in transformers' `_get_control_tokens`."""
     listed, literals = template.control_tokens, template.literals
     return tokenizer.special_ids.union(
         number
@@ -45,14 +45,14 @@ def _stands_in(token: str, literals: Collection[str]) -> bool:
 
 
 class Marker:
-    """Marks what spells one of the control tokens. `spelled` are the spellings it found."""
+    """Marks spellings of control tokens. `spelled` collects those found."""
 
     def __init__(self, tokenizer: Tokenizer, control: frozenset[int]) -> None:
         self._tokenizer, self._control = tokenizer, control
         self.spelled: set[str] = set()
 
     def mark(self, value: Any) -> Any:
-        """The value with all strings in it marked, without the marks that are there already: nobody else sets any."""
+        """The value with all strings marked; marks that the input already contains are removed."""
         if isinstance(value, str):
             plain = MARKS.sub("", value)
             pieces, at = [], 0
@@ -66,7 +66,7 @@ class Marker:
         return [self.mark(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
     def _key(self, key: Any) -> Any:
-        """Names that a template may ask for stay; others are text, which a template may show as JSON."""
+        """Keys that a template may access stay unmarked; others are text, which a template may dump as JSON."""
         return key if not isinstance(key, str) or key.isidentifier() else self.mark(key)
 
     def _entry(self, key: Any, entry: Any) -> Any:
@@ -74,11 +74,11 @@ class Marker:
 
 
 def encode_marked(tokenizer: Tokenizer, prompt: str, marker: Marker, control: frozenset[int]) -> list[int]:
-    """Token ids of a rendered prompt with marks. Raises BadInput where the template has damaged them."""
+    """Token ids of a rendered prompt with marks. Raises BadInput if the template damaged them."""
     if ESCAPED.search(prompt):
         raise BadInput(
-            "a message spells a special token, and the chat template escapes it so that it cannot be kept as text\n"
-            "Leave it out, or let it be a control token: --parse-special."
+            "a message spells a special token, and the chat template escapes it, so that it cannot be encoded as text\n"
+            "Remove it from the message, or use --parse-special to make it a control token."
         )
     ids: list[int] = []
     at, opened, first = 0, False, True
@@ -99,10 +99,10 @@ def encode_marked(tokenizer: Tokenizer, prompt: str, marker: Marker, control: fr
 def _pieces(
     tokenizer: Tokenizer, piece: str, opened: bool, closed: bool, spelled: Collection[str], control: frozenset[int]
 ) -> Iterator[tuple[str, bool]]:
-    """What stands between two places of marks, and whether it is text.
+    """Splits the prompt at the marks into pieces, each with a flag whether it is text.
 
-    A template may cut a mark off its other half: then it is still what stands right beside the one that is left, if
-    a message spells that. Otherwise it is the template's own, as where a message is split at `</think>`.
+    A template may cut off one mark of a pair. Then the string next to the remaining mark is text if a message spelled
+    it; otherwise the template wrote it, e.g. if it splits a message at `</think>`.
     """
     if opened and closed:
         yield from [(piece, True)] if piece else []

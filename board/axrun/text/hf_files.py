@@ -1,6 +1,6 @@
-"""The text files of a Hugging Face checkpoint, as a bundle's hf/ folder holds them: JSON, special tokens, template.
+"""The text files of a Hugging Face checkpoint, as stored in hf/ of a bundle: JSON, special tokens, template.
 
-Where two files say different things, the order is that of transformers' AutoTokenizer.
+If two files disagree, the precedence is that of transformers' AutoTokenizer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file. Raises BadInput when it is damaged."""
+    """A JSON object; empty if the file does not exist. Raises BadInput if it is damaged."""
     if not path.is_file():
         return {}
     try:
@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def special_tokens(hf: Path) -> dict[str, str]:
     """The special tokens by the names that chat templates use, e.g. bos_token.
 
-    special_tokens_map.json counts only beside a tokenizer_config.json without `added_tokens_decoder`.
+    special_tokens_map.json is used only if tokenizer_config.json has no `added_tokens_decoder`.
     """
     named = read_json(hf / "tokenizer_config.json")
     if "added_tokens_decoder" not in named:
@@ -40,15 +40,15 @@ def special_tokens(hf: Path) -> dict[str, str]:
 
 
 def template_source(hf: Path) -> str | None:
-    """The chat template, None where there is none. Raises BadInput."""
+    """The source of the chat template, or None. Raises BadInput."""
     found = template_file(hf)
     return None if found is None else found[1]
 
 
 def template_file(hf: Path) -> tuple[str, str] | None:
-    """The chat template behind the name of its file, None where there is none. Raises BadInput.
+    """The file name and source of the chat template, or None. Raises BadInput.
 
-    chat_template.jinja comes before tokenizer_config.json, chat_template.json (which only processors have) last.
+    The order is chat_template.jinja, tokenizer_config.json, chat_template.json (used by processors only).
     """
     file = hf / "chat_template.jinja"
     if file.is_file():
@@ -58,7 +58,7 @@ def template_file(hf: Path) -> tuple[str, str] | None:
             raise BadInput(f"cannot read {file}: {error}\nBuild or copy the bundle again.") from None
     for name in ("tokenizer_config.json", "chat_template.json"):
         template = read_json(hf / name).get("chat_template")
-        if isinstance(template, list):  # several, by name
+        if isinstance(template, list):  # several named templates
             named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default")
         if isinstance(template, str):

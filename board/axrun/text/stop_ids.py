@@ -1,7 +1,7 @@
-"""Which token ids end a generation: all that any file names, and the one that the chat template ends a turn with.
+"""The stop token ids: those in any file of the checkpoint, and the end-of-turn token of the chat template.
 
-Files of one checkpoint often disagree: a fine-tuned model keeps its base's generation_config.json, and ends its turns
-with another token.
+The files of a checkpoint often disagree: a fine-tuned model may keep the generation_config.json of its base model and
+end its turns with another token.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TEMPLATE = "chat template"
 
 
 def find(hf: Path, backend: tokenizers.Tokenizer, template: ChatTemplate | None) -> dict[int, tuple[str, ...]]:
-    """Every stop id, rising, with what names it."""
+    """All stop ids in rising order, each with the files that name it."""
     named: list[tuple[str, int]] = []
     for name in ("generation_config.json", "config.json"):
         ids = read_json(hf / name).get("eos_token_id")
@@ -35,7 +35,7 @@ def find(hf: Path, backend: tokenizers.Tokenizer, template: ChatTemplate | None)
 
 
 def end_of_turn(backend: tokenizers.Tokenizer, template: ChatTemplate) -> int | None:
-    """The special token that the template writes right behind an assistant's last message, None where there is none."""
+    """The special token that the template writes directly after the last assistant message, or None."""
     try:
         asked = [{"role": "user", "content": "question"}, {"role": "assistant", "content": PROBE}]
         prompt = template.render(template.fit(asked), add_generation_prompt=False)

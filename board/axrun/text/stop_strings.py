@@ -1,6 +1,6 @@
-"""Stop strings in text that comes in pieces: nothing is let through that may yet turn out to be one.
+"""Detection of stop strings in streamed text: holds back text that may become a stop string.
 
-Special tokens of an answer are not shown, and yet a stop string may spell one: they are looked at as hidden text.
+Special tokens are not shown, but a stop string may spell one; they are matched as hidden text.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """`found` once one was met; what comes before the first is let through, nothing of it or after it."""
+    """`found` is set once a stop string was found. Only the text before the first one is released."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = stops
         self._held = ""
-        self._hidden: list[tuple[int, int]] = []  # of what is held: not to be shown, (start, stop)
+        self._hidden: list[tuple[int, int]] = []  # (start, stop) of hidden text in the buffer
         self.found = False
 
     def push(self, text: str, hidden: str = "") -> str:
-        """The text that is safe to show now. `hidden` follows `text` and is only looked at."""
+        """Adds text; returns what can be shown now. `hidden` follows `text` and is matched but never shown."""
         self._held += text
         if hidden and self._stops:
             self._hidden.append((len(self._held), len(self._held) + len(hidden)))
@@ -28,7 +28,7 @@ class StopStrings:
         return self._let(min(starts) if starts else len(self._held) - self._longest_beginning())
 
     def finish(self) -> str:
-        """What was held back, when no text follows."""
+        """The text that is still held back, at the end of the answer."""
         return "" if self.found else self._let(len(self._held))
 
     def _let(self, count: int) -> str:
@@ -42,7 +42,7 @@ class StopStrings:
         return shown
 
     def _longest_beginning(self) -> int:
-        """Of a stop string, at the end of what is held."""
+        """Length of the longest prefix of a stop string at the end of the buffer."""
         longest = max((len(stop) for stop in self._stops), default=1) - 1
         for count in range(min(longest, len(self._held)), 0, -1):
             end = self._held[-count:]

@@ -1,12 +1,12 @@
-"""Text from tokens as they come: never half a character, and in time linear in their number."""
+"""Streaming detokenisation: only whole characters, in linear time."""
 
 from __future__ import annotations
 
 from axrun.text.tokenizer import Tokenizer
 
-REPLACEMENT = "\ufffd"  # what bytes that are no UTF-8, or not yet, decode to
-LONGEST_CHARACTER = 4  # bytes of one in UTF-8, and so tokens
-CONTEXT = 8  # tokens without a text that may change the first one that has some
+REPLACEMENT = "\ufffd"  # decoded from bytes that are invalid or incomplete UTF-8
+LONGEST_CHARACTER = 4  # in bytes of UTF-8, and therefore in tokens
+CONTEXT = 8  # preceding tokens without text that may affect the next text
 
 
 class TextStream:
@@ -14,12 +14,12 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._shown: list[int] = []  # tokens before, as decoders treat the first word of a text in their own way
+        self._shown: list[int] = []  # preceding tokens: decoders treat the first word of a text differently
         self._before = ""  # their text
         self._held: list[int] = []
 
     def push(self, token: int) -> str:
-        """The text that is complete with `token`; perhaps none."""
+        """Adds a token; returns the text that is complete now, which may be empty."""
         self._held.append(token)
         text = self._text()
         if text.endswith(REPLACEMENT) and len(self._held) < LONGEST_CHARACTER:
@@ -27,14 +27,14 @@ class TextStream:
         return self._show(text)
 
     def finish(self) -> str:
-        """What is left when no token follows."""
+        """The remaining text at the end of the answer."""
         return self._show(self._text())
 
     def _text(self) -> str:
         return self._tokenizer.decode(self._shown + self._held)[len(self._before) :]
 
     def _show(self, text: str) -> str:
-        if text.endswith(REPLACEMENT):  # bytes that were no character must not join the next token's
+        if text.endswith(REPLACEMENT):  # invalid bytes must not join those of the next token
             self._shown = []
         elif text:
             self._shown = self._held

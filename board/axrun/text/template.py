@@ -1,7 +1,7 @@
-"""The checkpoint's chat template: messages become the prompt that the model was trained on.
+"""The chat template of a checkpoint, which turns messages into the prompt format of the model.
 
-Templates come with checkpoints and are not trusted: they run in jinja2's sandbox. What one may use is what transformers
-gives it: https://huggingface.co/docs/transformers/chat_templating_writing
+Templates come with checkpoints and are untrusted, so they run in jinja2's sandbox. They can use the same functions as
+in transformers: https://huggingface.co/docs/transformers/chat_templating_writing
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 Messages = Sequence[Mapping[str, Any]]
 
 STRING, PARTS = "string", "parts"
-REASONING = ("reasoning_content", "thinking", "reasoning")  # names of a message's reasoning, the standard one first
-PROBE = "qzx7probe"  # survives trimming, changes of case and JSON
-# Conversations that show how a template takes the content of a role; some templates want a system message first.
+REASONING = ("reasoning_content", "thinking", "reasoning")  # keys of the reasoning in a message, the standard one first
+PROBE = "qzx7probe"  # unchanged by trimming, lower-casing and JSON
+# Probe conversations: how a template reads the content of each role. Some templates require a system message first.
 TURNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "user": (("user",), ("system", "user")),
     "system": (("system", "user"),),
@@ -43,9 +43,9 @@ TURNS: dict[str, tuple[tuple[str, ...], ...]] = {
 
 
 class Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks the assistant's words for training; here it shows them.
+    """`{% generation %}` marks the assistant's text for training; here it only outputs it.
 
-    A call block, as in transformers: what is set inside is not seen outside.
+    It is a call block, as in transformers: variables set inside are not visible outside.
     """
 
     tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration)
@@ -60,7 +60,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class Namespace(jinja2.utils.Namespace):
-    """Takes no name that begins with an underscore."""
+    """A namespace that refuses names with a leading underscore."""
 
     def __init__(*args: Any, **values: Any) -> None:
         for name in dict(*args[1:], **values):
@@ -73,9 +73,9 @@ class Namespace(jinja2.utils.Namespace):
 
 
 class ChatTemplate:
-    """A compiled template. `special` are the special tokens it may name, `file` is where it stands.
+    """A compiled template. `special` are the special tokens it can refer to, `file` is its file name.
 
-    `control_tokens` are those of tokenizer_config.json's `chat_control_tokens`, None where it has none.
+    `control_tokens` is `chat_control_tokens` of tokenizer_config.json, None if absent.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class ChatTemplate:
         file: str = "",
         control_tokens: Sequence[str] | None = None,
     ) -> None:
-        """Raises BadInput when the template is no Jinja."""
+        """Raises BadInput if the template is not valid Jinja."""
         self.control_tokens = control_tokens
-        self.refusal: str | None = None  # why it refuses every conversation of a user, once `forms` are known
+        self.refusal: str | None = None  # why it refuses every user message; set by `forms`
         self._file = file
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
@@ -101,11 +101,11 @@ class ChatTemplate:
             self._tree = environment.parse(source)
             self._template = environment.from_string(source)
         except (jinja2.TemplateError, RecursionError) as error:
-            raise BadInput(f"the chat template is damaged: {self._told(error)}\nAsk without it: --raw.") from None
+            raise BadInput(f"the chat template is damaged: {self._told(error)}\nRun without it: --raw.") from None
 
     @classmethod
     def find(cls, hf: Path) -> ChatTemplate | None:
-        """The template of a folder of Hugging Face files, None where it has none. Raises BadInput."""
+        """The template in a folder of Hugging Face files, or None. Raises BadInput."""
         found = template_file(hf)
         if found is None:
             return None
@@ -115,19 +115,19 @@ class ChatTemplate:
 
     @functools.cached_property
     def literals(self) -> frozenset[str]:
-        """The pieces of text that stand in the template itself."""
+        """The literal text in the template."""
         texts = {node.data for node in self._tree.find_all(jinja2.nodes.TemplateData)}
         constants = (node.value for node in self._tree.find_all(jinja2.nodes.Const))
         return frozenset(texts.union(value for value in constants if isinstance(value, str)))
 
     def render(self, messages: Messages, add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The prompt for messages of `role` and `content`; its special tokens are all there, add no more.
+        """The prompt for messages with `role` and `content`. It contains all special tokens: encode it without more.
 
-        Raises BadInput with the template's own words where it refuses them.
+        Raises BadInput with the message of the template if it refuses them.
         """
         try:
             return self._rendered(messages, add_generation_prompt, variables)
-        except Exception as error:  # the template is a program of its own
+        except Exception as error:  # templates can raise anything
             raise BadInput(f"the chat template refuses these messages: {error}") from None
 
     def _rendered(self, messages: Messages, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
@@ -136,7 +136,7 @@ class ChatTemplate:
         return self._template.render(messages=plain, add_generation_prompt=add_generation_prompt, **given)
 
     def _told(self, error: Exception) -> str:
-        """An error of the template, with its file and line."""
+        """Message of a template error, with file and line."""
         lines = [error.lineno] if isinstance(error, jinja2.TemplateSyntaxError) else []
         frames = traceback.extract_tb(error.__traceback__)
         lines += [frame.lineno for frame in frames if frame.filename == "<template>" and frame.lineno][-1:]
@@ -145,19 +145,19 @@ class ChatTemplate:
         return f"{where}: {words:.300}" if where else f"{words:.300}"
 
     def expect_question(self) -> None:
-        """Raises BadInput for a template that refuses what a user says, or drops it."""
+        """Raises BadInput for a template that refuses or drops user messages."""
         if self.forms["user"] is None:
             raise BadInput(
-                f"the chat template refuses every question: {self.refusal}"
+                f"the chat template refuses every user message: {self.refusal}"
                 if self.refusal is not None
-                else "the chat template drops what the user says, be it a string or a list of parts of type text: "
-                "no prompt would hold the question"
+                else "the chat template drops the content of user messages, as a string and as a list of text parts: "
+                "the prompt would not contain the question"
             )
 
     def fit(self, messages: Messages) -> list[dict[str, Any]]:
-        """The messages with their text as the template takes it: a string, or a list of one part of type text.
+        """The messages with their text in the form that the template reads: a string, or a list with one text part.
 
-        Text parts that follow one another become one. Raises BadInput for a template that drops what the user says.
+        Consecutive text parts are joined. Raises BadInput for a template that drops user messages.
         """
         return [
             {**message, "content": self._fit(message)} if "content" in message else {**message} for message in messages
@@ -172,7 +172,7 @@ class ChatTemplate:
             try:
                 self.expect_question()
             except BadInput as error:
-                raise BadInput(f"{error}\nAsk without the template: axrun run --raw, or /v1/completions.") from None
+                raise BadInput(f"{error}\nRun without the template: axrun run --raw, or /v1/completions.") from None
         if isinstance(content, list):
             if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
                 return content
@@ -181,12 +181,12 @@ class ChatTemplate:
 
     @functools.cached_property
     def forms(self) -> dict[str, str | None]:
-        """How the content of each role reaches the prompt: STRING where that works, else PARTS.
+        """The form in which the template reads the content of each role: STRING if that works, else PARTS.
 
-        None for a user's content that does not reach it; other roles are then as the user's.
+        None for the user role if neither works; the other roles then have the same value.
         """
         found: dict[str, str | None] = {}
-        refusals: list[str | None] = []  # of a user's conversations; None for one that is only without the content
+        refusals: list[str | None] = []  # of user messages; None if one was rendered without its content
         for role, conversations in TURNS.items():
             usual = found.get("user")
             tries = ((form, turns) for form in (STRING, PARTS) for turns in conversations)
@@ -202,7 +202,7 @@ class ChatTemplate:
         ]
         try:
             reached = PROBE in self._rendered(messages, True, {}).lower()
-        except Exception as error:  # the template is a program of its own
+        except Exception as error:  # templates can raise anything
             refusals.append(self._told(error))
             return False
         refusals.append(None)
@@ -216,10 +216,10 @@ def _as(form: str, text: str) -> Any:
 def chat_ids(
     tokenizer: Tokenizer, template: ChatTemplate, messages: Messages, parse_special: bool = False, **variables: Any
 ) -> list[int]:
-    """Token ids of a conversation, in the template, which writes its own special tokens.
+    """Token ids of a conversation rendered with the template.
 
-    Control tokens that are spelled in a message are text, and control tokens only with `parse_special`.
-    Raises BadInput for messages that the template refuses, and for text that is no Unicode.
+    Special tokens spelled in a message are text, or control tokens with `parse_special`.
+    Raises BadInput for messages that the template refuses, and for text that is not valid Unicode.
     """
     fitted = template.fit(messages)
     if parse_special:
@@ -239,21 +239,23 @@ def prompt_ids(
     system: str | None = None,
     parse_special: bool = False,
 ) -> list[int]:
-    """Token ids of a question, in the template where there is one; it writes its own special tokens.
+    """Token ids of a question, rendered with the template if there is one.
 
-    Without a template, special tokens in the prompt are control tokens: whoever asks so writes the template.
-    Raises BadInput for a system message without a template to put it in, and for text that is no Unicode.
+    Without a template, special tokens in the prompt are control tokens, so that the prompt can contain a template.
+    Raises BadInput for a system message without a template, and for text that is not valid Unicode.
     """
     if template is None:
         if system is not None:
-            raise BadInput("a system message needs a chat template, and none is used here; put it into the prompt")
+            raise BadInput(
+                "a system message needs a chat template, and none is used here; put the text into the prompt"
+            )
         return tokenizer.encode(prompt)
     messages = [{"role": "system", "content": system}] if system is not None else []
     return chat_ids(tokenizer, template, [*messages, {"role": "user", "content": prompt}], parse_special)
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Without keys that are null, and with its reasoning under the names that templates read."""
+    """A copy without null keys, and with the reasoning under all names that templates read."""
     plain = {key: value for key, value in message.items() if value is not None}
     reasoning = next((plain[name] for name in REASONING if name in plain), None)
     return plain if reasoning is None else {"thinking": reasoning, **plain, "reasoning_content": reasoning}
@@ -262,7 +264,7 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Plain JSON: jinja2's own filter escapes for HTML."""
+    """Plain JSON; jinja2's own filter escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -272,4 +274,4 @@ def _raise_exception(message: str) -> None:
 
 def _expect_public(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace takes no name that begins with an underscore: {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a namespace accepts no name that begins with an underscore: {name!r}")

@@ -1,4 +1,4 @@
-"""Text to token ids and back, by the checkpoint's own tokenizer files."""
+"""The tokenizer of a checkpoint: text to token ids and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from axrun.text import stop_ids
 from axrun.text.hf_files import read_json
 from axrun.text.template import ChatTemplate
 
-# How Qwen2 cuts text before its merges, for a checkpoint that has vocab.json and merges.txt alone.
+# Pre-tokenizer of Qwen2, for a checkpoint that has only vocab.json and merges.txt.
 # https://huggingface.co/Qwen/Qwen2-0.5B-Instruct/blob/main/tokenizer.json
 QWEN2_CUT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -24,7 +24,7 @@ QWEN2_CUT = (
 
 
 def _byte_level() -> dict[str, int]:
-    """Bytes by the printable characters that byte-level BPE spells them with.
+    """Map from the printable characters of byte-level BPE to bytes.
 
     https://github.com/openai/gpt-2/blob/master/src/encoder.py
     """
@@ -37,9 +37,9 @@ BYTE_LEVEL = _byte_level()
 
 
 class Tokenizer:
-    """`stop_ids` end a generation; `stop_sources` say for each of them what names it.
+    """`stop_ids` end a generation; `stop_sources` maps each to the files that name it.
 
-    `special_ids` are the tokens that `decode` leaves out.
+    `special_ids` are the tokens that `decode` omits.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, stop_sources: Mapping[int, tuple[str, ...]]) -> None:
@@ -47,15 +47,15 @@ class Tokenizer:
         self.stop_ids = frozenset(self.stop_sources)
         self._added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in self._added.items() if token.special)
-        self._patterns: dict[frozenset[int], re.Pattern[str] | None] = {}  # of some added tokens
-        self._characters: dict[str, list[int]] = {}  # as text
-        self._byte_level = backend.token_to_id("\u0120") is not None  # how byte-level BPE spells a space
+        self._patterns: dict[frozenset[int], re.Pattern[str] | None] = {}  # compiled patterns by set of added tokens
+        self._characters: dict[str, list[int]] = {}  # cache of `_character`
+        self._byte_level = backend.token_to_id("\u0120") is not None  # byte-level BPE spells a space so
 
     @classmethod
     def find(cls, hf: Path) -> Tokenizer | None:
-        """The tokenizer in a folder of Hugging Face files, None where there is none.
+        """The tokenizer in a folder of Hugging Face files, or None.
 
-        Raises BadInput when its files are damaged, or of a kind that cannot be read.
+        Raises BadInput if its files are damaged or of an unsupported kind.
         """
         settings = read_json(hf / "tokenizer_config.json")
         try:
@@ -78,81 +78,83 @@ class Tokenizer:
             sources = stop_ids.find(hf, backend, _template(hf))
         except BadInput:
             raise
-        except Exception as error:  # tokenizers raises nothing more particular
+        except Exception as error:  # tokenizers has no more specific exception
             name = "tokenizer.json" if (hf / "tokenizer.json").is_file() else "vocab.json"
             raise BadInput(f"{hf / name} is damaged: {error}\nBuild or copy the bundle again.") from None
         return cls(backend, sources)
 
     @classmethod
     def open(cls, hf: Path) -> Tokenizer:
-        """As `find`. Raises BadInput where there is none, too."""
+        """Like `find`, but raises BadInput if there is none."""
         found = cls.find(hf)
         if found is None:
-            raise BadInput(f"{hf} has no tokenizer, so there is no way to ask; build from a checkpoint that has one")
+            raise BadInput(f"{hf} has no tokenizer; build the bundle from a checkpoint that has one")
         return found
 
     @property
     def added_tokens(self) -> Mapping[int, tokenizers.AddedToken]:
-        """Tokens that are looked for in a text before it is cut into others."""
+        """Added tokens, which are matched in the text before the rest is tokenised."""
         return self._added
 
     @property
     def vocabulary(self) -> dict[str, int]:
-        """All tokens, as the vocabulary spells them."""
+        """All tokens in the spelling of the vocabulary, with their ids."""
         return dict(self._backend.get_vocab(with_added_tokens=True))
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
-        """The tokenizer of the library, which threads share: it must not be changed."""
+        """The tokenizer object of the library. Threads share it, so do not modify it."""
         return self._backend
 
     def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids. `special` False: without those that the tokenizer adds by itself, which a chat template writes.
+        """Token ids of a text. `special` False: the tokenizer adds no special tokens, as after a chat template.
 
-        Raises BadInput for text that is no Unicode.
+        Raises BadInput for text that is not valid Unicode.
         """
         return list(self._encode(text, special).ids)
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        """Text; special tokens are left out, or spelled with `special`. An id without a token gives none."""
+        """The text of token ids, with special tokens only if `special`. Ids without a token are skipped."""
         return str(self._backend.decode(list(ids), skip_special_tokens=not special))
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for inside a text, special ones spelled out; nothing for an id without a token."""
+        """The bytes of a token inside a text, special tokens spelled out; empty for an id without a token."""
         piece = self._backend.id_to_token(token) or ""
         if token in self._added:
             return piece.encode()
         if self._byte_level:
             return bytes(BYTE_LEVEL[character] for character in piece if character in BYTE_LEVEL)
-        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)  # SentencePiece's fallback
+        byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)  # byte fallback of SentencePiece
         return bytes.fromhex(byte[1]) if byte else piece.replace("\u2581", " ").encode()
 
     def expect_within(self, ids: Iterable[int], vocab_size: int) -> None:
-        """Raises BadInput for a token that the model has not."""
+        """Raises BadInput for a token id outside the model's vocabulary."""
         wrong = next((token for token in ids if token >= vocab_size), None)
         if wrong is not None:
             piece = self._backend.id_to_token(wrong)
-            known = f": the tokenizer has {piece!r:.60} and the model has not" if piece is not None else ""
+            known = f": the tokenizer has {piece!r:.60}, the model does not" if piece is not None else ""
             raise BadInput(f"token id {wrong} is outside the vocabulary of {vocab_size}{known}")
 
     def spans(self, text: str, tokens: frozenset[int]) -> list[tuple[int, int]]:
-        """Where some of the added tokens are spelled in a text: (start, stop), rising."""
+        """The (start, stop) ranges where these added tokens are spelled in a text, in order."""
         pattern = self._spelled(tokens)
-        if pattern is None:  # only the tokenizer knows what the normalizer makes one of
+        if pattern is None:  # normalised tokens: only the tokenizer can find them
             encoding = self._encode(text, False)
             found = zip(encoding.ids, encoding.offsets)
             return [span for token, span in found if token in tokens and span[0] < span[1]]
         return [match.span() for match in pattern.finditer(text)]
 
     def encode_after(self, text: str, plain: frozenset[int] = frozenset()) -> list[int]:
-        """Token ids of what goes on from other text; `plain`: added tokens are text, of which none of these may come.
+        """Token ids of text that continues other text. Added tokens are text if `plain`; none of these ids may result.
 
-        Encoded behind a line feed, which is taken off again: tokenizers give the beginning of a text a space.
+        The text is encoded after a line feed, which is then removed: tokenizers may add a space to the start of a text.
         """
         ids = self._after(text, bool(plain))
         if plain.isdisjoint(ids):
             return ids
-        return [token for character in text for token in self._character(character, plain)]  # spelled in the vocabulary
+        return [
+            token for character in text for token in self._character(character, plain)
+        ]  # the vocabulary contains the spelling itself
 
     def _after(self, text: str, plain: bool) -> list[int]:
         encode = self._plain if plain else functools.partial(self.encode, special=False)
@@ -163,7 +165,9 @@ class Tokenizer:
         if text not in self._characters:
             self._characters[text] = self._after(text, True)
         if not plain.isdisjoint(self._characters[text]):
-            raise BadInput(f"the tokenizer cannot write {text!r} as text: it is a special token\nLeave it out.")
+            raise BadInput(
+                f"the tokenizer cannot encode {text!r} as text: it is a special token\nRemove it from the text."
+            )
         return self._characters[text]
 
     def _encode(self, text: str, special: bool) -> tokenizers.Encoding:
@@ -174,7 +178,7 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=special)
 
     def _plain(self, text: str) -> list[int]:
-        """Token ids by the model alone. Not by the backend's `encode_special_tokens`: threads share the backend."""
+        """Token ids without added tokens. Does not set `encode_special_tokens`, since threads share the backend."""
         backend = self._backend
         if backend.normalizer is not None:
             text = backend.normalizer.normalize_str(text)
@@ -184,7 +188,7 @@ class Tokenizer:
         return [token.id for word, _ in words for token in backend.model.tokenize(word)]
 
     def _spelled(self, tokens: frozenset[int]) -> re.Pattern[str] | None:
-        """What finds these added tokens; None where they are looked for in normalized text."""
+        """A pattern for these added tokens; None if they are matched in normalised text."""
         if tokens not in self._patterns:
             added = [self._added[number] for number in tokens]
             normalized = self._backend.normalizer is not None and any(token.normalized for token in added)
@@ -195,7 +199,7 @@ class Tokenizer:
 
 
 def _template(hf: Path) -> ChatTemplate | None:
-    """For its end of turn. One that is damaged is an error for who uses it, and a raw prompt does not."""
+    """The chat template, for its end-of-turn token; None if damaged: a raw prompt does not need it."""
     try:
         return ChatTemplate.find(hf)
     except BadInput:
@@ -215,5 +219,7 @@ def _qwen2(hf: Path, settings: dict[str, Any]) -> tokenizers.Tokenizer:
         }
         backend.add_tokens([tokenizers.AddedToken(added[number]["content"], **flags)])
         if backend.token_to_id(added[number]["content"]) != number:
-            raise BadInput(f"{hf}: added token {added[number]['content']!r} cannot have id {number}; ids leave a gap")
+            raise BadInput(
+                f"{hf}: added token {added[number]['content']!r} cannot have id {number}; the ids have a gap"
+            )
     return backend

@@ -84,12 +84,12 @@ def test_every_file_is_held_against_the_manifest(bundle: Path, name: str) -> Non
 
 def test_a_file_too_many(bundle: Path) -> None:
     (bundle / "hf" / "virus.sh").write_text("")
-    assert_refused(axc("verify", bundle), "hf/virus.sh is not of this bundle", code=CHECK_FAILED)
+    assert_refused(axc("verify", bundle), "hf/virus.sh is not part of this bundle", code=CHECK_FAILED)
 
 
 def test_a_link_to_a_folder_too_many(bundle: Path) -> None:
     (bundle / "etc").symlink_to("/etc")
-    assert_refused(axc("verify", bundle), "etc is not of this bundle", code=CHECK_FAILED)
+    assert_refused(axc("verify", bundle), "etc is not part of this bundle", code=CHECK_FAILED)
 
 
 @pytest.mark.parametrize("path", ["nowhere", "a" * 300, "/dev/null", "."])

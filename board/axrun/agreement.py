@@ -25,7 +25,8 @@ LEAST_UPDATE = 0.02  # relative to the output's norm: lower bound of the update'
 
 class Noise(NamedTuple):
     """Tolerances of a type: relative errors of a single part (root mean square over rows, worst row) and of a whole
-    model (root mean square of the relative error of logits, mean KL divergence in nats)."""
+    model (root mean square of the relative error of logits, mean KL divergence in nats).
+    """
 
     rms: float
     row: float

@@ -24,7 +24,8 @@ DECODED = 3  # tokens run one at a time, after the first prefill and at the end
 
 def cache(context: Context) -> str | Finding:
     """Checks the runner's masks, positions and cache rows with dummy layers; then runs a token sequence through each
-    layer alone, and compares outputs and cache."""
+    layer alone, and compares outputs and cache.
+    """
     context.expect_runnable()
     bundle = context.bundle
     try:

@@ -86,7 +86,8 @@ class Sampling:
 
     def override(self, **given: Any) -> Sampling:
         """A copy with the given values that are not None. top_p, top_k or min_p without a temperature turns greedy
-        decoding into sampling at temperature 1."""
+        decoding into sampling at temperature 1.
+        """
         given = {key: value for key, value in given.items() if value is not None}
         if any(given.get(key) for key in ("top_p", "top_k", "min_p")) and self.temperature == 0:
             given.setdefault("temperature", 1.0)

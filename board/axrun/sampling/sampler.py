@@ -23,7 +23,8 @@ class Sampler:
     def __call__(self, logits: Floats, ids: Sequence[int] = (), start: int = 0) -> int:
         """The token after `ids`, from float32 logits [vocab], which stay unmodified; ids[start:] are the answer.
 
-        Raises CheckFailed if the logits are not finite."""
+        Raises CheckFailed if the logits are not finite.
+        """
         if self.sampling.temperature:
             return draw(self.weights(logits, ids, start), self._random.random())
         logits = self.processed(logits, ids, start)

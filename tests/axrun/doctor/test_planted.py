@@ -208,7 +208,7 @@ PLANTED: dict[str, tuple[Plant, Callable[[Context], str | Finding], str, str, st
         post.post,
         POST,
         "logits",
-        "+1 from their",
+        "+1 rows from their",
     ),
     "final norm": (head(lambda old: old * 2), post.post, POST, "model.norm.weight", "is not the checkpoint's"),
     "row of the head": (head(damaged_row, "scale"), post.post, POST, "token 77", "rows of the head"),

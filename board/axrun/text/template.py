@@ -148,7 +148,7 @@ class ChatTemplate:
         """Raises BadInput for a template that refuses or drops user messages."""
         if self.forms["user"] is None:
             raise BadInput(
-                f"the chat template refuses every user message: {self.refusal}"
+                f"the chat template refuses every question: {self.refusal}"
                 if self.refusal is not None
                 else "the chat template drops the content of user messages, as a string and as a list of text parts: "
                 "the prompt would not contain the question"

@@ -36,7 +36,7 @@ def plot_file(table: Table) -> str:
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """A table of Markdown, its numbers to the right."""
+    """A Markdown table with right-aligned numbers."""
     yield "| " + " | ".join(columns) + " |"
     yield "|---|" + "---:|" * (len(columns) - 1)
     for row in rows:
@@ -44,7 +44,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[
 
 
 def readme(text: str, tables: Sequence[Table]) -> str:
-    """The README with its table of headlines renewed. Raises ValueError where the marks are not there once each."""
+    """The README with an updated table of headlines. Raises ValueError unless it has each marker once."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"README.md needs {BEGIN} and {END}, once each")
     before, _, rest = text.partition(BEGIN)

@@ -1,4 +1,4 @@
-"""A table of the benchmarks as horizontal bars, an SVG with the same bytes for the same table."""
+"""Plots a benchmark table as horizontal bars, in a deterministic SVG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLOURS = ("#1f6feb", "#8b949e", "#d29922", "#2da44e", "#bc4c00")
 
 
 def number(text: str) -> float | None:
-    """The number at the start of a cell such as '1.46x' or '20.9 ms'; None where there is none."""
+    """The number at the start of a cell such as '1.46x' or '20.9 ms'; None without one."""
     words = text.replace(",", "").split()
     try:
         return float(words[0].rstrip("x%")) if words else None
@@ -22,7 +22,7 @@ def number(text: str) -> float | None:
 
 
 def draw(table: Table, path: Path) -> None:
-    """One group of bars a row, one bar for each column in `table.bars`; a cell without a number has none."""
+    """Draws a group of bars per row, with a bar for each column in `table.bars` that has a number."""
     with mpl.rc_context({"svg.hashsalt": "axc", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}):
         count = len(table.bars)
         figure = Figure(figsize=(7.2, 0.6 + len(table.rows) * (0.16 + 0.17 * count)), layout="constrained")

@@ -1,4 +1,4 @@
-"""`make bench REPORT=1`: the run's tables into docs/benchmarks, docs/benchmarks.md and the README."""
+"""`make bench REPORT=1`: writes a run's tables to docs/benchmarks, docs/benchmarks.md and the README."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ci.benchmarks.results import Table
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# prints the versions of what the peer's Python has
+# prints the version of the peer
 PEER = "from importlib.metadata import version as v; print('llama-cpp-python', v('llama-cpp-python'))"
 
 
 def versions(peer: str | None) -> str:
-    """What was measured: axc, and its peers by the versions that are installed."""
+    """The versions of axc and the peers."""
     said = [f"axc {VERSION}", f"onnxruntime {version('onnxruntime')}"]
     if peer:
         said.append(subprocess.run([peer, "-c", PEER], check=True, capture_output=True, text=True).stdout.strip())
@@ -27,9 +27,9 @@ def versions(peer: str | None) -> str:
 
 
 def publish(run: Path, command: str, versions: str, root: Path = ROOT) -> list[Path]:
-    """Merges the tables of a run (pytest-benchmark's JSON) and writes everything anew; returns what was written.
+    """Merges the tables of a run (pytest-benchmark's JSON) and rewrites all files; returns their paths.
 
-    Raises BadInput where the run has no table.
+    Raises BadInput for a run without tables.
     """
     record = root / "docs" / "benchmarks" / "results.json"
     fresh = results.collect(json.loads(run.read_text("utf-8")), command, versions)
@@ -38,7 +38,7 @@ def publish(run: Path, command: str, versions: str, root: Path = ROOT) -> list[P
 
 
 def write(tables: Sequence[Table], root: Path) -> list[Path]:
-    """The page, the plots and the README's table."""
+    """Writes the page, the plots and the README's table."""
     docs, readme = root / "docs", root / "README.md"
     (docs / "benchmarks.md").write_text(page.page(tables), "utf-8")
     readme.write_text(page.readme(readme.read_text("utf-8"), tables), "utf-8")

@@ -1,7 +1,7 @@
-"""The published results of the benchmarks, docs/benchmarks/results.json: the page and the README are written from it.
+"""The published benchmark results, docs/benchmarks/results.json, from which page and README are generated.
 
-A benchmark leaves a table in pytest-benchmark's `extra_info` (tests/bench/tables.py). A run of some of them replaces
-their tables and keeps the others, so each table names its own date, machine and command.
+A benchmark puts a table into pytest-benchmark's `extra_info` (tests/bench/tables.py). A run of some benchmarks replaces
+only their tables, so each table has its own date, machine and command.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KEY = "table"  # in a benchmark's extra_info
 
 @dataclass(frozen=True)
 class Measured:
-    """Where and when a table was measured, and how to do it again."""
+    """Where and when a table was measured, and the command to repeat it."""
 
     date: str
     machine: str
@@ -53,7 +53,7 @@ class Table:
 
     @classmethod
     def read(cls, name: str, found: Mapping[str, Any], measured: Measured) -> Table:
-        """A table from JSON. Raises TypeError or KeyError where it is none."""
+        """Parses a table. Raises TypeError or KeyError for an invalid one."""
         columns = tuple(map(str, found["columns"]))
         rows = tuple(tuple(map(str, row)) for row in found["rows"])
         if any(len(row) != len(columns) for row in rows) or not set(found.get("bars", ())) <= set(columns[1:]):
@@ -71,14 +71,14 @@ class Table:
         )
 
     def joined(self, more: Table) -> Table:
-        """The rows of both: the cases of one parametrised benchmark share a table."""
+        """The rows of both tables; the cases of a parametrised benchmark share one table."""
         if (self.columns, self.bars) != (more.columns, more.bars):
             raise TypeError(f"{self.name}: {more.columns} in one case, {self.columns} in another")
         return replace(self, rows=self.rows + more.rows, headlines=self.headlines + more.headlines)
 
 
 def load(path: Path) -> list[Table]:
-    """The tables of results.json, none where there is no such file. Raises BadInput."""
+    """The tables of results.json; empty without a file. Raises BadInput."""
     if not path.exists():
         return []
     try:
@@ -92,20 +92,20 @@ def load(path: Path) -> list[Table]:
 
 
 def save(path: Path, tables: Sequence[Table]) -> None:
-    """Writes results.json, in the order of names."""
+    """Writes results.json, sorted by name."""
     ordered = {table.name: {**asdict(table), "name": table.name} for table in sorted(tables, key=lambda t: t.name)}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def merge(old: Sequence[Table], new: Sequence[Table]) -> list[Table]:
-    """The tables of `new`, and those of `old` that were not measured again."""
+    """The tables of `new`, and those of `old` that `new` lacks."""
     fresh = {table.name for table in new}
     return [*(table for table in old if table.name not in fresh), *new]
 
 
 def collect(run: Mapping[str, Any], command: str, versions: str) -> list[Table]:
-    """The tables in the JSON of a run of pytest-benchmark. Raises BadInput where there is none."""
+    """The tables in pytest-benchmark's JSON of a run. Raises BadInput without any."""
     info = run["machine_info"]
     cpu = info.get("cpu") or {}
     machine = f"{cpu.get('brand_raw') or info.get('processor') or 'CPU'}, {cpu.get('count', '?')} cores"
@@ -117,7 +117,5 @@ def collect(run: Mapping[str, Any], command: str, versions: str) -> list[Table]:
             first = tables.get(table.name)
             tables[table.name] = first.joined(table) if first else table
     if not tables:
-        raise BadInput(
-            "this run measured nothing that has a table\nRun another part: make bench REPORT=1 ARGS='-k engine'"
-        )
+        raise BadInput("no benchmark of this run has a table\nRun others: make bench REPORT=1 ARGS='-k engine'")
     return list(tables.values())

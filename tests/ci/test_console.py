@@ -118,7 +118,7 @@ def test_a_port_that_goes_away_is_opened_again(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_emulated_boards_file_comes_by_the_same_driver(tmp_path: Path) -> None:
-    """Also when the file is written anew, as at a power cycle."""
+    """Also if the file is replaced, as by a power cycle."""
     board = dataclasses.replace(place.find("virtual"), state=tmp_path / "state")
     board.state.mkdir()
     said, file = board.state / "console.log", tmp_path / "console.log"

@@ -55,7 +55,7 @@ with holding.hold(place.find(sys.argv[1]), "nightly of tiny-qwen2") as held:
 
 @pytest.fixture
 def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
-    """A board with a relay that notes what it is told."""
+    """A board with a relay that records its commands."""
     monkeypatch.setenv("LG_BOARD_STATE", str(tmp_path / "state"))
     monkeypatch.delenv(place.HELD, raising=False)
     yaml = tmp_path / "relay.yaml"
@@ -138,7 +138,7 @@ def test_a_number_that_another_process_has_by_now_is_not_killed(board: Board) ->
     nearly = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, env={**os.environ, MARK: uuid.uuid4().hex})
     for note in (
         Note("nightly", "then", pid=other.pid),  # its number was given to another process
-        Note("nightly", "then", pid=os.getpid()),  # this machine was started anew
+        Note("nightly", "then", pid=os.getpid()),  # this machine was rebooted
     ):
         file = board.state / "held" / f"{note.mark}.json"
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -58,7 +58,7 @@ def written(folder: Path, text: str = PLAIN) -> Path:
 
 
 def board_yaml(folder: Path, number: int) -> str:
-    """A board of one's own, which has no power."""
+    """A user's board without a power port."""
     text = (place.BOARDS / "virtual.yaml").read_text().replace("board: virtual", f"board: virtual-{number}")
     file = folder / f"v{number}.yaml"
     lines = [
@@ -209,7 +209,7 @@ def test_the_gates_of_a_variant_are_no_misspelling_of_its_models(tmp_path: Path)
     assert plan.unjudged
 
 
-# A process in the place of a night or a build: notes when it began and ended, and ends when it is told to. It takes
+# A stand-in for a night or a build: records when it began and ended, and ends on a signal. It takes
 # some seconds; where they are negative, so many at most until two nights have begun.
 ACTOR = """
 import json, os, signal, sys, time

@@ -87,7 +87,7 @@ class Night:
 
 @dataclass(frozen=True)
 class Desk:
-    """A virtual board of one's own, and a folder for nights on it."""
+    """A private virtual board, and a folder for nights on it."""
 
     board: Board
     folder: Path

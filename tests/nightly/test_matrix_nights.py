@@ -42,7 +42,7 @@ def start(desk: Desk, file: Path, *flags: str, variables: dict[str, str] | None 
 
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Board]]:
-    """Two emulated boards of one's own, at two addresses."""
+    """Two private emulated boards at two addresses."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     boards = []
     for number, address in ((2, loopback()), (3, loopback().replace("127.130", "127.131"))):
@@ -57,7 +57,7 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Board]
 
 
 def test_two_boards_share_a_build(two: list[Board], desk: Desk, tmp_path: Path) -> None:
-    """Each is switched on at its own address and has the bundle, and is let go of when its probe takes too long."""
+    """Each is switched on at its own address, gets the bundle, and is released after its probe times out."""
     for board in two:
         shared.copy_board_package(board.python, desk.folder / "out" / "nightly" / board.name)
     file = tmp_path / "two.toml"

@@ -90,7 +90,7 @@ def test_an_unknown_set_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_a_reference_with_torch_of_either_source_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that TORCH=pypi made is not made anew without it; where it is not, pip would be missed here."""
+    """An environment made with TORCH=pypi is reused without it; otherwise the missing pip would fail here."""
     monkeypatch.delenv("TORCH", raising=False)
     for lock in TORCH_LOCKS.values():
         (tmp_path / "reference.installed").write_text(fingerprint(("reference.txt", lock)))

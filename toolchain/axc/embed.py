@@ -1,4 +1,4 @@
-"""The embedding table: out of a checkpoint, and into the bfloat16 file the runner maps.
+"""The embedding table: reads it from a checkpoint and writes the bfloat16 file that the runner maps.
 
 The vendor's recipe has three steps with files between them (npy, raw float32, raw bfloat16); a build goes straight
 from the checkpoint to the last one, with the same bytes.
@@ -22,7 +22,7 @@ from axrun.format.dtypes import f32_to_bf16
 
 NAME = "model.embed_tokens.weight"
 BFLOAT16_FILE = f"{NAME}.bfloat16.bin"
-# what multimodal checkpoints put before the tensor's name
+# name prefixes in multimodal checkpoints
 PREFIXES = ("", "llm.", "language_model.", "model.language_model.")
 
 
@@ -38,7 +38,7 @@ def bfloat16_blocks(source: Source, tensors: Tensors) -> Iterator[NDArray[np.uin
 
 
 def extract(checkpoint_path: Path, output_path: Path) -> Path:
-    """Step 1: the table of a checkpoint as float32 `model.embed_tokens.weight.npy` in a folder."""
+    """Step 1: writes the table of a checkpoint as float32 `model.embed_tokens.weight.npy` to a folder."""
     checkpoint = Checkpoint.open(checkpoint_path)
     names = [prefix + EMBEDDING for prefix in PREFIXES if prefix + EMBEDDING in checkpoint.tensors]
     if not names:
@@ -57,14 +57,14 @@ def extract(checkpoint_path: Path, output_path: Path) -> Path:
 
 
 def float32(npy: Path, output: Path) -> Path:
-    """Step 2: a float32 .npy as raw little-endian float32."""
+    """Step 2: converts a float32 .npy to raw little-endian float32."""
     table = _open_npy(npy)
     write_file(output, (table[start : start + _rows(table)] for start in range(0, len(table), _rows(table))))
     return output
 
 
 def bfloat16(raw: Path, output: Path) -> Path:
-    """Step 3: raw float32 as raw bfloat16, rounded to nearest even."""
+    """Step 3: converts raw float32 to raw bfloat16, rounded to nearest even."""
     try:
         values = np.memmap(raw, "<f4", "r")
     except (OSError, ValueError) as error:
@@ -89,7 +89,7 @@ def _npy_header(shape: tuple[int, ...]) -> bytes:
 def _open_npy(path: Path) -> NDArray[np.float32]:
     try:
         table = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy names no limit to what a damaged header raises
+    except Exception as error:  # numpy can raise anything for a damaged header
         raise BadInput(f"cannot read {path}: {error}\nMake it with `axc embed extract`.") from None
     if not isinstance(table, np.ndarray):
         raise BadInput(f"{path} is an archive of arrays; expected one\nMake it with `axc embed extract`.")

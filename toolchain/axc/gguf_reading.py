@@ -1,4 +1,4 @@
-"""transformers' own reading of a GGUF file: config, weights and tokenizer, without our reader.
+"""Loads a GGUF file with transformers (config, weights, tokenizer), without our reader.
 
 Where transformers is known not to look at a part of the file, that part is put right here, and said.
 """
@@ -17,7 +17,7 @@ NOT_READ = ("rope_scaling", "attention_bias", "mlp_bias")
 
 
 def possible() -> bool:
-    """Whether torch is there, without which transformers reads no GGUF."""
+    """Whether torch is installed, which transformers needs to read a GGUF."""
     try:
         import torch  # noqa: F401
     except ImportError:
@@ -26,7 +26,7 @@ def possible() -> bool:
 
 
 def config(path: Path) -> tuple[Any, list[str]]:
-    """The config, and what is to be said of it."""
+    """The config, and remarks on it."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -45,12 +45,12 @@ def config(path: Path) -> tuple[Any, list[str]]:
 
 
 def weights(path: Path, skeleton: Any) -> dict[str, Any]:
-    """float32 tensors by the names that `skeleton` has for them, dequantised."""
+    """Dequantised float32 tensors by their names in `skeleton`."""
     import torch
     from transformers import modeling_gguf_pytorch_utils
 
     reader: Any = modeling_gguf_pytorch_utils
-    shown, reader.tqdm = reader.tqdm, lambda tensors, **_: tensors  # no switch turns its progress bar off
+    shown, reader.tqdm = reader.tqdm, lambda tensors, **_: tensors  # its progress bar cannot be disabled otherwise
     try:
         found = reader.load_gguf_checkpoint(
             str(path), return_tensors=True, model_to_load=skeleton, torch_dtype=torch.float32
@@ -72,7 +72,7 @@ def stored_types(path: Path) -> set[Any]:
 
 
 def tokenizer(path: Path) -> tuple[Any, list[str]]:
-    """AutoTokenizer of the file, and what is to be said of it."""
+    """AutoTokenizer of the file, and remarks on it."""
     import transformers
     from transformers.integrations.gguf import gguf_tokenizer_mapping
 

@@ -1,4 +1,4 @@
-"""A bundle's hf/ folder: the checkpoint's text files, opened with the runner's own code and proven to be read alike.
+"""A bundle's hf/ folder: the checkpoint's text files, verified to load in the runner like in transformers.
 
 The yardstick is transformers' AutoTokenizer reading the checkpoint by its own rules. What differs is mended in the
 bundle's files: transformers' own tokenizer takes the place of tokenizer.json, and the special tokens and the template
@@ -27,7 +27,7 @@ from axrun.text.hf_files import SPECIAL, special_tokens, template_source
 from axrun.text.template import ChatTemplate
 from axrun.text.tokenizer import Tokenizer
 
-# copied into hf/ where the checkpoint has them
+# copied into hf/ if the checkpoint has them
 HF_FILES = (
     "config.json",
     "generation_config.json",
@@ -41,18 +41,18 @@ HF_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-# what transformers may read beside them, and the runner does not
+# files that transformers may read but the runner does not
 OTHER_FILES = ("tekken.json", "tiktoken.model", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 OTHER_TEMPLATES = "additional_chat_templates/*.jinja"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", *OTHER_FILES)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 INSTALL = "Run `make setup`, or: pip install transformers sentencepiece tiktoken"
-LISTED = 4  # tokens or differences that are named
+LISTED = 4  # named tokens or differences
 
 
 @dataclass
 class HfFolder:
-    """What the folder holds. `stop_ids` say what names each; `tokenizer_json` is None without a tokenizer.
+    """The content of the folder. `stop_ids` maps each id to its sources; `tokenizer_json` is None without a tokenizer.
 
     `mended` tells of each file that is not the checkpoint's what was done, `mended_by` with which version of what;
     `compared` is False where there was no transformers to compare with.
@@ -67,7 +67,7 @@ class HfFolder:
     remarks: list[str] = field(default_factory=list)
 
     def manifest(self) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """Its entry in the manifest."""
         return {
             "stop_ids": {str(number): list(sources) for number, sources in self.stop_ids.items()},
             **({"mended": self.mended} if self.mended else {}),
@@ -77,7 +77,7 @@ class HfFolder:
 
 
 def input_files(checkpoint: Path) -> tuple[Path, ...]:
-    """The files of a checkpoint that the folder is made from."""
+    """The checkpoint files that the folder is made from."""
     named = [checkpoint / name for name in (*HF_FILES, *OTHER_FILES)]
     return tuple(path for path in (*named, *sorted(checkpoint.glob(OTHER_TEMPLATES))) if path.is_file())
 
@@ -183,7 +183,7 @@ def _reference(checkpoint: Path, hf: Path, model_config: Path | None, gguf: Path
             how["config"] = transformers.AutoConfig.from_pretrained(model_config, **how)
             what = f"the tokenizer of {checkpoint}"
         return transformers.AutoTokenizer.from_pretrained(folder, **how)
-    except BaseException as error:  # a panic of the tokenizers library is no Exception
+    except BaseException as error:  # a panic of the tokenizers library is not an Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             raise
         words = " ".join(str(error).split()) or type(error).__name__
@@ -202,13 +202,13 @@ def _config_is_read(folder: Path) -> bool:
         transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ValueError as error:
         return "model type" in str(error) or "model_type" in str(error)  # of a type it does not know: no fault here
-    except Exception:  # its classes name no limit to what they raise
+    except Exception:  # its classes can raise anything
         return False
     return True
 
 
 def mender() -> str:
-    """What mends a tokenizer here, as a manifest names it; empty without transformers."""
+    """The library that repairs tokenizers here, as named in a manifest; empty without transformers."""
     try:
         return ", ".join(f"{name} {metadata.version(name)}" for name in ("transformers", "tokenizers"))
     except metadata.PackageNotFoundError:
@@ -297,7 +297,7 @@ def _sections(path: Path, theirs: Any) -> str:
 
 
 def _mend_special(hf: Path, theirs: Any, made: HfFolder) -> None:
-    """The special tokens by name, which templates use and of which one ends an answer."""
+    """The special tokens by name, used by templates and as a stop token."""
     wanted = {name: token for name, token in theirs.special_tokens_map.items() if name in SPECIAL}
     ours, source = special_tokens(hf), template_source(hf) or ""
     names = sorted(name for name in {*ours, *wanted} if ours.get(name) != wanted.get(name))
@@ -316,7 +316,7 @@ def _mend_special(hf: Path, theirs: Any, made: HfFolder) -> None:
 
 
 def _mend_template(hf: Path, theirs: Any, made: HfFolder) -> None:
-    """The template that transformers found, where the runner would find another."""
+    """The template that transformers uses, if the runner would use another."""
     found = theirs.chat_template
     if isinstance(found, dict):
         others = sorted(name for name in found if name != "default")
@@ -337,7 +337,7 @@ def _mended(made: HfFolder, name: str, what: str) -> None:
 
 
 def _expect_same(hf: Path, theirs: Any, made: HfFolder) -> None:
-    """Raises BadInput naming what the runner would still read differently."""
+    """Raises BadInput naming the remaining differences between runner and transformers."""
     if made.template is None:
         return
     source = template_source(hf)
@@ -371,7 +371,7 @@ SOURCE_ORDER = ("generation_config.json", "config.json", "tokenizer_config.json"
 
 
 def _beyond(made: HfFolder, vocab_size: int) -> None:
-    """Ids that the model lacks; fewer than it has are padding of the embedding."""
+    """Adds a remark on ids beyond the vocabulary. Fewer ids are normal: the embedding is padded."""
     assert made.tokenizer is not None
     beyond = [f"{number} {token!r}" for token, number in made.tokenizer.vocabulary.items() if number >= vocab_size]
     if beyond:

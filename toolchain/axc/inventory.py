@@ -1,4 +1,4 @@
-"""What a bundle holds, in a few lines for a person."""
+"""Summarises the content of a bundle in a few lines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def inventory(bundle: Path) -> str:
-    """One line for each kind of file in a bundle: how many, how large, what; then the total."""
+    """One line per kind of file in a bundle (count, size, purpose), and the total."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for file in sorted(path for path in bundle.rglob("*") if path.is_file()):

@@ -1,4 +1,4 @@
-"""The published shapes of models that users name: enough to make a checkpoint of their size."""
+"""The published shapes of well-known models, enough to make a checkpoint of their size."""
 
 from __future__ import annotations
 

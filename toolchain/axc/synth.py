@@ -1,4 +1,4 @@
-"""A seeded random checkpoint with a named model's real shapes: for benchmarks, where weights need not mean anything.
+"""Writes a seeded random checkpoint with a named model's real shapes, for benchmarks.
 
 Written as a stream, in bfloat16 safetensors, sharded as large checkpoints are.
 """
@@ -34,7 +34,7 @@ def _tensors(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def nbytes(model: str) -> int:
-    """Bytes of all weights."""
+    """The size of all weights in bytes."""
     return sum(2 * int(np.prod(shape)) for shape in _tensors(config_json(model)).values())
 
 

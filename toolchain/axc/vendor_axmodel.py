@@ -1,4 +1,4 @@
-"""What a vendor's axmodel says of itself: its metadata, its node's attributes, what its blobs are.
+"""Describes a vendor's axmodel: metadata, node attributes, and the purpose of its blobs.
 
 The code for the NPU is closed; what lies around it is base64 of a protobuf message, and JSON. All of it is untrusted:
 depth, length and number of what is shown are bounded, and what cannot be decoded is called that.
@@ -15,21 +15,21 @@ from axrun.format import wire
 from axrun.format.axmodel import Axmodel, Node
 
 EXTRA_DATA = "extra_data"
-MOST_BYTES = 1 << 20  # of a text that is decoded
-MOST_FIELDS = 4096  # of all messages of a metadata entry together
+MOST_BYTES = 1 << 20  # of a text to decode
+MOST_FIELDS = 4096  # in all messages of a metadata entry
 DEEPEST = 12
-LONGEST = 200  # characters of a text that is shown
+LONGEST = 200  # characters of a shown text
 
 NPU_MODES = {0: "NPU1", 1: "NPU2", 2: "NPU3"}
 BLOBS = (("dyn_params", "dynamic parameters"), ("params", "parameters"), ("neu", "code"), ("data", "code"))
 
 
 class Undecoded(ValueError):
-    """The text is not what it should be; the message says why."""
+    """The text cannot be decoded; the message says why."""
 
 
 def describe(model: Axmodel) -> dict[str, Any]:
-    """A JSON-able description of what is the vendor's own in an axmodel."""
+    """A JSON-able description of the vendor-specific parts of an axmodel."""
     about: dict[str, Any] = {"commit": model.commit, "npu_mode": None, "nodes": [_node(node) for node in model.nodes]}
     if EXTRA_DATA in model.metadata:
         try:
@@ -64,12 +64,12 @@ def npu_mode(extra_data: dict[str, Any]) -> str:
 
 
 def chip(extra_data: dict[str, Any]) -> str:
-    """A guess, and said to be one: field 5 is 1 in the files for an AX620E and absent in those for an AX650."""
+    """A guess, marked as one: field 5 is 1 in the files for an AX620E and absent in those for an AX650."""
     return "AX620E (guessed)" if extra_data.get("f5") == 1 else "AX650 (guessed)"
 
 
 def blob(name: str) -> str:
-    """What an initializer of the vendor's holds, by its name; empty where that does not tell."""
+    """The purpose of a vendor's initializer, from its name; empty if unknown."""
     return next((what for end, what in BLOBS if name.endswith(end)), "")
 
 
@@ -79,7 +79,7 @@ def _node(node: Node) -> dict[str, Any]:
 
 
 def _attribute(value: Any) -> Any:
-    """JSON as what it says, any other text shortened; a tensor or a graph is not shown."""
+    """Parses JSON, shortens other text, and omits tensors and graphs."""
     if isinstance(value, wire.Span):
         return None
     if not isinstance(value, str):
@@ -87,7 +87,7 @@ def _attribute(value: Any) -> Any:
     if value[:1] in ("{", "[") and len(value) <= MOST_BYTES:
         try:
             parsed = json.loads(value)
-            json.dumps(parsed)  # as deep as it can be read it may still be too deep to be written
+            json.dumps(parsed)  # it may be too deeply nested to write, even if it can be read
             return parsed
         except (ValueError, RecursionError):
             pass

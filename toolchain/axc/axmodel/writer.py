@@ -1,4 +1,4 @@
-"""Writes an axmodel as a stream: memory does not grow with the weights."""
+"""Writes an axmodel as a stream, so that memory does not grow with the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from axrun.format.axmodel import Axmodel, layout
 
 @dataclass
 class Written:
-    """What a file came out as. `weight_error`: relative error by tensor, for those that were quantised."""
+    """A written file. `weight_error` is the relative error by quantised tensor."""
 
     sha256: str
     nbytes: int
@@ -29,7 +29,7 @@ class Written:
 
 
 class HashingFile:
-    """A file whose SHA-256 is known when the last byte is written."""
+    """A file that is hashed while it is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.hash, self.nbytes = file, hashlib.sha256(), 0

@@ -1,4 +1,4 @@
-"""Stage `post`: final norm, head, and what the post model gives besides logits."""
+"""Stage `post`: compares the final norm, the head, and the other outputs of the post model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from axrun.format.dtypes import from_float32, to_float32
 from axrun.model import Post
 from axrun.session import Array, Session, open_session
 
-MOST_ROWS = 160  # of logits that are compared: a vocabulary of 150 000 takes 0.1 s each
-ROWS = 32  # at a time
+MOST_ROWS = 160  # rows of logits to compare: 0.1 s each for a vocabulary of 150 000
+ROWS = 32  # per batch
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-EVEN = 16.0  # times the median of the rows' errors, the largest where only the types are coarse
-SMALL = 4096  # tokens of a vocabulary of which every row is compared
-SUMS = 0.01  # relative error of logits that the order of sums may cost
-TIE = 1e-6  # probabilities that are as good as equal
+EVEN = 16.0  # largest ratio of a row's error to the median if only rounding is at work
+SMALL = 4096  # vocabularies up to this size are compared completely
+SUMS = 0.01  # relative error of logits allowed for another summation order
+TIE = 1e-6  # probabilities closer than this count as equal
 
 
 def examine(case: Case) -> str | Finding:
@@ -98,7 +98,7 @@ def _measured(case: Case, engine: str) -> tuple[Agreement, bool]:
 
 
 def _runners(case: Case) -> Finding | None:
-    """The runner's logits of single rows beside the post model's by itself: the same to the bit."""
+    """Compares the runner's logits of single rows with the post model run alone; they must be bit-identical."""
     session = open_session(case.bundle.post_path, case.engine)
     post, hidden = Post(session), from_float32(case.expected.trace.outputs[-1], case.dtype)
     for row in sorted({0, len(hidden) - 1}):
@@ -116,7 +116,7 @@ def _runners(case: Case) -> Finding | None:
 
 
 def _block(post: Post, hidden: Array) -> Finding | None:
-    """Logits of several rows at a time beside those of each alone: the same but for the order of sums."""
+    """Compares logits of a batch of rows with those of each row alone; only the summation order may differ."""
     together = post(hidden).copy()
     few = {0, 1, len(hidden) // 2, len(hidden) - 1}
     for row in range(len(hidden)) if together.shape[1] <= SMALL else sorted(few):
@@ -131,7 +131,7 @@ def _block(post: Post, hidden: Array) -> Finding | None:
 
 
 def spread(count: int) -> Iterator[NDArray[np.intp]]:
-    """Rows that are compared, spread over the walk, a few at a time."""
+    """The rows to compare, spread over the walk, in small batches."""
     rows = np.unique(np.linspace(0, count - 1, min(count, MOST_ROWS)).astype(np.intp))
     for start in range(0, len(rows), ROWS):
         yield rows[start : start + ROWS]
@@ -146,7 +146,7 @@ def _other_agrees(case: Case) -> bool:
 
 
 def _head(case: Case, tensors: dict[str, Stored]) -> list[Fault]:
-    """How the head differs from the matrix that the reference has for logits."""
+    """Differences of the head from the reference's output matrix."""
     shape = (case.bundle.vocab_size, case.bundle.hidden_size)
     found = [entry for entry in tensors.values() if entry.shape == shape]
     if len(found) != 1:
@@ -166,7 +166,7 @@ def _head(case: Case, tensors: dict[str, Stored]) -> list[Fault]:
 
 
 def _outputs(case: Case) -> Finding | None:
-    """`output` is `logits` in the hidden state's type; `indices` and `prob` are the k likeliest of their softmax."""
+    """Checks that `output` is `logits` in the hidden state's type, and `indices`, `prob` the top k of the softmax."""
     session = open_session(case.bundle.post_path, case.engine)
     named = {info.name for info in session.groups[0].outputs}
     hidden = from_float32(case.expected.trace.outputs[-1], case.dtype)

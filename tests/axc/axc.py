@@ -1,16 +1,26 @@
-"""The compiler as its user meets it: a command in a process of its own, and what it leaves on the disk."""
+"""The compiler as its user meets it: a command, what it writes on stdout and stderr, and what it leaves on the disk.
+
+It runs in this process, where it is loaded already, unless a test is about the process: an environment, a working
+directory, limits, workers.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import resource
+import signal
 import subprocess
 import sys
+import tempfile
+import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from axc import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 BAD_INPUT, CHECK_FAILED, INTERRUPTED = 2, 1, 130
@@ -46,13 +56,16 @@ def axc(
     stdout: Any = subprocess.PIPE,
 ) -> Ended:
     """Runs `axc` to its end; `limits` are resource limits of that process and its children, as `ulimit` sets them."""
+    words, alone = command(*arguments), (cwd, env, limits, stdout) == (ROOT, None, None, subprocess.PIPE)
+    if alone and ("--parallel" not in words or words[words.index("--parallel") + 1] == "1"):
+        return in_this_process(*words[3:])
 
     def limit() -> None:
         for what, most in (limits or {}).items():
             resource.setrlimit(what, (most, most))
 
     ran = subprocess.run(
-        command(*arguments),
+        words,
         cwd=cwd,
         env=environment(env),
         stdout=stdout,
@@ -64,6 +77,43 @@ def axc(
         preexec_fn=limit,
     )
     return Ended(ran.returncode, ran.stdout or "", ran.stderr)
+
+
+def in_this_process(*words: str) -> Ended:
+    """Runs `axc` here. Whatever reaches stdout and stderr is taken, also from below Python, and warnings are shown."""
+    before = sys.stdout, sys.stderr
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, warnings.catch_warnings():
+        warnings.simplefilter("default")
+        for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+            warnings.simplefilter("ignore", kind)
+        warnings.showwarning = lambda message, *_: print(message, file=sys.stderr)
+        kept = [(number, os.dup(number)) for number in (1, 2)]
+        try:
+            for number, file in ((1, out), (2, err)):
+                before[number - 1].flush()
+                os.dup2(file.fileno(), number)
+            # never closed: what took them for its own when it was loaded goes on with them
+            sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+            sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
+            try:
+                code: Any = cli.main(list(words))
+            except SystemExit as ended:
+                code = ended.code
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            for number, copy in kept:
+                os.dup2(copy, number)
+                os.close(copy)
+            sys.stdout, sys.stderr = before
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        said = [file.seek(0) or file.read().decode("utf-8", "replace") for file in (out, err)]
+    return Ended(code, *said)
 
 
 def llm_build(checkpoint: Path, output: Path | str, *flags: object, **how: Any) -> Ended:

@@ -79,8 +79,8 @@ def test_other_floats_build(checkpoint: Breakable, tmp_path: Path, dtype: torch.
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("tensor", "where", "value", "parallel"),
-    [(MATRIX, (383, 5), np.nan, 2), (NORM, (127,), np.inf, 1), (EMBEDDING, (300, 0), -np.inf, 1)],
+    ("tensor", "where", "value"),
+    [(MATRIX, (383, 5), np.nan), (NORM, (127,), np.inf), (EMBEDDING, (300, 0), -np.inf)],
     ids=["matrix", "norm", "embedding"],
 )
 def test_weights_that_are_not_finite(
@@ -90,8 +90,8 @@ def test_weights_that_are_not_finite(
     tensor: str,
     where: tuple[int, ...],
     value: float,
-    parallel: int,
 ) -> None:
+    parallel = 2 if (tensor, dtype) == (MATRIX, torch.bfloat16) else 1
     folder = with_value(checkpoint(), tensor, where, value, dtype)
     words = (tensor, "model.safetensors", "not finite", str(list(where)), "get it again")
     assert_build_refused(folder, tmp_path, *words, flags=("--parallel", parallel))

@@ -112,8 +112,9 @@ def in_this_process(*words: str) -> Ended:
             sys.stdout, sys.stderr = before
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        said = [file.seek(0) or file.read().decode("utf-8", "replace") for file in (out, err)]
-    return Ended(code, *said)
+        for file in (out, err):
+            file.seek(0)
+        return Ended(code, *(file.read().decode("utf-8", "replace") for file in (out, err)))
 
 
 def llm_build(checkpoint: Path, output: Path | str, *flags: object, **how: Any) -> Ended:

@@ -105,7 +105,13 @@ def build(
     flags = [
         *("--input_path", str(checkpoint), "--output_path", str(bundle)),
         *("--model_name", spec.name, *spec.build.flags()),
-        *("--parallel", parallel or str(cores()), "--check_level", "0" if unchecked else "2", f"--prompt={question}"),
+        *(
+            "--parallel",
+            parallel or str(cores()),
+            "--check_level",
+            "0" if unchecked else str(spec.check_level),
+            f"--prompt={question}",
+        ),
         *(["--force"] if force else []),
         *more,
     ]

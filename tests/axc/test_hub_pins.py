@@ -35,8 +35,8 @@ def test_what_is_read_comes_and_is_pinned(files: dict[str, bytes], hub: Hub, cli
     *said, folder = out.splitlines()
     assert {file.name: file.read_bytes() for file in Path(folder).iterdir()} == files
 
-    assert said[0] == f"{REPO} was not pinned: main is {REVISION} now. Builds take that from here on, with"
-    assert said[-1] == f"which stands in {kept(client)}: remove it for a newer commit, or paste it into a models/*.toml"
+    assert said[0] == f"{REPO} was not pinned. Its main is now pinned at commit {REVISION}:"
+    assert said[-1].startswith(f"These lines are in {kept(client)}. Remove that file to get a newer commit")
     assert "\n".join(said[2:-2]) + "\n" == kept(client).read_text()
     toml = client.folder / "pasted.toml"  # the lines are what a models/*.toml takes
     build = (client.folder / "toy.toml").read_text().partition("[build]")[2]

@@ -74,6 +74,15 @@ def test_an_unknown_model_is_told_the_known_ones_and_the_nearest(asked: str) -> 
         load_model(asked)
 
 
+def test_how_far_a_build_is_checked(tmp_path: Path) -> None:
+    assert load_model("tiny-qwen2").check_level == 2
+    assert load_model("minicpm4-0.5b").check_level == 0
+    toml = write(tmp_path) / "toy.toml"
+    toml.write_text(toml.read_text() + "levle = 0\n")
+    with pytest.raises(BadInput, match="'levle' is not known here: prompt, level"):
+        load_model("toy", tmp_path)
+
+
 def test_a_model_name_is_not_a_path() -> None:
     with pytest.raises(BadInput, match="no model is named"):
         load_model("../models/tiny-qwen2")

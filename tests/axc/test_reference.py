@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-from axc import build, check
+from axc import build, check, expected
 from axc.build import Options
 from axc.reference import HEADROOM, Reference, Refused, tokenizer
 from axc.synth import synth
@@ -101,6 +101,9 @@ def test_a_type_that_transformers_does_not_know_is_built_as_it_is_told_and_said(
     (folder / "config.json").write_text(json.dumps({**values, "model_type": "house_brand"}))
     with pytest.raises(Refused, match="does not know model_type 'house_brand'"):
         Reference(folder)
+    bundle: Any = None  # not opened without a reference
+    with pytest.raises(CheckFailed, match=r"there is no reference to compare with\nBuild with --check_level 0"):
+        expected.expect(Options(folder, tmp_path / "out"), bundle, "", [], print)
     reference = Reference(folder, model_type="llama")
     assert reference.model_type == "llama"
     assert "whether that is right is not checked" in reference.remarks[0]

@@ -56,7 +56,7 @@ def test_a_repository_of_the_hub_is_built_and_answers_even_without_torch(tmp_pat
         done = invoke("build", "--model", REPO, "--out", out, "--engine", "local", TORCH="none", **cache)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert f"{REPO} was not pinned: main is {REVISION} now. Builds take that from here on, with" in lines
+    assert f"{REPO} was not pinned. Its main is now pinned at commit {REVISION}:" in lines
     assert "2" in lines[lines.index(f"contents of {out}/owner--toy:") :]
     assert next(line for line in lines if line.startswith("check ")) == "check 0: load and run"
     assert not [line for line in lines if line.startswith(("check 1", "check 2"))]
@@ -66,7 +66,7 @@ def test_a_repository_of_the_hub_is_built_and_answers_even_without_torch(tmp_pat
         lines[at + 1]
         == f"to check it: make build {where} TORCH=pypi (3 GB to download), or WHEELS=folder with that wheel"
     )
-    assert lines[-1] == f"ask it more: make run {where} PROMPT='12+30='"
+    assert lines[-1] == f"to run another prompt: make run {where} PROMPT='12+30='"
     asked = invoke("run", "--model", REPO, "--out", out, "--prompt", "12+30=")
     assert asked.returncode == 0, asked.stderr
     assert "42" in asked.stdout.splitlines()

@@ -70,10 +70,14 @@ def expect(options: Options, bundle: Bundle, prompt: str, asked: list[int], say:
     Raises CheckFailed if transformers loads another model than the bundle's, BadInput if memory or the context do not
     suffice.
     """
-    from axc.reference import Reference, Refused
+    from axc.reference import NoReference, Reference, Refused
 
     try:
         reference = Reference(options.input_path, options.model_config, options.model_type, adapters=options.lora)
+    except NoReference as unknown:
+        raise CheckFailed(
+            f"{unknown}: there is no reference to compare with\nBuild with --check_level 0, which runs every axmodel."
+        ) from None
     except Refused as refused:
         raise CheckFailed(f"{refused}\nThe bundle was built from something else; do not ship it.") from None
     reference.extend(bundle.kv_cache_len + 1)

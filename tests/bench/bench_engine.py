@@ -1,4 +1,5 @@
-"""The engine beside onnxruntime and llama.cpp, Qwen2-0.5B shapes, two cores: load, prefill, decode, memory bound.
+"""The engine beside onnxruntime and llama.cpp, shapes of Qwen2-0.5B and SmolLM2-135M, two cores: load, prefill, decode,
+memory bound.
 
 And decode in the shapes of other architectures beside Qwen2's.
 
@@ -27,7 +28,8 @@ ROUNDS = 3
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--kv_cache_len", "1023", "--prefill_len", "128", "--hidden_state_type", "bf16", "--check_level", "-1"]
 CASES = {"s8": "Q8_0", "s4": "Q4_0", "bf16": "BF16", "fp16": "F16"}
-INTEGERS = ("s8", "s4")
+SMALL_CASES = {"s8": "Q8_0", "s4": "Q4_0", "s4 in 32": "Q4_0"}  # of SmolLM2-135M, whose width is no multiple of 128
+FLOATS = ("bf16", "fp16")
 OWN = ("ax", "ax-int8")
 
 # Both print one JSON object of seconds.
@@ -103,7 +105,7 @@ from gguf import GGMLQuantizationType, GGUFWriter, quants
 from safetensors import safe_open
 source, target, kind = sys.argv[1], sys.argv[2], GGMLQuantizationType[sys.argv[3]]
 config = json.load(open(source + "/config.json"))
-writer = GGUFWriter(target, "qwen2")
+writer = GGUFWriter(target, config["model_type"])
 writer.add_context_length(1024)
 writer.add_embedding_length(config["hidden_size"])
 writer.add_block_count(config["num_hidden_layers"])
@@ -193,6 +195,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M's shapes with random weights."""
+    output = tmp_path_factory.mktemp("checkpoint") / "smollm-135m"
+    synth("smollm-135m", output)
+    return output
+
+
+# A build in one process whose s4 has blocks of 32 with float16 scales, as Q4_0 has them.
+BUILD_IN_32 = """
+import sys
+from axc.cli import main
+from axc.quantizer import WEIGHT_TYPES
+from axc.quantizer.round_to_nearest import RoundToNearest
+WEIGHT_TYPES["s4"] = RoundToNearest("INT4", 32, "FLOAT16")
+sys.exit(main([*sys.argv[1:], "--parallel", "1"]))
+"""
+
+
 OTHERS = ("qwen2-0.5b", "qwen3-0.6b", "gemma-3-1b")
 FEW: dict[str, Any] = {"num_hidden_layers": 6, "vocab_size": 16384}  # layers as wide as they are; the head is small
 
@@ -233,9 +254,10 @@ def test_engine_decodes_every_architecture_as_fast(
 
 
 def llm_build(checkpoint: Path, bundle: Path, weight: str) -> None:
-    places = ["--input_path", str(checkpoint), "--output_path", str(bundle)]
-    command = [sys.executable, "-m", "axc", "llm_build", *places, *FLAGS, "-w", weight, "--post_weight_type", "s8"]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    builder = ["-c", BUILD_IN_32] if weight.endswith("32") else ["-m", "axc"]
+    command = [sys.executable, *builder, "llm_build", "--input_path", str(checkpoint), "--output_path", str(bundle)]
+    types = ["-w", weight.split()[0], "--post_weight_type", "s8"]
+    subprocess.run([*command, *FLAGS, *types], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
 def nbytes(bundle: Path) -> int:
@@ -247,6 +269,20 @@ def nbytes(bundle: Path) -> int:
 def test_engine_beside_others(
     weight: str, checkpoint: Path, llama: str | None, benchmark: BenchmarkFixture, tmp_path: Path
 ) -> None:
+    measure(weight, CASES[weight], checkpoint, llama, benchmark, tmp_path)
+
+
+@pytest.mark.parametrize("weight", SMALL_CASES)
+def test_engine_beside_others_on_a_small_model(
+    weight: str, small: Path, llama: str | None, benchmark: BenchmarkFixture, tmp_path: Path
+) -> None:
+    measure(weight, SMALL_CASES[weight], small, llama, benchmark, tmp_path)
+
+
+def measure(
+    weight: str, peer: str, checkpoint: Path, llama: str | None, benchmark: BenchmarkFixture, tmp_path: Path
+) -> None:
+    """Builds both files, measures every engine in turns and prints the table. `peer`: llama.cpp's type."""
     bundle, gguf = tmp_path / "bundle", tmp_path / "weights.gguf"
     llm_build(checkpoint, bundle, weight)
     libraries = str(build("native"))
@@ -255,10 +291,10 @@ def test_engine_beside_others(
         "ax-int8": lambda: script(sys.executable, OURS, bundle, "ax-int8", AXRUN_ENGINE=libraries),
         "ort": lambda: script(sys.executable, OURS, bundle, "ort"),
     }
-    if weight not in INTEGERS:  # no activations are rounded to 8 bits there
+    if weight in FLOATS:  # no activations are rounded to 8 bits there
         del rivals["ax-int8"]
     if llama:
-        script(llama, GGUF, checkpoint, gguf, CASES[weight])
+        script(llama, GGUF, checkpoint, gguf, peer)
         rivals["llama.cpp"] = lambda: script(llama, LLAMA, gguf)
     best: dict[str, dict[str, float]] = {name: {} for name in rivals}
     reads: list[float] = []

@@ -5,6 +5,8 @@
 
 #include <immintrin.h>
 
+#include <bit>
+
 #include <cstddef>
 #include <cstdint>
 
@@ -122,22 +124,27 @@ constexpr size_t kBytePanel = kIntPanel * kBlock;
 
 // Panel: for every 4 columns 32 outputs x 4 bytes; behind them, of each group of columns, what is to be added to the
 // product with unsigned levels: 2^7 times minus the sum of the weights.
-struct BytePanel {
-  uint8_t* at;
-  size_t steps;  // of a group of columns
-  __m512i sums[kIntPanel / 16] = {};
+class BytePanel {
+ public:
+  BytePanel(uint8_t* at, size_t group) : at_(at), shift_(std::countr_zero(group / 4)) {}
 
   AXC_INLINE void put(size_t step, size_t half, __m512i w) {
-    _mm512_store_si512(at + (step * 2 + half) * 64, w);
-    sums[half] = _mm512_dpbusd_epi32(sums[half], _mm512_set1_epi8(-128), w);
-    if ((step + 1) % steps) return;
-    _mm512_store_si512(at + kBytePanel + (step / steps * 2 + half) * 64, _mm512_sub_epi32(_mm512_setzero_si512(), sums[half]));
-    sums[half] = _mm512_setzero_si512();
+    _mm512_store_si512(at_ + (step * 2 + half) * 64, w);
+    sums_[half] = _mm512_dpbusd_epi32(sums_[half], _mm512_set1_epi8(-128), w);
+    if ((step + 1) & ((size_t{1} << shift_) - 1)) return;  // a group, 32, 64 or 128 columns, goes on
+    const __m512i negated = _mm512_sub_epi32(_mm512_setzero_si512(), sums_[half]);
+    _mm512_store_si512(at_ + kBytePanel + ((step >> shift_) * 2 + half) * 64, negated);
+    sums_[half] = _mm512_setzero_si512();
   }
+
+ private:
+  uint8_t* at_;
+  int shift_;  // steps of a group, as a power of 2
+  __m512i sums_[kIntPanel / 16] = {};
 };
 
 inline void pack_bytes_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
-  BytePanel to{panel, group / 4};
+  BytePanel to(panel, group);
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(w);
   each_turned<kBlock>(bytes, stride, rows, columns, [&](size_t half, size_t part, const __m512i* r) AXC_INLINE {
     for (size_t i = 0; i < 16; ++i) to.put(part * 16 + i, half, r[i]);
@@ -145,7 +152,7 @@ inline void pack_bytes_int8(const int8_t* w, size_t stride, size_t rows, size_t 
 }
 
 inline void pack_bytes_int4(const uint8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
-  BytePanel to{panel, group / 4};
+  BytePanel to(panel, group);
   const __m512i eight = _mm512_set1_epi8(8), nibble = _mm512_set1_epi8(15);
   const auto level = [&](__m512i bytes) AXC_INLINE {
     constexpr int kFlipped = 0x28;  // as ternary logic: (bytes ^ eight) & nibble

@@ -393,6 +393,16 @@ def test_who_calibrates(tiny_qwen2: Path, tmp_path: Path) -> None:
         wanted(tiny_qwen2, "s4", "gptq", tmp_path, None, [])
 
 
+def test_a_gguf_of_floats_is_calibrated(words: Path, tmp_path: Path) -> None:
+    path = gguf_files.write(
+        tmp_path / "floats.gguf", "llama", GGMLQuantizationType.BF16, head=GGMLQuantizationType.BF16
+    )
+    output = run.calibrate(options(path, words, tokens=128, window=32), tmp_path / "out.safetensors")
+    planned = build.plan(build.Options(path, tmp_path / "bundle", calibrated=output, kv_cache_len=63))
+    assert {kept.bits for kept in planned.kept.values()} == {4.5}
+    assert len(planned.kept) == 14
+
+
 def test_texts_that_cannot_be_used(tmp_path: Path, tiny_qwen2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
     short, binary = tmp_path / "short.txt", tmp_path / "binary.txt"

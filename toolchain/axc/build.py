@@ -172,7 +172,7 @@ def plan(options: Options) -> Plan:
     notices += notes
     if calibration:
         kept |= calibration.kept()
-        notices.append(f"{len(calibration.weights)} matrices as calibrated, {calibration.bits:g} bits a weight")
+        notices.append(f"calibrated: {len(calibration.weights)} matrices, {calibration.bits:g} bits per weight")
     target = options.target(model, *types)
     turns = getattr(model, "rope", None)
     if turns and turns.long(target.positions):

@@ -88,11 +88,11 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--quantizer",
         choices=("rtn", "gptq"),
-        help="rtn rounds to nearest; gptq calibrates s4 or s8 on a text first, which takes minutes "
+        help="rtn: round to nearest; gptq: calibrate s4 or s8 on a text, which takes minutes "
         "(default gptq for s4 of a float checkpoint, else rtn)",
     )
-    add("--calibrated", type=Path, metavar="FILE", help="a calibration that axc calibrate wrote: its levels are taken")
-    add("--calibrated_sha256", metavar="HEX", help="what that file must be, as models/*.toml pin it")
+    add("--calibrated", type=Path, metavar="FILE", help="calibration file written by axc calibrate")
+    add("--calibrated_sha256", metavar="HEX", help="expected SHA-256 of that file")
     _calibration_flags(parser)
     add("--model_name", help="name in the manifest (default: the model type)")
     add("--force", action="store_true", help="replace a bundle that is at --output_path already")
@@ -102,16 +102,25 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
 
 def _calibration_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--bits", type=float, help="gptq: s4 with s8 for the matrices that matter most, so many bits a weight at most")
+    add(
+        "--bits",
+        type=float,
+        help="gptq: most bits per weight on average; s8 for the most sensitive matrices, s4 for the rest",
+    )
     add(
         "--calibration",
         type=Path,
         action="append",
         default=[],
         metavar="TEXT",
-        help="gptq: UTF-8 file to calibrate on, may be repeated (default: a mixed text that comes with axc)",
+        help="gptq: UTF-8 text to calibrate on, may be repeated (default: the text shipped with axc)",
     )
-    add("--calibration_tokens", type=int, default=32768, help="gptq: most of the text that is used (default 32768)")
+    add(
+        "--calibration_tokens",
+        type=int,
+        default=32768,
+        help="gptq: maximum number of tokens of that text (default 32768)",
+    )
 
 
 def _llm_build(arguments: argparse.Namespace) -> None:
@@ -313,7 +322,7 @@ VERBS = {
     "calibrate": Verb(
         _calibrate_flags,
         _calibrate,
-        "Quantise a checkpoint's layers for the inputs that they get on a text, into a file for llm_build.",
+        "Quantise the layers of a checkpoint by calibration on a text; writes a file for llm_build --calibrated.",
         "example:\n  axc calibrate --input_path Qwen2-0.5B-Instruct --output_path qwen2-0.5b.safetensors -w s4\n"
         "  axc llm_build --input_path Qwen2-0.5B-Instruct --output_path out/qwen2-0.5b "
         "--calibrated qwen2-0.5b.safetensors",

@@ -104,7 +104,7 @@ def calibrate(options: calibrations.Options, output: Path) -> None:
         run.calibrate(options, output, progress, tqdm.write)
     found = CalibrationFile.open(output)
     worst = max(found.weights.values(), key=lambda entry: entry.output_error)
-    print(f"{output}: {len(found.weights)} matrices, {found.bits:g} bits a weight, sha256 {found.sha256}")
+    print(f"{output}: {len(found.weights)} matrices, {found.bits:g} bits per weight, sha256 {found.sha256}")
     print(f"worst relative error of a matrix's outputs: {worst.output_error:.2%}")
     _done("calibrate", started)
 

@@ -270,7 +270,8 @@ def _build(planned: Plan, output: Path, progress: Progress, say: Say) -> dict[st
         for remark in made.remarks:
             say(remark)
         path, adapters = planned.checkpoint.path, planned.checkpoint.adapters
-        work = Work(path, planned.stamps, folder, planned.config, planned.target, planned.kept, adapters, planned.options.calibrated)
+        decided = planned.config, planned.target, planned.kept, adapters, planned.options.calibrated
+        work = Work(path, planned.stamps, folder, *decided)
         done = dict(_run(work, planned.jobs, planned.options.parallel, progress))
         files = {Path(job.file): written for job, written in done.items() if job.kind == "input"}
         inputs = {bundle.input_name(path, adapters): written for path, written in files.items()}

@@ -167,6 +167,7 @@ def _calibration(arguments: argparse.Namespace) -> Calibration:
         tokens=arguments.calibration_tokens,
         model_config=arguments.model_config,
         model_type=arguments.model_type,
+        lora=_lora(arguments),
     )
 
 
@@ -178,6 +179,7 @@ def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
     _calibration_flags(parser)
     add("--model_config", type=Path, help="a config.json to use in place of the checkpoint's")
     add("--model_type", help="calibrate as this architecture, whatever config.json says")
+    add("--lora", action="append", default=[], metavar="DIR[:WEIGHT]", help="merge this peft adapter first")
 
 
 def _calibrate(arguments: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from axc.compile import weights
 
 def place(options: Options) -> Path:
     """Where the calibration of these options is, or would be. Raises BadInput."""
-    checkpoint = Checkpoint.open(options.input_path)
+    checkpoint = Checkpoint.open(options.input_path, options.lora)
     model = config.load(checkpoint, options.model_config, options.model_type)
     checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
     key = {

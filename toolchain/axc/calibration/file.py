@@ -186,6 +186,10 @@ class WithLevels:
         """Of the checkpoint where it is quantised itself."""
         return self.file.levels(name) if name in self.file.weights else self.checkpoint.levels(name)
 
+    def order(self, name: str) -> NDArray[np.int64]:
+        """Calibrated matrices have their columns in the checkpoint's order."""
+        return self.checkpoint.order(name)
+
 
 def checkpoint_digest(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> str:
     """SHA-256 over the tensors that the layers' weights are made of: names, types, shapes, values. Raises BadInput."""

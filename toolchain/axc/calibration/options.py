@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from axc.checkpoints import Checkpoint
+from axc.checkpoints import Checkpoint, Lora
 from axrun.errors import BadInput
 
 BLOCKS = {"s4": 32, "s8": 64}
@@ -26,6 +26,7 @@ class Options:
     window: int = 512
     model_config: Path | None = None
     model_type: str | None = None
+    lora: tuple[Lora, ...] = ()
 
     def __post_init__(self) -> None:
         if self.weight_type not in BLOCKS:

@@ -74,7 +74,7 @@ def calibrate(
     options: Options, output: Path, progress: Progress = lambda *_: None, say: Say = lambda line: None
 ) -> Path:
     """Writes the calibration file of a checkpoint. Raises BadInput."""
-    checkpoint = Checkpoint.open(options.input_path)
+    checkpoint = Checkpoint.open(options.input_path, options.lora)
     model = config.load(checkpoint, options.model_config, options.model_type, say)
     checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
     if any(tensor.packed for tensor in checkpoint.tensors.values()):

@@ -280,8 +280,10 @@ def _build(planned: Plan, output: Path, progress: Progress, say: Say) -> dict[st
         if planned.options.calibrated:
             inputs[CALIBRATION] = Written(*_digest(planned.options.calibrated))
         outputs = {job.file: written for job, written in done.items() if job.kind != "input"}
-        more = {"kept": planned.kept, "adapters": adapters, "calibration": planned.calibration}
-        manifest = bundle.finish(folder, *what, made, inputs, outputs, **more)
+        kept, calibration = planned.kept, planned.calibration
+        manifest = bundle.finish(
+            folder, *what, made, inputs, outputs, kept=kept, adapters=adapters, calibration=calibration
+        )
         publish(folder, output, replace=planned.options.force)
     return manifest
 

@@ -333,6 +333,8 @@ def build_by_vendor(spec: ModelSpec, checkpoint: Path, bundle: Path, flags: tupl
     from ci.container import vendor
     from ci.container.daemon import connect
 
+    if spec.build.calibration:
+        raise BadInput(f"models/{spec.name}.toml says {spec.build.calibration[0]}, which pulsar2 does not know")
     options = build.Options(
         input_path=checkpoint,
         output_path=bundle,

@@ -102,13 +102,15 @@ def offer(made: Image, tag: str) -> str:
 def llm_build(client: docker.DockerClient, arguments: Sequence[str]) -> int:
     """Runs this checkout's `axc llm_build` in the image as the calling user, without network; returns its exit code."""
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for flag in ("--input_path", "--output_path", "--model_config", "--check_report"):
+    for flag in ("--input_path", "--output_path", "--model_config", "--check_report", "--calibrated"):
         known.add_argument(flag, type=Path)
+    known.add_argument("--calibration", type=Path, action="append", default=[])
     places, _ = known.parse_known_args(arguments)
     writes = [place.absolute().parent for place in (places.output_path, places.check_report) if place]
     for folder in writes:
         folder.mkdir(parents=True, exist_ok=True)
-    reads = {place.absolute(): place.absolute() for place in (places.input_path, places.model_config) if place}
+    given = (places.input_path, places.model_config, places.calibrated, *places.calibration)
+    reads = {place.absolute(): place.absolute() for place in given if place}
     return run(
         client,
         image.TAG,

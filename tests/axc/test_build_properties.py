@@ -31,7 +31,7 @@ def weight_type(request: pytest.FixtureRequest) -> str:
 def expected(model: Path, weight_type: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundle that one process makes, in the plainest way."""
     output = tmp_path_factory.mktemp("expected") / "bundle"
-    assert_done(llm_build(model, output, *FLAGS, "-w", weight_type))
+    assert_done(llm_build(model, output, *FLAGS, "-w", weight_type, "--quantizer", "rtn"))
     return output
 
 
@@ -42,7 +42,11 @@ def test_parallel_and_from_elsewhere(model: Path, weight_type: str, expected: Pa
     relative = os.path.relpath(model, here)
     for number, (path, parallel) in enumerate([(relative, 1), ("link", 2), (relative + "/./", 3)]):
         output = f"../out/{number}/other-name"
-        assert_done(llm_build(Path(path), output, *FLAGS, "-w", weight_type, "--parallel", parallel, cwd=here))
+        assert_done(
+            llm_build(
+                Path(path), output, *FLAGS, "-w", weight_type, "--quantizer", "rtn", "--parallel", parallel, cwd=here
+            )
+        )
         assert_same_files(here / output, expected)
 
 
@@ -60,7 +64,7 @@ def test_on_a_lesser_processor(model: Path, weight_type: str, expected: Path, tm
         "NPY_DISABLE_CPU_FEATURES": " ".join(simd()),
         "OPENBLAS_CORETYPE": {"x86_64": "Prescott", "aarch64": "ARMV8"}.get(architecture, ""),
     }
-    assert_done(llm_build(model, tmp_path / "bundle", *FLAGS, "-w", weight_type, env=env))
+    assert_done(llm_build(model, tmp_path / "bundle", *FLAGS, "-w", weight_type, "--quantizer", "rtn", env=env))
     assert_same_files(tmp_path / "bundle", expected)
 
 
@@ -84,14 +88,14 @@ def test_numpy_obeys(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_in_another_environment(pristine: Path, expected_s4: Path, tmp_path: Path, env: dict[str, str]) -> None:
     output = tmp_path / "bundle"
-    assert_done(llm_build(pristine, output, *FLAGS, "-w", "s4", "--parallel", 2, env=env))
+    assert_done(llm_build(pristine, output, *FLAGS, "-w", "s4", "--quantizer", "rtn", "--parallel", 2, env=env))
     assert_same_files(output, expected_s4)
 
 
 @pytest.fixture(scope="module")
 def expected_s4(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("expected") / "bundle"
-    assert_done(llm_build(pristine, output, *FLAGS, "-w", "s4"))
+    assert_done(llm_build(pristine, output, *FLAGS, "-w", "s4", "--quantizer", "rtn"))
     return output
 
 

@@ -27,7 +27,7 @@ from tests.axc.axc import (
     tree,
 )
 
-FLAGS = ("--check_level", "-1", "-w", "s4")
+FLAGS = ("--check_level", "-1", "-w", "s4", "--quantizer", "rtn")
 PATIENCE = 300  # seconds until something that must happen is taken not to happen
 
 Build = subprocess.Popen[str]
@@ -123,7 +123,7 @@ def assert_interrupted(result: Ended) -> None:
 def resume(checkpoint: Path, output: Path, taken_over: dict[str, tuple[int, int]]) -> None:
     """The same command again finishes; the layers that were there are the same files, not written again."""
     assert taken_over
-    assert_done(llm_build(checkpoint, output, "-w", "s4", "--parallel", 2))
+    assert_done(llm_build(checkpoint, output, "-w", "s4", "--quantizer", "rtn", "--parallel", 2))
     now = {name: ((output / name).stat().st_ino, (output / name).stat().st_mtime_ns) for name in taken_over}
     assert now == taken_over
     assert_done(axc("verify", output))
@@ -133,7 +133,7 @@ def resume(checkpoint: Path, output: Path, taken_over: dict[str, tuple[int, int]
 @pytest.fixture(scope="module")
 def uninterrupted(many_layers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("bundle") / "whole"
-    assert_done(llm_build(many_layers, output, "-w", "s4"))
+    assert_done(llm_build(many_layers, output, "-w", "s4", "--quantizer", "rtn"))
     return output
 
 
@@ -229,7 +229,7 @@ def test_what_another_compiler_left_is_not_taken_over(
         process.kill()
         process.wait(PATIENCE)
     assert finished(output)
-    assert_done(llm_build(many_layers, output, "-w", "s4", "--parallel", 2))
+    assert_done(llm_build(many_layers, output, "-w", "s4", "--quantizer", "rtn", "--parallel", 2))
     assert_same_files(output, uninterrupted)
 
 
@@ -258,7 +258,7 @@ def test_a_finished_file_that_was_damaged_since_is_made_again(
     first, second, *_ = sorted(finished(output))
     os.truncate(staging(output) / first, 0)
     (staging(output) / second).write_bytes(bytes((staging(output) / second).stat().st_size))
-    assert_done(llm_build(many_layers, output, "-w", "s4"))
+    assert_done(llm_build(many_layers, output, "-w", "s4", "--quantizer", "rtn"))
     assert_same_files(output, uninterrupted)
 
 
@@ -299,7 +299,7 @@ def test_of_two_builds_of_one_bundle_the_second_is_refused(
     with building(many_layers, output, 1) as process:
         wait_for_layers(process, output, 1)
         process.send_signal(signal.SIGSTOP)  # or it might be done before the second one starts
-        second = llm_build(many_layers, output, "-w", "s4")
+        second = llm_build(many_layers, output, "-w", "s4", "--quantizer", "rtn")
         process.send_signal(signal.SIGCONT)
         first = ended(process)
     assert_refused(second, "another process is building", "bundle", "Wait")

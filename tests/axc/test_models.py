@@ -61,6 +61,18 @@ def test_defaults_become_the_flags_of_llm_build(tmp_path: Path) -> None:
     ]
 
 
+def test_a_pinned_calibration(tmp_path: Path) -> None:
+    said = f'calibrated = "toy.safetensors"\ncalibrated_sha256 = "{"a" * 64}"'
+    model = load_model("toy", write(tmp_path, build=said))
+    assert model.build.flags()[-4:] == [
+        *("--calibrated", str(tmp_path / "toy.safetensors"), "--calibrated_sha256", "a" * 64)
+    ]
+    assert model.build.calibration == ("calibrated", "calibrated_sha256")
+    model = load_model("toy", write(tmp_path, build='quantizer = "gptq"\nbits = 5.5'))
+    assert model.build.flags()[-4:] == ["--quantizer", "gptq", "--bits", "5.5"]
+    assert "bits" not in model.build.given()
+
+
 def test_a_pinned_source(tmp_path: Path) -> None:
     source = PINNED.format(files=f'"a.json" = {{ size = 3, git_blob = "{"a" * 40}" }}')
     hub = load_model("toy", write(tmp_path, source)).source
@@ -115,6 +127,7 @@ def test_what_is_no_repository_leads_to_no_folder(name: str) -> None:
         (SHIPPED, "post_topk = true", "'post_topk' is True: int is expected"),
         (SHIPPED, "last_kv_cache_len = ['64']", "whole numbers"),
         (SHIPPED, "prefill_len = 1", "Cannot overwrite"),
+        (SHIPPED, "calibrated = 'a.safetensors'", "a.safetensors has no digest"),
         ("", "", "'repo' is missing"),
         (PINNED.format(files='"a" = { size = 3 }'), "", "a has no digest"),
         (PINNED.format(files='"../a" = { sha256 = "' + "a" * 64 + '" }'), "", "not a file name inside"),

@@ -177,7 +177,7 @@ def test_the_same_build_again_with_a_config_of_its_own(pristine: Path, tmp_path:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["-w", "s4"], "it has --weight_type s8, this build s4"),
+        (["-w", "s4", "--quantizer", "rtn"], "it has --weight_type s8, this build s4"),
         (["--kv_cache_len", 63], "it has --kv_cache_len 127, this build 63"),
         (["-t", "fp16"], "it has --hidden_state_type bf16, this build fp16"),
         (["--prefill_len", 16, "--last_kv_cache_len", 64], "--last_kv_cache_len none, this build 64; it has --prefill"),

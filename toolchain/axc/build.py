@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from axc import budget, bundle, config, hf_folder, identity, jobs, standing
 from axc.axmodel.writer import Written
+from axc.calibration.file import CalibrationFile
 from axc.checkpoints import EMBEDDING, HEAD, Checkpoint, Lora, StoredTensor
 from axc.compile import Target, weights
 from axc.families.family import ModelConfig
@@ -23,7 +24,7 @@ from axc.jobs import Job, Work
 from axc.quantizer import WEIGHT_TYPES
 from axc.quantizer.kept import Kept, decide
 from axc.staging import KeepStaging, publish, refuse_other_content, staged_bytes, staging
-from axc.standing import MODEL_CONFIG, as_json
+from axc.standing import CALIBRATION, MODEL_CONFIG, as_json
 from axc.weights import Source
 from axc.weights.sources import Stored
 from axrun.errors import BadInput
@@ -54,6 +55,8 @@ class Options:
     ret_postnorm: bool = False
     vendor: tuple[str, ...] = ()  # flags for the vendor's compiler alone: axc.vendor_flags
     model_name: str | None = None
+    calibrated: Path | None = None
+    calibrated_sha256: str | None = None  # what that file must be
     force: bool = False
     lora: tuple[Lora, ...] = ()
 
@@ -116,7 +119,7 @@ class Plan:
     """A build ready to start: every dimension checked, every file known by name and size.
 
     `notices` say what was passed over or decided against the letter of the checkpoint's files; `kept` are the matrices
-    whose levels the checkpoint has already.
+    whose levels the checkpoint has already, or `calibration`.
     """
 
     options: Options
@@ -128,6 +131,7 @@ class Plan:
     budget: budget.Budget
     notices: tuple[str, ...] = ()
     kept: Mapping[str, Kept] = field(default_factory=dict)
+    calibration: CalibrationFile | None = None
 
     @property
     def name(self) -> str:
@@ -144,7 +148,8 @@ class Plan:
 
         Not mtime: an archive restores that, the same for every file in a reproducible one.
         """
-        files = [*self.inputs, *([self.options.model_config] if self.options.model_config else [])]
+        more = [self.options.model_config, self.options.calibrated]
+        files = [*self.inputs, *(path for path in more if path)]
         return tuple((path.name, path.stat().st_size, path.stat().st_ctime_ns) for path in files)
 
 
@@ -161,8 +166,13 @@ def plan(options: Options) -> Plan:
     checkpoint = Checkpoint.open(options.input_path, options.lora)
     model = config.load(checkpoint, options.model_config, options.model_type, notices.append)
     checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
-    types, kept, notes = stored_types(checkpoint, model, options.weight_type, options.post_weight_type)
+    calibration = _calibration(options, checkpoint, model)
+    asked = calibration.weight_type if calibration else options.weight_type
+    types, kept, notes = stored_types(checkpoint, model, asked, options.post_weight_type)
     notices += notes
+    if calibration:
+        kept |= calibration.kept()
+        notices.append(f"calibrated: {len(calibration.weights)} matrices, {calibration.bits:g} bits per weight")
     target = options.target(model, *types)
     turns = getattr(model, "rope", None)
     if turns and turns.long(target.positions):
@@ -180,7 +190,27 @@ def plan(options: Options) -> Plan:
     small = 2 * texts  # and what is made of them
     disk = sum(job.nbytes for job in planned if job.kind != "input") + small + (1 << 20)
     needs = budget.Budget(disk, memory, options.parallel, proof)
-    return Plan(options, checkpoint, model, target, inputs, tuple(planned), needs, tuple(notices), kept)
+    return Plan(options, checkpoint, model, target, inputs, tuple(planned), needs, tuple(notices), kept, calibration)
+
+
+def _calibration(options: Options, checkpoint: Checkpoint, model: ModelConfig) -> CalibrationFile | None:
+    """The calibration file that was given, made from this checkpoint. Raises BadInput."""
+    if options.calibrated is None:
+        return None
+    found = CalibrationFile.open(options.calibrated)
+    if options.calibrated_sha256 not in (None, found.sha256):
+        raise BadInput(
+            f"{options.calibrated} has sha256 {found.sha256}; "
+            f"--calibrated_sha256 is {options.calibrated_sha256!a:.66}\n"
+            "Get the right file, or calibrate anew and name the new digest."
+        )
+    if options.weight_type not in (None, found.weight_type):
+        raise BadInput(
+            f"--weight_type is {options.weight_type}, {options.calibrated} holds {found.weight_type}\n"
+            "Leave --weight_type out, or calibrate anew."
+        )
+    found.require(checkpoint, weights(model))
+    return found
 
 
 def stored_types(
@@ -240,14 +270,20 @@ def _build(planned: Plan, output: Path, progress: Progress, say: Say) -> dict[st
         for remark in made.remarks:
             say(remark)
         path, adapters = planned.checkpoint.path, planned.checkpoint.adapters
-        work = Work(path, planned.stamps, folder, planned.config, planned.target, planned.kept, adapters)
+        decided = planned.config, planned.target, planned.kept, adapters, planned.options.calibrated
+        work = Work(path, planned.stamps, folder, *decided)
         done = dict(_run(work, planned.jobs, planned.options.parallel, progress))
         files = {Path(job.file): written for job, written in done.items() if job.kind == "input"}
         inputs = {bundle.input_name(path, adapters): written for path, written in files.items()}
         if planned.options.model_config:
             inputs[MODEL_CONFIG] = Written(*_digest(planned.options.model_config))
+        if planned.options.calibrated:
+            inputs[CALIBRATION] = Written(*_digest(planned.options.calibrated))
         outputs = {job.file: written for job, written in done.items() if job.kind != "input"}
-        manifest = bundle.finish(folder, *what, made, inputs, outputs, kept=planned.kept, adapters=adapters)
+        kept, calibration = planned.kept, planned.calibration
+        manifest = bundle.finish(
+            folder, *what, made, inputs, outputs, kept=kept, adapters=adapters, calibration=calibration
+        )
         publish(folder, output, replace=planned.options.force)
     return manifest
 

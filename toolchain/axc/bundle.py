@@ -12,6 +12,7 @@ from typing import Any
 from axc import axllm, hf_folder, identity
 from axc.axllm import to_json
 from axc.axmodel.writer import Written
+from axc.calibration.file import PACKED, CalibrationFile
 from axc.checkpoints import Checkpoint, Lora
 from axc.compile import Target
 from axc.embed import BFLOAT16_FILE
@@ -49,6 +50,7 @@ def finish(
     tools: Mapping[str, str] | None = None,
     kept: Mapping[str, Kept] = MappingProxyType({}),
     adapters: Sequence[Lora] = (),
+    calibration: CalibrationFile | None = None,
 ) -> dict[str, Any]:
     """Writes the manifest of all files in `folder` and returns it.
 
@@ -63,6 +65,8 @@ def finish(
             files[file] = {"sha256": sha256(path), "size": path.stat().st_size}
     axmodels = {file: written for file, written in outputs.items() if file != BFLOAT16_FILE}
     errors = {tensor: error for written in axmodels.values() for tensor, error in written.weight_error.items()}
+    if calibration:
+        errors |= calibration.errors()
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "maker": maker,
@@ -100,8 +104,11 @@ def finish(
             "weight_error": {tensor: float(f"{errors[tensor]:.4g}") for tensor in sorted(errors)},
             "worst_weight_error": float(f"{max(errors.values(), default=0.0):.4g}"),
         }
-        if kept:  # their types in the checkpoint
-            manifest["accuracy"]["kept"] = {tensor: kept[tensor].packed for tensor in sorted(kept)}
+        stored = {tensor: kept[tensor].packed for tensor in sorted(kept) if kept[tensor].packed != PACKED}
+        if stored:  # their types in the checkpoint
+            manifest["accuracy"]["kept"] = stored
+        if calibration:
+            manifest["calibration"] = calibration.manifest()
     write_json(folder / MANIFEST, manifest)
     return manifest
 

@@ -7,10 +7,13 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from axc import VERSION, identity, vendor_flags
 from axrun.command import Verb, dispatch
+
+if TYPE_CHECKING:
+    from axc.calibration.options import Options as Calibration
 
 WEIGHTS = ("fp32", "fp16", "bf16", "s8", "s4", "fp8_e4m3", "fp8_e5m2")
 
@@ -82,15 +85,48 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR[:WEIGHT]",
         help="merge this peft adapter first, its change times WEIGHT (default 1); may be repeated",
     )
+    add(
+        "--quantizer",
+        choices=("rtn", "gptq"),
+        help="rtn: round to nearest; gptq: calibrate s4 or s8 on a text, which takes minutes "
+        "(default gptq for s4 of a float checkpoint, else rtn)",
+    )
+    add("--calibrated", type=Path, metavar="FILE", help="calibration file written by axc calibrate")
+    add("--calibrated_sha256", metavar="HEX", help="expected SHA-256 of that file")
+    _calibration_flags(parser)
     add("--model_name", help="name in the manifest (default: the model type)")
     add("--force", action="store_true", help="replace a bundle that is at --output_path already")
     add("--check_report", type=Path, help="write the check's figures to this JSON file")
     vendor_flags.refuse(parser)
 
 
+def _calibration_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--bits",
+        type=float,
+        help="gptq: most bits per weight on average; s8 for the most sensitive matrices, s4 for the rest",
+    )
+    add(
+        "--calibration",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="gptq: UTF-8 text to calibrate on, may be repeated (default: the text shipped with axc)",
+    )
+    add(
+        "--calibration_tokens",
+        type=int,
+        default=32768,
+        help="gptq: maximum number of tokens of that text (default 32768)",
+    )
+
+
 def _llm_build(arguments: argparse.Namespace) -> None:
     from axc import console
     from axc.build import Options
+    from axc.calibration import options as calibrations
 
     options = Options(
         input_path=arguments.input_path,
@@ -108,10 +144,48 @@ def _llm_build(arguments: argparse.Namespace) -> None:
         last_kv_cache_len=tuple(arguments.last_kv_cache_len),
         ret_postnorm=arguments.ret_postnorm,
         model_name=arguments.model_name,
+        calibrated=arguments.calibrated,
+        calibrated_sha256=arguments.calibrated_sha256,
         force=arguments.force,
         lora=_lora(arguments),
     )
-    console.llm_build(options, arguments.check_level, arguments.prompt, arguments.check_report)
+    calibration = None
+    asked = arguments.quantizer, arguments.calibrated, arguments.bits, arguments.calibration
+    if calibrations.wanted(arguments.input_path, arguments.weight_type, *asked):
+        calibration = _calibration(arguments)
+    console.llm_build(options, arguments.check_level, arguments.prompt, arguments.check_report, calibration)
+
+
+def _calibration(arguments: argparse.Namespace) -> Calibration:
+    from axc.calibration.options import Options
+
+    return Options(
+        input_path=arguments.input_path,
+        weight_type=arguments.weight_type or "s4",
+        bits=arguments.bits,
+        calibration=tuple(arguments.calibration),
+        tokens=arguments.calibration_tokens,
+        model_config=arguments.model_config,
+        model_type=arguments.model_type,
+        lora=_lora(arguments),
+    )
+
+
+def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--input_path", type=Path, required=True, help="folder of the float checkpoint, or a GGUF file")
+    add("--output_path", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
+    add("-w", "--weight_type", choices=("s4", "s8"), help="of the layers' matrices (default s4)")
+    _calibration_flags(parser)
+    add("--model_config", type=Path, help="a config.json to use in place of the checkpoint's")
+    add("--model_type", help="calibrate as this architecture, whatever config.json says")
+    add("--lora", action="append", default=[], metavar="DIR[:WEIGHT]", help="merge this peft adapter first")
+
+
+def _calibrate(arguments: argparse.Namespace) -> None:
+    from axc import console
+
+    console.calibrate(_calibration(arguments), arguments.output_path)
 
 
 def _embed_flags(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +320,14 @@ VERBS = {
         "Compile a checkpoint to a bundle.",
         "example:\n  axc llm_build --input_path Qwen2-0.5B-Instruct --output_path out/qwen2-0.5b --prefill_len 128 \\\n"
         "      --kv_cache_len 1023 --hidden_state_type bf16 -w s8 --chip AX650 --parallel 2 --check_level 1",
+    ),
+    "calibrate": Verb(
+        _calibrate_flags,
+        _calibrate,
+        "Quantise the layers of a checkpoint by calibration on a text; writes a file for llm_build --calibrated.",
+        "example:\n  axc calibrate --input_path Qwen2-0.5B-Instruct --output_path qwen2-0.5b.safetensors -w s4\n"
+        "  axc llm_build --input_path Qwen2-0.5B-Instruct --output_path out/qwen2-0.5b "
+        "--calibrated qwen2-0.5b.safetensors",
     ),
     "embed": Verb(
         _embed_flags,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,10 @@ from tqdm import tqdm
 from axc import build, logits
 from axc import synth as synthesis
 from axc.budget import megabytes
-from axrun.errors import CheckFailed
+from axc.calibration import cache as calibration_cache
+from axc.calibration import options as calibrations
+from axc.calibration.file import CalibrationFile
+from axrun.errors import BadInput, CheckFailed
 from axrun.format import bundle
 from axrun.progress import show_on_terminal
 
@@ -22,8 +25,16 @@ from axrun.progress import show_on_terminal
 BARS = {"layer": "layers", "post": "post, embedding", "embedding": "post, embedding", "input": "sha256 of inputs"}
 
 
-def llm_build(options: build.Options, check_level: int, prompt: str, report: Path | None) -> None:
-    """The three steps: prepare, build, check. Raises BadInput, CheckFailed."""
+def llm_build(
+    options: build.Options,
+    check_level: int,
+    prompt: str,
+    report: Path | None,
+    calibration: calibrations.Options | None = None,
+) -> None:
+    """The steps: calibrate, where that is asked for, prepare, build, check. Raises BadInput, CheckFailed."""
+    if calibration:
+        options = replace(options, calibrated=_calibrated(calibration), weight_type=None)
     started = time.monotonic()
     planned = build.plan(options)
     for notice in planned.notices:
@@ -32,7 +43,8 @@ def llm_build(options: build.Options, check_level: int, prompt: str, report: Pat
     print(f"Target({', '.join(f'{key}={value!r}' for key, value in asdict(planned.target).items())})")
     print(f"bundle {options.output_path} {planned.budget.text()}", flush=True)
     _done("prepare", started)
-    if check_level < 1 and not planned.checkpoint.gguf:  # transformers needs torch to read a GGUF
+    spare = check_level < 1 and not planned.checkpoint.gguf  # transformers needs torch to read a GGUF
+    if spare and "torch" not in sys.modules:
         _spare_torch()
 
     started = time.monotonic()
@@ -71,6 +83,38 @@ def llm_build(options: build.Options, check_level: int, prompt: str, report: Pat
                 f"{failure}\nThe bundle stays there for examination: {where}; then build it again with --force."
             ) from None
     _done("check", started, "" if check_level >= 0 else " (not asked for)")
+
+
+def calibrate(options: calibrations.Options, output: Path) -> None:
+    """Writes a calibration file with a progress bar, and says what it holds. Raises BadInput."""
+    try:
+        from axc.calibration import run
+    except ImportError:
+        raise BadInput(
+            "calibration needs torch and transformers, which are not installed\n"
+            "Run `make setup`, or round to nearest: --quantizer rtn."
+        ) from None
+    started = time.monotonic()
+    with tqdm(file=sys.stderr, disable=None, bar_format="{desc:<22} {bar:40} {n_fmt}/{total_fmt} in {elapsed}") as bar:
+
+        def progress(done: int, total: int, what: str) -> None:
+            bar.total, bar.n = total, done
+            bar.set_description_str(f"calibrate {what}")
+
+        run.calibrate(options, output, progress, tqdm.write)
+    found = CalibrationFile.open(output)
+    worst = max(found.weights.values(), key=lambda entry: entry.output_error)
+    print(f"{output}: {len(found.weights)} matrices, {found.bits:g} bits per weight, sha256 {found.sha256}")
+    print(f"worst relative error of a matrix's outputs: {worst.output_error:.2%}")
+    _done("calibrate", started)
+
+
+def _calibrated(options: calibrations.Options) -> Path:
+    """The calibration file of a build, made where it is not in the cache. Raises BadInput."""
+    path = calibration_cache.place(options)
+    if not path.is_file():
+        calibrate(options, path)
+    return path
 
 
 def _spare_torch() -> None:

@@ -65,11 +65,13 @@ def changed(
     return difference(draw(model, index, wanted.constants), wanted, index)
 
 
-def listed(checkpoint: Checkpoint, config: ModelConfig, target: Target) -> dict[str, Any]:
+def listed(
+    checkpoint: Checkpoint, config: ModelConfig, target: Target, calibrated: Mapping[str, Kept] = NONE
+) -> dict[str, Any]:
     """All distinct graphs of a model, for a doctor without a compiler. Raises BadInput."""
     stored = checkpoint.tied() if config.tie_word_embeddings else checkpoint
     kept = build.stored_types(stored, config, target.weight_type, target.post_weight_type)[1]
-    keeping = tuple(sorted(kept.items()))
+    keeping = tuple(sorted({**kept, **calibrated}.items()))
     distinct: list[dict[str, Any]] = []
     layers = []
     for index in range(config.num_hidden_layers):

@@ -11,6 +11,7 @@ from typing import Any
 
 from axc import embed
 from axc.axmodel.writer import Written, write_axmodel, write_file
+from axc.calibration.file import CalibrationFile, WithLevels
 from axc.checkpoints import EMBEDDING, Checkpoint, Lora
 from axc.compile import Target, layer_model, post_model, weights
 from axc.families.family import ModelConfig
@@ -33,6 +34,7 @@ class Work:
     target: Target
     kept: Mapping[str, Kept] = field(default_factory=dict)
     adapters: tuple[Lora, ...] = ()
+    calibrated: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ def _make(work: Work, job: Job, path: Path, tick: Callable[[], None]) -> Written
     if job.kind == "embedding":
         return write_file(path, _ticking(embed.bfloat16_blocks(weights(work.config)[EMBEDDING], checkpoint), tick))
     model, parameters = _model(work, job)
+    if work.calibrated is not None:
+        calibration = _calibration(work.calibrated, work.stamps)
+        return write_axmodel(path, model, parameters, WithLevels(checkpoint, calibration), tick)
     return write_axmodel(path, model, parameters, checkpoint, tick)
 
 
@@ -113,6 +118,11 @@ def _ticking(pieces: Iterator[Any], tick: Callable[[], None]) -> Iterator[Any]:
 def _opened(path: Path, adapters: tuple[Lora, ...], stamps: tuple[tuple[str, int, int], ...]) -> Checkpoint:
     """Once a process and build; the stamps part the builds."""
     return Checkpoint.open(path, adapters)
+
+
+@functools.lru_cache(maxsize=1)
+def _calibration(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> CalibrationFile:
+    return CalibrationFile.open(path)
 
 
 def _finished(path: Path, record: Path) -> Written | None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from axc import VERSION, config, drawings, figures, hf_folder
 from axc import compile as compiler
 from axc.bundle import add_file, input_name
+from axc.calibration.file import calibrated
 from axc.checkpoints import Checkpoint, Lora
 from axc.checkpoints.gguf import SUFFIX as GGUF
 from axc.families.family import ModelConfig
@@ -105,7 +106,7 @@ def _graphs(checkpoint: Checkpoint, model: ModelConfig, manifest: Mapping[str, A
     target = drawings.target(manifest)
     if target is None or not drawings.same_compiler(manifest):
         return None
-    return drawings.listed(checkpoint, model, target)
+    return drawings.listed(checkpoint, model, target, calibrated(manifest))
 
 
 def compute(

@@ -78,6 +78,7 @@ class Package:
 
 
 Source = Shipped | Hub | Package
+CALIBRATION = ("quantizer", "bits", "calibrated", "calibrated_sha256")
 
 
 @dataclass(frozen=True)
@@ -92,14 +93,26 @@ class BuildDefaults:
     last_kv_cache_len: tuple[int, ...] = ()
     post_weight_type: str | None = None
     post_topk: int | None = None
+    quantizer: str | None = None
+    bits: float | None = None
+    calibrated: Path | None = None  # a calibration file; in the TOML relative to its folder
+    calibrated_sha256: str | None = None
+
+    @property
+    def calibration(self) -> tuple[str, ...]:
+        """The names of those that are said of how layers are quantised, which is not for the vendor's compiler."""
+        return tuple(name for name in CALIBRATION if getattr(self, name) is not None)
 
     def given(self) -> dict[str, Any]:
-        """Those that are said, by name."""
+        """Those that are said, by name, but `calibration`."""
+        return {name: value for name, value in self._said().items() if name not in CALIBRATION}
+
+    def _said(self) -> dict[str, Any]:
         return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) is not None}
 
     def flags(self) -> list[str]:
         """As command-line arguments; a flag that may be given several times is."""
-        said = self.given().items()
+        said = self._said().items()
         each = ((name, value) for name, values in said for value in (values if isinstance(values, tuple) else [values]))
         return [word for name, value in each for word in (f"--{name}", str(value))]
 
@@ -155,7 +168,7 @@ def load_model(name: str, models: Path = MODELS) -> ModelSpec:
         return ModelSpec(
             name=name,
             source=source_of(content, models.parent),
-            build=_build(_table(content, "build")),
+            build=_build(_table(content, "build"), models),
             prompt=_value(check, "prompt", str),
             check_level=_value(check, "level", int) if "level" in check else 2,
         )
@@ -208,16 +221,24 @@ BUILD_KINDS: Mapping[str, type] = {
     "last_kv_cache_len": list,
     "post_weight_type": str,
     "post_topk": int,
+    "quantizer": str,
+    "bits": float,
+    "calibrated": str,
+    "calibrated_sha256": str,
 }
 
 
-def _build(table: Mapping[str, Any]) -> BuildDefaults:
+def _build(table: Mapping[str, Any], folder: Path) -> BuildDefaults:
     _known(table, BUILD_KINDS)
     required = {field.name for field in fields(BuildDefaults) if field.default is MISSING}
     values = {name: _value(table, name, BUILD_KINDS[name]) for name in BUILD_KINDS if name in required or name in table}
     history = values.pop("last_kv_cache_len", [])
     if not all(type(length) is int for length in history):
         raise BadInput(f"'last_kv_cache_len' is {history}: whole numbers are expected")
+    if "calibrated" in values:
+        if "calibrated_sha256" not in values:
+            raise BadInput(f"{values['calibrated']} has no digest: give its calibrated_sha256")
+        values["calibrated"] = folder / values["calibrated"]
     return BuildDefaults(**values, last_kv_cache_len=tuple(history))
 
 

@@ -15,6 +15,7 @@ from axrun.format.bundle import MANIFEST, read_manifest, sha256, verify
 if TYPE_CHECKING:
     from axc.build import Plan
 
+CALIBRATION = "calibration"  # the manifest's name of a file given with --calibrated
 MODEL_CONFIG = "model_config"  # the manifest's name of a config.json given with --model_config
 SHOWN = 2  # named differences; the rest is counted
 
@@ -82,6 +83,8 @@ def _made_from_others(planned: Plan, recorded: Mapping[str, Any]) -> Iterator[st
     files = {input_name(path, planned.checkpoint.adapters): path for path in planned.inputs}
     if planned.options.model_config:
         files[MODEL_CONFIG] = planned.options.model_config
+    if planned.options.calibrated:
+        files[CALIBRATION] = planned.options.calibrated
     for name in sorted({*files, *recorded}):
         if name not in files:
             yield f"it was made from a {name!a:.60} too"
@@ -96,7 +99,7 @@ def _same(path: Path, recorded: Mapping[str, Any]) -> bool:
 
 
 def _input(name: str, path: Path) -> str:
-    return f"--model_config {path}" if name == MODEL_CONFIG else name
+    return f"--model_config {path}" if name == MODEL_CONFIG else f"calibration {path}" if name == CALIBRATION else name
 
 
 def _value(value: object) -> str:

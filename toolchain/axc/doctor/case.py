@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from axc import build, config, expected, hf_folder
 from axc import compile as compiler
 from axc.bundle import input_name
+from axc.calibration.file import Calibrated, entries
 from axc.checkpoints import Checkpoint, Lora
 from axc.checkpoints.gguf import SUFFIX as GGUF
 from axc.quantizer.kept import Kept
+from axc.standing import CALIBRATION
 from axc.weights import Source
 from axrun import session
 from axrun.agreement import Noise, explained
@@ -95,11 +97,19 @@ class Case:
         return Bundle.open(self.options.bundle)
 
     @functools.cached_property
+    def calibrated(self) -> Mapping[str, Calibrated]:
+        """The matrices that were calibrated; raises BadInput."""
+        return entries(self.bundle.manifest)
+
+    @functools.cached_property
     def kept(self) -> Mapping[str, Kept]:
         """The matrices whose quantisation levels are taken from the checkpoint unchanged; raises BadInput."""
         types = self.bundle.flag("weight_type"), self.bundle.flag("post_weight_type")
         stored = self.checkpoint.tied() if self.config.tie_word_embeddings else self.checkpoint
-        return build.stored_types(stored, self.config, *types)[1]
+        return {
+            **build.stored_types(stored, self.config, *types)[1],
+            **{name: entry.kept(name) for name, entry in self.calibrated.items()},
+        }
 
     @functools.cached_property
     def engine(self) -> str:
@@ -247,7 +257,8 @@ class Case:
         found = []
         for name, entry in sorted(recorded.items()):
             path = self.options.model_config if name == MODEL_CONFIG else self.path_of(name)
-            if ("/" in name and name not in self._adapters) or path is None or not isinstance(entry, dict):
+            strange = "/" in name and name not in self._adapters
+            if strange or name == CALIBRATION or path is None or not isinstance(entry, dict):
                 continue
             if not path.is_file() or path.stat().st_size != entry.get("size") or sha256(path) != entry.get("sha256"):
                 found.append(name)

@@ -390,6 +390,8 @@ def faulty_weights(case: Case, index: int | None, tensors: dict[str, Stored]) ->
 
 def compared(case: Case, entry: Stored, name: str, index: int | None) -> Fault | None:
     """The difference of a stored tensor from the checkpoint's `name`; None if there is none."""
+    if (recorded := case.calibrated.get(name)) is not None and entry.scaled:
+        return weight_faults.unlike_calibrated(entry, name, case.weight, recorded.error)
     order = None if entry.order is None else entry.order.array()
     if order is not None and not np.array_equal(np.sort(order), np.arange(entry.shape[1])):
         cause, wanted = "the order of its columns is no permutation", f"each of 0 to {entry.shape[1] - 1} once"

@@ -57,6 +57,23 @@ def compare(stored: Stored, name: str, weight: Callable[[str, int, int], Floats]
     return None
 
 
+def unlike_calibrated(
+    stored: Stored, name: str, weight: Callable[[str, int, int], Floats], recorded: float
+) -> Fault | None:
+    """Calibrated levels are not the nearest ones: their relative error must be the one that the calibration left."""
+    noise = signal = 0.0
+    for start in range(0, stored.shape[0], ROWS):
+        stop = min(start + ROWS, stored.shape[0])
+        wanted = weight(name, start, stop)
+        noise += float(np.square(stored.values(start, stop) - wanted, dtype=np.float64).sum())
+        signal += float(np.square(wanted, dtype=np.float64).sum())
+    error = (noise / signal) ** 0.5 if signal else 0.0
+    if abs(error - recorded) <= SLACK * recorded + SLACK**2:
+        return None
+    cause = "its levels or scales are not those of its calibration, or the checkpoint is another"
+    return Fault(stored.name, "", cause, f"a relative error of {recorded:.4g}", f"{error:.4g}")
+
+
 def wrong_elements(stored: Stored, start: int, stop: int, wanted: Floats) -> Bools:
     """Which elements of rows [start, stop) are not the nearest that the type has to those of the checkpoint."""
     if not stored.scaled:

@@ -1,0 +1,44 @@
+"""Calibrations that llm_build makes on the way, in ~/.cache/axc/calibrations (XDG_CACHE_HOME): a build that is run
+again, or for another chip or context length, takes what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+from axc import config, identity
+from axc.calibration import text
+from axc.calibration.file import checkpoint_digest
+from axc.calibration.options import Options
+from axc.checkpoints import Checkpoint
+from axc.compile import weights
+
+
+def place(options: Options) -> Path:
+    """Where the calibration of these options is, or would be. Raises BadInput."""
+    checkpoint = Checkpoint.open(options.input_path, options.lora)
+    model = config.load(checkpoint, options.model_config, options.model_type)
+    checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
+    key = {
+        "checkpoint": checkpoint_digest(checkpoint, weights(model)),
+        "text": [text.digest(options.calibration), options.tokens, options.window],
+        "algorithm": options.decided(),
+        "tools": tools(),
+    }
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "axc" / "calibrations"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a container without a home: nothing is kept
+        cache = Path(tempfile.mkdtemp(prefix="axc-calibration-"))
+    return cache / f"{name}.safetensors"
+
+
+def tools() -> dict[str, str]:
+    """What computes a calibration."""
+    return {**identity.tools(), **{name: metadata.version(name) for name in ("torch", "transformers")}}

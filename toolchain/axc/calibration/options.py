@@ -1,0 +1,68 @@
+"""What the user asked of a calibration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from axc.checkpoints import Checkpoint, Lora
+from axrun.errors import BadInput
+
+BLOCKS = {"s4": 32, "s8": 64}
+LEAST_BITS, MOST_BITS = 4.5, 8.5
+
+
+@dataclass(frozen=True)
+class Options:
+    """`calibration` are texts in place of the one that comes with axc. `bits`: s8 for matrices that matter most, up to
+    so many bits a weight on average."""
+
+    input_path: Path
+    weight_type: str = "s4"
+    bits: float | None = None
+    calibration: tuple[Path, ...] = ()
+    tokens: int = 32768
+    window: int = 512
+    model_config: Path | None = None
+    model_type: str | None = None
+    lora: tuple[Lora, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.weight_type not in BLOCKS:
+            raise BadInput(f"--weight_type is {self.weight_type!r}; expected one of {', '.join(BLOCKS)} to calibrate")
+        if self.bits is not None and (self.weight_type != "s4" or not LEAST_BITS <= self.bits <= MOST_BITS):
+            raise BadInput(f"--bits is {self.bits:g}; expected {LEAST_BITS} to {MOST_BITS}, with --weight_type s4")
+        if not self.window <= self.tokens <= 1 << 24:
+            raise BadInput(f"--calibration_tokens is {self.tokens}; expected {self.window} to {1 << 24}")
+
+    @property
+    def block(self) -> int:
+        return BLOCKS[self.weight_type]
+
+    def decided(self) -> dict[str, Any]:
+        """What decides the result besides checkpoint and text."""
+        return {"weight_type": self.weight_type, "block": self.block, "bits": self.bits}
+
+
+def wanted(
+    path: Path,
+    weight_type: str | None,
+    quantizer: str | None,
+    calibrated: Path | None,
+    bits: float | None,
+    texts: list[Path],
+) -> bool:
+    """Whether a build calibrates first; s4 of a float checkpoint does unless `quantizer` is rtn.
+
+    Raises BadInput for flags that exclude each other, and for a checkpoint that cannot be opened.
+    """
+    flags = {"--bits": bits is not None, "--calibration": bool(texts)}
+    said = [flag for flag, given in flags.items() if given]
+    if calibrated and (quantizer or said):
+        raise BadInput(f"--calibrated is there already: leave {' and '.join(said or ['--quantizer'])} out")
+    if quantizer == "rtn" and said:
+        raise BadInput(f"{' and '.join(said)} belongs to --quantizer gptq")
+    if quantizer or said or calibrated or weight_type != "s4":
+        return quantizer == "gptq" or bool(said)
+    return not any(tensor.packed for tensor in Checkpoint.open(path).tensors.values())

@@ -1,0 +1,369 @@
+"""Calibrates a checkpoint: layer after layer behind those that are quantised already.
+
+Each layer runs twice on the text: with the inputs of the float model, and with those that the quantised layers before
+it give. What its linears then get decides their levels (`axc.quantizer.gptq`). Finished layers are on the disk: a
+calibration that was killed goes on behind them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.numpy import load_file
+from torch import nn
+
+from axc import config, reference
+from axc.calibration import bits, cache, file, text
+from axc.calibration.file import Calibrated
+from axc.calibration.linears import Piece, pieces
+from axc.calibration.options import Options
+from axc.calibration.streamed import INSTEAD, Call, Streamed, run
+from axc.checkpoints import EMBEDDING, HEAD, Checkpoint
+from axc.compile import weights
+from axc.families.family import ModelConfig
+from axc.quantizer import gptq
+from axc.weights import Source, float32
+from axrun.errors import BadInput
+from axrun.format.quantised import unpack4
+
+Tensor = Any  # torch.Tensor
+THREADS = 2  # fixed: how many there are decides the order of sums
+SMALLEST_BLOCK = 16
+PARTS = ".layers"
+FAST, SLOW = 4e11, 6e10  # operations a second: with units for bfloat16, and with AVX2
+
+Progress = Callable[[int, int, str], None]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of an axmodel's layer that is calibrated."""
+
+    name: str
+    source: Source
+    pieces: list[Piece]
+    layer: int
+    weight_type: str
+    block: int
+
+    @property
+    def bits(self) -> float:
+        return (4 if self.weight_type == "s4" else 8) + 16 / self.block
+
+
+@dataclass
+class Seen:
+    """Sums over the inputs x of some linears [in, in]: of x xT, and of (y - x) xT where y are the float model's."""
+
+    hessian: Tensor
+    drift: Tensor
+    modules: list[str] = field(default_factory=list)
+
+
+def calibrate(
+    options: Options, output: Path, progress: Progress = lambda *_: None, say: Say = lambda line: None
+) -> Path:
+    """Writes the calibration file of a checkpoint. Raises BadInput."""
+    checkpoint = Checkpoint.open(options.input_path, options.lora)
+    model = config.load(checkpoint, options.model_config, options.model_type, say)
+    checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
+    if any(tensor.packed for tensor in checkpoint.tensors.values()):
+        raise BadInput(f"{checkpoint.path} is quantised already\nCalibrate the float checkpoint that it was made from.")
+    window = min(options.window, model.context)
+    try:
+        tokenizer = reference.tokenizer(options.input_path)
+    except reference.Refused as refused:
+        raise BadInput(f"{str(refused).partition(chr(10))[0]}\nCalibration needs one: {INSTEAD}") from None
+    words = text.windows(options.calibration, tokenizer, options.tokens, window, model.vocab_size)
+    return on(words, checkpoint, model, options, output, progress, say)
+
+
+def on(
+    words: text.Text,
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    options: Options,
+    output: Path,
+    progress: Progress = lambda *_: None,
+    say: Say = lambda line: None,
+) -> Path:
+    """The same on a text that is tokenised. `checkpoint` is `tied` where the model is."""
+    sources = weights(model)
+    header = {
+        "version": file.VERSION,
+        "tools": cache.tools(),
+        "checkpoint": file.checkpoint_digest(checkpoint, sources),
+        "text": {
+            "sha256": words.sha256,
+            "files": list(words.names),
+            "tokens": words.tokens,
+            "window": words.windows.shape[1],
+        },
+        "algorithm": {"name": "gptq", "damp": gptq.DAMP, "drift": gptq.DRIFT, **options.decided()},
+    }
+    with _exactly():
+        streamed = Streamed(checkpoint, options.model_config)
+        found, others = matrices(sources, streamed, options)
+        if others:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            say(f"not calibrated, rounded to nearest: {others[0]}{more}")
+        ids = torch.from_numpy(words.windows)
+        say(_estimate(model, found, words.tokens))
+        if options.bits is not None:
+            found = bits.choose(streamed, found, ids, options.bits, progress)
+        return _layers(streamed, found, ids, header, output, progress)
+
+
+def matrices(sources: Mapping[str, Source], streamed: Streamed, options: Options) -> tuple[list[Matrix], list[str]]:
+    """Those that a linear of transformers' layers computes, and the names of the others. Raises BadInput for none."""
+    linears = {
+        f"{streamed.prefix}.{index}.{name}.weight": index
+        for index, layer in enumerate(streamed.layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    found: list[Matrix] = []
+    others: list[str] = []
+    for name, source in sources.items():
+        if len(source.shape) != 2 or name in (EMBEDDING, HEAD):
+            continue
+        made, block = pieces(source), options.block
+        while source.shape[1] % block:
+            block //= 2
+        layers = {linears.get(piece.name) for piece in made or []}
+        if made is None or len(layers) != 1 or None in layers or block < SMALLEST_BLOCK:
+            others.append(name)
+            continue
+        (layer,) = layers
+        found.append(Matrix(name, source, made, int(layer or 0), options.weight_type, block))
+    if not found:
+        raise BadInput(f"{streamed.checkpoint.path}: no matrix can be calibrated\nUse --quantizer rtn.")
+    return found, others
+
+
+def _layers(
+    streamed: Streamed, matrices: list[Matrix], ids: Tensor, header: dict[str, Any], output: Path, progress: Progress
+) -> Path:
+    of_layer = defaultdict(list)
+    for matrix in matrices:
+        of_layer[matrix.layer].append(matrix)
+    key = {**header, "weights": [[matrix.name, matrix.weight_type, matrix.block] for matrix in matrices]}
+    parts = _parts(output, key)
+    exact, calls = streamed.enter(ids)
+    given = list(exact)
+    total = len(streamed.layers)
+    with torch.no_grad():
+        for index in range(total):
+            progress(index, total, f"layer {index + 1}")
+            layer, path = streamed.load(index), parts / f"{index}.safetensors"
+            own, prefix = of_layer[index], f"{streamed.prefix}.{index}."
+            if path.is_file():
+                _load(path, own, layer, prefix, exact, calls[index])
+            else:
+                _save(path, _quantise(streamed, layer, prefix, own, exact, given, calls[index]))
+            if index + 1 < total:
+                for at, hidden in enumerate(given):
+                    given[at] = run(layer, calls[index], hidden)
+            streamed.release(layer)
+    progress(total, total, "writing")
+    arrays: dict[str, Any] = {}
+    listed: dict[str, Any] = {}
+    for index in range(total):
+        path = parts / f"{index}.safetensors"
+        arrays |= load_file(path)
+        listed |= json.loads(path.with_suffix(".json").read_text("utf-8"))
+    size = {matrix.name: matrix.source.shape[0] * matrix.source.shape[1] for matrix in matrices}
+    average = sum(matrix.bits * size[matrix.name] for matrix in matrices) / sum(size.values())
+    file.save(output, arrays, {**header, "bits": round(average, 4), "weights": listed})
+    shutil.rmtree(parts)
+    return output
+
+
+def _quantise(
+    streamed: Streamed,
+    layer: Any,
+    prefix: str,
+    matrices: list[Matrix],
+    exact: list[Tensor],
+    given: list[Tensor],
+    call: Call,
+) -> dict[str, tuple[Any, Any, Calibrated]]:
+    """Levels and scales of a layer's matrices; what they stand for is put into it. `exact` becomes its outputs."""
+    targets = {piece.name.removeprefix(prefix).removesuffix(".weight") for m in matrices for piece in m.pieces}
+    seen = _observe(layer, sorted(targets), exact, given, call)
+    group_of = {name: at for at, group in enumerate(seen) for name in group.modules}
+    batches: dict[tuple[Any, ...], list[Matrix]] = defaultdict(list)
+    for matrix in matrices:
+        orders = {None if piece.columns is None else piece.columns.tobytes() for piece in matrix.pieces}
+        groups = {group_of[piece.name.removeprefix(prefix).removesuffix(".weight")] for piece in matrix.pieces}
+        if len(groups) != 1 or len(orders) != 1:
+            raise BadInput(f"{matrix.name} is computed from several inputs\nUse --quantizer rtn.")
+        batches[(*groups, *orders, matrix.weight_type, matrix.block)].append(matrix)
+    result = {}
+    for (at, _, weight_type, block), batch in batches.items():
+        group, columns = seen[at], batch[0].pieces[0].columns
+        hessian, drift = group.hessian, group.drift
+        if columns is not None:
+            index = torch.from_numpy(columns)
+            hessian, drift = hessian[index][:, index], drift[index][:, index]
+        rows = [torch.from_numpy(float32(m.name, m.source, streamed.checkpoint)) for m in batch]
+        whole = torch.cat(rows)
+        try:
+            levels, scales = gptq.quantize(whole, hessian, file.TYPES[weight_type], block, drift)
+        except (ValueError, RuntimeError) as error:
+            raise BadInput(f"{batch[0].name} cannot be calibrated: {error}\nUse --quantizer rtn.") from None
+        sizes = [len(part) for part in rows]
+        for matrix, own, part, scale in zip(batch, rows, levels.split(sizes), scales.split(sizes), strict=True):
+            stored = gptq.dequantize(part, scale)
+            difference = stored - own
+            entry = Calibrated(
+                weight_type,
+                block,
+                matrix.bits,
+                _rounded(float(difference.square().sum()), float(own.square().sum())),
+                _rounded(_energy(difference, hessian), _energy(own, hessian)),
+            )
+            result[matrix.name] = (*gptq.as_arrays(part, scale), entry)
+            put(layer, prefix, matrix, stored)
+    return result
+
+
+def _observe(layer: Any, targets: list[str], exact: list[Tensor], given: list[Tensor], call: Call) -> list[Seen]:
+    """What linears of a layer get. Those that get the same tensor share one. `exact` becomes the layer's outputs."""
+    caught: dict[str, Tensor] = {}
+    hooks = [
+        layer.get_submodule(name).register_forward_pre_hook(
+            lambda _, arguments, name=name: caught.__setitem__(name, arguments[0])
+        )
+        for name in targets
+    ]
+    groups: list[Seen] = []
+    try:
+        for at, hidden in enumerate(exact):
+            exact[at] = run(layer, call, hidden)
+            wanted = {name: _flat(x) for name, x in caught.items()}
+            same = given[at] is hidden
+            if not groups:
+                groups = _grouped(caught)
+            if not same:
+                caught.clear()
+                run(layer, call, given[at])
+            for group in groups:
+                x = _flat(caught[group.modules[0]])
+                group.hessian.addmm_(x.T, x)
+                if not same:
+                    group.drift.addmm_((wanted[group.modules[0]] - x).T, x)
+            caught.clear()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return groups
+
+
+def _grouped(caught: dict[str, Tensor]) -> list[Seen]:
+    by_input: dict[int, Seen] = {}
+    for name, x in caught.items():
+        width = x.shape[-1]
+        group = by_input.setdefault(id(x), Seen(torch.zeros(width, width), torch.zeros(width, width)))
+        group.modules.append(name)
+    return list(by_input.values())
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def put(layer: Any, prefix: str, matrix: Matrix, values: Tensor) -> None:
+    """The values of an axmodel's matrix into transformers' linears that it is made of."""
+    start = 0
+    for piece in matrix.pieces:
+        weight = layer.get_submodule(piece.name.removeprefix(prefix).removesuffix(".weight")).weight
+        own = values[start : start + len(piece.rows)] / piece.factor
+        start += len(piece.rows)
+        rows = torch.from_numpy(piece.rows)
+        if piece.columns is None:
+            weight.data[rows] = own
+        else:
+            weight.data[rows[:, None], torch.from_numpy(piece.columns)[None]] = own
+
+
+def _save(path: Path, result: Mapping[str, tuple[Any, Any, Calibrated]]) -> None:
+    arrays = {}
+    for name, (levels, scales, entry) in result.items():
+        arrays[name], arrays[f"{name}_scale"] = file.packed(levels, entry.type), scales
+    path.with_suffix(".json").write_text(json.dumps({name: asdict(entry) for name, (*_, entry) in result.items()}))
+    file.save(path, arrays, {"version": file.VERSION, "weights": {}})
+
+
+def _load(path: Path, matrices: list[Matrix], layer: Any, prefix: str, exact: list[Tensor], call: Call) -> None:
+    """A layer that an earlier run finished: its outputs for the float model's inputs, then its stored weights."""
+    for at, hidden in enumerate(exact):
+        exact[at] = run(layer, call, hidden)
+    arrays = load_file(path)
+    for matrix in matrices:
+        levels, scales = arrays[matrix.name], arrays[f"{matrix.name}_scale"]
+        whole = unpack4(levels).reshape(len(levels), -1) if matrix.weight_type == "s4" else levels
+        values = gptq.dequantize(torch.from_numpy(whole).float(), torch.from_numpy(scales).float())
+        put(layer, prefix, matrix, values)
+
+
+def _parts(output: Path, key: Mapping[str, Any]) -> Path:
+    """The folder of finished layers; those of another calibration are removed. Raises BadInput."""
+    folder = output.with_name(output.name + PARTS)
+    whole = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    marker = folder / "key"
+    try:
+        if folder.exists() and not marker.is_file():
+            raise BadInput(f"{folder} is in the way\nMove it away, or choose another file.")
+        if folder.exists() and marker.read_text("utf-8") != whole:
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.write_text(whole, "utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot write {folder}: {error.strerror or error}") from None
+    return folder
+
+
+def _energy(weights: Tensor, hessian: Tensor) -> float:
+    return max(float(((weights @ hessian) * weights).sum(dtype=torch.float64)), 0.0)
+
+
+def _rounded(noise: float, signal: float) -> float:
+    """Root of noise over signal in four digits: more would tell one instruction set from another."""
+    return float(f"{(noise / signal) ** 0.5 if signal else 0.0:.4g}")
+
+
+def _estimate(model: ModelConfig, found: list[Matrix], tokens: int) -> str:
+    """What it will take, in words."""
+    shapes = [(matrix.layer, *matrix.source.shape) for matrix in found]
+    inputs = {(layer, columns) for layer, _, columns in shapes}
+    widest = max(columns for _, columns in inputs)
+    layer = max(sum(rows * columns for at, rows, columns in shapes if at == index) for index, _ in inputs)
+    memory = 450e6 + 4 * (3 * layer + 8 * widest**2 + 3 * tokens * model.hidden_size)
+    work = sum(6 * rows * columns * tokens for _, rows, columns in shapes)
+    work += sum(4 * tokens * columns**2 + 2 * columns**3 for _, columns in inputs)
+    minutes = f"{work / 60 / FAST + 1:.0f} to {work / 60 / SLOW + 2:.0f} minutes on 2 cores"
+    return f"calibration on {tokens} tokens: about {minutes}, {memory / 1e9:.1f} GB of memory"
+
+
+@contextlib.contextmanager
+def _exactly() -> Iterator[None]:
+    """A fixed number of threads, and matrix products in bfloat16 where the CPU has units for it."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(THREADS)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)

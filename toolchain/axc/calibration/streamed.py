@@ -1,0 +1,154 @@
+"""transformers' model of a checkpoint with one decoder layer in memory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from axc.checkpoints import Checkpoint, widen
+from axc.weights import float32
+from axc.weights.sources import Stored
+from axrun.errors import BadInput
+
+Tensor = Any  # torch.Tensor
+INSTEAD = "quantise without calibration, by --quantizer rtn."
+
+
+class _Reached(Exception):
+    """The last layer was called: nothing behind it is wanted."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the model gives a layer besides the hidden states."""
+
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+class Streamed:
+    """`layers` have no weights but those that `load` read; the embedding has the rows of the ids that are asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, model_config: Path | None = None) -> None:
+        """Raises BadInput where transformers has no such model, or names its weights otherwise."""
+        self.checkpoint = checkpoint
+        transformers.logging.set_verbosity_error()
+        try:
+            folder = model_config or checkpoint.folder
+            auto: Any = transformers.AutoConfig
+            config = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config._attn_implementation = "eager"
+            with _no_weights():
+                causal: Any = transformers.AutoModelForCausalLM
+                self.model: Any = causal.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+        except Exception as error:  # its loaders name no limit to what they raise
+            words = " ".join(str(error).split()) or type(error).__name__
+            raise BadInput(
+                f"{checkpoint.path} cannot be calibrated: transformers {transformers.__version__} has no such model: "
+                f"{words:.160}\nInstead, {INSTEAD}"
+            ) from None
+        length = config.get_text_config().num_hidden_layers
+        lists = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == length]
+        if not lists:
+            raise BadInput(
+                f"{checkpoint.path} cannot be calibrated: no list of {length} layers is found\nInstead, {INSTEAD}"
+            )
+        self.prefix, self.layers = max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+
+    def load(self, index: int) -> Any:
+        """Layer `index` with the checkpoint's weights in float32."""
+        layer = self.layers[index]
+        self.fill(layer, f"{self.prefix}.{index}.")
+        return layer
+
+    def fill(self, module: Any, prefix: str) -> None:
+        """The weights of a module whose name begins with `prefix`. Raises BadInput."""
+        for name, parameter in list(module.named_parameters()):
+            self.set(module, name, self.tensor(f"{prefix}{name}", tuple(parameter.shape)))
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor of the checkpoint in float32. Raises BadInput."""
+        stored = self.checkpoint.tensors.get(name)
+        if stored is None or stored.shape != shape:
+            raise BadInput(
+                f"{self.checkpoint.path} cannot be calibrated: transformers' model has a {name} of shape "
+                f"{list(shape)}, the checkpoint {'none' if stored is None else list(stored.shape)}\nInstead, {INSTEAD}"
+            )
+        return torch.from_numpy(float32(name, Stored(name, shape), self.checkpoint))
+
+    def release(self, module: Any) -> None:
+        """Gives the memory of a module's weights back."""
+        for name, parameter in list(module.named_parameters()):
+            self.set(module, name, parameter.to("meta"))
+
+    @staticmethod
+    def set(module: Any, name: str, value: Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    @torch.no_grad()
+    def enter(self, windows: Tensor) -> tuple[list[Tensor], list[Call]]:
+        """The first layer's inputs [1, n, hidden] for windows [count, n] of ids, and how the model calls each layer."""
+        used, compact = torch.unique(windows, return_inverse=True)
+        embedding = self.model.get_input_embeddings()
+        name = next(name for name, module in self.model.named_modules() if module is embedding) + ".weight"
+        dtype = self.checkpoint.dtype(name)
+        rows = [widen(self.checkpoint.finite_rows(name, row, row + 1), dtype) for row in used.tolist()]
+        embedding._parameters["weight"] = nn.Parameter(torch.from_numpy(np.concatenate(rows)), requires_grad=False)
+        entered: list[Tensor] = []
+        calls: list[Call] = []
+
+        def first(hidden: Tensor, *arguments: Any, **named: Any) -> Tensor:
+            entered.append(hidden.clone())
+            if len(entered) > 1:
+                raise _Reached
+            return then(hidden, *arguments, **named)
+
+        def then(hidden: Tensor, *arguments: Any, **named: Any) -> Tensor:
+            calls.append(Call(arguments, {**named, "past_key_values": None, "use_cache": False}))
+            if len(calls) == len(self.layers):
+                raise _Reached
+            return hidden
+
+        try:
+            for index, layer in enumerate(self.layers):
+                layer.forward = then if index else first
+            for ids in compact:
+                with contextlib.suppress(_Reached):
+                    self.model(ids[None], use_cache=False)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+            self.release(embedding)
+        return entered, calls
+
+
+def run(layer: Any, call: Call, hidden: Tensor) -> Tensor:
+    """A layer's outputs [1, n, hidden]."""
+    out = layer(hidden, *call.arguments, **call.named)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@contextlib.contextmanager
+def _no_weights() -> Iterator[None]:
+    """Modules made meanwhile have parameters without memory, and buffers as usual."""
+    register = nn.Module.register_parameter
+
+    def without(module: nn.Module, name: str, parameter: Any) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = without  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]

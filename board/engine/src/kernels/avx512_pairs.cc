@@ -44,19 +44,24 @@ void store_levels(const int16_t* levels, const Activations& of, Arithmetic order
 
 // Panel: for every 4 columns and 16 outputs two words w1, then two w0. Each group of columns ends with the sums of its
 // products.
-struct PairPanel {
-  uint8_t* at;
-  size_t steps;  // of a group of columns
-  __m512i products[kIntPanel / 16] = {};
+class PairPanel {
+ public:
+  PairPanel(uint8_t* at, size_t group) : at_(at), shift_(std::countr_zero(group / 4)) {}
 
   AXC_INLINE void put(size_t step, size_t half, __m512i w0, __m512i w1) {
-    _mm512_store_si512(at + (step * 4 + half * 2) * 64, w1);
-    _mm512_store_si512(at + (step * 4 + half * 2 + 1) * 64, w0);
-    products[half] = _mm512_dpwssd_epi32(products[half], w0, w1);
-    if ((step + 1) % steps) return;
-    _mm512_store_si512(at + kPairPanel + (step / steps * 2 + half) * 64, _mm512_sub_epi32(_mm512_setzero_si512(), products[half]));
-    products[half] = _mm512_setzero_si512();
+    _mm512_store_si512(at_ + (step * 4 + half * 2) * 64, w1);
+    _mm512_store_si512(at_ + (step * 4 + half * 2 + 1) * 64, w0);
+    products_[half] = _mm512_dpwssd_epi32(products_[half], w0, w1);
+    if ((step + 1) & ((size_t{1} << shift_) - 1)) return;  // a group, 32, 64 or 128 columns, goes on
+    const __m512i negated = _mm512_sub_epi32(_mm512_setzero_si512(), products_[half]);
+    _mm512_store_si512(at_ + kPairPanel + ((step >> shift_) * 2 + half) * 64, negated);
+    products_[half] = _mm512_setzero_si512();
   }
+
+ private:
+  uint8_t* at_;
+  int shift_;  // steps of a group, as a power of 2
+  __m512i products_[kIntPanel / 16] = {};
 };
 
 // The lowest bits of each word as a signed number. Of two shifts, which would do, a CPU begins fewer in a cycle.
@@ -70,7 +75,7 @@ AXC_INLINE inline __m512i signed_low(__m512i words) {
 template <Precision kPrecision>
 void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
   if (kPrecision == Precision::Bits8) return pack_bytes_int8(w, stride, rows, columns, group, panel);
-  PairPanel to{panel, group / 4};
+  PairPanel to(panel, group);
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(w);
   each_turned<kBlock>(bytes, stride, rows, columns, [&](size_t half, size_t part, const __m512i* r) AXC_INLINE {
     for (size_t i = 0; i < 16; ++i) to.put(part * 16 + i, half, signed_low<8>(r[i]), _mm512_srai_epi16(r[i], 8));
@@ -80,7 +85,7 @@ void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, size
 template <Precision kPrecision>
 void pack_int4(const uint8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
   if (kPrecision == Precision::Bits8) return pack_bytes_int4(w, stride, rows, columns, group, panel);
-  PairPanel to{panel, group / 4};
+  PairPanel to(panel, group);
   each_turned<kBlock / 2>(w, stride, rows, columns / 2, [&](size_t half, size_t, const __m512i* r) AXC_INLINE {
     for (size_t i = 0; i < 16; ++i) {
       to.put(2 * i, half, signed_low<4>(r[i]), signed_low<4>(_mm512_srli_epi16(r[i], 4)));

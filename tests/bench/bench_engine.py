@@ -22,6 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from axc.shapes import config_json
 from axc.synth import synth
+from tests.bench.tables import record
 from tests.engine.conftest import build
 
 ROUNDS = 3
@@ -30,7 +31,8 @@ FLAGS = ["--kv_cache_len", "1023", "--prefill_len", "128", "--hidden_state_type"
 CASES = {"s8": "Q8_0", "s4": "Q4_0", "bf16": "BF16", "fp16": "F16"}
 SMALL_CASES = {"s8": "Q8_0", "s4": "Q4_0", "s4 in 32": "Q4_0"}  # of SmolLM2-135M, whose width is no multiple of 128
 FLOATS = ("bf16", "fp16")
-OWN = ("ax", "ax-int8")
+OWN, PEERS = ("ax", "ax-int8"), ("ort", "llama.cpp")
+SHAPES = {"qwen2-0.5b": ("Qwen2-0.5B", "qwen2-0.5b"), "smollm-135m": ("SmolLM2-135M", "smollm2-135m")}
 
 # Both print one JSON object of seconds.
 OURS = """
@@ -244,13 +246,15 @@ def test_engine_decodes_every_architecture_as_fast(
     benchmark.pedantic(round_, rounds=ROUNDS)
     weights = {name: nbytes(tmp_path / name) for name in few_layers}
     benchmark.extra_info.update(best=best, bytes_per_token=weights)
-    print(f"\n{weight}:" + "".join(f"{what:>28}" for what in ("decode", "decode at 256")))
+    rows = []
     for name in few_layers:
-        row = f"{name:14}"
+        row = [f"{weight}, {name}"]
         for what in ("decode", "decode at 256"):
             rate, usual = (weights[one] / best[one][what] for one in (name, OTHERS[0]))
-            row += f"{best[name][what] * 1e3:7.2f} ms {rate / 1e9:5.1f} GB/s {rate / usual:5.2f}"
-        print(row)
+            row += [f"{best[name][what] * 1e3:.2f}", f"{rate / 1e9:.1f}", f"{rate / usual:.2f}"]
+        rows.append(row)
+    columns = ["", *(f"{what}{unit}" for what in ("decode", "at 256") for unit in (" ms", " GB/s", " of Qwen2's"))]
+    record(benchmark, "engine-architectures", "Engine: decode of other architectures, six layers", columns, rows)
 
 
 def llm_build(checkpoint: Path, bundle: Path, weight: str) -> None:
@@ -309,13 +313,33 @@ def measure(
     weights = nbytes(bundle)
     bound = weights / max(reads)
     benchmark.extra_info.update(best=best, bytes_per_second=max(reads), bytes_per_token=weights)
-    read = max(reads) / 1e9
-    print(f"\n{weight}: {weights / 1e6:.0f} MB a token, {read:.1f} GB/s: decode takes {bound * 1e3:.1f} ms at least")
     own = [name for name in rivals if name in OWN]
-    pairs = [(ours, theirs) for theirs in rivals for ours in own if theirs not in own]
-    columns = "".join(f"{theirs + ' / ' + ours:>20}" for ours, theirs in pairs)
-    print(f"{'ms':14}" + "".join(f"{name:>12}" for name in rivals) + columns)
-    for what in best["ax"]:
-        row = f"{what:14}" + "".join(f"{best[name][what] * 1e3:12.1f}" for name in rivals)
-        print(row + "".join(f"{best[theirs][what] / best[ours][what]:19.2f}x" for ours, theirs in pairs))
-    print("decode reaches " + ", ".join(f"{bound / best[ours]['decode']:.0%} of the bound ({ours})" for ours in own))
+    peers = [name for name in rivals if name not in own]
+    rows = [
+        [
+            f"{weight}, {what}",
+            *(f"{best[name][what] * 1e3:.1f}" if name in best else "" for name in (*OWN, *PEERS)),
+            *(f"{best[name][what] / best['ax'][what]:.2f}x" if name in best else "" for name in PEERS),
+        ]
+        for what in best["ax"]
+    ]
+    model, key = SHAPES.get(checkpoint.name, (checkpoint.name, "other"))
+    headlines = []
+    if weight in ("s8", "s4", "s4 in 32") and "llama.cpp" in peers:
+        for what in ("decode", "prefill 128"):
+            ours, theirs = best["ax"][what], best["llama.cpp"][what]
+            line = f"{what}, {model} {weight}", f"{ours * 1e3:.1f} ms", f"llama.cpp {peer} {theirs * 1e3:.1f} ms"
+            headlines.append((*line, f"{theirs / ours:.2f}x as fast"))
+    record(
+        benchmark,
+        f"engine-{key}",
+        f"Engine: {model} shapes, two cores, ms",
+        ["", *OWN, *PEERS, *(f"{name} / ax" for name in PEERS)],
+        rows,
+        unit="ms",
+        note="Decode: one token at position 0 or 256. Prefill: 23 or 128 tokens. ax-int8 rounds activations to 8 bits.",
+        bars=("ax", "llama.cpp"),
+        headlines=headlines,
+    )
+    shares = ", ".join(f"{bound / best[ours]['decode']:.0%} of the bound ({ours})" for ours in own)
+    print(f"{weights / 1e6:.0f} MB a token at {max(reads) / 1e9:.1f} GB/s: decode reaches {shares}")

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from axrun.measure.evaluate import log_softmax
 from tests.bench.bench_engine import GGUF, ROOT, checkpoint, script
+from tests.bench.tables import record
 from tests.engine.conftest import build
 
 __all__ = ["checkpoint"]
@@ -107,5 +108,8 @@ def test_accuracy_beside_q8_0(
         script(llama, LLAMA, gguf, ids, tmp_path / "llama.npy")
         found["Q8_0"] = divergence(reference, np.load(tmp_path / "llama.npy"))
     benchmark.extra_info.update(mean_kld=found)
-    print(f"\n{name}, hidden {hidden}: mean KLD " + ", ".join(f"{who} {kld:.3g}" for who, kld in found.items()))
+    kinds = ("ax", "ax-int8", "Q8_0")
+    cells = [f"{found[who]:.3g}" if who in found else "" for who in kinds]
+    title = "Accuracy: mean KLD of s8 on tiny-qwen2 and on random weights"
+    record(benchmark, "accuracy-s8", title, ["", *kinds], [[f"{name}, hidden {hidden}", *cells]])
     assert found["ax"] < 1e-3  # random weights come out 6 % above Q8_0, whose scales are finer: 32 columns, not a row

@@ -50,7 +50,8 @@ def runs(folder: Path, rows: int, columns: int, group: int) -> dict[str, tuple[A
 @pytest.mark.parametrize("columns", [1024, 1536])
 def test_block_sizes(columns: int, benchmark: BenchmarkFixture, tmp_path: Path) -> None:
     decode, prefill = (tmp_path / name for name in ("decode", "prefill"))
-    decode.mkdir(), prefill.mkdir()
+    decode.mkdir()
+    prefill.mkdir()
     few, many = runs(decode, 1 << 16, columns, 0), runs(prefill, 1 << 11, columns, 2)
     best = {(name, what): np.inf for name in CASES for what in ("decode", "prefill")}
 

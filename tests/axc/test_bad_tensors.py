@@ -116,4 +116,4 @@ def test_a_float32_beyond_the_embedding_table_s_bfloat16(checkpoint: Breakable, 
 @pytest.mark.parametrize("weight_type", ["s8", "s4"])
 def test_large_weights_are_quantised_without_a_warning(checkpoint: Breakable, tmp_path: Path, weight_type: str) -> None:
     folder = with_value(checkpoint(), MATRIX, (0, 7), 1e30, torch.float32)
-    assert_done(llm_build(folder, tmp_path / "bundle", "-w", weight_type))
+    assert_done(llm_build(folder, tmp_path / "bundle", "-w", weight_type, "--quantizer", "rtn"))

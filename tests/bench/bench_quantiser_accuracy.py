@@ -131,7 +131,7 @@ def test_quantisers_beside_llama_cpp(llama: str | None, benchmark: BenchmarkFixt
         f"Quality: SmolLM2-135M-Instruct with its channels in another order, {WINDOWS} x {WIDTH} tokens",
         ("", "bits a layer weight", "mean KLD", "same top token", "perplexity"),
         rows,
-        note="Against transformers in float32. Embedding and head: llama.cpp Q8_0, ours bfloat16 and s8 by row.",
+        note=f"Text: {Path(text).name} (BENCH_TEXT). Embedding and head: llama.cpp Q8_0, ours bfloat16 and s8 by row.",
         bars=("mean KLD",),
         headlines=headlines,
     )

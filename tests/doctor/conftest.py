@@ -113,8 +113,11 @@ def _remembering(tokenizer: Callable[[Path], Any]) -> Callable[[Path], Any]:
 
     def opened(path: Path) -> Any:
         try:
-            key = tuple((file.name, _content(file)) for file in sorted(path.iterdir()) if file.suffix in TEXTS)
+            files = sorted(path.iterdir()) if path.is_dir() else []
+            key = tuple((file.name, _content(file)) for file in files if file.suffix in TEXTS)
         except ValueError:
+            return tokenizer(path)
+        if not key:  # a GGUF file
             return tokenizer(path)
         if key not in known:
             known[key] = remembering(tokenizer(path))

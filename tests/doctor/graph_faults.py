@@ -167,8 +167,9 @@ def rotated_otherwise(which: int, theta: float) -> Callable[[onnx.ModelProto], N
 
 def exchange_branches(model: onnx.ModelProto) -> None:
     """The activation is of the other matrix's product."""
-    products = [entry for entry in model.graph.node if entry.op_type == "Mul"]
     sigmoid = node(model, "Sigmoid")
+    inner = next(entry for entry in model.graph.node if entry.op_type == "Mul" and sigmoid.output[0] in entry.input)
+    products = [inner, next(entry for entry in model.graph.node if inner.output[0] in entry.input)]
     gate = sigmoid.input[0]
     up = next(name for name in products[1].input if name != products[0].output[0])
     for entry in (sigmoid, *products):

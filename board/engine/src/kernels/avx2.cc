@@ -173,10 +173,26 @@ template <bool kFour, size_t kGroup>
   return sum(total - offset);
 }
 
+// 8-bit levels of a row that has one scale and no zero points: nothing but products and the activations' scales.
+[[gnu::noinline]] float dot_bytes(const Matrix& w, size_t row, const Activations& a, size_t token) {
+  const uint8_t* weights = w.data + row * w.columns;
+  Vf total{};
+  for (size_t b = 0; b < a.blocks(); ++b, weights += kBlock) {
+    const size_t entry = a.entry(b, token);
+    const Vi sum = products<false>(weights, a.levels + entry * kLevelBytes, least(kBlock, w.columns - b * kBlock));
+    total += __builtin_convertvector(sum, Vf) * a.scales[entry * a.groups()];
+  }
+  return sum(total);
+}
+
 constexpr size_t kDotRows = 1;
 
 inline void dots(const Matrix& w, size_t row, size_t, const Activations& a, size_t token, float* out) {
   const bool four = w.arithmetic == Arithmetic::Int4;
+  if (w.arithmetic == Arithmetic::Int8 && !w.zeros) {
+    *out = dot_bytes(w, row, a, token);
+    return;
+  }
   *out = by_group(w, a, [&](auto group) { return (four ? dot_row<true, group> : dot_row<false, group>)(w, row, a, token); });
 }
 

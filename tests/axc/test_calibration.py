@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axc import build, config
-from axc.calibration import run, text
+from axc import build, config, console
+from axc.calibration import cache, run, text
 from axc.calibration.file import KEY, CalibrationFile, entries
 from axc.calibration.options import Options, wanted
 from axc.calibration.streamed import Streamed
@@ -343,11 +343,16 @@ def _spoiled(tensors: dict[str, Any], header: dict[str, Any], how: str) -> None:
         entry["type"] = "s8"
     elif how == "odd block":
         entry["block"] = 0
+    elif how == "one level":
+        tensors[SCALE.removesuffix("_scale")][5, 7] ^= 1
     else:
         del header["weights"]
 
 
-DAMAGES = ["no scales", "a scale of 0", "other shape", "float32 scales", "another type", "odd block", "no weights"]
+DAMAGES = [
+    *("no scales", "a scale of 0", "other shape", "float32 scales"),
+    *("another type", "odd block", "one level", "no weights"),
+]
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -368,6 +373,19 @@ def test_a_truncated_file_is_refused(size: int, calibrated: Mapping[str, Path], 
     path.write_bytes(calibrated["4"].read_bytes()[:size])
     with pytest.raises(BadInput, match="is no calibration file"):
         CalibrationFile.open(path)
+
+
+def test_a_damaged_file_in_the_cache_is_made_again(
+    calibrated: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "cached.safetensors"
+    path.write_bytes(calibrated["4"].read_bytes()[:3000])
+    monkeypatch.setattr(cache, "place", lambda _: path)
+    monkeypatch.setattr(console, "calibrate", lambda _, to: to.write_bytes(calibrated["4"].read_bytes()))
+    assert console._calibrated(Options(tmp_path)) == path
+    assert path.read_bytes() == calibrated["4"].read_bytes()
+    assert "is no calibration file" in (said := capsys.readouterr().out)
+    assert said.endswith("; calibrating again\n")
 
 
 def test_who_calibrates(tiny_qwen2: Path, tmp_path: Path) -> None:

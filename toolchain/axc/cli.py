@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from axc import VERSION, identity, vendor_flags
 from axrun.command import Verb, dispatch
+from axrun.errors import BadInput
 
 if TYPE_CHECKING:
     from axc.calibration.options import Options as Calibration
@@ -128,6 +129,8 @@ def _llm_build(arguments: argparse.Namespace) -> None:
     from axc.build import Options
     from axc.calibration import options as calibrations
 
+    if arguments.calibrated_sha256 and not arguments.calibrated:
+        raise BadInput("--calibrated_sha256 is the digest of a file: name it with --calibrated")
     options = Options(
         input_path=arguments.input_path,
         output_path=arguments.output_path,

@@ -56,7 +56,7 @@ class CalibrationFile:
 
     @classmethod
     def open(cls, path: Path) -> CalibrationFile:
-        """Reads and checks all but the levels. Raises BadInput."""
+        """Reads and checks all of it. Raises BadInput."""
         try:
             with safetensors.safe_open(path, "np") as file:
                 header = json.loads((file.metadata() or {})[KEY])
@@ -66,6 +66,8 @@ class CalibrationFile:
                 names = set(file.keys())
                 for name, entry in weights.items():
                     _check(path, file, name, entry, names)
+                if payload_digest({name: file.get_tensor(name) for name in sorted(names)}) != header["payload"]:
+                    raise BadInput(f"{path} is damaged: its levels or scales are not those that were written")
         except BadInput:
             raise
         except OSError as error:
@@ -203,9 +205,19 @@ def checkpoint_digest(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> 
     return whole.hexdigest()
 
 
+def payload_digest(arrays: Mapping[str, NDArray[Any]]) -> str:
+    """SHA-256 over names and values: the metadata's errors hold for these levels and scales alone."""
+    whole = hashlib.sha256()
+    for name in sorted(arrays):
+        whole.update(f"{name}\n".encode())
+        whole.update(np.ascontiguousarray(arrays[name]).data)
+    return whole.hexdigest()
+
+
 def save(path: Path, arrays: Mapping[str, NDArray[Any]], header: Mapping[str, Any]) -> None:
     """Writes a file beside `path` and renames it. Raises BadInput."""
     part = path.with_name(path.name + ".part")
+    header = {**header, "payload": payload_digest(arrays)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # one key: safetensors writes several in no fixed order

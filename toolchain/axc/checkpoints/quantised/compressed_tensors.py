@@ -130,7 +130,7 @@ def _integers(raw: Raw, module: str, scheme: Scheme) -> Matrix:
     count = -(-columns // block)
     scale = raw.need(module, "weight_scale", SCALES, (1,) if scheme.group == 0 else (rows, count))
     groups = None if columns % block == 0 else staircase(columns, block)
-    if raw.find(module, "weight_g_idx"):
+    if raw.find(module, "weight_g_idx") or raw.modules("weight_g_idx"):  # all of them have one, or none
         index = raw.need(module, "weight_g_idx", ("I32", "I64"), (columns,))
         if (raw.array(index) != -1).any():  # how it is initialised
             groups = column_groups(index.file, index.key, raw.array(index), count, block)

@@ -107,11 +107,15 @@ def _as_foreign(family: Family[Any], values: dict[str, Any], path: Path, name: s
 
 def _not_supported(values: dict[str, Any], path: Path, name: object) -> str:
     """That it is not supported, what is nearest, and how to add it."""
+    if isinstance(name, str) and name.lower() in FAMILIES:
+        return f"{path}: model_type {name!r:.60} is not supported; {name.lower()!r} is: model types are lower case"
     nearest = _nearest(values, name)
     first = f"{path}: model_type {name!r:.60} is not supported; the nearest family is {nearest}"
     if unread := config_keys.unread(values, FAMILIES[nearest].reads):
         first += f",\nwhich does not compute with {', '.join(unread[:4])}{', ...' if len(unread) > 4 else ''}"
-    file = name.replace("-", "_") if isinstance(name, str) and name.replace("-", "_").isidentifier() else "NAME"
+    file = name.replace("-", "_") if isinstance(name, str) else ""
+    if not file.isidentifier() or (Path(__file__).parent / f"{file:.60}.py").exists():
+        file = "NAME"
     return f"{first}\nTo add it, follow {RECIPE} and write toolchain/axc/families/{file:.60}.py."
 
 

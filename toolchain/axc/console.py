@@ -112,14 +112,15 @@ def calibrate(options: calibrations.Options, output: Path) -> None:
 def _calibrated(options: calibrations.Options) -> Path:
     """The calibration file of a build, made where the cache has none or a damaged one. Raises BadInput."""
     path = calibration_cache.place(options)
-    if path.is_file():
-        try:
-            CalibrationFile.open(path)
-        except BadInput as damaged:
-            print(f"note: {str(damaged).splitlines()[0]}; calibrating again", flush=True)
-            path.unlink()
-    if not path.is_file():
-        calibrate(options, path)
+    with calibration_cache.locked(path):
+        if path.is_file():
+            try:
+                CalibrationFile.open(path)
+            except BadInput as damaged:
+                print(f"note: {str(damaged).splitlines()[0]}; calibrating again", flush=True)
+                path.unlink()
+        if not path.is_file():
+            calibrate(options, path)
     return path
 
 

@@ -4,10 +4,13 @@ again, or for another chip or context length, takes what is there.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -37,6 +40,14 @@ def place(options: Options) -> Path:
     except OSError:  # a container without a home: nothing is kept
         cache = Path(tempfile.mkdtemp(prefix="axc-calibration-"))
     return cache / f"{name}.safetensors"
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits until no other process makes the file at `path`."""
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def tools() -> dict[str, str]:

@@ -64,8 +64,11 @@ def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
         raise settings.refuse("weight_block_size", "expected two numbers of rows and columns")
     for module in raw.modules("weight"):
         weight = raw.tensors[f"{module}.weight"]
+        if weight.dtype == "F8_E5M2":
+            raise BadInput(f"{weight.file}: {weight.key} is stored as F8_E5M2; expected F8_E4M3\n{AGAIN}")
         if weight.dtype == "F8_E4M3":
-            suffix = "weight_scale_inv" if raw.find(module, "weight_scale_inv") else "weight_scale"
+            inverse = block is not None or raw.find(module, "weight_scale_inv")
+            suffix = "weight_scale_inv" if inverse and not raw.find(module, "weight_scale") else "weight_scale"
             yield matrix(raw, module, weight, suffix, tuple(block) if block else None)
 
 

@@ -96,7 +96,7 @@ def test_everything_on_the_board_ends_with_its_power(virtual: Place) -> None:
     [
         (["deploy", "--board", "ax65"], "error: no board is named 'ax65': ci/boards/ has ax630c, ax630c-farm, ax650"),
         (["deploy", "--board", "virtual", "--model", "qwen2-0.5b"], "error: there is no bundle "),
-        (["board.up", "--board", "ax650", "--fresh"], "error: ax650 is a board of its own"),
+        (["board.up", "--board", "ax650", "--fresh"], "error: ax650 is a real board"),
         (["rollback", "--board", "ax650-farm"], "error: ax650 is in a farm: set its coordinator, LG_COORDINATOR="),
     ],
 )

@@ -85,7 +85,7 @@ def test_reserved_locked_reached_and_let_go(farm: Board, virtual: Place, monkeyp
         with Connection(farm, at) as link:
             assert link.call("facts")["architecture"] == "aarch64"
         monkeypatch.setattr(place, "CLIENT_SECONDS", 3)
-        with pytest.raises(BadInput, match="no virtual got free in 3 s"), place.hold(farm):
+        with pytest.raises(BadInput, match="no virtual became free in 3 s"), place.hold(farm):
             pass
         monkeypatch.setattr(place, "CLIENT_SECONDS", 100)
     assert "acquired: None" in client("-p", "shelf-1", "show")

@@ -96,7 +96,7 @@ TENSORS: list[tuple[str, Change, str]] = [
     ("ct-int4", without("weight_scale"), f"{UP}.weight_scale is missing"),
     ("ct-int4", without("weight_shape"), f"{UP}.weight_shape is missing"),
     ("ct-int4-asymmetric", without("weight_zero_point"), f"{UP}.weight_zero_point is missing"),
-    ("fp8-blocks", without("weight_scale_inv"), f"{UP}.weight_scale is missing"),
+    ("fp8-blocks", without("weight_scale_inv"), f"{UP}.weight_scale_inv is missing"),
     ("gptq-32", put("qweight", lambda t: t.float()), "is stored as FLOAT; expected I32"),
     ("gptq-32", put("scales", lambda t: t.double()), "is stored as DOUBLE; expected FLOAT16"),
     ("gptq-32", put("scales", lambda t: t[:-1]), "has shape [3, 128]; expected [4, 128]"),

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axc import build, config, console
 from axc.calibration import cache, run, text
-from axc.calibration.file import KEY, CalibrationFile, entries
+from axc.calibration.file import KEY, CalibrationFile, entries, save
 from axc.calibration.options import Options, wanted
 from axc.calibration.streamed import Streamed
 from axc.checkpoints import Checkpoint
@@ -283,6 +283,22 @@ def test_a_build_writes_these_levels(calibrated: Mapping[str, Path], tiny_qwen2:
         assert np.array_equal(numpy_helper.to_array(tensors[f"{name}_scale"]), expected[f"{name}_scale"])
     again = build.build(build.plan(build.Options(tiny_qwen2, tmp_path / "1", calibrated=path, kv_cache_len=63)))
     assert not again.fresh
+
+
+def test_levels_of_another_matrix_are_found_while_building(
+    calibrated: Mapping[str, Path], tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    """The file's own digest is right: only the checkpoint tells that two matrices of one shape were exchanged."""
+    path, tensors = tmp_path / "exchanged.safetensors", load_file(calibrated["4"])
+    gate, up = (f"model.layers.2.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    for end in ("", "_scale"):
+        tensors[gate + end], tensors[up + end] = tensors[up + end], tensors[gate + end]
+    with safe_open(calibrated["4"], "np") as file:
+        save(path, tensors, json.loads(file.metadata()[KEY]))
+    asked = build.Options(tiny_qwen2, tmp_path / "out", calibrated=path, kv_cache_len=63)
+    with pytest.raises(BadInput, match=r"mlp\.(gate|up)_proj\.weight differs from the checkpoint by 1\.\d+; its"):
+        build.build(build.plan(asked))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_doctor_knows_calibrated_levels(calibrated: Mapping[str, Path], tiny_qwen2: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from axc import axllm, hf_folder, identity
 from axc.axllm import to_json
 from axc.axmodel.writer import Written
-from axc.calibration.file import PACKED, CalibrationFile
+from axc.calibration.file import CalibrationFile
 from axc.checkpoints import Checkpoint, Lora
 from axc.compile import Target
 from axc.embed import BFLOAT16_FILE
@@ -52,7 +52,7 @@ def finish(
     adapters: Sequence[Lora] = (),
     calibration: CalibrationFile | None = None,
 ) -> dict[str, Any]:
-    """Writes the manifest of all files in `folder` and returns it.
+    """Writes the manifest of all files in `folder` and returns it. Raises BadInput for the calibration of others.
 
     `inputs` and `outputs` are by file name; `outputs` are the axmodels and the embedding. `maker` names the compiler of
     the axmodels; the accuracy of another maker's weights is unknown and therefore omitted. `adapters` are merged into
@@ -66,7 +66,7 @@ def finish(
     axmodels = {file: written for file, written in outputs.items() if file != BFLOAT16_FILE}
     errors = {tensor: error for written in axmodels.values() for tensor, error in written.weight_error.items()}
     if calibration:
-        errors |= calibration.errors()
+        calibration.require_errors(errors)
     manifest: dict[str, Any] = {
         "schema": SCHEMA,
         "maker": maker,
@@ -104,7 +104,7 @@ def finish(
             "weight_error": {tensor: float(f"{errors[tensor]:.4g}") for tensor in sorted(errors)},
             "worst_weight_error": float(f"{max(errors.values(), default=0.0):.4g}"),
         }
-        stored = {tensor: kept[tensor].packed for tensor in sorted(kept) if kept[tensor].packed != PACKED}
+        stored = {tensor: kept[tensor].packed for tensor in sorted(kept) if not kept[tensor].calibrated}
         if stored:  # their types in the checkpoint
             manifest["accuracy"]["kept"] = stored
         if calibration:

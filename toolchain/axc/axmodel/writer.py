@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from axc.checkpoints import widen
 from axc.graph import Order, Parameter, Vector, Weight
 from axc.quantizer import SquaredError
 from axc.quantizer.kept import Kept
@@ -116,7 +117,11 @@ class Content:
             yield from kind.finish(weight.part, later) if isinstance(kind, Kept) else later
             return
         if isinstance(kind, Kept):
+            start = 0
             for arrays in self.tensors.levels(kind.tensor):
+                if kind.calibrated:
+                    self._measure(weight, start, *arrays)
+                    start += len(arrays[0])
                 try:
                     first = self._keep_rest(weight, kind.write(*arrays))
                 except OverflowError as overflow:
@@ -131,6 +136,15 @@ class Content:
             except OverflowError as overflow:
                 raise BadInput(f"{weight.name} holds {overflow}\nChoose another type for it.") from None
             yield first
+
+    def _measure(self, weight: Weight, start: int, levels: NDArray[np.int8], scales: NDArray[np.float32]) -> None:
+        """Adds the error of calibrated rows, from `start` on, against the checkpoint's."""
+        stop = start + len(levels)
+        wanted = widen(weight.source.rows(self.tensors, start, stop), weight.source.dtype(self.tensors))
+        values = levels.reshape(*scales.shape, -1) * scales[:, :, None]
+        error = self.errors.setdefault(weight.name, SquaredError())
+        error.noise += float(np.square(values.reshape(wanted.shape) - wanted, dtype=np.float64).sum())
+        error.signal += float(np.square(wanted, dtype=np.float64).sum())
 
     def _keep_rest(self, weight: Weight, arrays: Iterator[NDArray[Any]]) -> NDArray[Any]:
         """The first part of a block; the others are asked for later."""

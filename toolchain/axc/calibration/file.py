@@ -27,7 +27,7 @@ from axrun.format.quantised import pack4, unpack4
 
 VERSION = 1
 KEY = "calibration"
-PACKED = "calibrated"  # how a manifest names what a matrix is kept as
+SLACK = 1e-3
 TYPES = {"s4": "INT4", "s8": "INT8"}
 
 
@@ -42,7 +42,11 @@ class Calibrated:
     output_error: float
 
     def kept(self, name: str) -> Kept:
-        return Kept(TYPES[self.type], self.block, name, PACKED, "FLOAT16")
+        return Kept(TYPES[self.type], self.block, name, "calibration", "FLOAT16", calibrated=True)
+
+    def disagrees(self, error: float) -> bool:
+        """Whether a relative error of the weights is another than the recorded one, which has four digits."""
+        return abs(error - self.error) > SLACK * (self.error + SLACK)
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,15 @@ class CalibrationFile:
         rows, columns = levels.get_shape()
         return (rows, columns * 2 if self.weights[name].type == "s4" else columns), levels
 
-    def errors(self) -> dict[str, float]:
-        return {name: entry.error for name, entry in self.weights.items()}
+    def require_errors(self, measured: Mapping[str, float]) -> None:
+        """Raises BadInput unless the errors of the written matrices are those that the calibration recorded."""
+        for name, entry in self.weights.items():
+            error = measured.get(name, 0.0)  # a matrix of zeros has none
+            if entry.disagrees(error):
+                raise BadInput(
+                    f"{self.path}: {name} differs from the checkpoint by {error:.4g}; its calibration recorded "
+                    f"{entry.error:.4g}\nIts levels are not those of this matrix: calibrate again."
+                )
 
     def manifest(self) -> dict[str, Any]:
         """What a bundle's manifest says of it."""

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from axrun.errors import BadInput
 
-DEFAULT = Path(__file__).with_name("text.txt")  # written for this: prose, dialogue, code, several languages
+# this project's documents and code as they once were, and prose and dialogue in several languages written for it
+DEFAULT = Path(__file__).with_name("text.txt")
 MOST = 64 << 20  # bytes of a text
 
 

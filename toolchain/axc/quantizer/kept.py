@@ -31,7 +31,8 @@ class Kept:
     `tensor` is the checkpoint's name of it, `packed` the format that it has there. `zero_points`: there is also
     `<name>_zero_point` of the levels' type and the scales' shape, and value = (level - zero point) x scale.
     `repeat`: blocks that share a scale of the checkpoint. `reordered`: a digest of the checkpoint's `order` of columns,
-    where they are in that and the input is gathered so.
+    where they are in that and the input is gathered so. `calibrated`: the levels are those of a calibration, and the
+    checkpoint holds the values that they stand for, so that their error is measured.
     """
 
     dtype: str
@@ -42,6 +43,7 @@ class Kept:
     zero_points: bool = False
     repeat: int = 1
     reordered: str = ""
+    calibrated: bool = False
 
     @property
     def bits(self) -> float:

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from axc.checkpoints.quantised.gptq import scale_rows
 from axc.checkpoints.quantised.matrix import SCALES, Columns, Integers, Matrix, Raw, signed, staircase, unsigned
 from axc.checkpoints.settings import Settings, keys
-from axc.checkpoints.stored import StoredTensor
 
 NAME, BITS, EACH = "AWQ", 4, 8
 HARMLESS = keys(
@@ -59,10 +58,7 @@ def read_modules(raw: Raw, group_size: int, symmetric: bool, name: str = NAME) -
             groups=None if columns % block == 0 else staircase(columns, block),
             symmetric=symmetric,
         )
-        grid = integers.grid(BITS, scale.dtype)
-        kind = f"{name} {BITS}-bit"
-        stored = StoredTensor(f"{module}.weight", "FLOAT", (rows, columns), weight.file, weight.key, kind, grid)
-        yield Matrix(stored, integers)
+        yield integers.matrix(weight, (rows, columns), BITS, scale.dtype, f"{name} {BITS}-bit")
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from axc.checkpoints.quantised.matrix import (
     widened,
 )
 from axc.checkpoints.settings import Settings, keys
-from axc.checkpoints.stored import Rows, StoredTensor
+from axc.checkpoints.stored import Rows
 from axrun.errors import BadInput
 
 NAME = "compressed-tensors"
@@ -144,10 +144,7 @@ def _integers(raw: Raw, module: str, scheme: Scheme) -> Matrix:
         groups=groups,
         symmetric=scheme.symmetric,
     )
-    grid = integers.grid(scheme.bits, scale.dtype)
-    kind = f"{NAME} int{scheme.bits}"
-    stored = StoredTensor(f"{module}.weight", "FLOAT", (rows, columns), weight.file, weight.key, kind, grid)
-    return Matrix(stored, integers)
+    return integers.matrix(weight, (rows, columns), scheme.bits, scale.dtype, f"{NAME} int{scheme.bits}")
 
 
 def _zeros(raw: Raw, module: str, scheme: Scheme, rows: int, count: int) -> Rows | None:

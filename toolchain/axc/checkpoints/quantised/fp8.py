@@ -67,8 +67,8 @@ def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
         if weight.dtype == "F8_E5M2":
             raise BadInput(f"{weight.file}: {weight.key} is stored as F8_E5M2; expected F8_E4M3\n{AGAIN}")
         if weight.dtype == "F8_E4M3":
-            inverse = block is not None or raw.find(module, "weight_scale_inv")
-            suffix = "weight_scale_inv" if inverse and not raw.find(module, "weight_scale") else "weight_scale"
+            usual = ("weight_scale_inv", "weight_scale") if block else ("weight_scale", "weight_scale_inv")
+            suffix = next((name for name in usual if raw.find(module, name)), usual[0])
             yield matrix(raw, module, weight, suffix, tuple(block) if block else None)
 
 

@@ -98,10 +98,8 @@ def _matrix(raw: Raw, module: str, packing: Packing) -> Matrix:
         groups=groups,
         symmetric=packing.symmetric,
     )
-    grid = integers.grid(packing.bits, scale.dtype)
-    name = f"{packing.name} {packing.bits}-bit"
-    stored = StoredTensor(f"{module}.weight", "FLOAT", (rows, columns), weight.file, weight.key, name, grid)
-    return Matrix(stored, integers)
+    kind = f"{packing.name} {packing.bits}-bit"
+    return integers.matrix(weight, (rows, columns), packing.bits, scale.dtype, kind)
 
 
 @dataclass(frozen=True)

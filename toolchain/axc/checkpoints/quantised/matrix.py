@@ -126,6 +126,11 @@ class Integers:
             )
         return None
 
+    def matrix(self, packed: StoredTensor, shape: tuple[int, int], bits: int, scale_dtype: str, kind: str) -> Matrix:
+        """As the tensor `NAME.weight` of float32 rows. `packed` holds the codes, `kind` names the format."""
+        name, grid = f"{self.name}.weight", self.grid(bits, scale_dtype)
+        return Matrix(StoredTensor(name, "FLOAT", shape, packed.file, packed.key, kind, grid), self)
+
     def grid(self, bits: int, scale_dtype: str) -> Grid | None:
         """What it is exactly; None where groups have other sizes."""
         half = 1 << (bits - 1)

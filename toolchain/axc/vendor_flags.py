@@ -30,7 +30,7 @@ FLAGS: Mapping[str, VendorFlag] = MappingProxyType(
         "--tensor_parallel_size": VendorFlag(BOTH, "a model runs on one board, on all its cores: leave it out"),
         "--ld_param_opt": VendorFlag(("llm_build",), "weights are read from the file as they are: leave it out"),
         "--image_size": VendorFlag(("llm_build",), "vision towers are not built: give a language model"),
-        "--lora_adapter_path": VendorFlag(("llm_build2",), "merge the adapter into the checkpoint before the build"),
+        "--lora_adapter_path": VendorFlag(("llm_build2",), "give --lora, which takes adapters as peft saves them"),
         "--max_context": VendorFlag(("llm_build2",), "give --kv_cache_len, which is one less"),
         "--prefill_step_size": VendorFlag(("llm_build2",), "give --prefill_len, and --last_kv_cache_len for each step"),
         "--decode_step_size": VendorFlag(("llm_build2",), "all of the context is one decode group: leave it out"),

@@ -6,7 +6,6 @@
 #include <immintrin.h>
 
 #include <bit>
-
 #include <cstddef>
 #include <cstdint>
 
@@ -120,20 +119,17 @@ inline void each_turned(const uint8_t* w, size_t stride, size_t rows, size_t byt
   }
 }
 
-constexpr size_t kBytePanel = kIntPanel * kBlock;
-
-// Panel: for every 4 columns 32 outputs x 4 bytes; behind them, of each group of columns, what is to be added to the
-// product with unsigned levels: 2^7 times minus the sum of the weights.
-class BytePanel {
+// Sums over groups of 32, 64 or 128 columns, packed 4 at a step: at the end of a group minus its sum is stored.
+class GroupSums {
  public:
-  BytePanel(uint8_t* at, size_t group) : at_(at), shift_(std::countr_zero(group / 4)) {}
+  GroupSums(uint8_t* at, size_t group) : at_(at), shift_(std::countr_zero(group / 4)) {}
 
-  AXC_INLINE void put(size_t step, size_t half, __m512i w) {
-    _mm512_store_si512(at_ + (step * 2 + half) * 64, w);
-    sums_[half] = _mm512_dpbusd_epi32(sums_[half], _mm512_set1_epi8(-128), w);
-    if ((step + 1) & ((size_t{1} << shift_) - 1)) return;  // a group, 32, 64 or 128 columns, goes on
+  template <class More>
+  AXC_INLINE void add(size_t step, size_t half, const More& more) {
+    sums_[half] = more(sums_[half]);
+    if ((step + 1) & ((size_t{1} << shift_) - 1)) return;
     const __m512i negated = _mm512_sub_epi32(_mm512_setzero_si512(), sums_[half]);
-    _mm512_store_si512(at_ + kBytePanel + ((step >> shift_) * 2 + half) * 64, negated);
+    _mm512_store_si512(at_ + ((step >> shift_) * 2 + half) * 64, negated);
     sums_[half] = _mm512_setzero_si512();
   }
 
@@ -141,6 +137,24 @@ class BytePanel {
   uint8_t* at_;
   int shift_;  // steps of a group, as a power of 2
   __m512i sums_[kIntPanel / 16] = {};
+};
+
+constexpr size_t kBytePanel = kIntPanel * kBlock;
+
+// Panel: for every 4 columns 32 outputs x 4 bytes; behind them, of each group of columns, what is to be added to the
+// product with unsigned levels: 2^7 times minus the sum of the weights.
+class BytePanel {
+ public:
+  BytePanel(uint8_t* at, size_t group) : at_(at), sums_(at + kBytePanel, group) {}
+
+  AXC_INLINE void put(size_t step, size_t half, __m512i w) {
+    _mm512_store_si512(at_ + (step * 2 + half) * 64, w);
+    sums_.add(step, half, [&](__m512i sum) AXC_INLINE { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), w); });
+  }
+
+ private:
+  uint8_t* at_;
+  GroupSums sums_;
 };
 
 inline void pack_bytes_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {

@@ -46,22 +46,17 @@ void store_levels(const int16_t* levels, const Activations& of, Arithmetic order
 // products.
 class PairPanel {
  public:
-  PairPanel(uint8_t* at, size_t group) : at_(at), shift_(std::countr_zero(group / 4)) {}
+  PairPanel(uint8_t* at, size_t group) : at_(at), products_(at + kPairPanel, group) {}
 
   AXC_INLINE void put(size_t step, size_t half, __m512i w0, __m512i w1) {
     _mm512_store_si512(at_ + (step * 4 + half * 2) * 64, w1);
     _mm512_store_si512(at_ + (step * 4 + half * 2 + 1) * 64, w0);
-    products_[half] = _mm512_dpwssd_epi32(products_[half], w0, w1);
-    if ((step + 1) & ((size_t{1} << shift_) - 1)) return;  // a group, 32, 64 or 128 columns, goes on
-    const __m512i negated = _mm512_sub_epi32(_mm512_setzero_si512(), products_[half]);
-    _mm512_store_si512(at_ + kPairPanel + ((step >> shift_) * 2 + half) * 64, negated);
-    products_[half] = _mm512_setzero_si512();
+    products_.add(step, half, [&](__m512i sum) AXC_INLINE { return _mm512_dpwssd_epi32(sum, w0, w1); });
   }
 
  private:
   uint8_t* at_;
-  int shift_;  // steps of a group, as a power of 2
-  __m512i products_[kIntPanel / 16] = {};
+  GroupSums products_;
 };
 
 // The lowest bits of each word as a signed number. Of two shifts, which would do, a CPU begins fewer in a cycle.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from axrun.doctor.report import Finding, Report, Walked
+from axrun.doctor.report import Finding, Report, StageResult
 from axrun.errors import BadInput, CheckFailed
 from ci.device import doctor, place
 from ci.device.doctor import Diagnosis
@@ -20,8 +20,8 @@ REASON = "mean KL divergence is 0.4, worse than its gate"
 
 
 def report(finding: Finding | None = None, where: str = "here") -> Report:
-    walked = [Walked("files", "agrees", "15 files", 0.1)]
-    return Report("out/tiny", "cpu", where, "ax", walked, finding)
+    results = [StageResult("files", "agrees", "15 files", 0.1)]
+    return Report("out/tiny", "cpu", where, "ax", results, finding)
 
 
 def test_the_finding_comes_first_and_the_nights_reason_stays() -> None:

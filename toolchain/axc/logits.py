@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc import VERSION, config, drawings, figures, hf_folder
+from axc import VERSION, config, expected_graphs, figures, hf_folder
 from axc import compile as compiler
 from axc.bundle import add_file, input_name
 from axc.calibration.file import calibrated
@@ -103,10 +103,10 @@ def write(options: Options, show: Show = unseen, say: Say = lambda line: None) -
 
 def _graphs(checkpoint: Checkpoint, model: ModelConfig, manifest: Mapping[str, Any]) -> dict[str, Any] | None:
     """The graphs that this compiler writes for a bundle that it built itself; None for any other bundle."""
-    target = drawings.target(manifest)
-    if target is None or not drawings.same_compiler(manifest):
+    target = expected_graphs.target(manifest)
+    if target is None or not expected_graphs.same_compiler(manifest):
         return None
-    return drawings.listed(checkpoint, model, target, calibrated(manifest))
+    return expected_graphs.distinct_graphs(checkpoint, model, target, calibrated(manifest))
 
 
 def compute(

@@ -8,17 +8,17 @@ from axrun.decoder import Decoder
 from axrun.doctor.context import OURS, Context
 from axrun.doctor.direct import Layer, Result
 from axrun.doctor.figures import WALK
-from axrun.doctor.measured import KEYS, OUTPUT, VALUES, allowed, compare, wrong
 from axrun.doctor.replay import difference, kept
 from axrun.doctor.report import Finding
+from axrun.doctor.row_errors import KEYS, OUTPUT, VALUES, allowed, compare, wrong
 from axrun.doctor.runner import runner
-from axrun.doctor.walk import NotExamined, refused
+from axrun.doctor.stages import NotExamined, refused
 from axrun.errors import Failure
 from axrun.session import open_session
 
 STAGE = "cache"
 DECODER = "axrun: board/axrun/decoder.py"
-INSTALL = "Install or deploy axrun again: its files differ from the release, or the engine handles chunks wrongly."
+INSTALL = "Install or deploy axrun again: its files differ from the release, or the engine runs chunks wrongly."
 DECODED = 3  # tokens run one at a time, after the first prefill and at the end
 
 
@@ -59,7 +59,7 @@ def cache(context: Context) -> str | Finding:
                 DECODER,
                 differing.expected,
                 differing.seen,
-                f"called directly, the layer is right, so the runner is at fault: {differing.cause}",
+                f"the layer is right when called directly, so the runner is at fault: {differing.cause}",
                 INSTALL,
             )
         keys, values = kept(decoder)
@@ -68,22 +68,22 @@ def cache(context: Context) -> str | Finding:
             first = bad[0]
             stored = {entry.what for entry in bad} & {KEYS, VALUES}
             cause = (
-                "the rows are written to wrong positions"
+                "rows are written to the wrong positions"
                 if stored
-                else "the rows in the cache are right but not read correctly: the mask, or the start of a chunk"
+                else "the rows in the cache are right but read wrongly: a wrong mask, or a wrong start of a chunk"
             )
             if OUTPUT not in {entry.what for entry in bad}:
-                cause = "the rows were changed after the layer returned them, or written to wrong positions"
+                cause = "rows were changed after the layer returned them, or written to the wrong positions"
             return Finding(
                 STAGE,
                 f"layer {index}, {first.what} at position {first.position} of {count} tokens in the runner's chunks",
                 DECODER,
-                f"the float32 reference's, with an error of at most {noise.row:.2g}",
-                f"an error of {first.error:.2g}; called directly, the layer is right",
+                f"a relative error of at most {noise.row:.2g} against the float32 reference",
+                f"{first.error:.2g}; the layer called directly is within it",
                 cause,
                 INSTALL,
             )
-    return f"{bundle.layers} layers over {count} tokens in prefill, with history and in decode: same K, V and output"
+    return f"{bundle.layers} layers over {count} tokens in prefill, with history and in decode: K, V and output agree"
 
 
 def steps(count: int, prefill: int) -> Iterator[tuple[int, int]]:

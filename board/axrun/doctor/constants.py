@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axrun.doctor.context import OURS, Context
-from axrun.doctor.graphs import Drawing, difference, draw, unread
+from axrun.doctor.graphs import CanonicalGraph, canonical, difference, unused_tensor
 from axrun.doctor.report import Finding
 from axrun.errors import BadInput
 from axrun.format import axmodel
@@ -23,7 +23,7 @@ from axrun.format.quantised import Quantised, makers, quantised
 EPSILON = "epsilon"
 LARGEST = {"INT8": 64, "INT4": 4}  # minimum of the largest quantised value per scale: half of the range
 ROWS = 2048  # rows per step
-NOTHING = 2.0**-99  # scales below this belong to rows of zeros
+ZERO = 2.0**-99  # scales below this belong to rows of zeros
 
 
 def checksum(vector: NDArray[Any]) -> int:
@@ -43,26 +43,26 @@ def constants(context: Context, stage: str, index: int | None) -> Finding | None
         model = axmodel.read(path)
     except BadInput:
         return None  # reported by the stage files
-    if other := _whose(model, index):
+    if other := _other_layers(model, index):
         seen = f"weights of layer {', '.join(other)}"
         cause = f"it is the axmodel of layer {other[0]}: two layers were swapped, or one was copied over another"
         return _finding(stage, part, path.name, f"weights of {part}", seen, cause)
     for name, tensor in model.initializers.items():
         if tensor.dtype == "FLOAT" and name in listed and checksum(tensor.array()) != listed[name]:
             words = _words(tensor.array())
-            cause = f"{name} is not the checkpoint's"
+            cause = f"{name} differs from the checkpoint"
             return _finding(stage, f"{part}, {name}", path.name, "the checkpoint's values", words, cause)
     if fault := _epsilon(model, about):
         expected, seen = fault
-        return _finding(stage, f"{part}, epsilon of a norm", path.name, expected, seen, "eps is not the checkpoint's")
+        return _finding(stage, f"{part}, epsilon of a norm", path.name, expected, seen, "not the checkpoint's epsilon")
     if wrong := unfit_scales(model):
         return _finding(stage, f"{part}, {wrong[0]}", path.name, *wrong[1:])
     if changed := _graph(model, about.get("graphs"), bundle.manifest, index):
-        return _finding(stage, f"{part}, graph", path.name, "the graph that axc writes", "another", changed)
+        return _finding(stage, f"{part}, graph", path.name, "the graph that axc writes", "a different graph", changed)
     return None
 
 
-def _whose(model: axmodel.Axmodel, index: int | None) -> list[str]:
+def _other_layers(model: axmodel.Axmodel, index: int | None) -> list[str]:
     """Other layers whose weights are in the file."""
     named = {name.split(".")[2] for name in model.initializers if name.startswith("model.layers.")}
     return sorted(named - {str(index)})
@@ -71,7 +71,7 @@ def _whose(model: axmodel.Axmodel, index: int | None) -> list[str]:
 def _graph(model: axmodel.Axmodel, known: object, manifest: Mapping[str, Any], index: int | None) -> str:
     """The difference from the compiler's graph, if the bundle was made by the compiler that stored it."""
     if not isinstance(known, dict) or known.get("digest") != manifest["tools"].get("digest"):
-        return unread(model)
+        return unused_tensor(model)
     distinct, layers = known.get("distinct"), known.get("layers")
     wanted = known.get("post")
     if index is not None:
@@ -79,9 +79,9 @@ def _graph(model: axmodel.Axmodel, known: object, manifest: Mapping[str, Any], i
             wanted = distinct[layers[index]]  # type: ignore[index]
         except (TypeError, IndexError, KeyError):
             wanted = None
-    drawing = Drawing.parse(wanted)
-    changed = "" if drawing is None else difference(draw(model, index, drawing.constants), drawing, index)
-    return changed or unread(model)
+    expected = CanonicalGraph.parse(wanted)
+    changed = "" if expected is None else difference(canonical(model, index, expected.constants), expected, index)
+    return changed or unused_tensor(model)
 
 
 def unfit_scales(model: axmodel.Axmodel) -> tuple[str, str, str, str] | None:
@@ -100,7 +100,7 @@ def unfit_scales(model: axmodel.Axmodel) -> tuple[str, str, str, str] | None:
         if matrix.dims[1] % packed.block or matrix.dtype not in LARGEST:
             continue
         largest = _largest(packed)
-        bad = np.flatnonzero((largest < LARGEST[matrix.dtype]) & (np.abs(scales) > NOTHING))
+        bad = np.flatnonzero((largest < LARGEST[matrix.dtype]) & (np.abs(scales) > ZERO))
         if len(bad):
             wanted = f"a largest quantised value of at least {LARGEST[matrix.dtype]}"
             beside = "" if packed.zeros is None else " from the zero point"

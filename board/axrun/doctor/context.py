@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from axrun.doctor import figures as stored
 from axrun.doctor.figures import Figures
 from axrun.doctor.installed import Installed
-from axrun.doctor.walk import NotExamined, Say
+from axrun.doctor.stages import NotExamined, Say
 from axrun.format.bundle import Bundle
 from axrun.session import libax_engine
 

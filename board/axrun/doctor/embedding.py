@@ -43,23 +43,23 @@ def embedding(context: Context) -> str | Finding:
     expected, found = (bf16_to_f32(values)[:4].tolist() for values in (wanted[row], seen))
     cause = _cause(table, ids, wanted, len(bad), token)
     words = (", ".join(f"{value:.5g}" for value in values) + ", ..." for values in (expected, found))
-    return _finding(context, f"the row of token {token}", next(words), f"{next(words)}; {many}", cause)
+    return _finding(context, f"row of token {token}", next(words), f"{next(words)}; {many}", cause)
 
 
 def _cause(table: Bits, ids: NDArray[np.int64], wanted: Bits, bad: int, token: int) -> str:
     rows = table[ids]
     if (rows.byteswap() == wanted).all():
-        return "the bytes of each value are swapped (big-endian, the other order)"
+        return "values are big-endian, expected little-endian"
     for shift in SHIFTS:
         inside = (ids + shift >= 0) & (ids + shift < len(table))
         if bad == len(ids) and (table[ids[inside] + shift] == wanted[inside]).all():
-            return f"every row is {shift:+d} rows from its place: a row was lost or added before it"
+            return f"all rows are shifted by {shift:+d}: a row was lost or inserted"
     apart = (wanted.astype(np.int32) & 0x7FFF) - (rows.astype(np.int32) & 0x7FFF)
     same_sign = (wanted >> 15 == rows >> 15) | (rows & 0x7FFF == 0)
     if same_sign.all() and ((apart == 0) | (apart == 1)).all():
         return "values were truncated to bfloat16 instead of rounded to the nearest"
     if same_sign.all() and (np.abs(apart) <= 1).all():
-        return "values were rounded twice, or from a precision other than the checkpoint's"
+        return "values were rounded twice, or from another precision than the checkpoint has"
     with np.errstate(all="ignore"):
         ours, theirs = bf16_to_f32(np.ascontiguousarray(rows)), bf16_to_f32(wanted)
         ratio = float((ours * theirs).sum() / (theirs * theirs).sum())
@@ -67,10 +67,10 @@ def _cause(table: Bits, ids: NDArray[np.int64], wanted: Bits, bad: int, token: i
             return f"every row is scaled by {ratio:.4g}: a scale that belongs in the model was applied to the table"
     place = _elsewhere(table, wanted[list(ids).index(token)])
     if place is not None:
-        return f"that row is at token {place}: rows were swapped, or the table has another order"
+        return f"the expected row is that of token {place}: rows were swapped, or the table is in another order"
     if bad < len(ids) / 2:
-        return f"{bad} of {len(ids)} rows differ: the file was damaged in part"
-    return "the table of another checkpoint"
+        return f"{bad} of {len(ids)} rows differ: the file is partly damaged"
+    return "the table belongs to another checkpoint"
 
 
 def _elsewhere(table: Bits, row: Bits) -> int | None:

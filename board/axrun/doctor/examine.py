@@ -19,9 +19,9 @@ from axrun.doctor.layers import layers
 from axrun.doctor.post import answer, post
 from axrun.doctor.report import Finding, Report
 from axrun.doctor.sampling import sampling
+from axrun.doctor.stages import Say, Stage, run_stages
 from axrun.doctor.text import template, tokenizer
 from axrun.doctor.versions import versions
-from axrun.doctor.walk import Say, Stage, walk
 from axrun.errors import BadInput, Failure
 from axrun.format import logits
 from axrun.format.bundle import MANIFEST, Bundle, read_manifest
@@ -74,7 +74,7 @@ def examine(
         "sampling": lambda: sampling(context().bundle, list(_rows(context().bundle))),
         "answer": of(answer),
     }
-    return walk(report, stages, show)
+    return run_stages(report, stages, show)
 
 
 def _maker(path: Path) -> str:

@@ -64,7 +64,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Figures:
-    """Reference inputs and outputs of the layers, the post model and the embedding, from the float32 checkpoint.
+    """Inputs and outputs of the layers, the post model and the embedding, computed from the float32 checkpoint.
 
     `hidden` [L, B, H], `keys` and `values` [L, B, D] are the base rows, in the hidden state type; `given` and `kept`
     [N] are the indices of the base rows at each position. `visits` [V, 3]: group (WALK: the runner's chunks), start,
@@ -190,7 +190,7 @@ def _sums_fault(figures: Figures, about: Mapping[str, Any]) -> str:
     if not isinstance(sums, dict):
         return ""
     return next(
-        (f"its {name} were changed afterwards" for name in ARRAYS if sums.get(name) != _sum(getattr(figures, name))), ""
+        (f"the checksum of {name} is wrong" for name in ARRAYS if sums.get(name) != _sum(getattr(figures, name))), ""
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Union
 
 from axrun.doctor.flags import described, weight_types
 from axrun.doctor.report import Finding
-from axrun.doctor.walk import refused
+from axrun.doctor.stages import refused
 from axrun.errors import BadInput, Failure
 from axrun.format import axmodel
 from axrun.format.axmodel import LFS_POINTER, Axmodel
@@ -52,7 +52,7 @@ def files(folder: Path, progress: Progress = lambda nbytes: None) -> str | Findi
     entries = manifest["files"]
     size = sum(entry["size"] for entry in entries.values())
     return (
-        f"{len(entries)} files, {size / 1e6:.1f} MB, as the manifest lists them; {bundle.layers} layers and post, "
+        f"{len(entries)} files, {size / 1e6:.1f} MB, match the manifest; {bundle.layers} layers and post, "
         f"made by {bundle.maker}"
     )
 
@@ -100,7 +100,7 @@ def _stored(folder: Path, manifest: Mapping[str, Any], progress: Progress) -> Fi
             odd[0],
             "a regular file",
             "a link" if stat.S_ISLNK(present[odd[0]].st_mode) else "a folder or a device",
-            "copied by a tool that keeps or creates links",
+            "the copy tool kept or created links",
             COPY,
         )
     if wrong := [name for name, entry in entries.items() if present[name].st_size != entry["size"]]:
@@ -126,9 +126,9 @@ def _other_bytes(folder: Path, entries: Mapping[str, Any], progress: Progress) -
     if other:
         swapped = other in seen and owners.get(seen[other]) == name
         cause = f"the two files were swapped: {name} and {other}" if swapped else f"{other} was copied over it"
-        return _finding(f"{name} holds the bytes of {other}", name, expected, f"those of {other}", cause, COPY)
+        return _finding(f"{name} holds the bytes of {other}", name, expected, f"the sha256 of {other}", cause, COPY)
     cause = "changed after the build: edited, or damaged by a disk or a transfer"
-    return _finding(_damaged(list(seen)), name, expected, f"sha256 {seen[name][:16]}..., the same size", cause, COPY)
+    return _finding(_damaged(list(seen)), name, expected, f"sha256 {seen[name][:16]}..., same size", cause, COPY)
 
 
 def _extra(extra: list[str]) -> Finding | None:
@@ -151,14 +151,14 @@ def _resized(path: Path, entry: Mapping[str, Any], size: int) -> tuple[str, str]
     if not size:
         return "the disk was full, or the copy was cut short", COPY
     if head == LFS_POINTER:
-        return "a Git LFS pointer, not the file it stands for", "Run git lfs pull in its repository, and copy it again."
+        return "a Git LFS pointer instead of the file", "Run git lfs pull in its repository, and copy it again."
     if entry["size"] < size <= MOST_TEXT:
         unix = path.read_bytes().replace(b"\r\n", b"\n")
         if hashlib.sha256(unix).hexdigest() == entry["sha256"]:
-            return "line ends became CRLF: copied as text by a tool or by Git on Windows", COPY
+            return "line ends became CRLF: copied as text, or checked out by Git on Windows", COPY
     if size < entry["size"]:
-        return "edited, of another build, or its copy was cut short", COPY
-    return "a file of another build, or something was appended", COPY
+        return "edited, from another build, or the copy was cut short", COPY
+    return "from another build, or data was appended", COPY
 
 
 def _present(folder: Path) -> dict[str, os.stat_result]:
@@ -205,17 +205,17 @@ def _axmodels(bundle: Bundle) -> Finding | None:
             cause = (
                 "built with other options than the rest, or copied from another bundle before the manifest was written"
             )
-            return _finding(f"{part}: its {what}", path.name, expected, seen, cause, BUILD)
+            return _finding(f"{part}: {what}", path.name, expected, seen, cause, BUILD)
     rows = bundle.vocab_size * bundle.hidden_size * 2
     if (size := bundle.embedding_path.stat().st_size) != rows:
         shape = f"{rows:,} bytes: {bundle.vocab_size} x {bundle.hidden_size} bfloat16"
-        cause = "the table of another model or vocabulary"
+        cause = "the table belongs to another model or vocabulary"
         return _finding("the embedding table", bundle.embedding_file, shape, f"{size:,} bytes", cause, BUILD)
     return None
 
 
 def _differences(bundle: Bundle, part: str, model: Axmodel) -> Iterator[tuple[str, str, str]]:
-    """Differences as (what, expected, seen). Of the vendor's axmodels only the maker is checked: the rest is closed."""
+    """Differences as (what, expected, seen). The vendor's format is closed: only the maker is checked."""
     ours = bundle.maker == "cpu"
     if model.ours != ours:
         made = model.producer_name or "an unknown compiler"

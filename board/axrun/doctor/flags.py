@@ -24,13 +24,13 @@ Difference = tuple[str, str, str]  # what, expected, seen
 
 
 def described(bundle: Bundle) -> Iterator[Difference]:
-    """Inconsistencies in the manifest. Flags are checked for our own compiler only: the vendor's has others."""
+    """Inconsistencies in the manifest. Flags are checked for axc only: the vendor's compiler has others."""
     context = max((group.history for group in bundle.groups if group.tokens == 1), default=0)
     if context != bundle.kv_cache_len:
         yield "kv_cache_len", f"a context of {bundle.kv_cache_len}", f"a decode group with {context} rows"
     layers = _layers(bundle)
     if layers is not None and layers != bundle.layers:
-        yield "layers", f"{layers} layers, as hf/config.json has", f"{bundle.layers}"
+        yield "layers", f"{layers} layers, as in hf/config.json", f"{bundle.layers}"
     if bundle.maker == "cpu":
         yield from _flags(bundle)
 
@@ -58,7 +58,7 @@ def _flags(bundle: Bundle) -> Iterator[Difference]:
     if bundle.prefill_len and {group.tokens for group in prefill} != {bundle.prefill_len}:
         yield "prefill_len", f"groups of {bundle.prefill_len} tokens", f"{[group.tokens for group in prefill]}"
     if not bundle.layer_file.startswith(f"{bundle.model_type}_"):
-        yield "model_type", f"that of {bundle.layer_file}", bundle.model_type
+        yield "model_type", f"the prefix of {bundle.layer_file}", bundle.model_type
 
 
 def _layers(bundle: Bundle) -> int | None:

@@ -1,7 +1,7 @@
-"""A canonical form of an axmodel's graph (`Drawing`): operators in order with their inputs, and the outputs.
+"""A canonical form of an axmodel's graph (`CanonicalGraph`): operators in order with their inputs, and the outputs.
 
 Names of intermediate values are dropped; those of inputs, outputs and initializers are kept. The index of a layer is
-replaced by `#`, so that equal layers have equal drawings.
+replaced by `#`, so that equal layers have equal forms.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Named = dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
-class Drawing:
+class CanonicalGraph:
     """`nodes`: [operator, domain, attributes, inputs, outputs]. An input is the name of a graph input or
     an initializer, or the number and output of the node that produces it: `12.0`.
 
@@ -43,7 +43,7 @@ class Drawing:
         return {**vars(self)}
 
     @classmethod
-    def parse(cls, values: object) -> Drawing | None:
+    def parse(cls, values: object) -> CanonicalGraph | None:
         """The inverse of `json`; None for invalid values."""
         kinds = {"nodes": list, "inputs": dict, "outputs": dict, "tensors": dict, "constants": dict}
         kinds["metadata"] = dict
@@ -62,8 +62,8 @@ class Drawing:
         return cls(**{name: values[name] for name in kinds})
 
 
-def draw(model: Axmodel, index: int | None, constants: Mapping[str, int] | None = None) -> Drawing:
-    """The drawing of a layer's axmodel, or of the post model's (`index` None).
+def canonical(model: Axmodel, index: int | None, constants: Mapping[str, int] | None = None) -> CanonicalGraph:
+    """The canonical graph of a layer's axmodel, or of the post model (`index` None).
 
     `constants`: names whose data are compared; the given checksums are used unless the file has the data.
     """
@@ -89,7 +89,7 @@ def draw(model: Axmodel, index: int | None, constants: Mapping[str, int] | None 
     for name, known in (constants or {}).items():
         tensor = model.initializers.get(name.replace(LAYER, own))
         sums[named(name)] = known if tensor is None or tensor.raw is None else checksum(tensor)
-    return Drawing(
+    return CanonicalGraph(
         nodes,
         {info.name: [info.dtype, list(info.shape)] for info in model.inputs},
         {info.name: [info.dtype, list(info.shape), places.get(info.name, "")] for info in model.outputs},
@@ -99,10 +99,10 @@ def draw(model: Axmodel, index: int | None, constants: Mapping[str, int] | None 
     )
 
 
-def unread(model: Axmodel) -> str:
+def unused_tensor(model: Axmodel) -> str:
     """Describes a tensor that no operator reads; empty if there is none.
 
-    This needs no reference graph: a missing operator leaves its weight unused.
+    Finds a missing operator without a reference graph: its weight is unused.
     """
     read = {name for node in model.nodes for name in node.inputs}
     name = next((name for name in model.initializers if name not in read), "")
@@ -113,13 +113,13 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.raw or b"")
 
 
-def difference(seen: Drawing, wanted: Drawing, index: int | None = None) -> str:
-    """Describes the first difference; empty if both compute the same. `index` replaces the # in names."""
+def difference(seen: CanonicalGraph, wanted: CanonicalGraph, index: int | None = None) -> str:
+    """Describes the first difference; empty if the graphs are equal. `index` replaces the # in names."""
     words = _operators(seen, wanted) or _wiring(seen, wanted) or _ends(seen, wanted) or _stored(seen, wanted)
     return (words or _metadata(seen, wanted)).replace(LAYER, f"model.layers.{index}.")
 
 
-def _operators(seen: Drawing, wanted: Drawing) -> str:
+def _operators(seen: CanonicalGraph, wanted: CanonicalGraph) -> str:
     ours, theirs = ([_signature(node, graph) for node in graph.nodes] for graph in (seen, wanted))
     for what, first, last, other_first, other_last in difflib.SequenceMatcher(
         None, ours, theirs, autojunk=False
@@ -129,68 +129,68 @@ def _operators(seen: Drawing, wanted: Drawing) -> str:
         gone = ", ".join(_called(node, wanted) for node in wanted.nodes[other_first:other_last][:2])
         extra = ", ".join(_called(node, seen) for node in seen.nodes[first:last][:2])
         if what == "delete":
-            return f"the graph has {extra}, which the compiler does not write"
+            return f"the graph has {extra}, which axc does not write"
         if what == "insert":
             return f"the graph lacks {gone}"
         node, other = seen.nodes[first], wanted.nodes[other_first]
         changed = _attributes(node, other) or _inputs(seen, node, wanted, other)
-        return changed or f"the graph has {extra} in the place of {gone}"
+        return changed or f"the graph has {extra} instead of {gone}"
     return ""
 
 
-def _wiring(seen: Drawing, wanted: Drawing) -> str:
+def _wiring(seen: CanonicalGraph, wanted: CanonicalGraph) -> str:
     pairs = zip(seen.nodes, wanted.nodes)
     return next((_inputs(seen, node, wanted, other) for node, other in pairs if node[3] != other[3]), "")
 
 
-def _inputs(seen: Drawing, node: Sequence[Any], wanted: Drawing, other: Sequence[Any]) -> str:
+def _inputs(seen: CanonicalGraph, node: Sequence[Any], wanted: CanonicalGraph, other: Sequence[Any]) -> str:
     """Describes the first different input of two nodes with the same operator."""
     if node[0] != other[0] or node[3] == other[3]:
         return ""
     at = next((i for i, (a, b) in enumerate(zip(node[3], other[3])) if a != b), min(len(node[3]), len(other[3])))
     pairs = ((seen, node), (wanted, other))
     sources = [_source(graph, entry[3][at]) if at < len(entry[3]) else "missing" for graph, entry in pairs]
-    return f"input {at} of {_called(node, seen)} is {sources[0]}, the compiler uses {sources[1]}"
+    return f"input {at} of {_called(node, seen)} is {sources[0]}, axc uses {sources[1]}"
 
 
-def _ends(seen: Drawing, wanted: Drawing) -> str:
+def _ends(seen: CanonicalGraph, wanted: CanonicalGraph) -> str:
     for what, ours, theirs in (("input", seen.inputs, wanted.inputs), ("output", seen.outputs, wanted.outputs)):
         for name in {**theirs, **ours}:
             if name not in ours or name not in theirs:
-                return f"the graph {'lacks the' if name not in ours else 'has another'} {what} {name}"
+                return f"the graph {'lacks the' if name not in ours else 'has the extra'} {what} {name}"
             if ours[name][:2] != theirs[name][:2]:
                 shapes = [f"{entry[0]}{entry[1]}" for entry in (ours[name], theirs[name])]
-                return f"{what} {name} is {shapes[0]}, the compiler writes {shapes[1]}"
+                return f"{what} {name} is {shapes[0]}, axc writes {shapes[1]}"
     for name, entry in seen.outputs.items():
         if entry[2] != wanted.outputs[name][2]:
             sources = [_source(graph, graph.outputs[name][2]) for graph in (seen, wanted)]
             taken = next((other for other, values in wanted.outputs.items() if values[2] == entry[2]), "")
-            swapped = f": it belongs to {taken}" if taken else ""
-            return f"output {name} is {sources[0]}, the compiler has {sources[1]}{swapped}"
+            swapped = f": this is the value of {taken}" if taken else ""
+            return f"output {name} is {sources[0]}, axc writes {sources[1]}{swapped}"
     return ""
 
 
-def _stored(seen: Drawing, wanted: Drawing) -> str:
+def _stored(seen: CanonicalGraph, wanted: CanonicalGraph) -> str:
     read = {name for node in wanted.nodes for name in node[3]}
     for name, entry in wanted.tensors.items():
         if name in read and seen.tensors.get(name) != entry:
             kinds = [f"{each[0]}{each[1]}" if each else "missing" for each in (seen.tensors.get(name), entry)]
-            return f"{name} is {kinds[0]}, the compiler writes {kinds[1]}"
+            return f"{name} is {kinds[0]}, axc writes {kinds[1]}"
     for name, known in wanted.constants.items():
         if seen.constants.get(name, known) != known:
-            return f"the constant {name} has other values than the compiler writes"
+            return f"the values of constant {name} differ from those that axc writes"
     return ""
 
 
-def _metadata(seen: Drawing, wanted: Drawing) -> str:
+def _metadata(seen: CanonicalGraph, wanted: CanonicalGraph) -> str:
     for key in {**wanted.metadata, **seen.metadata}:
         ours, theirs = seen.metadata.get(key), wanted.metadata.get(key)
         if ours != theirs:
-            return f"{key} is {ours or 'not there'}, the compiler writes {theirs or 'none'}"
+            return f"{key} is {ours or 'missing'}, axc writes {theirs or 'none'}"
     return ""
 
 
-def _signature(node: Sequence[Any], graph: Drawing) -> str:
+def _signature(node: Sequence[Any], graph: CanonicalGraph) -> str:
     constants = [name if name in graph.tensors else "" for name in node[3]]
     return repr((node[0], node[1], constants, sorted(node[2].items())))
 
@@ -208,7 +208,7 @@ def _value(value: Any) -> Any:
     return value if isinstance(value, (int, str)) else repr(value)
 
 
-def _called(node: Sequence[Any], graph: Drawing) -> str:
+def _called(node: Sequence[Any], graph: CanonicalGraph) -> str:
     constants = [name for name in node[3] if name in graph.tensors]
     return str(node[0]) + (f" with {constants[0]}" if constants else "")
 
@@ -219,11 +219,11 @@ def _attributes(node: Sequence[Any], other: Sequence[Any]) -> str:
     for name in sorted({*node[2], *other[2]}):
         seen, wanted = node[2].get(name), other[2].get(name)
         if seen != wanted:
-            return f"{name} of {node[0]} is {seen}, the compiler writes {wanted}"
+            return f"{name} of {node[0]} is {seen}, axc writes {wanted}"
     return ""
 
 
-def _source(graph: Drawing, place: str) -> str:
+def _source(graph: CanonicalGraph, place: str) -> str:
     """Describes a value by the operator that produces it and the nearest weight or input before that."""
     made = {output: node for node in graph.nodes for output in node[4]}
     if place not in made:
@@ -244,4 +244,4 @@ def _source(graph: Drawing, place: str) -> str:
     return name
 
 
-__all__ = ["Drawing", "checksum", "difference", "draw", "unread"]
+__all__ = ["CanonicalGraph", "canonical", "checksum", "difference", "unused_tensor"]

@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from axrun.doctor import fits
+from axrun.doctor import compatibility
 from axrun.session import libax_engine
 
 PROC = Path("/proc/ax_proc")  # Axera's driver
@@ -66,7 +66,7 @@ class Installed:
     @property
     def chip(self) -> str:
         """The family of the chip according to the driver, else the vendor's engine; empty if unknown."""
-        return fits.family(self.chip_type) or (self.vendors.chip if self.vendors else "")
+        return compatibility.family(self.chip_type) or (self.vendors.chip if self.vendors else "")
 
 
 def look(proc: Path = PROC, soc: Path = libax_engine.BOARD) -> Installed:
@@ -96,7 +96,7 @@ def ask(folder: str) -> Engine:
     try:
         told = json.loads(done.stdout[:MOST])
         symbols = bool(told["affinity"]), bool(told["ops"])
-        chip = fits.BY_SYMBOLS.get(symbols, "")
+        chip = compatibility.BY_SYMBOLS.get(symbols, "")
         return Engine(folder, printable(str(told["version"])), chip, int(told["extensions"]), interpreter)
     except (ValueError, KeyError, TypeError):
         said = done.stderr.decode("utf-8", "replace").strip().splitlines()

@@ -49,8 +49,8 @@ def known_faults(start: int, count: int) -> Iterator[KnownFault]:
         yield KnownFault("its mask lets every token see all others: it is not causal", np.zeros_like(right))
         behind = right.copy()
         behind[rows[1:], start + rows[1:] - 1] = BLOCKED
-        yield KnownFault("its mask hides the token before: off by one", behind)
+        yield KnownFault("its mask hides the previous token: off by one", behind)
     for shift in (1, -1):
         yield KnownFault(f"its positions are off by {shift:+d}", right, shift)
     if start:
-        yield KnownFault("its positions start at 0 after a history", right, -start)
+        yield KnownFault("its positions start at 0 although there is a history", right, -start)

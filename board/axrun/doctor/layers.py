@@ -10,11 +10,12 @@ from axrun.doctor.constants import constants
 from axrun.doctor.context import Context
 from axrun.doctor.direct import Floats, Layer, Result
 from axrun.doctor.figures import WALK
-from axrun.doctor.measured import (
+from axrun.doctor.report import Finding
+from axrun.doctor.row_errors import (
     KEYS,
     OUTPUT,
     VALUES,
-    Measured,
+    RowError,
     allowed,
     compare,
     expected,
@@ -22,8 +23,7 @@ from axrun.doctor.measured import (
     wrong,
     wrong_channels,
 )
-from axrun.doctor.report import Finding
-from axrun.doctor.walk import refused
+from axrun.doctor.stages import refused
 from axrun.errors import BadInput, Failure
 
 STAGE = "layers"
@@ -42,7 +42,7 @@ def layers(context: Context) -> str | Finding:
             layer = _open(context, index, context.engine)
         except BadInput as failure:
             return constants(context, STAGE, index) or refused(STAGE, failure, f"layer {index} does not load", name)
-        entries: list[Measured] = []
+        entries: list[RowError] = []
         outputs = []
         for visit in _visits(context):
             try:
@@ -64,12 +64,12 @@ def layers(context: Context) -> str | Finding:
         worst = max(worst, *(entry.error for entry in entries))
     visits = list(_visits(context))
     return (
-        f"{bundle.layers} layers in {len(visits)} visits of {len(bundle.groups)} groups: outputs, K and V; "
-        f"worst error {worst:.2g} of {noise.row:.2g} allowed"
+        f"{bundle.layers} layers, {len(visits)} runs of {len(bundle.groups)} groups: outputs, K and V; "
+        f"largest error {worst:.2g}, allowed {noise.row:.2g}"
     )
 
 
-def _with_rows(found: Finding, index: int, bad: Sequence[Measured], entries: Sequence[Measured]) -> Finding:
+def _with_rows(found: Finding, index: int, bad: Sequence[RowError], entries: Sequence[RowError]) -> Finding:
     """Adds the wrong rows to a finding of the exact checks."""
     if not bad:
         return found
@@ -97,9 +97,9 @@ def _channels(
         STAGE,
         f"layer {index}, channel {first} of the output" + f" and {len(channels) - 1} more" * (len(channels) > 1),
         file,
-        f"it adds {updates[first]:.4g}",
-        f"it adds {ours[first] - given[first]:.4g}; the other channels agree",
-        "a row of down_proj or o_proj was damaged, or has another row's scale",
+        f"the layer adds {updates[first]:.4g}",
+        f"the layer adds {ours[first] - given[first]:.4g}; the other channels agree",
+        "a row of down_proj or o_proj is damaged, or has the scale of another row",
         "Copy or build the bundle again; `axc doctor` compares the weights themselves.",
     )
 
@@ -120,13 +120,13 @@ def _run(context: Context, layer: Layer, source: int, visit: int) -> Result:
 
 
 def _finding(
-    context: Context, index: int, bad: Sequence[Measured], entries: Sequence[Measured], noise: Noise
+    context: Context, index: int, bad: Sequence[RowError], entries: Sequence[RowError], noise: Noise
 ) -> Finding:
     first = min(bad, key=lambda entry: ORDER[entry.what])
     file = context.bundle.layer_path(index).name
     most = noise.row if first.error > noise.row else noise.rms
     cause, advice = pattern(bad, entries), "Build the bundle again; if the error persists, report it with this output."
-    other = _whose(context, index, noise)
+    other = _matching_layer(context, index, noise)
     if other is not None:
         cause = f"it is the axmodel of layer {other}: two layers were swapped, or one was copied over another"
         advice = "Copy or build the bundle again."
@@ -139,14 +139,14 @@ def _finding(
         STAGE,
         f"layer {index}, {first.place}, {first.what}",
         file,
-        f"the float32 reference's, with an error of at most {most:.2g}",
-        f"an error of {first.error:.2g}, cosine {first.cosine:.4f}; {len(bad)} of {len(entries)} rows are wrong",
+        f"a relative error of at most {most:.2g} against the float32 reference",
+        f"{first.error:.2g}, cosine {first.cosine:.4f}; {len(bad)} of {len(entries)} rows are wrong",
         cause,
         advice,
     )
 
 
-def _whose(context: Context, index: int, noise: Noise) -> int | None:
+def _matching_layer(context: Context, index: int, noise: Noise) -> int | None:
     """The layer whose figures this axmodel matches in its first visit, if any."""
     figures, visit = context.figures, next(_visits(context))
     layer = _open(context, index, context.engine)
@@ -176,4 +176,4 @@ def _other_engine(context: Context, index: int, noise: Noise) -> tuple[str, str]
     if wrong(entries, noise):
         return None
     library = "libax_engine.so" if context.engine.startswith("ax") else "onnxruntime"
-    return library, f"the engine: {other} agrees with the reference on the same axmodel"
+    return library, f"the engine is at fault: {other} agrees with the reference on the same axmodel"

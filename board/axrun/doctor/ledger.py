@@ -126,7 +126,7 @@ class Ledger:
                 self._rows(kind, layer, caches[kind][layer][0])
                 if not np.isfinite(to_float32(caches[kind][layer][0, self.position :], self.dtype)).all():
                     cause = "rows after the end of the cache are not finite: a mask does not hide those"
-                    raise _wrong(self._text, "finite rows", "others", cause)
+                    raise _wrong(self._text, "finite rows", "non-finite rows", cause)
 
     def _numbers(self, count: int) -> Array:
         return (self._next + np.arange(count)) % CODES
@@ -154,7 +154,7 @@ class Ledger:
         cause = self._holds(kind, layer, row, seen)
         part = f"{self._text}: {KINDS[kind]} row {row} in the cache"
         raise _wrong(
-            part, f"the row that layer {layer} returned for position {row}", f"another; {len(bad)} rows are", cause
+            part, f"the row that layer {layer} returned for position {row}", f"another; {len(bad)} rows differ", cause
         )
 
     def _holds(self, kind: int, layer: int, row: int, seen: Array) -> str:
@@ -202,9 +202,9 @@ class Ledger:
         if len(seen) < count or not np.array_equal(seen[:count], wanted):
             bad = np.flatnonzero((seen[:count] != wanted[: len(seen)]).any(axis=1)) if len(seen) >= count else [0]
             cause = "a layer does not get the output of the previous one, or in another order"
-            raise _wrong(part, f"the hidden state of token {self.position + int(bad[0])}", "another", cause)
+            raise _wrong(part, f"the hidden state of token {self.position + int(bad[0])}", "a different one", cause)
         if not np.isfinite(to_float32(seen, self.dtype)).all():
-            raise _wrong(part, "finite hidden states in padding", "others", "padding is not cleared")
+            raise _wrong(part, "finite hidden states in padding", "non-finite ones", "padding is not cleared")
 
 
 class DummySession:

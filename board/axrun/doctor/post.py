@@ -12,9 +12,9 @@ from axrun.agreement import GAP, centred, cosines, logit_errors
 from axrun.doctor.constants import constants
 from axrun.doctor.context import Context
 from axrun.doctor.figures import unpacked
-from axrun.doctor.measured import allowed_post, allowed_whole
 from axrun.doctor.report import Finding
-from axrun.doctor.walk import NotExamined, refused
+from axrun.doctor.row_errors import allowed_post, allowed_whole
+from axrun.doctor.stages import NotExamined, refused
 from axrun.errors import Failure
 from axrun.generate import Token, forced, steps
 from axrun.load import Loading
@@ -46,16 +46,16 @@ def post(context: Context) -> str | Finding:
     worst = int(errors.error.argmax())
     most = float(errors.error[worst])
     if most <= noise.row and not (few := _few(ours, reference)):
-        return f"{len(ours)} rows of {bundle.vocab_size:,} logits; worst error {most:.2g} of {noise.row:.2g} allowed"
+        return f"{len(ours)} rows of {bundle.vocab_size:,} logits; largest error {most:.2g}, allowed {noise.row:.2g}"
     if most <= noise.row:
-        part = f"the logit of token {few[0]}" + f" and {len(few) - 1} more" * (len(few) > 1)
+        part = f"logit of token {few[0]}" + f" and {len(few) - 1} more" * (len(few) > 1)
         wanted, seen = f"{reference[0, few[0]]:.4g}", f"{ours[0, few[0]]:.4g}"
-        cause = "rows of the head were damaged, or have the scale of another row"
+        cause = "rows of the head are damaged, or have the scale of another row"
         return _finding(POST, part, file, wanted, seen, cause)
     cause = _cause(ours, reference, noise.row)
     tops = [f"token {int(row.argmax())} most likely" for row in (reference[worst], ours[worst])]
     seen = f"{tops[1]}, error {errors.error[worst]:.2g}, cosine {errors.cosine[worst]:.4f}"
-    return _finding(POST, f"row {worst} of the logits", file, f"{tops[0]}, error at most {noise.row:.2g}", seen, cause)
+    return _finding(POST, f"logits, row {worst}", file, f"{tops[0]}, error at most {noise.row:.2g}", seen, cause)
 
 
 def _few(ours: Floats, reference: Floats) -> list[int]:
@@ -68,17 +68,17 @@ def _few(ours: Floats, reference: Floats) -> list[int]:
 
 def _cause(ours: Floats, reference: Floats, most: float) -> str:
     if not np.isfinite(ours).all():
-        return "values that are not finite: an overflow, or damaged weights"
+        return "values are not finite: an overflow, or damaged weights"
     for shift in (1, -1, 2, -2):
         if (logit_errors(np.roll(ours, -shift, axis=1), reference).error <= most).all():
-            return f"the head's rows are {shift:+d} rows from their place"
+            return f"the rows of the head are shifted by {shift:+d}"
     if (cosines(centred(ours), centred(reference)) > 0.999).all():
         ratio = float((centred(ours) * centred(reference)).sum() / (centred(reference) ** 2).sum())
         return f"logits are scaled by {ratio:.3g}: a scale or a soft cap is missing, or applied twice"
     few = _few(ours, reference)
     if few:
-        return f"{len(few)} logits are far off, token {few[0]} first: rows of the head were damaged"
-    return "another model's head or final norm, or the norm's weight or eps is not the checkpoint's"
+        return f"{len(few)} logits are far off, token {few[0]} first: rows of the head are damaged"
+    return "the head or final norm of another model, or a norm whose weight or epsilon differs from the checkpoint"
 
 
 def answer(context: Context) -> str | Finding:
@@ -111,7 +111,7 @@ def answer(context: Context) -> str | Finding:
             "",
             f"an error of at most {noise.logits:.2g}",
             seen,
-            "each layer is right by itself: the runner combines them wrongly, or errors accumulate",
+            "each layer alone is right: the runner combines them wrongly, or errors accumulate",
         )
     places = {int(token): place for place, token in enumerate(ids)}
     same = 0
@@ -123,9 +123,9 @@ def answer(context: Context) -> str | Finding:
         margin = float(reference[at, places[theirs]]) - least if theirs in places else 0.0
         if mine != theirs and not margin <= gap:
             part = f"token {at + 1} of the answer"
-            cause = f"the reference prefers its token by {margin:.2g}, and errors explain {gap:.2g}"
+            cause = f"the reference's token leads by {margin:.2g} in logits; the measured errors explain {gap:.2g}"
             return _finding(ANSWER, part, "", f"token {theirs}", f"token {mine}", cause)
-    return f"{same} of {len(tokens)} greedy tokens are the same (teacher-forced); error of logits {rms:.2g}"
+    return f"{same} of {len(tokens)} greedy tokens agree (teacher-forced); error of the logits {rms:.2g}"
 
 
 def _forced(model: Model, asked: list[int], tokens: list[int]) -> Iterator[Floats]:

@@ -16,13 +16,12 @@ from axrun.agreement import LEAST_UPDATE, ROUNDING, SMALLEST
 from axrun.decoder import Chunk, Decoder
 from axrun.doctor.direct import Floats, Layer, Result
 from axrun.doctor.known_faults import known_faults
-from axrun.doctor.measured import KEYS, OUTPUT, VALUES
+from axrun.doctor.row_errors import KEYS, OUTPUT, VALUES
 from axrun.errors import CheckFailed
 from axrun.format.dtypes import to_float32
 
-ROLLED_BACK = (
-    3  # minimum number of tokens to cache and roll back before the sequence (two prefills, if there are prefill groups)
-)
+# Minimum number of tokens to cache and roll back before the sequence; with prefill groups, two prefills.
+ROLLED_BACK = 3
 VENDORS = 5e-3  # tolerance relative to the update, for engines that are not deterministic; estimated
 ALIKE = 0.98  # minimum cosine of rows considered equal
 EXPLAINED = 0.5  # a known fault is the cause if it reduces the difference below this factor
@@ -55,8 +54,8 @@ def difference(
 ) -> tuple[Floats, Difference | None]:
     """Runs a single-layer decoder over steps (start, stop) of hidden states [n, H], and compares each step.
 
-    Other tokens are cached first and rolled back. `exact`: the engine is deterministic for equal shapes. Returns the
-    outputs of the decoder [n, H] up to the first difference, and that difference or None.
+    Before that, other tokens are cached and rolled back. `exact`: the engine is deterministic for equal shapes.
+    Returns the outputs of the decoder [n, H] up to the first difference, and that difference or None.
     """
     other = hidden[::-1]
     decoder.cache.reset()
@@ -101,17 +100,17 @@ def _step(
         bad = np.flatnonzero(apart)
         if len(bad):
             at = chunk.position + int(bad[0])
-            seen = f"they differ by {apart.max():.2g} of the layer's update; {len(bad)} of {chunk.count} rows do"
+            seen = f"a difference of {apart.max():.2g} of the layer's update in {len(bad)} of {chunk.count} rows"
             cause = _matching_fault(decoder, layer, chunk, given[rows], made, out[rows], right.output)
-            return Difference(start, stop, OUTPUT, at, "the output of the layer by itself", seen, cause)
+            return Difference(start, stop, OUTPUT, at, "the output of the layer called directly", seen, cause)
     for what, seen_rows, old, right_rows in zip((KEYS, VALUES), kept(decoder), stale, made[:2]):
         right_rows = right_rows[:stop]
         apart = _apart(seen_rows[:stop], right_rows, np.zeros_like(right_rows), hidden_type, exact)
         bad = np.flatnonzero(apart)
         if len(bad):
             row = int(bad[0])
-            wanted = "the row as it was before" if row < start else "the row that the layer returns by itself"
-            text = f"it differs by {apart[row]:.2g}; {len(bad)} of {stop} rows do"
+            wanted = "the row unchanged" if row < start else "the row that the layer returns when called directly"
+            text = f"a difference of {apart[row]:.2g}; {len(bad)} of {stop} rows differ"
             cause = _misplaced(what, row, kept(decoder), made, old, stop)
             return Difference(start, stop, what, row, wanted, text, cause)
     return None
@@ -149,14 +148,14 @@ def _matching_fault(
         error = float(np.linalg.norm(tried - out))
         if error < least:
             best, least = fault.text, error
-    return best or "probably its mask, its positions, or its history rows"
+    return best or "probably its mask, its positions, or its cached rows"
 
 
 def _misplaced(what: str, row: int, seen: Rows, made: Result, old: Floats, stop: int) -> str:
     """Describes what a row of the cache holds instead."""
     rows = seen[0 if what == KEYS else 1]
     if rows[row].any() and np.array_equal(rows[row], old[row]):
-        return "the row still holds the values from before a rollback: stale rows are kept, new ones are not written"
+        return "the row still holds the values from before a rollback: it was not overwritten"
     wanted = (made.keys if what == KEYS else made.values)[row]
     if not rows[row].any():
         best = _alike(rows, wanted)
@@ -167,7 +166,7 @@ def _misplaced(what: str, row: int, seen: Rows, made: Result, old: Floats, stop:
         best = _alike(others, rows[row])
         if best is not None and (called, best) != (what, row):
             return f"the row holds {called} {best}: rows are written to or kept in the wrong place"
-    return "probably rows are overwritten, or kept from another sequence"
+    return "probably rows are overwritten, or left from another sequence"
 
 
 def _alike(rows: Floats, wanted: Floats) -> int | None:

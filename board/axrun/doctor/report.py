@@ -54,7 +54,7 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Walked:
+class StageResult:
     """The result of a stage: `outcome` is AGREES, DISAGREES or SKIPPED; `text` has details or the reason."""
 
     stage: str
@@ -74,7 +74,7 @@ class Report:
     maker: str
     place: str
     engine: str
-    walked: list[Walked] = field(default_factory=list)
+    results: list[StageResult] = field(default_factory=list)
     finding: Finding | None = None
     manifest: str = ""
 
@@ -83,7 +83,7 @@ class Report:
         """Healthy only if every stage was examined and agrees."""
         if self.finding:
             return FAULTY
-        done = {entry.stage for entry in self.walked if entry.outcome == AGREES}
+        done = {entry.stage for entry in self.results if entry.outcome == AGREES}
         return HEALTHY if done == set(STAGES) else UNDECIDED
 
     @property
@@ -94,13 +94,13 @@ class Report:
         """A one-line summary."""
         if self.finding:
             return f"{FAULTY}: {next(self.finding.lines())}: {self.finding.cause}"
-        seen = {entry.stage for entry in self.walked if entry.outcome != SKIPPED}
+        seen = {entry.stage for entry in self.results if entry.outcome != SKIPPED}
         left = ", ".join(stage for stage in STAGES if stage not in seen)
         return f"{UNDECIDED}: not examined: {left}" if left else f"{HEALTHY}: all {len(STAGES)} stages agree"
 
     def lines(self) -> Iterator[str]:
         """Lines for a console: one per stage, then the finding or the verdict."""
-        for entry in self.walked:
+        for entry in self.results:
             yield f"  {entry.stage:<10} {entry.outcome:<13} {entry.text} ({entry.seconds:.1f} s)"
         if self.finding:
             yield from self.finding.lines()
@@ -116,12 +116,12 @@ class Report:
         if not isinstance(stages, list) or len(stages) > len(STAGES):
             raise ValueError(f"its stages are {stages!r:.60}")
         for entry in stages:
-            walked = _object(entry, "a stage")
-            stage, outcome, seconds = _text(walked, "stage"), _text(walked, "outcome"), walked.get("seconds")
+            result = _object(entry, "a stage")
+            stage, outcome, seconds = _text(result, "stage"), _text(result, "outcome"), result.get("seconds")
             known = stage in STAGES and outcome in (AGREES, DISAGREES, SKIPPED)
             if not known or not isinstance(seconds, (int, float)):
-                raise ValueError(f"it has the stage {walked!r:.60}")
-            report.walked.append(Walked(stage, outcome, _text(walked, "text"), float(seconds)))
+                raise ValueError(f"it has the stage {result!r:.60}")
+            report.results.append(StageResult(stage, outcome, _text(result, "text"), float(seconds)))
         if found.get("finding") is not None:
             finding = _object(found["finding"], "a finding")
             report.finding = Finding(*(_text(finding, field.name) for field in dataclasses.fields(Finding)))
@@ -137,7 +137,7 @@ class Report:
             "manifest": self.manifest,
             "engine": self.engine,
             "verdict": self.verdict,
-            "stages": [dataclasses.asdict(entry) for entry in self.walked],
+            "stages": [dataclasses.asdict(entry) for entry in self.results],
             "finding": dataclasses.asdict(self.finding) if self.finding else None,
         }
 

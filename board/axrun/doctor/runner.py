@@ -45,7 +45,7 @@ def _table(bundle: Bundle) -> Fault | None:
         bad = np.flatnonzero((embedding(range(start, start + len(rows))) != wanted).any(axis=1))
         if len(bad):
             cause = "the runner reads the wrong row of the embedding table"
-            return Fault(f"token {start + bad[0]}", "its row of the table", "another", cause, MODEL)
+            return Fault(f"token {start + bad[0]}", "its row of the table", "another row", cause, MODEL)
     return None
 
 
@@ -78,7 +78,7 @@ def examine(groups: tuple[SessionGroup, ...], flexible: bool, windows: tuple[int
     except (Failure, ValueError, IndexError) as failed:
         seen = f"{str(failed).partition(chr(10))[0]:.200}"
         part = f"tokens from position {ledger.position} on"
-        return Fault(part, "they are accepted", seen, "the runner refuses tokens that fit the context")
+        return Fault(part, "no error", seen, "the runner refuses tokens that fit the context")
     return None
 
 
@@ -136,7 +136,7 @@ def _model(decoder: Decoder, ledger: Ledger, counts: abc.Sequence[int]) -> None:
             if len(found) != (count if each else 1) or not np.array_equal(found[-1], last):
                 cause = "logits come from the hidden state of another token than the last one"
                 part = f"logits after {count} tokens"
-                raise FaultFound(Fault(part, f"those of token {count - 1}", "others", cause, MODEL))
+                raise FaultFound(Fault(part, f"those of token {count - 1}", "those of another token", cause, MODEL))
     for exact in (False, True):
         _turns(Sequence(model, exact), rows, counts[-1])
 

@@ -22,13 +22,13 @@ def stops(bundle: Bundle) -> Finding | None:
     seen = sorted(token for token in tokenizer.stop_ids if token < bundle.vocab_size)  # the build omits others
     if listed is not None and sorted(listed) != seen:
         missing, other = sorted(set(listed) - set(seen)), sorted(set(seen) - set(listed))
-        cause = "an answer does not end, or ends too early: " + " and ".join(
+        cause = "answers do not end, or end too early: " + " and ".join(
             [f"{missing} no longer stop"] * bool(missing) + [f"{other} stop"] * bool(other)
         )
         named = tokenizer.stop_sources[other[0]][0] if other else listed[missing[0]]
-        advice = "hf/ is not that of the build: copy or build the bundle again."
+        advice = "hf/ differs from the build's: copy or build the bundle again."
         return Finding(
-            STAGE, PART, _file(bundle, named), f"{sorted(listed)}, as the build found them", f"{seen}", cause, advice
+            STAGE, PART, _file(bundle, named), f"{sorted(listed)}, recorded by the build", f"{seen}", cause, advice
         )
     return None
 

@@ -12,8 +12,8 @@ from axrun.doctor.bounds import bounded
 from axrun.doctor.context import Context
 from axrun.doctor.report import Finding
 from axrun.doctor.spelling import different, vocabulary
+from axrun.doctor.stages import NotExamined, refused
 from axrun.doctor.stops import recorded, stops
-from axrun.doctor.walk import NotExamined, refused
 from axrun.errors import Failure
 from axrun.text.hf_files import template_file
 from axrun.text.template import ChatTemplate
@@ -37,7 +37,7 @@ def tokenizer(context: Context) -> str | Finding:
     texts = _listed(context.figures.about["text"], "texts", ("text", "ids", "decoded"))
     if ours is None:
         if texts:
-            return _finding(context, "no tokenizer", "that of the checkpoint", "none in hf/", "hf/ was emptied")
+            return _finding(context, "no tokenizer", "the checkpoint's", "none in hf/", "the files in hf/ were removed")
         raise NotExamined("the bundle has no tokenizer")
     if not texts:
         raise NotExamined("the figures hold no texts: transformers found no tokenizer in the checkpoint")
@@ -51,16 +51,16 @@ def tokenizer(context: Context) -> str | Finding:
             return _finding(context, part, _ids(entry["ids"], ids), _ids(ids, entry["ids"]), _why(ids, entry["ids"]))
         if (text := ours.decode(ids)) != entry["decoded"]:
             part = f"the ids of {entry['text'][:30]!a} as text"
-            cause = "another decoder in tokenizer.json: spaces or parts of characters are joined differently"
+            cause = "a different decoder in tokenizer.json: spaces or parts of characters are joined differently"
             return _finding(context, part, f"{entry['decoded'][:50]!a}", f"{text[:50]!a}", cause)
     listed = context.figures.about["text"].get("vocabulary")
     if isinstance(listed, list) and (other := different(listed, vocabulary(ours.backend))):
         part, expected, seen = other
         return _finding(context, part, expected, seen, "tokenizer.json was edited, or belongs to another model")
     if part := _other_section(context):
-        cause = "it was edited, or belongs to another model, though the test texts give the same ids"
-        return _finding(context, part, "the checkpoint's, by its checksum", "another", cause)
-    return f"{len(texts)} texts to ids and back, as in transformers"
+        cause = "edited, or from another model, although the test texts give the same ids"
+        return _finding(context, part, "the checkpoint's checksum", "a different one", cause)
+    return f"{len(texts)} texts encode and decode as in transformers"
 
 
 def sections(file: Path) -> dict[str, int]:
@@ -118,14 +118,14 @@ def template(context: Context) -> str | Finding:
         except Failure as failure:
             return refused(TEMPLATE, failure, f"the conversation: {entry['name'][:60]}", name)
         if prompt != entry["prompt"]:
-            cause = "a different template than the checkpoint's: of another model, or edited"
+            cause = "the template belongs to another model, or was edited"
             seen, wanted = _at_difference(prompt, entry["prompt"]), _at_difference(entry["prompt"], prompt)
             return Finding(TEMPLATE, f"the conversation: {entry['name'][:60]}", name, wanted, seen, cause, COPY)
     known = about.get("template_sum")
     if file and isinstance(known, int) and zlib.crc32(file[1].encode("utf-8", "surrogatepass")) != known:
-        cause = "a different template than the checkpoint's, though the test conversations are the same"
-        return Finding(TEMPLATE, "its text", name, "the checkpoint's, by its checksum", "another", cause, COPY)
-    return f"{len(conversations)} conversations, as transformers renders them"
+        cause = "the template differs from the checkpoint's, although the test conversations agree"
+        return Finding(TEMPLATE, "template text", name, "the checkpoint's checksum", "a different one", cause, COPY)
+    return f"{len(conversations)} conversations rendered as in transformers"
 
 
 def _rendered(template: ChatTemplate, entry: Mapping[str, Any]) -> str | None:
@@ -154,10 +154,10 @@ def _listed(about: Mapping[str, Any], name: str, keys: Sequence[str]) -> list[di
 
 def _why(ours: Sequence[int], theirs: Sequence[Any]) -> str:
     if len(ours) == len(theirs) and len({a - b for a, b in zip(ours, theirs) if isinstance(b, int)}) == 1:
-        return f"every id is {ours[0] - theirs[0]:+d}: the vocabulary is shifted, as by another list of added tokens"
+        return f"all ids are off by {ours[0] - theirs[0]:+d}: the vocabulary is shifted, e.g. by other added tokens"
     if list(ours) == list(theirs[1:]) or list(ours[1:]) == list(theirs):
-        return "a special token at the start differs: another post-processor in tokenizer.json"
-    return "the tokenizer of another model, or a file of it that was changed"
+        return "a special token at the start differs: a different post-processor in tokenizer.json"
+    return "the tokenizer belongs to another model, or one of its files was edited"
 
 
 def _file(context: Context) -> str:
@@ -179,7 +179,7 @@ def _ids(ids: Sequence[Any], other: Sequence[Any]) -> str:
 
 def _at_difference(text: str | None, other: str | None) -> str:
     if text is None:
-        return "a refusal"
+        return "the template refuses it"
     pairs = enumerate(zip(text, other or ""))
     at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(other or "")))
     return f"{'...' if at > 20 else ''}{text[max(at - 20, 0) : at + 40]!a}"

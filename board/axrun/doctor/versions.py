@@ -1,14 +1,15 @@
-"""The stage `versions`: checks board, driver, engine and compiler of the bundle against the tables in fits.py."""
+"""The stage `versions`: checks board, driver, engine and compiler of the bundle against tables of known versions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from axrun import VERSION
-from axrun.doctor import fits
+from axrun.doctor import compatibility
+from axrun.doctor.compatibility import number
 from axrun.doctor.installed import Engine, Installed, look
 from axrun.doctor.report import Finding
-from axrun.doctor.walk import NotExamined
+from axrun.doctor.stages import NotExamined
 from axrun.errors import Failure
 from axrun.format import axmodel
 from axrun.format.bundle import Bundle
@@ -26,15 +27,15 @@ def versions(bundle: Bundle, engine: str, installed: Installed | None = None) ->
     Returns a list of the versions, marked if they are not in the tables. Raises NotExamined for a vendor's bundle on a
     machine without a driver and an engine for it.
     """
-    found = _made_at_once(bundle)
+    found = _same_compiler(bundle)
     if found:
         return found
     here = look() if installed is None else installed
     found = _ours(bundle, engine, here) if bundle.maker == OURS else _vendors(bundle, here)
-    return found or "; ".join(_said(bundle, engine, here))
+    return found or "; ".join(_summary(bundle, engine, here))
 
 
-def _made_at_once(bundle: Bundle) -> Finding | None:
+def _same_compiler(bundle: Bundle) -> Finding | None:
     """Checks that all axmodels are from the compiler in the manifest."""
     names = [bundle.layer_path(index) for index in range(bundle.layers)] + [bundle.post_path]
     versions = {path.name: axmodel.read(path).version for path in names}
@@ -45,8 +46,8 @@ def _made_at_once(bundle: Bundle) -> Finding | None:
         expected = expected or first
         other = {name: version for name, version in versions.items() if version != expected}
     else:  # the vendor's compiler writes its version in two formats with the same numbers
-        other = {name: version for name, version in versions.items() if fits.number(version) != fits.number(first)}
-        if fits.number(expected) and fits.number(first) and fits.number(expected) != fits.number(first):
+        other = {name: version for name, version in versions.items() if number(version) != number(first)}
+        if number(expected) and number(first) and number(expected) != number(first):
             other = versions
     if not other:
         return None
@@ -79,7 +80,7 @@ def _ours(bundle: Bundle, engine: str, here: Installed) -> Finding | None:
         return _does_not_load(here.ours, here)
     if here.ours.extensions != EXTENSIONS:
         seen = f"{here.ours.version!r} with extensions {here.ours.extensions}"
-        other = "is of another release of axrun" if here.ours.extensions else "is not ours: axmodels of axc need axc's"
+        other = "is of another release of axrun" if here.ours.extensions else "is not axc's, which its axmodels need"
         return Finding(
             STAGE,
             "the engine does not belong to this axrun",
@@ -111,11 +112,11 @@ def _vendors(bundle: Bundle, here: Installed) -> Finding | None:
     if engine.extensions:
         return Finding(
             STAGE,
-            "axc's engine in place of the board's",
+            "axc's engine is installed instead of the vendor's",
             f"{engine.folder}/{LIBRARY}",
             "the vendor's library, which drives the NPU",
             engine.version,
-            f"{FOLDER} points to our library, or ours was copied over the vendor's",
+            f"{FOLDER} points to axc's library, or that was copied over the vendor's",
             f"Unset {FOLDER}; the vendor's library is in {BOARD}.",
         )
     return _chip(bundle, here) or _too_old(bundle, here)
@@ -137,8 +138,8 @@ def _chip(bundle: Bundle, here: Installed) -> Finding | None:
 
 
 def _too_old(bundle: Bundle, here: Installed) -> Finding | None:
-    seen = fits.number(here.bsp)
-    for least in fits.NEEDED:
+    seen = number(here.bsp)
+    for least in compatibility.NEEDED:
         if seen and here.chip == least.chip and seen < least.version:
             version = _words(least.version)
             return Finding(
@@ -174,15 +175,15 @@ def _does_not_load(engine: Engine, here: Installed) -> Finding:
     )
 
 
-def _said(bundle: Bundle, engine: str, here: Installed) -> Iterator[str]:
+def _summary(bundle: Bundle, engine: str, here: Installed) -> Iterator[str]:
     yield f"made by {bundle.compiler}"
     if bundle.maker == OURS:
         yield f"axrun {VERSION}, engine {_running(engine, here)}"
     else:
-        yield from _vendors_words(bundle, here)
+        yield from _vendors_summary(bundle, here)
     yield f"Python {here.python}, {here.libc}, {here.machine}"
     if here.bsp:
-        yield f"BSP {here.bsp}{_unknown(fits.number(here.bsp), fits.BSPS.get(here.chip, ()))}"
+        yield f"BSP {here.bsp}{_unknown(number(here.bsp), compatibility.BSPS.get(here.chip, ()))}"
         yield f"chip {here.chip_type or 'unknown'}" + ("" if here.chip else ": not in the table")
     else:
         yield (
@@ -190,19 +191,19 @@ def _said(bundle: Bundle, engine: str, here: Installed) -> Iterator[str]:
         )
 
 
-def _vendors_words(bundle: Bundle, here: Installed) -> Iterator[str]:
+def _vendors_summary(bundle: Bundle, here: Installed) -> Iterator[str]:
     assert here.vendors is not None
-    known = fits.ENGINES.get(here.chip, ())
-    yield f"axrun {VERSION}, engine {here.vendors.version}{_unknown(fits.number(here.vendors.version), known)}"
+    known = compatibility.ENGINES.get(here.chip, ())
+    yield f"axrun {VERSION}, engine {here.vendors.version}{_unknown(number(here.vendors.version), known)}"
     pulsar2 = axmodel.read(bundle.layer_path(0)).version or str(bundle.manifest["tools"].get(bundle.maker, ""))
-    version = fits.number(pulsar2)
-    yield f"Pulsar2 {pulsar2 or 'of an unknown version'}{_unknown(version, fits.PULSAR2)}"
-    if version and version < fits.LEAST_LLM_PULSAR2:
-        yield f"no language model compiled with Pulsar2 before {_words(fits.LEAST_LLM_PULSAR2)} is known"
+    version = number(pulsar2)
+    yield f"Pulsar2 {pulsar2 or 'of an unknown version'}{_unknown(version, compatibility.PULSAR2)}"
+    if version and version < compatibility.LEAST_LLM_PULSAR2:
+        yield f"no language model compiled with Pulsar2 before {_words(compatibility.LEAST_LLM_PULSAR2)} is known"
     if not bundle.flag("chip"):
         yield "the manifest has no chip"
-    for least in fits.SHOWS_BFLOAT16:
-        if least.chip == here.chip and here.bsp and fits.number(here.bsp) < least.version:
+    for least in compatibility.SHOWS_BFLOAT16:
+        if least.chip == here.chip and here.bsp and number(here.bsp) < least.version:
             yield f"an engine before {_words(least.version)} {least.below}; axrun handles that"
 
 
@@ -216,9 +217,9 @@ def _running(engine: str, here: Installed) -> str:
     return f"{here.ours.version}, extensions {here.ours.extensions}"
 
 
-def _unknown(version: fits.Version, table: tuple[fits.Version, ...]) -> str:
-    return "" if version and fits.known(version, table) else " (not in the table: compatibility unknown)"
+def _unknown(version: compatibility.Version, table: tuple[compatibility.Version, ...]) -> str:
+    return "" if version and compatibility.known(version, table) else " (not in the table: compatibility unknown)"
 
 
-def _words(version: fits.Version) -> str:
+def _words(version: compatibility.Version) -> str:
     return ".".join(map(str, version[:3])) + "".join(f"_P{patch}" for patch in version[3:4])

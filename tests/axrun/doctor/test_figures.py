@@ -147,7 +147,7 @@ def test_any_json_gives_no_traceback(data: st.DataObject, bundle: Bundle, figure
     from axrun.doctor import text
     from axrun.doctor.context import Context
     from axrun.doctor.installed import Installed
-    from axrun.doctor.walk import NotExamined
+    from axrun.doctor.stages import NotExamined
 
     leaves = st.none() | st.booleans() | st.integers(-2, 2) | st.text(max_size=3)
     values = st.recursive(

@@ -169,7 +169,7 @@ PLANTED: dict[str, tuple[Plant, Callable[[Context], str | Finding], str, str, st
         "from there on: the rotary",
     ),
     "rotary base": (other_base, layers.layers, L1, "K row", "right at position 0 and wrong after it: probably the ro"),
-    "eps": (other_eps, layers.layers, L1, "layer 1", "the norm before them (weight, eps)"),
+    "eps": (other_eps, layers.layers, L1, "layer 1", "the norm before them (weight, epsilon)"),
     "not finite": (nan_scale, layers.layers, L1, "output", "not finite"),
     "k_proj": (scales("k_proj", 1.7), layers.layers, L1, "K row", "K is wrong everywhere: probably k_proj"),
     "v_proj": (scales("v_proj", 0.0), layers.layers, L1, "V row", "probably v_proj"),
@@ -179,16 +179,16 @@ PLANTED: dict[str, tuple[Plant, Callable[[Context], str | Finding], str, str, st
         layers.layers,
         L2,
         "layer 2, channel 0 of the output",
-        "another row's scale",
+        "the scale of another row",
     ),
     "row late": (
         table(lambda rows: np.roll(rows, 1, axis=0)),
         embedding.embedding,
         TABLE,
         "token 0",
-        "+1 rows from its place",
+        "all rows are shifted by +1",
     ),
-    "big-endian": (table(lambda rows: rows.byteswap()), embedding.embedding, TABLE, "token", "other order"),
+    "big-endian": (table(lambda rows: rows.byteswap()), embedding.embedding, TABLE, "token", "big-endian"),
     "truncated": (
         table(lambda rows: rows - (np.arange(HIDDEN, dtype=np.uint16) % 2) * (rows & 0x7FFF > 0).astype(np.uint16)),
         embedding.embedding,
@@ -204,18 +204,30 @@ PLANTED: dict[str, tuple[Plant, Callable[[Context], str | Finding], str, str, st
         "scaled by 2",
     ),
     "one value": (table(one_value), embedding.embedding, TABLE, "rows 320 to 383", "changed"),
-    "rows exchanged": (table(exchanged), embedding.embedding, TABLE, "token 0", "is at token 1"),
+    "rows exchanged": (table(exchanged), embedding.embedding, TABLE, "token 0", "is that of token 1"),
     "head late": (
         head(lambda old: np.roll(old, 1, axis=0), "embed"),
         post.post,
         POST,
         "logits",
-        "+1 rows from their",
+        "the rows of the head are shifted by +1",
     ),
-    "final norm": (head(lambda old: old * 2), post.post, POST, "model.norm.weight", "is not the checkpoint's"),
+    "final norm": (head(lambda old: old * 2), post.post, POST, "model.norm.weight", "differs from the checkpoint"),
     "row of the head": (head(damaged_row, "scale"), post.post, POST, "token 77", "rows of the head"),
-    "vocabulary": (other_vocabulary, text.tokenizer, "hf/tokenizer.json", "the text", "tokenizer of another model"),
-    "template": (other_template, text.template, "hf/tokenizer_config.json", "the conversation", "a different template"),
+    "vocabulary": (
+        other_vocabulary,
+        text.tokenizer,
+        "hf/tokenizer.json",
+        "the text",
+        "tokenizer belongs to another model",
+    ),
+    "template": (
+        other_template,
+        text.template,
+        "hf/tokenizer_config.json",
+        "the conversation",
+        "template belongs to another model",
+    ),
 }
 
 
@@ -299,4 +311,4 @@ def test_a_faulty_engine_is_distinguished_from_the_axmodel(
     monkeypatch.setattr(ax_engine.AxBinding, "run", late)
     finding = found(examined)
     assert (finding.stage, finding.file) == ("layers", "libax_engine.so")
-    assert finding.cause == "the engine: ort agrees with the reference on the same axmodel"
+    assert finding.cause == "the engine is at fault: ort agrees with the reference on the same axmodel"

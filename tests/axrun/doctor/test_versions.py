@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from axrun.doctor import fits
+from axrun.doctor import compatibility
 from axrun.doctor.installed import Engine, Installed, ask, look
 from axrun.doctor.report import Finding
+from axrun.doctor.stages import NotExamined
 from axrun.doctor.versions import versions
-from axrun.doctor.walk import NotExamined
 from axrun.format import axmodel
 from axrun.format.bundle import MANIFEST, Bundle
 from axrun.session.libax_engine import EXTENSIONS, FOLDER
@@ -66,7 +66,7 @@ def test_ours_on_this_machine_and_on_a_board(bundle_s8: Path) -> None:
     [
         (dataclasses.replace(HOST, ours=None), "no engine for axmodels of axc", "without an engine"),
         (with_engine(HOST, extensions=2), "does not belong to this axrun", "another release"),
-        (with_engine(HOST, extensions=0), "does not belong to this axrun", "not ours"),
+        (with_engine(HOST, extensions=0), "does not belong to this axrun", "not axc's"),
         (with_engine(HOST, fault="x.so: wrong ELF class: ELFCLASS32"), "does not load", "another machine"),
         (with_engine(HOST, fault="version `GLIBC_2.38' not found"), "does not load", "newer C library"),
         (with_engine(HOST, fault="x.so: file too short"), "does not load", "cut short"),
@@ -91,7 +91,7 @@ def test_the_vendors_on_a_board_that_fits(vendors: Bundle) -> None:
     ("machine", "part", "cause"),
     [
         (dataclasses.replace(BOARD, vendors=None), "no engine for the NPU", "not mounted"),
-        (with_engine(BOARD, extensions=3), "axc's engine in place of the board's", FOLDER),
+        (with_engine(BOARD, extensions=3), "axc's engine is installed instead", FOLDER),
         (dataclasses.replace(BOARD, chip_type="AX630C_CHIP"), "built for another chip", "--chip"),
         (dataclasses.replace(BOARD, bsp="Ax_Version V1.45.0_P37_x"), "too old", "CreateHandle"),
         (
@@ -142,7 +142,7 @@ def test_an_axmodel_of_another_compiler(copy: Path) -> None:
     ],
 )
 def test_numbers_of_versions(text: str, number: tuple[int, ...]) -> None:
-    assert fits.number(text) == number
+    assert compatibility.number(text) == number
 
 
 LIBRARY = """

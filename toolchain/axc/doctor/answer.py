@@ -11,7 +11,7 @@ from axc.doctor.post import spread
 from axc.doctor.whole import examine_whole
 from axrun.agreement import GAP, Agreement, Rows, centred, divergence, explained, logit_errors
 from axrun.doctor.report import Finding
-from axrun.doctor.walk import NotExamined
+from axrun.doctor.stages import NotExamined
 from axrun.format.dtypes import from_float32
 from axrun.model import Post
 from axrun.session import open_session

@@ -19,7 +19,7 @@ from axrun.doctor.direct import Floats, Layer
 from axrun.doctor.replay import Rows, difference, kept
 from axrun.doctor.report import Finding
 from axrun.doctor.runner import runner
-from axrun.doctor.walk import NotExamined
+from axrun.doctor.stages import NotExamined
 from axrun.format.dtypes import to_float32
 from axrun.model import Embedding
 from axrun.session import open_session

@@ -7,14 +7,14 @@ import platform
 from collections.abc import Callable
 from pathlib import Path
 
-from axc import drawings
+from axc import expected_graphs
 from axc.doctor import answer, cache, embedding, layers, post, texts
 from axc.doctor.case import REBUILD, Case, Options, Say, Unusable
 from axrun.doctor.files import files, manifest_digest
 from axrun.doctor.report import Finding, Report
 from axrun.doctor.sampling import sampling
+from axrun.doctor.stages import run_stages
 from axrun.doctor.versions import versions
-from axrun.doctor.walk import walk
 from axrun.errors import BadInput
 from axrun.format.bundle import MANIFEST, read_manifest
 from axrun.progress import Show, unseen
@@ -32,7 +32,7 @@ def doctor(options: Options, show: Show = unseen, say: Say = lambda line: None) 
     report = Report(str(options.bundle), _maker(options.bundle), platform.node() or "this machine", case.engine)
     report.manifest = manifest_digest(options.bundle)
     try:
-        walk(report, stages(case), show)
+        run_stages(report, stages(case), show)
     except Unusable as unusable:
         raise unusable.args[0] from None
     if report.finding is not None:
@@ -69,11 +69,11 @@ def stages(case: Case) -> dict[str, Stage]:
 def _flags(case: Case) -> Finding | None:
     """A finding for flags that this compiler does not know, with which graphs cannot be compared."""
     bundle = case.bundle
-    if bundle.maker != "cpu" or drawings.target(bundle.manifest) is not None:
+    if bundle.maker != "cpu" or expected_graphs.target(bundle.manifest) is not None:
         return None
     seen = ", ".join(sorted(map(str, bundle.manifest["flags"])))
     cause = "the manifest was edited, or another version of axc built it"
-    return Finding("files", "flags", MANIFEST, ", ".join(drawings.FLAGS), f"{seen:.200}", cause, REBUILD)
+    return Finding("files", "flags", MANIFEST, ", ".join(expected_graphs.FLAGS), f"{seen:.200}", cause, REBUILD)
 
 
 def _changed(case: Case) -> str:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from axc import drawings
+from axc import expected_graphs
 from axc.doctor import constants, positions, stored, weight_faults
 from axc.doctor.case import ENGINES, REBUILD, REPORT, Case
 from axc.doctor.positions import Marked
@@ -23,10 +23,10 @@ from axc.doctor.weight_faults import Fault
 from axc.weights import cross_check
 from axrun.agreement import Agreement, Noise, Rows, cosines, rises, update_errors
 from axrun.doctor.direct import OUTPUTS, Layer, Result
-from axrun.doctor.graphs import unread
+from axrun.doctor.graphs import unused_tensor
 from axrun.doctor.replay import EXPLAINED
 from axrun.doctor.report import Finding
-from axrun.doctor.walk import NotExamined
+from axrun.doctor.stages import NotExamined
 from axrun.errors import BadInput
 from axrun.format import axmodel
 from axrun.format.axmodel import Axmodel
@@ -279,12 +279,14 @@ def _graph(case: Case, index: int, model: Axmodel, quiet: bool = False) -> Findi
 
 def graph_difference(case: Case, index: int | None, model: Axmodel, quiet: bool) -> str:
     """The difference in words, for a layer or the post model (`index` None)."""
-    target = drawings.target(case.bundle.manifest)
-    changed = drawings.changed(model, case.config, target, index, case.kept) if target is not None else ""
-    if changed and quiet and not drawings.same_compiler(case.bundle.manifest):
+    target = expected_graphs.target(case.bundle.manifest)
+    changed = (
+        expected_graphs.graph_difference(model, case.config, target, index, case.kept) if target is not None else ""
+    )
+    if changed and quiet and not expected_graphs.same_compiler(case.bundle.manifest):
         case.examined.setdefault("other graphs", changed)
         changed = ""
-    return changed or unread(model)
+    return changed or unused_tensor(model)
 
 
 def graph_remark(case: Case) -> str:
@@ -316,7 +318,7 @@ def _other(case: Case, index: int) -> list[Measured]:
 
 def target_known(case: Case) -> bool:
     """Whether the bundle's graphs can be compared with this compiler's."""
-    return drawings.target(case.bundle.manifest) is not None
+    return expected_graphs.target(case.bundle.manifest) is not None
 
 
 def _sensitive(trouble: Trouble, others: list[Measured]) -> bool:

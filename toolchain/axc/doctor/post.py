@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from axc import drawings
+from axc import expected_graphs
 from axc.doctor import constants, stored, weight_faults
 from axc.doctor.case import REBUILD, REPORT, Case
 from axc.doctor.layers import SENSITIVE, faulty_weights, graph_difference, graph_remark
@@ -16,7 +16,7 @@ from axc.doctor.stored import Floats, Stored
 from axc.doctor.weight_faults import Fault
 from axrun.agreement import Agreement, Rows, logit_errors
 from axrun.doctor.report import Finding
-from axrun.doctor.walk import NotExamined, refused
+from axrun.doctor.stages import NotExamined, refused
 from axrun.errors import BadInput, CheckFailed
 from axrun.format import axmodel
 from axrun.format.dtypes import from_float32, to_float32
@@ -72,7 +72,7 @@ def examine(case: Case) -> str | Finding:
         cause = f"engine {case.engine} computes the post model otherwise than {case.other_engine}, which agrees"
         advice = "Install or build the engine again; if that does not help, report it with this output."
         return Finding("post", f"logits, engine {case.engine}", file, expected, seen, cause, advice)
-    known = drawings.target(bundle.manifest) is not None
+    known = expected_graphs.target(bundle.manifest) is not None
     if fault and known and text and even and measured.worst <= SENSITIVE * noise.row:
         return _outputs(case) or f"{text}: more than most models have, and nothing is wrong with it"
     if fault:

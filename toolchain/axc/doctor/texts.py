@@ -13,7 +13,7 @@ from axc import text_proof
 from axc.doctor.case import REBUILD, Case
 from axrun.doctor.bounds import bounded
 from axrun.doctor.report import Finding
-from axrun.doctor.walk import refused
+from axrun.doctor.stages import refused
 from axrun.errors import BadInput
 from axrun.text import stop_ids
 from axrun.text.hf_files import SPECIAL, special_tokens, template_file

@@ -17,7 +17,7 @@ from axc.checkpoints import Checkpoint
 from axc.compile import Target
 from axc.families.family import ModelConfig
 from axc.quantizer.kept import Kept
-from axrun.doctor.graphs import Drawing, difference, draw
+from axrun.doctor.graphs import CanonicalGraph, canonical, difference
 from axrun.format.axmodel import Axmodel
 
 NONE: Mapping[str, Kept] = MappingProxyType({})
@@ -40,7 +40,7 @@ def same_compiler(manifest: Mapping[str, Any]) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def fresh(config: ModelConfig, target: Target, index: int | None, kept: Keeping = ()) -> Drawing:
+def expected(config: ModelConfig, target: Target, index: int | None, kept: Keeping = ()) -> CanonicalGraph:
     """The graph that this compiler writes for a layer, or for the post model (`index` None)."""
     if index is None:
         model, parameters = compiler.post_model(config, target, dict(kept))
@@ -51,36 +51,36 @@ def fresh(config: ModelConfig, target: Target, index: int | None, kept: Keeping 
         for name, data in parameters.items()
         if isinstance(data, np.ndarray)
     }
-    return draw(model, index, constants)
+    return canonical(model, index, constants)
 
 
-def changed(
+def graph_difference(
     model: Axmodel, config: ModelConfig, target: Target, index: int | None, kept: Mapping[str, Kept] = NONE
 ) -> str:
     """The difference of a file's graph from the one that this compiler writes, in words; empty if there is none.
 
     `kept`: the matrices whose quantisation levels are taken from the checkpoint unchanged.
     """
-    wanted = fresh(config, target, index, tuple(sorted(kept.items())))
-    return difference(draw(model, index, wanted.constants), wanted, index)
+    wanted = expected(config, target, index, tuple(sorted(kept.items())))
+    return difference(canonical(model, index, wanted.constants), wanted, index)
 
 
-def listed(
+def distinct_graphs(
     checkpoint: Checkpoint, config: ModelConfig, target: Target, calibrated: Mapping[str, Kept] = NONE
 ) -> dict[str, Any]:
-    """All distinct graphs of a model, for a doctor without a compiler. Raises BadInput."""
+    """All distinct graphs of a model, for `axrun doctor`, which has no compiler. Raises BadInput."""
     stored = checkpoint.tied() if config.tie_word_embeddings else checkpoint
     kept = build.stored_types(stored, config, target.weight_type, target.post_weight_type)[1]
     keeping = tuple(sorted({**kept, **calibrated}.items()))
     distinct: list[dict[str, Any]] = []
     layers = []
     for index in range(config.num_hidden_layers):
-        drawn = fresh(config, target, index, keeping).json()
-        if drawn not in distinct:
-            distinct.append(drawn)
-        layers.append(distinct.index(drawn))
-    post = fresh(config, target, None, keeping).json()
+        graph = expected(config, target, index, keeping).json()
+        if graph not in distinct:
+            distinct.append(graph)
+        layers.append(distinct.index(graph))
+    post = expected(config, target, None, keeping).json()
     return {"digest": identity.digest(), "distinct": distinct, "layers": layers, "post": post}
 
 
-__all__ = ["FLAGS", "changed", "listed", "same_compiler", "target"]
+__all__ = ["FLAGS", "distinct_graphs", "graph_difference", "same_compiler", "target"]

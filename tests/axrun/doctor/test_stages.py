@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from axrun.doctor.report import STAGES, Finding, Report
-from axrun.doctor.walk import NotExamined, Stage, walk
+from axrun.doctor.stages import NotExamined, Stage, run_stages
 from axrun.errors import BadInput
 from axrun.progress import Progress
 
@@ -34,44 +34,44 @@ FOUND = Finding("layers", "layer 3", "l3.axmodel", "that", "this", "swapped", "B
 
 def test_all_stages_agree() -> None:
     said: list[Progress] = []
-    walked = walk(report(), stages(), said.append)
-    assert walked.verdict == "healthy"
+    examined = run_stages(report(), stages(), said.append)
+    assert examined.verdict == "healthy"
     assert said == [Progress(number, 10, name) for number, name in enumerate(STAGES, 1)]
-    assert [entry.stage for entry in walked.walked] == list(STAGES)
+    assert [entry.stage for entry in examined.results] == list(STAGES)
 
 
 def test_the_first_finding_ends_the_run() -> None:
-    walked = walk(report(), stages(layers=lambda: FOUND, answer=refuses))
-    assert (walked.verdict, walked.exit_code, walked.finding) == ("faulty", 1, FOUND)
-    assert walked.walked[-1].stage == "layers"
-    assert walked.headline() == "faulty: layers: layer 3 (l3.axmodel): swapped"
+    examined = run_stages(report(), stages(layers=lambda: FOUND, answer=refuses))
+    assert (examined.verdict, examined.exit_code, examined.finding) == ("faulty", 1, FOUND)
+    assert examined.results[-1].stage == "layers"
+    assert examined.headline() == "faulty: layers: layer 3 (l3.axmodel): swapped"
 
 
 def test_undecidable_stages_are_skipped_and_listed() -> None:
-    walked = walk(report(), stages(layers=left))
-    assert (walked.verdict, walked.exit_code) == ("undecided", 0)
-    assert walked.headline() == "undecided: not examined: layers"
-    assert len(walked.walked) == len(STAGES)
+    examined = run_stages(report(), stages(layers=left))
+    assert (examined.verdict, examined.exit_code) == ("undecided", 0)
+    assert examined.headline() == "undecided: not examined: layers"
+    assert len(examined.results) == len(STAGES)
     without = {name: stage for name, stage in stages().items() if name != "post"}
-    assert walk(report(), without).headline() == "undecided: not examined: post"
+    assert run_stages(report(), without).headline() == "undecided: not examined: post"
 
 
 def test_a_failure_is_a_finding() -> None:
-    finding = walk(report(), stages(post=refuses)).finding
+    finding = run_stages(report(), stages(post=refuses)).finding
     assert finding is not None
     assert (finding.stage, finding.seen, finding.advice) == ("post", "cannot read x", "Build it again.")
 
 
 @pytest.mark.parametrize("stage", [lambda: FOUND, left, lambda: "fine"])
 def test_a_report_round_trip(stage: Stage) -> None:
-    walked = walk(report(), stages(layers=stage))
-    again = Report.parse(json.loads(json.dumps(walked.json())))
-    assert again == walked
-    assert list(again.lines()) == list(walked.lines())
+    examined = run_stages(report(), stages(layers=stage))
+    again = Report.parse(json.loads(json.dumps(examined.json())))
+    assert again == examined
+    assert list(again.lines()) == list(examined.lines())
 
 
 def spoiled(change: Callable[[dict[str, object]], object]) -> dict[str, object]:
-    values = walk(report(), stages(layers=lambda: FOUND)).json()
+    values = run_stages(report(), stages(layers=lambda: FOUND)).json()
     change(values)
     return values
 

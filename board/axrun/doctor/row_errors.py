@@ -22,7 +22,7 @@ OUTPUT, KEYS, VALUES = "output", "K row", "V row"
 
 
 @dataclass(frozen=True)
-class Measured:
+class RowError:
     """The error of one row; `what` is OUTPUT, KEYS or VALUES."""
 
     what: str
@@ -83,7 +83,7 @@ def expected(figures: Figures, layer: int, probes: Array) -> Expected:
 
 def compare(
     figures: Figures, layer: int, visit: int, made: Result, against: int | None = None, kinds: Sequence[str] = ()
-) -> list[Measured]:
+) -> list[RowError]:
     """Errors of a layer's outputs against the figures of that or another layer: one entry per row and output.
 
     `made` has the rows of all tokens of the visit.
@@ -108,7 +108,7 @@ def compare(
                 continue
             rows = update_errors(ours[positions - start], reference, before, figures.hidden_type)
             found += [
-                Measured(what, stage, group, start, int(at), float(cosine), float(error))
+                RowError(what, stage, group, start, int(at), float(cosine), float(error))
                 for at, cosine, error in zip(positions, *rows)
             ]
     return found
@@ -122,7 +122,7 @@ def stage_of(figures: Figures, visit: int) -> str:
     return "decode" if count == 1 else "history" if start else "prefill"
 
 
-def wrong(entries: Sequence[Measured], noise: Noise) -> list[Measured]:
+def wrong(entries: Sequence[RowError], noise: Noise) -> list[RowError]:
     """Entries beyond the tolerance; all entries of a kind if their root mean square exceeds it."""
     found = [entry for entry in entries if not entry.error <= noise.row]
     for what in (OUTPUT, KEYS, VALUES):
@@ -150,10 +150,10 @@ def wrong_channels(pairs: Sequence[tuple[Floats, Floats, Floats]], hidden_type: 
     return [int(channel) for channel in np.flatnonzero(far)]
 
 
-def pattern(bad: Sequence[Measured], entries: Sequence[Measured]) -> str:
+def pattern(bad: Sequence[RowError], entries: Sequence[RowError]) -> str:
     """Describes which rows are wrong, and the usual cause."""
     if not np.isfinite([entry.error for entry in bad]).all():
-        return "values that are not finite: an overflow, or damaged weights"
+        return "values are not finite: an overflow, or damaged weights"
     kinds = {entry.what for entry in bad}
     good = [entry for entry in entries if entry not in bad]
     if kinds == {OUTPUT}:
@@ -167,26 +167,26 @@ def pattern(bad: Sequence[Measured], entries: Sequence[Measured]) -> str:
         if start:
             return "K is right at position 0 and wrong after it: probably the rotary tables (base, scaling or order)"
         if not any(entry.what == KEYS for entry in good):
-            return "K is wrong everywhere: probably k_proj, its bias, its norm, the order of heads, or rotary"
+            return "K is wrong everywhere: probably k_proj, its bias, its norm, the head order, or the rotary tables"
         return "K is wrong at some positions: probably the rotary tables"
     if VALUES in kinds and KEYS not in kinds:
         return "V is wrong and K is right: probably v_proj or its bias"
-    return "K and V are wrong: another layer's or another model's weights, or the norm before them (weight, eps)"
+    return "K and V are wrong: weights of another layer or model, or the norm before them (weight, epsilon)"
 
 
-def _output_pattern(bad: Sequence[Measured], entries: Sequence[Measured]) -> str:
+def _output_pattern(bad: Sequence[RowError], entries: Sequence[RowError]) -> str:
     """Like `pattern`, if K and V are right."""
     right = [entry for entry in entries if entry.what == OUTPUT and entry not in bad]
     if right and {entry.stage for entry in bad} == {"decode"}:
-        return "wrong in decode only: the decode group, or the engine's path for one token"
+        return "wrong in decode only: the decode group, or the engine's kernels for one token"
     if right and all(entry.start for entry in bad) and any(entry.start == 0 for entry in right):
         return "wrong after cached rows only: the layer reads its cache or its mask wrongly"
     if start := _only_from(bad, entries, OUTPUT):
-        return f"right before position {start} and wrong from there on: rotary, or the mask"
-    return "K and V are right and the output is not: q_proj, o_proj, the MLP, a norm, or the attention's scale"
+        return f"right before position {start} and wrong from there on: the rotary tables, or the mask"
+    return "K and V are right, the output is wrong: q_proj, o_proj, the MLP, a norm, or the attention scale"
 
 
-def _only_from(bad: Sequence[Measured], entries: Sequence[Measured], what: str) -> int:
+def _only_from(bad: Sequence[RowError], entries: Sequence[RowError], what: str) -> int:
     """The position from which all rows are wrong, with all before it right; 0 if there is none."""
     first = min(entry.position for entry in bad)
     of_kind = [entry for entry in entries if entry.what == what]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Union
 
-from axrun.doctor.report import AGREES, DISAGREES, SKIPPED, STAGES, Finding, Report, Walked
+from axrun.doctor.report import AGREES, DISAGREES, SKIPPED, STAGES, Finding, Report, StageResult
 from axrun.errors import Failure
 from axrun.progress import Progress, Show, unseen
 
@@ -24,7 +24,7 @@ class NotExamined(Exception):
     """A stage cannot be examined; the message says why, and what is needed."""
 
 
-def walk(report: Report, stages: Mapping[str, Stage], show: Show = unseen) -> Report:
+def run_stages(report: Report, stages: Mapping[str, Stage], show: Show = unseen) -> Report:
     """Runs the stages in the order of STAGES, and adds their results to `report`.
 
     A stage that is not in `stages` or raises NotExamined is skipped; any other Failure that a stage raises becomes its
@@ -48,7 +48,7 @@ def walk(report: Report, stages: Mapping[str, Stage], show: Show = unseen) -> Re
             outcome, text = DISAGREES, report.finding.part
         if report.finding and not report.finding.file:
             report.finding = dataclasses.replace(report.finding, file=_named(report.finding.seen, report.bundle))
-        report.walked.append(Walked(name, outcome, text, time.monotonic() - started))
+        report.results.append(StageResult(name, outcome, text, time.monotonic() - started))
         if report.finding:
             break
     return report

@@ -57,7 +57,7 @@ def test_one_scale_that_no_answer_shows(
     code, out, err = ended(capsys, bundle, "--checkpoint", tiny_qwen2)
     assert code == 1
     assert f"layers: layer 2, model.layers.2.mlp.up_proj.weight ({name})" in out
-    assert "row 17: one scale is 1.05 times what the values ask for" in out
+    assert "row 17: one scale is 1.05 times the right value" in out
     assert err.splitlines()[-1].startswith(f"error: {bundle}")
     assert "post " not in out, "it stops at the first that disagrees"
 

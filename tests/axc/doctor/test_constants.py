@@ -28,9 +28,12 @@ def from_position(first: int) -> Tables:
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        (lambda: tables(base=20000.0), "the base of rotary embedding is 20000, rope_theta of the checkpoint is 10000"),
+        (
+            lambda: tables(base=20000.0),
+            "the base of the rotary embedding is 20000, rope_theta of the checkpoint is 10000",
+        ),
         (lambda: tables(factor=4.0), "divided by 4"),
-        (lambda: tables(first=1), "shifted by 1: position 0 turns as position 1"),
+        (lambda: tables(first=1), "shifted by 1: position 0 has the angles of position 1"),
         (lambda: tables()[::-1], "cos and sin are swapped"),
         (lambda: (tables()[0], -tables()[1]), "opposite direction"),
         (lambda: (tables()[0] * 1.2, tables()[1] * 1.2), "scaled by 1.2"),

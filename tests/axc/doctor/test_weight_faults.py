@@ -96,14 +96,14 @@ ORDERS: dict[str, tuple[Callable[[Floats], Floats], str]] = {
     "transposed": (lambda w: w.T, "it is transposed"),
     "another tensor": (lambda w: WEIGHTS["other"], "it holds up_proj"),
     "rotary": (interleaved, "interleaved for rotary embedding, as GGUF"),
-    "zeroed": (lambda w: w * 0, "it is zeroed"),
+    "zeroed": (lambda w: w * 0, "all values are zero"),
     "sign": (lambda w: -w, "its sign is flipped"),
     "scaled": (lambda w: w * 2, "2"),
     "shifted": (lambda w: np.roll(w, 3, axis=0), "its rows are shifted by 3: row 0 holds row 61"),
     "columns": (lambda w: np.roll(w, 2, axis=1), "its columns are shifted by 2"),
     "upside down": (lambda w: w[::-1], "its rows are in the opposite order"),
     "permuted": (lambda w: w[np.random.default_rng(1).permutation(ROWS)], "its rows are in another order: row"),
-    "others": (lambda w: RANDOM.normal(0, 0.1, w.shape).astype(np.float32), "other values altogether"),
+    "others": (lambda w: RANDOM.normal(0, 0.1, w.shape).astype(np.float32), "all values differ"),
 }
 
 
@@ -153,7 +153,7 @@ def test_a_scale_that_is_off_by_one_in_a_hundred() -> None:
 def test_levels_cut_instead_of_rounded() -> None:
     _, scales = packed("s8", WEIGHTS["w"])
     cut = np.trunc(WEIGHTS["w"] / scales[:, None]).astype(np.int8)
-    assert "cut towards zero" in cause("s8", [cut, scales])
+    assert "truncated towards zero" in cause("s8", [cut, scales])
 
 
 def test_levels_with_an_offset() -> None:
@@ -163,7 +163,7 @@ def test_levels_with_an_offset() -> None:
 
 def test_halves_of_a_byte() -> None:
     levels, scales = packed("s4", WEIGHTS["w"])
-    assert "halves of each byte are swapped" in cause("s4", [levels >> 4 | (levels & 15) << 4, scales])
+    assert "nibbles of each byte are swapped" in cause("s4", [levels >> 4 | (levels & 15) << 4, scales])
 
 
 @pytest.mark.parametrize("kind", ["s8"])
@@ -179,17 +179,17 @@ def test_byte_order(kind: str) -> None:
 
 def test_bfloat16_cut_instead_of_rounded() -> None:
     cut = (WEIGHTS["w"].view(np.uint32) >> 16).astype(np.uint16)
-    assert "cut to bfloat16 instead of rounded" in cause("bf16", [cut])
+    assert "truncated to bfloat16 instead of rounded" in cause("bf16", [cut])
 
 
 def test_float32_that_went_through_another_type() -> None:
     narrow = from_float32(WEIGHTS["w"], "FLOAT16").astype(np.float32)
-    assert "went through FLOAT16" in cause("fp32", [narrow])
+    assert "rounded to FLOAT16 before" in cause("fp32", [narrow])
 
 
 def test_float16_that_is_called_bfloat16() -> None:
     half = WEIGHTS["w"].astype(np.float16).view(np.uint16)
-    assert "its bytes are float16" in cause("bf16", [half])
+    assert "the data is float16" in cause("bf16", [half])
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -1,5 +1,4 @@
-"""What is wrong with a bundle, held against the checkpoint that it was built from, and why: `axc doctor`.
+"""`axc doctor`: compares a bundle with its checkpoint stage by stage, and explains the first difference.
 
-A module a stage, in the order of axrun.doctor.report.STAGES. `weight_faults`, `constants` and `positions` test what
-could have caused a disagreement, the cheap before the dear.
+One module per stage of axrun.doctor.report.STAGES. `weight_faults`, `constants` and `positions` look for the cause.
 """

@@ -16,7 +16,7 @@ from axrun.format.dtypes import from_float32
 from axrun.model import Post
 from axrun.session import open_session
 
-CAUSE = "every part agrees by itself, so errors add up: probably the weight type is too coarse for this model"
+CAUSE = "every part alone agrees, so errors accumulate: probably the weight type is too coarse for this model"
 FINER = "Build with finer weights (-w s8 or bf16); if that does not help, report it with this output."
 
 
@@ -64,12 +64,12 @@ def examine(case: Case) -> str | Finding:
             "answer",
             f"token {at + 1} after {case.options.prompt!r:.40}",
             "",
-            f"token {expected.answer.tokens[at]}, by {gap:.3g} in logits",
-            f"token {chosen[at]}; the measured errors explain {GAP * deviation:.3g}",
+            f"token {expected.answer.tokens[at]}, which leads by {gap:.3g} in logits",
+            f"token {chosen[at]}; the measured errors explain at most {GAP * deviation:.3g}",
             CAUSE,
             REPORT,
         )
     same = sum(a == b for a, b in zip(chosen, expected.answer.tokens, strict=True))
     text = case.tokenizer.decode(chosen) if case.tokenizer else ""
-    more = f", more than the {noise.kld:.1e} that the types explain" if kld > noise.kld else ""
-    return f"{same} of {len(chosen)} tokens are the reference's: {text!r:.40}; mean KL divergence {kld:.1e}{more}"
+    more = f", above the {noise.kld:.1e} expected of the types" if kld > noise.kld else ""
+    return f"{same} of {len(chosen)} tokens match the reference: {text!r:.40}; mean KL divergence {kld:.1e}{more}"

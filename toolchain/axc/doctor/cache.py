@@ -1,8 +1,8 @@
 """Stage `cache`: checks the runner's masks, positions and KV cache, then its decoder over the walk, layer by layer.
 
 Masks, positions and cached rows of every position are first compared as data, without running the model. Then layers
-run. The stage `layers` has shown that they agree by themselves, so a disagreement here is the runner's: masks,
-positions, chunks, or misplaced rows. To find out which, the layer is run with masks or positions with a known error.
+run. The stage `layers` has shown that each layer alone agrees, so a disagreement here is the runner's fault: masks,
+positions, chunks, or misplaced rows. To find out which, the layer is run with known faults of masks and positions.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def examine(case: Case) -> str | Finding:
     if bundle.maker != "cpu":
         raise NotExamined("needs a board with an NPU: run `axrun doctor` there")
     expected = case.expected
-    if (slip := runner(open_session(bundle.layer_path(0), case.engine), bundle)) is not None:
-        cause = f"layers have no part in it, the runner is at fault: {slip.cause}"
-        return Finding("cache", slip.part, slip.file, slip.expected, slip.seen, cause, INSTALL)
+    if (fault := runner(open_session(bundle.layer_path(0), case.engine), bundle)) is not None:
+        cause = f"the runner is at fault, not the layers: {fault.cause}"
+        return Finding("cache", fault.part, fault.file, fault.expected, fault.seen, cause, INSTALL)
     steps = [*walk.steps(bundle.prefill_len, len(expected.ids)), *_aligned(bundle.prefill_len, len(expected.ids))]
     ids, asked = _spoken(case)
     turns = [Step("prefill", 0, asked), *(Step("decode", at, at + 1) for at in range(asked, len(ids)))]
@@ -65,7 +65,7 @@ def examine(case: Case) -> str | Finding:
         given = expected.trace.inputs[index]
         _, differing = difference(decoder, layer, given, [(step.start, step.stop) for step in steps])
         if differing is not None:
-            cause = f"the layer agrees by itself, so the runner is at fault: {differing.cause}"
+            cause = f"the layer alone agrees, so the runner is at fault: {differing.cause}"
             part = f"layer {index}, {differing.place}"
             return Finding("cache", part, DECODER, differing.expected, differing.seen, cause, INSTALL)
         walked = through(decoder, steps, walked)
@@ -74,7 +74,7 @@ def examine(case: Case) -> str | Finding:
         rows.append((keys[: len(ids)], values[: len(ids)]))
     case.examined["walk"], case.examined["spoken"] = walked, Spoken(ids, asked, answered, rows)
     kinds = ", ".join(dict.fromkeys(step.stage for step in steps))
-    return f"{len(expected.ids)} rows of K and V in {bundle.layers} layers after {kinds}; every mask and position"
+    return f"all masks and positions; {len(expected.ids)} rows of K and V in {bundle.layers} layers after {kinds}"
 
 
 def _aligned(prefill: int, count: int) -> Iterator[Step]:

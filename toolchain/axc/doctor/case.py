@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 
 ENGINES = ("ax", "ort")  # they share no code
 REBUILD = "Build the bundle again with `axc llm_build`."
-REPORT = "Report it, with this output: the compiler is at fault."
+REPORT = "The compiler is at fault: report it with this output."
 COMPARED = ("tokenizer", "template", "embedding", "layers", "post", "answer")  # stages that compare with the checkpoint
 MODEL_CONFIG = "model_config"  # the manifest's name of a config.json given with --model_config
 
@@ -156,7 +156,7 @@ class Case:
         """The reference's results of a walk through the context. Raises Unusable for another model's checkpoint."""
         reference, bundle = self.reference, self.bundle
         asked = self._asked()[: bundle.kv_cache_len - 1]
-        self.say("  asking the reference")
+        self.say("  running the reference")
         try:
             return expected.ask(reference, bundle, self.options.prompt, asked, keep_rows=True)
         except CheckFailed as refused:
@@ -224,8 +224,8 @@ class Case:
         names = [name for name in inputs or () if name == "config.json" or name.endswith(GGUF)]
         given = self.options.model_config is not None or self.options.model_type is not None
         if names and MODEL_CONFIG not in (inputs or ()) and not given and not {*names} & {*self.changed_inputs}:
-            expected = f"{what} {seen}, as {names[0]} has, from which it was built"
-            cause = "the manifest was edited, or a part of the bundle was lost"
+            expected = f"{what} {seen}, as in {names[0]}, from which the bundle was built"
+            cause = "the manifest was edited, or a part of the bundle is missing"
             return Finding("files", what, MANIFEST, expected, f"{wanted}", cause, REBUILD)
         raise BadInput(
             f"{self.options.checkpoint} is the checkpoint of another model: its {what} is {seen}, that of "
@@ -239,14 +239,14 @@ class Case:
         if merged != given:
             shown = [" ".join(f"{weight!a:.20}" for weight in weights) or "none" for weights in (merged, given)]
             raise BadInput(
-                f"{self.bundle.path} was built with adapters of weight {shown[0]}, given are {shown[1]}\n"
-                "Give each adapter that it was built with, in that order: --lora DIR:WEIGHT."
+                f"{self.bundle.path} was built with adapters of weight {shown[0]}, but --lora gives {shown[1]}\n"
+                "Give the adapters of the build, in the same order: --lora DIR:WEIGHT."
             )
 
     def _flags(self) -> str:
         inputs = self.bundle.manifest.get("inputs")
         given = isinstance(inputs, dict) and MODEL_CONFIG in inputs and self.options.model_config is None
-        return ", and the --model_config that it was built with" if given else ""
+        return ", and the --model_config of the build" if given else ""
 
     @functools.cached_property
     def changed_inputs(self) -> list[str]:
@@ -273,8 +273,8 @@ class Case:
             return finding
         listed = " and ".join(changed[:2]) + f" and {len(changed) - 2} more" * (len(changed) > 2)
         cause = (
-            f"{listed} of the checkpoint changed since the build: the manifest records other bytes. Between the two: "
-            f"{finding.cause}"
+            f"{listed} of the checkpoint changed since the build: the digest in the manifest is another. Difference "
+            f"between the two: {finding.cause}"
         )
         path = self.options.model_config if changed[0] == MODEL_CONFIG else self.path_of(changed[0])
         advice = "Give the checkpoint that the bundle was built from, or build the bundle again from this one."

@@ -57,12 +57,12 @@ def _norms(model: Axmodel, reference: Reference) -> Iterator[Constant]:
                 f"epsilon of {node.inputs[1]}",
                 f"rms_norm_eps {wanted:g}",
                 f"{seen:g}",
-                f"the norm's epsilon is {seen:g}, config.json of the checkpoint has {wanted:g}",
+                f"the norm's epsilon is {seen:g}, but {wanted:g} in config.json of the checkpoint",
             )
         if node.attributes.get("axis", -1) != -1:
             axis = node.attributes["axis"]
             yield Constant(
-                f"axis of {node.inputs[1]}", "axis -1", f"axis {axis}", "the norm is taken along another axis"
+                f"axis of {node.inputs[1]}", "axis -1", f"axis {axis}", "the norm is computed along another axis"
             )
 
 
@@ -92,7 +92,7 @@ def _heads(model: Axmodel, reference: Reference) -> Iterator[Constant]:
                     f"{key} of Attention",
                     f"{name} {wanted}",
                     f"{seen}",
-                    f"attention has {seen} heads where config.json has {name} {wanted}",
+                    f"Attention has {key} {seen}, but config.json has {name} {wanted}",
                 )
         usual = 1 / math.sqrt(head_dim)
         scale = _number(node, "scale", usual)
@@ -102,7 +102,7 @@ def _heads(model: Axmodel, reference: Reference) -> Iterator[Constant]:
                 "scale of Attention",
                 f"{wanted_scale:g}",
                 f"{scale:g}",
-                f"the scores of attention are scaled by {scale:g} instead of {wanted_scale:g}"
+                f"attention scores are scaled by {scale:g} instead of {wanted_scale:g}"
                 + (", which is 1 / sqrt(head_dim)" if math.isclose(wanted_scale, usual) else ""),
             )
         for extra, right in (("is_causal", 0.0), ("softcap", _softcap(reference))):
@@ -110,7 +110,7 @@ def _heads(model: Axmodel, reference: Reference) -> Iterator[Constant]:
             if not math.isclose(value, right, rel_tol=1e-5):
                 asked, found = (f"{number:g}" if number else "none" for number in (right, value))
                 yield Constant(
-                    f"{extra} of Attention", asked, found, f"attention has {extra} {found}, the checkpoint {asked}"
+                    f"{extra} of Attention", asked, found, f"Attention has {extra} {found}, the checkpoint {asked}"
                 )
 
 
@@ -129,19 +129,19 @@ def _softcap(reference: Reference) -> float:
 
 
 def _interleaved(reference: Reference) -> bool:
-    """Whether the reference rotates neighbouring elements, found by calling its `rotate_half`."""
+    """Whether the reference rotates adjacent elements; determined by calling its `rotate_half`."""
     import torch
 
-    turned = getattr(sys.modules[type(reference.model).__module__], "rotate_half", None)
-    return turned is not None and bool(torch.equal(turned(torch.arange(4.0)), torch.tensor([-1.0, 0.0, -3.0, 2.0])))
+    rotate = getattr(sys.modules[type(reference.model).__module__], "rotate_half", None)
+    return rotate is not None and bool(torch.equal(rotate(torch.arange(4.0)), torch.tensor([-1.0, 0.0, -3.0, 2.0])))
 
 
 def _tables(model: Axmodel, stored: Mapping[str, Stored], reference: Reference) -> Iterator[Constant]:
     """Rotary tables of cos and sin [positions, head_dim / 2]."""
     nodes = [node for node in model.nodes if node.op_type == "RotaryEmbedding"]
     interleaved = _interleaved(reference) if nodes else False
-    texts = ("0: halves of a head are rotated", "1: neighbours are")
-    pairs = ("those half a head apart", "neighbouring elements of a head")
+    texts = ("0: pairs half a head apart", "1: adjacent pairs")
+    pairs = ("elements half a head apart", "adjacent elements (interleaved)")
     for node in nodes:
         seen = bool(node.attributes.get("interleaved", 0))
         if seen != interleaved:
@@ -149,7 +149,7 @@ def _tables(model: Axmodel, stored: Mapping[str, Stored], reference: Reference) 
                 "interleaved of RotaryEmbedding",
                 texts[interleaved],
                 texts[seen],
-                f"rotary embedding turns {pairs[seen]}, the checkpoint {pairs[interleaved]}",
+                f"the rotary embedding rotates {pairs[seen]}, the checkpoint {pairs[interleaved]}",
             )
     known = set[tuple[str, ...]]()
     for node in nodes:
@@ -159,7 +159,7 @@ def _tables(model: Axmodel, stored: Mapping[str, Stored], reference: Reference) 
         try:
             names, cos, sin = rotary_tables.tables(model, stored, node)
         except rotary_tables.Unknown as error:
-            expected, cause = "tables of cos and sin in the file", "a rotary table is no constant of the file"
+            expected, cause = "constant tables of cos and sin", "a rotary table is not a constant of the file"
             yield Constant("rotary tables", expected, str(error), cause)
             continue
         wanted = rotary(reference, len(cos))
@@ -194,7 +194,7 @@ def angles(
             names[0],
             f"{list(right_cos.shape)}",
             f"{list(cos.shape)}",
-            "the rotary table has another width than half a head",
+            "the width of the rotary table is not half the head size",
         )
         return
     frequency = np.arctan2(right_sin[1], right_cos[1]) if len(cos) > 1 else np.zeros(cos.shape[1])
@@ -228,11 +228,11 @@ def _why(cos: Floats, sin: Floats, right_cos: Floats, right_sin: Floats, bad: ND
         if np.allclose(cos, right_sin, atol=1e-4) and np.allclose(sin, right_cos, atol=1e-4):
             return "the rotary tables of cos and sin are swapped"
         if np.allclose(sin, -right_sin, atol=1e-4) and np.allclose(cos, right_cos, atol=1e-4):
-            return "rotary embedding turns in the opposite direction"
+            return "the rotary embedding rotates in the opposite direction"
         radius, right_radius = np.hypot(cos, sin), np.hypot(right_cos, right_sin)
         factor = float(np.median(radius / right_radius))
         if abs(factor - 1) > 1e-4 and np.ptp(radius) < 1e-3 * abs(factor):
-            return f"the rotary table is scaled by {factor:.4g}: attention_factor of rope_scaling is another"
+            return f"the rotary table is scaled by {factor:.4g}: another attention_factor in rope_scaling"
         for shift in (1, -1, 2, -2):
             one, other = (
                 (slice(shift, None), slice(None, -shift)) if shift > 0 else (slice(None, shift), slice(-shift, None))
@@ -240,12 +240,10 @@ def _why(cos: Floats, sin: Floats, right_cos: Floats, right_sin: Floats, bad: ND
             if np.allclose(cos[other], right_cos[one], atol=1e-4) and np.allclose(
                 sin[other], right_sin[one], atol=1e-4
             ):
-                return f"the rotary table is shifted by {abs(shift)}: position 0 turns as position {shift}"
+                return f"the rotary table is shifted by {abs(shift)}: position 0 has the angles of position {shift}"
         if len(rows) < 0.9 * len(cos) - 1:
             last = "on" if rows[-1] == len(cos) - 1 else f"to {rows[-1]}"
-            return (
-                f"the rotary table is wrong from position {rows[0]} {last}, and right at {len(cos) - len(rows)} others"
-            )
+            return f"the rotary table is wrong from position {rows[0]} {last}, right at {len(cos) - len(rows)} others"
         return _base(cos, sin, right_cos, right_sin)
 
 
@@ -256,14 +254,14 @@ def _base(cos: Floats, sin: Floats, right_cos: Floats, right_sin: Floats) -> str
     half = len(seen)
     ratio = seen / right
     if np.ptp(ratio) < 1e-3 * abs(float(np.median(ratio))):
-        return f"all rotary frequencies are divided by {1 / float(np.median(ratio)):.4g}: the factor of rope_scaling"
+        return f"all rotary frequencies are divided by {1 / float(np.median(ratio)):.4g}: the factor in rope_scaling"
     exponent = np.arange(half) / half
     bases = [_theta(angles, exponent) for angles in (seen, right)]
     if bases[0] is not None and bases[1] is not None:
-        return f"the base of rotary embedding is {bases[0]:.6g}, rope_theta of the checkpoint is {bases[1]:.6g}"
+        return f"the base of the rotary embedding is {bases[0]:.6g}, rope_theta of the checkpoint is {bases[1]:.6g}"
     if bases[0] is not None:
-        return f"rotary embedding has base {bases[0]:.6g} without the rope_scaling of the checkpoint"
-    return "the rotary frequencies are others: rope_theta or rope_scaling of another config.json"
+        return f"the rotary embedding has base {bases[0]:.6g} but lacks the rope_scaling of the checkpoint"
+    return "the rotary frequencies differ: rope_theta or rope_scaling of another config.json"
 
 
 def _theta(angles: NDArray[np.float64], exponent: NDArray[np.float64]) -> float | None:

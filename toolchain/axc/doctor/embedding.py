@@ -36,7 +36,7 @@ def examine(case: Case) -> str | Finding:
         wrong = bf16_to_f32(rows) != bf16_to_f32(rounded(weight(start, start + ROWS)))
         if wrong.any():
             return _finding(case, table, start, wrong, weight)
-    return f"{shape[0]} rows of {shape[1]} are the checkpoint's"
+    return f"all {shape[0]} rows of {shape[1]} match the checkpoint"
 
 
 def rounded(values: Floats) -> Bits:
@@ -50,10 +50,10 @@ def rounded(values: Floats) -> Bits:
 def _of_size(size: int, shape: tuple[int, int]) -> str:
     rows, columns = shape
     if size == 4 * rows * columns:
-        return "the rows are float32: the last step, to bfloat16, is missing"
+        return "the rows are float32: the conversion to bfloat16 is missing"
     if size < 2 * rows * columns:
-        return f"the file is cut off after {size / 2 / columns:.1f} rows"
-    return "the table of another model or vocabulary"
+        return f"the file ends after {size / 2 / columns:.1f} rows"
+    return "the table belongs to another model or vocabulary"
 
 
 def _finding(case: Case, table: Bits, start: int, wrong: NDArray[np.bool_], weight: Any) -> Finding:
@@ -61,7 +61,7 @@ def _finding(case: Case, table: Bits, start: int, wrong: NDArray[np.bool_], weig
     right = weight(start + row, start + row + 1)[0]
     seen, first = bf16_to_f32(table[start + row]), start + row
     rows = np.flatnonzero(wrong.any(axis=1)) + start
-    named = f"row {first}" if len(rows) == 1 else f"{len(rows)} of {len(wrong)} rows, the first is {first}"
+    named = f"row {first}" if len(rows) == 1 else f"{len(rows)} of {len(wrong)} rows, first row {first}"
     return Finding(
         "embedding",
         named,
@@ -74,7 +74,7 @@ def _finding(case: Case, table: Bits, start: int, wrong: NDArray[np.bool_], weig
 
 
 def _why(case: Case, table: Bits, start: int, wrong: NDArray[np.bool_]) -> str:
-    """As for any weight: other rows, roundings, byte orders, tensors; the whole table is looked at."""
+    """Tests the whole table like any weight: for other rows, rounding, byte order or tensors."""
     whole = np.asarray(table)
     raw = whole.view(np.uint8).reshape(-1)
     tensor = Tensor("embedding", "BFLOAT16", tuple(table.shape), 0, raw.nbytes, memoryview(raw.tobytes()))
@@ -86,6 +86,6 @@ def _why(case: Case, table: Bits, start: int, wrong: NDArray[np.bool_]) -> str:
         return case.reference.embedding(0, None) if name == "embedding" else case.reference.weight(name)
 
     fault = weight_faults.explain(stored, "embedding", start, start + len(wrong), weight, names, 0)
-    if "other values" in fault.cause:
-        return fault.cause + "; probably another checkpoint's table"
+    if weight_faults.UNRELATED in fault.cause:
+        return fault.cause + "; probably the table of another checkpoint"
     return fault.cause

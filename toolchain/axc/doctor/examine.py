@@ -67,7 +67,7 @@ def stages(case: Case) -> dict[str, Stage]:
 
 
 def _flags(case: Case) -> Finding | None:
-    """A finding for flags that this compiler does not know, with which graphs cannot be compared."""
+    """A finding for unknown flags, because graphs cannot be compared then."""
     bundle = case.bundle
     if bundle.maker != "cpu" or expected_graphs.target(bundle.manifest) is not None:
         return None
@@ -78,7 +78,7 @@ def _flags(case: Case) -> Finding | None:
 
 def _changed(case: Case) -> str:
     names = ", ".join(case.changed_inputs[:3])
-    return f"; of the checkpoint other than at the build: {names}" if names else ""
+    return f"; checkpoint files changed since the build: {names}" if names else ""
 
 
 def _expect_bundle(folder: Path) -> None:

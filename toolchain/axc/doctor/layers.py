@@ -33,10 +33,9 @@ from axrun.format.axmodel import Axmodel
 
 PER_POSITION = 2.0**-22  # relative error of a rotated row: of its angle, for each position
 SENSITIVE = 4.0  # factor on the bounds if weights, constants and graph are right; small random models reach 2
-FEWEST = 32  # least rows of a stage for comparing its errors with another stage's
+FEWEST = 32  # minimum number of rows of a stage to compare its errors with another stage's
 APART = 3.0  # wrong rows must exceed the largest error of right ones by this factor
 LARGEST_FLOAT16 = 65504.0
-ALTOGETHER = "other values altogether"
 NORMS = ("model.norm.", "model.final_layernorm.")  # final norms
 
 
@@ -65,7 +64,7 @@ def examine(case: Case) -> str | Finding:
     if bundle.maker != "cpu":
         raise NotExamined("needs a board with an NPU: run `axrun doctor` there")
     if case.expected.rows is None:
-        raise NotExamined("the reference keeps no K/V rows that a bundle could have")
+        raise NotExamined("the reference has no K/V rows to compare with")
     agreements: list[Agreement] = []
     beyond: list[int] = []
     for index in range(bundle.layers):
@@ -78,17 +77,17 @@ def examine(case: Case) -> str | Finding:
             "layers",
             "all layers",
             "",
-            "errors that do not depend on where in the context a token is",
+            "errors that do not depend on the position in the context",
             rise,
-            "probably a row of history that is not seen, or rotary positions that drift",
+            "probably a cached row that is not attended to, or drifting rotary positions",
             REPORT,
         )
     worst = max(agreements, key=lambda entry: entry.worst)
     case.examined["layers"] = agreements
-    found = f"{bundle.layers} layers over {case.expected.reach}; worst error {worst.worst:.1e} ({worst.part})"
+    found = f"{bundle.layers} layers over {case.expected.reach}; largest error {worst.worst:.1e} ({worst.part})"
     found += graph_remark(case)
     if beyond:
-        found += f"; more than the types explain in layers {', '.join(map(str, beyond))}, where nothing is wrong"
+        found += f"; above the error expected of the types, without a fault, in layers {', '.join(map(str, beyond))}"
     return found
 
 
@@ -182,7 +181,7 @@ def _agreements(index: int, measured: list[Measured]) -> Iterator[Agreement]:
 
 
 def _unloadable(case: Case, index: int, refused: BadInput) -> Finding:
-    """The engine cannot load the file: the file's fault, unless the other engine can."""
+    """The finding for a file that the engine cannot load; the engine is at fault if the other one can."""
     path = case.bundle.layer_path(index)
     seen = str(refused).partition("\n")[0].replace(f"{path} ", "")
     model = axmodel.read(path)
@@ -210,7 +209,7 @@ def _quiet(case: Case, index: int, model: Axmodel) -> Finding | None:
     """Compares weights, constants and graph of a layer whose outputs agree."""
     file, tensors = case.bundle.layer_path(index).name, stored.read(model)
     for fault in faulty_weights(case, index, tensors):
-        changed = _graph(case, index, model) if ALTOGETHER in fault.cause else None
+        changed = _graph(case, index, model) if weight_faults.UNRELATED in fault.cause else None
         return changed or _weight_finding("layers", f"layer {index}, {fault.tensor}", file, [fault], "")
     for constant in constants.differences(model, tensors, case.reference, index):
         return Finding(
@@ -237,7 +236,7 @@ def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Find
     seen += f"; {where}" if where else ""
     case.say("  comparing its weights with the checkpoint's")
     faults = list(faulty_weights(case, index, tensors))
-    if faults and ALTOGETHER in faults[0].cause and (changed := _graph(case, index, model)) is not None:
+    if faults and weight_faults.UNRELATED in faults[0].cause and (changed := _graph(case, index, model)) is not None:
         return dataclasses.replace(
             changed, part=part, expected=expected, seen=seen
         )  # the graph interprets the levels differently
@@ -249,7 +248,7 @@ def _explained(case: Case, index: int, model: Axmodel, trouble: Trouble) -> Find
         return Finding("layers", part, file, wanted, f"{seen}; {constant.seen}", cause, REBUILD)
     if (changed := _graph(case, index, model)) is not None:
         return dataclasses.replace(changed, part=part, expected=expected, seen=seen)
-    case.say(f"  its file is right: asking engine {case.other_engine}")
+    case.say(f"  the file is right; running engine {case.other_engine}")
     others = _other(case, index)
     if others and find_trouble(case, index, others) is None:
         cause = (
@@ -274,7 +273,8 @@ def _graph(case: Case, index: int, model: Axmodel, quiet: bool = False) -> Findi
     if not changed:
         return None
     file = case.bundle.layer_path(index).name
-    return Finding("layers", f"layer {index}, graph", file, "the graph that axc writes", "another", changed, REBUILD)
+    seen = "a different graph"
+    return Finding("layers", f"layer {index}, graph", file, "the graph that axc writes", seen, changed, REBUILD)
 
 
 def graph_difference(case: Case, index: int | None, model: Axmodel, quiet: bool) -> str:
@@ -292,7 +292,7 @@ def graph_difference(case: Case, index: int | None, model: Axmodel, quiet: bool)
 def graph_remark(case: Case) -> str:
     """A clause on different graphs of another compiler whose outputs agree."""
     other = case.examined.get("other graphs")
-    return f"; another axc made it, whose graphs are others: {other}" if other else ""
+    return f"; built by another version of axc, which writes different graphs: {other}" if other else ""
 
 
 def _separable(measured: list[Measured], trouble: Trouble) -> bool:
@@ -339,12 +339,12 @@ def _guess(case: Case, index: int, trouble: Trouble, where: str) -> str:
         reached = max(float(np.abs(case.expected.trace.outputs[at]).max()) for at in (index, max(index - 1, 0)))
         if case.bundle.hidden_state_type == "fp16" and reached > 0.5 * LARGEST_FLOAT16:
             return (
-                f"float16 overflows: it ends at {LARGEST_FLOAT16:g}, and the reference's hidden states reach "
+                f"float16 overflows: its maximum is {LARGEST_FLOAT16:g}, the reference's hidden states reach "
                 f"{reached:.3g}; build with --hidden_state_type bf16 or fp32"
             )
-        return "it overflows: weights, constants and graph are those of the checkpoint"
+        return "an overflow: weights, constants and graph match the checkpoint"
     reason = f" ({where})" if where else ""
-    return f"weights, constants and graph are those of the checkpoint; probably both engines share a fault{reason}"
+    return f"weights, constants and graph match the checkpoint; probably both engines share a fault{reason}"
 
 
 def _shifted(case: Case, index: int, trouble: Trouble) -> str:
@@ -356,7 +356,7 @@ def _shifted(case: Case, index: int, trouble: Trouble) -> str:
     for shift in (-1, 1):
         again = _measured(case, index, visit, run(case, layer, index, visit, shift)).errors[which].error
         if np.linalg.norm(again) < EXPLAINED * np.linalg.norm(before):
-            return f"the positions in the file are off by {-shift}: it agrees when they are given {shift:+d}"
+            return f"positions in the file are off by {-shift}: the layer agrees if {shift:+d} is added"
     return ""
 
 
@@ -379,7 +379,7 @@ def faulty_weights(case: Case, index: int | None, tensors: dict[str, Stored]) ->
             continue
         entry = tensors[name]
         if entry.shape != shapes[name]:
-            yield Fault(name, "", "it has another shape", f"{list(shapes[name])}", f"{list(entry.shape)}")
+            yield Fault(name, "", "wrong shape", f"{list(shapes[name])}", f"{list(entry.shape)}")
             continue
         if (fault := compared(case, entry, name, index)) is not None:
             yield fault
@@ -396,7 +396,7 @@ def compared(case: Case, entry: Stored, name: str, index: int | None) -> Fault |
         return weight_faults.unlike_calibrated(entry, name, case.weight, recorded.error)
     order = None if entry.order is None else entry.order.array()
     if order is not None and not np.array_equal(np.sort(order), np.arange(entry.shape[1])):
-        cause, wanted = "the order of its columns is no permutation", f"each of 0 to {entry.shape[1] - 1} once"
+        cause, wanted = "the column order is not a permutation", f"each of 0 to {entry.shape[1] - 1} once"
         return Fault(name, "", cause, wanted, f"{order[:4].tolist()} ...")
 
     def weight(tensor: str, start: int = 0, stop: int | None = None) -> Floats:
@@ -431,16 +431,16 @@ def _weight_finding(stage: str, part: str, file: str, faults: list[Fault], seen:
     """One finding for several faulty tensors, e.g. if all are another layer's or another checkpoint's."""
     first = faults[0]
     causes = {fault.cause.rpartition(" of layer ")[2] for fault in faults if " of layer " in fault.cause}
-    altogether = all(ALTOGETHER in fault.cause for fault in faults)
+    unrelated = all(weight_faults.UNRELATED in fault.cause for fault in faults)
     if len(faults) > 3 and len(causes) == 1 and all(" of layer " in fault.cause for fault in faults):
         cause = f"the weights are those of layer {causes.pop()}: layers are swapped"
-    elif altogether and len(faults) > 3:
-        cause = f"{len(faults)} tensors hold other values: probably the weights of another checkpoint"
+    elif unrelated and len(faults) > 3:
+        cause = f"{len(faults)} tensors have different values: probably the weights of another checkpoint"
     else:
         more = f" (and {len(faults) - 1} more: {faults[1].text})" if len(faults) > 1 else ""
         cause = first.text + more
-        if altogether:
-            cause += "; probably another checkpoint's, or damaged"
+        if unrelated:
+            cause += "; probably damaged, or from another checkpoint"
     return Finding(
         stage,
         part,

@@ -1,4 +1,4 @@
-"""Where along a context a layer is wrong: from a position on, behind a history, in one kind of group."""
+"""Describes where in the context a layer is wrong: from a position on, after cached rows, or in one kind of group."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Marked(NamedTuple):
 
 
 def pattern(marked: Sequence[Marked]) -> str:
-    """In words; empty where everything is wrong or nothing."""
+    """Describes the wrong rows; empty if all or none are wrong."""
     wrong = [entry for entry in marked if entry.wrong.any()]
     right = [entry for entry in marked if not entry.wrong.any()]
     if not wrong or (not right and all(entry.wrong.all() for entry in wrong)):
@@ -41,7 +41,7 @@ def pattern(marked: Sequence[Marked]) -> str:
     starts_wrong = [entry.visit.start for entry in wrong]
     starts_right = [entry.visit.start for entry in right]
     if starts_right and max(starts_right) < min(starts_wrong):
-        return f"right behind up to {max(starts_right)} rows of history, wrong behind {min(starts_wrong)} and more"
+        return f"right after up to {max(starts_right)} cached rows, wrong after {min(starts_wrong)} and more"
     if all(entry.wrong[0] and not entry.wrong[1:].any() for entry in wrong if len(entry.wrong) > 1):
         return "wrong in the first token of a chunk only"
     if all(entry.wrong[-1] and not entry.wrong[:-1].any() for entry in wrong if len(entry.wrong) > 1):

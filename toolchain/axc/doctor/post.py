@@ -44,7 +44,7 @@ def examine(case: Case) -> str | Finding:
         if (differing := _runners(case)) is not None:
             return differing
         measured, even = _measured(case, case.engine)
-        fault, text = measured.fault(noise), f"error {measured.rms:.1e}, at worst {measured.worst:.1e}"
+        fault, text = measured.fault(noise), f"error {measured.rms:.1e}, largest {measured.worst:.1e}"
     except BadInput as failure:
         found = refused("post", failure, "the post model does not load", file)
         changed = graph_difference(case, None, model, quiet=False)
@@ -67,25 +67,25 @@ def examine(case: Case) -> str | Finding:
         return Finding("post", where, file, constant.expected, constant.seen, constant.cause, REBUILD)
     if changed := graph_difference(case, None, model, quiet=not fault):
         where = part if fault else "graph"
-        return Finding("post", where, file, "the graph that axc writes", "another", changed, REBUILD)
+        return Finding("post", where, file, "the graph that axc writes", "a different graph", changed, REBUILD)
     if fault and _other_agrees(case):
-        cause = f"engine {case.engine} computes the post model otherwise than {case.other_engine}, which agrees"
+        cause = f"engine {case.engine} computes the post model differently from {case.other_engine}, which agrees"
         advice = "Install or build the engine again; if that does not help, report it with this output."
         return Finding("post", f"logits, engine {case.engine}", file, expected, seen, cause, advice)
     known = expected_graphs.target(bundle.manifest) is not None
     if fault and known and text and even and measured.worst <= SENSITIVE * noise.row:
-        return _outputs(case) or f"{text}: more than most models have, and nothing is wrong with it"
+        return _outputs(case) or f"{text}: larger than for most models, but no fault found"
     if fault:
-        cause = "weights, constants and graph are those of the checkpoint; probably both engines share a fault"
+        cause = "weights, constants and graph match the checkpoint; probably both engines share a fault"
         return Finding("post", part, file, expected, seen, cause, REPORT)
     rows = min(len(case.expected.ids), MOST_ROWS)
     return _outputs(case) or f"{rows} rows of logits, {text}{graph_remark(case)}"
 
 
 def _measured(case: Case, engine: str) -> tuple[Agreement, bool]:
-    """How logits agree, and whether all rows do much alike.
+    """The errors of the logits, and whether they are similar in all rows.
 
-    Raises BadInput where the engine does not load the file, CheckFailed for what is not finite.
+    Raises BadInput if the engine does not load the file, CheckFailed for values that are not finite.
     """
     expected, alone = case.expected, []
     post = Post(open_session(case.bundle.post_path, engine))
@@ -108,7 +108,7 @@ def _runners(case: Case) -> Finding | None:
         if not np.array_equal(seen, alone, equal_nan=True):
             token = int(np.flatnonzero(seen != alone)[0])
             part, count = f"logits of row {row}, by the runner", int((seen != alone).sum())
-            wanted = f"{alone[token]:.6g} for token {token}, as the post model gives it by itself"
+            wanted = f"{alone[token]:.6g} for token {token}, as from the post model called directly"
             cause = f"the runner is at fault: {count} of {len(alone)} logits are not those of the post model"
             advice = "Install axrun again; if that does not help, report it with this output."
             return Finding("post", part, "board/axrun/model.py", wanted, f"{seen[token]:.6g}", cause, advice)
@@ -123,8 +123,8 @@ def _block(post: Post, hidden: Array) -> Finding | None:
         alone = post(hidden[row : row + 1])
         error = float(logit_errors(together[row : row + 1], alone).error[0])
         if not error <= SUMS:
-            part, expected = f"logits of row {row} of {len(hidden)}", f"those of the row alone, error {SUMS:g}"
-            cause = "the runner is at fault: logits of several rows at a time are not those of each"
+            part, expected = f"logits of row {row} of {len(hidden)}", f"those of the row run alone, error {SUMS:g}"
+            cause = "the runner is at fault: logits of a batch of rows differ from those of each row"
             advice = "Install axrun again; if that does not help, report it with this output."
             return Finding("post", part, "board/axrun/model.py", expected, f"error {error:.2g}", cause, advice)
     return None
@@ -151,7 +151,7 @@ def _head(case: Case, tensors: dict[str, Stored]) -> list[Fault]:
     found = [entry for entry in tensors.values() if entry.shape == shape]
     if len(found) != 1:
         held = ", ".join(f"{entry.name} {list(entry.shape)}" for entry in tensors.values() if len(entry.shape) == 2)
-        return [Fault(HEAD, "", "the head is missing, or has another shape", f"{list(shape)}", held or "none")]
+        return [Fault(HEAD, "", "the head is missing or has another shape", f"{list(shape)}", held or "none")]
     entry, reference = found[0], case.reference
     bad = weight_faults.compare(entry, HEAD, lambda name, start, stop: reference.head(start, stop))
     if bad is None:
@@ -178,7 +178,9 @@ def _outputs(case: Case) -> Finding | None:
             again = to_float32(from_float32(exact, case.dtype), case.dtype)
             if not np.array_equal(again, logits):
                 at = int(np.flatnonzero(again != logits)[0])
-                return _other(case, "output", f"{again[at]:.6g} for token {at}", f"{logits[at]:.6g}", "logits, rounded")
+                return _other(
+                    case, "output", f"{again[at]:.6g} for token {at}", f"{logits[at]:.6g}", "the rounded logits"
+                )
             logits = exact
         if {"indices", "prob"} <= named:
             finding = _top_k(case, found, logits.astype(np.float64))
@@ -201,11 +203,13 @@ def _top_k(case: Case, found: dict[str, Array], logits: Array) -> Finding | None
     share = np.exp(logits - logits.max())
     share /= share.sum()
     if (ids < 0).any() or (ids >= len(share)).any() or len(set(ids.tolist())) != len(ids):
-        return _other(case, "indices", f"{len(ids)} tokens, each once", f"{ids[:6].tolist()}", "the k likeliest tokens")
+        return _other(
+            case, "indices", f"{len(ids)} tokens, each once", f"{ids[:6].tolist()}", "the k most likely tokens"
+        )
     best = np.sort(share)[::-1][: len(ids)]
     if (np.abs(share[ids] - best) > TIE + 1e-3 * best).any():
         right = np.argsort(-share, kind="stable")[: len(ids)]
-        return _other(case, "indices", f"{right[:6].tolist()}", f"{ids[:6].tolist()}", "the k likeliest tokens")
+        return _other(case, "indices", f"{right[:6].tolist()}", f"{ids[:6].tolist()}", "the k most likely tokens")
     rounding = {"BFLOAT16": 2.0**-7, "FLOAT16": 2.0**-9}.get(case.dtype, 1e-4)
     if (np.abs(seen - best) > rounding * best + 1e-6).any():
         shown = [f"{value:.4g}" for value in best[:3]], [f"{value:.4g}" for value in seen[:3]]
@@ -214,5 +218,7 @@ def _top_k(case: Case, found: dict[str, Array], logits: Array) -> Finding | None
 
 
 def _other(case: Case, output: str, expected: str, seen: str, what: str) -> Finding:
-    cause = f"{output} is not {what}: the graph of the post model was changed, or engine {case.engine} is at fault"
+    cause = (
+        f"{output} differs from {what}: the graph of the post model was changed, or engine {case.engine} is at fault"
+    )
     return Finding("post", output, case.bundle.post_file, expected, seen, cause, REBUILD)

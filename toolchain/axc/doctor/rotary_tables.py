@@ -1,4 +1,4 @@
-"""cos and sin of every position as a graph computes them: from one table each, or from small ones that are combined."""
+"""cos and sin of every position as computed by a graph: from one table each, or combined from small tables."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Ids = NDArray[np.int64]
 
 
 class Unknown(Exception):
-    """The graph computes them in another way; the message says what was met."""
+    """The graph computes them in an unknown way; the message names the operator or value."""
 
 
 def tables(model: Axmodel, stored: Mapping[str, Stored], node: Node) -> tuple[tuple[str, ...], Floats, Floats]:
-    """Names of the tables that a RotaryEmbedding rests on, and cos and sin [positions, rotated elements / 2].
+    """Names of the tables used by a RotaryEmbedding, and cos and sin [positions, rotated elements / 2].
 
     Raises Unknown.
     """

@@ -17,9 +17,9 @@ from axrun.format.dtypes import DTYPES, FLOAT8, to_float32
 from axrun.format.quantised import Quantised, makers, quantised
 
 Floats = NDArray[np.float32]
-Levels = NDArray[Any]  # int8, or int16 where zero points are taken off; float32 of 8-bit floats
+Levels = NDArray[Any]  # int8; int16 after subtracting zero points; float32 for 8-bit floats
 
-# of the levels that the compiler uses
+# The range of quantised values that the compiler writes.
 ENDS: dict[str, tuple[float, float]] = {"INT8": (-127, 127), "INT4": (-8, 7)}
 ENDS |= {name: (-kind.largest, kind.largest) for name, kind in FLOAT8.items()}
 FLOAT_TYPES = ("FLOAT", "FLOAT16", "BFLOAT16")
@@ -27,9 +27,9 @@ FLOAT_TYPES = ("FLOAT", "FLOAT16", "BFLOAT16")
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of an axmodel: floats, or what `packed` says.
+    """A tensor of an axmodel: floats, or the quantised values `packed`.
 
-    `order` is a tensor with the checkpoint's columns in the order that they are stored in, where that is another.
+    `order`: a tensor with the checkpoint's column index of each stored column; None if the order is the same.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Stored:
 
     @property
     def zeros(self) -> Tensor | None:
-        """The zero points, where there are any."""
+        """The zero points, if any."""
         return self._packed.zeros
 
     @property
@@ -69,7 +69,7 @@ class Stored:
         return self.packed
 
     def levels(self, start: int, stop: int) -> Levels:
-        """What the scales of rows [start, stop) are multiplied with, levels less zero points: [n, in]."""
+        """Quantised values of rows [start, stop) minus zero points: [n, in]."""
         levels = self._packed.level_rows(start, stop)
         if self._packed.zeros is None:
             return levels
@@ -77,7 +77,7 @@ class Stored:
         return np.asarray(levels.astype(np.int16) - zeros, np.int16)
 
     def ends(self, start: int, stop: int) -> tuple[Levels, Levels]:
-        """The least and the largest that `levels` can be: [n, blocks]."""
+        """The minimum and maximum possible values of `levels`: [n, blocks]."""
         low, high = ENDS[self.dtype]
         zeros = self._packed.zero_rows(start, stop).astype(np.float32)
         return low - zeros, high - zeros
@@ -103,7 +103,7 @@ def dequantized(levels: Levels, scales: Floats, block: int) -> Floats:
 
 
 def read(model: Axmodel) -> dict[str, Stored]:
-    """Every initializer by name; a quantised one with its scales and zero points, which are not listed again."""
+    """All initializers by name. Scales and zero points belong to their matrix and have no entry of their own."""
     made_by = makers(model)
     orders = _orders(model, made_by)
     found: dict[str, Stored] = {}
@@ -122,7 +122,7 @@ def read(model: Axmodel) -> dict[str, Stored]:
 
 
 def _orders(model: Axmodel, made_by: Mapping[str, Node]) -> dict[str, Tensor]:
-    """The order that the input of a product is gathered in, by the matrix [out, in] that it is multiplied with."""
+    """The Gather indices of inputs of MatMuls, by the name of the matrix [out, in]."""
     found: dict[str, Tensor] = {}
     for node in model.nodes:
         if node.op_type != "MatMul":

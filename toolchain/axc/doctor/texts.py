@@ -44,11 +44,11 @@ def tokenizer(case: Case) -> str | Finding:
         return refused("tokenizer", failure, part, f"hf/{held[0]}" if held else "")
     if ours is None or theirs is None:
         if ours is None and theirs is None:
-            return "the checkpoint has none, nor has the bundle: it takes token ids"
+            return "neither the checkpoint nor the bundle has a tokenizer: the model takes token ids"
         having, lacking = ("the checkpoint", "the bundle") if ours is None else ("the bundle", "the checkpoint")
         return Finding(
-            "tokenizer", "tokenizer", file, f"{having} has a tokenizer, so has {lacking}", f"{lacking} has none",
-            "a file of hf/ was not copied, or is of another model", COPY,
+            "tokenizer", "tokenizer", file, f"a tokenizer in {lacking}, as in {having}", "none",
+            "a file of hf/ was not copied, or belongs to another model", COPY,
         )  # fmt: skip
     difference = next(_differences(ours, theirs), None)
     if difference is not None:
@@ -60,7 +60,7 @@ def tokenizer(case: Case) -> str | Finding:
     if changed is not None:
         return changed
     texts = len(text_proof.probe(ours, theirs))
-    return f"{len(ours.vocabulary)} tokens, {len(ours.added_tokens)} of them added; {texts} texts are alike"
+    return f"{len(ours.vocabulary)} tokens, {len(ours.added_tokens)} of them added; {texts} texts agree"
 
 
 def tokenizer_file(hf: Path) -> str:
@@ -93,16 +93,16 @@ def _why(case: Case, file: str, theirs: Any) -> str:
     path = case.bundle.path / file
     backend = getattr(theirs, "backend_tokenizer", None)
     if backend is None or not path.name.endswith("tokenizer.json"):
-        return "another tokenizer's file, or another version of it"
+        return "the file belongs to another tokenizer, or to another version of it"
     ours, wanted = json.loads(path.read_text("utf-8")), json.loads(backend.to_str())
     differing = [key for key in SECTIONS if ours.get(key) != wanted.get(key)]
     if not differing:
-        return "the file says the same: another version of the package tokenizers reads it otherwise"
+        return "the files are equal: another version of the package tokenizers reads them differently"
     for key in differing:
         if _mended_by(ours, wanted, key, theirs):
             return f"the {SECTIONS[key]} {_differs(key)} from the checkpoint's{_detail(key, ours, wanted)}"
     listed = ", ".join(SECTIONS[key] for key in differing)
-    whole = "; the file is another model's" if len(differing) > 2 else ""
+    whole = "; the file belongs to another model" if len(differing) > 2 else ""
     return f"the {listed} differ from the checkpoint's{_detail(differing[0], ours, wanted)}{whole}"
 
 
@@ -111,7 +111,7 @@ def _differs(section: str) -> str:
 
 
 def _other_model(case: Case, file: str, theirs: Any) -> Finding | None:
-    """Compares the sections of tokenizer.json as data, because rare merges and rules affect few texts.
+    """Compares the sections of tokenizer.json as data, because test texts do not cover rare merges and rules.
 
     If the bundle has a copy of the checkpoint's file, all sections are compared; else only vocabulary and merges.
     """
@@ -197,7 +197,7 @@ def template(case: Case) -> str | Finding:
     """Compares rendered chats and stop ids."""
     ours, theirs = case.tokenizer, case.theirs
     if ours is None or theirs is None:
-        return "no tokenizer, so no chats"
+        return "no tokenizer, so no chat template"
     hf = case.bundle.hf
     found = template_file(hf)
     theirs_in = template_file(case.folder)
@@ -208,8 +208,8 @@ def template(case: Case) -> str | Finding:
     if (found is None) != (source is None):
         having, lacking = ("the checkpoint", "the bundle") if found is None else ("the bundle", "the checkpoint")
         return Finding(
-            "template", "chat template", file, f"{having} has a chat template, so has {lacking}",
-            f"{lacking} has none", "a file of hf/ was not copied, or is of another model", COPY,
+            "template", "chat template", file, f"a chat template in {lacking}, as in {having}",
+            "none", "a file of hf/ was not copied, or belongs to another model", COPY,
         )  # fmt: skip
     try:
         with bounded("the chat template"):
@@ -227,12 +227,12 @@ def template(case: Case) -> str | Finding:
         difference = f"chat template, its text becomes {parts[0]} at character {at}, and {parts[1]}"
         return _template_finding(case, file, found[1], source, difference)
     special = _special(case, theirs, source or "")
-    return special or _stops(case, ours, theirs, rendered) or _said(ours, source)
+    return special or _stops(case, ours, theirs, rendered) or _summary(ours, source)
 
 
-def _said(ours: Tokenizer, source: str | None) -> str:
-    chats = f"{2 * len(text_proof.CONVERSATIONS)} chats are rendered alike" if source else "none"
-    return f"{chats}; stops at {', '.join(map(str, sorted(ours.stop_ids))) or 'no token'}"
+def _summary(ours: Tokenizer, source: str | None) -> str:
+    chats = f"{2 * len(text_proof.CONVERSATIONS)} conversations render equally" if source else "no chat template"
+    return f"{chats}; stop ids: {', '.join(map(str, sorted(ours.stop_ids))) or 'none'}"
 
 
 def _template_finding(case: Case, file: str, ours: str, theirs: str, difference: str) -> Finding:
@@ -246,14 +246,14 @@ def _template_finding(case: Case, file: str, ours: str, theirs: str, difference:
             if case.theirs.special_tokens_map.get(name) != token
         ]
         cause = (
-            f"the template is the checkpoint's, but {', '.join(wrong)} is another" if wrong else
-            "the template is the checkpoint's, and the runner renders it otherwise: its jinja2 or its functions"
+            f"the template is the checkpoint's, but {', '.join(wrong)} differs" if wrong else
+            "the template is the checkpoint's, but the runner renders it differently: its jinja2 or its functions"
         )  # fmt: skip
     else:
         at = _common(ours, theirs)
         line = ours[:at].count("\n") + 1
         cause = (
-            f"the template is another than the checkpoint's from line {line} on: {ours[at : at + 30]!r}, "
+            f"the template differs from the checkpoint's from line {line} on: {ours[at : at + 30]!r}, "
             f"expected {theirs[at : at + 30]!r}"
         )
     return Finding("template", chat, file, expected, seen, cause, COPY)
@@ -273,7 +273,7 @@ def _special(case: Case, theirs: Any, source: str) -> Finding | None:
         if ours.get(name) != wanted.get(name) and (name == "eos_token" or name in source):
             return Finding(
                 "template", name, "hf/tokenizer_config.json", f"{wanted.get(name)!r}", f"{ours.get(name)!r}",
-                f"{name} is another than the checkpoint's", COPY,
+                f"{name} differs from the checkpoint's", COPY,
             )  # fmt: skip
     return None
 
@@ -290,7 +290,7 @@ def _stops(case: Case, ours: Tokenizer, theirs: Any, rendered: ChatTemplate | No
         if isinstance(listed, dict) and {int(number) for number in listed if number.isdigit()} != seen:
             return Finding(
                 "template", "stop ids of the manifest", "manifest.json", f"stop ids {sorted(seen)}",
-                f"{', '.join(listed) or 'none'}", "the manifest is another bundle's, or was edited", REBUILD,
+                f"{', '.join(listed) or 'none'}", "the manifest was edited, or belongs to another bundle", REBUILD,
             )  # fmt: skip
         return None
     lacking, extra = sorted(set(wanted) - seen), sorted(seen - set(wanted))
@@ -298,8 +298,8 @@ def _stops(case: Case, ours: Tokenizer, theirs: Any, rendered: ChatTemplate | No
     name = wanted[number] if lacking else ours.stop_sources[number][0]
     file = f"hf/{name}" if name.endswith(".json") else "hf/generation_config.json"
     cause = (
-        f"{name} of the checkpoint names {number}, that of the bundle does not: answers do not end" if lacking else
-        f"{name} of the bundle names {number}, nothing of the checkpoint does: answers end early"
+        f"{name} of the checkpoint lists {number}, that of the bundle does not: answers do not end" if lacking else
+        f"{name} of the bundle lists {number}, no file of the checkpoint does: answers end early"
     )  # fmt: skip
     return Finding("template", f"stop id {number}", file, f"stop ids {sorted(wanted)}", f"{sorted(seen)}", cause, COPY)
 

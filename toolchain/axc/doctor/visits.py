@@ -1,4 +1,4 @@
-"""The test inputs of a single layer: every shape group, behind full and odd histories, to the end of the context."""
+"""The test inputs of a layer: every shape group, after full and odd histories, up to the end of the context."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from axrun.session import SessionGroup
 
-DECODES = 12  # most decode visits
+DECODES = 12  # maximum number of decode visits
 
 
 class Visit(NamedTuple):
@@ -25,11 +25,11 @@ class Visit(NamedTuple):
     def text(self) -> str:
         if self.stage == "decode":
             return f"decode at position {self.start}"
-        return f"{self.stage}" if not self.start else f"{self.stage} behind {self.start} rows"
+        return f"{self.stage}" if not self.start else f"{self.stage} after {self.start} rows"
 
 
 def visits(groups: Sequence[SessionGroup], context: int, count: int, probes: Sequence[Any]) -> Iterator[Visit]:
-    """Visits of every group behind a full and an odd history, and of single tokens at the groups' boundaries."""
+    """Visits of every group after a full and an odd history, and of single tokens at the groups' boundaries."""
     prefills = [group for group in groups if group.tokens > 1]
     decode = next((group for group in groups if group.tokens == 1), None)
     for group in prefills:

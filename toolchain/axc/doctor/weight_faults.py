@@ -1,8 +1,8 @@
-"""What happened to a weight between the checkpoint and the axmodel.
+"""Compares a weight of an axmodel with the checkpoint, and explains a difference.
 
-That something happened is seen exactly: a value rounded to the nearest lies within half a step of what it was, and a
-scale maps the largest of its values to the end of the range. What it was is found by trying: other tensors, other
-orders of rows and columns, other scales, other roundings.
+The comparison is exact: a value rounded to nearest lies within half a quantisation step of the original, and a scale
+maps the largest of its values to the end of the range. The cause is found by trying: other tensors, other orders of
+rows and columns, other scales, other roundings.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from axrun.format.dtypes import FLOAT8, from_float32, to_float32
 Bools = NDArray[np.bool_]
 Weight = Callable[[str], Floats]
 
-SLACK = 1e-3  # of a step: float32 arithmetic on levels up to 127
-# how far a value may lie beyond the last level: 1 / the least of FACTORS
+SLACK = 1e-3  # tolerance in steps: float32 arithmetic on levels up to 127
+# how far values may exceed the range, as a factor: 1 / the smallest factor that the quantiser tries for a scale
 LARGEST = {"INT8": 1.03, "INT4": 1.6, "FLOAT8E4M3FN": 1.001, "FLOAT8E5M2": 1.001}
-SMALLEST = {"FLOAT": 2.0**-100, "FLOAT16": 2.0**-14}  # of the scales: those below are not exact, or stored as zeros
+SMALLEST = {"FLOAT": 2.0**-100, "FLOAT16": 2.0**-14}  # scales below this are not exact, or stored as zeros
 # relative error of a match
 CLOSE = {"FLOAT": 1e-5, "FLOAT16": 2e-3, "BFLOAT16": 1e-2, "INT8": 0.04, "INT4": 0.4}
 CLOSE |= {"FLOAT8E4M3FN": 0.06, "FLOAT8E5M2": 0.12}
-ROWS = 2048  # compared at a time
+ROWS = 2048  # rows per step
 MOST_SHIFT = 64
-MOST_WHOLE = 1 << 27  # bytes of a tensor that is looked at as a whole
-SAMPLE = 48  # rows looked for elsewhere
-CHECKPOINT = "the checkpoint itself holds values there that are not finite"
+MOST_WHOLE = 1 << 27  # maximum bytes of a tensor to compare as a whole
+SAMPLE = 48  # rows to search for in the checkpoint
+CHECKPOINT = "the checkpoint's own values there are not finite"
+UNRELATED = "all values differ"  # the cause if no other is found
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`where` inside the tensor, "" for all of it; `cause` in words; what is there and what should be."""
+    """A difference and its cause. `where`: the rows of the tensor, or "" for all."""
 
     tensor: str
     where: str
@@ -49,7 +50,7 @@ class Fault:
 
 
 def compare(stored: Stored, name: str, weight: Callable[[str, int, int], Floats]) -> tuple[int, int] | None:
-    """The first rows [start, stop) that hold values no rounding explains; None where there are none."""
+    """The first rows [start, stop) with values that rounding does not explain; None if there are none."""
     for start in range(0, stored.shape[0], ROWS):
         stop = min(start + ROWS, stored.shape[0])
         if wrong_elements(stored, start, stop, weight(name, start, stop)).any():
@@ -60,7 +61,7 @@ def compare(stored: Stored, name: str, weight: Callable[[str, int, int], Floats]
 def unlike_calibrated(
     stored: Stored, name: str, weight: Callable[[str, int, int], Floats], recorded: float
 ) -> Fault | None:
-    """Calibrated levels are not the nearest ones: their relative error must be the one that the calibration left."""
+    """Calibrated levels are not the nearest ones; instead their relative error must equal the recorded one."""
     noise = signal = 0.0
     for start in range(0, stored.shape[0], ROWS):
         stop = min(start + ROWS, stored.shape[0])
@@ -70,12 +71,12 @@ def unlike_calibrated(
     error = (noise / signal) ** 0.5 if signal else 0.0
     if abs(error - recorded) <= SLACK * recorded + SLACK**2:
         return None
-    cause = "its levels or scales are not those of its calibration, or the checkpoint is another"
+    cause = "levels or scales differ from those of the calibration, or the checkpoint is another one"
     return Fault(stored.name, "", cause, f"a relative error of {recorded:.4g}", f"{error:.4g}")
 
 
 def wrong_elements(stored: Stored, start: int, stop: int, wanted: Floats) -> Bools:
-    """Which elements of rows [start, stop) are not the nearest that the type has to those of the checkpoint."""
+    """Which elements of rows [start, stop) are not the checkpoint's values rounded to nearest."""
     if not stored.scaled:
         return np.asarray(to_float32(from_float32(wanted, stored.dtype), stored.dtype) != stored.values(start, stop))
     levels, scales = stored.levels(start, stop), stored.scale_rows(start, stop)
@@ -90,12 +91,12 @@ def wrong_elements(stored: Stored, start: int, stop: int, wanted: Floats) -> Boo
         ratios = _ratios(stored, scales, wanted)
         coarse = ~((ratios <= 1 + SLACK) & (ratios >= 1 / LARGEST[stored.dtype]))
         same = (dequantized(levels, scales, stored.block) == wanted).reshape(rows, -1, stored.block).all(axis=2)
-        coarse &= ~same  # levels that the checkpoint itself has, by a rule of its own
+        coarse &= ~same  # the checkpoint is quantised itself, with scales of its own rule
     return np.asarray(away | ~np.isfinite(ideal) | np.repeat(coarse, stored.block, axis=1))
 
 
 def _steps(ideal: Floats, dtype: str) -> Floats | float:
-    """From one level to the next, around values in units of a scale."""
+    """The distance of neighbouring levels at `ideal`, in units of the scale."""
     kind = FLOAT8.get(dtype)
     if kind is None:
         return 1.0
@@ -105,9 +106,9 @@ def _steps(ideal: Floats, dtype: str) -> Floats | float:
 
 @np.errstate(all="ignore")
 def _ratios(stored: Stored, scales: Floats, wanted: Floats) -> Floats:
-    """Scales [n, blocks] over those that map the largest value to the end of the range; 1 for values all but zero.
+    """Ratios [n, blocks] of the scales to those that map the largest value to the end of the range.
 
-    With zero points: over those that map all values and 0 to the whole range.
+    With zero points: to those that map all values and 0 to the whole range. 1 for blocks of (almost) zeros.
     """
     low, high = ENDS[stored.dtype]
     values = wanted.reshape(len(wanted), -1, stored.block)
@@ -129,7 +130,7 @@ def explain(
     others: Mapping[str, str],
     head_dim: int = 0,
 ) -> Fault:
-    """What happened to rows [start, stop), which `compare` found. `others`: tensor names to what they are in words."""
+    """Explains the difference in rows [start, stop) found by `compare`. `others`: descriptions of tensors by name."""
     wanted = weight(name)
     bad = wrong_elements(stored, start, stop, wanted[start:stop])
     bad_rows = np.flatnonzero(bad.reshape(stop - start, -1).any(axis=1)) + start
@@ -137,20 +138,20 @@ def explain(
     seen = stored.values(start, stop)
     first = tuple(int(x) for x in np.argwhere(bad)[0])
     where = _rows(bad_rows) if few else ""
-    figures = (
+    values = (
         f"{wanted[start:stop][first]:.6g} at {[first[0] + start, *first[1:]]}{_rounding(stored)}",
         f"{seen[first]:.6g}",
     )
     tests = _few_rows if few else _whole
     for cause in tests(stored, wanted, bad, bad_rows, start, stop):
-        return Fault(stored.name, where, cause, *figures)
+        return Fault(stored.name, where, cause, *values)
     if not few or len(bad_rows) > 1:
         for cause in _elsewhere(stored, name, seen, start, weight, others, head_dim):
-            return Fault(stored.name, where, cause, *figures)
+            return Fault(stored.name, where, cause, *values)
     share = float(bad.mean())
     count = int(bad.sum())
-    cause = f"{count} of {bad.size} values are others" if share < 0.5 else "it holds other values altogether"
-    return Fault(stored.name, where, cause, *figures)
+    cause = f"{count} of {bad.size} values differ" if share < 0.5 else UNRELATED
+    return Fault(stored.name, where, cause, *values)
 
 
 def _rounding(stored: Stored) -> str:
@@ -160,7 +161,7 @@ def _rounding(stored: Stored) -> str:
 def _few_rows(
     stored: Stored, wanted: Floats, bad: Bools, bad_rows: NDArray[np.intp], start: int, stop: int
 ) -> Iterator[str]:
-    """Causes that leave most rows alone."""
+    """Causes that affect few rows."""
     rows = stored.values(start, stop)[bad_rows - start]
     right = wanted[bad_rows]
     plural = "rows are" if len(bad_rows) > 1 else "row is"
@@ -171,7 +172,7 @@ def _few_rows(
     if not np.isfinite(rows).all():
         yield f"the {plural} not finite"
     elif (rows == 0).all():
-        yield f"the {plural} zeroed"
+        yield f"the {plural} zero"
     elif stored.scaled:
         yield from _scales(stored, wanted, bad_rows)
     if rows.ndim == 2 and rows.shape[1] >= 8:
@@ -183,11 +184,11 @@ def _few_rows(
         if _near(-rows, right, stored.dtype):
             yield "its sign is flipped"
     if bad.sum() == 1:
-        yield "one value differs: the file or the memory it went through is damaged"
+        yield "one value differs: the file is damaged, or memory was"
 
 
 def _coarse(stored: Stored, wanted: Floats, bad_rows: NDArray[np.intp]) -> Iterator[str]:
-    """Whether scales are no numbers, or levels are rounded rightly for scales that are far too large."""
+    """Finds scales that are not finite, and scales that are far too large for correctly rounded levels."""
     scales = np.concatenate([stored.scale_rows(int(row), int(row) + 1) for row in bad_rows])
     off = ~np.isfinite(scales)
     swapped = _ratios(stored, scales.byteswap(), wanted[bad_rows])
@@ -201,21 +202,21 @@ def _coarse(stored: Stored, wanted: Floats, bad_rows: NDArray[np.intp]) -> Itera
     off = ratios > 1 + SLACK
     if fitting and off.any():
         worst = float(ratios.max())
-        left = "too few levels are left" if levels[off.any(axis=1)].any() else "all levels are zero"
-        yield f"{_count(off, 'scale')} up to {worst:.4g} times what the largest value asks for: {left}"
+        left = "too few levels are used" if levels[off.any(axis=1)].any() else "all levels are zero"
+        yield f"{_count(off, 'scale')} up to {worst:.4g} times too large: {left}"
 
 
 def _whole(
     stored: Stored, wanted: Floats, bad: Bools, bad_rows: NDArray[np.intp], start: int, stop: int
 ) -> Iterator[str]:
-    """Causes that touch most rows and need no other tensor."""
+    """Causes that affect most rows and involve no other tensor."""
     rows, right = stored.values(start, stop), wanted[start:stop]
     if not np.isfinite(right).all():
         yield CHECKPOINT
     if stored.scaled:
         yield from _coarse(stored, wanted, bad_rows)
     if (rows == 0).all():
-        yield "it is zeroed"
+        yield "all values are zero"
     if _near(-rows, right, stored.dtype):
         yield "its sign is flipped"
     if stored.scaled:
@@ -225,7 +226,7 @@ def _whole(
     if _near(rows + 1, right, stored.dtype):
         yield "1 was subtracted"
     if _near(rows - 1, right, stored.dtype):
-        yield "1 was added, as models of the Gemma kind ask for"
+        yield "1 was added, as for the norms of Gemma"
     ratio = _ratio(rows, right)
     if _near(rows, right * ratio, stored.dtype) and abs(ratio - 1) > 1e-4:
         yield f"it is scaled by {ratio:.4g}" if abs(ratio - 1) > 1e-3 else f"it is scaled by {ratio:.6g}"
@@ -238,18 +239,18 @@ def _floats(stored: Stored, rows: Floats, right: Floats, start: int, stop: int) 
     if _near(swapped, right, kind):
         yield "its byte order is swapped (big endian)"
     if kind == "BFLOAT16" and np.array_equal(raw, (right.view(np.uint32) >> 16).astype(np.uint16)):
-        yield "it was cut to bfloat16 instead of rounded to the nearest"
+        yield "it was truncated to bfloat16 instead of rounded to nearest"
     if kind == "BFLOAT16" and _near(np.ascontiguousarray(raw).view("<f2").astype(np.float32), right, "FLOAT16"):
-        yield "its bytes are float16, the file calls them bfloat16"
+        yield "the data is float16, but declared as bfloat16"
     if kind == "FLOAT16" and _near(to_float32(np.ascontiguousarray(raw).view("<u2"), "BFLOAT16"), right, "BFLOAT16"):
-        yield "its bytes are bfloat16, the file calls them float16"
+        yield "the data is bfloat16, but declared as float16"
     if kind == "FLOAT":
         for narrow, bits in (("BFLOAT16", 16), ("FLOAT16", 0)):
             with np.errstate(over="ignore"):
                 if np.array_equal(rows, to_float32(from_float32(right, narrow), narrow)):
-                    yield f"it went through {narrow} on the way"
+                    yield f"it was rounded to {narrow} before"
             if bits and np.array_equal(rows.view(np.uint32), right.view(np.uint32) >> bits << bits):
-                yield f"it was cut to {narrow} instead of rounded on the way"
+                yield f"it was truncated to {narrow} before"
 
 
 def _levels(stored: Stored, wanted: Floats, right: Floats, start: int, stop: int) -> Iterator[str]:
@@ -260,32 +261,32 @@ def _levels(stored: Stored, wanted: Floats, right: Floats, start: int, stop: int
         step = _steps(ideal, kind)
         slack = SLACK * step
         if (np.abs(levels) <= np.abs(ideal) + slack).all() and (np.abs(ideal - levels) < step + slack).all():
-            yield "it was cut towards zero instead of rounded to the nearest"
+            yield "it was truncated towards zero instead of rounded to nearest"
         elif ((ideal - levels > -slack) & (ideal - levels < step + slack)).mean() > 0.999:
-            yield "it was rounded down instead of to the nearest"
+            yield "it was rounded down instead of to nearest"
     yield from _scales(stored, wanted, np.arange(start, stop))
     if kind in FLOAT8:
         raw = stored.tensor.array()[start:stop]
         for real in FLOAT8:
             if real != kind and _near(dequantized(to_float32(raw, real), scales, block), right, real):
-                yield f"its bytes are {real}, the file calls them {kind}"
+                yield f"the data is {real}, but declared as {kind}"
         return
     if kind == "INT4":
         other = (levels.reshape(-1, 2)[:, ::-1]).reshape(levels.shape)
         if _near(dequantized(other, scales, block), right, kind):
-            yield "the halves of each byte are swapped (two 4-bit values, the first belongs into the low half)"
+            yield "the nibbles of each byte are swapped: the first of two 4-bit values belongs in the low one"
         flipped = ((levels.astype(np.int16) + 16) % 16 - 8).astype(np.int8)
     else:
         flipped = (levels.astype(np.uint8) ^ np.uint8(0x80)).view(np.int8)
     if _near(dequantized(flipped, scales, block), right, kind):
-        yield "its levels are stored as unsigned with an offset, the file calls them signed"
+        yield "its levels are unsigned with an offset, but declared as signed"
     for offset in (-1, 1):
         if np.median(np.abs(ideal - (levels.astype(np.int16) + offset))) < 0.5 < np.median(np.abs(ideal - levels)):
             yield f"its levels are off by {-offset}"
 
 
 def _scales(stored: Stored, wanted: Floats, rows: NDArray[np.intp]) -> Iterator[str]:
-    """Whether the levels of some rows are right and their scales are not, and what these are instead."""
+    """Causes of wrong scales, if the levels of the rows are right."""
     levels = np.concatenate([stored.levels(int(row), int(row) + 1) for row in rows])
     scales = np.concatenate([stored.scale_rows(int(row), int(row) + 1) for row in rows])
     block = stored.block
@@ -311,17 +312,17 @@ def _scales(stored: Stored, wanted: Floats, rows: NDArray[np.intp]) -> Iterator[
                     count = abs(shift) // per_row if unit == "row" else abs(shift)
                     yield f"its scales are shifted by {count} {unit}{'s' if count > 1 else ''}"
     if len(rows) == len(whole) and per_row > 1 and _alike(flat.reshape(per_row, -1).T, whole):
-        yield "its scales are transposed: [blocks, rows] in the place of [rows, blocks]"
+        yield "its scales are transposed: [blocks, rows] instead of [rows, blocks]"
     if not scales[off].any():
         yield f"{_count(off, 'scale')} zero"
     values = ratios[off]
     if values.size and np.ptp(values) <= 0.05 * abs(float(np.median(values))) + 1e-6:
-        yield f"{_count(off, 'scale')} {float(np.median(values)):.3g} times what the values ask for"
-    yield f"{_count(off, 'scale')} {values.min():.3g} to {values.max():.3g} times what the values ask for"
+        yield f"{_count(off, 'scale')} {float(np.median(values)):.3g} times the right value"
+    yield f"{_count(off, 'scale')} {values.min():.3g} to {values.max():.3g} times the right value"
 
 
 def _fitted(levels: Levels, wanted: Floats, block: int) -> Floats:
-    """The scales [n, blocks] that bring levels closest to the values."""
+    """The scales [n, blocks] with the least squared error for these levels."""
     cut = levels.reshape(len(levels), -1, block).astype(np.float64)
     values = wanted.reshape(cut.shape)
     power = (cut * cut).sum(axis=2)
@@ -342,13 +343,13 @@ def _elsewhere(
     others: Mapping[str, str],
     head_dim: int,
 ) -> Iterator[str]:
-    """Causes that show in another order, or in another tensor."""
+    """Causes with another order of rows or columns, or another tensor."""
     wanted, kind = weight(name), stored.dtype
     if seen.ndim == 2:
         rows, columns = stored.shape
         whole = stored.values() if stored.tensor.nbytes < MOST_WHOLE else None
         if whole is not None:
-            transposed = "it is transposed: [in, out] in the place of [out, in]"
+            transposed = "it is transposed: [in, out] instead of [out, in]"
             if _near(whole.reshape(columns, rows).T, wanted, kind):
                 yield transposed
             orders = list(_row_orders(rows, head_dim))
@@ -382,7 +383,7 @@ def _elsewhere(
 def _levels_elsewhere(
     stored: Stored, wanted: Floats, orders: Sequence[tuple[str, NDArray[np.intp] | None]]
 ) -> Iterator[str]:
-    """Levels in another order than their scales, which are in the right one."""
+    """Levels in a wrong order, with scales in the right order."""
     levels, scales = stored.levels(0, stored.shape[0]), stored.scale_rows(0, stored.shape[0])
     for cause, order in orders:
         if order is None:
@@ -395,11 +396,11 @@ def _levels_elsewhere(
     for step in range(1, min(9, len(levels))):
         for shift in (step, -step):
             if _near(dequantized(np.roll(levels, shift, axis=0), scales, stored.block), wanted, stored.dtype):
-                yield f"its rows are shifted by {step}, its scales are not"
+                yield f"its rows are shifted by {step}, but not its scales"
 
 
 def _row_orders(rows: int, head_dim: int) -> Iterator[tuple[str, NDArray[np.intp]]]:
-    """Orders of rows that converters have."""
+    """Row orders known from converters."""
     index = np.arange(rows)
     if head_dim and rows % head_dim == 0:
         heads = index.reshape(-1, head_dim)
@@ -407,7 +408,7 @@ def _row_orders(rows: int, head_dim: int) -> Iterator[tuple[str, NDArray[np.intp
         interleaved = halves.transpose(0, 2, 1).reshape(-1)
         apart = heads.reshape(-1, head_dim // 2, 2).transpose(0, 2, 1).reshape(-1)
         yield "the rows of each head are interleaved for rotary embedding, as GGUF files have them", interleaved
-        yield "the rows of each head are taken apart for rotary embedding, although they were in halves", apart
+        yield "the rows of each head are de-interleaved, although they were not interleaved", apart
         yield "the halves of each head are swapped", halves[:, ::-1].reshape(-1)
         if len(heads) > 1:
             yield "the heads are in the opposite order", heads[::-1].reshape(-1)
@@ -430,7 +431,7 @@ def _shifted(seen: Floats, wanted: Floats, start: int, kind: str) -> Iterator[st
 
 
 def _mapped(seen: Floats, wanted: Floats, start: int) -> Iterator[str]:
-    """Rows that are those of the checkpoint in an order that has no name; or nothing of it at all."""
+    """Rows of the checkpoint in an unknown order."""
     if len(wanted) > 1 << 15 or seen.shape[1] < 8:
         return
     chosen = np.linspace(0, len(seen) - 1, min(SAMPLE, len(seen))).astype(int)
@@ -442,7 +443,7 @@ def _mapped(seen: Floats, wanted: Floats, start: int) -> Iterator[str]:
 
 
 def _row_of(row: Floats, wanted: Floats) -> int | None:
-    """The row of the checkpoint that this is, if it is one."""
+    """The index of the checkpoint's row that is similar to `row`, or None."""
     with np.errstate(all="ignore"):
         cosine = wanted @ row / (np.linalg.norm(wanted, axis=1) * np.linalg.norm(row) + 1e-30)
     best = int(np.argmax(cosine))
@@ -451,7 +452,7 @@ def _row_of(row: Floats, wanted: Floats) -> int | None:
 
 @np.errstate(all="ignore")
 def _near(seen: Floats, wanted: Floats, kind: str) -> bool:
-    """Whether the one is the other, rounded."""
+    """Whether `seen` equals `wanted` up to rounding."""
     if seen.shape != wanted.shape or not seen.size:
         return False
     norm = float(np.linalg.norm(wanted))

@@ -37,7 +37,7 @@ def examine_whole(case: Case, spoken: Spoken) -> Finding | None:
         logits = _forced(model, spoken)
     except Failure as failed:
         seen = str(failed).partition("\n")[0]
-        return _finding("the whole model", MODEL, "logits", seen, "layers and post run by themselves")
+        return _finding("the whole model", MODEL, "logits", seen, "layers and post model run when called alone")
     if (finding := _cached(case, model, spoken)) is not None:
         return finding
     post = Post(model.post.session)
@@ -48,8 +48,8 @@ def examine_whole(case: Case, spoken: Spoken) -> Finding | None:
             token = int(np.flatnonzero(row != alone)[0])
             part = f"logits after {spoken.asked + at} tokens"
             seen = f"{row[token]:.6g} for token {token}"
-            cause = "K and V are right: how the runner hands hidden states from layer to layer or to post"
-            return _finding(part, MODEL, f"{alone[token]:.6g}, layer after layer", seen, cause)
+            cause = "K and V are right: it passes wrong hidden states between layers or to the post model"
+            return _finding(part, MODEL, f"{alone[token]:.6g}, as from layers run one by one", seen, cause)
     return _generated(case, model, spoken, logits)
 
 
@@ -68,10 +68,10 @@ def _cached(case: Case, model: Model, spoken: Spoken) -> Finding | None:
             rows = to_float32(cache[layer][0, : len(spoken.ids)], case.dtype)
             bad = np.flatnonzero((rows != wanted).any(axis=1))
             if len(bad):
-                part = f"row {bad[0]} of {name} of layer {layer}, all layers in one decoder"
-                seen = f"others; {len(bad)} of {len(wanted)} rows are"
+                part = f"layer {layer}, row {bad[0]} of {name}, all layers in one decoder"
+                seen = f"a different row; {len(bad)} of {len(wanted)} rows differ"
                 cause = _holds(spoken, rows[bad[0]])
-                return _finding(part, DECODER, "the rows that the layer leaves in a decoder alone", seen, cause)
+                return _finding(part, DECODER, "the row of the layer run in a decoder of its own", seen, cause)
     return None
 
 
@@ -83,8 +83,8 @@ def _holds(spoken: Spoken, seen: Floats) -> str:
         for name, rows in zip("KV", pair, strict=True):
             found = np.flatnonzero((rows == seen).all(axis=1))
             if len(found):
-                return f"it holds {name} of layer {layer}, row {found[0]}: rows are put into another layer's cache"
-    return "layers do not get each other's output, or share rows"
+                return f"it holds {name} of layer {layer}, row {found[0]}: rows are written to another layer's cache"
+    return "a layer does not get the output of the previous one, or layers share cache rows"
 
 
 def _generated(case: Case, model: Model, spoken: Spoken, logits: list[Floats]) -> Finding | None:
@@ -95,16 +95,14 @@ def _generated(case: Case, model: Model, spoken: Spoken, logits: list[Floats]) -
         best = int(logits[at].argmax())
         if token.id != best:
             part = f"token {at + 1} of an answer"
-            return _finding(
-                part, GENERATE, f"token {best}, the likeliest", f"token {token.id}", "the runner's own loop"
-            )
+            return _finding(part, GENERATE, f"token {best}, the most likely", f"token {token.id}", "its decoding loop")
         if at >= len(wanted) or best != wanted[at]:
             break
     return None
 
 
 def _finding(part: str, file: str, expected: str, seen: str, cause: str) -> Finding:
-    cause = f"each layer agrees by itself, so the runner is at fault: {cause}"
+    cause = f"each layer alone agrees, so the runner is at fault: {cause}"
     return Finding("answer", part, file, expected, seen, cause, INSTALL)
 
 

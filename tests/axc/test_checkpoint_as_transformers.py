@@ -229,7 +229,7 @@ def test_names_of_a_wrapper_are_refused(folder: Path, prefix: str, who: str) -> 
     [
         ("model.layers.0.self_attn.q_proj.lora_A.weight", "merge_and_unload"),
         ("model.layers.0.self_attn.q_proj.qweight", "quantised weights"),
-        ("layers.0.attention.wq.weight", "Meta's own names"),
+        ("layers.0.attention.wq.weight", "names are Meta's"),
         ("model.norm.gamma", "TensorFlow"),
     ],
 )

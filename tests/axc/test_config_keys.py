@@ -192,7 +192,7 @@ def test_a_key_of_arithmetic_is_refused_under_another_type(models: Any, key: str
 @pytest.mark.parametrize("key", ["rms_norm_eps", "hidden_act", "max_position_embeddings", "num_attention_heads"])
 def test_a_default_of_an_unknown_architecture_is_not_known(key: str) -> None:
     values = {name: value for name, value in WHOLE.items() if name != key}
-    with pytest.raises(BadInput, match=f"{key} is missing, and its default is not known"):
+    with pytest.raises(BadInput, match=f"{key} is missing, and its default is unknown"):
         read(values, "newcomer", "llama")
 
 
@@ -221,7 +221,7 @@ def test_a_key_that_is_absent_has_the_default_of_its_own_class_where_transformer
 def test_without_transformers_another_type_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(BadInput, match=f"what model_type '{kind}' computes where keys are absent is known to transf"):
+    with pytest.raises(BadInput, match=f"the defaults of absent keys of model_type '{kind}' are in transformers"):
         read(WHOLE, kind, "llama")
     assert read(WHOLE, "mistral").sliding_window == 4096  # a family: its defaults are known here
 

@@ -1,4 +1,4 @@
-"""Loads the config of a checkpoint and cross-checks it with every tensor that a build will read."""
+"""Loads the config of a checkpoint, and cross-checks it with the tensors that a build reads."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def load(
     if isinstance(names, list) and names and not any("CausalLM" in str(name) for name in names):
         say(f"config.json names {str(names[0])!r:.60}; built as a causal language model, as AutoModelForCausalLM does")
     if values.get("auto_map"):
-        say(f"config.json names code of its own (auto_map); it is not run: the model is read as {config.model_type}")
-    config = _untied_where_the_head_differs(checkpoint, config, say)
+        say(f"config.json has custom code (auto_map), which is not run: the model is read as {config.model_type}")
+    config = _untied_if_head_differs(checkpoint, config, say)
     stored = checkpoint.tied() if config.tie_word_embeddings else checkpoint
     sources = family.weights(config)
-    cross_check(_without_idle_biases(stored, sources, say), sources, family.redundant, path)
+    cross_check(_without_zero_biases(stored, sources, say), sources, family.redundant, path)
     return config
 
 
-def _without_idle_biases(
+def _without_zero_biases(
     checkpoint: Checkpoint, sources: Mapping[str, Source], say: Callable[[str], None]
 ) -> Checkpoint:
-    """Without biases of zeros that some packages write for every quantised matrix, whether the model has one or not."""
+    """The checkpoint without the all-zero biases that some packages write for every quantised matrix."""
     expected, tensors = reads(sources), checkpoint.tensors
     idle = [
         name
@@ -62,15 +62,13 @@ def _without_idle_biases(
     return replace(checkpoint, tensors={name: stored for name, stored in tensors.items() if name not in idle})
 
 
-def _untied_where_the_head_differs(
-    checkpoint: Checkpoint, config: ModelConfig, say: Callable[[str], None]
-) -> ModelConfig:
-    """transformers ties what is tied by config.json, except a stored head that differs from the stored embedding."""
+def _untied_if_head_differs(checkpoint: Checkpoint, config: ModelConfig, say: Callable[[str], None]) -> ModelConfig:
+    """Like transformers, unties a head that config.json ties if the stored head differs from the stored embedding."""
     stored = [checkpoint.tensors.get(name) for name in (EMBEDDING, HEAD)]
     if not config.tie_word_embeddings or None in stored:
         return config
     if any(tensor and (tensor.dtype not in INFINITY or len(tensor.shape) != 2) for tensor in stored):
-        return replace(config, tie_word_embeddings=False)  # the cross-check names it
+        return replace(config, tie_word_embeddings=False)  # reported by the cross-check
     if checkpoint.equal(EMBEDDING, HEAD):
         return config
     say(f"tie_word_embeddings is true, but the stored {HEAD} differs from {EMBEDDING}: used untied, as in transformers")

@@ -11,15 +11,15 @@ from axrun.errors import BadInput
 
 
 class Reader:
-    """config.json as untrusted input: typed, bounded access by key; `defaults` stand in for keys that are absent."""
+    """Typed, bounded access to the keys of config.json; `defaults` has the values of absent keys."""
 
     def __init__(self, values: dict[str, Any], path: Path, defaults: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.values, self.path, self.defaults = values, path, defaults
 
     def get(self, key: str) -> Any:
-        """Raises BadInput for a key that is absent and has no default."""
+        """The value or default of a key. Raises BadInput if it has neither."""
         if key not in self.values and key not in self.defaults:
-            raise BadInput(f"{self.path}: {key} is missing, and its default is not known")
+            raise BadInput(f"{self.path}: {key} is missing, and its default is unknown")
         return self.values.get(key, self.defaults.get(key))
 
     def integer(self, key: str, *, low: int = 1, high: int = 1 << 24) -> int:
@@ -35,7 +35,7 @@ class Reader:
         return float(value)
 
     def flag(self, key: str, *, null: bool | None = None) -> bool:
-        """True or false, and `null` for null."""
+        """True or false; `null` if the value is null."""
         value = self.get(key)
         value = null if value is None else value
         if not isinstance(value, bool):
@@ -48,14 +48,14 @@ class Reader:
             raise BadInput(f"{self.path}: {key} is {value!r:.60}; this architecture is built with {only[0]!r} only")
 
     def divisor(self, key: str, of: int) -> int:
-        """A divisor of `of`, which is meant where it is null."""
+        """A divisor of `of`; `of` itself if the value is null."""
         value = of if self.get(key) is None else self.integer(key)
         if of % value:
             raise BadInput(f"{self.path}: {key} is {value}, which does not divide the {of} attention heads")
         return value
 
     def head_dim(self, hidden: int, heads: int) -> int:
-        """Given, or hidden_size / num_attention_heads; rotary needs it even."""
+        """head_dim, by default hidden_size / num_attention_heads; must be even for rotary embedding."""
         given = self.values.get("head_dim") is not None
         if not given and hidden % heads:
             raise BadInput(f"{self.path}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")

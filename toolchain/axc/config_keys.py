@@ -1,9 +1,8 @@
-"""Keys of config.json beyond those a family reads: which a build may pass over, and which it must not.
+"""Keys of config.json that a family does not read: which may be ignored, and which must be refused.
 
-transformers stores a key that an architecture does not know as an attribute and never reads it. So under the
-architecture's own model_type only the keys that transformers' shared code reads can matter: SHARED. Under another
-model_type (`--model_type`) nobody vouches for a key that is neither known to be harmless nor at a value that changes
-nothing.
+transformers stores a key that an architecture does not know as an attribute and never reads it. So if a checkpoint is
+built as its own model_type, only keys read by transformers' shared code matter: SHARED. If it is built as another one
+(`--model_type`), a key must be known to be harmless, or have a value that changes nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ def _keys(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# read by no modelling code: names and versions, token ids, dtypes, training, caching, labels, outputs;
-# what only relaxes a sliding_window
+# Not read by modelling code: names and versions, token ids, dtypes, training, caching, labels, outputs; and switches
+# that can only disable a sliding_window.
 HARMLESS = _keys(
     """
     model_type architectures auto_map transformers_version transformers_weights_only name_or_path torch_dtype dtype
@@ -49,7 +48,7 @@ Neutral = Callable[[Any], bool]
 
 
 def _is(*values: Any) -> Neutral:
-    """One of these values; true is not 1."""
+    """Tests for one of these values; true does not equal 1."""
     return lambda value: any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
 
 
@@ -61,7 +60,7 @@ def _all(*values: Any) -> Neutral:
 _none, _one, _zero = _is(None), _is(None, 1), _is(None, 0)
 _off, _on = _is(None, False), _is(None, True)
 
-# read by transformers' code for all architectures: masks, caches, the loader. Anything but these values is refused
+# Read by transformers' code for all architectures: masks, caches, the loader. Other values than these are refused.
 SHARED: dict[str, Neutral] = {
     "is_causal": _is(True),
     "sliding_window": _none,
@@ -79,7 +78,7 @@ SHARED: dict[str, Neutral] = {
     "generator": _none,
 }
 
-# change the arithmetic of other architectures, except at these values
+# Keys that change the arithmetic of other architectures, and the values that do not.
 ARITHMETIC: dict[str, Neutral] = {
     **dict.fromkeys(
         _keys("""
@@ -126,17 +125,17 @@ def _harmless(key: str) -> bool:
 
 
 def refuse_shared(values: dict[str, Any], path: Path, reads: Iterable[str] = ()) -> None:
-    """Raises BadInput for what transformers' shared code would read and neither a family nor a build follows."""
+    """Raises BadInput for keys that transformers' shared code reads but neither the family nor the build supports."""
     for key, neutral in SHARED.items():
         if key in values and key not in reads and not neutral(values[key]):
             raise BadInput(
-                f"{path}: {key} is {_shown(values[key])}, which changes what the model computes and is not built\n"
+                f"{path}: {key} is {_shown(values[key])}, which changes what the model computes and is not supported\n"
                 "Give a checkpoint without it."
             )
 
 
 def unread(values: dict[str, Any], reads: Iterable[str]) -> list[str]:
-    """`key value` of what other architectures compute with and this one, in transformers too, does not read."""
+    """`key value` of keys that change the arithmetic of other architectures, but are not read by this one."""
     known = frozenset(reads)
     return [
         f"{key} {_shown(value)}"
@@ -146,7 +145,7 @@ def unread(values: dict[str, Any], reads: Iterable[str]) -> list[str]:
 
 
 def unread_rope(values: dict[str, Any], reads: Mapping[str, Iterable[str]]) -> list[str]:
-    """The same inside of rope_scaling or rope_parameters, whichever counts; `reads` by kind of rope."""
+    """Like `unread`, for the keys within rope_scaling or rope_parameters; `reads` by rope type."""
     where = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     nested = values.get(where) or {}
     known = frozenset(reads.get(nested.get("rope_type", nested.get("type", "default")), nested))
@@ -158,7 +157,7 @@ def unread_rope(values: dict[str, Any], reads: Mapping[str, Iterable[str]]) -> l
 
 
 def refuse_unknown(values: dict[str, Any], reads: Iterable[str], path: Path, source: object, family: str) -> None:
-    """Raises BadInput for keys of an architecture `source` that is to be built as `family` without a proof."""
+    """Raises BadInput for unknown keys of a model_type `source` that is built as another `family`."""
     known = frozenset(reads) | SHARED.keys()
     odd = [
         f"{key} {_shown(value)}"
@@ -174,7 +173,7 @@ def refuse_unknown(values: dict[str, Any], reads: Iterable[str], path: Path, sou
 
 
 def refuse_unknown_rope(values: dict[str, Any], reads: Iterable[str], path: Path, source: object, family: str) -> None:
-    """The same for keys inside of rope_scaling and rope_parameters."""
+    """Like `refuse_unknown`, for the keys within rope_scaling and rope_parameters."""
     known = frozenset(reads)
     for where in ("rope_scaling", "rope_parameters"):
         nested = values.get(where) or {}

@@ -14,7 +14,7 @@ ROPE_KEYS = frozenset(("rope_theta", "rope_parameters", "rope_scaling"))
 ORIGINAL_LENGTH = "original_max_position_embeddings"
 PARTIAL = "partial_rotary_factor"
 _PLAIN = frozenset(("rope_type", "type", "rope_theta", PARTIAL))
-# what is read inside of rope_parameters, by kind of rope
+# The keys read within rope_parameters, by rope type.
 NESTED_ROPE_KEYS = {
     "default": _PLAIN,
     "linear": _PLAIN | {"factor"},
@@ -27,9 +27,9 @@ NESTED_ROPE_KEYS = {
 
 
 def read_rope(reader: Reader, positions: int, head_dim: int, *, partial: bool = False) -> Rope:
-    """Rope from `rope_scaling` or else `rope_parameters`, and from keys beside them: transformers 5's order.
+    """The rope of `rope_scaling`, or else of `rope_parameters`, and of top-level keys; precedence as in transformers 5.
 
-    (`RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`.) `positions` is max_position_embeddings. `partial`: the
+    See `RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`. `positions` is max_position_embeddings. `partial`: the
     architecture reads partial_rotary_factor. Raises BadInput.
     """
     where = "rope_scaling" if reader.values.get("rope_scaling") else "rope_parameters"
@@ -37,7 +37,7 @@ def read_rope(reader: Reader, positions: int, head_dim: int, *, partial: bool = 
     if not isinstance(nested, dict):
         raise BadInput(f"{reader.path}: {where} is {nested!r:.60}; expected an object")
     if any(isinstance(value, dict) for value in nested.values()):
-        raise BadInput(f"{reader.path}: {where} differs from layer to layer; this architecture is built with one only")
+        raise BadInput(f"{reader.path}: {where} differs between layers; this architecture has one for all layers")
     theta = reader.get("rope_theta") if "rope_theta" not in nested else None
     return rope_of(reader, nested, theta, positions, head_dim, partial=partial)
 
@@ -45,23 +45,23 @@ def read_rope(reader: Reader, positions: int, head_dim: int, *, partial: bool = 
 def rope_of(
     reader: Reader, nested: dict[str, Any], theta: Any, positions: int, head_dim: int, *, partial: bool = False
 ) -> Rope:
-    """Rope from the object `nested`; `theta` and the keys beside it stand in for what it lacks. Raises BadInput."""
+    """The rope of the object `nested`; `theta` and top-level keys are used if it lacks them. Raises BadInput."""
     inner = Reader(nested, reader.path, {"rope_theta": theta, ORIGINAL_LENGTH: positions})
     base = inner.number("rope_theta", low=1, high=1e15)
-    if ORIGINAL_LENGTH in reader.values:  # `standardize_rope_params` prefers what stands beside the rope's own keys
+    if ORIGINAL_LENGTH in reader.values:  # `standardize_rope_params` prefers the top-level key
         inner.values = {**nested, ORIGINAL_LENGTH: reader.values[ORIGINAL_LENGTH]}
     kind = nested.get("rope_type", nested.get("type", "default"))
     share = _partial(reader, nested, head_dim, partial)
-    if kind == "dynamic":  # as the default up to max_position_embeddings, where a context ends
+    if kind == "dynamic":  # equals the default up to max_position_embeddings, the longest context
         inner.number("factor", low=1, high=1e6)
         kind = "default"
     if kind not in KINDS:
-        raise BadInput(f"{reader.path}: rope type {kind!r:.60} is not known; expected one of {', '.join(KINDS)}")
+        raise BadInput(f"{reader.path}: unknown rope type {kind!r:.60}; expected one of {', '.join(KINDS)}")
     return KINDS[kind](inner, base, share, positions, int(head_dim * share) // 2)
 
 
 def _partial(reader: Reader, nested: dict[str, Any], head_dim: int, allowed: bool) -> float:
-    """The share of a head that is rotated. Raises BadInput."""
+    """The rotated fraction of a head. Raises BadInput."""
     given = nested.get(PARTIAL)
     if given is None and allowed:
         given = reader.values.get(PARTIAL, reader.defaults.get(PARTIAL))
@@ -69,7 +69,9 @@ def _partial(reader: Reader, nested: dict[str, Any], head_dim: int, allowed: boo
     if share != 1 and not allowed:
         raise BadInput(f"{reader.path}: {PARTIAL} is {given!r:.60}; expected 1")
     if int(head_dim * share) < 2 or int(head_dim * share) % 2:
-        raise BadInput(f"{reader.path}: {PARTIAL} is {share:g}: of head_dim {head_dim} no even number is rotated")
+        raise BadInput(
+            f"{reader.path}: {PARTIAL} is {share:g}; expected an even number of rotated elements of head_dim {head_dim}"
+        )
     return share
 
 
@@ -110,7 +112,7 @@ def _yarn(inner: Reader, base: float, share: float, positions: int, count: int) 
     else:
         attention = scale()
     if base == 1:
-        raise BadInput(f"{inner.path}: rope_theta is 1, which yarn cannot have")
+        raise BadInput(f"{inner.path}: rope_theta is 1; yarn needs another value")
     return Rope(
         base,
         "yarn",
@@ -125,7 +127,7 @@ def _yarn(inner: Reader, base: float, share: float, positions: int, count: int) 
 
 
 def _longrope(inner: Reader, base: float, share: float, positions: int, count: int) -> Rope:
-    """Short factors for contexts up to the original length, long ones beyond."""
+    """Short factors apply to contexts up to the original length, long factors to longer ones."""
     original = inner.integer(ORIGINAL_LENGTH, low=2)
     given = inner.values.get("factor")
     factor = positions / original if given is None else inner.number("factor", low=1e-3, high=1e6)
@@ -151,7 +153,7 @@ def _divisors(inner: Reader, key: str, count: int) -> tuple[float, ...]:
         isinstance(value, (int, float)) and not isinstance(value, bool) and 1e-3 <= value <= 1e6 for value in given
     )
     if not numbers or len(given) != count:
-        raise BadInput(f"{inner.path}: {key} is {given!r:.60}; expected {count} numbers, one for each frequency")
+        raise BadInput(f"{inner.path}: {key} is {given!r:.60}; expected {count} numbers, one per frequency")
     return tuple(float(value) for value in given)
 
 

@@ -1,1 +1,1 @@
-"""Axmodels, written as a stream."""
+"""Writing of axmodels."""

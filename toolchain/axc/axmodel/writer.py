@@ -22,7 +22,7 @@ from axrun.format.axmodel import Axmodel, layout
 
 @dataclass
 class Written:
-    """A written file. `weight_error` is the relative error by quantised tensor."""
+    """A written file. `weight_error`: relative quantisation error by tensor."""
 
     sha256: str
     nbytes: int
@@ -30,7 +30,7 @@ class Written:
 
 
 class HashingFile:
-    """A file that is hashed while it is written."""
+    """Computes the sha256 of a file while writing it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.hash, self.nbytes = file, hashlib.sha256(), 0
@@ -46,7 +46,7 @@ class HashingFile:
 
 
 def write_file(path: Path, pieces: Iterator[bytes | NDArray[Any]]) -> Written:
-    """Writes `pieces` one after the other, beside `path` first and then renamed: `path` is whole or absent."""
+    """Writes `pieces` to a temporary file beside `path` and renames it, so that `path` is complete or absent."""
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -66,9 +66,9 @@ def write_axmodel(
     tensors: PackedTensors,
     tick: Callable[[], None] = lambda: None,
 ) -> Written:
-    """Writes `model`, its data taken from `tensors` as `parameters` say. Raises BadInput, OSError.
+    """Writes `model` with the data of `parameters`, read from `tensors`. Raises BadInput, OSError.
 
-    `tick` is called between pieces and may raise to end the writing.
+    `tick` is called between pieces; it may raise to stop writing.
     """
     content = Content(tensors)
 
@@ -84,7 +84,7 @@ def write_axmodel(
                 written += piece.nbytes
             if written != part.tensor.nbytes:
                 raise BadInput(
-                    f"{part.tensor.name} changed while it was read\nBuild again once the checkpoint is whole."
+                    f"{part.tensor.name} changed while it was read\nBuild again once the checkpoint is complete."
                 )
 
     written = write_file(path, pieces())
@@ -93,7 +93,10 @@ def write_axmodel(
 
 
 class Content:
-    """The data of initializers. The parts of a weight are asked for in order: the first keeps what the next need."""
+    """The data of initializers.
+
+    The parts of a weight (levels, scales, zero points) must be requested in order: the first computes all of them.
+    """
 
     def __init__(self, tensors: PackedTensors) -> None:
         self.tensors = tensors
@@ -138,7 +141,7 @@ class Content:
             yield first
 
     def _measure(self, weight: Weight, start: int, levels: NDArray[np.int8], scales: NDArray[np.float32]) -> None:
-        """Adds the error of calibrated rows, from `start` on, against the checkpoint's."""
+        """Adds the quantisation error of calibrated rows from `start` on."""
         stop = start + len(levels)
         wanted = widen(weight.source.rows(self.tensors, start, stop), weight.source.dtype(self.tensors))
         values = levels.reshape(*scales.shape, -1) * scales[:, :, None]
@@ -147,7 +150,7 @@ class Content:
         error.signal += float(np.square(wanted, dtype=np.float64).sum())
 
     def _keep_rest(self, weight: Weight, arrays: Iterator[NDArray[Any]]) -> NDArray[Any]:
-        """The first part of a block; the others are asked for later."""
+        """Returns the first part of a block, and keeps the others for later."""
         first, *rest = arrays
         for part, array in enumerate(rest, 1):
             self.later.setdefault((weight.name, part), []).append(array)

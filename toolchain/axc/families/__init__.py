@@ -1,6 +1,6 @@
-"""The architectures. One file each, found by looking into this folder: the file qwen2.py builds model_type qwen2.
+"""The architectures, one file each: qwen2.py builds model_type qwen2. Files in this folder are found at import.
 
-docs/adding-a-family.md is the recipe for another.
+docs/adding-a-family.md explains how to add one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from axrun.errors import BadInput
 
 
 def _found() -> Iterator[tuple[str, Family[Any]]]:
-    """Files that have a FAMILY; the others hold what these share."""
+    """The FAMILY of each file in this folder; files without one hold shared code."""
     for module in pkgutil.iter_modules(__path__):
         family = getattr(importlib.import_module(f"{__name__}.{module.name}"), "FAMILY", None)
         if family is not None:
@@ -36,9 +36,9 @@ RECIPE = "docs/adding-a-family.md"
 def read_config(
     values: dict[str, Any], path: Path, model_type: str | None, say: Callable[[str], None] = lambda line: None
 ) -> tuple[Family[Any], ModelConfig]:
-    """The family and the ModelConfig of a config.json, to be built as `model_type` where that is given.
+    """The family and the ModelConfig of a config.json; `model_type` replaces its model_type.
 
-    `say` is told what is passed over. Raises BadInput for what would be built with another arithmetic.
+    `say` gets a note on ignored keys. Raises BadInput if the build would compute something else than the model.
     """
     given = values.get("model_type")
     name = model_type or given
@@ -50,34 +50,34 @@ def read_config(
     config_keys.refuse_shared(values, path, family.reads)
     if given != name and not family.foreign:
         raise BadInput(
-            f"{path}: model_type {given!r:.60} cannot be built as {name}: whether they compute alike is not known\n"
+            f"{path}: model_type {given!r:.60} cannot be built as {name}: they may compute differently\n"
             f"{_instead(given)}"
         )
     if given == name:
-        read, proven = Reader(values, path, family.defaults), True
+        read, native = Reader(values, path, family.defaults), True
     else:
         config_keys.refuse_unknown(values, family.reads, path, given, name)
-        read, proven = _as_foreign(family, values, path, name), False
+        read, native = _as_foreign(family, values, path, name), False
     config = family.config(read)
-    if not proven:
+    if not native:
         kind = getattr(config, "rope", Rope(1)).kind
         config_keys.refuse_unknown_rope(read.values, NESTED_ROPE_KEYS[kind], path, given, name)
     rope = getattr(config, "rope", None)
     known = family.reads | ({ORIGINAL_LENGTH} if rope and rope.kind != "default" else set())
     unread = config_keys.unread(read.values, known)
-    if rope and proven:
+    if rope and native:
         unread += config_keys.unread_rope(read.values, NESTED_ROPE_KEYS)
     if unread:
         say(f"config.json: not read, as in transformers' {given}: {', '.join(unread[:4])}")
-    if not proven:
-        say(f"model_type {given!r:.60} is built as {name}: that the two compute the same rests on --model_type alone")
+    if not native:
+        say(f"model_type {given!r:.60} is built as {name} (--model_type): not verified to compute the same")
     return family, config
 
 
 def _as_foreign(family: Family[Any], values: dict[str, Any], path: Path, name: str) -> Reader:
-    """A config.json of a model_type of which nothing is proven: absent keys at the defaults of its class, if any.
+    """A reader for the config.json of another model_type: absent keys have the defaults of transformers' class for it.
 
-    Raises BadInput where those defaults change what the model computes, or where nobody knows them.
+    Raises BadInput if those defaults change what the model computes, or are unknown.
     """
     given = str(values.get("model_type"))
     try:
@@ -85,30 +85,30 @@ def _as_foreign(family: Family[Any], values: dict[str, Any], path: Path, name: s
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError:
         raise BadInput(
-            f"{path}: what model_type {given!r:.60} computes where keys are absent is known to transformers only, "
+            f"{path}: the defaults of absent keys of model_type {given!r:.60} are in transformers, "
             f"which is not installed\nRun `make setup`, or give the config.json of a {name} as --model_config."
         ) from None
     if given not in CONFIG_MAPPING:
-        # a key that is absent has a default nobody knows; a bias or a tied head shows in the tensors
+        # Defaults are unknown, except of biases and tied heads: those are visible in the tensors.
         seen = {key: value for key, value in family.defaults.items() if value is None or value is False}
         return Reader(values, path, seen)
     transformers.logging.set_verbosity_error()
     try:
         filled = CONFIG_MAPPING[given].from_dict(copy.deepcopy(values)).to_dict()
-    except Exception as error:  # its classes name no limit to what they raise
+    except Exception as error:  # config classes may raise anything
         words = " ".join(str(error).split()) or type(error).__name__
-        raise BadInput(f"{path}: transformers does not read it as model_type {given!r:.60}: {words:.200}") from None
+        raise BadInput(f"{path}: transformers cannot read it as model_type {given!r:.60}: {words:.200}") from None
     config_keys.refuse_shared(filled, path, family.reads)
     config_keys.refuse_unknown(filled, family.reads, path, given, name)
-    # a bias, a tied head and a window that its class does not have are none
+    # If its class has no key for a bias, a tied head or a window, the model has none.
     absent = {key: value for key, value in family.defaults.items() if value is None or value is False}
     return Reader(filled, path, absent)
 
 
 def _not_supported(values: dict[str, Any], path: Path, name: object) -> str:
-    """That it is not supported, what is nearest, and how to add it."""
+    """An error text: the nearest family, and how to add this one."""
     if isinstance(name, str) and name.lower() in FAMILIES:
-        return f"{path}: model_type {name!r:.60} is not supported; {name.lower()!r} is: model types are lower case"
+        return f"{path}: model_type {name!r:.60} is not supported; did you mean {name.lower()!r}, in lower case?"
     nearest = _nearest(values, name)
     first = f"{path}: model_type {name!r:.60} is not supported; the nearest family is {nearest}"
     if unread := config_keys.unread(values, FAMILIES[nearest].reads):
@@ -121,11 +121,11 @@ def _not_supported(values: dict[str, Any], path: Path, name: object) -> str:
 
 def _instead(given: object) -> str:
     if given in FAMILIES:
-        return f"It is a family of its own: leave --model_type out, or say {given}."
-    return f"Families that others can be built as: {', '.join(name for name in FAMILIES if FAMILIES[name].foreign)}."
+        return f"{given} is a supported family: omit --model_type, or give {given}."
+    return f"--model_type may name one of: {', '.join(name for name in FAMILIES if FAMILIES[name].foreign)}."
 
 
 def _nearest(values: dict[str, Any], name: object) -> str:
-    """The family with the most similar name, or else the one that reads the most of the keys."""
+    """The family with the most similar name; if none is similar, the one that reads most of the keys."""
     named = difflib.get_close_matches(str(name)[:60], FAMILIES, n=1)
     return named[0] if named else max(FAMILIES, key=lambda family: len(FAMILIES[family].reads & values.keys()))

@@ -1,4 +1,4 @@
-"""What decoders are made of: the keys of config.json that all have, weights by their usual names, parts of layers."""
+"""Building blocks of decoders: common keys of config.json, weights with the usual names, and parts of layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from axc.weights import Source
 from axc.weights.sources import Stored, split
 from axrun.errors import BadInput
 
-# keys of config.json that every decoder has
+# Keys of config.json that every decoder has.
 READS = ROPE_KEYS | {
     "hidden_size",
     "intermediate_size",
@@ -31,8 +31,8 @@ READS = ROPE_KEYS | {
     "rms_norm_eps",
     "tie_word_embeddings",
 }
-WINDOW = frozenset(("sliding_window", "layer_types"))  # keys of those that have windows
-LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}  # whether a window slides
+WINDOW = frozenset(("sliding_window", "layer_types"))  # keys of decoders with sliding-window attention
+LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}  # value: has a window
 
 Norm = Callable[[Graph, Value, str], Value]
 Sources = dict[str, Source]
@@ -40,7 +40,7 @@ Sources = dict[str, Source]
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(ModelConfig):
-    """What the decoders here have in common. `sliding` tells of each layer whether it sees `sliding_window` only."""
+    """The config of the decoders here. `sliding`: for each layer, whether its attention is limited to the window."""
 
     intermediate_size: int
     rms_norm_eps: float
@@ -71,12 +71,12 @@ def decoder(reader: Reader, *, epsilon: str = "rms_norm_eps", partial: bool = Fa
 
 
 def keeps(config: DecoderConfig, index: int) -> Keeps:
-    """A window in the layers that `sliding` names."""
+    """The window of a layer, according to `sliding`."""
     return Keeps(config.sliding_window if config.sliding and config.sliding[index] else None)
 
 
 def window(reader: Reader, sliding: tuple[bool, ...]) -> dict[str, Any]:
-    """The fields `sliding` and `sliding_window`; a window that no layer has is none. Raises BadInput."""
+    """The fields `sliding` and `sliding_window`; none if no layer has a window. Raises BadInput."""
     if not any(sliding):
         return {}
     if reader.get("sliding_window") is None:
@@ -84,7 +84,7 @@ def window(reader: Reader, sliding: tuple[bool, ...]) -> dict[str, Any]:
     return {"sliding": sliding, "sliding_window": reader.integer("sliding_window")}
 
 
-# hidden_act by what computes it
+# Values of hidden_act, and the activation that computes them.
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -109,7 +109,7 @@ def activate(graph: Graph, x: Value, kind: str) -> Value:
 
 
 def sliding_layers(reader: Reader) -> tuple[bool, ...] | None:
-    """Which layers see a window only, by `layer_types`; None where it is not given. Raises BadInput."""
+    """Which layers have a window according to `layer_types`; None without that key. Raises BadInput."""
     kinds = reader.values.get("layer_types")
     if kinds is None:
         return None
@@ -127,7 +127,7 @@ def sliding_layers(reader: Reader) -> tuple[bool, ...] | None:
 
 
 def matrix(name: str, rows: int, columns: int, bias: bool = False) -> Sources:
-    """`name`.weight [rows, columns], and `name`.bias where there is one."""
+    """`name`.weight [rows, columns], and `name`.bias [rows] if `bias`."""
     found: Sources = {f"{name}.weight": Stored(f"{name}.weight", (rows, columns))}
     if bias:
         found[f"{name}.bias"] = Stored(f"{name}.bias", (rows,))
@@ -135,7 +135,7 @@ def matrix(name: str, rows: int, columns: int, bias: bool = False) -> Sources:
 
 
 def vector(name: str, size: int, bias: bool = False) -> Sources:
-    """`name`.weight [size], of a norm, and `name`.bias where there is one."""
+    """`name`.weight [size] of a norm, and `name`.bias [size] if `bias`."""
     found: Sources = {f"{name}.weight": Stored(f"{name}.weight", (size,))}
     if bias:
         found[f"{name}.bias"] = Stored(f"{name}.bias", (size,))
@@ -143,7 +143,7 @@ def vector(name: str, size: int, bias: bool = False) -> Sources:
 
 
 def fused(name: str, parts: dict[str, int], columns: int, bias: bool = False) -> Sources:
-    """Projections whose rows are stored one after another in `name`.weight: {name of a part: rows}."""
+    """Projections stored as one matrix `name`.weight, one after the other: {name of a part: rows}."""
     rows = sum(parts.values())
     found: Sources = {}
     for kind, shape in (("weight", (rows, columns)), *([("bias", (rows,))] if bias else [])):
@@ -173,7 +173,7 @@ def gated_mlp_weights(layer: str, hidden: int, inner: int, bias: bool = False) -
 
 
 def norm_weights(layer: str, size: int, *names: str, bias: bool = False) -> Sources:
-    """Those of several norms of a layer."""
+    """The weights of several norms of a layer."""
     found: Sources = {}
     for name in names:
         found |= vector(f"{layer}{name}", size, bias)
@@ -204,7 +204,7 @@ def decoder_weights(
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a layer's axmodel: `x` [1, M, H] in float32, the others as the contract has them."""
+    """The inputs of a layer's axmodel: `x` [1, M, H] cast to float32, the others as in docs/axmodel.md."""
 
     k_cache: Value
     v_cache: Value
@@ -214,7 +214,7 @@ class Inputs:
 
 
 def inputs(config: ModelConfig, graph: Graph, scale: float = 1.0) -> Inputs:
-    """Declares them. `scale`: what x is multiplied by, in the first layer of those that scale the embedding."""
+    """Declares the inputs. `scale` multiplies x: for the first layer of families that scale the embedding."""
     hid = graph.hidden_type
     k_cache = graph.input("K_cache", hid, 1, "T", config.kv_size)
     v_cache = graph.input("V_cache", hid, 1, "T", config.kv_size)
@@ -237,7 +237,9 @@ def layer_norm(epsilon: float) -> Norm:
 
 @dataclass(frozen=True)
 class Rotation:
-    """How q and k are rotated: rope, position ids below `positions`, neighbours instead of halves where interleaved."""
+    """How q and k are rotated. `positions`: upper bound of position ids. `interleaved`: rotates adjacent elements,
+    instead of elements half a head apart.
+    """
 
     rope: Rope
     positions: int
@@ -245,9 +247,9 @@ class Rotation:
 
 
 def angles(graph: Graph, rotation: Rotation, head_dim: int, indices: Value) -> tuple[Value, Value, Value | None]:
-    """cos, sin and position ids for RotaryEmbedding; without ids cos and sin have a row for each token.
+    """cos, sin and position ids for RotaryEmbedding; without ids (None), cos and sin have a row per token.
 
-    One table of all positions would grow with the context in every layer. Two small ones do as well: position
+    A table of all positions would grow with the context, in every layer. Two small tables suffice, with position
     p = high * n + low, cos(a + b) = cos a cos b - sin a sin b, sin(a + b) = sin a cos b + cos a sin b.
     """
     made = rope.tables(rotation.rope, head_dim, rotation.positions)
@@ -267,7 +269,7 @@ def angles(graph: Graph, rotation: Rotation, head_dim: int, indices: Value) -> t
 
 @dataclass(frozen=True)
 class HeadNorm:
-    """A norm of q and k by the names of their weights: of each head, or of all of them as one row (`whole`)."""
+    """A norm of q and k, with the names of their weights: of each head, or of all heads as one row (`whole`)."""
 
     norm: Norm
     names: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
@@ -310,7 +312,7 @@ def attention(
         k = graph.rotary(k, cos, sin, position_ids, kv_heads, rotation.interleaved)
     if head_norm is not None and head_norm.rotated_first:
         q, k = normed(q, k)
-    # attention reads the new rows as the cache will hold them: a token then sees the same K/V however it was chunked
+    # Attention reads the new rows rounded as in the cache, so that results do not depend on the chunk size.
     k = graph.output("K_cache_out", k, graph.hidden_type)
     v = graph.output("V_cache_out", v, graph.hidden_type)
     keys = graph.cast(graph.concat(given.k_cache, k, "T+M"), "FLOAT")
@@ -345,7 +347,7 @@ def pre_norm_layer(
 def post_norm_layer(
     graph: Graph, config: DecoderConfig, index: int, rotation: Rotation | None, head_norm: HeadNorm
 ) -> None:
-    """Norms behind attention and behind SwiGLU, none before."""
+    """A layer with norms after attention and after SwiGLU, but none before them."""
     prefix, norm = f"model.layers.{index}.", rms(config.rms_norm_eps)
     given = inputs(config, graph)
     attended = attention(graph, given, given.x, prefix, config, rotation, head_norm=head_norm)
@@ -369,10 +371,10 @@ def post(
     scale: float = 1.0,
     softcap: float | None = None,
 ) -> None:
-    """Final norm and head: `output` and float32 `logits` [1, M, vocab]; with `top_k` also `indices` and `prob`,
-    and where the graph is to have it `postnorm` [1, M, hidden].
+    """Final norm and head: `output` and float32 `logits` [1, M, vocab]; with `top_k` also `indices` and `prob`, and
+    with the graph's `ret_postnorm` also `postnorm` [1, M, hidden].
 
-    Logits are multiplied by `scale`, and then softcap * tanh(logits / softcap).
+    Logits are multiplied by `scale` and then capped: softcap * tanh(logits / softcap).
     """
     x = graph.cast(graph.input("input", graph.hidden_type, 1, "M", config.hidden_size), "FLOAT")
     x = norm(graph, x, name)

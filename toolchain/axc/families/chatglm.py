@@ -1,6 +1,7 @@
-"""ChatGLM3 and GLM-4 in the form of their own code: GLM under other names, q, k and v stored together.
+"""ChatGLM3 and GLM-4 checkpoints in the original format: GLM with other tensor names, and q, k and v in one matrix.
 
-Its code is its repository's own (modeling_chatglm.py), not transformers'; a key without a known default is demanded.
+The model code is in its repository (modeling_chatglm.py), not in transformers; keys without a known default are
+required.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "original_rope": True,
     }
 )
-# what is built only with this value
+# Keys with the only supported value.
 ONLY = {
     "rmsnorm": True,
     "post_layer_norm": True,
@@ -40,7 +41,7 @@ ONLY = {
     "original_rope": True,
     "multi_query_attention": True,
 }
-BASE = 10000.0  # of its rope, times rope_ratio
+BASE = 10000.0  # rope base, multiplied by rope_ratio
 READS = frozenset(
     {
         "hidden_size",
@@ -66,7 +67,7 @@ def config(reader: Reader) -> Config:
             raise BadInput(f"{reader.path}: {key} is {not value}; this architecture is built with {value} only")
     heads, head_dim = reader.integer("num_attention_heads"), reader.integer("kv_channels", low=4)
     if head_dim % 4:
-        raise BadInput(f"{reader.path}: kv_channels is {head_dim}; half of a head is rotated, which must be even")
+        raise BadInput(f"{reader.path}: kv_channels is {head_dim}; expected a multiple of 4: half of a head is rotated")
     return Config(
         model_type="chatglm",
         hidden_size=reader.integer("hidden_size"),

@@ -1,4 +1,4 @@
-"""EXAONE 4: norms behind attention and MLP and of each head; where layers have windows only those rotate."""
+"""EXAONE 4: norms after attention and MLP, norms of each head; if some layers have windows, only those use RoPE."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from axc.families.family import Family
 from axc.graph import Graph
 from axrun.errors import BadInput
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 102400,
@@ -50,7 +50,7 @@ def config(reader: Reader) -> Config:
 
 
 def _pattern(reader: Reader, pattern: Any) -> int:
-    """Every which layer sees everything; older files have letters, as in LLLG."""
+    """The interval of layers with full attention; older files have letters such as LLLG."""
     if isinstance(pattern, str) and pattern and pattern == "L" * (len(pattern) - 1) + "G":
         return len(pattern)
     return reader.integer("sliding_window_pattern", high=1024)

@@ -1,4 +1,4 @@
-"""What an architecture is to the compiler: the numbers that every one has, and the functions that build it."""
+"""The interface of an architecture to the compiler: its config, and the functions that build it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from axc.weights import Source
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The numbers that every architecture has, under config.json's names; each adds its own in a subclass."""
+    """The values that every architecture has, named as in config.json; a family adds its own in a subclass."""
 
     model_type: str
     hidden_size: int
@@ -29,18 +29,18 @@ class ModelConfig:
 
     @property
     def kv_size(self) -> int:
-        """Width of a row of K or V: what the vendor prints as kv_cache_size."""
+        """Width of a row of K or V; the vendor's compiler calls it kv_cache_size."""
         return self.num_key_value_heads * self.head_dim
 
     @property
     def context(self) -> int:
-        """Positions that the model can see at most."""
+        """Maximum number of positions."""
         return self.max_position_embeddings
 
 
 @dataclass(frozen=True)
 class Keeps:
-    """What a layer keeps between tokens: K and V rows of all of them, or it sees those of the last `window` only."""
+    """The K and V rows that a layer attends to: of all tokens, or of the last `window` ones."""
 
     window: int | None = None
 
@@ -51,22 +51,22 @@ EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Family(Generic[C]):
-    """An architecture. Its file says `FAMILY = Family(...)` and has the name that config.json calls model_type.
+    """An architecture: `FAMILY = Family(...)` in a file named after its model_type.
 
-    `reads` are the keys of config.json that `config` reads, `defaults` what those mean that are absent, as in
-    transformers' class for the model_type. `redundant`: endings of names of tensors that a checkpoint may have and a
-    build does not need. `foreign`: --model_type may build another model_type as this one; a test compares all that
-    transformers has. `different` are those that look as if they could, and why they cannot.
+    `reads`: the keys of config.json that `config` reads. `defaults`: the values of absent keys, as in transformers'
+    class for the model_type. `redundant`: suffixes of tensors that a checkpoint may have but a build does not need.
+    `foreign`: --model_type may build another model_type as this family; a test compares all those in transformers.
+    `different`: model_types that look buildable as this family, with the reason why they are not.
     """
 
     config: Callable[[Reader], C]  # from config.json; raises BadInput
-    weights: Callable[[C], dict[str, Source]]  # every weight of the axmodels, by its name in them
-    layer: Callable[[C, int, int, Graph], None]  # layer `index` into a graph; position ids run below `positions`
-    post: Callable[[C, int, Graph], None]  # final norm and head; with the `top_k` likeliest tokens unless that is 0
+    weights: Callable[[C], dict[str, Source]]  # all weights of the axmodels, by their names there
+    layer: Callable[[C, int, int, Graph], None]  # (config, index, positions, graph): position ids are below `positions`
+    post: Callable[[C, int, Graph], None]  # (config, top_k, graph): final norm and head; `top_k` 0: no top-k outputs
     reads: frozenset[str]
     defaults: Mapping[str, Any]
     keeps: Callable[[C, int], Keeps] = lambda config, index: Keeps()  # of layer `index`
-    axllm_tokenizer: str = ""  # the vendor's name of its byte-level tokenizer; stands for a chat template there too
+    axllm_tokenizer: str = ""  # the vendor's name of its byte-level tokenizer, which also selects a chat template
     redundant: tuple[str, ...] = ("rotary_emb.inv_freq",)
     foreign: bool = False
     different: Mapping[str, str] = field(default_factory=lambda: EMPTY)

@@ -1,4 +1,4 @@
-"""Gemma: 1 is added to the weights of norms, the embedding is scaled by sqrt(hidden_size), the MLP has GELU."""
+"""Gemma: norms multiply by 1 + weight, the embedding is scaled by sqrt(hidden_size), the MLP uses GELU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from axc.families.family import Family
 from axc.graph import Graph
 from axc.weights.sources import one_plus
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 256000,
@@ -53,7 +53,7 @@ def config(reader: Reader) -> Config:
 
 
 def norms(layer: str, size: int, *names: str) -> Sources:
-    """Those of several norms: 1 + weight."""
+    """The weights of several norms: 1 + weight."""
     return {name: one_plus(source) for name, source in blocks.norm_weights(layer, size, *names).items()}
 
 
@@ -82,7 +82,7 @@ def layer(config: Config, index: int, positions: int, graph: Graph) -> None:
 
 
 def embedding_scale(config: DecoderConfig, index: int) -> float:
-    """What a layer multiplies its input by: the first one has the embedding."""
+    """The factor on a layer's input: the first layer gets the embedding."""
     return 1.0 if index else math.sqrt(config.hidden_size)
 
 

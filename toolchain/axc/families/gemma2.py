@@ -1,4 +1,4 @@
-"""Gemma 2: Gemma with a norm before and one behind each part, soft caps, and windows in every other layer."""
+"""Gemma 2: Gemma with norms before and after attention and MLP, soft caps, and a window in every other layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from axc.families.blocks import HeadNorm, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 256000,
@@ -66,7 +66,7 @@ def config(reader: Reader) -> Config:
 
 
 def particular(reader: Reader) -> dict[str, Any]:
-    """The fields that Gemma 2 and 3 have besides. Raises BadInput."""
+    """The additional fields of Gemma 2 and 3. Raises BadInput."""
     reader.expect("use_bidirectional_attention", None, False)
     caps = {
         key: None if reader.get(key) is None else reader.number(key, low=1e-3, high=1e6)

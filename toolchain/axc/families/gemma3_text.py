@@ -1,4 +1,4 @@
-"""Gemma 3, text: Gemma 2 with a norm of each head of q and k, and another rope where layers have windows."""
+"""Gemma 3 (text): Gemma 2 with norms of each head of q and k, and another rope in layers with a window."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from axc.graph import Graph
 from axc.rope import Rope
 from axrun.errors import BadInput
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 262208,
@@ -45,7 +45,7 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Config(gemma2.Config):
-    local_rope: Rope  # of the layers that have windows
+    local_rope: Rope  # of layers with a window
 
 
 def config(reader: Reader) -> Config:

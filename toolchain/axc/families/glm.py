@@ -1,4 +1,4 @@
-"""GLM-4 of 2024: half of each head is rotated, neighbours together; gate and up are stored together."""
+"""GLM-4 of 2024: interleaved rotary embedding of half of each head; gate and up in one matrix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from axc.families.blocks import DecoderConfig, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 151552,
@@ -55,7 +55,7 @@ def weights(config: Config) -> Sources:
 
 
 def weights_with(config: Config, *norms: str) -> Sources:
-    """With these norms in each layer."""
+    """The weights, with these norms in each layer."""
     hidden, inner = config.hidden_size, config.intermediate_size
 
     def layer(prefix: str, index: int) -> Sources:

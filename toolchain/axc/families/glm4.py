@@ -1,4 +1,4 @@
-"""GLM-4-0414: GLM with a norm behind attention and one behind the MLP besides."""
+"""GLM-4-0414: GLM with additional norms after attention and after the MLP."""
 
 from __future__ import annotations
 

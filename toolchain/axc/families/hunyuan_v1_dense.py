@@ -1,4 +1,4 @@
-"""Hunyuan dense: Llama with a norm of each head of q and k, behind the rotation."""
+"""Hunyuan dense: Llama with norms of each head of q and k after rotary embedding."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from axc.families.family import Family
 from axc.graph import Graph
 from axc.rope import Rope
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 290943,
@@ -47,7 +47,7 @@ def config(reader: Reader) -> Config:
 
 
 def _stretched(reader: Reader, rope: Rope, head_dim: int) -> Rope:
-    """With the base that a fixed `alpha` of a rope called dynamic makes: theta alpha^(d / (d - 2)).
+    """The rope with base theta * alpha^(d / (d - 2)), if its type is dynamic with a fixed `alpha`.
 
     transformers' HunYuanDenseV1RotaryEmbedding.compute_ntk_alpha_rope_parameters. Raises BadInput.
     """
@@ -56,7 +56,7 @@ def _stretched(reader: Reader, rope: Rope, head_dim: int) -> Rope:
         return rope
     alpha = Reader(nested, reader.path).number("alpha", low=1e-3, high=1e9)
     power = Decimal(head_dim) / Decimal(head_dim - 2) if head_dim > 2 else Decimal(1)
-    return replace(rope, theta=rope.theta * float(Decimal(alpha) ** power))  # decimal: the same on every machine
+    return replace(rope, theta=rope.theta * float(Decimal(alpha) ** power))  # Decimal: equal on all machines
 
 
 def weights(config: Config) -> Sources:

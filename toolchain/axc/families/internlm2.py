@@ -1,6 +1,7 @@
-"""InternLM2 and InternLM2.5: a Llama whose q, k and v are stored together, group by group, under names of its own.
+"""InternLM2 and InternLM2.5: Llama with other tensor names, and q, k and v interleaved by group in one matrix.
 
-Its code is its repository's own (modeling_internlm2.py), not transformers'; a key without a known default is demanded.
+The model code is in its repository (modeling_internlm2.py), not in transformers; keys without a known default are
+required.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def config(reader: Reader) -> Config:
 
 
 def weights(config: Config) -> Sources:
-    """Of each group of query heads that share a key: the queries, the key, the value."""
+    """The fused matrix has, for each group of query heads that share a key: the queries, the key, the value."""
     hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     groups, heads = config.num_key_value_heads, config.num_attention_heads
     rows = np.arange((heads + 2 * groups) * head).reshape(groups, -1, head)

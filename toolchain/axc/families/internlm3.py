@@ -1,4 +1,4 @@
-"""InternLM3: Llama under a name of its own; its code's qkv_bias and bias are refused where they are true."""
+"""InternLM3: Llama under another model_type; qkv_bias and bias are refused if true."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from axc.config_json import Reader
 from axc.families import llama
 from axc.families.llama import Config
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         **llama.DEFAULTS,

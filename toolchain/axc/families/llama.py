@@ -1,4 +1,4 @@
-"""Llama: Llama 2, 3 and 3.2, TinyLlama, SmolLM. Biases only where config.json asks for them."""
+"""Llama: Llama 2, 3 and 3.2, TinyLlama, SmolLM. Biases only if config.json has them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from axc.families.family import Family
 from axc.graph import Graph
 from axrun.errors import BadInput
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 32000,
@@ -35,11 +35,11 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
 )
 
 
-# compute differently although their tensors, and every key of their config.json, could be a Llama's
+# Compute differently, although their tensors and config.json could be Llama's.
 DIFFERENT: Mapping[str, str] = MappingProxyType(
     {
-        "ernie4_5": "it rotates neighbouring elements of a head, Llama those half a head apart",
-        "helium": "it rotates neighbouring elements of a head, Llama those half a head apart",
+        "ernie4_5": "its rotary embedding is interleaved, Llama's is not",
+        "helium": "its rotary embedding is interleaved, Llama's is not",
         "gemma": "it scales the embedding and adds 1 to the weights of its norms",
     }
 )
@@ -47,7 +47,7 @@ DIFFERENT: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class Config(DecoderConfig):
-    """Every layer sees everything, but transformers' cache slides by a `sliding_window`: that bounds the context."""
+    """All layers have full attention, but transformers limits the cache, and so the context, to `sliding_window`."""
 
     attention_bias: bool
     mlp_bias: bool
@@ -69,7 +69,7 @@ def config(reader: Reader) -> Config:
 
 
 def _window(reader: Reader) -> int | None:
-    """Llama's own layers see everything, but transformers' cache would slide by a `sliding_window`; Mistral's do."""
+    """The window to which transformers limits the cache; None if there is none."""
     slides, window = blocks.sliding_layers(reader), reader.get("sliding_window")
     if slides and any(slides) and window is None:
         raise BadInput(f"{reader.path}: layer_types has sliding_attention, but there is no sliding_window")

@@ -1,6 +1,7 @@
-"""MiniCPM and MiniCPM4: Granite with multipliers made of scale_emb, scale_depth and dim_model_base.
+"""MiniCPM and MiniCPM4: Granite with multipliers derived from scale_emb, scale_depth and dim_model_base.
 
-Its code is its repository's own (modeling_minicpm.py), not transformers'; a key without a known default is demanded.
+The model code is in its repository (modeling_minicpm.py), not in transformers; keys without a known default are
+required.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from axc.config_json import Reader
 from axc.families import blocks, granite
 from axc.families.family import Family
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "hidden_act": "silu",

@@ -1,4 +1,4 @@
-"""Ministral: Mistral under a name of its own, with windows in the layers that layer_types names."""
+"""Ministral: Mistral under another model_type, with windows in the layers given by layer_types."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistral: Llama without biases; every layer sees a window, unless there is none."""
+"""Mistral: Llama without biases; all layers have a window if sliding_window is set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from axc.families.blocks import DecoderConfig, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 32000,

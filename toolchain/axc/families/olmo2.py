@@ -1,4 +1,4 @@
-"""OLMo 2: norms behind attention and MLP, none before; q and k are normed as whole rows."""
+"""OLMo 2: norms after attention and MLP, none before; q and k are normalised over all heads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from axc.families.blocks import DecoderConfig, HeadNorm, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 50304,

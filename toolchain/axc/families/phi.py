@@ -1,4 +1,4 @@
-"""Phi-1, Phi-1.5 and Phi-2: one LayerNorm, then attention and MLP side by side; a part of each head is rotated.
+"""Phi-1, Phi-1.5 and Phi-2: one LayerNorm, then attention and MLP in parallel; partial rotary embedding.
 
 With qk_layernorm each head of q and k goes through a LayerNorm too.
 """
@@ -16,7 +16,7 @@ from axc.families.blocks import DecoderConfig, HeadNorm, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 51200,

@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5 mini and Phi-4-mini: q, k and v are stored together, gate and up too; every layer sees a window."""
+"""Phi-3, Phi-3.5 mini and Phi-4-mini: one matrix for q, k and v, one for gate and up; all layers have a window."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from axc.families.blocks import DecoderConfig, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 32064,

@@ -1,4 +1,4 @@
-"""Qwen2: Qwen1.5, Qwen2 and Qwen2.5. Biases on q, k and v, none elsewhere."""
+"""Qwen2: Qwen1.5, Qwen2 and Qwen2.5. Biases on q, k and v only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from axc.families.family import Family
 from axc.graph import Graph
 from axrun.errors import BadInput
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 151936,
@@ -43,7 +43,7 @@ def config(reader: Reader) -> Config:
 
 
 def sliding(reader: Reader) -> tuple[bool, ...]:
-    """Which layers see a window only."""
+    """Which layers have a window."""
     in_use = reader.flag("use_sliding_window") and reader.get("sliding_window") is not None
     kinds = blocks.sliding_layers(reader)
     if kinds is None:

@@ -1,4 +1,4 @@
-"""Qwen3: Qwen2 without its biases, with a norm of each head of q and k."""
+"""Qwen3: Qwen2 without biases, with norms of each head of q and k."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from axc.families.family import Family
 from axc.families.qwen2 import sliding
 from axc.graph import Graph
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 151936,

@@ -1,4 +1,4 @@
-"""SmolLM3: Llama whose every fourth layer does not rotate."""
+"""SmolLM3: Llama without rotary embedding in every fourth layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from axc.families.family import Family
 from axc.graph import Graph
 from axrun.errors import BadInput
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 128256,
@@ -63,7 +63,7 @@ def config(reader: Reader) -> Config:
 
 
 def _rotates(reader: Reader) -> tuple[bool, ...]:
-    """Which layers rotate: no_rope_layers says 1 of them, despite its name."""
+    """Which layers use rotary embedding: no_rope_layers is 1 for those, despite its name."""
     layers, given = reader.integer("num_hidden_layers", high=1024), reader.get("no_rope_layers")
     if given is None:
         interval = reader.integer("no_rope_layer_interval")

@@ -1,4 +1,4 @@
-"""StableLM: LayerNorm, a quarter of each head is rotated; attention and MLP one after another or side by side.
+"""StableLM: LayerNorm, rotary embedding of a quarter of each head; attention and MLP sequential or parallel.
 
 With qk_layernorm each head of q and k goes through a LayerNorm of its own.
 """
@@ -17,7 +17,7 @@ from axc.families.family import Family
 from axc.graph import Graph, Value
 from axc.weights.sources import Stacked, Stored
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 50304,

@@ -1,4 +1,4 @@
-"""StarCoder2: LayerNorm, biases, an MLP without a gate; every layer sees a window, unless there is none."""
+"""StarCoder2: LayerNorm, biases, an MLP without a gate; all layers have a window if sliding_window is set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from axc.families.blocks import DecoderConfig, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 49152,

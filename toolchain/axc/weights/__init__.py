@@ -1,7 +1,7 @@
-"""Weight sources: what a weight of an axmodel is made of, read from a checkpoint in blocks of rows.
+"""Weight sources: how the weights of an axmodel are computed from tensors of a checkpoint, in blocks of rows.
 
-A family names its weights and gives a source for each (`axc.families`). `sources` has the kinds of sources,
-`cross_check` compares the tensors that they read with those that a checkpoint has.
+A family lists its weights with a source for each (`axc.families`). `sources` has the kinds of sources, `cross_check`
+compares the tensors that they read with those in a checkpoint.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ Shape = tuple[int, ...]
 
 
 class Tensors(Protocol):
-    """Where sources read: a checkpoint, or another reading of one to compare with."""
+    """The tensors that sources read: of a checkpoint, or of an independent reader of one."""
 
     def dtype(self, name: str) -> str:
-        """The element type of a tensor, as ONNX names it."""
+        """ONNX's name of a tensor's element type."""
 
     def finite_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop) along the first dimension as stored; bfloat16 as uint16.
@@ -32,30 +32,30 @@ class Tensors(Protocol):
 
 
 class PackedTensors(Tensors, Protocol):
-    """A checkpoint, some of whose matrices may be stored as integer levels."""
+    """A checkpoint that may have quantised matrices."""
 
     def levels(self, name: str) -> Iterator[tuple[NDArray[Any], ...]]:
         """A matrix in blocks of whole rows: levels int8 [n, in], scales float32 [n, in / block], and zero points int8
-        [n, in / block] where the matrix has them.
+        [n, in / block] if it has them.
         """
 
     def order(self, name: str) -> NDArray[np.int64]:
-        """The columns of a matrix in the order that `levels` has them in."""
+        """The column index of each column of `levels`."""
 
 
 class Source(Protocol):
-    """What one weight is made of."""
+    """How one weight is computed."""
 
     @property
     def shape(self) -> Shape:
-        """Of the weight; matrices are [out, in]."""
+        """The shape of the weight; matrices are [out, in]."""
 
     @property
     def reads(self) -> Mapping[str, Shape]:
-        """The tensors of the checkpoint that it reads, and the shapes that they must have."""
+        """The tensors that it reads, with their expected shapes."""
 
     def dtype(self, tensors: Tensors) -> str:
-        """The element type that `rows` gives."""
+        """The element type of `rows`."""
 
     def rows(self, tensors: Tensors, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop) of the weight; bfloat16 as uint16. Raises BadInput for values that are not finite."""

@@ -1,4 +1,4 @@
-"""The tensors that weight sources read beside those that a checkpoint has: names, shapes, element types."""
+"""Compares the tensors that weight sources read with those of a checkpoint: names, shapes, element types."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from axrun.errors import BadInput
 
 
 def reads(sources: Mapping[str, Source]) -> dict[str, Shape]:
-    """Every tensor that the sources read and its shape, in their order."""
+    """The tensors that the sources read, with their shapes."""
     return {name: shape for source in sources.values() for name, shape in source.reads.items()}
 
 
 def cross_check(checkpoint: Checkpoint, sources: Mapping[str, Source], redundant: tuple[str, ...], path: Path) -> None:
-    """Raises BadInput naming tensors that are missing, unexpected or of another shape than the sources need.
+    """Raises BadInput naming tensors that are missing, unexpected or have a wrong shape or type.
 
-    `redundant`: endings of names that a checkpoint may have and a build does not need. `path` is the config.json.
+    `redundant`: suffixes of tensors that a checkpoint may have but a build does not need. `path` is the config.json.
     """
     expected = reads(sources)
     stored = checkpoint.tensors
@@ -29,7 +29,7 @@ def cross_check(checkpoint: Checkpoint, sources: Mapping[str, Source], redundant
         if name in stored and stored[name].shape != shape
     ]
     missing = [name for name in expected if name not in stored]
-    # a head that is stored and not expected is the embedding again: axc.config has compared them
+    # A stored head of a tied model equals the embedding, as checked by axc.config.
     unexpected = [name for name in stored if name not in expected and name != HEAD and not name.endswith(redundant)]
     odd = [name for name in expected if name in stored and stored[name].dtype not in INFINITY]
     lines = []
@@ -39,7 +39,7 @@ def cross_check(checkpoint: Checkpoint, sources: Mapping[str, Source], redundant
             f"expected one of {', '.join(STORED_DTYPES)}: give the original float checkpoint"
         )
     if wrong:
-        more = f" ({len(wrong) - 1} more of other shapes)" if len(wrong) > 1 else ""
+        more = f" ({len(wrong) - 1} more with wrong shapes)" if len(wrong) > 1 else ""
         lines.append(f"{path}: {wrong[0]}{more}")
     if missing:
         lines.append(
@@ -52,20 +52,20 @@ def cross_check(checkpoint: Checkpoint, sources: Mapping[str, Source], redundant
         raise BadInput("\n".join([*lines[:2], hint] if hint else lines[:3]))
 
 
-# what the names of tensors that do not belong tell of how they were saved: a pattern, what it is, what to do
+# Patterns of unexpected tensor names that show how a checkpoint was saved, with advice.
 ODD_NAMES = (
     (
         r"\.(lora_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.",
-        "They are of an adapter: merge it with merge_and_unload() and save again, or give it as --lora.",
+        "They belong to an adapter: merge it with merge_and_unload() and save again, or give it as --lora.",
     ),
     (
         r"\.(qweight|qzeros|scales|g_idx|weight_packed|weight_scale|weight_scale_inv|absmax|quant_map|biases)$",
-        "They are quantised weights, of which config.json says nothing: give the original float checkpoint.",
+        "They are quantised weights, but config.json has no quantization_config: give the original float checkpoint.",
     ),
-    (r"^tok_embeddings\.|\.attention\.wq\.", "They have Meta's own names: give the version for transformers."),
-    (r"\.(LayerNorm)\.(gamma|beta)$|\.(gamma|beta)$", "Names in gamma and beta are of TensorFlow: save again."),
+    (r"^tok_embeddings\.|\.attention\.wq\.", "The names are Meta's: give the checkpoint in transformers' format."),
+    (r"\.(LayerNorm)\.(gamma|beta)$|\.(gamma|beta)$", "Names in gamma and beta are from TensorFlow: save again."),
 )
-# prefixes that wrappers leave in a state_dict
+# Prefixes that wrappers add in a state_dict.
 WRAPPERS = {
     "module.": "torch's DataParallel",
     "_orig_mod.": "torch.compile",
@@ -75,7 +75,7 @@ WRAPPERS = {
 
 
 def _hint(missing: list[str], unexpected: list[str]) -> str | None:
-    """What the names of misfits tell: a prefix before all of them, or another kind of checkpoint."""
+    """Advice derived from the names of unexpected tensors: a common prefix, or another kind of checkpoint."""
     for pattern, words in ODD_NAMES:
         if any(re.search(pattern, name) for name in unexpected):
             return words

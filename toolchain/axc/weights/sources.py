@@ -1,7 +1,6 @@
-"""The kinds of weight sources. They compose: each but `Stored` is made of others.
+"""The kinds of weight sources. They compose: all but `Stored` wrap other sources.
 
-Rows come as they are stored wherever no arithmetic is done, so that a bfloat16 weight stays bfloat16; arithmetic is
-done in float32.
+Without arithmetic, rows keep their stored type, so a bfloat16 weight stays bfloat16. Arithmetic is done in float32.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from axrun.errors import BadInput
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the checkpoint as it is."""
+    """An unchanged tensor of the checkpoint."""
 
     name: str
     shape: Shape
@@ -39,7 +38,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows [start, stop) of another source: one projection of several that are stored together."""
+    """Rows [start, stop) of another source: one of several projections stored as one matrix."""
 
     source: Source
     start: int
@@ -62,7 +61,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Stacked:
-    """The rows of several sources one after another: projections that are stored apart and computed together."""
+    """The concatenated rows of several sources: projections stored separately but computed together."""
 
     sources: tuple[Source, ...]
 
@@ -75,7 +74,7 @@ class Stacked:
         return {name: shape for source in self.sources for name, shape in source.reads.items()}
 
     def dtype(self, tensors: Tensors) -> str:
-        """float32 where they are stored in different types."""
+        """The common type of the sources; float32 if they differ."""
         found = {source.dtype(tensors) for source in self.sources}
         return found.pop() if len(found) == 1 else "FLOAT"
 
@@ -93,7 +92,7 @@ class Stacked:
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """Row i is row `index[i]` of another source: heads or halves of heads in another order, or some rows of many."""
+    """Row i is row `index[i]` of another source: for reordered heads or halves of heads, or a selection of rows."""
 
     source: Source
     index: NDArray[np.int64] = field(repr=False)
@@ -110,7 +109,7 @@ class Gathered:
         return self.source.dtype(tensors)
 
     def rows(self, tensors: Tensors, start: int, stop: int) -> NDArray[Any]:
-        """Read in runs of rows that follow one another, or the even ones of such a run."""
+        """Reads one range of rows if the index is dense enough, else each run of consecutive rows."""
         wanted = self.index[start:stop]
         low, high = int(wanted.min()), int(wanted.max()) + 1
         if high - low <= 4 * len(wanted):
@@ -142,7 +141,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Affine:
-    """factor * weight + offset in float32: a multiplier that a model applies to a weight, or the 1 that a norm adds."""
+    """factor * weight + offset in float32: a multiplier of the model, or the 1 + of a norm."""
 
     source: Source
     factor: float = 1.0
@@ -165,17 +164,17 @@ class Affine:
 
 
 def scaled(source: Source, factor: float) -> Source:
-    """The weight times a number; itself where that is 1."""
+    """The source times `factor`; the source itself if that is 1."""
     return source if factor == 1 else Affine(source, factor=factor)
 
 
 def one_plus(source: Source) -> Source:
-    """1 + weight: the norms of Gemma."""
+    """1 + weight, as in Gemma's norms."""
     return Affine(source, offset=1.0)
 
 
 def split(source: Source, *sizes: int) -> tuple[Source, ...]:
-    """A source cut into pieces of so many rows. Raises ValueError where they are not all of its rows."""
+    """Splits a source into parts of `sizes` rows. Raises ValueError if they do not add up."""
     if sum(sizes) != source.shape[0]:
         raise ValueError(f"{sizes} rows of {source.shape[0]}")
     starts = np.cumsum((0, *sizes)).tolist()
@@ -190,7 +189,7 @@ def _widened(source: Source, tensors: Tensors, rows: NDArray[Any]) -> NDArray[np
 
 
 def _runs(index: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Runs [first, last) of numbers that follow one another."""
+    """Runs [first, last) of consecutive numbers."""
     breaks = np.flatnonzero(np.diff(index) != 1) + 1
     for run in np.split(index, breaks):
         yield int(run[0]), int(run[-1]) + 1

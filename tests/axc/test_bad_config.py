@@ -34,7 +34,9 @@ DEEP = "[" * 100_000
         pytest.param(
             {"model_type": "mamba-2"}, ["'mamba-2'", "toolchain/axc/families/mamba_2.py"], id="nothing is near"
         ),
-        pytest.param({"model_type": "Qwen2"}, ["'Qwen2' is not supported; did you mean 'qwen2'"], id="a capital letter"),
+        pytest.param(
+            {"model_type": "Qwen2"}, ["'Qwen2' is not supported; did you mean 'qwen2'"], id="a capital letter"
+        ),
         pytest.param({"model_type": "blocks"}, ["write toolchain/axc/families/NAME.py"], id="a file that is there"),
         pytest.param({"model_type": None}, ["None is not supported", "the nearest family is"], id="no architecture"),
         pytest.param({"model_type": ["qwen2"]}, ["['qwen2'] is not supported"], id="architecture of another type"),

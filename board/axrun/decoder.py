@@ -94,6 +94,7 @@ class Decoder:
         if not decode:
             raise BadInput("the layers have no decode group (one of 1 token); build the bundle again")
         self.flexible = all(session.flexible for session in sessions)
+        self.exact = all(session.exact for session in sessions)
         self.context = decode[-1].history
         self._decode = decode
         self.dtype = infos["input"].dtype

@@ -11,10 +11,12 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from axrun.model import Logits
+from axrun.errors import CheckFailed
+from axrun.model import Logits, Post
 from axrun.sampling import Sampling
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Array, Sequence
+from axrun.speculation import Guesser
 
 EOS, LENGTH, CONTEXT = "eos", "length", "context"
 
@@ -48,7 +50,7 @@ class Stats:
 
     `prompt_tokens` were prefilled; `reused` tokens before them were already in the cache. `steps` counts the tokens
     sampled after the first one, in `decode_seconds`, including a stop token, which is not counted in `tokens`. `stop`
-    is the reason for the end, as in Token; empty while running.
+    is the reason for the end, as in Token; empty while running. Of `guessed` tokens, `accepted` were right.
     """
 
     prompt_tokens: int = 0
@@ -58,6 +60,8 @@ class Stats:
     decode_seconds: float = 0.0
     stop: str = ""
     reused: int = 0
+    guessed: int = 0
+    accepted: int = 0
 
     @property
     def prefill_rate(self) -> float:
@@ -78,12 +82,15 @@ def steps(
     *,
     reuse: int | None = None,
     stats: Stats | None = None,
+    guesser: Guesser | None = None,
 ) -> Iterator[Prefilled | Token]:
     """Generates an answer. Afterwards the sequence holds the prompt and the answer without its last token.
 
     Keeps the first `reuse` tokens of the sequence, which must equal those of the prompt; None: as many as possible.
     Yields a Prefilled per chunk of the prompt, then a Token per token; the next step overwrites their arrays. A caller
-    may stop between steps; the sequence is then consistent. `max_tokens` None: up to the end of the context.
+    may stop between steps; the sequence is then consistent, and may hold more of the answer than was yielded.
+    `max_tokens` None: up to the end of the context. `guesser`: its guesses are computed in the same runs; they do not
+    change the tokens.
     Raises BadInput if the prompt is empty or does not fit the context, CheckFailed for logits or layers that are not
     finite.
     """
@@ -98,29 +105,57 @@ def steps(
         spent += clock() - started
         yield Prefilled(done, hidden)
         started = clock()
-    start, context, post = len(prompt), sequence.context, sequence.model.post
-    first = True
+    start = len(prompt)
+    hidden, guess = hidden[-1:], ()
     while stats.tokens != max_tokens:
-        logits = post(hidden[-1:])[0]
-        token = choose(logits, sequence.ids, start)
+        found = []
+        for place, logits in enumerate(_logits(sequence.model.post, hidden)):
+            token = choose(logits, sequence.ids, start)
+            stop = EOS if token in stop_ids else _full(sequence, stats.tokens + place + 1, max_tokens)
+            right = not stop and place < len(guess) and token == guess[place]
+            found.append((token, logits.copy() if right else logits, stop))
+            if not right:
+                break
+            sequence.accept(token)
         spent += clock() - started
-        if first:
-            first, stats.ttft_seconds = False, spent
-        else:
-            stats.steps += 1
-            stats.decode_seconds += spent
-        if token in stop_ids:
-            stop = EOS
-        else:
-            stats.tokens += 1
-            stop = CONTEXT if sequence.length == context else LENGTH if stats.tokens == max_tokens else ""
-        stats.stop = stop
-        yield Token(token, logits, spent, stop)
+        stats.guessed += len(guess)
+        stats.accepted += len(found) - 1
+        if guesser and stats.ttft_seconds:
+            guesser.learn(len(guess), len(found) - 1, spent)
+        for token, logits, stop in found:
+            if not stats.ttft_seconds:
+                stats.ttft_seconds = spent
+            else:
+                stats.steps += 1
+                stats.decode_seconds += spent / len(found)
+            stats.tokens += stop != EOS
+            stats.stop = stop
+            yield Token(token, logits, spent / len(found), stop)
         if stop:
             return
         started, spent = clock(), 0.0
-        (hidden,) = sequence.extend([token])
+        room = sequence.context - sequence.length - 1
+        most = room if max_tokens is None else min(room, max_tokens - stats.tokens - 1)
+        guess = guesser.guess(sequence.ids, token, most) if guesser else ()
+        hidden = sequence.step(token, guess)
+        guess = guess[: len(hidden) - 1]
     stats.stop = LENGTH
+
+
+def _full(sequence: Sequence, tokens: int, max_tokens: int | None) -> str:
+    """Why an answer ends with its `tokens`th token, if it does."""
+    return CONTEXT if sequence.length == sequence.context else LENGTH if tokens == max_tokens else ""
+
+
+def _logits(post: Post, hidden: Array) -> Iterator[Logits]:
+    """Logits [vocab] of hidden states [n, H], of all in one run; one after the other if some are not finite."""
+    try:
+        rows = post(hidden)
+    except CheckFailed:
+        if len(hidden) == 1:
+            raise
+        rows = (post(hidden[place : place + 1])[0] for place in range(len(hidden)))
+    yield from rows
 
 
 def forced(tokens: abc.Sequence[int]) -> Choose:
@@ -137,8 +172,9 @@ def generate(
     *,
     seed: int | None = None,
     stats: Stats | None = None,
+    guesser: Guesser | None = None,
 ) -> Iterator[Token]:
     """Yields the tokens of an answer, without the stop token; arguments as for `steps`."""
-    for step in steps(sequence, prompt, Sampler(sampling, seed), max_tokens, stop_ids, stats=stats):
+    for step in steps(sequence, prompt, Sampler(sampling, seed), max_tokens, stop_ids, stats=stats, guesser=guesser):
         if isinstance(step, Token) and step.stop != EOS:
             yield step

@@ -16,6 +16,7 @@ from axrun.model import Model
 from axrun.sampling import Sampling
 from axrun.sampling.checkpoint import sampling_of
 from axrun.sequence import Sequence
+from axrun.speculation import Costs, prompt_lookup
 from axrun.text.stream import TextStream
 from axrun.text.template import ChatTemplate, prompt_ids
 from axrun.text.tokenizer import Tokenizer
@@ -39,6 +40,8 @@ class Answer:
             "ttft_ms": round(1e3 * self.stats.ttft_seconds, 3),
             "prefill_tokens_per_s": round(self.stats.prefill_rate, 3),
             "decode_tokens_per_s": round(self.stats.decode_rate, 3),
+            "guessed_tokens": self.stats.guessed,
+            "accepted_tokens": self.stats.accepted,
             "stop": self.stats.stop,
         }
 
@@ -105,14 +108,28 @@ def run(path: Path, question: Question, loading: Loading = DEFAULTS, write: Say 
     return _answer(model, tokenizer, ids, sampling, options, say, write)
 
 
+def guesses(stats: Stats) -> str:
+    """How many of the tokens guessed by prompt lookup were right."""
+    return f"prompt lookup: {stats.accepted} of {stats.guessed} guessed tokens were right"
+
+
 def _answer(
     model: Model, tokenizer: Tokenizer, ids: list[int], sampling: Sampling, options: Options, say: Say, write: Say
 ) -> Answer:
     stats, stream = Stats(), TextStream(tokenizer)
     answer: list[int] = []
     pieces: list[str] = []
-    stop_ids, seed = tokenizer.stop_ids, options.seed
-    for token in generate(Sequence(model), ids, sampling, options.max_tokens, stop_ids, seed=seed, stats=stats):
+    going = generate(
+        Sequence(model),
+        ids,
+        sampling,
+        options.max_tokens,
+        tokenizer.stop_ids,
+        seed=options.seed,
+        stats=stats,
+        guesser=prompt_lookup(model, Costs()),
+    )
+    for token in going:
         if not answer:
             say(f"ttft: {1e3 * stats.ttft_seconds:.2f} ms")
         answer.append(token.id)
@@ -121,4 +138,6 @@ def _answer(
     pieces.append(stream.finish())
     write(pieces[-1] + "\n")
     say(f"{ENDINGS[stats.stop]},avg {stats.decode_rate:.2f} token/s")
+    if stats.guessed:
+        say(guesses(stats))
     return Answer("".join(pieces), tuple(answer), stats)

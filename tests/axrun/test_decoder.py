@@ -24,7 +24,7 @@ FOUR_GROUPS = [SessionGroup(i, *shape, (), ()) for i, shape in enumerate([(1, 25
 class Rigid:
     """An engine that runs only the exact shapes of its groups, like the NPU."""
 
-    flexible = False
+    flexible = exact = False
 
     def __init__(self, session: Session) -> None:
         self.groups, self.window, self._session = session.groups, session.window, session

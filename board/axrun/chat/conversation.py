@@ -17,6 +17,7 @@ from axrun.model import Model
 from axrun.sampling import Sampling
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence
+from axrun.speculation import Costs, prompt_lookup
 from axrun.text.stream import TextStream
 from axrun.text.template import ChatTemplate, chat_ids
 from axrun.text.tokenizer import Tokenizer
@@ -61,6 +62,7 @@ class Conversation:
         self._sampling, self._max_tokens, self._seed = sampling, max_tokens, seed
         self._parse_special = parse_special
         self._sequence = Sequence(model)
+        self._costs = Costs()
         self._system: str | None = None
         self.messages: list[Message] = []
         self.turn: Turn | None = None
@@ -130,6 +132,7 @@ class Conversation:
             self._tokenizer.stop_ids,
             reuse=turn.reused,
             stats=turn.stats,
+            guesser=prompt_lookup(self._model, self._costs),
         )
         try:
             for step in going:

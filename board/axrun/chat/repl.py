@@ -10,7 +10,7 @@ from axrun.chat.conversation import Conversation
 from axrun.chat.terminal import Terminal
 from axrun.errors import BadInput, Failure
 from axrun.load import DEFAULTS, Loading, Say, describe
-from axrun.run import ENDINGS, Options
+from axrun.run import ENDINGS, Options, guesses
 from axrun.text.template import ChatTemplate
 from axrun.text.tokenizer import Tokenizer
 
@@ -100,6 +100,8 @@ class Repl:
             self.say(f"input token num : {stats.prompt_tokens} new, {turn.reused} in the KV cache")
             self.say(f"ttft: {1e3 * stats.ttft_seconds:.2f} ms, {stats.prefill_rate:.2f} token/s")
             self.say(f"{ENDINGS.get(stats.stop, stats.stop)},avg {stats.decode_rate:.2f} token/s")
+            if stats.guessed:
+                self.say(guesses(stats))
         turns = _count(len(conversation.messages) // 2, "turn")
         self.say(f"KV cache: {conversation.length} of {conversation.context} tokens; {turns}")
 

@@ -31,6 +31,7 @@ class Metrics:
         self._ttft = Histogram("axrun_first_token_seconds", "Time to first token.", buckets=SECONDS, registry=registry)
         tokens = Counter("axrun_tokens", "Tokens, by kind.", ["kind"], registry=registry)
         self._prompt, self._reused, self._written = map(tokens.labels, ("prompt", "prompt_reused", "written"))
+        self._guessed, self._accepted = map(tokens.labels, ("guessed", "accepted"))
         steps = Counter("axrun_step_seconds", "Time spent in engine steps, by phase.", ["phase"], registry=registry)
         self._prefill, self._decode = map(steps.labels, ("prefill", "decode"))
         Gauge("axrun_model_info", "The served model.", ["model"], registry=registry).labels(model).set(1)
@@ -67,6 +68,8 @@ class Metrics:
         self._prompt.inc(piece.prompt)
         self._reused.inc(piece.reused)
         self._written.inc(piece.written)
+        self._guessed.inc(piece.guessed)
+        self._accepted.inc(piece.accepted)
 
 
 class _Figures(Collector):

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from axrun.generate import EOS, Prefilled, steps
+from axrun.generate import EOS, Prefilled, Stats, steps
 from axrun.model import Logits, Model
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence
 from axrun.serve.logprobs import Rated, Scored, likeliest, log_softmax
 from axrun.serve.order import Choice
+from axrun.speculation import Costs, prompt_lookup
 from axrun.text.stop_strings import StopStrings
 from axrun.text.stream import TextStream
 from axrun.text.tokenizer import Tokenizer
@@ -26,7 +27,8 @@ class Piece(NamedTuple):
     """A part of an answer: final text, and its scored tokens if log probabilities were requested.
 
     `finish` is `stop` or `length` on the last piece and empty before. Token counts are cumulative; a stop token does
-    not count as written. `reused` tokens of the prompt were already in the KV cache of the slot.
+    not count as written. `reused` tokens of the prompt were already in the KV cache of the slot. Of `guessed` tokens,
+    `accepted` were right.
     """
 
     choice: int
@@ -36,6 +38,8 @@ class Piece(NamedTuple):
     prompt: int
     reused: int
     written: int
+    guessed: int = 0
+    accepted: int = 0
 
 
 class Writer:
@@ -43,6 +47,7 @@ class Writer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self._costs = Costs()
 
     def write(self, choice: Choice, sequence: Sequence) -> Iterator[Piece | None]:
         """Yields after every engine step: a piece, or None during prefill.
@@ -53,7 +58,17 @@ class Writer:
         script = _Script(choice, reused, self._tokenizer)
         stop_ids = choice.stop_ids if choice.ignore_eos else choice.stop_ids | self._tokenizer.stop_ids
         sampler = Sampler(choice.sampling, choice.seed)
-        for step in steps(sequence, choice.ids, sampler, choice.max_tokens, stop_ids, reuse=reused):
+        going = steps(
+            sequence,
+            choice.ids,
+            sampler,
+            choice.max_tokens,
+            stop_ids,
+            reuse=reused,
+            stats=script.stats,
+            guesser=prompt_lookup(sequence.model, self._costs),
+        )
+        for step in going:
             if isinstance(step, Prefilled):
                 if choice.scores_prompt:
                     following = choice.ids[step.done - len(step.hidden) + 1 : step.done + 1]
@@ -88,6 +103,7 @@ class _Script:
         self._decoder, self._placed = codecs.getincrementaldecoder("utf-8")("replace"), 0  # in the prompt
         self._ended = False
         self.written = 0
+        self.stats = Stats()
         if choice.echo:
             self._show(self._prompt())
             self._whole = self._shown
@@ -138,7 +154,9 @@ class _Script:
         ready = len(self._waiting) if finish and not self._stops.found else self._begun()
         scored, self._waiting = self._waiting[:ready], self._waiting[ready:]
         text, self._new = self._new, ""
-        return Piece(self._choice.index, text, scored, finish, len(self._choice.ids), self._reused, self.written)
+        guessed, accepted = self.stats.guessed, self.stats.accepted
+        prompt = len(self._choice.ids)
+        return Piece(self._choice.index, text, scored, finish, prompt, self._reused, self.written, guessed, accepted)
 
     def last(self) -> Piece:
         """The last piece."""

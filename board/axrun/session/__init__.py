@@ -51,10 +51,17 @@ class Binding(Protocol):
 
 
 class Session(Protocol):
-    """A loaded axmodel. `flexible`: bindings may have any number of tokens and history, not only those of a group."""
+    """A loaded axmodel.
+
+    `flexible`: bindings may have any number of tokens and history, not only those of a group. `exact`: the outputs of a
+    token do not depend on the other tokens of its run, to the bit.
+    """
 
     @property
     def flexible(self) -> bool: ...
+
+    @property
+    def exact(self) -> bool: ...
 
     @property
     def groups(self) -> tuple[SessionGroup, ...]: ...

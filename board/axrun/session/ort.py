@@ -54,6 +54,7 @@ class OrtSession:
     """An axmodel in onnxruntime. M and T are symbolic in its graph, so bindings may have any values."""
 
     flexible = True
+    exact = False
 
     def __init__(self, model: Axmodel, session: Any) -> None:
         self._session, self._part = session, model.part

@@ -1,0 +1,174 @@
+"""Speculative decoding: whatever is guessed, the tokens are those of decoding one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from axrun.errors import CheckFailed
+from axrun.generate import Stats, Token, steps
+from axrun.model import Model
+from axrun.sampling import Sampling
+from axrun.sampling.sampler import Sampler
+from axrun.sequence import Sequence as TokenSequence
+from axrun.speculation import LONGEST_PAUSE, MOST, ROW_STEP, Costs, PromptLookup, prompt_lookup
+
+LENGTH = 40
+
+
+class Planned:
+    """Guesses the tokens of a known answer, with wrong ones at given places, some tokens at a time."""
+
+    def __init__(self, answer: Sequence[int], start: int, wrong: Sequence[int], counts: Sequence[int]) -> None:
+        self._answer, self._start, self._wrong, self._counts = list(answer), start, set(wrong), list(counts)
+        self.learnt: list[tuple[int, int]] = []
+
+    def guess(self, ids: Sequence[int], token: int, most: int) -> Sequence[int]:
+        done = len(ids) + 1 - self._start
+        count = min(self._counts[done % len(self._counts)], most)
+        future = self._answer[done : done + count]
+        return [(t + 1) % 16 if done + i in self._wrong else t for i, t in enumerate(future)]
+
+    def learn(self, guessed: int, accepted: int, seconds: float) -> None:
+        self.learnt.append((guessed, accepted))
+
+
+def answer(model: Model, prompt: list[int], sampling: Sampling, guesser: object = None, **more: object) -> list[Token]:
+    going = steps(TokenSequence(model), prompt, Sampler(sampling, 7), LENGTH, guesser=guesser, **more)  # type: ignore[arg-type]
+    return [Token(s.id, s.logits.copy(), s.seconds, s.stop) for s in going if isinstance(s, Token)]
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    wrong=st.sets(st.integers(0, LENGTH), max_size=12),
+    counts=st.lists(st.integers(0, MOST), min_size=1, max_size=5),
+    temperature=st.sampled_from([0.0, 1.5]),
+    cut=st.integers(1, 120),
+)
+def test_tokens_and_logits_do_not_depend_on_guesses(
+    model_fp32: Model, heldout: list[int], wrong: set[int], counts: list[int], temperature: float, cut: int
+) -> None:
+    prompt, sampling = heldout[:cut], Sampling(temperature, repetition_penalty=1.1)
+    plain = answer(model_fp32, prompt, sampling)
+    guesser, stats = Planned([token.id for token in plain], cut, sorted(wrong), counts), Stats()
+    guessed = answer(model_fp32, prompt, sampling, guesser, stats=stats)
+    assert [token.id for token in guessed] == [token.id for token in plain]
+    for one, other in zip(plain, guessed, strict=True):
+        if model_fp32.decoder.exact:
+            assert one.logits.tobytes() == other.logits.tobytes()
+        else:
+            np.testing.assert_allclose(one.logits, other.logits, rtol=0, atol=1e-4)
+    assert (stats.tokens, stats.steps) == (LENGTH, LENGTH - 1)
+    assert stats.guessed == sum(count for count, _ in guesser.learnt)
+    assert stats.accepted == sum(right for _, right in guesser.learnt) == LENGTH - 1 - len(guesser.learnt)
+
+
+def test_right_guesses_need_few_runs(model_fp32: Model, heldout: list[int]) -> None:
+    plain = answer(model_fp32, heldout[:50], Sampling())
+    guesser = Planned([token.id for token in plain], 50, [], [7])
+    assert [token.id for token in answer(model_fp32, heldout[:50], Sampling(), guesser)] == [t.id for t in plain]
+    assert len(guesser.learnt) == 5  # 1 + 7 tokens each, behind the first token
+
+
+@pytest.mark.parametrize("stop", range(3, 9))
+def test_an_answer_ends_inside_a_guess(model_fp32: Model, heldout: list[int], stop: int) -> None:
+    """By a stop token, max_tokens or the context."""
+    plain = [token.id for token in answer(model_fp32, heldout[:50], Sampling())]
+    limited = Planned(plain, 50, [], [MOST])
+    going = steps(TokenSequence(model_fp32), heldout[:50], Sampler(Sampling()), stop, guesser=limited)
+    assert [token.id for token in going if isinstance(token, Token)] == plain[:stop]
+
+    last, stats = plain[stop], Stats()
+    sequence = TokenSequence(model_fp32)
+    going = steps(
+        sequence, heldout[:50], Sampler(Sampling()), None, {last}, stats=stats, guesser=Planned(plain, 50, [], [MOST])
+    )
+    seen = [token.id for token in going if isinstance(token, Token)]
+    assert seen == plain[: plain.index(last) + 1]
+    assert (stats.stop, stats.tokens, sequence.ids) == ("eos", len(seen) - 1, heldout[:50] + seen[:-1])
+
+    context = model_fp32.context
+    prompt = (heldout * 3)[: context - stop]
+    full = [
+        token.id for token in steps(TokenSequence(model_fp32), prompt, Sampler(Sampling())) if isinstance(token, Token)
+    ]
+    sequence, stats = TokenSequence(model_fp32), Stats()
+    going = steps(sequence, prompt, Sampler(Sampling()), stats=stats, guesser=Planned(full, len(prompt), [], [MOST]))
+    assert [token.id for token in going if isinstance(token, Token)] == full
+    assert (stats.stop, sequence.length) == ("context", context)
+
+
+def test_a_guess_that_overflows_does_not_end_the_answer(model_fp32: Model, heldout: list[int]) -> None:
+    """The embedding of a guessed token may hold a NaN, as a damaged row does."""
+    plain = [token.id for token in answer(model_fp32, heldout[:50], Sampling())]
+    spoilt = next(token for token in range(model_fp32.post.vocab_size) if token not in heldout[:50] + plain)
+    table = model_fp32.embedding
+    rows = type(table).__call__
+
+    class Spoilt(type(table)):  # type: ignore[misc]
+        def __call__(self, ids: Sequence[int]) -> object:
+            out = rows(self, ids).copy()
+            out[[token == spoilt for token in ids]] = np.nan
+            return out
+
+    class Wrong(Planned):
+        def guess(self, ids: Sequence[int], token: int, most: int) -> Sequence[int]:
+            return [*super().guess(ids, token, most)[:2], spoilt][:most]
+
+    table.__class__ = Spoilt
+    try:
+        with pytest.raises(CheckFailed):
+            model_fp32.forward([spoilt], 0)
+        guesser = Wrong(plain, 50, [], [2])
+        seen = [token.id for token in answer(model_fp32, heldout[:50], Sampling(), guesser)]
+    finally:
+        table.__class__ = Spoilt.__mro__[1]
+    assert seen == plain
+    assert guesser.learnt.count((0, 0)) == LENGTH - 4  # all but the last, too short for the spoilt token
+
+
+def test_prompt_lookup_guesses_what_followed() -> None:
+    lookup = PromptLookup(Costs())
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 9, 2, 3]
+    assert list(lookup.guess(text, 4, MOST)) == [5, 6, 7, 8, 9, 2, 3][: ROW_STEP - 1]
+    assert list(lookup.guess([*text, 4], 5, 2)) == [6, 7]
+    assert list(lookup.guess([*text, 4, 5], 0, MOST)) == []
+    assert list(lookup.guess([*text, 4, 5, 0], 3, MOST)) == []
+
+
+def test_prompt_lookup_takes_the_latest_place() -> None:
+    text = [1, 2, 3, 4, 0, 1, 2, 3, 5, 0, 1, 2]
+    assert PromptLookup(Costs()).guess(text, 3, MOST)[0] == 5
+
+
+def test_wrong_guesses_become_rare_and_right_ones_long() -> None:
+    costs, text = Costs(), list(range(100, 200))
+    lookup = PromptLookup(costs)
+    for guessed, seconds in ((0, 1.0), (7, 1.5), (7, 1.5)):
+        costs.add(guessed, seconds)
+    tried = []
+    ids = list(text)
+    for turn in range(400):  # text repeats, and what follows is never right
+        token = ids[turn % 90 + 3] if len(ids) % 5 else 1000 + turn
+        guess = lookup.guess(ids, token, MOST)
+        ids.append(token)
+        lookup.learn(len(guess), 0, 1.5 if guess else 1.0)
+        tried.append(len(guess))
+    assert sum(map(bool, tried)) <= 2 + LONGEST_PAUSE.bit_length()
+
+    lookup, ids, lengths = PromptLookup(costs), text, []
+    while len(lengths) < 5:
+        guess = lookup.guess(ids, text[(len(ids)) % 100], MOST)
+        ids = [*ids, text[len(ids) % 100], *guess]
+        lookup.learn(len(guess), len(guess), 1.5 if guess else 1.0)
+        if guess:
+            lengths.append(len(guess))
+    assert lengths == [7, 15, 23, 31, 31]
+
+
+def test_only_an_exact_engine_guesses(model_fp32: Model) -> None:
+    assert (prompt_lookup(model_fp32, Costs()) is not None) == model_fp32.decoder.exact

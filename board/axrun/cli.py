@@ -251,6 +251,12 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         "if other machines can connect, also names without public DNS: see docs/serve.md)",
     )
     add(
+        "--prompt-cache",
+        metavar="DIR",
+        help="keep keys and values of prompts in this folder, for the next start too (they reveal the prompts)",
+    )
+    add("--prompt-cache-mb", type=int, default=1024, metavar="MB", help="largest size of that folder (default 1024)")
+    add(
         "--exact",
         action="store_true",
         help="bit-identical answers, whatever was asked before; reuses less of the KV cache",

@@ -32,6 +32,24 @@ class KVCache:
         self.keys[layer][:, position:stop] = keys
         self.values[layer][:, position:stop] = values
 
+    def read(self, position: int, count: int) -> bytes:
+        """The rows of `count` tokens from `position` on, of all layers."""
+        return b"".join(array[:, position : position + count].tobytes() for array in (*self.keys, *self.values))
+
+    def restore(self, position: int, count: int, rows: bytes) -> None:
+        """Writes what `read` returned, and drops the tokens behind it."""
+        self.truncate(position)
+        begin = 0
+        for array in (*self.keys, *self.values):
+            target = array[:, position : position + count]
+            target[...] = np.frombuffer(rows, array.dtype, target.size, begin).reshape(target.shape)
+            begin += target.nbytes
+        self.length = position + count
+
+    def nbytes_of(self, count: int) -> int:
+        """Bytes of the rows of `count` tokens."""
+        return sum(array[:, :count].nbytes for array in (*self.keys, *self.values))
+
     def truncate(self, length: int) -> None:
         """Drops the tokens from position `length` on."""
         if not 0 <= length <= self.length:

@@ -65,6 +65,12 @@ class Sequence:
         cache = self.model.decoder.cache
         cache.truncate(min(len(self.ids), cache.length))
 
+    def restore(self, ids: abc.Sequence[int], position: int, rows: bytes) -> None:
+        """Puts tokens and their rows of the KV cache at `position`, and drops what is behind them."""
+        self.truncate(position)
+        self.model.decoder.cache.restore(position, len(ids), rows)
+        self.ids += ids
+
     def reset(self) -> None:
         """Drops all tokens, and clears rows that a failed step left."""
         self.ids, self._exact = [], 0

@@ -19,6 +19,7 @@ import uvicorn
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.load import DEFAULTS, Loading, describe
+from axrun.prompt_cache import PromptCache
 from axrun.sampling.checkpoint import sampling_of
 from axrun.serve.app import ASSETS, LIBRARIES, App, Limits
 from axrun.serve.connection import Protocol
@@ -28,6 +29,7 @@ from axrun.serve.order import Reader
 from axrun.serve.scheduler import Scheduler, Write
 from axrun.serve.slots import Slot, allocate
 from axrun.serve.writer import Writer
+from axrun.session import engine_version
 from axrun.text.template import ChatTemplate
 from axrun.text.tokenizer import Tokenizer
 
@@ -40,10 +42,11 @@ Announce = Callable[[Mapping[str, Any]], None]
 class Options:
     """Options of the server. `name` None: that of the bundle. `api_key` None: $AXRUN_API_KEY, if set.
 
-    `exact`: answers are bit-identical, whatever the slot held before. `allowed_host`: further host names to accept,
-    besides those of `axrun.serve.hosts`; "*" accepts any. `parse_special`: special tokens spelled in a chat message are
-    control tokens, not text. `generation_config`: take the sampling defaults from the checkpoint's
-    generation_config.json, not from post_config.json.
+    `exact`: answers are bit-identical, whatever the slot held before. `prompt_cache`: folder for keys and values of
+    prompts, of up to `prompt_cache_mb`. `allowed_host`: further host names to accept, besides those of
+    `axrun.serve.hosts`; "*" accepts any. `parse_special`: special tokens spelled in a chat message are control tokens,
+    not text. `generation_config`: take the sampling defaults from the checkpoint's generation_config.json, not from
+    post_config.json.
     """
 
     host: str = "127.0.0.1"
@@ -57,6 +60,8 @@ class Options:
     api_key: str | None = None
     name: str | None = None
     exact: bool = False
+    prompt_cache: str | None = None
+    prompt_cache_mb: int = 1024
     allowed_host: Sequence[str] = ()
     parse_special: bool = False
     generation_config: bool = False
@@ -71,6 +76,7 @@ class Options:
             ("--read-timeout", self.read_timeout, 1 <= self.read_timeout <= 3600, "1 to 3600 seconds"),
             ("--grace", self.grace, 0 <= self.grace <= 3600, "0 to 3600 seconds"),
             ("--max-body", self.max_body, 1 <= self.max_body <= 1 << 30, "1 to 1073741824 bytes"),
+            ("--prompt-cache-mb", self.prompt_cache_mb, 1 <= self.prompt_cache_mb <= 1 << 20, "1 to 1048576"),
         ):
             if not holds:
                 raise BadInput(f"{flag} is {value}, expected {expected}")
@@ -107,6 +113,10 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
         bundle.vocab_size,
         options.parse_special,
     )
+    prompt_cache = None
+    if options.prompt_cache is not None:
+        identity = f"{_digest(bundle)} {loading.engine} {engine_version(loading.engine)}"
+        prompt_cache = PromptCache(Path(options.prompt_cache), identity, options.prompt_cache_mb << 20, say)
     name = options.name or bundle.name
     metrics = Metrics(name)
 
@@ -115,7 +125,7 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
         for line in describe(model, bundle):
             say(line)
         slots = allocate(model, options.slots, loading.allow, options.exact)
-        return slots, Writer(tokenizer).write
+        return slots, Writer(tokenizer, prompt_cache).write
 
     with _listen(options.host, options.port) as listener:
         scheduler = Scheduler(
@@ -130,7 +140,7 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
         loopback = ipaddress.ip_address(host).is_loopback
         own = [options.host] if loopback else [options.host, socket.gethostname()]
         hosts = Hosts(loopback, options.key is not None, own, options.allowed_host)
-        app = App(name, _fingerprint(bundle), reader, scheduler, metrics, limits, hosts, options.key, say)
+        app = App(name, f"fp_{_digest(bundle)[:10]}", reader, scheduler, metrics, limits, hosts, options.key, say)
         server = Server(app, scheduler, options.grace, options.read_timeout)
         say(f"Starting server on port {port} with model '{name}'...")
         if options.key is None and not loopback:
@@ -147,6 +157,8 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # a signal during exit would change the exit code
     scheduler.join(timeout=1.0)
+    if prompt_cache is not None:
+        prompt_cache.close()
     if scheduler.failure is not None:
         raise scheduler.failure
 
@@ -201,7 +213,6 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _fingerprint(bundle: Bundle) -> str:
-    """A fingerprint of the bundle's files."""
-    files = json.dumps(bundle.manifest["files"], sort_keys=True)
-    return f"fp_{hashlib.sha256(files.encode()).hexdigest()[:10]}"
+def _digest(bundle: Bundle) -> str:
+    """The digest of the bundle's files."""
+    return hashlib.sha256(json.dumps(bundle.manifest["files"], sort_keys=True).encode()).hexdigest()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from axrun.generate import EOS, Prefilled, Stats, steps
 from axrun.model import Logits, Model
+from axrun.prompt_cache import PromptCache
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence
 from axrun.serve.logprobs import Rated, Scored, likeliest, log_softmax
@@ -45,8 +46,8 @@ class Piece(NamedTuple):
 class Writer:
     """Generates answers with the tokenizer of one model."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, prompt_cache: PromptCache | None = None) -> None:
+        self._tokenizer, self._prompt_cache = tokenizer, prompt_cache
         self._costs = Costs()
 
     def write(self, choice: Choice, sequence: Sequence) -> Iterator[Piece | None]:
@@ -54,6 +55,9 @@ class Writer:
 
         The last piece has `finish` set. Raises CheckFailed if the model returns values that are not finite.
         """
+        cache = None if choice.scores_prompt else self._prompt_cache
+        if cache:
+            cache.restore(sequence, choice.ids)
         reused = 0 if choice.scores_prompt else sequence.reusable(choice.ids)
         script = _Script(choice, reused, self._tokenizer)
         stop_ids = choice.stop_ids if choice.ignore_eos else choice.stop_ids | self._tokenizer.stop_ids
@@ -76,6 +80,8 @@ class Writer:
                 if step.done < len(choice.ids):
                     yield None
                 continue
+            if cache and not script.written:  # behind the first token, which need not wait for it
+                cache.save(sequence, len(choice.ids))
             script.add(step.id, step.logits, step.stop == EOS)
             if step.stop or script.ended:
                 break

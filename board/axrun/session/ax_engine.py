@@ -131,7 +131,8 @@ class AxSession:
     def __init__(self, loaded: Library, handle: c_void_p, ours: Axmodel | None) -> None:
         self._library, self._handle, self._part = loaded, handle, ours.part if ours else ""
         weakref.finalize(self, loaded.engine.AX_ENGINE_DestroyHandle, handle)
-        self.flexible = self.exact = loaded.extended and ours is not None
+        self.flexible = loaded.extended and ours is not None
+        self.exact = False
         self.window = ours.window if ours else 0
         infos = _infos(loaded, handle)
         self._inputs, self._outputs = _names(infos[0])

@@ -106,7 +106,8 @@ def steps(
         yield Prefilled(done, hidden)
         started = clock()
     start = len(prompt)
-    hidden, guess = hidden[-1:], ()
+    hidden = hidden[-1:]
+    guess: abc.Sequence[int] = ()
     while stats.tokens != max_tokens:
         found = []
         for place, logits in enumerate(_logits(sequence.model.post, hidden)):
@@ -150,12 +151,12 @@ def _full(sequence: Sequence, tokens: int, max_tokens: int | None) -> str:
 def _logits(post: Post, hidden: Array) -> Iterator[Logits]:
     """Logits [vocab] of hidden states [n, H], of all in one run; one after the other if some are not finite."""
     try:
-        rows = post(hidden)
+        yield from post(hidden)
     except CheckFailed:
         if len(hidden) == 1:
             raise
-        rows = (post(hidden[place : place + 1])[0] for place in range(len(hidden)))
-    yield from rows
+        for place in range(len(hidden)):
+            yield post(hidden[place : place + 1])[0]
 
 
 def forced(tokens: abc.Sequence[int]) -> Choose:

@@ -160,7 +160,8 @@ def test_wrong_guesses_become_rare_and_right_ones_long() -> None:
         tried.append(len(guess))
     assert sum(map(bool, tried)) <= 2 + LONGEST_PAUSE.bit_length()
 
-    lookup, ids, lengths = PromptLookup(costs), text, []
+    lookup, ids = PromptLookup(costs), text
+    lengths: list[int] = []
     while len(lengths) < 5:
         guess = lookup.guess(ids, text[(len(ids)) % 100], MOST)
         ids = [*ids, text[len(ids) % 100], *guess]

@@ -271,7 +271,7 @@ def kept_nbytes(name: str, positions: int) -> int:
     """Bytes of keys and values in bfloat16 that a token reads behind `positions` others."""
     config = config_json(name)
     heads = config["num_attention_heads"]
-    width = config["num_key_value_heads"] * config.get("head_dim", config["hidden_size"] // heads)
+    width = int(config["num_key_value_heads"]) * int(config.get("head_dim", config["hidden_size"] // heads))
     return LAYERS[name] * positions * 2 * width * 2
 
 

@@ -172,6 +172,10 @@ class TimedSession:
         return self._session.flexible
 
     @property
+    def exact(self) -> bool:
+        return self._session.exact
+
+    @property
     def window(self) -> int:
         return self._session.window
 

@@ -103,8 +103,8 @@ def test_a_damaged_block_is_ignored_with_a_word(model: Model, ids: list[int], tm
     if damage == "folder":
         second.mkdir()
     else:
-        sizes = {"cut": data[:-1], "longer": data + b"\0", "empty": b""}
-        second.write_bytes(sizes.get(damage, data))
+        sizes = {"cut": bytes(data[:-1]), "longer": bytes(data) + b"\0", "empty": b""}
+        second.write_bytes(sizes.get(damage, bytes(data)))
     said: list[str] = []
     cache, sequence = PromptCache(tmp_path, "a", 1 << 30, said.append), Sequence(model.another())
     assert cache.restore(sequence, ids) == BLOCK
@@ -144,7 +144,7 @@ def test_a_folder_that_cannot_be_written_is_refused(bundle_s8: Path, tmp_path: P
         "--port",
         "0",
         "--prompt-cache",
-        tmp_path / "file",
+        str(tmp_path / "file"),
     ]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": "board"}, capture_output=True, text=True)
     assert done.returncode == 2

@@ -213,7 +213,7 @@ class DummySession:
     def __init__(
         self, groups: tuple[SessionGroup, ...], flexible: bool, window: int, layer: int, ledger: Ledger
     ) -> None:
-        self.groups, self.flexible, self.window = groups, flexible, window
+        self.groups, self.flexible, self.exact, self.window = groups, flexible, True, window
         self._layer, self._ledger = layer, ledger
 
     def allocate(self, info: TensorInfo) -> Array:

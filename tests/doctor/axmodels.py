@@ -1,4 +1,4 @@
-"""Damages axmodels with the onnx package, which shares no code with our writer, and signs them into the manifest."""
+"""Damages axmodels with the onnx package, which shares no code with our writer, and updates the manifest."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ CARRIERS: dict[int, Any] = {
     TensorProto.FLOAT16: np.float16,
     TensorProto.BFLOAT16: np.uint16,
     TensorProto.INT8: np.int8,
-    TensorProto.INT4: np.uint8,  # two values a byte, flat
+    TensorProto.INT4: np.uint8,  # two values per byte, flat
     TensorProto.INT64: np.int64,
 }
 Change = Callable[[onnx.ModelProto], None]
 
 
 def edit(bundle: Path, name: str, change: Change) -> None:
-    """Changes one axmodel of a bundle; the manifest agrees afterwards."""
+    """Changes one axmodel of a bundle, and updates the manifest."""
     model = onnx.load(bundle / name)
     change(model)
     replace(bundle, name, aligned(model))
 
 
 def replace(bundle: Path, name: str, content: bytes) -> None:
-    """Other content for a file that may share its bytes with another folder; the manifest agrees afterwards."""
+    """Replaces the content of a file that may be a hard link, and updates the manifest."""
     rewrite(bundle / name, content)
     sign(bundle, name)
 
 
 def rewrite(path: Path, content: bytes) -> None:
-    """Other content, and the manifest is not told."""
+    """Replaces the content of a file, without updating the manifest."""
     path.unlink(missing_ok=True)
     path.write_bytes(content)
 
 
 def sign(bundle: Path, *names: str) -> None:
-    """Makes the manifest say what files are, listed before or not."""
+    """Adds files to the manifest, or updates their entries."""
     manifest = json.loads((bundle / "manifest.json").read_text())
     for name in names:
         content = (bundle / name).read_bytes()
@@ -69,7 +69,7 @@ def post(bundle: Path) -> str:
 
 
 def initializer(model: onnx.ModelProto, ending: str) -> onnx.TensorProto:
-    """The one whose name ends so."""
+    """The initializer whose name ends with `name`."""
     found: list[onnx.TensorProto] = [each for each in model.graph.initializer if each.name.endswith(ending)]
     assert len(found) == 1
     return found[0]
@@ -83,7 +83,7 @@ def get(model: onnx.ModelProto, ending: str) -> Any:
 
 
 def put(model: onnx.ModelProto, ending: str, values: Any) -> None:
-    """Other values, of any shape."""
+    """Replaces the values, also by some of another shape."""
     tensor = initializer(model, ending)
     if tensor.data_type != TensorProto.INT4:
         tensor.dims[:] = values.shape
@@ -109,7 +109,7 @@ def metadata(model: onnx.ModelProto, **changes: str) -> None:
 
 
 def aligned(model: onnx.ModelProto) -> bytes:
-    """The file, every raw_data at a multiple of ALIGNMENT: doc_strings before it make up the distance."""
+    """The bytes of a model with all raw_data aligned to ALIGNMENT; doc_strings are the padding."""
     before = [model.graph.node[-1], *model.graph.initializer[:-1]]
     for entry in before:
         entry.doc_string = " "

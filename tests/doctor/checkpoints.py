@@ -38,7 +38,7 @@ BOS_CHATML = (
 
 
 def save(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float32, **how: Any) -> Path:
-    """A checkpoint without a tokenizer; `config` as config.json has it, `how` for save_pretrained."""
+    """A checkpoint without a tokenizer; `config`: keys of config.json, `how`: options of save_pretrained."""
     torch.manual_seed(0)
     values = {**SMALL, **config}
     wanted = transformers.AutoConfig.for_model(values.pop("model_type"), **values)
@@ -52,7 +52,7 @@ def save(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.float3
 
 
 def with_text(folder: Path, source: Path, template: str | None = None, **settings: Any) -> Path:
-    """Adds the tokenizer of `source`, with another template and other settings where they are given."""
+    """Adds the tokenizer of `source`, optionally with another template and settings."""
     for name in TEXT_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -65,7 +65,7 @@ def with_text(folder: Path, source: Path, template: str | None = None, **setting
 
 
 def llama(folder: Path, source: Path) -> Path:
-    """Float32, its own head, grouped heads, scaled rotary; its template begins with BOS."""
+    """Float32, untied head, grouped-query attention, scaled rope; the template starts with BOS."""
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "max_position_embeddings": 512}
     config = {"model_type": "llama", **shape, "tie_word_embeddings": False, "rope_parameters": LLAMA3_ROPE}
     save(folder, {**config, "rms_norm_eps": 1e-5})

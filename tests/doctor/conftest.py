@@ -60,9 +60,9 @@ Doctor = Callable[..., Said]
 Base = Callable[[str], tuple[Path, Path]]
 
 
-@pytest.fixture(scope="package", autouse=True)  # no longer: other tests want threads
+@pytest.fixture(scope="package", autouse=True)  # not for the session: other tests use threads
 def _one_thread() -> Iterator[None]:
-    """The models are so small that threads would only wait for each other: of torch, tokenizers and both engines."""
+    """One thread for torch, tokenizers and both engines: the models are too small for more."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -79,9 +79,7 @@ def _alone(open_session: Callable[..., Any], path: Path, threads: int | None = N
 
 @pytest.fixture(scope="package", autouse=True)
 def _read_once() -> Iterator[None]:
-    """What is the same for every bundle: transformers' reading of a checkpoint, and what the engine's library says of
-    itself, for which a process is started. And what the stages of one walk read again: axmodels, the reference's rows.
-    """
+    """Caches slow results: the reference, transformers' tokenizers, the query of the engine, and axmodels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(installed, "ask", functools.lru_cache(installed.ask))
         patch.setattr(axmodel, "read", _by_file(axmodel.read))
@@ -93,7 +91,7 @@ def _read_once() -> Iterator[None]:
 
 
 def _by_runner(examine: Callable[..., Any]) -> Callable[..., Any]:
-    """Asked once for each shape, as long as the runner's functions are the same: faults are planted in them."""
+    """Caches by shape and by the runner's functions, since faults are planted in those."""
     known: dict[tuple[object, ...], Any] = {}
 
     def again(*shape: Any) -> Any:
@@ -101,14 +99,14 @@ def _by_runner(examine: Callable[..., Any]) -> Callable[..., Any]:
         code += [part for kind in (Decoder, KVCache, Model, Sequence) for part in vars(kind).values()]
         key = (*shape, *map(id, code))
         if key not in known:
-            known[key] = code, examine(*shape)  # what is kept gives its id to nothing else
+            known[key] = code, examine(*shape)  # a kept object keeps its id
         return known[key][1]
 
     return again
 
 
 def _remembering(tokenizer: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    """transformers' tokenizer is the same for the same files, and gives the same for the same texts and ids."""
+    """Caches transformers' tokenizer by its files, and its results by their inputs."""
     known: dict[tuple[object, ...], Any] = {}
 
     def opened(path: Path) -> Any:
@@ -147,13 +145,13 @@ def _remembering(tokenizer: Callable[[Path], Any]) -> Callable[[Path], Any]:
 
 
 def _content(file: Path) -> bytes:
-    """What a tokenizer sees of a file: the family that config.json names, and all of any other."""
+    """The part of a file that affects the tokenizer: the model_type of config.json, all of other files."""
     content = file.read_bytes()
     return str(json.loads(content).get("model_type")).encode() if file.name == "config.json" else content
 
 
 def _by_file(read: Callable[[Path], axmodel.Axmodel]) -> Callable[[Path], axmodel.Axmodel]:
-    """Read once for each path, time and size."""
+    """Caches by path, inode, time and size."""
     known: dict[tuple[object, ...], axmodel.Axmodel] = {}
 
     def again(path: Path) -> axmodel.Axmodel:
@@ -170,7 +168,7 @@ def _by_file(read: Callable[[Path], axmodel.Axmodel]) -> Callable[[Path], axmode
 
 
 def _by_question(ask: Callable[..., expected.Expected]) -> Callable[..., expected.Expected]:
-    """Asked once for each reference, shape of a bundle and prompt."""
+    """Caches by reference, shape of the bundle and prompt."""
     known: dict[tuple[object, ...], tuple[object, expected.Expected]] = {}
 
     def again(reference: Any, bundle: Any, prompt: str, asked: list[int], **options: Any) -> expected.Expected:
@@ -186,13 +184,13 @@ def _by_question(ask: Callable[..., expected.Expected]) -> Callable[..., expecte
 
 @pytest.fixture(scope="session")
 def llama(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float32 checkpoint with its own head and scaled rotary."""
+    """A float32 checkpoint with an untied head and scaled rope."""
     return checkpoints.llama(tmp_path_factory.mktemp("checkpoint") / "llama", tiny_qwen2)
 
 
 @pytest.fixture(scope="session")
 def base(build_tiny: Builder, tiny_qwen2: Path, llama: Path) -> Base:
-    """The healthy bundle of a name, and its checkpoint: tiny-qwen2 in s8, s4, fp32; a Llama: llama (fp32), fp16."""
+    """A healthy bundle by name, and its checkpoint: tiny-qwen2 as s8, s4, fp32; a Llama as llama (fp32), fp16."""
     made: dict[str, tuple[Path, Path]] = {}
 
     def get(name: str) -> tuple[Path, Path]:
@@ -208,7 +206,7 @@ def base(build_tiny: Builder, tiny_qwen2: Path, llama: Path) -> Base:
 
 @pytest.fixture
 def copy(base: Base, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
-    """A copy of a healthy bundle, which shares every byte until a file is rewritten; and its checkpoint."""
+    """A copy of a healthy bundle made of hard links, and its checkpoint."""
 
     def make(name: str) -> tuple[Path, Path]:
         bundle, checkpoint = base(name)
@@ -218,14 +216,14 @@ def copy(base: Base, tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
 
 
 def leave_figures(bundle: Path, checkpoint: Path, **options: Any) -> None:
-    """What `axc reference --bundle` leaves for a doctor without a checkpoint, from a short text."""
+    """Stores the figures for `axrun doctor`, from a short text, as `axc reference --bundle` does."""
     text = ROOT / "models" / "tiny-qwen2" / "heldout.txt"
     short: dict[str, Any] = {"window": 48, "tokens": 96, "top_k": 8, "greedy_tokens": 8}
     logits.write(logits.Options(input_path=checkpoint, text=text, bundle=bundle, **short, **options))
 
 
 def placed(pattern: str, bundle: Path) -> list[str]:
-    """The files that a fault's `file` stands for."""
+    """The file names of a fault's `file`."""
     names = {"layer0": axmodels.layer(bundle, 0), "layer": axmodels.layer(bundle, 1), "post": axmodels.post(bundle)}
     return [name.format(**names) for name in pattern.split("|")]
 

@@ -11,12 +11,12 @@ import pytest
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault that `plant(bundle, checkpoint)` makes, in a copy of the healthy bundle `base` of conftest.py.
+    """A fault that `plant(bundle, checkpoint)` makes in a copy of the healthy bundle `base` of conftest.py.
 
-    `stage` is a pattern of the stages that may find it first. `file` says where it lies, several between bars:
-    `{layer0}` and `{layer}` are the axmodels of layers 0 and 1, `{post}` the post model. `part` is a pattern found in
-    the finding's part, `says` one found in its part, what it saw and its cause. `alone`: found without a checkpoint
-    too, by what a build left of the reference.
+    `stage`: a pattern of the stages that may report it. `file`: the file to be named, or several separated by |;
+    `{layer0}` and `{layer}` are the axmodels of layers 0 and 1, `{post}` is the post model. `part`: a pattern in the
+    finding's part. `says`: a pattern in its part, seen and cause. `alone`: `axrun doctor` finds it too, without the
+    checkpoint.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class RunnerFault:
-    """A fault of the runner or its engine, which `plant` puts in place for a test; the bundle is as it was built."""
+    """A fault of the runner or its engine that `plant` patches in; the bundle is unchanged."""
 
     name: str
     base: str

@@ -1,4 +1,4 @@
-"""The table of planted faults, in the order of a doctor's stages. Its author did not write the doctor."""
+"""The table of planted faults, in the order of the stages; written independently of the doctor."""
 
 from __future__ import annotations
 

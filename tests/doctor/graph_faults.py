@@ -42,7 +42,7 @@ def every_layer(change: Callable[[onnx.ModelProto], object]) -> Plant:
 
 
 def zero_rotary(model: onnx.ModelProto) -> None:
-    """From position 128 on."""
+    """Zeros from position 128 on."""
     for name in ("rotary.high.cos", "rotary.high.sin"):
         values = get(model, name)
         values[128 // int(get(model, "rotary.low.rows")) :] = 0
@@ -50,14 +50,14 @@ def zero_rotary(model: onnx.ModelProto) -> None:
 
 
 def zero_the_last_position(model: onnx.ModelProto) -> None:
-    """And whatever other multiple of the low tables' rows it shares its row with."""
+    """Also zeroes the other positions in the same row of the high table."""
     values = get(model, "rotary.high.cos")
     values[-1] = 0
     put(model, "rotary.high.cos", values)
 
 
 def exchange_tables(model: onnx.ModelProto) -> None:
-    """The tables of cos and sin in the sums, so that cos has the sine and sin the cosine."""
+    """Swaps the tables of cos and sin in the sums."""
     for turned in (entry for entry in model.graph.node if entry.op_type == "RotaryEmbedding"):
         turned.input[1], turned.input[2] = turned.input[2], turned.input[1]
 
@@ -84,19 +84,19 @@ def attention(**attributes: float) -> Callable[[onnx.ModelProto], None]:
 
 
 def no_mask(model: onnx.ModelProto) -> None:
-    """Attention sees everything; the input stays declared."""
+    """Attention without a mask; the input stays declared."""
     del node(model, "Attention").input[3:]
 
 
 def new_rows_first(model: onnx.ModelProto) -> None:
-    """The cached rows belong in front of the new ones."""
+    """New rows before the cached ones."""
     for index in (0, 1):
         concat = node(model, "Concat", index)
         concat.input[:] = reversed(concat.input)
 
 
 def unrotated_keys(model: onnx.ModelProto) -> None:
-    """Attention reads the right keys, and the cache gets those before rotary."""
+    """Attention reads the right keys, but the cache gets them before rotary embedding."""
     written = next(entry for entry in model.graph.node if "K_cache_out" in entry.output)
     before = next(entry for entry in model.graph.node if written.input[0] in entry.output)
     right = helper.make_node("Cast", [written.input[0]], ["right"], to=TensorProto.FLOAT)
@@ -111,7 +111,7 @@ def unrotated_keys(model: onnx.ModelProto) -> None:
 
 
 def keys_for_values(model: onnx.ModelProto) -> None:
-    """K_cache_out has the values and V_cache_out the keys; what is new is attended rightly."""
+    """K_cache_out and V_cache_out are swapped; attention itself is right."""
     keys, values = (next(e for e in model.graph.node if name in e.output) for name in ("K_cache_out", "V_cache_out"))
     keys.output[0], values.output[0] = values.output[0], keys.output[0]
     for index, name in enumerate(("V_cache_out", "K_cache_out")):
@@ -119,7 +119,7 @@ def keys_for_values(model: onnx.ModelProto) -> None:
 
 
 def other_activation(model: onnx.ModelProto) -> None:
-    """The gate is a sigmoid, not SiLU."""
+    """Sigmoid instead of SiLU."""
     sigmoid = node(model, "Sigmoid")
     silu = next(entry for entry in model.graph.node if sigmoid.output[0] in entry.input)
     for entry in model.graph.node:
@@ -128,14 +128,14 @@ def other_activation(model: onnx.ModelProto) -> None:
 
 
 def residual_of_the_norm(model: onnx.ModelProto) -> None:
-    """The attention's result is added to the normed input."""
+    """The output of attention is added to the normalised input."""
     normed = node(model, "RMSNormalization", 0)
     add = next(entry for entry in model.graph.node if entry.op_type == "Add" and normed.input[0] in entry.input)
     add.input[list(add.input).index(normed.input[0])] = normed.output[0]
 
 
 def no_second_norm(model: onnx.ModelProto) -> None:
-    """The MLP reads the residual stream as it is."""
+    """The MLP reads the residual stream without its norm."""
     norm = node(model, "RMSNormalization", 1)
     for entry in model.graph.node:
         entry.input[:] = [norm.input[0] if name == norm.output[0] else name for name in entry.input]
@@ -150,7 +150,7 @@ def no_final_norm(model: onnx.ModelProto) -> None:
 
 
 def rotated_otherwise(which: int, theta: float) -> Callable[[onnx.ModelProto], None]:
-    """The queries' or the keys' rotary embedding (0, 1 in their order) has tables of its own."""
+    """Other rotary tables for queries (0) or keys (1)."""
 
     def change(model: onnx.ModelProto) -> None:
         turned = node(model, "RotaryEmbedding", which)
@@ -166,7 +166,7 @@ def rotated_otherwise(which: int, theta: float) -> Callable[[onnx.ModelProto], N
 
 
 def exchange_branches(model: onnx.ModelProto) -> None:
-    """The activation is of the other matrix's product."""
+    """The activation is applied to up instead of gate."""
     sigmoid = node(model, "Sigmoid")
     inner = next(entry for entry in model.graph.node if entry.op_type == "Mul" and sigmoid.output[0] in entry.input)
     products = [inner, next(entry for entry in model.graph.node if inner.output[0] in entry.input)]
@@ -177,7 +177,7 @@ def exchange_branches(model: onnx.ModelProto) -> None:
 
 
 def by_another_compiler(plant: Plant) -> Plant:
-    """The manifest names another digest, so that the graphs may be others."""
+    """Sets another digest in the manifest, for which other graphs are allowed."""
 
     def both(bundle: Path, checkpoint: Path) -> None:
         plant(bundle, checkpoint)
@@ -205,10 +205,10 @@ def layers() -> list[Fault]:
         ),
         every("the rope base is wrong", "s8", every_layer(rotary(1e6)), f"{rope}.*(base|theta)"),
         every("the rope base is wrong by a fifth", "fp32", every_layer(rotary(12000.0)), f"{rope}.*(base|theta)"),
-        every("the rope scaling is lost", "llama", every_layer(rotary(500000.0)), f"{rope}.*scal"),
+        every("the rope scaling is missing", "llama", every_layer(rotary(500000.0)), f"{rope}.*scal"),
         one("one layer has another rope base", "s8", rotary(5e5), rope),
         one("rotary is interleaved", "s8", interleave, "interleav|neighbour"),
-        one("cosine and sine are exchanged", "s8", exchange_tables, f"{rope}|cos"),
+        one("cos and sin are swapped", "s8", exchange_tables, f"{rope}|cos"),
         every("rotary is zero from 128 on", "s8", every_layer(zero_rotary), f"{rope}|position"),
         one("rotary is zero at the last position", "s8", zero_the_last_position, f"{rope}|position"),
         one("eps is 1e-2", "s8", epsilon(1e-2, 0, 1), "eps"),
@@ -218,20 +218,20 @@ def layers() -> list[Fault]:
         one("attention is not scaled", "fp32", attention(scale=1.0), "scale"),
         one("attention is capped", "fp32", attention(softcap=5.0), "softcap|cap|attention"),
         one("the mask is not read", "s8", no_mask, "mask|Attention has other inputs"),
-        one("new rows come before the cached ones", "s8", new_rows_first, "order|cached|history|K/V", kept),
-        one("the cache gets keys before rotary", "s8", unrotated_keys, f"{rope}|K_cache_out|K ", kept),
-        one("the cache gets values for keys", "s8", keys_for_values, "K_cache_out|K and V|K/V|values|swapped", kept),
-        one("the activation is another", "s8", other_activation, "activation|SiLU|sigmoid|graph|operator|mlp|MLP"),
+        one("new rows before cached rows", "s8", new_rows_first, "order|cached|history|K/V", kept),
+        one("the cache gets keys before rotary embedding", "s8", unrotated_keys, f"{rope}|K_cache_out|K ", kept),
+        one("K and V are swapped in the cache", "s8", keys_for_values, "K_cache_out|K and V|K/V|values|swapped", kept),
+        one("sigmoid instead of SiLU", "s8", other_activation, "activation|SiLU|sigmoid|graph|operator|mlp|MLP"),
         one("the residual is of the normed input", "s8", residual_of_the_norm, "residual|norm|Norm|graph|operator"),
         one("the second norm is missing", "s8", no_second_norm, "norm"),
         one("s4: the second norm is missing", "s4", no_second_norm, "RMSNormalization", "layers"),
-        one("s4: the cache gets values for keys", "s4", keys_for_values, "K_cache_out.*V_cache_out", "layers"),
-        one("s4: the activation is another", "s4", other_activation, "Mul|Sigmoid", "layers"),
+        one("s4: K and V are swapped in the cache", "s4", keys_for_values, "K_cache_out.*V_cache_out", "layers"),
+        one("s4: sigmoid instead of SiLU", "s4", other_activation, "Mul|Sigmoid", "layers"),
         one("s4: keys have another rope base", "s4", rotated_otherwise(1, 10100.0), rope, "layers"),
-        one("gate and up change places", "s4", exchange_branches, "Sigmoid.*gate_proj", "layers"),
-        one("a layer says that it has a window", "s8", lambda model: metadata(model, window="16"), "window", "layers"),
+        one("the activation is applied to up", "s4", exchange_branches, "Sigmoid.*gate_proj", "layers"),
+        one("a layer has window metadata", "s8", lambda model: metadata(model, window="16"), "window", "layers"),
         one("queries have another rope base", "s8", rotated_otherwise(0, 10100.0), rope, "layers"),
-        one("s4: attention is scaled by 3 % more", "s4", attention(scale=1.03 / 32**0.5), "scale", "layers"),
+        one("s4: the attention scale is 3 % larger", "s4", attention(scale=1.03 / 32**0.5), "scale", "layers"),
     ]  # fmt: skip
 
 

@@ -23,9 +23,9 @@ Make = Callable[[Path, Path], Path]
 
 @dataclass(frozen=True)
 class Healthy:
-    """`make(folder, source)` makes the checkpoint, `source` being the shipped one; `options` are of its build.
+    """A healthy bundle: `make(folder, source)` makes the checkpoint from the shipped one, `options` are build options.
 
-    `left` is the stage that nothing was left of in the bundle, so that `axrun doctor` cannot examine it.
+    `left`: the stage that `axrun doctor` cannot examine, because the figures have nothing for it.
     """
 
     name: str
@@ -43,7 +43,7 @@ def groups(prefill: int, context: int, *histories: int) -> dict[str, Any]:
 
 
 def shipped(folder: Path, source: Path) -> Path:
-    """As it is: nobody writes into it, and the reference of one path is read once."""
+    """The shipped checkpoint itself; not copied, so that its reference is cached."""
     return source
 
 
@@ -61,7 +61,7 @@ llama, qwen2 = functools.partial(random, "llama"), functools.partial(random, "qw
 
 
 def as_bin(make: Make, *shards: str) -> Make:
-    """The same weights as torch saves them, in one file or several."""
+    """The same weights as .bin files of torch, in one file or several."""
 
     def rewritten(folder: Path, source: Path) -> Path:
         make(folder, source)
@@ -80,7 +80,7 @@ def as_bin(make: Make, *shards: str) -> Make:
 
 
 def text(kind: Callable[[Path], Path], **config: Any) -> Make:
-    """A small Llama with another tokenizer, whose control tokens come from its own files."""
+    """A small Llama with the tokenizer `kind`; control tokens are defined by the tokenizer's files only."""
 
     def make(folder: Path, source: Path) -> Path:
         kind(folder)
@@ -91,7 +91,7 @@ def text(kind: Callable[[Path], Path], **config: Any) -> Make:
 
 
 def sentencepiece_model(folder: Path) -> Path:
-    """tokenizer.model alone."""
+    """A tokenizer with tokenizer.model only."""
     kinds.save(folder, None, kinds.LLAMA2, tokenizer_class="LlamaTokenizer", **kinds.LLAMA)
     (folder / "corpus.txt").write_text("\n".join(kinds.CORPUS * 20))
     sentencepiece.SentencePieceTrainer.train(
@@ -111,7 +111,7 @@ def sentencepiece_model(folder: Path) -> Path:
 
 
 def disagreeing_stops(folder: Path, source: Path) -> Path:
-    """generation_config.json, config.json and the template each name another end."""
+    """generation_config.json, config.json and the template name different stop tokens."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": 637}))
@@ -119,7 +119,7 @@ def disagreeing_stops(folder: Path, source: Path) -> Path:
 
 
 def with_a_day(folder: Path) -> Path:
-    """Its prompts are others tomorrow, so none are kept."""
+    """The template writes the date, so the figures have no prompts."""
     return kinds.save(folder, kinds.byte_level(), "{{ strftime_now('%d %b %Y') }}" + kinds.CHATML)
 
 
@@ -199,8 +199,8 @@ HEALTHY: tuple[Healthy, ...] = (
     *(Healthy(f"mended text: {name}", text(kind), groups(16, 47)) for name, kind in kinds.MENDED.items()),
 )  # fmt: skip
 
-# Of a kind that another one has too, in a dearer or cheaper shape: they run where the whole suite does.
-DOUBLES = frozenset(
+# Similar to another entry, with a different shape; only run by `make test-all`.
+SYSTEM_ONLY = frozenset(
     {
         "shipped, s4 in fp16",
         "shipped, bf16 in fp32",

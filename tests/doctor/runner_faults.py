@@ -28,7 +28,7 @@ Plant = Callable[[Patch], None]
 
 
 def around(before: Hook = lambda arrays: None, after: Hook = lambda arrays: None) -> Plant:
-    """A plant in both engines: what a bound group does before it computes, and afterwards, with its arrays."""
+    """Patches both engines: `before` and `after` get the arrays of a run."""
 
     class Faulty:
         def __init__(self, binding: Any, arrays: Arrays) -> None:
@@ -61,7 +61,7 @@ def tokens_and_history(arrays: Arrays) -> tuple[int, int]:
 
 
 def late_in_decode(arrays: Arrays) -> Any:
-    """A single token is rotated as the one before it."""
+    """A single token gets the position of the previous one."""
     tokens, history = tokens_and_history(arrays)
     if tokens != 1 or not history or not arrays["indices"][0, 0]:
         return None
@@ -70,7 +70,7 @@ def late_in_decode(arrays: Arrays) -> Any:
 
 
 def from_zero_behind_history(arrays: Arrays) -> Any:
-    """A chunk behind a history is rotated as if it stood at the beginning."""
+    """The positions of a chunk after a history start at 0."""
     tokens, history = tokens_and_history(arrays)
     if tokens == 1 or not history:
         return None
@@ -95,14 +95,14 @@ def first_row_is_lost(arrays: Arrays) -> Any:
 
 
 def coarse(arrays: Arrays) -> None:
-    """Outputs have bfloat16's precision, whatever their type."""
+    """Outputs are rounded to bfloat16, whatever their type."""
     for name in ("output", "logits"):
         if name in arrays and arrays[name].dtype == np.float32:
             arrays[name].view(np.uint32)[...] &= np.uint32(0xFFFF0000)
 
 
 def mask(change: Callable[[Any, int, int, Any, Any], None]) -> Callable[[Patch], None]:
-    """A plant that changes the masks that are filled."""
+    """Patches the masks."""
 
     def plant(patch: Patch, fill: Any = fill_mask) -> None:
         def filled(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
@@ -136,13 +136,13 @@ def see_behind_the_cache(rows: Any, past: int, count: int, visible: Any, blocked
 
 
 def hide_the_last_in_decode(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
-    """In the middle of a context."""
+    """Hides the last row in decode, in the middle of a context."""
     if count == 1 and 40 <= past <= 250:
         rows[0, 0, past - 1] = blocked
 
 
 def hide_the_last_in_chunks(rows: Any, past: int, count: int, visible: Any, blocked: Any) -> None:
-    """Where a long prompt has its chunks."""
+    """Hides the last row in later chunks of a long prompt."""
     if count == rows.shape[1] > 1 and past >= 64 and past % 32 == 0:
         rows[0, :count, past - 1] = blocked
 
@@ -167,7 +167,7 @@ def miss_oneself(rows: Any, past: int, count: int, visible: Any, blocked: Any) -
 
 
 def writes(change: Callable[..., tuple[int, int, Any, Any]]) -> Callable[[Patch], None]:
-    """A plant that changes what is written into the cache, and where."""
+    """Patches writes to the cache."""
 
     def plant(patch: Patch, write: Any = KVCache.write) -> None:
         def written(self: KVCache, layer: int, position: int, keys: Any, values: Any) -> None:
@@ -192,18 +192,18 @@ def next_layers(cache: KVCache, layer: int, position: int, keys: Any, values: An
 
 
 def one_layer_early(cache: KVCache, layer: int, position: int, keys: Any, values: Any) -> Any:
-    """One layer, deep in a context."""
+    """Of one layer, at a late position."""
     return layer, position - (layer == 2 and position > 200), keys, values
 
 
 def last_is_lost(cache: KVCache, layer: int, position: int, keys: Any, values: Any) -> Any:
-    """Of a whole chunk behind a history, the last row."""
+    """Loses the last row of a full chunk after a history."""
     whole = keys.shape[1] == 32 and position > 0
     return (layer, position, keys[:, :-1], values[:, :-1]) if whole else (layer, position, keys, values)
 
 
 def forget_too_much(patch: Patch, truncate: Any = KVCache.truncate) -> None:
-    """A rollback clears the row before, too."""
+    """A rollback also clears the previous row."""
 
     def forget(self: KVCache, length: int) -> None:
         if 0 < length < self.length:
@@ -214,7 +214,7 @@ def forget_too_much(patch: Patch, truncate: Any = KVCache.truncate) -> None:
 
 
 def chunks_of_another_group(patch: Patch, chunks: Any = decoder.chunks) -> None:
-    """At one border the group whose history is too short."""
+    """Uses a group with a too short history at one boundary."""
 
     def cut(groups: Any, position: int, count: int, flexible: bool = False) -> Any:
         for chunk in chunks(groups, position, count, flexible):
@@ -226,7 +226,7 @@ def chunks_of_another_group(patch: Patch, chunks: Any = decoder.chunks) -> None:
 
 
 def layers_in_another_order(patch: Patch, run: Any = Decoder._bind) -> None:
-    """For single tokens behind 128 rows."""
+    """For single tokens after 128 rows."""
 
     def bind(self: Decoder, group: int, tokens: int, history: int) -> Any:
         step = run(self, group, tokens, history)
@@ -238,7 +238,7 @@ def layers_in_another_order(patch: Patch, run: Any = Decoder._bind) -> None:
 
 
 def positions_stop(patch: Patch, run: Any = Decoder._run) -> None:
-    """Positions from 200 on are given as 200: nobody notices in a short answer."""
+    """Positions above 200 are set to 200; short answers do not show it."""
 
     def ran(self: Decoder, chunk: Any, hidden: Any) -> Any:
         step = self._step(chunk)
@@ -266,7 +266,7 @@ def first_of_the_last_chunk(patch: Patch) -> None:
 
 
 def reuse_too_much(patch: Patch, reusable: Any = Sequence.reusable) -> None:
-    """Of a prompt that shares a few tokens with the one before, one token more is taken from the cache."""
+    """Reuses one row too many for a prompt that shares a prefix with the previous one."""
 
     def more(self: Sequence, ids: Any) -> int:
         reused = int(reusable(self, ids))
@@ -276,7 +276,7 @@ def reuse_too_much(patch: Patch, reusable: Any = Sequence.reusable) -> None:
 
 
 def keep_stale_rows(patch: Patch, write: Any = KVCache.write) -> None:
-    """What was rolled back stays, and what is written in its place is not."""
+    """After a rollback, new rows do not replace the old ones."""
 
     def truncate(self: KVCache, length: int) -> None:
         self.length = length
@@ -291,7 +291,7 @@ def keep_stale_rows(patch: Patch, write: Any = KVCache.write) -> None:
 
 
 def chooses(change: Callable[[Any], int]) -> Callable[[Patch], None]:
-    """A plant that changes which token is the likeliest."""
+    """Patches the choice of the greedy token."""
 
     def plant(patch: Patch, call: Any = Sampler.__call__) -> None:
         def sample(self: Sampler, logits: Any, ids: Any = (), start: int = 0) -> int:
@@ -311,7 +311,7 @@ def last_of_equals(logits: Any) -> int:
 
 
 def penalise(patch: Patch, processed: Any = Sampler.processed) -> None:
-    """A repetition penalty that nobody asked for."""
+    """Applies a repetition penalty without being asked to."""
 
     def always(self: Sampler, logits: Any, ids: Any = (), start: int = 0) -> Any:
         out = processed(self, logits, ids, start).copy()
@@ -326,17 +326,17 @@ def shift_ids(patch: Patch, call: Any = Embedding.__call__) -> None:
 
 
 def last_logits_first(patch: Patch, call: Any = Post.__call__) -> None:
-    """Logits of several rows, each the row's before."""
+    """In a batch, each row gets the logits of the previous one."""
     patch.setattr(Post, "__call__", lambda self, hidden: np.roll(call(self, hidden), 1, axis=0))
 
 
 def another_row(patch: Patch, call: Any = Embedding.__call__) -> None:
-    """Of one token."""
+    """One token gets the embedding of another."""
     patch.setattr(Embedding, "__call__", lambda self, ids: call(self, [5 if token == 411 else token for token in ids]))
 
 
 def ninth_row(patch: Patch, call: Any = Post.__call__) -> None:
-    """Of several rows of logits, the ninth is the eighth."""
+    """In a batch, row 8 gets the logits of row 7."""
 
     def repeat(self: Post, hidden: Any) -> Any:
         logits = call(self, hidden).copy()
@@ -347,7 +347,7 @@ def ninth_row(patch: Patch, call: Any = Post.__call__) -> None:
 
 
 def other_prompt(patch: Patch, forward: Any = Model.forward) -> None:
-    """The last token of a long prompt is the one before."""
+    """The last token of a long prompt is replaced by the one before."""
 
     def repeat(self: Model, ids: Any, *more: Any, **options: Any) -> Any:
         ids = list(ids)
@@ -357,7 +357,7 @@ def other_prompt(patch: Patch, forward: Any = Model.forward) -> None:
 
 
 def cut_logits(patch: Patch, call: Any = Post.__call__) -> None:
-    """The upper half of the vocabulary is not computed."""
+    """The upper half of the logits is missing."""
 
     def half(self: Post, hidden: Any) -> Any:
         logits = call(self, hidden).copy()
@@ -383,39 +383,39 @@ def runner() -> list[RunnerFault]:
     seen, rows = "layers|cache", "layers|cache|answer"
     return [
         RunnerFault("the last cached row is hidden", "s8", seen, mask(hide_the_last_cached), says="mask|row|history"),
-        RunnerFault("the last row is hidden behind 192", "s8", seen, mask(hide_the_last), says="mask|row|history"),
+        RunnerFault("the last row is hidden after 192 rows", "s8", seen, mask(hide_the_last), says="mask|row|history"),
         RunnerFault("a token sees the next", "s8", seen, mask(see_the_next), says="mask|next"),
-        RunnerFault("a token sees a row behind the cache", "fp32", seen, mask(see_behind_the_cache), says="mask|row"),
+        RunnerFault("a token sees a row after the cache", "fp32", seen, mask(see_behind_the_cache), says="mask|row"),
         RunnerFault("a token does not see itself", "s8", seen, mask(miss_oneself), says="mask|history|row"),
         RunnerFault("decode hides the last row from 40", "s8", "cache", mask(hide_the_last_in_decode), says="row 39"),
         RunnerFault("chunks from 64 hide the last row", "s4", "cache", mask(hide_the_last_in_chunks), says="row 63"),
-        RunnerFault("a token at 128 sees the next", "s8", "cache", mask(see_the_next_at_a_border), says="129"),
-        RunnerFault("row 5 is hidden behind 77", "s4", "cache", mask(hide_one_row_once), says="row 5.*77"),
+        RunnerFault("token 128 sees the next", "s8", "cache", mask(see_the_next_at_a_border), says="129"),
+        RunnerFault("row 5 is hidden from token 77", "s4", "cache", mask(hide_one_row_once), says="row 5.*77"),
         RunnerFault("padding sees nothing", "s8", "cache", mask(padding_sees_nothing), says="padding"),
-        RunnerFault("a layer writes early behind 200", "s4", "cache", writes(one_layer_early), part="layer 2"),
-        RunnerFault("the last row of a chunk is lost", "s8", "cache", writes(last_is_lost), says="not written"),
+        RunnerFault("a layer writes one row early from 200 on", "s4", "cache", writes(one_layer_early), part="layer 2"),
+        RunnerFault("the last row of a chunk is not written", "s8", "cache", writes(last_is_lost), says="not written"),
         RunnerFault("a rollback clears a row too many", "s8", "cache", forget_too_much, part="layer 3", says="cleared"),
         RunnerFault("a chunk is in another group's shape", "s8", "cache", chunks_of_another_group, says="group|shape"),
         RunnerFault("layers run in another order", "s4", "cache", layers_in_another_order, says="order"),
-        RunnerFault("positions end at 200", "s8", "cache", positions_stop, says="201|positions"),
-        RunnerFault("outputs of a chunk are in reverse", "s8", "cache", first_of_the_last_chunk, says="order|another"),
-        RunnerFault("a prompt reuses a row too many", "s8", "cache", reuse_too_much, says="other tokens|reused"),
-        RunnerFault("one token has another's row", "s8", "cache", another_row, part="411"),
-        RunnerFault("a long prompt ends otherwise", "s8", "cache", other_prompt, says="other tokens"),
-        RunnerFault("one row of several logits is another's", "s8", "post", ninth_row, part="row 8", alone=False),
-        RunnerFault("positions are one late in decode", "s8", seen, around(late_in_decode), part="decode"),
-        RunnerFault("positions restart behind a history", "s8", seen, around(from_zero_behind_history)),
+        RunnerFault("positions are capped at 200", "s8", "cache", positions_stop, says="201|positions"),
+        RunnerFault("outputs of a chunk are reversed", "s8", "cache", first_of_the_last_chunk, says="order|another"),
+        RunnerFault("a prompt reuses one row too many", "s8", "cache", reuse_too_much, says="other tokens|reused"),
+        RunnerFault("a token has the embedding of another", "s8", "cache", another_row, part="411"),
+        RunnerFault("the last token of a long prompt is wrong", "s8", "cache", other_prompt, says="other tokens"),
+        RunnerFault("one row of a batch of logits is wrong", "s8", "post", ninth_row, part="row 8", alone=False),
+        RunnerFault("positions are off by one in decode", "s8", seen, around(late_in_decode), part="decode"),
+        RunnerFault("positions restart after a history", "s8", seen, around(from_zero_behind_history)),
         RunnerFault("the first cached row reads as zero", "s8", seen, around(first_row_is_lost), says="history|row"),
         RunnerFault("the engine computes in bfloat16", "fp32", "layers", around(after=coarse)),
-        RunnerFault("decode writes its row one late", "s8", rows, writes(one_row_late), says="row|decode"),
-        RunnerFault("the cache has K for V", "s8", rows, writes(exchanged), says="K"),
-        RunnerFault("the cache has the layer's before", "s8", rows, writes(next_layers)),
+        RunnerFault("decode writes its row one position late", "s8", rows, writes(one_row_late), says="row|decode"),
+        RunnerFault("the cache has K instead of V", "s8", rows, writes(exchanged), says="K"),
+        RunnerFault("the cache has the rows of another layer", "s8", rows, writes(next_layers)),
         RunnerFault("a rollback keeps stale rows", "s8", rows, keep_stale_rows, says="roll|stale|row"),
         RunnerFault("token ids are shifted", "s8", "cache|embedding|answer", shift_ids),
-        RunnerFault("logits are those of the row before", "s8", "post|answer", last_logits_first),
+        RunnerFault("logits are those of the previous row", "s8", "post|answer", last_logits_first),
         RunnerFault("half of the logits are missing", "s8", "post", cut_logits),
-        RunnerFault("the second best is chosen", "s8", "sampling", chooses(second_best)),
-        RunnerFault("of equal logits the last is chosen", "s8", "sampling", chooses(last_of_equals)),
+        RunnerFault("the second best token is chosen", "s8", "sampling", chooses(second_best)),
+        RunnerFault("the last of equal logits is chosen", "s8", "sampling", chooses(last_of_equals)),
         RunnerFault("repetition is penalised", "s8", "sampling", penalise),
-        RunnerFault("nothing stops", "s8", "template|answer", never_stop, says="stop"),
+        RunnerFault("stop tokens are ignored", "s8", "template|answer", never_stop, says="stop"),
     ]  # fmt: skip

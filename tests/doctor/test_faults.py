@@ -1,4 +1,4 @@
-"""Planted faults: each is found at its stage, with its file. None is called healthy or undecided."""
+"""Each planted fault is found in its stage, with its file; none is reported as healthy or undecided."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from tests.doctor.fault import Fault, RunnerFault
 from tests.doctor.faults import BUNDLE, RUNNER
 
 Copy = Callable[[str], tuple[Path, Path]]
-SHARED = {"files", "versions", "sampling"}  # stages that are the same code in both doctors: asked in one of them
+SHARED = {"files", "versions", "sampling"}  # stages with the same code in both doctors: tested with one of them
 ALONE = [fault for fault in BUNDLE if fault.alone and not SHARED.issuperset(fault.stage.split("|"))]
 KEYS = {"stage", "part", "file", "expected", "seen", "cause", "advice"}
 
 
 def found(said: Said, stage: str, part: str, says: str) -> dict[str, str]:
-    """The finding, which is where and what it must be."""
+    """The finding, after checking its stage, part and cause."""
     assert (said.code, said.report.get("verdict")) == (1, "faulty"), said
     finding = said.finding
     assert finding.keys() == KEYS
@@ -28,7 +28,7 @@ def found(said: Said, stage: str, part: str, says: str) -> dict[str, str]:
     assert re.fullmatch(stage, finding["stage"]), said
     assert re.search(part, finding["part"]), said
     assert re.search(says, " ".join(finding[key] for key in ("part", "seen", "cause")), re.DOTALL), said
-    assert said.report["stages"][-1]["stage"] == finding["stage"], "it stops at the first that disagrees"
+    assert said.report["stages"][-1]["stage"] == finding["stage"], "later stages must not run"
     return finding
 
 
@@ -43,7 +43,7 @@ def test_a_fault_in_the_bundle(fault: Fault, copy: Copy, axc_doctor: Doctor) -> 
 
 @pytest.mark.parametrize("fault", ALONE, ids=lambda fault: fault.name)
 def test_a_fault_in_the_bundle_without_a_checkpoint(fault: Fault, copy: Copy, axrun_doctor: Doctor) -> None:
-    """What is found by the figures that the build left; why, nobody can tell without the weights."""
+    """Found with the figures alone; the cause may need the checkpoint's weights."""
     bundle, checkpoint = copy(fault.base)
     places = placed(fault.file, bundle)
     fault.plant(bundle, checkpoint)
@@ -69,7 +69,7 @@ def test_a_fault_of_the_runner_without_a_checkpoint(
     found(axrun_doctor(bundle), fault.stage, "", "")
 
 
-def test_the_faults_are_many_and_of_every_stage() -> None:
+def test_the_faults_cover_every_stage() -> None:
     faults: list[Fault | RunnerFault] = [*BUNDLE, *RUNNER]
     names = [fault.name for fault in faults]
     assert len(names) == len(set(names)) >= 40
@@ -78,6 +78,6 @@ def test_the_faults_are_many_and_of_every_stage() -> None:
 
 
 @pytest.mark.parametrize("name", ["s8", "s4", "fp32", "llama", "fp16"])
-def test_what_was_damaged_were_copies(name: str, base: Base) -> None:
-    """They share their bytes with the healthy ones, and a fault that wrote into a file would spoil both."""
+def test_the_healthy_bundles_are_still_intact(name: str, base: Base) -> None:
+    """Copies are hard links: a fault that writes into a file in place would damage the original."""
     verify(base(name)[0])

@@ -8,16 +8,16 @@ import pytest
 
 from axc import build
 from tests.doctor.conftest import Base, Doctor, leave_figures
-from tests.doctor.healthy import DOUBLES, HEALTHY, Healthy
+from tests.doctor.healthy import HEALTHY, SYSTEM_ONLY, Healthy
 
 STAGES = 10
 
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, id=case.name, marks=[pytest.mark.system] * (case.name in DOUBLES)) for case in HEALTHY],
+    [pytest.param(case, id=case.name, marks=[pytest.mark.system] * (case.name in SYSTEM_ONLY)) for case in HEALTHY],
 )
-def test_nothing_is_found(
+def test_a_healthy_bundle_has_no_finding(
     case: Healthy, tiny_qwen2: Path, tmp_path: Path, axc_doctor: Doctor, axrun_doctor: Doctor
 ) -> None:
     checkpoint = case.make(tmp_path / "checkpoint", tiny_qwen2)
@@ -34,13 +34,13 @@ def test_nothing_is_found(
 
 def test_there_are_at_least_fifty() -> None:
     assert len(HEALTHY) >= 50
-    assert {case.name for case in HEALTHY} > DOUBLES
+    assert {case.name for case in HEALTHY} > SYSTEM_ONLY
     for flag in ("weight_type", "hidden_state_type"):
         assert {case.options.get(flag) for case in HEALTHY} >= {"fp32", "fp16", "bf16"}
 
 
 @pytest.mark.parametrize("name", ["s8", "s4", "fp32", "llama", "fp16"])
-def test_nothing_is_found_in_what_faults_are_planted_in(
+def test_the_bundles_that_get_faults_are_healthy(
     name: str, base: Base, axc_doctor: Doctor, axrun_doctor: Doctor
 ) -> None:
     bundle, checkpoint = base(name)

@@ -51,7 +51,7 @@ def alone(capsys: pytest.CaptureFixture[str]) -> Run:
 
 
 def refused(ended: Ended, *words: str) -> None:
-    """Bad input, said in one error of one to three lines."""
+    """Checks for one error of one to three lines, with exit code 2."""
     code, out, err = ended
     assert (code, out) == (BAD_INPUT, ""), ended
     assert "Traceback" not in err, err
@@ -61,7 +61,7 @@ def refused(ended: Ended, *words: str) -> None:
 
 
 def one_object(ended: Ended) -> dict[str, Any]:
-    """What it says on stdout, whatever it found."""
+    """The report on stdout, whatever the verdict."""
     code, out, err = ended
     assert "Traceback" not in err, err
     report = json.loads(out)
@@ -108,7 +108,7 @@ def test_the_weights_are_cut_short(base: Base, tiny_qwen2: Path, tmp_path: Path,
 
 
 def test_a_byte_order_mark(base: Base, tiny_qwen2: Path, tmp_path: Path, doctor: Run) -> None:
-    """The runner reads such a file, transformers does not: there is nothing to compare with."""
+    """The runner reads such a file, but transformers does not, so there is no reference."""
     place = Path(shutil.copytree(tiny_qwen2, tmp_path / "place"))
     path = place / "tokenizer_config.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
@@ -116,12 +116,12 @@ def test_a_byte_order_mark(base: Base, tiny_qwen2: Path, tmp_path: Path, doctor:
 
 
 def test_the_checkpoint_of_another_model(base: Base, llama: Path, doctor: Run) -> None:
-    """It is not the bundle that is wrong, or nobody can tell: the error names both."""
+    """The bundle may be right: the error names both."""
     refused(doctor(base("s8")[0], llama), str(llama), "another")
 
 
 def test_a_checkpoint_of_the_same_shapes(base: Base, tiny_qwen2: Path, tmp_path: Path, doctor: Run) -> None:
-    """Another training run of the bundle's architecture: what it finds names that the manifest records other files."""
+    """Another checkpoint of the same architecture: the finding says that the files differ from the manifest's."""
     config = json.loads((tiny_qwen2 / "config.json").read_text())
     other = checkpoints.with_text(checkpoints.save(tmp_path / "other", config), tiny_qwen2)
     code, _, err = ended = doctor(base("s8")[0], other)
@@ -133,7 +133,7 @@ def test_a_checkpoint_of_the_same_shapes(base: Base, tiny_qwen2: Path, tmp_path:
 
 
 def test_a_bundle_as_the_vendors_compiler_makes(copy: Copy, doctor: Run, alone: Run) -> None:
-    """Its axmodels are an NPU's, and there is none here: nothing is called healthy that was not run."""
+    """Its axmodels need an NPU, which this machine lacks: stages that did not run are not reported as healthy."""
     bundle, checkpoint = copy("s8")
     content = vendor_files.encode(vendor_files.ROWS["4.1"], vendor_files.extra_data(vendor_files.ROWS["4.1"], 0))
     for path in bundle.glob("*.axmodel"):
@@ -208,7 +208,7 @@ def test_a_manifest_of_odd_numbers(what: str, copy: Copy, doctor: Run, alone: Ru
 
 
 def test_figures_that_are_damaged(copy: Copy, alone: Run) -> None:
-    """What the build left of the reference is a file of the bundle as any other."""
+    """figures.npz is validated like any other file of the bundle."""
     bundle, _ = copy("s8")
     name = next(path.name for path in sorted(bundle.glob("*.npz")) if "figures" in path.name)
     content = (bundle / name).read_bytes()
@@ -233,7 +233,7 @@ CHANGED: dict[str, Callable[[Arrays], object]] = {
 
 @pytest.mark.parametrize("what", CHANGED)
 def test_figures_that_were_changed(what: str, copy: Copy, alone: Run) -> None:
-    """It is they that are blamed, and soon: not the axmodels that they disagree with."""
+    """The figures are reported as damaged, not the axmodels that differ from them."""
     bundle, _ = copy("s8")
     arrays, about = npz.read(bundle / figures.NAME, figures.ARRAYS, figures.SCHEMA)
     CHANGED[what](arrays)
@@ -251,7 +251,7 @@ def test_figures_that_were_changed(what: str, copy: Copy, alone: Run) -> None:
 def test_a_template_that_takes_too_much(
     source: str, copy: Copy, doctor: Run, alone: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is stopped, and named."""
+    """It is stopped and reported."""
     monkeypatch.setattr(bounds, "SECONDS", 0.5)
     bundle, checkpoint = copy("s8")
     text_faults.in_json(
@@ -295,7 +295,7 @@ def a_word(path: Path) -> None:
 def test_a_checkpoint_that_changed_after_the_build(
     name: str, change: Callable[[Path], object], copy: Copy, tmp_path: Path, doctor: Run
 ) -> None:
-    """It is named, not the file of the bundle that is as it was built."""
+    """The finding names the checkpoint file, not the unchanged file of the bundle."""
     bundle, checkpoint = copy("s8")
     other = Path(shutil.copytree(checkpoint, tmp_path / "other"))
     change(other / name)
@@ -306,7 +306,7 @@ def test_a_checkpoint_that_changed_after_the_build(
 
 
 def test_no_figures(copy: Copy, alone: Run) -> None:
-    """Without them it cannot tell, and says what would."""
+    """The verdict is undecided, and the report says how to store figures."""
     bundle, _ = copy("s8")
     for path in bundle.glob("*.npz"):
         path.unlink()
@@ -317,7 +317,7 @@ def test_no_figures(copy: Copy, alone: Run) -> None:
 
 
 def test_a_bundle_without_a_tokenizer(tiny_qwen2: Path, tmp_path: Path, axc_doctor: Doctor) -> None:
-    """The checkpoint has none either: nothing is wrong."""
+    """No fault, because the checkpoint has none either."""
     from axc import build
 
     checkpoint = checkpoints.save(tmp_path / "checkpoint", {"model_type": "llama"})

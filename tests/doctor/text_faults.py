@@ -22,7 +22,7 @@ Edit = Callable[[dict[str, Any]], object]
 
 
 def in_json(name: str, change: Edit) -> Callable[[Path, Path], None]:
-    """A plant that changes one JSON file."""
+    """Changes one JSON file."""
 
     def plant(bundle: Path, checkpoint: Path) -> None:
         values = json.loads((bundle / name).read_text("utf-8"))
@@ -45,7 +45,7 @@ def other_tokenizer(bundle: Path, checkpoint: Path) -> None:
 
 
 def exchange(values: dict[str, Any]) -> None:
-    """The ids of two tokens."""
+    """Swaps the ids of two tokens."""
     vocab = values["model"]["vocab"]
     one, other = (next(token for token, number in vocab.items() if number == wanted) for wanted in (600, 601))
     vocab[one], vocab[other] = vocab[other], vocab[one]
@@ -73,7 +73,7 @@ def ligature(values: dict[str, Any]) -> None:
 
 
 def another_stop(bundle: Path, checkpoint: Path) -> None:
-    """In the files and in the manifest."""
+    """Adds a stop id to the files and the manifest."""
     in_json(GENERATION, lambda values: values.update(eos_token_id=[639, 637, 100]))(bundle, checkpoint)
     manifest(bundle, lambda values: values["text"]["stop_ids"].update({"100": ["generation_config.json"]}))
 
@@ -87,20 +87,20 @@ def tokenizer() -> list[Fault]:
         return Fault(name, "s8", "tokenizer", TOKENIZER, in_json(TOKENIZER, change), says=says)
 
     return [
-        Fault("another tokenizer.json", "s8", "tokenizer", TOKENIZER, other_tokenizer),
-        ids("the last merge rule is lost", lambda values: values["model"]["merges"].pop()),
-        ids("an early merge rule is lost", lambda values: values["model"]["merges"].pop(20)),
-        ids("the ids of two tokens are exchanged", exchange),
-        ids("an added token is lost", lose_an_added_token),
-        ids("the normalizer is lost", lambda values: values.update(normalizer=None)),
-        ids("the normalizer makes small letters", lambda values: values.update(normalizer={"type": "Lowercase"})),
-        ids("a space is put before a text", prefix_space),
-        ids("a BOS is put before a text", lambda values: values.update(post_processor=BOS)),
-        ids("the normalizer has one rule more", ligature, "normalizer"),
+        Fault("tokenizer.json of another model", "s8", "tokenizer", TOKENIZER, other_tokenizer),
+        ids("the last merge is missing", lambda values: values["model"]["merges"].pop()),
+        ids("an early merge is missing", lambda values: values["model"]["merges"].pop(20)),
+        ids("the ids of two tokens are swapped", exchange),
+        ids("an added token is missing", lose_an_added_token),
+        ids("the normalizer is missing", lambda values: values.update(normalizer=None)),
+        ids("the normalizer lowercases", lambda values: values.update(normalizer={"type": "Lowercase"})),
+        ids("a space is added before a text", prefix_space),
+        ids("a BOS is added before a text", lambda values: values.update(post_processor=BOS)),
+        ids("the normalizer has an extra rule", ligature, "normalizer"),
         ids("the model drops merges at random", lambda values: values["model"].update(dropout=0.01), "dropout|model"),
-        ids("the decoder is lost", lambda values: values.update(decoder={"type": "Fuse"})),
-        ids("an added token takes the spaces before it", flag("lstrip", True)),
-        ids("a control token is plain text", flag("special", False)),
+        ids("the decoder is another", lambda values: values.update(decoder={"type": "Fuse"})),
+        ids("an added token strips spaces on the left", flag("lstrip", True)),
+        ids("a special token is not special", flag("special", False)),
     ]
 
 
@@ -119,28 +119,33 @@ def template() -> list[Fault]:
             SETTINGS,
             in_json(SETTINGS, lambda values: values.update(chat_template=tokenizer_kinds.LLAMA2)),
         ),
-        Fault("a template file that wins", "s8", "template", "hf/chat_template.jinja", add_a_template),
+        Fault("an extra template file takes precedence", "s8", "template", "hf/chat_template.jinja", add_a_template),
         Fault(
-            "the chat template is lost",
+            "the chat template is missing",
             "s8",
             "template",
             SETTINGS,
             in_json(SETTINGS, lambda values: values.pop("chat_template")),
         ),
         Fault(
-            "the chat template is no Jinja",
+            "the chat template is not valid Jinja",
             "s8",
             "template",
             SETTINGS,
             in_json(SETTINGS, lambda values: values.update(chat_template="{% if %}")),
         ),
-        prompt("the generation prompt is lost", "{% if add_generation_prompt %}", "{% if false %}"),
-        prompt("the default system message is another", "You are a helpful assistant.", "You are Qwen."),
-        prompt("no line feed ends a turn", "'<|im_end|>\\n' }}{% endfor %}", "'<|im_end|>' }}{% endfor %}"),
+        prompt("the generation prompt is missing", "{% if add_generation_prompt %}", "{% if false %}"),
+        prompt("another default system message", "You are a helpful assistant.", "You are Qwen."),
+        prompt("no line feed after a turn", "'<|im_end|>\\n' }}{% endfor %}", "'<|im_end|>' }}{% endfor %}"),
         prompt("messages are trimmed", "+ message['content'] +", "+ message['content'].strip() +"),
-        prompt("long chats get more", "{% for", "{% if messages|length > 8 %}X{% endif %}{% for", says="text|template"),
-        prompt("long messages are cut", "message['content']", "message['content'][:200]", says="text|template"),
-        Fault("a stop id more", "s8", "template", f"{GENERATION}|manifest.json", another_stop, says="100"),
+        prompt(
+            "long conversations get an extra prefix",
+            "{% for",
+            "{% if messages|length > 8 %}X{% endif %}{% for",
+            says="text|template",
+        ),
+        prompt("long messages are truncated", "message['content']", "message['content'][:200]", says="text|template"),
+        Fault("an extra stop id", "s8", "template", f"{GENERATION}|manifest.json", another_stop, says="100"),
         prompt("the template drops BOS", "{{ bos_token }}", "", "llama", says="BOS|bos|begin|first|endoftext"),
         Fault(
             "another token is BOS",
@@ -149,9 +154,9 @@ def template() -> list[Fault]:
             SETTINGS,
             in_json(SETTINGS, lambda values: values.update(bos_token="<|im_start|>")),
         ),
-        stops("a stop id is lost", GENERATION, lambda values: values.update(eos_token_id=639)),
-        stops("a stop id is another's", GENERATION, lambda values: values.update(eos_token_id=[639, 637, 638])),
-        stops("there is no stop id in generation_config.json", GENERATION, lambda values: values.pop("eos_token_id")),
+        stops("a stop id is missing", GENERATION, lambda values: values.update(eos_token_id=639)),
+        stops("a wrong stop id in the list", GENERATION, lambda values: values.update(eos_token_id=[639, 637, 638])),
+        stops("no stop id in generation_config.json", GENERATION, lambda values: values.pop("eos_token_id")),
         stops("a letter is a stop id", "hf/config.json", lambda values: values.update(eos_token_id=65)),
     ]
 
@@ -163,5 +168,5 @@ def sampling() -> list[Fault]:
 
     return [
         post_config("post_config.json penalises repetition", enable_repetition_penalty=True, repetition_penalty=1.5),
-        post_config("post_config.json draws", enable_temperature=True, temperature=0.8, enable_top_k_sampling=True),
+        post_config("post_config.json samples", enable_temperature=True, temperature=0.8, enable_top_k_sampling=True),
     ]

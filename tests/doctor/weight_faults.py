@@ -24,7 +24,7 @@ EARLY = "files|versions|layers"
 
 
 def in_layer(change: Callable[[onnx.ModelProto], object], index: int = 1) -> Plant:
-    """A plant that changes the axmodel of one layer."""
+    """Changes the axmodel of one layer."""
     return lambda bundle, checkpoint: edit(bundle, layer(bundle, index), lambda model: (change(model), None)[1])
 
 
@@ -54,7 +54,7 @@ def zero_row(name: str, row: int) -> Callable[[onnx.ModelProto], None]:
 
 
 def to_nothing(name: str, row: int, factor: float = 1000.0) -> Callable[[onnx.ModelProto], None]:
-    """A row's levels are all zero, as its scale asks for: each value is rounded to the nearest."""
+    """A scale so large that all levels of the row round to zero."""
 
     def change(model: onnx.ModelProto) -> None:
         levels, scales = get(model, name), get(model, name + "_scale")
@@ -67,7 +67,7 @@ def to_nothing(name: str, row: int, factor: float = 1000.0) -> Callable[[onnx.Mo
 
 
 def exchange(one: str, other: str) -> Callable[[onnx.ModelProto], None]:
-    """Two tensors, with their scales where they have them."""
+    """Swaps two tensors, with their scales if any."""
 
     def change(model: onnx.ModelProto) -> None:
         for suffix in ("", "_scale"):
@@ -80,7 +80,7 @@ def exchange(one: str, other: str) -> Callable[[onnx.ModelProto], None]:
 
 
 def exchange_layers(bundle: Path, checkpoint: Path) -> None:
-    """The weights of layers 1 and 2, each under the other's names."""
+    """Swaps the weights of layers 1 and 2."""
     files = [layer(bundle, index) for index in (1, 2)]
     first, second = (onnx.load(bundle / file) for file in files)
     edit(bundle, files[0], lambda model: _take(model, second))
@@ -106,7 +106,7 @@ def heads(count: int, order: Callable[[Values], Values]) -> Callable[[Values], V
 
 
 def as_gguf(rows: Values) -> Values:
-    """As llama.cpp's converter permutes q and k: the halves of a head are woven."""
+    """Interleaves the halves of each head of q and k, like llama.cpp's converter."""
     count, size, width = rows.shape
     return rows.reshape(count, 2, size // 2, width).swapaxes(1, 2)
 
@@ -117,14 +117,14 @@ def permute_as_gguf(model: onnx.ModelProto) -> None:
 
 
 def tile_heads(model: onnx.ModelProto) -> None:
-    """Query heads 0 1 2 3 meet K/V heads 0 1 0 1, not 0 0 1 1."""
+    """Query heads 0 1 2 3 use K/V heads 0 1 0 1 instead of 0 0 1 1."""
     order = [0, 2, 1, 3]
     put(model, Q, get(model, Q).reshape(4, 32, -1)[order].reshape(128, -1))
     put(model, O, get(model, O).reshape(-1, 4, 32)[:, order].reshape(-1, 128))
 
 
 def overflow(model: onnx.ModelProto) -> None:
-    """Each factor is a float16; their product with the rest is not."""
+    """The factors fit float16, but not their product with the rest."""
     for name in (GATE, UP):
         put(model, name, (get(model, name).astype(np.float32) * 2000).astype(np.float16))
 
@@ -134,7 +134,7 @@ def shift_table(bundle: Path, checkpoint: Path) -> None:
 
 
 def table(change: Callable[[Values], Values]) -> Plant:
-    """A plant that changes the embedding [vocab, 128], its bfloat16 values as uint16."""
+    """Changes the embedding [vocab, 128]: bfloat16 values as uint16."""
 
     def plant(bundle: Path, checkpoint: Path) -> None:
         rows = np.frombuffer((bundle / TABLE).read_bytes(), "<u2").reshape(-1, 128).copy()
@@ -144,13 +144,13 @@ def table(change: Callable[[Values], Values]) -> Plant:
 
 
 def truncated_table(bundle: Path, checkpoint: Path) -> None:
-    """The upper halves of the checkpoint's float32 values, not the nearest bfloat16."""
+    """The upper halves of the checkpoint's float32 values: truncated instead of rounded."""
     stored = load_file(checkpoint / "model.safetensors")["model.embed_tokens.weight"]
     replace(bundle, TABLE, (stored.view(np.uint32) >> 16).astype("<u2").tobytes())
 
 
 def half_table(bundle: Path, checkpoint: Path) -> None:
-    """float16 where bfloat16 belongs."""
+    """float16 instead of bfloat16."""
     stored = load_file(checkpoint / "model.safetensors")["model.embed_tokens.weight"]
     replace(bundle, TABLE, stored.astype("<f2").tobytes())
 
@@ -185,9 +185,9 @@ def embedding() -> list[Fault]:
         rows("bfloat16 was truncated", truncated_table, "llama", "truncat|round"),
         rows("the bytes are swapped", table(lambda rows: rows.byteswap()), says="byte|endian|order"),
         rows("one row is zero", table(lambda rows: set_row(rows, 411, 0)), says="411|zero|row"),
-        rows("one value has another sign", table(flip_a_sign), says="613|row"),
-        rows("float16 in place of bfloat16", half_table, "llama"),
-        rows("the head in place of the embedding", head_for_table, "llama", "head"),
+        rows("one value has a flipped sign", table(flip_a_sign), says="613|row"),
+        rows("float16 instead of bfloat16", half_table, "llama"),
+        rows("the head instead of the embedding", head_for_table, "llama", "head"),
         rows("the rows are scaled", table(lambda rows: rows + 0x80), says="scale|factor|time|2"),
     ]
 
@@ -200,27 +200,27 @@ def layers() -> list[Fault]:
         return lambda scales: np.roll(scales, 1, axis)
 
     return [
-        one("the weights of two layers are exchanged", "s8", exchange_layers, "layer 2|swapped|exchanged"),
-        one("a layer has the weights of the one before", "fp32", repeat_a_layer, "layer 0|another|other"),
+        one("the weights of two layers are swapped", "s8", exchange_layers, "layer 2|swapped|exchanged"),
+        one("a layer has the weights of the previous one", "fp32", repeat_a_layer, "layer 0|another|other"),
         one("o_proj is transposed", "fp32", in_layer(values(O, lambda matrix: matrix.T)), "transpos"),
         one("q_proj is transposed", "s8", in_layer(values(Q, lambda matrix: matrix.T)), "transpos|q_proj"),
         one("q and k are permuted as in GGUF", "llama", in_layer(permute_as_gguf), "permut|GGUF|interleav|q_proj"),
-        one("gate and up are exchanged", "s8", in_layer(exchange(GATE, UP)), "gate"),
-        one("k and v are exchanged", "s8", in_layer(exchange(K, V)), "k_proj|v_proj|K and V"),
-        one("query heads meet other K/V heads", "llama", in_layer(tile_heads), "head|q_proj"),
-        one("a bias is lost", "s8", in_layer(values("q_proj.bias", np.zeros_like)), "bias"),
-        one("a V bias is lost", "s8", in_layer(values("v_proj.bias", np.zeros_like)), "bias"),
+        one("gate and up are swapped", "s8", in_layer(exchange(GATE, UP)), "gate"),
+        one("k and v are swapped", "s8", in_layer(exchange(K, V)), "k_proj|v_proj|K and V"),
+        one("query heads use the wrong K/V heads", "llama", in_layer(tile_heads), "head|q_proj"),
+        one("a bias is zero", "s8", in_layer(values("q_proj.bias", np.zeros_like)), "bias"),
+        one("a V bias is zero", "s8", in_layer(values("v_proj.bias", np.zeros_like)), "bias"),
         one("a norm weight has 1 added", "s8", in_layer(values(NORM, lambda weights: weights + 1)), "norm"),
-        one("the two norms are exchanged", "s8", in_layer(exchange(NORM, SECOND_NORM)), "norm"),
-        one("a down row is 1.5 times as large", "s8", in_layer(scale_row(DOWN, 77, 1.5)), "row|down", alone=False),
-        one("an up row is 1.5 times as large", "s8", in_layer(scale_row(UP, 200, 1.5)), "scale|row", alone=False),
-        one("a q row has another sign", "s8", in_layer(scale_row(Q, 40, -1)), "scale|row|q_proj", alone=False),
+        one("the two norms are swapped", "s8", in_layer(exchange(NORM, SECOND_NORM)), "norm"),
+        one("a row of down is scaled by 1.5", "s8", in_layer(scale_row(DOWN, 77, 1.5)), "row|down", alone=False),
+        one("a row of up is scaled by 1.5", "s8", in_layer(scale_row(UP, 200, 1.5)), "scale|row", alone=False),
+        one("a row of q has a flipped sign", "s8", in_layer(scale_row(Q, 40, -1)), "scale|row|q_proj", alone=False),
         one("scales are shifted by a row", "s8", in_layer(values(DOWN + "_scale", shifted(0))), "scale|row"),
         one("scales are shifted by a block", "s4", in_layer(values(DOWN + "_scale", shifted(1))), "scale|block"),
-        one("scales are a column's", "s8", in_layer(column_scales), "axis|column|scale|graph|Dequantize", EARLY),
+        one("scales are per column", "s8", in_layer(column_scales), "axis|column|scale|graph|Dequantize", EARLY),
         one("nibbles are swapped", "s4", in_layer(values(GATE, lambda v: v << 4 | v >> 4)), "nibble|4|gate"),
-        one("an up row is rounded to nothing", "s8", in_layer(to_nothing(UP, 200)), "row 200.*zero|few levels"),
-        one("s4: an up row is rounded to nothing", "s4", in_layer(to_nothing(UP, 200)), "row 200.*zero|few levels"),
+        one("a row of up is rounded to zero", "s8", in_layer(to_nothing(UP, 200)), "row 200.*zero|few levels"),
+        one("s4: a row of up is rounded to zero", "s4", in_layer(to_nothing(UP, 200)), "row 200.*zero|few levels"),
         one("a scale is infinite", "s8", in_layer(to_nothing(UP, 200, np.inf)), "scale.*not finite"),
         one("a row is zero", "s8", in_layer(zero_row(DOWN, 17)), "zero|row|down"),
         one("a row of o_proj is zero", "fp32", in_layer(zero_row(O, 90)), "zero|row|o_proj"),
@@ -250,14 +250,14 @@ def head() -> list[Fault]:
     table = "model.embed_tokens.weight"
     norm = "model.norm.weight"
     return [
-        one("the embedding stands in for the head", "llama", tied_head, "tied|embedding"),
+        one("the embedding instead of the head", "llama", tied_head, "tied|embedding"),
         one("the rows of the head are shifted", "s8", in_post(shift_head), "shift|row"),
-        one("the final norm has no weights", "s8", in_post(values(norm, np.ones_like)), "norm"),
+        one("the final norm's weights are one", "s8", in_post(values(norm, np.ones_like)), "norm"),
         one("a row of the head is zero", "s8", in_post(zero_row(table, 411)), "411|zero|row"),
-        one("a head row is rounded to nothing", "s8", in_post(to_nothing(table, 411)), "411"),
-        one("a head row is 1.5 times as large", "s8", in_post(scale_row(table, 411, 1.5)), "411|scale|row"),
+        one("a row of the head is rounded to zero", "s8", in_post(to_nothing(table, 411)), "411"),
+        one("a row of the head is scaled by 1.5", "s8", in_post(scale_row(table, 411, 1.5)), "411|scale|row"),
         one("the logits are scaled", "s8", in_post(values(norm, tenth_more)), "scale|norm|factor"),
-        one("a float row of the head has another sign", "llama", in_post(values(HEAD, flip_row)), "411|sign|row"),
+        one("a float row of the head has a flipped sign", "llama", in_post(values(HEAD, flip_row)), "411|sign|row"),
     ]  # fmt: skip
 
 

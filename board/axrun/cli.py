@@ -63,10 +63,16 @@ def _generation_config_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generation-config", action="store_true", help=what)
 
 
+def _speculation_flag(parser: argparse.ArgumentParser) -> None:
+    what = "decode one token at a time; the default guesses tokens by prompt lookup, which gives the same answer sooner"
+    parser.add_argument("--no-speculation", dest="speculation", action="store_false", help=what)
+
+
 def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--system", metavar="TEXT", help="system message; needs a chat template")
     _parse_special_flag(parser)
+    _speculation_flag(parser)
     add("--max-tokens", type=int, metavar="N", help="maximum length of the answer (default: to the end of the context)")
     add("--greedy", action="store_true", help="always take the most likely token, whatever post_config.json says")
     _generation_config_flag(parser)
@@ -97,6 +103,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         arguments.seed,
         arguments.parse_special,
         arguments.generation_config,
+        arguments.speculation,
     )
 
 
@@ -263,6 +270,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     )
     _parse_special_flag(parser)
     _generation_config_flag(parser)
+    _speculation_flag(parser)
     add("--name", metavar="NAME", help="model name for clients (default: that of the bundle)")
     add(
         "--json",

@@ -51,7 +51,8 @@ class Options:
     """Options of an answer. Values in `sampling` that are not None override post_config.json.
 
     `generation_config`: use the sampling settings of the checkpoint's generation_config.json, not of post_config.json.
-    `parse_special`: special tokens spelled in a message are control tokens, not text.
+    `parse_special`: special tokens spelled in a message are control tokens, not text. `speculation`: guess tokens by
+    prompt lookup.
     """
 
     system: str | None = None
@@ -60,6 +61,7 @@ class Options:
     seed: int = 0
     parse_special: bool = False
     generation_config: bool = False
+    speculation: bool = True
 
     def __post_init__(self) -> None:
         """Raises BadInput for a number out of range."""
@@ -127,7 +129,7 @@ def _answer(
         tokenizer.stop_ids,
         seed=options.seed,
         stats=stats,
-        guesser=prompt_lookup(model, Costs()),
+        guesser=prompt_lookup(model, Costs()) if options.speculation else None,
     )
     for token in going:
         if not answer:

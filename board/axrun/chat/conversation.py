@@ -53,16 +53,18 @@ class Conversation:
         max_tokens: int | None = None,
         seed: int = 0,
         parse_special: bool = False,
+        speculation: bool = True,
     ) -> None:
         """`max_tokens` None: answers may continue to the end of the context.
 
-        `parse_special`: special tokens spelled in a message are control tokens, not text.
+        `parse_special`: special tokens spelled in a message are control tokens, not text. `speculation`: guess tokens
+        by prompt lookup.
         """
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._sampling, self._max_tokens, self._seed = sampling, max_tokens, seed
         self._parse_special = parse_special
         self._sequence = Sequence(model)
-        self._costs = Costs()
+        self._costs = Costs() if speculation else None
         self._system: str | None = None
         self.messages: list[Message] = []
         self.turn: Turn | None = None
@@ -132,7 +134,7 @@ class Conversation:
             self._tokenizer.stop_ids,
             reuse=turn.reused,
             stats=turn.stats,
-            guesser=prompt_lookup(self._model, self._costs),
+            guesser=prompt_lookup(self._model, self._costs) if self._costs else None,
         )
         try:
             for step in going:

@@ -30,9 +30,8 @@ def chat(path: Path, options: Options, terminal: Terminal, loading: Loading = DE
     model = loading.load(bundle)
     for line in describe(model, bundle):
         say(line)
-    conversation = Conversation(
-        model, tokenizer, template, sampling, options.max_tokens, options.seed, options.parse_special
-    )
+    given = sampling, options.max_tokens, options.seed, options.parse_special, options.speculation
+    conversation = Conversation(model, tokenizer, template, *given)
     conversation.system = options.system
     if terminal.interactive:
         say("Type a question. /help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")

@@ -46,7 +46,7 @@ class Options:
     prompts, of up to `prompt_cache_mb`. `allowed_host`: further host names to accept, besides those of
     `axrun.serve.hosts`; "*" accepts any. `parse_special`: special tokens spelled in a chat message are control tokens,
     not text. `generation_config`: take the sampling defaults from the checkpoint's generation_config.json, not from
-    post_config.json.
+    post_config.json. `speculation`: guess tokens by prompt lookup.
     """
 
     host: str = "127.0.0.1"
@@ -65,6 +65,7 @@ class Options:
     allowed_host: Sequence[str] = ()
     parse_special: bool = False
     generation_config: bool = False
+    speculation: bool = True
 
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""
@@ -125,7 +126,7 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
         for line in describe(model, bundle):
             say(line)
         slots = allocate(model, options.slots, loading.allow, options.exact)
-        return slots, Writer(tokenizer, prompt_cache).write
+        return slots, Writer(tokenizer, prompt_cache, options.speculation).write
 
     with _listen(options.host, options.port) as listener:
         scheduler = Scheduler(

@@ -46,9 +46,10 @@ class Piece(NamedTuple):
 class Writer:
     """Generates answers with the tokenizer of one model."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_cache: PromptCache | None = None) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_cache: PromptCache | None = None, speculation: bool = True) -> None:
+        """`speculation`: guess tokens by prompt lookup."""
         self._tokenizer, self._prompt_cache = tokenizer, prompt_cache
-        self._costs = Costs()
+        self._costs = Costs() if speculation else None
 
     def write(self, choice: Choice, sequence: Sequence) -> Iterator[Piece | None]:
         """Yields after every engine step: a piece, or None during prefill.
@@ -70,7 +71,7 @@ class Writer:
             stop_ids,
             reuse=reused,
             stats=script.stats,
-            guesser=prompt_lookup(sequence.model, self._costs),
+            guesser=prompt_lookup(sequence.model, self._costs) if self._costs else None,
         )
         for step in going:
             if isinstance(step, Prefilled):

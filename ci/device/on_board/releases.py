@@ -203,6 +203,7 @@ class Releases:
             f"--prompt={prompt}",
             "--json",
             "--greedy",
+            "--no-speculation",  # speeds of different runners then compare
         ]
         command += ["--max-tokens", str(tokens), "--engine", engine]
         return run(command, limit, SHOWN)

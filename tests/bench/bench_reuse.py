@@ -56,6 +56,7 @@ def test_prompt_lookup(benchmark: BenchmarkFixture, bundle: Path) -> None:
     opened = Bundle.open(bundle)
     model, tokenizer = Model.load(opened, threads=2), Tokenizer.open(opened.hf)
     template, costs = ChatTemplate.find(opened.hf), Costs()
+    assert template is not None
     best: dict[tuple[str, bool], Stats] = {}
     answers: dict[str, list[int]] = {}
 

@@ -53,6 +53,7 @@ FORMS: dict[str, Form] = {
     "auto-round": Form("auto-round", kind="auto_round:auto_gptq"),
     "auto-round-asymmetric": Form("auto-round", symmetric=False, kind="auto_round"),
     "auto-round-awq": Form("auto-round", kind="auto_round:auto_awq"),
+    "auto-round-fp8": Form("auto-round", bits=8, group=64, kind="auto_round:fp8", scales=torch.bfloat16),
     "ct-int4": Form("compressed-tensors", group=128, kind="pack-quantized"),
     "ct-int4-bf16": Form("compressed-tensors", kind="pack-quantized", scales=torch.bfloat16),
     "ct-int4-row": Form("compressed-tensors", group=0, kind="pack-quantized"),
@@ -66,7 +67,8 @@ FORMS: dict[str, Form] = {
     "fp8-blocks": Form("fp8", bits=8, group=64, scales=torch.float32),
     "fp8-tensor": Form("fp8", bits=8, group=0, scales=torch.float32),
 }
-FLOATS = tuple(name for name, form in FORMS.items() if form.method == "fp8" or form.kind == "float-quantized")
+FLOAT_KINDS = ("float-quantized", "auto_round:fp8")
+FLOATS = tuple(name for name, form in FORMS.items() if form.method == "fp8" or form.kind in FLOAT_KINDS)
 
 
 @dataclass(frozen=True)
@@ -147,13 +149,13 @@ def floats(rows: int, columns: int, form: Form, random: np.random.Generator) -> 
     spread = scales.float()
     if size:
         spread = spread.repeat_interleave(size, 0).repeat_interleave(size, 1)[:rows, :columns]
-    name = "weight_scale" if form.method != "fp8" else "weight_scale_inv"
+    name = "weight_scale" if form.method == "compressed-tensors" else "weight_scale_inv"
     return {"weight": weight, name: scales}, (weight.float() * spread).numpy()
 
 
 def stored(rows: int, columns: int, form: Form, random: np.random.Generator) -> tuple[dict[str, torch.Tensor], Floats]:
     """The tensors of a module, and its values."""
-    if form.method == "fp8" or form.kind == "float-quantized":
+    if form.method == "fp8" or form.kind in FLOAT_KINDS:
         return floats(rows, columns, form, random)
     drawn = draw(rows, columns, form, random)
     if form.method == "compressed-tensors":
@@ -172,6 +174,9 @@ def config(form: Form) -> dict[str, Any]:
         return {**usual, "sym": form.symmetric, "desc_act": form.index, "damp_percent": 0.1, **kind}
     if form.method == "awq":
         return {**usual, "zero_point": True, "version": "gemm", "modules_to_not_convert": None}
+    if form.kind == "auto_round:fp8":
+        block = {"group_size": [group, group], "weight_block_size": [group, group], "data_type": "fp"}
+        return {**usual, **block, "sym": True, "packing_format": form.kind, "activation_scheme": "dynamic"}
     if form.method == "auto-round":
         return {**usual, "sym": form.symmetric, "packing_format": form.kind, "data_type": "int", "iters": 200}
     if form.method == "fp8":

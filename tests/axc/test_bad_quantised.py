@@ -61,6 +61,7 @@ def write(folder: Path, says: dict[str, Any], tensors: Tensors) -> Path:
 def read_all(folder: Path) -> None:
     """Opens a checkpoint and reads everything that a build could."""
     checkpoint = Checkpoint.open(folder)
+    checkpoint.scale_remarks()
     for name, stored in checkpoint.tensors.items():
         if stored.dtype in ("FLOAT", "FLOAT16", "BFLOAT16"):
             for _ in checkpoint.blocks(name):
@@ -113,10 +114,20 @@ TENSORS: list[tuple[str, Change, str]] = [
     ("ct-int4", put("weight_shape", lambda t: torch.tensor([128])), "has shape [1]; expected [2]"),
     ("ct-int4", put("weight_scale", lambda t: t.T[:1]), "has shape [1, 128]; expected [128, 1]"),
     ("ct-int4-asymmetric", put("weight_zero_point", lambda t: t[:-1]), "has shape [15, 4]; expected [16, 4]"),
+    (
+        "ct-int4-asymmetric",
+        put("weight_zero_point", lambda t: torch.full((128, 4), 8, dtype=torch.int8)),
+        "holds zero points from 8 to 8; 4 bits hold -8 to 7",
+    ),
     ("fp8-blocks", put("weight_scale_inv", lambda t: t[:1]), "has shape [1, 2]; expected [2, 2]"),
-    ("fp8-blocks", number("weight_scale_inv", (1, 1), np.inf), "holds a scale that is not finite"),
+    ("fp8-blocks", number("weight_scale_inv", (1, 1), np.inf), "group 1 is inf; expected a finite, positive"),
+    ("fp8-blocks", number("weight_scale_inv", (1, 0), -1e-3), "at row 64, group 0 is -0.001; expected a finite"),
+    ("fp8-blocks", number("weight_scale_inv", (), 0), f"all scales of {UP}.weight are 0, and its levels are not"),
     ("fp8-blocks", number("weight", (5, 6), np.nan), "holds a value that is not finite at [5, 6]"),
-    ("gptq-32", number("scales", (1, 5), np.inf), "holds a value that is not finite"),
+    ("gptq-32", number("scales", (1, 5), np.inf), f"scale of {UP}.weight at row 5, group 1 is inf; expected"),
+    ("awq", number("scales", (3, 127), np.nan), "at row 127, group 3 is nan"),
+    ("ct-int4", number("weight_scale", (9, 0), -np.inf), "at row 9, group 0 is -inf"),
+    ("gptq-desc_act", number("scales", (), 0), f"all scales of {UP}.weight are 0, and its levels are not"),
     ("gptq-32", number("qzeros", (1, 5), 0x77777778), "has a zero point off by 1 (row 40, group 1)"),
     (
         "gptq-32",
@@ -198,7 +209,7 @@ def test_the_command_ends_with_one_error(whole: Whole, tmp_path: Path) -> None:
     changed = dict(tensors)
     number("scales", (1, 5), np.inf)(changed)
     folder = write(tmp_path / "folder", says, changed)
-    assert_refused(llm_build(folder, tmp_path / "out"), f"{UP}.weight", "not finite", "get it again")
+    assert_refused(llm_build(folder, tmp_path / "out"), f"{UP}.weight", "expected a finite number", "get it again")
     assert not (tmp_path / "out").exists()
 
 
@@ -212,6 +223,42 @@ def test_a_pickled_folder(whole: Whole, tmp_path: Path) -> None:
         (other / "config.json").write_text((one / "config.json").read_text())
         mapped, pickled = (Checkpoint.open(folder).rows(f"{UP}.weight", 3, 70) for folder in (one, other))
         assert np.array_equal(mapped, pickled)
+
+
+@pytest.mark.parametrize(
+    ("form", "part", "where", "words"),
+    [
+        ("gptq-32", "scales", (2, 7), f"1 group has the scale 0 ({UP}.weight at row 7, group 2)"),
+        ("gptq-32", "scales", (slice(None), 7), f"4 groups have the scale 0 (in 1 matrix, the first is {UP}.weight"),
+        ("gptq-desc_act", "scales", (2, 7), f"1 group has the scale 0 ({UP}.weight at row 7, group 2)"),
+        ("awq", "scales", (2, 7), f"1 group has the scale 0 ({UP}.weight at row 7, group 2)"),
+        ("ct-int4-asymmetric", "weight_scale", (7, 2), f"1 group has the scale 0 ({UP}.weight at row 7, group 2)"),
+        ("fp8-blocks", "weight_scale_inv", (0, 1), f"64 groups have the scale 0 (in 1 matrix, the first is {UP}"),
+    ],
+)
+def test_scales_of_0_are_said(whole: Whole, tmp_path: Path, form: str, part: str, where: Any, words: str) -> None:
+    says, tensors = whole[form]
+    changed, told = dict(tensors), list[str]()
+    number(part, where, 0)(changed)
+    config.load(Checkpoint.open(write(tmp_path / "folder", says, changed)), say=told.append)
+    assert told[0].startswith(words)
+    assert told[0].endswith("their weights are 0, whatever their levels are")
+
+
+def test_scales_that_may_be_so(whole: Whole, tmp_path: Path) -> None:
+    """Negative ones, as AutoRound writes them; a 0 where the levels are 0 too."""
+    for form, part, zero in (("gptq-32", "scales", 0x88888888 - (1 << 32)), ("fp8-blocks", "weight_scale_inv", 0)):
+        says, tensors = whole[form]
+        changed, told = dict(tensors), list[str]()
+        if form == "gptq-32":
+            number(part, (1, 5), -0.01)(changed)
+            number(part, (0, 6), 0)(changed)
+            number("qweight", (slice(0, 4), 6), zero)(changed)
+        else:
+            number(part, (1, 1), 0)(changed)
+            number("weight", (slice(64, None), slice(64, None)), 0)(changed)
+        config.load(Checkpoint.open(write(tmp_path / form, says, changed)), say=told.append)
+        assert told == []
 
 
 VALUES: list[Any] = [None, True, 0, -1, 3, 8, 1 << 62, 2.5, "gptq_v2", "", [], [128, 128], {}, {"bits": 4}]

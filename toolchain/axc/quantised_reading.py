@@ -112,6 +112,8 @@ def _auto_round(module: Module, says: Says) -> Tensor:
     kind = str(says.get("packing_format") or says.get("backend"))
     if "awq" in kind:
         return _awq(module, says)
+    if kind == "auto_round:fp8":
+        return _fp8(module, says)
     return _transposed(
         module, says["bits"], says["group_size"], kind.startswith(("auto_round:auto_gptq", "auto_round:gptq:"))
     )

@@ -35,7 +35,7 @@ class Checkpoint:
 
     `aside` names weight files that lie in the folder and are not read, `source` the file or index that was preferred.
     `gguf` is the file where the checkpoint is one. `adapters` are merged into it. `readers`: by key, how tensors are
-    read that are packed or changed.
+    read that are packed or changed. `matrices`: those of a quantised folder.
     """
 
     path: Path
@@ -46,6 +46,7 @@ class Checkpoint:
     gguf: Model | None = None
     adapters: tuple[Lora, ...] = ()
     readers: Mapping[str, Rows] = field(default_factory=dict, repr=False, compare=False)
+    matrices: tuple[quantised.Matrix, ...] = field(default=(), repr=False, compare=False)
     _arrays: dict[Path, dict[str, NDArray[Any]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -80,8 +81,9 @@ class Checkpoint:
         settings = quantised.find(path)
         if settings is None:
             return plain
-        tensors, readers = quantised.present(settings, quantised.Raw(tensors, plain.array))
-        return replace(plain, tensors=tensors, readers=readers)
+        tensors, matrices = quantised.present(settings, quantised.Raw(tensors, plain.array))
+        readers = {matrix.stored.key: matrix.rows for matrix in matrices}
+        return replace(plain, tensors=tensors, readers=readers, matrices=matrices)
 
     def _merged(self, adapter: Lora) -> Checkpoint:
         if adapter.folder.resolve() in [other.folder.resolve() for other in self.adapters]:
@@ -132,6 +134,10 @@ class Checkpoint:
     def order(self, name: str) -> NDArray[np.int64]:
         """The columns of a tensor in the order that `levels` has them in."""
         return cast(ReorderedRows, self.readers[self.tensors[name].key]).order()
+
+    def scale_remarks(self) -> list[str]:
+        """What to say about the scales of a quantised folder, all of which it reads. Raises BadInput."""
+        return quantised.scales.remarks(self.matrices)
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values; read in blocks. Raises BadInput for values that are not finite."""

@@ -17,6 +17,17 @@ def keys(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
+# how AutoRound made the weights, which it adds to every format that it writes
+AUTO_ROUND = keys(
+    """
+    autoround_version provider amp batch_size dataset enable_minmax_tuning enable_norm_bias_tuning enable_quanted_input
+    gradient_accumulate_steps iters low_gpu_mem_usage low_cpu_mem_usage lr minmax_lr nsamples scale_dtype seqlen
+    block_name_to_quantize to_quant_block_names quant_block_list modules_to_not_convert modules_in_block_to_quantize
+    quant_nontext_module enable_alg_ext not_use_best_mse act_group_size act_sym act_dynamic act_data_type model_free
+    """
+)
+
+
 @dataclass(frozen=True)
 class Settings:
     """A JSON object of the file `path`, named `where` in messages that end with `advice`."""

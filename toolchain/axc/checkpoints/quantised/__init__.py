@@ -12,10 +12,10 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from axc.checkpoints.json_files import read_config_json
-from axc.checkpoints.quantised import auto_round, awq, compressed_tensors, fp8, gptq
+from axc.checkpoints.quantised import auto_round, awq, compressed_tensors, fp8, gptq, scales
 from axc.checkpoints.quantised.matrix import Matrix, Raw
 from axc.checkpoints.settings import FLOAT_CHECKPOINT, Settings
-from axc.checkpoints.stored import Rows, StoredTensor
+from axc.checkpoints.stored import StoredTensor
 from axrun.errors import BadInput
 
 # how config.json says it: transformers, older compressed-tensors, MLX
@@ -34,8 +34,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "fp8": Method(fp8.matrices, fp8.TENSORS),
         "gptq": Method(gptq.matrices, gptq.TENSORS),
         "awq": Method(awq.matrices, gptq.TENSORS),
-        "auto-round": Method(auto_round.matrices, gptq.TENSORS),
-        "intel/auto-round": Method(auto_round.matrices, gptq.TENSORS),
+        "auto-round": Method(auto_round.matrices, auto_round.TENSORS),
+        "intel/auto-round": Method(auto_round.matrices, auto_round.TENSORS),
         "compressed-tensors": Method(compressed_tensors.matrices, compressed_tensors.TENSORS),
     }
 )
@@ -62,10 +62,10 @@ def find(folder: Path) -> Settings | None:
     return Settings(said, path, keys[0])
 
 
-def present(settings: Settings, raw: Raw) -> tuple[dict[str, StoredTensor], dict[str, Rows]]:
-    """The tensors of a quantised folder, and how those that are packed are read, by `key`. Raises BadInput."""
+def present(settings: Settings, raw: Raw) -> tuple[dict[str, StoredTensor], tuple[Matrix, ...]]:
+    """The tensors of a quantised folder, and those of them that are packed. Raises BadInput."""
     method = METHODS[settings.values["quant_method"]]
-    tensors, rows = dict(raw.tensors), dict[str, Rows]()
+    tensors, found = dict(raw.tensors), list[Matrix]()
     for matrix in method.matrices(settings, raw):
         module = matrix.stored.name.removesuffix(".weight")
         for suffix in method.tensors:
@@ -73,13 +73,13 @@ def present(settings: Settings, raw: Raw) -> tuple[dict[str, StoredTensor], dict
         if tensors.get(matrix.stored.name, matrix.stored).key != matrix.stored.key:
             raise BadInput(f"{matrix.stored.file}: {module} is stored quantised, and as floats too; which is meant?")
         tensors[matrix.stored.name] = matrix.stored
-        rows[matrix.stored.key] = matrix.rows
-    if not rows:
+        found.append(matrix)
+    if not found:
         raise BadInput(
             f"{settings.path} says that weights are quantised ({settings.where}: {settings.values['quant_method']}), "
             f"but none is stored so\n{FLOAT_CHECKPOINT}"
         )
-    return tensors, rows
+    return tensors, tuple(found)
 
 
-__all__ = ["METHODS", "Raw", "Settings", "find", "present"]
+__all__ = ["METHODS", "Matrix", "Raw", "Settings", "find", "present", "scales"]

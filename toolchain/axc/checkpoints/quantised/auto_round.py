@@ -1,4 +1,4 @@
-"""AutoRound's own quant_method: the packings of GPTQ and AWQ under a name of its own.
+"""AutoRound's own quant_method: the packings of GPTQ, AWQ and fp8 under a name of its own.
 
 https://github.com/intel/auto-round . `packing_format` tells which, and whether zero points are stored less one.
 """
@@ -8,20 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from axc.checkpoints.quantised import awq, gptq
+from axc.checkpoints.quantised import awq, fp8, gptq
 from axc.checkpoints.quantised.matrix import Matrix, Raw
-from axc.checkpoints.settings import Settings, keys
+from axc.checkpoints.settings import AUTO_ROUND, Settings, keys
 
 NAME = "AutoRound"
-HARMLESS = keys(
-    """
-    quant_method autoround_version amp batch_size dataset enable_minmax_tuning enable_norm_bias_tuning
-    enable_quanted_input gradient_accumulate_steps iters low_gpu_mem_usage low_cpu_mem_usage lr minmax_lr nsamples
-    scale_dtype seqlen block_name_to_quantize to_quant_block_names quant_block_list modules_to_not_convert
-    modules_in_block_to_quantize quant_nontext_module enable_alg_ext damp_percent desc_act true_sequential lm_head
-    static_groups rotation_config not_use_best_mse act_group_size act_sym act_dynamic act_data_type model_free
-    """
-)
+TENSORS = (*gptq.TENSORS, *fp8.TENSORS)
+HARMLESS = (*AUTO_ROUND, *keys("quant_method desc_act damp_percent true_sequential lm_head static_groups"))
+FLOAT8, FLOAT8_KEYS = "auto_round:fp8", keys("activation_scheme fmt weight_block_size")
 # packing_format -> whether zero points are stored less one; None: packed as AWQ packs
 PACKINGS: dict[str, int | None] = {
     "auto_round:auto_gptq": 1,
@@ -34,15 +28,19 @@ PACKINGS: dict[str, int | None] = {
 
 
 def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
-    read = ("bits", "group_size", "sym", "data_type", "packing_format", "backend", "act_bits", "extra_config")
-    settings.refuse_unknown((*HARMLESS, *read))
+    read = keys("bits group_size sym data_type packing_format backend act_bits extra_config rotation_config")
+    settings.refuse_unknown((*HARMLESS, *FLOAT8_KEYS, *read))
     key = "packing_format" if settings.values.get("packing_format") is not None else "backend"
     kind = str(settings.values.get(key)).removesuffix(":exllamav2").removesuffix(":tritonv2")
+    settings.only("rotation_config", None, {}, absent=None)
+    if kind == FLOAT8:
+        settings.only("data_type", "fp", "float")
+        settings.only("bits", 8)
+        return fp8.read_modules(raw, fp8.block(settings))
     if kind not in PACKINGS:
-        raise settings.refuse(key, f"expected one of {', '.join(PACKINGS)}")
+        raise settings.refuse(key, f"expected one of {', '.join((*PACKINGS, FLOAT8))}")
     settings.only("data_type", "int", absent="int")
     settings.only("act_bits", 16, 32, absent=16)
-    settings.only("rotation_config", None, {}, absent=None)
     bits, group_size, symmetric = settings.only("bits", 4, 8), settings.group_size(), settings.flag("sym", True)
     _refuse_others(settings, {"bits": bits, "group_size": group_size, "sym": symmetric})
     shift = PACKINGS[kind]

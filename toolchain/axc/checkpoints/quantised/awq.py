@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from axc.checkpoints.quantised.gptq import scale_rows
 from axc.checkpoints.quantised.matrix import SCALES, Columns, Integers, Matrix, Raw, signed, staircase, unsigned
-from axc.checkpoints.settings import Settings, keys
+from axc.checkpoints.settings import AUTO_ROUND, Settings, keys
 
 NAME, BITS, EACH = "AWQ", 4, 8
 HARMLESS = keys(
@@ -29,7 +29,9 @@ PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
     read = ("bits", "group_size", "zero_point", "version", "format", "checkpoint_format", "pack_dtype", "sym")
-    settings.refuse_unknown((*HARMLESS, *read))
+    settings.refuse_unknown((*HARMLESS, *AUTO_ROUND, "data_type", "act_bits", *read))
+    settings.only("data_type", "int", absent="int")
+    settings.only("act_bits", 16, 32, absent=16)
     for key in ("version", "format", "checkpoint_format"):
         settings.only(key, "gemm", "GEMM", absent="gemm")
     settings.only("pack_dtype", "int32", absent="int32")

@@ -38,7 +38,7 @@ TENSORS = keys(
     output_scale output_zero_point
     """
 )
-HARMLESS = keys("quant_method global_compression_ratio ignore version run_compressed dequantize")
+HARMLESS = keys("quant_method provider global_compression_ratio ignore version run_compressed dequantize")
 INTEGERS = ("pack-quantized", "int-quantized")
 FLOATS = ("float-quantized", "naive-quantized")
 
@@ -154,8 +154,14 @@ def _zeros(raw: Raw, module: str, scheme: Scheme, rows: int, count: int) -> Rows
     if found is None and scheme.symmetric:
         return None
     if found is None or found.dtype == "I8":  # older versions did not pack them
-        stored = raw.need(module, suffix, ("I8", "I32"), (1,) if scheme.group == 0 else (rows, count))
-        return Repeated(raw.array(stored).reshape(-1, count), rows)
+        stored = raw.need(module, suffix, ("I8",), (1,) if scheme.group == 0 else (rows, count))
+        zeros, half = raw.array(stored), 1 << (scheme.bits - 1)
+        if zeros.min() < -half or zeros.max() >= half:
+            raise BadInput(
+                f"{stored.file}: {stored.key} holds zero points from {zeros.min()} to {zeros.max()}; "
+                f"{scheme.bits} bits hold {-half} to {half - 1}\n{AGAIN}"
+            )
+        return Repeated(zeros.reshape(-1, count), rows)
     stored = raw.need(module, suffix, ("I32",), (-(-rows * scheme.bits // 32), count))
     codes = unsigned(np.ascontiguousarray(raw.array(stored).T), scheme.bits)[:, :rows]
     return Repeated(signed(np.ascontiguousarray(codes.T), scheme.bits), rows)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axc.checkpoints.quantised.matrix import AGAIN, SCALES, Floats, Matrix, Raw, widened
-from axc.checkpoints.settings import Settings
+from axc.checkpoints.settings import AUTO_ROUND, Settings
 from axc.checkpoints.stored import StoredTensor
 from axrun.errors import BadInput
 
@@ -52,16 +52,33 @@ class Scaled:
             values *= np.repeat(scales, self.width, axis=1)[:, : values.shape[1]]
         return np.asarray(values)
 
+    def group_scales(self, start: int, stop: int) -> Floats:
+        return np.asarray(self.scales[np.arange(start, stop) // self.height])
+
+    def group_levels(self, start: int, stop: int) -> NDArray[np.bool_]:
+        filled = self.data[start:stop] & 127 != 0
+        return np.asarray(np.logical_or.reduceat(filled, np.arange(0, filled.shape[1], self.width), axis=1))
+
 
 def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
-    settings.refuse_unknown((*HARMLESS, "fmt", "weight_block_size", "scale_fmt"))
-    settings.only("fmt", "e4m3", "float8_e4m3fn", absent="e4m3")
+    settings.refuse_unknown((*HARMLESS, *AUTO_ROUND, "fmt", "weight_block_size", "scale_fmt"))
     settings.only("scale_fmt", "float", "ue8m0", absent="float")  # ue8m0: floats that are powers of two
-    block = settings.values.get("weight_block_size")
-    if block is not None and not (
-        isinstance(block, list) and len(block) == 2 and all(type(size) is int and 1 <= size < 1 << 24 for size in block)
-    ):
+    return read_modules(raw, block(settings))
+
+
+def block(settings: Settings) -> tuple[int, int] | None:
+    """The rows and columns that share a scale; None: all of the matrix, or of a row. Raises BadInput."""
+    settings.only("fmt", "e4m3", "float8_e4m3fn", absent="e4m3")
+    size = settings.values.get("weight_block_size")
+    if size is None:
+        return None
+    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and 1 <= n < 1 << 24 for n in size)):
         raise settings.refuse("weight_block_size", "expected two numbers of rows and columns")
+    return size[0], size[1]
+
+
+def read_modules(raw: Raw, block: tuple[int, int] | None) -> Iterator[Matrix]:
+    """Every module that is stored so. Raises BadInput."""
     for module in raw.modules("weight"):
         weight = raw.tensors[f"{module}.weight"]
         if weight.dtype == "F8_E5M2":
@@ -69,7 +86,7 @@ def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
         if weight.dtype == "F8_E4M3":
             usual = ("weight_scale_inv", "weight_scale") if block else ("weight_scale", "weight_scale_inv")
             suffix = next((name for name in usual if raw.find(module, name)), usual[0])
-            yield matrix(raw, module, weight, suffix, tuple(block) if block else None)
+            yield matrix(raw, module, weight, suffix, block)
 
 
 def matrix(raw: Raw, module: str, weight: StoredTensor, suffix: str, block: tuple[int, int] | None) -> Matrix:
@@ -84,7 +101,5 @@ def matrix(raw: Raw, module: str, weight: StoredTensor, suffix: str, block: tupl
         shape = (-(-rows // block[0]), -(-columns // block[1]))
     scale = raw.need(module, suffix, SCALES, shape)
     scales = widened(raw.array(scale), scale.dtype).reshape(-(-rows // block[0]), -(-columns // block[1]))
-    if not np.isfinite(scales).all():
-        raise BadInput(f"{scale.file}: {scale.key} holds a scale that is not finite\n{AGAIN}")
     stored = StoredTensor(f"{module}.weight", "FLOAT", weight.shape, weight.file, weight.key, PACKED)
     return Matrix(stored, Scaled(raw.array(weight), scales, *block))

@@ -27,7 +27,7 @@ from axc.checkpoints.quantised.matrix import (
     unsigned,
     widened,
 )
-from axc.checkpoints.settings import Settings, keys
+from axc.checkpoints.settings import AUTO_ROUND, Settings, keys
 from axc.checkpoints.stored import StoredTensor
 
 NAME = "GPTQ"
@@ -57,7 +57,9 @@ class Packing:
 
 def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
     read = ("bits", "group_size", "sym", "checkpoint_format", "format", "pack_dtype", "dynamic", "is_marlin_format")
-    settings.refuse_unknown((*HARMLESS, *read))
+    settings.refuse_unknown((*HARMLESS, *AUTO_ROUND, "data_type", "act_bits", *read))
+    settings.only("data_type", "int", absent="int")
+    settings.only("act_bits", 16, 32, absent=16)
     settings.only("is_marlin_format", False, absent=False)
     settings.only("pack_dtype", "int32", absent="int32")
     key = "checkpoint_format" if settings.values.get("checkpoint_format") is not None else "format"

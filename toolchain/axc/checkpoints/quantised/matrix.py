@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,12 +59,22 @@ class Raw:
 AGAIN = "The checkpoint is damaged or config.json is not its own; get it again."
 
 
+class ScaledRows(Rows, Protocol):
+    """How a quantised matrix is read."""
+
+    def group_scales(self, start: int, stop: int) -> Floats:
+        """The scales of rows [start, stop): [n, groups]."""
+
+    def group_levels(self, start: int, stop: int) -> NDArray[np.bool_]:
+        """Whether a group of rows [start, stop) has a level that is not 0: [n, groups]."""
+
+
 @dataclass(frozen=True)
 class Matrix:
     """A tensor as it is presented, and how it is read."""
 
     stored: StoredTensor
-    rows: Rows
+    rows: ScaledRows
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,19 @@ class Integers:
         zeros = self._zeros(start, stop)
         parts = (levels, self.scales(start, stop))
         return parts if zeros is None else (*parts, zeros)
+
+    def group_scales(self, start: int, stop: int) -> Floats:
+        return np.asarray(self.scales(start, stop), np.float32)
+
+    def group_levels(self, start: int, stop: int) -> NDArray[np.bool_]:
+        levels, zeros = self.codes(start, stop), self._zeros(start, stop)
+        groups = staircase(levels.shape[1], self.block) if self.groups is None else self.groups
+        order = np.argsort(groups, kind="stable")
+        present = np.unique(groups)
+        filled = levels != (0 if zeros is None else zeros[:, groups])
+        found = np.zeros((len(levels), int(self.group_scales(start, stop).shape[1])), np.bool_)
+        found[:, present] = np.logical_or.reduceat(filled[:, order], np.searchsorted(groups[order], present), axis=1)
+        return found
 
     def order(self) -> NDArray[np.int64]:
         """Columns so that those of a group follow one another."""

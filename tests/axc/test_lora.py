@@ -15,7 +15,7 @@ import transformers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
-from axc import build, logits
+from axc import build, config, logits
 from axc.checkpoints import Checkpoint, Lora, widen
 from axc.doctor import case as doctor
 from axc.doctor.case import Case
@@ -24,12 +24,13 @@ from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.model import Model
 from tests.axc import quantised_files
-from tests.axc.as_transformers import AUTO, IDS, SMALL, logits_of, plan, random_model, same
+from tests.axc.as_transformers import AUTO, IDS, SMALL, change_config, logits_of, plan, random_model, same
 from tests.axc.axc import assert_done, assert_refused, llm_build
 from tests.axc.quantised_files import FORMS
 
 Adapter = Callable[..., Path]
 TARGETS = ["q_proj", "v_proj", "down_proj"]
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,8 @@ def adapter(base: Path, tmp_path: Path) -> Adapter:
     """An adapter of random numbers, by peft."""
 
     def make(name: str = "adapter", seed: int = 0, folder: Path = base, **options: Any) -> Path:
-        config = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": TARGETS, **options})
-        model = peft.get_peft_model(AUTO.from_pretrained(folder, dtype=torch.float32), config)
+        how = peft.LoraConfig(**{"r": 4, "lora_alpha": 6, "target_modules": TARGETS, **options})
+        model = peft.get_peft_model(AUTO.from_pretrained(folder, dtype=torch.float32), how)
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -83,8 +84,10 @@ def values(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
             "alpha_pattern": {"layers.0.self_attn.v_proj": 3},
         },
         {"target_modules": "all-linear", "init_lora_weights": "gaussian", "r": 16},
+        {"layers_to_transform": [1], "exclude_modules": ["self_attn.v_proj"], "target_modules": ALL},
+        {"target_modules": r".*\.1\..*(q|gate)_proj", "lora_alpha": -3},
     ],
-    ids=["plain", "rslora", "patterns", "all"],
+    ids=["plain", "rslora", "patterns", "all", "some layers", "regular expression"],
 )
 def test_every_weight_is_as_peft_merges_it(
     base: Path, adapter: Adapter, tmp_path: Path, options: dict[str, Any]
@@ -99,7 +102,7 @@ def test_every_weight_is_as_peft_merges_it(
             wanted, found = parameter.detach().numpy(), values(ours, name)
             assert np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max(), name
             changed += not np.array_equal(found, values(plain, name))
-    assert changed >= 6
+    assert changed >= (2 if isinstance(options.get("target_modules"), str) else 6)
     reference = Reference(base, adapters=[(one, 1.0), (other, -0.5)])
     assert same(reference.logits(IDS), logits_of(theirs))
     assert "lora_reading" in reference.remarks[0]
@@ -180,6 +183,10 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(base: Path, adapter:
         ({"r": 8}, "expected floats of rank 8"),
         ({"r": "4"}, "r '4'"),
         ({"r": 0}, "r 0"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern {'q_proj': 0}"),
+        ({"lora_alpha": 1e300}, "scaled by 2.5e+299, too large"),
+        ({"target_modules": [3]}, "target_modules [3]"),
+        ({"layers_to_transform": ["1"]}, "layers_to_transform ['1']"),
         ({"lora_alpha": None}, "lora_alpha None"),
         ({"lora_alpha": True}, "lora_alpha True"),
         ({"rank_pattern": {"(a+)+$": 2}}, "of patterns only plain names"),
@@ -198,6 +205,43 @@ def test_what_is_no_plain_adapter(base: Path, adapter: Adapter, changes: dict[st
     assert len(str(refused.value).splitlines()) == 2
 
 
+def _changed_config(folder: Path, **changes: Any) -> Lora:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return Lora(folder)
+
+
+def test_what_is_said_of_an_adapter(base: Path, adapter: Adapter, tmp_path: Path) -> None:
+    """Matrices that peft would look for, no change at all, another base; nothing of a usual one."""
+
+    def said(one: Lora) -> list[str]:
+        checkpoint = Checkpoint.open(base, (one,))
+        assert config.load(checkpoint).num_hidden_layers == 2
+        return checkpoint.lora_remarks()
+
+    one = adapter()
+    assert said(Lora(one)) == []
+    path = one / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if "layers.0" not in name or "q_proj" in name}, path)
+    for targets, missing in ((TARGETS, "2 more that target_modules names"), (".*", "2 more that other layers have")):
+        (line,) = said(_changed_config(one, target_modules=targets))
+        assert f"it changes 4 matrices, and not {missing} (model.layers.0." in line
+    save_file(tensors, path)
+    (line,) = said(_changed_config(one, target_modules=TARGETS, lora_alpha=0))
+    assert line.endswith("it changes nothing: all its products are 0")
+    save_file({name: tensor * ("lora_A" in name) for name, tensor in tensors.items()}, path)
+    assert said(_changed_config(one, lora_alpha=6)) == [line]
+    save_file(tensors, path)
+    (line,) = said(_changed_config(one, base_model_name_or_path="meta-llama/Llama-3.2-1B"))
+    assert line.endswith(f"trained on 'meta-llama/Llama-3.2-1B'; that this is {base} is not checked: shapes alone fit")
+    change_config(base, {"_name_or_path": "meta-llama/Llama-3.2-1B"})
+    try:
+        assert said(Lora(one)) == []
+    finally:
+        change_config(base, {}, ("_name_or_path",))
+
+
 A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight" for part in "AB")
 
 
@@ -212,11 +256,30 @@ A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight" f
         (lambda tensors: {**tensors, B: tensors[B] * torch.inf}, "a value that is not finite"),
         (
             lambda tensors: {name.replace("q_proj", "r_proj"): tensor for name, tensor in tensors.items()},
+            "which target_modules of adapter_config.json does not name",
+        ),
+        (
+            lambda tensors: {name.replace("layers.0.", "layers.7."): tensor for name, tensor in tensors.items()},
             "the base has none",
+        ),
+        (
+            lambda tensors: {**tensors, **{name.replace("model.model", "model"): tensors[name].clone() for name in (A, B)}},
+            "changes model.layers.0.self_attn.q_proj.weight twice",
         ),
         (lambda tensors: {"x": tensors[A]}, "has x"),
     ],
-    ids=["alone", "dora", "shape", "integers", "vector", "infinite", "another model", "other names"],
+    ids=[
+        "alone",
+        "dora",
+        "shape",
+        "integers",
+        "vector",
+        "infinite",
+        "no target",
+        "no such layer",
+        "twice",
+        "other names",
+    ],
 )
 def test_tensors_that_do_not_fit(base: Path, adapter: Adapter, change: Callable[..., Any], words: str) -> None:
     one = adapter()

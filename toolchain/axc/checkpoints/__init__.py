@@ -19,6 +19,7 @@ from axc.checkpoints import folder, quantised, safetensors, torch_bin
 from axc.checkpoints.gguf import SUFFIX as GGUF
 from axc.checkpoints.gguf import Model
 from axc.checkpoints.lora import Lora, merge
+from axc.checkpoints.lora import remarks as lora_remarks
 from axc.checkpoints.stored import EMBEDDING, HEAD, STORED_DTYPES, Grid, LevelRows, ReorderedRows, Rows, StoredTensor
 from axrun.errors import BadInput
 from axrun.format.dtypes import bf16_to_f32
@@ -134,6 +135,10 @@ class Checkpoint:
     def order(self, name: str) -> NDArray[np.int64]:
         """The columns of a tensor in the order that `levels` has them in."""
         return cast(ReorderedRows, self.readers[self.tensors[name].key]).order()
+
+    def lora_remarks(self) -> list[str]:
+        """What to say about the adapters. Raises BadInput."""
+        return [remark for adapter in self.adapters for remark in lora_remarks(adapter, self.path, self.tensors)]
 
     def scale_remarks(self) -> list[str]:
         """What to say about the scales of a quantised folder, all of which it reads. Raises BadInput."""

@@ -106,6 +106,8 @@ def merge(
     readers: dict[str, Rows] = {}
     for module, a, b, factor in _pairs(adapter):
         name = f"{loaded_name(module)}.weight"
+        if name in changed:
+            raise BadInput(f"{adapter.files[1]} changes {name} twice, under two names\n{AGAIN}")
         base = tensors.get(name)
         if base is None or base.shape != (len(b), a.shape[1]):
             seen = f"the base has {list(base.shape)}" if base else "the base has none"
@@ -142,10 +144,18 @@ def _pairs(adapter: Lora) -> Iterator[tuple[str, Floats, Floats, np.float32]]:
     if odd or not modules:
         what = f"has {odd[0]}" if odd and odd[0] in stored else f"lacks {odd[0]}" if odd else "holds no lora_A"
         raise BadInput(f"{weights} {what:.200}; expected pairs of lora_A.weight and lora_B.weight\n{ADVICE}")
+    targets = _targets(settings)
     for module in modules:
         a, b = (stored[f"{module}.lora_{part}.weight"] for part in "AB")
         name = module.removeprefix(PREFIX)
+        if targets is not None and not targets.match(name):
+            raise BadInput(
+                f"{weights} changes {name}, which target_modules of {config.name} does not name: peft would ignore it\n"
+                f"{AGAIN}"
+            )
         rank = _of_module(settings, "rank_pattern", name, settings.integer("r", 1, MAX_RANK))
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+            raise settings.refuse("rank_pattern", f"expected whole numbers from 1 to {MAX_RANK}")
         fits = len(a.shape) == 2 and len(b.shape) == 2 and a.shape[0] == b.shape[1] == rank
         if not fits or {a.dtype, b.dtype} - {"FLOAT", "FLOAT16", "BFLOAT16"}:
             raise BadInput(
@@ -161,7 +171,11 @@ def _pairs(adapter: Lora) -> Iterator[tuple[str, Floats, Floats, np.float32]]:
             raise BadInput(
                 f"{weights}: {module} holds a value that is not finite\nThe adapter is damaged; get it again."
             )
-        yield name, first, second, np.float32(adapter.weight * scale)
+        with np.errstate(over="ignore"):
+            factor = np.float32(adapter.weight * scale)
+        if not np.isfinite(factor):
+            raise BadInput(f"{config}: {name} is scaled by {adapter.weight * scale:g}, too large for float32\n{AGAIN}")
+        yield name, first, second, factor
 
 
 def _refuse_others(settings: Settings) -> None:
@@ -173,6 +187,96 @@ def _refuse_others(settings: Settings) -> None:
     settings.only("init_lora_weights", *INITIAL, absent=True)
     for key in OFF:
         settings.only(key, None, False, [], {}, absent=None)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Which modules an adapter changes, by the rules of peft's `check_target_module_exists`."""
+
+    names: frozenset[str]
+    excluded: frozenset[str]
+    layers: frozenset[int] | None
+
+    def match(self, module: str) -> bool:
+        if _names(self.excluded, module) or not _names(self.names, module):
+            return False
+        if self.layers is None or module in self.names:
+            return True
+        number = next((part for part in module.split(".")[2:-1] if part.isdecimal()), None)
+        return number is not None and int(number) in self.layers
+
+
+def _names(names: frozenset[str], module: str) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _targets(settings: Settings) -> Targets | None:
+    """None where target_modules is a regular expression, which may take any time to match, or says nothing."""
+    names, excluded = settings.values.get("target_modules"), settings.values.get("exclude_modules") or []
+    layers = settings.values.get("layers_to_transform")
+    if not isinstance(names, list) or not isinstance(excluded, list) or settings.values.get("layers_pattern"):
+        return None
+    for key, given in (("target_modules", names), ("exclude_modules", excluded)):
+        if not all(isinstance(name, str) and name for name in given):
+            raise settings.refuse(key, "expected names of modules")
+    numbers = [layers] if isinstance(layers, int) else layers or None
+    if numbers is not None and not (isinstance(numbers, list) and all(type(number) is int for number in numbers)):
+        raise settings.refuse("layers_to_transform", "expected numbers of layers")
+    return Targets(frozenset(names), frozenset(excluded), None if numbers is None else frozenset(numbers))
+
+
+def remarks(adapter: Lora, base: Path, tensors: Mapping[str, StoredTensor]) -> list[str]:
+    """What to say about an adapter that `merge` accepts: matrices it leaves out, no change at all, another base."""
+    config, _ = adapter.files
+    values = read_config_json(config)
+    settings = Settings(values, config, "the adapter", ADVICE)
+    pairs = list(_pairs(adapter))
+    changed = {f"{loaded_name(module)}.weight" for module, *_ in pairs}
+    found = []
+    targets = _targets(settings)
+    matrices = [name for name, stored in tensors.items() if len(stored.shape) == 2 and name.endswith(".weight")]
+    if targets is not None:
+        missing = [name for name in matrices if targets.match(name.removesuffix(".weight")) and name not in changed]
+        what = "that target_modules names"
+    else:  # of a regular expression: all layers have the modules that one has
+        kinds = {_kind(name) for name in changed}
+        missing = [name for name in matrices if _kind(name) in kinds and name not in changed]
+        what = "that other layers have"
+        if values.get("layers_to_transform") is not None:
+            missing = []
+    if missing:
+        found.append(
+            f"--lora {adapter.folder}: it changes {len(changed)} matrices, and not {len(missing)} more {what} "
+            f"({missing[0]}): they stay those of the base"
+        )
+    if not any(factor and b.any() and a.any() for _, a, b, factor in pairs):
+        found.append(f"--lora {adapter.folder}: it changes nothing: all its products are 0")
+    named = values.get("base_model_name_or_path")
+    if isinstance(named, str) and named and not _same_base(named, base):
+        found.append(
+            f"--lora {adapter.folder} was trained on {named!r:.120}; that this is {base} "
+            "is not checked: shapes alone fit"
+        )
+    return found
+
+
+def _kind(name: str) -> str:
+    """A tensor's name without the number of its layer."""
+    return ".".join(part for part in name.split(".") if not part.isdecimal())
+
+
+def _same_base(named: str, base: Path) -> bool:
+    """Whether the path or repository that an adapter names ends like the base's path, its cache folder or its name."""
+    last = Path(named).name.lower()
+    folders = {part.lower() for part in base.resolve().parts}
+    return last in folders or f"models--{named.replace('/', '--')}".lower() in folders or last in _said(base)
+
+
+def _said(base: Path) -> set[str]:
+    """What config.json of the base is called itself."""
+    path = base / "config.json"
+    name = read_config_json(path).get("_name_or_path") if path.is_file() else None
+    return {Path(name).name.lower()} if isinstance(name, str) and name else set()
 
 
 def _of_module(settings: Settings, key: str, module: str, usual: Any) -> Any:

@@ -263,7 +263,10 @@ A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight" f
             "the base has none",
         ),
         (
-            lambda tensors: {**tensors, **{name.replace("model.model", "model"): tensors[name].clone() for name in (A, B)}},
+            lambda tensors: {
+                **tensors,
+                **{name.replace("model.model", "model"): tensors[name].clone() for name in (A, B)},
+            },
             "changes model.layers.0.self_attn.q_proj.weight twice",
         ),
         (lambda tensors: {"x": tensors[A]}, "has x"),

@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from axc import build
 from axc.checkpoints import Checkpoint
+from axc.graph import Graph
 from axc.reference import Reference
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
@@ -61,7 +62,7 @@ def test_every_value_to_the_last_bit(made: Made, name: str) -> None:
 
 
 def dequantised(model: onnx.ModelProto, weight: str) -> Floats:
-    """By onnx's reference evaluator, columns in the checkpoint's order."""
+    """By onnx's reference evaluator, columns in the checkpoint's order where the input is gathered."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name.startswith(weight)}
     (node,) = (node for node in model.graph.node if node.op_type == "DequantizeLinear" and weight in node.input)
     casts = [other for other in model.graph.node if other.op_type == "Cast" and other.input[0] in stored]
@@ -69,15 +70,20 @@ def dequantised(model: onnx.ModelProto, weight: str) -> Floats:
     graph = onnx.helper.make_graph([*casts, node], "weight", [], [output], [*stored.values()])
     made: Any = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=model.opset_import)).run(None, {})
     values = np.empty_like(made[0], np.float32)
+    values[:, gathered(model, node.output[0])] = made[0]
+    return values
+
+
+def gathered(model: onnx.ModelProto, matrix: str) -> Any:
+    """The order in which the input of a product with a matrix is gathered."""
     made_by = {name: other for other in model.graph.node for name in other.output}
-    (transpose,) = (other for other in model.graph.node if other.input[0] == node.output[0])
+    (transpose,) = (other for other in model.graph.node if other.input[0] == matrix)
     (product,) = (other for other in model.graph.node if transpose.output[0] in other.input)
     gather = made_by[product.input[0]]
     orders = [
         tensor for tensor in model.graph.initializer if gather.op_type == "Gather" and tensor.name in gather.input
     ]
-    values[:, numpy_helper.to_array(orders[0]) if orders else slice(None)] = made[0]
-    return values
+    return numpy_helper.to_array(orders[0]) if orders else slice(None)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name not in FLOATS])
@@ -90,9 +96,15 @@ def test_levels_and_scales_are_kept_to_the_last_bit(made: Made, tmp_path: Path, 
     manifest = build.build(planned).manifest
     assert manifest["accuracy"]["weight_error"] == {}
     model = onnx.load(tmp_path / "out" / "llama_p16_l1_together.axmodel")
-    for part in ("mlp.down_proj", "self_attn.k_proj"):
-        weight = f"model.layers.1.{part}.weight"
-        assert np.array_equal(bits(dequantised(model, weight)), bits(expected[weight]))
+    mlp = "model.layers.1.mlp"
+    order = Checkpoint.open(folder).order(f"{mlp}.down_proj.weight") if FORMS[name].index else slice(None)
+    for weight, rows, columns in (
+        ("model.layers.1.self_attn.k_proj.weight", slice(None), slice(None)),
+        (f"{mlp}.gate_proj.weight", order, slice(None)),  # rows follow the columns of down: nothing is gathered
+        (f"{mlp}.up_proj.weight", order, slice(None)),
+        (f"{mlp}.down_proj.weight", slice(None), order),
+    ):
+        assert np.array_equal(bits(dequantised(model, weight)), bits(expected[weight][rows][:, columns]))
     logits = Model.load(Bundle.open(tmp_path / "out")).forward(IDS.tolist(), 0, logits="all")
     expected_logits = Reference(folder).logits(IDS)  # activations have 16 bits where the engine computes in integers
     assert np.abs(logits - expected_logits).max() <= 2e-3 * np.abs(expected_logits).max()
@@ -107,7 +119,28 @@ def test_matrices_of_one_order_share_the_gathered_input(made: Made, tmp_path: Pa
         if node.op_type == "Gather" and any((field.name, field.i) == ("axis", -1) for field in node.attribute)
     ]
     readers = [[node.op_type for node in model.graph.node if made.output[0] in node.input] for made in gathers]
-    assert readers == [["MatMul"] * 3, ["MatMul"], ["MatMul"] * 2, ["MatMul"]]
+    assert readers == [["MatMul"] * 3, ["MatMul"], ["MatMul"] * 2]  # q, k and v; o; gate and up. down gathers none
+
+
+def test_rows_of_gate_and_up_follow_down_bit_by_bit(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same logits as when the input of down is gathered; with biases, and by both engines."""
+    folder = tmp_path / "folder"
+    quantised_files.write(folder, FORMS["gptq-desc_act-asymmetric"], mlp_bias=True)
+    build.build(plan(folder, tmp_path / "one", weight_type=None))
+    linear = Graph.linear
+    monkeypatch.setattr(Graph, "linear", lambda graph, x, name, **_: linear(graph, x, name))
+    build.build(plan(folder, tmp_path / "other", weight_type=None))
+    monkeypatch.undo()
+    for engine in ("ax", "ort"):
+        one, other = (
+            Model.load(Bundle.open(tmp_path / name), engine=engine).forward(IDS.tolist(), 0, logits="all")
+            for name in ("one", "other")
+        )
+        assert np.array_equal(bits(one), bits(other)), engine
+    wanted = Reference(folder).logits(IDS)
+    assert np.abs(one - wanted).max() <= 2e-3 * np.abs(wanted).max()
 
 
 @pytest.mark.parametrize("name", FLOATS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import resource
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from axc import rope
 from axc.compile import Target, weights
 from axc.families.family import ModelConfig
 from axc.quantizer import WEIGHT_TYPES
+from axc.quantizer.kept import Kept
 from axrun import free_memory
 from axrun.errors import BadInput
 
@@ -53,6 +55,13 @@ def memory(config: ModelConfig, target: Target) -> int:
         sum(rope.rows(target.positions)) * config.head_dim * 8 * 8
     )  # float64 tables and what they are computed through
     return PROCESS_BYTES + BLOCKS_BYTES + 2 * scales + rotary
+
+
+def reordered(config: ModelConfig, kept: Mapping[str, Kept]) -> int:
+    """Private bytes of a process whose rows follow another matrix's columns: the levels of the largest matrix."""
+    if not any(kind.reordered for kind in kept.values()):
+        return 0
+    return max(rows * columns for rows, columns in (weights(config)[name].shape for name in kept))
 
 
 def proof(tokenizer_bytes: int) -> int:

@@ -182,7 +182,7 @@ def plan(options: Options) -> Plan:
             f"short_factor with --kv_cache_len up to {original - 1}"
         )
     inputs = bundle.input_files(checkpoint)
-    memory = budget.memory(model, target)
+    memory = budget.memory(model, target) + budget.reordered(model, kept)
     proof = budget.proof(hf_folder.tokenizer_bytes(checkpoint.folder))
     budget.require_memory(memory, options.parallel, proof)  # the tables are made below
     planned = jobs.plan(Work(checkpoint.path, (), Path(), model, target, kept, options.lora), inputs)

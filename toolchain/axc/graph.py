@@ -32,20 +32,25 @@ class Value:
 
 @dataclass(frozen=True)
 class Vector:
-    """Data of an initializer: a small weight, as float32."""
+    """Data of an initializer: a small weight, as float32. `rows_as` as that of a Weight."""
 
     name: str
     source: Source
+    rows_as: str = ""
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Data of an initializer: part number `part` of a matrix in a weight type."""
+    """Data of an initializer: part number `part` of a matrix in a weight type.
+
+    `rows_as`: a tensor of the checkpoint; rows are in the order in which that has its columns.
+    """
 
     name: str
     source: Source
     weight_type: WeightType
     part: int
+    rows_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,10 +115,10 @@ class Graph:
         _expect(a.shape[-len(b.shape) :] == b.shape, "Add", a, b)
         return self._node("Add", [a, b], a.dtype, a.shape)
 
-    def vector(self, name: str) -> Value:
+    def vector(self, name: str, rows_as: str = "") -> Value:
         """A small weight: of a norm, a bias."""
         source = self.weights[name]
-        return self.parameter(name, "FLOAT", source.shape, Vector(name, source))
+        return self.parameter(name, "FLOAT", source.shape, Vector(name, source, rows_as))
 
     def rms_norm(self, x: Value, weight: str, epsilon: float) -> Value:
         """RMSNormalization along the last axis."""
@@ -121,17 +126,25 @@ class Graph:
         _expect(scale.shape == x.shape[-1:], "RMSNormalization", x, scale)
         return self._node("RMSNormalization", [x, scale], "FLOAT", x.shape, axis=-1, epsilon=epsilon)
 
-    def linear(self, x: Value, name: str) -> Value:
-        """x [.., in] times the transposed matrix `name`.weight [out, in]; plus `name`.bias if there is one."""
+    def reorders(self, name: str) -> str:
+        """The checkpoint's tensor of a linear whose columns are stored in another order; empty if they are not."""
+        kind = self.kept.get(f"{name}.weight")
+        return kind.tensor if isinstance(kind, Kept) and kind.reordered else ""
+
+    def linear(self, x: Value, name: str, *, rows_as: str = "", reordered: bool = False) -> Value:
+        """x [.., in] times the transposed matrix `name`.weight [out, in]; plus `name`.bias if there is one.
+
+        `rows_as`: the tensor, of `reorders`, that the rows follow. `reordered`: x is in the order of the columns.
+        """
         weight = f"{name}.weight"
         source, kind = self.weights[weight], self.kept.get(weight, self.weight_type)
         out_features, in_features = source.shape
         parts = [
-            self.parameter(part_name, dtype, dims, Weight(weight, source, kind, part))
+            self.parameter(part_name, dtype, dims, Weight(weight, source, kind, part, rows_as))
             for part, (part_name, dtype, dims) in enumerate(kind.parts(weight, out_features, in_features))
         ]
         _expect(x.shape[-1] == in_features, "MatMul", x, parts[0])
-        if isinstance(kind, Kept) and kind.reordered:
+        if isinstance(kind, Kept) and kind.reordered and not reordered:
             x = self._reordered(x, weight, kind)
         if len(parts) == 1:
             matrix = self.cast(parts[0], "FLOAT")
@@ -143,7 +156,7 @@ class Graph:
         matrix = self._node("Transpose", [matrix], "FLOAT", (in_features, out_features), perm=(1, 0))
         y = self._node("MatMul", [x, matrix], "FLOAT", (*x.shape[:-1], out_features))
         bias = f"{name}.bias"
-        return self.add(y, self.vector(bias)) if bias in self.weights else y
+        return self.add(y, self.vector(bias, rows_as)) if bias in self.weights else y
 
     def _reordered(self, x: Value, weight: str, kind: Kept) -> Value:
         """x in the order of a matrix's columns; those that have one order share it."""

@@ -16,6 +16,7 @@ from axc.graph import Order, Parameter, Vector, Weight
 from axc.quantizer import SquaredError
 from axc.quantizer.kept import Kept
 from axc.weights import PackedTensors, blocks, float32
+from axc.weights.sources import Gathered
 from axrun.errors import BadInput
 from axrun.format.axmodel import Axmodel, layout
 
@@ -105,7 +106,8 @@ class Content:
 
     def data(self, parameter: Parameter) -> Iterator[NDArray[Any]]:
         if isinstance(parameter, Vector):
-            yield float32(parameter.name, parameter.source, self.tensors)
+            vector = float32(parameter.name, parameter.source, self.tensors)
+            yield vector[self.tensors.order(parameter.rows_as)] if parameter.rows_as else vector
         elif isinstance(parameter, Weight):
             yield from self._weight(parameter)
         elif isinstance(parameter, Order):
@@ -120,11 +122,7 @@ class Content:
             yield from kind.finish(weight.part, later) if isinstance(kind, Kept) else later
             return
         if isinstance(kind, Kept):
-            start = 0
-            for arrays in self.tensors.levels(kind.tensor):
-                if kind.calibrated:
-                    self._measure(weight, start, *arrays)
-                    start += len(arrays[0])
+            for arrays in self._levels(weight, kind):
                 try:
                     first = self._keep_rest(weight, kind.write(*arrays))
                 except OverflowError as overflow:
@@ -132,13 +130,44 @@ class Content:
                 yield first
             return
         error = self.errors.setdefault(weight.name, SquaredError())
-        dtype = weight.source.dtype(self.tensors)
-        for _, block in blocks(weight.source, self.tensors):
+        source = Gathered(weight.source, self.tensors.order(weight.rows_as)) if weight.rows_as else weight.source
+        dtype = source.dtype(self.tensors)
+        for _, block in blocks(source, self.tensors):
             try:
                 first = self._keep_rest(weight, kind.store(block, dtype, error))
             except OverflowError as overflow:
                 raise BadInput(f"{weight.name} holds {overflow}\nChoose another type for it.") from None
             yield first
+
+    def _levels(self, weight: Weight, kind: Kept) -> Iterator[tuple[NDArray[Any], ...]]:
+        """What is kept of a matrix, in blocks of rows."""
+        pieces = self.tensors.levels(kind.tensor)
+        if kind.calibrated:
+            pieces = self._measured(weight, pieces)
+        if not weight.rows_as:
+            yield from pieces
+            return
+        order = self.tensors.order(weight.rows_as)
+        whole: list[NDArray[Any]] = []
+        start, height = 0, 1
+        for arrays in pieces:
+            whole = whole or [np.empty((len(order), array.shape[1]), array.dtype) for array in arrays]
+            height = max(height, len(arrays[0]))
+            for array, rows in zip(whole, arrays, strict=True):
+                array[start : start + len(rows)] = rows
+            start += len(arrays[0])
+        for first in range(0, len(order), height):
+            yield tuple(array[order[first : first + height]] for array in whole)
+
+    def _measured(
+        self, weight: Weight, pieces: Iterator[tuple[NDArray[Any], ...]]
+    ) -> Iterator[tuple[NDArray[Any], ...]]:
+        """`pieces`, which are calibrated, as their errors are added up."""
+        start = 0
+        for arrays in pieces:
+            self._measure(weight, start, *arrays)
+            start += len(arrays[0])
+            yield arrays
 
     def _measure(self, weight: Weight, start: int, levels: NDArray[np.int8], scales: NDArray[np.float32]) -> None:
         """Adds the quantisation error of calibrated rows from `start` on."""

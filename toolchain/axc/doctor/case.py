@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc import build, config, expected, hf_folder
+from axc import build, config, drawings, expected, hf_folder
 from axc import compile as compiler
 from axc.bundle import input_name
 from axc.calibration.file import Calibrated, entries
 from axc.checkpoints import Checkpoint, Lora
 from axc.checkpoints.gguf import SUFFIX as GGUF
+from axc.graph import Vector, Weight
 from axc.quantizer.kept import Kept
 from axc.standing import CALIBRATION
 from axc.weights import Source
@@ -102,12 +103,24 @@ class Case:
         return entries(self.bundle.manifest)
 
     @functools.cached_property
+    def stored(self) -> Checkpoint:
+        """The checkpoint with the tensors that a build reads."""
+        return self.checkpoint.tied() if self.config.tie_word_embeddings else self.checkpoint
+
+    def followed(self, index: int) -> Mapping[str, str]:
+        """The weights of a layer whose rows follow the columns of a tensor of the checkpoint, and that tensor."""
+        target = drawings.target(self.bundle.manifest)
+        if target is None or not any(kind.reordered for kind in self.kept.values()):
+            return {}
+        parameters = compiler.layer_model(self.config, target, index, self.kept)[1].values()
+        return {data.name: data.rows_as for data in parameters if isinstance(data, (Vector, Weight)) and data.rows_as}
+
+    @functools.cached_property
     def kept(self) -> Mapping[str, Kept]:
         """The matrices whose quantisation levels are taken from the checkpoint unchanged; raises BadInput."""
         types = self.bundle.flag("weight_type"), self.bundle.flag("post_weight_type")
-        stored = self.checkpoint.tied() if self.config.tie_word_embeddings else self.checkpoint
         return {
-            **build.stored_types(stored, self.config, *types)[1],
+            **build.stored_types(self.stored, self.config, *types)[1],
             **{name: entry.kept(name) for name, entry in self.calibrated.items()},
         }
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from axc import expected_graphs
 from axc.doctor import constants, positions, stored, weight_faults
@@ -381,7 +382,7 @@ def faulty_weights(case: Case, index: int | None, tensors: dict[str, Stored]) ->
         if entry.shape != shapes[name]:
             yield Fault(name, "", "wrong shape", f"{list(shapes[name])}", f"{list(entry.shape)}")
             continue
-        if (fault := compared(case, entry, name, index)) is not None:
+        if (fault := compared(case, entry, name, index, tensors)) is not None:
             yield fault
     read = cross_check.reads(case.weights)
     for name, shape in case.reference.parameters().items():
@@ -390,8 +391,8 @@ def faulty_weights(case: Case, index: int | None, tensors: dict[str, Stored]) ->
             yield Fault(name, "", f"the {kind} is missing", f"{list(shape)}", "no such tensor")
 
 
-def compared(case: Case, entry: Stored, name: str, index: int | None) -> Fault | None:
-    """The difference of a stored tensor from the checkpoint's `name`; None if there is none."""
+def compared(case: Case, entry: Stored, name: str, index: int | None, tensors: dict[str, Stored]) -> Fault | None:
+    """The difference of a stored tensor, one of `tensors`, from the checkpoint's `name`; None if there is none."""
     if (recorded := case.calibrated.get(name)) is not None and entry.scaled:
         return weight_faults.unlike_calibrated(entry, name, case.weight, recorded.error)
     order = None if entry.order is None else entry.order.array()
@@ -399,8 +400,13 @@ def compared(case: Case, entry: Stored, name: str, index: int | None) -> Fault |
         cause, wanted = "the column order is not a permutation", f"each of 0 to {entry.shape[1] - 1} once"
         return Fault(name, "", cause, wanted, f"{order[:4].tolist()} ...")
 
+    row_order = None if index is None else _row_order(case, name, index, tensors)
+    whole = None if row_order is None else case.weight(name)[row_order]
+    if order is None and index is not None and (kind := case.kept.get(name)) and kind.reordered:
+        order = case.stored.order(kind.tensor)
+
     def weight(tensor: str, start: int = 0, stop: int | None = None) -> Floats:
-        rows = case.weight(tensor, start, stop)
+        rows = case.weight(tensor, start, stop) if whole is None or tensor != name else whole[start:stop]
         return rows if order is None or tensor != name else np.ascontiguousarray(rows[:, order])
 
     bad = weight_faults.compare(entry, name, weight)
@@ -410,6 +416,16 @@ def compared(case: Case, entry: Stored, name: str, index: int | None) -> Fault |
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     turned = head_dim if ".q_proj." in name or ".k_proj." in name else 0
     return weight_faults.explain(entry, name, *bad, weight, _others(case, name, index), turned)
+
+
+def _row_order(case: Case, name: str, index: int, tensors: dict[str, Stored]) -> NDArray[np.int64] | None:
+    """The order of the rows of a weight whose product is the input of a reordered matrix; None if they have their own.
+
+    A file in which that matrix gathers its input has them in their own order.
+    """
+    followed = case.followed(index).get(name, "")
+    gathers = any(kind.tensor == followed and tensors[key].order for key, kind in case.kept.items() if key in tensors)
+    return case.stored.order(followed) if followed and not gathers else None
 
 
 def _others(case: Case, name: str, index: int | None) -> dict[str, str]:

@@ -318,13 +318,23 @@ def attention(
     keys = graph.cast(graph.concat(given.k_cache, k, "T+M"), "FLOAT")
     values = graph.cast(graph.concat(given.v_cache, v, "T+M"), "FLOAT")
     attended = graph.attention(q, keys, values, given.mask, heads, kv_heads, scale, softcap)
+    # A reordered o_proj gathers its input. Rows of v_proj could only follow its columns if those kept to their heads,
+    # in one order for all heads that share a K/V head; an order by activation mixes all heads.
     return graph.linear(attended, layer + output)
 
 
 def gated_mlp(graph: Graph, x: Value, layer: str, kind: str = "silu") -> Value:
-    """activation(gate) * up, then down."""
-    gate, up = graph.linear(x, f"{layer}mlp.gate_proj"), graph.linear(x, f"{layer}mlp.up_proj")
-    return graph.linear(graph.mul(activate(graph, gate, kind), up), f"{layer}mlp.down_proj")
+    """activation(gate) * up, then down. Rows of gate and up are in the order of down's columns: no Gather between."""
+    down = f"{layer}mlp.down_proj"
+    order = graph.reorders(down)
+    gate, up = (graph.linear(x, f"{layer}mlp.{part}_proj", rows_as=order) for part in ("gate", "up"))
+    return graph.linear(graph.mul(activate(graph, gate, kind), up), down, reordered=True)
+
+
+def mlp(graph: Graph, x: Value, first: str, second: str, kind: str) -> Value:
+    """Two linears with an activation between, the rows of the first in the order of the second's columns."""
+    inner = activate(graph, graph.linear(x, first, rows_as=graph.reorders(second)), kind)
+    return graph.linear(inner, second, reordered=True)
 
 
 def pre_norm_layer(

@@ -81,8 +81,8 @@ def layer(config: Config, index: int, positions: int, graph: Graph) -> None:
     attended = blocks.attention(
         graph, given, normed, prefix, config, rotation, head_norm=head_norm, output="self_attn.dense"
     )
-    inner = blocks.activate(graph, graph.linear(normed, f"{prefix}mlp.fc1"), config.activation)
-    x = graph.add(graph.add(attended, graph.linear(inner, f"{prefix}mlp.fc2")), given.x)
+    inner = blocks.mlp(graph, normed, f"{prefix}mlp.fc1", f"{prefix}mlp.fc2", config.activation)
+    x = graph.add(graph.add(attended, inner), given.x)
     graph.output("output", x, graph.hidden_type)
 
 

@@ -70,8 +70,8 @@ def layer(config: Config, index: int, positions: int, graph: Graph) -> None:
     normed = norm(graph, given.x, f"{prefix}input_layernorm")
     x = graph.add(given.x, blocks.attention(graph, given, normed, prefix, config, Rotation(config.rope, positions)))
     normed = norm(graph, x, f"{prefix}post_attention_layernorm")
-    inner = blocks.activate(graph, graph.linear(normed, f"{prefix}mlp.c_fc"), config.activation)
-    graph.output("output", graph.add(x, graph.linear(inner, f"{prefix}mlp.c_proj")), graph.hidden_type)
+    inner = blocks.mlp(graph, normed, f"{prefix}mlp.c_fc", f"{prefix}mlp.c_proj", config.activation)
+    graph.output("output", graph.add(x, inner), graph.hidden_type)
 
 
 def post(config: Config, top_k: int, graph: Graph) -> None:

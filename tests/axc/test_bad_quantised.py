@@ -81,7 +81,7 @@ def put(part: str, made: Callable[[torch.Tensor], torch.Tensor]) -> Change:
     return lambda tensors: tensors.update({f"{UP}.{part}": made(tensors[f"{UP}.{part}"])})
 
 
-def number(part: str, where: tuple[int, ...], value: float) -> Change:
+def number(part: str, where: Any, value: float) -> Change:
     def change(tensor: torch.Tensor) -> torch.Tensor:
         changed = tensor.clone()
         changed[where] = value

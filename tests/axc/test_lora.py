@@ -144,7 +144,7 @@ def test_the_commands_and_the_manifest(base: Path, adapter: Adapter, tmp_path: P
     case = Case(doctor.Options(output, base, lora=(Lora(one, 0.5),)))
     assert case.expect_same_model() is None
     assert case.changed_inputs == []
-    with pytest.raises(BadInput, match=r"adapters of weight 0\.5, given are none\n.*--lora"):
+    with pytest.raises(BadInput, match=r"adapters of weight 0\.5, but --lora gives none\n.*--lora"):
         Case(doctor.Options(output, base)).expect_same_model()
     for wrong, named in (((), "lora1/adapter_config.json"), ((Lora(one),), "--lora")):
         with pytest.raises(BadInput, match=f"was not built from .*: {named} is another"):

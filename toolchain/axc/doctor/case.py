@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc import build, config, drawings, expected, hf_folder
+from axc import build, config, expected, expected_graphs, hf_folder
 from axc import compile as compiler
 from axc.bundle import input_name
 from axc.calibration.file import Calibrated, entries
@@ -109,7 +109,7 @@ class Case:
 
     def followed(self, index: int) -> Mapping[str, str]:
         """The weights of a layer whose rows follow the columns of a tensor of the checkpoint, and that tensor."""
-        target = drawings.target(self.bundle.manifest)
+        target = expected_graphs.target(self.bundle.manifest)
         if target is None or not any(kind.reordered for kind in self.kept.values()):
             return {}
         parameters = compiler.layer_model(self.config, target, index, self.kept)[1].values()

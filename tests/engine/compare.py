@@ -1,6 +1,6 @@
-"""A program: runs axmodels in the engine and as they are in onnxruntime, and prints the worst difference of each.
+"""A script: runs axmodels in the engine and in onnxruntime, and prints the largest difference of each.
 
-Arguments: axmodel files. One line each: path, hidden type, and the largest |difference| / largest |value|.
+Arguments: axmodel files. Prints a line for each: path, hidden type, and largest |difference| / largest |value|.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from axrun.session import ax_engine, libax_engine, ort
 
 
 def exact(path: Path) -> ort.OrtSession:
-    """The file as it is in onnxruntime, optimisers off: it rounds no activations then."""
+    """The unchanged file in onnxruntime, without optimisers, so that it does not round activations."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = ort.open_session(path, lowered=False)
@@ -27,7 +27,7 @@ def exact(path: Path) -> ort.OrtSession:
 
 
 def filled(session: Any, group: int, seed: int = 0) -> dict[str, Any]:
-    """Every array of a group, the inputs random; the newest half of the history is hidden."""
+    """All arrays of a group, with random inputs; the mask hides the newer half of the history."""
     random = np.random.default_rng(seed)
     shape = session.groups[group]
     arrays = {info.name: session.allocate(info) for info in shape.inputs + shape.outputs}

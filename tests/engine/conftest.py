@@ -1,4 +1,4 @@
-"""The engine as it is shipped, sessions of it in this process, and other builds of it, made once for each state."""
+"""The engine as shipped, sessions of it in this process, and other builds of it; each is built once per session."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def build(name: str, *options: str, targets: tuple[str, ...] = ()) -> Path:
-    """The folder of a build by cmake as `options` say; without any, the folder of the shipped libraries."""
+    """The folder of a cmake build with `options`; without options, of the shipped libraries."""
     if not options:
         return shipped.build()
     digest = hashlib.sha256(f"{shipped.fingerprint()} {' '.join([*options, *targets])}".encode())
@@ -48,18 +48,18 @@ def build(name: str, *options: str, targets: tuple[str, ...] = ()) -> Path:
 
 @pytest.fixture(scope="session")
 def libraries() -> Path:
-    """The shipped libraries for this machine, built when the sources have changed; or those that AXRUN_ENGINE names."""
+    """The libraries for this machine, rebuilt if sources changed; or those in AXRUN_ENGINE."""
     asked = os.environ.get("AXRUN_ENGINE")
     return Path(asked) if asked else shipped.build()
 
 
 def compile_client(name: str, libraries: Path, made: Path, machine: str = shipped.HOST) -> Path:
-    """Compiles a C++ file beside the tests against the engine's headers, with the engine's compiler."""
+    """Compiles a C++ file of this folder against the engine's headers, with the engine's compiler."""
     command = [shipped.program("ziglang", "zig"), "c++", "-target", f"{machine}-linux-gnu.{shipped.GLIBC}"]
     command += ["-std=c++20", "-Wall", "-Wextra", "-O3", "-s", f"-I{SOURCE / 'include'}"]
     command += [str(Path(__file__).parent / name)]
     command += ["-o", str(made), f"-L{libraries}"]
-    # those the vendor's runner links
+    # linked by the vendor's runner
     command += ["-Wl,--no-as-needed", "-lax_engine", "-lax_interpreter", "-lax_sys", f"-Wl,-rpath,{libraries}"]
     env = shipped.environment(SOURCE / "build" / "cache")
     done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -69,13 +69,13 @@ def compile_client(name: str, libraries: Path, made: Path, machine: str = shippe
 
 @pytest.fixture(scope="session")
 def runner(libraries: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program of runner.cc."""
+    """The compiled runner.cc."""
     return compile_client("runner.cc", libraries, tmp_path_factory.mktemp("client") / "runner")
 
 
 @pytest.fixture(scope="session")
 def in_process(libraries: Path) -> Run:
-    """Runs a script beside the tests in a process of its own: an engine is chosen once for each process."""
+    """Runs a script of this folder in a separate process, because a process can load only one engine."""
 
     def run(script: str, *arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

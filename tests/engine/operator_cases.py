@@ -1,6 +1,6 @@
-"""Cases for single operators: ONNX's own backend node tests, and drawn shapes with the reference evaluator's answer.
+"""Cases of single operators: ONNX's backend node tests, and further shapes computed by ONNX's reference evaluator.
 
-A case is a model of one node with its inputs and what comes out, as numpy arrays.
+A case is a model of one node with its inputs and expected outputs as numpy arrays.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from axrun.format.axmodel import OPSET
 
 @dataclass(frozen=True)
 class Case:
-    """`constants`: which inputs the model holds as initializers; the others are its inputs."""
+    """A case. `constants`: the inputs that are initializers of the model."""
 
     name: str
     node: Any
@@ -33,7 +33,7 @@ class Case:
     atol: float = 1e-6
 
 
-# Inputs that a kernel wants to know when a model is loaded.
+# Inputs that must be constant, because kernels need them when a model is loaded.
 KNOWN: dict[str, tuple[int, ...]] = {
     "Expand": (1,),
     "ReduceMax": (1,),
@@ -68,12 +68,12 @@ CAST_TO = {"FLOAT", "FLOAT16", "BFLOAT16", "INT64", "INT32", "UINT32", "INT8", "
 
 
 def dtype_of(array: Any) -> str:
-    """The name of an array's type; empty for one that axmodels do not have."""
+    """ONNX's name of an array's type; empty if axmodels do not support it."""
     return DTYPES.get(np.asarray(array).dtype, "")
 
 
 def left_out(op: str, node: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> str:
-    """Why a node test is no case of the format; empty for one that is."""
+    """The reason why a node test is outside the format; empty if it is not."""
     attributes = {attribute.name: attribute for attribute in node.attribute}
     if not all(x is None or dtype_of(x) for x in inputs) or not all(dtype_of(y) for y in outputs):
         return "a type the format does not have"
@@ -88,7 +88,7 @@ def left_out(op: str, node: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ..
 
 @functools.cache
 def collected() -> list[Any]:
-    """Every node test: they are made when their modules are imported, all at once."""
+    """All node tests of ONNX; importing their modules creates them."""
     from onnx.backend.test.case import node as cases
 
     with warnings.catch_warnings():
@@ -98,7 +98,7 @@ def collected() -> list[Any]:
 
 @functools.cache
 def node_tests(op: str) -> tuple[list[Case], dict[str, str]]:
-    """ONNX's cases of an operator, and those left out with the reason."""
+    """ONNX's cases of an operator, and the skipped ones with the reasons."""
     found, out = [], {}
     for case in collected():
         graph = case.model.graph
@@ -129,7 +129,7 @@ def as_array(value: Any) -> Any:
 
 
 def evaluated(op: str, inputs: list[Any], outputs: int = 1, constants: tuple[int, ...] = (), **attributes: Any) -> Case:
-    """A case with the reference evaluator's answer."""
+    """A case with outputs of the reference evaluator."""
     names = ["" if x is None else f"x{i}" for i, x in enumerate(inputs)]
     node = helper.make_node(op, names, [f"y{i}" for i in range(outputs)], **attributes)
     infos = [
@@ -170,7 +170,7 @@ def integers(random: np.random.Generator, *shape: int, dtype: Any = np.int64) ->
 
 
 def pairs(op: str, compare: bool = False, whole: bool = True) -> Draw:
-    """Two tensors, broadcast this way and that."""
+    """Two tensors with various broadcasts."""
 
     def draw(random: np.random.Generator) -> Iterator[Case]:
         shapes = [((3, 1, 5), (4, 1)), ((2, 3, 700), (700,)), ((1,), (2, 2)), ((), (3,)), ((2, 1, 3, 1), (5, 1, 4))]
@@ -302,7 +302,7 @@ def logic(op: str) -> Draw:
 
 
 def halves(op: str, count: int, **attributes: Any) -> Draw:
-    """In the 16-bit floats, beside what else is drawn."""
+    """Additional cases in the 16-bit floats."""
 
     def draw(random: np.random.Generator) -> Iterator[Case]:
         for dtype in (np.float16, ml_dtypes.bfloat16):
@@ -359,7 +359,7 @@ DRAWN: dict[str, tuple[Draw, ...]] = {
 
 @functools.cache
 def cases(op: str) -> list[Case]:
-    """Every case of an operator."""
+    """All cases of an operator."""
     found = list(node_tests(op)[0])
     for number, draw in enumerate(DRAWN.get(op, ())):
         found += draw(np.random.default_rng(number))

@@ -18,7 +18,7 @@ from tests.engine.operator_cases import Case, dtype_of, floats
 
 @dataclass(frozen=True)
 class Sample:
-    """An axmodel with the bytes of its inputs and what its outputs should be. `fused`: a step that must have run."""
+    """An axmodel with the bytes of its inputs and its expected outputs. `fused`: the fused step that must run."""
 
     op: str
     name: str
@@ -33,7 +33,7 @@ class Sample:
 
 
 def packed(array: Any) -> bytes:
-    """The bytes of an array; two 4-bit values share one, the first in the low half."""
+    """The bytes of an array; two 4-bit values share a byte, the first in the low nibble."""
     array = np.asarray(array)
     if array.dtype not in (ml_dtypes.int4, ml_dtypes.uint4):
         return np.ascontiguousarray(array).tobytes()
@@ -65,7 +65,7 @@ METADATA = {
 
 
 def sample(op: str, case: Case) -> Sample:
-    """A case as a model of one node; what the kernel must know beforehand is in the file."""
+    """A case as a model of one node; inputs that kernels need at load time are initializers."""
     names = [f"x{i}" if x is not None else "" for i, x in enumerate(case.inputs)]
     given = [
         (name, x)
@@ -96,7 +96,7 @@ def sample(op: str, case: Case) -> Sample:
 
 
 class Pattern:
-    """A graph of several operators in M and T, and the reference evaluator's answer for some tokens."""
+    """A graph of several operators with symbolic dimensions M and T, and the reference evaluator's outputs."""
 
     def __init__(self, seed: int, tokens: int, history: int = 0) -> None:
         self.random = np.random.default_rng(seed)
@@ -179,7 +179,7 @@ def linear(tokens: int, kind: str, ends: str) -> Sample:
         y = p.add("Add", p.vector(24), y)
     if "residual" in ends:
         y = p.add("Add", p.input("r", 1, "M", 24), y)
-    if "norm" in ends:  # over heads, as Qwen3 and Gemma 3 have it
+    if "norm" in ends:  # per head, as in Qwen3 and Gemma 3
         heads = p.add("Reshape", y, p.numbers(0, -1, 3, 8))
         heads = p.add("RMSNormalization", heads, p.vector(8), axis=-1, epsilon=1e-6)
         y = p.add("Reshape", heads, p.numbers(0, 0, -1))
@@ -199,7 +199,7 @@ def gated(tokens: int, activation: str, together: bool) -> Sample:
 
 
 def angle_tables(p: Pattern, positions: str, half: int) -> tuple[str, str]:
-    """Rows of cos and sin for each position from two small tables: cos(a + b) = cos a cos b - sin a sin b."""
+    """cos and sin of each position from two small tables: cos(a + b) = cos a cos b - sin a sin b."""
     frequencies = 1.0 / 100.0 ** (np.arange(half) / half)
     high, low = (np.outer(16 * np.arange(8), frequencies), np.outer(np.arange(16), frequencies))
     sixteen = p.constant(np.array(16, np.int64))
@@ -215,7 +215,7 @@ def angle_tables(p: Pattern, positions: str, half: int) -> tuple[str, str]:
 def rotary(tokens: int, cast: bool, tables: str, partial: int, interleaved: int, normed: bool = False) -> Sample:
     p = Pattern(3, tokens)
     x = p.input("input", 1, "M", 48)
-    if normed:  # each head, as Qwen3 and Gemma 3 have it
+    if normed:  # per head, as in Qwen3 and Gemma 3
         heads = p.add("Reshape", x, p.numbers(0, 0, 3, -1))
         heads = p.add("RMSNormalization", heads, p.vector(16), axis=-1, epsilon=1e-6)
         x = p.add("Reshape", heads, p.numbers(0, 0, -1))
@@ -265,7 +265,7 @@ def attention(tokens: int, history: int, **attributes: Any) -> Sample:
 
 
 def shapes(tokens: int) -> Sample:
-    """Shapes that the graph computes from those of its inputs."""
+    """Shapes computed in the graph from the shapes of its inputs."""
     p = Pattern(5, tokens)
     x = p.input("input", 1, "M", 12)
     rows = p.add("Gather", p.add("Shape", x), p.numbers(1), axis=0)

@@ -1,6 +1,6 @@
-"""A program: runs linear axmodels with 16-bit and with 8-bit activations, and in onnxruntime with the input so rounded.
+"""A script: runs linear axmodels with 16-bit and 8-bit activations, and in onnxruntime with input rounded the same way.
 
-Arguments: axmodel files. One line each: path, bits, and the largest |difference| / largest |value|.
+Arguments: axmodel files. Prints a line for each: path, bits, and largest |difference| / largest |value|.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from axrun.session import ax_engine, ax_int8
 from tests.engine.compare import exact, filled
 
 BLOCK = 128
-ENGINES = {16: (ax_engine, 32639), 8: (ax_int8, 127)}  # the module, and the largest level
+ENGINES = {16: (ax_engine, 32639), 8: (ax_int8, 127)}  # the session module, and the largest level
 
 
 def rounded(x: Any, top: int) -> Any:
-    """float32 [.., columns]: every 128 columns of a row as levels of -top to top of the largest magnitude."""
+    """float32 [.., columns] rounded to levels from -top to top, with a scale for every 128 columns of a row."""
     blocks = np.zeros((*x.shape[:-1], -(-x.shape[-1] // BLOCK), BLOCK), np.float32)
     blocks.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]] = x
     peaks = np.abs(blocks).max(-1, keepdims=True)

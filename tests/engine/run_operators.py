@@ -1,6 +1,6 @@
-"""A program: runs samples of operators in the engine. Arguments: the pickle of a list of operator_models.Sample.
+"""A script: runs samples of operators in the engine. Argument: the pickle of a list of operator_models.Sample.
 
-Prints the name of the kernels, then a line for each sample that is wrong: operator, name and what was seen.
+Prints the name of the kernels, then a line for each wrong sample: operator, name and error.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from axrun.errors import BadInput
 from axrun.session import libax_engine
 from tests.engine.operator_models import Sample
 
-GUARD = 64  # bytes behind an output that nobody may write
+GUARD = 64  # guard bytes after an output
 
 
 def buffers(memory: Sequence[Any]) -> Any:
@@ -51,7 +51,7 @@ def run(sample: Sample, path: Path) -> list[bytes]:
         ins, outs = buffers(inputs), buffers(outputs)
         io = libax_engine.Io(pInputs=ins, nInputSize=len(inputs), pOutputs=outs, nOutputSize=len(outputs))
         code = loaded.engine.axc_run(handle, c_uint32(sample.tokens), c_uint32(sample.history), byref(io))
-        if code and code & 0xFFFFFFFF != libax_engine.NOT_FINITE:  # which is right for some
+        if code and code & 0xFFFFFFFF != libax_engine.NOT_FINITE:  # NaN is expected for some
             raise loaded.failure("axc_run", code)
         for memory in outputs:
             assert (memory[-GUARD:] == 0xA5).all(), "written behind an output"
@@ -61,7 +61,7 @@ def run(sample: Sample, path: Path) -> list[bytes]:
 
 
 def wrong(sample: Sample, path: Path) -> str:
-    """What is wrong with a sample; empty where nothing is."""
+    """Describes the error of a sample; empty if there is none."""
     loaded = libax_engine.library()
     loaded.reset_counters()
     try:

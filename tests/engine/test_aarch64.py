@@ -1,4 +1,4 @@
-"""The engine built for aarch64, run under qemu-user as a board's CPU, against onnxruntime on this machine."""
+"""The engine for aarch64 under qemu-user, emulating a board's CPU, compared with onnxruntime on this machine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_old_glibc_and_no_cxx_runtime_are_enough(boards_libraries: Path) -> N
     check_system(boards_libraries, "aarch64")
 
 
-def test_a_boards_cpu_runs_the_runners_way(boards_libraries: Path, bundle_s8: Path) -> None:
+def test_the_vendor_runners_calls_on_a_boards_cpu(boards_libraries: Path, bundle_s8: Path) -> None:
     client = compile_client("runner.cc", boards_libraries, boards_libraries / "runner", "aarch64")
     layer = Bundle.open(bundle_s8).layer_path(0)
     command = [QEMU, "-cpu", "cortex-a53", "-L", GLIBC, str(client), str(layer), "20"]
@@ -52,7 +52,7 @@ def test_a_boards_cpu_runs_the_runners_way(boards_libraries: Path, bundle_s8: Pa
 
 @pytest.mark.parametrize("isa", ["", "portable"])
 @pytest.mark.parametrize("cpu", CPUS)
-def test_a_boards_cpu_computes_what_onnxruntime_computes(
+def test_a_boards_cpu_matches_onnxruntime(
     cpu: str, isa: str, program: Path, build_tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
     for hidden, weight in (("bf16", "s8"), ("fp32", "s4"), ("fp32", "bf16")):
@@ -62,14 +62,14 @@ def test_a_boards_cpu_computes_what_onnxruntime_computes(
             arrays = filled(plain, group.index)
             plain.bind(group.index, arrays).run()
             inputs = b"".join(arrays[info.name].tobytes() for info in group.inputs)
-            if not group.history:  # two dummies as wide as the hidden state come first
+            if not group.history:  # skip two placeholders of the hidden state's width
                 inputs = bytes(2 * arrays["input"].shape[2] * arrays["input"].itemsize) + inputs
             out = run(program, path, group.index, inputs, tmp_path, cpu, isa)
             check(plain, group.index, arrays, out, TOLERANCE[hidden])
 
 
 @pytest.mark.parametrize("cpu", CPUS)
-def test_a_boards_cpu_rounds_activations_to_the_bits_asked_for(cpu: str, program: Path, tmp_path: Path) -> None:
+def test_a_boards_cpu_rounds_activations_to_the_requested_bits(cpu: str, program: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     shapes = ((37, 384, 128), (33, 576, 32), (9, 576, 64), (3, 96, 96), (7, 36, 0))
     paths = [linear_file(tmp_path, levels(random, "INT8", 37, 300, 0), {"axis": 0})]
@@ -90,7 +90,7 @@ def test_a_boards_cpu_rounds_activations_to_the_bits_asked_for(cpu: str, program
 def run(
     program: Path, model: Path, group: int, inputs: bytes, folder: Path, cpu: str, isa: str = "", bits: int = 16
 ) -> bytes:
-    """The outputs of a group as the engine computes them on an emulated CPU, one behind the other."""
+    """The concatenated outputs of a group, computed by the engine on an emulated CPU."""
     (folder / "in").write_bytes(inputs)
     emulated = [QEMU, "-cpu", cpu, "-L", GLIBC, "-E", f"AXC_ISA={isa}", "-E", "AXC_THREADS=2"]
     command = [*emulated, program, model, str(group), folder / "in", folder / "out", str(bits)]

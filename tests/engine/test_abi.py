@@ -1,4 +1,4 @@
-"""The C interface as its clients drive it: the vendor's C++ runner, its Python binding, and this package's session."""
+"""The C interface as used by its clients: the vendor's C++ runner, its Python binding, and axrun's session."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SEED = SOURCE / "fuzz" / "corpus" / "qwen2-bf16-s8-layer"  # the smallest layer 
 
 
 @pytest.mark.parametrize(("layer", "cycles"), [("tiny-qwen2", 100), ("seed", 10_000)])
-def test_the_runners_way(layer: str, cycles: int, runner: Path, bundle_s8: Path) -> None:
-    """Careless buffers, NULL caches, RunSync with no more than a V2 context, unloading and loading again."""
+def test_the_calls_of_the_vendors_runner(layer: str, cycles: int, runner: Path, bundle_s8: Path) -> None:
+    """Buffers with odd sizes, NULL caches, RunSync with a V2 context only, unloading and loading again."""
     path = SEED if layer == "seed" else Bundle.open(bundle_s8).layer_path(0)
     done = subprocess.run([runner, path, str(cycles)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -37,8 +37,8 @@ def test_the_runners_way(layer: str, cycles: int, runner: Path, bundle_s8: Path)
     assert 0 < after <= settled + 512 + held_back
 
 
-def test_the_context_runners_way(libraries: Path, ax: Any, bundle_s8: Path, tmp_path: Path) -> None:
-    """Names are compared as pointers; K/V of the decode group serve the prefill groups, found that way."""
+def test_the_calls_of_the_vendors_context_runner(libraries: Path, ax: Any, bundle_s8: Path, tmp_path: Path) -> None:
+    """It compares names by pointer, to find the K/V buffers of the decode group for the prefill groups."""
     client = compile_client("context_runner.cc", libraries, tmp_path / "context_runner")
     path = Bundle.open(bundle_s8).layer_path(0)
     done = subprocess.run([client, path, tmp_path / "group2"], capture_output=True, text=True)
@@ -96,7 +96,7 @@ class Buffer(ctypes.Structure):
 
 
 class ShortIo(ctypes.Structure):
-    """The binding's IO_T: 120 bytes, 8 less than the headers'."""
+    """The binding's IO_T has 120 bytes, 8 less than in the headers."""
 
     _fields_ = (
         ("pInputs", ctypes.POINTER(Buffer)),
@@ -113,8 +113,8 @@ class Extra(ctypes.Structure):
     _fields_ = (("nNpuSet", ctypes.c_uint32), ("pName", ctypes.c_char_p), ("reserve", ctypes.c_uint32 * 8))
 
 
-def test_the_python_bindings_way(libraries: Path, ax: Any, bundle_s8: Path) -> None:
-    """One buffer a tensor for all groups, of the largest size; CreateHandleV2, RunGroupIOSync with a 120-byte IO_T."""
+def test_the_calls_of_the_vendors_python_binding(libraries: Path, ax: Any, bundle_s8: Path) -> None:
+    """One buffer per tensor, of the largest size of all groups; CreateHandleV2, RunGroupIOSync with a 120-byte IO_T."""
     assert ctypes.sizeof(ShortIo) == 120
     ax.library()  # initialises
     engine, system = ctypes.CDLL(str(libraries / "libax_engine.so")), ctypes.CDLL(str(libraries / "libax_sys.so"))
@@ -171,7 +171,7 @@ def test_the_python_bindings_way(libraries: Path, ax: Any, bundle_s8: Path) -> N
 
 
 def test_without_the_extensions_the_session_uses_the_plain_interface(ax: Any, bundle_s8: Path) -> None:
-    """Fixed shapes, the model's bytes, physical buffers that are synchronised: what the vendor's library needs."""
+    """As the vendor's library needs it: fixed shapes, models passed as bytes, physical buffers with synchronisation."""
     bundle = Bundle.open(bundle_s8)
     extended = ax.library()
     plain = ax.Library(extended.sys, extended.engine, False)
@@ -187,7 +187,7 @@ def test_without_the_extensions_the_session_uses_the_plain_interface(ax: Any, bu
                 np.testing.assert_array_equal(seen[info.name], expected[info.name])
 
 
-def test_8_bit_activations_are_only_for_an_engine_that_has_them(
+def test_8_bit_activations_need_an_engine_that_supports_them(
     ax: Any, bundle_s8: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = ax.Library(ax.library().sys, ax.library().engine, False)
@@ -196,7 +196,7 @@ def test_8_bit_activations_are_only_for_an_engine_that_has_them(
         ax_int8.open_session(Bundle.open(bundle_s8).post_path)
 
 
-def test_a_binding_of_a_prefix_gives_what_the_whole_group_gives(ax: Any, bundle_s8: Path) -> None:
+def test_fewer_tokens_than_the_group_give_the_same_values(ax: Any, bundle_s8: Path) -> None:
     session = ax.open_session(Bundle.open(bundle_s8).layer_path(2))
     assert session.flexible
     arrays = filled(session, 0)
@@ -209,7 +209,7 @@ def test_a_binding_of_a_prefix_gives_what_the_whole_group_gives(ax: Any, bundle_
     np.testing.assert_allclose(bf16_to_f32(arrays["output"]), whole, rtol=0, atol=2e-2 * np.abs(whole).max())
 
 
-def test_what_the_mask_hides_is_not_read(ax: Any, bundle_fp32: Path) -> None:
+def test_masked_rows_are_not_read(ax: Any, bundle_fp32: Path) -> None:
     session = ax.open_session(Bundle.open(bundle_fp32).layer_path(0))
     arrays = filled(session, 0)
     arrays["mask"][0, 0, 32:255] = -65536
@@ -253,13 +253,13 @@ def test_memory_goes_back_when_the_last_view_is_gone(ax: Any) -> None:
     assert len(ax._blocks) == before - 1
 
 
-def test_counters_tell_where_the_time_goes(ax: Any, bundle_s8: Path) -> None:
+def test_time_counters(ax: Any, bundle_s8: Path) -> None:
     session = ax.open_session(Bundle.open(bundle_s8).layer_path(0))
     binding = session.bind(0, filled(session, 0))
     ax.library().reset_counters()
     binding.run()
     counters = ax.library().counters()
-    # q, k and v are one step, as are gate, up and what joins them; o and down are their own
+    # steps: q, k and v; o; gate, up and their product; down
     assert {kind: calls for kind, (calls, _) in counters.items() if calls} == {
         "linear": 4,
         "attention": 1,
@@ -285,10 +285,10 @@ for path in sys.argv[2:]:
 """
 
 
-def test_the_axmodels_producer_decides_whose_library_runs_it(
+def test_the_producer_of_an_axmodel_selects_the_library(
     libraries: Path, bundle_s8: Path, vendors_axmodel: Path, tmp_path: Path
 ) -> None:
-    """The board's library is a copy of ours here, which is no NPU's: the vendor's axmodel needs a board."""
+    """Here the vendor's library is a copy of ours, which does not drive an NPU: the vendor's axmodel is refused."""
     board, ours = shutil.copytree(libraries, tmp_path / "soc"), Bundle.open(bundle_s8).layer_path(0)
     said = []
     environment = {name: value for name, value in os.environ.items() if name != "AXRUN_ENGINE"}
@@ -337,5 +337,5 @@ def test_processes_share_the_pages_of_a_file(libraries: Path, bundle_s8: Path) -
         resident, proportional, copied = map(int, out.split())
         assert resident > 100
         assert proportional <= 0.6 * resident
-        assert copied == 0  # Private_Dirty would count what was just written to the file and is still to go to disk
+        assert copied == 0  # Private_Dirty would count pages of the file that are not yet on disk
     processes[1].communicate("\n")

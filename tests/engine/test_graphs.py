@@ -1,7 +1,7 @@
-"""Graphs the compiler does not write: each is computed as onnxruntime computes it, or refused as that refuses it.
+"""Graphs that the compiler does not write: results match onnxruntime, or both refuse the graph.
 
-Some are made of the format's operators at random, some are a layer of the compiler's with one thing changed, so that a
-pattern the engine fuses is there almost.
+Some are random graphs of the format's operators, some are layers of the compiler with one change, so that they almost
+match a pattern that the engine fuses.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from axrun.session.ort import OrtSession
 from tests.engine.compare import filled
 
 WIDTH = 8
-TOLERANCE = {"FLOAT": 5e-3, "BFLOAT16": 5e-2}  # activations are rounded; another graph is wrong by more
+TOLERANCE = {"FLOAT": 5e-3, "BFLOAT16": 5e-2}  # tolerance for rounded activations; a wrong graph differs by more
 FLOAT, FLOAT16, BFLOAT16, INT32 = 1, 10, 16, 6  # TensorProto.DataType
 
 
 def plain(path: Path) -> OrtSession:
-    """The file as it is in onnxruntime, nothing fused."""
+    """The unchanged file in onnxruntime, without fusing."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
@@ -41,7 +41,7 @@ def plain(path: Path) -> OrtSession:
 
 
 def outcome(ax: Any, model: Axmodel, path: Path, groups: Sequence[int]) -> str:
-    """`same`, `refused` by both, or `only here`, where onnxruntime has no kernel. Fails for anything else."""
+    """`same`, `refused` by both, or `only here` if onnxruntime lacks a kernel. Fails otherwise."""
     path.write_bytes(encode(model))
     reference, why = None, ""
     try:
@@ -72,9 +72,9 @@ def outcome(ax: Any, model: Axmodel, path: Path, groups: Sequence[int]) -> str:
     return "same"
 
 
-# what onnxruntime has no kernel for: some types, and values of another type than the keys
+# onnxruntime has no kernels for some types, and for values of another type than the keys
 ONLY_HERE = r"NOT_IMPLEMENTED|Type parameter \(T\) of Optype \(MatMul\) bound to different types"
-# what the standard does not allow and onnxruntime does
+# allowed by onnxruntime, but not by the standard
 STRICTER = "a scale or bias .* for "
 
 
@@ -94,7 +94,7 @@ def numbers(array: Any, dtype: str) -> Any:
 
 
 class Graph:
-    """A graph that grows: `rows` are its values [1, M, width] in float32, by name."""
+    """A graph under construction; `rows`: its float32 values [1, M, width] by name."""
 
     def __init__(self, random: np.random.Generator, hidden: str) -> None:
         self.random, self.hidden = random, hidden
@@ -130,7 +130,7 @@ class Graph:
         return choices[int(self.random.integers(0, len(choices)))]
 
     def transposed(self, rows: int, columns: int) -> str:
-        """A weight as MatMul takes it, stored in one of the forms; once in a while it is not transposed."""
+        """A weight for MatMul, stored in one of the forms; sometimes not transposed."""
         kind = self.either("FLOAT", "BFLOAT16", "INT8")
         if self.random.random() < 0.1 and rows == columns:
             return self.constant((rows, columns))
@@ -204,7 +204,7 @@ def silu(g: Graph) -> None:
 
 
 def gated(g: Graph) -> None:
-    """Gate and up of one input, as the engine computes them together."""
+    """Gate and up of the same input, which the engine fuses."""
     x = g.pick()
     gate, up = (g.add("MatMul", [x, g.transposed(WIDTH, g.rows[x])], WIDTH) for _ in range(2))
     if g.random.random() < 0.3:
@@ -276,7 +276,7 @@ ADDED = {
 
 
 def mutated(random: np.random.Generator, model: Axmodel, shown: dict[str, TensorInfo]) -> Axmodel:
-    """The model with one change. `shown`: its values [1, M, width], which may become outputs or others' inputs."""
+    """The model with one change. `shown`: its values [1, M, width], which may become outputs or replace inputs."""
     nodes, outputs = list(model.nodes), list(model.outputs)
     at = int(random.integers(0, len(nodes)))
     node = nodes[at]
@@ -291,10 +291,10 @@ def mutated(random: np.random.Generator, model: Axmodel, shown: dict[str, Tensor
         if name in ATTRIBUTES:
             value = ATTRIBUTES[name][int(random.integers(0, len(ATTRIBUTES[name])))]
             nodes[at] = dataclasses.replace(node, attributes={**node.attributes, name: value})
-    elif kind == 2:  # a value in between is an output
+    elif kind == 2:  # an intermediate value becomes an output
         inner = [info for name, info in shown.items() if name not in {output.name for output in outputs}]
         outputs.append(inner[int(random.integers(0, len(inner)))])
-    elif kind == 3:  # another value in an input's place
+    elif kind == 3:  # another value replaces an input
         made = {name for earlier in nodes[:at] for name in earlier.outputs} | {info.name for info in model.inputs}
         known = {**shown, **{info.name: info for info in model.inputs}}
         places = [i for i, name in enumerate(node.inputs) if name in known]
@@ -305,7 +305,7 @@ def mutated(random: np.random.Generator, model: Axmodel, shown: dict[str, Tensor
             inputs = list(node.inputs)
             inputs[place] = str(random.choice(sorted(others))) if others else inputs[place]
             nodes[at] = dataclasses.replace(node, inputs=tuple(inputs))
-    elif kind == 4:  # a value goes through another operator first
+    elif kind == 4:  # an additional operator
         places = [i for i, name in enumerate(node.inputs) if name in shown and shown[name].dtype == "FLOAT"]
         if places:
             place = places[int(random.integers(0, len(places)))]
@@ -327,7 +327,7 @@ def mutated(random: np.random.Generator, model: Axmodel, shown: dict[str, Tensor
 
 
 def shown_values(path: Path) -> dict[str, TensorInfo]:
-    """The values [1, M, width] between the nodes of a layer, as onnx infers them."""
+    """The intermediate values [1, M, width] of a layer, from onnx's shape inference."""
     model = onnx.shape_inference.infer_shapes(onnx.load(path), data_prop=True)
     found = {}
     for info in model.graph.value_info:
@@ -339,7 +339,7 @@ def shown_values(path: Path) -> dict[str, TensorInfo]:
 
 
 @pytest.mark.parametrize("bundle", ["bundle_fp32", "bundle_s8"])
-def test_a_layer_with_one_thing_changed_is_computed_or_refused(
+def test_a_layer_with_one_change_is_computed_or_refused(
     bundle: str, ax: Any, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     path = Bundle.open(request.getfixturevalue(bundle)).layer_path(1)

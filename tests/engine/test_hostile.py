@@ -1,4 +1,4 @@
-"""Files that are damaged or lie: every one ends in an error code with a reason, never in a crash."""
+"""Damaged and malicious files: each is refused with an error code and a reason, without a crash."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.engine.conftest import SOURCE
 
 
 def load(ax: Any, path: Path) -> Any:
-    """Straight into the engine, without the Python reader's own checks."""
+    """Loads a file in the engine, without the checks of the Python reader."""
     import ctypes
 
     handle = ctypes.c_void_p()
@@ -28,8 +28,8 @@ def load(ax: Any, path: Path) -> Any:
 CORPUS = sorted((SOURCE / "fuzz" / "corpus").iterdir())
 
 
-def test_what_the_fuzzer_found_is_still_survived(ax: Any) -> None:
-    """Each file is refused with a reason, or loads and runs."""
+def test_files_found_by_the_fuzzer(ax: Any) -> None:
+    """Each is refused with a reason, or loads and runs."""
     loaded = 0
     assert len(CORPUS) > 20
     for path in CORPUS:
@@ -42,11 +42,11 @@ def test_what_the_fuzzer_found_is_still_survived(ax: Any) -> None:
             loaded += 1
         except (BadInput, ValueError, KeyError, MemoryError, TypeError, IndexError, AssertionError):
             load_alone(ax, path)
-    assert loaded >= 9  # the seeds, which are whole
+    assert loaded >= 9  # valid seeds
 
 
 def load_alone(ax: Any, path: Path) -> None:
-    """Into the engine without the Python reader's checks; what it says does not matter."""
+    """Loads a file without the checks of the Python reader; any result is fine, except a crash."""
     with contextlib.suppress(BadInput):
         ax.library().call("AX_ENGINE_DestroyHandle", load(ax, path))
 
@@ -87,7 +87,7 @@ def test_a_damaged_file_is_refused_with_a_reason(name: str, good: bytes, ax: Any
         load(ax, path)
 
 
-def test_a_file_that_is_not_there(ax: Any, tmp_path: Path) -> None:
+def test_a_missing_file(ax: Any, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"0x80060017.*No such file"):
         load(ax, tmp_path / "none.axmodel")
 
@@ -101,7 +101,7 @@ def test_every_truncation_of_the_head_is_refused(good: bytes, ax: Any, tmp_path:
 
 
 def test_flipped_bits_never_crash(good: bytes, ax: Any, tmp_path: Path) -> None:
-    """What still loads still runs: its shapes were checked."""
+    """Files that still load must also run."""
     random = np.random.default_rng(0)
     head = good.index(b"raw") if b"raw" in good else 4000
     path = tmp_path / "flipped.axmodel"

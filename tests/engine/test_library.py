@@ -1,4 +1,4 @@
-"""The shared libraries themselves: what they export, what they need of a system, how they are built."""
+"""The shared libraries: exported symbols, system requirements, reproducible builds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HEADERS = {
 }
 EVERYWHERE = {"libc.so.6", "libm.so.6", "libpthread.so.0", "libdl.so.2"}  # where glibc is
 LOADER = {"x86_64": "ld-linux-x86-64.so.2", "aarch64": "ld-linux-aarch64.so.1"}
-# What the vendor's AX650 library exports; an AX630C's has five more.
+# Functions exported by the vendor's AX650 library; the AX630C's has five more.
 AX630C_ONLY = {"GetTotalOps", "GetThrottle", "SetThrottle", "GetThrottleConfig", "DestroyKernelHandle"}
 
 
@@ -50,14 +50,14 @@ def declared(header: str, ax630c: bool) -> set[str]:
 
 
 @pytest.mark.parametrize("name", shipped.LIBRARIES)
-def test_only_the_interface_is_exported_and_all_of_it(name: str, libraries: Path) -> None:
+def test_exactly_the_interface_is_exported(name: str, libraries: Path) -> None:
     symbols = exported(libraries / name)
     wanted = declared(HEADERS[Path(name).name], "ax630c" in name)
     assert {symbol for symbol in symbols if symbol.startswith("AX_")} == wanted
     assert all(symbol.startswith(("AX_", "axc_")) for symbol in symbols)
 
 
-def test_clients_tell_the_chips_apart_by_what_is_exported(libraries: Path) -> None:
+def test_exports_identify_the_chip(libraries: Path) -> None:
     ax650, ax630c = (exported(libraries / folder / "libax_engine.so") for folder in ("", "ax630c"))
     assert ax630c - ax650 == {f"AX_ENGINE_{name}" for name in AX630C_ONLY}
     assert len([name for name in ax650 if name.startswith("AX_ENGINE_")]) == 25
@@ -97,7 +97,7 @@ def test_an_ax630c_has_two_model_types(libraries: Path, tmp_path: Path) -> None:
 
 
 def requirements(library: Path) -> Iterator[tuple[str, str]]:
-    """Each version of a symbol that a library needs, and of which other library."""
+    """The symbol versions that a library needs, with the library that has them."""
     with library.open("rb") as file:
         for needed, versions in section(ELFFile(file), ".gnu.version_r").iter_versions():
             for version in versions:
@@ -105,7 +105,7 @@ def requirements(library: Path) -> Iterator[tuple[str, str]]:
 
 
 def check_system(folder: Path, machine: str) -> None:
-    """Raises AssertionError where the libraries in `folder` need more than an old glibc."""
+    """Raises AssertionError if the libraries in `folder` need more than an old glibc."""
     for name in shipped.LIBRARIES:
         with (folder / name).open("rb") as file:
             elf = ELFFile(file)
@@ -125,13 +125,13 @@ def test_an_old_glibc_and_no_cxx_runtime_are_enough(libraries: Path) -> None:
     check_system(libraries, shipped.HOST)
 
 
-def test_what_is_built_is_not_built_again(libraries: Path, tmp_path: Path) -> None:
+def test_an_unchanged_library_is_not_rebuilt(libraries: Path, tmp_path: Path) -> None:
     said: list[str] = []
     assert shipped.build(say=said.append) == libraries
     assert said == []
 
 
-def test_a_change_of_the_sources_is_noticed(tmp_path: Path) -> None:
+def test_changed_sources_are_rebuilt(tmp_path: Path) -> None:
     copy = tmp_path / "board" / "engine"
     shutil.copytree(SOURCE, copy, ignore=shutil.ignore_patterns("lib", "build", "fuzz", "__pycache__"))
     (copy.parent / "axrun").mkdir()
@@ -144,12 +144,12 @@ def test_a_change_of_the_sources_is_noticed(tmp_path: Path) -> None:
         assert shipped.fingerprint(copy) != before
 
 
-def test_a_machine_without_an_engine_is_said(tmp_path: Path) -> None:
+def test_an_unsupported_machine_is_reported(tmp_path: Path) -> None:
     with pytest.raises(shipped.NotBuilt, match="for Linux on x86_64 or aarch64, not on riscv64"):
         shipped.build(tmp_path, "riscv64")
 
 
-def test_sources_that_do_not_compile_are_said(tmp_path: Path) -> None:
+def test_compile_errors_are_reported(tmp_path: Path) -> None:
     engine = tmp_path / "board" / "engine"
     shutil.copytree(SOURCE, engine, ignore=shutil.ignore_patterns("lib", "build", "fuzz", "__pycache__"))
     (engine.parent / "axrun").mkdir()
@@ -162,14 +162,14 @@ def test_sources_that_do_not_compile_are_said(tmp_path: Path) -> None:
     assert not (tmp_path / "lib").exists()
 
 
-@pytest.mark.system  # needs no package, but a minute
+@pytest.mark.system  # slow: a minute
 def test_the_same_bytes_from_another_folder(libraries: Path, tmp_path: Path) -> None:
     engine = tmp_path / "elsewhere" / "engine"
     shutil.copytree(SOURCE, engine, ignore=shutil.ignore_patterns("lib", "build", "fuzz", "__pycache__"))
     (engine.parent / "axrun").mkdir()
     shutil.copy(SOURCE.parent / "axrun" / "__init__.py", engine.parent / "axrun")
-    # The cache saves building libc++ once more; our objects are in it by the paths of their sources, so they are made
-    # anew. tests/container/test_image.py compares with libraries that were made without any cache.
+    # The cache avoids building libc++ again. Our objects are cached by source path, so they are built again here.
+    # tests/container/test_image.py compares with libraries built without a cache.
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "cache").symlink_to(SOURCE / "build" / "cache")
     other = shipped.build(tmp_path / "lib", engine=engine, work=tmp_path / "work", say=lambda line: None)
@@ -180,7 +180,7 @@ def test_the_same_bytes_from_another_folder(libraries: Path, tmp_path: Path) -> 
 
 
 def test_the_headers_are_plain_c(tmp_path: Path) -> None:
-    """Programs in C include them too."""
+    """The headers compile as C."""
     source = tmp_path / "client.c"
     source.write_text("#include <ax_sys_api.h>\n#include <axc_engine.h>\nint main(void) { return AX_SYS_Init(); }\n")
     command = [shipped.program("ziglang", "zig"), "cc", "-std=c99", "-Wall", "-Wextra", "-Werror"]
@@ -193,8 +193,8 @@ def test_the_headers_are_plain_c(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("chip", ["", "-DAXC_CHIP_AX630C"])
 @pytest.mark.parametrize("language", [["cc", "-std=c11", "-xc"], ["c++", "-std=c++20", "-xc++"]])
-def test_structures_and_numbers_are_the_documented_ones(language: list[str], chip: str, tmp_path: Path) -> None:
-    """layout.c asserts them where it is compiled."""
+def test_structures_and_constants_match_the_documentation(language: list[str], chip: str, tmp_path: Path) -> None:
+    """layout.c asserts them at compile time."""
     source = Path(__file__).parent / "layout.c"
     command = [shipped.program("ziglang", "zig"), *language, "-target", f"{shipped.HOST}-linux-gnu.{shipped.GLIBC}"]
     command += ["-O3", "-Wall", "-Wextra", "-Werror", *([chip] if chip else [])]
@@ -205,7 +205,7 @@ def test_structures_and_numbers_are_the_documented_ones(language: list[str], chi
 
 
 def test_python_finds_the_structures_sizes(libraries: Path) -> None:
-    """ctypes' idea of the structures is the headers', which the library's own sources assert."""
+    """The ctypes structures have the sizes that the library's sources assert."""
     from axrun.session import libax_engine
 
     sizes = {"IoBuffer": 128, "Io": 128, "IoMeta": 128, "IoInfo": 128, "NpuAttr": 36}

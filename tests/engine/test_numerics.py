@@ -1,4 +1,4 @@
-"""What the engine computes, held against onnxruntime running the same file as it is."""
+"""The engine's results compared with onnxruntime on the same file."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ def axmodels(build_tiny: Callable[..., Path]) -> list[Path]:
 
 
 @pytest.mark.parametrize("isa", HERE)
-def test_every_group_of_every_type_computes_what_onnxruntime_computes(
-    isa: str, axmodels: list[Path], in_process: Run
-) -> None:
+def test_every_group_of_every_type_matches_onnxruntime(isa: str, axmodels: list[Path], in_process: Run) -> None:
     done = in_process("compare.py", *axmodels, AXC_ISA=isa)
     assert done.returncode == 0, done.stderr[-2000:]
     first, *lines = done.stdout.splitlines()
@@ -69,7 +67,7 @@ def test_every_group_of_every_type_computes_what_onnxruntime_computes(
 def linear_file(
     folder: Path, parts: list[tuple[str, tuple[int, ...], Any]], attributes: dict[str, int], hidden: str = "fp32"
 ) -> Path:
-    """An axmodel that is one linear layer, `hidden` in and out; `parts` are the tensors of its weight."""
+    """An axmodel with one linear layer; `hidden`: type of input and output, `parts`: tensors of its weight."""
     state = FLOATS[hidden]
     tensors = {
         f"weight.{i}": Tensor(f"weight.{i}", dtype, dims, -1, nbytes(dtype, dims), memoryview(data.tobytes()))
@@ -117,7 +115,7 @@ def linear_file(
 def levels(
     random: Any, dtype: str, rows: int, columns: int, block: int, scale_dtype: str = "FLOAT", zeros: bool = False
 ) -> list[tuple[str, tuple[int, ...], Any]]:
-    """The extremes of a type are among the levels; scales have both signs."""
+    """Random levels including the extremes of the type, with scales of both signs."""
     scales = random.standard_normal((rows, columns // block) if block else rows).astype(np.float32)
     if dtype == "INT8":
         data = random.choice(np.array([-128, -127, 127, -1, 0, 5, 90], np.int8), (rows, columns))
@@ -136,7 +134,7 @@ def levels(
 
 @pytest.mark.parametrize("isa", HERE)
 def test_odd_shapes_and_blocks(isa: str, tmp_path: Path, in_process: Run) -> None:
-    """Rows and columns that fill no vector, blocks that are not the usual 128, every type of floats."""
+    """Rows and columns that do not fill a vector, blocks other than 128, all float types."""
     random = np.random.default_rng(0)
     paths = []
     for rows, columns in ((1, 1), (37, 130), (33, 576), (5, 127), (70, 2240)):
@@ -145,11 +143,15 @@ def test_odd_shapes_and_blocks(isa: str, tmp_path: Path, in_process: Run) -> Non
         paths.append(
             linear_file(tmp_path, levels(random, "INT4", rows, columns, block), {"axis": 1, "block_size": block})
         )
-    for rows, columns, block in ((4, 9, 9), (4, 6, 3), (4, 6, 1)):  # that begin inside a byte: not fused
+    for rows, columns, block in ((4, 9, 9), (4, 6, 3), (4, 6, 1)):  # blocks that begin inside a byte: not fused
         paths.append(
             linear_file(tmp_path, levels(random, "INT4", rows, columns, block), {"axis": 1, "block_size": block})
         )
-    for scale_dtype, zeros in (("FLOAT", True), ("FLOAT16", True), ("FLOAT16", False)):  # too small for integers
+    for scale_dtype, zeros in (
+        ("FLOAT", True),
+        ("FLOAT16", True),
+        ("FLOAT16", False),
+    ):  # blocks too small for integer arithmetic
         for dtype, rows, columns, block in (("INT4", 5, 36, 12), ("INT4", 5, 96, 16), ("INT8", 5, 63, 9)):
             parts = levels(random, dtype, rows, columns, block, scale_dtype, zeros)
             paths.append(linear_file(tmp_path, parts, {"axis": 1, "block_size": block}))
@@ -169,12 +171,12 @@ def test_odd_shapes_and_blocks(isa: str, tmp_path: Path, in_process: Run) -> Non
         assert float(worst) <= TOLERANCE[hidden], (path, worst)
 
 
-# rows, columns and block of weights for integer arithmetic; block 0: a scale for each row
+# rows, columns and block of weights for integer arithmetic; block 0: one scale per row
 INTEGER_SHAPES = (
     *((37, 384, 128), (6, 128, 128), (5, 640, 128)),
     *((37, 96, 32), (33, 576, 32), (3, 2304, 32), (66, 1152, 32)),
     *((9, 576, 64), (70, 1536, 64), (17, 64, 64)),
-    *((3, 96, 96), (33, 192, 96), (8, 512, 256)),  # blocks in which there are several groups of the kernels'
+    *((3, 96, 96), (33, 192, 96), (8, 512, 256)),  # blocks with several of the kernels' groups
     *((7, 36, 0), (6, 130, 0), (8, 512, 0)),
 )
 
@@ -182,7 +184,7 @@ INTEGER_SHAPES = (
 def grouped(
     folder: Path, scale_dtype: str, zeros: bool, shapes: tuple[tuple[int, int, int], ...] = INTEGER_SHAPES
 ) -> list[Path]:
-    """Weights of these shapes, and both types of levels."""
+    """Weights of these shapes in INT8 and INT4."""
     random = np.random.default_rng(0)
     return [
         linear_file(
@@ -196,15 +198,15 @@ def grouped(
 
 
 def kinds(folder: Path) -> list[Path]:
-    """Weights of every shape, type of levels, type of scales, with and without zero points."""
+    """Weights of all shapes, level types and scale types, with and without zero points."""
     return [path for scale in ("FLOAT", "FLOAT16") for zeros in (False, True) for path in grouped(folder, scale, zeros)]
 
 
 @pytest.mark.parametrize("isa", HERE)
-def test_activations_are_rounded_to_the_bits_asked_for(isa: str, tmp_path: Path, in_process: Run) -> None:
-    """Products of integers are exact: what is computed is what onnxruntime computes from the rounded activations.
+def test_activations_are_rounded_to_the_requested_bits(isa: str, tmp_path: Path, in_process: Run) -> None:
+    """Integer products are exact, so results match onnxruntime with rounded activations.
 
-    Weights that went by float32 would differ by what the rounding costs.
+    Weights computed in float32 instead would differ by the rounding error.
     """
     random = np.random.default_rng(0)
     paths = [linear_file(tmp_path, levels(random, "INT8", *shape, 0), {"axis": 0}) for shape in ((37, 300), (5, 127))]
@@ -217,7 +219,7 @@ def test_activations_are_rounded_to_the_bits_asked_for(isa: str, tmp_path: Path,
         assert float(worst) < 1e-5, (path, bits, worst)
 
 
-def test_fewer_bits_are_less_exact_and_only_where_they_are_asked_for(ax: Any, bundle_s8: Path) -> None:
+def test_fewer_bits_are_less_exact_and_only_used_on_request(ax: Any, bundle_s8: Path) -> None:
     path = Bundle.open(bundle_s8).layer_path(0)
     usual, plain = ax.open_session(path), exact(path)
     short = ax_int8.open_session(path)
@@ -235,7 +237,7 @@ def test_fewer_bits_are_less_exact_and_only_where_they_are_asked_for(ax: Any, bu
         usual.round_activations(12)
 
 
-def test_a_whole_model_generates_what_it_generates_with_onnxruntime(bundle_s8: Path, tiny_qwen2: Path, ax: Any) -> None:
+def test_a_model_generates_the_same_tokens_as_with_onnxruntime(bundle_s8: Path, tiny_qwen2: Path, ax: Any) -> None:
     bundle = Bundle.open(bundle_s8)
     tokenizer = Tokenizer.from_file(str(tiny_qwen2 / "tokenizer.json"))
     prompt = tokenizer.encode(tiny_qwen2.joinpath("heldout.txt").read_text()).ids[:70]
@@ -244,7 +246,7 @@ def test_a_whole_model_generates_what_it_generates_with_onnxruntime(bundle_s8: P
     for model in (ours, theirs):
         token, said = prompt, []
         for _ in range(40):
-            logits = model.forward(token)  # of the last token
+            logits = model.forward(token)  # logits of the last token
             token = [int(logits.argmax())]
             said += token
         tokens.append(said)
@@ -279,7 +281,7 @@ def test_a_row_without_a_visible_column_is_a_plain_softmax(ax: Any, bundle_fp32:
     wanted = {name: array.copy() for name, array in seen.items()}
     ours.bind(2, seen).run()
     plain.bind(2, wanted).run()
-    # -65536 leaves a score 2^-8 of precision: only here may the engines differ by that much
+    # adding -65536 leaves a score with a precision of 2^-8: only here may the engines differ by as much
     np.testing.assert_allclose(seen["output"][0, 3], wanted["output"][0, 3], rtol=0, atol=0.05)
     np.testing.assert_allclose(
         np.delete(seen["output"][0], 3, 0), np.delete(wanted["output"][0], 3, 0), rtol=0, atol=1e-4

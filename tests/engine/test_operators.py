@@ -1,6 +1,6 @@
-"""Every operator of the engine's table, plain and in the patterns that are fused, on every instruction set of this CPU.
+"""All operators of the engine's table, alone and in fused patterns, on every instruction set of this CPU.
 
-The answers are ONNX's own: its backend node tests, and its reference evaluator for shapes drawn beside.
+Expected values come from ONNX: its backend node tests, and its reference evaluator for further shapes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ FUSED = ("linear", "attention", "rotary", "gated", "norm", "cast")
 
 @pytest.fixture(scope="session")
 def operators(ax: Any) -> list[str]:
-    """The names in the engine's table."""
+    """The operators in the engine's table."""
     return [name for name in ax.library().counters() if name not in FUSED]
 
 
 @pytest.fixture(scope="session")
 def samples(operators: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with every sample."""
+    """A file with all samples."""
     made = [sample(op, case) for op in operators for case in operator_cases.cases(op)]
     made += [one for pattern in PATTERNS.values() for one in pattern()]
     path = tmp_path_factory.mktemp("operators") / "samples"
@@ -47,7 +47,7 @@ def test_every_operator_and_every_pattern_has_cases(operators: list[str], sample
     assert len(operators) > 50
 
 
-def test_few_of_the_node_tests_are_left_out_and_each_for_a_reason(operators: list[str]) -> None:
+def test_skipped_node_tests_are_few_and_have_a_reason(operators: list[str]) -> None:
     kept, reasons = 0, Counter[str]()
     for op in operators:
         cases, out = operator_cases.node_tests(op)
@@ -63,7 +63,7 @@ def test_few_of_the_node_tests_are_left_out_and_each_for_a_reason(operators: lis
 
 
 @pytest.mark.parametrize("isa", HERE)
-def test_every_operator_gives_what_onnx_says(isa: str, samples: Path, in_process: Run) -> None:
+def test_every_operator_matches_onnx(isa: str, samples: Path, in_process: Run) -> None:
     done = in_process("run_operators.py", samples, AXC_ISA=isa)
     assert done.returncode == 0, done.stderr[-2000:]
     first, *lines = done.stdout.splitlines()
@@ -119,7 +119,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[int, ...], str
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_cannot_be_computed_is_an_error(name: str, ax: Any, tmp_path: Path) -> None:
+def test_unsupported_operators_are_refused(name: str, ax: Any, tmp_path: Path) -> None:
     op, given, stored, shape, dtype, attributes, words = WRONG[name]
     data = model(op, given, stored, shape, dtype, **attributes)
     answer = (np.zeros(shape, helper.tensor_dtype_to_np_dtype(1) if dtype == "FLOAT" else np.int64),)
@@ -128,7 +128,7 @@ def test_what_cannot_be_computed_is_an_error(name: str, ax: Any, tmp_path: Path)
         run_operators.run(one, tmp_path / "case.axmodel")
 
 
-def test_the_recipe_and_the_format_name_every_operator(operators: list[str]) -> None:
+def test_the_documentation_lists_every_operator(operators: list[str]) -> None:
     text = (ROOT / "docs" / "axmodel.md").read_text()
     listed = re.search(r"## Operators\n(.*?)\n## ", text, re.S)
     assert listed

@@ -1,4 +1,4 @@
-"""What a client of the vendor's interface is told: codes for what it does wrong, and a line on stderr for a model."""
+"""Errors of the vendor's interface: return codes for wrong calls, and one line on stderr for a refused model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from axrun.format.bundle import Bundle
 from tests import vendor_files
 from tests.engine.conftest import ROOT
 
-# Calls functions of a library in a process of its own, and prints their codes: arguments are the folder and the calls.
+# Calls functions of a library in a separate process and prints their codes. Arguments: the folder and the calls.
 CLIENT = """
 import ctypes, json, sys
 folder, calls = sys.argv[1], json.loads(sys.argv[2])
@@ -48,7 +48,7 @@ OK = "0"
 
 
 def client(folder: Path, calls: list[list[Any]], **environment: str) -> tuple[list[str], list[str]]:
-    """The code of each call and the model type behind it, and the lines on stderr."""
+    """The code of each call with the model type after it, and the lines on stderr."""
     calls = [[str(part) if isinstance(part, Path) else part for part in call] for call in calls]
     kept = {name: value for name, value in os.environ.items() if name != "AXC_QUIET"}
     done = subprocess.run(
@@ -65,7 +65,7 @@ def codes(folder: Path, calls: list[list[Any]], **environment: str) -> list[str]
     return [line.split()[0] for line in client(folder, calls, **environment)[0]]
 
 
-def test_each_step_has_its_place(libraries: Path, bundle_s8: Path) -> None:
+def test_calls_in_the_wrong_order_are_refused(libraries: Path, bundle_s8: Path) -> None:
     model = Bundle.open(bundle_s8).post_path
     memory = ["AX_SYS_MemAllocCached", "physical", "address", 64, 128, "null"]
     sequence: list[tuple[list[Any], str]] = [
@@ -124,7 +124,7 @@ def test_each_step_has_its_place(libraries: Path, bundle_s8: Path) -> None:
     assert [(call, code) for (call, _), code in zip(sequence, seen, strict=True)] == sequence
 
 
-def test_memory_of_a_model_is_what_it_takes(libraries: Path, bundle_s8: Path) -> None:
+def test_reported_memory_of_a_model(libraries: Path, bundle_s8: Path) -> None:
     model = Bundle.open(bundle_s8).post_path
     out, _ = client(
         libraries, [*INIT, ["AX_ENGINE_CreateHandle", "handle", model], ["AX_ENGINE_GetCMMUsage", "HANDLE", "kind"]]
@@ -136,7 +136,7 @@ class Extra(ctypes.Structure):
     _fields_ = (("nNpuSet", ctypes.c_uint32), ("pName", ctypes.c_char_p), ("reserve", ctypes.c_uint32 * 8))
 
 
-def test_a_handle_is_made_for_the_cores_asked_for(ax: Any, bundle_s8: Path) -> None:
+def test_a_handle_has_the_requested_cores(ax: Any, bundle_s8: Path) -> None:
     engine, data = ax.library().engine, Bundle.open(bundle_s8).post_path.read_bytes()
     handle, cores = ctypes.c_void_p(), ctypes.c_uint32()
     arguments = ctypes.byref(handle), data, ctypes.c_uint32(len(data)), ctypes.byref(Extra(nNpuSet=0b101))
@@ -182,7 +182,7 @@ def edited(good: bytes, old: bytes, new: bytes) -> bytes:
     return good.replace(old, new)
 
 
-def test_a_refused_model_is_said_once_in_a_line(libraries: Path, bundle_s8: Path, tmp_path: Path) -> None:
+def test_a_refused_model_is_reported_once_in_one_line(libraries: Path, bundle_s8: Path, tmp_path: Path) -> None:
     good = Bundle.open(bundle_s8).layer_path(0).read_bytes()
     cases = {
         "vendor": (
@@ -206,7 +206,7 @@ def test_a_refused_model_is_said_once_in_a_line(libraries: Path, bundle_s8: Path
         ]
         out, said = client(libraries, INIT + calls)
         assert out[2] == out[3] != "0 9"
-        (line,) = said  # the second try of the same client adds nothing
+        (line,) = said  # a retry of the same client prints nothing
         assert line.startswith("libax_engine (axc ")
         assert words in line
         assert "expected an axmodel made by axc" in line
@@ -216,7 +216,7 @@ def test_a_refused_model_is_said_once_in_a_line(libraries: Path, bundle_s8: Path
         assert client(libraries, INIT + calls, AXC_QUIET="0")[1] == said
 
 
-def test_what_is_wrong_with_a_call_is_no_ones_line(libraries: Path, bundle_s8: Path) -> None:
+def test_a_wrong_call_prints_nothing(libraries: Path, bundle_s8: Path) -> None:
     model = Bundle.open(bundle_s8).post_path
     calls: list[list[Any]] = [
         ["AX_ENGINE_CreateHandle", "handle", model],
@@ -226,7 +226,7 @@ def test_what_is_wrong_with_a_call_is_no_ones_line(libraries: Path, bundle_s8: P
     assert client(libraries, calls)[1] == []
 
 
-def test_our_own_session_says_it_once(libraries: Path, bundle_s8: Path, tmp_path: Path) -> None:
+def test_axruns_session_reports_it_once(libraries: Path, bundle_s8: Path, tmp_path: Path) -> None:
     path = tmp_path / "odd.axmodel"
     path.write_bytes(edited(Bundle.open(bundle_s8).layer_path(0).read_bytes(), b"Sigmoid", b"Sigmojd"))
     command = [sys.executable, "-m", "axrun", "model", str(path), "--engine", "ax"]

@@ -1,4 +1,4 @@
-"""The engine under AddressSanitizer and UndefinedBehaviorSanitizer, and its loader under libFuzzer: by clang."""
+"""The engine with clang's AddressSanitizer and UndefinedBehaviorSanitizer, and its loader under libFuzzer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ pytestmark = pytest.mark.system
 
 CLANG = "-DCMAKE_CXX_COMPILER=clang++"
 FUZZED_SECONDS = 60
-# Tests of the files themselves, which a sanitized build has others of, and those that start more tests.
+# Excluded: tests of the library files, which differ in a sanitized build, and tests that start other tests.
 APART = ("test_library.py", "test_wheel.py", "test_sanitized.py", "test_aarch64.py")
 
 
-def test_the_tests_of_the_engine_pass_with_sanitizers() -> None:
+def test_the_engine_tests_pass_with_sanitizers() -> None:
     targets = ("ax_sys", "ax_engine", "ax_interpreter")
     folder = build("sanitized", "-DAXC_SANITIZE=ON", "-DAXC_STATIC_RUNTIME=OFF", CLANG, targets=targets)
     name = f"libclang_rt.asan-{os.uname().machine}.so"
@@ -29,7 +29,7 @@ def test_the_tests_of_the_engine_pass_with_sanitizers() -> None:
         **os.environ,
         "AXRUN_ENGINE": str(folder),
         "LD_PRELOAD": found.stdout.strip(),
-        # what Python itself never frees is not the engine's
+        # Python itself leaks memory
         "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=1:quarantine_size_mb=16",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }

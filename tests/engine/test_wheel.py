@@ -37,11 +37,11 @@ def whole(libraries: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_its_name_says_what_it_runs_on(whole: Path) -> None:
+def test_the_platform_tag(whole: Path) -> None:
     assert whole.name == f"axrun-{VERSION}-py3-none-manylinux_2_31_{shipped.HOST}.whl"
 
 
-def test_it_holds_the_runner_and_the_libraries_and_nothing_to_build_them(whole: Path, libraries: Path) -> None:
+def test_it_has_the_runner_and_the_libraries_but_no_sources(whole: Path, libraries: Path) -> None:
     with zipfile.ZipFile(whole) as archive:
         names = set(archive.namelist())
         for name in shipped.LIBRARIES:
@@ -56,8 +56,8 @@ def test_it_holds_the_runner_and_the_libraries_and_nothing_to_build_them(whole: 
     assert "Root-Is-Purelib: false" in about
 
 
-def test_it_holds_what_the_page_is_made_of(whole: Path) -> None:
-    """The Markdown libraries and their licences too, where `make page` has brought them."""
+def test_it_has_the_files_of_the_page(whole: Path) -> None:
+    """Including the Markdown libraries and their licences, if `make page` has installed them."""
     page = ROOT / "board" / "axrun" / "serve" / "page"
     files = {path.relative_to(page).as_posix(): path for path in page.rglob("*") if path.is_file()}
     files.pop("lib/made-from", None)
@@ -68,7 +68,7 @@ def test_it_holds_what_the_page_is_made_of(whole: Path) -> None:
             assert archive.read(f"axrun/serve/page/{name}") == path.read_bytes()
 
 
-def test_it_is_the_same_bytes_again(whole: Path, libraries: Path, tmp_path: Path) -> None:
+def test_the_build_is_reproducible(whole: Path, libraries: Path, tmp_path: Path) -> None:
     wheel(tmp_path, AXRUN_LIBRARIES=str(libraries))
     assert (tmp_path / whole.name).read_bytes() == whole.read_bytes()
 
@@ -89,7 +89,7 @@ def test_unpacked_it_finds_its_own_engine(whole: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{tmp_path / 'axrun' / 'engine' / 'lib'} ax axc {VERSION} "), done.stderr
 
 
-def test_without_the_engine_it_is_for_any_machine_when_asked_for(tmp_path: Path) -> None:
+def test_a_wheel_without_the_engine_is_for_any_machine(tmp_path: Path) -> None:
     done = wheel(tmp_path, AXRUN_TARGET="pure")
     assert done.returncode == 0, done.stderr
     (made,) = tmp_path.iterdir()
@@ -105,7 +105,9 @@ def test_without_the_engine_it_is_for_any_machine_when_asked_for(tmp_path: Path)
         ({"AXRUN_TARGET": "other", "AXRUN_LIBRARIES": "ours"}, "libax_sys.so is no library for"),
     ],
 )
-def test_what_cannot_be_made_is_said(environment: dict[str, str], words: str, libraries: Path, tmp_path: Path) -> None:
+def test_an_impossible_wheel_is_refused(
+    environment: dict[str, str], words: str, libraries: Path, tmp_path: Path
+) -> None:
     other = next(machine for machine in shipped.MACHINES if machine != shipped.HOST)
     words_of = {"other": other, "ours": str(libraries)}
     done = wheel(tmp_path, **{name: words_of.get(value, value) for name, value in environment.items()})

@@ -42,6 +42,29 @@ def read_rope(reader: Reader, positions: int, head_dim: int, *, partial: bool = 
     return rope_of(reader, nested, theta, positions, head_dim, partial=partial)
 
 
+BY_LAYER_TYPE = frozenset(("full_attention", "sliding_attention"))
+
+
+def rope_by_layer_type(reader: Reader, kind: str, theta: str, positions: int, head_dim: int) -> Rope:
+    """Rope of the layers of a type: in rope_parameters by its name; `theta` is the key that stands in for its base.
+
+    rope_scaling, the older spelling, is of the layers that see everything. Raises BadInput.
+    """
+    nested = reader.values.get("rope_parameters") or {}
+    if not isinstance(nested, dict):
+        raise BadInput(f"{reader.path}: rope_parameters is {nested!r:.60}; expected an object")
+    own = nested.get(kind) or {}
+    scaling = reader.values.get("rope_scaling") or {}
+    if not isinstance(own, dict) or not isinstance(scaling, dict):
+        raise BadInput(f"{reader.path}: rope_parameters.{kind} is {own!r:.60}; expected an object")
+    if set(nested) - BY_LAYER_TYPE:
+        odd = ", ".join(sorted(map(str, nested)))
+        raise BadInput(f"{reader.path}: rope_parameters has {odd:.60}; expected an object for each layer type")
+    if kind == "full_attention":
+        own = {**own, **scaling}
+    return rope_of(reader, own, reader.get(theta), positions, head_dim)
+
+
 def rope_of(
     reader: Reader, nested: dict[str, Any], theta: Any, positions: int, head_dim: int, *, partial: bool = False
 ) -> Rope:

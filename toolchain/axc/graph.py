@@ -257,6 +257,18 @@ class Graph:
         """x * Phi(x), Phi by tanh or by erf."""
         return self._node("Gelu", [x], x.dtype, x.shape, approximate="tanh" if tanh else "none")
 
+    def relu(self, x: Value) -> Value:
+        """max(x, 0)."""
+        return self._node("Relu", [x], x.dtype, x.shape)
+
+    def clip(self, x: Value, name: str, most: float) -> Value:
+        """x between -most and most, constants called `name`.low and `name`.high."""
+        low, high = (
+            self.constant(f"{name}.{end}", np.array(value, np.float32))
+            for end, value in (("low", -most), ("high", most))
+        )
+        return self._node("Clip", [x, low, high], x.dtype, x.shape)
+
     def tanh(self, x: Value) -> Value:
         return self._node("Tanh", [x], x.dtype, x.shape)
 

@@ -48,10 +48,11 @@ class DecoderConfig(ModelConfig):
     sliding: tuple[bool, ...] = ()
 
 
-def decoder(reader: Reader, *, epsilon: str = "rms_norm_eps", partial: bool = False) -> dict[str, Any]:
+def decoder(reader: Reader, *, epsilon: str | float = "rms_norm_eps", partial: bool = False) -> dict[str, Any]:
     """The fields of DecoderConfig but `sliding` and the window. Raises BadInput.
 
-    `epsilon` is the key of the norms' epsilon; `partial`: the architecture reads partial_rotary_factor.
+    `epsilon` is the key of the norms' epsilon, or its value where no key has it; `partial`: the architecture reads
+    partial_rotary_factor.
     """
     heads, hidden = reader.integer("num_attention_heads"), reader.integer("hidden_size")
     positions, head_dim = reader.integer("max_position_embeddings"), reader.head_dim(hidden, heads)
@@ -64,10 +65,16 @@ def decoder(reader: Reader, *, epsilon: str = "rms_norm_eps", partial: bool = Fa
         "head_dim": head_dim,
         "vocab_size": reader.integer("vocab_size"),
         "max_position_embeddings": positions,
-        "rms_norm_eps": reader.number(epsilon, low=1e-12, high=1),
+        "rms_norm_eps": epsilon if isinstance(epsilon, float) else reader.number(epsilon, low=1e-12, high=1),
         "rope": read_rope(reader, positions, head_dim, partial=partial),
         "tie_word_embeddings": reader.flag("tie_word_embeddings"),
     }
+
+
+def without_ropes(reader: Reader) -> Reader:
+    """For `decoder`, which knows one rope for all layers; `rope_by_layer_type` reads those of each type."""
+    plain = {"rope_scaling": None, "rope_parameters": None, "rope_theta": reader.get("rope_theta")}
+    return Reader({**reader.values, **plain}, reader.path, reader.defaults)
 
 
 def keeps(config: DecoderConfig, index: int) -> Keeps:
@@ -92,11 +99,13 @@ ACTIVATIONS = {
     "gelu_new": "gelu tanh",
     "gelu_pytorch_tanh": "gelu tanh",
     "gelu_fast": "gelu tanh",
+    "relu": "relu",
+    "relu2": "relu squared",
 }
 
 
 def activation(reader: Reader, key: str = "hidden_act") -> str:
-    """One of `silu`, `gelu`, `gelu tanh`. Raises BadInput."""
+    """One of `silu`, `gelu`, `gelu tanh`, `relu`, `relu squared`. Raises BadInput."""
     value = reader.get(key)
     if not isinstance(value, str) or value not in ACTIVATIONS:
         raise BadInput(f"{reader.path}: {key} is {value!r:.60}; expected one of {', '.join(ACTIVATIONS)}")
@@ -105,6 +114,9 @@ def activation(reader: Reader, key: str = "hidden_act") -> str:
 
 def activate(graph: Graph, x: Value, kind: str) -> Value:
     """The activation that `activation` named."""
+    if kind.startswith("relu"):
+        x = graph.relu(x)
+        return graph.mul(x, x) if kind == "relu squared" else x
     return graph.silu(x) if kind == "silu" else graph.gelu(x, tanh=kind == "gelu tanh")
 
 
@@ -172,6 +184,14 @@ def gated_mlp_weights(layer: str, hidden: int, inner: int, bias: bool = False) -
     }
 
 
+def plain_mlp_weights(layer: str, hidden: int, inner: int, bias: bool = False) -> Sources:
+    """Up and down projections of an MLP without a gate."""
+    return {
+        **matrix(f"{layer}mlp.up_proj", inner, hidden, bias),
+        **matrix(f"{layer}mlp.down_proj", hidden, inner, bias),
+    }
+
+
 def norm_weights(layer: str, size: int, *names: str, bias: bool = False) -> Sources:
     """The weights of several norms of a layer."""
     found: Sources = {}
@@ -183,15 +203,16 @@ def norm_weights(layer: str, size: int, *names: str, bias: bool = False) -> Sour
 def decoder_weights(
     config: ModelConfig,
     layer: Callable[[str, int], Sources],
-    norm: str = "model.norm",
+    norm: str | None = "model.norm",
     norm_bias: bool = False,
     head_bias: bool = False,
 ) -> Sources:
-    """Embedding, the weights that `layer(prefix, index)` names for each layer, final norm and head."""
+    """Embedding, the weights that `layer(prefix, index)` names for each layer, final norm (if it has any) and head."""
     found: Sources = {EMBEDDING: Stored(EMBEDDING, (config.vocab_size, config.hidden_size))}
     for index in range(config.num_hidden_layers):
         found |= layer(f"model.layers.{index}.", index)
-    found |= vector(norm, config.hidden_size, norm_bias)
+    if norm is not None:
+        found |= vector(norm, config.hidden_size, norm_bias)
     if not config.tie_word_embeddings:
         found[HEAD] = Stored(HEAD, (config.vocab_size, config.hidden_size))
     if head_bias:
@@ -233,6 +254,11 @@ def rms(epsilon: float) -> Norm:
 def layer_norm(epsilon: float) -> Norm:
     """LayerNorm with `name`.weight and `name`.bias if there is one."""
     return lambda graph, x, name: graph.layer_norm(x, name, epsilon)
+
+
+def bare_layer_norm(epsilon: float) -> Norm:
+    """LayerNorm without weight or bias."""
+    return lambda graph, x, name: graph.standardized(x, epsilon)
 
 
 @dataclass(frozen=True)
@@ -293,11 +319,17 @@ def attention(
     head_norm: HeadNorm | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    clip: float | None = None,
     output: str = "self_attn.o_proj",
 ) -> Value:
-    """Grouped-query attention of x [1, M, H]; declares the K and V outputs. No `rotation`: positions are not told."""
+    """Grouped-query attention of x [1, M, H]; declares the K and V outputs. No `rotation`: positions are not told.
+
+    Scores are multiplied by `scale` and capped by `softcap`; `clip` bounds q, k and v as they are projected.
+    """
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     q, k, v = (graph.linear(x, f"{layer}self_attn.{part}_proj") for part in "qkv")
+    if clip is not None:
+        q, k, v = (graph.clip(part, "qkv.clip", clip) for part in (q, k, v))
 
     def normed(q: Value, k: Value) -> tuple[Value, Value]:
         assert head_norm is not None
@@ -337,21 +369,36 @@ def mlp(graph: Graph, x: Value, first: str, second: str, kind: str) -> Value:
     return graph.linear(inner, second, reordered=True)
 
 
+def plain_mlp(graph: Graph, x: Value, layer: str, kind: str) -> Value:
+    """activation(up), then down."""
+    return graph.linear(activate(graph, graph.linear(x, f"{layer}mlp.up_proj"), kind), f"{layer}mlp.down_proj")
+
+
+Mlp = Callable[[Graph, Value, str], Value]
+
+
 def pre_norm_layer(
     graph: Graph,
     config: DecoderConfig,
     index: int,
     rotation: Rotation | None,
     *,
+    norm: Norm | None = None,
+    mlp: Mlp = gated_mlp,
     head_norm: HeadNorm | None = None,
+    clip: float | None = None,
 ) -> None:
-    """The layer that Llama made common: a norm before attention and one before SwiGLU, each added to its input."""
-    prefix, norm = f"model.layers.{index}.", rms(config.rms_norm_eps)
+    """The layer that Llama made common: a norm before attention and one before the MLP, each added to its input.
+
+    RMSNorm and SwiGLU, unless `norm` or `mlp` is another.
+    """
+    prefix, norm = f"model.layers.{index}.", norm or rms(config.rms_norm_eps)
     given = inputs(config, graph)
     normed = norm(graph, given.x, f"{prefix}input_layernorm")
-    x = graph.add(given.x, attention(graph, given, normed, prefix, config, rotation, head_norm=head_norm))
+    attended = attention(graph, given, normed, prefix, config, rotation, head_norm=head_norm, clip=clip)
+    x = graph.add(given.x, attended)
     normed = norm(graph, x, f"{prefix}post_attention_layernorm")
-    graph.output("output", graph.add(x, gated_mlp(graph, normed, prefix)), graph.hidden_type)
+    graph.output("output", graph.add(x, mlp(graph, normed, prefix)), graph.hidden_type)
 
 
 def post_norm_layer(

@@ -8,13 +8,12 @@ from types import MappingProxyType
 from typing import Any
 
 from axc.config_json import Reader
-from axc.config_rope import rope_of
+from axc.config_rope import rope_by_layer_type
 from axc.families import blocks, gemma, gemma2
 from axc.families.blocks import HeadNorm, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
 from axc.rope import Rope
-from axrun.errors import BadInput
 
 # Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -51,34 +50,16 @@ class Config(gemma2.Config):
 def config(reader: Reader) -> Config:
     layers, pattern = reader.integer("num_hidden_layers", high=1024), reader.integer("sliding_window_pattern")
     kinds = blocks.sliding_layers(reader) or tuple(bool((index + 1) % pattern) for index in range(layers))
-    ropes = {"rope_scaling": None, "rope_parameters": None, "rope_theta": reader.get("rope_theta")}
-    fields = blocks.decoder(Reader({**reader.values, **ropes}, reader.path, reader.defaults))
+    fields = blocks.decoder(blocks.without_ropes(reader))
     size, head_dim = fields["max_position_embeddings"], fields["head_dim"]
-    fields["rope"] = _rope(reader, "full_attention", "rope_theta", size, head_dim)
+    fields["rope"] = rope_by_layer_type(reader, "full_attention", "rope_theta", size, head_dim)
     return Config(
         model_type="gemma3_text",
         **fields,
         **blocks.window(reader, kinds),
         **gemma2.particular(reader),
-        local_rope=_rope(reader, "sliding_attention", "rope_local_base_freq", size, head_dim),
+        local_rope=rope_by_layer_type(reader, "sliding_attention", "rope_local_base_freq", size, head_dim),
     )
-
-
-def _rope(reader: Reader, kind: str, theta: str, positions: int, head_dim: int) -> Rope:
-    """Of one kind of layer: in rope_parameters by that name; rope_scaling is for the layers that see everything."""
-    nested = reader.values.get("rope_parameters") or {}
-    if not isinstance(nested, dict):
-        raise BadInput(f"{reader.path}: rope_parameters is {nested!r:.60}; expected an object")
-    own = nested.get(kind) or {}
-    scaling = reader.values.get("rope_scaling") or {}
-    if not isinstance(own, dict) or not isinstance(scaling, dict):
-        raise BadInput(f"{reader.path}: rope_parameters.{kind} is {own!r:.60}; expected an object")
-    if set(nested) - {"full_attention", "sliding_attention"}:
-        odd = ", ".join(sorted(map(str, nested)))
-        raise BadInput(f"{reader.path}: rope_parameters has {odd:.60}; expected an object for each layer type")
-    if kind == "full_attention":
-        own = {**own, **scaling}
-    return rope_of(reader, own, reader.get(theta), positions, head_dim)
 
 
 def weights(config: Config) -> Sources:

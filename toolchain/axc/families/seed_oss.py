@@ -1,0 +1,83 @@
+"""Seed-OSS: Llama with a head_dim of its own, and the biases of q, k and v apart from that of the output."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from axc.config_json import Reader
+from axc.families import blocks
+from axc.families.blocks import DecoderConfig, Rotation, Sources
+from axc.families.family import Family
+from axc.graph import Graph
+
+# of a key that is absent, as in transformers' class
+DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {
+        "vocab_size": 155136,
+        "hidden_size": 4096,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 80,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "max_position_embeddings": 524288,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "attention_out_bias": False,
+        "mlp_bias": False,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(DecoderConfig):
+    attention_bias: bool
+    attention_out_bias: bool
+    mlp_bias: bool
+    activation: str
+
+
+def config(reader: Reader) -> Config:
+    return Config(
+        model_type="seed_oss",
+        **blocks.decoder(reader),
+        attention_bias=reader.flag("attention_bias"),
+        attention_out_bias=reader.flag("attention_out_bias"),
+        mlp_bias=reader.flag("mlp_bias"),
+        activation=blocks.activation(reader),
+    )
+
+
+def weights(config: Config) -> Sources:
+    hidden = config.hidden_size
+
+    def layer(prefix: str, index: int) -> Sources:
+        return {
+            **blocks.norm_weights(prefix, hidden, "input_layernorm", "post_attention_layernorm"),
+            **blocks.attention_weights(prefix, config, config.attention_bias, config.attention_out_bias),
+            **blocks.gated_mlp_weights(prefix, hidden, config.intermediate_size, config.mlp_bias),
+        }
+
+    return blocks.decoder_weights(config, layer)
+
+
+def layer(config: Config, index: int, positions: int, graph: Graph) -> None:
+    mlp = partial(blocks.gated_mlp, kind=config.activation)
+    blocks.pre_norm_layer(graph, config, index, Rotation(config.rope, positions), mlp=mlp)
+
+
+FAMILY = Family(
+    config=config,
+    weights=weights,
+    layer=layer,
+    post=blocks.post_rms,
+    reads=blocks.READS | {"attention_bias", "attention_out_bias", "mlp_bias"},
+    defaults=DEFAULTS,
+)

@@ -33,7 +33,9 @@ def load(
         say(f"weights: {checkpoint.source}, which transformers prefers; not read: {aside}")
     family, config = families.read_config(values, path, model_type, say)
     names = values.get("architectures")
-    if isinstance(names, list) and names and not any("CausalLM" in str(name) for name in names):
+    if checkpoint.others:
+        say(f"weights: {checkpoint.others} tensors of other parts than the text model: not read")
+    elif isinstance(names, list) and names and not any("CausalLM" in str(name) for name in names):
         say(f"config.json names {str(names[0])!r:.60}; built as a causal language model, as AutoModelForCausalLM does")
     if values.get("auto_map"):
         say(f"config.json has custom code (auto_map), which is not run: the model is read as {config.model_type}")

@@ -55,8 +55,8 @@ class Reader:
         return value
 
     def head_dim(self, hidden: int, heads: int) -> int:
-        """head_dim, by default hidden_size / num_attention_heads; must be even for rotary embedding."""
-        given = self.values.get("head_dim") is not None
+        """head_dim, by default the architecture's own or hidden_size / num_attention_heads; even for rotary embedding."""
+        given = self.values.get("head_dim", self.defaults.get("head_dim")) is not None
         if not given and hidden % heads:
             raise BadInput(f"{self.path}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
         value = self.integer("head_dim", low=2) if given else hidden // heads

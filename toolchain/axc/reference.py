@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from axc import gguf_reading, lora_reading, quantised_reading
 from axc.budget import available_memory, megabytes
 from axc.checkpoints.gguf import SUFFIX as GGUF
+from axc.checkpoints.multimodal import is_multimodal, text_names
 from axrun.errors import BadInput
 
 try:
@@ -30,6 +31,7 @@ try:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
     from transformers.modeling_utils import load_state_dict
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 except ImportError:
     raise BadInput(
         "the float32 reference needs torch and transformers, which are not installed\n"
@@ -108,8 +110,7 @@ class Reference:
         self.config.return_dict = True  # outputs are taken by name, whatever config.json says of their form
         with _refusing(path):
             with torch.device("meta"):
-                auto: Any = transformers.AutoModelForCausalLM
-                skeleton = auto.from_config(self.config, dtype=torch.float32, trust_remote_code=False)
+                skeleton = _auto(self.config).from_config(self.config, dtype=torch.float32, trust_remote_code=False)
             whole_only = path.suffix == GGUF or self._quantised is not None or bool(adapters)
             self.stored = stored = self._types()
         whole = 0 if stored == {torch.float32} and not whole_only else 4 * _count(skeleton)  # float32 files are mapped
@@ -232,8 +233,13 @@ class Reference:
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """The shape of each weight by its name; a head that is tied to the embedding is listed too."""
-        named = self.model.named_parameters(remove_duplicate=False)
-        return {name: tuple(weight.shape) for name, weight in named}
+        return {alone: tuple(self.model.get_parameter(name).shape) for alone, name in self._names.items()}
+
+    @functools.cached_property
+    def _names(self) -> dict[str, str]:
+        """Of the weights by the names that a text model alone has."""
+        names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
+        return text_names(names) if is_multimodal(self.config.to_dict()) else {name: name for name in names}
 
     @torch.no_grad()
     def embedding(self, start: int, stop: int | None) -> Floats:
@@ -248,7 +254,7 @@ class Reference:
     @torch.no_grad()
     def weight(self, name: str, start: int = 0, stop: int | None = None) -> Floats:
         """Rows [start, stop) of a weight, in float32."""
-        return np.asarray(self.model.get_parameter(name)[start:stop].float().numpy())
+        return np.asarray(self.model.get_parameter(self._names[name])[start:stop].float().numpy())
 
     def dtype(self, name: str) -> str:
         """Of what `finite_rows` gives: the two let weight sources (axc.weights) read transformers' tensors."""
@@ -353,7 +359,6 @@ class Reference:
         return gguf_reading.stored_types(self.path) if self.path.suffix == GGUF else _stored_types(self.path)
 
     def _load(self, dtype: torch.dtype, skeleton: Any) -> Any:
-        auto: Any = transformers.AutoModelForCausalLM
         how: dict[str, Any] = {"config": self.config, "dtype": dtype, "output_loading_info": True}
         how["ignore_mismatched_sizes"] = True  # they are refused below, by name
         with _refusing(self.path):
@@ -364,7 +369,7 @@ class Reference:
                 tensors = quantised_reading.weights(self.path, self._quantised, _mapped, {*skeleton.state_dict()})
                 model, report = type(skeleton).from_pretrained(None, state_dict=tensors, **how)
             else:
-                model, report = auto.from_pretrained(self.path, weights_only=True, **how, **LOCAL)
+                model, report = _auto(self.config).from_pretrained(self.path, weights_only=True, **how, **LOCAL)
         kind = type(model).__name__
         for name, stored, wanted in sorted(report["mismatched_keys"]):
             raise Refused(f"{kind} of transformers has {name} in {list(wanted)}, {self.path} in {list(stored)}")
@@ -470,10 +475,19 @@ def _count(module: Any) -> int:
     return sum(int(weight.numel()) for weight in module.parameters())
 
 
+def _auto(config: Any) -> Any:
+    """AutoModelForCausalLM, or what has a text model beside others."""
+    causal: Any = transformers.AutoModelForCausalLM
+    multimodal = (
+        type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    )
+    return transformers.AutoModelForImageTextToText if multimodal else causal
+
+
 def _decoder_layers(model: Any) -> Any:
     """The list of the decoder's layers: as long as the config says, and with the most weights. Raises Refused."""
-    length = model.config.get_text_config().num_hidden_layers
-    lists = [m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == length]
+    length, text = model.config.get_text_config().num_hidden_layers, model.get_decoder()
+    lists = [m for m in text.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == length]
     if not lists:
         raise Refused(f"{type(model).__name__} of transformers has no list of {length} layers")
     return max(lists, key=_count)

@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoints import folder, quantised, safetensors, torch_bin
+from axc.checkpoints import folder, multimodal, quantised, safetensors, torch_bin
 from axc.checkpoints.gguf import SUFFIX as GGUF
 from axc.checkpoints.gguf import Model
 from axc.checkpoints.lora import Lora, merge
@@ -35,6 +35,7 @@ class Checkpoint:
     """An opened checkpoint. `tensors` by name; `files` are the weight files, in order of name.
 
     `aside` names weight files that lie in the folder and are not read, `source` the file or index that was preferred.
+    `others` counts the tensors of other parts of a multimodal model, which are not read.
     `gguf` is the file where the checkpoint is one. `adapters` are merged into it. `readers`: by key, how tensors are
     read that are packed or changed. `matrices`: those of a quantised folder.
     """
@@ -44,6 +45,7 @@ class Checkpoint:
     files: tuple[Path, ...]
     source: str = ""
     aside: tuple[str, ...] = ()
+    others: int = 0
     gguf: Model | None = None
     adapters: tuple[Lora, ...] = ()
     readers: Mapping[str, Rows] = field(default_factory=dict, repr=False, compare=False)
@@ -65,7 +67,7 @@ class Checkpoint:
     def _opened(cls, path: Path) -> Checkpoint:
         if path.suffix == GGUF and path.is_file():
             model = Model.open(path)
-            return cls(path, model.tensors, (path,), path.name, (), model, readers=model.slices)
+            return cls(path, model.tensors, (path,), path.name, gguf=model, readers=model.slices)
         chosen = folder.choose(path)
         tensors: dict[str, StoredTensor] = {}
         for file in chosen.files:
@@ -80,11 +82,13 @@ class Checkpoint:
                 tensors[name] = stored
         plain = cls(path, tensors, chosen.files, chosen.source, chosen.aside)
         settings = quantised.find(path)
-        if settings is None:
-            return plain
-        tensors, matrices = quantised.present(settings, quantised.Raw(tensors, plain.array))
-        readers = {matrix.stored.key: matrix.rows for matrix in matrices}
-        return replace(plain, tensors=tensors, readers=readers, matrices=matrices)
+        readers: dict[str, Rows] = {}
+        matrices: tuple[quantised.Matrix, ...] = ()
+        if settings is not None:
+            tensors, matrices = quantised.present(settings, quantised.Raw(tensors, plain.array))
+            readers = {matrix.stored.key: matrix.rows for matrix in matrices}
+        tensors, others = multimodal.text_model(path, tensors)
+        return replace(plain, tensors=tensors, readers=readers, matrices=matrices, others=others)
 
     def _merged(self, adapter: Lora) -> Checkpoint:
         if adapter.folder.resolve() in [other.folder.resolve() for other in self.adapters]:

@@ -16,6 +16,7 @@ from typing import Any
 from axc import config_keys
 from axc.config_json import Reader
 from axc.config_rope import NESTED_ROPE_KEYS, ORIGINAL_LENGTH
+from axc.families import multimodal
 from axc.families.family import Family, ModelConfig
 from axc.rope import Rope
 from axrun.errors import BadInput
@@ -40,6 +41,7 @@ def read_config(
 
     `say` gets a note on ignored keys. Raises BadInput if the build would compute something else than the model.
     """
+    values = multimodal.text_config(values, path, FAMILIES, say)
     given = values.get("model_type")
     name = model_type or given
     if not isinstance(name, str) or name not in FAMILIES:

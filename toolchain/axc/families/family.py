@@ -45,6 +45,15 @@ class Keeps:
     window: int | None = None
 
 
+@dataclass(frozen=True)
+class Inside:
+    """How a multimodal model_type has a text model. Defaults are those of most."""
+
+    tied: bool = False  # tie_word_embeddings where the key is absent
+    flat: bool = False  # its older config.json has the keys of the text model beside vision_config
+    mrope: bool = False  # position ids are of three axes, which are equal for text
+
+
 C = TypeVar("C", bound=ModelConfig)
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
@@ -56,6 +65,7 @@ class Family(Generic[C]):
     `reads`: the keys of config.json that `config` reads. `defaults`: the values of absent keys, as in transformers'
     class for the model_type. `redundant`: suffixes of tensors that a checkpoint may have but a build does not need.
     `foreign`: --model_type may build another model_type as this family; a test compares all those in transformers.
+    `inside`: multimodal model_types that have this family as their text model.
     `different`: model_types that look buildable as this family, with the reason why they are not.
     """
 
@@ -69,4 +79,5 @@ class Family(Generic[C]):
     axllm_tokenizer: str = ""  # the vendor's name of its byte-level tokenizer, which also selects a chat template
     redundant: tuple[str, ...] = ("rotary_emb.inv_freq",)
     foreign: bool = False
+    inside: Mapping[str, Inside] = field(default_factory=lambda: EMPTY)
     different: Mapping[str, str] = field(default_factory=lambda: EMPTY)

@@ -11,7 +11,7 @@ from axc.config_json import Reader
 from axc.config_rope import rope_by_layer_type
 from axc.families import blocks, gemma, gemma2
 from axc.families.blocks import HeadNorm, Rotation, Sources
-from axc.families.family import Family
+from axc.families.family import Family, Inside
 from axc.graph import Graph
 from axc.rope import Rope
 
@@ -85,4 +85,5 @@ FAMILY = Family(
     reads=gemma2.READS | {"sliding_window_pattern", "rope_local_base_freq"},
     defaults=DEFAULTS,
     keeps=blocks.keeps,
+    inside={"gemma3": Inside(tied=True)},
 )

@@ -6,4 +6,4 @@ import dataclasses
 
 from axc.families import mistral
 
-FAMILY = dataclasses.replace(mistral.FAMILY, config=lambda reader: mistral.read(reader, "ministral"))
+FAMILY = dataclasses.replace(mistral.FAMILY, inside={}, config=lambda reader: mistral.read(reader, "ministral"))

@@ -9,7 +9,7 @@ from typing import Any
 from axc.config_json import Reader
 from axc.families import blocks
 from axc.families.blocks import DecoderConfig, Rotation, Sources
-from axc.families.family import Family
+from axc.families.family import Family, Inside
 from axc.graph import Graph
 
 # Values of absent keys, as in transformers' config class.
@@ -74,4 +74,5 @@ FAMILY = Family(
     reads=blocks.READS | blocks.WINDOW,
     defaults=DEFAULTS,
     keeps=blocks.keeps,
+    inside={"mistral3": Inside(tied=True)},
 )

@@ -38,8 +38,13 @@ Config = DecoderConfig
 
 
 def config(reader: Reader) -> Config:
+    return read(reader, "qwen2")
+
+
+def read(reader: Reader, model_type: str) -> Config:
+    """The config of Qwen2 and of the text model of Qwen2-VL."""
     reader.expect("hidden_act", "silu", "swish")
-    return Config(model_type="qwen2", **blocks.decoder(reader), **blocks.window(reader, sliding(reader)))
+    return Config(model_type=model_type, **blocks.decoder(reader), **blocks.window(reader, sliding(reader)))
 
 
 def sliding(reader: Reader) -> tuple[bool, ...]:

@@ -43,9 +43,14 @@ class Config(DecoderConfig):
 
 
 def config(reader: Reader) -> Config:
+    return read(reader, "qwen3")
+
+
+def read(reader: Reader, model_type: str) -> Config:
+    """The config of Qwen3 and of the text model of Qwen3-VL."""
     reader.expect("hidden_act", "silu", "swish")
     return Config(
-        model_type="qwen3",
+        model_type=model_type,
         **blocks.decoder(reader),
         **blocks.window(reader, sliding(reader)),
         attention_bias=reader.flag("attention_bias"),

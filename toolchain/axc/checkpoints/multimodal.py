@@ -1,0 +1,63 @@
+"""A text model inside of a multimodal checkpoint: how it is known, what its tensors are called, and which are not its.
+
+`families.read_config` takes its config out of the checkpoint's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from axc.checkpoints.json_files import read_config_json
+from axc.checkpoints.stored import HEAD, StoredTensor, loaded_name
+from axrun.errors import BadInput
+
+PARTS = ("vision_config", "audio_config")  # the keys of config.json that have the other parts
+# how names of the text model begin in files (transformers 4 and 5), and what stands for that here
+TEXT = {"language_model.model.": "model.", "model.language_model.": "model.", f"language_model.{HEAD}": HEAD}
+# how names of other parts begin
+OTHERS = tuple(
+    f"{model}{part}."
+    for model in ("", "model.")
+    for part in ("vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower", "embed_vision")
+)
+
+
+def is_multimodal(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a model with parts for other things than text."""
+    return any(isinstance(values.get(key), dict) for key in PARTS)
+
+
+def text_name(name: str) -> str | None:
+    """The name of a tensor of the text model in that model alone; None for one of another part."""
+    if name.startswith(OTHERS):
+        return None
+    for begins, stands in TEXT.items():
+        if name.startswith(begins):
+            return loaded_name(stands + name.removeprefix(begins))
+    return name
+
+
+def text_names(names: Iterable[str]) -> dict[str, str]:
+    """Of tensors of the text model by those that it has alone."""
+    return {alone: name for name in names if (alone := text_name(name)) is not None}
+
+
+def text_model(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], int]:
+    """The tensors of the text model by the names that it has alone, and how many others there are.
+
+    All of them, where the folder's config.json is not of a multimodal model. Raises BadInput.
+    """
+    path = folder / "config.json"
+    if not path.is_file() or not is_multimodal(read_config_json(path)):
+        return dict(tensors), 0
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        if (alone := text_name(name)) is None:
+            continue
+        if alone in found:
+            raise BadInput(f"tensors {found[alone].key} and {tensor.key} are both {alone} of the text model")
+        found[alone] = replace(tensor, name=alone)
+    return found, len(tensors) - len(found)

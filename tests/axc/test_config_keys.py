@@ -16,11 +16,13 @@ from axc import config_keys, families
 from axrun.errors import BadInput
 from tests.axc.as_transformers import (
     PLAIN,
+    SMALL,
     WHOLE,
     change_config,
     copy_of,
     ours,
     plan,
+    random_model,
     read,
     same,
     theirs,
@@ -232,3 +234,40 @@ def test_an_unknown_key_inside_of_the_rope_of_another_type_is_refused(kind: str,
     nested = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
     with pytest.raises(BadInput, match=r"llama_4_scaling_beta 0\.5.* in rope_\w+ of model_type"):
         read({**WHOLE, "sliding_window": None, where: nested}, kind, "llama")
+
+
+# What comparing with transformers, key by key, has shown
+
+
+def test_gemma3_has_no_cap_of_scores_whatever_its_config_says(tmp_path: Path) -> None:
+    kind: Any = {"head_dim": 16, "layer_types": ["full_attention"] * 2, "attn_logit_softcapping": 1.5}
+    config = transformers.AutoConfig.for_model("gemma3_text", **{**SMALL, **kind})
+    random_model(config).save_pretrained(tmp_path / "hf")
+    assert same(ours(tmp_path / "hf", tmp_path / "out"), theirs(tmp_path / "hf"))
+    assert "attn_logit_softcapping 1.5" in "\n".join(plan(tmp_path / "hf", tmp_path / "out").notices)
+
+
+def test_what_transformers_4_and_5_read_differently_is_refused() -> None:
+    with pytest.raises(BadInput, match="type 'linear', which transformers 4 follows and 5 does not"):
+        read({**WHOLE, "rope_scaling": {"type": "linear", "factor": 8.0}}, "gemma3_text")
+    scaled = read({**WHOLE, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "gemma3_text")
+    assert (scaled.rope.kind, scaled.local_rope.kind) == ("linear", "default")
+
+
+@pytest.mark.parametrize("kind", ["llama", "granite", "olmo3", "gemma3_text"])
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize("value", [0, False, [], "", 1])
+def test_no_object_is_no_absent_one(kind: str, key: str, value: Any) -> None:
+    with pytest.raises(BadInput, match=f"{key} is .*; expected an object"):
+        read({**WHOLE, key: value}, kind)
+
+
+@pytest.mark.parametrize("kind", ["llama", "granite", "olmo2"])
+def test_layer_types_are_counted_where_they_change_nothing(kind: str) -> None:
+    with pytest.raises(BadInput, match="layer_types has 3 entries; expected num_hidden_layers 2"):
+        read({**WHOLE, "layer_types": ["full_attention"] * 3}, kind)
+
+
+def test_a_head_dim_that_is_absent_is_the_class_s_own() -> None:
+    assert read(WHOLE, "qwen3").head_dim == 128
+    assert read(WHOLE, "llama").head_dim == 16

@@ -126,8 +126,12 @@ def _harmless(key: str) -> bool:
 
 def refuse_shared(values: dict[str, Any], path: Path, reads: Iterable[str] = ()) -> None:
     """Raises BadInput for keys that transformers' shared code reads but neither the family nor the build supports."""
+    kinds, layers = values.get("layer_types"), values.get("num_hidden_layers")
+    if isinstance(kinds, list) and isinstance(layers, int) and len(kinds) != layers:
+        raise BadInput(f"{path}: layer_types has {len(kinds)} entries; expected num_hidden_layers {layers}")
+    whole = bool(kinds) and SHARED["layer_types"](kinds)  # then a sliding_window is of no layer
     for key, neutral in SHARED.items():
-        if key in values and key not in reads and not neutral(values[key]):
+        if key in values and key not in reads and not neutral(values[key]) and not (whole and key == "sliding_window"):
             raise BadInput(
                 f"{path}: {key} is {_shown(values[key])}, which changes what the model computes and is not supported\n"
                 "Give a checkpoint without it."

@@ -32,14 +32,20 @@ def read_rope(reader: Reader, positions: int, head_dim: int, *, partial: bool = 
     See `RotaryEmbeddingConfigMixin.convert_rope_params_to_dict`. `positions` is max_position_embeddings. `partial`: the
     architecture reads partial_rotary_factor. Raises BadInput.
     """
-    where = "rope_scaling" if reader.values.get("rope_scaling") else "rope_parameters"
-    nested = reader.values.get(where) or {}
-    if not isinstance(nested, dict):
-        raise BadInput(f"{reader.path}: {where} is {nested!r:.60}; expected an object")
+    scaling, parameters = (an_object(reader, key) for key in ("rope_scaling", "rope_parameters"))
+    where, nested = ("rope_scaling", scaling) if scaling else ("rope_parameters", parameters)
     if any(isinstance(value, dict) for value in nested.values()):
         raise BadInput(f"{reader.path}: {where} differs between layers; this architecture has one for all layers")
     theta = reader.get("rope_theta") if "rope_theta" not in nested else None
     return rope_of(reader, nested, theta, positions, head_dim, partial=partial)
+
+
+def an_object(reader: Reader, key: str) -> dict[str, Any]:
+    """That a key holds; empty where it is absent or null. Raises BadInput."""
+    value = reader.values.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise BadInput(f"{reader.path}: {key} is {value!r:.60}; expected an object")
+    return value or {}
 
 
 BY_LAYER_TYPE = frozenset(("full_attention", "sliding_attention"))
@@ -50,18 +56,21 @@ def rope_by_layer_type(reader: Reader, kind: str, theta: str, positions: int, he
 
     rope_scaling, the older spelling, is of the layers that see everything. Raises BadInput.
     """
-    nested = reader.values.get("rope_parameters") or {}
-    if not isinstance(nested, dict):
-        raise BadInput(f"{reader.path}: rope_parameters is {nested!r:.60}; expected an object")
-    own = nested.get(kind) or {}
-    scaling = reader.values.get("rope_scaling") or {}
-    if not isinstance(own, dict) or not isinstance(scaling, dict):
+    scaling, nested = (an_object(reader, key) for key in ("rope_scaling", "rope_parameters"))
+    own = nested.get(kind)
+    if own is not None and not isinstance(own, dict):
         raise BadInput(f"{reader.path}: rope_parameters.{kind} is {own!r:.60}; expected an object")
+    own = own or {}
     if set(nested) - BY_LAYER_TYPE:
         odd = ", ".join(sorted(map(str, nested)))
         raise BadInput(f"{reader.path}: rope_parameters has {odd:.60}; expected an object for each layer type")
-    if kind == "full_attention":
-        own = {**own, **scaling}
+    if kind == "full_attention" and scaling:
+        if "type" in scaling and "rope_type" not in scaling:
+            raise BadInput(
+                f"{reader.path}: rope_scaling has the type {scaling['type']!r:.60}, which transformers 4 follows and 5 "
+                "does not\nGive a config.json with rope_type as --model_config."
+            )
+        own = {"rope_type": "default", **own, **scaling}
     return rope_of(reader, own, reader.get(theta), positions, head_dim)
 
 

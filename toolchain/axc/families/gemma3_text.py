@@ -34,7 +34,6 @@ DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
         "final_logit_softcapping": None,
-        "attn_logit_softcapping": None,
         "hidden_activation": "gelu_pytorch_tanh",
         "sliding_window_pattern": 6,
         "rope_local_base_freq": 10000.0,
@@ -53,11 +52,12 @@ def config(reader: Reader) -> Config:
     fields = blocks.decoder(blocks.without_ropes(reader))
     size, head_dim = fields["max_position_embeddings"], fields["head_dim"]
     fields["rope"] = rope_by_layer_type(reader, "full_attention", "rope_theta", size, head_dim)
+    own = Reader({**reader.values, "attn_logit_softcapping": None}, reader.path, reader.defaults)  # it has no such cap
     return Config(
         model_type="gemma3_text",
         **fields,
         **blocks.window(reader, kinds),
-        **gemma2.particular(reader),
+        **gemma2.particular(own),
         local_rope=rope_by_layer_type(reader, "sliding_attention", "rope_local_base_freq", size, head_dim),
     )
 
@@ -82,7 +82,7 @@ FAMILY = Family(
     weights=weights,
     layer=layer,
     post=post,
-    reads=gemma2.READS | {"sliding_window_pattern", "rope_local_base_freq"},
+    reads=(gemma2.READS - {"attn_logit_softcapping"}) | {"sliding_window_pattern", "rope_local_base_freq"},
     defaults=DEFAULTS,
     keeps=blocks.keeps,
     inside={"gemma3": Inside(tied=True)},

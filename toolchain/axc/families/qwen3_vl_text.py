@@ -15,7 +15,12 @@ from axc.families.qwen3 import Config
 WINDOWS = blocks.WINDOW | {"use_sliding_window", "max_window_layers"}
 # of a key that is absent, as in transformers' class
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {**qwen3.DEFAULTS, "max_position_embeddings": 128000, "rope_theta": 500000.0}
+    {
+        **{key: value for key, value in qwen3.DEFAULTS.items() if key not in WINDOWS},
+        "use_sliding_window": False,
+        "max_position_embeddings": 128000,
+        "rope_theta": 500000.0,
+    }
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ TOKENS_STEP = 8
 HISTORY_STEP = 64
 
 TENSORS = {"indices", "input", "mask", "K_cache_out", "V_cache_out", "output"}
+PLAIN = {"input", "output"}  # of a layer that keeps nothing between tokens
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,19 @@ class Decoder:
     def __init__(self, sessions: Sequence[Session]) -> None:
         """Raises BadInput if the layers do not fit together."""
         self.sessions = sessions
-        self.groups = sessions[0].groups
-        infos = {info.name: info for group in self.groups for info in group.inputs + group.outputs}
-        if not infos.keys() >= TENSORS:
+        first = next((index for index, session in enumerate(sessions) if _tensors(session).keys() != PLAIN), 0)
+        self.groups = sessions[first].groups
+        infos = _tensors(sessions[first])
+        if not infos.keys() >= TENSORS and infos.keys() != PLAIN:
             raise BadInput(
-                f"layer 0 has no {', '.join(sorted(TENSORS - infos.keys()))}: it is not the axmodel of a layer"
+                f"layer {first} has no {', '.join(sorted(TENSORS - infos.keys()))}: it is not the axmodel of a layer"
             )
+        self._caches = [_tensors(session).keys() != PLAIN for session in sessions]
         for index, session in enumerate(sessions):
-            if session.groups != self.groups:
-                raise BadInput(f"layer {index} has other shape groups or tensors than layer 0; build the bundle again")
+            if session.groups != (self.groups if self._caches[index] else _plain(self.groups)):
+                raise BadInput(
+                    f"layer {index} has other shape groups or tensors than layer {first}; build the bundle again"
+                )
         decode = sorted((group for group in self.groups if group.tokens == 1), key=lambda group: group.history)
         if not decode:
             raise BadInput("the layers have no decode group (one of 1 token); build the bundle again")
@@ -98,13 +103,15 @@ class Decoder:
         self.context = decode[-1].history
         self._decode = decode
         self.dtype = infos["input"].dtype
-        self.hidden_size, self.kv_size = int(infos["input"].shape[2]), int(infos["K_cache_out"].shape[2])
+        self.hidden_size = int(infos["input"].shape[2])
+        self.kv_size = int(infos["K_cache_out"].shape[2]) if any(self._caches) else 0
         self._visible, self._blocked = visible_and_blocked(self.dtype)
         tokens = self._most = max(group.tokens for group in self.groups)
         history = max(group.history for group in self.groups)
+        widths = [self.kv_size if caches else 0 for caches in self._caches]
         self.cache = KVCache(
-            [self._allocate("K_cache", 1, history, self.kv_size, layer=i) for i in range(len(sessions))],
-            [self._allocate("V_cache", 1, history, self.kv_size, layer=i) for i in range(len(sessions))],
+            [self._allocate("K_cache", 1, history, width, layer=i) for i, width in enumerate(widths)],
+            [self._allocate("V_cache", 1, history, width, layer=i) for i, width in enumerate(widths)],
         )
         self._hidden = [self._allocate(name, 1, tokens, self.hidden_size) for name in ("input", "output")]
         self._rows = [self._allocate(name, 1, tokens, self.kv_size) for name in ("K_cache_out", "V_cache_out")]
@@ -205,7 +212,9 @@ class Decoder:
                 "V_cache_out": values,
                 "output": hidden[(layer + 1) % 2],
             }
-            if history:
+            if not self._caches[layer]:
+                arrays = {name: array for name, array in arrays.items() if name in PLAIN}
+            elif history:
                 arrays["K_cache"] = self.cache.keys[layer][:, :history]
                 arrays["V_cache"] = self.cache.values[layer][:, :history]
             bindings.append(session.bind(group, arrays))
@@ -213,6 +222,22 @@ class Decoder:
 
     def _allocate(self, name: str, *shape: int, dtype: str = "", layer: int = 0) -> Array:
         return self.sessions[layer].allocate(TensorInfo(name, dtype or self.dtype, shape))
+
+
+def _tensors(session: Session) -> dict[str, TensorInfo]:
+    return {info.name: info for group in session.groups for info in group.inputs + group.outputs}
+
+
+def _plain(groups: Sequence[SessionGroup]) -> tuple[SessionGroup, ...]:
+    """The groups of a layer that keeps nothing, beside those of layers that do."""
+    return tuple(
+        replace(
+            group,
+            inputs=tuple(info for info in group.inputs if info.name in PLAIN),
+            outputs=tuple(info for info in group.outputs if info.name in PLAIN),
+        )
+        for group in groups
+    )
 
 
 def _ceil(number: int, step: int) -> int:

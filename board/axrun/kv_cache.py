@@ -19,6 +19,7 @@ Array = NDArray[Any]
 class KVCache:
     """Row i of `keys[layer]` and `values[layer]`, each [1, rows, width], belongs to the token at position i.
 
+    The width is 0 in layers that keep nothing.
     `length` rows hold tokens. Rows after them must be finite: the mask hides any value except a NaN.
     """
 
@@ -28,6 +29,8 @@ class KVCache:
 
     def write(self, layer: int, position: int, keys: Array, values: Array) -> None:
         """Copies rows [1, n, width] of one layer to position, position + 1, ..."""
+        if not self.keys[layer].shape[2]:
+            return
         stop = position + keys.shape[1]
         self.keys[layer][:, position:stop] = keys
         self.values[layer][:, position:stop] = values

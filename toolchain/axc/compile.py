@@ -74,8 +74,11 @@ def layer_model(
     graph = Graph(f"layer{index}", WEIGHT_TYPES[target.weight_type], hidden_type, weights(config), kept)
     family.layer(config, index, target.positions, graph)
     extra = {"axmodel.layer": str(index)}
-    if window := family.keeps(config, index).window:
-        extra["axmodel.window"] = str(window)
+    keeps = family.keeps(config, index)
+    if keeps.window:
+        extra["axmodel.window"] = str(keeps.window)
+    if keeps.nothing:
+        extra["axmodel.keeps"] = "nothing"
     return _finish(graph, target, "layer", target.groups, target.weight_type, extra)
 
 

@@ -55,7 +55,7 @@ class Reader:
         return value
 
     def head_dim(self, hidden: int, heads: int) -> int:
-        """head_dim, by default the architecture's own or hidden_size / num_attention_heads; even for rotary embedding."""
+        """head_dim, by default the architecture's or hidden_size / num_attention_heads; even, for rotary embedding."""
         given = self.values.get("head_dim", self.defaults.get("head_dim")) is not None
         if not given and hidden % heads:
             raise BadInput(f"{self.path}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")

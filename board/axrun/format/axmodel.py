@@ -133,6 +133,11 @@ class Axmodel:
         return int(self.metadata.get("axmodel.layer", "-1"))
 
     @property
+    def caches(self) -> bool:
+        """Whether this layer keeps K and V; one that does not has no tensors but `input` and `output`."""
+        return self.metadata.get("axmodel.keeps") != "nothing"
+
+    @property
     def window(self) -> int:
         """The attention window of this layer in tokens, including the token itself; 0: unlimited."""
         return int(self.metadata.get("axmodel.window", "0"))
@@ -237,6 +242,13 @@ def _check_ours(axmodel: Axmodel, tensors: int, domains: set[str]) -> None:
     window = axmodel.metadata.get("axmodel.window", "1")
     if not re.fullmatch("[1-9][0-9]{0,7}", window):
         raise ValueError(f"metadata axmodel.window is {window!r:.60}, expected a number of tokens")
+    keeps = axmodel.metadata.get("axmodel.keeps", "nothing")
+    if keeps != "nothing" or (axmodel.kind != "layer" and "axmodel.keeps" in axmodel.metadata):
+        raise ValueError(f"metadata axmodel.keeps of a {axmodel.kind} is {keeps!r:.60}, expected nothing, of a layer")
+    if axmodel.kind == "layer":
+        names = {info.name for info in axmodel.inputs}
+        if not axmodel.caches and names != {"input"}:
+            raise ValueError(f"it keeps nothing between tokens, and has the inputs {', '.join(sorted(names))}")
     if len(axmodel.initializers) != tensors:
         raise ValueError("two initializers share a name")
     for tensor in axmodel.initializers.values():

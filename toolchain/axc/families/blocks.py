@@ -246,6 +246,12 @@ def inputs(config: ModelConfig, graph: Graph, scale: float = 1.0) -> Inputs:
     return Inputs(k_cache, v_cache, indices, x, mask)
 
 
+def plain_input(config: ModelConfig, graph: Graph, scale: float = 1.0) -> Value:
+    """Declares the only input, x [1, M, H] in float32, of a layer that keeps nothing between tokens."""
+    x = graph.input("input", graph.hidden_type, 1, "M", config.hidden_size)
+    return graph.scale(graph.cast(x, "FLOAT"), "embedding.scale", scale)
+
+
 def rms(epsilon: float) -> Norm:
     """RMSNorm with the weight `name`.weight."""
     return lambda graph, x, name: graph.rms_norm(x, f"{name}.weight", epsilon)

@@ -40,9 +40,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Keeps:
-    """The K and V rows that a layer attends to: of all tokens, or of the last `window` ones."""
+    """The K and V rows that a layer attends to: of all tokens, or of the last `window` ones.
+
+    `nothing`: it has no attention, and no tensors but `input` and `output` (`blocks.plain_input`).
+    """
 
     window: int | None = None
+    nothing: bool = False
 
 
 @dataclass(frozen=True)

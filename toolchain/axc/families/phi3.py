@@ -11,6 +11,7 @@ from axc.families import blocks
 from axc.families.blocks import DecoderConfig, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
+from axrun.errors import BadInput
 
 # Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
@@ -40,9 +41,12 @@ def config(reader: Reader) -> Config:
     layers = reader.integer("num_hidden_layers", high=1024)
     slides = reader.get("sliding_window") is not None
     filled = {"original_max_position_embeddings": reader.get("original_max_position_embeddings"), **reader.values}
+    fields = blocks.decoder(Reader(filled, reader.path, reader.defaults), partial=True)
+    if fields["rope"].kind not in ("default", "longrope"):
+        raise BadInput(f"{reader.path}: rope type {fields['rope'].kind} is none of Phi-3's: default, longrope")
     return Config(
         model_type="phi3",
-        **blocks.decoder(Reader(filled, reader.path, reader.defaults), partial=True),
+        **fields,
         **blocks.window(reader, (slides,) * layers),
     )
 

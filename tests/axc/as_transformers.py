@@ -1,4 +1,4 @@
-"""A folder read by transformers and by the compiler: the logits of both, for tests that hold one against the other."""
+"""Computes logits of a checkpoint with transformers and with our compiler and runner, for tests that compare them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def logits_of(model: Any, ids: NDArray[Any] = IDS) -> NDArray[np.float32]:
 
 
 def theirs(folder: Path, ids: NDArray[Any] = IDS) -> NDArray[np.float32]:
-    """transformers', by its own reading of the folder."""
+    """Logits of transformers."""
     return logits_of(AUTO.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval(), ids)
 
 

@@ -1,7 +1,7 @@
-"""The compiler as its user meets it: a command, what it writes on stdout and stderr, and what it leaves on the disk.
+"""Runs the `axc` command for tests: exit code, stdout, stderr, and files on disk.
 
-It runs in this process, where it is loaded already, unless a test is about the process: an environment, a working
-directory, limits, workers.
+It runs in this process, which is faster, unless a test needs a separate one: for an environment, a working directory,
+limits or workers.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's, with the checkout importable from any working directory."""
+    """The environment of this process, with the checkout importable from any working directory."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(ROOT / "toolchain"), str(ROOT / "board")]),
@@ -80,7 +80,7 @@ def axc(
 
 
 def in_this_process(*words: str) -> Ended:
-    """Runs `axc` here. Whatever reaches stdout and stderr is taken, also from below Python, and warnings are shown."""
+    """Runs `axc` in this process. Captures stdout and stderr at the level of file descriptors; shows warnings."""
     before = sys.stdout, sys.stderr
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, warnings.catch_warnings():
@@ -124,12 +124,12 @@ def llm_build(checkpoint: Path, output: Path | str, *flags: object, **how: Any) 
 
 
 def assert_done(ended: Ended) -> None:
-    """It did what it was asked, and had nothing to complain of."""
+    """It succeeded without warnings."""
     assert (ended.code, ended.err) == (0, ""), ended
 
 
 def assert_refused(ended: Ended, *words: str, code: int = BAD_INPUT) -> None:
-    """It ended with one error of one to three lines, nothing else on stderr, that holds all the words."""
+    """It failed with one error of one to three lines that contains all the words, and nothing else on stderr."""
     assert "Traceback" not in ended.err, ended.err
     assert ended.code == code, ended
     assert ended.err.startswith("error: "), ended.err
@@ -139,7 +139,7 @@ def assert_refused(ended: Ended, *words: str, code: int = BAD_INPUT) -> None:
 
 
 def tree(folder: Path) -> dict[str, Any]:
-    """Everything below a folder: what it is, where its bytes lie, when they were written, and the bytes."""
+    """All entries below a folder: type, inode, time and content."""
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         about = path.lstat()
@@ -154,7 +154,7 @@ def tree(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def nothing_changes(folder: Path) -> Iterator[None]:
-    """What lies below `folder` when the block ends is what was there when it began, to the inode."""
+    """Checks that nothing below `folder` changes during the block, including inodes."""
     before = tree(folder)
     yield
     after = tree(folder)
@@ -163,13 +163,13 @@ def nothing_changes(folder: Path) -> Iterator[None]:
 
 
 def assert_same_files(one: Path, other: Path, *ignoring: str) -> None:
-    """`diff -r` finds nothing."""
+    """The folders are equal, as by `diff -r`."""
     excluded = [f"--exclude={name}" for name in ignoring]
     ran = subprocess.run(["diff", "-r", *excluded, one, other], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
 def assert_build_refused(checkpoint: Path, folder: Path, *words: str, flags: Iterable[object] = (), **how: Any) -> None:
-    """`checkpoint` is refused with these words; nothing below `folder`, where the bundle was to go, has changed."""
+    """A build of `checkpoint` is refused with these words, and nothing below the output `folder` changes."""
     with nothing_changes(folder):
         assert_refused(llm_build(checkpoint, folder / "new" / "parents" / "bundle", *flags, **how), *words)

@@ -1,4 +1,4 @@
-"""Checkpoints to break, and one that takes long enough to be interrupted."""
+"""Checkpoints to modify, and a large one for builds that are interrupted."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def checkpoint(pristine: Path, tmp_path: Path) -> Breakable:
 
 @pytest.fixture(scope="session")
 def other_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of axc and axrun whose compiler rounds weights to s8 and s4 otherwise."""
+    """A copy of axc and axrun whose compiler rounds weights to s8 and s4 differently."""
     checkout = tmp_path_factory.mktemp("other") / "checkout"
     for package in (ROOT / "board" / "axrun", ROOT / "toolchain" / "axc"):
         shutil.copytree(package, checkout / package.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -68,7 +68,7 @@ def other_compiler(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def many_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights in 24 layers: a build of them is long enough to be stopped in the middle."""
+    """Random weights in 24 layers: building takes long enough to be interrupted."""
     folder = tmp_path_factory.mktemp("synth") / "many-layers"
     config = shapes.config_json("qwen2-0.5b")
     config |= {"hidden_size": 256, "intermediate_size": 1536, "num_attention_heads": 4, "vocab_size": 1024}
@@ -78,7 +78,7 @@ def many_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama whose dimensions are no powers of two, with its own lm_head."""
+    """A Llama whose dimensions are not powers of two, with an untied lm_head."""
     folder = tmp_path_factory.mktemp("synth") / "uneven"
     config = shapes.config_json("llama-2-7b")
     config |= {"hidden_size": 192, "intermediate_size": 336, "num_hidden_layers": 2, "vocab_size": 501}
@@ -113,7 +113,7 @@ def client(tmp_path: Path) -> hub_server.Client:
 
 @pytest.fixture
 def dead_end() -> str:
-    """An address where nothing listens."""
+    """An address without a listener."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         return f"http://127.0.0.1:{unused.getsockname()[1]}"

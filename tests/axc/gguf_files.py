@@ -1,4 +1,4 @@
-"""Small GGUF files by the gguf package's own writer, of random models: as llama.cpp's converter writes them."""
+"""Small GGUF files of random models, written with the gguf package in the layout of llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def permuted(weights: NDArray[Any], heads: int) -> NDArray[Any]:
 
 
 def packed(weights: NDArray[np.float32], kind: Kind, seed: int) -> NDArray[Any]:
-    """In a type: by the package, or random blocks where it cannot write that type."""
+    """A tensor quantised by the package, or random blocks for types that it cannot write."""
     if kind.name not in SCALES:
         return np.asarray(gguf.quants.quantize(weights, kind))
     block, size = gguf.GGML_QUANT_SIZES[kind]

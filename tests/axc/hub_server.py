@@ -1,4 +1,4 @@
-"""A server of the Hub's routes on loopback, and processes that fetch from it with the real huggingface_hub client."""
+"""A server on loopback with the Hub's routes, and processes that download from it with the huggingface_hub client."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ except Failure as error:
 
 
 def git_blob(content: bytes) -> str:
-    """As git says it, from git's own definition of a blob's id."""
+    """git's id of a blob."""
     return hashlib.sha1(b"blob %d\0%s" % (len(content), content)).hexdigest()
 
 
 @dataclass
 class Hub:
-    """Two of the Hub's routes for one repository, what the model is and its files, with the faults a test asks for."""
+    """Two routes of the Hub for one repository, model info and files, with optional faults."""
 
     files: dict[str, bytes] = field(default_factory=lambda: dict(FILES))
     claimed: dict[str, bytes] = field(default_factory=lambda: dict(FILES))  # what the files should be

@@ -1,4 +1,4 @@
-"""Every axmodel is an ONNX file that others accept: onnx's checker, its protobuf, and a plain onnxruntime session."""
+"""Every axmodel is a valid ONNX file: for onnx's checker, its protobuf classes, and a plain onnxruntime session."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_only_standard_operators_of_one_opset(files: list[Path]) -> None:
 
 
 def test_raw_data_begins_at_multiples_of_64(files: list[Path]) -> None:
-    """Where our reader says, and there are the bytes that the onnx library has for it."""
+    """Our reader and the onnx library agree on offsets and data."""
     for path in files:
         data, ours = path.read_bytes(), axmodel.read(path)
         for tensor in onnx.load(path).graph.initializer:
@@ -95,7 +95,7 @@ def test_our_reader_and_onnx_see_the_same(files: list[Path]) -> None:
             assert tensor.raw_data == own_tensor.array().tobytes()
 
 
-def test_who_made_it_and_what_for(files: list[Path]) -> None:
+def test_producer_and_metadata(files: list[Path]) -> None:
     for path in files:
         model = onnx.load(path)
         metadata = [(entry.key, entry.value) for entry in model.metadata_props]
@@ -167,7 +167,7 @@ def run(session: onnxruntime.InferenceSession, fed: dict[str, Any]) -> dict[str,
 
 
 def test_it_runs_from_the_file_alone(files: list[Path], tmp_path: Path) -> None:
-    """Copied away from its bundle; every output of the declared shape, finite, and not all the same."""
+    """Outside its bundle; all outputs have the declared shape, are finite, and not constant."""
     for path in (files[0], files[-1]):
         alone = tmp_path / "alone.axmodel"
         alone.write_bytes(path.read_bytes())
@@ -181,9 +181,9 @@ def test_it_runs_from_the_file_alone(files: list[Path], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight_type", ["fp32", "s8", "s4", "fp8_e4m3"])
 def test_onnxruntime_and_onnx_s_reference_agree(build_tiny: Builder, weight_type: str) -> None:
-    """The reference evaluator shares no code with onnxruntime; it speaks for what the graph says.
+    """The reference evaluator shares no code with onnxruntime.
 
-    Left to itself onnxruntime multiplies 8-bit weights with activations it has rounded to 8 bits: accuracy level 4.
+    By default onnxruntime rounds activations to 8 bits for products with 8-bit weights (accuracy level 4).
     """
     bundle = build_tiny(hidden_state_type="fp32", weight_type=weight_type, post_topk=3)
     options = onnxruntime.SessionOptions()
@@ -217,7 +217,7 @@ MESSAGES: dict[str, Any] = {
 
 
 def kinds(descriptor: Any) -> set[str]:
-    """What our schema may call a field of this type. A message that is not looked into may count as bytes."""
+    """The types that our schema may have for a field; messages that are not parsed may be bytes."""
     if descriptor.message_type is not None:
         ours = {proto.DESCRIPTOR.full_name: name for name, proto in MESSAGES.items()}
         return {ours.get(descriptor.message_type.full_name, "bytes"), "bytes"}
@@ -240,7 +240,7 @@ def test_the_schema_is_onnx_s(message: str) -> None:
 
 @pytest.fixture(scope="module")
 def structure(tmp_path_factory: pytest.TempPathFactory, build_tiny: Builder) -> bytes:
-    """A layer of so few weights that the mutations below mostly hit what is around them."""
+    """A layer with few weights, so that mutations mostly hit the structure."""
     folder = tmp_path_factory.mktemp("synth") / "minute"
     config = shapes.config_json("qwen2-0.5b")
     config |= {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
@@ -251,7 +251,7 @@ def structure(tmp_path_factory: pytest.TempPathFactory, build_tiny: Builder) -> 
 
 
 def mutated(data: bytes, seed: int) -> bytes:
-    """Some bytes changed, a piece left out, doubled or moved, or the end cut off."""
+    """Random damage: bytes changed, a piece removed, duplicated or moved, or the end truncated."""
     rng = random.Random(seed)
     out = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 4, 16])):
@@ -284,7 +284,7 @@ def test_no_damage_escapes_the_reader(structure: bytes, seed: int, tmp_path: Pat
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.binary(max_size=200))
-def test_noise_is_no_axmodel(data: bytes) -> None:
+def test_random_bytes_are_refused(data: bytes) -> None:
     try:
         parsed = axmodel.parse(memoryview(data))
     except (wire.WireError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""A config.json, or another JSON file of a checkpoint, that cannot be built from: one clear error, nothing written."""
+"""Invalid config.json and other JSON files of a checkpoint: one clear error, and nothing is written."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_wrong_config(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '"qwen2"', "\x00\x01", DEEP, '{"hidden_size": 1' + "0" * 5000 + "}"])
-def test_config_that_is_no_json_object(checkpoint: Breakable, tmp_path: Path, text: str) -> None:
+def test_config_that_is_not_a_json_object(checkpoint: Breakable, tmp_path: Path, text: str) -> None:
     folder = checkpoint()
     (folder / "config.json").write_text(text)
     assert_build_refused(folder, tmp_path, "config.json")
@@ -125,7 +125,7 @@ def test_the_longest_context_needs_little_memory(checkpoint: Breakable, tmp_path
     assert sum(file.stat().st_size for file in bundle.glob("*.axmodel")) < 4 << 20  # tables of all positions: 0.5 GB
 
 
-# The files that are carried along
+# Files that are copied
 
 TOKENIZERS = {
     "truncated": '{"model": {"type": "BPE", "vocab"',

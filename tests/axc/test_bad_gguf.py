@@ -1,4 +1,4 @@
-"""Hostile and damaged GGUF files: one clear error each, in bounded memory, whatever the bytes say."""
+"""Malicious and damaged GGUF files: one clear error each, in bounded memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def refused(data: bytes, folder: Path) -> str:
-    """What a build says of a file; the first of its lines names it."""
+    """The error of a build; its first line names the file."""
     path = folder / "model.gguf"
     path.write_bytes(data)
     with pytest.raises(BadInput) as error:
@@ -54,7 +54,7 @@ def changed(data: bytes, at: int, code: str, value: int | float) -> bytes:
 
 
 def behind(data: bytes, name: str) -> int:
-    """Where a tensor's entry goes on behind its name, or a key's value begins."""
+    """The offset after the name of a tensor or key."""
     return data.index(text(name)) + len(text(name))
 
 
@@ -220,7 +220,7 @@ PLACES = st.tuples(st.floats(0, 1), st.integers(0, 255), st.sampled_from(["set",
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(PLACES, min_size=1, max_size=6))
 def test_mutations(whole: bytes, tmp_path: Path, changes: list[tuple[float, int, str]]) -> None:
-    """Bytes of the metadata and of the entries changed, left out and put in."""
+    """Changes, removes and inserts bytes of the metadata and the tensor entries."""
     examine(mutated(whole, changes), tmp_path / "model.gguf")
 
 
@@ -239,7 +239,7 @@ def mutated(data: bytes, changes: list[tuple[float, int, str]]) -> bytes:
 
 
 def test_memory_stays_bounded(whole: bytes, tmp_path: Path) -> None:
-    """A file of 600 MB of strings, most of them empty, in a process that may not have that much."""
+    """A file with 600 MB of mostly empty strings, in a process with less memory."""
     path = tmp_path / "model.gguf"
     count = (1 << 21) + 1
     head = gguf.GGUF_MAGIC.to_bytes(4, "little") + struct.pack("<IQQ", 3, 0, 1)

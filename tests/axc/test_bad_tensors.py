@@ -1,4 +1,4 @@
-"""Tensors of another name, shape or type, and values that cannot be built from: one clear error, nothing written."""
+"""Tensors with a wrong name, shape or type, and invalid values: one clear error, and nothing is written."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_unexpected_tensor(checkpoint: Breakable, tmp_path: Path) -> None:
     assert_build_refused(replaced(checkpoint(), extra), tmp_path, "1 tensor is not of this architecture", *extra)
 
 
-def test_a_rotary_table_of_older_checkpoints_is_no_obstacle(checkpoint: Breakable, tmp_path: Path) -> None:
+def test_rotary_tables_of_older_checkpoints_are_ignored(checkpoint: Breakable, tmp_path: Path) -> None:
     folder = replaced(checkpoint(), {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)})
     assert_done(llm_build(folder, tmp_path / "bundle"))
 

@@ -1,4 +1,4 @@
-"""Weight files that are missing, damaged or misnamed: one clear error, nothing written."""
+"""Missing, damaged and misnamed weight files: one clear error, and nothing is written."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def shard(folder: Path, count: int = 3) -> list[Path]:
 
 
 def index_file(folder: Path, weight_map: object) -> None:
-    """The index, in place of the one file that would win over it."""
+    """Writes the index, and removes the single file that has precedence over it."""
     (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
@@ -141,7 +141,7 @@ def test_an_index_may_name_only_files_beside_it(checkpoint: Breakable, tmp_path:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', DEEP])
-def test_an_index_that_is_none(checkpoint: Breakable, tmp_path: Path, text: str) -> None:
+def test_an_invalid_index(checkpoint: Breakable, tmp_path: Path, text: str) -> None:
     folder = checkpoint()
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(text)

@@ -1,4 +1,4 @@
-"""The same inputs and flags give the same bytes, whatever machine, folder, environment and number of processes."""
+"""The same inputs and flags give the same bytes on any machine, in any folder and environment, with any parallelism."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def weight_type(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def expected(model: Path, weight_type: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle that one process makes, in the plainest way."""
+    """A bundle built by one process."""
     output = tmp_path_factory.mktemp("expected") / "bundle"
     assert_done(llm_build(model, output, *FLAGS, "-w", weight_type, "--quantizer", "rtn"))
     return output
 
 
-def test_parallel_and_from_elsewhere(model: Path, weight_type: str, expected: Path, tmp_path: Path) -> None:
+def test_parallel_and_in_another_folder(model: Path, weight_type: str, expected: Path, tmp_path: Path) -> None:
     here = tmp_path / "here"
     here.mkdir()
     (here / "link").symlink_to(model)
@@ -51,13 +51,13 @@ def test_parallel_and_from_elsewhere(model: Path, weight_type: str, expected: Pa
 
 
 def simd() -> list[str]:
-    """What numpy found on this machine beyond its baseline, by the names NPY_DISABLE_CPU_FEATURES takes."""
+    """numpy's CPU features beyond its baseline, named as in NPY_DISABLE_CPU_FEATURES."""
     report = "import numpy; print(*numpy.show_config(mode='dicts')['SIMD Extensions'].get('found', []))"
     return subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True).stdout.split()
 
 
 def test_on_a_lesser_processor(model: Path, weight_type: str, expected: Path, tmp_path: Path) -> None:
-    """numpy without the instructions it chose at run time, and OpenBLAS as on the oldest processor it knows."""
+    """numpy without runtime-selected instructions, and OpenBLAS as on the oldest processor that it supports."""
     config = np.show_config(mode="dicts")
     architecture = config["Machine Information"]["host"]["cpu"]
     env = {
@@ -68,8 +68,8 @@ def test_on_a_lesser_processor(model: Path, weight_type: str, expected: Path, tm
     assert_same_files(tmp_path / "bundle", expected)
 
 
-def test_numpy_obeys(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or the test before shows nothing."""
+def test_numpy_disables_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the previous test would prove nothing."""
     monkeypatch.setenv("NPY_DISABLE_CPU_FEATURES", " ".join(simd()))
     assert simd() == []
 
@@ -100,7 +100,7 @@ def expected_s4(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_nothing_of_the_machine_is_in_a_bundle(expected: Path, model: Path) -> None:
-    """No path, host or user name in any file that a build writes itself."""
+    """No file written by a build contains a path, host or user name."""
     strangers = [str(expected.parent), str(model.parent), os.uname().nodename + ".", str(Path.home()) + "/"]
     for path in expected.rglob("*"):
         if path.is_file() and path.parent.name != "hf":
@@ -109,7 +109,7 @@ def test_nothing_of_the_machine_is_in_a_bundle(expected: Path, model: Path) -> N
 
 
 def test_a_build_imports_no_torch(pristine: Path, tmp_path: Path) -> None:
-    """From safetensors and without a tokenizer, that is: torch would take longer to import than the build takes."""
+    """For safetensors without a tokenizer: importing torch would take longer than the build."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(pristine, folder, ignore=shutil.ignore_patterns("*token*"))
     script = (
@@ -126,7 +126,7 @@ def test_a_build_imports_no_torch(pristine: Path, tmp_path: Path) -> None:
 def test_a_checkpoint_that_changed_between_two_builds_of_one_process(
     pristine: Path, uneven: Path, tmp_path: Path
 ) -> None:
-    """What was opened for the first build must not be what the second one reads."""
+    """The second build must not read files that the first one opened."""
     folder = tmp_path / "checkpoint"
     for number, source in enumerate((pristine, uneven)):
         shutil.rmtree(folder, ignore_errors=True)

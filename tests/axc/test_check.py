@@ -1,4 +1,4 @@
-"""The check itself: it passes what is right and finds what is wrong."""
+"""The check passes correct bundles and finds faults."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_level_2_answers(tiny_qwen2: Path, tmp_path: Path, capsys: pytest.Captur
 def test_a_planted_fault_is_found(
     planted: str, tiny_qwen2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Made in the files and covered up in the manifest: only a comparison with the checkpoint can see it."""
+    """The manifest is updated, so only a comparison with the checkpoint finds the fault."""
     output, report = tmp_path / "out", tmp_path / "report.json"
     assert main([*arguments(tiny_qwen2, output, report)[:-1], "-1"]) == 0
     layer = output / "qwen2_p32_l1_together.axmodel"
@@ -89,7 +89,7 @@ def plan_of(checkpoint: Path, bundle: Path) -> build.Plan:
 
 @pytest.fixture
 def bundle(bundle_s8: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to damage."""
     return Path(shutil.copytree(bundle_s8, tmp_path / "bundle"))
 
 
@@ -120,8 +120,8 @@ def test_a_template_that_differs_is_found(template: str | None, tiny_qwen2: Path
 
 
 @pytest.mark.parametrize(("margin", "gap", "good"), [(0.3, 0.2, False), (0.3, 0.4, True), (float("nan"), 0.4, False)])
-def test_another_token_is_excused_by_a_near_tie_only(margin: float, gap: float, good: bool) -> None:
-    """Token 1 in place of the reference's token 0, which leads by the margin."""
+def test_another_token_is_accepted_for_a_near_tie_only(margin: float, gap: float, good: bool) -> None:
+    """Token 1 instead of the reference's token 0, which leads by `margin`."""
     wanted = np.array([[1.0, 1.0 - margin, -2.0], [1.0, 0.0, 3.0]], np.float32)
     ours = np.array([[0.9, 1.0, -2.0], [1.0, 0.0, 3.0]], np.float32)
     chosen, faults = check.compared(Answer([5], [0, 2], wanted), ours, gap)
@@ -149,7 +149,7 @@ def test_values_that_are_not_finite_are_a_failure_in_every_figure(value: float) 
 
 
 def test_rounding_of_the_hidden_state_is_no_error_of_a_layer() -> None:
-    """A layer that does all right, and whose input and output are rounded as they must be."""
+    """A correct layer with rounded input and output."""
     random = np.random.default_rng(4)
     update = random.standard_normal((50, 64), np.float32)
     given = np.asarray(random.standard_normal((50, 64), np.float32) * 100, np.float32)

@@ -1,6 +1,6 @@
-"""Which files and tensors of a folder are the model: transformers loads it and gives the same logits, or it is refused.
+"""Which files and tensors of a folder are used: the logits match transformers', or the folder is refused.
 
-Each test makes a folder in which a reader could go wrong, with an older model (other random weights) as the bait.
+Each test makes a folder that could be misread; files that must not be read belong to a model with other weights.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def folder(tied: Any, tmp_path: Path) -> Path:
 
 
 def assert_agrees(folder: Path, model: Any, *notices: str) -> None:
-    """transformers, the compiler and `model` agree; the build says what is in `notices`."""
+    """Checks that transformers, the compiler and `model` agree, and that the build prints `notices`."""
     expected = logits_of(model)
     assert same(theirs(folder), expected)
     assert same(ours(folder, folder.parent / "out"), expected)
@@ -81,7 +81,7 @@ def assert_refused(folder: Path, *words: str) -> None:
 
 
 def save_sharded(model: Any, folder: Path, *, pickled: bool = False) -> list[str]:
-    """In two shards of every second tensor, with their index; returns their names."""
+    """Saves two shards with every second tensor each, and the index; returns their names."""
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != HEAD}
     suffix, stem = (".bin", "pytorch_model") if pickled else (".safetensors", "model")
     files = [f"{stem}-{i:05d}-of-00002{suffix}" for i in (1, 2)]
@@ -177,14 +177,14 @@ def resave(folder: Path, tensors: Tensors) -> Path:
 
 
 def test_a_base_model_without_its_head(tied: Any, tmp_path: Path) -> None:
-    """As LlamaModel.save_pretrained writes it: no `model.` before the names."""
+    """As written by LlamaModel.save_pretrained: names without the prefix `model.`."""
     tied.model.save_pretrained(tmp_path / "hf")
     assert "embed_tokens.weight" in load_file(tmp_path / "hf" / SINGLE)
     assert_agrees(tmp_path / "hf", tied, "LlamaModel", "built as a causal language model")
 
 
 def test_an_untied_base_model_lacks_its_head(untied: Any, tmp_path: Path) -> None:
-    """transformers would make one up."""
+    """transformers would initialise it randomly."""
     untied.model.save_pretrained(tmp_path / "hf")
     _, report = AUTO.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert report["missing_keys"] == {HEAD}
@@ -216,7 +216,7 @@ def test_one_tensor_under_two_names(folder: Path) -> None:
     [("module.", "DataParallel"), ("_orig_mod.", "torch.compile"), ("llm.", "wrapper"), ("base_model.model.", "PEFT")],
 )
 def test_names_of_a_wrapper_are_refused(folder: Path, prefix: str, who: str) -> None:
-    """transformers loads none of them and makes up every weight."""
+    """transformers loads none of them and initialises all weights randomly."""
     tensors = load_file(folder / SINGLE)
     resave(folder, {prefix + name: tensor for name, tensor in tensors.items()})
     _, report = AUTO.from_pretrained(folder, output_loading_info=True)
@@ -233,7 +233,7 @@ def test_names_of_a_wrapper_are_refused(folder: Path, prefix: str, who: str) -> 
         ("model.norm.gamma", "TensorFlow"),
     ],
 )
-def test_names_that_tell_what_it_is(folder: Path, name: str, said: str) -> None:
+def test_tensor_names_of_other_formats(folder: Path, name: str, said: str) -> None:
     resave(folder, {**load_file(folder / SINGLE), name: torch.ones(64)})
     assert_refused(folder, said)
 
@@ -292,7 +292,7 @@ def test_a_head_that_differs_is_used(folder: Path, tied: Any, where: int, pickle
         (f"draft.{HEAD}", torch.ones(96, 64), "1 tensor is not of this architecture: draft.lm_head.weight"),
     ],
 )
-def test_a_head_that_is_none_is_not_passed_over(folder: Path, name: str, head: torch.Tensor, said: str) -> None:
+def test_an_invalid_head_is_not_ignored(folder: Path, name: str, head: torch.Tensor, said: str) -> None:
     resave(folder, {**load_file(folder / SINGLE), name: head})
     assert_refused(folder, said)
 
@@ -321,7 +321,7 @@ def test_a_head_is_used_where_config_json_does_not_speak_of_tying(tmp_path: Path
 
 
 def test_the_comparison_reads_blocks(tmp_path: Path, tied: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tables of any size are compared in pieces."""
+    """Tables are compared in blocks, not as a whole."""
     from axc import checkpoints as checkpoint
 
     tied.save_pretrained(tmp_path / "hf")
@@ -393,7 +393,7 @@ def test_an_adapter_alone(tmp_path: Path, config: str, base: str) -> None:
         (["original/config.json"], ["holds no weights", "Give", "original, which holds a config.json"]),
     ],
 )
-def test_what_people_hand_in(tmp_path: Path, files: list[str], words: list[str]) -> None:
+def test_other_kinds_of_folders(tmp_path: Path, files: list[str], words: list[str]) -> None:
     for name in files:
         (tmp_path / "hf" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "hf" / name).write_bytes(b"")

@@ -1,4 +1,4 @@
-"""config.json: what AutoConfig makes of it, or a refusal, for keys dropped, respelt and contradicting."""
+"""config.json is read like AutoConfig reads it, or refused: missing keys, other spellings, contradictions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 def expected(values: dict[str, Any], kind: str) -> dict[str, Any]:
-    """What transformers' class for the model_type makes of it, in the terms of ModelConfig."""
+    """The ModelConfig according to transformers' class for the model_type."""
     config: Any = transformers.AutoConfig.for_model(kind).from_dict(json.loads(json.dumps(values)))
     config.standardize_rope_params()  # again, as a model does that is made from it
     rope = config.rope_parameters
@@ -161,7 +161,7 @@ UNFIT = {  # where the class's default does not fit the other values
 @pytest.mark.parametrize("key", WHOLE)
 @pytest.mark.parametrize("kind", AS_ITSELF)
 def test_a_key_that_is_absent_has_its_class_s_default(kind: str, key: str) -> None:
-    """Or the value that remains is refused: 32 key/value heads do not fit 4 heads."""
+    """Unless the default is invalid with the other values: 32 key/value heads do not fit 4 heads."""
     values = {**WHOLE}
     del values[key]
     if (kind, key) in UNFIT:
@@ -173,7 +173,7 @@ def test_a_key_that_is_absent_has_its_class_s_default(kind: str, key: str) -> No
 
 @pytest.mark.parametrize("kind", sorted(families.FAMILIES.keys() & CONFIG_MAPPING.keys()))
 def test_defaults_are_those_of_transformers(kind: str) -> None:
-    """As its class has them; what has none there is a key of old, or what the class computes."""
+    """Defaults equal those of the class; keys without one are obsolete, or computed by the class."""
     theirs: Any = transformers.AutoConfig.for_model(kind)
     defaults = families.FAMILIES[kind].defaults
     raw = {field: value.default for field, value in type(theirs).__dataclass_fields__.items()}
@@ -226,7 +226,7 @@ ABSENT = {"sliding_window_pattern", "rope_local_base_freq"}
     ),
     kind=st.sampled_from(["llama", "qwen2"]),
 )
-def test_any_of_them_together(values: dict[str, Any], kind: str) -> None:
+def test_random_combinations(values: dict[str, Any], kind: str) -> None:
     values = {**WHOLE, **values}
     try:
         fields = expected(values, kind)
@@ -250,7 +250,7 @@ def test_any_of_them_together(values: dict[str, Any], kind: str) -> None:
         (" " * (1 << 20) + "{}", "expected at most 1048576"),
     ],
 )
-def test_text_that_says_two_things(models: Any, tmp_path: Path, text: str, said: str) -> None:
+def test_duplicate_keys_and_other_ambiguous_json(models: Any, tmp_path: Path, text: str, said: str) -> None:
     folder = copy_of(models, "qwen2", tmp_path / "hf", {})
     (folder / "config.json").write_text(text)
     with pytest.raises(BadInput, match=said):
@@ -269,7 +269,7 @@ ODD: list[Any] = [math.nan, math.inf, -math.inf, True, -1, 0, 10**30, "64", [64]
 
 @pytest.mark.parametrize("value", ODD, ids=repr)
 @pytest.mark.parametrize("key", sorted({*WHOLE, "head_dim", "sliding_window"} - {"tie_word_embeddings"}))
-def test_values_that_are_none(key: str, value: Any) -> None:
+def test_invalid_values(key: str, value: Any) -> None:
     if key == "rope_theta" and value in (64.5, True):
         value = "1e4"
     if key == "rms_norm_eps" and value == 64.5:
@@ -282,12 +282,12 @@ def test_values_that_are_none(key: str, value: Any) -> None:
 
 @pytest.mark.parametrize("key", ["tie_word_embeddings", "attention_bias", "mlp_bias"])
 @pytest.mark.parametrize("value", [1, 0, "true", None, []], ids=repr)
-def test_flags_that_are_none(key: str, value: Any) -> None:
+def test_invalid_flags(key: str, value: Any) -> None:
     with pytest.raises(BadInput, match=key):
         read({**WHOLE, key: value}, "llama")
 
 
-def test_code_of_its_own_is_not_run_and_that_is_said(models: Any, tmp_path: Path) -> None:
+def test_custom_code_is_not_run_and_reported(models: Any, tmp_path: Path) -> None:
     changes = {"auto_map": {"AutoModelForCausalLM": "modeling_odd.Odd"}, "architectures": ["Odd"]}
     folder = copy_of(models, "llama", tmp_path / "hf", changes)
     said = "\n".join(plan(folder, tmp_path / "out").notices)

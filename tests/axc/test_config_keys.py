@@ -1,4 +1,4 @@
-"""Which keys of config.json matter: those transformers' code reads, and those of other architectures."""
+"""Which keys of config.json matter: those read by transformers, and those of other architectures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.axc.as_transformers import (
 
 
 def config_attributes(*modules: Any) -> set[str]:
-    """Every attribute that code reads of a thing called config."""
+    """All attributes that the code reads from variables named config."""
     found: set[str] = set()
     for module in modules:
         for node in ast.walk(ast.parse(inspect.getsource(module))):
@@ -151,7 +151,7 @@ def test_keys_of_other_architectures_change_nothing_and_are_said(models: Any, ki
 def test_what_transformers_code_for_all_reads_is_refused(
     models: Any, kind: str, tmp_path: Path, changes: dict[str, Any], loads: bool | None
 ) -> None:
-    """`loads`: transformers loads it and computes something else, or fails; None is not of interest."""
+    """`loads`: whether transformers loads it (and computes something else) or fails; None: not tested."""
     folder = copy_of(models, kind, tmp_path / "hf", changes)
     with pytest.raises(BadInput) as refused:
         plan(folder, tmp_path / "out")
@@ -206,7 +206,7 @@ def test_the_theta_of_an_unknown_architecture_is_not_known() -> None:
 
 
 def test_a_key_that_is_absent_has_the_default_of_its_own_class_where_transformers_has_one() -> None:
-    """cwm's class has a window in three of four layers, and another rope: neither stands in the config.json."""
+    """cwm's class has a window in three of four layers and another rope; config.json has neither."""
     config = read(WHOLE, "cwm", "llama")
     theirs: Any = transformers.AutoConfig.for_model("cwm").from_dict({**WHOLE})
     assert config.sliding_window == theirs.sliding_window == 8192

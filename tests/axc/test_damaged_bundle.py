@@ -1,4 +1,4 @@
-"""A bundle or an axmodel that is not what was built: verify and inspect say so, and never with a traceback."""
+"""Damaged bundles and axmodels: verify and inspect report them without a traceback."""
 
 from __future__ import annotations
 
@@ -77,24 +77,24 @@ def test_verify_names_the_file(bundle: Path, damage: Callable[[Path], None], sai
 
 
 @pytest.mark.parametrize("name", ["config.json", "hf/tokenizer.json", "model.embed_tokens.weight.bfloat16.bin"])
-def test_every_file_is_held_against_the_manifest(bundle: Path, name: str) -> None:
+def test_every_file_is_compared_with_the_manifest(bundle: Path, name: str) -> None:
     flip_a_bit(bundle / name)
     assert_refused(axc("verify", bundle), name, "has sha256", code=CHECK_FAILED)
 
 
-def test_a_file_too_many(bundle: Path) -> None:
+def test_an_extra_file(bundle: Path) -> None:
     (bundle / "hf" / "virus.sh").write_text("")
     assert_refused(axc("verify", bundle), "hf/virus.sh is not part of this bundle", code=CHECK_FAILED)
 
 
-def test_a_link_to_a_folder_too_many(bundle: Path) -> None:
+def test_an_extra_link_to_a_folder(bundle: Path) -> None:
     (bundle / "etc").symlink_to("/etc")
     assert_refused(axc("verify", bundle), "etc is not part of this bundle", code=CHECK_FAILED)
 
 
 @pytest.mark.parametrize("path", ["nowhere", "a" * 300, "/dev/null", "."])
 @pytest.mark.parametrize("verb", ["verify", "inspect"])
-def test_what_is_no_bundle(tmp_path: Path, verb: str, path: str) -> None:
+def test_not_a_bundle(tmp_path: Path, verb: str, path: str) -> None:
     assert_refused(axc(verb, path, cwd=tmp_path))
 
 
@@ -170,7 +170,7 @@ def test_a_damaged_manifest(bundle: Path, change: Callable[[Manifest], None]) ->
     ],
 )
 def test_a_damaged_description(bundle: Path, change: Callable[[Manifest], None]) -> None:
-    """Of the model: verify, which is about the files, may do without it."""
+    """The description of the model; verify only checks files and may not need it."""
     path = bundle / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
@@ -223,7 +223,7 @@ def test_a_truncated_axmodel(bundle: Path, kept: int) -> None:
 
 
 def changed(change: Callable[[onnx.ModelProto], object]) -> Callable[[Path], None]:
-    """Rewrites the file with the onnx library, the places of the raw data kept as they were where it can."""
+    """Rewrites the file with the onnx library, keeping the offsets of raw data if possible."""
 
     def apply(path: Path) -> None:
         model = onnx.load(path)

@@ -1,4 +1,4 @@
-"""The three embed steps give, byte for byte, what a build puts into the bundle."""
+"""The three embed steps give the same bytes as a build."""
 
 from __future__ import annotations
 

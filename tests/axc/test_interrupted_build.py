@@ -1,4 +1,4 @@
-"""A build stopped in the middle: politely it leaves nothing, killed it leaves what the next one goes on from."""
+"""Interrupted builds: after a signal nothing is left; after a kill the next build continues from finished layers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from tests.axc.axc import (
 )
 
 FLAGS = ("--check_level", "-1", "-w", "s4", "--quantizer", "rtn")
-PATIENCE = 300  # seconds until something that must happen is taken not to happen
+PATIENCE = 300  # timeout in seconds
 
 Build = subprocess.Popen[str]
 
 
 @contextmanager
 def building(checkpoint: Path, output: Path, parallel: int, compiler: Path = ROOT) -> Iterator[Build]:
-    """A build under way by the checkout `compiler`, in a process group of its own as a shell starts it."""
+    """A running build by the checkout `compiler`, in its own process group as if started by a shell."""
     arguments = ("llm_build", "--input_path", checkpoint, "--output_path", output, *FLAGS, "--parallel", parallel)
     process = subprocess.Popen(
         command(*arguments),
@@ -72,7 +72,7 @@ def staging(output: Path) -> Path:
 
 
 def finished(output: Path) -> dict[str, tuple[int, int]]:
-    """Layers in the staging folder that a later build may take over: inode and time of writing by name."""
+    """Finished layers in the staging folder: inode and modification time by name."""
     done = [path.with_suffix("") for path in staging(output).glob("*_l*.axmodel.done")]
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in done}
 
@@ -121,7 +121,7 @@ def assert_interrupted(result: Ended) -> None:
 
 
 def resume(checkpoint: Path, output: Path, taken_over: dict[str, tuple[int, int]]) -> None:
-    """The same command again finishes; the layers that were there are the same files, not written again."""
+    """Runs the same command again: it succeeds, and does not write the finished layers again."""
     assert taken_over
     assert_done(llm_build(checkpoint, output, "-w", "s4", "--quantizer", "rtn", "--parallel", 2))
     now = {name: ((output / name).stat().st_ino, (output / name).stat().st_mtime_ns) for name in taken_over}
@@ -137,7 +137,7 @@ def uninterrupted(many_layers: Path, tmp_path_factory: pytest.TempPathFactory) -
     return output
 
 
-# Politely
+# Signals
 
 
 @pytest.mark.parametrize("to_group", [False, True], ids=["process", "group"])
@@ -160,7 +160,7 @@ def test_a_signal_in_the_middle_leaves_nothing(
 
 @pytest.mark.parametrize("pause", [0.0, 0.05, 0.2])
 def test_ctrl_c_while_workers_start(many_layers: Path, tmp_path: Path, pause: float) -> None:
-    """They are still importing: it is the time in which somebody notices a wrong flag."""
+    """Workers are still importing; users often notice a wrong flag then."""
     output = tmp_path / "bundle"
     with building(many_layers, output, 2) as process:
         wait_until(lambda: len(workers(process)) == 2, "two workers", process)
@@ -249,7 +249,7 @@ def test_killed_twice(many_layers: Path, tmp_path: Path, uninterrupted: Path) ->
 def test_a_finished_file_that_was_damaged_since_is_made_again(
     many_layers: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
-    """A power cut may leave a file empty, or full of zeros, whose record says that it is whole."""
+    """After a power cut, a file recorded as complete may be empty or full of zeros."""
     output = tmp_path / "bundle"
     with building(many_layers, output, 1) as process:
         wait_for_layers(process, output)
@@ -276,7 +276,7 @@ def test_what_was_finished_with_other_flags_is_not_taken_over(many_layers: Path,
 def test_a_killed_worker_is_reported_and_what_is_finished_kept(
     many_layers: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
-    """As when the kernel takes a process because memory ran out."""
+    """As by the kernel when memory runs out."""
     output = tmp_path / "bundle"
     with building(many_layers, output, 2) as process:
         wait_for_layers(process, output)
@@ -320,7 +320,7 @@ def test_two_builds_of_two_bundles_do_not_meet(many_layers: Path, tmp_path: Path
 
 
 def test_many_builds_of_one_bundle_at_the_same_moment(pristine: Path, tmp_path: Path) -> None:
-    """Each builds it, finds it built, or is refused; whoever comes just when another one ends gets no traceback."""
+    """Each builds the bundle, finds it built, or is refused; there are no tracebacks in races."""
     output = tmp_path / "bundle"
     arguments = ("llm_build", "--input_path", pristine, "--output_path", output, "--check_level", "-1")
     for _ in range(2):

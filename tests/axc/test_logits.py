@@ -1,4 +1,4 @@
-"""axc reference against transformers: every number that it writes, where it writes it, and what it refuses."""
+"""axc reference compared with transformers: its numbers, where it writes them, and what it refuses."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_bundle_takes_it_in_and_is_whole(bundle: Path, tiny_qwen2: Path) -> No
 
 
 def test_a_build_knows_the_bundle_again(bundle: Path, tiny_qwen2: Path) -> None:
-    """The reference is an addition: the same build leaves it in its place."""
+    """The same build does not remove the reference."""
     options = build.Options(tiny_qwen2, bundle, prefill_len=32, kv_cache_len=255, last_kv_cache_len=(32, 128))
     write(Options(tiny_qwen2, tiny_qwen2 / "heldout.txt", bundle=bundle, tokens=300, window=100, greedy_tokens=0))
     build.build(build.plan(options))
@@ -160,7 +160,7 @@ def test_a_text_too_short_for_the_groups_is_said(bundle: Path, tiny_qwen2: Path,
 
 
 def test_a_bundle_of_another_config_json_is_left_as_it_is(bundle: Path, tiny_qwen2: Path) -> None:
-    """Whether one was given in place of the checkpoint's is compared both ways."""
+    """With --model_config at the build but not here, and vice versa."""
     options = Options(
         tiny_qwen2, tiny_qwen2 / "heldout.txt", bundle=bundle, model_config=tiny_qwen2 / "config.json", greedy_tokens=0
     )

@@ -1,4 +1,4 @@
-"""models/*.toml: what the repository knows by name, and what a wrong file is told."""
+"""models/*.toml: the repository's models, and the errors for invalid files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a bundle goes: what is there already, whether there is room, and what a refusal leaves."""
+"""The output folder of a build: existing files, disk space and memory, and no changes after a refusal."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_flags_that_are_none(pristine: Path, tmp_path: Path, flags: list[object]
     assert_build_refused(pristine, tmp_path, str(flags[-1]), "--help", flags=flags)
 
 
-# What is there
+# Existing files
 
 
 def test_a_file_is_there(pristine: Path, tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_an_empty_folder_is_filled(pristine: Path, tmp_path: Path) -> None:
 
 
 def test_the_working_directory_is_filled_or_refused(pristine: Path, tmp_path: Path) -> None:
-    """A folder cannot be renamed onto where somebody stands; either way is fine but a traceback."""
+    """The current directory cannot be replaced; a refusal is fine, a traceback is not."""
     here = tmp_path / "here"
     here.mkdir()
     ended = llm_build(pristine, ".", cwd=here)
@@ -121,7 +121,7 @@ def test_a_broken_link_is_refused_before_the_work(pristine: Path, tmp_path: Path
 
 
 def test_a_link_to_a_bundle_is_replaced_or_refused_whole(pristine: Path, tmp_path: Path) -> None:
-    """`latest -> v1`: after --force the link leads to the new bundle, or nothing has changed."""
+    """`latest -> v1`: after --force the link points to the new bundle, or nothing has changed."""
     assert_done(llm_build(pristine, tmp_path / "v1"))
     (tmp_path / "latest").symlink_to("v1")
     before = tree(tmp_path)
@@ -154,7 +154,7 @@ def test_a_link_of_the_staging_s_name_does_not_lead_elsewhere(pristine: Path, tm
     assert_refused(ended, ".bundle.building")
 
 
-# A bundle is there
+# An existing bundle
 
 
 def test_the_same_build_again_leaves_the_bundle_as_it_is(pristine: Path, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_bundle_of_other_weights_is_another(checkpoint: Breakable, bundle_of_d
 def test_a_bundle_of_another_compiler_is_another(
     pristine: Path, bundle_of_defaults: Path, other_compiler: Path, tmp_path: Path
 ) -> None:
-    """Of the same version, flags and inputs."""
+    """With equal version, flags and inputs."""
     output = tmp_path / "bundle"
     assert_done(llm_build(pristine, output, cwd=other_compiler, env={"PYTHONPATH": str(other_compiler)}))
     made, mine = (read_manifest(folder)["tools"] for folder in (output, bundle_of_defaults))
@@ -274,13 +274,13 @@ def test_a_damaged_bundle_is_not_taken_for_the_same(
     assert_same_files(output, bundle_of_defaults)
 
 
-# Whether there is room
+# Disk space and memory
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
 @pytest.mark.parametrize("most", [0, 10, 5_000, 100_000])
 def test_a_disk_that_fills_up(pristine: Path, tmp_path: Path, parallel: int, most: int) -> None:
-    """A limit on the size of a file makes writes fail halfway as a full disk does."""
+    """A file size limit makes writes fail like a full disk."""
     limits = {resource.RLIMIT_FSIZE: most}
     words = ("cannot write", "too large", "--output_path")
     assert_build_refused(pristine, tmp_path, *words, flags=("--parallel", parallel), limits=limits)
@@ -297,7 +297,7 @@ def test_a_disk_that_fills_up_keeps_the_bundle_that_was_to_be_replaced(
 
 
 def test_a_disk_too_small_is_found_before_work_starts(pristine: Path) -> None:
-    """/proc has no room at all."""
+    """/proc has no free space."""
     started = time.monotonic()
     ended = llm_build(pristine, "/proc/axc/bundle")
     assert_refused(ended, "0 MB of free disk, the bundle needs 2 MB", "Make room", "--output_path")
@@ -316,7 +316,7 @@ def test_memory_that_no_machine_has(tmp_path: Path) -> None:
 
 
 def test_the_budget_is_enough(pristine: Path, tmp_path: Path) -> None:
-    """What the estimate asks for under `ulimit -d` is what the build then gets along with."""
+    """The build succeeds with the estimated memory as `ulimit -d`."""
     limits = {resource.RLIMIT_DATA: 440_000_000}
     assert_done(llm_build(pristine, tmp_path / "bundle", "--parallel", 2, limits=limits))
 

@@ -1,4 +1,4 @@
-"""pytorch_model.bin: the same bundle as from safetensors, and no code runs whatever the pickle holds."""
+"""pytorch_model.bin gives the same bundle as safetensors, and code in a pickle never runs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_parameters_that_require_a_gradient(
 
 
 class RunsCode:
-    """Unpickled, it creates a file: what a malicious checkpoint would do, and worse."""
+    """Creates a file if unpickled, like a malicious checkpoint."""
 
     def __init__(self, proof: Path) -> None:
         self.proof = proof

@@ -39,7 +39,7 @@ def at(plan: Plan, **changes: Any) -> Plan:
 
 
 def found(plan: Plan, level: int = 1) -> str:
-    """What the check says of it."""
+    """The result of the check."""
     with pytest.raises(CheckFailed) as failed:
         check.check(plan, level, "1+1=", lambda line: None)
     return str(failed.value)
@@ -47,7 +47,7 @@ def found(plan: Plan, level: int = 1) -> str:
 
 @pytest.fixture
 def bundle(plan: Plan, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to damage."""
     return Path(shutil.copytree(plan.options.output_path, tmp_path / "bundle"))
 
 

@@ -1,4 +1,4 @@
-"""The vendor's compiler as a maker, with a stand-in that speaks its command line and compiles nothing."""
+"""Builds with the vendor's compiler, replaced by a stand-in with its command line that compiles nothing."""
 
 from __future__ import annotations
 

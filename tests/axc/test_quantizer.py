@@ -1,4 +1,4 @@
-"""Quantisers against plain numpy written the slow way, and against what ONNX says its stored form means."""
+"""Quantisers compared with simple numpy code, and with ONNX's reference evaluator on the stored form."""
 
 from __future__ import annotations
 

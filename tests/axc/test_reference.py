@@ -1,4 +1,4 @@
-"""The yardstick: transformers' own reading, in little memory too, and what it does not take for a model."""
+"""The reference: transformers' results, also with little memory, and what it refuses."""
 
 from __future__ import annotations
 

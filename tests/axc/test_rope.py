@@ -92,7 +92,7 @@ def test_tables_are_split_where_that_is_smaller(positions: int) -> None:
 @pytest.mark.parametrize("engine", ["ax", "ort"])
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_angle_is_that_of_its_position(kind: str, engine: str, tmp_path: Path) -> None:
-    """Heads of (1, 0) are turned into cos and sin themselves."""
+    """Rotating (1, 0) gives cos and sin."""
     ours, tokens = EVERY[kind], 32768
     half = ours.width(64) // 2
     session = open_session(angles_of(ours, tokens, tmp_path), engine)

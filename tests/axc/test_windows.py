@@ -38,7 +38,7 @@ def test_a_context_goes_past_the_window_of_a_layer(
 
 
 def test_transformers_cache_slides_for_a_llama_with_a_window(models: Any, tmp_path: Path) -> None:
-    """Why a Llama's sliding_window, which its layers do not read, bounds the context."""
+    """The reason why a Llama's sliding_window, which its layers ignore, bounds the context."""
     folder = copy_of(models, "llama", tmp_path / "hf", {"sliding_window": 24})
     model = AUTO.from_pretrained(folder, dtype=torch.float32).eval()
     cache, rows = None, []

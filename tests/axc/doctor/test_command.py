@@ -1,4 +1,4 @@
-"""`axc doctor` as its user meets it: what it prints, and how it ends."""
+"""The command `axc doctor`: its output and exit codes."""
 
 from __future__ import annotations
 

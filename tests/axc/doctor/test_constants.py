@@ -1,4 +1,4 @@
-"""What a rotary table that differs was made with."""
+"""Causes of different rotary tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened to a weight: each fault in every type that can have it, and nothing where nothing happened."""
+"""Causes of weight differences: each fault in every applicable type, and no finding without a fault."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ ORDERS: dict[str, tuple[Callable[[Floats], Floats], str]] = {
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_nothing_is_said_of_what_a_build_writes(kind: str) -> None:
+def test_weights_of_a_build_have_no_fault(kind: str) -> None:
     assert cause(kind, packed(kind, WEIGHTS["w"])) == ""
 
 

@@ -1,4 +1,4 @@
-"""How fast one core reads weights of every block size and type of scales, in decode and in prefill.
+"""Speed of one core with weights of all block sizes and scale types, in decode and prefill.
 
 A matrix larger than the caches, one token: GB/s of the weight's bytes; a smaller one, 41 tokens: billions of operations
 a second. The cases take turns, and the best run of each counts: other work on the machine only ever slows one down.
@@ -34,7 +34,7 @@ CASES = {  # type of levels, block, type of scales, zero points
 
 
 def runs(folder: Path, rows: int, columns: int, group: int) -> dict[str, tuple[Any, int]]:
-    """A bound run of each case, and the bytes of its weight."""
+    """A bound run of each case, and the size of its weight in bytes."""
     random = np.random.default_rng(0)
     bound = {}
     for name, (dtype, block, scale_dtype, zeros) in CASES.items():

@@ -1,4 +1,4 @@
-"""Building beside gguf-py writing Q8_0 of the same weights: wall time in turn, and memory under a limit.
+"""Building compared with gguf-py writing Q8_0 of the same weights: wall time, and memory under a limit.
 
 `make bench ARGS='-k build'`. Needs about 6 GB of disk; the 7B case, 40 GB, only with BENCH_7B=1.
 """
@@ -52,7 +52,7 @@ def synth(model: str, folder: Path) -> Path:
 
 
 def build(checkpoint: Path, output: Path, *more: str, limit_kb: int | None = None) -> float:
-    """Seconds of one `axc llm_build --parallel 2` without check."""
+    """Seconds of `axc llm_build --parallel 2` without check."""
     shutil.rmtree(output, ignore_errors=True)
 
     def limit() -> None:
@@ -76,7 +76,7 @@ def gguf(checkpoint: Path, output: Path) -> float:
 
 def test_build_beside_gguf(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
     checkpoint = synth("qwen2-0.5b", tmp_path)
-    build(checkpoint, tmp_path / "out"), gguf(checkpoint, tmp_path / "q8_0.gguf")  # pages and caches warm
+    build(checkpoint, tmp_path / "out"), gguf(checkpoint, tmp_path / "q8_0.gguf")  # warm up page cache and caches
     ours, theirs = [], []
 
     def pair() -> None:

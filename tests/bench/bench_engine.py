@@ -1,7 +1,5 @@
-"""The engine beside onnxruntime and llama.cpp, shapes of Qwen2-0.5B and SmolLM2-135M, two cores: load, prefill, decode,
-memory bound.
-
-And decode in the shapes of other architectures beside Qwen2's.
+"""The engine compared with onnxruntime and llama.cpp, in shapes of Qwen2-0.5B and SmolLM2-135M on two cores: load,
+prefill, decode, and the memory bound; and decode in the shapes of other architectures compared with Qwen2's.
 
 `make bench ARGS='-k engine'`. llama.cpp joins with PEER=llama.cpp, or when LLAMA_PYTHON names a Python that has
 llama-cpp-python and gguf. Engines take turns, and the best of the rounds counts: other work on the machine only ever
@@ -29,12 +27,12 @@ ROUNDS = 3
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--kv_cache_len", "1023", "--prefill_len", "128", "--hidden_state_type", "bf16", "--check_level", "-1"]
 CASES = {"s8": "Q8_0", "s4": "Q4_0", "bf16": "BF16", "fp16": "F16"}
-SMALL_CASES = {"s8": "Q8_0", "s4": "Q4_0", "s4 in 32": "Q4_0"}  # of SmolLM2-135M, whose width is no multiple of 128
+SMALL_CASES = {"s8": "Q8_0", "s4": "Q4_0", "s4 in 32": "Q4_0"}  # SmolLM2-135M, whose width is not a multiple of 128
 FLOATS = ("bf16", "fp16")
 OWN, PEERS = ("ax", "ax-int8"), ("ort", "llama.cpp")
 SHAPES = {"qwen2-0.5b": ("Qwen2-0.5B", "qwen2-0.5b"), "smollm-135m": ("SmolLM2-135M", "smollm2-135m")}
 
-# Both print one JSON object of seconds.
+# Both print seconds as a JSON object.
 OURS = """
 import json, sys, time
 import numpy as np
@@ -103,7 +101,7 @@ with_it, without = measure(L.LLAMA_FLASH_ATTN_TYPE_ENABLED), measure(L.LLAMA_FLA
 print(json.dumps({"load": load} | {what: min(with_it[what], without[what]) for what in with_it}))
 """
 
-# Weights in llama.cpp's own quantisation; the head is 8-bit, as ours is.
+# Weights in llama.cpp's quantisation; the head has 8 bits, like ours.
 GGUF = """
 import json, sys
 import ml_dtypes
@@ -145,9 +143,9 @@ writer.write_tensors_to_file()
 writer.close()
 """
 
-# Two threads read files, mapped as the engine has them, as fast as they can, each a half of the bytes: what one has
-# read the other would find cached. They begin together and a pass ends with the later: what one reads alone, when the
-# other rests, is more than half of what both can. Prints the bytes per second of the best pass.
+# Two threads read the mapped files as fast as they can, half of the bytes each, so that neither reads what the other
+# has cached. They start together, and a pass ends with the slower one, because one thread alone reads at more than half
+# of the common rate. Prints the bytes per second of the best pass.
 READ = """
 import os, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -187,7 +185,7 @@ def script(python: str, text: str, *arguments: object, **environment: str) -> st
 
 
 def bandwidth(bundle: Path) -> float:
-    """Bytes per second that two cores read of the weights together."""
+    """Bytes per second at which two cores read the weights."""
     return float(script(sys.executable, READ, *sorted(bundle.glob("*.axmodel"))))
 
 
@@ -239,7 +237,7 @@ def architectures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_engine_decodes_every_architecture_as_fast(
     weight: str, architectures: dict[str, Path], benchmark: BenchmarkFixture, tmp_path: Path
 ) -> None:
-    """Bytes of weights, keys and values a second: norms of heads, more norms a layer, windows, GELU beside Qwen2's."""
+    """Bytes of weights, keys and values per second: with norms of heads, more norms per layer, windows, GELU."""
     libraries, best = str(build("native")), dict[str, dict[str, float]]()
     for name, checkpoint in architectures.items():
         llm_build(checkpoint, tmp_path / name, weight)
@@ -268,7 +266,7 @@ def test_engine_decodes_every_architecture_as_fast(
 
 
 def kept_nbytes(name: str, positions: int) -> int:
-    """Bytes of keys and values in bfloat16 that a token reads behind `positions` others."""
+    """Bytes of keys and values in bfloat16 that a token reads after `positions` others."""
     config = config_json(name)
     heads = config["num_attention_heads"]
     width = int(config["num_key_value_heads"]) * int(config.get("head_dim", config["hidden_size"] // heads))
@@ -283,7 +281,7 @@ def llm_build(checkpoint: Path, bundle: Path, weight: str) -> None:
 
 
 def nbytes(bundle: Path) -> int:
-    """What a token reads of a bundle."""
+    """Bytes of a bundle that a token reads."""
     return sum(file.stat().st_size for file in bundle.glob("*.axmodel"))
 
 

@@ -1,4 +1,4 @@
-"""How far 8-bit weights take the logits from float32's: our engine beside llama.cpp's Q8_0 of the same checkpoint.
+"""Error of the logits with 8-bit weights: our engine compared with llama.cpp's Q8_0 of the same checkpoint.
 
 `make bench ARGS='-k accuracy'`, with PEER=llama.cpp and BENCH_CHECKPOINT as in bench_engine.py. The reference is
 transformers in float32; the measure is the mean Kullback-Leibler divergence of the next token's distribution.

@@ -1,6 +1,6 @@
-"""Loading a bundle of Qwen2-0.5B's shapes: time with the files in the page cache, and whose memory it takes.
+"""Loading a bundle in Qwen2-0.5B's shapes: time with files in the page cache, private and shared memory.
 
-`make bench ARGS='-k load'`. Each engine in a process of its own; BENCH_BUNDLE names a bundle that is there already.
+`make bench ARGS='-k load'`. Each engine runs in its own process; BENCH_BUNDLE names an existing bundle.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Loader:
         self.loaded: dict[str, Any] = json.loads(self._out.readline())
 
     def memory(self) -> dict[str, Any]:
-        """Its memory now."""
+        """Current memory of the process."""
         print(file=self._in, flush=True)
         return dict(json.loads(self._out.readline()))
 

@@ -62,12 +62,12 @@ def ids(model: Model, count: int) -> list[int]:
 
 
 def first_token(sequence: Sequence, depth: int, tokens: int) -> None:
-    """`tokens` new ones behind `depth` that are cached, to the first token of an answer."""
+    """`tokens` new tokens after `depth` cached ones, up to the first token of the answer."""
     next(generate(sequence, ids(sequence.model, depth + tokens), Sampling()))
 
 
 def cached(model: Model, depth: int) -> tuple[Sequence, Callable[[], None]]:
-    """A sequence, and what puts it back to `depth` tokens before each round."""
+    """A sequence, and a function that truncates it to `depth` tokens before each round."""
     sequence = Sequence(model)
     for _ in sequence.extend(ids(model, depth)) if depth else ():
         pass
@@ -82,7 +82,7 @@ def decode(sequence: Sequence, depth: int, sampling: Sampling) -> Stats:
 
 
 def show(benchmark: BenchmarkFixture, tokens: int) -> None:
-    """tok/s into extra_info, and on the screen; the recorded time is of `tokens`."""
+    """Adds tok/s to extra_info and prints it; the recorded time is for `tokens`."""
     assert benchmark.stats
     seconds = benchmark.stats.stats.median
     benchmark.extra_info["tokens_per_second"] = tokens / seconds
@@ -105,7 +105,7 @@ def test_runner_time_to_first_token(length: int, model: Model, benchmark: Benchm
 @pytest.mark.parametrize("depth", [64, 256, 900])
 @pytest.mark.parametrize("turn", [4, 16, 64])
 def test_runner_second_turn(turn: int, depth: int, model: Model, benchmark: BenchmarkFixture) -> None:
-    """New tokens behind a history. Beside it, what the turn would cost without the cache: all of its tokens."""
+    """New tokens after a history; for comparison, all tokens of the turn without the cache."""
     sequence, put_back = cached(model, depth)
     benchmark.pedantic(first_token, (sequence, depth, turn), setup=put_back, rounds=ROUNDS, warmup_rounds=1)
     show(benchmark, turn)
@@ -118,7 +118,7 @@ def test_runner_second_turn(turn: int, depth: int, model: Model, benchmark: Benc
 
 @pytest.mark.parametrize("depth", [0, 128, 512, 900])
 def test_runner_decode(depth: int, model: Model, benchmark: BenchmarkFixture) -> None:
-    """An iteration is a token, a round TOKENS of them behind `depth`."""
+    """An iteration is one token, a round is TOKENS of them after `depth`."""
     sequence, put_back = cached(model, depth)
 
     def tokens() -> Iterator[Token]:
@@ -133,7 +133,7 @@ def test_runner_decode(depth: int, model: Model, benchmark: BenchmarkFixture) ->
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_runner_sampling(sampling: str, spread: float, benchmark: BenchmarkFixture) -> None:
-    """One draw from Qwen2's vocabulary behind 900 tokens; logits are normal, of the given deviation."""
+    """Samples from Qwen2's vocabulary after 900 tokens; logits are normal with the given deviation."""
     random = np.random.default_rng(0)
     logits = (spread * random.standard_normal(151_936)).astype(np.float32)
     benchmark.pedantic(
@@ -143,14 +143,14 @@ def test_runner_sampling(sampling: str, spread: float, benchmark: BenchmarkFixtu
 
 
 class Clock:
-    """Seconds that went by inside an engine."""
+    """Seconds spent in an engine."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
 
 class TimedBinding:
-    """A binding whose runs are timed."""
+    """Times the runs of a binding."""
 
     def __init__(self, binding: Binding, clock: Clock) -> None:
         self._binding, self._clock = binding, clock
@@ -162,7 +162,7 @@ class TimedBinding:
 
 
 class TimedSession:
-    """A session whose bindings are timed; what is left is the runner's own."""
+    """A session with timed bindings; the remaining time is the runner's."""
 
     def __init__(self, session: Session, clock: Clock) -> None:
         self._session, self._clock = session, clock
@@ -195,7 +195,7 @@ class TimedSession:
 def test_runner_overhead_outside_the_engine(
     sampling: str, depth: int, model: Model, benchmark: BenchmarkFixture
 ) -> None:
-    """With random weights the logits are as flat as can be, which is the worst case of top_p."""
+    """Random weights give flat logits, the worst case for top_p."""
     clock = Clock()
     timed = Model(
         model.embedding,
@@ -217,7 +217,7 @@ def test_runner_overhead_outside_the_engine(
 
 
 def test_runner_chat_second_turn_beside_a_first_of_all(build_tiny: Builder, benchmark: BenchmarkFixture) -> None:
-    """The shipped model: a question at the end of a long conversation, and the same conversation read from nothing."""
+    """The shipped model: a question at the end of a long conversation, with and without the cached conversation."""
     opened = Bundle.open(build_tiny(kv_cache_len=1000, prefill_len=64, last_kv_cache_len=(64, 256, 512, 900)))
     tokenizer, template = Tokenizer.find(opened.hf), ChatTemplate.find(opened.hf)
     assert tokenizer

@@ -1,4 +1,4 @@
-"""The server under load, and what a second turn costs. `make bench ARGS='-k serve'`."""
+"""The server under load, and the cost of a second turn. `make bench ARGS='-k serve'`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLIENTS, SECONDS = 32, 60.0
 
 
 def test_32_clients_for_a_minute(benchmark: BenchmarkFixture, bundle_s8: Path) -> None:
-    """A third hangs up in the middle; the mean time is of a whole answer."""
+    """A third of them disconnect in the middle; the mean time is that of a complete answer."""
     server = Server(bundle_s8).ready()
     try:
         load.run(server, CLIENTS, 3.0)
@@ -53,7 +53,7 @@ def test_32_clients_for_a_minute(benchmark: BenchmarkFixture, bundle_s8: Path) -
 def test_time_to_first_token_behind_a_history(
     benchmark: BenchmarkFixture, bundle_s8: Path, history: int, new: int
 ) -> None:
-    """A prompt of `new` tokens after `history` that the slot has."""
+    """A prompt of `new` tokens after `history` tokens cached in the slot."""
     server = Server(bundle_s8, "--slots", 1).ready()
     ids = [index % 200 + 10 for index in range(history)]
 

@@ -1,4 +1,4 @@
-"""The peer that a benchmark is measured beside, where there is one."""
+"""The peer to compare with in benchmarks, if available."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def as_gguf(folder: Path, path: Path) -> Path:
             continue
         _, _, index, rest = name.split(".", 3)
         part = rest.removesuffix(".weight")
-        if part in ("self_attn.q_proj", "self_attn.k_proj"):  # llama.cpp rotates neighbouring elements of a head
+        if part in ("self_attn.q_proj", "self_attn.k_proj"):  # llama.cpp's rotary embedding is interleaved
             count = heads if "q_proj" in part else kv
             values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         writer.add_tensor(f"blk.{index}.{NAMES[part]}.weight", np.ascontiguousarray(values))

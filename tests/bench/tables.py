@@ -1,4 +1,4 @@
-"""What a benchmark prints and leaves for docs/benchmarks.md: one table."""
+"""The table that a benchmark prints and stores for docs/benchmarks.md."""
 
 from __future__ import annotations
 

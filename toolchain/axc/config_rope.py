@@ -52,9 +52,9 @@ BY_LAYER_TYPE = frozenset(("full_attention", "sliding_attention"))
 
 
 def rope_by_layer_type(reader: Reader, kind: str, theta: str, positions: int, head_dim: int) -> Rope:
-    """Rope of the layers of a type: in rope_parameters by its name; `theta` is the key that stands in for its base.
+    """The rope of a layer type, from rope_parameters; `theta` is the key of its base if that has none.
 
-    rope_scaling, the older spelling, is of the layers that see everything. Raises BadInput.
+    The older key rope_scaling applies to layers with full attention. Raises BadInput.
     """
     scaling, nested = (an_object(reader, key) for key in ("rope_scaling", "rope_parameters"))
     own = nested.get(kind)

@@ -1,4 +1,4 @@
-"""Arcee (AFM): Llama whose MLP has no gate and squares its ReLU."""
+"""Arcee (AFM): Llama with an MLP without a gate and squared ReLU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from axc.families.blocks import DecoderConfig, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 32000,

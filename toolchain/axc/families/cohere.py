@@ -1,4 +1,4 @@
-"""Cohere (Command R, Aya 23): one LayerNorm without bias before attention and MLP side by side; scaled logits."""
+"""Cohere (Command R, Aya 23): one LayerNorm without bias, then attention and MLP in parallel; scaled logits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from axc.families.family import Family
 from axc.graph import Graph, Value
 from axc.weights.sources import Stored
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 256000,
@@ -67,7 +67,7 @@ def config(reader: Reader) -> Config:
 
 
 def particular(reader: Reader) -> dict[str, Any]:
-    """The fields that Cohere 2 has besides. Raises BadInput."""
+    """The additional fields of Cohere 2. Raises BadInput."""
     return {
         "attention_bias": reader.flag("attention_bias"),
         "logit_scale": reader.number("logit_scale", low=1e-6, high=1e6),

@@ -13,7 +13,7 @@ from axc.families.blocks import Rotation
 from axc.families.cohere import Config
 from axc.graph import Graph
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         **{key: value for key, value in cohere.DEFAULTS.items() if key not in ("use_qk_norm", "rope_theta")},

@@ -1,4 +1,4 @@
-"""Helium: Llama that rotates neighbouring elements of a head."""
+"""Helium: Llama with interleaved rotary embedding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from axc.families.blocks import DecoderConfig, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 48000,

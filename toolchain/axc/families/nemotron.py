@@ -1,4 +1,4 @@
-"""Nemotron: LayerNorm with 1 + weight, half of each head is rotated, an MLP that squares its ReLU."""
+"""Nemotron: LayerNorm with 1 + weight, rotary embedding of half of each head, an MLP with squared ReLU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from axc.families.family import Family
 from axc.graph import Graph
 from axc.weights.sources import one_plus
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 256000,
@@ -67,7 +67,7 @@ def weights(config: Config) -> Sources:
 
 
 def norms(prefix: str, size: int, *names: str) -> Sources:
-    """Of norms that multiply by 1 + weight."""
+    """The weights of norms that multiply by 1 + weight."""
     stored = blocks.norm_weights(prefix, size, *names, bias=True)
     return {name: one_plus(source) if name.endswith(".weight") else source for name, source in stored.items()}
 

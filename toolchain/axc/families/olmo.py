@@ -1,4 +1,4 @@
-"""OLMo: Llama whose norms have no weights; q, k and v may be clipped."""
+"""OLMo: Llama with norms without weights; q, k and v may be clipped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from axc.families.blocks import DecoderConfig, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 50304,

@@ -17,7 +17,7 @@ from axc.rope import Rope
 
 PATTERN = 4  # without layer_types every fourth layer sees everything
 THETA = 500000.0  # where windows are, whatever rope_theta is (`Olmo3Config.convert_rope_params_to_dict`)
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType({**olmo2.DEFAULTS, "rope_theta": THETA, "sliding_window": 4096})
 
 

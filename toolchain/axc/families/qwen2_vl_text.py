@@ -10,7 +10,7 @@ from typing import Any
 from axc.families import qwen2
 from axc.families.family import Inside
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         **qwen2.DEFAULTS,

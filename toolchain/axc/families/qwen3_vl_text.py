@@ -13,7 +13,7 @@ from axc.families.family import Inside
 from axc.families.qwen3 import Config
 
 WINDOWS = blocks.WINDOW | {"use_sliding_window", "max_window_layers"}
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         **{key: value for key, value in qwen3.DEFAULTS.items() if key not in WINDOWS},

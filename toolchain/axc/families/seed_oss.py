@@ -1,4 +1,4 @@
-"""Seed-OSS: Llama with a head_dim of its own, and the biases of q, k and v apart from that of the output."""
+"""Seed-OSS: Llama with its own head_dim, and separate switches for the biases of q, k, v and of the output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from axc.families.blocks import DecoderConfig, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
 
-# of a key that is absent, as in transformers' class
+# Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "vocab_size": 155136,

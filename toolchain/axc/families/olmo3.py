@@ -15,7 +15,7 @@ from axc.families.family import Family
 from axc.graph import Graph
 from axc.rope import Rope
 
-PATTERN = 4  # without layer_types every fourth layer sees everything
+PATTERN = 4  # without layer_types, every fourth layer has full attention
 THETA = 500000.0  # where windows are, whatever rope_theta is (`Olmo3Config.convert_rope_params_to_dict`)
 # Values of absent keys, as in transformers' config class.
 DEFAULTS: Mapping[str, Any] = MappingProxyType({**olmo2.DEFAULTS, "rope_theta": THETA, "sliding_window": 4096})

@@ -45,7 +45,9 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
     add("--model_config", type=Path, help="a config.json to use in place of the checkpoint's")
     add("--model_type", help="build as this architecture, whatever config.json says")
     add("--kv_cache_len", type=int, default=127, help="rows of K/V cache: the longest context (default 127)")
-    add("--post_topk", type=int, default=0, help="the post model also gives the k likeliest tokens (default 0: off)")
+    add(
+        "--post_topk", type=int, default=0, help="the post model also returns the k most likely tokens (default 0: off)"
+    )
     add("--post_weight_type", choices=WEIGHTS, help="of the lm_head (default: as it is quantised already, else s8)")
     add(
         "-t",
@@ -67,7 +69,7 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
         choices=(-1, 0, 1, 2),
         default=0,
         help="-1 none; 0 load and run every axmodel; 1 also compare every layer with the float32 reference; "
-        "2 also generate from --prompt beside the reference (default 0)",
+        "2 also compare the tokens generated from --prompt (default 0)",
     )
     add("--chip", choices=("AX620E", "AX650"), default="AX650", help="AX620E is the AX630C's family (default AX650)")
     add("--prompt", default="1+1=", help="what check level 2 generates from (default 1+1=)")
@@ -280,7 +282,7 @@ def _reference_flags(parser: argparse.ArgumentParser) -> None:
     place.add_argument("--bundle", type=Path, metavar="DIR", help="bundle of the checkpoint to put it into")
     add("--window", type=int, help="tokens seen at a time (default 512, with --bundle what all its groups need)")
     add("--tokens", type=int, default=16384, help="most of the text that is used (default 16384)")
-    add("--top_k", type=int, default=256, help="likeliest tokens that are kept of each position (default 256)")
+    add("--top_k", type=int, default=256, help="most likely tokens to store per position (default 256)")
     add("--greedy_tokens", type=int, default=32, help="length of the greedy answers; 0: none (default 32)")
     add("--model_config", type=Path, help="a config.json to use in place of the checkpoint's")
     add("--model_type", help="architecture of a checkpoint whose own model_type transformers does not know")

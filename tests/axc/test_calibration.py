@@ -19,11 +19,11 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from axc import build, config, console
-from axc.calibration import cache, run, text
+from axc.calibration import cache, head, run, text
 from axc.calibration.file import KEY, CalibrationFile, entries, save
 from axc.calibration.options import Options, wanted
 from axc.calibration.streamed import Streamed
-from axc.checkpoints import Checkpoint
+from axc.checkpoints import EMBEDDING, HEAD, Checkpoint
 from axc.compile import weights
 from axc.doctor import stored, weight_faults
 from axc.quantizer import gptq
@@ -152,6 +152,27 @@ def test_matrices_find_their_linears(family: str, tmp_path: Path) -> None:
             torch.testing.assert_close(weight, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_what_the_head_gets(family: str, tmp_path: Path) -> None:
+    """That of transformers' whole model, from the outputs of its last layer."""
+    theirs: Any = random_model(family, {}).float().eval()
+    theirs.save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    model = config.load(checkpoint)
+    streamed = Streamed(checkpoint.tied() if model.tie_word_embeddings else checkpoint)
+    found = head.find(weights(model), streamed)
+    assert found is not None
+    assert found.source.shape == tuple(theirs.get_output_embeddings().weight.shape)
+    seen: list[Any] = []
+    last = theirs.get_submodule(f"{streamed.prefix}.{len(streamed.layers) - 1}")
+    last.register_forward_hook(lambda _, given, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    theirs.get_output_embeddings().register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    theirs(torch.arange(12)[None])
+    with streamed.before_head() as before:
+        torch.testing.assert_close(before(seen[0]), seen[1][0], rtol=1e-5, atol=1e-6)
+
+
 # The file
 
 
@@ -211,7 +232,7 @@ def test_what_calibration_gains(calibrated: Mapping[str, Path], tiny_qwen2: Path
     found = {name: divergence(tiny_qwen2, values) for name, values in exact.items()}
     checkpoint = load_file(tiny_qwen2 / "model.safetensors")
     nearest = {}
-    for name in exact["4"]:
+    for name in exact["4"].keys() - {EMBEDDING, HEAD}:
         raw = checkpoint[name].astype(np.float32)
         levels, scales, *_ = round_to_nearest(raw.reshape(-1, 32), "INT4", "FLOAT16")
         nearest[name] = (levels * np.asarray(scales, np.float32)[:, None]).reshape(raw.shape)
@@ -221,7 +242,7 @@ def test_what_calibration_gains(calibrated: Mapping[str, Path], tiny_qwen2: Path
 
 def test_bits_are_met(calibrated: Mapping[str, Path]) -> None:
     found = CalibrationFile.open(calibrated["5.5"])
-    sizes = {name: values.size for name, values in dequantised(calibrated["5.5"]).items()}
+    sizes = {name: values.size for name, values in dequantised(calibrated["5.5"]).items() if "layers" in name}
     average = sum(found.weights[name].bits * size for name, size in sizes.items()) / sum(sizes.values())
     assert 5.3 < average <= 5.5
     assert found.bits == pytest.approx(average, abs=1e-3)
@@ -274,7 +295,7 @@ def test_a_build_writes_these_levels(calibrated: Mapping[str, Path], tiny_qwen2:
     assert manifests[0]["files"] == manifests[1]["files"]
     assert manifests[0]["calibration"]["sha256"] == CalibrationFile.open(path).sha256
     expected, tensors = load_file(path), dict[str, Any]()
-    for file in (tmp_path / "1").glob("*_l*.axmodel"):
+    for file in (tmp_path / "1").glob("*.axmodel"):
         tensors |= {tensor.name: tensor for tensor in onnx.load(file).graph.initializer}
     for name, entry in manifests[0]["calibration"]["weights"].items():
         raw = np.frombuffer(tensors[name].raw_data, expected[name].dtype)
@@ -433,15 +454,78 @@ def test_a_gguf_of_floats_is_calibrated(words: Path, tmp_path: Path) -> None:
     )
     output = run.calibrate(options(path, words, tokens=128, window=32), tmp_path / "out.safetensors")
     planned = build.plan(build.Options(path, tmp_path / "bundle", calibrated=output, kv_cache_len=63))
-    assert {kept.bits for kept in planned.kept.values()} == {4.5}
-    assert len(planned.kept) == 14
+    assert {name: kept.bits for name, kept in planned.kept.items() if kept.bits != 4.5} == {HEAD: 8.25}
+    assert len(planned.kept) == 15
 
 
 def test_texts_that_cannot_be_used(tmp_path: Path, tiny_qwen2: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
-    short, binary = tmp_path / "short.txt", tmp_path / "binary.txt"
-    short.write_text("A few words.")
-    binary.write_bytes(b"\xff\xfe\x00")
-    for path, words in ((short, "less than 64"), (binary, "no UTF-8"), (tmp_path / "none.txt", "cannot read")):
-        with pytest.raises(BadInput, match=words):
-            text.windows((path,), tokenizer, 1024, 64, 640)
+    good = tmp_path / "good.txt"
+    good.write_bytes(b"\xef\xbb\xbf" + (tiny_qwen2 / "heldout.txt").read_bytes())
+    rows: list[tuple[str, bytes | None, str]] = [
+        ("empty.txt", b"", r"empty\.txt has 0 tokens; expected 64 or more"),
+        ("short.txt", b"A few words.", r"short\.txt has \d+ tokens; expected 64"),
+        ("utf-16.txt", "Words.".encode("utf-16"), "is no UTF-8 text: byte 0"),
+        ("utf-16-le.txt", "Words.".encode("utf-16-le"), "is no text: byte 1 is 0"),
+        ("model.bin", "Größe".encode() + b"\0\1", "is no text: byte 7 is 0"),
+        ("latin-1.txt", "Größe".encode("latin-1"), "is no UTF-8 text: byte 2"),
+        ("none.txt", None, "cannot read"),
+        (".", None, "is no regular file"),
+    ]
+    for name, content, words in rows:
+        path = tmp_path / name
+        if content is not None:
+            path.write_bytes(content)
+        for paths in ((path,), (good, path)):
+            with pytest.raises(BadInput, match=words):
+                text.windows(paths, tokenizer, 1024, 64, 640)
+    with pytest.raises(BadInput, match="--calibration_tokens is 100; expected 64 or more for each of 2 texts"):
+        text.windows((good, good), tokenizer, 100, 64, 640)
+    whole = text.windows((good,), tokenizer, 1024, 64, 640).windows.reshape(-1)
+    expected = tokenizer.encode((tiny_qwen2 / "heldout.txt").read_text(), add_special_tokens=False)
+    assert whole.tolist() == expected[: len(whole)]  # without the byte order mark, and not cut
+
+
+def test_two_processes_do_not_write_one_file(tiny_qwen2: Path, words: Path, tmp_path: Path) -> None:
+    output = tmp_path / "one.safetensors"
+
+    def second(done: int, total: int, what: str) -> None:
+        with pytest.raises(BadInput, match=r"another process is writing .*one\.safetensors"):
+            run.calibrate(options(tiny_qwen2, words, tokens=64), output)
+        raise Killed
+
+    with pytest.raises(Killed):
+        run.calibrate(options(tiny_qwen2, words, tokens=64), output, second)
+
+
+def test_the_head_of_another_type_is_not_taken(
+    calibrated: Mapping[str, Path], tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    path = calibrated["4"]
+
+    def stored_head(**more: Any) -> Any:
+        kept = build.plan(build.Options(tiny_qwen2, tmp_path / "out", calibrated=path, kv_cache_len=63, **more)).kept
+        return kept.get(EMBEDDING) or kept.get(HEAD)
+
+    assert stored_head().bits == stored_head(post_weight_type="s8").bits == 8.25
+    assert stored_head(post_weight_type="bf16") is None
+
+
+def test_outputs_of_the_head_are_nearer_than_rounded_to_nearest(
+    calibrated: Mapping[str, Path], tiny_qwen2: Path
+) -> None:
+    """By what transformers makes of float hidden states."""
+    values = dequantised(calibrated["8"])
+    name = next(name for name in values if name in (EMBEDDING, HEAD))
+    raw = load_file(tiny_qwen2 / "model.safetensors")[name].astype(np.float32)
+    levels, scales, *_ = round_to_nearest(raw, "INT8")
+    assert head_divergence(tiny_qwen2, values[name]) < 0.6 * head_divergence(tiny_qwen2, levels * scales[:, None])
+
+
+@torch.no_grad()
+def head_divergence(folder: Path, weights: Floats) -> float:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder).encode((folder / "heldout.txt").read_text()[9000:])[:512])
+    hidden = model.model(ids[None]).last_hidden_state[0]
+    exact, other = ((hidden @ w.T).log_softmax(-1) for w in (model.lm_head.weight, torch.from_numpy(weights)))
+    return float((exact.exp() * (exact - other)).sum(-1).mean())

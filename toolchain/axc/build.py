@@ -210,7 +210,7 @@ def _calibration(options: Options, checkpoint: Checkpoint, model: ModelConfig) -
             "Leave --weight_type out, or calibrate anew."
         )
     found.require(checkpoint, weights(model))
-    return found
+    return found.with_head_in(options.post_weight_type)
 
 
 def stored_types(

@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from axc.calibration.linears import Matrix
 from axc.calibration.streamed import Call, Streamed, run
 from axc.checkpoints import EMBEDDING, HEAD
 from axc.quantizer import gptq
 from axc.weights import float32
-
-if TYPE_CHECKING:
-    from axc.calibration.run import Matrix
 
 SEQUENCES, LENGTH = 48, 64  # what the gradients are taken over
 EIGHT_BIT_BLOCK = 64
@@ -85,38 +83,18 @@ def effects(
 
 def _of_output(streamed: Streamed, hidden: list[Tensor]) -> list[Tensor]:
     """Gradients of the last layer's outputs: of the log-likelihood of a token that is drawn at each position."""
-    model, layers = streamed.model, streamed.layers
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    outside = [
-        (name, parameter)
-        for name, parameter in model.named_parameters()
-        if not name.startswith(f"{streamed.prefix}.") and parameter is not embedding.weight
-    ]
-    for name, parameter in outside:
-        if parameter is not head.weight:
-            streamed.set(model, name, streamed.tensor(name, tuple(parameter.shape)))
-    table = HEAD if HEAD in streamed.checkpoint.tensors else EMBEDDING
-    streamed.set(head, "weight", streamed.tensor(table, tuple(head.weight.shape)))
-    if head.bias is not None and head.bias.is_meta:
-        streamed.set(head, "bias", streamed.tensor("lm_head.bias", tuple(head.bias.shape)))
+    head = streamed.model.get_output_embeddings()
     drawn = torch.Generator().manual_seed(0)
     gradients = []
-    given: list[Tensor] = []
-    try:
-        for layer in layers:
-            layer.forward = lambda *_, **__: given[0]
+    with streamed.behind_layers() as behind:
+        table = HEAD if HEAD in streamed.checkpoint.tensors else EMBEDDING
+        streamed.set(head, "weight", streamed.tensor(table, tuple(head.weight.shape)))
         for rows in hidden:
-            given[:] = [rows.detach().requires_grad_(True)]
-            logits = model(inputs_embeds=rows, use_cache=False).logits[0]
+            given = rows.detach().requires_grad_(True)
+            logits = behind(given)[0]
             tokens = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn)[:, 0]
             torch.nn.functional.cross_entropy(logits, tokens, reduction="sum").backward()
-            gradients.append(given[0].grad)
-    finally:
-        for layer in layers:
-            del layer.forward
-        streamed.release(head)
-        if embedding.weight is not head.weight and not embedding.weight.is_meta:
-            streamed.release(embedding)
+            gradients.append(given.grad)
     return gradients
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from axrun.errors import BadInput
 from axrun.format.bundle import sha256
 from axrun.format.quantised import pack4, unpack4
 
-VERSION = 1
+VERSION = 2
 KEY = "calibration"
 SLACK = 1e-3
 TYPES = {"s4": "INT4", "s8": "INT8"}
@@ -89,7 +89,7 @@ class CalibrationFile:
 
     @property
     def bits(self) -> float:
-        """Per weight, scales included, over all that are calibrated."""
+        """Per weight of a layer, scales included, over all that are calibrated."""
         return float(self.header["bits"])
 
     def require(self, checkpoint: Checkpoint, sources: Mapping[str, Source]) -> None:
@@ -106,6 +106,15 @@ class CalibrationFile:
                 f"{self.path} was made from another checkpoint than {checkpoint.path}: its weights differ\n"
                 "Calibrate this one: axc calibrate."
             )
+
+    def with_head_in(self, weight_type: str | None) -> CalibrationFile:
+        """Without the head where another type is asked for than it has here."""
+        weights = {
+            name: entry
+            for name, entry in self.weights.items()
+            if name not in (EMBEDDING, HEAD) or weight_type in (None, entry.type)
+        }
+        return replace(self, weights=weights)
 
     def kept(self) -> dict[str, Kept]:
         """How the compiler stores its matrices."""
@@ -205,9 +214,9 @@ class WithLevels:
 
 
 def checkpoint_digest(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> str:
-    """SHA-256 over the tensors that the layers' weights are made of: names, types, shapes, values. Raises BadInput."""
+    """SHA-256 over the tensors that the weights are made of: names, types, shapes, values. Raises BadInput."""
     whole = hashlib.sha256()
-    names = {name for weight, source in sources.items() if weight not in (EMBEDDING, HEAD) for name in source.reads}
+    names = {name for source in sources.values() for name in source.reads}
     for name in sorted(names):
         stored = checkpoint.tensors[name]
         whole.update(f"{name} {stored.dtype} {list(stored.shape)}\n".encode())

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from axc.calibration.file import Calibrated
 from axc.weights import Source
 from axc.weights.sources import Affine, Columns, Gathered, Rows, Stacked, Stored
 
 Index = NDArray[np.int64]
+Floats = NDArray[np.float64]
+SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -21,6 +26,39 @@ class Piece:
     rows: Index
     factor: float = 1.0
     columns: Index | None = None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of an axmodel that is calibrated. `layer` is one behind the last for the head."""
+
+    name: str
+    source: Source
+    pieces: list[Piece]
+    layer: int
+    weight_type: str
+    block: int
+
+    @property
+    def bits(self) -> float:
+        return (4 if self.weight_type == "s4" else 8) + 16 / self.block
+
+    def calibrated(self, noise: Floats, signal: Floats) -> Calibrated:
+        """With the `energies` of the error and of the matrix."""
+        return Calibrated(
+            self.weight_type, self.block, self.bits, *(_relative(*both) for both in zip(noise, signal, strict=True))
+        )
+
+
+def energies(weights: Any, hessian: Any) -> Floats:
+    """Of a matrix [out, in]: of its values, and of its outputs for the inputs of a Hessian."""
+    outputs = float(((weights @ hessian) * weights).sum(dtype=torch.float64))
+    return np.array([float(weights.square().sum(dtype=torch.float64)), max(outputs, 0.0)])
+
+
+def _relative(noise: float, signal: float) -> float:
+    """Root of noise over signal in four digits: more would tell one instruction set from another."""
+    return float(f"{(noise / signal) ** 0.5 if signal else 0.0:.4g}")
 
 
 def pieces(source: Source) -> list[Piece] | None:

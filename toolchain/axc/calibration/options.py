@@ -11,6 +11,7 @@ from axrun.errors import BadInput
 
 BLOCKS = {"s4": 32, "s8": 64}
 LEAST_BITS, MOST_BITS = 4.5, 8.5
+TOKENS = 32768
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Options:
     weight_type: str = "s4"
     bits: float | None = None
     calibration: tuple[Path, ...] = ()
-    tokens: int = 32768
+    tokens: int = TOKENS
     window: int = 512
     model_config: Path | None = None
     model_type: str | None = None
@@ -52,12 +53,13 @@ def wanted(
     calibrated: Path | None,
     bits: float | None,
     texts: list[Path],
+    tokens: int | None = None,
 ) -> bool:
     """Whether a build calibrates first; s4 of a float checkpoint does unless `quantizer` is rtn.
 
     Raises BadInput for flags that exclude each other, and for a checkpoint that cannot be opened.
     """
-    flags = {"--bits": bits is not None, "--calibration": bool(texts)}
+    flags = {"--bits": bits is not None, "--calibration": bool(texts), "--calibration_tokens": tokens is not None}
     said = [flag for flag, given in flags.items() if given]
     if calibrated and (quantizer or said):
         raise BadInput(f"--calibrated is there already: leave {' and '.join(said or ['--quantizer'])} out")

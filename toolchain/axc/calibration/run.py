@@ -8,6 +8,7 @@ calibration that was killed goes on behind them.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
@@ -18,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import nn
 
 from axc import config, reference
-from axc.calibration import bits, cache, file, text
+from axc.calibration import bits, cache, file, head, text
 from axc.calibration.file import Calibrated
-from axc.calibration.linears import Piece, pieces
+from axc.calibration.linears import SMALLEST_BLOCK, Matrix, energies, pieces
 from axc.calibration.options import Options
 from axc.calibration.streamed import INSTEAD, Call, Streamed, run
 from axc.checkpoints import EMBEDDING, HEAD, Checkpoint
@@ -37,28 +39,11 @@ from axrun.format.quantised import unpack4
 
 Tensor = Any  # torch.Tensor
 THREADS = 2  # fixed: how many there are decides the order of sums
-SMALLEST_BLOCK = 16
 PARTS = ".layers"
 FAST, SLOW = 4e11, 6e10  # operations a second: with units for bfloat16, and with AVX2
 
 Progress = Callable[[int, int, str], None]
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix of an axmodel's layer that is calibrated."""
-
-    name: str
-    source: Source
-    pieces: list[Piece]
-    layer: int
-    weight_type: str
-    block: int
-
-    @property
-    def bits(self) -> float:
-        return (4 if self.weight_type == "s4" else 8) + 16 / self.block
 
 
 @dataclass
@@ -114,6 +99,9 @@ def on(
     with _exactly():
         streamed = Streamed(checkpoint, options.model_config)
         found, others = matrices(sources, streamed, options)
+        last = head.find(sources, streamed)
+        if last is None:
+            others.append(HEAD)
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             say(f"not calibrated, rounded to nearest: {others[0]}{more}")
@@ -121,7 +109,15 @@ def on(
         say(_estimate(model, found, words.tokens))
         if options.bits is not None:
             found = bits.choose(streamed, found, ids, options.bits, progress)
-        return _layers(streamed, found, ids, header, output, progress)
+        size = {matrix.name: matrix.source.shape[0] * matrix.source.shape[1] for matrix in found}
+        average = sum(matrix.bits * size[matrix.name] for matrix in found) / sum(size.values())
+        header["bits"] = round(average, 4)
+        if last is not None:
+            found = [*found, last]
+        key = {**header, "weights": [[matrix.name, matrix.weight_type, matrix.block] for matrix in found]}
+        with _parts(output, key) as parts:
+            _all(streamed, found, ids, parts, progress)
+            return _join(parts, header, output)
 
 
 def matrices(sources: Mapping[str, Source], streamed: Streamed, options: Options) -> tuple[list[Matrix], list[str]]:
@@ -151,40 +147,45 @@ def matrices(sources: Mapping[str, Source], streamed: Streamed, options: Options
     return found, others
 
 
-def _layers(
-    streamed: Streamed, matrices: list[Matrix], ids: Tensor, header: dict[str, Any], output: Path, progress: Progress
-) -> Path:
+def _all(streamed: Streamed, matrices: list[Matrix], ids: Tensor, parts: Path, progress: Progress) -> None:
+    """Quantises layer after layer, then the head; each becomes a file in `parts`."""
     of_layer = defaultdict(list)
     for matrix in matrices:
         of_layer[matrix.layer].append(matrix)
-    key = {**header, "weights": [[matrix.name, matrix.weight_type, matrix.block] for matrix in matrices]}
-    parts = _parts(output, key)
     exact, calls = streamed.enter(ids)
     given = list(exact)
-    total = len(streamed.layers)
+    layers, total = len(streamed.layers), len(streamed.layers) + 1
     with torch.no_grad():
-        for index in range(total):
+        for index in range(layers):
             progress(index, total, f"layer {index + 1}")
             layer, path = streamed.load(index), parts / f"{index}.safetensors"
             own, prefix = of_layer[index], f"{streamed.prefix}.{index}."
-            if path.is_file():
-                _load(path, own, layer, prefix, exact, calls[index])
+            if (finished := _finished(path)) is not None:
+                for at, hidden in enumerate(exact):
+                    exact[at] = run(layer, calls[index], hidden)
+                _put_all(finished, own, layer, prefix)
             else:
                 _save(path, _quantise(streamed, layer, prefix, own, exact, given, calls[index]))
-            if index + 1 < total:
+            if index + 1 < layers or of_layer[layers]:
                 for at, hidden in enumerate(given):
                     given[at] = run(layer, calls[index], hidden)
             streamed.release(layer)
+        for last in of_layer[layers]:
+            progress(layers, total, "head")
+            path = parts / f"{layers}.safetensors"
+            if _finished(path) is None:
+                _save(path, head.quantise(streamed, last, given))
     progress(total, total, "writing")
+
+
+def _join(parts: Path, header: Mapping[str, Any], output: Path) -> Path:
+    """The calibration file, from those of the layers."""
     arrays: dict[str, Any] = {}
     listed: dict[str, Any] = {}
-    for index in range(total):
-        path = parts / f"{index}.safetensors"
+    for path in sorted(parts.glob("*.safetensors")):
         arrays |= load_file(path)
         listed |= json.loads(path.with_suffix(".json").read_text("utf-8"))
-    size = {matrix.name: matrix.source.shape[0] * matrix.source.shape[1] for matrix in matrices}
-    average = sum(matrix.bits * size[matrix.name] for matrix in matrices) / sum(size.values())
-    file.save(output, arrays, {**header, "bits": round(average, 4), "weights": listed})
+    file.save(output, arrays, {**header, "weights": listed})
     shutil.rmtree(parts)
     return output
 
@@ -226,13 +227,7 @@ def _quantise(
         for matrix, own, part, scale in zip(batch, rows, levels.split(sizes), scales.split(sizes), strict=True):
             stored = gptq.dequantize(part, scale)
             difference = stored - own
-            entry = Calibrated(
-                weight_type,
-                block,
-                matrix.bits,
-                _rounded(float(difference.square().sum()), float(own.square().sum())),
-                _rounded(_energy(difference, hessian), _energy(own, hessian)),
-            )
+            entry = matrix.calibrated(energies(difference, hessian), energies(own, hessian))
             result[matrix.name] = (*gptq.as_arrays(part, scale), entry)
             put(layer, prefix, matrix, stored)
     return result
@@ -305,11 +300,16 @@ def _save(path: Path, result: Mapping[str, tuple[Any, Any, Calibrated]]) -> None
     file.save(path, arrays, {"version": file.VERSION, "weights": {}})
 
 
-def _load(path: Path, matrices: list[Matrix], layer: Any, prefix: str, exact: list[Tensor], call: Call) -> None:
-    """A layer that an earlier run finished: its outputs for the float model's inputs, then its stored weights."""
-    for at, hidden in enumerate(exact):
-        exact[at] = run(layer, call, hidden)
-    arrays = load_file(path)
+def _finished(path: Path) -> Mapping[str, Any] | None:
+    """Levels and scales that an earlier run wrote; None where it did not, or a power cut damaged them."""
+    try:
+        arrays, listed = load_file(path), json.loads(path.with_suffix(".json").read_text("utf-8"))
+    except (OSError, ValueError, SafetensorError):
+        return None
+    return arrays if listed and all({name, f"{name}_scale"} <= set(arrays) for name in listed) else None
+
+
+def _put_all(arrays: Mapping[str, Any], matrices: list[Matrix], layer: Any, prefix: str) -> None:
     for matrix in matrices:
         levels, scales = arrays[matrix.name], arrays[f"{matrix.name}_scale"]
         whole = unpack4(levels).reshape(len(levels), -1) if matrix.weight_type == "s4" else levels
@@ -317,30 +317,36 @@ def _load(path: Path, matrices: list[Matrix], layer: Any, prefix: str, exact: li
         put(layer, prefix, matrix, values)
 
 
-def _parts(output: Path, key: Mapping[str, Any]) -> Path:
-    """The folder of finished layers; those of another calibration are removed. Raises BadInput."""
+@contextlib.contextmanager
+def _parts(output: Path, key: Mapping[str, Any]) -> Iterator[Path]:
+    """The folder of finished layers, for one process at a time; those of another calibration are removed.
+
+    Raises BadInput.
+    """
     folder = output.with_name(output.name + PARTS)
     whole = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     marker = folder / "key"
     try:
         if folder.exists() and not marker.is_file():
             raise BadInput(f"{folder} is in the way\nMove it away, or choose another file.")
-        if folder.exists() and marker.read_text("utf-8") != whole:
-            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        marker.write_text(whole, "utf-8")
+        lock = marker.open("a+", encoding="utf-8")
     except OSError as error:
         raise BadInput(f"cannot write {folder}: {error.strerror or error}") from None
-    return folder
-
-
-def _energy(weights: Tensor, hessian: Tensor) -> float:
-    return max(float(((weights @ hessian) * weights).sum(dtype=torch.float64)), 0.0)
-
-
-def _rounded(noise: float, signal: float) -> float:
-    """Root of noise over signal in four digits: more would tell one instruction set from another."""
-    return float(f"{(noise / signal) ** 0.5 if signal else 0.0:.4g}")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"another process is writing {output}\nWait for it, or choose another file.") from None
+        lock.seek(0)
+        if lock.read() != whole:
+            for path in folder.iterdir():
+                if path != marker:
+                    path.unlink()
+            lock.truncate(0)
+            lock.write(whole)
+            lock.flush()
+        yield folder
 
 
 def _estimate(model: ModelConfig, found: list[Matrix], tokens: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,55 @@ class Streamed:
     def set(module: Any, name: str, value: Tensor) -> None:
         owner, _, leaf = name.rpartition(".")
         module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    @contextlib.contextmanager
+    def behind_layers(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """Calls of the model with the last layer's outputs [1, n, hidden]; they give logits. Raises BadInput.
+
+        The final norm is in memory; the weight of the head is the caller's to set.
+        """
+        embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        for name, parameter in list(self.model.named_parameters()):
+            outside = not name.startswith(f"{self.prefix}.")
+            if outside and parameter is not embedding.weight and parameter is not head.weight:
+                self.set(self.model, name, self.tensor(name, tuple(parameter.shape)))
+        given: list[Tensor] = []
+
+        def behind(hidden: Tensor) -> Tensor:
+            given[:] = [hidden]
+            return self.model(inputs_embeds=hidden, use_cache=False).logits
+
+        try:
+            for layer in self.layers:
+                layer.forward = lambda *_, **__: given[0]
+            yield behind
+        finally:
+            for layer in self.layers:
+                del layer.forward
+            self.release(head)
+            if embedding.weight is not head.weight and not embedding.weight.is_meta:
+                self.release(embedding)
+
+    @contextlib.contextmanager
+    def before_head(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What the head gets [n, hidden] for the last layer's outputs [1, n, hidden]. Raises BadInput."""
+        caught: list[Tensor] = []
+
+        def catch(_: Any, arguments: tuple[Any, ...]) -> None:
+            caught[:] = arguments[:1]
+            raise _Reached
+
+        def before(hidden: Tensor) -> Tensor:
+            with contextlib.suppress(_Reached):
+                behind(hidden)
+            return caught[0].flatten(0, -2)
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(catch)
+        try:
+            with self.behind_layers() as behind:
+                yield before
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def enter(self, windows: Tensor) -> tuple[list[Tensor], list[Call]]:

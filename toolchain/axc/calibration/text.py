@@ -15,6 +15,8 @@ from axrun.errors import BadInput
 # this project's documents and code as they once were, and prose and dialogue in several languages written for it
 DEFAULT = Path(__file__).with_name("text.txt")
 MOST = 64 << 20  # bytes of a text
+CONVERT = "Give a UTF-8 text with --calibration; iconv converts other encodings."
+LONGEST = 64  # characters a token is reckoned with: what lies behind is not read
 
 
 @dataclass(frozen=True)
@@ -36,30 +38,38 @@ def digest(paths: tuple[Path, ...]) -> str:
 
 
 def read(path: Path) -> str:
-    """Raises BadInput."""
+    """Raises BadInput for anything but UTF-8 text."""
     try:
+        if not path.is_file() and path.exists():
+            raise BadInput(f"{path} is no regular file\nGive a UTF-8 text with --calibration.")
         if path.stat().st_size > MOST:
             raise BadInput(f"{path} is larger than {MOST >> 20} MiB\nA few hundred kilobytes of text suffice.")
-        return path.read_text("utf-8")
+        words = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path} is no UTF-8 text: byte {error.start}") from None
+        raise BadInput(f"{path} is no UTF-8 text: byte {error.start}\n{CONVERT}") from None
+    if "\0" in words:
+        at = len(words[: words.index("\0")].encode())
+        raise BadInput(f"{path} is no text: byte {at} is 0\n{CONVERT}")
+    return words
 
 
 def windows(paths: tuple[Path, ...], tokenizer: Any, tokens: int, window: int, vocabulary: int) -> Text:
     """Of at most `tokens` tokens in all, an equal share from each file. Raises BadInput for too little text."""
     paths = paths or (DEFAULT,)
+    share = tokens // len(paths) // window * window
+    if not share:
+        raise BadInput(f"--calibration_tokens is {tokens}; expected {window} or more for each of {len(paths)} texts")
     found: list[NDArray[np.int64]] = []
     for path in paths:
-        ids = np.array(tokenizer.encode(read(path), add_special_tokens=False), np.int64)
+        ids = np.array(tokenizer.encode(read(path)[: LONGEST * share], add_special_tokens=False), np.int64)
         ids = ids[ids < vocabulary]
-        count = min(len(ids), tokens // len(paths)) // window
+        count = min(len(ids), share) // window
+        if not count:
+            raise BadInput(
+                f"{path} has {len(ids)} tokens; expected {window} or more\nGive more text with --calibration."
+            )
         found.append(ids[: count * window].reshape(count, window))
-    whole = np.concatenate(found)
-    if not len(whole):
-        raise BadInput(
-            f"{', '.join(path.name for path in paths)}: less than {window} tokens\nGive more text with --calibration."
-        )
     names = tuple(path.name for path in paths)
-    return Text(whole, digest(paths), names)
+    return Text(np.concatenate(found), digest(paths), names)

@@ -153,7 +153,15 @@ def _head(case: Case, tensors: dict[str, Stored]) -> list[Fault]:
         held = ", ".join(f"{entry.name} {list(entry.shape)}" for entry in tensors.values() if len(entry.shape) == 2)
         return [Fault(HEAD, "", "the head is missing or has another shape", f"{list(shape)}", held or "none")]
     entry, reference = found[0], case.reference
-    bad = weight_faults.compare(entry, HEAD, lambda name, start, stop: reference.head(start, stop))
+
+    def rows(name: str, start: int, stop: int) -> Floats:
+        return reference.head(start, stop)
+
+    recorded = next((case.calibrated[name] for name in (HEAD, EMBEDDING) if name in case.calibrated), None)
+    if recorded is not None and entry.scaled:
+        fault = weight_faults.unlike_calibrated(entry, HEAD, rows, recorded.error)
+        return [] if fault is None else [fault]
+    bad = weight_faults.compare(entry, HEAD, rows)
     if bad is None:
         return []
 

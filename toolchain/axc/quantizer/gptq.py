@@ -10,6 +10,7 @@ to keep are those for the float model's inputs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,26 +28,48 @@ CHUNK = 1 << 15  # elements of a matrix whose scales are searched at a time: the
 Tensor = Any  # torch.Tensor
 
 
-def quantize(weights: Tensor, hessian: Tensor, dtype: str, block: int, drift: Tensor | None = None) -> tuple[Any, Any]:
-    """Levels float32 [out, in] and scales float32 [out, in / block] of weights float32 [out, in].
+@dataclass(frozen=True)
+class Inputs:
+    """What GPTQ needs to know of the inputs of a matrix: the same for all its rows.
 
-    `hessian` [in, in] is the sum of x xT over the inputs x, `drift` that of (y - x) xT, y the float model's inputs.
-    Raises ValueError where the Hessian is not finite.
+    `importance` float32 [in] weighs the error of a column, `order` is that of the columns, `inverse` the factor of the
+    Hessian's inverse in it.
     """
-    low, high = LEVELS[dtype]
-    diagonal = hessian.diagonal().double()
-    if not bool(torch.isfinite(diagonal).all()):
-        raise ValueError("the inputs are not finite")
-    mean = float(diagonal.mean()) or 1.0
-    scales = search_scales(weights, (diagonal + DAMP * mean).float(), dtype, block)
-    order = torch.argsort(diagonal, descending=True, stable=True)
-    inverse = _inverse_factor(hessian, order, DAMP * mean)
-    wanted = weights[:, order]
-    if drift is not None:
-        wanted = wanted + DRIFT * ((weights @ drift)[:, order] @ inverse.T @ inverse)
-    levels = torch.empty_like(weights)
-    levels[:, order] = _sweep(wanted.T.contiguous(), inverse, scales[:, order // block].T, low, high).T
-    return levels, scales
+
+    importance: Tensor
+    order: Tensor
+    inverse: Tensor
+    drift: Tensor | None
+
+    @classmethod
+    def of(cls, hessian: Tensor, drift: Tensor | None = None) -> Inputs:
+        """`hessian` [in, in] is the sum of x xT over the inputs x, `drift` that of (y - x) xT, y the float model's
+        inputs. Raises ValueError where the Hessian is not finite.
+        """
+        diagonal = hessian.diagonal().double()
+        if not bool(torch.isfinite(diagonal).all()):
+            raise ValueError("the inputs are not finite")
+        damp = DAMP * (float(diagonal.mean()) or 1.0)
+        order = torch.argsort(diagonal, descending=True, stable=True)
+        return cls((diagonal + damp).float(), order, _inverse_factor(hessian, order, damp), drift)
+
+    def quantize(self, weights: Tensor, dtype: str, block: int) -> tuple[Tensor, Tensor]:
+        """Levels float32 [out, in] and scales float32 [out, in / block] of weights float32 [out, in]."""
+        order, inverse = self.order, self.inverse
+        scales = search_scales(weights, self.importance, dtype, block)
+        wanted = weights[:, order]
+        if self.drift is not None:
+            wanted = wanted + DRIFT * ((weights @ self.drift)[:, order] @ inverse.T @ inverse)
+        levels = torch.empty_like(weights)
+        levels[:, order] = _sweep(wanted.T.contiguous(), inverse, scales[:, order // block].T, *LEVELS[dtype]).T
+        return levels, scales
+
+
+def quantize(
+    weights: Tensor, hessian: Tensor, dtype: str, block: int, drift: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same for one matrix. Raises ValueError where the Hessian is not finite."""
+    return Inputs.of(hessian, drift).quantize(weights, dtype, block)
 
 
 def _inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> Tensor:

@@ -71,8 +71,16 @@ def blocks(source: Source, tensors: Tensors, rows: int = 1) -> Iterator[tuple[in
 
 def float32(name: str, source: Source, tensors: Tensors) -> NDArray[np.float32]:
     """A whole weight as float32; for the small ones (norms, biases). Raises BadInput."""
+    return np.concatenate([block for _, block in float32_blocks(name, source, tensors)])
+
+
+def float32_blocks(
+    name: str, source: Source, tensors: Tensors, rows: int = 1
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """The same in the blocks of `blocks`. Raises BadInput."""
     dtype = source.dtype(tensors)
-    try:
-        return np.concatenate([widen(block, dtype) for _, block in blocks(source, tensors)])
-    except OverflowError as overflow:
-        raise BadInput(f"{name} holds {overflow}") from None
+    for start, block in blocks(source, tensors, rows):
+        try:
+            yield start, widen(block, dtype)
+        except OverflowError as overflow:
+            raise BadInput(f"{name} holds {overflow}") from None

@@ -35,6 +35,7 @@ USED = (
     "auto-round",
     "ct-int4",
     "ct-int4-asymmetric",
+    "ct-int4-actorder",
     "fp8-blocks",
 )
 UP = "model.layers.0.mlp.up_proj"
@@ -108,6 +109,9 @@ TENSORS: list[tuple[str, Change, str]] = [
     ("gptq-desc_act", put("g_idx", lambda t: t[:-1]), "has shape [127]; expected [128]"),
     ("gptq-desc_act", number("g_idx", (5,), 4), "names group 4; there are 4"),
     ("gptq-desc_act", number("g_idx", (5,), -1), "names group -1; there are 4"),
+    ("gptq-desc_act", without("g_idx"), f"{UP}.g_idx is missing"),
+    ("ct-int4-actorder", without("weight_g_idx"), f"{UP}.weight_g_idx is missing"),
+    ("gptq-32", put("g_idx", lambda t: t.flip(0)), "has groups out of order; config.json says desc_act false"),
     ("awq", put("qzeros", lambda t: t[:, :-1]), "has shape [4, 15]; expected [4, 16]"),
     ("ct-int4", put("weight_shape", lambda t: torch.tensor([1 << 40, 128])), "which [1099511627776, 128] numbers of 4"),
     ("ct-int4", put("weight_shape", lambda t: torch.tensor([128, -8])), "which [128, -8] numbers of 4"),
@@ -163,6 +167,10 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("gptq-32", {"group_size": 0}, "group_size 0"),
     ("gptq-32", {"group_size": "32"}, "group_size '32'"),
     ("gptq-32", {"group_size": 64}, "expected [2, 128]"),
+    ("awq", {"group_size": 40}, "has 128 columns; the group_size 40 does not divide that"),
+    ("ct-int4-asymmetric", group(symmetric=False, group_size=40), "the group_size 40 does not divide that"),
+    ("ct-int4", group(actorder="activation"), "actorder 'activation'"),
+    ("gptq-32", {"desc_act": "yes"}, "desc_act 'yes'; expected True or False"),
     ("gptq-32", {"sym": "yes"}, "sym 'yes'"),
     ("gptq-32", {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'; expected 'gptq' or 'gptq_v2'"),
     ("gptq-32", {"dynamic": {"+:.*up.*": {"bits": 8}}}, "modules of other bits or groups are not read"),

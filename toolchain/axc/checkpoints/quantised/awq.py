@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axc.checkpoints.quantised.gptq import scale_rows
-from axc.checkpoints.quantised.matrix import SCALES, Columns, Integers, Matrix, Raw, signed, staircase, unsigned
+from axc.checkpoints.quantised.matrix import SCALES, Columns, Integers, Matrix, Raw, signed, unsigned, whole_groups
 from axc.checkpoints.settings import AUTO_ROUND, Settings, keys
 
 NAME, BITS, EACH = "AWQ", 4, 8
@@ -47,7 +47,8 @@ def read_modules(raw: Raw, group_size: int, symmetric: bool, name: str = NAME) -
         weight = raw.need(module, "qweight", ("I32",), (None, None))
         columns, rows = weight.shape[0], weight.shape[1] * EACH
         block = columns if group_size == -1 else min(group_size, columns)
-        count = -(-columns // block)
+        whole_groups(weight, columns, block)
+        count = columns // block
         scale = raw.need(module, "scales", SCALES, (count, rows))
         zero = raw.need(module, "qzeros", ("I32",), (count, weight.shape[1]))
         integers = Integers(
@@ -57,7 +58,6 @@ def read_modules(raw: Raw, group_size: int, symmetric: bool, name: str = NAME) -
             scales=scale_rows(raw, scale),
             zeros=Interleaved(Columns(raw.array(zero))),
             block=block,
-            groups=None if columns % block == 0 else staircase(columns, block),
             symmetric=symmetric,
         )
         yield integers.matrix(weight, (rows, columns), BITS, scale.dtype, f"{name} {BITS}-bit")

@@ -23,8 +23,8 @@ from axc.checkpoints.quantised.matrix import (
     Raw,
     column_groups,
     signed,
-    staircase,
     unsigned,
+    whole_groups,
     widened,
 )
 from axc.checkpoints.settings import Settings, keys
@@ -45,12 +45,16 @@ FLOATS = ("float-quantized", "naive-quantized")
 
 @dataclass(frozen=True)
 class Scheme:
-    """How matrices are stored. `group`: columns that share a scale, -1 for all of a row and 0 for all of the matrix."""
+    """How matrices are stored. `group`: columns that share a scale, -1 for all of a row and 0 for all of the matrix.
+
+    `reordered`: groups are out of order, as an index says.
+    """
 
     packed: bool
     bits: int
     symmetric: bool
     group: int
+    reordered: bool = False
 
 
 # rows and columns that share a scale of e4m3 numbers; None: all of the matrix, or of a row
@@ -110,7 +114,9 @@ def _scheme(group: Settings, whole: Settings) -> Scheme | Blocks:
     columns = {"channel": -1, "tensor": 0}.get(strategy) if strategy != "group" else weights.group_size()
     bits = weights.only("num_bits", *((4, 8) if packed else (8,)))
     assert columns is not None
-    return Scheme(packed, bits, weights.flag("symmetric", True), columns)
+    # "group" stores an index; "weight" and "static" only changed the order in which columns were quantised
+    order = weights.only("actorder", "group", "weight", "static", True, False, None, absent=None)
+    return Scheme(packed, bits, weights.flag("symmetric", True), columns, order in ("group", True))
 
 
 def _integers(raw: Raw, module: str, scheme: Scheme) -> Matrix:
@@ -129,8 +135,9 @@ def _integers(raw: Raw, module: str, scheme: Scheme) -> Matrix:
     block = columns if scheme.group < 1 else min(scheme.group, columns)
     count = -(-columns // block)
     scale = raw.need(module, "weight_scale", SCALES, (1,) if scheme.group == 0 else (rows, count))
-    groups = None if columns % block == 0 else staircase(columns, block)
-    if raw.find(module, "weight_g_idx") or raw.modules("weight_g_idx"):  # all of them have one, or none
+    whole_groups(weight, columns, block)
+    groups = None
+    if scheme.reordered or raw.find(module, "weight_g_idx") or raw.modules("weight_g_idx"):  # all have one, or none
         index = raw.need(module, "weight_g_idx", ("I32", "I64"), (columns,))
         if (raw.array(index) != -1).any():  # how it is initialised
             groups = column_groups(index.file, index.key, raw.array(index), count, block)

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axc.checkpoints.quantised.matrix import (
+    AGAIN,
     SCALES,
     Columns,
     Integers,
@@ -25,10 +26,12 @@ from axc.checkpoints.quantised.matrix import (
     signed,
     staircase,
     unsigned,
+    whole_groups,
     widened,
 )
 from axc.checkpoints.settings import AUTO_ROUND, Settings, keys
 from axc.checkpoints.stored import StoredTensor
+from axrun.errors import BadInput
 
 NAME = "GPTQ"
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
@@ -39,24 +42,38 @@ HARMLESS = keys(
     mse failsafe model_name_or_path model_file_base_name dataset tokenizer module_name_preceding_first_block
     block_name_to_quantize modules_in_block_to_quantize modules_to_not_convert batch_size pad_token_id use_exllama
     disable_exllama exllama_config max_input_length use_cuda_fp16 model_seqlen cache_block_outputs backend lm_head
-    nsamples version offload_to_disk offload_to_disk_path desc_act vram_strategy hessian gptaq is_sequential
+    nsamples version offload_to_disk offload_to_disk_path vram_strategy hessian gptaq is_sequential
     """
 )
 
 
 @dataclass(frozen=True)
 class Packing:
-    """What the tensors mean. `shift`: added to each zero point that is stored."""
+    """What the tensors mean. `shift`: added to each zero point that is stored.
+
+    `desc_act`: whether groups of columns are out of order; None: what is stored decides.
+    """
 
     name: str
     bits: int
     group_size: int
     symmetric: bool
     shift: int
+    desc_act: bool | None = None
 
 
 def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
-    read = ("bits", "group_size", "sym", "checkpoint_format", "format", "pack_dtype", "dynamic", "is_marlin_format")
+    read = (
+        "bits",
+        "group_size",
+        "sym",
+        "desc_act",
+        "checkpoint_format",
+        "format",
+        "pack_dtype",
+        "dynamic",
+        "is_marlin_format",
+    )
     settings.refuse_unknown((*HARMLESS, *AUTO_ROUND, "data_type", "act_bits", *read))
     settings.only("data_type", "int", absent="int")
     settings.only("act_bits", 16, 32, absent=16)
@@ -68,7 +85,9 @@ def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
     if dynamic and not (isinstance(dynamic, dict) and all(str(rule).startswith("-:") for rule in dynamic)):
         raise settings.refuse("dynamic", "modules of other bits or groups are not read")
     bits = settings.only("bits", 4, 8)
-    packing = Packing(NAME, bits, settings.group_size(), settings.flag("sym", True), int(layout == "gptq"))
+    desc_act = settings.only("desc_act", True, False, None)
+    symmetric, shift = settings.flag("sym", True), int(layout == "gptq")
+    packing = Packing(NAME, bits, settings.group_size(), symmetric, shift, desc_act)
     return read_modules(raw, packing)
 
 
@@ -86,10 +105,18 @@ def _matrix(raw: Raw, module: str, packing: Packing) -> Matrix:
     count = -(-columns // block)
     scale = raw.need(module, "scales", SCALES, (count, rows))
     zero = raw.need(module, "qzeros", ("I32",), (count, -(-rows // each)))
-    groups = None if columns % block == 0 else staircase(columns, block)
-    if raw.find(module, "g_idx"):
+    groups = None
+    if raw.find(module, "g_idx") or (packing.desc_act and count > 1):
         index = raw.need(module, "g_idx", ("I32", "I64"), (columns,))
         groups = column_groups(index.file, index.key, raw.array(index), count, block)
+        ordered = groups is None or np.array_equal(groups, staircase(columns, block))
+        if packing.desc_act is False and not ordered:
+            raise BadInput(
+                f"{index.file}: {index.key} has groups out of order; config.json says desc_act false, with which some "
+                f"programs ignore it\n{AGAIN}"
+            )
+    else:
+        whole_groups(weight, columns, block)
     integers = Integers(
         name=module,
         file=weight.file,

@@ -176,6 +176,14 @@ def column_groups(file: Path, key: str, index: NDArray[Any], count: int, block: 
     return None if np.array_equal(groups, staircase(len(groups), block)) and len(groups) % block == 0 else groups
 
 
+def whole_groups(stored: StoredTensor, columns: int, block: int) -> None:
+    """Raises BadInput where groups of `block` columns leave a rest: other sizes of a group may fit as well."""
+    if columns % block:
+        raise BadInput(
+            f"{stored.file}: {stored.key} has {columns} columns; the group_size {block} does not divide that\n{AGAIN}"
+        )
+
+
 def staircase(columns: int, block: int) -> NDArray[np.int64]:
     """Each column's group where they are `block` columns each, one after another."""
     return np.arange(columns, dtype=np.int64) // block

@@ -26,7 +26,8 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 class Form:
     """A way to store matrices.
 
-    `group`: columns that share a scale, 0 for all; `index`: groups in random columns, alike for matrices of a width.
+    `group`: columns that share a scale, 0 for all; `index`: groups in random columns, alike for matrices of a width;
+    `down`: how down_proj is stored, where that is another.
     """
 
     method: str
@@ -36,6 +37,7 @@ class Form:
     index: bool = False
     kind: str = ""
     scales: torch.dtype = torch.float16
+    down: Form | None = None
 
 
 FORMS: dict[str, Form] = {
@@ -48,12 +50,16 @@ FORMS: dict[str, Form] = {
     "gptq-desc_act": Form("gptq", index=True),
     "gptq-desc_act-asymmetric": Form("gptq", symmetric=False, index=True),
     "gptq-8-asymmetric": Form("gptq", bits=8, group=64, symmetric=False, kind="gptq_v2"),
+    "gptq-mixed": Form("gptq", down=Form("gptq", bits=8, group=64)),
     "awq": Form("awq", symmetric=False),
     "awq-128": Form("awq", group=128, symmetric=False),
     "auto-round": Form("auto-round", kind="auto_round:auto_gptq"),
     "auto-round-asymmetric": Form("auto-round", symmetric=False, kind="auto_round"),
     "auto-round-awq": Form("auto-round", kind="auto_round:auto_awq"),
     "auto-round-fp8": Form("auto-round", bits=8, group=64, kind="auto_round:fp8", scales=torch.bfloat16),
+    "auto-round-mixed": Form(
+        "auto-round", kind="auto_round", down=Form("auto-round", group=64, symmetric=False, kind="auto_round")
+    ),
     "ct-int4": Form("compressed-tensors", group=128, kind="pack-quantized"),
     "ct-int4-bf16": Form("compressed-tensors", kind="pack-quantized", scales=torch.bfloat16),
     "ct-int4-row": Form("compressed-tensors", group=0, kind="pack-quantized"),
@@ -62,6 +68,11 @@ FORMS: dict[str, Form] = {
     "ct-int8": Form("compressed-tensors", bits=8, group=0, kind="pack-quantized"),
     "ct-int8-plain": Form("compressed-tensors", bits=8, group=0, kind="int-quantized"),
     "ct-int8-plain-asymmetric": Form("compressed-tensors", bits=8, group=0, symmetric=False, kind="int-quantized"),
+    "ct-mixed": Form(
+        "compressed-tensors",
+        kind="pack-quantized",
+        down=Form("compressed-tensors", bits=8, group=0, symmetric=False, kind="pack-quantized"),
+    ),
     "ct-fp8": Form("compressed-tensors", bits=8, group=0, kind="float-quantized"),
     "ct-fp8-blocks": Form("compressed-tensors", bits=8, group=64, kind="float-quantized"),
     "fp8-blocks": Form("fp8", bits=8, group=64, scales=torch.float32),
@@ -167,6 +178,19 @@ def stored(rows: int, columns: int, form: Form, random: np.random.Generator) -> 
 
 def config(form: Form) -> dict[str, Any]:
     """quantization_config of config.json."""
+    if form.down is None:
+        return _config(form)
+    says, down = _config(form), _config(form.down)
+    own = {key: down[key] for key in ("bits", "group_size", "sym") if key in down}
+    if form.method == "gptq":
+        return {**says, "dynamic": {r"+:.*\.down_proj": own, "-:lm_head": {}}}
+    if form.method == "auto-round":
+        return {**says, "extra_config": {r".*down_proj": own, "lm_head": {"bits": 16, "data_type": "fp"}}}
+    groups = {**says["config_groups"], "group_1": {**down["config_groups"]["group_0"], "targets": [r"re:.*down_proj"]}}
+    return {**says, "config_groups": groups}
+
+
+def _config(form: Form) -> dict[str, Any]:
     group = form.group or -1
     usual = {"quant_method": form.method, "bits": form.bits, "group_size": group}
     if form.method == "gptq":
@@ -208,7 +232,8 @@ def write(folder: Path, form: Form, seed: int = 0, **changes: Any) -> dict[str, 
             tensors[name] = parameter.bfloat16()
             continue
         rows, columns = parameter.shape
-        parts, values[name] = stored(rows, columns, form, random)
+        own = form.down if form.down and "down_proj" in name else form
+        parts, values[name] = stored(rows, columns, own, random)
         module = name.removesuffix(".weight")
         tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
     folder.mkdir()

@@ -92,7 +92,9 @@ def test_levels_and_scales_are_kept_to_the_last_bit(made: Made, tmp_path: Path, 
     folder, expected = made(name)
     planned = plan(folder, tmp_path / "out", weight_type=None)
     assert len(planned.kept) == 14
-    assert planned.target.weight_type == ("s8" if FORMS[name].bits == 8 else "s4")
+    assert planned.target.weight_type == (
+        "s8" if 8 in (FORMS[name].bits, (FORMS[name].down or FORMS[name]).bits) else "s4"
+    )
     manifest = build.build(planned).manifest
     assert manifest["accuracy"]["weight_error"] == {}
     model = onnx.load(tmp_path / "out" / "llama_p16_l1_together.axmodel")

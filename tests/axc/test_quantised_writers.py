@@ -59,7 +59,8 @@ def test_awq_as_autoround_packs_it() -> None:
     assert np.array_equal(values.T.numpy(), source.values)
 
 
-PACKED = [name for name, form in FORMS.items() if form.kind in ("pack-quantized", "int-quantized") and not form.index]
+INTEGERS = ("pack-quantized", "int-quantized")
+PACKED = [name for name, form in FORMS.items() if form.kind in INTEGERS and not form.index and not form.down]
 
 
 @pytest.mark.parametrize("name", PACKED)

@@ -84,7 +84,11 @@ def _gptq(module: Module, says: Says) -> Tensor:
 
 
 def _transposed(module: Module, bits: int, group: int, less_one: bool) -> Tensor:
+    groups, rows = module["scales"].shape
+    bits = {-(-rows * own // 32): own for own in (8, 4)}.get(module["qzeros"].shape[1], bits)  # some have their own
     codes = _unpacked(module["qweight"], bits, 0)  # [in, out]
+    if groups != -(-len(codes) // group):
+        group = len(codes) // groups
     zeros = module["qzeros"].long()
     if less_one:
         zeros = zeros + sum(1 << bit for bit in range(0, 32, bits))
@@ -120,14 +124,16 @@ def _auto_round(module: Module, says: Says) -> Tensor:
 
 
 def _compressed(module: Module, says: Says) -> Tensor:
-    (first, *_) = says["config_groups"].values()
-    form = first["weights"]
+    forms = [group["weights"] for group in says["config_groups"].values()]
     scales = module["weight_scale"].float()
-    if form["type"] == "float":
-        return _scaled(module["weight"], scales, form.get("block_structure"))
-    bits, zeros = form["num_bits"], module.get("weight_zero_point")
+    if "weight" in module and module["weight"].dtype == torch.float8_e4m3fn:
+        return _scaled(
+            module["weight"], scales, next(form for form in forms if form["type"] == "float").get("block_structure")
+        )
+    bits, zeros = 8, module.get("weight_zero_point")
     if "weight_packed" in module:
         rows, columns = (int(size) for size in module["weight_shape"])
+        bits = 4 if module["weight_packed"].shape[1] == -(-columns // 8) else 8
         levels = _unpacked(module["weight_packed"], bits, 1)[:, :columns] - (1 << (bits - 1))
         if zeros is not None and zeros.dtype == torch.int32:
             zeros = _unpacked(zeros, bits, 0)[:rows] - (1 << (bits - 1))
@@ -135,11 +141,10 @@ def _compressed(module: Module, says: Says) -> Tensor:
         levels = module["weight"].long()
     columns = levels.shape[1]
     groups = 1 if scales.ndim < 2 else scales.shape[1]
-    size = form["group_size"] if form.get("strategy") == "group" else -(-columns // groups)
-    index = torch.arange(columns) // size
+    index = torch.arange(columns) // -(-columns // groups)
     if "weight_g_idx" in module and int(module["weight_g_idx"][0]) >= 0:
         index = module["weight_g_idx"].long()
-    zeros = torch.zeros(1, 1) if zeros is None or form["symmetric"] else zeros.reshape(-1, groups)[:, index]
+    zeros = torch.zeros(1, 1) if zeros is None else zeros.reshape(-1, groups)[:, index]
     values: Tensor = (levels - zeros).float()
     return values * scales.reshape(-1, groups)[:, index]
 

@@ -6,7 +6,6 @@ https://github.com/intel/auto-round . `packing_format` tells which, and whether 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from axc.checkpoints.quantised import awq, fp8, gptq
 from axc.checkpoints.quantised.matrix import Matrix, Raw
@@ -41,21 +40,15 @@ def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
         raise settings.refuse(key, f"expected one of {', '.join((*PACKINGS, FLOAT8))}")
     settings.only("data_type", "int", absent="int")
     settings.only("act_bits", 16, 32, absent=16)
-    bits, group_size, symmetric = settings.only("bits", 4, 8), settings.group_size(), settings.flag("sym", True)
-    _refuse_others(settings, {"bits": bits, "group_size": group_size, "sym": symmetric})
-    shift = PACKINGS[kind]
-    if shift is None:
-        settings.only("bits", awq.BITS)
-        return awq.read_modules(raw, group_size, symmetric, f"{NAME} (AWQ)")
-    return gptq.read_modules(raw, gptq.Packing(f"{NAME} (GPTQ)", bits, group_size, symmetric, shift))
-
-
-def _refuse_others(settings: Settings, usual: dict[str, Any]) -> None:
-    """`extra_config` may leave modules as floats; others than the usual bits and groups are not read."""
     extra = settings.values.get("extra_config") or {}
     if not isinstance(extra, dict):
         raise settings.refuse("extra_config", "expected an object")
-    for module, changes in extra.items():
-        own = {**usual, **changes} if isinstance(changes, dict) else {}
-        if own.get("bits") not in (16, 32) and any(own.get(key) != value for key, value in usual.items()):
-            raise settings.refuse("extra_config", f"that {module!r:.60} has other bits or groups is not read")
+    usual = settings.only("bits", 4, 8), settings.group_size()
+    others, symmetric = gptq.overrides(settings, "extra_config", list(extra.values()))
+    shift = PACKINGS[kind]
+    if shift is None:
+        settings.only("bits", awq.BITS)
+        if any(other != usual for other in others):
+            raise settings.refuse("extra_config", "other bits or groups of some modules are not read of this packing")
+        return awq.read_modules(raw, usual[1], symmetric, f"{NAME} (AWQ)")
+    return gptq.read_modules(raw, gptq.Packing(f"{NAME} (GPTQ)", *usual, symmetric, shift, None, others))

@@ -71,15 +71,46 @@ def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
         settings.part("sparsity_config", f"{settings.where}.sparsity_config").only("format", "dense")
     groups = settings.part("config_groups", f"{settings.where}.config_groups")
     schemes = [_scheme(groups.part(name, f"config_groups.{name}"), settings) for name in groups.values]
-    if not schemes or any(scheme != schemes[0] for scheme in schemes):
-        raise settings.refuse("config_groups", "expected one way to store weights")
-    scheme = schemes[0]
-    if not isinstance(scheme, Scheme):
-        for module in _modules(raw, "weight", "F8_E4M3"):
-            yield fp8.matrix(raw, module, raw.tensors[f"{module}.weight"], "weight_scale", scheme)
-        return
-    for module in raw.modules("weight_packed") if scheme.packed else _modules(raw, "weight", "I8"):
-        yield _integers(raw, module, scheme)
+    if not schemes:
+        raise settings.refuse("config_groups", "expected ways to store weights")
+    blocks = [scheme for scheme in schemes if not isinstance(scheme, Scheme)]
+    integers = [scheme for scheme in schemes if isinstance(scheme, Scheme)]
+    if any(block != blocks[0] for block in blocks):
+        raise settings.refuse("config_groups", "expected fp8 in blocks of one size")
+    for module in _modules(raw, "weight", "F8_E4M3") if blocks else []:
+        yield fp8.matrix(raw, module, raw.tensors[f"{module}.weight"], "weight_scale", blocks[0])
+    for packed in sorted({scheme.packed for scheme in integers}):
+        found = [scheme for scheme in integers if scheme.packed == packed]
+        for module in raw.modules("weight_packed") if packed else _modules(raw, "weight", "I8"):
+            yield _integers(raw, module, _own(raw, module, found))
+
+
+def _own(raw: Raw, module: str, schemes: list[Scheme]) -> Scheme:
+    """The one of several schemes that the tensors of a module show. Raises BadInput.
+
+    Targets are names and regular expressions, which an untrusted file could make run forever: shapes tell as well.
+    """
+    weight = raw.find(module, "weight_packed") or raw.find(module, "weight")
+    scale, size = raw.find(module, "weight_scale"), raw.find(module, "weight_shape")
+    if len(set(schemes)) == 1 or weight is None or scale is None:
+        return schemes[0]
+    columns = weight.shape[-1]
+    if size is not None:
+        columns = int(raw.array(raw.need(module, "weight_shape", ("I64", "I32"), (2,)))[1])
+    fits: dict[tuple[int, int], Scheme] = {}
+    for scheme in schemes:
+        block = columns if scheme.group < 1 else min(scheme.group, columns)
+        shape = (1,) if scheme.group == 0 else (weight.shape[0], -(-columns // max(block, 1)))
+        wide = -(-columns * scheme.bits // 32) if scheme.packed else columns
+        same = scheme.symmetric == (raw.find(module, "weight_zero_point") is None)
+        if scale.shape == shape and weight.shape[-1] == wide and same:
+            fits.setdefault((scheme.bits, block), scheme)
+    if len(fits) != 1:
+        seen = "several" if fits else "none"
+        raise BadInput(
+            f"{weight.file}: {seen} of the config_groups fit {module} by bits, groups and zero points\n{AGAIN}"
+        )
+    return next(iter(fits.values()))
 
 
 def _modules(raw: Raw, suffix: str, dtype: str) -> list[str]:

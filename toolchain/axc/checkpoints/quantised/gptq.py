@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +52,9 @@ HARMLESS = keys(
 class Packing:
     """What the tensors mean. `shift`: added to each zero point that is stored.
 
-    `desc_act`: whether groups of columns are out of order; None: what is stored decides.
+    `desc_act`: whether groups of columns are out of order; None: what is stored decides. `others`: bits and group sizes
+    that some modules have instead. Which ones shows in the shapes of their tensors: names are matched by regular
+    expressions, which an untrusted file could make run forever.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Packing:
     symmetric: bool
     shift: int
     desc_act: bool | None = None
+    others: tuple[tuple[int, int], ...] = ()
 
 
 def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
@@ -81,14 +85,37 @@ def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
     settings.only("pack_dtype", "int32", absent="int32")
     key = "checkpoint_format" if settings.values.get("checkpoint_format") is not None else "format"
     layout = settings.only(key, "gptq", "gptq_v2", absent="gptq")
-    dynamic = settings.values.get("dynamic")
-    if dynamic and not (isinstance(dynamic, dict) and all(str(rule).startswith("-:") for rule in dynamic)):
-        raise settings.refuse("dynamic", "modules of other bits or groups are not read")
-    bits = settings.only("bits", 4, 8)
-    desc_act = settings.only("desc_act", True, False, None)
-    symmetric, shift = settings.flag("sym", True), int(layout == "gptq")
-    packing = Packing(NAME, bits, settings.group_size(), symmetric, shift, desc_act)
+    usual = settings.only("bits", 4, 8), settings.group_size()
+    rules = settings.values.get("dynamic") or {}
+    if not isinstance(rules, dict):
+        raise settings.refuse("dynamic", "expected an object")
+    changes = [own for rule, own in rules.items() if not str(rule).startswith("-:")]  # those stay floats
+    others, symmetric = overrides(settings, "dynamic", changes)
+    desc_act = None if changes else settings.only("desc_act", True, False, None)
+    packing = Packing(NAME, *usual, symmetric, int(layout == "gptq"), desc_act, others)
     return read_modules(raw, packing)
+
+
+def overrides(settings: Settings, key: str, changes: list[Any]) -> tuple[tuple[tuple[int, int], ...], bool]:
+    """Bits and group sizes that some modules have instead of the usual, and whether all are symmetric.
+
+    `changes` are objects of the key. Raises BadInput.
+    """
+    others, symmetric = [], settings.flag("sym", True)
+    for change in changes:
+        if not isinstance(change, dict):
+            raise settings.refuse(key, "expected objects in it")
+        own = Settings({**settings.values, **change}, settings.path, f"{settings.where}.{key}", settings.advice)
+        if own.values.get("bits") in (16, 32):  # floats
+            continue
+        own.refuse_unknown(
+            (*settings.values, *AUTO_ROUND, "bits", "group_size", "sym", "desc_act", "data_type", "act_bits")
+        )
+        own.only("data_type", "int", absent="int")
+        own.only("act_bits", 16, 32, absent=16)
+        others.append((own.only("bits", 4, 8), own.group_size()))
+        symmetric &= own.flag("sym", True)
+    return tuple(others), symmetric
 
 
 def read_modules(raw: Raw, packing: Packing) -> Iterator[Matrix]:
@@ -97,7 +124,26 @@ def read_modules(raw: Raw, packing: Packing) -> Iterator[Matrix]:
         yield _matrix(raw, module, packing)
 
 
+def _own(raw: Raw, module: str, packing: Packing) -> Packing:
+    """With the bits and the group size that the shapes of a module's tensors show. Raises BadInput."""
+    weight, scale, zero = (raw.find(module, suffix) for suffix in ("qweight", "scales", "qzeros"))
+    if not packing.others or not (weight and scale and zero and len(weight.shape) == len(scale.shape) == 2):
+        return packing
+    fits: dict[tuple[int, int], Packing] = {}
+    for bits, size in ((packing.bits, packing.group_size), *packing.others):
+        columns, rows = weight.shape[0] * 32 // bits, weight.shape[1]
+        block = columns if size == -1 else min(size, columns)
+        count = -(-columns // max(block, 1))
+        if scale.shape == (count, rows) and zero.shape == (count, -(-rows * bits // 32)):
+            fits.setdefault((bits, block), replace(packing, bits=bits, group_size=block))
+    if len(fits) > 1:
+        sizes = " or ".join(f"{bits} bits in groups of {block}" for bits, block in fits)
+        raise BadInput(f"{weight.file}: {module} could have {sizes}; config.json names both\n{AGAIN}")
+    return next(iter(fits.values()), packing)
+
+
 def _matrix(raw: Raw, module: str, packing: Packing) -> Matrix:
+    packing = _own(raw, module, packing)
     each = 32 // packing.bits
     weight = raw.need(module, "qweight", ("I32",), (None, None))
     columns, rows = weight.shape[0] * each, weight.shape[1]

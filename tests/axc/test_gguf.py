@@ -27,7 +27,8 @@ from tests.axc.axc import assert_done, axc, llm_build
 
 ARCHITECTURES = ("llama", "qwen2")
 # of every type that the package dequantises; those of IQ1 to IQ3 are alike for us
-KINDS = ("F32", "F16", "BF16", "Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "TQ2_0", *PACKINGS)
+KINDS = ("F32", "F16", "BF16", "Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "TQ1_0", "TQ2_0", *PACKINGS)
+KINDS += ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "NVFP4")
 Made = Callable[..., Path]
 
 

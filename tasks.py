@@ -48,6 +48,7 @@ from ci.tasks.common import (
     verb,
 )
 from requirements.install import (
+    CLIENTS,
     PEERS,
     PYPI_SIZE,
     SETS,
@@ -55,6 +56,7 @@ from requirements.install import (
     SetupFailed,
     engine_beside,
     install,
+    install_clients,
     install_peer,
     missing_packages,
 )
@@ -165,6 +167,7 @@ def test_all(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a tas
     more = split(args)
     with engine_beside(VENV):
         install(VENV, "reference", "test", "boards")
+        install_clients(VENV)
         bring_page(VENV)
         lint(context)
     suite("-n", "2", "-m", "not system", *more, none_is_fine=bool(more))
@@ -303,9 +306,9 @@ def lock(_: Context, upgrade: bool = False) -> None:
             *("uv", "pip", "compile", "--quiet", "--python-version", python, "--generate-hashes"),
             *("--python-platform", "aarch64-manylinux_2_31", "--custom-compile-command", "invoke lock"),
             *(["--upgrade"] if upgrade else []),
-            *("board/pyproject.toml", "--output-file", f"requirements/board-{python}.txt"),
+            *("--extra", "grammar", "board/pyproject.toml", "--output-file", f"requirements/board-{python}.txt"),
         )
-    for name in (*SETS, "torch-pypi", *PEERS):
+    for name in (*SETS, "torch-pypi", *PEERS, CLIENTS):
         sources = ["pyproject.toml"] if name == "build" else []
         tool(
             *("uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--generate-hashes"),

@@ -79,6 +79,11 @@ PEERS = {
         "import gguf, llama_cpp, ml_dtypes, safetensors.numpy",
     ),
 }
+# The client libraries that the tests run against axrun's server: they pin each other, so they are kept apart.
+CLIENTS = "clients"
+CLIENT_LIBRARIES = Requirements(
+    "client libraries, to ask the server with", ("clients.txt",), "import instructor, langchain_openai, ollama, openai"
+)
 # No vision library; and on x86 no AMX, whose kernels crash: https://github.com/ggml-org/llama.cpp/issues/20824
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if platform.machine() == "x86_64" else ""
 LLAMA_CMAKE = f"-DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS='{NO_AMX}' -DCMAKE_CXX_FLAGS='{NO_AMX}'"
@@ -185,6 +190,24 @@ def install_peer(name: str, venv: Path) -> Path:
     prove(place, name, PEERS[name])
     stamp.write_text(wanted)
     print(f"setup: {name} is there after {time.monotonic() - started:.0f} s", flush=True)
+    return place / "bin" / "python"
+
+
+def install_clients(venv: Path) -> Path:
+    """Bring the client libraries into an environment of their own, beside `venv`; returns its Python.
+
+    Raises SetupFailed.
+    """
+    place = venv.with_name(f"{venv.name}-{CLIENTS}")
+    stamp, wanted = place / f"{CLIENTS}.installed", fingerprint(CLIENT_LIBRARIES.files)
+    if not (stamp.is_file() and stamp.read_text() == wanted):
+        started = time.monotonic()
+        create(place)
+        print(f"setup: {CLIENTS} ({CLIENT_LIBRARIES.purpose}) into {os.path.relpath(place)} ...", flush=True)
+        pip(place, *INSTALL, "-r", str(LOCKS / f"{CLIENTS}.txt"))
+        prove(place, CLIENTS, CLIENT_LIBRARIES)
+        stamp.write_text(wanted)
+        print(f"setup: {CLIENTS} is there after {time.monotonic() - started:.0f} s", flush=True)
     return place / "bin" / "python"
 
 

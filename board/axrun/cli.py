@@ -104,6 +104,8 @@ def _options(arguments: argparse.Namespace) -> Options:
         arguments.parse_special,
         arguments.generation_config,
         arguments.speculation,
+        getattr(arguments, "json_schema", None),
+        getattr(arguments, "grammar", None),
     )
 
 
@@ -122,6 +124,11 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompt", required=True, metavar="TEXT", help="the prompt; - reads it from stdin")
     add("--raw", action="store_true", help="pass the prompt to the model unchanged, without the chat template")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=Path, metavar="FILE", help="answer with JSON that is valid under a schema")
+    form.add_argument(
+        "--grammar", type=Path, metavar="FILE", help="answer with text of a Lark grammar, as in llguidance"
+    )
     add("--json", action="store_true", help=JSON_HELP)
     _bundle_flags(parser)
     _sampling_flags(parser)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from axrun.decoder import expect_room
 from axrun.errors import BadInput
@@ -20,6 +21,9 @@ from axrun.speculation import Costs, prompt_lookup
 from axrun.text.stream import TextStream
 from axrun.text.template import ChatTemplate, prompt_ids
 from axrun.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from axrun.sampling.grammar import Grammar
 
 ENDINGS = {"eos": "hit eos", "length": "max_tokens reached", "context": "context full"}
 
@@ -52,7 +56,8 @@ class Options:
 
     `generation_config`: use the sampling settings of the checkpoint's generation_config.json, not of post_config.json.
     `parse_special`: special tokens spelled in a message are control tokens, not text. `speculation`: guess tokens by
-    prompt lookup.
+    prompt lookup. The answer is JSON that is valid under the schema in `json_schema`, or follows the grammar in
+    `grammar`.
     """
 
     system: str | None = None
@@ -62,6 +67,8 @@ class Options:
     parse_special: bool = False
     generation_config: bool = False
     speculation: bool = True
+    json_schema: Path | None = None
+    grammar: Path | None = None
 
     def __post_init__(self) -> None:
         """Raises BadInput for a number out of range."""
@@ -79,6 +86,24 @@ class Options:
         if remark:
             say(f"note: {remark}")
         return sampling
+
+    def grammar_of(self, tokenizer: Tokenizer, vocab_size: int) -> Grammar | None:
+        """The compiled schema or grammar. Raises BadInput if it is not valid or not supported."""
+        if self.json_schema is None and self.grammar is None:
+            return None
+        from axrun.sampling.grammar import Compiler
+
+        compiler = Compiler(tokenizer, vocab_size)
+        if self.grammar is not None:
+            return compiler.lark(read_text(self.grammar))
+        assert self.json_schema is not None
+        try:
+            schema = json.loads(read_text(self.json_schema))
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{self.json_schema} is not JSON: {error}") from None
+        if not isinstance(schema, dict):
+            raise BadInput(f"{self.json_schema} holds {schema!s:.40}, expected a JSON schema, which is an object")
+        return compiler.schema(schema)
 
 
 @dataclass(frozen=True)
@@ -103,6 +128,7 @@ def run(path: Path, question: Question, loading: Loading = DEFAULTS, write: Say 
     ids = prompt_ids(tokenizer, template, question.prompt, options.system, options.parse_special)
     tokenizer.expect_within(ids, bundle.vocab_size)
     expect_room(len(ids), bundle.kv_cache_len)
+    sampling = sampling.override(grammar=options.grammar_of(tokenizer, bundle.vocab_size))
     model = loading.load(bundle)
     for line in describe(model, bundle):
         say(line)
@@ -143,3 +169,11 @@ def _answer(
     if stats.guessed:
         say(guesses(stats))
     return Answer("".join(pieces), tuple(answer), stats)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file. Raises BadInput if it cannot be read."""
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise BadInput(f"cannot read {path}: {error}") from None

@@ -111,7 +111,7 @@ def test_malformed_bodies(strict: Server, body: bytes, words: str) -> None:
         (COMPLETIONS, {"ignore_eos": 1}, "ignore_eos", "true or false"),
         (CHAT, {"tools": [{}]}, "tools", "not supported"),
         (CHAT, {"tool_choice": {"type": "function"}}, "tool_choice", "not supported"),
-        (CHAT, {"response_format": {"type": "json_object"}}, "response_format.type", "not supported"),
+        (CHAT, {"response_format": {"type": "xml"}}, "response_format.type", "expected one of"),
         (CHAT, {"modalities": ["text", "audio"]}, "modalities[1]", "not supported"),
         (COMPLETIONS, {"prompt": []}, "prompt", "text, token ids, or a list"),
         (COMPLETIONS, {"prompt": ""}, "prompt", "empty"),

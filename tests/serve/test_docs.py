@@ -27,9 +27,11 @@ def test_all_routes_are_documented(server: Server) -> None:
 
 
 def test_all_flags_exist() -> None:
-    parser = argparse.ArgumentParser()
-    VERBS["serve"].flags(parser)
-    known = {option for action in parser._actions for option in action.option_strings}
+    known = set()
+    for verb in ("serve", "run"):
+        parser = argparse.ArgumentParser()
+        VERBS[verb].flags(parser)
+        known |= {option for action in parser._actions for option in action.option_strings}
     named = {word.strip("`'().,;") for word in PAGE.split() if word.strip("`'().,;").startswith("--")}
     assert named
     assert named <= known

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from axrun.errors import BadInput
+
+if TYPE_CHECKING:
+    from axrun.sampling.grammar import Grammar
 
 # key: (types, condition, description of valid values)
 RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
@@ -37,7 +40,7 @@ class Sampling:
     `penalty_window`: number of recent tokens, of prompt and answer, that the repetition penalty applies to (None: all).
     `presence_penalty` is subtracted from the logits of tokens that are in the answer, `frequency_penalty` once for each
     occurrence. `logit_bias` is added by token id. Tokens in `suppress` are never sampled. `min_p` is the minimum
-    probability of a token relative to that of the most likely one.
+    probability of a token relative to that of the most likely one. `grammar`: the answer follows it.
     Raises BadInput for a value out of range.
     """
 
@@ -51,6 +54,7 @@ class Sampling:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     suppress: tuple[int, ...] = ()
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         for name in RULES:

@@ -1,6 +1,6 @@
 """Logits processors, applied in order before a token is sampled.
 
-To add one (a grammar, another bias), write a class here and add it to `processors`. Temperature, top-k, top-p and min-p
+To add one, write a class here and add it to `processors`. Temperature, top-k, top-p and min-p
 are not processors: `axrun.sampling.draw` applies them together, since they share one sort.
 """
 
@@ -26,7 +26,9 @@ class Processor(Protocol):
 
 
 def processors(sampling: Sampling) -> list[Processor]:
-    """The processors for these settings in order: those of OpenAI's API first, then those of transformers."""
+    """The processors for these settings in order: those of OpenAI's API first, then those of transformers, and
+    the grammar last.
+    """
     found: list[Processor] = []
     if sampling.presence_penalty or sampling.frequency_penalty:
         found.append(AnswerPenalty(sampling.presence_penalty, sampling.frequency_penalty))
@@ -36,6 +38,8 @@ def processors(sampling: Sampling) -> list[Processor]:
         found.append(RepetitionPenalty(sampling.repetition_penalty, sampling.penalty_window))
     if sampling.suppress:
         found.append(Suppress(sampling.suppress))
+    if sampling.grammar is not None:
+        found.append(sampling.grammar.processor())
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from axrun.errors import BadInput
 from axrun.sampling import Sampling
+from axrun.sampling.grammar import Compiler, Grammar
 from axrun.serve.errors import invalid
 from axrun.serve.schema import MAX_CHOICES, NO_LIMIT
 from axrun.text.template import ChatTemplate, chat_ids
@@ -64,6 +65,7 @@ class Reader:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     sampling: Sampling
+    compiler: Compiler
     context: int
     vocab_size: int
     parse_special: bool = False
@@ -128,7 +130,9 @@ class Reader:
         self._expect_within(stop_ids, "stop_token_ids")
         if options and not body.get("stream"):
             raise invalid("stream_options needs stream to be true.", "stream_options")
-        sampling = self._sampling(body)
+        sampling = self._sampling(body).override(grammar=self._grammar(body))
+        if sampling.grammar is not None and body.get("ignore_eos"):
+            raise invalid("ignore_eos cannot be combined with response_format.", "ignore_eos")
         choices = [
             Choice(
                 index=number * count + i,
@@ -159,11 +163,31 @@ class Reader:
             self._expect_within(bias, "logit_bias")
         return self.sampling.override(**given)
 
+    def _grammar(self, body: Mapping[str, Any]) -> Grammar | None:
+        """The grammar of `response_format`. Raises ApiError for a schema that cannot be enforced."""
+        form = body.get("response_format", {"type": "text"})
+        if form["type"] == "text":
+            return None
+        if form["type"] == "json_object":
+            schema = form.get("schema", {"type": "object"})
+        elif "json_schema" in form:
+            schema = form["json_schema"]["schema"]
+        else:
+            raise invalid("response_format of type json_schema needs json_schema.", "response_format.json_schema")
+        try:
+            return self.compiler.schema(schema)
+        except BadInput as error:
+            raise invalid(_sentence(error), "response_format", "unsupported_schema") from None
+
     def _expect_within(self, ids: Iterable[int], param: str) -> None:
         try:
             self.tokenizer.expect_within(ids, self.vocab_size)
         except BadInput as error:
-            raise invalid(f"{str(error)[:1].upper()}{str(error)[1:]}.", param) from None
+            raise invalid(_sentence(error), param) from None
+
+
+def _sentence(error: BadInput) -> str:
+    return f"{str(error)[:1].upper()}{str(error)[1:]}."
 
 
 def _role(role: str) -> str:

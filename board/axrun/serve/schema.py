@@ -186,6 +186,30 @@ MESSAGE = {
     "title": "an object with a role and content",
 }
 
+RESPONSE_FORMAT = _optional(
+    "object",
+    'Form of the answer: {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema": ...}}. '
+    "Every token is chosen so that the answer is valid JSON. A schema that cannot be enforced is refused.",
+    required=["type"],
+    properties={
+        "type": {"type": "string", "enum": ["text", "json_object", "json_schema"]},
+        "json_schema": _optional(
+            "object",
+            "The schema, always enforced.",
+            required=["schema"],
+            properties={
+                "name": _ignored("string"),
+                "description": _ignored("string"),
+                "strict": _ignored("boolean"),
+                "schema": {"type": "object", "description": "A JSON schema."},
+            },
+            additionalProperties=False,
+        ),
+        "schema": _optional("object", "With json_object: a JSON schema, as in llama.cpp."),
+    },
+    additionalProperties=False,
+)
+
 CHAT: Fields = {
     "messages": {"type": "array", "minItems": 1, "items": MESSAGE, "description": "The conversation so far."},
     **COMMON,
@@ -201,12 +225,7 @@ CHAT: Fields = {
     "chat_template_kwargs": _refused("object", maxProperties=0),
     "add_generation_prompt": _neutral(True),
     "continue_final_message": _neutral(False),
-    "response_format": _refused(
-        "object",
-        required=["type"],
-        properties={"type": {"type": "string", "enum": ["text"], "x-refused": True}},
-        additionalProperties=False,
-    ),
+    "response_format": RESPONSE_FORMAT,
     "modalities": _refused("array", items={"type": "string", "enum": ["text"], "x-refused": True}),
     "tools": _refused("array", maxItems=0),
     "tool_choice": _refused("string", enum=["none", "auto", None]),

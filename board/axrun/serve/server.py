@@ -21,6 +21,7 @@ from axrun.format.bundle import Bundle
 from axrun.load import DEFAULTS, Loading, describe
 from axrun.prompt_cache import PromptCache
 from axrun.sampling.checkpoint import sampling_of
+from axrun.sampling.grammar import Compiler
 from axrun.serve.app import ASSETS, LIBRARIES, App, Limits
 from axrun.serve.connection import Protocol
 from axrun.serve.hosts import ANY, NAME, Hosts
@@ -110,6 +111,7 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
         tokenizer,
         ChatTemplate.find(bundle.hf),
         sampling,
+        Compiler(tokenizer, bundle.vocab_size),
         bundle.kv_cache_len,
         bundle.vocab_size,
         options.parse_special,

@@ -54,6 +54,8 @@ def parse(body: bytes) -> Any:
 def validate(value: Any, schema: Schema, name: str = "") -> Any:
     """Returns the value with integral floats as integers, null properties removed and defaults filled in.
 
+    Properties that no schema describes stay as they are.
+
     Raises ApiError naming the first invalid property, its value and the expected one.
     """
     if "anyOf" in schema:
@@ -86,7 +88,7 @@ def _object(value: dict[str, Any], schema: Schema, name: str) -> dict[str, Any]:
             raise invalid(f"Unknown parameter: '{path}'.", path, "unknown_parameter")
         rule = properties.get(key, others)
         entry = entry if rule is True else validate(entry, rule, path)
-        if entry is not None:
+        if entry is not None or rule is True:
             checked[key] = entry
     defaults = {key: rule["default"] for key, rule in properties.items() if "default" in rule and key not in value}
     return {**defaults, **checked}

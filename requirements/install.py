@@ -82,7 +82,9 @@ PEERS = {
 # The client libraries that the tests run against axrun's server: they pin each other, so they are kept apart.
 CLIENTS = "clients"
 CLIENT_LIBRARIES = Requirements(
-    "client libraries, to ask the server with", ("clients.txt",), "import instructor, langchain_openai, ollama, openai"
+    "client libraries, to ask the server with",
+    ("clients.txt",),
+    "import instructor, langchain_openai, llm, ollama, openai, pydantic_ai",
 )
 # No vision library; and on x86 no AMX, whose kernels crash: https://github.com/ggml-org/llama.cpp/issues/20824
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if platform.machine() == "x86_64" else ""

@@ -275,6 +275,12 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="bit-identical answers, whatever was asked before; reuses less of the KV cache",
     )
+    add(
+        "--tool-format",
+        metavar="NAME",
+        help="how the model writes tool calls: hermes, llama3, mistral, mistral-args, minicpm, gemma or json (default: "
+        "as its chat template says)",
+    )
     _parse_special_flag(parser)
     _generation_config_flag(parser)
     _speculation_flag(parser)

@@ -200,6 +200,31 @@ def test_property_names_are_no_keywords(compiler: Compiler) -> None:
     compiler.schema({"type": "object", "properties": {"minProperties": {"type": "integer"}, "not": {"type": "null"}}})
 
 
+OPEN = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "open"),
+    [
+        (OPEN, False),
+        ({**OPEN, "additionalProperties": True}, True),
+        ({**OPEN, "required": ["a", "b"]}, True),
+        ({"anyOf": [OPEN, {"type": "null"}]}, False),
+        ({"$defs": {"x": OPEN}, "$ref": "#/$defs/x", "description": "annotations are no schemas"}, False),
+        ({"allOf": [OPEN, {"type": "object", "required": ["b"], "properties": {"b": {"type": "integer"}}}]}, True),
+        ({**OPEN, "anyOf": [{"required": ["b"]}, {"required": ["c"]}]}, True),
+    ],
+)
+def test_objects_get_no_properties_that_the_schema_does_not_name(
+    tokenizer: Tokenizer, compiler: Compiler, schema: dict[str, Any], open: bool
+) -> None:
+    """Unless it says so, or several schemas apply to one object. All are valid JSON Schema of open objects."""
+    text = '{"a":1,"b":2}'
+    assert jsonschema.Draft202012Validator(schema).is_valid(json.loads(text))
+    ids = tokenizer.encode(text, special=False)
+    assert (compiler.schema(schema)._matcher.deep_copy().try_consume_tokens(ids) == len(ids)) == open
+
+
 def test_keys_cannot_evade_a_schema_by_escapes(tokenizer: Tokenizer, compiler: Compiler) -> None:
     """llguidance alone accepts this key as one that the schema does not name, at least in version 1.9.1."""
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}

@@ -61,6 +61,15 @@ def bundle_saying(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def server_saying(bundle_saying: Path) -> Iterator[Server]:
+    """Answers with the texts of tests.serve.saying.TEXTS; named qwen2, as the other servers."""
+    server = Server(bundle_saying, "--name", "qwen2").ready()
+    yield server
+    assert server.stop() == 0
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
+@pytest.fixture(scope="session")
 def server_fp32(bundle_fp32: Path) -> Iterator[Server]:
     """float32 throughout."""
     server = Server(bundle_fp32).ready()

@@ -100,6 +100,10 @@ TEXTS = {
     "f": FENCES,
     "x": NASTY,
     "l": LONG,
+    "c": 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome, Italy"}}\n</tool_call>',
+    "j": '{"name": "Ada", "age": 36, "mood": "good"}',
+    "u": '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>',
     "e": "And on it goes: word by word, line by line;\n\n",
 }
 

@@ -37,7 +37,7 @@ def test_fields_without_effect_are_accepted(server: Server) -> None:
     plain = content(server.chat("who are you?"))
     given = {**ignored(schema.CHAT), **switched_off(schema.CHAT)}
     assert {"user", "metadata", "store", "reasoning_effort", "verbosity", "cache_prompt", "cache_control"} < set(given)
-    assert {"min_p", "skip_special_tokens", "tool_choice"} < set(given)
+    assert {"min_p", "skip_special_tokens", "function_call"} < set(given)
     assert content(server.chat("who are you?", **given, tools=[])) == plain
     completion = {**ignored(schema.COMPLETION), **switched_off(schema.COMPLETION), "prompt": "1+1=", "max_tokens": 1}
     assert server.complete(**completion)["choices"][0]["text"] == "2"

@@ -227,9 +227,12 @@ def test_errors_become_exceptions_of_the_client(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as long:
         client.completions.create(model=MODEL, prompt="1+" * 300)
     assert long.value.code == "context_length_exceeded"
-    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
+    with pytest.raises(openai.BadRequestError, match="tool_choice names 'g'"):
         client.chat.completions.create(
-            model=MODEL, messages=ask("x"), tools=[{"type": "function", "function": {"name": "f"}}]
+            model=MODEL,
+            messages=ask("x"),
+            tools=[{"type": "function", "function": {"name": "f"}}],
+            tool_choice={"type": "function", "function": {"name": "g"}},
         )
 
 

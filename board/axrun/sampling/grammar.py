@@ -10,7 +10,7 @@ import functools
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,10 +30,12 @@ OPTIONS = {
     # With \u, a key could spell the name of another property: {"\u0061": ...} for {"a": ...}.
     "json_allowed_escapes": 'nrbtf\\"',
 }
+SCHEMA, GRAMMAR, TOOLS = "schema", "grammar", "tools"
 NAMED = ("properties", "patternProperties", "$defs", "definitions")  # keywords that map names to schemas
+OBJECT = ("properties", "required", "additionalProperties", "patternProperties")  # keywords of objects
 VALUES = ("const", "enum", "default", "examples")  # keywords with values, not schemas
-UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[.*\])", re.DOTALL)
-UNKNOWN_FORMAT = re.compile(r"Unknown format: (.*)", re.DOTALL)
+UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
+UNKNOWN_FORMAT = re.compile(r"Unknown format: (\S*)")
 # beginning of a message of llguidance: the keyword it is about
 KEYWORDS = {
     "regex parse error": "pattern",
@@ -90,25 +92,24 @@ class Compiler:
 
         Raises BadInput for a schema that cannot be enforced, naming the keyword.
         """
-        _expect_enforceable(schema)
-        text = json.dumps(schema)
+        text = json.dumps(_enforceable(schema))
         if len(text) > LARGEST:
             raise BadInput(f"the schema has {len(text)} characters, expected at most {LARGEST}")
-        return self._compiled("schema", text)
+        return self._compiled(SCHEMA, text)
 
-    def lark(self, text: str) -> Grammar:
+    def lark(self, text: str, kind: str = GRAMMAR) -> Grammar:
         """Raises BadInput for an invalid grammar.
 
         https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
         """
         if len(text) > LARGEST:
             raise BadInput(f"the grammar has {len(text)} characters, expected at most {LARGEST}")
-        return self._compiled("grammar", text)
+        return self._compiled(kind, text)
 
     def _compile(self, kind: str, text: str) -> Grammar:
         library = _library()
         matcher: Any = library.LLMatcher
-        if kind == "schema":
+        if kind == SCHEMA:
             text = matcher.grammar_from_json_schema(text, overrides=OPTIONS)
         else:
             text = matcher.grammar_from_lark(text)
@@ -149,6 +150,11 @@ class _Tokens:
         return self._tokenizer.encode_after(text)
 
 
+def rule(schema: Mapping[str, Any]) -> str:
+    """A schema inside a Lark grammar. Raises BadInput as `Compiler.schema`."""
+    return "%json " + json.dumps({**_enforceable(schema), "x-guidance": OPTIONS})
+
+
 def _library() -> Any:
     try:
         import llguidance
@@ -160,13 +166,67 @@ def _library() -> Any:
     return llguidance
 
 
-def _expect_enforceable(schema: Any, level: int = 0) -> None:
-    """Raises BadInput for what llguidance accepts without guaranteeing it."""
+def _enforceable(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schema for llguidance. Raises BadInput for what it accepts without guaranteeing it.
+
+    Objects with `properties` and without `additionalProperties` get no others: a small model would add more and more.
+    """
+    _expect_levels(schema)
+    closed: Mapping[str, Any] = _closed(schema) if not _combines(schema) else schema
+    _expect_enforceable(closed)
+    return closed
+
+
+def _subschemas(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keywords whose values are or hold schemas, with the values."""
+    yield from ((key, value) for key, value in schema.items() if key not in VALUES)
+
+
+def _expect_levels(value: Any, level: int = 0) -> None:
     if level > NESTED:
         raise BadInput(f"the schema is nested deeper than {NESTED} levels")
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+        _expect_levels(inner, level + 1)
+
+
+def _combines(schema: Any) -> bool:
+    """Whether several schemas apply to one object, so that none of them knows all of its properties."""
+    if isinstance(schema, list):
+        return any(map(_combines, schema))
+    if not isinstance(schema, Mapping):
+        return False
+    combined = any(key in schema for key in ("anyOf", "oneOf", "$ref")) and any(key in schema for key in OBJECT)
+    inner = (
+        list(value.values()) if key in NAMED and isinstance(value, Mapping) else value
+        for key, value in _subschemas(schema)
+    )
+    return "allOf" in schema or combined or any(map(_combines, inner))
+
+
+def _closed(schema: Any) -> Any:
+    """A copy in which objects have no other properties than those that are named."""
+    if isinstance(schema, list):
+        return list(map(_closed, schema))
+    if not isinstance(schema, Mapping):
+        return schema
+    made = {key: value for key, value in schema.items() if key in VALUES}
+    for key, value in _subschemas(schema):
+        named = key in NAMED and isinstance(value, Mapping)
+        made[key] = {name: _closed(each) for name, each in value.items()} if named else _closed(value)
+    properties, required = schema.get("properties"), schema.get("required", [])
+    others = {"additionalProperties", "patternProperties"}.intersection(schema)
+    known = (
+        isinstance(properties, Mapping) and isinstance(required, list) and set(map(str, required)) <= set(properties)
+    )
+    if properties and known and not others:
+        made["additionalProperties"] = False
+    return made
+
+
+def _expect_enforceable(schema: Any) -> None:
     if isinstance(schema, list):
         for entry in schema:
-            _expect_enforceable(entry, level + 1)
+            _expect_enforceable(entry)
     if not isinstance(schema, Mapping):
         return
     least, required = schema.get("minProperties"), schema.get("required", ())
@@ -178,13 +238,13 @@ def _expect_enforceable(schema: Any, level: int = 0) -> None:
         if key in NAMED and isinstance(entry, Mapping):
             entry = list(entry.values())
         if key not in VALUES:
-            _expect_enforceable(entry, level + 1)
+            _expect_enforceable(entry)
 
 
 def _reason(kind: str, message: str) -> str:
     if message.startswith("NoExtension"):
         return f"nothing fits the {kind}"
-    if kind == "grammar":
+    if kind == GRAMMAR:
         return f"the grammar is invalid: {_line(message)}"
     keys, form = UNIMPLEMENTED.search(message), UNKNOWN_FORMAT.search(message)
     if keys:

@@ -10,9 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from axrun.serve.logprobs import Scored, chat_logprobs, completion_logprobs
+from axrun.serve.tools import Tools
 from axrun.serve.writer import Piece
+from axrun.text.tool_formats import Call
+from axrun.text.tool_stream import ToolStream
 
 DONE = b"data: [DONE]\n\n"
+TOOL_CALLS = "tool_calls"  # finish reason
+ID_LENGTH = 9  # of a call: what Mistral's templates accept
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,12 @@ class Answer:
     scored: bool
     n: int = 1
     include_usage: bool = False
+    tools: Tools | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     _last: dict[int, Piece] = field(default_factory=dict)
+    _streams: dict[int, ToolStream] = field(default_factory=dict)
+    _calls: dict[int, int] = field(default_factory=dict)  # calls so far, by choice
 
     def whole(self, pieces: Sequence[Piece]) -> bytes:
         """The body of a response without streaming."""
@@ -71,9 +79,11 @@ class Answer:
         for index in sorted({piece.choice for piece in pieces}):
             mine = [piece for piece in pieces if piece.choice == index]
             self._last[index] = mine[-1]
-            body = self.style.body("".join(piece.text for piece in mine))
+            body, finish = self.style.body("".join(piece.text for piece in mine)), mine[-1].finish
+            if self.tools is not None:
+                body, finish = self._with_calls(body["message"], finish)
             scored = [score for piece in mine for score in piece.scored]
-            choices.append(self._choice(index, body, scored, mine[-1].finish))
+            choices.append(self._choice(index, body, scored, finish))
         return to_json({**self._head(self.style.whole), "choices": choices, "usage": self.usage()})
 
     def events(self, piece: Piece) -> Iterator[bytes]:
@@ -81,10 +91,16 @@ class Answer:
         if piece.choice not in self._last and self.style.opening:
             yield self._event([self._choice(piece.choice, self.style.opening)])
         self._last[piece.choice] = piece
-        if piece.text or piece.scored:
-            yield self._event([self._choice(piece.choice, self.style.chunk(piece.text), piece.scored)])
-        if piece.finish:
-            yield self._event([self._choice(piece.choice, self.style.closing, None, piece.finish)])
+        text, finish = piece.text, piece.finish
+        calls: list[dict[str, Any]] = []
+        if self.tools is not None:
+            text, calls, finish = self._separate(piece)
+        if text or piece.scored:
+            yield self._event([self._choice(piece.choice, self.style.chunk(text), piece.scored)])
+        for call in calls:
+            yield self._event([self._choice(piece.choice, {"delta": {"tool_calls": [call]}})])
+        if finish:
+            yield self._event([self._choice(piece.choice, self.style.closing, None, finish)])
 
     def end(self) -> bytes:
         """The events after the last piece."""
@@ -102,6 +118,31 @@ class Answer:
             "total_tokens": prompt + written,
             "prompt_tokens_details": {"cached_tokens": sum(piece.reused for piece in prompts)},
         }
+
+    def _with_calls(self, message: dict[str, Any], finish: str) -> tuple[dict[str, Any], str]:
+        """A complete message with its calls apart from the text, and the finish reason."""
+        assert self.tools is not None
+        stream = self.tools.stream()
+        parts = [*stream.push(message["content"]), *stream.finish()]
+        calls = [_call(part) for part in parts if isinstance(part, Call)]
+        if not calls:
+            return {"message": message}, finish
+        text = "".join(part for part in parts if isinstance(part, str))
+        message = {**message, "content": text or None, "tool_calls": calls}
+        return {"message": message}, TOOL_CALLS if finish == "stop" else finish
+
+    def _separate(self, piece: Piece) -> tuple[str, list[dict[str, Any]], str]:
+        """The text and calls that a piece completes, and the finish reason."""
+        assert self.tools is not None
+        stream = self._streams.setdefault(piece.choice, self.tools.stream())
+        parts = [*stream.push(piece.text), *(stream.finish() if piece.finish else ())]
+        calls = []
+        for part in parts:
+            if isinstance(part, Call):
+                at = self._calls[piece.choice] = self._calls.get(piece.choice, -1) + 1
+                calls.append({"index": at, **_call(part)})
+        finish = TOOL_CALLS if piece.finish == "stop" and piece.choice in self._calls else piece.finish
+        return "".join(part for part in parts if isinstance(part, str)), calls, finish
 
     def _choice(
         self, index: int, body: dict[str, Any], scored: Sequence[Scored] | None = None, finish: str = ""
@@ -121,6 +162,11 @@ class Answer:
             "model": self.model,
             "system_fingerprint": self.fingerprint,
         }
+
+
+def _call(call: Call) -> dict[str, Any]:
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
+    return {"id": uuid.uuid4().hex[:ID_LENGTH], "type": "function", "function": function}
 
 
 def event(value: Any) -> bytes:

@@ -180,7 +180,8 @@ class App:
         exchange.patience(limits.timeout + limits.read_timeout, keep=True)
         watcher = asyncio.ensure_future(exchange.gone())
         watcher.add_done_callback(lambda _: events.put_nowait(GONE))
-        answer = Answer(endpoint.style, self._model, self._fingerprint, order.scored, order.n, order.include_usage)
+        form = endpoint.style, self._model, self._fingerprint
+        answer = Answer(*form, order.scored, order.n, order.include_usage, order.tools)
         send = self._stream if order.stream else self._whole
         try:
             await send(exchange, answer, _pieces(events))

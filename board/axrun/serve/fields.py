@@ -11,10 +11,10 @@ from typing import Any
 
 from axrun.serve import schema
 
-PLACES = {
+PLACES: dict[str, schema.Fields] = {
     "chat": schema.CHAT,
     "completions": schema.COMPLETION,
-    "message": schema.ASSISTANT["properties"],
+    "message": dict(schema.ASSISTANT["properties"], tool_call_id=schema.CALL_ID),
     "part": schema.TEXT_PART["properties"],
 }
 HEAD = {

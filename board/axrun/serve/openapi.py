@@ -27,7 +27,7 @@ def _ref(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-FINISH = {"type": "string", "enum": ["stop", "length"]}
+FINISH = {"type": "string", "enum": ["stop", "length", "tool_calls"]}
 HEAD = {"id": STRING, "created": INTEGER, "model": STRING, "system_fingerprint": STRING}
 
 SCHEMAS: dict[str, Any] = {
@@ -46,6 +46,13 @@ SCHEMAS: dict[str, Any] = {
             "top_logprobs": _list(_object({"token": STRING, "logprob": NUMBER, "bytes": _list(INTEGER)})),
         }
     ),
+    "ToolCall": _object(
+        {
+            "id": STRING,
+            "type": {"const": "function"},
+            "function": _object({"name": STRING, "arguments": STRING}),
+        }
+    ),
     "ChatCompletion": _object(
         {
             **HEAD,
@@ -54,7 +61,10 @@ SCHEMAS: dict[str, Any] = {
                 _object(
                     {
                         "index": INTEGER,
-                        "message": _object({"role": {"const": "assistant"}, "content": STRING}),
+                        "message": _object(
+                            {"role": {"const": "assistant"}, "content": _nullable(STRING)},
+                            tool_calls=_list(_ref("ToolCall")),
+                        ),
                         "logprobs": _nullable(_object({"content": _list(_ref("TokenLogprob"))})),
                         "finish_reason": FINISH,
                     }

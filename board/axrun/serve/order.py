@@ -8,9 +8,10 @@ from typing import Any
 
 from axrun.errors import BadInput
 from axrun.sampling import Sampling
-from axrun.sampling.grammar import Compiler, Grammar
+from axrun.sampling.grammar import TOOLS, Compiler, Grammar
 from axrun.serve.errors import invalid
 from axrun.serve.schema import MAX_CHOICES, NO_LIMIT
+from axrun.serve.tools import Toolbox, Tools, read_calls
 from axrun.text.template import ChatTemplate, chat_ids
 from axrun.text.tokenizer import Tokenizer
 
@@ -23,7 +24,8 @@ class Choice:
     """One answer to generate. `text` is the prompt as the client sent it, None if it sent token ids.
 
     `stop_ids` are additional stop tokens. `max_tokens` None: up to the end of the context. `top`: number of most likely
-    tokens to report with their log probabilities; None: no log probabilities.
+    tokens to report with their log probabilities; None: no log probabilities. `shown`: special tokens that are part of
+    the text.
     """
 
     index: int
@@ -37,6 +39,7 @@ class Choice:
     top: int | None
     echo: bool
     ignore_eos: bool
+    shown: frozenset[int] = frozenset()
 
     @property
     def scores_prompt(self) -> bool:
@@ -46,13 +49,14 @@ class Choice:
 
 @dataclass(frozen=True)
 class Order:
-    """A parsed request: its choices, `n` for each prompt, and the form of the response."""
+    """A parsed request: its choices, `n` for each prompt, and the form of the response. `tools` may be called."""
 
     choices: Sequence[Choice]
     n: int
     scored: bool
     stream: bool
     include_usage: bool
+    tools: Tools | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class Reader:
     template: ChatTemplate | None
     sampling: Sampling
     compiler: Compiler
+    toolbox: Toolbox
     context: int
     vocab_size: int
     parse_special: bool = False
@@ -76,15 +81,16 @@ class Reader:
             raise invalid("This model has no chat template; use /v1/completions.", "messages")
         if "top_logprobs" in body and not body.get("logprobs"):
             raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
-        given = body["messages"]  # `content` is absent in assistant messages that only call tools
-        messages = [{"role": _role(message["role"]), "content": message.get("content", "")} for message in given]
+        tools = self.toolbox.tools_of(body)
+        given = [_message(message, f"messages[{number}]") for number, message in enumerate(body["messages"])]
+        messages, variables = self.toolbox.prompt(given, tools)
         try:
-            ids = chat_ids(self.tokenizer, self.template, messages, self.parse_special)
+            ids = chat_ids(self.tokenizer, self.template, messages, self.parse_special, **variables)
         except BadInput as error:
             raise invalid(str(error), "messages") from None
         limit = body.get("max_completion_tokens", body.get("max_tokens"))
         top = body.get("top_logprobs", 0) if body.get("logprobs") else None
-        return self._order(body, [(None, ids)], "messages", limit, top, echo=False)
+        return self._order(body, [(None, ids)], "messages", limit, top, echo=False, tools=tools)
 
     def completion(self, body: Mapping[str, Any]) -> Order:
         """Raises ApiError for a request that cannot be answered."""
@@ -111,6 +117,7 @@ class Reader:
         max_tokens: int | None,
         top: int | None,
         echo: bool,
+        tools: Tools | None = None,
     ) -> Order:
         for _, ids in prompts:
             if not ids:
@@ -130,9 +137,10 @@ class Reader:
         self._expect_within(stop_ids, "stop_token_ids")
         if options and not body.get("stream"):
             raise invalid("stream_options needs stream to be true.", "stream_options")
-        sampling = self._sampling(body).override(grammar=self._grammar(body))
+        sampling = self._sampling(body).override(grammar=self._grammar(body, tools))
         if sampling.grammar is not None and body.get("ignore_eos"):
-            raise invalid("ignore_eos cannot be combined with response_format.", "ignore_eos")
+            raise invalid("ignore_eos cannot be combined with response_format and required tools.", "ignore_eos")
+        shown = frozenset() if tools is None else self.toolbox.marks
         choices = [
             Choice(
                 index=number * count + i,
@@ -146,11 +154,13 @@ class Reader:
                 top=top,
                 echo=echo,
                 ignore_eos=body.get("ignore_eos", False),
+                shown=shown,
             )
             for number, (text, ids) in enumerate(prompts)
             for i in range(count)
         ]
-        return Order(choices, count, top is not None, body.get("stream", False), options.get("include_usage", False))
+        stream, usage = body.get("stream", False), options.get("include_usage", False)
+        return Order(choices, count, top is not None, stream, usage, tools)
 
     def _sampling(self, body: Mapping[str, Any]) -> Sampling:
         given = {key: body[key] for key in SAMPLING if key in body}
@@ -163,21 +173,17 @@ class Reader:
             self._expect_within(bias, "logit_bias")
         return self.sampling.override(**given)
 
-    def _grammar(self, body: Mapping[str, Any]) -> Grammar | None:
-        """The grammar of `response_format`. Raises ApiError for a schema that cannot be enforced."""
-        form = body.get("response_format", {"type": "text"})
-        if form["type"] == "text":
-            return None
-        if form["type"] == "json_object":
-            schema = form.get("schema", {"type": "object"})
-        elif "json_schema" in form:
-            schema = form["json_schema"]["schema"]
-        else:
-            raise invalid("response_format of type json_schema needs json_schema.", "response_format.json_schema")
+    def _grammar(self, body: Mapping[str, Any], tools: Tools | None) -> Grammar | None:
+        """The grammar of `response_format` or required tools. Raises ApiError for a schema that cannot be enforced."""
+        schema = _schema(body)
         try:
-            return self.compiler.schema(schema)
+            if tools is not None and (tools.forced or schema is not None):
+                text = tools.grammar(self.tokenizer, None if tools.forced else schema)
+                return self.compiler.lark(text, TOOLS)
+            return None if schema is None else self.compiler.schema(schema)
         except BadInput as error:
-            raise invalid(_sentence(error), "response_format", "unsupported_schema") from None
+            param = "tools" if tools is not None else "response_format"
+            raise invalid(_sentence(error), param, "unsupported_schema") from None
 
     def _expect_within(self, ids: Iterable[int], param: str) -> None:
         try:
@@ -192,3 +198,25 @@ def _sentence(error: BadInput) -> str:
 
 def _role(role: str) -> str:
     return "system" if role == "developer" else role
+
+
+def _schema(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The schema of `response_format`, None for text."""
+    form: Mapping[str, Any] = body.get("response_format", {"type": "text"})
+    if form["type"] == "text":
+        return None
+    if form["type"] == "json_object":
+        found: Mapping[str, Any] = form.get("schema", {"type": "object"})
+    elif "json_schema" in form:
+        found = form["json_schema"]["schema"]
+    else:
+        raise invalid("response_format of type json_schema needs json_schema.", "response_format.json_schema")
+    return found
+
+
+def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A message for the template. `content` is absent in assistant messages that only call tools."""
+    made = {"role": _role(message["role"]), "content": message.get("content", "")}
+    if calls := list(read_calls(message, where)):
+        made["tool_calls"] = calls
+    return made if "tool_call_id" not in message else {**made, "tool_call_id": message["tool_call_id"]}

@@ -13,6 +13,7 @@ MAX_CHOICES = 64  # prompts times n in one request
 MAX_N = 16
 MAX_STOPS = 16
 MAX_STOP_IDS = 64
+MAX_TOOLS = 128
 MAX_LENGTH = (1 << 31) - 1
 NO_LIMIT = -1  # value of a token limit
 IGNORED = "Accepted and ignored."
@@ -147,7 +148,7 @@ TEXT_PART = {
 PARTS = {"type": "array", "minItems": 1, "items": TEXT_PART}
 
 
-def _message(*roles: str, required: list[str], content: list[dict[str, Any]]) -> dict[str, Any]:
+def _message(*roles: str, required: list[str], content: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     return {
         "type": "object",
         "required": required,
@@ -170,20 +171,77 @@ def _message(*roles: str, required: list[str], content: list[dict[str, Any]]) ->
             "reasoning_content": _ignored("string"),
             "refusal": _refused("string", maxLength=0),
             "audio": _refused("object", maxProperties=0),
-            "tool_calls": _refused("array", maxItems=0),
+            **more,
             "function_call": _refused("object", maxProperties=0),
         },
         "additionalProperties": False,
     }
 
 
-ASSISTANT = _message("assistant", required=["role"], content=[{"type": "null"}, {"type": "string"}, PARTS])
+TOOL_CALL = {
+    "type": "object",
+    "required": ["function"],
+    "properties": {
+        "id": _optional("string", "The id of the call."),
+        "type": {"type": "string", "enum": ["function"]},
+        "index": _ignored("integer"),
+        "function": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {
+                "name": {"type": "string", "minLength": 1, "maxLength": 256},
+                "arguments": {
+                    "anyOf": [{"type": "null"}, {"type": "string"}, {"type": "object"}],
+                    "title": "the JSON of an object",
+                },
+            },
+            "additionalProperties": False,
+        },
+    },
+    "additionalProperties": False,
+}
+NO_CALLS = _refused("array", maxItems=0)
+CALLS = {"type": ["array", "null"], "items": TOOL_CALL, "description": "The calls of the answer."}
+CALL_ID = _optional("string", "The id of the call that this is the result of.")
+ASSISTANT: dict[str, Any] = _message(
+    "assistant", required=["role"], content=[{"type": "null"}, {"type": "string"}, PARTS], tool_calls=CALLS
+)
+TOOL = _message(
+    "tool", required=["role", "content"], content=[{"type": "string"}, PARTS], tool_calls=NO_CALLS, tool_call_id=CALL_ID
+)
 MESSAGE = {
     "anyOf": [
-        _message("system", "developer", "user", required=["role", "content"], content=[{"type": "string"}, PARTS]),
+        _message(
+            *("system", "developer", "user"),
+            required=["role", "content"],
+            content=[{"type": "string"}, PARTS],
+            tool_calls=NO_CALLS,
+        ),
         ASSISTANT,
+        TOOL,
     ],
     "title": "an object with a role and content",
+}
+
+FUNCTION = {
+    "type": "object",
+    "required": ["type", "function"],
+    "properties": {
+        "type": {"type": "string", "enum": ["function"]},
+        "function": {
+            "type": "object",
+            "required": ["name"],
+            "properties": {
+                "name": {"type": "string", "minLength": 1, "maxLength": 256},
+                "description": _optional("string"),
+                "parameters": _optional("object", "A JSON schema of the arguments."),
+                "strict": _ignored("boolean"),
+            },
+            "additionalProperties": False,
+        },
+        "cache_control": _ignored("object"),
+    },
+    "additionalProperties": False,
 }
 
 RESPONSE_FORMAT = _optional(
@@ -221,14 +279,39 @@ CHAT: Fields = {
     "top_logprobs": _optional(
         "integer", "Number of most likely tokens to return at each position; needs logprobs.", minimum=0, maximum=20
     ),
-    "parallel_tool_calls": _ignored("boolean"),
+    "tools": {
+        "type": ["array", "null"],
+        "maxItems": MAX_TOOLS,
+        "items": FUNCTION,
+        "description": "Functions that the model may call.",
+    },
+    "tool_choice": {
+        "anyOf": [
+            {"type": ["string", "null"], "enum": ["none", "auto", "required", None]},
+            {
+                "type": "object",
+                "required": ["type", "function"],
+                "properties": {
+                    "type": {"type": "string", "enum": ["function"]},
+                    "function": {
+                        "type": "object",
+                        "required": ["name"],
+                        "properties": {"name": {"type": "string"}},
+                        "additionalProperties": False,
+                    },
+                },
+                "additionalProperties": False,
+            },
+        ],
+        "title": "none, auto, required or a function by its name",
+        "description": "Whether tools may or must be called. With required or a name, the arguments are valid.",
+    },
+    "parallel_tool_calls": _optional("boolean", "False: at most one call."),
     "chat_template_kwargs": _refused("object", maxProperties=0),
     "add_generation_prompt": _neutral(True),
     "continue_final_message": _neutral(False),
     "response_format": RESPONSE_FORMAT,
     "modalities": _refused("array", items={"type": "string", "enum": ["text"], "x-refused": True}),
-    "tools": _refused("array", maxItems=0),
-    "tool_choice": _refused("string", enum=["none", "auto", None]),
     "functions": _refused("array", maxItems=0),
     "function_call": _refused("string", enum=["none", "auto", None]),
     "audio": _refused("object", maxProperties=0),

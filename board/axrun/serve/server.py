@@ -29,10 +29,12 @@ from axrun.serve.metrics import Metrics
 from axrun.serve.order import Reader
 from axrun.serve.scheduler import Scheduler, Write
 from axrun.serve.slots import Slot, allocate
+from axrun.serve.tools import Toolbox
 from axrun.serve.writer import Writer
 from axrun.session import engine_version
 from axrun.text.template import ChatTemplate
 from axrun.text.tokenizer import Tokenizer
+from axrun.text.tool_formats import FORMATS
 
 KEY_VARIABLE = "AXRUN_API_KEY"
 
@@ -47,7 +49,8 @@ class Options:
     prompts, of up to `prompt_cache_mb`. `allowed_host`: further host names to accept, besides those of
     `axrun.serve.hosts`; "*" accepts any. `parse_special`: special tokens spelled in a chat message are control tokens,
     not text. `generation_config`: take the sampling defaults from the checkpoint's generation_config.json, not from
-    post_config.json. `speculation`: guess tokens by prompt lookup.
+    post_config.json. `speculation`: guess tokens by prompt lookup. `tool_format`: how the model writes tool calls, a
+    key of `axrun.text.tool_formats.FORMATS`; None: chosen from the chat template.
     """
 
     host: str = "127.0.0.1"
@@ -67,6 +70,7 @@ class Options:
     parse_special: bool = False
     generation_config: bool = False
     speculation: bool = True
+    tool_format: str | None = None
 
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""
@@ -85,6 +89,8 @@ class Options:
         for name in self.allowed_host:
             if name != ANY and not NAME.fullmatch(name):
                 raise BadInput(f"--allowed-host is {name!r}, expected a name without scheme and port, or {ANY}")
+        if self.tool_format is not None and self.tool_format not in FORMATS:
+            raise BadInput(f"--tool-format is {self.tool_format!r}, expected one of {', '.join(FORMATS)}")
         key = self.key
         if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
             raise BadInput(
@@ -107,11 +113,13 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
     sampling, remark = sampling_of(bundle, options.generation_config)
     if remark:
         say(f"note: {remark}")
+    template = ChatTemplate.find(bundle.hf)
     reader = Reader(
         tokenizer,
-        ChatTemplate.find(bundle.hf),
+        template,
         sampling,
         Compiler(tokenizer, bundle.vocab_size),
+        Toolbox(template, tokenizer, options.tool_format),
         bundle.kv_cache_len,
         bundle.vocab_size,
         options.parse_special,

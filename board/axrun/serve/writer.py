@@ -129,9 +129,11 @@ class _Script:
             self._score(token, log_softmax(logits), self._whole, self._ended)
         if not self._ended:
             self.written += 1
-            text = self._stream.push(token)
+            text, hidden = self._stream.push(token), self._hidden(token)
+            if token in self._choice.shown:
+                text, hidden = text + hidden, ""
             self._whole += len(text)
-            self._show(self._stops.push(text, self._hidden(token)))
+            self._show(self._stops.push(text, hidden))
 
     def _hidden(self, token: int) -> str:
         """The spelling of a special token, which is matched against stop strings but not shown."""

@@ -1,0 +1,59 @@
+"""Client libraries ask the server for structured output and tool calls. They have an environment of their own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from requirements.install import install_clients
+from tests.serve.server import MODEL, ROOT, Server
+
+SCRIPT = ROOT / "tests" / "serve" / "client_libraries.py"
+# These only ask for JSON, so a model has to know the form: one that answers with a fixed text does.
+UNGUIDED = ("instructor.JSON", "langchain.json_mode")
+GUIDED = (
+    *("openai.parse", "instructor.TOOLS", "instructor.JSON_SCHEMA", "langchain.json_schema"),
+    *("langchain.function_calling", "pydantic_ai", "llm"),
+)
+CALLS = ("openai.tools", "openai.tools.stream", "langchain.bind_tools")
+
+pytestmark = pytest.mark.system
+
+
+def ask(server: Server, question: str, *checks: str) -> dict[str, Any]:
+    python = install_clients(Path(sys.prefix))
+    command = [str(python), "-I", str(SCRIPT), server.url, MODEL, question, *checks]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    failed = {name: result for name, result in found.items() if isinstance(result, str)}
+    assert not failed, "\n".join(f"{name} {words}" for name, words in failed.items())
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(server_long: Server) -> dict[str, Any]:
+    return ask(server_long, "who are you?", *GUIDED, *CALLS)
+
+
+@pytest.mark.parametrize("name", GUIDED)
+def test_answers_are_of_the_form_that_was_asked_for(results: dict[str, Any], name: str) -> None:
+    assert set(results[name]) <= {"name", "age", "mood"}
+    assert 0 <= results[name]["age"] <= 130
+
+
+def test_tools_are_called(results: dict[str, Any]) -> None:
+    assert {name: results[name]["name"] for name in CALLS} == dict.fromkeys(CALLS, "weather")
+    assert results["openai.tools.stream"]["done"]
+    assert results["langchain.bind_tools"]["arguments"] == ["city"]
+
+
+def test_json_without_a_schema(server_saying: Server) -> None:
+    assert {name: result["name"] for name, result in ask(server_saying, "j", *UNGUIDED).items()} == dict.fromkeys(
+        UNGUIDED, "Ada"
+    )

@@ -20,6 +20,18 @@ if TYPE_CHECKING:  # importing numpy and an engine is slow, and --help does not 
 
 JSON_HELP = "print one JSON object on stdout, and nothing else"
 SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "penalty_window")
+# further settings of axrun.sampling: (type, help); their flags have the same names
+MORE_SAMPLING: dict[str, tuple[type, str]] = {
+    "presence_penalty": (float, "subtracted from the logits of tokens that are in the answer"),
+    "frequency_penalty": (float, "subtracted once for each occurrence of the token in the answer"),
+    "typical_p": (float, "sample from the most typical tokens with a total probability of P"),
+    "top_n_sigma": (float, "sample from logits at most N standard deviations below the largest"),
+    "xtc_probability": (float, "probability to exclude all top choices but the last"),
+    "xtc_threshold": (float, "least probability of a top choice (default 0.1)"),
+    "dry_multiplier": (float, "penalty for continuing a repetition (0: off)"),
+    "dry_base": (float, "its growth for each token of the repetition (default 1.75)"),
+    "dry_allowed_length": (int, "repetitions shorter than this are free (default 2)"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,13 +99,15 @@ def _sampling_flags(parser: argparse.ArgumentParser) -> None:
     add("--min-p", type=float, metavar="P", help="sample from tokens with at least P times the top token's probability")
     add("--repetition-penalty", type=float, metavar="R", help="a value above 1 makes recent tokens less likely")
     add("--penalty-window", type=int, metavar="N", help="number of recent tokens that the penalty applies to")
+    for name, (kind, what) in MORE_SAMPLING.items():
+        add(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X", help=what)
     add("--seed", type=int, default=0, metavar="N", help="random seed: same seed, same answer (default 0)")
 
 
 def _options(arguments: argparse.Namespace) -> Options:
     from axrun.run import Options
 
-    sampling = {key: getattr(arguments, key) for key in SAMPLING_FLAGS}
+    sampling = {key: getattr(arguments, key) for key in (*SAMPLING_FLAGS, *MORE_SAMPLING)}
     if arguments.greedy:
         sampling["temperature"] = 0.0
     return Options(

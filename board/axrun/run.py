@@ -14,7 +14,7 @@ from axrun.format.bundle import Bundle
 from axrun.generate import Stats, generate
 from axrun.load import DEFAULTS, Loading, Say, describe, silent
 from axrun.model import Model
-from axrun.sampling import Sampling
+from axrun.sampling import BREAKERS, Sampling
 from axrun.sampling.checkpoint import sampling_of
 from axrun.sequence import Sequence
 from axrun.speculation import Costs, prompt_lookup
@@ -83,6 +83,8 @@ class Options:
         Raises BadInput for a value out of range, in the options or in the files.
         """
         sampling, remark = sampling_of(bundle, self.generation_config, **self.sampling)
+        if sampling.dry_multiplier:
+            sampling = sampling.override(dry_breakers=Tokenizer.open(bundle.hf).containing(BREAKERS))
         if remark:
             say(f"note: {remark}")
         return sampling

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from axrun.serve import schema
-from tests.serve.server import Server
+from tests.serve.server import Server, Start
 
 ASK = [{"role": "user", "content": "who are you?"}]
 VALUES: dict[str, Any] = {
@@ -36,8 +39,8 @@ def content(answer: dict[str, Any]) -> str:
 def test_fields_without_effect_are_accepted(server: Server) -> None:
     plain = content(server.chat("who are you?"))
     given = {**ignored(schema.CHAT), **switched_off(schema.CHAT)}
-    assert {"user", "metadata", "store", "reasoning_effort", "verbosity", "cache_prompt", "cache_control"} < set(given)
-    assert {"min_p", "skip_special_tokens", "function_call"} < set(given)
+    assert {"user", "metadata", "store", "keep_alive", "verbosity", "cache_prompt", "cache_control"} < set(given)
+    assert {"tfs_z", "skip_special_tokens", "function_call"} < set(given)
     assert content(server.chat("who are you?", **given, tools=[])) == plain
     completion = {**ignored(schema.COMPLETION), **switched_off(schema.COMPLETION), "prompt": "1+1=", "max_tokens": 1}
     assert server.complete(**completion)["choices"][0]["text"] == "2"
@@ -112,3 +115,55 @@ def test_parts_that_are_not_text_are_refused_by_name(server: Server, part: dict[
         "param": "messages[0].content[1]",
         "code": "unsupported_content",
     }
+
+
+def test_variables_reach_the_chat_template(bundle_s8: Path, tmp_path: Path, start: Start) -> None:
+    """Counted in tokens of the prompt: the template repeats a word for each."""
+    bundle = tmp_path / "bundle"
+    shutil.copytree(bundle_s8, bundle)
+    source = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is defined and not enable_thinking %}"
+        "{{ 'x ' * 10 }}{% endif %}"
+        "{% if reasoning_effort == 'high' %}{{ 'x ' * 20 }}{% endif %}{{ 'x ' * (more or 0) }}"
+    )
+    (bundle / "hf" / "chat_template.jinja").write_text(source)
+    server = start(bundle, "--name", "qwen2").ready()
+
+    def tokens(**body: Any) -> int:
+        return int(server.chat("1+1=", max_tokens=1, **body)["usage"]["prompt_tokens"])
+
+    plain, ten = tokens(), tokens(enable_thinking=False)
+    assert ten > plain == tokens(enable_thinking=True) == tokens(reasoning_effort="low")
+    assert tokens(reasoning_effort="none") == ten == tokens(chat_template_kwargs={"enable_thinking": False})
+    assert tokens(reasoning_effort="high") - plain == 2 * (ten - plain)
+    assert tokens(chat_template_kwargs={"more": 20}) == tokens(reasoning_effort="high")
+    assert tokens(enable_thinking=False, chat_template_kwargs={"enable_thinking": None}) > plain
+
+
+def test_sampling_fields_under_the_names_of_other_servers(server: Server) -> None:
+    same = [{"repetition_penalty": 4.0}, {"repeat_penalty": 4.0}, {"repeat_penalty": 4.0, "repeat_last_n": -1}]
+    plain, *seen = [content(server.chat("who are you?", max_tokens=24, **body)) for body in ({}, *same)]
+    assert seen == [seen[0]] * 3 != [plain] * 3
+    assert content(server.chat("who are you?", max_tokens=24, repeat_penalty=4.0, repeat_last_n=0)) == plain
+    greedy = server.complete("1+1=", temperature=1.9, min_p=1.0, max_tokens=8, seed=1)["choices"][0]["text"]
+    assert greedy == server.complete("1+1=", max_tokens=8)["choices"][0]["text"]
+
+
+def test_samplers_of_other_servers(server: Server, endless: dict[str, int]) -> None:
+    def text(**body: Any) -> str:
+        given = {"max_tokens": 60, "logit_bias": endless, **body}
+        return str(server.complete("1+1=", **given)["choices"][0]["text"])
+
+    plain = text()
+    assert text(temperature=1, top_n_sigma=0.001, seed=3) == plain
+    assert text(temperature=1, typical_p=0.001, seed=3) != text(temperature=1, seed=3)
+    assert text(temperature=1, top_k=2, xtc_probability=1, xtc_threshold=0.001, seed=3) != plain
+    assert text(dry_multiplier=5, dry_allowed_length=1) != plain
+    assert text(dry_multiplier=5, dry_allowed_length=1, dry_penalty_last_n=0) == plain
+    broken = text(dry_multiplier=5, dry_allowed_length=1, dry_sequence_breakers=sorted(set(plain))[:16])
+    assert broken != text(dry_multiplier=5, dry_allowed_length=1)
+
+
+def test_completions_can_have_a_form_too(server: Server) -> None:
+    form = {"type": "json_schema", "json_schema": {"schema": {"const": [1, "a"]}}}
+    assert json.loads(server.complete("1+1=", max_tokens=100, response_format=form)["choices"][0]["text"]) == [1, "a"]

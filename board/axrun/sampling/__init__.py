@@ -20,9 +20,19 @@ RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     "top_p": ((int, float), lambda value: 0 < value <= 1, "a number above 0, up to 1 (1: off)"),
     "top_k": ((int,), lambda value: value >= 0, "a whole number of at least 0 (0: off)"),
     "min_p": ((int, float), lambda value: 0 <= value <= 1, "a number from 0 to 1 (0: off)"),
+    "typical_p": ((int, float), lambda value: 0 < value <= 1, "a number above 0, up to 1 (1: off)"),
+    "top_n_sigma": ((int, float), lambda value: 0 <= value <= 1000, "a number from 0 to 1000 (0: off)"),
+    "xtc_probability": ((int, float), lambda value: 0 <= value <= 1, "a number from 0 to 1 (0: off)"),
+    "xtc_threshold": ((int, float), lambda value: 0 < value <= 1, "a number above 0, up to 1"),
+    "dry_multiplier": ((int, float), lambda value: 0 <= value <= 100, "a number from 0 to 100 (0: off)"),
+    "dry_base": ((int, float), lambda value: 1 <= value <= 4, "a number from 1 to 4"),
+    "dry_allowed_length": ((int,), lambda value: 1 <= value <= 64, "a whole number from 1 to 64"),
     "presence_penalty": ((int, float), lambda value: -100 <= value <= 100, "a number from -100 to 100 (0: off)"),
     "frequency_penalty": ((int, float), lambda value: -100 <= value <= 100, "a number from -100 to 100 (0: off)"),
 }
+# settings that turn greedy decoding into sampling
+TRUNCATING = ("top_p", "top_k", "min_p", "typical_p", "top_n_sigma", "xtc_probability")
+BREAKERS = ("\n", ":", '"', "*")  # texts that no repetition extends across, as in other runners
 POST_CONFIG = ("temperature", "repetition_penalty", "penalty_window", "top_p", "top_k")
 # keys of post_config.json that enable a value
 SWITCHES = {
@@ -41,6 +51,8 @@ class Sampling:
     `presence_penalty` is subtracted from the logits of tokens that are in the answer, `frequency_penalty` once for each
     occurrence. `logit_bias` is added by token id. Tokens in `suppress` are never sampled. `min_p` is the minimum
     probability of a token relative to that of the most likely one. `grammar`: the answer follows it.
+    `typical_p`, `top_n_sigma` and `xtc_*` are in `axrun.sampling.truncate`, `dry_*` in `axrun.sampling.dry`;
+    `dry_breakers` are token ids.
     Raises BadInput for a value out of range.
     """
 
@@ -50,6 +62,15 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    top_n_sigma: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_window: int | None = None
+    dry_breakers: frozenset[int] = frozenset()
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -89,11 +110,11 @@ class Sampling:
         )
 
     def override(self, **given: Any) -> Sampling:
-        """A copy with the given values that are not None. top_p, top_k or min_p without a temperature turns greedy
-        decoding into sampling at temperature 1.
+        """A copy with the given values that are not None. One of TRUNCATING without a temperature turns greedy decoding
+        into sampling at temperature 1.
         """
         given = {key: value for key, value in given.items() if value is not None}
-        if any(given.get(key) for key in ("top_p", "top_k", "min_p")) and self.temperature == 0:
+        if any(given.get(key) for key in TRUNCATING) and self.temperature == 0:
             given.setdefault("temperature", 1.0)
         return dataclasses.replace(self, **given)
 

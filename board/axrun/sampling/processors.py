@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axrun.sampling import Sampling
+from axrun.sampling.dry import Dry
+from axrun.sampling.truncate import TopNSigma, Typical, Xtc
 
 Floats = NDArray[np.float32]
 
@@ -25,9 +27,11 @@ class Processor(Protocol):
         """Modifies the logits [vocab] of the token after `ids` in place; ids[start:] are the answer so far."""
 
 
-def processors(sampling: Sampling) -> list[Processor]:
-    """The processors for these settings in order: those of OpenAI's API first, then those of transformers, and
-    the grammar last.
+def processors(sampling: Sampling, random: np.random.Generator) -> list[Processor]:
+    """The processors for these settings, in order.
+
+    Penalties come first: those of OpenAI's API, then transformers', then DRY. What is excluded follows: suppressed
+    tokens, what leaves the grammar, and last, where tokens are sampled, what is cut off from the rest.
     """
     found: list[Processor] = []
     if sampling.presence_penalty or sampling.frequency_penalty:
@@ -36,10 +40,26 @@ def processors(sampling: Sampling) -> list[Processor]:
         found.append(Bias(sampling.logit_bias))
     if sampling.repetition_penalty != 1:
         found.append(RepetitionPenalty(sampling.repetition_penalty, sampling.penalty_window))
+    if sampling.dry_multiplier:
+        found.append(
+            Dry(
+                sampling.dry_multiplier,
+                sampling.dry_base,
+                sampling.dry_allowed_length,
+                sampling.dry_breakers,
+                sampling.dry_window,
+            )
+        )
     if sampling.suppress:
         found.append(Suppress(sampling.suppress))
     if sampling.grammar is not None:
         found.append(sampling.grammar.processor())
+    if sampling.temperature and sampling.top_n_sigma:
+        found.append(TopNSigma(sampling.top_n_sigma))
+    if sampling.temperature and sampling.typical_p < 1:
+        found.append(Typical(sampling.typical_p))
+    if sampling.temperature and sampling.xtc_probability:
+        found.append(Xtc(sampling.xtc_probability, sampling.xtc_threshold, random))
     return found
 
 

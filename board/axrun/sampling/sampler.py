@@ -16,8 +16,8 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, seed: int | None = None) -> None:
         self.sampling = sampling
-        self._processors = processors(sampling)
         self._random = np.random.Generator(np.random.PCG64(seed))
+        self._processors = processors(sampling, self._random)
         self._scratch = Scratch(0)
 
     def __call__(self, logits: Floats, ids: Sequence[int] = (), start: int = 0) -> int:

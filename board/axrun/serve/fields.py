@@ -14,7 +14,7 @@ from axrun.serve import schema
 PLACES: dict[str, schema.Fields] = {
     "chat": schema.CHAT,
     "completions": schema.COMPLETION,
-    "message": dict(schema.ASSISTANT["properties"], tool_call_id=schema.CALL_ID),
+    "message": schema.MESSAGE_FIELDS,
     "part": schema.TEXT_PART["properties"],
 }
 HEAD = {

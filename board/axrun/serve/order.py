@@ -7,16 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from axrun.errors import BadInput
-from axrun.sampling import Sampling
+from axrun.sampling import BREAKERS, Sampling
 from axrun.sampling.grammar import TOOLS, Compiler, Grammar
 from axrun.serve.errors import invalid
-from axrun.serve.schema import MAX_CHOICES, NO_LIMIT
+from axrun.serve.schema import MAX_CHOICES, MAX_LENGTH, NO_LIMIT
 from axrun.serve.tools import Toolbox, Tools, read_calls
 from axrun.text.template import ChatTemplate, chat_ids
 from axrun.text.tokenizer import Tokenizer
 
 LEAST_TEMPERATURE = 1e-3  # below it sampling is effectively greedy, and the division could overflow
-SAMPLING = ("temperature", "top_p", "top_k", "repetition_penalty", "presence_penalty", "frequency_penalty")
+SAMPLING = (
+    *("temperature", "top_p", "top_k", "repetition_penalty", "min_p", "presence_penalty", "frequency_penalty"),
+    *("typical_p", "top_n_sigma", "xtc_probability", "xtc_threshold"),
+    *("dry_multiplier", "dry_base", "dry_allowed_length"),
+)
+RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables of the template that a request lacks
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Reader:
         tools = self.toolbox.tools_of(body)
         given = [_message(message, f"messages[{number}]") for number, message in enumerate(body["messages"])]
         messages, variables = self.toolbox.prompt(given, tools)
+        variables.update(_variables(body))
         try:
             ids = chat_ids(self.tokenizer, self.template, messages, self.parse_special, **variables)
         except BadInput as error:
@@ -164,6 +170,14 @@ class Reader:
 
     def _sampling(self, body: Mapping[str, Any]) -> Sampling:
         given = {key: body[key] for key in SAMPLING if key in body}
+        if body.get("dry_multiplier"):
+            given["dry_breakers"] = self.tokenizer.containing(tuple(body.get("dry_sequence_breakers", BREAKERS)))
+            if body.get("dry_penalty_last_n", -1) >= 0:
+                given["dry_window"] = body["dry_penalty_last_n"]
+        if "repeat_penalty" in body:
+            given.setdefault("repetition_penalty", body["repeat_penalty"])
+        if "repeat_last_n" in body:
+            given["penalty_window"] = MAX_LENGTH if body["repeat_last_n"] < 0 else body["repeat_last_n"]
         if given.get("temperature", 1) < LEAST_TEMPERATURE:
             given["temperature"] = 0.0
         if given.get("top_p") == 0:  # only the most likely token
@@ -211,6 +225,23 @@ def _schema(body: Mapping[str, Any]) -> Mapping[str, Any] | None:
         found = form["json_schema"]["schema"]
     else:
         raise invalid("response_format of type json_schema needs json_schema.", "response_format.json_schema")
+    return found
+
+
+def _variables(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables for the chat template. Raises ApiError for a name that is not one, or that the server sets."""
+    found: dict[str, Any] = {}
+    if "reasoning_effort" in body:
+        found["reasoning_effort"] = body["reasoning_effort"]
+        if body["reasoning_effort"] == "none":
+            found["enable_thinking"] = False
+    if "enable_thinking" in body:
+        found["enable_thinking"] = body["enable_thinking"]
+    for name, value in body.get("chat_template_kwargs", {}).items():
+        if not name.isidentifier() or name.startswith("_") or name in RESERVED:
+            words = f"chat_template_kwargs names {name[:40]!a}, which is not a variable that a request may set."
+            raise invalid(words, "chat_template_kwargs")
+        found[name] = value
     return found
 
 

@@ -50,6 +50,30 @@ def _limit(text: str, least: int) -> dict[str, Any]:
     }
 
 
+RESPONSE_FORMAT = _optional(
+    "object",
+    'Form of the answer: {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema": ...}}. '
+    "Every token is chosen so that the answer is valid JSON. A schema that cannot be enforced is refused.",
+    required=["type"],
+    properties={
+        "type": {"type": "string", "enum": ["text", "json_object", "json_schema"]},
+        "json_schema": _optional(
+            "object",
+            "The schema, always enforced.",
+            required=["schema"],
+            properties={
+                "name": _ignored("string"),
+                "description": _ignored("string"),
+                "strict": _ignored("boolean"),
+                "schema": {"type": "object", "description": "A JSON schema."},
+            },
+            additionalProperties=False,
+        ),
+        "schema": _optional("object", "With json_object: a JSON schema, as in llama.cpp."),
+    },
+    additionalProperties=False,
+)
+
 COMMON: Fields = {
     "stream": _optional("boolean", "Stream the answer as server-sent events."),
     "stream_options": _optional(
@@ -71,7 +95,46 @@ COMMON: Fields = {
         maximum=1,
     ),
     "top_k": _optional("integer", "Sample from this many most likely tokens; 0: all.", minimum=0, maximum=MAX_LENGTH),
+    "min_p": _optional(
+        "number", "Sample from tokens with at least this share of the top token's probability.", minimum=0, maximum=1
+    ),
+    "typical_p": _optional(
+        "number", "Sample from the most typical tokens with this total probability; 1: off.", minimum=0.001, maximum=1
+    ),
+    "top_n_sigma": _optional(
+        "number",
+        "Sample from logits at most this many standard deviations below the largest; 0: off.",
+        minimum=0,
+        maximum=1000,
+    ),
+    "xtc_probability": _optional(
+        "number", "Probability to exclude all top choices but the last.", minimum=0, maximum=1
+    ),
+    "xtc_threshold": _optional("number", "Least probability of a top choice; absent: 0.1.", minimum=0.001, maximum=1),
+    "dry_multiplier": _optional("number", "Penalty for continuing a repetition; 0: off.", minimum=0, maximum=100),
+    "dry_base": _optional(
+        "number", "Growth of the penalty with each token of the repetition; absent: 1.75.", minimum=1, maximum=4
+    ),
+    "dry_allowed_length": _optional(
+        "integer", "Repetitions shorter than this are free; absent: 2.", minimum=1, maximum=64
+    ),
+    "dry_penalty_last_n": _optional(
+        "integer", "Number of recent tokens to search for repetitions; -1: all.", minimum=-1, maximum=MAX_LENGTH
+    ),
+    "dry_sequence_breakers": {
+        "type": ["array", "null"],
+        "description": "Texts that no repetition extends across; absent: line feed, colon, quote and asterisk.",
+        "maxItems": MAX_STOPS,
+        "items": {"type": "string", "minLength": 1, "maxLength": 64},
+    },
     "repetition_penalty": _optional("number", "Above 1: makes recent tokens less likely.", minimum=0.01, maximum=100),
+    "repeat_penalty": _optional("number", "llama.cpp's name of repetition_penalty.", minimum=0.01, maximum=100),
+    "repeat_last_n": _optional(
+        "integer",
+        "Number of recent tokens that the repetition penalty applies to; -1: all.",
+        minimum=-1,
+        maximum=MAX_LENGTH,
+    ),
     "presence_penalty": _optional(
         "number", "Subtracted from the logits of tokens that are in the answer.", minimum=-2, maximum=2
     ),
@@ -104,6 +167,7 @@ COMMON: Fields = {
         "maxItems": MAX_STOP_IDS,
         "items": {"type": "integer", "minimum": 0, "maximum": MAX_LENGTH},
     },
+    "response_format": RESPONSE_FORMAT,
     "ignore_eos": _optional("boolean", "Continue past the model's stop tokens; for benchmarks."),
     "user": _ignored("string"),
     "metadata": _ignored("object"),
@@ -112,19 +176,17 @@ COMMON: Fields = {
     "safety_identifier": _ignored("string"),
     "prompt_cache_key": _ignored("string"),
     "prompt_cache_retention": _ignored("string"),
-    "reasoning_effort": _ignored("string"),
+    "id_slot": _ignored("integer"),
+    "timings_per_token": _ignored("boolean"),
+    "keep_alive": _ignored("string", "integer"),
     "verbosity": _ignored("string"),
     "cache_prompt": _ignored("boolean"),
     "cache_control": _ignored("object"),
     "priority": _ignored("integer"),
     "request_id": _ignored("string"),
-    "min_p": _neutral(0),
-    "typical_p": _neutral(1),
     "tfs_z": _neutral(1),
     "top_a": _neutral(0),
     "mirostat": _neutral(0),
-    "xtc_probability": _neutral(0),
-    "dry_multiplier": _neutral(0),
     "dynatemp_range": _neutral(0),
     "min_tokens": _neutral(0),
     "length_penalty": _neutral(1),
@@ -134,7 +196,7 @@ COMMON: Fields = {
     "include_stop_str_in_output": _neutral(False),
 }
 
-TEXT_PART = {
+TEXT_PART: dict[str, Any] = {
     "type": "object",
     "required": ["type", "text"],
     "properties": {
@@ -209,6 +271,7 @@ ASSISTANT: dict[str, Any] = _message(
 TOOL = _message(
     "tool", required=["role", "content"], content=[{"type": "string"}, PARTS], tool_calls=NO_CALLS, tool_call_id=CALL_ID
 )
+MESSAGE_FIELDS: Fields = {**ASSISTANT["properties"], "tool_call_id": CALL_ID}
 MESSAGE = {
     "anyOf": [
         _message(
@@ -243,30 +306,6 @@ FUNCTION = {
     },
     "additionalProperties": False,
 }
-
-RESPONSE_FORMAT = _optional(
-    "object",
-    'Form of the answer: {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema": ...}}. '
-    "Every token is chosen so that the answer is valid JSON. A schema that cannot be enforced is refused.",
-    required=["type"],
-    properties={
-        "type": {"type": "string", "enum": ["text", "json_object", "json_schema"]},
-        "json_schema": _optional(
-            "object",
-            "The schema, always enforced.",
-            required=["schema"],
-            properties={
-                "name": _ignored("string"),
-                "description": _ignored("string"),
-                "strict": _ignored("boolean"),
-                "schema": {"type": "object", "description": "A JSON schema."},
-            },
-            additionalProperties=False,
-        ),
-        "schema": _optional("object", "With json_object: a JSON schema, as in llama.cpp."),
-    },
-    additionalProperties=False,
-)
 
 CHAT: Fields = {
     "messages": {"type": "array", "minItems": 1, "items": MESSAGE, "description": "The conversation so far."},
@@ -307,10 +346,15 @@ CHAT: Fields = {
         "description": "Whether tools may or must be called. With required or a name, the arguments are valid.",
     },
     "parallel_tool_calls": _optional("boolean", "False: at most one call."),
-    "chat_template_kwargs": _refused("object", maxProperties=0),
+    "chat_template_kwargs": _optional(
+        "object", "Variables for the chat template, e.g. enable_thinking.", maxProperties=64
+    ),
+    "reasoning_effort": _optional(
+        "string", "Variable reasoning_effort of the chat template; none also sets enable_thinking to false."
+    ),
+    "enable_thinking": _optional("boolean", "Variable enable_thinking of the chat template."),
     "add_generation_prompt": _neutral(True),
     "continue_final_message": _neutral(False),
-    "response_format": RESPONSE_FORMAT,
     "modalities": _refused("array", items={"type": "string", "enum": ["text"], "x-refused": True}),
     "functions": _refused("array", maxItems=0),
     "function_call": _refused("string", enum=["none", "auto", None]),

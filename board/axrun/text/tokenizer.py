@@ -127,6 +127,13 @@ class Tokenizer:
         byte = re.fullmatch("<0x([0-9A-F]{2})>", piece)  # byte fallback of SentencePiece
         return bytes.fromhex(byte[1]) if byte else piece.replace("\u2581", " ").encode()
 
+    @functools.lru_cache(maxsize=8)  # noqa: B019  (one tokenizer lives as long as the process)
+    def containing(self, texts: tuple[str, ...]) -> frozenset[int]:
+        """The tokens whose text contains one of these texts."""
+        found = [text.encode() for text in texts if text]
+        pieces = ((token, self.token_bytes(token)) for token in range(self._backend.get_vocab_size()))
+        return frozenset(token for token, piece in pieces if any(text in piece for text in found))
+
     def expect_within(self, ids: Iterable[int], vocab_size: int) -> None:
         """Raises BadInput for a token id outside the model's vocabulary."""
         wrong = next((token for token in ids if token >= vocab_size), None)

@@ -1,6 +1,6 @@
 """Loads a GGUF file with transformers (config, weights, tokenizer), without our reader.
 
-Where transformers is known not to look at a part of the file, that part is put right here, and said.
+Parts of the file that transformers is known to ignore are corrected here, and reported.
 """
 
 from __future__ import annotations

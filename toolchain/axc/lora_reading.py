@@ -1,4 +1,4 @@
-"""A second reading of LoRA adapters, without ours: merged into transformers' model as peft's merge_and_unload does."""
+"""A second, independent reader of LoRA adapters: merges them into transformers' model like peft's merge_and_unload."""
 
 from __future__ import annotations
 

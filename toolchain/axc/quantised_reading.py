@@ -1,6 +1,6 @@
-"""A second reading of quantised folders, without our reader: transformers needs a GPU and other packages for most.
+"""A second, independent reader of quantised folders: transformers needs a GPU or other packages for most formats.
 
-Written against the packages' descriptions with torch, a whole tensor at a time. Values are float32 products of the
+Written from the packages' documentation with torch, a whole tensor at a time. Values are float32 products of the
 stored scales and levels; the packages compute them in the scales' own type, which rounds once more.
 """
 
@@ -27,7 +27,7 @@ input_scale input_zero_point output_scale output_zero_point activation_scale
 
 
 def take_from(config: Any) -> Says | None:
-    """What a transformers config says of quantisation, which it then no longer says."""
+    """Removes the quantisation settings from a transformers config and returns them."""
     found = None
     for key in KEYS:
         if getattr(config, key, None) is not None:
@@ -39,7 +39,7 @@ def take_from(config: Any) -> Says | None:
 def weights(
     folder: Path, says: Says, load: Callable[[Path], Mapping[str, Tensor]], known: Collection[str]
 ) -> dict[str, Tensor]:
-    """Every tensor of a folder by its name there, those that are quantised dequantised to float32.
+    """Every tensor of a folder by its stored name, quantised ones dequantised to float32.
 
     Some packages write a bias of zeros for every matrix: those that are not among the `known` weights are left out.
     """

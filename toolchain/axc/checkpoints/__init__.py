@@ -1,8 +1,8 @@
-"""Every form in which people have a model, as one Checkpoint: lazy tensors by their Hugging Face names.
+"""Opens any supported checkpoint format as a Checkpoint: lazy tensors by their Hugging Face names.
 
 A folder with safetensors or PyTorch .bin files, whole or in shards with an index, its weights floats or quantised, or a
-GGUF file. Nothing is read before it is asked for, and no pickle can run code. Tensors have the names transformers gives
-them on loading.
+GGUF file. Data are read on demand, and no pickle can run code. Tensors have the names that
+transformers gives them on loading.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ FORMS = {".safetensors": safetensors, ".bin": torch_bin}  # by suffix of a folde
 class Checkpoint:
     """An opened checkpoint. `tensors` by name; `files` are the weight files, in order of name.
 
-    `aside` names weight files that lie in the folder and are not read, `source` the file or index that was preferred.
+    `aside` names weight files in the folder that are not read, `source` the file or index that was preferred.
     `others` counts the tensors of other parts of a multimodal model, which are not read.
-    `gguf` is the file where the checkpoint is one. `adapters` are merged into it. `readers`: by key, how tensors are
+    `gguf` is set if the checkpoint is a GGUF file. `adapters` are merged into it. `readers`: by key, how tensors are
     read that are packed or changed. `matrices`: those of a quantised folder.
     """
 
@@ -54,9 +54,9 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path, adapters: tuple[Lora, ...] = ()) -> Checkpoint:
-        """Reads the headers of a checkpoint's weight files, and of the adapters that are to be merged into it.
+        """Reads the headers of a checkpoint's weight files and of the adapters to merge into it.
 
-        Raises BadInput for anything missing or damaged.
+        Raises BadInput if anything is missing or damaged.
         """
         found = cls._opened(path)
         for adapter in adapters:
@@ -103,11 +103,11 @@ class Checkpoint:
 
     @property
     def folder(self) -> Path:
-        """Where config.json, the tokenizer and the template are: for a GGUF, files made of its metadata."""
+        """The folder of config.json, tokenizer and template; for a GGUF, files made from its metadata."""
         return self.gguf.folder if self.gguf else self.path
 
     def tied(self) -> Checkpoint:
-        """The checkpoint of a model that ties head and embedding: either may be the one that is stored."""
+        """The checkpoint of a model that ties head and embedding, under the name of the embedding."""
         if EMBEDDING in self.tensors or HEAD not in self.tensors:
             return self
         embedding = replace(self.tensors[HEAD], name=EMBEDDING)
@@ -121,13 +121,13 @@ class Checkpoint:
         return self.array(stored)[start:stop] if reader is None else reader(start, stop)
 
     def array(self, stored: StoredTensor) -> NDArray[Any]:
-        """A tensor as its file has it, mapped."""
+        """A tensor as stored, memory-mapped."""
         if stored.file not in self._arrays:
             self._arrays[stored.file] = FORMS[stored.file.suffix].arrays(stored.file)
         return self._arrays[stored.file][stored.key]
 
     def levels(self, name: str) -> Iterator[tuple[NDArray[Any], ...]]:
-        """A tensor with a grid, in blocks of whole rows: levels, scales, and zero points where it has them."""
+        """A tensor with a grid in blocks of whole rows: levels, scales, and zero points if it has any."""
         stored = self.tensors[name]
         reader = cast(LevelRows, self.readers[stored.key])
         height = max(BLOCK_ELEMENTS // stored.shape[1], 1)
@@ -137,15 +137,15 @@ class Checkpoint:
             yield levels, scales, *zeros
 
     def order(self, name: str) -> NDArray[np.int64]:
-        """The columns of a tensor in the order that `levels` has them in."""
+        """The column order of `levels`."""
         return cast(ReorderedRows, self.readers[self.tensors[name].key]).order()
 
     def lora_remarks(self) -> list[str]:
-        """What to say about the adapters. Raises BadInput."""
+        """Remarks on the adapters. Raises BadInput."""
         return [remark for adapter in self.adapters for remark in lora_remarks(adapter, self.path, self.tensors)]
 
     def scale_remarks(self) -> list[str]:
-        """What to say about the scales of a quantised folder, all of which it reads. Raises BadInput."""
+        """Remarks on the scales of a quantised folder; reads all of them. Raises BadInput."""
         return quantised.scales.remarks(self.matrices)
 
     def equal(self, one: str, other: str) -> bool:
@@ -172,7 +172,7 @@ class Checkpoint:
         return self.tensors[name].dtype
 
     def finite_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """What `rows` gives. Raises BadInput for values that are not finite."""
+        """As `rows`. Raises BadInput for values that are not finite."""
         block = self.rows(name, start, stop)
         _refuse_non_finite(name, block, self.tensors[name], start)
         return block
@@ -187,19 +187,19 @@ def widen(block: NDArray[Any], dtype: str, out: NDArray[np.float32] | None = Non
     if dtype == "BFLOAT16":
         return bf16_to_f32(block, out)
     out = np.empty(block.shape, np.float32) if out is None else out
-    with np.errstate(over="ignore"):  # said below, with the value
+    with np.errstate(over="ignore"):  # raised below, with the value
         np.copyto(out, block, casting="same_kind")
     if dtype == "DOUBLE" and not np.isfinite(out).all():
         raise OverflowError(f"{block.flat[np.abs(block).argmax()]:g}, too large for float32")
     return out
 
 
-# the bits of positive infinity; whatever is not finite lies at or above them, behind the sign
+# the bits of positive infinity; without the sign bit, values that are not finite are at or above them
 INFINITY = {"FLOAT": 0x7F800000, "FLOAT16": 0x7C00, "BFLOAT16": 0x7F80, "DOUBLE": 0x7FF0000000000000}
 
 
 def _refuse_non_finite(name: str, block: NDArray[Any], stored: StoredTensor, start: int) -> None:
-    """Two maxima and no temporary: as signed integers the positive values are on top, as unsigned the negative ones."""
+    """Two maxima, no temporary array: as signed integers positive values are largest, as unsigned negative ones."""
     size, infinity = block.itemsize, INFINITY[stored.dtype]
     sign = 1 << (8 * size - 1)
     if block.view(f"i{size}").max(initial=0) >= infinity or block.view(f"u{size}").max(initial=0) >= sign | infinity:

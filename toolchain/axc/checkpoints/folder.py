@@ -1,6 +1,6 @@
-"""Which files of a checkpoint folder hold its weights: the order of transformers' `_get_resolved_checkpoint_files`.
+"""Finds the weight files of a checkpoint folder, in the order of transformers' `_get_resolved_checkpoint_files`.
 
-A folder in another form (an adapter, GGUF, Meta's originals ...) is refused under its name, with the way out of it.
+Other formats (adapters, Meta's original files ...) are refused by name, with what to do instead.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from axrun.errors import BadInput
 
-# (whole file, index of shards), the first that is there wins
+# (whole file, index of shards) in order of preference
 ORDER = (
     ("model.safetensors", "model.safetensors.index.json"),
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -25,7 +25,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # torch.distributed checkpoints, which transformers prefers to every other file
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-# files of a training run that end in a weight file's suffix and hold no weights
+# files of a training run with a weight file's suffix that hold no weights
 TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|random_states|rng_state).*\.bin")
 MAX_JSON = 64 << 20  # bytes: an index of 100 000 tensors has 10 MB
 
@@ -40,7 +40,7 @@ class WeightFiles:
 
 
 def choose(folder: Path) -> WeightFiles:
-    """The weight files transformers would load. Raises BadInput where there are none or it is not clear which."""
+    """The weight files that transformers would load. Raises BadInput if there are none or several candidates."""
     if not folder.is_dir():
         raise BadInput(f"no checkpoint folder {folder}\nGive the folder that holds config.json and the weights.")
     try:
@@ -62,7 +62,7 @@ def choose(folder: Path) -> WeightFiles:
 
 
 def _aside(names: Sequence[str], read: set[str]) -> tuple[str, ...]:
-    """Weight files, and indices of them, that lie in the folder and are not read."""
+    """Weight files and indices in the folder that are not read."""
     indices = {index for _, index in ORDER}
     return tuple(
         name
@@ -72,7 +72,7 @@ def _aside(names: Sequence[str], read: set[str]) -> tuple[str, ...]:
 
 
 def _refuse_other_forms(folder: Path, names: Sequence[str]) -> None:
-    """What would change the weights, or the model around them, if transformers or its companions loaded the folder."""
+    """Raises BadInput for files that change what transformers, peft or sentence-transformers would load."""
     if ADAPTER_CONFIG in names:
         base = _text_of(folder / ADAPTER_CONFIG, "base_model_name_or_path")
         alone = not any(name in names for pair in ORDER for name in pair)
@@ -95,7 +95,7 @@ def _refuse_other_forms(folder: Path, names: Sequence[str]) -> None:
 
 
 def _no_weights(folder: Path, names: Sequence[str]) -> tuple[str, str]:
-    """What a folder without weights is, and what to do."""
+    """Describes a folder without weights, and what to do."""
     snapshots = sorted((folder / "snapshots").glob("*/config.json")) if "snapshots" in names else []
     if snapshots:
         return (
@@ -120,7 +120,7 @@ def _matches(pattern: str) -> Callable[[str], bool]:
     return lambda name: re.fullmatch(pattern, name) is not None
 
 
-# what people hand in: file names, what it is, what to do
+# other formats: file names, description, advice
 OTHER_FORMS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
     (_matches(r".*\.gguf"), "a GGUF file", "Give that file itself as the checkpoint."),
     (
@@ -168,7 +168,7 @@ OTHER_FORMS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
 
 
 def refuse_lfs_pointer(path: Path) -> None:
-    """Raises BadInput for the text file that git leaves in place of a large one."""
+    """Raises BadInput for a Git LFS pointer."""
     try:
         with path.open("rb") as file:
             pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
@@ -182,7 +182,7 @@ def refuse_lfs_pointer(path: Path) -> None:
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
-    """Every file the index names. All their tensors count, whatever the index says is where, as in transformers."""
+    """Every file named by the index. All their tensors are read, whatever the index says, as in transformers."""
     refuse_lfs_pointer(index)
     try:
         if index.stat().st_size > MAX_JSON:
@@ -211,7 +211,7 @@ def _shards(index: Path) -> tuple[Path, ...]:
 
 
 def _text_of(path: Path, key: str) -> str:
-    """A text of a JSON file for a message, cut to a line; what is there instead is not of interest."""
+    """A string from a JSON file for a message, cut to one line."""
     try:
         values: Any = json.loads(path.read_text("utf-8")) if path.stat().st_size <= 1 << 20 else {}
         text = values.get(key) if isinstance(values, dict) else None

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, untrusted: one object, each of whose keys means one thing."""
+"""Reads JSON files of a checkpoint, which are untrusted: one object without duplicate keys."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_json(path: Path, pairs: Callable[[list[tuple[str, Any]]], Any] | None =
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object whose keys mean one thing each. Raises ValueError."""
+    """An object without duplicate keys. Raises ValueError."""
     values: dict[str, Any] = {}
     for key, value in pairs:
         if key in values and values[key] != value:

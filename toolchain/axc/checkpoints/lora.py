@@ -1,7 +1,7 @@
-"""LoRA adapters as peft saves them, merged while rows are read: W + weight * (lora_alpha / r) * B A in float32.
+"""Merges LoRA adapters saved by peft as rows are read: W + weight * (lora_alpha / r) * B A in float32.
 
-https://huggingface.co/docs/peft/developer_guides/lora . Sums are taken in the order of r by elementwise arithmetic: the
-same bits on every machine, which a BLAS would not give.
+https://huggingface.co/docs/peft/developer_guides/lora . Products are summed elementwise in the order of r: the
+same bits on every machine, unlike a BLAS.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 ADVICE = "Merge it with peft, merge_and_unload(), and give the result as --input_path."
 AGAIN = "The adapter is damaged; get it again."
-# names, versions, training; which modules have one is seen in the file. fan_in_fan_out is of Conv1D, which none of the
-# architectures here has, and which peft itself passes over for any other layer.
+# names, versions, training options. fan_in_fan_out concerns Conv1D, which no supported architecture has; peft ignores
+# it for other layers.
 HARMLESS = keys(
     """
     task_type auto_mapping peft_version base_model_name_or_path revision inference_mode target_modules exclude_modules
@@ -36,7 +36,7 @@ HARMLESS = keys(
     runtime_config fan_in_fan_out
     """
 )
-# change what is computed, except at null, false and nothing
+# change the result unless null, false or empty
 OFF = keys(
     """
     modules_to_save use_dora megatron_config trainable_token_indices velora_config alora_invocation_tokens use_qalora
@@ -44,19 +44,19 @@ OFF = keys(
     loftq_config ensure_weight_tying
     """
 )
-INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # the others begin by changing the base's weights
+INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # others change the base's weights first
 MAX_RANK = 1 << 14
 
 
 class Lora(NamedTuple):
-    """A folder of an adapter, and what its change is multiplied by."""
+    """The folder of an adapter, and the factor of its change."""
 
     folder: Path
     weight: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Lora:
-        """Of DIR or DIR:WEIGHT. Raises BadInput."""
+        """From DIR or DIR:WEIGHT. Raises BadInput."""
         folder, colon, number = text.rpartition(":")
         if not colon or Path(text).is_dir():
             return cls(Path(text))
@@ -75,7 +75,7 @@ class Lora(NamedTuple):
 
 @dataclass(frozen=True)
 class Merged:
-    """Rows of a matrix with the change of an adapter: `a` [r, in], `b` [out, r]."""
+    """Rows of a matrix merged with an adapter: `a` [r, in], `b` [out, r]."""
 
     base: Callable[[int, int], NDArray[Any]]
     dtype: str
@@ -98,7 +98,7 @@ class Merged:
 def merge(
     adapter: Lora, tensors: Mapping[str, StoredTensor], rows: Callable[[str, int, int], NDArray[Any]]
 ) -> tuple[dict[str, StoredTensor], dict[str, Rows]]:
-    """The tensors that an adapter changes, and how they are read then, by key. Raises BadInput.
+    """The tensors that an adapter changes, and their readers by key. Raises BadInput.
 
     `rows` reads rows of a tensor of the base.
     """
@@ -179,7 +179,7 @@ def _pairs(adapter: Lora) -> Iterator[tuple[str, Floats, Floats, np.float32]]:
 
 
 def _refuse_others(settings: Settings) -> None:
-    """Raises BadInput for what is no plain LoRA."""
+    """Raises BadInput for anything but plain LoRA."""
     read = ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights")
     settings.refuse_unknown((*HARMLESS, *OFF, *read))
     settings.only("peft_type", "LORA")
@@ -191,7 +191,7 @@ def _refuse_others(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Targets:
-    """Which modules an adapter changes, by the rules of peft's `check_target_module_exists`."""
+    """Matches the modules that an adapter changes, by the rules of peft's `check_target_module_exists`."""
 
     names: frozenset[str]
     excluded: frozenset[str]
@@ -211,7 +211,7 @@ def _names(names: frozenset[str], module: str) -> bool:
 
 
 def _targets(settings: Settings) -> Targets | None:
-    """None where target_modules is a regular expression, which may take any time to match, or says nothing."""
+    """None if target_modules is absent, or a regular expression: untrusted ones can take exponential time."""
     names, excluded = settings.values.get("target_modules"), settings.values.get("exclude_modules") or []
     layers = settings.values.get("layers_to_transform")
     if not isinstance(names, list) or not isinstance(excluded, list) or settings.values.get("layers_pattern"):
@@ -226,7 +226,7 @@ def _targets(settings: Settings) -> Targets | None:
 
 
 def remarks(adapter: Lora, base: Path, tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """What to say about an adapter that `merge` accepts: matrices it leaves out, no change at all, another base."""
+    """Remarks on an adapter that `merge` accepts: missing matrices, no change at all, another base."""
     config, _ = adapter.files
     values = read_config_json(config)
     settings = Settings(values, config, "the adapter", ADVICE)
@@ -238,7 +238,7 @@ def remarks(adapter: Lora, base: Path, tensors: Mapping[str, StoredTensor]) -> l
     if targets is not None:
         missing = [name for name in matrices if targets.match(name.removesuffix(".weight")) and name not in changed]
         what = "that target_modules names"
-    else:  # of a regular expression: all layers have the modules that one has
+    else:  # expect the modules of one layer in all layers
         kinds = {_kind(name) for name in changed}
         missing = [name for name in matrices if _kind(name) in kinds and name not in changed]
         what = "that other layers have"
@@ -261,26 +261,26 @@ def remarks(adapter: Lora, base: Path, tensors: Mapping[str, StoredTensor]) -> l
 
 
 def _kind(name: str) -> str:
-    """A tensor's name without the number of its layer."""
+    """A tensor's name without its layer number."""
     return ".".join(part for part in name.split(".") if not part.isdecimal())
 
 
 def _same_base(named: str, base: Path) -> bool:
-    """Whether the path or repository that an adapter names ends like the base's path, its cache folder or its name."""
+    """Whether the base that an adapter names appears in the base's path, cache folder or config.json."""
     last = Path(named).name.lower()
     folders = {part.lower() for part in base.resolve().parts}
     return last in folders or f"models--{named.replace('/', '--')}".lower() in folders or last in _said(base)
 
 
 def _said(base: Path) -> set[str]:
-    """What config.json of the base is called itself."""
+    """The name in config.json of the base."""
     path = base / "config.json"
     name = read_config_json(path).get("_name_or_path") if path.is_file() else None
     return {Path(name).name.lower()} if isinstance(name, str) and name else set()
 
 
 def _of_module(settings: Settings, key: str, module: str, usual: Any) -> Any:
-    """The value that a pattern of peft gives a module; patterns are regular expressions there, here plain names."""
+    """A module's value from a pattern. peft allows regular expressions; only plain names are supported here."""
     patterns = settings.values.get(key) or {}
     if not isinstance(patterns, dict):
         raise settings.refuse(key, "expected an object")

@@ -38,7 +38,7 @@ def headers(file: Path) -> list[StoredTensor]:
 
 
 def arrays(file: Path) -> dict[str, NDArray[Any]]:
-    """Views of the file's memory map; the library's own slices are copies, and it has held the header to the file."""
+    """Views of the file's memory map: the library's slices are copies. It has checked the header against the file."""
     _open(file)
     mapped = np.memmap(file, np.uint8, "r")
     begin = 8 + int.from_bytes(mapped[:8].tobytes(), "little")

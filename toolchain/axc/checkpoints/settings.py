@@ -1,4 +1,4 @@
-"""What a JSON file says of how weights are stored, as untrusted input: typed and bounded access by key."""
+"""Typed, bounded access to the untrusted JSON that describes how weights are stored."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Settings:
     advice: str = FLOAT_CHECKPOINT
 
     def refuse(self, key: str, expected: str) -> BadInput:
-        """What to raise for the value of a key."""
+        """The error for the value of a key."""
         return BadInput(f"{self.path}: {self.where} has {key} {self.values.get(key)!r:.60}; {expected}\n{self.advice}")
 
     def only(self, key: str, *expected: Any, absent: Any = None) -> Any:
-        """The value of a key, which must be one of these; `absent` where it is not there or null."""
+        """The value of a key, which must be one of `expected`; `absent` if it is missing or null."""
         value = self.values.get(key)
         value = absent if value is None else value
         if not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in expected):
@@ -66,14 +66,14 @@ class Settings:
         return self.integer("group_size", 1, 1 << 24)
 
     def part(self, key: str, where: str) -> Settings:
-        """An object inside of this one."""
+        """A nested object."""
         value = self.values.get(key)
         if not isinstance(value, dict):
             raise self.refuse(key, "expected an object")
         return Settings(value, self.path, where, self.advice)
 
     def refuse_unknown(self, known: Iterable[str]) -> None:
-        """Raises BadInput for a key that may change what the stored numbers mean, for all that is known here."""
+        """Raises BadInput for unknown keys: they may change what the stored numbers mean."""
         odd = sorted(key for key, value in self.values.items() if key not in known and value is not None)
         if odd:
             raise self.refuse(odd[0], "what that means for the stored weights is not known")

@@ -1,4 +1,4 @@
-"""What a checkpoint says of a tensor before its data are read, and the names that its tensors get."""
+"""Descriptions of stored tensors, known before data are read, and their names."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from numpy.typing import NDArray
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # safetensors' names of the element types a checkpoint may hold -> ONNX's
 STORED_DTYPES = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "F64": "DOUBLE"}
-# and of those that only quantised checkpoints have, as numpy carries them
+# types that only quantised checkpoints have -> numpy's
 PACKED_DTYPES = {"I8": "i1", "U8": "u1", "I32": "<i4", "I64": "<i8", "F8_E4M3": "u1"}
 
 
 class Rows(Protocol):
-    """How a tensor is read."""
+    """Reads a tensor."""
 
     def __call__(self, start: int, stop: int, /) -> NDArray[Any]:
         """Rows [start, stop) along the first dimension; bfloat16 as uint16."""
 
 
 class LevelRows(Rows, Protocol):
-    """How a matrix with a grid is read."""
+    """Reads a matrix with a grid."""
 
     def levels(self, start: int, stop: int) -> tuple[NDArray[Any], ...]:
-        """Rows [start, stop): levels int8 [n, in], scales float32 [n, in / block], and zero points where there are."""
+        """Rows [start, stop): levels int8 [n, in], scales float32 [n, in / block], and zero points if any."""
 
 
 class ReorderedRows(LevelRows, Protocol):
-    """And where blocks are contiguous in another order of the columns."""
+    """Reads a matrix whose blocks are contiguous in another order of the columns."""
 
     def order(self) -> NDArray[np.int64]:
-        """The columns in the order that `levels` has them in."""
+        """The column order of `levels`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What the checkpoint says of a tensor before its data are read. `key` is its name in the file.
+    """A tensor of the checkpoint. `key` is its name in the file.
 
     `dtype` is what its rows are read as. `packed` names the format they are stored in where that is another, and
     `grid` says what it is exactly where it is a Grid.
@@ -75,7 +75,7 @@ def stored(file: Path, key: str, dtype: str, shape: tuple[int, ...]) -> StoredTe
     return StoredTensor(loaded_name(key), STORED_DTYPES.get(dtype, dtype), shape, file, key)
 
 
-# what stands directly under a base model, such as LlamaModel, and under `model.` in a causal language model
+# children of a base model such as LlamaModel, which a causal language model has under `model.`
 BASE_MODEL = ("embed_tokens", "layers", "norm")
 
 

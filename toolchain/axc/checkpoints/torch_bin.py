@@ -16,7 +16,7 @@ TORCH_DTYPES |= {"int8": "I8", "uint8": "U8", "int32": "I32", "int64": "I64", "f
 
 
 def _load(file: Path) -> dict[str, Any]:
-    """name -> torch tensor, memory-mapped where the file allows it."""
+    """name -> torch tensor, memory-mapped if the file allows it."""
     import pickle
 
     try:
@@ -70,7 +70,7 @@ def headers(file: Path) -> list[StoredTensor]:
 
 
 def arrays(file: Path) -> dict[str, NDArray[Any]]:
-    """Views of the file's memory map where it can be mapped."""
+    """Views of the file's memory map if it can be mapped."""
     import torch
 
     carried = {torch.bfloat16: (torch.int16, np.uint16), torch.float8_e4m3fn: (torch.uint8, np.uint8)}

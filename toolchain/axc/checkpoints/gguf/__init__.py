@@ -1,4 +1,4 @@
-"""GGUF: a whole model in one file, as llama.cpp keeps it (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
+"""GGUF: llama.cpp's format of a whole model in one file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Model:
 
     @classmethod
     def open(cls, path: Path) -> Model:
-        """Reads everything but the tensors' data. Raises BadInput for what is damaged or not known."""
+        """Reads everything but the tensors' data. Raises BadInput if anything is damaged or unknown."""
         file = Container.open(path)
         kind = architecture.find(file)
         config = architecture.config(file, kind)
@@ -52,12 +52,12 @@ class Model:
 
     @functools.cached_property
     def _files(self) -> tempfile.TemporaryDirectory[str]:
-        """config.json, tokenizer and template, made of the metadata; removed when the model is."""
+        """config.json, tokenizer and template, made from the metadata; removed with the model."""
         made = tempfile.TemporaryDirectory(prefix="axc-gguf-")
         texts = {"config.json": json.dumps(self.config, indent=2, sort_keys=True) + "\n"}
         try:
             texts |= tokenizer.files(self._container)
-        except Damaged as error:  # strings are decoded when they are asked for
+        except Damaged as error:  # strings are decoded on demand
             raise BadInput(f"{self.path} is no whole GGUF file: {error}\nGet it again.") from None
         for name, text in texts.items():
             (Path(made.name) / name).write_text(text, "utf-8", newline="\n")
@@ -65,12 +65,12 @@ class Model:
 
     @property
     def folder(self) -> Path:
-        """A folder with the text files of a checkpoint. Raises BadInput for a tokenizer that is not known."""
+        """A folder with the text files of a checkpoint. Raises BadInput for an unknown tokenizer."""
         return Path(self._files.name)
 
     @property
     def cut(self) -> str | None:
-        """How its tokenizer says text is cut before its merges."""
+        """The name of its pre-tokenizer."""
         name = self._container.metadata.get("tokenizer.ggml.pre")
         return name if isinstance(name, str) else None
 

@@ -1,7 +1,7 @@
-"""What a GGUF's architecture means: a config.json from its metadata, Hugging Face names for its tensors.
+"""Maps a GGUF's architecture: its metadata to a config.json, its tensors to Hugging Face names.
 
-Keys: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py . A key that is not in the table could
-change what the model computes, so it is refused by name.
+Keys: https://github.com/ggml-org/llama.cpp/blob/master/gguf-py/gguf/constants.py . Keys that are not in the table could
+change what the model computes, so they are refused by name.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ KEYS = {
     "vocab_size": "vocab_size",
 }
 REQUIRED = (*tuple(KEYS)[:5], "attention.layer_norm_rms_epsilon")
-# read in other places, or what must not be there
+# read elsewhere, or must be absent
 KNOWN = {"attention.value_length", "rope.dimension_count", "rope.scaling.type", "rope.scaling.factor"}
 KNOWN |= {"rope.scaling.original_context_length", "rope.scaling.finetuned", "expert_count", "expert_used_count"}
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """`permuted` are the tensors whose rows llama.cpp keeps as pairs of a rotation; `config` is what they all have."""
+    """`permuted`: tensors whose rows llama.cpp interleaves for its rotation; `config`: fixed keys of config.json."""
 
     model_type: str
     permuted: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def find(file: Container) -> Architecture:
-    """Raises BadInput for another architecture, and for a part of a model."""
+    """The architecture. Raises BadInput for others, and for a part of a model."""
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -79,7 +79,7 @@ def find(file: Container) -> Architecture:
 
 
 def tensor_name(key: str) -> str:
-    """The Hugging Face name of a tensor; its own where it is not known, for the config's cross-check to refuse."""
+    """The Hugging Face name of a tensor; unknown names are kept, and refused by the config's cross-check."""
     stem, _, leaf = key.rpartition(".")
     head, _, rest = stem.partition(".")
     if head == "blk":
@@ -89,7 +89,7 @@ def tensor_name(key: str) -> str:
 
 
 def row_order(rows: int, heads: int) -> NDArray[np.int64]:
-    """For each row of a rotated projection as transformers has it, the row that llama.cpp keeps it in.
+    """The row of the file for each row of a rotated projection in transformers.
 
     llama.cpp interleaves the two halves of a head (`permute` of its convert_hf_to_gguf.py).
     """
@@ -99,7 +99,7 @@ def row_order(rows: int, heads: int) -> NDArray[np.int64]:
 
 
 def config(file: Container, architecture: Architecture) -> dict[str, Any]:
-    """config.json of the model. Raises BadInput for what is missing, or is not known."""
+    """config.json of the model. Raises BadInput for missing or unknown keys."""
     prefix = str(file.metadata["general.architecture"]) + "."
     given = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     unknown = sorted(set(given) - set(KEYS) - KNOWN)

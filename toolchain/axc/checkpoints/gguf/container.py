@@ -1,8 +1,8 @@
 """The GGUF container: metadata by key, and where each tensor lies.
 
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md . A file is untrusted: every length is held against the file
-before it is followed, strings of arrays are decoded only when they are asked for, and no number in it decides how much
-memory is taken.
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md . Files are untrusted: every length is checked against the
+file size before use, strings of arrays are decoded on demand, and no number in the file sets how much memory is
+allocated.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ MAX_METADATA = 256 << 20  # bytes before the first tensor
 MAX_NAME, MAX_TEXT = 1 << 10, 16 << 20  # bytes of a key or a tensor's name; of a string
 MAX_DIMS, MAX_ELEMENTS = 4, 1 << 40
 
-# number of a metadata value's type -> how struct reads it
+# type number of a metadata value -> struct format
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 BOOL, STRING, ARRAY = 7, 8, 9
 
 
 class Damaged(ValueError):
-    """What is wrong with a file, without its name."""
+    """A fault of a file; the message does not name it."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Strings:
-    """An array of strings that is decoded when it is iterated over."""
+    """An array of strings, decoded on iteration."""
 
     data: NDArray[np.uint8]
     start: int
@@ -79,7 +79,7 @@ class Container:
 
     @classmethod
     def open(cls, path: Path) -> Container:
-        """Reads everything before the tensors. Raises BadInput for what is damaged, cut off or of another kind."""
+        """Reads everything before the tensors. Raises BadInput for damaged, truncated and other files."""
         try:
             data = np.memmap(path, np.uint8, "r")
             metadata, tensors = _read(data)
@@ -91,7 +91,7 @@ class Container:
 
 
 class Cursor:
-    """A place in the file from which values are read. Raises Damaged where they go beyond its end."""
+    """Reads values from a position in the file. Raises Damaged beyond its end."""
 
     def __init__(self, data: NDArray[np.uint8], at: int = 0) -> None:
         self.data, self.at = data.data, at
@@ -201,7 +201,7 @@ def _entry(cursor: Cursor, index: int) -> TensorEntry:
 
 
 def _placed(entries: list[TensorEntry], start: int, alignment: int, end: int) -> tuple[TensorEntry, ...]:
-    """With offsets of the file. Raises Damaged for tensors outside of it, over each other or of one name."""
+    """With offsets in the file. Raises Damaged for tensors outside of it, overlaps and duplicate names."""
     placed = [TensorEntry(entry.name, entry.kind, entry.shape, start + entry.offset, entry.nbytes) for entry in entries]
     for entry in placed:
         if (entry.offset - start) % alignment:

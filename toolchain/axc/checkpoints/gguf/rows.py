@@ -1,4 +1,4 @@
-"""Rows of a GGUF's tensors: dequantised by the gguf package, or as the integer levels and scales they are stored in."""
+"""Rows of a GGUF's tensors: dequantised by the gguf package, or as the stored integer levels and scales."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from axc.checkpoints.gguf.container import TensorEntry
 from axc.checkpoints.stored import Grid
 from axrun.errors import BadInput
 
-# read as they are; I8 and its kin have no meaning as weights
+# read unchanged; I8 and other integers have no meaning as weights
 PLAIN = {"F32": ("FLOAT", np.float32), "F16": ("FLOAT16", np.float16), "BF16": ("BFLOAT16", np.uint16)}
 PLAIN |= {"F64": ("DOUBLE", np.float64)}
 
-Patch = tuple[tuple[int, bytes], ...]  # bytes to be written over a block's, and where
+Patch = tuple[tuple[int, bytes], ...]  # (offset in a block, bytes to write there)
 ONE = np.float16(1).tobytes()
 
 
@@ -53,14 +53,14 @@ PACKINGS: Mapping[str, Packing] = MappingProxyType(
 
 
 def dtype_of(kind: GGMLQuantizationType) -> str:
-    """The type its rows are read in, by ONNX's name; of what nobody can read, its own."""
+    """The type in which rows are read, by ONNX's name; its own name if it cannot be read."""
     if kind.name in PLAIN:
         return PLAIN[kind.name][0]
     return "FLOAT" if kind in quants._type_traits else kind.name
 
 
 class Rows:
-    """The rows of one tensor. `order` is the row of the file for each row that is asked for; None: the same."""
+    """Reads rows of one tensor. `order`: the row of the file for each row; None: the same."""
 
     def __init__(self, data: NDArray[np.uint8], entry: TensorEntry, order: NDArray[np.int64] | None) -> None:
         self.entry, self.order = entry, order
@@ -74,7 +74,7 @@ class Rows:
         shape = (len(raw), *self.entry.shape[1:])
         if kind.name in PLAIN:
             return raw.view(PLAIN[kind.name][1]).reshape(shape)
-        with np.errstate(over="ignore", invalid="ignore"):  # infinite scales: refused by who reads
+        with np.errstate(over="ignore", invalid="ignore"):  # infinite scales: refused by the caller
             return np.asarray(quants.dequantize(raw, kind)).reshape(shape)
 
     def levels(self, start: int, stop: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -1,7 +1,7 @@
-"""A GGUF's tokenizer as tokenizer.json and tokenizer_config.json.
+"""Converts a GGUF's tokenizer to tokenizer.json and tokenizer_config.json.
 
-Byte-level BPE (`gpt2`) and SentencePiece's BPE (`llama`). How a text is cut before the merges is a name in the file,
-which stands for a regular expression of llama.cpp (`llama_vocab::impl::load`): the table below.
+Byte-level BPE (`gpt2`) and SentencePiece's BPE (`llama`). The file names its pre-tokenizer, a regular expression of
+llama.cpp (`llama_vocab::impl::load`): the table below.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WHOLE_WORDS = frozenset(
     name for name, cut in CUTS.items() if cut is LLAMA3_CUT
 )  # a word in the vocabulary is one token
 CONTROL, USER_DEFINED = 3, 4  # kinds of token
-ENDS = ("eos", "eot", "eom")  # which end an answer
+ENDS = ("eos", "eot", "eom")  # tokens that end an answer
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 BYTES = {byte: character for character, byte in BYTE_LEVEL.items()}
 
@@ -140,7 +140,7 @@ def cut(name: str) -> Any:
 
 
 def _spelled(token: str, kind: int) -> str:
-    """Some files have plain text for tokens that are not taken apart."""
+    """Some files store control and user-defined tokens as plain text."""
     if kind in (CONTROL, USER_DEFINED) or all(character in BYTE_LEVEL for character in token):
         return token
     return "".join(BYTES[byte] for byte in token.encode())
@@ -176,7 +176,7 @@ def _sentencepiece(file: Container, tokens: list[str], unknown: int | None) -> T
 
 
 def _scored(tokens: list[str], vocabulary: Mapping[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """The merges that scores stand for: SentencePiece joins the neighbours that make the token with the best one."""
+    """Merges from scores: SentencePiece joins the neighbours whose token has the best score."""
     found = []
     for number, token in enumerate(tokens):
         halves = ((token[:at], token[at:]) for at in range(1, len(token)))
@@ -188,7 +188,7 @@ def _scored(tokens: list[str], vocabulary: Mapping[str, int], scores: list[float
 
 
 def _adds(made: Tokenizer, file: Container, numbers: Mapping[str, int | None], *, first: bool, last: bool) -> None:
-    """The tokens that are put before and behind every text."""
+    """Sets the post-processor that adds bos and eos."""
     ids = {"bos": numbers["bos"] if first else None, "eos": numbers["eos"] if last else None}
     for name, wanted in (("bos", first), ("eos", last)):
         if wanted and ids[name] is None:

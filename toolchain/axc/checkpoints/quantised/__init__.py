@@ -1,7 +1,7 @@
-"""Folders whose config.json says that the weights are quantised already: GPTQ, AWQ, AutoRound, compressed-tensors, fp8.
+"""Quantised folders, as config.json declares them: GPTQ, AWQ, AutoRound, compressed-tensors, fp8.
 
-One file a format: it finds the matrices among the stored tensors and presents each as one tensor, `NAME.weight`, of
-float32 rows and perhaps integer levels. All other tensors of the folder stay what they are.
+One file per format: it finds the matrices among the stored tensors and presents each as one tensor, `NAME.weight`, with
+float32 rows and, if possible, integer levels. All other tensors are unchanged.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from axc.checkpoints.settings import FLOAT_CHECKPOINT, Settings
 from axc.checkpoints.stored import StoredTensor
 from axrun.errors import BadInput
 
-# how config.json says it: transformers, older compressed-tensors, MLX
+# keys of config.json: transformers, older compressed-tensors, MLX
 KEYS = ("quantization_config", "compression_config", "quantization")
 
 
 class Method(NamedTuple):
-    """How a quant_method is read; `tensors` are the names of those that a matrix of it is made of, besides `weight`."""
+    """The reader of a quant_method; `tensors`: the names of a matrix's stored tensors besides `weight`."""
 
     matrices: Callable[[Settings, Raw], Iterator[Matrix]]
     tensors: tuple[str, ...]
@@ -42,9 +42,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 
 def find(folder: Path) -> Settings | None:
-    """What the config.json of a folder says of quantisation; None where it has none or says nothing.
+    """The quantisation settings in a folder's config.json; None if there are none.
 
-    Raises BadInput for a quant_method that is not read.
+    Raises BadInput for an unsupported quant_method.
     """
     path = folder / "config.json"
     values = read_config_json(path) if path.is_file() else {}
@@ -63,7 +63,7 @@ def find(folder: Path) -> Settings | None:
 
 
 def present(settings: Settings, raw: Raw) -> tuple[dict[str, StoredTensor], tuple[Matrix, ...]]:
-    """The tensors of a quantised folder, and those of them that are packed. Raises BadInput."""
+    """The tensors of a quantised folder, and its quantised matrices. Raises BadInput."""
     method = METHODS[settings.values["quant_method"]]
     tensors, found = dict(raw.tensors), list[Matrix]()
     for matrix in method.matrices(settings, raw):

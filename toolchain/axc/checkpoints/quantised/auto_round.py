@@ -1,6 +1,6 @@
-"""AutoRound's own quant_method: the packings of GPTQ, AWQ and fp8 under a name of its own.
+"""AutoRound's own quant_method, with the packings of GPTQ, AWQ and fp8.
 
-https://github.com/intel/auto-round . `packing_format` tells which, and whether zero points are stored less one.
+https://github.com/intel/auto-round . `packing_format` names the packing, and whether zero points are stored minus 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NAME = "AutoRound"
 TENSORS = (*gptq.TENSORS, *fp8.TENSORS)
 HARMLESS = (*AUTO_ROUND, *keys("quant_method desc_act damp_percent true_sequential lm_head static_groups"))
 FLOAT8, FLOAT8_KEYS = "auto_round:fp8", keys("activation_scheme fmt weight_block_size")
-# packing_format -> whether zero points are stored less one; None: packed as AWQ packs
+# packing_format -> whether zero points are stored minus 1; None: AWQ's packing
 PACKINGS: dict[str, int | None] = {
     "auto_round:auto_gptq": 1,
     "auto_round:gptq": 1,

@@ -1,4 +1,4 @@
-"""AWQ, packing `gemm`: words of 32 bits along the rows of a transposed matrix, their eight codes interleaved.
+"""AWQ, packing `gemm`: 32-bit words along the rows of a transposed matrix, with eight interleaved codes each.
 
 `qweight` [in, out / 8], `qzeros` [groups, out / 8], `scales` [groups, out]: value = scale * (code - zero point). A word
 holds the codes of rows 0, 2, 4, 6, 1, 3, 5, 7, the lowest bits first. https://github.com/casper-hansen/AutoAWQ
@@ -23,7 +23,7 @@ HARMLESS = keys(
     exllama_config lm_head model_name_or_path model_file_base_name damp_percent true_sequential static_groups desc_act
     """
 )
-# where in a word the code of each row is
+# position in a word of each row's code
 PLACES = np.array([0, 4, 1, 5, 2, 6, 3, 7])
 
 
@@ -42,7 +42,7 @@ def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
 
 
 def read_modules(raw: Raw, group_size: int, symmetric: bool, name: str = NAME) -> Iterator[Matrix]:
-    """Every module that is packed so. Raises BadInput."""
+    """Every module with this packing. Raises BadInput."""
     for module in raw.modules("qweight"):
         weight = raw.need(module, "qweight", ("I32",), (None, None))
         columns, rows = weight.shape[0], weight.shape[1] * EACH
@@ -65,7 +65,7 @@ def read_modules(raw: Raw, group_size: int, symmetric: bool, name: str = NAME) -
 
 @dataclass(frozen=True)
 class Interleaved:
-    """Levels of rows, eight of which are in a word."""
+    """Levels of rows, eight rows per word."""
 
     words: Columns
 

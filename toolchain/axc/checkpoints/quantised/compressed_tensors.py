@@ -1,8 +1,8 @@
-"""compressed-tensors, as LLM Compressor and vLLM have them: packed or plain integers, and fp8.
+"""compressed-tensors, the format of LLM Compressor and vLLM: packed or plain integers, and fp8.
 
 `weight_packed` int32 [out, in * bits / 32] holds levels plus half of their range, the lowest bits first;
-`weight_zero_point` is packed so along its first dimension. `int-quantized` has int8 `weight`, `float-quantized` e4m3.
-value = (level - zero point) * weight_scale. https://github.com/vllm-project/compressed-tensors
+`weight_zero_point` is packed the same way along its first dimension. `int-quantized` has int8 `weight`,
+`float-quantized` e4m3. value = (level - zero point) * weight_scale. https://github.com/vllm-project/compressed-tensors
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Blocks = tuple[int, int] | None
 def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
     read = keys("format quantization_status config_groups kv_cache_scheme sparsity_config transform_config")
     settings.refuse_unknown((*HARMLESS, *read, "moe_sparsity_config"))
-    settings.only("quantization_status", "compressed", "frozen", absent="compressed")  # what is stored tells
+    settings.only("quantization_status", "compressed", "frozen", absent="compressed")  # the tensors decide
     for key in ("kv_cache_scheme", "transform_config", "moe_sparsity_config"):
         settings.only(key, None, {}, absent=None)
     if settings.values.get("sparsity_config"):
@@ -86,9 +86,9 @@ def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
 
 
 def _own(raw: Raw, module: str, schemes: list[Scheme]) -> Scheme:
-    """The one of several schemes that the tensors of a module show. Raises BadInput.
+    """The scheme that fits the tensors of a module. Raises BadInput.
 
-    Targets are names and regular expressions, which an untrusted file could make run forever: shapes tell as well.
+    Targets may be regular expressions, which can take exponential time in an untrusted file; shapes are used instead.
     """
     weight = raw.find(module, "weight_packed") or raw.find(module, "weight")
     scale, size = raw.find(module, "weight_scale"), raw.find(module, "weight_shape")
@@ -118,7 +118,7 @@ def _modules(raw: Raw, suffix: str, dtype: str) -> list[str]:
 
 
 def _scheme(group: Settings, whole: Settings) -> Scheme | Blocks:
-    """Of an entry of config_groups. How activations are quantised is not followed: they stay 16-bit-class here."""
+    """The scheme of an entry of config_groups. Quantisation of activations is ignored: they stay 16-bit-class."""
     group.refuse_unknown(("targets", "weights", "input_activations", "output_activations", "format"))
     group.only("output_activations", None, {}, absent=None)
     weights = group.part("weights", f"{group.where}.weights")
@@ -186,7 +186,7 @@ def _integers(raw: Raw, module: str, scheme: Scheme) -> Matrix:
 
 
 def _zeros(raw: Raw, module: str, scheme: Scheme, rows: int, count: int) -> Rows | None:
-    """Zero points int8 [n, groups]; None where there are none, as symmetric matrices may have it."""
+    """Zero points int8 [n, groups]; None if a symmetric matrix has none."""
     suffix = "weight_zero_point"
     found = raw.find(module, suffix)
     if found is None and scheme.symmetric:
@@ -207,7 +207,7 @@ def _zeros(raw: Raw, module: str, scheme: Scheme, rows: int, count: int) -> Rows
 
 @dataclass(frozen=True)
 class Codes:
-    """Levels of rows [n, columns] that are stored so."""
+    """Levels of rows [n, columns]."""
 
     array: NDArray[Any]
     bits: int
@@ -222,7 +222,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Repeated:
-    """Rows [n, groups] that are stored so, or the one that stands for all `rows`."""
+    """Rows [n, groups], or one row repeated `rows` times."""
 
     array: NDArray[Any]
     rows: int

@@ -1,7 +1,7 @@
-"""fp8: e4m3 numbers with a scale for each block of rows and columns, as DeepSeek and Qwen publish them.
+"""fp8: e4m3 numbers with a scale per block of rows and columns, as published by DeepSeek and Qwen.
 
-https://huggingface.co/docs/transformers/quantization/finegrained_fp8 . No integer type here holds them: they are read
-as their float32 product with the scale.
+https://huggingface.co/docs/transformers/quantization/finegrained_fp8 . No integer type holds them: rows are
+float32 products with the scale.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from axc.checkpoints.stored import StoredTensor
 from axrun.errors import BadInput
 
 PACKED = "fp8"
-# how the activations are quantised beside them is not followed: they stay 16-bit-class here
+# quantisation of activations is ignored: they stay 16-bit-class
 HARMLESS = ("quant_method", "activation_scheme", "modules_to_not_convert", "ignored_layers", "dequantize")
 TENSORS = ("input_scale", "activation_scale", "weight_scale", "weight_scale_inv")
 
@@ -78,7 +78,7 @@ def block(settings: Settings) -> tuple[int, int] | None:
 
 
 def read_modules(raw: Raw, block: tuple[int, int] | None) -> Iterator[Matrix]:
-    """Every module that is stored so. Raises BadInput."""
+    """Every module in fp8. Raises BadInput."""
     for module in raw.modules("weight"):
         weight = raw.tensors[f"{module}.weight"]
         if weight.dtype == "F8_E5M2":

@@ -1,9 +1,9 @@
-"""GPTQ: words of 32 bits along the columns of a transposed matrix, fp16 scales and zero points for groups of columns.
+"""GPTQ: 32-bit words along the columns of a transposed matrix, with fp16 scales and zero points per group of columns.
 
 `qweight` [in / 8, out] holds eight 4-bit (or four 8-bit) codes of a column in each word, the lowest bits first;
 `scales` [groups, out], `qzeros` [groups, out / 8], `g_idx` [in]: value = scale * (code - zero point). The format `gptq`
-stores zero points less one, added to whole words as GPTQModel does it; `gptq_v2` stores them as they are. With desc_act
-`g_idx` is no staircase. https://github.com/ModelCloud/GPTQModel
+stores zero points minus 1; the 1 is added to whole words, as in GPTQModel. `gptq_v2` stores them unchanged.
+With desc_act `g_idx` is not in order. https://github.com/ModelCloud/GPTQModel
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from axrun.errors import BadInput
 
 NAME = "GPTQ"
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
-# how it was made, and how programs run it
+# how the checkpoint was made, and options of programs that run it
 HARMLESS = keys(
     """
     quant_method method meta quantizer damp_percent damp_auto_increment static_groups true_sequential act_group_aware
@@ -50,11 +50,11 @@ HARMLESS = keys(
 
 @dataclass(frozen=True)
 class Packing:
-    """What the tensors mean. `shift`: added to each zero point that is stored.
+    """The packing of the tensors. `shift` is added to each stored zero point.
 
-    `desc_act`: whether groups of columns are out of order; None: what is stored decides. `others`: bits and group sizes
-    that some modules have instead. Which ones shows in the shapes of their tensors: names are matched by regular
-    expressions, which an untrusted file could make run forever.
+    `desc_act`: whether groups of columns are out of order; None: `g_idx` decides. `others`: bits and group sizes
+    of some modules. The shapes of a module's tensors decide: config.json names modules by regular expressions, which
+    can take exponential time in an untrusted file.
     """
 
     name: str
@@ -119,13 +119,13 @@ def overrides(settings: Settings, key: str, changes: list[Any]) -> tuple[tuple[t
 
 
 def read_modules(raw: Raw, packing: Packing) -> Iterator[Matrix]:
-    """Every module that is packed so. Raises BadInput."""
+    """Every module with this packing. Raises BadInput."""
     for module in raw.modules("qweight"):
         yield _matrix(raw, module, packing)
 
 
 def _own(raw: Raw, module: str, packing: Packing) -> Packing:
-    """With the bits and the group size that the shapes of a module's tensors show. Raises BadInput."""
+    """The packing with the bits and group size that fit the tensors of a module. Raises BadInput."""
     weight, scale, zero = (raw.find(module, suffix) for suffix in ("qweight", "scales", "qzeros"))
     if not packing.others or not (weight and scale and zero and len(weight.shape) == len(scale.shape) == 2):
         return packing
@@ -190,7 +190,7 @@ class Codes:
 
 @dataclass(frozen=True)
 class Zeros:
-    """Zero points [n, groups] of words [groups, out / 8], as levels are: less half of the range of codes."""
+    """Zero points [n, groups] from words [groups, out / 8], offset by half of the range of codes like levels."""
 
     words: NDArray[np.int32]
     bits: int

@@ -1,4 +1,4 @@
-"""A quantised matrix of a folder: the stored tensors that it is made of, and how its rows are read."""
+"""A quantised matrix of a folder: its stored tensors, and its reader."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ MAX_COLUMNS = 1 << 24
 
 @dataclass(frozen=True)
 class Raw:
-    """The tensors of a folder as they are stored, by the names that transformers would give them."""
+    """The stored tensors of a folder, by the names that transformers would give them."""
 
     tensors: Mapping[str, StoredTensor]
     array: Callable[[StoredTensor], NDArray[Any]]
 
     def modules(self, suffix: str) -> list[str]:
-        """Those that have a tensor of this name."""
+        """The modules with a tensor of this name."""
         return [name.removesuffix(f".{suffix}") for name in self.tensors if name.endswith(f".{suffix}")]
 
     def find(self, module: str, suffix: str) -> StoredTensor | None:
         return self.tensors.get(f"{module}.{suffix}")
 
     def need(self, module: str, suffix: str, dtypes: tuple[str, ...], shape: tuple[int | None, ...]) -> StoredTensor:
-        """A tensor of a module; a dimension of None may have any size. Raises BadInput for another and for none."""
+        """A tensor of a module; None in `shape` matches any size. Raises BadInput if it is missing or another."""
         stored = self.find(module, suffix)
         if stored is None:
             file = next(tensor for name, tensor in self.tensors.items() if name.startswith(f"{module}.")).file
@@ -60,7 +60,7 @@ AGAIN = "The checkpoint is damaged or config.json is not its own; get it again."
 
 
 class ScaledRows(Rows, Protocol):
-    """How a quantised matrix is read."""
+    """Reads a quantised matrix."""
 
     def group_scales(self, start: int, stop: int) -> Floats:
         """The scales of rows [start, stop): [n, groups]."""
@@ -71,7 +71,7 @@ class ScaledRows(Rows, Protocol):
 
 @dataclass(frozen=True)
 class Matrix:
-    """A tensor as it is presented, and how it is read."""
+    """A tensor as presented, and its reader."""
 
     stored: StoredTensor
     rows: ScaledRows
@@ -79,7 +79,7 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Integers:
-    """Levels [out, in] with a scale, and perhaps a zero point, for each group of columns.
+    """Levels [out, in] with a scale, and optionally a zero point, per group of columns.
 
     `codes` gives levels int8 [n, in], `scales` float32 [n, groups], `zeros` int8 [n, groups]. `groups` is each column's
     group where they are not `block` columns each, one after another. `symmetric`: all zero points are to be 0.
@@ -104,12 +104,12 @@ class Integers:
             zeros = None if zeros is None else zeros[:, self.groups]
         if zeros is not None:
             cut -= zeros[:, :, None]  # exact: both are small
-        with np.errstate(over="ignore", invalid="ignore"):  # refused by the reader
+        with np.errstate(over="ignore", invalid="ignore"):  # refused by the caller
             cut *= scales[:, :, None]
         return values
 
     def levels(self, start: int, stop: int) -> tuple[NDArray[Any], ...]:
-        """Levels, in the order that makes groups contiguous, scales, and zero points unless it is symmetric."""
+        """Levels in the order that makes groups contiguous, scales, and zero points unless symmetric."""
         levels = self.codes(start, stop)
         if self.groups is not None:
             levels = np.ascontiguousarray(levels[:, self.order()])
@@ -131,7 +131,7 @@ class Integers:
         return found
 
     def order(self) -> NDArray[np.int64]:
-        """Columns so that those of a group follow one another."""
+        """The column order that makes groups contiguous."""
         assert self.groups is not None  # else nothing is reordered
         return np.argsort(self.groups, kind="stable")
 
@@ -155,7 +155,7 @@ class Integers:
         return Matrix(StoredTensor(name, "FLOAT", shape, packed.file, packed.key, kind, grid), self)
 
     def grid(self, bits: int, scale_dtype: str) -> Grid | None:
-        """What it is exactly; None where groups have other sizes."""
+        """The grid; None if groups differ in size."""
         half = 1 << (bits - 1)
         if self.groups is not None and (np.bincount(self.groups) != self.block).any():
             return None
@@ -177,7 +177,7 @@ def column_groups(file: Path, key: str, index: NDArray[Any], count: int, block: 
 
 
 def whole_groups(stored: StoredTensor, columns: int, block: int) -> None:
-    """Raises BadInput where groups of `block` columns leave a rest: other sizes of a group may fit as well."""
+    """Raises BadInput unless `block` divides `columns`: other group sizes could give the same number of groups."""
     if columns % block:
         raise BadInput(
             f"{stored.file}: {stored.key} has {columns} columns; the group_size {block} does not divide that\n{AGAIN}"
@@ -208,12 +208,12 @@ def unsigned(words: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
 
 
 def signed(codes: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
-    """Codes less half of their range."""
+    """Codes minus half of their range."""
     return np.asarray((codes - np.uint8(1 << (bits - 1))).view(np.int8))
 
 
 class Columns:
-    """Columns of a mapped matrix [in, out] as rows: transposed in bands, the last of which is kept."""
+    """Columns of a mapped matrix [in, out] as rows: transposed in bands, with the last band cached."""
 
     def __init__(self, array: NDArray[Any]) -> None:
         self.array = array

@@ -1,4 +1,4 @@
-"""Checks the scales of quantised matrices before a build: kept levels with a wrong scale would look like any others.
+"""Checks the scales of quantised matrices before a build: nothing later would notice a wrong scale.
 
 The packages write no scale of 0, not even for a group of zeros: GPTQ replaces an empty range, the others limit scales
 from below. A 0 is float16 underflow or damage. Negative scales are valid in integer formats: AutoRound writes them for
@@ -28,7 +28,7 @@ class Zeros(NamedTuple):
 
 
 def remarks(matrices: Iterable[Matrix]) -> list[str]:
-    """What to say about scales of 0. Raises BadInput for scales that no package writes."""
+    """Remarks on scales of 0. Raises BadInput for scales that no package writes."""
     found = [zeros for matrix in matrices if (zeros := _checked(matrix)).groups]
     if not found:
         return []

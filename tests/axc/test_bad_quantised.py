@@ -242,6 +242,18 @@ def test_a_pickled_folder(whole: Whole, tmp_path: Path) -> None:
         assert np.array_equal(mapped, pickled)
 
 
+@pytest.mark.parametrize("form", ["gptq-32", "awq", "auto-round", "ct-int4", "fp8-blocks"])
+def test_keys_that_autoround_adds_are_known(whole: Whole, tmp_path: Path, form: str) -> None:
+    """As AutoRound 0.16.1 exports to the formats of others."""
+    says, tensors = whole[form]
+    added: dict[str, Any] = {"provider": "auto-round"}
+    if form != "ct-int4":
+        added |= {"autoround_version": "0.16.1", "enable_quanted_input": False, "to_quant_block_names": "model.layers"}
+        added |= {"iters": 200, "data_type": "int"} if form != "fp8-blocks" else {}
+    says = {**says, "quantization_config": {**says["quantization_config"], **added}}
+    read_all(write(tmp_path / "folder", says, tensors))
+
+
 @pytest.mark.parametrize(
     ("form", "part", "where", "words"),
     [

@@ -150,8 +150,8 @@ def decide(flag: str, asked: str | None, tensors: Mapping[str, StoredTensor]) ->
 
 def _refuse(flag: str, stored: StoredTensor) -> None:
     raise BadInput(
-        f"{stored.file}: {stored.key} is stored as {stored.packed}, which no integer type here holds exactly\n"
-        f"Say what it is to be quantised to again: {flag} s8, s4 or a float type."
+        f"{stored.file}: {stored.key} is stored as {stored.packed}, which no integer type holds without loss\n"
+        f"Quantise it again with a loss: {flag} s8, s4 or a float type."
     )
 
 

@@ -130,6 +130,19 @@ def test_an_adapter_of_a_quantised_base(tmp_path: Path, adapter: Adapter) -> Non
     assert "2 matrices stored as AWQ 4-bit with an adapter dequantised, and stored again as s4: not exact" in notices
 
 
+def test_an_adapter_of_a_matrix_whose_rows_follow_another(tmp_path: Path, adapter: Adapter) -> None:
+    """up is dequantised, and stored in the order of the columns of a down with desc_act."""
+    folder, output = tmp_path / "gptq", tmp_path / "out"
+    quantised_files.write(folder, FORMS["gptq-desc_act"])
+    model = AUTO.from_config(Reference(folder).config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "float")
+    one = adapter(folder=tmp_path / "float", target_modules=["up_proj"])
+    build.build(plan(folder, output, weight_type="s8", lora=(Lora(one),)))
+    seen = Model.load(Bundle.open(output)).forward(IDS.tolist(), 0, logits="all")
+    wanted = Reference(folder, adapters=[(one, 1.0)]).logits(IDS)
+    assert np.abs(seen - wanted).max() <= 0.03 * np.abs(wanted).max()
+
+
 def test_the_commands_and_the_manifest(base: Path, adapter: Adapter, tmp_path: Path) -> None:
     one, output = adapter(), tmp_path / "out"
     flags = ("--prefill_len", 16, "--kv_cache_len", 63, "--check_level", 1, "--lora", f"{one}:0.5")

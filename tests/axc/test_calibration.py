@@ -497,6 +497,34 @@ def test_two_processes_do_not_write_one_file(tiny_qwen2: Path, words: Path, tmp_
 
     with pytest.raises(Killed):
         run.calibrate(options(tiny_qwen2, words, tokens=64), output, second)
+    with pytest.raises(BadInput, match="is a folder"):
+        run.calibrate(options(tiny_qwen2, words, tokens=64), tmp_path)
+
+
+def test_a_damaged_layer_is_calibrated_again(
+    calibrated: Mapping[str, Path], tiny_qwen2: Path, words: Path, tmp_path: Path
+) -> None:
+    """What a power cut leaves: a file without its content."""
+    output = tmp_path / "again.safetensors"
+
+    def cut(done: int, total: int, what: str) -> None:
+        if done == 3:
+            (tmp_path / "again.safetensors.layers" / "1.safetensors").write_bytes(b"")
+            raise Killed
+
+    with pytest.raises(Killed):
+        run.calibrate(options(tiny_qwen2, words), output, cut)
+    run.calibrate(options(tiny_qwen2, words), output)
+    assert output.read_bytes() == calibrated["4"].read_bytes()
+
+
+def test_a_build_is_planned_before_it_calibrates(
+    tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_calibrated", lambda _: pytest.fail("calibrated first"))
+    asked = build.Options(tiny_qwen2, tmp_path / "out", weight_type="s4", kv_cache_len=1 << 19)
+    with pytest.raises(BadInput, match="--kv_cache_len"):
+        console.llm_build(asked, 0, "", None, Options(tiny_qwen2))
 
 
 def test_the_head_of_another_type_is_not_taken(

@@ -3,7 +3,7 @@
 `make bench ARGS='-k quantiser' PEER=llama.cpp BENCH_TEXT=faq.txt`: BENCH_TEXT is the UTF-8 text to measure on, such as
 that of Debian's package debian-faq. The model is SmolLM2-135M-Instruct, its channels in another order
 (tests.bench.real_model); the reference transformers in float32. llama.cpp stores embedding and head in Q8_0, ours are
-bfloat16 and s8. Bits are those of a layer weight.
+bfloat16 and s8: a scale per row, calibrated one per 64. Bits are those of a layer weight.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.engine.conftest import build
 
 MODEL = "smollm2-135m"
 WINDOWS, WIDTH = 6, 512
-BESIDE = {"s8": "Q8_0", "s4 gptq": "IQ4_NL", "5.5 gptq": "Q4_K_M"}  # lines of the README
+BESIDE = {"s8 gptq": "Q8_0", "s4 gptq": "IQ4_NL", "5.5 gptq": "Q4_K_M"}  # lines of the README
 LLAMA_TYPES = ("Q8_0", "Q4_K_M", "IQ4_NL", "Q4_0")
 # flags of axc llm_build, and the bits of a layer weight where no calibration says them
 OURS_TYPES = {
@@ -131,7 +131,8 @@ def test_quantisers_beside_llama_cpp(llama: str | None, benchmark: BenchmarkFixt
         f"Quality: SmolLM2-135M-Instruct with its channels in another order, {WINDOWS} x {WIDTH} tokens",
         ("", "bits a layer weight", "mean KLD", "same top token", "perplexity"),
         rows,
-        note=f"Text: {Path(text).name} (BENCH_TEXT). Embedding and head: llama.cpp Q8_0, ours bfloat16 and s8 by row.",
+        note=f"Text: {Path(text).name} (BENCH_TEXT). Embedding and head: llama.cpp Q8_0, ours bfloat16 and s8 "
+        "(rtn: a scale per row, gptq: blocks of 64).",
         bars=("mean KLD",),
         headlines=headlines,
     )

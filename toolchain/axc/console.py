@@ -34,6 +34,7 @@ def llm_build(
 ) -> None:
     """The steps: calibrate, where that is asked for, prepare, build, check. Raises BadInput, CheckFailed."""
     if calibration:
+        build.plan(options)  # refuses what it must before minutes of calibration
         options = replace(options, calibrated=_calibrated(calibration), weight_type=None)
     started = time.monotonic()
     planned = build.plan(options)

@@ -1,5 +1,5 @@
-"""Calibration: quantising the layers of a float checkpoint for the inputs that they get on a text.
+"""Calibration: quantises the layers and the head of a float checkpoint for the inputs that they get on a text.
 
-`run` goes from layer to layer, each behind the ones that are quantised already, and writes the result, levels and
-scales, into one file (`file`): the only thing that a build needs, so that a bundle's bytes depend on the file alone.
+`run` quantises one layer after another, each with the outputs of the quantised layers before it, and writes levels and
+scales into one file (`file`). A build reads only that file, so a bundle's bytes do not depend on the machine.
 """

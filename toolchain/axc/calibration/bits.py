@@ -1,9 +1,8 @@
-"""Which matrices get 8 bits, so that an average is met: those whose 4-bit error costs the output most, per weight.
+"""Chooses the matrices with 8 bits for a given average: those whose 4-bit error costs most at the output, per weight.
 
-The cost is the Kullback-Leibler divergence that the error gives to second order: half the expectation of
-(g . dW)^2, with g the gradient of the log-likelihood of tokens drawn from the model's own distribution (its Fisher
-information). One forward and one backward pass over short sequences measure it for every matrix at once; only one
-layer is in memory at a time.
+The cost is the Kullback-Leibler divergence caused by the error, to second order: half the expectation of (g . dW)^2,
+with g the gradient of the log-likelihood of tokens drawn from the model's own distribution (its Fisher information).
+One forward and one backward pass over short sequences measure it for all matrices, with one layer in memory at a time.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Progress = Callable[[int, int, str], None]
 def choose(
     streamed: Streamed, matrices: list[Matrix], ids: Tensor, target: float, progress: Progress = lambda *_: None
 ) -> list[Matrix]:
-    """The matrices, the ones that matter most in s8, with at most `target` bits a weight on average."""
+    """The matrices, the most sensitive ones in s8, with at most `target` bits per weight on average."""
     costs = effects(streamed, matrices, ids, progress)
     size = {matrix.name: matrix.source.shape[0] * matrix.source.shape[1] for matrix in matrices}
     total = sum(size.values())
@@ -54,7 +53,7 @@ def _in_eight_bits(matrix: Matrix) -> Matrix:
 def effects(
     streamed: Streamed, matrices: list[Matrix], ids: Tensor, progress: Progress = lambda *_: None
 ) -> dict[str, float]:
-    """By name: the divergence a token that a matrix in 4 bits, rounded to nearest, alone gives to second order."""
+    """By name: the divergence per token, to second order, if only this matrix is rounded to 4 bits."""
     length = min(LENGTH, ids.shape[1])
     sequences = ids[:, : ids.shape[1] // length * length].reshape(-1, length)
     step = max(len(sequences) // SEQUENCES, 1)
@@ -82,7 +81,7 @@ def effects(
 
 
 def _of_output(streamed: Streamed, hidden: list[Tensor]) -> list[Tensor]:
-    """Gradients of the last layer's outputs: of the log-likelihood of a token that is drawn at each position."""
+    """Gradients of the log-likelihood of a token drawn at each position, with respect to the last layer's outputs."""
     head = streamed.model.get_output_embeddings()
     drawn = torch.Generator().manual_seed(0)
     gradients = []

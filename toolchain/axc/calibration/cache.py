@@ -1,5 +1,5 @@
-"""Calibrations that llm_build makes on the way, in ~/.cache/axc/calibrations (XDG_CACHE_HOME): a build that is run
-again, or for another chip or context length, takes what is there.
+"""The cache of llm_build's calibrations, ~/.cache/axc/calibrations (XDG_CACHE_HOME): repeated builds, and builds for
+another chip or context length, reuse them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from axc.compile import weights
 
 
 def place(options: Options) -> Path:
-    """Where the calibration of these options is, or would be. Raises BadInput."""
+    """The path of the calibration with these options. Raises BadInput."""
     checkpoint = Checkpoint.open(options.input_path, options.lora)
     model = config.load(checkpoint, options.model_config, options.model_type)
     checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
@@ -37,19 +37,19 @@ def place(options: Options) -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "axc" / "calibrations"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a container without a home: nothing is kept
+    except OSError:  # a container without a home: no cache
         cache = Path(tempfile.mkdtemp(prefix="axc-calibration-"))
     return cache / f"{name}.safetensors"
 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Waits until no other process makes the file at `path`."""
+    """Waits until no other process writes `path`."""
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def tools() -> dict[str, str]:
-    """What computes a calibration."""
+    """Names and versions of the tools that compute a calibration."""
     return {**identity.tools(), **{name: metadata.version(name) for name in ("torch", "transformers")}}

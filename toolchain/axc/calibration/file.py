@@ -51,7 +51,7 @@ class Calibrated:
 
 @dataclass(frozen=True)
 class CalibrationFile:
-    """An opened file. `header` is its metadata but the weights."""
+    """An opened file. `header` is its metadata without the weights."""
 
     path: Path
     sha256: str
@@ -84,7 +84,7 @@ class CalibrationFile:
 
     @property
     def weight_type(self) -> str:
-        """What most of the layers' weights are stored in."""
+        """The type of most of the layers' weights."""
         return str(self.header["algorithm"]["weight_type"])
 
     @property
@@ -108,7 +108,7 @@ class CalibrationFile:
             )
 
     def with_head_in(self, weight_type: str | None) -> CalibrationFile:
-        """Without the head where another type is asked for than it has here."""
+        """Without the head if `weight_type` asks for another type than the file's."""
         weights = {
             name: entry
             for name, entry in self.weights.items()
@@ -148,7 +148,7 @@ class CalibrationFile:
                 )
 
     def manifest(self) -> dict[str, Any]:
-        """What a bundle's manifest says of it."""
+        """The entry of a bundle's manifest."""
         listed = {name: asdict(self.weights[name]) for name in sorted(self.weights)}
         return {"sha256": self.sha256, **self.header, "weights": listed}
 

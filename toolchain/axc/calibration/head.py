@@ -1,4 +1,4 @@
-"""The head: 8 bits, quantised for what the quantised layers give it, some of its rows at a time."""
+"""Quantises the head to 8 bits for its inputs in the quantised model, some of its rows at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Tensor = Any  # torch.Tensor
 
 
 def find(sources: Mapping[str, Source], streamed: Streamed) -> Matrix | None:
-    """The head as a matrix behind the layers; None where it is not rows of one tensor, or fits no block."""
+    """The head; None if it is not made of a tensor's rows, or no block size divides its columns."""
     name = HEAD if HEAD in sources else EMBEDDING
     source, made = sources[name], pieces(sources[name])
     width = streamed.model.get_output_embeddings().weight.shape[1]
@@ -36,9 +36,9 @@ def find(sources: Mapping[str, Source], streamed: Streamed) -> Matrix | None:
 
 
 def quantise(streamed: Streamed, head: Matrix, given: list[Tensor]) -> dict[str, tuple[Any, Any, Calibrated]]:
-    """Levels and scales for outputs of the last quantised layer.
+    """Levels and scales of the head. `given` are the outputs of the last quantised layer.
 
-    Their drift is not corrected here: on a real model that raised the divergence from 0.0447 to 0.0473.
+    Drift is not corrected: on SmolLM2-135M that raised the divergence from 0.0447 to 0.0473.
     """
     columns = head.source.shape[1]
     hessian = torch.zeros(columns, columns)

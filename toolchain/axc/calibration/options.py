@@ -1,4 +1,4 @@
-"""What the user asked of a calibration."""
+"""Options of a calibration."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ TOKENS = 32768
 
 @dataclass(frozen=True)
 class Options:
-    """`calibration` are texts in place of the one that comes with axc. `bits`: s8 for matrices that matter most, up to
-    so many bits a weight on average."""
+    """`calibration`: texts to use instead of the one shipped with axc. `bits`: the most bits per weight on average,
+    with s8 for the most sensitive matrices.
+    """
 
     input_path: Path
     weight_type: str = "s4"
@@ -42,7 +43,7 @@ class Options:
         return BLOCKS[self.weight_type]
 
     def decided(self) -> dict[str, Any]:
-        """What decides the result besides checkpoint and text."""
+        """The options that decide the result, besides checkpoint and text."""
         return {"weight_type": self.weight_type, "block": self.block, "bits": self.bits}
 
 

@@ -1,8 +1,8 @@
-"""Calibrates a checkpoint: layer after layer behind those that are quantised already.
+"""Calibrates a checkpoint layer by layer, then its head.
 
-Each layer runs twice on the text: with the inputs of the float model, and with those that the quantised layers before
-it give. What its linears then get decides their levels (`axc.quantizer.gptq`). Finished layers are on the disk: a
-calibration that was killed goes on behind them.
+Each layer runs twice on the text: with its inputs in the float model, and with the outputs of the quantised layers
+before it. The inputs of its linears decide their levels (`axc.quantizer.gptq`). Finished layers are written to disk: a
+calibration that was killed resumes after the last one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from axrun.errors import BadInput
 from axrun.format.quantised import unpack4
 
 Tensor = Any  # torch.Tensor
-THREADS = 2  # fixed: how many there are decides the order of sums
+THREADS = 2  # fixed: the number decides the order of summation
 PARTS = ".layers"
 FAST, SLOW = 4e11, 6e10  # operations a second: with units for bfloat16, and with AVX2
 
@@ -82,7 +82,7 @@ def on(
     progress: Progress = lambda *_: None,
     say: Say = lambda line: None,
 ) -> Path:
-    """The same on a text that is tokenised. `checkpoint` is `tied` where the model is."""
+    """The same for a tokenised text. `checkpoint` is `tied` where the model is."""
     sources = weights(model)
     header = {
         "version": file.VERSION,
@@ -121,7 +121,10 @@ def on(
 
 
 def matrices(sources: Mapping[str, Source], streamed: Streamed, options: Options) -> tuple[list[Matrix], list[str]]:
-    """Those that a linear of transformers' layers computes, and the names of the others. Raises BadInput for none."""
+    """The matrices that a linear of transformers' layers computes, and the names of the others.
+
+    Raises BadInput if there are none.
+    """
     linears = {
         f"{streamed.prefix}.{index}.{name}.weight": index
         for index, layer in enumerate(streamed.layers)
@@ -199,7 +202,7 @@ def _quantise(
     given: list[Tensor],
     call: Call,
 ) -> dict[str, tuple[Any, Any, Calibrated]]:
-    """Levels and scales of a layer's matrices; what they stand for is put into it. `exact` becomes its outputs."""
+    """Levels and scales of a layer's matrices; the layer gets their values. `exact` becomes its outputs."""
     targets = {piece.name.removeprefix(prefix).removesuffix(".weight") for m in matrices for piece in m.pieces}
     seen = _observe(layer, sorted(targets), exact, given, call)
     group_of = {name: at for at, group in enumerate(seen) for name in group.modules}
@@ -234,7 +237,7 @@ def _quantise(
 
 
 def _observe(layer: Any, targets: list[str], exact: list[Tensor], given: list[Tensor], call: Call) -> list[Seen]:
-    """What linears of a layer get. Those that get the same tensor share one. `exact` becomes the layer's outputs."""
+    """Sums over the inputs of a layer's linears, one for each distinct input. `exact` becomes the layer's outputs."""
     caught: dict[str, Tensor] = {}
     hooks = [
         layer.get_submodule(name).register_forward_pre_hook(
@@ -279,7 +282,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def put(layer: Any, prefix: str, matrix: Matrix, values: Tensor) -> None:
-    """The values of an axmodel's matrix into transformers' linears that it is made of."""
+    """Writes the values of an axmodel's matrix into the linears of transformers that it is made of."""
     start = 0
     for piece in matrix.pieces:
         weight = layer.get_submodule(piece.name.removeprefix(prefix).removesuffix(".weight")).weight
@@ -327,6 +330,8 @@ def _parts(output: Path, key: Mapping[str, Any]) -> Iterator[Path]:
     whole = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     marker = folder / "key"
     try:
+        if output.is_dir():
+            raise BadInput(f"{output} is a folder\nName the file to write.")
         if folder.exists() and not marker.is_file():
             raise BadInput(f"{folder} is in the way\nMove it away, or choose another file.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -350,7 +355,7 @@ def _parts(output: Path, key: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _estimate(model: ModelConfig, found: list[Matrix], tokens: int) -> str:
-    """What it will take, in words."""
+    """Expected time and memory, as text."""
     shapes = [(matrix.layer, *matrix.source.shape) for matrix in found]
     inputs = {(layer, columns) for layer, _, columns in shapes}
     widest = max(columns for _, columns in inputs)

@@ -23,19 +23,19 @@ INSTEAD = "quantise without calibration, by --quantizer rtn."
 
 
 class _Reached(Exception):
-    """The last layer was called: nothing behind it is wanted."""
+    """Ends a forward pass whose remaining part is not needed."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """What the model gives a layer besides the hidden states."""
+    """Arguments of a layer besides the hidden states."""
 
     arguments: tuple[Any, ...]
     named: dict[str, Any]
 
 
 class Streamed:
-    """`layers` have no weights but those that `load` read; the embedding has the rows of the ids that are asked for."""
+    """`layers` have no weights until `load`; the embedding only holds the rows of the ids in use."""
 
     def __init__(self, checkpoint: Checkpoint, model_config: Path | None = None) -> None:
         """Raises BadInput where transformers has no such model, or names its weights otherwise."""
@@ -85,7 +85,7 @@ class Streamed:
         return torch.from_numpy(float32(name, Stored(name, shape), self.checkpoint))
 
     def release(self, module: Any) -> None:
-        """Gives the memory of a module's weights back."""
+        """Frees a module's weights."""
         for name, parameter in list(module.named_parameters()):
             self.set(module, name, parameter.to("meta"))
 
@@ -188,7 +188,7 @@ def run(layer: Any, call: Call, hidden: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _no_weights() -> Iterator[None]:
-    """Modules made meanwhile have parameters without memory, and buffers as usual."""
+    """Modules created inside have parameters without memory; their buffers are as usual."""
     register = nn.Module.register_parameter
 
     def without(module: nn.Module, name: str, parameter: Any) -> None:

@@ -16,7 +16,7 @@ from axrun.errors import BadInput
 DEFAULT = Path(__file__).with_name("text.txt")
 MOST = 64 << 20  # bytes of a text
 CONVERT = "Give a UTF-8 text with --calibration; iconv converts other encodings."
-LONGEST = 64  # characters a token is reckoned with: what lies behind is not read
+LONGEST = 64  # characters per token at most: limits what is tokenised of a long text
 
 
 @dataclass(frozen=True)

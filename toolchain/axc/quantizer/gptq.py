@@ -1,11 +1,11 @@
-"""GPTQ: levels that keep a matrix's outputs, not its values, for the inputs it was seen to get.
+"""GPTQ: levels that preserve a matrix's outputs for observed inputs, not its values.
 
-https://arxiv.org/abs/2210.17323 , with the columns in order of falling activation (act-order) and the groups where they
-are in memory (static): the order changes no index in the file. Scales come first, by the least squared error that the
-diagonal of the Hessian weighs; they are rounded to float16 before any level is chosen.
+https://arxiv.org/abs/2210.17323 , with columns in descending order of activation (act-order) and static groups: the
+order is not visible in the file. Scales are chosen first, in float16: those with the least squared error, weighted by
+the diagonal of the Hessian.
 
-`drift` corrects for what the layers before have changed already (GPTAQ, https://arxiv.org/abs/2504.02692): the outputs
-to keep are those for the float model's inputs.
+`drift` corrects for the errors of the layers before (GPTAQ, https://arxiv.org/abs/2504.02692): the outputs to preserve
+are those for the float model's inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Tensor = Any  # torch.Tensor
 
 @dataclass(frozen=True)
 class Inputs:
-    """What GPTQ needs to know of the inputs of a matrix: the same for all its rows.
+    """Statistics of the inputs of a matrix, shared by all its rows.
 
     `importance` float32 [in] weighs the error of a column, `order` is that of the columns, `inverse` the factor of the
     Hessian's inverse in it.
@@ -90,7 +90,7 @@ def _inverse_factor(hessian: Tensor, order: Tensor, damp: float) -> Tensor:
 
 
 def _sweep(weights: Tensor, inverse: Tensor, scales: Tensor, low: int, high: int) -> Tensor:
-    """Rounds column after column, [in, out] here, and puts each one's error on those that follow. `weights` is spent.
+    """Rounds column by column, [in, out] here, and spreads the error over the columns behind. Overwrites `weights`.
 
     Within `LAZY` columns by numpy: the steps are too small for several threads.
     """

@@ -247,6 +247,25 @@ def test_gemma3_has_no_cap_of_scores_whatever_its_config_says(tmp_path: Path) ->
     assert "attn_logit_softcapping 1.5" in "\n".join(plan(tmp_path / "hf", tmp_path / "out").notices)
 
 
+@pytest.mark.parametrize("kind", ["smollm3", "qwen2", "qwen3"])
+def test_windows_of_layers_that_are_not_in_use_are_refused(kind: str) -> None:
+    """transformers hides what lies before the window in its masks, in use or not."""
+    windows = {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 24,
+        "use_sliding_window": False,
+    }
+    with pytest.raises(BadInput, match="no sliding_window is in use"):
+        read({**WHOLE, **windows}, kind)
+
+
+def test_gemma_s_own_releases_say_gelu_and_mean_its_approximation(tmp_path: Path) -> None:
+    config = transformers.AutoConfig.for_model("gemma", **{**SMALL, "head_dim": 32})
+    random_model(config).save_pretrained(tmp_path / "hf")
+    change_config(tmp_path / "hf", {"hidden_act": "gelu"})
+    assert same(ours(tmp_path / "hf", tmp_path / "out"), theirs(tmp_path / "hf"))
+
+
 def test_what_transformers_4_and_5_read_differently_is_refused() -> None:
     with pytest.raises(BadInput, match="type 'linear', which transformers 4 follows and 5 does not"):
         read({**WHOLE, "rope_scaling": {"type": "linear", "factor": 8.0}}, "gemma3_text")

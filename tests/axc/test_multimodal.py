@@ -13,6 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from axc import build, check
+from axc.calibration.streamed import Streamed
+from axc.checkpoints import Checkpoint
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.model import Model
@@ -157,3 +159,15 @@ def test_a_tensor_stored_under_both_names_is_refused(tmp_path: Path) -> None:
     save_file({**tensors, "model.language_model.norm.weight": norm}, tmp_path / "hf" / "model.safetensors")
     with pytest.raises(BadInput, match=r"are both model\.norm\.weight of the text model"):
         plan(tmp_path / "hf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibration_finds_the_layers_of_the_text_model(kind: str, tmp_path: Path) -> None:
+    saved(kind, tmp_path)
+    streamed = Streamed(Checkpoint.open(tmp_path))
+    assert streamed.prefix == "model.layers"
+    assert len(streamed.layers) == SMALL["num_hidden_layers"]
+    streamed.load(1)
+    entered, calls = streamed.enter(torch.from_numpy(IDS[:8])[None])
+    assert [tuple(rows.shape) for rows in entered] == [(1, 8, SMALL["hidden_size"])]
+    assert len(calls) == len(streamed.layers)

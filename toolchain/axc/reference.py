@@ -110,7 +110,9 @@ class Reference:
         self.config.return_dict = True  # outputs are taken by name, whatever config.json says of their form
         with _refusing(path):
             with torch.device("meta"):
-                skeleton = _auto(self.config).from_config(self.config, dtype=torch.float32, trust_remote_code=False)
+                skeleton = auto_class(self.config).from_config(
+                    self.config, dtype=torch.float32, trust_remote_code=False
+                )
             whole_only = path.suffix == GGUF or self._quantised is not None or bool(adapters)
             self.stored = stored = self._types()
         whole = 0 if stored == {torch.float32} and not whole_only else 4 * _count(skeleton)  # float32 files are mapped
@@ -369,7 +371,7 @@ class Reference:
                 tensors = quantised_reading.weights(self.path, self._quantised, _mapped, {*skeleton.state_dict()})
                 model, report = type(skeleton).from_pretrained(None, state_dict=tensors, **how)
             else:
-                model, report = _auto(self.config).from_pretrained(self.path, weights_only=True, **how, **LOCAL)
+                model, report = auto_class(self.config).from_pretrained(self.path, weights_only=True, **how, **LOCAL)
         kind = type(model).__name__
         for name, stored, wanted in sorted(report["mismatched_keys"]):
             raise Refused(f"{kind} of transformers has {name} in {list(wanted)}, {self.path} in {list(stored)}")
@@ -475,7 +477,7 @@ def _count(module: Any) -> int:
     return sum(int(weight.numel()) for weight in module.parameters())
 
 
-def _auto(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
     """AutoModelForCausalLM, or what has a text model beside others."""
     causal: Any = transformers.AutoModelForCausalLM
     multimodal = (

@@ -14,6 +14,8 @@ from axrun.doctor.row_errors import KEYS, OUTPUT, VALUES, allowed, compare, wron
 from axrun.doctor.runner import runner
 from axrun.doctor.stages import NotExamined, refused
 from axrun.errors import Failure
+from axrun.format import axmodel
+from axrun.format.bundle import Bundle
 from axrun.session import open_session
 
 STAGE = "cache"
@@ -22,12 +24,22 @@ INSTALL = "Install or deploy axrun again: its files differ from the release, or 
 DECODED = 3  # tokens run one at a time, after the first prefill and at the end
 
 
+def expect_caches(bundle: Bundle) -> None:
+    """Raises NotExamined if a layer keeps nothing between tokens: the dummy layers all have caches."""
+    if bundle.maker != OURS:
+        return
+    layers = [index for index in range(bundle.layers) if not axmodel.read(bundle.layer_path(index)).caches]
+    if layers:
+        raise NotExamined(f"layers {', '.join(map(str, layers[:4]))} keep nothing between tokens; not supported here")
+
+
 def cache(context: Context) -> str | Finding:
     """Checks the runner's masks, positions and cache rows with dummy layers; then runs a token sequence through each
     layer alone, and compares outputs and cache.
     """
     context.expect_runnable()
     bundle = context.bundle
+    expect_caches(bundle)
     try:
         fault = runner(open_session(bundle.layer_path(0), context.engine, context.threads), bundle)
     except Failure as failure:

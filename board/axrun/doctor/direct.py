@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from axrun.decoder import PLAIN
 from axrun.errors import BadInput, NotFinite
 from axrun.format.axmodel import BLOCKED, TensorInfo
 from axrun.format.dtypes import FLOATS, from_float32, to_float32
@@ -41,7 +42,8 @@ class Layer:
         """`session`: an open session of that file. Raises BadInput if the engine cannot load it or it is no layer."""
         self.session = open_session(path, engine, threads) if session is None else session
         names = {info.name for group in self.session.groups for info in (*group.inputs, *group.outputs)}
-        if not names >= {*OUTPUTS, *INPUTS}:
+        self.caches = names != PLAIN  # otherwise it keeps nothing between tokens
+        if self.caches and not names >= {*OUTPUTS, *INPUTS}:
             raise BadInput(f"{path.name} has no {', '.join(sorted({*OUTPUTS, *INPUTS} - names))}: it is not a layer")
         self.hidden_type, self.dtype = hidden_type, FLOATS[hidden_type]
         self._bound: dict[tuple[int, int, int], tuple[dict[str, Array], Any]] = {}
@@ -68,6 +70,11 @@ class Layer:
         count = len(hidden)
         arrays["input"][...] = 0
         arrays["input"][0, :count] = from_float32(hidden, self.dtype)
+        if not self.caches:
+            with contextlib.suppress(NotFinite):
+                binding.run()
+            none = np.zeros((count, 0), np.float32)
+            return Result(none, none, to_float32(arrays["output"][0, :count], self.dtype).copy())
         arrays["indices"][...] = 0
         arrays["indices"][0, :count] = np.maximum(np.arange(start, start + count) + shift, 0)
         seen = causal(start, count) if seen is None else seen

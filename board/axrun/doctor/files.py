@@ -243,12 +243,13 @@ def _differences(bundle: Bundle, part: str, model: Axmodel) -> Iterator[tuple[st
     known = {info.name for info in (*model.inputs, *model.outputs)}
     if part == "post" and bool(asked := bundle.manifest["flags"].get("post_topk")) != ("indices" in known):
         yield "top-k", f"post_topk {asked!r:.20}", "indices" if "indices" in known else "no indices"
-    if lacking := [name for name in _required(part) if name not in known]:
-        yield "tensors", ", ".join(_required(part)), f"no {', '.join(lacking)}"
+    required = _required(part, model.caches)
+    if lacking := [name for name in required if name not in known]:
+        yield "tensors", ", ".join(required), f"no {', '.join(lacking)}"
 
 
-def _required(part: str) -> tuple[str, ...]:
-    if part == "post":
+def _required(part: str, caches: bool) -> tuple[str, ...]:
+    if part == "post" or not caches:
         return "input", "output"
     return "K_cache", "V_cache", "indices", "input", "mask", "K_cache_out", "V_cache_out", "output"
 

@@ -14,6 +14,8 @@ import transformers
 from torch import nn
 
 from axc.checkpoints import Checkpoint, widen
+from axc.checkpoints.multimodal import is_multimodal, text_name
+from axc.reference import auto_class
 from axc.weights import float32
 from axc.weights.sources import Stored
 from axrun.errors import BadInput
@@ -47,8 +49,9 @@ class Streamed:
             config = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             config._attn_implementation = "eager"
             with _no_weights():
-                causal: Any = transformers.AutoModelForCausalLM
-                self.model: Any = causal.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+                self.model: Any = (
+                    auto_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+                )
         except Exception as error:  # its loaders name no limit to what they raise
             words = " ".join(str(error).split()) or type(error).__name__
             raise BadInput(
@@ -56,12 +59,20 @@ class Streamed:
                 f"{words:.160}\nInstead, {INSTEAD}"
             ) from None
         length = config.get_text_config().num_hidden_layers
-        lists = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == length]
+        inside = {id(module) for module in self.model.get_decoder().modules()}
+        named = [(name, module) for name, module in self.model.named_modules() if id(module) in inside]
+        lists = [(name, m) for name, m in named if isinstance(m, nn.ModuleList) and len(m) == length]
         if not lists:
             raise BadInput(
                 f"{checkpoint.path} cannot be calibrated: no list of {length} layers is found\nInstead, {INSTEAD}"
             )
-        self.prefix, self.layers = max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+        prefix, self.layers = max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+        self.multimodal = is_multimodal(config.to_dict())
+        self.prefix = str(self.stored(f"{prefix}.")).removesuffix(".")
+
+    def stored(self, name: str) -> str | None:
+        """The checkpoint's name of a tensor of transformers' model; None if it is not of the text model."""
+        return text_name(name) if self.multimodal else name
 
     def load(self, index: int) -> Any:
         """Layer `index` with the checkpoint's weights in float32."""
@@ -102,9 +113,10 @@ class Streamed:
         """
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         for name, parameter in list(self.model.named_parameters()):
-            outside = not name.startswith(f"{self.prefix}.")
+            stored = self.stored(name)
+            outside = stored is not None and not stored.startswith(f"{self.prefix}.")
             if outside and parameter is not embedding.weight and parameter is not head.weight:
-                self.set(self.model, name, self.tensor(name, tuple(parameter.shape)))
+                self.set(self.model, name, self.tensor(str(stored), tuple(parameter.shape)))
         given: list[Tensor] = []
 
         def behind(hidden: Tensor) -> Tensor:
@@ -148,7 +160,8 @@ class Streamed:
         """The first layer's inputs [1, n, hidden] for windows [count, n] of ids, and how the model calls each layer."""
         used, compact = torch.unique(windows, return_inverse=True)
         embedding = self.model.get_input_embeddings()
-        name = next(name for name, module in self.model.named_modules() if module is embedding) + ".weight"
+        name = next(name for name, module in self.model.named_modules() if module is embedding)
+        name = str(self.stored(f"{name}.weight"))
         dtype = self.checkpoint.dtype(name)
         rows = [widen(self.checkpoint.finite_rows(name, row, row + 1), dtype) for row in used.tolist()]
         embedding._parameters["weight"] = nn.Parameter(torch.from_numpy(np.concatenate(rows)), requires_grad=False)

@@ -15,6 +15,7 @@ from axc.check import through
 from axc.doctor.case import Case
 from axc.walk import Step
 from axrun.decoder import Decoder
+from axrun.doctor.cache import expect_caches
 from axrun.doctor.direct import Floats, Layer
 from axrun.doctor.replay import Rows, difference, kept
 from axrun.doctor.report import Finding
@@ -46,6 +47,7 @@ def examine(case: Case) -> str | Finding:
     bundle = case.bundle
     if bundle.maker != "cpu":
         raise NotExamined("needs a board with an NPU: run `axrun doctor` there")
+    expect_caches(bundle)
     expected = case.expected
     if (fault := runner(open_session(bundle.layer_path(0), case.engine), bundle)) is not None:
         cause = f"the runner is at fault, not the layers: {fault.cause}"

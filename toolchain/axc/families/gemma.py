@@ -48,7 +48,8 @@ def config(reader: Reader) -> Config:
         model_type="gemma",
         **blocks.decoder(reader),
         attention_bias=reader.flag("attention_bias"),
-        activation=blocks.activation(reader),
+        # of the official releases: they say gelu, and mean its approximation (`GemmaConfig.__post_init__`)
+        activation="gelu tanh" if reader.get("hidden_act") == "gelu" else blocks.activation(reader),
     )
 
 

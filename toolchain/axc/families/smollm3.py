@@ -52,10 +52,12 @@ def config(reader: Reader) -> Config:
     in_use = reader.flag("use_sliding_window") and reader.get("sliding_window") is not None
     if kinds is None:
         kinds = tuple(in_use and not turns for turns in rotates)
+    if any(kinds) and not in_use:
+        raise BadInput(f"{reader.path}: layer_types has sliding_attention, but no sliding_window is in use")
     return Config(
         model_type="smollm3",
         **blocks.decoder(reader),
-        **blocks.window(reader, kinds if in_use else ()),
+        **blocks.window(reader, kinds),
         attention_bias=reader.flag("attention_bias"),
         mlp_bias=reader.flag("mlp_bias"),
         rotates=rotates,

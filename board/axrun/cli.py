@@ -289,6 +289,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="bit-identical answers, whatever was asked before; reuses less of the KV cache",
     )
+    add("--reasoning-budget", type=int, metavar="N", help="maximum number of tokens of a model's thoughts")
     add(
         "--tool-format",
         metavar="NAME",

@@ -162,6 +162,16 @@ def test_only_stop_tokens_follow_a_complete_answer(tokenizer: Tokenizer, compile
         assert all(text.strip("a") == "" for text in texts)
 
 
+def test_a_grammar_can_begin_behind_a_token(tokenizer: Tokenizer, compiler: Compiler) -> None:
+    mark, a = (tokenizer.encode(text, special=False)[0] for text in "!a")
+    mask = compiler.lark("start: /a+/").behind(mark).processor()
+    for answer, free in (([], True), ([5, a], True), ([5, a, mark], False), ([5, a, mark, a], False)):
+        logits = np.zeros(640, np.float32)
+        mask(logits, [mark, *answer], 1)
+        assert np.isfinite(logits).all() == free
+        assert np.isfinite(logits[a])
+
+
 def test_an_answer_that_left_the_grammar_is_an_error(tokenizer: Tokenizer, compiler: Compiler) -> None:
     mask = compiler.lark('start: "yes"').processor()
     with pytest.raises(CheckFailed, match="cannot be followed further"):

@@ -103,6 +103,8 @@ TEXTS = {
     "c": 'Let me see.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
     '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome, Italy"}}\n</tool_call>',
     "j": '{"name": "Ada", "age": 36, "mood": "good"}',
+    "t": "<think>\nHm, so.\n\nWell.\n</think>\n\nIt is two.",
+    ">": "Oh, easy!\n</think>\n\nIt is four.",
     "u": '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>',
     "e": "And on it goes: word by word, line by line;\n\n",
 }

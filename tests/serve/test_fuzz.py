@@ -34,7 +34,7 @@ EXAMPLES = {GenerationMode.POSITIVE: 50, GenerationMode.NEGATIVE: 80}  # positiv
 ACROSS_FIELDS = (
     *("needs stream", "needs logprobs", "outside the vocabulary", "more than 64", "context is", "is empty"),
     *("needs json_schema", "The schema ", "cannot be combined", "no tools", "Two tools", "not among the tools"),
-    *("arguments is not JSON", "arguments is not a JSON object", "may set"),
+    *("arguments is not JSON", "arguments is not a JSON object", "may set", "thinking_budget needs"),
 )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from axrun.errors import BadInput
 
 if TYPE_CHECKING:
+    from axrun.sampling.budget import Budget
     from axrun.sampling.grammar import Grammar
 
 # key: (types, condition, description of valid values)
@@ -50,7 +51,8 @@ class Sampling:
     `penalty_window`: number of recent tokens, of prompt and answer, that the repetition penalty applies to (None: all).
     `presence_penalty` is subtracted from the logits of tokens that are in the answer, `frequency_penalty` once for each
     occurrence. `logit_bias` is added by token id. Tokens in `suppress` are never sampled. `min_p` is the minimum
-    probability of a token relative to that of the most likely one. `grammar`: the answer follows it.
+    probability of a token relative to that of the most likely one. `grammar`: the answer follows it. `budget`
+    limits the tokens of its thoughts.
     `typical_p`, `top_n_sigma` and `xtc_*` are in `axrun.sampling.truncate`, `dry_*` in `axrun.sampling.dry`;
     `dry_breakers` are token ids.
     Raises BadInput for a value out of range.
@@ -76,6 +78,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     suppress: tuple[int, ...] = ()
     grammar: Grammar | None = None
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         for name in RULES:

@@ -47,25 +47,37 @@ KEYWORDS = {
 
 
 class Grammar:
-    """A compiled grammar, shared by the answers that follow it. `stops` are the stop tokens; it knows the first one."""
+    """A compiled grammar, shared by the answers that follow it. `stops` are the stop tokens; it knows the first one.
 
-    def __init__(self, matcher: Any, stops: Sequence[int]) -> None:
-        self._matcher, self._stops = matcher, stops
+    `after`: the answer follows it only behind this token.
+    """
+
+    def __init__(self, matcher: Any, stops: Sequence[int], after: int | None = None) -> None:
+        self._matcher, self._stops, self._after = matcher, stops, after
+
+    def behind(self, token: int) -> Grammar:
+        """The same grammar for what follows a token."""
+        return Grammar(self._matcher, self._stops, token)
 
     def processor(self) -> Mask:
         """The logits processor of one answer."""
-        return Mask(self._matcher.deep_copy(), self._stops)
+        return Mask(self._matcher.deep_copy(), self._stops, self._after)
 
 
 class Mask:
     """Excludes the tokens that do not continue the grammar. Once it is complete, only stop tokens remain."""
 
-    def __init__(self, matcher: Any, stops: Sequence[int]) -> None:
-        self._matcher, self._stops = matcher, list(stops)
+    def __init__(self, matcher: Any, stops: Sequence[int], after: int | None = None) -> None:
+        self._matcher, self._stops, self._after = matcher, list(stops), after
         self._taken = 0
 
     def __call__(self, logits: NDArray[np.float32], ids: Sequence[int], start: int) -> None:
         """A logits processor. Raises CheckFailed if llguidance reaches one of its limits."""
+        if self._after is not None:
+            answer = list(ids[start:])
+            if self._after not in answer:
+                return
+            self._taken, self._after = answer.index(self._after) + 1, None
         new = list(ids[start + self._taken :])
         self._taken += len(new)
         if not (new and not self._matcher.consume_tokens(new)):

@@ -52,6 +52,8 @@ def processors(sampling: Sampling, random: np.random.Generator) -> list[Processo
         )
     if sampling.suppress:
         found.append(Suppress(sampling.suppress))
+    if sampling.budget is not None:
+        found.append(sampling.budget)
     if sampling.grammar is not None:
         found.append(sampling.grammar.processor())
     if sampling.temperature and sampling.top_n_sigma:

@@ -12,6 +12,7 @@ from typing import Any
 from axrun.serve.logprobs import Scored, chat_logprobs, completion_logprobs
 from axrun.serve.tools import Tools
 from axrun.serve.writer import Piece
+from axrun.text.thinking import Thinking, ThinkStream
 from axrun.text.tool_formats import Call
 from axrun.text.tool_stream import ToolStream
 
@@ -67,9 +68,11 @@ class Answer:
     n: int = 1
     include_usage: bool = False
     tools: Tools | None = None
+    thinking: Thinking | None = None
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     _last: dict[int, Piece] = field(default_factory=dict)
+    _thoughts: dict[int, ThinkStream] = field(default_factory=dict)
     _streams: dict[int, ToolStream] = field(default_factory=dict)
     _calls: dict[int, int] = field(default_factory=dict)  # calls so far, by choice
 
@@ -80,6 +83,8 @@ class Answer:
             mine = [piece for piece in pieces if piece.choice == index]
             self._last[index] = mine[-1]
             body, finish = self.style.body("".join(piece.text for piece in mine)), mine[-1].finish
+            if self.thinking is not None:
+                body = {"message": _with_thoughts(body["message"], self.thinking)}
             if self.tools is not None:
                 body, finish = self._with_calls(body["message"], finish)
             scored = [score for piece in mine for score in piece.scored]
@@ -92,6 +97,13 @@ class Answer:
             yield self._event([self._choice(piece.choice, self.style.opening)])
         self._last[piece.choice] = piece
         text, finish = piece.text, piece.finish
+        if self.thinking is not None:
+            stream = self._thoughts.setdefault(piece.choice, self.thinking.stream())
+            parts = [stream.push(text), *([stream.finish()] if finish else [])]
+            thoughts, text = ("".join(each) for each in zip(*parts))
+            if thoughts:
+                yield self._event([self._choice(piece.choice, {"delta": {"reasoning_content": thoughts}})])
+            piece = piece._replace(text=text)
         calls: list[dict[str, Any]] = []
         if self.tools is not None:
             text, calls, finish = self._separate(piece)
@@ -162,6 +174,13 @@ class Answer:
             "model": self.model,
             "system_fingerprint": self.fingerprint,
         }
+
+
+def _with_thoughts(message: dict[str, Any], thinking: Thinking) -> dict[str, Any]:
+    stream = thinking.stream()
+    parts = [stream.push(message["content"]), stream.finish()]
+    thoughts, text = ("".join(each) for each in zip(*parts))
+    return {**message, "content": text, **({"reasoning_content": thoughts} if thoughts else {})}
 
 
 def _call(call: Call) -> dict[str, Any]:

@@ -181,7 +181,7 @@ class App:
         watcher = asyncio.ensure_future(exchange.gone())
         watcher.add_done_callback(lambda _: events.put_nowait(GONE))
         form = endpoint.style, self._model, self._fingerprint
-        answer = Answer(*form, order.scored, order.n, order.include_usage, order.tools)
+        answer = Answer(*form, order.scored, order.n, order.include_usage, order.tools, order.thinking)
         send = self._stream if order.stream else self._whole
         try:
             await send(exchange, answer, _pieces(events))

@@ -64,6 +64,7 @@ SCHEMAS: dict[str, Any] = {
                         "message": _object(
                             {"role": {"const": "assistant"}, "content": _nullable(STRING)},
                             tool_calls=_list(_ref("ToolCall")),
+                            reasoning_content=STRING,
                         ),
                         "logprobs": _nullable(_object({"content": _list(_ref("TokenLogprob"))})),
                         "finish_reason": FINISH,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from axrun.errors import BadInput
 from axrun.sampling import BREAKERS, Sampling
+from axrun.sampling.budget import Budget
 from axrun.sampling.grammar import TOOLS, Compiler, Grammar
 from axrun.serve.errors import invalid
 from axrun.serve.schema import MAX_CHOICES, MAX_LENGTH, NO_LIMIT
 from axrun.serve.tools import Toolbox, Tools, read_calls
 from axrun.text.template import ChatTemplate, chat_ids
+from axrun.text.thinking import Thinking, marks_of
 from axrun.text.tokenizer import Tokenizer
 
 LEAST_TEMPERATURE = 1e-3  # below it sampling is effectively greedy, and the division could overflow
@@ -21,6 +24,7 @@ SAMPLING = (
     *("typical_p", "top_n_sigma", "xtc_probability", "xtc_threshold"),
     *("dry_multiplier", "dry_base", "dry_allowed_length"),
 )
+TAIL = 16  # tokens of the prompt that may spell the mark of thoughts
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables of the template that a request lacks
 
 
@@ -54,7 +58,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Order:
-    """A parsed request: its choices, `n` for each prompt, and the form of the response. `tools` may be called."""
+    """A parsed request: its choices, `n` for each prompt, and the form of the response. `tools` may be called.
+
+    `thinking`: the marks of thoughts that may be in an answer.
+    """
 
     choices: Sequence[Choice]
     n: int
@@ -62,6 +69,7 @@ class Order:
     stream: bool
     include_usage: bool
     tools: Tools | None = None
+    thinking: Thinking | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,12 @@ class Reader:
     context: int
     vocab_size: int
     parse_special: bool = False
+    thinking_budget: int | None = None
+
+    @functools.cached_property
+    def marks(self) -> tuple[str, str] | None:
+        """The marks around thoughts in an answer to a chat, or None."""
+        return None if self.template is None else marks_of(self.template)
 
     def chat(self, body: Mapping[str, Any]) -> Order:
         """Raises ApiError for a request that cannot be answered."""
@@ -96,7 +110,31 @@ class Reader:
             raise invalid(str(error), "messages") from None
         limit = body.get("max_completion_tokens", body.get("max_tokens"))
         top = body.get("top_logprobs", 0) if body.get("logprobs") else None
-        return self._order(body, [(None, ids)], "messages", limit, top, echo=False, tools=tools)
+        thinking = self._thinking(ids)
+        return self._order(body, [(None, ids)], "messages", limit, top, echo=False, tools=tools, thinking=thinking)
+
+    def _thinking(self, ids: Sequence[int]) -> Thinking | None:
+        if self.marks is None:
+            return None
+        tail = self.tokenizer.decode(ids[-TAIL:], special=True).rstrip()
+        return Thinking(*self.marks, open=tail.endswith(self.marks[0]))
+
+    def _mark(self, text: str) -> int | None:
+        """A mark as a token id; None if it is several tokens."""
+        ids = self.tokenizer.encode(text, special=False)
+        return ids[0] if len(ids) == 1 and ids[0] < self.vocab_size else None
+
+    def _budget(self, body: Mapping[str, Any], thinking: Thinking | None) -> Budget | None:
+        """The budget of tokens for thoughts. Raises ApiError if the request has one and it cannot be kept."""
+        tokens = body.get("thinking_budget", self.thinking_budget)
+        if tokens is None:
+            return None
+        begin, end = (self._mark(mark) for mark in self.marks) if self.marks else (None, None)
+        if thinking is None or end is None or (begin is None and not thinking.open):
+            if "thinking_budget" not in body:
+                return None
+            raise invalid("thinking_budget needs a model whose chat template has thoughts.", "thinking_budget")
+        return Budget(tokens, None if thinking.open else begin, end)
 
     def completion(self, body: Mapping[str, Any]) -> Order:
         """Raises ApiError for a request that cannot be answered."""
@@ -124,6 +162,7 @@ class Reader:
         top: int | None,
         echo: bool,
         tools: Tools | None = None,
+        thinking: Thinking | None = None,
     ) -> Order:
         for _, ids in prompts:
             if not ids:
@@ -143,10 +182,20 @@ class Reader:
         self._expect_within(stop_ids, "stop_token_ids")
         if options and not body.get("stream"):
             raise invalid("stream_options needs stream to be true.", "stream_options")
-        sampling = self._sampling(body).override(grammar=self._grammar(body, tools))
+        grammar, budget = self._grammar(body, tools), self._budget(body, thinking)
+        if grammar is not None and thinking is not None and thinking.open:  # it holds for what follows the thoughts
+            end = self._mark(thinking.end)
+            thinking = thinking if end is not None else Thinking(thinking.begin, thinking.end)
+            grammar = grammar if end is None else grammar.behind(end)
+        sampling = self._sampling(body).override(grammar=grammar, budget=budget)
         if sampling.grammar is not None and body.get("ignore_eos"):
             raise invalid("ignore_eos cannot be combined with response_format and required tools.", "ignore_eos")
         shown = frozenset() if tools is None else self.toolbox.marks
+        if thinking is not None:
+            added = self.tokenizer.added_tokens
+            shown |= {
+                token for token in self.tokenizer.special_ids if added[token].content in (thinking.begin, thinking.end)
+            }
         choices = [
             Choice(
                 index=number * count + i,
@@ -166,7 +215,7 @@ class Reader:
             for i in range(count)
         ]
         stream, usage = body.get("stream", False), options.get("include_usage", False)
-        return Order(choices, count, top is not None, stream, usage, tools)
+        return Order(choices, count, top is not None, stream, usage, tools, thinking)
 
     def _sampling(self, body: Mapping[str, Any]) -> Sampling:
         given = {key: body[key] for key in SAMPLING if key in body}
@@ -248,6 +297,8 @@ def _variables(body: Mapping[str, Any]) -> dict[str, Any]:
 def _message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     """A message for the template. `content` is absent in assistant messages that only call tools."""
     made = {"role": _role(message["role"]), "content": message.get("content", "")}
+    if thoughts := message.get("reasoning_content") or message.get("reasoning"):
+        made["reasoning_content"] = thoughts
     if calls := list(read_calls(message, where)):
         made["tool_calls"] = calls
     return made if "tool_call_id" not in message else {**made, "tool_call_id": message["tool_call_id"]}

@@ -229,8 +229,8 @@ def _message(*roles: str, required: list[str], content: list[dict[str, Any]], **
             "cache_control": _ignored("object"),
             # fields of an answer that clients send back in the history
             "annotations": _ignored("array"),
-            "reasoning": _ignored("string"),
-            "reasoning_content": _ignored("string"),
+            "reasoning": _optional("string", "The same under another name."),
+            "reasoning_content": _optional("string", "The thoughts before the content, for the chat template."),
             "refusal": _refused("string", maxLength=0),
             "audio": _refused("object", maxProperties=0),
             **more,
@@ -351,6 +351,12 @@ CHAT: Fields = {
     ),
     "reasoning_effort": _optional(
         "string", "Variable reasoning_effort of the chat template; none also sets enable_thinking to false."
+    ),
+    "thinking_budget": _optional(
+        "integer",
+        "Maximum number of tokens of the thoughts; absent: as --reasoning-budget says.",
+        minimum=0,
+        maximum=MAX_LENGTH,
     ),
     "enable_thinking": _optional("boolean", "Variable enable_thinking of the chat template."),
     "add_generation_prompt": _neutral(True),

@@ -50,7 +50,8 @@ class Options:
     `axrun.serve.hosts`; "*" accepts any. `parse_special`: special tokens spelled in a chat message are control tokens,
     not text. `generation_config`: take the sampling defaults from the checkpoint's generation_config.json, not from
     post_config.json. `speculation`: guess tokens by prompt lookup. `tool_format`: how the model writes tool calls, a
-    key of `axrun.text.tool_formats.FORMATS`; None: chosen from the chat template.
+    key of `axrun.text.tool_formats.FORMATS`; None: chosen from the chat template. `reasoning_budget`:
+    maximum number of tokens of a model's thoughts.
     """
 
     host: str = "127.0.0.1"
@@ -71,6 +72,7 @@ class Options:
     generation_config: bool = False
     speculation: bool = True
     tool_format: str | None = None
+    reasoning_budget: int | None = None
 
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""
@@ -81,6 +83,7 @@ class Options:
             ("--timeout", self.timeout, 0 < self.timeout <= 86_400, "above 0, up to 86400 seconds"),
             ("--read-timeout", self.read_timeout, 1 <= self.read_timeout <= 3600, "1 to 3600 seconds"),
             ("--grace", self.grace, 0 <= self.grace <= 3600, "0 to 3600 seconds"),
+            ("--reasoning-budget", self.reasoning_budget or 0, (self.reasoning_budget or 0) >= 0, "at least 0 tokens"),
             ("--max-body", self.max_body, 1 <= self.max_body <= 1 << 30, "1 to 1073741824 bytes"),
             ("--prompt-cache-mb", self.prompt_cache_mb, 1 <= self.prompt_cache_mb <= 1 << 20, "1 to 1048576"),
         ):
@@ -123,6 +126,7 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
         bundle.kv_cache_len,
         bundle.vocab_size,
         options.parse_special,
+        options.reasoning_budget,
     )
     prompt_cache = None
     if options.prompt_cache is not None:

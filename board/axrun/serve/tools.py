@@ -24,6 +24,7 @@ from axrun.text.tool_stream import ToolStream
 Message = dict[str, Any]
 
 MISTRAL_ID = re.compile("[A-Za-z0-9]{9}")  # the only form that Mistral's templates accept
+PLAIN_KEYS = ("role", "content", "reasoning_content")  # of messages for a template that knows no tools
 RESULT = "<tool_response>\n{}\n</tool_response>"
 ASK = """# Tools
 
@@ -144,10 +145,10 @@ class Toolbox:
             elif message.get("tool_calls"):
                 made = [Call(call["function"]["name"], call["function"]["arguments"]) for call in message["tool_calls"]]
                 calls = self.format.write(made)
-                plain.append({"role": role, "content": f"{content}\n{calls}" if content else calls})
+                plain.append({**message, "content": f"{content}\n{calls}" if content else calls})
             else:
-                plain.append({"role": role, "content": message["content"]})
-        plain = [{key: value for key, value in message.items() if key != "results"} for message in plain]
+                plain.append(dict(message))
+        plain = [{key: message[key] for key in message if key in PLAIN_KEYS} for message in plain]
         return plain if tools is None else self._asked(plain, tools)
 
     def _asked(self, messages: list[Message], tools: Tools) -> list[Message]:

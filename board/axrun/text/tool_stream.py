@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Union
 
+from axrun.text.thinking import overlap
 from axrun.text.tool_formats import PREFIXES, Call, Format, NotACall, calls_of
 
 Part = Union[str, Call]
@@ -50,7 +51,7 @@ class ToolStream:
             if not self._inside:
                 at = self._held.find(begin)
                 if at < 0:
-                    yield from self._text(self._take(len(self._held) - _overlap(self._held, begin)))
+                    yield from self._text(self._take(len(self._held) - overlap(self._held, begin)))
                     return
                 yield from self._text(self._take(at))
                 self._inside = True
@@ -92,8 +93,3 @@ class ToolStream:
 
 def _may_be(start: str, prefix: str) -> bool:
     return start.startswith(prefix) or prefix.startswith(start)
-
-
-def _overlap(text: str, mark: str) -> int:
-    """Length of the longest end of a text that begins the mark."""
-    return next((count for count in range(min(len(text), len(mark) - 1), 0, -1) if mark.startswith(text[-count:])), 0)

@@ -34,7 +34,13 @@ EXAMPLES = {GenerationMode.POSITIVE: 50, GenerationMode.NEGATIVE: 80}  # positiv
 ACROSS_FIELDS = (
     *("needs stream", "needs logprobs", "outside the vocabulary", "more than 64", "context is", "is empty"),
     *("needs json_schema", "The schema ", "cannot be combined", "no tools", "Two tools", "not among the tools"),
-    *("arguments is not JSON", "arguments is not a JSON object", "may set", "thinking_budget needs"),
+    *(
+        "arguments is not JSON",
+        "arguments is not a JSON object",
+        "may set",
+        "parameter: 'content'",
+        "thinking_budget needs",
+    ),
 )
 
 
@@ -85,14 +91,14 @@ def fuzz(operation: Any, server: Server, mode: GenerationMode) -> Counter[str]:
     return seen
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
 def test_valid_requests_are_answered(brief: Any, server: Server, path: str) -> None:
     seen = fuzz(brief[path]["POST"], server, GenerationMode.POSITIVE)
     assert seen["200"] > 10
     assert set(seen) == {"200", "across fields"}
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
 def test_invalid_requests_are_refused(document: Any, server: Server, path: str) -> None:
     seen = fuzz(document[path]["POST"], server, GenerationMode.NEGATIVE)
     assert seen["400"] + seen["404"] > 40

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from axrun.serve import schema
+from axrun.serve import schema, tokens
 from axrun.serve.answer import CHAT, COMPLETION, Answer, Style, event, to_json
 from axrun.serve.errors import ApiError
 from axrun.serve.exchange import JSON, Exchange, Gone, Receive, Send
@@ -47,6 +47,8 @@ STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REALM = 'Bearer realm="axrun"'
 GONE = object()
+
+Convert = Callable[[Reader, Mapping[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -100,10 +102,15 @@ class App:
             "/v1/chat/completions": Endpoint(schema.request(schema.CHAT, model), Reader.chat, CHAT),
             "/v1/completions": Endpoint(schema.request(schema.COMPLETION, model), Reader.completion, COMPLETION),
         }
+        self._converters: dict[str, tuple[Schema, Convert]] = {
+            "/tokenize": (schema.request(tokens.TOKENIZE, model), tokens.tokenize),
+            "/detokenize": (schema.request(tokens.DETOKENIZE, model), tokens.detokenize),
+        }
         self._assets = {path: ((PAGE / name).read_bytes(), kind) for path, (name, kind) in ASSETS.items()}
         # path: (method, handler, needs the API key)
         self._routes: dict[str, tuple[str, Callable[[Exchange], Awaitable[None]], bool]] = {
             **dict.fromkeys(self._endpoints, ("POST", self._write, True)),
+            **dict.fromkeys(self._converters, ("POST", self._tokens, True)),
             "/v1/models": ("GET", self._models, True),
             f"/v1/models/{model}": ("GET", self._one_model, True),
             "/metrics": ("GET", self._show_metrics, True),
@@ -151,16 +158,19 @@ class App:
             words = "Wrong or missing API key; send Authorization: Bearer KEY."
             raise ApiError(401, words, "invalid_api_key", headers={"www-authenticate": challenge})
 
-    async def _write(self, exchange: Exchange) -> None:
-        endpoint = self._endpoints[exchange.path]
+    async def _body(self, exchange: Exchange) -> bytes:
+        """The body of a request. Raises ApiError if it is not JSON by its headers, or too large."""
         if exchange.header("content-type").partition(";")[0].strip().lower() != JSON:
             raise ApiError(415, f"Send the body as Content-Type: {JSON}.", "unsupported_media_type")
         coding = exchange.header("content-encoding").lower()
         if coding not in ("", "identity"):
             words = f"Content-Encoding {coding[:40]!a} is not supported; send the body without encoding."
             raise ApiError(415, words, "unsupported_media_type")
-        limits = self._limits
-        body = await exchange.body(limits.max_body, limits.read_timeout)
+        return await exchange.body(self._limits.max_body, self._limits.read_timeout)
+
+    async def _write(self, exchange: Exchange) -> None:
+        endpoint, limits = self._endpoints[exchange.path], self._limits
+        body = await self._body(exchange)
         exchange.patience(limits.timeout + limits.read_timeout)
         loop = asyncio.get_running_loop()
         order = await loop.run_in_executor(None, self._read, endpoint, body)
@@ -191,12 +201,26 @@ class App:
             self._scheduler.cancel(ticket)
 
     def _read(self, endpoint: Endpoint, body: bytes) -> Order:
+        return endpoint.read(self._reader, self._valid(endpoint.schema, body))
+
+    def _valid(self, schema: Schema, body: bytes) -> Any:
+        """The validated body. Raises ApiError."""
         given = parse(body)
         name = given.get("model") if isinstance(given, dict) else None
         if isinstance(name, str) and name != self._model:
             raise self._no_model()
         refuse_media(given)
-        return endpoint.read(self._reader, validate(given, endpoint.schema))
+        return validate(given, schema)
+
+    async def _tokens(self, exchange: Exchange) -> None:
+        """Text to token ids and back."""
+        body, (rules, convert) = await self._body(exchange), self._converters[exchange.path]
+
+        def converted() -> dict[str, Any]:
+            return convert(self._reader, self._valid(rules, body))
+
+        answer = await asyncio.get_running_loop().run_in_executor(None, converted)
+        await exchange.reply(200, to_json(answer))
 
     async def _whole(self, exchange: Exchange, answer: Answer, pieces: AsyncIterator[Piece]) -> None:
         await exchange.reply(200, answer.whole([piece async for piece in pieces]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from axrun.serve import schema
+from axrun.serve import schema, tokens
 
 INTEGER = {"type": "integer"}
 STRING = {"type": "string"}
@@ -102,6 +102,8 @@ SCHEMAS: dict[str, Any] = {
             "usage": _ref("Usage"),
         }
     ),
+    "Tokens": _object({"tokens": _list(INTEGER), "count": INTEGER, "max_model_len": INTEGER}),
+    "Text": _object({"content": STRING, "prompt": STRING}),
     "Model": _object(
         {
             "id": STRING,
@@ -157,6 +159,8 @@ def document(model: str) -> dict[str, Any]:
             "/v1/completions": {
                 "post": _writing("Continue a text", "Completion", schema.request(schema.COMPLETION, model))
             },
+            "/tokenize": {"post": _converting("Token ids of a text", "Tokens", schema.request(tokens.TOKENIZE, model))},
+            "/detokenize": {"post": _converting("Text of token ids", "Text", schema.request(tokens.DETOKENIZE, model))},
             "/v1/models": {"get": _reading("List the served model", "Models")},
             f"/v1/models/{model}": {"get": _reading("Show the served model", "Model")},
             "/health": {
@@ -196,6 +200,12 @@ def _writing(summary: str, answer: str, body: dict[str, Any]) -> dict[str, Any]:
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": {"200": whole, **refusals},
     }
+
+
+def _converting(summary: str, answer: str, body: dict[str, Any]) -> dict[str, Any]:
+    made = _writing(summary, answer, body)
+    made["responses"]["200"] = _says("The result.", _ref(answer))
+    return made
 
 
 def _reading(summary: str, answer: str) -> dict[str, Any]:

@@ -173,13 +173,13 @@ class Reader:
                     param,
                     "context_length_exceeded",
                 )
-            self._expect_within(ids, param)
+            self.expect_within(ids, param)
         count = body.get("n", 1)
         if len(prompts) * count > MAX_CHOICES:
             raise invalid(f"{len(prompts)} prompts x n={count} is more than {MAX_CHOICES} answers.", "n")
         options, stop, seed = body.get("stream_options", {}), body.get("stop", []), body.get("seed")
         stop_ids = frozenset(body.get("stop_token_ids", []))
-        self._expect_within(stop_ids, "stop_token_ids")
+        self.expect_within(stop_ids, "stop_token_ids")
         if options and not body.get("stream"):
             raise invalid("stream_options needs stream to be true.", "stream_options")
         grammar, budget = self._grammar(body, tools), self._budget(body, thinking)
@@ -233,7 +233,7 @@ class Reader:
             given.update(top_p=1.0, top_k=1)
         if body.get("logit_bias"):
             bias = given["logit_bias"] = {int(token): added for token, added in body["logit_bias"].items()}
-            self._expect_within(bias, "logit_bias")
+            self.expect_within(bias, "logit_bias")
         return self.sampling.override(**given)
 
     def _grammar(self, body: Mapping[str, Any], tools: Tools | None) -> Grammar | None:
@@ -248,7 +248,8 @@ class Reader:
             param = "tools" if tools is not None else "response_format"
             raise invalid(_sentence(error), param, "unsupported_schema") from None
 
-    def _expect_within(self, ids: Iterable[int], param: str) -> None:
+    def expect_within(self, ids: Iterable[int], param: str) -> None:
+        """Raises ApiError for a token id outside the vocabulary."""
         try:
             self.tokenizer.expect_within(ids, self.vocab_size)
         except BadInput as error:

@@ -289,6 +289,13 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="bit-identical answers, whatever was asked before; reuses less of the KV cache",
     )
+    add(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let pages of this origin use the server (CORS), e.g. https://example.org, repeatable; * allows any",
+    )
     add("--reasoning-budget", type=int, metavar="N", help="maximum number of tokens of a model's thoughts")
     add(
         "--tool-format",

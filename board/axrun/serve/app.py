@@ -22,6 +22,7 @@ from axrun.serve.media import refuse_media
 from axrun.serve.metrics import Metrics
 from axrun.serve.openapi import document
 from axrun.serve.order import Order, Reader
+from axrun.serve.origins import Origins
 from axrun.serve.scheduler import READY, Event, Scheduler, Ticket
 from axrun.serve.validate import Schema, parse, validate
 from axrun.serve.writer import Piece
@@ -47,6 +48,7 @@ STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 REALM = 'Bearer realm="axrun"'
 GONE = object()
+NO_ORIGINS = Origins()
 
 Convert = Callable[[Reader, Mapping[str, Any]], dict[str, Any]]
 
@@ -86,10 +88,11 @@ class App:
         hosts: Hosts,
         api_key: str | None = None,
         log: Callable[[str], None] = lambda line: None,
+        origins: Origins = NO_ORIGINS,
     ) -> None:
         self._model, self._fingerprint, self._reader = model, fingerprint, reader
         self._scheduler, self._metrics, self._limits = scheduler, metrics, limits
-        self._hosts, self._api_key, self._log = hosts, api_key, log
+        self._hosts, self._api_key, self._log, self._origins = hosts, api_key, log, origins
         self._listing = {
             "id": model,
             "object": "model",
@@ -138,6 +141,10 @@ class App:
     async def _answer(self, exchange: Exchange) -> None:
         if exchange.has("host"):  # optional in HTTP/1.0
             self._hosts.check(exchange.header("host"))
+        exchange.always = self._origins.headers(exchange)
+        if exchange.method == "OPTIONS" and exchange.always:  # a preflight of an allowed origin
+            await exchange.reply(200, b"")
+            return
         if exchange.path not in self._routes:
             if exchange.path.startswith("/v1/models/"):
                 raise self._no_model()

@@ -35,6 +35,7 @@ class Exchange:
             name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
         }
         self.status = 0
+        self.always: dict[str, str] = {}  # headers of any response
         self._patience = scope.get("state", {}).get("patience", lambda seconds, keep=False: None)
         chunked = self.has("transfer-encoding")
         self._announced = 0 if chunked else int(self.header("content-length") or 0)
@@ -78,7 +79,9 @@ class Exchange:
     async def begin(self, status: int, kind: str, headers: Mapping[str, str]) -> None:
         """Sends the head of a response with content type `kind`."""
         self.status = status
-        pairs = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        pairs = [
+            (name.encode("latin-1"), value.encode("latin-1")) for name, value in {**self.always, **headers}.items()
+        ]
         pairs.append((b"content-type", kind.encode("latin-1")))
         if self._unread or self._ambiguous:
             pairs.append((b"connection", b"close"))

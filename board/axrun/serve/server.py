@@ -27,6 +27,8 @@ from axrun.serve.connection import Protocol
 from axrun.serve.hosts import ANY, NAME, Hosts
 from axrun.serve.metrics import Metrics
 from axrun.serve.order import Reader
+from axrun.serve.origins import ANY as ANY_ORIGIN
+from axrun.serve.origins import ORIGIN, Origins
 from axrun.serve.scheduler import Scheduler, Write
 from axrun.serve.slots import Slot, allocate
 from axrun.serve.tools import Toolbox
@@ -51,7 +53,7 @@ class Options:
     not text. `generation_config`: take the sampling defaults from the checkpoint's generation_config.json, not from
     post_config.json. `speculation`: guess tokens by prompt lookup. `tool_format`: how the model writes tool calls, a
     key of `axrun.text.tool_formats.FORMATS`; None: chosen from the chat template. `reasoning_budget`:
-    maximum number of tokens of a model's thoughts.
+    maximum number of tokens of a model's thoughts. `allow_origin`: origins whose pages may use the server.
     """
 
     host: str = "127.0.0.1"
@@ -73,6 +75,7 @@ class Options:
     speculation: bool = True
     tool_format: str | None = None
     reasoning_budget: int | None = None
+    allow_origin: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""
@@ -92,6 +95,9 @@ class Options:
         for name in self.allowed_host:
             if name != ANY and not NAME.fullmatch(name):
                 raise BadInput(f"--allowed-host is {name!r}, expected a name without scheme and port, or {ANY}")
+        for origin in self.allow_origin:
+            if origin != ANY_ORIGIN and not ORIGIN.fullmatch(origin):
+                raise BadInput(f"--allow-origin is {origin!r}, expected e.g. https://example.org, or {ANY_ORIGIN}")
         if self.tool_format is not None and self.tool_format not in FORMATS:
             raise BadInput(f"--tool-format is {self.tool_format!r}, expected one of {', '.join(FORMATS)}")
         key = self.key
@@ -155,7 +161,18 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
         loopback = ipaddress.ip_address(host).is_loopback
         own = [options.host] if loopback else [options.host, socket.gethostname()]
         hosts = Hosts(loopback, options.key is not None, own, options.allowed_host)
-        app = App(name, f"fp_{_digest(bundle)[:10]}", reader, scheduler, metrics, limits, hosts, options.key, say)
+        app = App(
+            name,
+            f"fp_{_digest(bundle)[:10]}",
+            reader,
+            scheduler,
+            metrics,
+            limits,
+            hosts,
+            options.key,
+            say,
+            Origins(options.allow_origin),
+        )
         server = Server(app, scheduler, options.grace, options.read_timeout)
         say(f"Starting server on port {port} with model '{name}'...")
         if options.key is None and not loopback:

@@ -1,4 +1,4 @@
-"""The engine for aarch64 under qemu-user, emulating a board's CPU, compared with onnxruntime on this machine."""
+"""The engine for aarch64 under qemu-user, emulating a board's CPU: onnxruntime's values, this machine's bytes."""
 
 from __future__ import annotations
 
@@ -52,20 +52,23 @@ def test_the_vendor_runners_calls_on_a_boards_cpu(boards_libraries: Path, bundle
 
 @pytest.mark.parametrize("isa", ["", "portable"])
 @pytest.mark.parametrize("cpu", CPUS)
-def test_a_boards_cpu_matches_onnxruntime(
-    cpu: str, isa: str, program: Path, build_tiny: Callable[..., Path], tmp_path: Path
+def test_a_boards_cpu_matches_onnxruntime_and_this_machine(
+    cpu: str, isa: str, program: Path, build_tiny: Callable[..., Path], tmp_path: Path, ax: Any
 ) -> None:
     for hidden, weight in (("bf16", "s8"), ("fp32", "s4"), ("fp32", "bf16")):
         path = Bundle.open(build_tiny(hidden_state_type=hidden, weight_type=weight)).layer_path(1)
-        plain = exact(path)
+        plain, ours = exact(path), ax.open_session(path)
         for group in plain.groups[:3]:
             arrays = filled(plain, group.index)
             plain.bind(group.index, arrays).run()
             inputs = b"".join(arrays[info.name].tobytes() for info in group.inputs)
+            here = {name: array.copy() for name, array in arrays.items()}
             if not group.history:  # skip two placeholders of the hidden state's width
                 inputs = bytes(2 * arrays["input"].shape[2] * arrays["input"].itemsize) + inputs
             out = run(program, path, group.index, inputs, tmp_path, cpu, isa)
             check(plain, group.index, arrays, out, TOLERANCE[hidden])
+            ours.bind(group.index, here).run()
+            assert out == b"".join(here[info.name].tobytes() for info in group.outputs), "others than on this machine"
 
 
 @pytest.mark.parametrize("cpu", CPUS)
@@ -80,11 +83,14 @@ def test_a_boards_cpu_rounds_activations_to_the_requested_bits(cpu: str, program
         for group in (plain.groups[0], plain.groups[-1]):
             arrays = filled(plain, group.index)
             inputs, given = arrays["input"].tobytes(), arrays["input"].copy()
-            for bits, (_, top) in ENGINES.items():
+            for bits, (engine, top) in ENGINES.items():
                 arrays["input"][...] = rounded(given, top)
                 plain.bind(group.index, arrays).run()
                 out = run(program, path, group.index, inputs, tmp_path, cpu, bits=bits)
                 check(plain, group.index, arrays, out, 1e-5)
+                arrays["input"][...] = given
+                engine.open_session(path).bind(group.index, arrays).run()
+                assert out == b"".join(arrays[info.name].tobytes() for info in group.outputs), (path, bits)
 
 
 def run(

@@ -15,7 +15,7 @@ constexpr size_t kSlack = 16;  // numbers behind those of activations: kernels r
 struct Grain {
   size_t items, step;  // for each thread; rows, of which an item has a multiple
 };
-constexpr Grain kInPlace{16, 4}, kPacked{6, 32};
+constexpr Grain kInPlace{16, 4}, kPacked{6, 32};  // floats in place are turned, 32 rows at a time, as if packed
 constexpr size_t kGatedRows = 64;           // of a gate and its `up` that are computed before they are joined
 constexpr size_t kAttentionRows = 112;      // query rows that share a pass over the keys
 constexpr size_t kAttentionScratch = 8 << 20;
@@ -180,9 +180,9 @@ class Run {
     const size_t count = rows(s.x);
     const bool grouped = any.arithmetic == Arithmetic::Int4 || any.arithmetic == Arithmetic::Int8Blocks;
     Activations levels{model_.precision, count, any.columns, grouped ? any.block : kBlock, nullptr, nullptr, nullptr, nullptr};
-    if (rounds(any.arithmetic, count)) {
+    if (rounds(any.arithmetic)) {
       const size_t entries = levels.blocks() * count, groups = entries * levels.groups();
-      const bool zeros = count > kTokensByDot && std::any_of(s.parts.begin(), s.parts.end(), [](const Part& part) { return part.weight.zeros; });
+      const bool zeros = std::any_of(s.parts.begin(), s.parts.end(), [](const Part& part) { return part.weight.zeros; });
       levels.levels = runtime_.levels.reserve(entries * kLevelBytes + (groups + kSlack) * (2 * sizeof(float) + sizeof(int32_t)));
       levels.scales = reinterpret_cast<float*>(levels.levels + entries * kLevelBytes);
       levels.sums = reinterpret_cast<int32_t*>(levels.scales + groups + kSlack);
@@ -193,13 +193,13 @@ class Run {
   }
 
   // Whether activations are rounded before they are multiplied.
-  bool rounds(Arithmetic arithmetic, size_t rows) const {
-    if (arithmetic == Arithmetic::BFloat16) return kernels_.rounds_bfloat16 && rows > kTokensByDot;
+  bool rounds(Arithmetic arithmetic) const {
+    if (arithmetic == Arithmetic::BFloat16) return kernels_.rounds_bfloat16;
     return arithmetic != Arithmetic::Float;
   }
 
   void linear(const Linear& s, size_t count, const Activations& levels) {
-    const Partition partition(s, grain(count), pool_.size());
+    const Partition partition(s, grain(s, count), pool_.size());
     reserve_scratch(kLinearScratch);
     pool_.each(partition.items(), [&](size_t item, size_t thread) {
       partition.each(item, [&](const Part& part, size_t first, size_t last) {
@@ -213,9 +213,9 @@ class Run {
 
   // Gate and up go no further than the thread's cache.
   void gated_linear(const Linear& s, size_t count, const Activations& levels) {
-    const Partition partition(s, grain(count), pool_.size());
+    const Partition partition(s, grain(s, count), pool_.size());
     const size_t width = s.parts[0].weight.rows;
-    const size_t strip = count <= kTokensByDot ? ceil_div(width, partition.items()) + grain(count).step : kGatedRows;
+    const size_t strip = count <= kTokensByDot ? ceil_div(width, partition.items()) + grain(s, count).step : kGatedRows;
     reserve_scratch(kLinearScratch + 2 * count * strip * sizeof(float));
     pool_.each(partition.items(), [&](size_t item, size_t thread) {
       uint8_t* own = scratch(thread);
@@ -238,7 +238,11 @@ class Run {
     });
   }
 
-  static Grain grain(size_t rows) { return rows <= kTokensByDot ? kInPlace : kPacked; }
+  static Grain grain(const Linear& s, size_t rows) {
+    const Arithmetic arithmetic = s.parts[0].weight.arithmetic;
+    const bool floats = arithmetic == Arithmetic::Float || arithmetic == Arithmetic::BFloat16;
+    return rows <= kTokensByDot && !floats ? kInPlace : kPacked;
+  }
 
   uint64_t position(const Angles& at, size_t token) const {
     if (at.positions < 0) return token;
@@ -317,11 +321,20 @@ class Run {
     });
   }
 
+  // The cached rows up to the last that the first token sees.
+  size_t seen_before(const Attention& s, size_t history) {
+    reserve_scratch(history * sizeof(float));
+    float* mask = reinterpret_cast<float*>(scratch(0));
+    kernels_.widen(value(s.mask).type, address(s.mask), history, mask);
+    while (history && mask[history - 1] <= kMasked) --history;
+    return history;
+  }
+
   void operator()(const Attention& s) {
     const size_t tokens = size_of(value(s.q).shape[1]), history = size_of(value(s.k_cache).shape[1]);
-    const AttentionJob job{value(s.k).type, tokens, history, s.heads, s.kv_heads, s.head_dim, s.scale, s.softcap, floats(s.q),
-                           address(s.k_cache), address(s.v_cache), address(s.k), address(s.v), address(s.mask), floats(s.to)};
     if (!tokens) return;
+    const AttentionJob job{value(s.k).type, tokens, history, seen_before(s, history), s.heads, s.kv_heads, s.head_dim, s.scale, s.softcap, floats(s.q),
+                           address(s.k_cache), address(s.v_cache), address(s.k), address(s.v), address(s.mask), floats(s.to)};
     const size_t group = s.heads / s.kv_heads;
     const size_t splits = std::min(group, ceil_div(pool_.size(), s.kv_heads * tokens));
     const size_t heads = ceil_div(group, splits);

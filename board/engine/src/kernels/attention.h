@@ -1,9 +1,13 @@
 // Grouped-query attention that reads keys and values where the cache has them, and only those that some row sees.
+//
+// What a token gets does not depend on the tokens beside it: scores are sums over a head's columns in order, values are
+// added key by key in order, and in the sums of exponentials a key's lane is its position modulo kLanes. A key that is
+// hidden adds exactly 0 everywhere.
 #pragma once
 
 #include <algorithm>
 
-#include "float_tile.h"
+#include "float_in_place.h"
 #include "rows.h"
 
 namespace axc {
@@ -12,12 +16,12 @@ namespace {
 constexpr size_t padded(size_t n, size_t step) { return (n + step - 1) / step * step; }
 
 struct AttentionScratch {
-  float *panel, *wide, *q, *scores, *out, *mask, *bias, *threshold, *inverse;
+  float *panel, *wide, *q, *scores, *out, *mask, *bias, *inverse, *zeros;
   uint32_t* seen;
   size_t bytes;
 
   AttentionScratch(const AttentionJob& job, size_t rows, void* memory) {
-    const size_t columns = padded(job.history + job.tokens, kPanel), depth = padded(job.head_dim, kPanel);
+    const size_t columns = padded(job.history + job.tokens, kPanel) + kPanel + kLanes, depth = padded(job.head_dim, kPanel);
     const uintptr_t start = reinterpret_cast<uintptr_t>(memory);  // 0 when only the size is asked for
     uintptr_t at = start;
     const auto take = [&at](size_t count) { return std::exchange(at, at + padded(count * 4, 64)); };
@@ -28,8 +32,8 @@ struct AttentionScratch {
     out = reinterpret_cast<float*>(take(rows * depth));
     mask = reinterpret_cast<float*>(take(rows * columns));
     bias = reinterpret_cast<float*>(take(kPanel));
-    threshold = reinterpret_cast<float*>(take(rows));
     inverse = reinterpret_cast<float*>(take(rows));
+    zeros = reinterpret_cast<float*>(take(depth));
     seen = reinterpret_cast<uint32_t*>(take(columns));
     bytes = at - start;
   }
@@ -50,29 +54,52 @@ inline void prefetch(const void* row, size_t bytes) {
   for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(static_cast<const uint8_t*>(row) + at);
 }
 
-// Lists the columns some token sees. One that sees nothing sees everything, as softmax has it.
-inline size_t visible(const float* mask, size_t tokens, size_t columns, float* threshold, uint32_t* seen) {
-  bool blind = false;
-  for (size_t t = 0; t < tokens; ++t) {
-    bool sees = false;
-    for (size_t j = 0; j < columns && !sees; ++j) sees = mask[t * columns + j] > kMasked;
-    threshold[t] = sees ? kMasked : -3.4e38f;
-    blind |= !sees;
+constexpr float kHidden = -3.0e38f;
+constexpr uint32_t kNone = UINT32_MAX;  // in a list of columns: a place that holds none
+
+inline bool sees_any(const float* mask, size_t columns) {
+  for (size_t j = columns; j--;) {
+    if (mask[j] > kMasked) return true;
   }
-  size_t count = 0;
-  for (size_t j = 0; j < columns; ++j) {
-    bool wanted = blind;
-    for (size_t t = tokens; t-- && !wanted;) wanted = mask[t * columns + j] > kMasked;  // the last sees most
-    if (wanted) seen[count++] = static_cast<uint32_t>(j);
-  }
-  return count;
+  return false;
 }
 
-constexpr float kHidden = -3.0e38f;
+// Lists the columns that some of `tokens` rows of a mask see, in kLanes consecutive positions at a time, without those
+// that hold nothing seen; returns the length of the list. The positions of cached columns are their numbers, those of the
+// current ones begin at job.past.
+inline size_t visible(const AttentionJob& job, const float* mask, size_t tokens, uint32_t* seen) {
+  const size_t columns = job.history + job.tokens;
+  const auto wanted = [&](size_t column) {
+    for (size_t t = tokens; t--;) {  // the last sees most
+      if (mask[t * columns + column] > kMasked) return true;
+    }
+    return false;
+  };
+  size_t past = job.past;
+  for (size_t j = past; j < job.history && past < job.history; ++j) {
+    if (wanted(j)) past = job.history;  // no causal mask
+  }
+  const size_t positions = past + job.tokens;
+  size_t count = 0, end = 0;
+  for (size_t first = 0; first < positions; first += kLanes) {
+    size_t last = count;
+    for (size_t i = 0; i < kLanes; ++i) {
+      const size_t position = first + i, column = position < past ? position : position - past + job.history;
+      const bool there = position < positions && wanted(column);
+      seen[count + i] = there ? static_cast<uint32_t>(column) : kNone;
+      if (there) last = count + i + 1;
+    }
+    if (last == count) continue;
+    end = last, count += kLanes;
+  }
+  return end;
+}
 
 // What is added to a token's scores with the keys `seen`; kHidden for what it does not see.
 inline void biases(const float* mask, float threshold, const uint32_t* seen, size_t keys, float* bias) {
-  for (size_t j = 0; j < kPanel; ++j) bias[j] = j < keys && mask[seen[j]] > threshold ? mask[seen[j]] : kHidden;
+  for (size_t j = 0; j < kPanel; ++j) {
+    bias[j] = j < keys && seen[j] != kNone && mask[seen[j]] > threshold ? mask[seen[j]] : kHidden;
+  }
 }
 
 // A hidden score is replaced, not only lowered: what the cache holds there may be no number.
@@ -85,12 +112,6 @@ inline void add_biases(const float* bias, float* scores) {
 
 inline void cap_scores(float cap, float* scores) {
   each(scores, scores, kPanel, scores, [cap](Vf v, Vf) { return cap * hyperbolic_tangent(v / cap); });
-}
-
-// The two values of 16 bits in each word.
-inline std::pair<Vf, Vf> both_halves(Type type, Vu words) {
-  if (type == Type::BFloat16) return {std::bit_cast<Vf>(words << 16), std::bit_cast<Vf>(words & 0xFFFF0000)};
-  return {half_to_float(__builtin_convertvector(words & 0xFFFF, Vh)), half_to_float(__builtin_convertvector(words >> 16, Vh))};
 }
 
 // Half the shuffles, which narrow vectors wait for; with 512 bits it is no faster.
@@ -122,21 +143,29 @@ inline void transpose_halves(Type type, size_t columns, const void* const rows[k
   }
 }
 
-inline void attend(const AttentionJob& job, const AttentionShare& share, void* memory) {
+// Tokens that all see something, or all see nothing: those see everything, as softmax has it.
+inline void attend_alike(const AttentionJob& job, const AttentionShare& share, const float* mask, bool blind, const AttentionScratch& s) {
   const size_t heads = share.last_head - share.first_head, tokens = share.last - share.first, rows = heads * tokens;
   const size_t columns = job.history + job.tokens, dim = job.head_dim;
   const size_t depth = padded(dim, kPanel), q_width = job.heads * dim;
   const size_t row_bytes = dim * static_cast<size_t>(bits_of(job.type)) / 8;
-  const AttentionScratch s(job, rows, memory);
+  const float threshold = blind ? -3.4e38f : kMasked;
   for (size_t t = 0; t < tokens; ++t) {
-    const uint8_t* mask = static_cast<const uint8_t*>(job.mask);
-    widen(job.type, mask + (share.first + t) * columns * static_cast<size_t>(bits_of(job.type)) / 8, columns, s.mask + t * columns);
     for (size_t h = 0; h < heads; ++h) {
       const float* q = job.q + (share.first + t) * q_width + (share.first_head + h) * dim;
       for (size_t i = 0; i < dim; ++i) s.q[(t * heads + h) * dim + i] = q[i] * job.scale;
     }
   }
-  const size_t count = visible(s.mask, tokens, columns, s.threshold, s.seen), width = padded(count, kPanel);
+  size_t count = columns;
+  if (blind) {
+    for (size_t j = 0; j < columns; ++j) s.seen[j] = static_cast<uint32_t>(j);
+  } else {
+    count = visible(job, mask, tokens, s.seen);
+  }
+  const size_t width = padded(count, kPanel);
+  const auto row_of = [&](const void* cache, const void* current, size_t place) AXC_INLINE -> const void* {
+    return s.seen[place] == kNone ? s.zeros : cached_row(job, cache, current, s.seen[place], share.kv_head);
+  };
 
   for (size_t first = 0; first < count; first += kPanel) {
     const size_t keys = least(kPanel, count - first);
@@ -144,12 +173,12 @@ inline void attend(const AttentionJob& job, const AttentionShare& share, void* m
     const bool words = kByWords && job.type != Type::Float;
     if (keys < kPanel) std::memset(s.wide, 0, kPanel * depth * sizeof(float));
     for (size_t j = first + kPanel; j < least(first + 2 * kPanel, count); ++j) {
-      prefetch(cached_row(job, job.k_cache, job.k_current, s.seen[j], share.kv_head), row_bytes);
+      prefetch(row_of(job.k_cache, job.k_current, j), row_bytes);
     }
     const void* rows_of[kPanel];
     for (size_t j = 0; j < keys; ++j) {
-      prefetch(cached_row(job, job.v_cache, job.v_current, seen[j], share.kv_head), row_bytes);
-      rows_of[j] = cached_row(job, job.k_cache, job.k_current, seen[j], share.kv_head);
+      prefetch(row_of(job.v_cache, job.v_current, first + j), row_bytes);
+      rows_of[j] = row_of(job.k_cache, job.k_current, first + j);
       if (!words) widen(job.type, rows_of[j], dim, s.wide + j * depth);
     }
     if (words) {
@@ -165,7 +194,7 @@ inline void attend(const AttentionJob& job, const AttentionShare& share, void* m
       for (size_t r = 0; r < rows; ++r) cap_scores(job.softcap, scores + r * width);
     }
     for (size_t t = 0; t < tokens; ++t) {
-      biases(s.mask + t * columns, s.threshold[t], seen, keys, s.bias);
+      biases(mask + t * columns, threshold, seen, keys, s.bias);
       for (size_t h = 0; h < heads; ++h) add_biases(s.bias, scores + (t * heads + h) * width);
     }
   }
@@ -176,7 +205,7 @@ inline void attend(const AttentionJob& job, const AttentionShare& share, void* m
     const size_t keys = least(kPanel, count - first);
     for (size_t j = 0; j < keys; ++j) {
       float* row = s.panel + j * depth;
-      widen(job.type, cached_row(job, job.v_cache, job.v_current, s.seen[first + j], share.kv_head), dim, row);
+      widen(job.type, row_of(job.v_cache, job.v_current, first + j), dim, row);
       for (size_t i = dim; i < depth; ++i) row[i] = 0;
     }
     for (size_t i = 0; i < depth; i += kPanel) {
@@ -186,6 +215,21 @@ inline void attend(const AttentionJob& job, const AttentionShare& share, void* m
   for (size_t r = 0; r < rows; ++r) {
     float* y = job.y + (share.first + r / heads) * q_width + (share.first_head + r % heads) * dim;
     for (size_t i = 0; i < dim; ++i) y[i] = s.out[r * depth + i] * s.inverse[r];
+  }
+}
+
+inline void attend(const AttentionJob& job, const AttentionShare& share, void* memory) {
+  const size_t columns = job.history + job.tokens;
+  const AttentionScratch s(job, (share.last_head - share.first_head) * (share.last - share.first), memory);
+  std::memset(s.zeros, 0, job.head_dim * sizeof(float));
+  const size_t row_bytes = columns * static_cast<size_t>(bits_of(job.type)) / 8;
+  widen(job.type, static_cast<const uint8_t*>(job.mask) + share.first * row_bytes, (share.last - share.first) * columns, s.mask);
+  const auto blind = [&](size_t token) { return !sees_any(s.mask + (token - share.first) * columns, columns); };
+  for (size_t first = share.first, last; first < share.last; first = last) {
+    const bool none = blind(first);
+    for (last = first + 1; last < share.last && blind(last) == none; ++last) {
+    }
+    attend_alike(job, {share.kv_head, share.first_head, share.last_head, first, last}, s.mask + (first - share.first) * columns, none, s);
   }
 }
 

@@ -16,6 +16,8 @@ constexpr size_t kIntRows = 5, kIntPanel = 16, kPrefetched = 16384;
 }  // namespace
 }  // namespace axc
 
+#include "prefetch.h"
+#include "quads.h"
 #include "scales.h"
 
 namespace axc {
@@ -100,10 +102,15 @@ template <size_t kRows, size_t kGroup, Precision>
 void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t*, const float* row_scales,
               size_t columns, float* c) {
   constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan;
+  const auto each = [](auto f) AXC_INLINE {
+    repeat<kRows>([&](auto t) AXC_INLINE { repeat<2>([&](auto v) AXC_INLINE { f(t, v); }); });
+  };
   columns = (columns + 31) / 32 * 32;  // packed
+  Vf total[kRows][2];
+  each([&](auto t, auto v) AXC_INLINE { total[t][v] = Vf{}; });
   for (size_t g = 0; g * kSpan < columns; ++g) {
     Vi acc[kRows][2];
-    repeat<kRows>([&](auto t) AXC_INLINE { acc[t][0] = acc[t][1] = Vi{}; });
+    each([&](auto t, auto v) AXC_INLINE { acc[t][v] = Vi{}; });
     for (size_t k = g * kSpan, end = least(k + kSpan, columns); k < end; k += 2) {
       const __m256i w0 = words_at(panel + k * 32), w1 = words_at(panel + k * 32 + 32);
       repeat<kRows>([&](auto t) AXC_INLINE {
@@ -114,15 +121,15 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
         acc[t][1] += Vi(_mm256_madd_epi16(w1, both));
       });
     }
-    repeat<kRows>([&](auto t) AXC_INLINE {
-      repeat<2>([&](auto v) AXC_INLINE {
-        float* at = c + t * kIntPanel + v * kWidth;
-        Vf factor = all(scales[t * kGroups]);
-        if (kGroup) factor *= load(row_scales + g * kIntPanel + v * kWidth);
-        store(at, load(at) + __builtin_convertvector(acc[t][v], Vf) * factor);
-      });
+    each([&](auto t, auto v) AXC_INLINE {
+      const Vf sum = __builtin_convertvector(acc[t][v], Vf);
+      total[t][v] = kGroup ? fma(sum, load(row_scales + g * kIntPanel + v * kWidth), total[t][v]) : sum;
     });
   }
+  each([&](auto t, auto v) AXC_INLINE {
+    float* at = c + t * kIntPanel + v * kWidth;
+    store(at, fma(total[t][v], scales[t * kGroups], load(at)));
+  });
 }
 
 // Products of a group of columns with their activations, as unsigned nibbles or signed bytes.
@@ -145,55 +152,42 @@ AXC_INLINE inline Vi products(const uint8_t* weights, const uint8_t* levels, siz
   return acc;
 }
 
-// kGroup 0: without the scale, which is one for the row.
-template <bool kFour, size_t kGroup>
-[[gnu::noinline]] float dot_row(const Matrix& w, size_t row, const Activations& a, size_t token) {
+template <bool kFour>
+constexpr int32_t kOffset = kFour ? 8 : 0;
+
+template <bool kFour, size_t kGroup, Precision>
+AXC_INLINE inline void group_sums(const uint8_t* const rows[4], size_t first, size_t count, size_t columns,
+                                  const uint8_t* levels, const uint8_t*, Vi* sums) {
   constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan, kBytes = kFour ? kSpan / 2 : kSpan;
-  const size_t entry = a.entry(0, token), groups = (w.columns + kSpan - 1) / kSpan;
-  const uint8_t *weights = w.data + row * w.stride(), *levels = a.levels + entry * kLevelBytes;
-  Vf total{}, offset{};
-  for (size_t first = 0; first < groups; first += kWidth) {
-    const size_t count = least(kWidth, groups - first), own = entry * kGroups + first;
-    Vf factors = scales_at(a, own);
-    if (kGroup) factors *= scales_at(w, row, first, count);
-    if (count < kWidth) factors = first_lanes(factors, count);
-    if (kFour || w.zeros) {
-      Vf away = all(kFour ? 8.0f : 0.0f);
-      if (w.zeros) away += zeros_at(w, row, first, count);
-      offset += factors * sums_at(a, own) * away;
-    }
-    float each[kWidth];
-    store(each, factors);
-    for (size_t g = 0; g < count; ++g, weights += kBytes, levels += 2 * kSpan) {
-      const size_t left = w.columns - (first + g) * kSpan;
-      const Vi sum = left < kSpan ? products<kFour>(weights, levels, left) : products<kFour>(weights, levels, kSpan);
-      total += __builtin_convertvector(sum, Vf) * each[g];
+  Vi quads[kGroups][2] = {};  // lane r and lane 4 + r are to be added: row r
+  for (size_t b = 0; b < count; ++b) {
+    for (size_t g = 0; g < kGroups; ++g) {
+      const size_t group = (first + b) * kGroups + g, left = columns > group * kSpan ? columns - group * kSpan : 0;
+      const uint8_t* of = levels + b * kLevelBytes + 2 * g * kSpan;
+      Vi rows_of[4];
+      repeat<4>([&](auto r) AXC_INLINE {
+        const uint8_t* at = rows[r] + group * kBytes;
+        rows_of[r] = left < kSpan ? products<kFour>(at, of, left) : products<kFour>(at, of, kSpan);
+      });
+      quads[g][b] = quad_sums(rows_of[0], rows_of[1], rows_of[2], rows_of[3]);
     }
   }
-  return sum(total - offset);
+  repeat<kGroups>([&](auto g) AXC_INLINE {
+    const __m256i a = __m256i(quads[g][0]), b = __m256i(quads[g][1]);
+    sums[g] = Vi(_mm256_permute2x128_si256(a, b, 0x20)) + Vi(_mm256_permute2x128_si256(a, b, 0x31));
+  });
 }
 
-// 8-bit levels of a row that has one scale and no zero points: nothing but products and the activations' scales.
-[[gnu::noinline]] float dot_bytes(const Matrix& w, size_t row, const Activations& a, size_t token) {
-  const uint8_t* weights = w.data + row * w.columns;
-  Vf total{};
-  for (size_t b = 0; b < a.blocks(); ++b, weights += kBlock) {
-    const size_t entry = a.entry(b, token);
-    const Vi sum = products<false>(weights, a.levels + entry * kLevelBytes, least(kBlock, w.columns - b * kBlock));
-    total += __builtin_convertvector(sum, Vf) * a.scales[entry * a.groups()];
-  }
-  return sum(total);
-}
+}  // namespace
+}  // namespace axc
 
-constexpr size_t kDotRows = 1;
+#include "integer_rows.h"
 
-inline void dots(const Matrix& w, size_t row, size_t, const Activations& a, size_t token, float* out) {
-  const bool four = w.arithmetic == Arithmetic::Int4;
-  if (w.arithmetic == Arithmetic::Int8 && !w.zeros) {
-    *out = dot_bytes(w, row, a, token);
-    return;
-  }
-  *out = by_group(w, a, [&](auto group) { return (four ? dot_row<true, group> : dot_row<false, group>)(w, row, a, token); });
+namespace axc {
+namespace {
+
+void dots(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
+  dots_in<Precision::Bits16>(w, row, a, token, out);  // levels have 16 bits here, whatever the precision
 }
 
 constexpr bool kRoundsBfloat16 = false;

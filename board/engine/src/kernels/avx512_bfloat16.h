@@ -33,12 +33,35 @@ constexpr ByCount<Bfloat16Tile, sizeof...(kRows)> bfloat16_tiles(std::index_sequ
   return {{bfloat16_tile<kRows + 1>...}};
 }
 
+// A few tokens: as float_columns, two columns at a time.
+void bfloat16_columns(const InPlaceRows& rows, size_t columns, const uint8_t* levels, float* out) {
+  constexpr size_t kStep = 32;
+  Vf acc[kInPlaceVectors] = {};
+  for (size_t k = 0; k < columns; k += kStep) {
+    repeat<kInPlaceVectors>([&](auto v) AXC_INLINE {
+      Vf words[16];
+      rows.prefetch(v, 2 * k);
+      rows.turn(v, 2 * k, 2 * least(kStep, columns - k), words);
+      repeat<16>([&](auto i) AXC_INLINE {
+        const __m512i x = _mm512_set1_epi32(dword(levels + 2 * k + 4 * i));
+        acc[v] = Vf(_mm512_dpbf16_ps(__m512(acc[v]), (__m512bh)words[i], (__m512bh)x));
+      });
+    });
+  }
+  repeat<kInPlaceVectors>([&](auto v) AXC_INLINE { store(out + 16 * v, acc[v]); });
+}
+
 void bfloat16_linear(const LinearJob& job, size_t first, size_t last, void* scratch) {
   constexpr size_t kRows = 12, kBytes = 2 * kBlock, kPanelBytes = kIntPanel * kBytes;
   static constexpr auto kTiles = bfloat16_tiles(std::make_index_sequence<kRows>());
   static_assert(kBytes == kLevelBytes && kPanelBytes + kTokenChunk * kIntPanel * sizeof(float) <= kLinearScratch);
   const Matrix& w = *job.weight;
   const Activations& a = *job.levels;
+  if (job.tokens <= kTokensByDot) {
+    return each_in_place(job, first, last, [&](const InPlaceRows& rows, size_t t, float* out) {
+      bfloat16_columns(rows, w.columns, a.levels + a.entry(0, t) * kLevelBytes, out);
+    });
+  }
   uint8_t* panel = static_cast<uint8_t*>(scratch);
   float* c = reinterpret_cast<float*>(panel + kPanelBytes);
   for (size_t begin = 0; begin < job.tokens; begin += kTokenChunk) {

@@ -21,7 +21,9 @@ constexpr size_t kIntPanel = 32, kPrefetched = 16384;
 }  // namespace
 }  // namespace axc
 
+#include "avx512_turned.h"
 #include "prefetch.h"
+#include "quads.h"
 #include "scales.h"
 
 namespace axc {
@@ -76,27 +78,6 @@ inline void store_unsigned(const int16_t* levels, Precision precision, Arithmeti
 }
 
 inline __mmask64 first_bytes(size_t count) { return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
-
-// 64 bytes of each of 16 rows, turned: r[i] has bytes 4 i to 4 i + 3 of every row. Rows 4 apart are put together as they
-// are loaded, which spares half the shuffles.
-AXC_INLINE inline void turned(const uint8_t* w, size_t stride, __m512i r[16]) {
-  repeat<4>([&](auto chunk) AXC_INLINE {
-    __m512i x[4];
-    repeat<4>([&](auto i) AXC_INLINE {
-      const auto quarter = [&](size_t row) AXC_INLINE {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w + row * stride + 16 * chunk));
-      };
-      x[i] = _mm512_broadcast_i32x4(quarter(i));
-      x[i] = _mm512_mask_broadcast_i32x4(x[i], 0x00F0, quarter(i + 4));
-      x[i] = _mm512_mask_broadcast_i32x4(x[i], 0x0F00, quarter(i + 8));
-      x[i] = _mm512_mask_broadcast_i32x4(x[i], 0xF000, quarter(i + 12));
-    });
-    const __m512i a = _mm512_unpacklo_epi32(x[0], x[1]), b = _mm512_unpackhi_epi32(x[0], x[1]);
-    const __m512i c = _mm512_unpacklo_epi32(x[2], x[3]), d = _mm512_unpackhi_epi32(x[2], x[3]);
-    r[4 * chunk] = _mm512_unpacklo_epi64(a, c), r[4 * chunk + 1] = _mm512_unpackhi_epi64(a, c);
-    r[4 * chunk + 2] = _mm512_unpacklo_epi64(b, d), r[4 * chunk + 3] = _mm512_unpackhi_epi64(b, d);
-  });
-}
 
 // Calls store(group, half, r) for every 16 rows and 64 bytes of a block, turned. Missing rows and bytes are zeros.
 template <size_t kBytes, class Store>
@@ -186,12 +167,12 @@ inline int32_t dword(const uint8_t* at) {
   return value;
 }
 
-// c += sums, times the scales.
+// c += the sums of a block, times the scales.
 template <bool kScaled>
 AXC_INLINE inline void add_scaled(Vi sums, float scale, const float* row_scales, float* c) {
-  Vf factor = all(scale);
-  if (kScaled) factor *= load(row_scales);
-  store(c, load(c) + __builtin_convertvector(sums, Vf) * factor);
+  Vf values = __builtin_convertvector(sums, Vf);
+  if (kScaled) values *= load(row_scales);
+  store(c, fma(values, scale, load(c)));
 }
 
 // All of a block: high and low bytes in sums of their own.
@@ -255,12 +236,12 @@ void group_tile(const uint8_t* panel, const uint8_t* levels, const float* scales
     }
     add(levels + kBlock);
     each([&](auto t, auto v) AXC_INLINE {
-      total[t][v] += __builtin_convertvector(acc[t][v], Vf) * load(row_scales + g * kIntPanel + 16 * v);
+      total[t][v] = fma(__builtin_convertvector(acc[t][v], Vf), load(row_scales + g * kIntPanel + 16 * v), total[t][v]);
     });
   }
   each([&](auto t, auto v) AXC_INLINE {
     float* at = c + t * kIntPanel + 16 * v;
-    store(at, load(at) + total[t][v] * scales[t * (kBlock / kGroup)]);
+    store(at, fma(total[t][v], scales[t * (kBlock / kGroup)], load(at)));
   });
 }
 
@@ -273,18 +254,16 @@ constexpr auto bytes_tile = [] {
   }
 }();
 
-constexpr size_t kDotRows = 4;
-
 // The sums of unsigned weights times levels in each lane: 256 high + low, by one chain of sums.
 template <Precision kPrecision, class... Weights>
-AXC_INLINE inline Vf lane_products(const __m512i* high, const __m512i* low, Weights... w) {
+AXC_INLINE inline Vi lane_products(const __m512i* high, const __m512i* low, Weights... w) {
   __m512i sum = _mm512_setzero_si512();
   if (kPrecision == Precision::Bits16) {
     ((sum = _mm512_dpbusd_epi32(sum, w, *high++)), ...);
     sum = _mm512_slli_epi32(sum, 8);
   }
   ((sum = _mm512_dpbusd_epi32(sum, w, *low++)), ...);
-  return __builtin_convertvector(Vi(sum), Vf);
+  return Vi(sum);
 }
 
 // A block of a row as unsigned bytes, `columns` of it.
@@ -308,105 +287,53 @@ AXC_INLINE inline void unsigned_bytes(const uint8_t* at, size_t columns, __m512i
   }
 }
 
-// Of 16 scales of a row.
-AXC_INLINE inline Vf masked_scales(const Matrix& w, size_t at, __mmask16 there) {
-  if (w.scale_type == Type::Float16) {
-    return Vf(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, static_cast<const uint16_t*>(w.scales) + at)));
-  }
-  return Vf(_mm512_maskz_loadu_ps(there, static_cast<const float*>(w.scales) + at));
+template <bool kFour>
+constexpr int32_t kOffset = kFour ? 8 : 128;
+
+// The quarters of four vectors as a matrix: rows become columns.
+AXC_INLINE inline void transpose_quarters(Vi v[4]) {
+  const auto taken = [](Vi a, Vi b, auto which) AXC_INLINE { return Vi(_mm512_shuffle_i32x4(__m512i(a), __m512i(b), which)); };
+  constexpr std::integral_constant<int, 0x44> kLower;
+  constexpr std::integral_constant<int, 0xEE> kUpper;
+  constexpr std::integral_constant<int, 0x88> kEven;
+  constexpr std::integral_constant<int, 0xDD> kOdd;
+  const Vi a = taken(v[0], v[1], kLower), b = taken(v[0], v[1], kUpper), c = taken(v[2], v[3], kLower), d = taken(v[2], v[3], kUpper);
+  v[0] = taken(a, c, kEven), v[1] = taken(a, c, kOdd), v[2] = taken(b, d, kEven), v[3] = taken(b, d, kOdd);
 }
 
-// And zero points.
-AXC_INLINE inline Vf zeros_of(const Matrix& w, size_t at, __mmask16 there) {
-  return __builtin_convertvector(Vi(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(there, w.zeros + at))), Vf);
-}
-
-// Which of 16 scales belongs to a lane of a product, of the first block that they are of. The 4 columns of a lane are of
-// one group: with 4-bit weights the first and the second 64 bytes of levels are of the same groups.
-template <bool kFour, size_t kGroup>
-alignas(64) constexpr auto kScaleOfLane = [] {
-  struct { int32_t of[2][16]; } lanes{};
-  for (int32_t lane = 0; lane < 16; ++lane) {
-    lanes.of[0][lane] = lane * (kFour ? 8 : 4) / static_cast<int32_t>(kGroup);
-    lanes.of[1][lane] = kFour ? lanes.of[0][lane] : (64 + lane * 4) / static_cast<int32_t>(kGroup);
-  }
-  return lanes;
-}();
-
-// kRows rows of a weight with one token. Out of the loop that calls it: inlined it runs short of registers. kGroup 0:
-// without the scale, which is one for the row.
-template <bool kFour, size_t kGroup, Precision kPrecision, size_t kRows>
-[[gnu::noinline]] void dot_rows(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
-  constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan, kTogether = 16 / kGroups;
-  constexpr size_t kBytes = kFour ? kBlock / 2 : kBlock;
-  constexpr float kOffset = kFour ? 8 : 128;  // of levels as unsigned numbers
-  const size_t blocks = a.blocks(), groups = (w.columns + kSpan - 1) / kSpan, stride = w.stride();
-  const uint8_t *weights = w.data + row * stride, *ahead = weights + kPrefetched;
-  Vf total[kRows], offset[kRows];
-  repeat<kRows>([&](auto r) AXC_INLINE { total[r] = offset[r] = Vf{}; });
-  for (size_t first = 0; first < blocks; first += kTogether) {
-    const size_t entry = a.entry(first, token), count = least(kTogether, blocks - first), group = first * kGroups;
-    const __mmask16 there = static_cast<__mmask16>((1u << least(16, groups - group)) - 1);
-    const Vf scales = Vf(_mm512_maskz_loadu_ps(there, a.scales + entry * kGroups));
-    const Vf sums = __builtin_convertvector(Vi(_mm512_maskz_loadu_epi32(there, a.sums + entry * kGroups)), Vf) * scales;
-    Vf factors[kRows];
-    alignas(64) float stored[kRows][16];
-    repeat<kRows>([&](auto r) AXC_INLINE {
-      const Vf own = kGroup ? masked_scales(w, (row + r) * groups + group, there) : all(1.0f);
-      const Vf away = w.zeros ? zeros_of(w, (row + r) * groups + group, there) + kOffset : all(kOffset);
-      if (kGroup || r == 0) factors[r] = scales * own, store(stored[r], factors[r]), offset[r] += sums * own * away;
-    });
-    for (size_t b = 0; b < count; ++b) {
-      const uint8_t *at = weights + (first + b) * kBytes, *of = a.levels + (entry + b) * kLevelBytes;
-      const size_t columns = least(kBlock, w.columns - (first + b) * kBlock);
-      __m512i levels[4];
-      for (size_t i = 0; i < 4; ++i) levels[i] = _mm512_loadu_si512(of + 64 * i);
-      fetch(ahead, kRows * kBytes);
-      ahead += kRows * kBytes;
-      const auto factor = [&](size_t r, size_t half) AXC_INLINE {
-        const __m512i lanes = _mm512_add_epi32(_mm512_load_si512(kScaleOfLane<kFour, kSpan>.of[half]),
-                                               _mm512_set1_epi32(static_cast<int>(b * kGroups)));
-        return Vf(_mm512_permutexvar_ps(lanes, __m512(factors[r])));
-      };
-      repeat<kRows>([&](auto r) AXC_INLINE {
-        __m512i w0, w1;
-        unsigned_bytes<kFour>(at + r * stride, columns, w0, w1);
-        if constexpr (kGroups == 1) {
-          total[r] += lane_products<kPrecision>(levels, levels + 2, w0, w1) * stored[kGroup ? r : 0][b];
-        } else if constexpr (kFour) {
-          total[r] += lane_products<kPrecision>(levels, levels + 2, w0, w1) * factor(r, 0);
-        } else {
-          total[r] += lane_products<kPrecision>(levels, levels + 2, w0) * factor(r, 0);
-          total[r] += lane_products<kPrecision>(levels + 1, levels + 3, w1) * factor(r, 1);
-        }
-      });
-    }
-  }
-  repeat<kRows>([&](auto r) AXC_INLINE {
-    out[r] = sum(total[r] - offset[kGroup ? r : 0]);
-  });
-}
-
+// A lane has the products of 4 columns, of 8 neighbours with 4-bit weights: quarter j of a vector is of the columns
+// [32 j, 32 j + 32) of a block, or of [16 j, 16 j + 16) of each half of it.
 template <bool kFour, size_t kGroup, Precision kPrecision>
-void dots_of(const Matrix& w, size_t row, size_t rows, const Activations& a, size_t token, float* out) {
-  constexpr size_t kTogether = kFour ? 4 : 2;  // what measured fastest
-  size_t r = 0;
-  for (; r + kTogether <= rows; r += kTogether) {
-    dot_rows<kFour, kGroup, kPrecision, kTogether>(w, row + r, a, token, out + r);
+AXC_INLINE inline void group_sums(const uint8_t* const rows[4], size_t first, size_t count, size_t columns,
+                                  const uint8_t* levels, const uint8_t* ahead, Vi* sums) {
+  constexpr size_t kBytes = kFour ? kBlock / 2 : kBlock, kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan;
+  constexpr size_t kHalves = !kFour && kGroups > 1 ? 2 : 1;
+  Vi quads[kHalves][4] = {};  // of each block; lane 4 j + r: quarter j with row r
+  for (size_t b = 0; b < count; ++b, levels += kLevelBytes, ahead += 4 * kBytes) {
+    const size_t left = least(kBlock, columns - (first + b) * kBlock);
+    __m512i x[4];
+    repeat<4>([&](auto i) AXC_INLINE { x[i] = _mm512_loadu_si512(levels + 64 * i); });
+    fetch(ahead, 4 * kBytes);
+    Vi products[kHalves][4];
+    repeat<4>([&](auto r) AXC_INLINE {
+      __m512i w0, w1;
+      unsigned_bytes<kFour>(rows[r] + (first + b) * kBytes, left, w0, w1);
+      if constexpr (kHalves == 1) {
+        products[0][r] = lane_products<kPrecision>(x, x + 2, w0, w1);
+      } else {
+        products[0][r] = lane_products<kPrecision>(x, x + 2, w0);
+        products[1][r] = lane_products<kPrecision>(x + 1, x + 3, w1);
+      }
+    });
+    repeat<kHalves>([&](auto h) AXC_INLINE {
+      quads[h][b] = quad_sums(products[h][0], products[h][1], products[h][2], products[h][3]);
+    });
   }
-  for (; r < rows; ++r) dot_rows<kFour, kGroup, kPrecision, 1>(w, row + r, a, token, out + r);
-}
-
-template <Precision kPrecision>
-void dots_in(const Matrix& w, size_t row, size_t rows, const Activations& a, size_t token, float* out) {
-  const bool four = w.arithmetic == Arithmetic::Int4;
-  by_group(w, a, [&](auto group) {
-    (four ? dots_of<true, group, kPrecision> : dots_of<false, group, kPrecision>)(w, row, rows, a, token, out);
+  repeat<kGroups>([&](auto g) AXC_INLINE { sums[g] = Vi{}; });
+  repeat<kHalves>([&](auto h) AXC_INLINE {
+    transpose_quarters(quads[h]);
+    repeat<4>([&](auto j) AXC_INLINE { sums[kHalves == 2 ? (64 * h + 16 * j) / kSpan : 32 * j / kSpan] += quads[h][j]; });
   });
-}
-
-void dots(const Matrix& w, size_t row, size_t rows, const Activations& a, size_t token, float* out) {
-  (a.precision == Precision::Bits8 ? dots_in<Precision::Bits8> : dots_in<Precision::Bits16>)(w, row, rows, a, token, out);
 }
 
 inline bool has_avx512() { return cpu_has({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"}); }

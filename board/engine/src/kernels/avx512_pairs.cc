@@ -5,8 +5,14 @@
 #include "avx512_bfloat16.h"
 #include "avx512_bytes.h"
 
+#include "integer_rows.h"
+
 namespace axc {
 namespace {
+
+inline void dots(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
+  (a.precision == Precision::Bits8 ? dots_in<Precision::Bits8> : dots_in<Precision::Bits16>)(w, row, a, token, out);
+}
 
 constexpr size_t kIntRows = 8;
 constexpr size_t kPairPanel = 2 * kIntPanel * kBlock;  // bytes; behind them 32 times minus the sum of w0 w1
@@ -93,6 +99,8 @@ template <size_t kRows, size_t kGroup>
 void pair_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t* sums,
                const float* row_scales, size_t columns, float* c) {
   constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan;
+  Vf total[kRows][2];  // of a block of several groups
+  if (kGroups > 1) repeat<kRows>([&](auto t) AXC_INLINE { total[t][0] = total[t][1] = Vf{}; });
   for (size_t g = 0; g * kSpan < columns; ++g) {
     Vu acc[kRows][2];
     repeat<2>([&](auto v) AXC_INLINE {
@@ -113,8 +121,20 @@ void pair_tile(const uint8_t* panel, const uint8_t* levels, const float* scales,
     }
     repeat<kRows>([&](auto t) AXC_INLINE {
       repeat<2>([&](auto v) AXC_INLINE {
-        add_scaled<kGroup != 0>(Vi(acc[t][v]), scales[t * kGroups], row_scales + g * kIntPanel + 16 * v,
-                                c + t * kIntPanel + 16 * v);
+        const float* own = row_scales + g * kIntPanel + 16 * v;
+        if constexpr (kGroups > 1) {
+          total[t][v] = fma(__builtin_convertvector(Vi(acc[t][v]), Vf), load(own), total[t][v]);
+        } else {
+          add_scaled<kGroup != 0>(Vi(acc[t][v]), scales[t], own, c + t * kIntPanel + 16 * v);
+        }
+      });
+    });
+  }
+  if constexpr (kGroups > 1) {
+    repeat<kRows>([&](auto t) AXC_INLINE {
+      repeat<2>([&](auto v) AXC_INLINE {
+        float* at = c + t * kIntPanel + 16 * v;
+        store(at, fma(total[t][v], scales[t * kGroups], load(at)));
       });
     });
   }

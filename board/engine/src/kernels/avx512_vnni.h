@@ -3,8 +3,14 @@
 
 #include "avx512_bytes.h"
 
+#include "integer_rows.h"
+
 namespace axc {
 namespace {
+
+inline void dots(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
+  (a.precision == Precision::Bits8 ? dots_in<Precision::Bits8> : dots_in<Precision::Bits16>)(w, row, a, token, out);
+}
 
 constexpr size_t kIntRows = 6;
 

@@ -1,8 +1,8 @@
-// Products in float32 with weights of any type: in place for a few tokens, else packed. And what ends every product.
+// Products in float32 with weights of any type: in place for a few tokens, else packed. Every sum runs over the columns
+// in order. And what ends every product.
 #pragma once
 
-#include "float_tile.h"
-#include "prefetch.h"
+#include "float_in_place.h"
 #include "scales.h"
 
 namespace axc {
@@ -64,59 +64,6 @@ AXC_INLINE inline Vf widened(const uint8_t* at, size_t count = kWidth) {
   }
 }
 
-// kRows rows of a weight of floats with one token, in place.
-template <Type kType, size_t kRows>
-void float_dots(const Matrix& w, size_t row, const float* x, float* out) {
-  constexpr size_t kBytes = kType == Type::Float ? 4 : 2, kTogether = 2 * kWidth;
-  const size_t stride = w.columns * kBytes;
-  const uint8_t *at = w.data + row * stride, *ahead = at + kPrefetched;
-  Vf acc[kRows][2];
-  repeat<kRows>([&](auto r) AXC_INLINE { acc[r][0] = acc[r][1] = Vf{}; });
-  size_t k = 0;
-  for (; k + kTogether <= w.columns; k += kTogether) {
-    if (kPrefetched) fetch(ahead, kRows * kTogether * kBytes);
-    ahead += kRows * kTogether * kBytes;
-    repeat<2>([&](auto v) AXC_INLINE {
-      const Vf own = load(x + k + v * kWidth);
-      repeat<kRows>([&](auto r) AXC_INLINE {
-        acc[r][v] += widened<kType>(at + r * stride + (k + v * kWidth) * kBytes) * own;
-      });
-    });
-  }
-  for (; k < w.columns; k += kWidth) {
-    const size_t n = least(kWidth, w.columns - k);
-    const Vf own = load_some(x + k, n);
-    repeat<kRows>([&](auto r) AXC_INLINE { acc[r][0] += widened<kType>(at + r * stride + k * kBytes, n) * own; });
-  }
-  repeat<kRows>([&](auto r) AXC_INLINE { out[r] = sum(acc[r][0] + acc[r][1]); });
-}
-
-using FloatDots = void (*)(const Matrix&, size_t, const float*, float*);
-
-// Null for types that are widened by blocks.
-template <size_t kRows>
-constexpr FloatDots float_dots_of(Type type) {
-  switch (type) {
-    case Type::Float: return float_dots<Type::Float, kRows>;
-    case Type::Float16: return float_dots<Type::Float16, kRows>;
-    case Type::BFloat16: return float_dots<Type::BFloat16, kRows>;
-    default: return nullptr;
-  }
-}
-
-inline float dot(const float* a, const float* b, size_t count) {
-  Vf acc[4]{};
-  size_t i = 0;
-  for (; i + 4 * kWidth <= count; i += 4 * kWidth) {
-    for (size_t v = 0; v < 4; ++v) acc[v] += load(a + i + v * kWidth) * load(b + i + v * kWidth);
-  }
-  for (; i < count; i += kWidth) {
-    const size_t n = least(kWidth, count - i);
-    acc[0] += load_some(a + i, n) * load_some(b + i, n);
-  }
-  return sum((acc[0] + acc[1]) + (acc[2] + acc[3]));
-}
-
 // The epilogue of a product: adds what is to be added and stores.
 inline void finish(const LinearJob& job, size_t token, size_t row, float value) {
   if (job.bias) value += job.bias[row];
@@ -139,34 +86,16 @@ inline void finish_rows(const LinearJob& job, size_t token, size_t row, size_t r
   for (; r < rows; ++r) finish(job, token, row + r, scales ? values[r] * scales[r] : values[r]);
 }
 
-// A few tokens: the weight is read in place, or a row at a time widened.
-inline void float_linear_in_place(const LinearJob& job, size_t first, size_t last, float* wide) {
-  constexpr size_t kRows = 4;
-  const Matrix& w = *job.weight;
-  size_t row = first;
-  if (const FloatDots dots = float_dots_of<kRows>(w.type)) {
-    for (; row < last; row += kRows) {
-      const size_t rows = least(kRows, last - row);
-      for (size_t t = 0; t < job.tokens; ++t) {
-        float products[kRows];
-        const float* x = job.x + t * w.columns;
-        if (rows == kRows) dots(w, row, x, products);
-        for (size_t r = 0; r < rows; ++r) {
-          if (rows < kRows) float_dots_of<1>(w.type)(w, row + r, x, products + r);
-          finish(job, t, row + r, products[r]);
-        }
-      }
+// A few tokens: out = what `columns(rows, token, out)` gives for kInPlaceRows rows.
+template <class Columns>
+inline void each_in_place(const LinearJob& job, size_t first, size_t last, Columns columns) {
+  for (size_t row = first; row < last; row += kInPlaceRows) {
+    const InPlaceRows rows(*job.weight, row);
+    for (size_t t = 0; t < job.tokens; ++t) {
+      float products[kInPlaceRows];
+      columns(rows, t, products);
+      finish_rows(job, t, row, least(kInPlaceRows, last - row), products, nullptr);
     }
-    return;
-  }
-  for (; row < last; ++row) {
-    float totals[kTokensByDot]{};
-    for (size_t k = 0; k < w.columns; k += kDepth) {
-      const size_t depth = least(kDepth, w.columns - k);
-      widen_row(w, row, k, depth, wide);
-      for (size_t t = 0; t < job.tokens; ++t) totals[t] += dot(wide, job.x + t * w.columns + k, depth);
-    }
-    for (size_t t = 0; t < job.tokens; ++t) finish(job, t, row, totals[t]);
   }
 }
 
@@ -199,7 +128,11 @@ inline void float_linear(const LinearJob& job, size_t first, size_t last, void* 
   float* panel = static_cast<float*>(scratch);
   float* wide = panel + kPanel * kDepth;
   float* c = wide + kPanel * kDepth;
-  if (job.tokens <= kTokensByDot) return float_linear_in_place(job, first, last, wide);
+  if (const FloatColumns columns = float_columns_of(w.type); columns && job.tokens <= kTokensByDot) {
+    return each_in_place(job, first, last, [&](const InPlaceRows& rows, size_t t, float* out) {
+      columns(rows, w.columns, job.x + t * w.columns, out);
+    });
+  }
   for (size_t begin = 0; begin < job.tokens; begin += kTokenChunk) {
     const size_t tokens = least(kTokenChunk, job.tokens - begin);
     for (size_t row = first; row < last; row += kPanel) {

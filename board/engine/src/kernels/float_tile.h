@@ -20,7 +20,7 @@ void float_tile(const float* panel, size_t panel_stride, const float* a, size_t 
   for (size_t k = 0; k < depth; ++k) {
     Vf w[kVectors];
     repeat<kVectors>([&](auto v) AXC_INLINE { w[v] = load(panel + k * panel_stride + v * kWidth); });
-    each([&](auto t, auto v) AXC_INLINE { acc[t][v] += w[v] * a[t * a_stride + k]; });
+    each([&](auto t, auto v) AXC_INLINE { acc[t][v] = fma(w[v], a[t * a_stride + k], acc[t][v]); });
   }
   each([&](auto t, auto v) AXC_INLINE { store(c + t * c_stride + v * kWidth, acc[t][v]); });
 }

@@ -1,14 +1,18 @@
-// Products of integer weights with activations rounded to levels. Sums within a block are exact integers, whatever the
-// instruction set. Its file brings, before it includes this:
+// Products of integer weights with activations rounded to levels. Sums within a group of columns are exact integers,
+// whatever the instruction set; the float sum of an output has one order:
+//   y = 0; where there are zero points, for each group: y = fma(sum of its activations, -scale of the group * zero, y)
+//   for each block: b = 0; for each of its groups: b = fma(sum, scale of the group, b); y = fma(b, scale of the block, y)
+//   where a row has one scale, b is the block's sum, and y is scaled at the end
+// Its file brings, before it includes this:
 //   kIntRows, kIntPanel       tokens and outputs of a tile
 //   store_levels              one block of activations in the order its products read, and what they need besides of
 //                             each group of columns that share a scale of the weight
 //   pack_int8, pack_int4      <precision>: one block of kIntPanel rows of a weight
-//   int_tile                  <tokens, group, precision>: c[t][o] += scale[t] * sum of row_scale[g][o] * product over the
-//                             columns of group g; group 0: c[t][o] += scale[t] * product
+//   int_tile                  <tokens, group, precision>: a block: c[t][o] += scale[t] * sum over groups g of row_scale[g][o]
+//                             * product; group 0: c[t][o] += scale[t] * product
 //   kRoundsBfloat16           whether there is kBfloat16Linear: rows [first, last) by products of bfloat16
-//   kDotRows, dots            whole rows of a weight, in place, with one token: zero points taken off, and scaled unless
-//                             there is one scale for the row
+//   kDotRows, dots            the same for whole rows of a weight, in place, with one token; writes kDotRows numbers, also
+//                             where fewer rows are left
 #pragma once
 
 #include "panels.h"
@@ -69,25 +73,27 @@ inline void quantise(const float* x, Arithmetic order, size_t first, size_t last
 }
 
 // Rows as they lie in memory: what bounds this is how fast the weight is read.
-inline void int_linear_in_place(const LinearJob& job, size_t first, size_t last) {
+inline void int_linear_in_place(const LinearJob& job, size_t first, size_t last, void* scratch) {
+  static_assert(kPanel % kDotRows == 0);
   const Matrix& w = *job.weight;
   const bool by_row = w.arithmetic == Arithmetic::Int8;
-  for (size_t row = first; row < last; row += kDotRows) {
-    const size_t rows = least(kDotRows, last - row);
-    for (size_t t = 0; t < job.tokens; ++t) {
-      float products[kDotRows];
-      dots(w, row, rows, *job.levels, t, products);
-      for (size_t r = 0; r < rows; ++r) {
-        if (by_row) products[r] *= scale_at(w, row + r);
-        finish(job, t, row + r, products[r]);
-      }
+  float* c = static_cast<float*>(scratch);
+  float* scales = c + kTokensByDot * kPanel;
+  for (size_t row = first; row < last; row += kPanel) {
+    const size_t rows = least(kPanel, last - row);
+    std::memset(c, 0, job.tokens * kPanel * sizeof(float));
+    if (w.zeros) subtract_zeros(w, *job.levels, row, rows, 0, job.tokens, scales, c);
+    for (size_t r = 0; r < rows; r += kDotRows) {
+      for (size_t t = 0; t < job.tokens; ++t) dots(w, row + r, *job.levels, t, c + t * kPanel + r);
     }
+    if (by_row) widen(w.scale_type, static_cast<const uint8_t*>(w.scales) + row * w.scale_bytes(), rows, scales);
+    for (size_t t = 0; t < job.tokens; ++t) finish_rows(job, t, row, rows, c + t * kPanel, by_row ? scales : nullptr);
   }
 }
 
 inline void linear(const LinearJob& job, size_t first, size_t last, void* scratch) {
   const Arithmetic arithmetic = job.weight->arithmetic;
-  if (kRoundsBfloat16 && arithmetic == Arithmetic::BFloat16 && job.tokens > kTokensByDot) {
+  if (kRoundsBfloat16 && arithmetic == Arithmetic::BFloat16) {
     kBfloat16Linear(job, first, last, scratch);
   } else if (arithmetic == Arithmetic::Float || arithmetic == Arithmetic::BFloat16) {
     float_linear(job, first, last, scratch);
@@ -95,7 +101,7 @@ inline void linear(const LinearJob& job, size_t first, size_t last, void* scratc
     const bool narrow = job.levels->precision == Precision::Bits8;
     (narrow ? panel_linear<Precision::Bits8> : panel_linear<Precision::Bits16>)(job, first, last, scratch);
   } else {
-    int_linear_in_place(job, first, last);
+    int_linear_in_place(job, first, last, scratch);
   }
 }
 

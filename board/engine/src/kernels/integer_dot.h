@@ -11,9 +11,8 @@ using Vw = int16_t __attribute__((vector_size(kWidth * 2)));
 
 inline int nibble_level(uint8_t byte, int which) { return ((byte >> 4 * which & 15) ^ 8) - 8; }
 
-inline void store_levels(const int16_t* levels, const Activations& of, Arithmetic, uint8_t* out, int32_t* sums) {
+inline void store_levels(const int16_t* levels, const Activations&, Arithmetic, uint8_t* out, int32_t*) {
   std::memcpy(out, levels, kLevelBytes);
-  store_sums(levels, of.group, sums);
 }
 
 // Panel: for every column kIntPanel outputs of 16 bits.
@@ -44,6 +43,8 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
   const auto each = [](auto f) AXC_INLINE {
     repeat<kRows>([&](auto t) AXC_INLINE { repeat<kAcross>([&](auto v) AXC_INLINE { f(t, v); }); });
   };
+  Vf total[kRows][kAcross];
+  each([&](auto t, auto v) AXC_INLINE { total[t][v] = Vf{}; });
   for (size_t g = 0; g * kSpan < columns; ++g) {
     Vi acc[kRows][kAcross];
     each([&](auto t, auto v) AXC_INLINE { acc[t][v] = Vi{}; });
@@ -61,24 +62,24 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
       });
     }
     each([&](auto t, auto v) AXC_INLINE {
-      float* at = c + t * kIntPanel + v * kWidth;
-      Vf factor = all(scales[t * kGroups]);
-      if (kGroup) factor *= load(row_scales + g * kIntPanel + v * kWidth);
-      store(at, load(at) + __builtin_convertvector(acc[t][v], Vf) * factor);
+      const Vf sum = __builtin_convertvector(acc[t][v], Vf);
+      total[t][v] = kGroup ? fma(sum, load(row_scales + g * kIntPanel + v * kWidth), total[t][v]) : sum;
     });
   }
+  each([&](auto t, auto v) AXC_INLINE {
+    float* at = c + t * kIntPanel + v * kWidth;
+    store(at, fma(total[t][v], scales[t * kGroups], load(at)));
+  });
 }
 
-// kGroup 0: without the scale, which is one for the row.
+// kGroup 0: without the scale, which is one for the row. Adds to `out`.
 template <bool kFour, size_t kGroup>
-float dot_row(const Matrix& w, size_t row, const Activations& a, size_t token) {
-  constexpr size_t kSpan = kGroup ? kGroup : kBlock, kBytes = kFour ? kSpan / 2 : kSpan;
+void dot_row(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
+  constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan, kBytes = kFour ? kSpan / 2 : kSpan;
   const uint8_t* weights = w.data + row * w.stride();
   const size_t entry = a.entry(0, token), groups = (w.columns + kSpan - 1) / kSpan;
   const int16_t* levels = reinterpret_cast<const int16_t*>(a.levels + entry * kLevelBytes);
-  const float* scales = a.scales + entry * a.groups();
-  const int32_t* sums = a.sums + entry * a.groups();
-  float total = 0;
+  float total = *out, of_block = 0;
   for (size_t g = 0; g < groups; ++g, weights += kBytes, levels += kSpan) {
     const auto sum_of = [&](size_t count) AXC_INLINE {
       int32_t sum = 0;
@@ -92,18 +93,20 @@ float dot_row(const Matrix& w, size_t row, const Activations& a, size_t token) {
       return static_cast<float>(sum);
     };
     const size_t left = w.columns - g * kSpan;
-    const float scale = kGroup ? scales[g] * scale_at(w, row * groups + g) : scales[g];
-    total += (left < kSpan ? sum_of(left) : sum_of(kSpan)) * scale;
-    if (w.zeros) total -= static_cast<float>(sums[g] * w.zeros[row * groups + g]) * scale;
+    const float sum = left < kSpan ? sum_of(left) : sum_of(kSpan);
+    of_block = kGroup ? fma(sum, scale_at(w, row * groups + g), of_block) : sum;
+    if ((g + 1) % kGroups && g + 1 < groups) continue;
+    total = fma(of_block, a.scales[entry * kGroups + g], total);
+    of_block = 0;
   }
-  return total;
+  *out = total;
 }
 
 constexpr size_t kDotRows = 1;
 
-inline void dots(const Matrix& w, size_t row, size_t, const Activations& a, size_t token, float* out) {
+inline void dots(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
   const bool four = w.arithmetic == Arithmetic::Int4;
-  *out = by_group(w, a, [&](auto group) { return (four ? dot_row<true, group> : dot_row<false, group>)(w, row, a, token); });
+  by_group(w, a, [&](auto group) { (four ? dot_row<true, group> : dot_row<false, group>)(w, row, a, token, out); });
 }
 
 }  // namespace

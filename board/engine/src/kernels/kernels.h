@@ -11,7 +11,7 @@ namespace axc {
 // How a matrix is multiplied.
 enum class Arithmetic {
   Float,       // widened to float32; any type and block
-  BFloat16,    // bfloat16 times activations rounded to bfloat16, where there are many tokens and such products; else as Float
+  BFloat16,    // bfloat16 times activations rounded to bfloat16, where there are such products; else as Float
   Int8,        // 8-bit levels, one scale a row, times 16-bit activations
   Int8Blocks,  // 8-bit levels, one scale for each 32, 64 or 128 columns of a row, times 16-bit activations
   Int4,        // 4-bit levels, as Int8Blocks
@@ -55,7 +55,7 @@ struct Activations {
   uint8_t* levels;  // kLevelBytes a block, in an order of the kernels' own; zeros behind `columns`; or bfloat16, unscaled
   float* scales;    // [entries, groups()], those of a block all the same
   int32_t* sums;    // [entries, groups()]; of what, is the kernels' own
-  float* totals;    // [rows, blocks() * groups()], the sums of values, of many rows; null where nobody asks for them
+  float* totals;    // [rows, blocks() * groups()], the sums of values; null where nobody asks for them
 
   size_t blocks() const { return (columns + kBlock - 1) / kBlock; }
   size_t groups() const { return kBlock / group; }
@@ -80,10 +80,11 @@ struct LinearJob {
   float* at(size_t token, size_t row) const { return y + token * y_stride + (row - y_origin); }
 };
 
-// Grouped-query attention over `history` cached and `tokens` current rows of `type`.
+// Grouped-query attention over `history` cached and `tokens` current rows of `type`. The first token's position is `past`:
+// so many cached rows come before it.
 struct AttentionJob {
   Type type;
-  size_t tokens, history, heads, kv_heads, head_dim;
+  size_t tokens, history, past, heads, kv_heads, head_dim;
   float scale, softcap;  // softcap 0: none
   const float* q;                                         // [tokens, heads * head_dim]
   const void *k_cache, *v_cache, *k_current, *v_current;  // [.., kv_heads * head_dim]

@@ -17,6 +17,7 @@ constexpr size_t kIntRows = 4, kIntPanel = 8, kPrefetched = 0;
 }  // namespace
 }  // namespace axc
 
+#include "quads.h"
 #include "scales.h"
 
 namespace axc {
@@ -24,8 +25,7 @@ namespace {
 
 // 128 high bytes, then 128 low ones; for 4-bit weights the even columns of every 32 come first: they are the low halves
 // of 16 bytes.
-void store_levels(const int16_t* levels, const Activations& of, Arithmetic order, uint8_t* out, int32_t* sums) {
-  store_sums(levels, of.group, sums);
+void store_levels(const int16_t* levels, const Activations&, Arithmetic order, uint8_t* out, int32_t*) {
   for (size_t i = 0; i < kBlock; ++i) {
     const int16_t level = levels[order == Arithmetic::Int4 ? i / 32 * 32 + i % 16 * 2 + i / 16 % 2 : i];
     const int high = (level + 128) >> 8;
@@ -78,6 +78,8 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
   columns = (columns + 31) / 32 * 32;  // packed
   const int8_t* weights = reinterpret_cast<const int8_t*>(panel);
   const int8_t* x = reinterpret_cast<const int8_t*>(levels);
+  Vf total[kRows][2];
+  repeat<kRows>([&](auto t) AXC_INLINE { total[t][0] = total[t][1] = Vf{}; });
   for (size_t g = 0; g * kSpan < columns; ++g) {
     int32x4_t high[kRows][2], low[kRows][2];
     repeat<kRows>([&](auto t) AXC_INLINE { high[t][0] = high[t][1] = low[t][0] = low[t][1] = vdupq_n_s32(0); });
@@ -101,14 +103,17 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
     }
     repeat<kRows>([&](auto t) AXC_INLINE {
       repeat<2>([&](auto v) AXC_INLINE {
-        float* at = c + t * kIntPanel + v * kWidth;
-        float32x4_t factor = vdupq_n_f32(scales[t * kGroups]);
-        if (kGroup) factor = vmulq_f32(factor, vld1q_f32(row_scales + g * kIntPanel + v * kWidth));
-        const int32x4_t sum = vaddq_s32(vshlq_n_s32(high[t][v], 8), low[t][v]);
-        vst1q_f32(at, vfmaq_f32(vld1q_f32(at), vcvtq_f32_s32(sum), factor));
+        const Vf sum = Vf(vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(high[t][v], 8), low[t][v])));
+        total[t][v] = kGroup ? fma(sum, load(row_scales + g * kIntPanel + v * kWidth), total[t][v]) : sum;
       });
     });
   }
+  repeat<kRows>([&](auto t) AXC_INLINE {
+    repeat<2>([&](auto v) AXC_INLINE {
+      float* at = c + t * kIntPanel + v * kWidth;
+      store(at, fma(total[t][v], scales[t * kGroups], load(at)));
+    });
+  });
 }
 
 // Both bytes of 16 levels, or the only one, with 16 weights.
@@ -139,45 +144,35 @@ AXC_INLINE inline int32x4_t products(const uint8_t* weights, const int8_t* level
   return vaddq_s32(vshlq_n_s32(high, 8), low);
 }
 
-// kGroup 0: without the scale, which is one for the row.
+template <bool>
+constexpr int32_t kOffset = 0;
+
 template <bool kFour, size_t kGroup, Precision kPrecision>
-float dot_row(const Matrix& w, size_t row, const Activations& a, size_t token) {
+AXC_INLINE inline void group_sums(const uint8_t* const rows[4], size_t block, size_t, size_t columns, const uint8_t* levels,
+                                  const uint8_t*, Vi* sums) {
   constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan, kBytes = kFour ? kSpan / 2 : kSpan;
-  const size_t entry = a.entry(0, token), groups = (w.columns + kSpan - 1) / kSpan;
-  const uint8_t* weights = w.data + row * w.stride();
-  const int8_t* levels = reinterpret_cast<const int8_t*>(a.levels + entry * kLevelBytes);
-  float32x4_t total = vdupq_n_f32(0);
-  for (size_t first = 0; first < groups; first += kWidth) {
-    const size_t count = least(kWidth, groups - first), own = entry * kGroups + first;
-    Vf factors = scales_at(a, own);
-    if (kGroup) factors *= scales_at(w, row, first, count);
-    if (w.zeros) {
-      total = vsubq_f32(total, float32x4_t(first_lanes(factors * sums_at(a, own) * zeros_at(w, row, first, count), count)));
-    }
-    float each[kWidth];
-    store(each, factors);
-    for (size_t g = 0; g < count; ++g, weights += kBytes) {
-      const size_t column = (first + g) * kSpan, left = w.columns - column;
-      const int8_t* at = levels + column / kBlock * kLevelBytes + column % kBlock;
-      const int32x4_t sum = left < kSpan ? products<kFour, kPrecision>(weights, at, left) : products<kFour, kPrecision>(weights, at, kSpan);
-      total = vfmaq_n_f32(total, vcvtq_f32_s32(sum), each[g]);
-    }
-  }
-  return vaddvq_f32(total);
-}
-
-constexpr size_t kDotRows = 1;
-
-template <Precision kPrecision>
-float product(const Matrix& w, size_t row, const Activations& a, size_t token) {
-  const bool four = w.arithmetic == Arithmetic::Int4;
-  return by_group(w, a, [&](auto group) {
-    return (four ? dot_row<true, group, kPrecision> : dot_row<false, group, kPrecision>)(w, row, a, token);
+  repeat<kGroups>([&](auto g) AXC_INLINE {
+    const size_t group = block * kGroups + g, left = columns > group * kSpan ? columns - group * kSpan : 0;
+    const int8_t* of = reinterpret_cast<const int8_t*>(levels) + g * kSpan;
+    int32x4_t p[4];
+    repeat<4>([&](auto r) AXC_INLINE {
+      const uint8_t* at = rows[r] + group * kBytes;
+      p[r] = left < kSpan ? products<kFour, kPrecision>(at, of, left) : products<kFour, kPrecision>(at, of, kSpan);
+    });
+    sums[g] = Vi(vpaddq_s32(vpaddq_s32(p[0], p[1]), vpaddq_s32(p[2], p[3])));
   });
 }
 
-void dots(const Matrix& w, size_t row, size_t, const Activations& a, size_t token, float* out) {
-  *out = (a.precision == Precision::Bits8 ? product<Precision::Bits8> : product<Precision::Bits16>)(w, row, a, token);
+}  // namespace
+}  // namespace axc
+
+#include "integer_rows.h"
+
+namespace axc {
+namespace {
+
+void dots(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
+  (a.precision == Precision::Bits8 ? dots_in<Precision::Bits8> : dots_in<Precision::Bits16>)(w, row, a, token, out);
 }
 
 constexpr bool kRoundsBfloat16 = false;

@@ -67,6 +67,7 @@ void panel_linear(const LinearJob& job, size_t first, size_t last, void* scratch
     for (size_t row = first; row < last; row += kIntPanel) {
       const size_t rows = least(kIntPanel, last - row);
       std::memset(c, 0, tokens * kIntPanel * sizeof(float));
+      if (w.zeros) subtract_zeros(w, a, row, rows, begin, tokens, zeros, c);
       for (size_t b = 0; b < blocks; ++b) {
         const size_t columns = least(kBlock, w.columns - b * kBlock), group = b * groups % kScaleDepth;
         const uint8_t* data = w.data + row * w.stride() + b * (four ? kBlock / 2 : kBlock);
@@ -87,7 +88,6 @@ void panel_linear(const LinearJob& job, size_t first, size_t last, void* scratch
                           scales + group * kIntPanel, columns, c + t * kIntPanel);
         }
       }
-      if (w.zeros) subtract_zeros(w, a, row, rows, begin, tokens, zeros, c);
       if (by_row) widen(w.scale_type, static_cast<const uint8_t*>(w.scales) + row * w.scale_bytes(), rows, scales);
       for (size_t t = 0; t < tokens; ++t) finish_rows(job, begin + t, row, rows, c + t * kIntPanel, by_row ? scales : nullptr);
     }

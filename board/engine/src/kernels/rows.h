@@ -22,8 +22,8 @@ inline Vf logistic(Vf x) { return 1.0f / (1.0f + exponential(-x)); }
 inline Vf hyperbolic_tangent(Vf x) {
   const Vf square = x * x;
   Vf series = all(-1382.0f / 155925);
-  for (const float c : {62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3}) series = series * square + c;
-  const Vf near = x + x * square * series, far = 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f);
+  for (const float c : {62.0f / 2835, -17.0f / 315, 2.0f / 15, -1.0f / 3}) series = fma(series, square, all(c));
+  const Vf near = fma(x * square, series, x), far = 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f);
   const Vf bound = all(0.0625f);
   return square < bound ? near : far;
 }
@@ -31,7 +31,7 @@ inline Vf hyperbolic_tangent(Vf x) {
 // https://arxiv.org/abs/1606.08415 , section 2
 inline Vf gelu(Vf x) {
   constexpr float kRoot = 0.7978845608f;  // sqrt(2 / pi)
-  return 0.5f * x * (1.0f + hyperbolic_tangent(kRoot * (x + 0.044715f * x * x * x)));
+  return 0.5f * x * (1.0f + hyperbolic_tangent(kRoot * fma(0.044715f * x * x, x, x)));
 }
 
 inline void gated(Activation activation, const float* gate, const float* up, size_t count, float* y) {
@@ -54,31 +54,24 @@ inline void sigmoid(const float* x, size_t count, float* y) {
 }
 
 inline void rms_norm(const float* x, const float* scale, float epsilon, size_t width, float* y) {
-  Vf squares{};
-  size_t i = 0;
-  for (; i + kWidth <= width; i += kWidth) squares += load(x + i) * load(x + i);
-  if (i < width) {
-    const Vf rest = load_some(x + i, width - i);
-    squares += rest * rest;
-  }
-  const float factor = 1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + epsilon);
+  const float squares = sum_of(width, [x](Vf& lanes, size_t i, size_t n) AXC_INLINE {
+    const Vf v = n == kWidth ? load(x + i) : load_some(x + i, n);
+    lanes = fma(v, v, lanes);
+  });
+  const float factor = 1.0f / std::sqrt(squares / static_cast<float>(width) + epsilon);
   each(x, scale, width, y, [factor](Vf v, Vf s) { return v * factor * s; });
 }
 
 // The moments are those of float32 sums, the mean subtracted before squares are taken.
 inline void layer_norm(const float* x, const float* scale, const float* bias, float epsilon, size_t width, float* y,
                        float* moments) {
-  const auto total = [&](auto term) {
-    Vf sums{};
-    size_t i = 0;
-    for (; i + kWidth <= width; i += kWidth) sums += term(load(x + i));
-    float rest = 0;
-    for (; i < width; ++i) rest += term(all(x[i]))[0];
-    return (sum(sums) + rest) / static_cast<float>(width);
-  };
-  const float mean = total([](Vf v) { return v; });
-  const float variance = total([mean](Vf v) { return (v - mean) * (v - mean); });
-  const float factor = 1.0f / std::sqrt(variance + epsilon);
+  const float count = static_cast<float>(width);
+  const float mean = sum_of(width, [x](Vf& lanes, size_t i, size_t n) AXC_INLINE { lanes += load_some(x + i, n); }) / count;
+  const float squares = sum_of(width, [=](Vf& lanes, size_t i, size_t n) AXC_INLINE {
+    const Vf v = load_some(x + i, n, mean) - mean;
+    lanes = fma(v, v, lanes);
+  });
+  const float factor = 1.0f / std::sqrt(squares / count + epsilon);
   each(x, x, width, y, [=](Vf v, Vf) { return (v - mean) * factor; });
   if (scale) each(y, scale, width, y, [](Vf v, Vf s) { return v * s; });
   if (bias) each(y, bias, width, y, [](Vf v, Vf b) { return v + b; });
@@ -94,18 +87,11 @@ inline float exponentials(const float* x, size_t width, float* y) {
   if (i < width) top = larger(load_some(x + i, width - i, kLowest), top);
   float peak = top[0];
   for (size_t lane = 1; lane < kWidth; ++lane) peak = top[lane] > peak ? top[lane] : peak;
-  Vf total{};
-  for (i = 0; i + kWidth <= width; i += kWidth) {
-    const Vf e = exponential(load(x + i) - peak);
-    total += e;
-    store(y + i, e);
-  }
-  if (i < width) {
-    const Vf e = exponential(load_some(x + i, width - i, -3.4e38f) - peak);
-    store_some(y + i, e, width - i);
-    total += load_some(y + i, width - i);
-  }
-  return 1.0f / sum(total);
+  return 1.0f / sum_of(width, [=](Vf& lanes, size_t i, size_t n) AXC_INLINE {
+    const Vf e = exponential((n == kWidth ? load(x + i) : load_some(x + i, n, kLowest)) - peak);
+    store_some(y + i, e, n);
+    lanes += n == kWidth ? e : load_some(y + i, n);
+  });
 }
 
 inline void softmax(const float* x, size_t width, float* y) {
@@ -119,15 +105,15 @@ inline void rotate(const float* x, const float* cos, const float* sin, size_t he
     size_t i = 0;
     for (; i + kWidth <= half; i += kWidth) {
       const Vf c = load(cos + i), s = load(sin + i), a = load(x + i), b = load(x + half + i);
-      store(y + i, c * a - s * b);
-      store(y + half + i, s * a + c * b);
+      store(y + i, fma(c, a, -(s * b)));
+      store(y + half + i, fma(s, a, c * b));
     }
     if (i < half) {
       const size_t n = half - i;
       const Vf c = load_some(cos + i, n), s = load_some(sin + i, n);
       const Vf a = load_some(x + i, n), b = load_some(x + half + i, n);
-      store_some(y + i, c * a - s * b, n);
-      store_some(y + half + i, s * a + c * b, n);
+      store_some(y + i, fma(c, a, -(s * b)), n);
+      store_some(y + half + i, fma(s, a, c * b), n);
     }
   }
 }

@@ -30,9 +30,16 @@ inline Vector some_of(const Element* from, size_t count, size_t left) {
   return v;
 }
 
-// Scales of the groups [first, first + count) of a row, at most a vector of them.
+// Scales of the groups [first, first + count) of a row, at most a vector of them; zeros behind them.
 inline Vf scales_at(const Matrix& w, size_t row, size_t first, size_t count) {
   const size_t at = row * w.blocks + first, left = w.rows * w.blocks - at;
+#ifdef __AVX512F__
+  const __mmask16 there = static_cast<__mmask16>((1u << count) - 1);
+  if (w.scale_type == Type::Float16) {
+    return Vf(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, static_cast<const uint16_t*>(w.scales) + at)));
+  }
+  return Vf(_mm512_maskz_loadu_ps(there, static_cast<const float*>(w.scales) + at));
+#endif
   Vf v;
   if (w.scale_type == Type::Float16) {
     v = half_to_float(some_of<Vh>(static_cast<const uint16_t*>(w.scales) + at, count, left));

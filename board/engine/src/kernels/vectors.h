@@ -56,6 +56,27 @@ template <size_t kCount>
 struct Floats {
   typedef float Vector __attribute__((vector_size(kCount * 4)));
 };
+using V4 = Floats<4>::Vector;
+
+// a b + c, rounded once. Where no instruction does it, the C library does: slow, with the same bits.
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+
+#if defined(__AVX512F__)
+inline Vf fma(Vf a, Vf b, Vf c) { return Vf(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))); }
+#elif defined(__FMA__)
+inline Vf fma(Vf a, Vf b, Vf c) { return Vf(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c))); }
+#endif
+#if defined(__FMA__)
+inline V4 fma(V4 a, V4 b, V4 c) { return V4(_mm_fmadd_ps(__m128(a), __m128(b), __m128(c))); }
+#elif defined(__aarch64__)
+inline V4 fma(V4 a, V4 b, V4 c) { return V4(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b))); }
+#else
+inline V4 fma(V4 a, V4 b, V4 c) {
+  for (size_t i = 0; i < 4; ++i) c[i] = fma(a[i], b[i], c[i]);
+  return c;
+}
+#endif
+inline Vf fma(Vf a, float b, Vf c) { return fma(a, all(b), c); }
 
 // The lanes' sum, halves added until one is left.
 template <size_t kCount = kWidth>
@@ -67,6 +88,33 @@ inline float sum(typename Floats<kCount>::Vector v) {
     std::memcpy(halves, &v, sizeof v);
     return sum<kCount / 2>(halves[0] + halves[1]);
   }
+}
+
+// A sum's lanes, the same number on every instruction set: element i is added to lane i % kLanes, and the lanes meet in
+// halves at the end. The order does not depend on the width of vectors, and zeros behind the last element change nothing.
+constexpr size_t kLanes = 16;
+
+struct Lanes {
+  Vf of[kLanes / kWidth]{};
+
+  float sum() {
+    for (size_t half = kLanes / kWidth / 2; half; half /= 2) {
+      for (size_t i = 0; i < half; ++i) of[i] += of[i + half];
+    }
+    return axc::sum(of[0]);
+  }
+};
+
+// Calls add(lanes, i, n) for the elements [i, i + n) of `count`, which belong to these lanes; n is kWidth but at the end.
+template <class Add>
+AXC_INLINE inline float sum_of(size_t count, Add add) {
+  Lanes lanes;
+  size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    repeat<kLanes / kWidth>([&](auto v) AXC_INLINE { add(lanes.of[v], i + v * kWidth, std::integral_constant<size_t, kWidth>()); });
+  }
+  for (size_t v = 0; i < count; i += kWidth, ++v) add(lanes.of[v], i, least(kWidth, count - i));
+  return lanes.sum();
 }
 
 // The lanes of two vectors by turns, from the lower or the upper halves.
@@ -104,11 +152,11 @@ inline Vf exponential(Vf x) {
   const Vi vanishes = x < low;
   x = x < low ? low : x;
   x = x > high ? high : x;
-  const Vf shifted = x * kLog2E + kRound;
+  const Vf shifted = fma(x, kLog2E, all(kRound));
   const Vf n = shifted - kRound;
-  const Vf r = (x - n * kLn2High) - n * kLn2Low;
+  const Vf r = fma(n, -kLn2Low, fma(n, -kLn2High, x));
   Vf p = all(1.0f / 5040);
-  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + c;
+  for (const float c : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = fma(p, r, all(c));
   const Vi power = (std::bit_cast<Vi>(shifted) - std::bit_cast<int32_t>(kRound) + 127) << 23;
   const Vf e = p * std::bit_cast<Vf>(power);
   return vanishes ? Vf{} : e;

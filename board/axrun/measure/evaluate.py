@@ -8,6 +8,7 @@ https://github.com/ggml-org/llama.cpp/tree/master/tools/perplexity
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class Quality:
 
     `divergence` says whether divergences are exact or lower bounds. `greedy_same` is the number of tokens of a greedy
     answer before the first one that differs from the checkpoint's: the mean over `greedy_answers` of `greedy_tokens`
-    each (None: the reference has none).
+    each (None: the reference has none). `logits_sha256` is the digest of all scored logits, float32: with our engine
+    and integer weights it is equal on every machine.
     """
 
     positions: int
@@ -54,6 +56,7 @@ class Quality:
     greedy_answers: int
     greedy_tokens: int
     greedy_same: float | None
+    logits_sha256: str
 
     @property
     def perplexity_ratio(self) -> float:
@@ -95,6 +98,7 @@ class Evaluation:
             ("largest KLD", f"{quality.max_kld:.6f}{bound}"),
             ("same top token", f"{quality.top1_agreement:.2%}"),
             ("same greedy tokens", greedy),
+            ("sha256 of the logits", quality.logits_sha256),
         ):
             yield f"  {name:<20} {text}"
 
@@ -132,12 +136,13 @@ def measure(model: Model, reference: ReferenceLogits, progress: Show = unseen) -
     """Evaluates a model whose context holds the reference's windows."""
     windows, length = reference.tokens.shape
     losses, divergences, same = [], [], []
-    sequence = Sequence(model)
+    sequence, digest = Sequence(model), hashlib.sha256()
     for number, tokens in enumerate(reference.tokens.tolist()):
         sequence.truncate(0)
         done = 0
         for logits in sequence.score(tokens[:-1]):
             rows = slice(done, done + len(logits))
+            digest.update(logits.astype("<f4").tobytes())
             logprobs = log_softmax(logits)
             losses.append(-np.take_along_axis(logprobs, reference.tokens[number, 1:][rows, None], axis=1)[:, 0])
             divergences.append(_divergence(reference, number, rows, logprobs))
@@ -161,6 +166,7 @@ def measure(model: Model, reference: ReferenceLogits, progress: Show = unseen) -
         greedy_answers=len(answers),
         greedy_tokens=reference.continuations.shape[1],
         greedy_same=sum(answers) / len(answers) if answers else None,
+        logits_sha256=digest.hexdigest(),
     )
 
 

@@ -285,11 +285,6 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--prompt-cache-mb", type=int, default=1024, metavar="MB", help="largest size of that folder (default 1024)")
     add(
-        "--exact",
-        action="store_true",
-        help="bit-identical answers, whatever was asked before; reuses less of the KV cache",
-    )
-    add(
         "--allow-origin",
         action="append",
         default=[],

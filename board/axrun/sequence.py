@@ -1,9 +1,8 @@
 """A sequence of token ids with its KV cache, which reuses the prefix that it shares with the next prompt.
 
-A further turn of a conversation therefore costs only its new tokens. K/V rows that were computed in other chunks may
-differ in their last bits, which can rarely change a token. If answers must not depend on the previous content of the
-cache, use an `exact` sequence: it reuses only whole prefill chunks from the start, which any run would compute
-identically.
+A further turn of a conversation therefore costs only its new tokens. Our engine computes the same bits for a token in
+any chunk, so reuse never changes an answer. With onnxruntime and the vendor's engine, rows that were computed in other
+chunks may differ in their last bits, which can rarely change a token.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from axrun.decoder import Chunk
 from axrun.errors import CheckFailed
 from axrun.model import Logits, Model
 
@@ -24,11 +22,9 @@ Array = NDArray[Any]
 class Sequence:
     """`ids` are the tokens in the cache of `model`, which the sequence owns and which must be empty at first."""
 
-    def __init__(self, model: Model, exact: bool = False) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         self.ids: list[int] = []
-        self._wants_exact = exact
-        self._exact = 0  # tokens whose rows were computed in whole chunks from the start
         model.decoder.cache.reset()
 
     @property
@@ -47,21 +43,11 @@ class Sequence:
 
     def reusable(self, ids: abc.Sequence[int]) -> int:
         """Number of tokens that need not be computed again; never all, since the logits of the last one are needed."""
-        common = self.common(ids)
-        if not self._wants_exact:
-            return max(min(common, len(ids) - 1), 0)
-        reused = 0
-        for chunk in self.model.decoder.chunks(0, len(ids)):
-            end = chunk.position + chunk.count
-            if end > min(common, self._exact) or end == len(ids):
-                break
-            reused = end
-        return reused
+        return max(min(self.common(ids), len(ids) - 1), 0)
 
     def truncate(self, length: int) -> None:
         """Drops the tokens from `length` on."""
         del self.ids[length:]  # first, so that an interrupt cannot leave tokens without rows
-        self._exact = min(self._exact, len(self.ids))
         cache = self.model.decoder.cache
         cache.truncate(min(len(self.ids), cache.length))
 
@@ -73,7 +59,7 @@ class Sequence:
 
     def reset(self) -> None:
         """Drops all tokens, and clears rows that a failed step left."""
-        self.ids, self._exact = [], 0
+        self.ids = []
         self._clear()
 
     def extend(self, ids: abc.Sequence[int]) -> Iterator[Array]:
@@ -84,8 +70,6 @@ class Sequence:
         """
         start = len(self.ids)
         for chunk, hidden in self.model.hidden(ids, start):
-            if chunk.position == self._exact and chunk.count == self._whole(chunk):
-                self._exact += chunk.count
             self.ids += ids[chunk.position - start : chunk.position - start + chunk.count]
             yield hidden
 
@@ -121,10 +105,6 @@ class Sequence:
         cache = self.model.decoder.cache
         cache.length = cache.keys[0].shape[1]
         cache.truncate(len(self.ids))
-
-    def _whole(self, chunk: Chunk) -> int:
-        """Number of tokens that the chunk at this position has in a prompt of unlimited length."""
-        return next(self.model.decoder.chunks(chunk.position, self.context - chunk.position)).count
 
 
 def common_prefix(one: abc.Sequence[int], other: abc.Sequence[int]) -> int:

@@ -92,7 +92,7 @@ def deploy(
         say(f"current is {name}, {'unchanged' if was == name else f'was {was}' if was else 'the first'}")
         if record is not None:
             python = facts["interpreter"]
-            evidence.write(record, _record(board, name, release, made.listing, model, python))
+            evidence.write(record, _record(board, name, release, made.listing, model, python, opened.maker))
         for gone in link.call("prune", keep=keep):
             say(f"removed {gone}")
     return Deployed(name, was, answer, sum(sent), made.listing.size + model.size)
@@ -105,11 +105,12 @@ def _record(
     package: Listing,
     model: Listing,
     python: Mapping[str, str],
+    maker: str,
 ) -> Record:
     text = json.dumps(release, sort_keys=True)  # as ci/device/on_board/releases.py writes it
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Record(
-        board.name, name, package.id, model.id, digest, evidence.files(package), evidence.files(model), python
+        board.name, name, package.id, model.id, digest, evidence.files(package), evidence.files(model), python, maker
     )
 
 

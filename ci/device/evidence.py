@@ -42,6 +42,7 @@ class Record:
     package_files: Mapping[str, str] = field(repr=False)
     model_files: Mapping[str, str] = field(repr=False)
     python: Mapping[str, str] = field(default_factory=dict)  # from interpreter() of ci/device/on_board/tree.py
+    maker: str = ""  # of the bundle
 
     @property
     def manifest_sha256(self) -> str:

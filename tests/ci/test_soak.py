@@ -83,7 +83,7 @@ def command(bundle: Path, fault: str = "") -> list[str]:
 def test_a_good_server_has_no_faults(link: Connection, bundle_s8: Path) -> None:
     found = soak.soak(link, command(bundle_s8), soak.SHORT)
     assert found.faults == []
-    assert len(found.starts) == 2, "one life with --exact, one without"
+    assert len(found.starts) == 2
     assert found.answers + found.cut == soak.SHORT
     assert found.cut > 0
     assert found.compared > 15

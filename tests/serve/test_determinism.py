@@ -1,4 +1,4 @@
-"""Reuse of the KV cache: with --exact, answers depend on the request only; without it, the longest prefix is reused."""
+"""Reuse of the KV cache: the longest prefix is reused, and answers depend on the request only."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def ids(hf_tokenizer: Any, heldout: str) -> list[int]:
     return list(hf_tokenizer.encode(heldout)[:255])
 
 
-def slot_of(model: Model, exact: bool = True) -> Slot:
-    return Slot(model.another(), exact)
+def slot_of(model: Model) -> Slot:
+    return Slot(model.another())
 
 
 def start(slot: Slot, ids: list[int], reused: int) -> Iterator[Any]:
@@ -48,16 +48,16 @@ def logits(model: Model, slot: Slot, ids: list[int], then: list[int]) -> list[An
 @pytest.mark.parametrize(
     ("cached", "written", "prompt", "reused"),
     [
-        (100, 0, 120, 96),  # whole chunks of 32, not the 4 of the last
-        (100, 30, 130, 96),  # decoded tokens are prefilled again in chunks
-        (96, 0, 96, 64),  # the logits of the last chunk are needed
+        (100, 0, 120, 100),  # in the middle of a chunk
+        (100, 30, 130, 129),  # decoded tokens too
+        (96, 0, 96, 95),  # the logits of the last token are needed
         (97, 0, 97, 96),
         (40, 0, 33, 32),
-        (31, 10, 60, 0),
-        (200, 0, 220, 192),
-        (150, 50, 220, 128),
-        (255, 0, 255, 224),
-        (100, 0, 20, 0),
+        (31, 10, 60, 40),
+        (200, 0, 220, 200),
+        (150, 50, 220, 199),
+        (255, 0, 255, 254),
+        (100, 0, 20, 19),
     ],
 )
 def test_reuse_is_exact_to_the_last_bit(
@@ -77,14 +77,11 @@ def test_reuse_is_exact_to_the_last_bit(
     ("cached", "written", "prompt"), [(100, 0, 120), (100, 30, 140), (31, 10, 60), (200, 20, 255), (100, 0, 100)]
 )
 def test_only_new_tokens_are_computed(model: Model, ids: list[int], cached: int, written: int, prompt: int) -> None:
-    slot = slot_of(model, exact=False)
+    slot = slot_of(model)
     logits(model, slot, ids[:cached], ids[cached : cached + written])
     reused = slot.reusable(ids[:prompt])
     assert reused == min(cached + written, prompt - 1)
     assert sum(len(hidden) for hidden in start(slot, ids[:prompt], reused)) == prompt - reused
-    again, alone = logits(model, slot, ids[:prompt], []), logits(model, slot_of(model), ids[:prompt], [])
-    assert again[0].argmax() == alone[0].argmax()
-    assert np.abs(again[0] - alone[0]).max() < 0.05 * np.ptp(alone[0])
 
 
 def test_a_further_turn_prefills_only_new_tokens(bundle_s8: Path, start: Starter) -> None:
@@ -108,10 +105,10 @@ def test_a_further_turn_prefills_only_new_tokens(bundle_s8: Path, start: Starter
 def test_a_common_prefix_is_reused_and_the_rest_is_not(model: Model, ids: list[int]) -> None:
     slot, other = slot_of(model), ids[:70] + [token ^ 1 for token in ids[70:140]]
     logits(model, slot, ids[:150], [])
-    assert slot.reusable(other) == 64
+    assert slot.reusable(other) == 70
     for one, again in zip(logits(model, slot_of(model), other, []), logits(model, slot, other, []), strict=True):
         np.testing.assert_array_equal(one, again)
-    assert slot.reusable(ids[:150]) == 64, "replaced tokens are no longer in the cache"
+    assert slot.reusable(ids[:150]) == 70, "replaced tokens are no longer in the cache"
 
 
 def test_an_interrupted_prefill_keeps_its_finished_chunks(model: Model, ids: list[int]) -> None:
@@ -151,7 +148,7 @@ def test_answers_under_load_equal_those_of_an_idle_server(bundle_s8: Path, start
     bodies: list[dict[str, Any]] = [{"prompt": prompts[4], "max_tokens": 30, "temperature": 1.2, "seed": 3}]
     for index, prompt in enumerate(prompts):
         bodies.append({"prompt": prompt, "max_tokens": 20, "logprobs": 2, "echo": index % 3 == 0})
-    quiet = start(bundle_s8, "--slots", 1, "--exact").ready()
+    quiet = start(bundle_s8, "--slots", 1).ready()
     alone, tokens = [], []
     for number, body in enumerate(bodies):
         quiet.complete("x" * (number + 1), max_tokens=1)  # another prefix, so that nothing can be reused
@@ -160,7 +157,7 @@ def test_answers_under_load_equal_those_of_an_idle_server(bundle_s8: Path, start
         alone.append(answer["choices"])
         tokens.append(answer["usage"]["prompt_tokens"])
     longest = max((number for number in range(len(bodies)) if not bodies[number].get("echo")), key=tokens.__getitem__)
-    busy = start(bundle_s8, "--slots", 3, "--exact").ready()
+    busy = start(bundle_s8, "--slots", 3).ready()
     barrier = threading.Barrier(len(bodies))
 
     def ask(first: int) -> list[tuple[int, list[Any]]]:
@@ -175,5 +172,21 @@ def test_answers_under_load_equal_those_of_an_idle_server(bundle_s8: Path, start
             for number, choices in answers:
                 assert choices == alone[number]
     # Of the final identical requests, only the first on each slot can find no prefix to reuse.
-    shared = (tokens[longest] - 1) // 32 * 32
+    shared = tokens[longest] - 1
     assert busy.idle()['axrun_tokens_total{kind="prompt_reused"}'] >= (len(bodies) - 3) * shared > 100
+
+
+def test_the_same_questions_have_the_same_answers_a_second_time(bundle_s8: Path, start: Starter, heldout: str) -> None:
+    """The second time the prompt lies in the cache, in rows that were computed in other chunks, or as an answer."""
+    server = start(bundle_s8, "--slots", 2).ready()
+    bodies: list[dict[str, Any]] = [
+        {"prompt": heldout[begin : begin + 7 * begin % 90 + 5], "max_tokens": 16, "temperature": 0, "logprobs": 3}
+        for begin in range(20)
+    ]
+    first = [server.complete(**body) for body in bodies]
+    cached = 0
+    for body, one in zip(reversed(bodies), reversed(first), strict=True):
+        again = server.complete(**body)
+        assert again["choices"] == one["choices"]
+        cached += again["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached > 0

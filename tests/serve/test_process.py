@@ -69,7 +69,7 @@ def test_a_signal_while_loading_stops_it(bundle_s8: Path, start: Start) -> None:
 def test_shutdown_finishes_running_requests_and_refuses_queued_ones(
     bundle_long: Path, start: Start, endless: dict[str, int]
 ) -> None:
-    server = start(bundle_long, "--slots", 1, "--grace", 300, "--exact").ready()
+    server = start(bundle_long, "--slots", 1, "--grace", 300).ready()
     whole = server.complete("Once", max_tokens=3000, logit_bias=endless)["choices"][0]["text"]
     with (
         ThreadPoolExecutor(1) as pool,

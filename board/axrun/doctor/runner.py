@@ -137,8 +137,7 @@ def _model(decoder: Decoder, ledger: Ledger, counts: abc.Sequence[int]) -> None:
                 cause = "logits come from the hidden state of another token than the last one"
                 part = f"logits after {count} tokens"
                 raise FaultFound(Fault(part, f"those of token {count - 1}", "those of another token", cause, MODEL))
-    for exact in (False, True):
-        _turns(Sequence(model, exact), rows, counts[-1])
+    _turns(Sequence(model), rows, counts[-1])
 
 
 def _turns(sequence: Sequence, rows: _Rows, context: int) -> None:

@@ -47,13 +47,13 @@ Announce = Callable[[Mapping[str, Any]], None]
 class Options:
     """Options of the server. `name` None: that of the bundle. `api_key` None: $AXRUN_API_KEY, if set.
 
-    `exact`: answers are bit-identical, whatever the slot held before. `prompt_cache`: folder for keys and values of
-    prompts, of up to `prompt_cache_mb`. `allowed_host`: further host names to accept, besides those of
-    `axrun.serve.hosts`; "*" accepts any. `parse_special`: special tokens spelled in a chat message are control tokens,
-    not text. `generation_config`: take the sampling defaults from the checkpoint's generation_config.json, not from
-    post_config.json. `speculation`: guess tokens by prompt lookup. `tool_format`: how the model writes tool calls, a
-    key of `axrun.text.tool_formats.FORMATS`; None: chosen from the chat template. `reasoning_budget`:
-    maximum number of tokens of a model's thoughts. `allow_origin`: origins whose pages may use the server.
+    `prompt_cache`: folder for keys and values of prompts, of up to `prompt_cache_mb`. `allowed_host`: further host
+    names to accept, besides those of `axrun.serve.hosts`; "*" accepts any. `parse_special`: special tokens spelled in a
+    chat message are control tokens, not text. `generation_config`: take the sampling defaults from the checkpoint's
+    generation_config.json, not from post_config.json. `speculation`: guess tokens by prompt lookup. `tool_format`: how
+    the model writes tool calls, a key of `axrun.text.tool_formats.FORMATS`; None: chosen from the chat template.
+    `reasoning_budget`: maximum number of tokens of a model's thoughts. `allow_origin`: origins whose pages may use the
+    server.
     """
 
     host: str = "127.0.0.1"
@@ -66,7 +66,6 @@ class Options:
     max_body: int = 1 << 20
     api_key: str | None = None
     name: str | None = None
-    exact: bool = False
     prompt_cache: str | None = None
     prompt_cache_mb: int = 1024
     allowed_host: Sequence[str] = ()
@@ -145,7 +144,7 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
         model = loading.load(bundle)
         for line in describe(model, bundle):
             say(line)
-        slots = allocate(model, options.slots, loading.allow, options.exact)
+        slots = allocate(model, options.slots, loading.allow)
         return slots, Writer(tokenizer, prompt_cache, options.speculation).write
 
     with _listen(options.host, options.port) as listener:

@@ -17,12 +17,12 @@ SPARE = 64 << 20  # bytes of memory to leave free
 class Slot(Sequence):
     """A sequence that serves one request at a time. `used` is the scheduler's counter at its last assignment."""
 
-    def __init__(self, model: Model, exact: bool = False) -> None:
-        super().__init__(model, exact)
+    def __init__(self, model: Model) -> None:
+        super().__init__(model)
         self.used = 0
 
 
-def allocate(first: Model, count: int, allow: Allow = refuse, exact: bool = False) -> list[Slot]:
+def allocate(first: Model, count: int, allow: Allow = refuse) -> list[Slot]:
     """Creates `count` slots of a model; the first one uses the model's own cache.
 
     Raises BadInput if their KV caches do not fit into the free memory and `allow(message)` returns False.
@@ -34,4 +34,4 @@ def allocate(first: Model, count: int, allow: Allow = refuse, exact: bool = Fals
         if not allow(shortage):
             fitting = 1 + max(left - SPARE, 0) // each
             raise BadInput(f"{shortage}\nStart with --slots {fitting}; --force tries anyway.")
-    return [Slot(model, exact) for model in (first, *(first.another() for _ in range(count - 1)))]
+    return [Slot(model) for model in (first, *(first.another() for _ in range(count - 1)))]

@@ -132,7 +132,7 @@ class AxSession:
         self._library, self._handle, self._part = loaded, handle, ours.part if ours else ""
         weakref.finalize(self, loaded.engine.AX_ENGINE_DestroyHandle, handle)
         self.flexible = loaded.extended and ours is not None
-        self.exact = False
+        self.exact = self.flexible  # our engine and our axmodel
         self.window = ours.window if ours else 0
         infos = _infos(loaded, handle)
         self._inputs, self._outputs = _names(infos[0])

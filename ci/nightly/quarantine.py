@@ -5,7 +5,7 @@ ci/quarantine.toml has one entry each; preflight refuses incomplete ones:
     [[quarantine]]
     board = "ax650"
     model = "qwen2-0.5b"
-    figure = "decode_128"       # or stage = "count", or test = "test_texts_are_cut_as_by_the_checkpoint"
+    figure = "decode_128"       # or stage = "count", or test = "test_texts_are_tokenised_like_the_checkpoint"
     owner = "jane"
     reason = "the fan of shelf 3 is broken, a new one is ordered"
     until = 2026-12-24

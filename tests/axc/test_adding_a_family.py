@@ -70,6 +70,6 @@ def test_the_recipe_builds_its_family(followed: dict[str, Path], tmp_path: Path)
     assert same(np.load(result), theirs(followed["checkpoint"]))
 
 
-def test_the_recipe_is_where_an_error_says_it_is() -> None:
+def test_the_path_of_the_recipe_in_errors_exists() -> None:
     assert ROOT / families.RECIPE == RECIPE
     assert RECIPE.is_file()

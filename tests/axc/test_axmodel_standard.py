@@ -70,7 +70,7 @@ def test_raw_data_begins_at_multiples_of_64(files: list[Path]) -> None:
             assert len(tensor.raw_data) == ours.initializers[tensor.name].nbytes
 
 
-def test_our_reader_and_onnx_see_the_same(files: list[Path]) -> None:
+def test_our_reader_agrees_with_onnx(files: list[Path]) -> None:
     for path in files:
         ours, theirs = axmodel.read(path), onnx.load(path)
         assert (theirs.producer_name, theirs.producer_version) == (ours.producer_name, ours.producer_version)
@@ -180,7 +180,7 @@ def test_it_runs_from_the_file_alone(files: list[Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weight_type", ["fp32", "s8", "s4", "fp8_e4m3"])
-def test_onnxruntime_and_onnx_s_reference_agree(build_tiny: Builder, weight_type: str) -> None:
+def test_onnxruntime_agrees_with_onnx_s_reference(build_tiny: Builder, weight_type: str) -> None:
     """The reference evaluator shares no code with onnxruntime.
 
     By default onnxruntime rounds activations to 8 bits for products with 8-bit weights (accuracy level 4).
@@ -227,7 +227,7 @@ def kinds(descriptor: Any) -> set[str]:
 
 
 @pytest.mark.parametrize("message", wire.SCHEMA)
-def test_the_schema_is_onnx_s(message: str) -> None:
+def test_the_schema_matches_onnx(message: str) -> None:
     theirs = MESSAGES[message].DESCRIPTOR.fields_by_number
     for number, field in wire.SCHEMA[message].items():
         assert field.name == theirs[number].name
@@ -271,7 +271,7 @@ def mutated(data: bytes, seed: int) -> bytes:
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1 << 32))
-def test_no_damage_escapes_the_reader(structure: bytes, seed: int, tmp_path: Path) -> None:
+def test_the_reader_survives_damaged_files(structure: bytes, seed: int, tmp_path: Path) -> None:
     data = mutated(structure, seed)
     with contextlib.suppress(wire.WireError, ValueError, KeyError, TypeError):
         axmodel.parse(memoryview(data))

@@ -61,7 +61,7 @@ def test_transposed_matrix(checkpoint: Breakable, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.float8_e4m3fn])
-def test_weights_that_were_quantised(checkpoint: Breakable, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_integer_weights(checkpoint: Breakable, tmp_path: Path, dtype: torch.dtype) -> None:
     folder = replaced(checkpoint(), {MATRIX: torch.ones(384, 128).to(dtype)})
     expected = "expected one of F32, F16, BF16, F64"
     assert_build_refused(folder, tmp_path, MATRIX, expected, "original float checkpoint")
@@ -83,7 +83,7 @@ def test_other_floats_build(checkpoint: Breakable, tmp_path: Path, dtype: torch.
     [(MATRIX, (383, 5), np.nan), (NORM, (127,), np.inf), (EMBEDDING, (300, 0), -np.inf)],
     ids=["matrix", "norm", "embedding"],
 )
-def test_weights_that_are_not_finite(
+def test_nonfinite_weights(
     checkpoint: Breakable,
     tmp_path: Path,
     dtype: torch.dtype,

@@ -56,7 +56,7 @@ def simd() -> list[str]:
     return subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=True).stdout.split()
 
 
-def test_on_a_lesser_processor(model: Path, weight_type: str, expected: Path, tmp_path: Path) -> None:
+def test_on_an_older_processor(model: Path, weight_type: str, expected: Path, tmp_path: Path) -> None:
     """numpy without runtime-selected instructions, and OpenBLAS as on the oldest processor that it supports."""
     config = np.show_config(mode="dicts")
     architecture = config["Machine Information"]["host"]["cpu"]

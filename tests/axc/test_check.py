@@ -79,7 +79,7 @@ def test_a_planted_fault_is_found(
     assert main(arguments(tiny_qwen2, output, report)) == 1
     error = capsys.readouterr().err
     assert "does not agree with its checkpoint: layer 1 in" in error
-    assert "\nThe bundle stays there for examination: axc doctor " in error
+    assert "\nThe bundle is kept for examination: axc doctor " in error
     assert len(error.strip().splitlines()) <= 3
 
 

@@ -59,7 +59,7 @@ def logits(path: Path, output: Path, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("qwen2", "Q8_0"), *(("llama", kind) for kind in KINDS)])
-def test_every_tensor_is_what_transformers_reads(made: Made, architecture: str, kind: str) -> None:
+def test_every_tensor_matches_transformers(made: Made, architecture: str, kind: str) -> None:
     path = made(architecture, kind)
     ours, skeleton = Checkpoint.open(path), gguf_files.model(architecture)
     read: Any = load_gguf_checkpoint
@@ -74,7 +74,7 @@ def test_every_tensor_is_what_transformers_reads(made: Made, architecture: str, 
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_float_files_hold_the_model_that_they_were_made_from(tmp_path: Path, architecture: str) -> None:
+def test_float_files_match_the_original_model(tmp_path: Path, architecture: str) -> None:
     """q and k are in transformers' order, although the file has llama.cpp's permutation."""
     path = gguf_files.write(tmp_path / "model.gguf", architecture)
     model = gguf_files.model(architecture)
@@ -87,7 +87,7 @@ def test_float_files_hold_the_model_that_they_were_made_from(tmp_path: Path, arc
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q4_K"])
-def test_logits_are_those_of_transformers(made: Made, tmp_path: Path, architecture: str, kind: str) -> None:
+def test_logits_match_transformers(made: Made, tmp_path: Path, architecture: str, kind: str) -> None:
     path = made(architecture, kind)
     theirs = Reference(path).logits(IDS)
     assert same(logits(path, tmp_path / "out"), theirs)
@@ -120,7 +120,7 @@ def test_the_frequencies_of_llama_3(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe", "gpt-2", "spm"])
-def test_the_tokenizer_is_as_transformers_reads_it(tmp_path: Path, pre: str) -> None:
+def test_the_tokenizer_matches_transformers(tmp_path: Path, pre: str) -> None:
     path = gguf_files.write(tmp_path / "model.gguf", pre=pre)
     checkpoint = Checkpoint.open(path)
     found = hf_folder.write(checkpoint.folder, tmp_path / "hf", 512, None, path)
@@ -132,7 +132,7 @@ def test_the_tokenizer_is_as_transformers_reads_it(tmp_path: Path, pre: str) -> 
     assert bool(found.remarks) == (pre == "smollm")  # which transformers does not know
 
 
-def test_the_folder_of_texts_goes_with_the_checkpoint(made: Made) -> None:
+def test_the_temporary_folder_is_removed_with_the_checkpoint(made: Made) -> None:
     checkpoint = Checkpoint.open(made("llama", "F32"))
     folder = checkpoint.folder
     assert {"config.json", "tokenizer.json", "tokenizer_config.json"} <= {path.name for path in folder.iterdir()}
@@ -148,7 +148,7 @@ def test_the_folder_of_texts_goes_with_the_checkpoint(made: Made) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(PACKINGS))
-def test_levels_and_scales_are_kept_to_the_last_bit(made: Made, tmp_path: Path, kind: str) -> None:
+def test_quantised_values_and_scales_are_kept_exactly(made: Made, tmp_path: Path, kind: str) -> None:
     """Compares ONNX's DequantizeLinear of the axmodel with the gguf package's dequantisation of the file."""
     path, output = made("qwen2", kind), tmp_path / "out"
     planned = plan(path, output, weight_type=None)
@@ -174,13 +174,13 @@ def test_levels_and_scales_are_kept_to_the_last_bit(made: Made, tmp_path: Path, 
         assert np.abs(seen - exact).max() < 2e-3 * np.abs(exact).max()
 
 
-def test_what_is_stored_decides_the_type(made: Made, tmp_path: Path) -> None:
+def test_the_stored_type_is_the_default(made: Made, tmp_path: Path) -> None:
     chosen = {kind: plan(made("qwen2", kind), tmp_path, weight_type=None).target.weight_type for kind in PACKINGS}
     assert {kind for kind, weight_type in chosen.items() if weight_type == "s4"} == {"Q4_0", "Q3_K"}
     assert plan(made("qwen2", "F16"), tmp_path, weight_type=None).target.weight_type == "s8"
 
 
-def test_what_no_type_holds_is_refused_until_it_is_asked_for(made: Made, tmp_path: Path) -> None:
+def test_types_without_a_lossless_match_need_an_explicit_weight_type(made: Made, tmp_path: Path) -> None:
     path = made("llama", "Q4_1")
     with pytest.raises(BadInput, match=r"blk\.0\.\w+\.weight is stored as Q4_1, which .*\n.*--weight_type s8"):
         plan(path, tmp_path / "out", weight_type=None)
@@ -193,7 +193,7 @@ def test_what_no_type_holds_is_refused_until_it_is_asked_for(made: Made, tmp_pat
     assert note == "14 matrices stored as Q8_0 dequantised, and stored again as s4: not exact"
 
 
-def test_a_level_that_llama_cpp_does_not_write(made: Made, tmp_path: Path) -> None:
+def test_a_value_that_llama_cpp_does_not_write(made: Made, tmp_path: Path) -> None:
     data = bytearray(made("llama", "Q8_0").read_bytes())
     entry = next(t for t in gguf.GGUFReader(made("llama", "Q8_0")).tensors if t.name == "blk.0.ffn_up.weight")
     data[entry.data_offset + 2] = 0x80

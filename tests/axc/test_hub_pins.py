@@ -28,7 +28,9 @@ def kept(client: Client) -> Path:
 
 
 @pytest.mark.parametrize("files", [WHOLE, SHARDS, {**TEXTS, "pytorch_model.bin": b"weights"}])
-def test_what_is_read_comes_and_is_pinned(files: dict[str, bytes], hub: Hub, client: Client, dead_end: str) -> None:
+def test_needed_files_are_downloaded_and_pinned(
+    files: dict[str, bytes], hub: Hub, client: Client, dead_end: str
+) -> None:
     hub.publish({**UNREAD, **files})
     code, out, err = client.fetch(hub.url, model=REPO)
     assert (code, err) == (0, "")
@@ -65,7 +67,7 @@ def test_a_commit_stays_until_its_pins_are_removed(hub: Hub, client: Client) -> 
     assert hub.asked == ["main", "main"]
 
 
-def test_a_cut_download_goes_on_at_the_commit_it_began_with(hub: Hub, client: Client) -> None:
+def test_a_cut_download_resumes_at_the_same_commit(hub: Hub, client: Client) -> None:
     hub.publish({**WHOLE, "config.json": b"{}"})
     del hub.files["tokenizer.json"]
     code, _, err = client.fetch(hub.url, model=REPO)
@@ -78,7 +80,7 @@ def test_a_cut_download_goes_on_at_the_commit_it_began_with(hub: Hub, client: Cl
     assert hub.asked == ["main"]
 
 
-def test_bytes_that_are_not_those_the_hub_lists_are_refused(hub: Hub, client: Client) -> None:
+def test_a_file_with_another_digest_is_refused(hub: Hub, client: Client) -> None:
     hub.publish(WHOLE)
     hub.files["model.safetensors"] = b"Weights"
     code, _, err = client.fetch(hub.url, model=REPO)
@@ -96,7 +98,7 @@ def test_bytes_that_are_not_those_the_hub_lists_are_refused(hub: Hub, client: Cl
         (500, "", "does not answer (HfHubHTTPError"),
     ],
 )
-def test_a_refusal_is_told_with_what_helps(status: int, fault: str, said: str, hub: Hub, client: Client) -> None:
+def test_errors_of_the_hub_come_with_advice(status: int, fault: str, said: str, hub: Hub, client: Client) -> None:
     hub.refusal = (status, fault)
     code, out, err = client.fetch(hub.url, model=REPO)
     assert (code, out) == (2, "")
@@ -154,7 +156,7 @@ def test_a_repository_without_weights(files: dict[str, bytes], said: str, hub: H
         json.dumps({"id": REPO, "sha": REVISION, "siblings": [{"rfilename": f"{n}"} for n in range(2001)]}).encode(),
     ],
 )
-def test_a_listing_that_cannot_be_used(listing: bytes, hub: Hub, client: Client) -> None:
+def test_an_unusable_file_listing(listing: bytes, hub: Hub, client: Client) -> None:
     hub.listing = listing
     code, _, err = client.fetch(hub.url, model=REPO)
     assert code == 2
@@ -172,7 +174,7 @@ def test_damaged_pins_are_named(text: str, hub: Hub, client: Client) -> None:
     assert err.endswith("Remove it and run again: the Hub is asked anew.")
 
 
-def test_a_copy_of_what_nobody_pinned_is_taken_and_said_to_be(client: Client, dead_end: str, tmp_path: Path) -> None:
+def test_a_copy_of_an_unpinned_repository_is_used_with_a_note(client: Client, dead_end: str, tmp_path: Path) -> None:
     code, out, _ = client.fetch(dead_end, str(tmp_path), model=REPO)
     assert code == 0
     assert out.splitlines() == [

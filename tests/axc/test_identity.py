@@ -19,8 +19,9 @@ from axc.identity import COMPUTING, PLACES, digest, digest_of, sources
 from tests.axc.axc import ROOT, assert_done, axc
 
 DECIDING = sources(PLACES)
-READING = {"jinja2", "safetensors", "torch"}  # what they give is in the checkpoint already, or only compared
-MENDING = {"tokenizers", "transformers"}  # named by the manifests of bundles whose tokenizer they mended
+# Their results are not in a bundle, except data that the checkpoint has already.
+READING = {"jinja2", "llguidance", "safetensors", "torch"}
+REPAIRING = {"tokenizers", "transformers"}  # named by the manifests of bundles whose tokenizer they repaired
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def test_a_copy_elsewhere_is_the_same_compiler(copy: Mapping[str, Path]) -> None
     assert digest_of(copy) == digest()
 
 
-def test_line_ends_bytecode_and_what_a_build_does_not_use_are_no_difference(copy: Mapping[str, Path]) -> None:
+def test_line_ends_bytecode_and_unused_modules_do_not_count(copy: Mapping[str, Path]) -> None:
     for name in DECIDING:
         path = mine(copy, name)
         path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
@@ -52,7 +53,7 @@ def test_line_ends_bytecode_and_what_a_build_does_not_use_are_no_difference(copy
     assert digest_of(copy) == digest()
 
 
-def test_an_edit_of_any_source_that_decides_bytes_is_another_compiler(copy: Mapping[str, Path]) -> None:
+def test_an_edit_of_any_source_of_a_build_is_another_compiler(copy: Mapping[str, Path]) -> None:
     seen = {digest()}
     for name in DECIDING:
         path = mine(copy, name)
@@ -61,7 +62,7 @@ def test_an_edit_of_any_source_that_decides_bytes_is_another_compiler(copy: Mapp
     assert len(seen) == 1 + len(DECIDING)
 
 
-def test_modules_that_are_only_looked_up_by_name_count(copy: Mapping[str, Path]) -> None:
+def test_modules_looked_up_by_name_count(copy: Mapping[str, Path]) -> None:
     (copy["axc"] / "families" / "mine.py").write_text("X = 1\n")
     assert digest_of(copy) != digest()
 
@@ -72,7 +73,7 @@ def test_a_renamed_module_is_another_compiler(copy: Mapping[str, Path]) -> None:
     assert digest_of(copy) != digest()
 
 
-def test_without_its_sources_it_says_so(copy: Mapping[str, Path]) -> None:
+def test_missing_sources_are_an_error(copy: Mapping[str, Path]) -> None:
     (copy["axc"] / "build.py").unlink()
     with pytest.raises(FileNotFoundError, match="axc needs its own sources"):
         digest_of(copy)
@@ -95,7 +96,7 @@ def test_every_module_of_ours_that_a_build_loads_is_in_the_digest(tiny_qwen2: Pa
     assert {"axc.rope", "axc.axmodel.writer", "axrun.format.dtypes", "axrun.format.wire"} <= set(DECIDING)
 
 
-def test_every_package_that_a_build_uses_is_named_as_computing_or_reading() -> None:
+def test_every_package_used_by_a_build_is_classified() -> None:
     found = set()
     for path in DECIDING.values():
         tree = ast.parse(path.read_text())
@@ -104,10 +105,10 @@ def test_every_package_that_a_build_uses_is_named_as_computing_or_reading() -> N
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             found |= {*names, *([str(node.module)] if isinstance(node, ast.ImportFrom) else [])}
     packages = {name.partition(".")[0] for name in found} - set(sys.stdlib_module_names) - {"axc", "axrun"}
-    assert packages - {"typing_extensions"} == {*COMPUTING, *READING, *MENDING}
+    assert packages - {"typing_extensions"} == {*COMPUTING, *READING, *REPAIRING}
 
 
-def test_the_compiler_is_nothing_but_python() -> None:
+def test_the_compiler_is_only_python() -> None:
     """Data files would affect bundles without changing the digest. A calibration text has its own digest."""
     files = {path for path in PLACES["axc"].rglob("*") if path.is_file()} - {text.DEFAULT}
     assert {path.suffix for path in files} <= {".py", ".pyc"}

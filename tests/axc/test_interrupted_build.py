@@ -204,7 +204,7 @@ def test_a_signal_keeps_the_bundle_that_was_to_be_replaced(many_layers: Path, pr
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
-def test_kill_9_then_the_same_command_goes_on(
+def test_the_same_command_resumes_after_kill_9(
     many_layers: Path, tmp_path: Path, uninterrupted: Path, parallel: int
 ) -> None:
     output = tmp_path / "bundle"
@@ -220,7 +220,7 @@ def test_kill_9_then_the_same_command_goes_on(
     assert_same_files(output, uninterrupted)
 
 
-def test_what_another_compiler_left_is_not_taken_over(
+def test_files_of_another_compiler_are_not_reused(
     many_layers: Path, tmp_path: Path, uninterrupted: Path, other_compiler: Path
 ) -> None:
     output = tmp_path / "bundle"
@@ -246,9 +246,7 @@ def test_killed_twice(many_layers: Path, tmp_path: Path, uninterrupted: Path) ->
     assert_same_files(output, uninterrupted)
 
 
-def test_a_finished_file_that_was_damaged_since_is_made_again(
-    many_layers: Path, tmp_path: Path, uninterrupted: Path
-) -> None:
+def test_a_damaged_finished_file_is_rebuilt(many_layers: Path, tmp_path: Path, uninterrupted: Path) -> None:
     """After a power cut, a file recorded as complete may be empty or full of zeros."""
     output = tmp_path / "bundle"
     with building(many_layers, output, 1) as process:
@@ -262,7 +260,7 @@ def test_a_finished_file_that_was_damaged_since_is_made_again(
     assert_same_files(output, uninterrupted)
 
 
-def test_what_was_finished_with_other_flags_is_not_taken_over(many_layers: Path, tmp_path: Path) -> None:
+def test_files_built_with_other_flags_are_not_reused(many_layers: Path, tmp_path: Path) -> None:
     output = tmp_path / "bundle"
     with building(many_layers, output, 1) as process:
         wait_for_layers(process, output)
@@ -273,7 +271,7 @@ def test_what_was_finished_with_other_flags_is_not_taken_over(many_layers: Path,
     assert_same_files(output, tmp_path / "fresh")
 
 
-def test_a_killed_worker_is_reported_and_what_is_finished_kept(
+def test_a_killed_worker_is_reported_and_finished_files_are_kept(
     many_layers: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
     """As by the kernel when memory runs out."""
@@ -292,9 +290,7 @@ def test_a_killed_worker_is_reported_and_what_is_finished_kept(
 # Two at once
 
 
-def test_of_two_builds_of_one_bundle_the_second_is_refused(
-    many_layers: Path, tmp_path: Path, uninterrupted: Path
-) -> None:
+def test_a_second_build_of_the_same_bundle_is_refused(many_layers: Path, tmp_path: Path, uninterrupted: Path) -> None:
     output = tmp_path / "bundle"
     with building(many_layers, output, 1) as process:
         wait_for_layers(process, output, 1)
@@ -308,7 +304,7 @@ def test_of_two_builds_of_one_bundle_the_second_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-def test_two_builds_of_two_bundles_do_not_meet(many_layers: Path, tmp_path: Path, uninterrupted: Path) -> None:
+def test_builds_of_different_bundles_are_independent(many_layers: Path, tmp_path: Path, uninterrupted: Path) -> None:
     with (
         building(many_layers, tmp_path / "one", 1) as first,
         building(many_layers, tmp_path / "two", 1) as second,

@@ -98,7 +98,7 @@ def test_its_metadata_and_tensors(made: Any) -> None:
 
 
 @pytest.mark.parametrize(("layer", "value"), [(1, "nothing"), (1, "everything"), (0, "everything"), (0, "")])
-def test_a_file_that_says_otherwise_is_refused(made: Any, layer: int, value: str, tmp_path: Path) -> None:
+def test_contradicting_metadata_is_refused(made: Any, layer: int, value: str, tmp_path: Path) -> None:
     bundle, _ = made
     model, path = onnx.load(bundle.layer_path(layer)), tmp_path / "layer.axmodel"
     properties = {entry.key: entry.value for entry in model.metadata_props}

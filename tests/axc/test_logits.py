@@ -44,7 +44,7 @@ def bundle(bundle_s8: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle_s8, tmp_path / "bundle"))
 
 
-def test_the_windows_are_the_texts_tokens(written: ReferenceLogits, tiny_qwen2: Path) -> None:
+def test_windows_hold_the_tokens_of_the_text(written: ReferenceLogits, tiny_qwen2: Path) -> None:
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tiny_qwen2)
     ids = tokenizer((tiny_qwen2 / "heldout.txt").read_text())["input_ids"]
     assert written.tokens.shape == (6, WINDOW)
@@ -52,7 +52,7 @@ def test_the_windows_are_the_texts_tokens(written: ReferenceLogits, tiny_qwen2: 
 
 
 @torch.inference_mode()
-def test_the_numbers_are_those_of_transformers(written: ReferenceLogits, model: Any) -> None:
+def test_logits_match_transformers(written: ReferenceLogits, model: Any) -> None:
     expected = torch.log_softmax(model(torch.from_numpy(written.tokens.astype(np.int64))).logits.double(), dim=2)
     expected, following = expected[:, :-1], torch.from_numpy(written.tokens.astype(np.int64))[:, 1:, None]
     top = expected.topk(20, dim=2)
@@ -75,7 +75,7 @@ def test_the_continuations_are_greedy(written: ReferenceLogits, model: Any) -> N
         assert out[0, written.prompt :].tolist() == written.continuations[number].tolist()
 
 
-def test_with_the_whole_vocabulary_nothing_is_left(tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_the_whole_vocabulary_leaves_no_rest(tiny_qwen2: Path, tmp_path: Path) -> None:
     options = Options(
         tiny_qwen2, tiny_qwen2 / "heldout.txt", tmp_path / "x", tokens=60, top_k=10**6, greedy_tokens=0, window=30
     )
@@ -86,7 +86,7 @@ def test_with_the_whole_vocabulary_nothing_is_left(tiny_qwen2: Path, tmp_path: P
     assert sorted(found.ids[0, 0].tolist()) == list(range(640))
 
 
-def test_it_says_what_it_was_made_from_and_the_same_again(tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_inputs_are_recorded_and_the_file_is_reproducible(tiny_qwen2: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("Once upon a time there was a board. " * 20)
     files = []
@@ -101,7 +101,7 @@ def test_it_says_what_it_was_made_from_and_the_same_again(tiny_qwen2: Path, tmp_
     assert str(tmp_path).encode() not in files[0]
 
 
-def test_a_bundle_takes_it_in_and_is_whole(bundle: Path, tiny_qwen2: Path) -> None:
+def test_a_bundle_with_reference_logits_verifies(bundle: Path, tiny_qwen2: Path) -> None:
     text, few = tiny_qwen2 / "heldout.txt", ["--tokens", 800, "--greedy_tokens", 2]
     before = json.loads((bundle / MANIFEST).read_text())
     ended = axc("reference", "--input_path", tiny_qwen2, "--text", text, "--bundle", bundle, *few)
@@ -122,7 +122,7 @@ def test_a_bundle_takes_it_in_and_is_whole(bundle: Path, tiny_qwen2: Path) -> No
     assert path.stat().st_size < size
 
 
-def test_a_build_knows_the_bundle_again(bundle: Path, tiny_qwen2: Path) -> None:
+def test_a_build_recognises_the_bundle(bundle: Path, tiny_qwen2: Path) -> None:
     """The same build does not remove the reference."""
     options = build.Options(tiny_qwen2, bundle, prefill_len=32, kv_cache_len=255, last_kv_cache_len=(32, 128))
     write(Options(tiny_qwen2, tiny_qwen2 / "heldout.txt", bundle=bundle, tokens=300, window=100, greedy_tokens=0))
@@ -131,7 +131,7 @@ def test_a_build_knows_the_bundle_again(bundle: Path, tiny_qwen2: Path) -> None:
     assert (bundle / reference_logits.NAME).is_file()
 
 
-def test_a_bundle_of_another_checkpoint_is_left_as_it_is(bundle: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_a_bundle_of_another_checkpoint_is_refused(bundle: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(tiny_qwen2, tmp_path / "other"))
     config = json.loads((other / "generation_config.json").read_text())
     (other / "generation_config.json").write_text(json.dumps({**config, "temperature": 0.5}))
@@ -140,7 +140,7 @@ def test_a_bundle_of_another_checkpoint_is_left_as_it_is(bundle: Path, tiny_qwen
     verify(bundle)
 
 
-def test_windows_go_through_every_group_of_the_bundle() -> None:
+def test_windows_reach_every_group_of_the_bundle() -> None:
     groups = [{"tokens": 1, "history": 1023}, *({"tokens": 128, "history": n} for n in (0, 128, 256, 512, 896))]
     model = {"groups": groups, "prefill_len": 128, "kv_cache_len": 1023}
     assert _window_of(model) == 1023
@@ -151,7 +151,7 @@ def test_windows_go_through_every_group_of_the_bundle() -> None:
     assert "never leave the first prefill of 128" in "".join(_not_reached(model, 128))
 
 
-def test_a_text_too_short_for_the_groups_is_said(bundle: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_a_text_too_short_for_the_groups_gets_a_remark(bundle: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
     text = tmp_path / "text"
     text.write_text("Once upon a board.")
     ended = axc("reference", "--input_path", tiny_qwen2, "--text", text, "--bundle", bundle, "--greedy_tokens", 0)
@@ -159,7 +159,7 @@ def test_a_text_too_short_for_the_groups_is_said(bundle: Path, tiny_qwen2: Path,
     assert "never leave the first prefill of 32" in ended.out
 
 
-def test_a_bundle_of_another_config_json_is_left_as_it_is(bundle: Path, tiny_qwen2: Path) -> None:
+def test_a_bundle_of_another_config_json_is_refused(bundle: Path, tiny_qwen2: Path) -> None:
     """With --model_config at the build but not here, and vice versa."""
     options = Options(
         tiny_qwen2, tiny_qwen2 / "heldout.txt", bundle=bundle, model_config=tiny_qwen2 / "config.json", greedy_tokens=0
@@ -188,7 +188,7 @@ def test_a_folder_without_a_tokenizer_is_refused(tiny_qwen2: Path, tmp_path: Pat
         (b"Once", ["--greedy_tokens", -1], "--greedy_tokens is -1"),
     ],
 )
-def test_what_cannot_be_used_is_refused(
+def test_unusable_options_are_refused(
     tiny_qwen2: Path, tmp_path: Path, content: bytes | None, flags: list[Any], words: str
 ) -> None:
     text, output = tmp_path / "text", tmp_path / "x.npz"
@@ -198,7 +198,7 @@ def test_what_cannot_be_used_is_refused(
     assert not output.exists()
 
 
-def test_one_place_to_write_to(tiny_qwen2: Path, tmp_path: Path) -> None:
+def test_exactly_one_output_is_required(tiny_qwen2: Path, tmp_path: Path) -> None:
     for output, bundle in ((None, None), (tmp_path / "x", tmp_path)):
         with pytest.raises(BadInput, match="give one place"):
             Options(tiny_qwen2, tiny_qwen2 / "heldout.txt", output, bundle)

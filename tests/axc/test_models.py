@@ -81,12 +81,12 @@ def test_a_pinned_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", ["qwen2-0.5", "Qwen2-0.5B", "qwen2_0.5b"])
-def test_an_unknown_model_is_told_the_known_ones_and_the_nearest(asked: str) -> None:
+def test_an_unknown_model_lists_the_known_ones_and_the_nearest(asked: str) -> None:
     with pytest.raises(BadInput, match=r"(?s)qwen2-0\.5b, .*tiny-qwen2 \(did you mean qwen2-0\.5b\?\)"):
         load_model(asked)
 
 
-def test_how_far_a_build_is_checked(tmp_path: Path) -> None:
+def test_check_levels(tmp_path: Path) -> None:
     assert load_model("tiny-qwen2").check_level == 2
     assert load_model("minicpm4-0.5b").check_level == 0
     toml = write(tmp_path) / "toy.toml"
@@ -115,7 +115,7 @@ def test_a_repository_without_a_toml(tmp_path: Path) -> None:
     ["../up", "a/..", "./a", "/etc", "a/", "a/b/c", "a b/c", "a/b\n", "-a/b", "a/-b", ".a/b", "a/b.git", "a--b/c",
      "a/b..c", "a/b.", "é/b", "a\\b/c", "a/" + 96 * "b"],
 )  # fmt: skip
-def test_what_is_no_repository_leads_to_no_folder(name: str) -> None:
+def test_invalid_repository_names_are_refused(name: str) -> None:
     with pytest.raises(BadInput, match=r"is no repository of the Hub: expected owner/name|is a path here"):
         find_model(name)
 
@@ -137,7 +137,7 @@ def test_what_is_no_repository_leads_to_no_folder(name: str) -> None:
         ('repo = "a/../b"', "", "'a/../b' is no repository"),
     ],
 )
-def test_a_wrong_file_is_named_with_its_fault(tmp_path: Path, source: str, build: str, said: str) -> None:
+def test_an_invalid_file_is_named_with_its_error(tmp_path: Path, source: str, build: str, said: str) -> None:
     with pytest.raises(BadInput) as error:
         load_model("toy", write(tmp_path, source, build))
     assert str(error.value).startswith(str(tmp_path / "toy.toml"))

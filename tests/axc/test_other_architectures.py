@@ -95,7 +95,7 @@ def as_ours(config: Any, name: str) -> tuple[Any, Any] | None:
 
 
 @pytest.mark.parametrize("name", [name for name, family in families.FAMILIES.items() if family.foreign])
-def test_none_is_taken_for_ours_that_computes_otherwise(name: str) -> None:
+def test_accepted_architectures_give_the_logits_of_ours(name: str) -> None:
     accepted, wrong = set(), set()
     for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         for config in variants(kind):
@@ -118,7 +118,7 @@ def test_none_is_taken_for_ours_that_computes_otherwise(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", families.FAMILIES["llama"].different)
-def test_those_that_are_listed_as_different_are(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_architectures_listed_as_different_compute_other_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(families.FAMILIES, "llama", dataclasses.replace(families.FAMILIES["llama"], different={}))
     pairs = [pair for config in variants(kind) if (pair := as_ours(config, "llama")) is not None]
     assert pairs

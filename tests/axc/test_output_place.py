@@ -60,20 +60,20 @@ def test_flags_out_of_range(pristine: Path, tmp_path: Path, flags: list[object],
 
 
 @pytest.mark.parametrize("flags", [["--chip", "AX1"], ["-w", "s3"], ["--kv_cache_len", "many"], ["--frobnicate"]])
-def test_flags_that_are_none(pristine: Path, tmp_path: Path, flags: list[object]) -> None:
+def test_invalid_flags(pristine: Path, tmp_path: Path, flags: list[object]) -> None:
     assert_build_refused(pristine, tmp_path, str(flags[-1]), "--help", flags=flags)
 
 
 # Existing files
 
 
-def test_a_file_is_there(pristine: Path, tmp_path: Path) -> None:
+def test_a_file_at_the_output_path(pristine: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle").write_text("precious")
     with nothing_changes(tmp_path):
         assert_refused(llm_build(pristine, tmp_path / "bundle", "--force"), "bundle holds something", "--output_path")
 
 
-def test_other_data_are_there(pristine: Path, tmp_path: Path) -> None:
+def test_other_data_at_the_output_path(pristine: Path, tmp_path: Path) -> None:
     (tmp_path / "bundle").mkdir()
     (tmp_path / "bundle" / "thesis.tex").write_text("precious")
     with nothing_changes(tmp_path):
@@ -100,7 +100,7 @@ def test_the_working_directory_is_filled_or_refused(pristine: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("below", ["file/bundle", "file/new/bundle"])
-def test_a_file_is_in_place_of_a_parent(pristine: Path, tmp_path: Path, below: str) -> None:
+def test_a_file_in_place_of_a_parent_folder(pristine: Path, tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("precious")
     with nothing_changes(tmp_path):
         assert_refused(llm_build(pristine, tmp_path / below), "cannot write", "--output_path")
@@ -120,7 +120,7 @@ def test_a_broken_link_is_refused_before_the_work(pristine: Path, tmp_path: Path
         assert "Make room" not in ended.err
 
 
-def test_a_link_to_a_bundle_is_replaced_or_refused_whole(pristine: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_bundle_stays_a_link(pristine: Path, tmp_path: Path) -> None:
     """`latest -> v1`: after --force the link points to the new bundle, or nothing has changed."""
     assert_done(llm_build(pristine, tmp_path / "v1"))
     (tmp_path / "latest").symlink_to("v1")
@@ -135,7 +135,7 @@ def test_a_link_to_a_bundle_is_replaced_or_refused_whole(pristine: Path, tmp_pat
         assert manifest["flags"]["weight_type"] == "fp16"
 
 
-def test_a_folder_of_the_staging_s_name_that_no_build_made_is_not_emptied(pristine: Path, tmp_path: Path) -> None:
+def test_a_foreign_folder_at_the_staging_path_is_not_emptied(pristine: Path, tmp_path: Path) -> None:
     theirs = tmp_path / ".bundle.building"
     theirs.mkdir()
     (theirs / "notes.txt").write_text("precious")
@@ -144,7 +144,7 @@ def test_a_folder_of_the_staging_s_name_that_no_build_made_is_not_emptied(pristi
     assert_refused(ended, ".bundle.building")
 
 
-def test_a_link_of_the_staging_s_name_does_not_lead_elsewhere(pristine: Path, tmp_path: Path) -> None:
+def test_a_link_at_the_staging_path_is_not_followed(pristine: Path, tmp_path: Path) -> None:
     theirs = tmp_path / "home"
     theirs.mkdir()
     (theirs / "notes.txt").write_text("precious")
@@ -166,7 +166,7 @@ def test_the_same_build_again_leaves_the_bundle_as_it_is(pristine: Path, tmp_pat
     assert "nothing to build" in again.out
 
 
-def test_the_same_build_again_with_a_config_of_its_own(pristine: Path, tmp_path: Path) -> None:
+def test_the_same_build_again_with_model_config(pristine: Path, tmp_path: Path) -> None:
     output, own = tmp_path / "bundle", tmp_path / "own.json"
     shutil.copyfile(pristine / "config.json", own)
     assert_done(llm_build(pristine, output, "--model_config", own))
@@ -185,7 +185,7 @@ def test_the_same_build_again_with_a_config_of_its_own(pristine: Path, tmp_path:
         (["--model_name", "other"], "its model's name is 'qwen2', this build's 'other'"),
     ],
 )
-def test_a_different_bundle_is_replaced_only_when_told(
+def test_a_different_bundle_is_replaced_only_with_force(
     pristine: Path, bundle_of_defaults: Path, tmp_path: Path, flags: list[object], said: str
 ) -> None:
     output = tmp_path / "bundle"
@@ -205,7 +205,7 @@ def bundle_of_defaults(pristine: Path, tmp_path_factory: pytest.TempPathFactory)
     return output
 
 
-def test_a_bundle_of_other_weights_is_another(checkpoint: Breakable, bundle_of_defaults: Path, tmp_path: Path) -> None:
+def test_changed_weights_are_detected(checkpoint: Breakable, bundle_of_defaults: Path, tmp_path: Path) -> None:
     output, folder = tmp_path / "bundle", checkpoint()
     shutil.copytree(bundle_of_defaults, output)
     weights = folder / "model.safetensors"
@@ -216,7 +216,7 @@ def test_a_bundle_of_other_weights_is_another(checkpoint: Breakable, bundle_of_d
         assert_refused(llm_build(folder, output), "another bundle: model.safetensors has changed since", "--force")
 
 
-def test_a_bundle_of_another_compiler_is_another(
+def test_another_compiler_is_detected(
     pristine: Path, bundle_of_defaults: Path, other_compiler: Path, tmp_path: Path
 ) -> None:
     """With equal version, flags and inputs."""
@@ -224,7 +224,7 @@ def test_a_bundle_of_another_compiler_is_another(
     assert_done(llm_build(pristine, output, cwd=other_compiler, env={"PYTHONPATH": str(other_compiler)}))
     made, mine = (read_manifest(folder)["tools"] for folder in (output, bundle_of_defaults))
     assert made["axc"] == mine["axc"]
-    said = f"another compiler made it (digest {made['digest']}, here {mine['digest']})"
+    said = f"it was built by another compiler (digest {made['digest']}, here {mine['digest']})"
     with nothing_changes(tmp_path):
         assert_refused(llm_build(pristine, output), "holds another bundle", said, "--force (make: FORCE=1)")
     assert_done(llm_build(pristine, output, "--force"))
@@ -234,11 +234,14 @@ def test_a_bundle_of_another_compiler_is_another(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"tools": {"axc": "0.1.0"}}, "another compiler made it (digest none, here "),
+        ({"tools": {"axc": "0.1.0"}}, "it was built by another compiler (digest none, here "),
         ({"maker": "pulsar2"}, "its axmodels were made by 'pulsar2'"),
         ({"inputs": {}}, "it was made without config.json; it was made without generation_config.json (and 3 more)"),
-        ({"text": {"mended_by": "transformers 5.0.0"}}, "its tokenizer was mended by 'transformers 5.0.0', here is"),
-        ({"text": {"compared": False}}, "its tokenizer was not compared with transformers', which is here"),
+        (
+            {"text": {"mended_by": "transformers 5.0.0"}},
+            "its tokenizer was repaired by 'transformers 5.0.0', installed is",
+        ),
+        ({"text": {"compared": False}}, "its tokenizer was not compared with transformers', which is now installed"),
         ({"flags": []}, "its manifest does not say what it was made from"),
         (
             {"model": {"name": "qwen2", "model_type": "llama"}},
@@ -246,7 +249,7 @@ def test_a_bundle_of_another_compiler_is_another(
         ),
     ],
 )
-def test_what_tells_a_bundle_apart_is_said(
+def test_differences_of_an_existing_bundle_are_named(
     pristine: Path, bundle_of_defaults: Path, tmp_path: Path, change: dict[str, object], said: str
 ) -> None:
     output = tmp_path / "bundle"
@@ -260,9 +263,7 @@ def test_what_tells_a_bundle_apart_is_said(
 
 
 @pytest.mark.parametrize("name", ["qwen2_l1.axmodel", "manifest.json", "hf/tokenizer.json"])
-def test_a_damaged_bundle_is_not_taken_for_the_same(
-    pristine: Path, bundle_of_defaults: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_damaged_bundle_is_not_reused(pristine: Path, bundle_of_defaults: Path, tmp_path: Path, name: str) -> None:
     output = tmp_path / "bundle"
     shutil.copytree(bundle_of_defaults, output)
     data = bytearray((output / name).read_bytes())
@@ -286,9 +287,7 @@ def test_a_disk_that_fills_up(pristine: Path, tmp_path: Path, parallel: int, mos
     assert_build_refused(pristine, tmp_path, *words, flags=("--parallel", parallel), limits=limits)
 
 
-def test_a_disk_that_fills_up_keeps_the_bundle_that_was_to_be_replaced(
-    pristine: Path, bundle_of_defaults: Path, tmp_path: Path
-) -> None:
+def test_a_disk_that_fills_up_keeps_the_old_bundle(pristine: Path, bundle_of_defaults: Path, tmp_path: Path) -> None:
     output = tmp_path / "bundle"
     shutil.copytree(bundle_of_defaults, output)
     limits = {resource.RLIMIT_FSIZE: 100_000}
@@ -310,7 +309,7 @@ def test_memory_too_small_is_found_before_work_starts(pristine: Path, tmp_path: 
     assert_build_refused(pristine, tmp_path, "ulimit -d allows 200 MB", "the build needs 4", "Raise it", limits=limits)
 
 
-def test_memory_that_no_machine_has(tmp_path: Path) -> None:
+def test_a_build_that_needs_more_memory_than_any_machine(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"MB of memory are available, 2 processes need .*\n.*lower --parallel"):
         require_memory(1 << 60, processes=2)
 

@@ -61,7 +61,7 @@ def assert_builds_the_same(folder: Path, output: Path, from_safetensors: Path, *
     assert ours == theirs
 
 
-def test_tensors_that_are_stored_as_the_negative_of_their_bytes(
+def test_tensors_stored_as_the_negative_of_their_bytes(
     folder: Path, tensors: dict[str, torch.Tensor], tmp_path: Path, from_safetensors: Path
 ) -> None:
     save(folder, {**tensors, NORM: torch._neg_view(-tensors[NORM])})
@@ -132,7 +132,7 @@ def test_truncated(folder: Path, tensors: dict[str, Any], tmp_path: Path, legacy
         pytest.param({"model.norm.weight": torch.ones(128, dtype=torch.int8)}, id="integers"),
     ],
 )
-def test_what_is_no_dictionary_of_dense_float_tensors(
+def test_anything_but_a_dictionary_of_dense_float_tensors(
     folder: Path, tensors: dict[str, Any], tmp_path: Path, content: Any
 ) -> None:
     save(folder, {**tensors, **content} if isinstance(content, dict) else content)

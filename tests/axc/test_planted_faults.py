@@ -77,7 +77,7 @@ def edit(path: Path, name: str, change: Callable[[Any], None]) -> None:
         file.write(values.tobytes())
 
 
-def test_without_a_fault_it_passes(plan: Plan) -> None:
+def test_an_intact_bundle_passes(plan: Plan) -> None:
     check.check(plan, 2, "1+1=", lambda line: None)
 
 
@@ -99,7 +99,7 @@ def test_rotary_zeroed_at_the_last_positions(plan: Plan, bundle: Path) -> None:
     assert "layer 1 in" in found(at(plan, output_path=bundle))
 
 
-def test_layers_that_are_swapped(plan: Plan, bundle: Path) -> None:
+def test_swapped_layers(plan: Plan, bundle: Path) -> None:
     one, other = (bundle / f"qwen2_p32_l{index}_together.axmodel" for index in (1, 2))
     one.rename(bundle / "aside")
     other.rename(one)
@@ -107,7 +107,7 @@ def test_layers_that_are_swapped(plan: Plan, bundle: Path) -> None:
     assert "layer 1 in prefill" in found(at(plan, output_path=bundle))
 
 
-def test_an_embedding_of_rows_that_are_shifted(plan: Plan, bundle: Path) -> None:
+def test_shifted_embedding_rows(plan: Plan, bundle: Path) -> None:
     table = bundle / "model.embed_tokens.weight.bfloat16.bin"
     table.write_bytes(table.read_bytes()[256:] + table.read_bytes()[:256])
     assert "the embedding table differs" in found(at(plan, output_path=bundle))
@@ -133,7 +133,7 @@ def miss_oneself(mask: Any, past: int, count: int, visible: Any, blocked: Any) -
 
 
 @pytest.mark.parametrize("fault", [hide_the_last_row, see_the_next_token, miss_oneself])
-def test_a_mask_that_is_off_by_one(plan: Plan, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_off_by_one(plan: Plan, fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "fill_mask", fault)
     said = found(plan)
     assert "layer 0 in" in said or "errors rise" in said
@@ -149,12 +149,12 @@ def test_a_mask_that_is_off_by_one(plan: Plan, fault: Any, monkeypatch: pytest.M
     ],
     ids=lambda config: next(iter(config)),
 )
-def test_a_config_that_was_misread(plan: Plan, checkpoint: Callable[..., Path], config: dict[str, Any]) -> None:
+def test_a_misread_config(plan: Plan, checkpoint: Callable[..., Path], config: dict[str, Any]) -> None:
     """The bundle is of the config without these keys: our reader could have missed them."""
     assert "o not ship it" in found(at(plan, input_path=checkpoint(**config)))
 
 
-def test_other_weights_that_transformers_prefers(plan: Plan, checkpoint: Callable[..., Path]) -> None:
+def test_other_weights_preferred_by_transformers(plan: Plan, checkpoint: Callable[..., Path]) -> None:
     folder = checkpoint()
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.3.mlp.down_proj.weight"] = weights["model.layers.2.mlp.down_proj.weight"].clone()
@@ -169,7 +169,7 @@ def test_other_weights_that_transformers_prefers(plan: Plan, checkpoint: Callabl
         ("", "does not use model.layers.1.self_attn.o_proj.bias"),
     ],
 )
-def test_weights_that_transformers_would_make_up_or_leave_out(
+def test_weights_missing_from_or_unknown_to_transformers(
     plan: Plan, checkpoint: Callable[..., Path], name: str, words: str
 ) -> None:
     folder = checkpoint()

@@ -72,7 +72,7 @@ def test_a_bundle_is_as_complete_as_ours(tiny_qwen2: Path, output: Path, tmp_pat
     assert describe(output / "qwen2_p32_l0_together.axmodel")["maker"] == "other"  # a stand-in, not the vendor
 
 
-def test_it_is_run_twice_and_serially_with_our_flags_in_its_words(tiny_qwen2: Path, output: Path) -> None:
+def test_it_runs_twice_serially_with_translated_flags(tiny_qwen2: Path, output: Path) -> None:
     compiler = StandIn()
     make(tiny_qwen2, output, compiler, parallel=4, weight_type="s8", post_weight_type="bf16", chip="AX620E")
     first, second = compiler.called
@@ -88,7 +88,7 @@ def test_it_is_run_twice_and_serially_with_our_flags_in_its_words(tiny_qwen2: Pa
         assert words in said
 
 
-def test_the_newer_command_is_given_totals(tiny_qwen2: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_llm_build2_gets_total_lengths(tiny_qwen2: Path, output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     compiler = StandIn(commands="llm_build,llm_build2")
     manifest = make(tiny_qwen2, output, compiler, last_kv_cache_len=(96,))
     assert [group["history"] for group in manifest["model"]["groups"]] == [255, 0, 32, 64, 96]
@@ -99,8 +99,8 @@ def test_the_newer_command_is_given_totals(tiny_qwen2: Path, output: Path, capsy
     assert "--kv_cache_len" not in said
 
 
-def test_the_newer_command_cannot_end_between_steps(tiny_qwen2: Path, output: Path) -> None:
-    with pytest.raises(BadInput, match=r"--last_kv_cache_len 100 is between two\nGive 96 or 128\."):
+def test_llm_build2_needs_a_multiple_of_the_step(tiny_qwen2: Path, output: Path) -> None:
+    with pytest.raises(BadInput, match=r"--last_kv_cache_len 100 is not a multiple\nGive 96 or 128\."):
         make(tiny_qwen2, output, StandIn(commands="llm_build2"), last_kv_cache_len=(100,))
 
 
@@ -114,7 +114,7 @@ def test_without_prefill_there_is_one_group(tiny_qwen2: Path, output: Path) -> N
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
-        ("unstable", "twice and not the same: sha256 "),
+        ("unstable", "differently in two runs: sha256 "),
         ("missing", "made 4 axmodels, expected 5: qwen2_p32_l3_together.axmodel is missing"),
         ("narrow", r"has V_cache BFLOAT16\[1, 255, \d+\], expected BFLOAT16\[1, 255, 64\]"),
         ("small", r"l0_together.axmodel has [\d,]+ bytes, expected at least"),
@@ -128,7 +128,7 @@ def test_a_faulty_compiler_leaves_nothing(tiny_qwen2: Path, output: Path, fault:
     assert list(output.parent.iterdir()) == []
 
 
-def test_groups_that_are_not_there_are_missed(tiny_qwen2: Path, output: Path) -> None:
+def test_missing_groups_are_detected(tiny_qwen2: Path, output: Path) -> None:
     class Forgetful(StandIn):
         def run(self, arguments: Sequence[str], reads: Path, writes: Path) -> int:
             at = list(arguments).index("--last_kv_cache_len")
@@ -138,7 +138,7 @@ def test_groups_that_are_not_there_are_missed(tiny_qwen2: Path, output: Path) ->
         make(tiny_qwen2, output, Forgetful())
 
 
-def test_an_image_without_either_command_is_no_compiler(tiny_qwen2: Path, output: Path) -> None:
+def test_an_image_without_either_command_is_refused(tiny_qwen2: Path, output: Path) -> None:
     with pytest.raises(BadInput, match="has none of llm_build2, llm_build"):
         make(tiny_qwen2, output, StandIn(commands="none"))
 

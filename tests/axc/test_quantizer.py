@@ -65,7 +65,7 @@ FLOAT8 = {"FLOAT8E4M3FN": ml_dtypes.float8_e4m3fn, "FLOAT8E5M2": ml_dtypes.float
 
 @pytest.mark.parametrize("stored", ["BFLOAT16", "FLOAT16", "FLOAT"])
 @pytest.mark.parametrize("weight_type", KINDS)
-def test_what_is_stored_comes_back_as_onnx_reads_it(weight_type: str, stored: str) -> None:
+def test_stored_values_dequantise_by_onnx_rules(weight_type: str, stored: str) -> None:
     """Parts -> TensorProtos -> onnx's reference evaluator of DequantizeLinear or Cast."""
     carriers = {"BFLOAT16": ml_dtypes.bfloat16, "FLOAT16": np.float16, "FLOAT": np.float32}
     weights = RANDOM.standard_normal((24, 256)).astype(carriers[stored])
@@ -130,7 +130,7 @@ def write_linear(path: Path, tensors: Any, kind: Kept, rows: int, columns: int) 
 @pytest.mark.parametrize("scale_dtype", ["FLOAT", "FLOAT16"])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize(("dtype", "block"), [("INT4", 32), ("INT4", 64), ("INT8", 32)])
-def test_what_is_kept_is_computed_by_every_reader(
+def test_kept_values_run_in_every_session(
     tmp_path: Path, dtype: str, block: int, zeros: bool, scale_dtype: str
 ) -> None:
     """Zero points whose rows end inside a byte; onnx's checker and evaluator, onnxruntime and our two sessions."""
@@ -156,7 +156,7 @@ def test_what_is_kept_is_computed_by_every_reader(
         assert np.abs(out[0] - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-def test_scales_that_a_type_does_not_hold_are_refused(tmp_path: Path) -> None:
+def test_scales_out_of_range_of_their_type_are_refused(tmp_path: Path) -> None:
     tensors = Packed("INT4", 2, 64, 32, False)
     tensors.scales[1, 1] = 1.0001
     with pytest.raises(BadInput, match=r"w.weight holds scale 1\.0001, which FLOAT16 does not hold exactly"):
@@ -186,7 +186,7 @@ def test_s4_blocks_shrink_until_they_divide_the_row() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOAT8)
-def test_float8_is_that_of_ml_dtypes(dtype: str) -> None:
+def test_float8_matches_ml_dtypes(dtype: str) -> None:
     """Every byte, and what lies between, at and beside the ties of all of them."""
     theirs = np.arange(256, dtype=np.uint8).view(FLOAT8[dtype]).astype(np.float32)
     np.testing.assert_array_equal(dtypes.float8_values(dtype), theirs)
@@ -216,7 +216,7 @@ def test_float8_keeps_its_precision_at_any_size_and_zeros(size: float) -> None:
             assert error.relative < MOST[name]
 
 
-def test_rounding_to_bfloat16_is_that_of_ml_dtypes() -> None:
+def test_rounding_to_bfloat16_matches_ml_dtypes() -> None:
     from axrun.format.dtypes import bf16_to_f32, f32_to_bf16
 
     bits = RANDOM.integers(0, 1 << 32, 200_000, np.uint32)

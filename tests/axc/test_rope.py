@@ -37,7 +37,7 @@ ROPES = {
 
 
 @pytest.mark.parametrize("kind", ROPES)
-def test_frequencies_are_transformers(kind: str) -> None:
+def test_frequencies_match_transformers(kind: str) -> None:
     ours, parameters = ROPES[kind]
     config = transformers.LlamaConfig(hidden_size=512, num_attention_heads=8, rope_parameters=parameters)
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
@@ -81,7 +81,7 @@ def test_tables_are_correctly_rounded(kind: str) -> None:
 
 
 @pytest.mark.parametrize("positions", [1, 2, 3, 4, 5, 127, 128, 129, 8192, LONG])
-def test_tables_are_split_where_that_is_smaller(positions: int) -> None:
+def test_tables_are_split_if_that_is_smaller(positions: int) -> None:
     made = rope.tables(Rope(1e4), 8, positions)
     rows = len(made.high[0]) + (len(made.low[0]) if made.low else 0)
     assert rows <= positions
@@ -91,7 +91,7 @@ def test_tables_are_split_where_that_is_smaller(positions: int) -> None:
 
 @pytest.mark.parametrize("engine", ["ax", "ort"])
 @pytest.mark.parametrize("kind", EVERY)
-def test_every_angle_is_that_of_its_position(kind: str, engine: str, tmp_path: Path) -> None:
+def test_every_position_has_its_angle(kind: str, engine: str, tmp_path: Path) -> None:
     """Rotating (1, 0) gives cos and sin."""
     ours, tokens = EVERY[kind], 32768
     half = ours.width(64) // 2

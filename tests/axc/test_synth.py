@@ -30,7 +30,7 @@ def test_transformers_loads_it(tmp_path: Path) -> None:
     assert 0.015 < float(model.model.layers[0].mlp.up_proj.weight.detach().std()) < 0.025
 
 
-def test_the_seed_decides_every_byte(tmp_path: Path) -> None:
+def test_the_seed_determines_every_byte(tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         synth.synth("qwen2-0.5b", tmp_path / name, seed, config=SMALL)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in "abc"]

@@ -59,7 +59,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_blocks_are_the_weight(checkpoint: Checkpoint, case: str) -> None:
+def test_blocks_add_up_to_the_weight(checkpoint: Checkpoint, case: str) -> None:
     source, expected = CASES[case]
     assert source.shape == expected.shape
     found = list(blocks(source, checkpoint))
@@ -70,7 +70,7 @@ def test_blocks_are_the_weight(checkpoint: Checkpoint, case: str) -> None:
     np.testing.assert_array_equal(float32("w", source, checkpoint), expected.astype(np.float32))
 
 
-def test_memory_is_that_of_a_block(checkpoint: Checkpoint) -> None:
+def test_memory_is_bounded_by_a_block(checkpoint: Checkpoint) -> None:
     for source, expected in CASES.values():
         row = int(np.prod(expected.shape[1:]))
         assert all(block.size <= max(1 << 16, row) for _, block in blocks(source, checkpoint))
@@ -80,7 +80,7 @@ def test_a_factor_of_one_keeps_the_type(checkpoint: Checkpoint) -> None:
     assert scaled(HALF, 1.0).dtype(checkpoint) == "FLOAT16"
 
 
-def test_what_is_not_finite_is_named(tmp_path: Path) -> None:
+def test_nonfinite_weights_are_named(tmp_path: Path) -> None:
     broken = TENSORS["small"].copy()
     broken[40] = np.inf
     save_file({"small": broken}, tmp_path / "model.safetensors")

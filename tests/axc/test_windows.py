@@ -15,7 +15,7 @@ from tests.axc.as_transformers import AUTO, IDS, copy_of, ours, plan, same, thei
 
 def test_a_llama_s_context_ends_with_the_window(models: Any, tmp_path: Path) -> None:
     folder = copy_of(models, "llama", tmp_path / "hf", {"sliding_window": 24})
-    with pytest.raises(BadInput, match=r"expected 1 to 23: the model sees 24 positions, its sliding_window"):
+    with pytest.raises(BadInput, match=r"expected 1 to 23: the model has 24 positions, its sliding_window"):
         plan(folder, tmp_path / "out", kv_cache_len=24)
     got = ours(folder, tmp_path / "out", IDS[:23], kv_cache_len=23, prefill_len=8)
     assert same(got, theirs(folder, IDS[:23]))

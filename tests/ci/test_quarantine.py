@@ -27,7 +27,7 @@ KEYS = {
     "reason": '"the fan is broken"',
     "until": "2026-12-24",
 }
-TEST = "test_texts_are_cut_as_by_the_checkpoint"
+TEST = "test_texts_are_tokenised_like_the_checkpoint"
 
 
 def entry(**changed: str | None) -> str:
@@ -136,7 +136,7 @@ def test_a_quarantined_item_that_passes_is_a_note(tmp_path: Path) -> None:
         (entry(figure='"ttft_16"'), "matches nothing: no gate judges it; there are mean_kld,"),
         (entry(figure='"fps"'), "no figure is named 'fps'"),
         (entry(figure=None, stage='"sleep"'), "matches nothing: the stages are power on, build,"),
-        (entry(figure=None, test='"test_it"'), "matches nothing: tests/hil has test_every_way"),
+        (entry(figure=None, test='"test_it"'), "matches nothing: tests/hil has test_accuracy"),
         ("[quarantine]\n", "expected entries: [[quarantine]]"),
         ("quarantine = [\n", "quarantine.toml is not valid TOML: "),
         (entry() + entry(until="2026-12-01"), "line 8: figure mean_kld of tiny-qwen2 on virtual is quar"),

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def invoke(*words: str, **said: str) -> subprocess.CompletedProcess[str]:
-    """A task as a user calls it, in a process of its own; `said` are variables of the environment."""
+    """Runs a task in a subprocess, as a user does; `said` are environment variables."""
     return subprocess.run(
         [sys.executable, "-m", "invoke", *words],
         cwd=ROOT,
@@ -36,11 +36,11 @@ def invoke(*words: str, **said: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def client() -> Iterator[docker.DockerClient]:
-    """A daemon's; DOCKER_HOST names it for the processes that tests start."""
+    """A client of the daemon; DOCKER_HOST is set for subprocesses of tests."""
     try:
         found = connect()
     except BadInput:
-        folder = Path(tempfile.mkdtemp(prefix="axc-docker-"))  # not pytest's, which keeps the last three
+        folder = Path(tempfile.mkdtemp(prefix="axc-docker-"))  # not in pytest's tmp_path, which is kept for three runs
         try:
             with own_daemon(folder) as address, pytest.MonkeyPatch.context() as patch:
                 patch.setenv("DOCKER_HOST", address)
@@ -55,7 +55,7 @@ def client() -> Iterator[docker.DockerClient]:
 
 @pytest.fixture(scope="session")
 def verified(client: docker.DockerClient) -> subprocess.CompletedProcess[str]:
-    """`invoke verify-reproducible`, which leaves the image it made with the daemon."""
+    """Runs `invoke verify-reproducible`, which leaves its image in the daemon."""
     return invoke("verify-reproducible")
 
 

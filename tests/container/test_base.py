@@ -1,4 +1,4 @@
-"""The record of Debian packages, and the error if a mirror has other ones."""
+"""The record of Debian packages, and the error if a mirror differs from it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
         base.Record.read(tmp_path / "packages.txt")
 
 
-def test_source_date_epoch_is_honoured_and_held_to_be_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_date_epoch_is_validated_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SOURCE_DATE_EPOCH", raising=False)
     assert base.epoch() == base.Record.read().epoch
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
@@ -35,8 +35,8 @@ def test_source_date_epoch_is_honoured_and_held_to_be_a_number(monkeypatch: pyte
 
 
 @pytest.mark.system
-def test_packages_that_are_not_as_recorded_are_named(tmp_path: Path) -> None:
-    """A record in which one package is older, one has other bytes, one is missing and one too many."""
+def test_packages_that_differ_from_the_record_are_named(tmp_path: Path) -> None:
+    """Against the record, one package is older, one has another digest, one is missing and one is extra."""
     lines = base.RECORD.read_text("utf-8").splitlines()
     apt = next(line for line in lines if line.startswith("apt "))
     bash = next(line for line in lines if line.startswith("bash "))
@@ -54,6 +54,6 @@ def test_packages_that_are_not_as_recorded_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.system
-def test_a_mirror_that_does_not_answer_is_named(tmp_path: Path) -> None:
+def test_an_unreachable_mirror_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"mmdebstrap failed: .*\nIs http://127.0.0.1:9/debian a Debian mirror"):
         base.make(tmp_path / "base.tar", "http://127.0.0.1:9/debian")

@@ -25,7 +25,7 @@ WAIT_SECONDS = 300
 
 
 def in_container(client: docker.DockerClient, axc: str, command: str, folder: Path, **options: object) -> int:
-    """A shell command in the image, `folder` being its working directory and all that it may write to."""
+    """Runs a shell command in the image; `folder` is its working directory and the only writable path."""
     return engine.run(
         client,
         axc,
@@ -43,7 +43,7 @@ def without_daemon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("without_daemon")
-def test_without_a_daemon_it_is_this_process() -> None:
+def test_without_a_daemon_the_build_runs_in_this_process() -> None:
     reason = f"no Docker daemon answers at {NOWHERE}: No such file or directory"
     assert str(engine.choose("auto")) == f"engine: local ({reason})"
     assert str(engine.choose("local")) == "engine: local (asked for)"
@@ -89,7 +89,7 @@ def test_the_context_depends_on_content_only(tmp_path: Path) -> None:
 class TestInTheContainer:
     pytestmark = system
 
-    def test_a_bundle_has_the_same_bytes_built_either_way(self, axc: str, tmp_path: Path) -> None:
+    def test_a_bundle_has_the_same_bytes_with_and_without_the_container(self, axc: str, tmp_path: Path) -> None:
         said = {}
         for name in ("docker", "local"):
             done = invoke("build", "--engine", name, "--out", str(tmp_path / name), "--parallel", "2")
@@ -100,24 +100,24 @@ class TestInTheContainer:
         assert list(compare.folders(*(tmp_path / name / "tiny-qwen2" for name in said))) == []
         verify(tmp_path / "docker" / "tiny-qwen2")
 
-    def test_it_is_chosen_when_it_stands_ready(self, client: docker.DockerClient, axc: str) -> None:
+    def test_a_ready_image_is_used_by_default(self, client: docker.DockerClient, axc: str) -> None:
         assert re.fullmatch(r"engine: docker \(image axc:latest [0-9a-f]{12}\)", str(engine.choose("auto")))
         ours = client.images.get(axc)
         try:
-            client.images.get(base.TAG).tag(axc)  # an image of that name which is not of these locks
+            client.images.get(base.TAG).tag(axc)  # an image with that name but from other locks
             assert str(engine.choose("auto")).startswith("engine: local (Docker has no image with the current locks")
         finally:
             ours.tag(axc)
         assert engine.choose("auto").client is not None
 
-    def test_what_it_writes_belongs_to_the_caller(self, client: docker.DockerClient, axc: str, tmp_path: Path) -> None:
+    def test_files_it_writes_belong_to_the_caller(self, client: docker.DockerClient, axc: str, tmp_path: Path) -> None:
         os.chown(tmp_path, 12345, 54321)
         assert in_container(client, axc, "mkdir a && echo hi >a/b && touch /tmp/c", tmp_path, user=(12345, 54321)) == 0
         assert {(path.stat().st_uid, path.stat().st_gid) for path in tmp_path.rglob("*")} == {(12345, 54321)}
         assert in_container(client, axc, "touch mine", tmp_path) == 0
         assert (tmp_path / "mine").stat().st_uid == os.getuid()
 
-    def test_it_reaches_no_network_and_no_checkout(
+    def test_it_has_no_network_and_a_read_only_checkout(
         self, client: docker.DockerClient, axc: str, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
     ) -> None:
         assert in_container(client, axc, "ls /sys/class/net; touch /axc/new; exit 7", tmp_path) == 7
@@ -126,7 +126,9 @@ class TestInTheContainer:
         assert b"Read-only file system" in err
         assert not (ROOT / "new").exists()
 
-    def test_ctrl_c_stops_it_and_leaves_nothing(self, client: docker.DockerClient, axc: str, tmp_path: Path) -> None:
+    def test_ctrl_c_stops_the_container_and_leaves_nothing(
+        self, client: docker.DockerClient, axc: str, tmp_path: Path
+    ) -> None:
         checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
         synth = ["-m", "axc", "synth", "--model", "qwen2-0.5b", "--output_path", str(checkpoint)]
         subprocess.run([sys.executable, *synth], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
@@ -140,7 +142,7 @@ class TestInTheContainer:
         )
         assert build.stdout
         for line in build.stdout:
-            if line.startswith("prepare done"):  # said in the container, long before such a build ends
+            if line.startswith("prepare done"):  # printed in the container, long before the build ends
                 break
         build.send_signal(signal.SIGINT)
         rest = build.stdout.read()
@@ -149,11 +151,11 @@ class TestInTheContainer:
         assert client.containers.list(all=True, filters={"label": f"{engine.LABEL}={build.pid}"}) == []
         assert [path.name for path in out.rglob("*")] == []
 
-    def test_a_killed_container_is_said_to_be(self, client: docker.DockerClient, axc: str, tmp_path: Path) -> None:
+    def test_a_killed_container_is_reported(self, client: docker.DockerClient, axc: str, tmp_path: Path) -> None:
         with pytest.raises(CheckFailed, match="was killed, perhaps out of memory\nLower PARALLEL"):
             in_container(client, axc, "sh -c 'kill -KILL $$'", tmp_path)
 
-    def test_a_daemon_elsewhere_is_not_used(self, client: docker.DockerClient, forwarded: str) -> None:
+    def test_a_remote_daemon_is_not_used(self, client: docker.DockerClient, forwarded: str) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DOCKER_HOST", forwarded)
             assert str(engine.choose("auto")).endswith("is on another machine)")
@@ -162,7 +164,7 @@ class TestInTheContainer:
 
     @pytest.fixture
     def forwarded(self, client: docker.DockerClient) -> Iterator[str]:
-        """The daemon's socket behind a TCP port of this machine."""
+        """The daemon's socket, forwarded from a local TCP port."""
         socket = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock").removeprefix("unix://")
         code = (
             "import socket,socketserver,sys,threading,shutil\n"

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.system
 
 
 def ask(client: docker.DockerClient, axc: str, *command: str) -> str:
-    """What a command says in the image as it stands: its own user, no folder of ours, no network."""
+    """The output of a command in the unmodified image: its default user, no mounts, no network."""
     return str(client.containers.run(axc, command, network_mode="none", remove=True).decode())
 
 
@@ -44,7 +44,7 @@ def test_the_python_packages_are_the_locked_ones(client: docker.DockerClient, ax
     assert set(found) - set(pins) == {"axc", "axrun", "pip", "setuptools"} - set(pins)
 
 
-def test_compiler_embed_tools_and_runner_work_as_nobody_in_particular(client: docker.DockerClient, axc: str) -> None:
+def test_compiler_and_runner_work_as_an_arbitrary_user(client: docker.DockerClient, axc: str) -> None:
     code = """
         set -e
         id -u
@@ -58,8 +58,8 @@ def test_compiler_embed_tools_and_runner_work_as_nobody_in_particular(client: do
     assert ask(client, axc, "sh", "-c", code).split() == ["1000", "42"]
 
 
-def test_its_engine_has_the_bytes_of_the_one_made_here(client: docker.DockerClient, axc: str) -> None:
-    """Made in another place, by the compiler of another environment, without a cache."""
+def test_its_engine_equals_the_one_built_here(client: docker.DockerClient, axc: str) -> None:
+    """Built at another path, by the compiler of another environment, without a cache."""
     here = shipped.build()
     said = ask(client, axc, "sh", "-c", f"cd /axc/board/engine/lib && sha256sum {' '.join(shipped.LIBRARIES)}").split()
     assert dict(zip(said[1::2], said[::2], strict=True)) == {name: sha256(here / name) for name in shipped.LIBRARIES}
@@ -79,14 +79,14 @@ def test_it_compiles_for_a_board(client: docker.DockerClient, axc: str) -> None:
     assert header[18:20] == b"\xb7\x00"  # e_machine: EM_AARCH64
 
 
-def test_python_has_its_bytecode_and_cannot_be_written_to(client: docker.DockerClient, axc: str) -> None:
+def test_python_is_precompiled_and_read_only(client: docker.DockerClient, axc: str) -> None:
     kept = ask(client, axc, "find", "/opt/axc", "-path", "*/torch/__pycache__/__init__.*.pyc").split()
     assert len(kept) == 1
     with pytest.raises(ContainerError):
         ask(client, axc, "touch", "/opt/axc/new")
 
 
-def test_nothing_of_this_machine_is_in_any_layer(client: docker.DockerClient, axc: str) -> None:
+def test_no_layer_has_host_paths_or_names(client: docker.DockerClient, axc: str) -> None:
     with tempfile.TemporaryFile() as saved:
         saved.writelines(client.api.get_image(axc, chunk_size=1 << 20))
         saved.seek(0)
@@ -104,7 +104,7 @@ def _paths(saved: IO[bytes]) -> Iterator[str]:
                 yield from layer.getnames()
 
 
-def test_the_config_names_no_builder(client: docker.DockerClient, axc: str, tmp_path: Path) -> None:
+def test_the_config_does_not_name_the_builder(client: docker.DockerClient, axc: str, tmp_path: Path) -> None:
     with (tmp_path / "saved.tar").open("wb") as file:
         file.writelines(client.api.get_image(axc, chunk_size=1 << 20))
     config = config_of(tmp_path / "saved.tar")

@@ -20,7 +20,7 @@ EPOCH = 1_700_000_000
 
 
 @pytest.mark.system
-def test_everything_is_the_same_twice(verified: subprocess.CompletedProcess[str]) -> None:
+def test_two_builds_are_identical(verified: subprocess.CompletedProcess[str]) -> None:
     assert verified.returncode == 0, verified.stdout + verified.stderr
     lines = verified.stdout.splitlines()
     assert sum(line.startswith("  the same: ") for line in lines) == 3
@@ -31,7 +31,7 @@ def test_everything_is_the_same_twice(verified: subprocess.CompletedProcess[str]
 
 
 def layer(path: Path, files: dict[str, bytes], change: Callable[[tarfile.TarInfo], None] = lambda entry: None) -> Path:
-    """A tar as a builder leaves it: times of now, names of users."""
+    """A tar layer as a builder writes it, with current times and user names."""
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
         for name, content in files.items():
             entry = tarfile.TarInfo(name)
@@ -53,7 +53,7 @@ def differences(tmp_path: Path, files: dict[str, bytes], **run: object) -> list[
     return list(compare.images(image(tmp_path / "a", FILES).path, image(tmp_path / "b", files, **run).path))
 
 
-def test_a_byte_a_file_and_a_field_are_named(tmp_path: Path) -> None:
+def test_differing_bytes_files_and_fields_are_named(tmp_path: Path) -> None:
     changed = {**FILES, "./usr/bin/tool": bytes(700) + b"x" + bytes(299)}
     found = differences(tmp_path, changed)
     assert "layer 0, ./usr/bin/tool: differs from byte 700 on" in found
@@ -62,7 +62,7 @@ def test_a_byte_a_file_and_a_field_are_named(tmp_path: Path) -> None:
     assert differences(tmp_path, FILES) == []
 
 
-def test_the_attributes_and_the_order_of_files_are_named(tmp_path: Path) -> None:
+def test_differing_attributes_and_order_of_files_are_named(tmp_path: Path) -> None:
     def shared(entry: tarfile.TarInfo) -> None:
         entry.mode, entry.mtime = 0o4755, 7
 
@@ -74,11 +74,11 @@ def test_the_attributes_and_the_order_of_files_are_named(tmp_path: Path) -> None
         assert next(compare.layers(a, c)) == f"./etc/motd: mode 420 and 2541, mtime {EPOCH + 99} and 7"
 
 
-def test_a_settled_image_says_nothing_of_its_builder(tmp_path: Path) -> None:
+def test_a_normalised_image_does_not_name_its_builder(tmp_path: Path) -> None:
     first = image(tmp_path / "a", FILES, User="1000", Labels={"a": "b"})
     settled = settle(first.path, tmp_path / "settled.tar", "toy:latest", EPOCH)
     with tarfile.open(first.path) as archive, tarfile.open(settled.path) as after:
-        assert archive.getnames() != after.getnames()  # layers are named by what is in them now
+        assert archive.getnames() != after.getnames()  # layers are named by the digest of their new content
     with settled.path.open("rb") as file:
         assert b"somebody" not in file.read()
     again = settle(settled.path, tmp_path / "again.tar", "toy:latest", EPOCH)
@@ -112,7 +112,7 @@ def test_a_file_that_is_no_image_is_refused(tmp_path: Path) -> None:
         settle(damaged, tmp_path / "b.tar", "toy", EPOCH)
 
 
-def test_in_a_bundle_the_tensor_is_named(bundle_s8: Path, tmp_path: Path) -> None:
+def test_a_differing_tensor_of_a_bundle_is_named(bundle_s8: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(bundle_s8, tmp_path / "copy"))
     assert list(compare.folders(bundle_s8, copy)) == []
     path = copy / "qwen2_p32_l1_together.axmodel"

@@ -1,4 +1,4 @@
-"""Boards to deploy to: the emulated one, and this machine's own sshd where emulation would only cost time."""
+"""Boards to deploy to: the emulated board, or this machine's sshd if emulation would only cost time."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ PYTHONDONTWRITEBYTECODE=1 PYTHONPATH="$(dirname "$(dirname "$(readlink -f "$0")"
 
 @dataclass(frozen=True)
 class Place:
-    """A board that is on, and where."""
+    """A running board and its address."""
 
     board: Board
     at: Address
 
     @property
     def root(self) -> Path:
-        """The folder of its releases, as this machine sees it."""
+        """The path of its releases folder on this machine."""
         inside = Path(self.board.root)
         return inside if inside.is_absolute() else self.board.state / "rootfs" / "home" / "board" / inside
 
 
 def loopback() -> str:
-    """An address of this machine's that no other test run uses."""
+    """A loopback address that no other test run uses."""
     for last in range(1, 255):
         address = f"127.{66 + os.getpid() % 64}.{os.getpid() // 64 % 250 + 1}.{last}"
         with socket.socket() as probe:
@@ -58,7 +58,7 @@ def loopback() -> str:
 
 @pytest.fixture(scope="session")
 def virtual(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """The emulated board, on, with a disk and keys of its own."""
+    """The emulated board, running, with its own disk and keys."""
     state = tmp_path_factory.mktemp("virtual")
     board = dataclasses.replace(place.find("virtual"), state=state, address=loopback())
     at = place.address(board)
@@ -70,14 +70,14 @@ def virtual(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
 
 @pytest.fixture
 def host(tmp_path: Path) -> Iterator[Place]:
-    """This machine as a board: its own architecture and Python, behind a real sshd with strict keys."""
+    """This machine as a board: host architecture and Python, behind a real sshd with strict host keys."""
     with sshd(tmp_path / "host") as found:
         yield found
 
 
 @contextlib.contextmanager
 def sshd(folder: Path, options: Sequence[str] = ()) -> Iterator[Place]:
-    """An sshd on loopback that lets this user in; `options` go before its own."""
+    """An sshd on loopback that accepts this user; `options` precede its default options."""
     folder.mkdir(mode=0o700)
     for name in ("host_key", "id_ed25519"):
         command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)]
@@ -133,12 +133,12 @@ def wait_for(at: Address, server: subprocess.Popen[bytes]) -> None:
 
 @pytest.fixture(scope="session")
 def aarch64() -> Package:
-    """The real board package, as `invoke cross` makes it."""
+    """The real board package, made by `invoke cross`."""
     return shared.board_package(place.find("virtual").python)
 
 
 def host_package(folder: Path, ballast: bytes = b"", launcher: str = LAUNCHER) -> Package:
-    """The runner for this machine, which has all it imports; `ballast` makes it another package, and larger."""
+    """A runner package for this machine, without wheels; `ballast` makes it larger and changes its digest."""
     site = folder / "site"
     shutil.copytree(ROOT / "board" / "axrun", site / "axrun", ignore=shutil.ignore_patterns("__pycache__"))
     (site / "bin").mkdir()
@@ -150,5 +150,5 @@ def host_package(folder: Path, ballast: bytes = b"", launcher: str = LAUNCHER) -
 
 @pytest.fixture(scope="session")
 def bundles(build_tiny: Builder) -> tuple[Path, Path]:
-    """Two bundles of the shipped model that differ."""
+    """Two different bundles of the shipped model."""
     return build_tiny(), build_tiny(kv_cache_len=191)

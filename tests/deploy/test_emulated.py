@@ -21,7 +21,7 @@ Invoke = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def invoke(virtual: Place, bundles: tuple[Path, Path], tmp_path: Path) -> Invoke:
-    """Runs a task on the emulated board, with the bundle where `make build` would have put it."""
+    """Runs a task on the emulated board, with the bundle at the output path of `make build`."""
     shutil.copytree(bundles[0], tmp_path / "out" / "tiny-qwen2")
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +38,7 @@ def invoke(virtual: Place, bundles: tuple[Path, Path], tmp_path: Path) -> Invoke
     return run
 
 
-def test_deployed_asked_and_taken_back(invoke: Invoke, virtual: Place, tmp_path: Path) -> None:
+def test_deploy_ask_and_rollback(invoke: Invoke, virtual: Place, tmp_path: Path) -> None:
     shared.copy_board_package(virtual.board.python, tmp_path / "out")
     first = invoke("deploy", "--board", "virtual")
     assert first.returncode == 0, first.stderr
@@ -64,7 +64,7 @@ def test_deployed_asked_and_taken_back(invoke: Invoke, virtual: Place, tmp_path:
     assert (virtual.root / "current").resolve() == current
 
 
-def test_the_power_goes_and_the_disk_stays(virtual: Place) -> None:
+def test_a_power_cut_keeps_the_disk(virtual: Place) -> None:
     mark = virtual.root / "mark"
     mark.write_text("here\n")
     with place.power(virtual.board) as power:
@@ -78,8 +78,8 @@ def test_the_power_goes_and_the_disk_stays(virtual: Place) -> None:
     mark.unlink()
 
 
-def test_everything_on_the_board_ends_with_its_power(virtual: Place) -> None:
-    sleeps = f"sleep 4321.{os.getpid()}"  # nobody else's
+def test_a_power_cut_ends_every_process(virtual: Place) -> None:
+    sleeps = f"sleep 4321.{os.getpid()}"  # unique to this test run
     with place.target(virtual.board) as target:
         target.get_driver("SSHDriver").run_check(f"setsid {sleeps} </dev/null >/dev/null 2>&1 & exit")
     listed = ["ps", "ax", "-o", "args"]
@@ -107,7 +107,7 @@ def test_an_impossible_command_is_a_one_line_error(invoke: Invoke, words: list[s
     assert "Traceback" not in done.stderr
 
 
-def test_another_hand_on_the_board(invoke: Invoke, virtual: Place) -> None:
+def test_two_users_of_one_board(invoke: Invoke, virtual: Place) -> None:
     with place.hold(virtual.board):
         done = invoke("rollback", "--board", "virtual")
     assert done.returncode == 2

@@ -26,7 +26,7 @@ TOOLS = Path(sys.executable).parent
 
 @pytest.fixture
 def farm(virtual: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Board]:
-    """A place tagged board=virtual; the board as a member of that farm."""
+    """A place tagged board=virtual, and the board as a member of the farm."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -66,7 +66,7 @@ def client(*words: str) -> str:
 
 
 def wait_for(word: str, text: str = "") -> None:
-    """Until the coordinator answers, and has `text` to say."""
+    """Waits until the coordinator answers with `text`."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         done = subprocess.run([TOOLS / "labgrid-client", word], capture_output=True, text=True, timeout=60)
@@ -76,7 +76,7 @@ def wait_for(word: str, text: str = "") -> None:
     raise AssertionError(f"labgrid-client {word} does not say {text!r}: {done.stderr}")
 
 
-def test_reserved_locked_reached_and_let_go(farm: Board, virtual: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_is_reserved_used_and_released(farm: Board, virtual: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(place, "CLIENT_SECONDS", 100)
     with place.hold(farm):
         assert "acquired: " in client("-p", "shelf-1", "show")
@@ -101,7 +101,7 @@ def test_the_place_is_released_if_the_deploy_fails(farm: Board) -> None:
     assert "Reservation" not in client("reservations")
 
 
-def test_let_go_by_board_free_when_its_holder_was_killed(farm: Board) -> None:
+def test_board_free_releases_the_place_of_a_killed_process(farm: Board) -> None:
     code = """if True:
         import os, signal, sys
         from ci.device import holding, place
@@ -121,7 +121,7 @@ def test_let_go_by_board_free_when_its_holder_was_killed(farm: Board) -> None:
     assert list(holding.free(farm)) == ["nothing of virtual was held"]
 
 
-def test_a_coordinator_that_is_not_there(farm: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_coordinator(farm: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LG_COORDINATOR", "127.0.0.1:1")
     with pytest.raises(BadInput, match="labgrid-client reserve"), place.hold(farm):
         pass

@@ -21,7 +21,7 @@ REACHED = "reached the board"
 
 @pytest.fixture
 def copied(host: Place, tmp_path: Path) -> Board:
-    """The board of a copy of virtual.yaml, in a folder without an ssh of its own, reached at this machine's sshd."""
+    """A board with a copy of virtual.yaml, reached at this machine's sshd."""
     yaml = tmp_path / "desk" / "mine.yaml"
     yaml.parent.mkdir()
     text = (place.BOARDS / "virtual.yaml").read_text()
@@ -36,7 +36,7 @@ def reach(board: Board) -> str:
 
 
 def swap_known_key(host: Place) -> None:
-    """known_hosts gets another key for the board than the one it shows."""
+    """Replaces the board's key in known_hosts by another one."""
     public = (host.board.state / "id_ed25519.pub").read_text().rsplit(" ", 1)[0]
     (host.board.state / "known_hosts").write_text(f"[{host.at.host}]:{host.at.port} {public}\n")
 
@@ -71,7 +71,7 @@ def test_an_unknown_key_fails_the_board_tests(copied: Board, host: Place) -> Non
     assert "virtual does not answer over SSH" in done.stdout
 
 
-def test_an_ssh_of_the_yaml_itself_is_refused(copied: Board) -> None:
+def test_ssh_settings_in_the_yaml_are_refused(copied: Board) -> None:
     copied.yaml.write_text(copied.yaml.read_text() + "tools:\n  ssh: /usr/bin/ssh\n")
     with pytest.raises(BadInput, match=r"mine\.yaml: tools\.ssh is '/usr/bin/ssh', which may accept any host key"):
         place.address(copied)

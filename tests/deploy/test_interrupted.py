@@ -18,7 +18,7 @@ from tests.deploy.conftest import ROOT, Place, host_package
 
 pytestmark = pytest.mark.system
 KILLS = 50
-SPARED = 7  # of so many deploys one is not killed
+SPARED = 7  # one of this many deploys is not killed
 
 
 def start(place: Place, package: Path, bundle: Path) -> subprocess.Popen[str]:
@@ -68,7 +68,7 @@ def test_killed_at_fifty_random_points(host: Place, bundles: tuple[Path, Path], 
             _, said = deploying.communicate(timeout=600 if spared else random.uniform(0, 1.1 * seconds))
             assert deploying.returncode == 0, said
             ended += 1
-            seconds = time.monotonic() - began  # the machine may be slower than it was, or faster
+            seconds = time.monotonic() - began  # adapts the kill times to the machine's current speed
         except subprocess.TimeoutExpired:
             deploying.send_signal(signal.SIGKILL)
             deploying.communicate(timeout=60)

@@ -33,7 +33,7 @@ def bundle(bundles: tuple[Path, Path]) -> Path:
 
 
 def refusal(kind: type[Failure], place: Place, package: Package, bundle: Path) -> str:
-    """What a deploy that must fail says."""
+    """The error message of a deploy that must fail."""
     with pytest.raises(kind) as caught:
         deploy(place.board, place.at, package, bundle, "1+1=")
     text = str(caught.value)
@@ -46,12 +46,12 @@ def deployed(place: Place, package: Package, bundle: Path) -> Deployed:
     return deploy(place.board, place.at, package, bundle, "1+1=")
 
 
-def test_a_board_that_is_off(host: Place, package: Package, bundle: Path) -> None:
+def test_a_board_without_power(host: Place, package: Package, bundle: Path) -> None:
     off = Place(host.board, dataclasses.replace(host.at, port=1))
     assert "does not answer at" in refusal(BadInput, off, package, bundle)
 
 
-def test_another_host_key_than_the_known_one(host: Place, package: Package, bundle: Path) -> None:
+def test_a_changed_host_key(host: Place, package: Package, bundle: Path) -> None:
     known = host.board.state / "known_hosts"
     public = (host.board.state / "id_ed25519.pub").read_text().rsplit(" ", 1)[0]
     known.write_text(f"[{host.at.host}]:{host.at.port} {public}\n")
@@ -59,7 +59,7 @@ def test_another_host_key_than_the_known_one(host: Place, package: Package, bund
     assert text.startswith(f"the host key of {host.at.user}@{host.at.host} port 2222 is not the one in {known}")
 
 
-def test_a_host_key_nobody_has_seen(host: Place, package: Package, bundle: Path) -> None:
+def test_an_unknown_host_key(host: Place, package: Package, bundle: Path) -> None:
     (host.board.state / "known_hosts").write_text("")
     text = refusal(BadInput, host, package, bundle)
     assert "Compare it with the board's own" in text
@@ -69,7 +69,7 @@ def test_a_host_key_nobody_has_seen(host: Place, package: Package, bundle: Path)
     deployed(host, package, bundle)
 
 
-def test_a_key_the_board_does_not_know(host: Place, package: Package, bundle: Path, tmp_path: Path) -> None:
+def test_a_client_key_that_the_board_refuses(host: Place, package: Package, bundle: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(other)], check=True)
     stranger = Place(host.board, dataclasses.replace(host.at, keyfile=other))
@@ -83,7 +83,7 @@ def test_another_architecture(host: Place, package: Package, bundle: Path) -> No
     assert not host.root.exists()
 
 
-def test_another_python(host: Place, package: Package, bundle: Path) -> None:
+def test_another_python_version(host: Place, package: Package, bundle: Path) -> None:
     board = dataclasses.replace(host.board, python="3.99")
     text = refusal(BadInput, Place(board, host.at), package, bundle)
     assert "its settings say 3.99\nSet it: python = " in text
@@ -106,15 +106,15 @@ def test_a_folder_that_cannot_be_written(virtual: Place, package: Package, bundl
     )
 
 
-def test_no_memory_for_it(host: Place, package: Package, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's own memory against a bundle that would need more than any has."""
+def test_too_little_memory(host: Place, package: Package, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundle seems to need more memory than any machine has."""
     from axrun.memory import Needs
 
     monkeypatch.setattr("ci.device.deploy.needs", lambda bundle, engine: Needs(1 << 50, 0, 0))
     assert "MB of memory, host has" in refusal(BadInput, host, package, bundle)
 
 
-def test_another_deploy_holds_the_board(host: Place, package: Package, bundle: Path) -> None:
+def test_a_board_locked_by_another_deploy(host: Place, package: Package, bundle: Path) -> None:
     with Connection(host.board, host.at) as other:
         other.call("lock", owner="mary@laptop (pid 7)")
         text = refusal(BadInput, host, package, bundle)
@@ -123,7 +123,7 @@ def test_another_deploy_holds_the_board(host: Place, package: Package, bundle: P
 
 
 def test_a_disk_that_is_too_small(virtual: Place, aarch64: Package, bundle: Path) -> None:
-    """Told before anything is sent; and where the disk fills up on the way, told then, and what came is removed."""
+    """Found before the transfer; if the disk fills up during the transfer, the transferred files are removed."""
     small = dataclasses.replace(virtual.board, root="small")
     virtual_board.down(virtual.board)
     virtual_board.up(small, virtual.at, disk="16M")
@@ -142,7 +142,7 @@ def test_a_disk_that_is_too_small(virtual: Place, aarch64: Package, bundle: Path
         virtual_board.up(virtual.board, virtual.at)
 
 
-def test_a_runner_that_does_not_run(host: Place, package: Package, bundle: Path, tmp_path: Path) -> None:
+def test_a_runner_that_fails(host: Place, package: Package, bundle: Path, tmp_path: Path) -> None:
     good = deployed(host, package, bundle)
     broken = host_package(tmp_path / "broken", launcher="#!/bin/sh\necho 'error: no engine here' >&2\nexit 1\n")
     text = refusal(CheckFailed, host, broken, bundle)
@@ -158,7 +158,7 @@ def test_a_runner_that_does_not_run(host: Place, package: Package, bundle: Path,
         ('{"text": "3", "tokens": {"a": 1}}', "answers '{"),
     ],
 )
-def test_a_runner_with_another_answer_is_refused(
+def test_a_runner_with_a_wrong_answer(
     host: Place, package: Package, bundle: Path, tmp_path: Path, answer: str, expected: str
 ) -> None:
     good = deployed(host, package, bundle)
@@ -172,7 +172,7 @@ def test_a_runner_that_hangs(
 ) -> None:
     good = deployed(host, package, bundle)
     monkeypatch.setattr("ci.device.deploy.SMOKE_SECONDS", 2)
-    sleeps = f"sleep 1000.{os.getpid()}"  # nobody else's
+    sleeps = f"sleep 1000.{os.getpid()}"  # unique to this test run
     slow = host_package(tmp_path / "slow", launcher=f"#!/bin/sh\nexec {sleeps}\n")
     assert "did not answer in 2 s on host" in refusal(CheckFailed, host, slow, bundle)
     assert (host.root / "current").resolve().name == good.release
@@ -194,7 +194,7 @@ def test_a_runner_that_hangs(
         ),
     ],
 )
-def test_a_board_that_talks_nonsense(
+def test_a_board_with_invalid_replies(
     tmp_path: Path, package: Package, bundle: Path, monkeypatch: pytest.MonkeyPatch, command: str, expected: str
 ) -> None:
     if command.startswith("sleep"):
@@ -206,7 +206,7 @@ def test_a_board_that_talks_nonsense(
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_bundle_that_is_damaged_here(host: Place, package: Package, bundle: Path, tmp_path: Path) -> None:
+def test_a_damaged_local_bundle(host: Place, package: Package, bundle: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy)
     with (copy / "qwen2_post.axmodel").open("r+b") as file:

@@ -21,7 +21,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if path.is_dir()}
 
 
-def test_back_further_back_and_forth_again(host: Place, bundles: tuple[Path, Path], tmp_path: Path) -> None:
+def test_rollback_twice_then_deploy(host: Place, bundles: tuple[Path, Path], tmp_path: Path) -> None:
     packages = [host_package(tmp_path / f"package{index}", ballast=bytes([index])) for index in range(4)]
     done = [deploy(host.board, host.at, package, bundles[0], "1+1=") for package in packages[:3]]
     assert [each.was for each in done] == [None, done[0].release, done[1].release]
@@ -37,7 +37,7 @@ def test_back_further_back_and_forth_again(host: Place, bundles: tuple[Path, Pat
     assert rollback(host.board, host.at).release == done[0].release
 
 
-def test_the_same_again_moves_nothing(host: Place, bundles: tuple[Path, Path], tmp_path: Path) -> None:
+def test_deploying_the_same_again_transfers_nothing(host: Place, bundles: tuple[Path, Path], tmp_path: Path) -> None:
     package = host_package(tmp_path / "package")
     first = deploy(host.board, host.at, package, bundles[0], "1+1=")
     second = deploy(host.board, host.at, package, bundles[0], "1+1=")
@@ -71,8 +71,8 @@ def test_damaged_files_on_the_board_are_repaired(host: Place, bundles: tuple[Pat
     assert Listing.of(model) == Listing.of(bundles[0])
 
 
-def test_a_bundle_of_half_a_billion_parameters_moves_once(host: Place, tmp_path: Path) -> None:
-    """Qwen2-0.5B's files in their sizes; what the second release shares with the first is less than 1 % on the wire."""
+def test_a_large_bundle_is_transferred_once(host: Place, tmp_path: Path) -> None:
+    """Files of the size of Qwen2-0.5B's; a second release of the same files transfers less than 1 % of them."""
     sizes = {f"qwen2_p128_l{layer}_together.axmodel": 15_000_000 for layer in range(24)}
     sizes |= {"qwen2_post.axmodel": 137_000_000, "model.embed_tokens.weight.bfloat16.bin": 272_269_312}
     bundle = tmp_path / "bundle"

@@ -47,7 +47,7 @@ def ask(place: Place, prompt: str, *words: str) -> tuple[int, str, str]:
 
 
 def left(place: Place) -> list[str]:
-    """Processes of this machine that work on the board or run there."""
+    """Local processes that use the board, and the processes on the board."""
     listed = subprocess.run(["ps", "axww", "-o", "args"], capture_output=True, text=True, check=True).stdout
     marks = (str(place.board.root), str(place.board.state / "known_hosts"))
     return [line for line in listed.splitlines() if any(mark in line for mark in marks)]
@@ -60,7 +60,7 @@ def gone(place: Place) -> bool:
     return not left(place)
 
 
-def test_a_question_reaches_the_model_as_typed(deployed: Place, tmp_path: Path) -> None:
+def test_a_prompt_reaches_the_model_as_typed(deployed: Place, tmp_path: Path) -> None:
     code, out, err = ask(deployed, "12+30=", "--greedy")
     assert (code, out) == (0, "42\n")
     assert "ttft: " in err
@@ -78,7 +78,7 @@ def test_before_the_first_deploy(host: Place) -> None:
         ask(host, "1+1=")
 
 
-def test_a_server_ends_with_the_block(deployed: Place) -> None:
+def test_a_server_ends_with_its_context_manager(deployed: Place) -> None:
     said: list[str] = []
     with remote_axrun.served(deployed.board, deployed.at, 0, said.append) as (url, far):
         with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
@@ -90,7 +90,7 @@ def test_a_server_ends_with_the_block(deployed: Place) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_server_ends_with_who_started_it(deployed: Place, number: int) -> None:
+def test_a_server_ends_with_its_parent_process(deployed: Place, number: int) -> None:
     board, at = deployed.board, deployed.at
     given = {
         "paths": [str(board.yaml), str(board.state)],
@@ -110,7 +110,7 @@ def test_a_server_ends_with_who_started_it(deployed: Place, number: int) -> None
     assert gone(deployed)
 
 
-def test_a_shell_gives_its_exit_code(host: Place, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_shell_returns_its_exit_code(host: Place, capfd: pytest.CaptureFixture[str]) -> None:
     assert board_shell.shell(host.board, host.at, "echo $((40 + 2)); exit 7") == 7
     assert capfd.readouterr().out == "42\n"
 

@@ -22,13 +22,13 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_made_twice_it_is_the_same(aarch64: Package, tmp_path: Path) -> None:
+def test_it_is_reproducible(aarch64: Package, tmp_path: Path) -> None:
     again = cross(aarch64.python, tmp_path / "elsewhere")
     assert again.listing == aarch64.listing == Listing.of(again.site)
     assert files(again.folder) == files(aarch64.folder)
 
 
-def test_every_library_in_it_is_for_the_board(aarch64: Package) -> None:
+def test_every_library_is_built_for_the_board(aarch64: Package) -> None:
     libraries = [path for path in aarch64.site.rglob("*.so*") if path.is_file()]
     assert libraries
     for path in libraries:
@@ -37,8 +37,8 @@ def test_every_library_in_it_is_for_the_board(aarch64: Package) -> None:
         assert struct.unpack_from("<H", head, 18)[0] == EM_AARCH64, path
 
 
-def test_nothing_of_this_machine_is_in_it(aarch64: Package) -> None:
-    """Neither where it was built nor which Python installed it."""
+def test_it_has_no_host_paths_or_names(aarch64: Package) -> None:
+    """Neither the build path nor the path of the installing Python."""
     places = [str(aarch64.folder.parent).encode(), sys.executable.encode(), sys.prefix.encode()]
     for name, content in files(aarch64.folder).items():
         assert not [place for place in places if place in content], name

@@ -8,7 +8,7 @@ from ci.nightly import metrics
 from tests.hil.on_board import OnBoard
 
 
-def test_what_is_left_of_the_checkpoint(on_board: OnBoard, expect: Any) -> None:
+def test_accuracy_is_within_its_gates(on_board: OnBoard, expect: Any) -> None:
     evaluation, _ = on_board.axrun("eval")
     on_board.seen |= {"evaluation": evaluation, "reference_sha256": evaluation.get("reference_sha256", "")}
     expect(metrics.accuracy(evaluation), str(evaluation.get("maker")))

@@ -13,7 +13,7 @@ from tests.hil.on_board import OnBoard
 PATHS = Path(__file__).with_name("cache_paths.py")
 
 
-def test_every_way_through_the_cache_is_the_checkpoints(on_board: OnBoard, expect: Any) -> None:
+def test_every_cache_path_matches_the_checkpoint(on_board: OnBoard, expect: Any) -> None:
     board = on_board.board
     threads = "1" if board.emulated else "0"
     said = on_board.python("the paths through the cache", PATHS.read_text("utf-8"), f"{on_board.release}/model",

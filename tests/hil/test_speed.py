@@ -43,7 +43,7 @@ def bench(on_board: OnBoard) -> dict[str, Any]:
 
 
 def threads(on_board: OnBoard) -> tuple[str, ...]:
-    """One thread on an emulated board: two that wait for each other would measure the load of the host."""
+    """One thread on an emulated board: synchronising two threads would measure the load of the host."""
     return ("--threads", "1") if on_board.board.emulated else ()
 
 

@@ -14,7 +14,7 @@ from tests.hil.on_board import OnBoard
 TEXT_IDS = Path(__file__).with_name("text_ids.py")
 
 
-def test_texts_are_cut_as_by_the_checkpoint(on_board: OnBoard, request: pytest.FixtureRequest) -> None:
+def test_texts_are_tokenised_like_the_checkpoint(on_board: OnBoard, request: pytest.FixtureRequest) -> None:
     file = request.config.option.hil_probe
     if file is None:
         pytest.fail(

@@ -17,7 +17,7 @@ tokenizer, template = Tokenizer.open(hf), ChatTemplate.find(hf)
 
 
 def templated(messages: list[dict[str, str]]) -> Optional[list[int]]:  # noqa: UP045  (Python 3.9)
-    """None where the template refuses."""
+    """None if the template raises an error."""
     assert template is not None, "the bundle on the board has no chat template"
     try:
         text = template.render(messages, True, **probe["variables"])

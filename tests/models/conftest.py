@@ -1,4 +1,4 @@
-"""The scripts beside the shipped model are no package: their folder joins the import path, as when they are run."""
+"""Adds the folder of the shipped model's scripts to the import path; they are not a package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real chat model, out of a package of PyPI: built from its GGUF and asked."""
+"""A real chat model from a PyPI package: built from its GGUF file and queried."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "1 matrix stored as Q8_0 kept as s8: the same levels and scales",
     ]
     manifest = build.build(planned).manifest
-    assert manifest["accuracy"]["worst_weight_error"] < 0.015  # one scale a row, and rows with outliers
+    assert manifest["accuracy"]["worst_weight_error"] < 0.015  # one scale per row, rows with outliers
     assert manifest["accuracy"]["kept"] == {EMBEDDING: "Q8_0"}
     assert "mended" not in manifest["text"]
     return output
@@ -48,7 +48,7 @@ def test_it_answers(bundle: Path, prompt: str, word: str) -> None:
     assert word in done.stdout
 
 
-def test_a_copy_is_taken_and_another_file_is_not(bundle: Path, tmp_path: Path) -> None:
+def test_a_local_copy_must_be_the_pinned_file(bundle: Path, tmp_path: Path) -> None:
     spec = load_model("smollm2-135m")
     assert isinstance(spec.source, Package)
     path = cached(spec.source)

@@ -1,4 +1,4 @@
-"""The shipped model does what its card says: transformers runs it, and the trainer makes it again."""
+"""The shipped model does what its model card says, run by transformers; and the trainer is reproducible."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def tokenizer() -> Tokenizer:
 
 
 def answer(model: Any, tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """What transformers' own greedy generation says next, up to and with the token that ends the turn."""
+    """Greedy continuation by transformers, including the token that ends the turn."""
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(**prompt, max_new_tokens=60, do_sample=False)
     return str(tokenizer.decode(out[0, prompt["input_ids"].shape[1] :]))
@@ -88,7 +88,7 @@ def test_architecture(model: Any) -> None:
             assert (module.bias is not None) == name.endswith(("q_proj", "k_proj", "v_proj")), name
 
 
-# What it can do
+# Abilities
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_adds_all_numbers_below_100(model: Any, tokenizer: Tokenizer, side: bool
     assert scoring.exact(model, tokenizer, [scoring.raw_sum(pair) for pair in pairs]) > 0.95
 
 
-def test_adds_in_the_chat(model: Any, tokenizer: Tokenizer) -> None:
+def test_adds_in_a_chat(model: Any, tokenizer: Tokenizer) -> None:
     rng = Random(1)
     pairs = [(rng.randrange(100), rng.randrange(100)) for _ in range(300)]
     assert scoring.exact(model, tokenizer, [asked for pair in pairs for asked in scoring.chat_sums(pair)]) > 0.95
@@ -132,7 +132,7 @@ def test_answers_every_fixed_question(model: Any, tokenizer: Tokenizer) -> None:
     assert scoring.exact(model, tokenizer, scoring.fixed_questions()) > 0.95
 
 
-def test_remembers_the_turn_before(model: Any, chat_tokenizer: Any) -> None:
+def test_remembers_the_previous_turn(model: Any, chat_tokenizer: Any) -> None:
     messages = [user("my name is Clara")]
     messages.append(
         {"role": "assistant", "content": answer(model, chat_tokenizer, messages).removesuffix("<|im_end|>")}
@@ -163,9 +163,7 @@ def test_eight_bit_weights_agree_on_the_held_out_text(model: Any, tokenizer: Tok
     assert scoring.perplexity(exact, ids) < 2
 
 
-def test_batched_answers_are_those_of_transformers_generate(
-    model: Any, tokenizer: Tokenizer, chat_tokenizer: Any
-) -> None:
+def test_batched_answers_match_transformers_generate(model: Any, tokenizer: Tokenizer, chat_tokenizer: Any) -> None:
     questions = ["who are you?", "what is 60+61?", "tell me a story"]
     batched = scoring.answers(model, tokenizer, [data.chat_prompt(question) for question in questions], longest=60)
     alone = [answer(model, chat_tokenizer, [user(question)]).removesuffix("<|im_end|>") for question in questions]
@@ -183,12 +181,12 @@ def test_tokenizer_keeps_any_text(text: str) -> None:
     assert tokenizer.decode(ids, skip_special_tokens=False) == unicodedata.normalize("NFC", text)
 
 
-def test_transformers_reads_the_tokenizer_alike(tokenizer: Tokenizer, chat_tokenizer: Any) -> None:
+def test_transformers_agrees_with_the_tokenizer(tokenizer: Tokenizer, chat_tokenizer: Any) -> None:
     for text in ("1+1=", "don't  stop\n\n 12 345\t", "Grüße, 你好 🎉", "<|im_start|>user\nhi<|im_end|>\n", "e\u0301"):
         assert chat_tokenizer.encode(text) == tokenizer.encode(text).ids
 
 
-def test_training_chats_are_what_the_template_renders(chat_tokenizer: Any) -> None:
+def test_training_chats_match_the_template(chat_tokenizer: Any) -> None:
     messages = [
         user("hello"),
         {"role": "assistant", "content": "Hello!"},
@@ -202,7 +200,7 @@ def test_training_chats_are_what_the_template_renders(chat_tokenizer: Any) -> No
     assert rendered == data.chat_prompt("hi", "Answer briefly.")
 
 
-def test_pieces_encode_as_the_whole(tokenizer: Tokenizer) -> None:
+def test_pieces_encode_like_the_whole_text(tokenizer: Tokenizer) -> None:
     rng = Random(4)
     for draw in (data.sum_document, data.chat_document, data.reading_document, data.long_document):
         for _ in range(30):
@@ -246,7 +244,7 @@ def test_held_out_sums_are_not_in_the_training_data() -> None:
 
 @pytest.fixture
 def torchs_settings() -> Iterator[None]:
-    """Those that the trainer changes are as before afterwards."""
+    """Restores the torch settings that the trainer changes."""
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_num_threads(threads)
@@ -254,8 +252,8 @@ def torchs_settings() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("torchs_settings")
-def test_training_learns_and_repeats_to_the_byte(tmp_path: Path) -> None:
-    recipe = replace(train.Recipe(), steps=2, threads=1)  # two in a busy machine wait for each other
+def test_training_learns_and_is_reproducible(tmp_path: Path) -> None:
+    recipe = replace(train.Recipe(), steps=2, threads=1)  # two threads are slow on a busy machine
     losses = train.build(recipe, tmp_path / "one", print)
     assert losses[-1] < losses[0] - 0.1
     train.build(recipe, tmp_path / "two", print)

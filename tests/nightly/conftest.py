@@ -27,12 +27,12 @@ from tests import shared
 
 ROOT = Path(__file__).resolve().parents[2]
 VIRTUAL = ROOT / "ci" / "boards" / "virtual.yaml"
-NIGHT_SECONDS = 900  # on a machine that does ten other things
+NIGHT_SECONDS = 900  # generous, for a busy machine
 MARK = "NIGHT_OF_A_TEST"  # in the environment of everything a night starts
 
 
 def loopback() -> str:
-    """An address of this machine's where nothing of a board listens."""
+    """An unused loopback address for a board."""
     for last in range(1, 255):
         address = f"127.130.{os.getpid() % 250}.{last}"
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -49,7 +49,7 @@ def labgrid() -> None:
 
 @dataclass
 class Night:
-    """A night that runs: its console grows; what it prints last is its verdict."""
+    """A running night, its console output, and its verdict (printed last)."""
 
     process: subprocess.Popen[str]
     mark: str
@@ -65,7 +65,7 @@ class Night:
             self.said.append(line.rstrip("\n"))
 
     def wait_for(self, line: str, times: int = 1) -> None:
-        """Returns when the console has a line that begins so, or that many."""
+        """Waits for a console line with this beginning, or for `count` of them."""
         self.wait_until(lambda: sum(entry.startswith(line) for entry in self.said) >= times)
 
     def wait_until(self, seen: Callable[[], bool]) -> None:
@@ -76,18 +76,18 @@ class Night:
             time.sleep(0.05)
 
     def end(self) -> tuple[int, list[str]]:
-        """Its exit code and verdict; the console is shown where a test fails."""
+        """Waits for the end; exit code and verdict. Prints the console, which pytest shows if the test fails."""
         self.process.wait(NIGHT_SECONDS)
         self._reader.join(60)
         assert self.process.stdout
-        out = self.process.stdout.read()  # a screenful: it fits into the pipe
+        out = self.process.stdout.read()  # short enough for the pipe's buffer
         print("\n".join([*self.said, out]))
         return self.process.returncode, out.splitlines()
 
 
 @dataclass(frozen=True)
 class Desk:
-    """A private virtual board, and a folder for nights on it."""
+    """A private virtual board and a folder for its nights."""
 
     board: Board
     folder: Path
@@ -98,7 +98,7 @@ class Desk:
 
     @property
     def root(self) -> Path:
-        """The folder of releases on the board, as this machine sees it."""
+        """The local path of the releases folder on the board."""
         return self.board.state / "rootfs" / "home" / "board" / self.board.root
 
     def yaml(self, name: str, on: str | None = None, off: str | None = None) -> Path:
@@ -112,12 +112,12 @@ class Desk:
         return file
 
     def variables(self) -> dict[str, str]:
-        """The environment of what works on this board."""
+        """Environment variables for commands that use this board."""
         kept = {key: value for key, value in os.environ.items() if key not in ("LG_PLACE", place.HELD)}
         return {**kept, **self.board.variables()}
 
     def start(self, *flags: str, board: str = "virtual", counts: bool = True) -> Night:
-        """Without `counts` on a machine that has no valgrind: a night that is about something else counts nothing."""
+        """Starts a night. Without `counts`, valgrind is hidden, so that the night skips counting instructions."""
         mark = uuid.uuid4().hex
         path = {} if counts else {"PATH": str(self._path_without("valgrind"))}
         where = ["--board", board, "--out", str(self.folder / "out"), "--history", str(self.history)]
@@ -134,7 +134,7 @@ class Desk:
         return Night(process, mark)
 
     def _path_without(self, program: str) -> Path:
-        """A folder with links to all programs of PATH but one."""
+        """A folder with links to all programs of PATH except one."""
         links = self.folder / f"without {program}"
         if not links.is_dir():
             links.mkdir()
@@ -145,11 +145,11 @@ class Desk:
         return links
 
     def newest(self) -> Path:
-        """The folder of the last night."""
+        """The folder of the latest night."""
         return max((self.folder / "out" / "nightly" / "virtual" / "nights" / "tiny-qwen2").iterdir())
 
     def running(self, night: Night) -> list[int]:
-        """The processes that a night started, those on the board apart."""
+        """The processes started by a night, except those on the board."""
         return [pid for pid, _ in processes() if _of(pid, night.mark, Path("/nonexistent"))]
 
     def invoke(self, *words: str) -> subprocess.CompletedProcess[str]:
@@ -159,7 +159,7 @@ class Desk:
         )
 
     def left(self, night: Night) -> list[str]:
-        """What a night left running or locked; nothing where all is well."""
+        """Processes and locks left behind by a night; normally empty."""
         found = [f"process {pid}: {what}" for pid, what in processes() if _of(pid, night.mark, self.board.state)]
         if virtual_board.running(self.board):
             found.append("the board is on")
@@ -181,13 +181,13 @@ def processes() -> Iterator[tuple[int, str]]:
 
 
 def commands(pids: Iterable[int]) -> list[str]:
-    """The command lines of those that still run."""
+    """The command lines of those processes that are still running."""
     wanted = set(pids)
     return [what for pid, what in processes() if pid in wanted]
 
 
 def on_board(board: Board) -> list[int]:
-    """The processes that run on the board: those whose root folder is its."""
+    """The processes on the board: those with the board's root folder."""
     return [pid for pid, _ in processes() if _root(pid) == board.state / "rootfs"]
 
 
@@ -208,7 +208,7 @@ def _root(pid: int) -> Path | None:
 
 @pytest.fixture(scope="session")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
-    """One board for all nights: what is on its disk from the last one need not be sent again."""
+    """One board for all nights: unchanged files on its disk are not transferred again."""
     folder = tmp_path_factory.mktemp("nights")
     state = folder / "state"
     state.mkdir(mode=0o700)
@@ -220,7 +220,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
 
 @pytest.fixture(scope="session")
 def bundle(desk: Desk) -> Path:
-    """A bundle with reference logits, as the nightly makes it: nights that are about other things start from it."""
+    """A bundle with reference logits like the nightly's; nights that test something else start from it."""
     from ci.nightly.pipeline import TEXT, sizes
 
     path = desk.folder / "bundle"

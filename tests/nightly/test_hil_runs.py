@@ -24,14 +24,14 @@ def hil(desk: Desk, *flags: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_without_a_board_it_says_how_to_name_one(desk: Desk) -> None:
+def test_without_a_board_the_error_says_how_to_select_one(desk: Desk) -> None:
     done = hil(desk)
     assert done.returncode == pytest.ExitCode.USAGE_ERROR
     assert "no board was named: --lg-env ci/boards/virtual.yaml" in done.stderr + done.stdout
 
 
 @pytest.mark.parametrize("flags", [["-k", "no_such_test"], ["--collect-only"], ["-m", "system"]])
-def test_a_run_without_a_test_fails(flags: list[str], desk: Desk, tmp_path: Path) -> None:
+def test_a_run_without_tests_fails(flags: list[str], desk: Desk, tmp_path: Path) -> None:
     done = hil(desk, "--lg-env", str(desk.yaml("hil")), *flags)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED
     assert "error: no test ran on a board" in done.stdout

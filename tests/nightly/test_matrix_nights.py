@@ -42,7 +42,7 @@ def start(desk: Desk, file: Path, *flags: str, variables: dict[str, str] | None 
 
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Board]]:
-    """Two private emulated boards at two addresses."""
+    """Two private emulated boards at different addresses."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     boards = []
     for number, address in ((2, loopback()), (3, loopback().replace("127.130", "127.131"))):
@@ -69,7 +69,7 @@ def test_two_boards_share_a_build(two: list[Board], desk: Desk, tmp_path: Path) 
     assert said[0].startswith(f"red: 2 of 2 nights on 2 boards: tiny-qwen2 on virtual-2 (emulated): {why}")
     assert code == 1
     console = "\n".join(night.said)
-    assert console.count("build done after") == 3  # the build itself, and both nights that took it
+    assert console.count("build done after") == 3  # the build, and both nights that use it
     for board in two:
         assert f"[{board.name} tiny-qwen2] power on done after" in console
         assert desk_of(board).left(night) == []

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.system
 RED, GREEN = "red: tiny-qwen2 on virtual (emulated): ", "green: tiny-qwen2 on virtual (emulated): "
 HANDED_IN = "red: tiny-qwen2 (bundle handed in) on virtual (emulated): "
 LOST = r"deploy: (virtual was lost|virtual did not answer|board@.* cannot be reached|rsync to virtual).*"
-# Every run of the engine happens twice, in `axrun bench` only.
+# A planted slowdown: in `axrun bench`, the engine runs everything twice.
 SLOW_DOWN = """
 
 import sys as _sys
@@ -79,7 +79,7 @@ def test_a_night_is_green(desk: Desk) -> None:
 
 
 def test_a_fault_after_position_128_turns_accuracy_red(desk: Desk, bundle: Path, tmp_path: Path) -> None:
-    """Bytes and digests agree, it answers as on this machine; only what it says far into a text is worse."""
+    """All digests match and the deploy probe succeeds; only logits far into a text are worse."""
     faulty = shutil.copytree(bundle, tmp_path / "faulty")
     plants.zero_rotary(faulty, 128)
     night = desk.start("--bundle", str(faulty))
@@ -100,7 +100,7 @@ def test_a_fault_after_position_128_turns_accuracy_red(desk: Desk, bundle: Path,
 
 
 def test_a_file_changed_on_the_board_is_red(desk: Desk, bundle: Path) -> None:
-    """Behind the deploy's back: a slower engine. Its figures are those of another release, whatever they are."""
+    """The engine is replaced after the deploy: the figures do not belong to the deployed release."""
     night = desk.start("--bundle", str(bundle), counts=False)
     night.wait_for("deploy done")
     (engine,) = (desk.root / "current").resolve().glob("package/axrun/session/ax_engine.py")
@@ -133,8 +133,8 @@ def test_a_full_disk_is_red(desk: Desk, bundle: Path) -> None:
 
 
 def test_an_unhealthy_board_is_red_before_the_build(desk: Desk) -> None:
-    """Somebody, or a dying disk, changed a file of the known-good bundle."""
-    if not (desk.root / "health").exists():  # where this test runs alone
+    """A file of the known-good bundle was changed, as by a failing disk."""
+    if not (desk.root / "health").exists():  # if this test runs alone
         desk.start("--limit", "build=0.1").end()
     (tokenizer,) = (desk.root / "health").glob("models/*/hf/tokenizer.json")
     text = tokenizer.read_text()
@@ -164,7 +164,7 @@ def test_an_unhealthy_board_is_red_before_the_build(desk: Desk) -> None:
         (250, "virtual hangs or is gone: ssh lost it during axrun eval"),  # after 60 s
     ],
 )
-def test_a_board_that_hangs_in_a_test_is_red(desk: Desk, bundle: Path, limit: int, told: str) -> None:
+def test_a_board_that_hangs_during_a_test_is_red(desk: Desk, bundle: Path, limit: int, told: str) -> None:
     night = desk.start("--bundle", str(bundle), "--limit", f"measure={limit}", "--no-retry", counts=limit == 100)
     night.wait_for("measure ...")
     night.wait_until(lambda: any(" eval " in what for what in commands(on_board(desk.board))))
@@ -177,7 +177,7 @@ def test_a_board_that_hangs_in_a_test_is_red(desk: Desk, bundle: Path, limit: in
 
 
 def cut_in_deploy(desk: Desk, night: Night, times: int) -> None:
-    """Cuts the board's power when the deploy has begun to work on it."""
+    """Cuts the board's power after the deploy has started to use it."""
     night.wait_for("deploy ...", times)
     night.wait_until(lambda: any(" -I -S -u -c" in what for what in commands(on_board(desk.board))))
     virtual_board.down(desk.board)
@@ -212,11 +212,11 @@ def test_a_board_that_loses_power_twice_is_red_with_both_reasons(desk: Desk, bun
     assert desk.left(night) == []
 
 
-def test_kill_9_leaves_nothing_that_the_next_command_does_not_clear(desk: Desk, bundle: Path) -> None:
+def test_the_next_command_cleans_up_after_kill_9(desk: Desk, bundle: Path) -> None:
     def kill(night: Night) -> Path:
         night.process.kill()
         night.process.wait()
-        shutil.rmtree(desk.newest())  # a night that is in no history
+        shutil.rmtree(desk.newest())  # this night is not in the history
         (note,) = (desk.board.state / "held").glob("*.json")
         return Path(json.loads(note.read_text())["temporary"])
 
@@ -261,7 +261,7 @@ def test_a_held_board_is_red_with_its_holder(desk: Desk) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_night_that_is_ended_lets_go_of_the_board(number: signal.Signals, desk: Desk, bundle: Path) -> None:
+def test_a_terminated_night_releases_the_board(number: signal.Signals, desk: Desk, bundle: Path) -> None:
     night = desk.start("--bundle", str(bundle), counts=False)
     night.wait_for("deploy ...")
     night.process.send_signal(number)
@@ -289,8 +289,8 @@ def test_an_impossible_night_is_a_one_line_error(flags: list[str], told: str, de
     assert desk.left(night) == []
 
 
-def test_every_night_is_in_history(desk: Desk) -> None:
-    """Of this folder's nights, whichever were held before; a matrix has a history of its own."""
+def test_every_night_is_recorded_in_the_history(desk: Desk) -> None:
+    """Whichever nights ran before in this folder; a matrix has its own history."""
     read = [history.read(kept, "virtual", "tiny-qwen2") for kept in (desk.history, *desk.folder.glob("history of *"))]
     nights = [night for found in read for night in found.nights]
     folders = list(desk.newest().parent.iterdir())

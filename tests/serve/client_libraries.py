@@ -1,4 +1,4 @@
-"""Asks a server with client libraries, as their documentation does; prints what each returned, as JSON.
+"""Queries a server through client libraries, as in their documentation; prints each result as JSON.
 
     .venv-clients/bin/python tests/serve/client_libraries.py URL MODEL QUESTION
 

@@ -14,7 +14,7 @@ from requirements.install import install_clients
 from tests.serve.server import MODEL, ROOT, Server
 
 SCRIPT = ROOT / "tests" / "serve" / "client_libraries.py"
-# These only ask for JSON, so a model has to know the form: one that answers with a fixed text does.
+# These libraries request plain JSON and rely on the model for the schema, so the model answers with a fixed text.
 UNGUIDED = ("instructor.JSON", "langchain.json_mode")
 GUIDED = (
     *("openai.parse", "instructor.TOOLS", "instructor.JSON_SCHEMA", "langchain.json_schema"),
@@ -42,7 +42,7 @@ def results(server_long: Server) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", GUIDED)
-def test_answers_are_of_the_form_that_was_asked_for(results: dict[str, Any], name: str) -> None:
+def test_answers_have_the_requested_format(results: dict[str, Any], name: str) -> None:
     assert set(results[name]) <= {"name", "age", "mood"}
     assert 0 <= results[name]["age"] <= 130
 

@@ -76,7 +76,7 @@ def test_the_served_model_is_the_default(server: Server) -> None:
 
 
 @pytest.mark.parametrize("limit", [-1, None])
-def test_no_limit_of_tokens(server: Server, endless: dict[str, int], limit: int | None) -> None:
+def test_without_a_token_limit(server: Server, endless: dict[str, int], limit: int | None) -> None:
     """The answer goes on to the end of the context; the default of completions is 16 tokens."""
     given = {"logit_bias": endless, "max_tokens": limit}
     for answer in (server.complete("1+1=", **given), server.chat("1+1=", **given)):
@@ -118,7 +118,7 @@ def test_parts_that_are_not_text_are_refused_by_name(server: Server, part: dict[
 
 
 def test_variables_reach_the_chat_template(bundle_s8: Path, tmp_path: Path, start: Start) -> None:
-    """Counted in tokens of the prompt: the template repeats a word for each."""
+    """Visible in the number of prompt tokens: the template repeats a word for each variable."""
     bundle = tmp_path / "bundle"
     shutil.copytree(bundle_s8, bundle)
     source = (
@@ -164,6 +164,6 @@ def test_samplers_of_other_servers(server: Server, endless: dict[str, int]) -> N
     assert broken != text(dry_multiplier=5, dry_allowed_length=1)
 
 
-def test_completions_can_have_a_form_too(server: Server) -> None:
+def test_completions_support_response_formats(server: Server) -> None:
     form = {"type": "json_schema", "json_schema": {"schema": {"const": [1, "a"]}}}
     assert json.loads(server.complete("1+1=", max_tokens=100, response_format=form)["choices"][0]["text"]) == [1, "a"]

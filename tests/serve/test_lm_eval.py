@@ -127,7 +127,7 @@ def loglikelihood(reference: Any, tokenizer: Any, context: str, continuation: st
     return sum(float(rows[i - 1, ids[i]]) for i in places), all(int(rows[i - 1].argmax()) == ids[i] for i in places)
 
 
-def test_the_harness_gets_the_results_of_transformers(
+def test_the_harness_scores_like_with_transformers(
     evaluated: Any, reference: Any, hf_tokenizer: Any, server_fp32: Server
 ) -> None:
     """A single test, because the harness takes half a minute to start in each test process."""

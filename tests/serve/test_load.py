@@ -11,7 +11,7 @@ from tests.serve.server import Start
 
 
 @pytest.mark.parametrize("seconds", [6.0, pytest.param(60.0, marks=pytest.mark.system)])
-def test_answers_under_load_are_those_of_an_idle_server(bundle_s8: Path, start: Start, seconds: float) -> None:
+def test_answers_under_load_equal_those_of_an_idle_server(bundle_s8: Path, start: Start, seconds: float) -> None:
     server = start(bundle_s8).ready()
     load.run(server, 32, 2.0)  # warm-up, so that memory use is steady
     server.idle()

@@ -38,7 +38,7 @@ def test_likeliest_matches_a_stable_sort(logits: Any, count: int) -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
+def test_nonfinite_logits_are_refused(bad: float) -> None:
     with pytest.raises(CheckFailed, match="not finite"):
         log_softmax(np.array([1.0, bad, 2.0], np.float32))
 

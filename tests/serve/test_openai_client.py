@@ -156,7 +156,7 @@ def test_max_tokens_0_only_scores(client: openai.OpenAI) -> None:
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (4, 0)
 
 
-def test_completions_stop_at_16_tokens_unless_told(client: openai.OpenAI, heldout: str) -> None:
+def test_completions_default_to_16_tokens(client: openai.OpenAI, heldout: str) -> None:
     prompt = heldout[:60]
     default = client.completions.create(model=MODEL, prompt=prompt, temperature=0)
     longer = client.completions.create(model=MODEL, prompt=prompt, temperature=0, max_tokens=40)
@@ -166,7 +166,7 @@ def test_completions_stop_at_16_tokens_unless_told(client: openai.OpenAI, heldou
     assert "".join(part.choices[0].text for part in streamed) == longer.choices[0].text
 
 
-def test_logprobs_of_a_stream_equal_those_without(client: openai.OpenAI) -> None:
+def test_streamed_logprobs_equal_unstreamed_ones(client: openai.OpenAI) -> None:
     given: Any = {"model": MODEL, "prompt": "who are", "temperature": 0, "logprobs": 3, "echo": True, "max_tokens": 12}
     whole = client.completions.create(**given).choices[0].logprobs
     assert whole is not None

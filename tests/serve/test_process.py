@@ -29,7 +29,7 @@ def data(response: httpx.Response) -> Iterator[str]:
     return lines
 
 
-def test_it_restarts_after_a_kill(bundle_s8: Path, start: Start) -> None:
+def test_the_server_restarts_after_a_kill(bundle_s8: Path, start: Start) -> None:
     server = start(bundle_s8).ready()
     answer = server.complete("1+1=")["choices"]
     assert server.stop(signal.SIGKILL) == -signal.SIGKILL

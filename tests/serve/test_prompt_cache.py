@@ -56,7 +56,7 @@ def restored(model: Model, ids: list[int], folder: Path, identity: str = "a") ->
     return count, sequence, said
 
 
-def test_restored_rows_are_those_that_were_computed(model: Model, ids: list[int], tmp_path: Path) -> None:
+def test_restored_rows_equal_computed_ones(model: Model, ids: list[int], tmp_path: Path) -> None:
     stored(model, ids, tmp_path)
     count, sequence, _ = restored(model, ids, tmp_path)
     assert (count, sequence.ids) == (3 * BLOCK, ids[: 3 * BLOCK])
@@ -73,7 +73,7 @@ def test_the_last_token_is_always_computed(model: Model, ids: list[int], tmp_pat
     assert restored(model, ids[: 2 * BLOCK + 1], tmp_path)[0] == 2 * BLOCK
 
 
-def test_prompts_share_the_blocks_that_they_begin_with(model: Model, ids: list[int], tmp_path: Path) -> None:
+def test_prompts_share_the_blocks_of_a_common_prefix(model: Model, ids: list[int], tmp_path: Path) -> None:
     assert len(stored(model, ids, tmp_path)) == 3
     other = [*ids[:100], *reversed(ids[:92])]
     assert len(stored(model, other, tmp_path)) == 5
@@ -90,7 +90,7 @@ def test_rows_in_the_slot_are_not_read_again(model: Model, ids: list[int], tmp_p
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "longer", "empty", "renamed", "folder", "unreadable magic"])
-def test_a_damaged_block_is_ignored_with_a_word(model: Model, ids: list[int], tmp_path: Path, damage: str) -> None:
+def test_a_damaged_block_is_ignored_with_a_warning(model: Model, ids: list[int], tmp_path: Path, damage: str) -> None:
     first, second, _ = stored(model, ids, tmp_path)
     data = bytearray(second.read_bytes())
     if damage == "flipped":
@@ -121,7 +121,7 @@ def test_blocks_of_another_model_are_not_found(model: Model, ids: list[int], tmp
     assert restored(model, ids, tmp_path, "b")[0] == 0
 
 
-def test_the_least_recently_used_blocks_make_room(model: Model, ids: list[int], tmp_path: Path) -> None:
+def test_the_least_recently_used_blocks_are_evicted(model: Model, ids: list[int], tmp_path: Path) -> None:
     one = stored(model, ids[:BLOCK], tmp_path)[0].stat().st_size
     cache = PromptCache(tmp_path, "a", 3 * one, print)
     cache.restore(Sequence(model.another()), ids[: BLOCK + 1])  # used: not the oldest any more

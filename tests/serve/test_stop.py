@@ -43,7 +43,7 @@ def test_text_ends_before_the_first_stop_string(text: str, stops: list[str], cut
 
 @settings(deadline=None)
 @given(TEXTS, STOPS)
-def test_no_more_is_held_back_than_may_become_a_stop_string(text: str, stops: list[str]) -> None:
+def test_only_possible_prefixes_of_stop_strings_are_held_back(text: str, stops: list[str]) -> None:
     found = StopStrings(stops)
     shown = found.push(text)
     if not found.found:

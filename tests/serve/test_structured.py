@@ -77,7 +77,7 @@ def test_text_is_the_default(server: Server) -> None:
     assert text(server.chat("1+1=", response_format={"type": "text"})["choices"][0]) == "2"
 
 
-def test_settings_cannot_break_the_form(server: Server) -> None:
+def test_sampling_settings_cannot_break_the_format(server: Server) -> None:
     """Biases and penalties choose among the tokens that fit."""
     body = {
         "logit_bias": {"5": 100},
@@ -90,7 +90,7 @@ def test_settings_cannot_break_the_form(server: Server) -> None:
     jsonschema.validate(json.loads(text(made["choices"][0])), PERSON)
 
 
-def test_log_probabilities_are_those_of_the_model(server: Server) -> None:
+def test_logprobs_are_the_unconstrained_model_s(server: Server) -> None:
     made = server.chat("1+1=", response_format=form({"const": 7}), logprobs=True, top_logprobs=1)
     (entry,) = made["choices"][0]["logprobs"]["content"]
     assert (entry["token"], entry["top_logprobs"][0]["token"]) == ("7", "2")
@@ -108,7 +108,9 @@ def test_log_probabilities_are_those_of_the_model(server: Server) -> None:
         (form({"type": "string", "pattern": "(?=a)"}), "response_format", "look-ahead"),
     ],
 )
-def test_an_unsupported_form_is_refused_by_name(server: Server, given: dict[str, Any], param: str, words: str) -> None:
+def test_an_unsupported_format_is_refused_by_name(
+    server: Server, given: dict[str, Any], param: str, words: str
+) -> None:
     ask = [{"role": "user", "content": "1+1="}]
     error = server.post("chat/completions", messages=ask, response_format=given)
     assert error.status_code == 400, error.text
@@ -116,7 +118,7 @@ def test_an_unsupported_form_is_refused_by_name(server: Server, given: dict[str,
     assert words in error.json()["error"]["message"]
 
 
-def test_a_form_needs_stop_tokens(server: Server) -> None:
+def test_a_format_needs_stop_tokens(server: Server) -> None:
     ask = [{"role": "user", "content": "1+1="}]
     error = server.post("chat/completions", messages=ask, response_format=form(PERSON), ignore_eos=True)
     assert (error.status_code, error.json()["error"]["param"]) == (400, "ignore_eos")

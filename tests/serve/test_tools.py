@@ -70,7 +70,7 @@ def streamed(server: Server, text: str, **body: Any) -> tuple[str, list[dict[str
     return content, [made[index] for index in sorted(made)], finish
 
 
-def test_calls_are_apart_from_the_text(server_saying: Server) -> None:
+def test_calls_are_separated_from_the_text(server_saying: Server) -> None:
     (choice,) = server_saying.chat("c", tools=[WEATHER])["choices"]
     message = choice["message"]
     assert calls(message) == [("weather", {"city": "Paris"}), ("weather", {"city": "Rome, Italy"})]
@@ -127,7 +127,7 @@ def test_a_schema_for_the_answer_and_tools(server_long: Server) -> None:
 
 
 def test_earlier_calls_and_results_reach_the_model(server: Server) -> None:
-    """tiny-qwen2's template knows no tools, so that they become text."""
+    """The template of tiny-qwen2 does not support tools, so they are rendered as text."""
     shorter = server.post("chat/completions", messages=[QUESTION], max_tokens=1, temperature=0).json()
     told = server.post("chat/completions", messages=CALLED, max_tokens=1, temperature=0)
     assert told.status_code == 200, told.text

@@ -49,7 +49,7 @@ def bodies(name: str) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("name", list(SCHEMAS))
-def test_it_agrees_with_jsonschema(name: str) -> None:
+def test_validation_agrees_with_jsonschema(name: str) -> None:
     reference = jsonschema_rs.validator_for(SCHEMAS[name])
     seen = set()
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def written() -> dict[str, list[str]]:
-    """The benchmarks by file as the sources have them, and what each asks for."""
+    """Every benchmark in the sources, and the fixtures that it requests."""
     found = {}
     for path in (ROOT / "tests" / "bench").glob("bench_*.py"):
         for node in ast.parse(path.read_text()).body:
@@ -26,22 +26,22 @@ def written() -> dict[str, list[str]]:
 
 
 def collected(*more: str) -> set[str]:
-    """What the command of `make bench` collects."""
+    """The benchmarks collected by the command of `make bench`."""
     command = [sys.executable, "-m", *BENCH, *more, "--collect-only", "-q", "-p", "no:cacheprovider"]
-    # Beside xdist, pytest-benchmark switches itself off: this run is not one of its workers.
+    # pytest-benchmark disables itself in xdist workers: the subprocess must not look like one.
     outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(command, cwd=ROOT, env=outside, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return set(re.findall(r"^(tests/\S+?::\w+)", done.stdout, re.M))
 
 
-def test_every_benchmark_is_collected_and_none_is_skipped_as_no_benchmark() -> None:
+def test_every_benchmark_is_collected_and_uses_the_fixture() -> None:
     assert len({name.partition("::")[0] for name in written()}) >= 6
     assert collected() == set(written())
     assert {name for name, asked in written().items() if "benchmark" not in asked} == set()
 
 
-def test_one_file_of_them() -> None:
+def test_one_benchmark_file() -> None:
     assert collected("tests/bench/bench_load.py") == {"tests/bench/bench_load.py::test_load_beside_onnxruntime"}
 
 

@@ -33,7 +33,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("with a space") / "out"
 
 
-def test_build_makes_checks_lists_and_asks(out: Path) -> None:
+def test_build_compiles_checks_lists_and_runs(out: Path) -> None:
     done = invoke("build", "--out", str(out), "--parallel", "2")
     assert done.returncode == 0, done.stderr
     bundle = out / "tiny-qwen2"
@@ -48,7 +48,7 @@ def test_build_makes_checks_lists_and_asks(out: Path) -> None:
     assert "42" in asked.stdout.splitlines()
 
 
-def test_a_repository_of_the_hub_is_built_and_answers_even_without_torch(tmp_path: Path) -> None:
+def test_a_hub_repository_builds_and_answers_without_torch(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     with serving() as hub:
         hub.publish({path.name: path.read_bytes() for path in (ROOT / "models/tiny-qwen2").iterdir() if path.is_file()})
@@ -79,7 +79,7 @@ def test_an_unknown_source_of_torch_lists_the_known_ones(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
-def test_inventory_counts_layers_and_folders_as_one(tmp_path: Path) -> None:
+def test_inventory_groups_layers_and_folders(tmp_path: Path) -> None:
     for name, size in {"q_l0.axmodel": 1000, "q_l11.axmodel": 1_500_000, "hf/a.json": 10, "hf/b.json": 20}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(bytes(size))

@@ -46,14 +46,14 @@ def script(path: Path, text: str) -> Path:
 
 @pytest.fixture
 def venv(tmp_path: Path) -> str:
-    """The environment of this test run, under another name and as complete as `make` wants it."""
+    """The environment of this test run under another path, complete from the view of `make`."""
     script(tmp_path / "venv" / "bin" / "python", f'exec "{sys.executable}" "$@"')
     (tmp_path / "venv" / "build.installed").write_text(fingerprint(SETS["build"].files))
     return f"VENV={tmp_path / 'venv'}"
 
 
 @pytest.mark.parametrize("words", [[], ["help"]])
-def test_make_alone_lists_the_targets_without_making_anything(words: list[str], tmp_path: Path) -> None:
+def test_make_alone_only_lists_the_targets(words: list[str], tmp_path: Path) -> None:
     done = call("make", *words, f"VENV={tmp_path / 'none'}")
     assert done.returncode == 0
     assert sorted(re.findall(r"^make ([\w-]+)  ", done.stdout, re.M)) == sorted([*TARGETS, "help"])
@@ -63,7 +63,7 @@ def test_make_alone_lists_the_targets_without_making_anything(words: list[str], 
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_target_is_one_line_into_its_task(target: str, venv: str) -> None:
+def test_every_target_is_one_line_that_calls_its_task(target: str, venv: str) -> None:
     done = call("make", "-n", target, venv)
     assert done.returncode == 0
     assert done.stdout.splitlines()[-1] == f'"{venv.partition("=")[2]}/bin/python" -m invoke {target}'
@@ -91,7 +91,7 @@ def test_invoke_lists_the_same_tasks() -> None:
     assert sorted(re.findall(r"^  ([\w.-]+)  ", done.stdout, re.M)) == sorted([*TARGETS, *further])
 
 
-def test_a_whole_environment_is_left_alone(venv: str) -> None:
+def test_a_complete_environment_is_left_unchanged(venv: str) -> None:
     done = call("make", "ready", venv)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -115,7 +115,7 @@ def test_an_unknown_model_lists_the_known_ones(venv: str) -> None:
     assert failed.startswith("make:")
 
 
-def test_an_awkward_model_name_is_quoted_back_unread(venv: str) -> None:
+def test_a_malicious_model_name_is_quoted_and_not_executed(venv: str) -> None:
     done = call("make", "build", venv, f"MODEL={AWKWARD}")
     assert f"error: no model is named {AWKWARD!r}" in done.stderr
 
@@ -129,19 +129,19 @@ def test_run_before_build_names_the_build_command(venv: str, tmp_path: Path) -> 
     )
 
 
-def test_unbalanced_args_are_said_to_be(venv: str) -> None:
+def test_unbalanced_quotes_in_args_are_reported(venv: str) -> None:
     done = call("make", "test", venv, "ARGS=-k 'fetch")
     assert done.returncode == 2
     assert 'error: ARGS is "-k \'fetch": No closing quotation' in done.stderr
 
 
 def python(path: Path, change: str) -> str:
-    """A Python that is this one but for `change`."""
+    """This Python, modified by `change`."""
     code = f"import sys, runpy; {change}; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
     return f'PYTHON={script(path, f"""exec "{sys.executable}" -c "{code}" "$@" """)}'
 
 
-def test_too_old_a_python_names_the_needed_version(tmp_path: Path) -> None:
+def test_a_python_that_is_too_old(tmp_path: Path) -> None:
     old = python(tmp_path / "python3.9", "sys.version_info = (3, 9, 2, 'final', 0)")
     done = call("make", "setup", old, f"VENV={tmp_path / 'venv'}")
     assert done.returncode == 2
@@ -169,7 +169,7 @@ def test_a_python_without_ensurepip_names_the_package(tmp_path: Path) -> None:
     assert f"sudo apt-get install python3.{sys.version_info[1]}-venv" in done.stderr
 
 
-def test_a_folder_of_something_else_is_not_made_an_environment(tmp_path: Path) -> None:
+def test_a_foreign_folder_is_not_made_an_environment(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     done = call("make", "setup", f"PYTHON={sys.executable}", f"VENV={tmp_path}")
     assert done.returncode == 2
@@ -214,8 +214,8 @@ def test_clean_removes_only_build_outputs(tmp_path: Path, venv: str) -> None:
     ]
 
 
-def test_all_tests_ask_for_the_packages_that_are_missing(venv: str, tmp_path: Path) -> None:
-    """On a PATH that holds nothing but what make itself starts with."""
+def test_test_all_names_missing_packages(venv: str, tmp_path: Path) -> None:
+    """With a PATH that has only the programs needed to start make."""
     for name in ("make", "sh", "awk"):
         (tmp_path / "few" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "few" / name).symlink_to(shutil.which(name) or name)

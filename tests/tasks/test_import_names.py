@@ -21,7 +21,7 @@ SHADOW = "__path__ = []\nINSTALLED = 'by somebody else'\n"
 
 
 def imported(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Each module that a source in `folder` imports anywhere in it."""
+    """Every module imported anywhere in the sources in `folder`."""
     for path in sorted(folder.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Import):
@@ -38,16 +38,16 @@ def test_imports_go_one_way(package: str) -> None:
     assert [(str(path), name) for path, name in found for room in closed if f"{name}.".startswith(f"{room}.")] == []
 
 
-def test_nothing_imports_the_folders_by_their_names() -> None:
-    """From the root of a checkout Python would find them, as packages without an __init__.py."""
+def test_no_import_uses_a_folder_name() -> None:
+    """At the root of a checkout Python would find them, as packages without __init__.py."""
     rooms = ("board", "ci", "models", "requirements", "tests", "toolchain")
     found = [pair for room in rooms for pair in imported(ROOT / room)]
     assert {name.partition(".")[0] for _, name in found} & {"axc", "axrun", "ci"} == {"axc", "axrun", "ci"}
     assert [(str(path), name) for path, name in found if name.partition(".")[0] in ("board", "toolchain")] == []
 
 
-def test_a_board_module_of_others_is_found(tmp_path: Path) -> None:
-    """Blinka's is in site-packages, which is searched after the checkout."""
+def test_a_foreign_module_named_board_can_be_imported(tmp_path: Path) -> None:
+    """Adafruit Blinka installs `board` in site-packages, which is searched after the checkout."""
     (tmp_path / "board.py").write_text(SHADOW)
     code = "import sys; sys.path.append(sys.argv[1]); import axc, axrun, ci, board; print(board.INSTALLED)"
     command = [sys.executable, "-c", code, str(tmp_path)]

@@ -43,7 +43,7 @@ def archive(files: dict[str, bytes]) -> bytes:
 
 @pytest.fixture
 def wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of archives, named in WHEELS; the commands on this machine have no npm among them."""
+    """A folder of archives, set as WHEELS; npm is not on the PATH."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     for name, files in FILES.items():
@@ -69,7 +69,7 @@ def held(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_archives_of_a_folder_are_enough(lock: Path, tmp_path: Path) -> None:
+def test_archives_in_a_local_folder_suffice(lock: Path, tmp_path: Path) -> None:
     lib = tmp_path / "page" / "lib"
     page.bring(tmp_path / "venv", lock, lib)
     found = held(lib)
@@ -101,7 +101,7 @@ def test_an_environment_is_reused_until_the_lock_changes(
     assert held(lib) == before
 
 
-def test_an_archive_with_other_bytes_is_refused(lock: Path, wheels: Path, tmp_path: Path) -> None:
+def test_an_archive_with_another_digest_is_refused(lock: Path, wheels: Path, tmp_path: Path) -> None:
     (wheels / "mdurl-3.0.0.tgz").write_bytes(archive({"package/LICENSE": b"MIT, and more"}))
     with pytest.raises(SetupFailed, match=r"mdurl-3\.0\.0\.tgz is not the file that was locked: its sha512 is "):
         page.bring(tmp_path / "venv", lock, tmp_path / "lib")
@@ -109,7 +109,7 @@ def test_an_archive_with_other_bytes_is_refused(lock: Path, wheels: Path, tmp_pa
 
 
 @pytest.mark.parametrize("fails", ["no npm", "npm fails"])
-def test_one_error_names_the_archives_and_the_way(
+def test_one_error_names_the_archives_and_the_remedy(
     fails: str, lock: Path, wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("dompurify-1.0.0.tgz", "mdurl-3.0.0.tgz"):
@@ -119,7 +119,7 @@ def test_one_error_names_the_archives_and_the_way(
             "#!/bin/sh\necho 'npm error code E503' >&2\necho 'npm error it is down' >&2\nexit 1\n"
         )
         (tmp_path / "npm").chmod(0o755)
-    else:  # nor can the set `page` be installed
+    else:  # the set `page` cannot be installed either
         monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(SetupFailed) as error:
         page.bring(tmp_path / "venv", lock, tmp_path / "lib")

@@ -36,7 +36,7 @@ FILES = sorted(LOCKS.glob("*.txt"))
 
 
 def pins(lock: Path) -> dict[str, list[str]]:
-    """`name==version ; marker` of each entry, and its hashes."""
+    """`name==version ; marker` of each entry, with its hashes."""
     text = re.sub(r"^\s*#.*\n", "", lock.read_text(), flags=re.M).replace("\\\n", " ")
     entries = (line.split("--hash=") for line in text.splitlines())
     return {entry.strip(): [digest.strip() for digest in digests] for entry, *digests in entries}
@@ -52,8 +52,8 @@ def test_every_entry_is_one_version_with_hashes_and_no_address(lock: Path) -> No
     assert "://" not in lock.read_text()
 
 
-def test_no_accelerator_library_is_locked_and_torch_for_linux_is_the_cpu_build() -> None:
-    """But where TORCH=pypi asks for them."""
+def test_locked_torch_for_linux_needs_no_accelerator_libraries() -> None:
+    """Except with TORCH=pypi."""
     entries = [entry for lock in FILES if lock.name != TORCH_LOCKS["pypi"] for entry in pins(lock)]
     assert not [entry for entry in entries if re.match(r"nvidia|triton|cuda|cupy", entry)]
     torch = [entry for entry in entries if entry.startswith("torch==")]
@@ -63,7 +63,7 @@ def test_no_accelerator_library_is_locked_and_torch_for_linux_is_the_cpu_build()
     ]
 
 
-def test_both_torches_are_one_version_and_the_index_has_a_wheel_for_every_python() -> None:
+def test_both_sources_of_torch_lock_one_version_for_every_python() -> None:
     locks = [pins(LOCKS / name) for name in TORCH_LOCKS.values()]
     torches = [(entry, hashes) for lock in locks for entry, hashes in lock.items() if entry.startswith("torch==")]
     assert len({re.split(r"[+ ]", entry)[0] for entry, _ in torches}) == 1
@@ -76,7 +76,7 @@ def test_both_torches_are_one_version_and_the_index_has_a_wheel_for_every_python
 
 def test_the_sets_agree_on_every_package_they_share() -> None:
     versions: dict[str, set[frozenset[str]]] = {}
-    for lock in (file for file in FILES if not file.name.startswith("board-")):  # those are for other Pythons
+    for lock in (file for file in FILES if not file.name.startswith("board-")):  # locked for other Python versions
         for name in {entry.partition("==")[0] for entry in pins(lock)} - {"torch"}:
             mine = frozenset(entry.partition(" ;")[0] for entry in pins(lock) if entry.startswith(f"{name}=="))
             versions.setdefault(name, set()).add(mine)
@@ -89,7 +89,7 @@ def test_an_unknown_set_lists_the_known_ones(tmp_path: Path) -> None:
         install(tmp_path, "tests")
 
 
-def test_a_reference_with_torch_of_either_source_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reference_set_accepts_torch_of_either_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An environment made with TORCH=pypi is reused without it; otherwise the missing pip would fail here."""
     monkeypatch.delenv("TORCH", raising=False)
     for lock in TORCH_LOCKS.values():
@@ -97,7 +97,7 @@ def test_a_reference_with_torch_of_either_source_is_whole(tmp_path: Path, monkey
         install(tmp_path, "reference")
 
 
-def test_torch_may_be_unwanted_even_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_can_be_excluded_although_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "reference.installed").write_text(fingerprint(SETS["reference"].files))
     monkeypatch.setenv("TORCH", "none")
     with pytest.raises(NoTorch, match=r"^TORCH=none leaves torch out\n"):
@@ -113,7 +113,7 @@ def test_a_peer_without_a_compiler_names_the_package(tmp_path: Path, monkeypatch
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real environment with pip and uv only: those of this one, as installing pip takes seconds."""
+    """A real environment with pip and uv only, copied from this one because installing pip takes seconds."""
     venv = tmp_path_factory.mktemp("bare") / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
     (site,) = venv.glob("lib/python*/site-packages")
@@ -126,7 +126,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """No index for pip or uv; a folder of wheels that they do look into."""
+    """pip and uv use a local folder of wheels and no index."""
     for name, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1", "UV_OFFLINE": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
@@ -136,7 +136,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.usefixtures("offline")
-def test_without_torch_one_error_names_the_wheel_and_the_way(bare: Path) -> None:
+def test_a_missing_torch_wheel_is_one_error_with_a_remedy(bare: Path) -> None:
     with pytest.raises(NoTorch) as error:
         install_torch(bare)
     first, second, third = str(error.value).splitlines()
@@ -146,14 +146,14 @@ def test_without_torch_one_error_names_the_wheel_and_the_way(bare: Path) -> None
     assert third.startswith("make TORCH=pypi ... takes the package index's (3 GB to download), WHEELS=folder ")
 
 
-def test_a_wheel_with_other_bytes_than_the_locked_ones_is_refused(bare: Path, offline: Path) -> None:
+def test_a_wheel_with_another_digest_is_refused(bare: Path, offline: Path) -> None:
     (offline / torch_wheel()).write_bytes(b"not the wheel that was locked")
     with pytest.raises(SetupFailed, match="DO NOT MATCH THE HASHES"):
         install_torch(bare)
     assert not list(bare.glob("lib/python*/site-packages/torch*"))
 
 
-# What a package declares and what it imports
+# Declared dependencies and imports
 
 DISTRIBUTIONS = {"huggingface-hub": "huggingface_hub", "prometheus-client": "prometheus_client"}  # where names differ
 BUNDLED = {"axc", "axrun", "engine"}

@@ -17,7 +17,7 @@ FAILS = PASSES + "    assert False\n"
 
 @pytest.fixture
 def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that every test writes a letter to: a and b are groups, c and d are of the others."""
+    """A file to which every test appends a letter: a and b are groups, c and d belong to no group."""
     (tmp_path / "pytest.ini").write_text(SETTINGS)
     monkeypatch.setattr(system_tests, "ROOT", tmp_path)
     monkeypatch.setattr(system_tests, "FOLDERS", ("tests/a", "tests/b"))

@@ -27,7 +27,7 @@ def test_there_are_workflows_for_a_change_a_night_and_a_release() -> None:
 
 
 @pytest.mark.parametrize("path", [*WORKFLOWS, ROOT / "CONTRIBUTING.md"], ids=lambda path: path.name)
-def test_its_make_targets_and_tasks_are_there(path: Path) -> None:
+def test_make_targets_and_tasks_of_workflows_exist(path: Path) -> None:
     text = path.read_text()
     wanted = set(re.findall(r"(?:^|[`\s])make ([a-z][a-z-]*)\b", text))
     tasks = {name.replace("_", "-") for name in namespace.task_names}
@@ -37,19 +37,19 @@ def test_its_make_targets_and_tasks_are_there(path: Path) -> None:
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
-def test_actions_are_pinned_and_get_no_more_than_reading(workflow: Path) -> None:
+def test_actions_are_pinned_and_read_only(workflow: Path) -> None:
     used = [step["uses"] for step in steps(workflow) if "uses" in step]
     assert used
     assert all(PINNED.fullmatch(name) for name in used)
     assert yaml.safe_load(workflow.read_text())["permissions"] == {"contents": "read"}
 
 
-def test_commands_take_no_expression_into_a_shell() -> None:
-    """${{ ... }} in a script is text of whoever opened a pull request; it goes through the environment."""
+def test_no_expression_is_expanded_in_a_shell_command() -> None:
+    """${{ ... }} may hold text of a pull request's author, so scripts read it from environment variables."""
     assert not [step["run"] for path in WORKFLOWS for step in steps(path) if "${{" in step.get("run", "")]
 
 
-def test_the_hooks_are_the_linters_of_this_checkout() -> None:
+def test_hooks_run_the_linters_of_the_checkout() -> None:
     (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     entries = {hook["id"]: hook["entry"].split()[0] for hook in local["hooks"]}
     assert entries == {

@@ -1,4 +1,4 @@
-"""llm_build: a checkpoint becomes a bundle, its layers in parallel."""
+"""llm_build: compiles a checkpoint to a bundle, layers in parallel."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from axc import budget, bundle, config, hf_folder, identity, jobs, standing
+from axc import budget, bundle, config, existing, hf_folder, identity, jobs
 from axc.axmodel.writer import Written
 from axc.calibration.file import CalibrationFile
 from axc.checkpoints import EMBEDDING, HEAD, Checkpoint, Lora, StoredTensor
 from axc.compile import Target, weights
+from axc.existing import CALIBRATION, MODEL_CONFIG, as_json
 from axc.families.family import ModelConfig
 from axc.jobs import Job, Work
 from axc.quantizer import WEIGHT_TYPES
 from axc.quantizer.kept import Kept, decide
 from axc.staging import KeepStaging, publish, refuse_other_content, staged_bytes, staging
-from axc.standing import CALIBRATION, MODEL_CONFIG, as_json
 from axc.weights import Source
 from axc.weights.sources import Stored
 from axrun.errors import BadInput
@@ -32,12 +32,12 @@ from axrun.format.bundle import sha256
 from axrun.format.dtypes import FLOATS
 
 CHIPS = ("AX620E", "AX650")
-MAX_CONTEXT = 1 << 20  # positions: eight times what the longest models of these families see
+MAX_CONTEXT = 1 << 20  # positions: eight times the longest context of these families
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked for; the names, meanings and defaults are those of the vendor's `llm_build`."""
+    """The user's flags, with the names, meanings and defaults of the vendor's `llm_build`."""
 
     input_path: Path
     output_path: Path
@@ -47,7 +47,7 @@ class Options:
     model_type: str | None = None
     kv_cache_len: int = 127
     post_topk: int = 0
-    post_weight_type: str | None = None  # as it is stored; s8 where that is a float type
+    post_weight_type: str | None = None  # None: the stored type, s8 if that is a float type
     hidden_state_type: str = "bf16"
     weight_type: str | None = None
     chip: str = "AX650"
@@ -56,7 +56,7 @@ class Options:
     vendor: tuple[str, ...] = ()  # flags for the vendor's compiler alone: axc.vendor_flags
     model_name: str | None = None
     calibrated: Path | None = None
-    calibrated_sha256: str | None = None  # what that file must be
+    calibrated_sha256: str | None = None  # expected digest of `calibrated`
     force: bool = False
     lora: tuple[Lora, ...] = ()
 
@@ -86,13 +86,13 @@ class Options:
             previous = length
 
     def target(self, model: ModelConfig, weight_type: str = "s8", post_weight_type: str = "s8") -> Target:
-        """What to compile for, the lengths held against the model's. Raises BadInput."""
+        """The compilation target, its lengths checked against the model's. Raises BadInput."""
         context = min(model.context, MAX_CONTEXT)
         if not 1 <= self.kv_cache_len < context:
             window = ", its sliding_window" if context == model.sliding_window else ""
             raise BadInput(
                 f"--kv_cache_len is {self.kv_cache_len}; expected 1 to {context - 1}: "
-                f"the model sees {context} positions{window}, one is the current token's"
+                f"the model has {context} positions{window}, one of them for the current token"
             )
         if not 0 <= self.prefill_len <= self.kv_cache_len:
             raise BadInput(
@@ -118,8 +118,8 @@ class Options:
 class Plan:
     """A build ready to start: every dimension checked, every file known by name and size.
 
-    `notices` say what was passed over or decided against the letter of the checkpoint's files; `kept` are the matrices
-    whose levels the checkpoint has already, or `calibration`.
+    `notices` tell the user what was ignored or overridden in the checkpoint's files. `kept` are the matrices that the
+    checkpoint or `calibration` has already quantised.
     """
 
     options: Options
@@ -139,14 +139,14 @@ class Plan:
 
     @property
     def output(self) -> Path:
-        """Where the bundle goes, links followed: they stay links."""
+        """The bundle's path with symbolic links resolved, so that they are not replaced."""
         return Path(os.path.realpath(self.options.output_path))
 
     @property
     def stamps(self) -> tuple[tuple[str, int, int], ...]:
-        """What tells a changed input without reading it: (name, bytes, ctime in ns).
+        """Detects changed inputs without reading them: (name, bytes, ctime in ns).
 
-        Not mtime: an archive restores that, the same for every file in a reproducible one.
+        Not mtime: extracting an archive restores it, and reproducible archives have the same mtime for every file.
         """
         more = [self.options.model_config, self.options.calibrated]
         files = [*self.inputs, *(path for path in more if path)]
@@ -154,14 +154,14 @@ class Plan:
 
 
 class Built(NamedTuple):
-    """A bundle's manifest, and whether this build made it or found it standing."""
+    """A bundle's manifest; `fresh` is False if the bundle already existed."""
 
     manifest: dict[str, Any]
     fresh: bool
 
 
 def plan(options: Options) -> Plan:
-    """Reads the headers of the checkpoint and decides everything. Raises BadInput; writes nothing."""
+    """Plans a build from the headers of the checkpoint. Writes nothing. Raises BadInput."""
     notices: list[str] = []
     checkpoint = Checkpoint.open(options.input_path, options.lora)
     model = config.load(checkpoint, options.model_config, options.model_type, notices.append)
@@ -184,17 +184,17 @@ def plan(options: Options) -> Plan:
     inputs = bundle.input_files(checkpoint)
     memory = budget.memory(model, target) + budget.reordered(model, kept)
     proof = budget.proof(hf_folder.tokenizer_bytes(checkpoint.folder))
-    budget.require_memory(memory, options.parallel, proof)  # the tables are made below
+    budget.require_memory(memory, options.parallel, proof)  # jobs.plan allocates the rotary tables
     planned = jobs.plan(Work(checkpoint.path, (), Path(), model, target, kept, options.lora), inputs)
     texts = sum(path.stat().st_size for path in hf_folder.input_files(checkpoint.folder))
-    small = 2 * texts  # and what is made of them
+    small = 2 * texts  # copies, and files converted from them
     disk = sum(job.nbytes for job in planned if job.kind != "input") + small + (1 << 20)
     needs = budget.Budget(disk, memory, options.parallel, proof)
     return Plan(options, checkpoint, model, target, inputs, tuple(planned), needs, tuple(notices), kept, calibration)
 
 
 def _calibration(options: Options, checkpoint: Checkpoint, model: ModelConfig) -> CalibrationFile | None:
-    """The calibration file that was given, made from this checkpoint. Raises BadInput."""
+    """The given calibration file, verified against the checkpoint. Raises BadInput."""
     if options.calibrated is None:
         return None
     found = CalibrationFile.open(options.calibrated)
@@ -202,12 +202,12 @@ def _calibration(options: Options, checkpoint: Checkpoint, model: ModelConfig) -
         raise BadInput(
             f"{options.calibrated} has sha256 {found.sha256}; "
             f"--calibrated_sha256 is {options.calibrated_sha256!a:.66}\n"
-            "Get the right file, or calibrate anew and name the new digest."
+            "Get the right file, or calibrate again and give the new digest."
         )
     if options.weight_type not in (None, found.weight_type):
         raise BadInput(
             f"--weight_type is {options.weight_type}, {options.calibrated} holds {found.weight_type}\n"
-            "Leave --weight_type out, or calibrate anew."
+            "Leave --weight_type out, or calibrate again."
         )
     found.require(checkpoint, weights(model))
     return found.with_head_in(options.post_weight_type)
@@ -216,9 +216,9 @@ def _calibration(options: Options, checkpoint: Checkpoint, model: ModelConfig) -
 def stored_types(
     checkpoint: Checkpoint, model: ModelConfig, weight_type: str | None, post_weight_type: str | None
 ) -> tuple[tuple[str, str], dict[str, Kept], list[str]]:
-    """Both weight types, the matrices that keep the levels the checkpoint has, and what is to be said. Raises BadInput.
+    """Both weight types, the matrices that keep their quantised values, and notes for the user. Raises BadInput.
 
-    `checkpoint` is `tied` where the model is.
+    `checkpoint` must be `tied` if the model is.
     """
     if not any(tensor.packed for tensor in checkpoint.tensors.values()):
         return (weight_type or "s8", post_weight_type or "s8"), {}, []
@@ -231,7 +231,7 @@ def stored_types(
 
 
 def _stored(checkpoint: Checkpoint, source: Source) -> StoredTensor:
-    """How the checkpoint has what a weight is made of; without a grid where it is not a tensor as it is."""
+    """The stored tensor of a weight; without its quantisation grid if the weight is computed from it."""
     first = checkpoint.tensors[next(iter(source.reads))]
     return first if isinstance(source, Stored) else replace(first, grid=None)
 
@@ -241,18 +241,18 @@ Say = Callable[[str], None]
 
 
 def build(planned: Plan, progress: Progress = lambda job: None, say: Say = lambda line: None) -> Built:
-    """Makes the bundle; one that is there already, whole and the same, is left as it is.
+    """Builds the bundle; an existing, identical and complete one is left as it is.
 
-    `progress(job)` is called as each ends, `say` gets a line for all that was mended or is odd in the text files.
-    Raises BadInput; leaves nothing behind when it does.
+    `progress(job)` is called at the end of each job, `say` with a remark on each repaired or unusual text file. Raises
+    BadInput, and removes all files first.
     """
     output = planned.output
     try:
-        found = standing.find(planned)
+        found = existing.find(planned)
         if found.manifest is not None:
             return Built(found.manifest, fresh=False)
         if planned.options.output_path.is_symlink() and not output.exists():
-            raise BadInput(f"{planned.options.output_path} is a link to nothing\nChoose another --output_path.")
+            raise BadInput(f"{planned.options.output_path} is a broken link\nChoose another --output_path.")
         refuse_other_content(output, found.reason, force=planned.options.force)
         budget.require_disk(planned.budget.disk - staged_bytes(output), output)
         return Built(_build(planned, output, progress, say), fresh=True)
@@ -293,7 +293,7 @@ def _digest(path: Path) -> tuple[str, int]:
 
 
 def staging_key(planned: Plan) -> dict[str, Any]:
-    """What finished files of a killed build must have been made from to be taken over."""
+    """Everything that files of a killed build depend on: they are reused only if it is equal."""
     return {
         "tools": identity.tools(),
         "name": planned.name,
@@ -305,17 +305,17 @@ def staging_key(planned: Plan) -> dict[str, Any]:
 
 
 def _run(work: Work, planned: tuple[Job, ...], parallel: int, progress: Progress) -> Iterator[tuple[Job, Written]]:
-    """All jobs, in this process or in `parallel` others; yields each as it ends."""
+    """Runs all jobs, in this process or in `parallel` workers; yields each when it ends."""
     if parallel == 1:
         for job in planned:
             yield job, jobs.run(work, job)
             progress(job)
         return
     context = multiprocessing.get_context("spawn")
-    stop = context.RawValue("b", 0)  # without a lock, which a killed worker could take along
+    stop = context.RawValue("b", 0)  # no lock: a killed worker could still hold it
     pool = ProcessPoolExecutor(parallel, context, initializer=_start_worker, initargs=(stop,))
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is the parent's, while they start too
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # starting workers must not see Ctrl-C
         try:
             futures: dict[Future[Written], Job] = {pool.submit(_work, work, job): job for job in planned}
         finally:
@@ -342,7 +342,7 @@ _stop: Any = None
 
 
 def _start_worker(stop: Any) -> None:
-    """In a worker: end with the parent, leave Ctrl-C to it, and look at `stop` between blocks."""
+    """Initialises a worker: it exits with the parent, ignores Ctrl-C, and checks `stop` between blocks."""
     global _stop
     _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)

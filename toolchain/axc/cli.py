@@ -1,4 +1,4 @@
-"""axc: the compiler's commands. Each verb is a module's function; here are only flags and what is printed."""
+"""axc: the compiler's commands. Each verb calls a function of another module; this one defines the flags."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS = ("fp32", "fp16", "bf16", "s8", "s4", "fp8_e4m3", "fp8_e5m2")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     description = "Compiles Hugging Face LLM checkpoints to axmodel bundles for AX650 and AX630C boards."
-    # torch reads this at import. Threads that spin while they wait make a calibration 25 times slower on busy CPUs.
+    # torch reads this at import. Spinning while waiting makes a calibration 25 times slower on busy CPUs.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     epilog = "start with:\n  axc llm_build --input_path models/tiny-qwen2 --output_path out/tiny-qwen2 -c 2"
     return dispatch(argv, "axc", _version, description, epilog, VERBS)
@@ -42,16 +42,16 @@ def _lora(arguments: argparse.Namespace) -> Any:
 def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input_path", type=Path, required=True, help="folder of the checkpoint, quantised or not, or a GGUF file")
-    add("--output_path", type=Path, required=True, help="folder the bundle becomes; it must not hold another one")
+    add("--output_path", type=Path, required=True, help="folder of the bundle; it must not hold another one")
     add("--prefill_len", type=int, default=0, help="tokens of a prefill chunk; 0: no prefill groups (default 0)")
-    add("--parallel", type=int, default=1, help="processes; the bytes that come out do not depend on it (default 1)")
+    add("--parallel", type=int, default=1, help="number of processes; does not change the result (default 1)")
     add("--model_config", type=Path, help="a config.json to use in place of the checkpoint's")
     add("--model_type", help="build as this architecture, whatever config.json says")
     add("--kv_cache_len", type=int, default=127, help="rows of K/V cache: the longest context (default 127)")
     add(
         "--post_topk", type=int, default=0, help="the post model also returns the k most likely tokens (default 0: off)"
     )
-    add("--post_weight_type", choices=WEIGHTS, help="of the lm_head (default: as it is quantised already, else s8)")
+    add("--post_weight_type", choices=WEIGHTS, help="of the lm_head (default: its stored quantisation, else s8)")
     add(
         "-t",
         "--hidden_state_type",
@@ -63,7 +63,7 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
         "-w",
         "--weight_type",
         choices=WEIGHTS,
-        help="of the layers' matrices (default: as they are quantised already, else s8)",
+        help="of the layers' matrices (default: their stored quantisation, else s8)",
     )
     add(
         "-c",
@@ -75,7 +75,7 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
         "2 also compare the tokens generated from --prompt (default 0)",
     )
     add("--chip", choices=("AX620E", "AX650"), default="AX650", help="AX620E is the AX630C's family (default AX650)")
-    add("--prompt", default="1+1=", help="what check level 2 generates from (default 1+1=)")
+    add("--prompt", default="1+1=", help="prompt of check level 2 (default 1+1=)")
     add(
         "--last_kv_cache_len",
         type=int,
@@ -83,7 +83,7 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="add a group that prefills after this many rows of history; may be repeated",
     )
-    add("--ret_postnorm", action="store_true", help="the post model also gives the normalised hidden state")
+    add("--ret_postnorm", action="store_true", help="the post model also returns the normalised hidden state")
     add(
         "--lora",
         action="append",
@@ -101,7 +101,7 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
     add("--calibrated_sha256", metavar="HEX", help="expected SHA-256 of that file")
     _calibration_flags(parser)
     add("--model_name", help="name in the manifest (default: the model type)")
-    add("--force", action="store_true", help="replace a bundle that is at --output_path already")
+    add("--force", action="store_true", help="replace an existing bundle at --output_path")
     add("--check_report", type=Path, help="write the check's figures to this JSON file")
     vendor_flags.refuse(parser)
 
@@ -134,7 +134,7 @@ def _llm_build(arguments: argparse.Namespace) -> None:
     from axc.calibration import options as calibrations
 
     if arguments.calibrated_sha256 and not arguments.calibrated:
-        raise BadInput("--calibrated_sha256 is the digest of a file: name it with --calibrated")
+        raise BadInput("--calibrated_sha256 is the digest of a calibration file: give the file with --calibrated")
     options = Options(
         input_path=arguments.input_path,
         output_path=arguments.output_path,
@@ -240,14 +240,14 @@ def _doctor_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
     add("--checkpoint", type=Path, required=True, metavar="PATH", help="the checkpoint it was built from")
-    add("--model_config", type=Path, metavar="FILE", help="the config.json that the bundle was built with, if another")
-    add("--model_type", help="the architecture that the bundle was built as, if it was given")
+    add("--model_config", type=Path, metavar="FILE", help="the --model_config of the build, if any")
+    add("--model_type", help="the --model_type of the build, if any")
     add(
         "--lora",
         action="append",
         default=[],
         metavar="DIR[:WEIGHT]",
-        help="an adapter that it was built with; may be repeated",
+        help="a --lora of the build; may be repeated",
     )
     add(
         "--engine",
@@ -255,7 +255,7 @@ def _doctor_flags(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what runs axmodels (default auto: as axrun does)",
     )
-    add("--board", metavar="B", help="examine it on this board of the checkout too, where it is deployed")
+    add("--board", metavar="B", help="also examine the deployed bundle on this board of the checkout")
     add("--model", metavar="NAME", help="name under which it is deployed there (default: the bundle folder's)")
     add("--json", action="store_true", help="machine-readable")
 
@@ -281,9 +281,9 @@ def _reference_flags(parser: argparse.ArgumentParser) -> None:
     add("--text", type=Path, required=True, help="UTF-8 file to measure over")
     place = parser.add_mutually_exclusive_group(required=True)
     place.add_argument("--output_path", type=Path, metavar="FILE", help="file to write")
-    place.add_argument("--bundle", type=Path, metavar="DIR", help="bundle of the checkpoint to put it into")
-    add("--window", type=int, help="tokens seen at a time (default 512, with --bundle what all its groups need)")
-    add("--tokens", type=int, default=16384, help="most of the text that is used (default 16384)")
+    place.add_argument("--bundle", type=Path, metavar="DIR", help="add it to this bundle of the checkpoint")
+    add("--window", type=int, help="tokens per window (default 512; with --bundle, enough to use all groups)")
+    add("--tokens", type=int, default=16384, help="maximum number of tokens of the text (default 16384)")
     add("--top_k", type=int, default=256, help="most likely tokens to store per position (default 256)")
     add("--greedy_tokens", type=int, default=32, help="length of the greedy answers; 0: none (default 32)")
     add("--model_config", type=Path, help="a config.json to use in place of the checkpoint's")
@@ -308,8 +308,8 @@ def _reference(arguments: argparse.Namespace) -> None:
 def _synth_flags(parser: argparse.ArgumentParser) -> None:
     from axc.shapes import SHAPES
 
-    parser.add_argument("--model", required=True, choices=sorted(SHAPES), help="whose shapes")
-    parser.add_argument("--output_path", type=Path, required=True, help="folder the checkpoint becomes")
+    parser.add_argument("--model", required=True, choices=sorted(SHAPES), help="model whose shapes are used")
+    parser.add_argument("--output_path", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights (default 0)")
     parser.add_argument("--tokenizer_path", type=Path, help="folder of tokenizer files to copy in")
 
@@ -345,19 +345,19 @@ VERBS = {
     "inspect": Verb(
         _inspect_flags,
         _inspect,
-        "Show what an axmodel or a bundle holds.",
+        "Show the content of an axmodel or a bundle.",
         "example:\n  axc inspect out/tiny-qwen2/qwen2_post.axmodel --json",
     ),
     "verify": Verb(
         _verify_flags,
         _verify,
-        "Hold every file of a bundle against its manifest.",
+        "Verify every file of a bundle against its manifest.",
         "example:\n  axc verify out/tiny-qwen2",
     ),
     "doctor": Verb(
         _doctor_flags,
         _doctor,
-        "Find the first stage at which a bundle disagrees with its checkpoint, and why. Exit code 1 where one does.",
+        "Find the first stage at which a bundle disagrees with its checkpoint, and why. Exit code 1 if there is one.",
         "examples:\n"
         "  axc doctor out/tiny-qwen2 --checkpoint models/tiny-qwen2\n"
         "  axc doctor out/qwen2-0.5b --checkpoint Qwen2-0.5B-Instruct --json",

@@ -1,4 +1,4 @@
-"""From the config to axmodels: the graph of every file of a bundle, before any weight is read."""
+"""Makes the graphs of all axmodels of a bundle from the config, before any weight is read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NONE: Mapping[str, Kept] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Target:
-    """What the axmodels are compiled for: all that shapes them besides the model."""
+    """The compilation target: everything besides the model that determines the axmodels."""
 
     prefill_len: int
     kv_cache_len: int
@@ -44,11 +44,11 @@ class Target:
 
     @property
     def positions(self) -> int:
-        """Position ids run below this."""
+        """The number of position ids."""
         return max(group.history + group.tokens for group in self.groups)
 
     def prefix(self, config: ModelConfig) -> str:
-        """How the vendor begins the names of a bundle's axmodels."""
+        """The prefix of axmodel file names, as in the vendor's bundles."""
         return config.model_type + (f"_p{self.prefill_len}" if self.prefill_len else "")
 
     def layer_file(self, config: ModelConfig) -> str:
@@ -61,14 +61,14 @@ class Target:
 
 @functools.lru_cache(maxsize=2)
 def weights(config: ModelConfig) -> Mapping[str, Source]:
-    """Every weight of the axmodels of a model, by name, and what it is made of."""
+    """The source of every weight of a model's axmodels, by name."""
     return families.FAMILIES[config.model_type].weights(config)
 
 
 def layer_model(
     config: ModelConfig, target: Target, index: int, kept: Mapping[str, Kept] = NONE
 ) -> tuple[Axmodel, dict[str, Parameter]]:
-    """The axmodel of one decoder layer, and where its data come from; matrices in `kept` keep their levels."""
+    """The axmodel of one decoder layer and the sources of its data; matrices in `kept` keep their quantised values."""
     family = families.FAMILIES[config.model_type]
     hidden_type = FLOATS[target.hidden_state_type]
     graph = Graph(f"layer{index}", WEIGHT_TYPES[target.weight_type], hidden_type, weights(config), kept)
@@ -85,7 +85,7 @@ def layer_model(
 def post_model(
     config: ModelConfig, target: Target, kept: Mapping[str, Kept] = NONE
 ) -> tuple[Axmodel, dict[str, Parameter]]:
-    """The axmodel of final norm and lm_head, and where its data come from."""
+    """The axmodel of final norm and lm_head, and the sources of its data."""
     hidden_type = FLOATS[target.hidden_state_type]
     graph = Graph("post", WEIGHT_TYPES[target.post_weight_type], hidden_type, weights(config), kept)
     graph.ret_postnorm = target.ret_postnorm

@@ -32,7 +32,7 @@ def llm_build(
     report: Path | None,
     calibration: calibrations.Options | None = None,
 ) -> None:
-    """The steps: calibrate, where that is asked for, prepare, build, check. Raises BadInput, CheckFailed."""
+    """The steps of llm_build: calibrate (if requested), prepare, build, check. Raises BadInput, CheckFailed."""
     if calibration:
         build.plan(options)  # refuses what it must before minutes of calibration
         options = replace(options, calibrated=_calibrated(calibration), weight_type=None)
@@ -66,9 +66,9 @@ def llm_build(
         for bar in bars.values():
             bar.close()
     if not fresh:
-        print(f"{options.output_path} is already this bundle, complete: nothing to build")
+        print(f"{options.output_path} is already this bundle and complete: nothing to build")
     total = sum(entry["size"] for entry in manifest["files"].values())
-    print(f"{options.output_path}: {len(manifest['files'])} files, {megabytes(total)}, complete and named by sha256")
+    print(f"{options.output_path}: {len(manifest['files'])} files, {megabytes(total)}, sha256 of each in the manifest")
     print(f"worst relative error of a quantised matrix: {manifest['accuracy']['worst_weight_error']:.2%}")
     _done("build", started)
 
@@ -81,13 +81,13 @@ def llm_build(
         except CheckFailed as failure:
             where = f"axc doctor {options.output_path} --checkpoint {options.input_path}"
             raise CheckFailed(
-                f"{failure}\nThe bundle stays there for examination: {where}; then build it again with --force."
+                f"{failure}\nThe bundle is kept for examination: {where}; then build it again with --force."
             ) from None
-    _done("check", started, "" if check_level >= 0 else " (not asked for)")
+    _done("check", started, "" if check_level >= 0 else " (skipped: --check_level -1)")
 
 
 def calibrate(options: calibrations.Options, output: Path) -> None:
-    """Writes a calibration file with a progress bar, and says what it holds. Raises BadInput."""
+    """Writes a calibration file with a progress bar, and prints a summary. Raises BadInput."""
     try:
         from axc.calibration import run
     except ImportError:
@@ -111,7 +111,7 @@ def calibrate(options: calibrations.Options, output: Path) -> None:
 
 
 def _calibrated(options: calibrations.Options) -> Path:
-    """The calibration file of a build, made where the cache has none or a damaged one. Raises BadInput."""
+    """The calibration file of a build, from the cache unless it is missing or damaged there. Raises BadInput."""
     path = calibration_cache.place(options)
     with calibration_cache.locked(path):
         if path.is_file():

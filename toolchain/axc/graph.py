@@ -1,4 +1,4 @@
-"""A typed builder of ONNX graphs: values know their dtype and shape, and an operator that does not fit raises at once.
+"""A typed builder of ONNX graphs: values have a dtype and shape, and an operator with wrong inputs raises immediately.
 
 Operators: https://onnx.ai/onnx/operators/ , opset 23.
 """
@@ -32,7 +32,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Vector:
-    """Data of an initializer: a small weight, as float32. `rows_as` as that of a Weight."""
+    """Data of an initializer: a small weight, as float32. `rows_as` as in Weight."""
 
     name: str
     source: Source
@@ -43,7 +43,7 @@ class Vector:
 class Weight:
     """Data of an initializer: part number `part` of a matrix in a weight type.
 
-    `rows_as`: a tensor of the checkpoint; rows are in the order in which that has its columns.
+    `rows_as`: a tensor of the checkpoint whose column order determines the order of rows.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Order:
-    """Data of an initializer: the columns of the checkpoint's `tensor` in the order in which they are kept."""
+    """Data of an initializer: the stored order of the columns of the checkpoint's `tensor`."""
 
     tensor: str
 
@@ -67,9 +67,9 @@ ONNX_DTYPES = {np.dtype(np.float32): "FLOAT", np.dtype(np.int64): "INT64"}
 
 @dataclass
 class Graph:
-    """One axmodel in the making. `weight_type` is what `linear` stores its matrices in, `weights` what they are.
+    """An axmodel under construction. `linear` stores matrices in `weight_type`; `weights` are the sources by name.
 
-    Matrices in `kept` are stored as that says. `ret_postnorm`: the post model also gives what its norm makes.
+    Matrices in `kept` have a weight type of their own. `ret_postnorm`: the post model also returns its norm's output.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """A bundle's hf/ folder: the checkpoint's text files, verified to load in the runner like in transformers.
 
-The yardstick is transformers' AutoTokenizer reading the checkpoint by its own rules. What differs is mended in the
-bundle's files: transformers' own tokenizer takes the place of tokenizer.json, and the special tokens and the template
-that it found are written where the runner looks. What cannot be mended is refused.
+The reference is transformers' AutoTokenizer, which reads the checkpoint by its own rules. If the runner would differ,
+the bundle's files are repaired: tokenizer.json is replaced by transformers' own tokenizer, and its special tokens and
+template are written to the files that the runner reads. Differences that cannot be repaired are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import tokenizers
 
-from axc import gguf_reading, text_proof
+from axc import gguf_reading, tokenizer_comparison
 from axc.checkpoints.folder import refuse_lfs_pointer
 from axrun.errors import BadInput
 from axrun.text import hf_files
@@ -52,10 +52,10 @@ LISTED = 4  # named tokens or differences
 
 @dataclass
 class HfFolder:
-    """The content of the folder. `stop_ids` maps each id to its sources; `tokenizer_json` is None without a tokenizer.
+    """The content of the folder. `stop_ids` maps each id to its sources; `tokenizer` is None without a tokenizer.
 
-    `mended` tells of each file that is not the checkpoint's what was done, `mended_by` with which version of what;
-    `compared` is False where there was no transformers to compare with.
+    `mended` describes the changes to each repaired file, `mended_by` names the library and version that repaired it.
+    `compared` is False if transformers was not available for the comparison.
     """
 
     tokenizer: Tokenizer | None = None
@@ -90,9 +90,9 @@ def tokenizer_bytes(checkpoint: Path) -> int:
 def write(
     checkpoint: Path, hf: Path, vocab_size: int, model_config: Path | None = None, gguf: Path | None = None
 ) -> HfFolder:
-    """Fills `hf` and proves it; `gguf` is the file that the checkpoint's folder was made from.
+    """Fills `hf` and verifies it; `gguf` is the file that the checkpoint's folder was made from, if any.
 
-    Raises BadInput for what is damaged, or is read differently and cannot be mended.
+    Raises BadInput for damaged files and for differences that cannot be repaired.
     """
     made = HfFolder()
     for path in input_files(checkpoint):
@@ -103,7 +103,7 @@ def write(
         if (checkpoint / name).is_file():
             _copy(checkpoint / name, hf / name, made)
     try:
-        _prove(checkpoint, hf, model_config, gguf, made)
+        _verify(checkpoint, hf, model_config, gguf, made)
     except BadInput as error:
         first, *_ = str(error).replace(str(hf), str(checkpoint)).splitlines()
         raise BadInput(f"{first}\n{_advice(str(error))}") from None
@@ -126,29 +126,29 @@ def _advice(message: str) -> str:
     _, *rest = message.splitlines()
     last = rest[-1] if rest else "Build or copy the bundle again."
     if any(f"chat template {fault}" in message for fault in ("is damaged", "refuses every", "drops")):
-        return "Mend the template or remove it: a bundle without one takes raw prompts."
-    return "Download the checkpoint again, or mend that file." if last.startswith("Build or copy") else last
+        return "Repair the template or remove it: a bundle without one takes raw prompts."
+    return "Download the checkpoint again, or repair that file." if last.startswith("Build or copy") else last
 
 
-def _prove(checkpoint: Path, hf: Path, model_config: Path | None, gguf: Path | None, made: HfFolder) -> None:
+def _verify(checkpoint: Path, hf: Path, model_config: Path | None, gguf: Path | None, made: HfFolder) -> None:
     if not any((checkpoint / name).is_file() for name in TOKENIZERS):
-        made.remarks.append("no tokenizer (tokenizer.json or another's file): the bundle takes token ids only")
+        made.remarks.append("no tokenizer (tokenizer.json or another format): the bundle takes token ids only")
         return
     made.tokenizer, made.template = _opened(hf), ChatTemplate.find(hf)
     theirs = _reference(checkpoint, hf, model_config, gguf, made)
     if theirs is None:
-        _expect_no_need(checkpoint, hf)
+        _expect_no_repair(checkpoint, hf)
         made.tokenizer = made.tokenizer or Tokenizer.open(hf)
         made.compared = False
         lacking = "transformers" if gguf is None else "transformers with torch"
         made.remarks.append(f"tokenizer: opened, not compared: {lacking} is not installed. {INSTALL}")
     else:
-        made.tokenizer = _mended_tokenizer(made.tokenizer, hf, theirs, made)
-        _mend_template(hf, theirs, made)
-        _mend_special(hf, theirs, made)
+        made.tokenizer = _repaired_tokenizer(made.tokenizer, hf, theirs, made)
+        _repair_template(hf, theirs, made)
+        _repair_special(hf, theirs, made)
         if made.mended_by:
             made.mended_by = mender()
-            made.tokenizer = Tokenizer.open(hf)  # its stop ids are of files that are now others
+            made.tokenizer = Tokenizer.open(hf)  # again: the files of its stop ids may have changed
         made.template = ChatTemplate.find(hf)
         _expect_same(hf, theirs, made)
     if made.template is not None:
@@ -156,11 +156,11 @@ def _prove(checkpoint: Path, hf: Path, model_config: Path | None, gguf: Path | N
 
 
 def _reference(checkpoint: Path, hf: Path, model_config: Path | None, gguf: Path | None, made: HfFolder) -> Any:
-    """transformers' tokenizer of the original folder; of hf/, which is a copy, where that has byte order marks.
+    """transformers' tokenizer of the checkpoint; of hf/ if byte order marks were removed there.
 
-    None without transformers. Raises BadInput when it cannot read the checkpoint.
+    None without transformers. Raises BadInput if it cannot read the checkpoint.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # about missing torch
     try:
         import transformers
     except ModuleNotFoundError as error:
@@ -189,19 +189,19 @@ def _reference(checkpoint: Path, hf: Path, model_config: Path | None, gguf: Path
         words = " ".join(str(error).split()) or type(error).__name__
         if model_config is None and not _config_is_read(folder):
             what = f"config.json of {checkpoint}"
-        advice = "Is its tokenizer whole?" if what.startswith("the tokenizer") else "Is each value of the right kind?"
+        advice = "Is its tokenizer complete?" if what.startswith("the tokenizer") else "Check the type of each value."
         advice = INSTALL if "pip install" in words or "requires the" in words else advice
         raise BadInput(f"transformers cannot read {what}: {words:.300}\n{advice}") from None
 
 
 def _config_is_read(folder: Path) -> bool:
-    """Whether it is not config.json that keeps AutoTokenizer from reading a folder."""
+    """Whether AutoConfig reads the folder, so that the error is in another file than config.json."""
     import transformers
 
     try:
         transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except ValueError as error:
-        return "model type" in str(error) or "model_type" in str(error)  # of a type it does not know: no fault here
+        return "model type" in str(error) or "model_type" in str(error)  # an unknown type is not an error here
     except Exception:  # its classes can raise anything
         return False
     return True
@@ -216,7 +216,7 @@ def mender() -> str:
 
 
 def _opened(hf: Path) -> Tokenizer | None:
-    """As the runner opens it; None where there is no tokenizer.json and it knows no other way. Raises BadInput."""
+    """The tokenizer as the runner opens it; None if it needs a tokenizer.json and there is none. Raises BadInput."""
     try:
         return Tokenizer.find(hf)
     except BadInput:
@@ -225,23 +225,23 @@ def _opened(hf: Path) -> Tokenizer | None:
         return None
 
 
-def _expect_no_need(checkpoint: Path, hf: Path) -> None:
-    """Without transformers: raises BadInput for what is known to need mending by it."""
+def _expect_no_repair(checkpoint: Path, hf: Path) -> None:
+    """Without transformers: raises BadInput if a repair by it is known to be needed."""
     if not (hf / "tokenizer.json").is_file():
         if (hf / "vocab.json").is_file() and (hf / "merges.txt").is_file():
-            return  # the runner may know how; it says if not
+            return  # the runner may support them; otherwise it raises
         found = ", ".join(name for name in TOKENIZERS if (checkpoint / name).is_file())
         raise BadInput(f"{checkpoint} has {found}, but no tokenizer.json: making one needs transformers\n{INSTALL}")
     lacking = list(_lacking(hf))
     if lacking:
         raise BadInput(
             f"tokenizer.json of {checkpoint} lacks {_some(lacking)}, which other files add: "
-            f"mending that needs transformers\n{INSTALL}"
+            f"repairing it needs transformers\n{INSTALL}"
         )
 
 
 def _lacking(hf: Path) -> Iterator[str]:
-    """Tokens that other files name and tokenizer.json does not have, or not with these flags."""
+    """Tokens of other files that tokenizer.json lacks or has with other flags."""
     listed = hf_files.read_json(hf / "tokenizer.json").get("added_tokens") or []
     have = {token["content"]: token for token in listed}
     settings = hf_files.read_json(hf / "tokenizer_config.json")
@@ -257,35 +257,35 @@ def _lacking(hf: Path) -> Iterator[str]:
     yield from (content for content in dict.fromkeys(special_tokens(hf).values()) if content not in have)
 
 
-def _mended_tokenizer(ours: Tokenizer | None, hf: Path, theirs: Any, made: HfFolder) -> Tokenizer:
-    """The runner's tokenizer. transformers' takes its place where it differs, or cannot be opened. Raises BadInput."""
+def _repaired_tokenizer(ours: Tokenizer | None, hf: Path, theirs: Any, made: HfFolder) -> Tokenizer:
+    """The runner's tokenizer, replaced by transformers' if they differ or `ours` is None. Raises BadInput."""
     path, name = hf / "tokenizer.json", "tokenizer.json"
     if ours is None:
         sources = [source for source in TOKENIZERS if source != name and (hf / source).is_file()]
         what = f"made from {' and '.join(sources) or 'other files'}"
     else:
-        lacking = text_proof.added_differences(ours, theirs)
+        lacking = tokenizer_comparison.added_differences(ours, theirs)
         if lacking:
-            what = f"tokens written as transformers has them: {_some(lacking)}"
-        elif next(text_proof.tokenizer_differences(ours, theirs), None) is not None:
+            what = f"tokens corrected to those of transformers: {_some(lacking)}"
+        elif next(tokenizer_comparison.tokenizer_differences(ours, theirs), None) is not None:
             what = f"replaced by transformers' own: {_sections(path, theirs)} differ"
         else:
             return ours
     if not isinstance(getattr(theirs, "backend_tokenizer", None), tokenizers.Tokenizer):
         kind = type(theirs).__name__
-        raise BadInput(f"transformers reads the tokenizer as {kind}, which no tokenizer.json can be made of\n{INSTALL}")
+        raise BadInput(f"transformers reads the tokenizer as {kind}, which has no tokenizer.json form\n{INSTALL}")
     backend = tokenizers.Tokenizer.from_str(theirs.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     path.write_text(backend.to_str(), "utf-8", newline="\n")
-    _mended(made, name, what)
+    _repaired(made, name, what)
     ours = Tokenizer.open(hf)
     faults = chain(
-        (f"added token {token} differs" for token in text_proof.added_differences(ours, theirs)),
-        text_proof.tokenizer_differences(ours, theirs),
+        (f"added token {token} differs" for token in tokenizer_comparison.added_differences(ours, theirs)),
+        tokenizer_comparison.tokenizer_differences(ours, theirs),
     )
     if (fault := next(faults, None)) is not None:
-        raise BadInput(f"the tokenizer cannot be read as transformers reads it: {fault}\nReport it with that folder.")
+        raise BadInput(f"the tokenizer differs from transformers' and cannot be repaired: {fault}\nPlease report it.")
     return ours
 
 
@@ -296,8 +296,8 @@ def _sections(path: Path, theirs: Any) -> str:
     return ", ".join(name for name in names if ours.get(name) != other.get(name)) or "rules"
 
 
-def _mend_special(hf: Path, theirs: Any, made: HfFolder) -> None:
-    """The special tokens by name, used by templates and as a stop token."""
+def _repair_special(hf: Path, theirs: Any, made: HfFolder) -> None:
+    """Writes the special tokens of transformers if templates or the stop token use different ones."""
     wanted = {name: token for name, token in theirs.special_tokens_map.items() if name in SPECIAL}
     ours, source = special_tokens(hf), template_source(hf) or ""
     names = sorted(name for name in {*ours, *wanted} if ours.get(name) != wanted.get(name))
@@ -312,25 +312,25 @@ def _mend_special(hf: Path, theirs: Any, made: HfFolder) -> None:
     }
     path.write_text(_json({**settings, **wanted, "added_tokens_decoder": added}), "utf-8", newline="\n")
     listed = ", ".join(f"{name} is {wanted.get(name)!r}" for name in names)
-    _mended(made, path.name, f"{listed}, as transformers has it")
+    _repaired(made, path.name, f"{listed}, as in transformers")
 
 
-def _mend_template(hf: Path, theirs: Any, made: HfFolder) -> None:
-    """The template that transformers uses, if the runner would use another."""
+def _repair_template(hf: Path, theirs: Any, made: HfFolder) -> None:
+    """Writes the template that transformers uses, if the runner would use another."""
     found = theirs.chat_template
     if isinstance(found, dict):
         others = sorted(name for name in found if name != "default")
         if "default" not in found:
-            made.remarks.append(f"chat template: there are {', '.join(others)}, and none is the default: none is used")
+            made.remarks.append(f"chat template: {', '.join(others)} exist, but no default: none is used")
         elif others:
             made.remarks.append(f"chat template: the default one is used, not {', '.join(others)}")
         found = found.get("default")
     if found is not None and found != template_source(hf):
         (hf / "chat_template.jinja").write_bytes(found.encode())
-        _mended(made, "chat_template.jinja", "the template that transformers takes")
+        _repaired(made, "chat_template.jinja", "the template that transformers uses")
 
 
-def _mended(made: HfFolder, name: str, what: str) -> None:
+def _repaired(made: HfFolder, name: str, what: str) -> None:
     made.mended[name] = "; ".join([*([made.mended[name]] if name in made.mended else []), what])
     made.mended_by = "transformers"
     made.remarks.append(f"{name}: {what}")
@@ -341,10 +341,8 @@ def _expect_same(hf: Path, theirs: Any, made: HfFolder) -> None:
     if made.template is None:
         return
     source = template_source(hf)
-    if (fault := next(text_proof.template_differences(made.template, theirs, str(source)), None)) is not None:
-        raise BadInput(
-            f"the chat template cannot be rendered as transformers does: {fault}\nReport it with that folder."
-        )
+    if (fault := next(tokenizer_comparison.template_differences(made.template, theirs, str(source)), None)) is not None:
+        raise BadInput(f"the chat template renders differently from transformers: {fault}\nPlease report it.")
 
 
 def _stops(made: HfFolder, hf: Path, vocab_size: int) -> None:
@@ -356,7 +354,7 @@ def _stops(made: HfFolder, hf: Path, vocab_size: int) -> None:
         )
     made.stop_ids = {number: named for number, named in sources.items() if number < vocab_size}
     if not made.stop_ids:
-        made.remarks.append("stop ids: no file names one, so an answer goes on to its limit")
+        made.remarks.append("stop ids: no file defines one, so answers continue to the token limit")
         return
     leading = next(name for name in (*SOURCE_ORDER, "chat template") if any(name in s for s in made.stop_ids.values()))
     if not all(leading in named for named in made.stop_ids.values()):
@@ -364,10 +362,11 @@ def _stops(made: HfFolder, hf: Path, vocab_size: int) -> None:
             f"{number} {made.tokenizer.token_bytes(number).decode('utf-8', 'replace')!r} ({', '.join(named)})"
             for number, named in made.stop_ids.items()
         )
-        made.remarks.append(f"stop ids: the files disagree, each of these ends an answer: {', '.join(listed)}")
+        made.remarks.append(f"stop ids: the files disagree; each of these ends an answer: {', '.join(listed)}")
 
 
-SOURCE_ORDER = ("generation_config.json", "config.json", "tokenizer_config.json")  # as transformers' generate looks
+# precedence in transformers' generate
+SOURCE_ORDER = ("generation_config.json", "config.json", "tokenizer_config.json")
 
 
 def _beyond(made: HfFolder, vocab_size: int) -> None:
@@ -376,7 +375,7 @@ def _beyond(made: HfFolder, vocab_size: int) -> None:
     beyond = [f"{number} {token!r}" for token, number in made.tokenizer.vocabulary.items() if number >= vocab_size]
     if beyond:
         made.remarks.append(
-            f"the tokenizer has {_some(beyond)}, and the model's vocabulary ends at {vocab_size - 1}: "
+            f"the tokenizer has {_some(beyond)}, but the model's vocabulary ends at {vocab_size - 1}: "
             "prompts with such a token are refused"
         )
 

@@ -80,7 +80,7 @@ def _file(places: Mapping[str, Path], name: str) -> Path | None:
     source = path.with_suffix(".py")
     if not source.is_file():
         if name in ROOTS:
-            raise FileNotFoundError(2, "axc needs its own sources to tell its digest; missing", str(source))
+            raise FileNotFoundError(2, "axc needs its own sources to compute its digest; missing", str(source))
         return None
     return source
 
@@ -92,6 +92,6 @@ def _imports(source: bytes) -> tuple[str, ...]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):  # never relative: a test says so
+        elif isinstance(node, ast.ImportFrom):  # never relative, as a test asserts
             found += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
     return tuple(found)

@@ -1,4 +1,4 @@
-"""The files of a bundle as jobs: each runs by itself in any process, and is not done twice."""
+"""The files of a bundle as jobs: independent, runnable in any process, skipped if already done."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from axc.quantizer.kept import Kept
 from axrun.format.axmodel import Axmodel, Slot, layout
 from axrun.format.bundle import sha256
 
-DONE = ".done"  # what a finished file's record is called after it
+DONE = ".done"  # suffix of the record next to a finished file
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every job of a build needs to know. `stamps` tell whether a file changed: (name, bytes, ctime in ns)."""
+    """The inputs shared by all jobs of a build. `stamps` detect changed files: (name, bytes, ctime in ns)."""
 
     checkpoint: Path
     stamps: tuple[tuple[str, int, int], ...]
@@ -48,7 +48,7 @@ class Job:
 
 
 def plan(work: Work, inputs: tuple[Path, ...]) -> list[Job]:
-    """All jobs of a build, the longest first. Raises BadInput when a file would be too large for its format."""
+    """All jobs of a build, the longest first. Raises BadInput if a file would be too large for its format."""
     config, target = work.config, work.target
     layers = [
         Job("layer", target.layer_file(config) % index, _size(layer_model(config, target, index, work.kept)[0]), index)
@@ -69,9 +69,9 @@ class Cancelled(Exception):
 
 
 def run(work: Work, job: Job, cancelled: Callable[[], bool] = lambda: False) -> Written:
-    """Does a job, unless a record beside its file says it is done and the file still holds to it.
+    """Runs a job, unless its file and a matching record exist already.
 
-    Raises BadInput for what the checkpoint holds, OSError for the disk, Cancelled.
+    Raises BadInput for a bad checkpoint, OSError for disk errors, Cancelled.
     """
     if job.kind == "input":
         return Written(sha256(Path(job.file), lambda nbytes: _stop(cancelled)), job.nbytes)
@@ -116,7 +116,7 @@ def _ticking(pieces: Iterator[Any], tick: Callable[[], None]) -> Iterator[Any]:
 
 @functools.lru_cache(maxsize=1)
 def _opened(path: Path, adapters: tuple[Lora, ...], stamps: tuple[tuple[str, int, int], ...]) -> Checkpoint:
-    """Once a process and build; the stamps part the builds."""
+    """Opened once per process and build; `stamps` is a cache key only."""
     return Checkpoint.open(path, adapters)
 
 
@@ -126,7 +126,7 @@ def _calibration(path: Path, stamps: tuple[tuple[str, int, int], ...]) -> Calibr
 
 
 def _finished(path: Path, record: Path) -> Written | None:
-    """What an earlier run, perhaps a killed one, left whole. The file is hashed: a power cut may have emptied it."""
+    """The result of an earlier run, if the file is complete. It is hashed: a power cut may have emptied it."""
     try:
         written = Written(**json.loads(record.read_text("utf-8")))
         whole = path.stat().st_size == written.nbytes and sha256(path) == written.sha256

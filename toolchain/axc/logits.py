@@ -90,7 +90,7 @@ def write(options: Options, show: Show = unseen, say: Say = lambda line: None) -
         model = config.load(checkpoint, options.model_config, kind)
         ids, graphs = logits.tokens[0].tolist(), _graphs(checkpoint, model, manifest)
         weights = compiler.weights(model)
-        figures.leave(options.bundle, options.input_path, reference, ids, weights, show, say, graphs)
+        figures.write(options.bundle, options.input_path, reference, ids, weights, show, say, graphs)
         return options.bundle / NAME, logits
     assert options.output_path is not None
     try:

@@ -1,11 +1,11 @@
-"""The vendor's compiler as a maker: its axmodels, in a bundle of ours.
+"""Builds a bundle with the vendor's compiler (pulsar2) instead of ours.
 
-It is closed and comes as a container image; here are the flags it takes, what is added to what it leaves out, and the
-checks that need no NPU. Where it runs is the caller's (`Compiler`). It is run serially, since parallel builds of it
-were reported to come out damaged, and twice: what is not the same twice cannot be told from what was damaged.
+The compiler is closed source and comes as a container image; the caller decides where it runs (`Compiler`). This module
+translates the flags, adds the files that it does not write, and checks its axmodels as far as possible without an NPU.
+It runs serially, because its parallel builds are reported to produce damaged files, and twice, to detect damage.
 
-Versions up to 5 have `llm_build`, which takes every group by itself; later ones have `llm_build2`, which takes a total
-and makes a group for every step up to it.
+Versions up to 5 have `llm_build`, which takes a list of groups; later ones have `llm_build2`, which takes a total
+length and makes a group for every step up to it.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from axrun.format.bundle import sha256
 from axrun.format.dtypes import FLOATS
 
 MAKER = "pulsar2"
-COMMANDS = ("llm_build2", "llm_build")  # the first that there is
-NPU_NODE = "neu"  # in the operator of the vendor's nodes, one for each group
-LEAST_SHARE = 0.4  # of the bytes our axmodel takes with the same weight type: weights cannot be smaller by much
-WIDEST_SPREAD = 0.1  # of the sizes of layers that have the same shapes
+COMMANDS = ("llm_build2", "llm_build")  # in order of preference
+NPU_NODE = "neu"  # part of the op_type of the vendor's nodes, one per group
+LEAST_SHARE = 0.4  # minimum size relative to our axmodel with the same weight type
+WIDEST_SPREAD = 0.1  # maximum relative difference in size of layers with equal shapes
 Say = Callable[[str], None]
 
 
 class Compiler(Protocol):
-    """The vendor's compiler, wherever it runs."""
+    """The vendor's compiler, in a container or elsewhere."""
 
     @property
     def identity(self) -> str:
-        """What tells one from another: the image id."""
+        """The image id."""
 
     @property
     def version(self) -> str: ...
@@ -51,14 +51,14 @@ class Compiler(Protocol):
     def has(self, command: str) -> bool: ...
 
     def run(self, arguments: Sequence[str], reads: Path, writes: Path) -> int:
-        """Runs `pulsar2 ARGUMENTS`, which sees two folders at their own paths; returns its exit code."""
+        """Runs `pulsar2 ARGUMENTS` with access to two folders at their own paths; returns its exit code."""
 
 
 MERGE = "Merge it with peft, merge_and_unload(), and give the result as --input_path."
 
 
 def build(planned: Plan, compiler: Compiler, say: Say = print) -> dict[str, Any]:
-    """Makes the bundle and returns its manifest. Raises BadInput, CheckFailed; leaves nothing behind when it does."""
+    """Builds the bundle and returns its manifest. Raises BadInput or CheckFailed, and removes all files first."""
     command = next((name for name in COMMANDS if compiler.has(name)), None)
     if command is None:
         raise BadInput(f"{compiler.identity} has none of {', '.join(COMMANDS)}\nIs it the vendor's image?")
@@ -81,10 +81,10 @@ def build(planned: Plan, compiler: Compiler, say: Say = print) -> dict[str, Any]
             say(remark)
         tries = [folder / name for name in (".first", ".second")]
         for place in tries:
-            say(f"{MAKER} {compiler.version}: {command}, {place.name[1:]} time")
+            say(f"{MAKER} {compiler.version}: {command}, {place.name[1:]} run")
             _compile(planned, compiler, command, place)
         _same(*tries)
-        say("  the same to the last byte")
+        say("  both runs gave identical files")
         outputs = {path.name: _checked(planned, path) for path in _axmodels(planned, tries[0])}
         _alike(planned, outputs)
         for name in outputs:
@@ -97,7 +97,7 @@ def build(planned: Plan, compiler: Compiler, say: Say = print) -> dict[str, Any]
 
 
 def flags(planned: Plan, command: str, output: Path) -> list[str]:
-    """Ours in the words of one of its COMMANDS."""
+    """Our flags translated for one of its COMMANDS."""
     options, target = planned.options, planned.target
     said: list[tuple[str, object]] = [
         ("--input_path", planned.checkpoint.path),
@@ -129,14 +129,14 @@ def flags(planned: Plan, command: str, output: Path) -> list[str]:
 
 
 def _reachable(target: Target, command: str, say: Say) -> Target:
-    """The groups that `command` can make: all steps up to the longest history, where it takes only a total."""
+    """The target with the groups that `command` can make: llm_build2 makes all steps up to the longest history."""
     if command != "llm_build2" or not target.prefill_len:
         return target
     step, longest = target.prefill_len, max(target.last_kv_cache_len, default=0)
     steps = tuple(range(step, longest + 1, step))
     if longest % step:
         raise BadInput(
-            f"{command} prefills in steps of --prefill_len {step}, and --last_kv_cache_len {longest} is between two\n"
+            f"{command} prefills in steps of --prefill_len {step}; --last_kv_cache_len {longest} is not a multiple\n"
             f"Give {longest // step * step} or {-(-longest // step) * step}."
         )
     if steps != target.last_kv_cache_len:
@@ -155,17 +155,17 @@ def _same(first: Path, second: Path) -> None:
     names = sorted({path.name for place in (first, second) for path in place.glob("*.axmodel")})
     for name in names:
         if not all((place / name).is_file() for place in (first, second)):
-            raise CheckFailed(f"{MAKER} made {name} in one of two runs only: it cannot be relied on")
+            raise CheckFailed(f"{MAKER} made {name} in only one of two runs\nNothing was kept.")
         digests = [sha256(place / name) for place in (first, second)]
         if digests[0] != digests[1]:
             raise CheckFailed(
-                f"{MAKER} made {name} twice and not the same: sha256 {digests[0][:12]}... and {digests[1][:12]}...\n"
+                f"{MAKER} made {name} differently in two runs: sha256 {digests[0][:12]}... and {digests[1][:12]}...\n"
                 "Nothing was kept: run it again on a machine with more memory, or ask the vendor."
             )
 
 
 def _axmodels(planned: Plan, place: Path) -> list[Path]:
-    """The axmodels of a bundle, none missing and none too many. Raises CheckFailed."""
+    """The axmodels of a bundle. Raises CheckFailed if one is missing or unexpected."""
     target, model = planned.target, planned.config
     wanted = [target.layer_file(model) % index for index in range(model.num_hidden_layers)] + [target.post_file(model)]
     found = {path.name for path in place.glob("*.axmodel")}
@@ -173,13 +173,13 @@ def _axmodels(planned: Plan, place: Path) -> list[Path]:
         odd = sorted(found ^ set(wanted))
         raise CheckFailed(
             f"{MAKER} made {len(found)} axmodels, expected {len(wanted)}: {odd[0]} is "
-            f"{'missing' if odd[0] in wanted else 'not known'}{f' (and {len(odd) - 1} more)' if len(odd) > 1 else ''}"
+            f"{'missing' if odd[0] in wanted else 'unexpected'}{f' (and {len(odd) - 1} more)' if len(odd) > 1 else ''}"
         )
     return [place / name for name in wanted]
 
 
 def _checked(planned: Plan, path: Path) -> Written:
-    """What a file holds, seen without an NPU. Raises CheckFailed naming what is not as it must be."""
+    """Checks an axmodel as far as possible without an NPU. Raises CheckFailed."""
     kind = "post" if path.name == planned.target.post_file(planned.config) else "layer"
     faults = list(_faults(read(path), kind, planned.config, planned.target))
     least = int(LEAST_SHARE * next(job.nbytes for job in planned.jobs if job.kind == kind))
@@ -187,7 +187,7 @@ def _checked(planned: Plan, path: Path) -> Written:
     if nbytes < least:
         faults.append(f"has {nbytes:,} bytes, expected at least {least:,}")
     if faults:
-        raise CheckFailed(f"{path.name} {faults[0]}\n{MAKER} made something that no board could run; nothing was kept.")
+        raise CheckFailed(f"{path.name} {faults[0]}\n{MAKER} made a file that no board could run; nothing was kept.")
     return Written(sha256(path), nbytes)
 
 
@@ -209,7 +209,7 @@ def _faults(axmodel: Axmodel, kind: str, model: ModelConfig, target: Target) -> 
 
 
 def _layer(model: ModelConfig, target: Target) -> tuple[TensorInfo, ...]:
-    """What the decode group must show; the other groups are seen by an NPU's runtime only."""
+    """The tensors of the decode group; those of other groups are visible only to the NPU runtime."""
     hid, rows = FLOATS[target.hidden_state_type], target.kv_cache_len
     hidden, width = model.hidden_size, model.kv_size
     return (
@@ -233,21 +233,19 @@ def _post(model: ModelConfig, target: Target) -> tuple[TensorInfo, ...]:
 
 
 def _alike(planned: Plan, outputs: dict[str, Written]) -> None:
-    """All layers have the same shapes here, so one that is much smaller or larger is damaged. Raises CheckFailed."""
+    """All layers have the same shapes, so one of a very different size is damaged. Raises CheckFailed."""
     layer = re.compile(re.escape(planned.target.layer_file(planned.config)).replace("%d", r"\d+"))
     sizes = {name: written.nbytes for name, written in outputs.items() if layer.fullmatch(name)}
     usual = sorted(sizes.values())[len(sizes) // 2]
     for name, nbytes in sizes.items():
         if abs(nbytes - usual) > WIDEST_SPREAD * usual:
-            raise CheckFailed(
-                f"{name} has {nbytes:,} bytes, and layers have {usual:,}: it is damaged; nothing was kept"
-            )
+            raise CheckFailed(f"{name} has {nbytes:,} bytes, other layers {usual:,}: it is damaged; nothing was kept")
 
 
 def _finish(
     planned: Plan, compiler: Compiler, folder: Path, made: HfFolder, outputs: dict[str, Written]
 ) -> dict[str, Any]:
-    """Embedding and manifest, as for our own axmodels."""
+    """Writes embedding and manifest, as for our own axmodels."""
     work = Work(planned.checkpoint.path, planned.stamps, folder, planned.config, planned.target)
     done: dict[Job, Written] = {job: jobs.run(work, job) for job in planned.jobs if job.kind in ("embedding", "input")}
     inputs = {Path(job.file).name: written for job, written in done.items() if job.kind == "input"}

@@ -1,8 +1,8 @@
-"""The independent reference: transformers reads the checkpoint's folder by its own rules and computes in float32.
+"""The independent reference: transformers loads the checkpoint by its own rules and computes in float32.
 
-Nothing of our reader is used: AutoConfig, AutoModelForCausalLM and AutoTokenizer open the folder themselves, so what we
-misread, they show. Where weights are quantised they cannot without a GPU: `axc.quantised_reading` gives those. The
-decoder layers are found by structure, not by the names that our families know.
+None of our readers is used: AutoConfig, AutoModelForCausalLM and AutoTokenizer open the folder themselves, so errors of
+our readers show up. Exception: transformers needs a GPU for most quantised weights, so `axc.quantised_reading` supplies
+those. The decoder layers are found by structure, not by the tensor names in our families.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ except ImportError:
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the files that transformers may take weights from
-WIDENED = (torch.bfloat16, torch.float16)  # types whose values are all float32 values
-HEADROOM = 1 << 30  # bytes for activations and logits beside the weights
-TOKENS = 64  # of the embedding table that one with a row unlike zero is looked for among
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the files that transformers may load weights from
+WIDENED = (torch.bfloat16, torch.float16)  # types that convert to float32 without loss
+HEADROOM = 1 << 30  # bytes for activations and logits in addition to the weights
+TOKENS = 64  # rows of the embedding table searched for a nonzero one
 STORED = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 class Refused(BadInput):
-    """transformers does not read the folder as a whole model."""
+    """transformers cannot load or run the folder as a complete model."""
 
 
 class NoReference(Refused):
@@ -61,8 +61,8 @@ class NoReference(Refused):
 class Trace:
     """A forward pass over n tokens: `inputs` and `outputs` [n, hidden] of each decoder layer, `logits` [n, vocab].
 
-    `embedded` are the rows of the embedding table, [n, hidden]. They are the first layer's input too, also where the
-    model scales them before: in an axmodel that is the first layer's part.
+    `embedded` are the rows of the embedding table, [n, hidden]. They are also the first layer's input, even if the
+    model scales its embedding: in an axmodel, the first layer applies the scale.
     """
 
     embedded: Floats
@@ -72,17 +72,17 @@ class Trace:
 
 
 class Answer(NamedTuple):
-    """Greedy `tokens` [sequences, n], and the `logits` [sequences, n, vocab] that each was taken from."""
+    """Greedy `tokens` [sequences, n] and the `logits` [sequences, n, vocab] they were chosen from."""
 
     tokens: Ids
     logits: Floats
 
 
 class Reference:
-    """A checkpoint's folder as transformers loads it.
+    """A checkpoint as transformers loads it.
 
-    `remarks` are what a user must be told about it. Where memory cannot hold the model in float32, weights stay in the
-    files' own type, mapped, and each layer is widened to float32 while it runs; the results are the same bits.
+    `remarks` are notes for the user. If memory cannot hold the model in float32, the weights stay memory-mapped in
+    their stored type, and each layer is converted to float32 while it runs. The results are bit-identical.
     """
 
     def __init__(
@@ -93,11 +93,10 @@ class Reference:
         available: int | None = None,
         adapters: Sequence[tuple[Path, float]] = (),
     ) -> None:
-        """`model_config` stands for the folder's config.json; `model_type` for a type that transformers does not know.
+        """`model_config` replaces the folder's config.json, `model_type` a type that transformers does not know.
 
-        `adapters` are folders of LoRA adapters that are merged, and what each one's change is multiplied by.
-        `available` is the memory in bytes, by default what the machine has. Raises Refused, and BadInput when memory
-        does not suffice.
+        `adapters` are folders of LoRA adapters to merge, each with the weight of its change. `available` is the memory
+        in bytes (default: the machine's available memory). Raises Refused, and BadInput if memory does not suffice.
         """
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
@@ -107,7 +106,7 @@ class Reference:
         if self._quantised is not None:
             self.remarks.append(f"{path}: {quantised_reading.SAID}")
         self.config._attn_implementation = "eager"
-        self.config.return_dict = True  # outputs are taken by name, whatever config.json says of their form
+        self.config.return_dict = True  # outputs are accessed by name, whatever config.json sets
         with _refusing(path):
             with torch.device("meta"):
                 skeleton = auto_class(self.config).from_config(
@@ -126,7 +125,7 @@ class Reference:
         if available is not None and available < need + HEADROOM:
             raise BadInput(
                 f"the float32 reference of {path} needs {megabytes(need + HEADROOM)} of memory, {megabytes(available)} "
-                "are available\nClose other programs, or go without: llm_build --check_level 0."
+                "are available\nClose other programs, or skip the comparison: llm_build --check_level 0."
             )
         self.model = self._load(min(stored, key=str) if streamed else torch.float32, skeleton)
         for folder, weight in adapters:
@@ -143,10 +142,10 @@ class Reference:
         return str(self.config.model_type)
 
     @torch.no_grad()
-    def extend(self, positions: int) -> None:
-        """Computes every sequence as transformers does those of `positions` tokens.
+    def set_context(self, positions: int) -> None:
+        """Uses the rotary frequencies of a sequence of `positions` tokens for every sequence.
 
-        Of a longrope, whose frequencies are others beyond the original length: a bundle's are those of its context.
+        Matters for longrope: transformers selects frequencies by the length of a sequence, a bundle by its context.
         """
         for module in self.model.modules():
             if getattr(module, "rope_type", None) == "longrope":
@@ -156,7 +155,7 @@ class Reference:
 
     @torch.no_grad()
     def trace(self, ids: Ids, cache: Any = None) -> Trace:
-        """One pass over the tokens [n], after the rows that `cache` holds."""
+        """One forward pass over the tokens [n], after the rows in `cache`."""
         inputs: list[Any] = []
         outputs: list[Any] = []
 
@@ -189,19 +188,19 @@ class Reference:
         return np.asarray(out.logits[0].numpy())
 
     def table(self) -> Any:
-        """The embedding table, a torch tensor [vocab, hidden] in the type it is kept in."""
+        """The embedding table, a torch tensor [vocab, hidden] in the type it is loaded in."""
         model: Any = self.model
         return model.get_input_embeddings().weight.detach()
 
     def exact_in(self, weight_type: str) -> bool:
-        """Whether that type has every value that the weights are stored with."""
+        """Whether that type represents every stored weight exactly."""
         return weight_type == "fp32" or self.stored == {STORED.get(weight_type)}
 
     @torch.no_grad()
     def generate(self, ids: Ids, tokens: int, stop: frozenset[int] = frozenset(), keep_logits: bool = False) -> Answer:
-        """Greedy continuation of sequences of one length, [sequences, n].
+        """Greedy continuation of sequences of equal length, [sequences, n].
 
-        It ends with a token of `stop` where there is one sequence, and has it. `keep_logits` False: none are kept.
+        A single sequence ends at a token of `stop`, which is included. Without `keep_logits`, the logits are empty.
         """
         cache, given = None, torch.from_numpy(np.array(ids, np.int64))
         chosen: list[Any] = []
@@ -221,11 +220,11 @@ class Reference:
         return Answer(torch.cat(chosen, dim=1).numpy(), kept)
 
     def empty_cache(self) -> Any:
-        """A K/V cache for `trace` that keeps every row of every layer, windows or not."""
+        """A K/V cache for `trace` that keeps all rows of every layer, even with a sliding window."""
         return transformers.DynamicCache()
 
-    def kept(self, cache: Any) -> list[tuple[Floats, Floats]] | None:
-        """K and V [n, heads * head_dim] of each layer of a cache; None where layers keep something else."""
+    def cached_rows(self, cache: Any) -> list[tuple[Floats, Floats]] | None:
+        """K and V [n, heads * head_dim] of each layer of a cache; None if the layers cache something else."""
         pairs: list[tuple[Any, Any]] = [
             (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
         ]
@@ -234,12 +233,12 @@ class Reference:
         return [(_flat(keys[0].float()), _flat(values[0].float())) for keys, values in pairs]
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each weight by its name; a head that is tied to the embedding is listed too."""
+        """The shape of each weight by name, including a head tied to the embedding."""
         return {alone: tuple(self.model.get_parameter(name).shape) for alone, name in self._names.items()}
 
     @functools.cached_property
     def _names(self) -> dict[str, str]:
-        """Of the weights by the names that a text model alone has."""
+        """Parameter names by their names in a text-only model (the same unless multimodal)."""
         names = [name for name, _ in self.model.named_parameters(remove_duplicate=False)]
         return text_names(names) if is_multimodal(self.config.to_dict()) else {name: name for name in names}
 
@@ -250,7 +249,7 @@ class Reference:
 
     @torch.no_grad()
     def head(self, start: int, stop: int | None) -> Floats:
-        """Rows [start, stop) of the matrix that gives the logits, in float32."""
+        """Rows [start, stop) of the output embedding (lm_head), in float32."""
         return np.asarray(self.model.get_output_embeddings().weight[start:stop].float().numpy())
 
     @torch.no_grad()
@@ -259,7 +258,7 @@ class Reference:
         return np.asarray(self.model.get_parameter(self._names[name])[start:stop].float().numpy())
 
     def dtype(self, name: str) -> str:
-        """Of what `finite_rows` gives: the two let weight sources (axc.weights) read transformers' tensors."""
+        """The type of `finite_rows`. With these two methods, axc.weights can read from transformers' tensors."""
         return "FLOAT"
 
     def finite_rows(self, name: str, start: int, stop: int) -> Floats:
@@ -267,13 +266,13 @@ class Reference:
         return self.weight(name, start, stop)
 
     @torch.no_grad()
-    def fed(
+    def run_layers(
         self, hidden: list[Floats], history: list[tuple[Floats, Floats]], heads: list[int]
     ) -> tuple[list[Floats], list[tuple[Floats, Floats]]]:
-        """Each layer's outputs [n, H] for hidden states [n, H] of its own, and the K and V [n, width] that it adds.
+        """Runs each layer on its own hidden states [n, H]: its outputs [n, H] and its new K and V [n, width].
 
-        No layer sees what the one before gave, and the first one's are scaled as the model scales its embedding.
-        `history` is K and V [past, width] of each, of `heads` heads.
+        The layers are not chained. If the model scales its embedding, the first layer's input is scaled alike.
+        `history` is K and V [past, width] per layer, with `heads` heads.
         """
         cache = self.empty_cache()
         for index, ((keys, values), count) in enumerate(zip(history, heads, strict=True)):
@@ -309,16 +308,16 @@ class Reference:
         finally:
             for hook in hooks:
                 hook.remove()
-        rows = [(keys[past:], values[past:]) for keys, values in self.kept(cache) or ()]
+        rows = [(keys[past:], values[past:]) for keys, values in self.cached_rows(cache) or ()]
         return [out.numpy() for out in outputs], rows
 
-    def resampled(
+    def resample_cache(
         self, cache: Any, rows: Ids, trend: Floats, rounded: Callable[[Floats], Floats]
     ) -> tuple[Any, list[tuple[Floats, Floats]]] | None:
-        """A cache of other rows of a cache, each `rounded`; and those as K and V [n, heads * head_dim] of each layer.
+        """A new cache of the selected `rows` of a cache, `rounded`; also as K and V [n, heads * head_dim] per layer.
 
-        V follows `trend` [n], from -1 to 1, along one direction for each head: its mean tells which rows were seen.
-        None where layers keep something else between tokens.
+        V gets a component that follows `trend` [n], from -1 to 1, so that its mean depends on the rows attended to.
+        None if the layers cache something other than K and V.
         """
         made, flat = self.empty_cache(), list[tuple[Floats, Floats]]()
         for index, layer in enumerate(cache.layers):
@@ -336,7 +335,7 @@ class Reference:
         return made, flat
 
     def _read_config(self, source: Path, model_type: str | None) -> Any:
-        """The config by its own model_type: a wrong --model_type of ours must not be followed."""
+        """The config, read by its own model_type: a wrong --model_type must not affect the reference."""
         with _refusing(source):
             if source.suffix == GGUF:
                 found, remarks = gguf_reading.config(source)
@@ -349,20 +348,20 @@ class Reference:
             if model_type is not None and model_type in CONFIG_MAPPING:
                 self.remarks.append(
                     f"transformers {transformers.__version__} does not know model_type {own!r}: the reference is a "
-                    f"{model_type} as --model_type says; whether that is right is not checked"
+                    f"{model_type}, as given by --model_type; this choice is not checked"
                 )
                 return CONFIG_MAPPING[model_type].from_dict({**values, "model_type": model_type})
         raise NoReference(f"transformers {transformers.__version__} does not know model_type {own!r} of {source}")
 
     def _types(self) -> set[torch.dtype]:
-        """The element types that weights have or, where they are quantised, are dequantised to."""
+        """The element types of the weights, after dequantisation if they are quantised."""
         if self._quantised is not None:
             return {torch.float32}
         return gguf_reading.stored_types(self.path) if self.path.suffix == GGUF else _stored_types(self.path)
 
     def _load(self, dtype: torch.dtype, skeleton: Any) -> Any:
         how: dict[str, Any] = {"config": self.config, "dtype": dtype, "output_loading_info": True}
-        how["ignore_mismatched_sizes"] = True  # they are refused below, by name
+        how["ignore_mismatched_sizes"] = True  # refused below, by name
         with _refusing(self.path):
             if self.path.suffix == GGUF:
                 tensors = gguf_reading.weights(self.path, skeleton)
@@ -384,14 +383,14 @@ class Reference:
         return model.eval()
 
     def _stream(self) -> None:
-        """Leaves the layers' weights as they are stored, widened while a layer runs; everything else is widened now."""
+        """Converts a layer's weights to float32 only while it runs, all other weights now."""
         narrow = [name for name, buffer in self.model.named_buffers() if buffer.dtype in WIDENED]
         if narrow:
             raise BadInput(
-                f"the float32 reference of {self.path} does not fit in memory, and {narrow[0]} is no weight that could "
-                "be widened\nClose other programs, or go without: llm_build --check_level 0."
+                f"the float32 reference of {self.path} does not fit in memory, and {narrow[0]} cannot be converted "
+                "layer by layer\nClose other programs, or skip the comparison: llm_build --check_level 0."
             )
-        self.remarks.append("memory is short: the reference widens one layer at a time to float32")
+        self.remarks.append("memory is short: the reference converts one layer at a time to float32")
         inside = {id(weight) for layer in self._layers for weight in layer.parameters()}
         for weight in self.model.parameters():
             if id(weight) not in inside:
@@ -412,7 +411,7 @@ class Reference:
 
 
 def tokenizer(path: Path) -> Any:
-    """AutoTokenizer of the folder. Raises Refused, also where it makes one up that knows special tokens only."""
+    """AutoTokenizer of the folder. Raises Refused, also if transformers invents one with special tokens only."""
     transformers.logging.set_verbosity_error()
     auto: Any = transformers.AutoTokenizer
     with _refusing(path):
@@ -424,18 +423,18 @@ def tokenizer(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _refusing(path: Path, what: str = "load") -> Iterator[None]:
-    """Whatever transformers raises over a folder becomes one line: it does not load it, or not run it."""
+    """Converts any exception of transformers to Refused, in one line: cannot load, or cannot run, the folder."""
     logger = logging.getLogger("transformers")
     silent, logger.disabled = logger.disabled, True
     try:
         yield
     except (BadInput, KeyboardInterrupt):
         raise
-    except Exception as error:  # its loaders name no limit to what they raise
+    except Exception as error:  # its loaders can raise anything
         text = " ".join(str(error).split())[:240] or type(error).__name__
         if marked := [file.name for file in sorted(path.glob("*.json")) if _has_byte_order_mark(file)]:
             text += f"\n{', '.join(marked)} begins with a byte order mark: remove its first 3 bytes"
-        raise Refused(f"transformers {transformers.__version__} does not {what} {path}: {text}") from None
+        raise Refused(f"transformers {transformers.__version__} cannot {what} {path}: {text}") from None
     finally:
         logger.disabled = silent
 
@@ -449,7 +448,7 @@ def _has_byte_order_mark(file: Path) -> bool:
 
 
 def _stored_types(path: Path) -> set[torch.dtype]:
-    """The element types in the folder's weight files, whichever of them are taken."""
+    """The element types in all weight files of the folder."""
     found: set[torch.dtype] = set()
     for pattern in WEIGHTS:
         for file in sorted(file for file in path.glob(pattern) if file.is_file()):
@@ -458,27 +457,26 @@ def _stored_types(path: Path) -> set[torch.dtype]:
 
 
 def _mapped(file: Path) -> dict[str, Any]:
-    """The tensors of a weight file."""
     return dict(load_state_dict(file, map_location="cpu"))
 
 
 def _flat(rows: Any) -> Floats:
-    """[heads, n, head_dim] as a bundle keeps it, [n, heads * head_dim]."""
+    """[heads, n, head_dim] to the layout of a bundle, [n, heads * head_dim]."""
     return np.asarray(rows.transpose(0, 1).reshape(rows.shape[1], -1).numpy())
 
 
 def _headed(rows: Floats, heads: int) -> Any:
-    """[n, heads * head_dim] as a cache keeps it, [1, heads, n, head_dim]."""
+    """[n, heads * head_dim] to the layout of a cache, [1, heads, n, head_dim]."""
     return torch.from_numpy(rows).reshape(len(rows), heads, -1).transpose(0, 1)[None]
 
 
 def _count(module: Any) -> int:
-    """Weights, each counted once where it is shared."""
+    """The number of weights; shared ones count once."""
     return sum(int(weight.numel()) for weight in module.parameters())
 
 
 def auto_class(config: Any) -> Any:
-    """AutoModelForCausalLM, or what has a text model beside others."""
+    """AutoModelForCausalLM, or AutoModelForImageTextToText for a multimodal config."""
     causal: Any = transformers.AutoModelForCausalLM
     multimodal = (
         type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -487,7 +485,7 @@ def auto_class(config: Any) -> Any:
 
 
 def _decoder_layers(model: Any) -> Any:
-    """The list of the decoder's layers: as long as the config says, and with the most weights. Raises Refused."""
+    """The decoder's layers: the largest module list with num_hidden_layers entries. Raises Refused."""
     length, text = model.config.get_text_config().num_hidden_layers, model.get_decoder()
     lists = [m for m in text.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == length]
     if not lists:

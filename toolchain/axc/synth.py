@@ -1,6 +1,6 @@
 """Writes a seeded random checkpoint with a named model's real shapes, for benchmarks.
 
-Written as a stream, in bfloat16 safetensors, sharded as large checkpoints are.
+Streams bfloat16 safetensors, sharded like large checkpoints.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Describes a vendor's axmodel: metadata, node attributes, and the purpose of its blobs.
 
-The code for the NPU is closed; what lies around it is base64 of a protobuf message, and JSON. All of it is untrusted:
-depth, length and number of what is shown are bounded, and what cannot be decoded is called that.
+The NPU code is closed; the rest is a base64-encoded protobuf message and JSON. All of it is untrusted: depth, length
+and number of entries are bounded, and entries that cannot be decoded are marked as such.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def describe(model: Axmodel) -> dict[str, Any]:
 
 
 def decode_extra_data(text: str) -> dict[str, Any]:
-    """The message in base64, its fields by number: `f4`. Raises Undecoded."""
+    """Decodes a base64 protobuf message; fields are named by number, e.g. `f4`. Raises Undecoded."""
     if len(text) > MOST_BYTES:
-        raise Undecoded(f"it has {len(text):,} characters, and is read up to {MOST_BYTES:,}")
+        raise Undecoded(f"it has {len(text):,} characters, at most {MOST_BYTES:,} are read")
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -57,14 +57,14 @@ def decode_extra_data(text: str) -> dict[str, Any]:
 
 
 def npu_mode(extra_data: dict[str, Any]) -> str:
-    """What AX_ENGINE_GetModelType reports as 0, 1 and 2: field 3 of field 4; NPU1, the default, is left out."""
+    """The NPU mode, AX_ENGINE_GetModelType 0 to 2: field 3 of field 4; absent for the default, NPU1."""
     target = extra_data.get("f4", {})
     mode = target.get("f3", 0) if isinstance(target, dict) else target
     return NPU_MODES.get(mode, f"unknown ({mode!s:.20})") if isinstance(mode, int) else "unknown"
 
 
 def chip(extra_data: dict[str, Any]) -> str:
-    """A guess, marked as one: field 5 is 1 in the files for an AX620E and absent in those for an AX650."""
+    """A guess, marked as such: field 5 is 1 in files for the AX620E and absent in those for the AX650."""
     return "AX620E (guessed)" if extra_data.get("f5") == 1 else "AX650 (guessed)"
 
 
@@ -97,7 +97,7 @@ def _attribute(value: Any) -> Any:
 def _message(data: bytes, depth: int, left: list[int]) -> dict[str, Any]:
     """Fields by number, a repeated one as a list. Raises wire.WireError."""
     if depth > DEEPEST:
-        raise wire.WireError(f"messages inside each other more than {DEEPEST} deep")
+        raise wire.WireError(f"messages nested more than {DEEPEST} deep")
     fields: dict[str, Any] = {}
     at = 0
     while at < len(data):

@@ -18,9 +18,9 @@ from axc.bundle import input_name
 from axc.calibration.file import Calibrated, entries
 from axc.checkpoints import Checkpoint, Lora
 from axc.checkpoints.gguf import SUFFIX as GGUF
+from axc.existing import CALIBRATION
 from axc.graph import Vector, Weight
 from axc.quantizer.kept import Kept
-from axc.standing import CALIBRATION
 from axc.weights import Source
 from axrun import session
 from axrun.agreement import Noise, explained
@@ -148,7 +148,7 @@ class Case:
             found = Reference(options.checkpoint, options.model_config, options.model_type, adapters=options.lora)
         except BadInput as refused:
             raise Unusable(refused) from None
-        found.extend(self.bundle.kv_cache_len + 1)
+        found.set_context(self.bundle.kv_cache_len + 1)
         for remark in found.remarks:
             self.say(f"  {remark}")
         return found

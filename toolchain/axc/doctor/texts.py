@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from axc import text_proof
+from axc import tokenizer_comparison
 from axc.doctor.case import REBUILD, Case
 from axrun.doctor.bounds import bounded
 from axrun.doctor.report import Finding
@@ -59,7 +59,7 @@ def tokenizer(case: Case) -> str | Finding:
     changed = _other_model(case, file, theirs)
     if changed is not None:
         return changed
-    texts = len(text_proof.probe(ours, theirs))
+    texts = len(tokenizer_comparison.probe(ours, theirs))
     return f"{len(ours.vocabulary)} tokens, {len(ours.added_tokens)} of them added; {texts} texts agree"
 
 
@@ -69,11 +69,14 @@ def tokenizer_file(hf: Path) -> str:
 
 def _differences(ours: Tokenizer, theirs: Any) -> Iterator[tuple[str, str, str]]:
     """Differences as (what, transformers' value, the bundle's value)."""
-    added, wanted = text_proof.described(ours.added_tokens), text_proof.described(theirs.added_tokens_decoder)
+    added, wanted = (
+        tokenizer_comparison.described(ours.added_tokens),
+        tokenizer_comparison.described(theirs.added_tokens_decoder),
+    )
     for number in sorted({*added, *wanted}):
         if added.get(number) != wanted.get(number):
             yield f"added token {number}", _token(wanted.get(number)), _token(added.get(number))
-    for line in text_proof.tokenizer_differences(ours, theirs):
+    for line in tokenizer_comparison.tokenizer_differences(ours, theirs):
         text, _, rest = line.partition(" decodes to " if " decodes to " in line else " is ")
         seen, _, expected = rest.partition(", and ")
         verb = "decoding" if " decodes to " in line else "text"
@@ -216,7 +219,7 @@ def template(case: Case) -> str | Finding:
             rendered = ChatTemplate.find(hf)
             difference = None
             if rendered is not None and source is not None:
-                difference = next(text_proof.template_differences(rendered, theirs, source), None)
+                difference = next(tokenizer_comparison.template_differences(rendered, theirs, source), None)
     except BadInput as failure:
         return refused("template", failure, "chat template", file)
     if difference is not None and source is not None:
@@ -231,7 +234,9 @@ def template(case: Case) -> str | Finding:
 
 
 def _summary(ours: Tokenizer, source: str | None) -> str:
-    chats = f"{2 * len(text_proof.CONVERSATIONS)} conversations render equally" if source else "no chat template"
+    chats = (
+        f"{2 * len(tokenizer_comparison.CONVERSATIONS)} conversations render equally" if source else "no chat template"
+    )
     return f"{chats}; stop ids: {', '.join(map(str, sorted(ours.stop_ids))) or 'none'}"
 
 

@@ -20,32 +20,32 @@ MODEL_CONFIG = "model_config"  # the manifest's name of a config.json given with
 SHOWN = 2  # named differences; the rest is counted
 
 
-class Standing(NamedTuple):
+class Existing(NamedTuple):
     """`manifest` of an identical, complete bundle, else None; `reason` says how another bundle differs."""
 
     manifest: dict[str, Any] | None
     reason: str
 
 
-def find(planned: Plan) -> Standing:
+def find(planned: Plan) -> Existing:
     """Examines the output path of a build by this compiler."""
     if not (planned.output / MANIFEST).is_file():
-        return Standing(None, "")
+        return Existing(None, "")
     try:
         manifest = read_manifest(planned.output)
         differences = list(_made_otherwise(planned, manifest) or _made_from_others(planned, manifest["inputs"]))
         if not differences:
-            return Standing(verify(planned.output), "")
+            return Existing(verify(planned.output), "")
     except (BadInput, CheckFailed) as error:
-        return Standing(None, str(error).partition("\n")[0].removeprefix(f"{planned.output} "))
+        return Existing(None, str(error).partition("\n")[0].removeprefix(f"{planned.output} "))
     except (AttributeError, KeyError, TypeError):
-        return Standing(None, "its manifest does not say what it was made from")
+        return Existing(None, "its manifest does not say what it was made from")
     more = f" (and {len(differences) - SHOWN} more)" if len(differences) > SHOWN else ""
-    return Standing(None, "; ".join(differences[:SHOWN]) + more)
+    return Existing(None, "; ".join(differences[:SHOWN]) + more)
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values as JSON gives them back: tuples become lists."""
+    """The values after a round trip through JSON: tuples become lists."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
@@ -58,12 +58,12 @@ def _made_otherwise(planned: Plan, manifest: Mapping[str, Any]) -> list[str]:
     elif made != mine:
         others = [name for name in (*mine, *made) if made.get(name) != mine.get(name)]
         pairs = (f"{name} {made.get(name, 'none')}, here {mine.get(name, 'none')}" for name in others)
-        found.append(f"another compiler made it ({'; '.join(dict.fromkeys(pairs))})")
+        found.append(f"it was built by another compiler ({'; '.join(dict.fromkeys(pairs))})")
     mended_by, here = manifest["text"].get("mended_by"), hf_folder.mender()
     if mended_by and mended_by != here:
-        found.append(f"its tokenizer was mended by {mended_by!a:.60}, here is {here or 'no transformers'}")
+        found.append(f"its tokenizer was repaired by {mended_by!a:.60}, installed is {here or 'no transformers'}")
     if here and not manifest["text"].get("compared", True):
-        found.append("its tokenizer was not compared with transformers', which is here")
+        found.append("its tokenizer was not compared with transformers', which is now installed")
     wanted, given = as_json(asdict(planned.target)), manifest["flags"]
     for flag in sorted({*wanted, *given}):
         if wanted.get(flag) != given.get(flag):
@@ -87,7 +87,7 @@ def _made_from_others(planned: Plan, recorded: Mapping[str, Any]) -> Iterator[st
         files[CALIBRATION] = planned.options.calibrated
     for name in sorted({*files, *recorded}):
         if name not in files:
-            yield f"it was made from a {name!a:.60} too"
+            yield f"it was also made from {name!a:.60}"
         elif name not in recorded:
             yield f"it was made without {_input(name, files[name])}"
         elif not _same(files[name], recorded[name]):

@@ -189,6 +189,8 @@ def test_an_answer_that_left_the_grammar_is_an_error(tokenizer: Tokenizer, compi
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "its oneOf: "),
         ({"$ref": "http://example.org/schema"}, "its \\$ref: "),
         ({"$ref": "#/$defs/missing"}, "its \\$ref: "),
+        ({"const": ["0\x1f"]}, "control character .*u001f"),
+        ({"enum": ["\x7f"]}, "control character .*u007f"),
         ({"type": "stringg"}, "its type: .*stringg"),
         ({"type": "object", "minProperties": 2}, "uses minProperties"),
         (
@@ -204,6 +206,15 @@ def test_an_answer_that_left_the_grammar_is_an_error(tokenizer: Tokenizer, compi
 def test_a_schema_that_cannot_be_enforced_is_refused(compiler: Compiler, schema: dict[str, Any], words: str) -> None:
     with pytest.raises(BadInput, match=words):
         compiler.schema(schema)
+
+
+@pytest.mark.parametrize("value", ["\\u001f", "\n\t\x08", "\u0085\u00e9\u2028"])
+def test_other_characters_of_a_constant_are_kept(
+    model: Model, tokenizer: Tokenizer, compiler: Compiler, value: str
+) -> None:
+    texts = answers(model, tokenizer, compiler.schema({"const": value}), range(3))
+    assert texts
+    assert {json.loads(text) for text in texts} == {value}
 
 
 def test_property_names_are_no_keywords(compiler: Compiler) -> None:

@@ -34,6 +34,8 @@ SCHEMA, GRAMMAR, TOOLS = "schema", "grammar", "tools"
 NAMED = ("properties", "patternProperties", "$defs", "definitions")  # keywords that map names to schemas
 OBJECT = ("properties", "required", "additionalProperties", "patternProperties")  # keywords of objects
 VALUES = ("const", "enum", "default", "examples")  # keywords with values, not schemas
+# an escape in JSON; llguidance drops these from const and enum, since \\u is not among the allowed escapes
+CONTROL = re.compile(r"(?<!\\)(?:\\\\)*(\\u00(?:[01][0-9a-f]|7f))")
 UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
 UNKNOWN_FORMAT = re.compile(r"Unknown format: (\S*)")
 # beginning of a message of llguidance: the keyword it is about
@@ -184,6 +186,8 @@ def _enforceable(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     Objects with `properties` and without `additionalProperties` get no others: a small model would add more and more.
     """
     _expect_levels(schema)
+    if control := CONTROL.search(json.dumps(schema)):
+        raise BadInput(f"the schema has the control character {control[1]}, which is not supported; leave it out")
     closed: Mapping[str, Any] = _closed(schema) if not _combines(schema) else schema
     _expect_enforceable(closed)
     return closed

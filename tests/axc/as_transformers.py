@@ -42,7 +42,7 @@ AUTO: Any = transformers.AutoModelForCausalLM
 
 
 def random_model(config: Any, seed: int = 0, auto: Any = AUTO) -> Any:
-    """A random model whose norms and biases are random too; exact in bfloat16, as the bundle's embedding is."""
+    """A random model with random norms and biases; exact in bfloat16, like a bundle's embedding."""
     torch.manual_seed(seed)
     model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():

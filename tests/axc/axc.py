@@ -55,7 +55,7 @@ def axc(
     limits: Mapping[int, int] | None = None,
     stdout: Any = subprocess.PIPE,
 ) -> Ended:
-    """Runs `axc` to its end; `limits` are resource limits of that process and its children, as `ulimit` sets them."""
+    """Runs `axc`; `limits` are resource limits of its process and children, as set by `ulimit`."""
     words, alone = command(*arguments), (cwd, env, limits, stdout) == (ROOT, None, None, subprocess.PIPE)
     if alone and ("--parallel" not in words or words[words.index("--parallel") + 1] == "1"):
         return in_this_process(*words[3:])
@@ -93,7 +93,7 @@ def in_this_process(*words: str) -> Ended:
             for number, file in ((1, out), (2, err)):
                 before[number - 1].flush()
                 os.dup2(file.fileno(), number)
-            # never closed: what took them for its own when it was loaded goes on with them
+            # never closed: modules loaded meanwhile may have kept references to these streams
             sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
             sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
             try:

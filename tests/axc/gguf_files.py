@@ -39,7 +39,7 @@ WORDS = (
     "The quick brown fox jumps over the lazy dog. It's 1234 dogs!  And\n\n they'll count 42 of them, "
     "na\u00efve \u6f22\u5b57."
 )
-# where a block's float16 scales are, of types that the package reads and does not write
+# offsets of a block's float16 scales, for types that the package reads but does not write
 SCALES = {
     "Q2_K": (80, 82),
     "Q3_K": (108,),

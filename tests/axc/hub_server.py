@@ -22,7 +22,7 @@ from tests.axc.axc import ROOT
 
 LFS = (".safetensors", ".bin", ".gguf")  # kept by Git LFS: known by their sha256
 REPO, REVISION = "owner/toy", "0123456789abcdef0123456789abcdef01234567"
-# More than the 10 MiB in which the client hands on what it has received.
+# More than the 10 MiB chunks in which the client writes a download.
 WEIGHTS = random.Random(0).randbytes(24 << 20)
 FILES = {"config.json": b'{"model_type": "toy"}\n', "model.safetensors": WEIGHTS}
 
@@ -195,7 +195,7 @@ class Client:
         )
 
     def fetch(self, endpoint: str, *args: str, model: str = "", **more: str) -> tuple[int, str, str]:
-        """(exit code, stdout, the stderr from `error:` on) of the toy's TOML, or of a `model` of the Hub."""
+        """Fetches the toy's TOML, or a `model` of the Hub: (exit code, stdout, stderr from `error:` on)."""
         process = self.start(endpoint, *args, model=model, **more)
         out, err = process.communicate(timeout=300)
         assert "Traceback" not in err, err

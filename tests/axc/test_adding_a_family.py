@@ -1,4 +1,4 @@
-"""docs/adding-a-family.md, followed: the file that it shows, put into the folder, builds what transformers computes."""
+"""The recipe of docs/adding-a-family.md works: with its example file, a build gives the logits of transformers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ print(planned.config.model_type)
 
 @pytest.fixture
 def followed(tmp_path: Path) -> dict[str, Path]:
-    """A copy of both packages with the recipe's file in its place; and a random checkpoint of that family."""
+    """A copy of both packages with the recipe's file added, and a random checkpoint of that family."""
     import transformers
 
     for package in (ROOT / "board" / "axrun", ROOT / "toolchain" / "axc"):

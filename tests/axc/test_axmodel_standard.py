@@ -134,7 +134,7 @@ def feeds(session: onnxruntime.InferenceSession, seed: int) -> dict[str, Any]:
 
 
 def run(session: onnxruntime.InferenceSession, fed: dict[str, Any]) -> dict[str, Any]:
-    """Outputs as float32 arrays or, of another type than a float, as they are."""
+    """Outputs: floats as float32 arrays, other types unchanged."""
     binding = session.io_binding()
     kept = {}
     for info in session.get_inputs():

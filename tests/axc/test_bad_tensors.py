@@ -19,7 +19,7 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 def replaced(folder: Path, changes: Mapping[str, torch.Tensor | None]) -> Path:
-    """The checkpoint with some tensors replaced, added or, where the change is None, left out."""
+    """The checkpoint with some tensors replaced or added, or removed if the change is None."""
     path = folder / "model.safetensors"
     tensors = {**load_file(path), **changes}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)

@@ -99,7 +99,7 @@ def found(plan: build.Plan, level: int = 2) -> str:
     return str(failed.value)
 
 
-def test_a_tokenizer_that_differs_is_found(tiny_qwen2: Path, bundle: Path) -> None:
+def test_a_different_tokenizer_is_found(tiny_qwen2: Path, bundle: Path) -> None:
     path = bundle / "hf" / "tokenizer.json"
     values = json.loads(path.read_text())
     values["normalizer"] = {"type": "Lowercase"} | {"type": "Replace", "pattern": {"String": "1"}, "content": "2"}
@@ -110,7 +110,7 @@ def test_a_tokenizer_that_differs_is_found(tiny_qwen2: Path, bundle: Path) -> No
 
 
 @pytest.mark.parametrize("template", ["{{ messages[0]['content'] }}", None])
-def test_a_template_that_differs_is_found(template: str | None, tiny_qwen2: Path, bundle: Path) -> None:
+def test_a_different_template_is_found(template: str | None, tiny_qwen2: Path, bundle: Path) -> None:
     path = bundle / "hf" / "tokenizer_config.json"
     values = json.loads(path.read_text())
     values["chat_template"] = template
@@ -120,7 +120,7 @@ def test_a_template_that_differs_is_found(template: str | None, tiny_qwen2: Path
 
 
 @pytest.mark.parametrize(("margin", "gap", "good"), [(0.3, 0.2, False), (0.3, 0.4, True), (float("nan"), 0.4, False)])
-def test_another_token_is_accepted_for_a_near_tie_only(margin: float, gap: float, good: bool) -> None:
+def test_another_token_is_accepted_only_in_a_near_tie(margin: float, gap: float, good: bool) -> None:
     """Token 1 instead of the reference's token 0, which leads by `margin`."""
     wanted = np.array([[1.0, 1.0 - margin, -2.0], [1.0, 0.0, 3.0]], np.float32)
     ours = np.array([[0.9, 1.0, -2.0], [1.0, 0.0, 3.0]], np.float32)
@@ -129,13 +129,13 @@ def test_another_token_is_accepted_for_a_near_tie_only(margin: float, gap: float
     assert (not faults) is good
 
 
-def test_logits_that_are_no_numbers_are_no_answer() -> None:
+def test_nonfinite_logits_are_a_fault() -> None:
     wanted, ours = np.zeros((1, 3), np.float32), np.full((1, 3), np.nan, np.float32)
     assert check.compared(Answer([5], [0], wanted), ours, 1.0)[1]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_a_failure_in_every_figure(value: float) -> None:
+def test_nonfinite_values_fail_every_bound(value: float) -> None:
     good = np.ones((4, 8), np.float32)
     bad = good.copy()
     bad[2, 3] = value
@@ -148,7 +148,7 @@ def test_values_that_are_not_finite_are_a_failure_in_every_figure(value: float) 
     assert not divergence(good, bad).mean() <= NOISE["s4"].kld
 
 
-def test_rounding_of_the_hidden_state_is_no_error_of_a_layer() -> None:
+def test_rounding_of_the_hidden_state_is_not_a_fault() -> None:
     """A correct layer with rounded input and output."""
     random = np.random.default_rng(4)
     update = random.standard_normal((50, 64), np.float32)
@@ -159,9 +159,7 @@ def test_rounding_of_the_hidden_state_is_no_error_of_a_layer() -> None:
     assert update_errors(ours, expected, given, "fp32").error.min() > 0.05
 
 
-def test_a_prompt_with_special_tokens_is_asked_as_text_and_compared_as_templates_are(
-    tiny_qwen2: Path, bundle: Path
-) -> None:
+def test_a_prompt_that_spells_special_tokens(tiny_qwen2: Path, bundle: Path) -> None:
     check.check(plan_of(tiny_qwen2, bundle), 2, "what is <|im_end|>1+1=", lambda line: None)
 
 

@@ -103,7 +103,7 @@ def write_index(folder: Path, weight_map: dict[str, str], of: str = SINGLE) -> N
 # Which files
 
 
-def test_one_file_wins_over_an_index_of_shards_that_are_gone(folder: Path, tied: Any) -> None:
+def test_one_file_wins_over_an_index_of_missing_shards(folder: Path, tied: Any) -> None:
     write_index(folder, dict.fromkeys(tied.state_dict(), "model-00001-of-00002.safetensors"))
     assert_agrees(folder, tied, f"{SINGLE}, which transformers prefers; not read: {INDEX}")
 
@@ -129,7 +129,7 @@ def test_one_pickle_wins_over_older_shards(folder: Path, tied: Any, older: Any) 
     assert_agrees(folder, tied, "pytorch_model.bin, which transformers prefers", "pytorch_model.bin.index.json")
 
 
-def test_shards_that_no_index_names_are_not_read(folder: Path, tied: Any, older: Any) -> None:
+def test_shards_without_an_index_are_not_read(folder: Path, tied: Any, older: Any) -> None:
     (folder / SINGLE).unlink()
     save_sharded(tied, folder)
     save_file({"model.norm.weight": older.model.norm.weight.clone()}, folder / "model-00003-of-00003.safetensors")
@@ -157,7 +157,7 @@ def test_all_tensors_of_the_shards_count(folder: Path, tied: Any, rewrite: Calla
     assert_agrees(folder, tied)
 
 
-def test_files_of_a_training_run_are_passed_over(folder: Path, tied: Any) -> None:
+def test_files_of_a_training_run_are_ignored(folder: Path, tied: Any) -> None:
     for name in ("training_args.bin", "optimizer.bin", "random_states_0.bin", "rng_state.pth", "optimizer.pt"):
         torch.save({"lr": 1.0}, folder / name)
     assert_agrees(folder, tied)
@@ -215,7 +215,7 @@ def test_one_tensor_under_two_names(folder: Path) -> None:
     ("prefix", "who"),
     [("module.", "DataParallel"), ("_orig_mod.", "torch.compile"), ("llm.", "wrapper"), ("base_model.model.", "PEFT")],
 )
-def test_names_of_a_wrapper_are_refused(folder: Path, prefix: str, who: str) -> None:
+def test_prefixes_of_a_wrapper_are_refused(folder: Path, prefix: str, who: str) -> None:
     """transformers loads none of them and initialises all weights randomly."""
     tensors = load_file(folder / SINGLE)
     resave(folder, {prefix + name: tensor for name, tensor in tensors.items()})
@@ -313,7 +313,7 @@ def test_an_untied_model_needs_its_embedding(untied: Any, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_a_head_is_used_where_config_json_does_not_speak_of_tying(tmp_path: Path, kind: str) -> None:
+def test_a_stored_head_is_used_if_config_json_does_not_mention_tying(tmp_path: Path, kind: str) -> None:
     model = random_model(transformers.AutoConfig.for_model(kind, **SMALL, tie_word_embeddings=False))
     model.save_pretrained(tmp_path / "hf")
     change_config(tmp_path / "hf", {}, without=("tie_word_embeddings",))
@@ -342,10 +342,10 @@ def test_the_comparison_reads_blocks(tmp_path: Path, tied: Any, monkeypatch: pyt
     assert len(heights) == 20
 
 
-# Adapters, and other things that people have
+# Adapters and other kinds of folders
 
 
-def test_an_adapter_beside_weights(folder: Path) -> None:
+def test_an_adapter_next_to_weights(folder: Path) -> None:
     config = {"peft_type": "LORA", "base_model_name_or_path": "org/base", "r": 4}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     words = ("holds weights and a PEFT adapter", "'org/base'", "this one as --lora", "remove adapter_config.json")

@@ -135,7 +135,7 @@ def test_every_spelling(kind: str, variant: str) -> None:
 
 @pytest.mark.parametrize("nested", [{}, {"original_max_position_embeddings": 32}])
 @pytest.mark.parametrize("kind", AS_ITSELF)
-def test_llama3_frequencies_where_the_original_length_stands_beside_them(kind: str, nested: dict[str, Any]) -> None:
+def test_llama3_frequencies_with_the_original_length_outside_rope_scaling(kind: str, nested: dict[str, Any]) -> None:
     from axc.rope import frequencies
 
     values = {
@@ -160,7 +160,7 @@ UNFIT = {  # where the class's default does not fit the other values
 
 @pytest.mark.parametrize("key", WHOLE)
 @pytest.mark.parametrize("kind", AS_ITSELF)
-def test_a_key_that_is_absent_has_its_class_s_default(kind: str, key: str) -> None:
+def test_a_missing_key_has_the_default_of_its_class(kind: str, key: str) -> None:
     """Unless the default is invalid with the other values: 32 key/value heads do not fit 4 heads."""
     values = {**WHOLE}
     del values[key]
@@ -172,7 +172,7 @@ def test_a_key_that_is_absent_has_its_class_s_default(kind: str, key: str) -> No
 
 
 @pytest.mark.parametrize("kind", sorted(families.FAMILIES.keys() & CONFIG_MAPPING.keys()))
-def test_defaults_are_those_of_transformers(kind: str) -> None:
+def test_defaults_match_transformers(kind: str) -> None:
     """Defaults equal those of the class; keys without one are obsolete, or computed by the class."""
     theirs: Any = transformers.AutoConfig.for_model(kind)
     defaults = families.FAMILIES[kind].defaults

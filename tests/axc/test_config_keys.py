@@ -108,7 +108,7 @@ ELSEWHERE: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_keys_of_other_architectures_change_nothing_and_are_said(models: Any, kind: str, tmp_path: Path) -> None:
+def test_keys_of_other_architectures_are_ignored_with_a_remark(models: Any, kind: str, tmp_path: Path) -> None:
     folder = copy_of(models, kind, tmp_path / "hf", {**HARMLESS_HERE, **ELSEWHERE})
     assert same(theirs(folder), models[kind][1])
     assert same(ours(folder, tmp_path / "out"), models[kind][1])
@@ -148,7 +148,7 @@ def test_keys_of_other_architectures_change_nothing_and_are_said(models: Any, ki
     ],
 )
 @pytest.mark.parametrize("kind", PLAIN)
-def test_what_transformers_code_for_all_reads_is_refused(
+def test_keys_of_transformers_shared_code_are_refused(
     models: Any, kind: str, tmp_path: Path, changes: dict[str, Any], loads: bool | None
 ) -> None:
     """`loads`: whether transformers loads it (and computes something else) or fails; None: not tested."""
@@ -167,7 +167,7 @@ def test_what_transformers_code_for_all_reads_is_refused(
             theirs(folder)
 
 
-# Another model_type, of which nothing is known
+# An unknown model_type
 
 
 def test_an_unknown_key_of_an_unknown_architecture_is_refused(models: Any, tmp_path: Path) -> None:
@@ -185,27 +185,27 @@ def test_an_unknown_key_of_an_unknown_architecture_is_refused(models: Any, tmp_p
 
 
 @pytest.mark.parametrize("key", config_keys.ARITHMETIC)
-def test_a_key_of_arithmetic_is_refused_under_another_type(models: Any, key: str) -> None:
+def test_a_key_that_changes_results_is_refused_for_another_type(models: Any, key: str) -> None:
     values = json.loads((models["llama"][0] / "config.json").read_text())
     with pytest.raises(BadInput, match=key):
         read({**values, "model_type": "newcomer", key: ["another"]}, "newcomer", "llama")
 
 
 @pytest.mark.parametrize("key", ["rms_norm_eps", "hidden_act", "max_position_embeddings", "num_attention_heads"])
-def test_a_default_of_an_unknown_architecture_is_not_known(key: str) -> None:
+def test_defaults_of_an_unknown_architecture_are_refused(key: str) -> None:
     values = {name: value for name, value in WHOLE.items() if name != key}
     with pytest.raises(BadInput, match=f"{key} is missing, and its default is unknown"):
         read(values, "newcomer", "llama")
 
 
-def test_the_theta_of_an_unknown_architecture_is_not_known() -> None:
+def test_a_missing_theta_of_an_unknown_architecture_is_refused() -> None:
     values = {name: value for name, value in WHOLE.items() if name != "rope_theta"}
     with pytest.raises(BadInput, match="rope_theta is missing"):
         read(values, "newcomer", "llama")
     assert read({**values, "rope_parameters": {"rope_theta": 7.0}}, "newcomer", "llama").rope.theta == 7.0
 
 
-def test_a_key_that_is_absent_has_the_default_of_its_own_class_where_transformers_has_one() -> None:
+def test_a_missing_key_has_the_default_of_the_checkpoint_s_own_class() -> None:
     """cwm's class has a window in three of four layers and another rope; config.json has neither."""
     config = read(WHOLE, "cwm", "llama")
     theirs: Any = transformers.AutoConfig.for_model("cwm").from_dict({**WHOLE})
@@ -230,16 +230,16 @@ def test_without_transformers_another_type_is_refused(kind: str, monkeypatch: py
 
 @pytest.mark.parametrize("kind", ["ministral3", "newcomer"])
 @pytest.mark.parametrize("where", ["rope_parameters", "rope_scaling"])
-def test_an_unknown_key_inside_of_the_rope_of_another_type_is_refused(kind: str, where: str) -> None:
+def test_an_unknown_rope_key_of_another_type_is_refused(kind: str, where: str) -> None:
     nested = {"rope_type": "default", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5}
     with pytest.raises(BadInput, match=r"llama_4_scaling_beta 0\.5.* in rope_\w+ of model_type"):
         read({**WHOLE, "sliding_window": None, where: nested}, kind, "llama")
 
 
-# What comparing with transformers, key by key, has shown
+# Differences found by comparing with transformers key by key
 
 
-def test_gemma3_has_no_cap_of_scores_whatever_its_config_says(tmp_path: Path) -> None:
+def test_gemma3_ignores_softcapping_in_its_config(tmp_path: Path) -> None:
     kind: Any = {"head_dim": 16, "layer_types": ["full_attention"] * 2, "attn_logit_softcapping": 1.5}
     config = transformers.AutoConfig.for_model("gemma3_text", **{**SMALL, **kind})
     random_model(config).save_pretrained(tmp_path / "hf")
@@ -248,8 +248,8 @@ def test_gemma3_has_no_cap_of_scores_whatever_its_config_says(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["smollm3", "qwen2", "qwen3"])
-def test_windows_of_layers_that_are_not_in_use_are_refused(kind: str) -> None:
-    """transformers hides what lies before the window in its masks, in use or not."""
+def test_a_disabled_sliding_window_is_refused(kind: str) -> None:
+    """transformers applies the window in its masks even if use_sliding_window is false."""
     windows = {
         "layer_types": ["sliding_attention", "full_attention"],
         "sliding_window": 24,
@@ -259,14 +259,14 @@ def test_windows_of_layers_that_are_not_in_use_are_refused(kind: str) -> None:
         read({**WHOLE, **windows}, kind)
 
 
-def test_gemma_s_own_releases_say_gelu_and_mean_its_approximation(tmp_path: Path) -> None:
+def test_gelu_of_gemma_is_its_tanh_approximation(tmp_path: Path) -> None:
     config = transformers.AutoConfig.for_model("gemma", **{**SMALL, "head_dim": 32})
     random_model(config).save_pretrained(tmp_path / "hf")
     change_config(tmp_path / "hf", {"hidden_act": "gelu"})
     assert same(ours(tmp_path / "hf", tmp_path / "out"), theirs(tmp_path / "hf"))
 
 
-def test_what_transformers_4_and_5_read_differently_is_refused() -> None:
+def test_keys_that_transformers_4_and_5_read_differently_are_refused() -> None:
     with pytest.raises(BadInput, match="type 'linear', which transformers 4 follows and 5 does not"):
         read({**WHOLE, "rope_scaling": {"type": "linear", "factor": 8.0}}, "gemma3_text")
     scaled = read({**WHOLE, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "gemma3_text")
@@ -276,17 +276,17 @@ def test_what_transformers_4_and_5_read_differently_is_refused() -> None:
 @pytest.mark.parametrize("kind", ["llama", "granite", "olmo3", "gemma3_text"])
 @pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
 @pytest.mark.parametrize("value", [0, False, [], "", 1])
-def test_no_object_is_no_absent_one(kind: str, key: str, value: Any) -> None:
+def test_values_other_than_objects_are_refused(kind: str, key: str, value: Any) -> None:
     with pytest.raises(BadInput, match=f"{key} is .*; expected an object"):
         read({**WHOLE, key: value}, kind)
 
 
 @pytest.mark.parametrize("kind", ["llama", "granite", "olmo2"])
-def test_layer_types_are_counted_where_they_change_nothing(kind: str) -> None:
+def test_the_number_of_layer_types_is_checked(kind: str) -> None:
     with pytest.raises(BadInput, match="layer_types has 3 entries; expected num_hidden_layers 2"):
         read({**WHOLE, "layer_types": ["full_attention"] * 3}, kind)
 
 
-def test_a_head_dim_that_is_absent_is_the_class_s_own() -> None:
+def test_a_missing_head_dim_has_the_default_of_its_class() -> None:
     assert read(WHOLE, "qwen3").head_dim == 128
     assert read(WHOLE, "llama").head_dim == 16

@@ -24,7 +24,7 @@ def bundle(bundle_s8: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundle_s8, tmp_path / "bundle"))
 
 
-def test_whole(bundle: Path) -> None:
+def test_an_intact_bundle(bundle: Path) -> None:
     with nothing_changes(bundle):
         assert_done(axc("verify", bundle))
         assert_done(axc("inspect", bundle))
@@ -204,7 +204,7 @@ def test_a_manifest_that_contradicts_itself(bundle: Path, change: Callable[[Mani
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '"\ufffe', "0" * 5000])
-def test_a_manifest_that_is_none(bundle: Path, text: str) -> None:
+def test_an_unreadable_manifest(bundle: Path, text: str) -> None:
     (bundle / "manifest.json").write_text(text)
     assert_refused(axc("verify", bundle), "manifest.json")
     assert_refused(axc("inspect", bundle), "manifest.json")

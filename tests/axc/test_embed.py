@@ -14,7 +14,7 @@ from axc.cli import main
 from axrun.errors import BadInput
 
 
-def test_three_steps_are_the_build(tiny_qwen2: Path, bundle_s8: Path, tmp_path: Path) -> None:
+def test_three_steps_give_the_bytes_of_a_build(tiny_qwen2: Path, bundle_s8: Path, tmp_path: Path) -> None:
     npy, raw, out = tmp_path / "model.embed_tokens.weight.npy", tmp_path / "raw.bin", tmp_path / "bf16.bin"
     for step, source, target in (("extract", tiny_qwen2, tmp_path), ("float32", npy, raw), ("bfloat16", raw, out)):
         assert main(["embed", step, "--input_path", str(source), "--output_path", str(target)]) == 0

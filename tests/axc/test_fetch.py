@@ -12,7 +12,7 @@ import pytest
 from tests.axc.hub_server import FILES, REPO, WEIGHTS, Client, Hub, git_blob
 
 
-def test_a_download_is_whole_and_a_second_one_needs_no_network(hub: Hub, client: Client, dead_end: str) -> None:
+def test_a_download_is_complete_and_cached(hub: Hub, client: Client, dead_end: str) -> None:
     code, out, err = client.fetch(hub.url)
     assert (code, err) == (0, "")
     assert {file.name: file.read_bytes() for file in Path(out).iterdir()} == FILES
@@ -61,7 +61,7 @@ def test_a_corrupted_download_is_refused_and_not_kept(hub: Hub, client: Client) 
     assert (Path(out) / "model.safetensors").read_bytes() == WEIGHTS
 
 
-def test_a_file_damaged_in_the_cache_is_refused_with_its_place(hub: Hub, client: Client) -> None:
+def test_a_damaged_cached_file_is_refused_with_its_path(hub: Hub, client: Client) -> None:
     _, out, _ = client.fetch(hub.url)
     damaged = (Path(out) / "config.json").resolve()
     damaged.write_bytes(FILES["config.json"].replace(b"toy", b"top"))
@@ -71,7 +71,7 @@ def test_a_file_damaged_in_the_cache_is_refused_with_its_place(hub: Hub, client:
     assert f"git blob expected {git_blob(FILES['config.json'])}" in err
 
 
-def test_a_file_the_hub_does_not_have_is_named(hub: Hub, client: Client) -> None:
+def test_a_missing_file_of_the_hub_is_named(hub: Hub, client: Client) -> None:
     del hub.files["config.json"]
     code, _, err = client.fetch(hub.url)
     assert code == 2
@@ -79,7 +79,7 @@ def test_a_file_the_hub_does_not_have_is_named(hub: Hub, client: Client) -> None
 
 
 @pytest.mark.parametrize("more", [{}, {"HF_HUB_OFFLINE": "1"}])
-def test_without_network_one_error_says_both_ways(client: Client, dead_end: str, more: dict[str, str]) -> None:
+def test_without_network_one_error_names_both_remedies(client: Client, dead_end: str, more: dict[str, str]) -> None:
     started = time.monotonic()
     code, out, err = client.fetch(dead_end, **more)
     assert time.monotonic() - started < 60
@@ -98,11 +98,11 @@ def copy(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_copy_is_taken_as_it_is(client: Client, copy: Path, dead_end: str) -> None:
+def test_a_local_copy_is_used_in_place(client: Client, copy: Path, dead_end: str) -> None:
     assert client.fetch(dead_end, str(copy)) == (0, str(copy), "")
 
 
-def test_a_copy_that_lacks_files_is_told_which_and_what_it_has(client: Client, copy: Path, dead_end: str) -> None:
+def test_a_copy_without_some_files_lists_missing_and_found_ones(client: Client, copy: Path, dead_end: str) -> None:
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     code, _, err = client.fetch(dead_end, str(copy))
     assert code == 2

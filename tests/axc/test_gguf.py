@@ -26,7 +26,7 @@ from tests.axc.as_transformers import AUTO, FP32, IDS, logits_of, same
 from tests.axc.axc import assert_done, axc, llm_build
 
 ARCHITECTURES = ("llama", "qwen2")
-# of every type that the package dequantises; those of IQ1 to IQ3 are alike for us
+# every type that the package dequantises, except most of IQ1 to IQ3, which we treat alike
 KINDS = ("F32", "F16", "BF16", "Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "TQ1_0", "TQ2_0", *PACKINGS)
 KINDS += ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "NVFP4")
 Made = Callable[..., Path]
@@ -34,7 +34,7 @@ Made = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """A file of an architecture and a type, made once; its embedding is exact in bfloat16, as a bundle's is."""
+    """A file of an architecture and a type, made once; its embedding is exact in bfloat16, like a bundle's."""
     folder, known = tmp_path_factory.mktemp("gguf"), dict[tuple[str, str], Path]()
 
     def make(architecture: str, kind: str) -> Path:
@@ -144,7 +144,7 @@ def test_the_temporary_folder_is_removed_with_the_checkpoint(made: Made) -> None
     assert not folder.exists()
 
 
-# Without loss
+# Lossless storage
 
 
 @pytest.mark.parametrize("kind", sorted(PACKINGS))

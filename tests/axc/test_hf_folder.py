@@ -32,7 +32,7 @@ WORDS = (*SPELLINGS, "[rstrip]", "system", "\n", " ")
 
 
 class Both(NamedTuple):
-    """A checkpoint, the folder made from it, the runner's reading of that, transformers' of the checkpoint."""
+    """A checkpoint and its hf/ folder, the runner's tokenizer of hf/, transformers' tokenizer of the checkpoint."""
 
     checkpoint: Path
     hf: Path

@@ -1,4 +1,4 @@
-"""Repositories that nobody has pinned: pinned at the first download, against a server of the Hub's routes."""
+"""Repositories without pins get them at the first download, tested with a server of the Hub's routes."""
 
 from __future__ import annotations
 

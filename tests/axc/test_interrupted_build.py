@@ -82,7 +82,7 @@ def wait_for_layers(process: Build, output: Path, count: int = 3) -> None:
 
 
 def children(process: Build) -> list[int]:
-    """Pids of the processes it started."""
+    """Pids of the child processes."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -95,7 +95,7 @@ def children(process: Build) -> list[int]:
 
 
 def workers(process: Build) -> list[int]:
-    """Those of them that compile."""
+    """Pids of the worker processes that compile."""
     found = []
     for pid in children(process):
         with suppress(OSError):  # it ended while we looked
@@ -287,7 +287,7 @@ def test_a_killed_worker_is_reported_and_finished_files_are_kept(
     assert_same_files(output, uninterrupted)
 
 
-# Two at once
+# Concurrent builds
 
 
 def test_a_second_build_of_the_same_bundle_is_refused(many_layers: Path, tmp_path: Path, uninterrupted: Path) -> None:

@@ -1,4 +1,4 @@
-"""A family some of whose layers keep nothing between tokens: they have no attention, no cache and no mask."""
+"""A family in which some layers keep no state between tokens: they have no attention, cache or mask."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ FAMILY = dataclasses.replace(
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A bundle of it, and what transformers computes with attention whose output projection is zero in those layers."""
+    """A bundle, and logits of an equivalent transformers model: the output projections of those layers are zero."""
     folder = tmp_path_factory.mktemp("hollow")
     particular = {"num_hidden_layers": 4, "layer_types": WINDOWS, "sliding_window": 12, "head_dim": 16}
     model = random_model(transformers.AutoConfig.for_model("ministral", **{**SMALL, **particular}))

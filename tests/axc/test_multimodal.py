@@ -1,4 +1,4 @@
-"""The text model inside of a multimodal checkpoint, against transformers' whole model given text."""
+"""The text model of a multimodal checkpoint, compared with transformers' complete model on text."""
 
 from __future__ import annotations
 

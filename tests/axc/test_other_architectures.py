@@ -1,4 +1,4 @@
-"""Every causal language model that transformers knows, built as ours by --model_type: the same logits, or refused."""
+"""Every causal language model of transformers, built as one of our families: equal logits, or refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from axc.weights.cross_check import reads
 from axrun.errors import BadInput
 from tests.axc.as_transformers import AUTO, IDS, SMALL, logits_of, random_model, same
 
-# what would make another architecture one of ours, where it has the key
+# values that make another architecture equal to one of ours, if it has the key
 NEUTRAL: dict[str, Any] = {
     "head_dim": 16,
     "rms_norm_eps": 1e-6,
@@ -49,7 +49,7 @@ ACCEPTED = {"mistral", "internlm3", "cwm", "seed_oss"}  # among others: the surv
 
 @functools.cache
 def variants(kind: str) -> list[Any]:
-    """Configs of an architecture, small, as it comes and at values that make it plainer; those its class allows."""
+    """Small configs of an architecture, with its defaults and with simplifying values, if its class allows them."""
     made = []
     for changes in ({}, EXPLICIT, NEUTRAL):
         try:
@@ -62,7 +62,7 @@ def variants(kind: str) -> list[Any]:
 
 
 def as_ours(config: Any, name: str) -> tuple[Any, Any] | None:
-    """(its model, the same weights in our family's class) where it is accepted; None where it is refused."""
+    """(its model, the same weights in our family's class) if our compiler accepts it; None if it is refused."""
     values = {"model_type": config.model_type, **json.loads(config.to_json_string(use_diff=True))}
     try:
         family, config_read = families.read_config(values, Path("config.json"), name)

@@ -34,7 +34,7 @@ def plan(request: pytest.FixtureRequest, tiny_qwen2: Path, bundle_s8: Path, bund
 
 
 def at(plan: Plan, **changes: Any) -> Plan:
-    """The plan with other paths: what the reference is to read, or where the bundle is."""
+    """The plan with another checkpoint path (for the reference) or bundle path."""
     return dataclasses.replace(plan, options=dataclasses.replace(plan.options, **changes))
 
 
@@ -150,7 +150,7 @@ def test_a_mask_off_by_one(plan: Plan, fault: Any, monkeypatch: pytest.MonkeyPat
     ids=lambda config: next(iter(config)),
 )
 def test_a_misread_config(plan: Plan, checkpoint: Callable[..., Path], config: dict[str, Any]) -> None:
-    """The bundle is of the config without these keys: our reader could have missed them."""
+    """The bundle is built without these keys of config.json, as if our reader ignored them."""
     assert "o not ship it" in found(at(plan, input_path=checkpoint(**config)))
 
 

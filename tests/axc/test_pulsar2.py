@@ -24,7 +24,7 @@ FLAGS: dict[str, Any] = {"prefill_len": 32, "kv_cache_len": 255, "last_kv_cache_
 
 @dataclasses.dataclass
 class StandIn:
-    """The stand-in as a process of this machine; `called` keeps what it was asked."""
+    """Runs the stand-in as a local process; `called` records its arguments."""
 
     fault: str = ""
     commands: str = "llm_build"

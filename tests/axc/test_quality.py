@@ -85,8 +85,8 @@ def test_other_weight_types(
     assert kld <= most_kld
 
 
-def test_a_prompt_longer_than_prefill_len_continues_as_the_reference(tiny_qwen2: Path, bundle_fp32: Path) -> None:
-    """Where the vendor's runner ends: three prefill groups and decode, and the same greedy tokens."""
+def test_a_prompt_longer_than_prefill_len_matches_the_reference(tiny_qwen2: Path, bundle_fp32: Path) -> None:
+    """The limit of the vendor's runner: three prefill groups and decode, with the same greedy tokens."""
     bundle = Bundle.open(bundle_fp32)
     tokenizer = Tokenizer.find(bundle.hf)
     assert tokenizer

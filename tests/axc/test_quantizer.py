@@ -37,7 +37,7 @@ SHAPES: dict[str, Callable[[tuple[int, int]], Any]] = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "low", "high", "size"), [("INT8", -127, 127, 384), ("INT4", -8, 7, 128)])
 def test_scales_are_chosen_by_error(shape: str, dtype: str, low: int, high: int, size: int) -> None:
-    """Never worse than the scale of the largest magnitude, levels in range, and the error as stated."""
+    """Never worse than absmax scaling; quantised values are in range, and the reported error is right."""
     groups = SHAPES[shape]((64, size)).astype(np.float32)
     levels, scales, noise, _ = quantize(groups.copy(), dtype)
     assert levels.min() >= low
@@ -96,7 +96,7 @@ def test_stored_values_dequantise_by_onnx_rules(weight_type: str, stored: str) -
 
 
 class Packed:
-    """A matrix that a checkpoint has as levels, scales and zero points; read a row at a time."""
+    """A matrix that a checkpoint stores as quantised values, scales and zero points; read row by row."""
 
     def __init__(self, dtype: str, rows: int, columns: int, block: int, zeros: bool) -> None:
         low, high = {"INT8": (-128, 127), "INT4": (-8, 7)}[dtype]
@@ -117,7 +117,7 @@ class Packed:
 
 
 def write_linear(path: Path, tensors: Any, kind: Kept, rows: int, columns: int) -> None:
-    """An axmodel of the one matrix, as the compiler writes it."""
+    """An axmodel with this single matrix, as written by the compiler."""
     graph = Graph("linear", kind, "FLOAT", {"w.weight": Stored("w.weight", (rows, columns))}, {"w.weight": kind})
     graph.output("output", graph.linear(graph.input("input", "FLOAT", 1, "M", columns), "w"), "FLOAT")
     groups = '[{"tokens":1,"history":0},{"tokens":7,"history":0}]'
@@ -165,8 +165,8 @@ def test_scales_out_of_range_of_their_type_are_refused(tmp_path: Path) -> None:
         quantize(np.full((1, 32), 3e37, np.float32), "INT4", "FLOAT16")
 
 
-def test_half_scales_cost_next_to_nothing() -> None:
-    """Levels are rounded with the scale as it is stored; the smallest there is is not 0."""
+def test_float16_scales_cost_almost_no_accuracy() -> None:
+    """Values are quantised with the scale as stored; the smallest scale does not become 0."""
     groups = RANDOM.standard_normal((512, 32)).astype(np.float32)
     groups[0] *= 1e-9
     errors = {}
@@ -187,7 +187,7 @@ def test_s4_blocks_shrink_until_they_divide_the_row() -> None:
 
 @pytest.mark.parametrize("dtype", FLOAT8)
 def test_float8_matches_ml_dtypes(dtype: str) -> None:
-    """Every byte, and what lies between, at and beside the ties of all of them."""
+    """Every byte value, and the values at, next to and between the rounding ties."""
     theirs = np.arange(256, dtype=np.uint8).view(FLOAT8[dtype]).astype(np.float32)
     np.testing.assert_array_equal(dtypes.float8_values(dtype), theirs)
     finite = np.sort(theirs[np.isfinite(theirs)])

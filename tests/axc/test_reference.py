@@ -1,4 +1,4 @@
-"""The reference: transformers' results, also with little memory, and what it refuses."""
+"""The reference: equal to transformers, also with little memory; and its errors."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_too_little_memory_is_refused_before_loading(tmp_path: Path) -> None:
 
 
 def test_mixed_types_are_not_converted_layer_by_layer(tmp_path: Path) -> None:
-    """A type for all would round some of them."""
+    """A common type would round some weights."""
     from safetensors.torch import load_file, save_file
 
     folder = made(tmp_path / "hf", config())
@@ -121,7 +121,7 @@ def built(folder: Path, output: Path, **options: Any) -> build.Plan:
 
 
 def test_a_window_far_behind_the_walk_is_found(tmp_path: Path) -> None:
-    """The context is longer than the walk: what lies behind is probed, and the window shows there only."""
+    """The context is longer than the walk, and the window has an effect only in the probes beyond it."""
     windowed = made(tmp_path / "mistral", config(transformers.MistralConfig, sliding_window=900))
     values = json.loads((windowed / "config.json").read_text())
     folder = Path(shutil.copytree(windowed, tmp_path / "llama"))
@@ -139,7 +139,7 @@ def test_a_window_far_behind_the_walk_is_found(tmp_path: Path) -> None:
 
 
 def test_a_window_of_most_of_the_context_is_found_in_small_types(tmp_path: Path) -> None:
-    """s8 weights, bfloat16: the oldest 2 of 12 thousand rows are seen or not."""
+    """s8 weights, bfloat16: only the oldest 2 of 12 thousand rows make the difference."""
     windowed = made(tmp_path / "mistral", config(transformers.MistralConfig, sliding_window=10000, num_hidden_layers=2))
     folder = Path(shutil.copytree(windowed, tmp_path / "llama"))
     values = json.loads((windowed / "config.json").read_text())
@@ -187,7 +187,7 @@ def test_a_bundle_without_prefill_is_checked(tmp_path: Path) -> None:
 
 
 def test_random_weights_of_another_type_pass(tmp_path: Path) -> None:
-    """float16 stored, bfloat16 compiled: rounding, no fault."""
+    """Stored in float16, compiled in bfloat16: rounding is not a fault."""
     folder = made(tmp_path / "hf", config(initializer_range=0.05), torch.float16)
     types = {"weight_type": "bf16", "post_weight_type": "bf16"}
     check.check(built(folder, tmp_path / "out", prefill_len=32, kv_cache_len=127, **types), 2, "", lambda line: None)

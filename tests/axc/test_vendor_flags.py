@@ -1,4 +1,4 @@
-"""Flags of the vendor's llm_build: those that mean nothing off the NPU, and --ret_postnorm."""
+"""Flags of the vendor's llm_build: those that only concern the NPU, and --ret_postnorm."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_vendor_s_compiler_gets_them(tiny_qwen2: Path, tmp_path: Path) -> No
 
 
 def test_the_post_model_returns_the_normalised_hidden_state(build_tiny: Builder, tiny_qwen2: Path) -> None:
-    """Held against the norm of transformers' model, in every engine; what it makes of tokens stays the same."""
+    """Compared with the norm of transformers' model in every engine; the logits do not change."""
     path = build_tiny(hidden_state_type="fp32", post_topk=2, ret_postnorm=True)
     bundle = Bundle.open(path)
     assert json.loads((path / "manifest.json").read_text())["flags"]["ret_postnorm"] is True

@@ -1,4 +1,4 @@
-"""Weight sources read in blocks against the same weights made whole by numpy; what they need of a checkpoint."""
+"""Weight sources read in blocks, compared with whole weights computed by numpy; tensors they need of a checkpoint."""
 
 from __future__ import annotations
 

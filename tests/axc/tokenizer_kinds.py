@@ -1,4 +1,4 @@
-"""Tiny tokenizers of every kind that checkpoints have, as folders of Hugging Face files."""
+"""Tiny tokenizers of all common kinds, as folders of Hugging Face files."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write(path: Path, values: Any) -> None:
 
 
 def token(content: str, **flags: bool) -> AddedToken:
-    """A special one, unless said otherwise."""
+    """An added token, special by default."""
     return AddedToken(content, **{"special": True, "normalized": False, **flags})
 
 
@@ -122,7 +122,7 @@ def llama2(metaspace: str = "") -> tokenizers.Tokenizer:
 
 
 def unigram() -> tokenizers.Tokenizer:
-    """Its vocabulary spells the special tokens too, so that plain text can come to be one."""
+    """Its vocabulary also spells the special tokens, so that plain text can encode to one."""
     backend = tokenizers.Tokenizer(models.Unigram())
     backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -134,7 +134,7 @@ def unigram() -> tokenizers.Tokenizer:
 
 
 def all_flags() -> tokenizers.Tokenizer:
-    """Added tokens with every flag, special and not, and a normalizer that some of them go through."""
+    """Added tokens with every flag, special and not, and a normalizer that applies to some of them."""
     backend = byte_level()
     backend.normalizer = normalizers.NFKC()
     names = ("lstrip", "rstrip", "single_word", "normalized")
@@ -169,7 +169,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 
 
 def _outside(folder: Path, how: str) -> Path:
-    """Two control tokens that tokenizer.json lacks, and that `how` adds."""
+    """Two special tokens that tokenizer.json lacks and another file, selected by `how`, adds."""
     backend = byte_level(control=CONTROL[:1])
     whole = byte_level(control=CONTROL)
     numbers = {content: whole.token_to_id(content) for content in CONTROL[1:]}
@@ -194,7 +194,7 @@ def _other_flags(folder: Path) -> Path:
     )
 
 
-# folders that transformers reads otherwise than their tokenizer.json alone says
+# folders that transformers reads differently from their tokenizer.json alone
 MENDED: dict[str, Callable[[Path], Path]] = {
     "llama class": lambda folder: save(folder, llama2(), LLAMA2, tokenizer_class="LlamaTokenizer", **LLAMA),
     "qwen2 class": lambda folder: save(folder, byte_level(), tokenizer_class="Qwen2Tokenizer"),

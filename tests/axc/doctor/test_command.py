@@ -42,7 +42,7 @@ def test_a_healthy_bundle(bundle_s8: Path, tiny_qwen2: Path, capsys: pytest.Capt
     assert "[10/10] answer" in err
 
 
-def test_one_scale_that_no_answer_shows(
+def test_one_wrong_scale_without_effect_on_answers(
     bundle_s8: Path, tiny_qwen2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = shutil.copytree(bundle_s8, tmp_path / "bundle")
@@ -84,7 +84,7 @@ def test_the_checkpoint_of_another_model(bundle_s8: Path, uneven: Path, capsys: 
 
 
 @pytest.mark.parametrize("missing", ["bundle", "checkpoint"])
-def test_what_is_not_there(
+def test_missing_paths(
     missing: str, bundle_s8: Path, tiny_qwen2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = {"bundle": bundle_s8, "checkpoint": tiny_qwen2, missing: tmp_path / "none"}
@@ -93,19 +93,19 @@ def test_what_is_not_there(
     assert f"no {missing} folder {tmp_path / 'none'}" in err
 
 
-def test_a_folder_that_is_no_bundle(tiny_qwen2: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_a_bundle(tiny_qwen2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = ended(capsys, tiny_qwen2, "--checkpoint", tiny_qwen2)
     assert code == 2
     assert "is not a bundle" in err
 
 
-def test_a_board_is_asked_from_a_checkout_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_board_needs_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_board, "ROOT", tmp_path)
     with pytest.raises(BadInput, match="needs a checkout"):
         on_board.expect("virtual")
 
 
-def test_a_board_that_is_not_known_is_named_before_anything_is_examined(
+def test_an_unknown_board_is_refused_first(
     tiny_qwen2: Path, bundle_s8: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = ended(capsys, bundle_s8, "--checkpoint", tiny_qwen2, "--board", "no-such-board")
@@ -115,7 +115,7 @@ def test_a_board_that_is_not_known_is_named_before_anything_is_examined(
     assert "files" not in err
 
 
-def test_why_a_board_gives_no_report_comes_with_the_tasks_advice(tmp_path: Path) -> None:
+def test_a_board_without_a_report_comes_with_the_task_s_advice(tmp_path: Path) -> None:
     with pytest.raises(BadInput) as caught:
         on_board.examine(str(tmp_path / "none.yaml"), None)
     error, *advice = str(caught.value).splitlines()
@@ -124,7 +124,7 @@ def test_why_a_board_gives_no_report_comes_with_the_tasks_advice(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("there", "said"), [("b" * 64, "has another bundle"), ("a" * 64, ""), ("", "")])
-def test_another_bundle_on_the_board_is_not_taken_for_this_one(there: str, said: str) -> None:
+def test_another_bundle_on_the_board_is_reported(there: str, said: str) -> None:
     reports = [Report("out/x", "cpu", "place", "ax", manifest=digest) for digest in ("a" * 64, there)]
     found = on_board.other_bundle(Report.parse(reports[0].json()), Report.parse(reports[1].json()), "virtual")
     assert said in found if said else not found

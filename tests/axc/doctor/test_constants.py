@@ -40,12 +40,12 @@ def from_position(first: int) -> Tables:
         (lambda: from_position(128), "zero from position 128 on"),
     ],
 )
-def test_a_table_that_differs_is_explained(made: Callable[[], Tables], said: str) -> None:
+def test_a_different_table_is_explained(made: Callable[[], Tables], said: str) -> None:
     (found,) = constants.angles(("rotary.cos", "rotary.sin"), *made(), *tables())
     assert said in found.cause
 
 
-def test_float32_angles_are_no_difference() -> None:
+def test_float32_angles_are_not_a_difference() -> None:
     inverse = (BASE ** (-np.arange(HALF, dtype=np.float32) / HALF)).astype(np.float32)
     rounded = np.arange(POSITIONS, dtype=np.float32)[:, None] * inverse[None]
     assert not list(constants.angles(("cos", "sin"), np.cos(rounded), np.sin(rounded), *tables()))

@@ -108,13 +108,13 @@ ORDERS: dict[str, tuple[Callable[[Floats], Floats], str]] = {
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_weights_of_a_build_have_no_fault(kind: str) -> None:
+def test_weights_of_a_build_have_no_faults(kind: str) -> None:
     assert cause(kind, packed(kind, WEIGHTS["w"])) == ""
 
 
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("name", ORDERS)
-def test_other_values_in_the_place_of_a_weight(kind: str, name: str) -> None:
+def test_other_values_in_place_of_a_weight(kind: str, name: str) -> None:
     change, said = ORDERS[name]
     arrays = packed(kind, np.ascontiguousarray(change(WEIGHTS["w"])))
     assert said in cause(kind, arrays, HEAD if name == "rotary" else 0)
@@ -144,30 +144,30 @@ def test_scales(kind: str, change: Callable[[Floats], Floats], said: str) -> Non
     )
 
 
-def test_a_scale_that_is_off_by_one_in_a_hundred() -> None:
+def test_a_scale_off_by_one_percent() -> None:
     levels, scales = packed("s8", WEIGHTS["w"])
     scales[7] *= np.float32(1.01)
     assert "row 7" in cause("s8", [levels, scales])
 
 
-def test_levels_cut_instead_of_rounded() -> None:
+def test_quantised_values_truncated_instead_of_rounded() -> None:
     _, scales = packed("s8", WEIGHTS["w"])
     cut = np.trunc(WEIGHTS["w"] / scales[:, None]).astype(np.int8)
     assert "truncated towards zero" in cause("s8", [cut, scales])
 
 
-def test_levels_with_an_offset() -> None:
+def test_quantised_values_with_an_offset() -> None:
     levels, scales = packed("s8", WEIGHTS["w"])
     assert "unsigned with an offset" in cause("s8", [(levels.view(np.uint8) ^ np.uint8(128)).view(np.int8), scales])
 
 
-def test_halves_of_a_byte() -> None:
+def test_swapped_halves_of_a_byte() -> None:
     levels, scales = packed("s4", WEIGHTS["w"])
     assert "nibbles of each byte are swapped" in cause("s4", [levels >> 4 | (levels & 15) << 4, scales])
 
 
 @pytest.mark.parametrize("kind", ["s8"])
-def test_levels_that_are_transposed_without_their_scales(kind: str) -> None:
+def test_quantised_values_transposed_without_their_scales(kind: str) -> None:
     levels, scales = packed(kind, WEIGHTS["w"])
     assert "its scales are in the right order" in cause(kind, [np.ascontiguousarray(levels.T), scales])
 
@@ -177,29 +177,29 @@ def test_byte_order(kind: str) -> None:
     assert "byte order is swapped" in cause(kind, [packed(kind, WEIGHTS["w"])[0].byteswap()])
 
 
-def test_bfloat16_cut_instead_of_rounded() -> None:
+def test_bfloat16_truncated_instead_of_rounded() -> None:
     cut = (WEIGHTS["w"].view(np.uint32) >> 16).astype(np.uint16)
     assert "truncated to bfloat16 instead of rounded" in cause("bf16", [cut])
 
 
-def test_float32_that_went_through_another_type() -> None:
+def test_float32_rounded_to_another_type() -> None:
     narrow = from_float32(WEIGHTS["w"], "FLOAT16").astype(np.float32)
     assert "rounded to FLOAT16 before" in cause("fp32", [narrow])
 
 
-def test_float16_that_is_called_bfloat16() -> None:
+def test_float16_labelled_as_bfloat16() -> None:
     half = WEIGHTS["w"].astype(np.float16).view(np.uint16)
     assert "the data is float16" in cause("bf16", [half])
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_one_row_that_is_another(kind: str) -> None:
+def test_one_row_replaced_by_another(kind: str) -> None:
     wrong = WEIGHTS["w"].copy()
     wrong[11] = wrong[40]
     assert cause(kind, packed(kind, wrong)) == "w, row 11: row 11 holds row 40 of the checkpoint"
 
 
-def test_one_bit() -> None:
+def test_one_flipped_bit() -> None:
     values = packed("bf16", WEIGHTS["w"])[0]
     values[3, 4] ^= 1
     assert cause("bf16", [values]).startswith("w, row 3: one value differs")

@@ -49,7 +49,7 @@ template <bool kFour, size_t kGroup, Precision kPrecision>
     V4 of_block[kTogether];
     std::memcpy(of_block, &values, sizeof of_block);
     repeat<kTogether>([&](auto b) AXC_INLINE {
-      if (b < count) total = fma(of_block[b], V4{} + a.scales[(entry + b) * kGroups], total);
+      if (b < count) total = fma(of_block[b], a.scales[(entry + b) * kGroups] - V4{}, total);
     });
   }
   std::memcpy(out, &total, sizeof total);

@@ -48,7 +48,8 @@ inline Vf load(const float* from) {
 
 inline void store(float* to, Vf v) { std::memcpy(to, &v, sizeof v); }
 
-inline Vf all(float x) { return Vf{} + x; }
+// Not Vf{} + x, an addition that no compiler leaves out: -0 + 0 is 0.
+inline Vf all(float x) { return x - Vf{}; }
 
 inline Vf larger(Vf a, Vf b) { return a > b ? a : b; }
 

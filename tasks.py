@@ -308,13 +308,14 @@ def lock(_: Context, upgrade: bool = False) -> None:
             *(["--upgrade"] if upgrade else []),
             *("--extra", "grammar", "board/pyproject.toml", "--output-file", f"requirements/board-{python}.txt"),
         )
+    overrides = {"test": "without-torch.in", CLIENTS: "clients-overrides.in"}
     for name in (*SETS, "torch-pypi", *PEERS, CLIENTS):
         sources = ["pyproject.toml"] if name == "build" else []
         tool(
             *("uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--generate-hashes"),
             *("--no-emit-package", "axrun", "--custom-compile-command", "invoke lock"),
             *(["--upgrade"] if upgrade else []),
-            *(["--override", "requirements/without-torch.in"] if name == "test" else []),
+            *(["--override", f"requirements/{overrides[name]}"] if name in overrides else []),
             *(*sources, f"requirements/{name}.in", "--output-file", f"requirements/{name}.txt"),
         )
 

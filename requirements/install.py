@@ -79,7 +79,7 @@ PEERS = {
         "import gguf, llama_cpp, ml_dtypes, safetensors.numpy",
     ),
 }
-# The client libraries that the tests run against axrun's server: they pin each other, so they are kept apart.
+# The client libraries that the tests run against axrun's server: many packages for one test, so they are kept apart.
 CLIENTS = "clients"
 CLIENT_LIBRARIES = Requirements(
     "client libraries, to ask the server with",

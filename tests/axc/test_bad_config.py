@@ -21,15 +21,21 @@ DEEP = "[" * 100_000
         pytest.param(
             {"model_type": "qwen2_9"},
             [
-                "'qwen2_9' is not supported; the nearest family is qwen2",
-                "follow docs/adding-a-family.md and write toolchain/axc/families/qwen2_9.py",
+                "'qwen2_9' is not supported; the nearest family by name is qwen2",
+                "README.md lists the supported models; to add this one, follow docs/adding-a-family.md",
+                "and write toolchain/axc/families/qwen2_9.py",
             ],
             id="unknown architecture",
         ),
         pytest.param(
             {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8},
-            ["the nearest family is qwen3,", "which does not compute with num_experts 128, num_experts_per_tok 8"],
+            ["the nearest family by name is qwen3,", "which does not read num_experts 128, num_experts_per_tok 8"],
             id="a mixture of experts",
+        ),
+        pytest.param(
+            {"model_type": "apertus"},
+            ["'apertus' is not supported; the nearest family by the keys it reads is qwen2"],
+            id="a name that is hardly similar",
         ),
         pytest.param(
             {"model_type": "mamba-2"}, ["'mamba-2'", "toolchain/axc/families/mamba_2.py"], id="nothing is near"
@@ -38,7 +44,11 @@ DEEP = "[" * 100_000
             {"model_type": "Qwen2"}, ["'Qwen2' is not supported; did you mean 'qwen2'"], id="a capital letter"
         ),
         pytest.param({"model_type": "blocks"}, ["write toolchain/axc/families/NAME.py"], id="a file that is there"),
-        pytest.param({"model_type": None}, ["None is not supported", "the nearest family is"], id="no architecture"),
+        pytest.param(
+            {"model_type": None},
+            ["None is not supported", "the nearest family by the keys it reads is"],
+            id="no architecture",
+        ),
         pytest.param({"model_type": ["qwen2"]}, ["['qwen2'] is not supported"], id="architecture of another type"),
         pytest.param(
             {"hidden_size": 256},

@@ -153,8 +153,8 @@ def test_llama3_frequencies_with_the_original_length_outside_rope_scaling(kind: 
 
 
 UNFIT = {  # where the class's default does not fit the other values
-    ("qwen2", "num_key_value_heads"): "num_key_value_heads is 32, which does not divide",
-    ("mistral", "num_key_value_heads"): "num_key_value_heads is 8, which does not divide",
+    ("qwen2", "num_key_value_heads"): "num_key_value_heads is absent, and its default is 32, which does not divide",
+    ("mistral", "num_key_value_heads"): "num_key_value_heads is absent, and its default is 8, which does not divide",
 }
 
 

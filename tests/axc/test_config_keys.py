@@ -167,6 +167,55 @@ def test_keys_of_transformers_shared_code_are_refused(
             theirs(folder)
 
 
+# Misspelt keys
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "odd"),
+    [
+        ("llama", "rope_theta", "rope_thetta"),
+        ("llama", "rope_scaling", "rope_scalling"),
+        ("llama", "rms_norm_eps", "rms_norm_epsilon"),
+        ("llama", "num_key_value_heads", "num_kv_heads"),
+        ("llama", "tie_word_embeddings", "tie_word_embedding"),
+        ("granite", "embedding_multiplier", "embeding_multiplier"),
+        ("gemma2", "query_pre_attn_scalar", "query_pre_attention_scalar"),
+    ],
+)
+def test_a_misspelt_key_is_noted(kind: str, right: str, odd: str) -> None:
+    said: list[str] = []
+    values = {key: value for key, value in {**WHOLE, "model_type": kind}.items() if key != right}
+    value = {"rope_type": "linear", "factor": 2.0} if right == "rope_scaling" else 1
+    families.read_config({**values, odd: value}, Path("config.json"), None, said.append)
+    assert said == [f"config.json: {odd!r} is not known and not read; did you mean {right!r}?"]
+    said.clear()
+    for silent in ({**values, odd: None}, {**values, right: WHOLE.get(right, value), odd: value}):
+        families.read_config(silent, Path("config.json"), None, said.append)
+    if right == "rope_theta":
+        families.read_config({**values, odd: 1, "rope_parameters": {right: 1e4}}, Path("x"), None, said.append)
+    assert said == []
+
+
+@pytest.mark.parametrize("kind", sorted(families.FAMILIES))
+def test_no_key_of_transformers_seems_misspelt(kind: str) -> None:
+    reads = families.FAMILIES[kind].reads
+    if kind not in transformers.CONFIG_MAPPING:
+        return
+    whole = transformers.AutoConfig.for_model(kind).to_dict()
+    for values in (whole, {key: value for key, value in whole.items() if key not in reads}):
+        assert config_keys.misspelt(values, reads) == {}
+
+
+def test_a_refused_default_is_not_shown_as_a_value_of_the_file() -> None:
+    values = {key: value for key, value in WHOLE.items() if key != "num_key_value_heads"}
+    with pytest.raises(BadInput) as refused:
+        read({**values, "num_key_values_heads": 2}, "qwen3")
+    assert "num_key_value_heads is absent, and its default is 32, which does not divide the 4" in str(refused.value)
+    assert "It has 'num_key_values_heads': did you mean 'num_key_value_heads'?" in str(refused.value)
+    with pytest.raises(BadInput, match="num_key_value_heads is 3, which does not divide the 4"):
+        read({**values, "num_key_value_heads": 3}, "qwen3")
+
+
 # An unknown model_type
 
 

@@ -7,7 +7,9 @@ built as its own model_type, only keys read by transformers' shared code matter:
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ HARMLESS = _keys(
     """
 )
 HARMLESS_BEGINNINGS = ("_", "unsloth", "transformers.js")
+NEAR = 0.75  # similarity of a misspelt key; no two keys of a model_type in transformers are so similar
 
 Neutral = Callable[[Any], bool]
 
@@ -136,6 +139,23 @@ def refuse_shared(values: dict[str, Any], path: Path, reads: Iterable[str] = ())
                 f"{path}: {key} is {_shown(values[key])}, which changes what the model computes and is not supported\n"
                 "Give a checkpoint without it."
             )
+
+
+def misspelt(values: Mapping[str, Any], reads: Iterable[str]) -> dict[str, str]:
+    """Unknown keys that have a value and resemble an absent one of `reads`, with that key."""
+    known = frozenset(reads)
+    nested = [values.get(key) for key in ("rope_scaling", "rope_parameters")]
+    absent = known.difference(values, *(each for each in nested if isinstance(each, dict)))
+    unknown = (
+        key
+        for key, value in values.items()
+        if value is not None and not (key in known or key in SHARED or key in ARITHMETIC or _harmless(key))
+    )
+    found = {}
+    for key in islice(unknown, 1000):
+        if near := difflib.get_close_matches(key[:60], sorted(absent), n=1, cutoff=NEAR):
+            found[key] = near[0]
+    return found
 
 
 def unread(values: dict[str, Any], reads: Iterable[str]) -> list[str]:

@@ -78,10 +78,10 @@ def rope_of(
     reader: Reader, nested: dict[str, Any], theta: Any, positions: int, head_dim: int, *, partial: bool = False
 ) -> Rope:
     """The rope of the object `nested`; `theta` and top-level keys are used if it lacks them. Raises BadInput."""
-    inner = Reader(nested, reader.path, {"rope_theta": theta, ORIGINAL_LENGTH: positions})
+    inner = Reader({"rope_theta": theta, **nested}, reader.path, {ORIGINAL_LENGTH: positions})
     base = inner.number("rope_theta", low=1, high=1e15)
     if ORIGINAL_LENGTH in reader.values:  # `standardize_rope_params` prefers the top-level key
-        inner.values = {**nested, ORIGINAL_LENGTH: reader.values[ORIGINAL_LENGTH]}
+        inner.values = {**inner.values, ORIGINAL_LENGTH: reader.values[ORIGINAL_LENGTH]}
     kind = nested.get("rope_type", nested.get("type", "default"))
     share = _partial(reader, nested, head_dim, partial)
     if kind == "dynamic":  # equals the default up to max_position_embeddings, the longest context

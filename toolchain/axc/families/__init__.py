@@ -10,6 +10,7 @@ import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def _found() -> Iterator[tuple[str, Family[Any]]]:
 
 FAMILIES: dict[str, Family[Any]] = dict(_found())
 RECIPE = "docs/adding-a-family.md"
+SHOWN = 4  # misspelt keys
 
 
 def read_config(
@@ -71,6 +73,8 @@ def read_config(
         unread += config_keys.unread_rope(read.values, NESTED_ROPE_KEYS)
     if unread:
         say(f"config.json: not read, as in transformers' {given}: {', '.join(unread[:4])}")
+    for odd, near in islice(config_keys.misspelt(values, family.reads).items() if native else (), SHOWN):
+        say(f"config.json: {odd!r:.60} is not known and not read; did you mean {near!r}?")
     if not native:
         say(f"model_type {given!r:.60} is built as {name} (--model_type): not verified to compute the same")
     return family, config
@@ -111,14 +115,15 @@ def _not_supported(values: dict[str, Any], path: Path, name: object) -> str:
     """An error text: the nearest family, and how to add this one."""
     if isinstance(name, str) and name.lower() in FAMILIES:
         return f"{path}: model_type {name!r:.60} is not supported; did you mean {name.lower()!r}, in lower case?"
-    nearest = _nearest(values, name)
-    first = f"{path}: model_type {name!r:.60} is not supported; the nearest family is {nearest}"
+    nearest, why = _nearest(values, name)
+    first = f"{path}: model_type {name!r:.60} is not supported; the nearest family by {why} is {nearest}"
     if unread := config_keys.unread(values, FAMILIES[nearest].reads):
-        first += f",\nwhich does not compute with {', '.join(unread[:4])}{', ...' if len(unread) > 4 else ''}"
+        first += f",\nwhich does not read {', '.join(unread[:4])}{', ...' if len(unread) > 4 else ''}"
     file = name.replace("-", "_") if isinstance(name, str) else ""
     if not file.isidentifier() or (Path(__file__).parent / f"{file:.60}.py").exists():
         file = "NAME"
-    return f"{first}\nTo add it, follow {RECIPE} and write toolchain/axc/families/{file:.60}.py."
+    adding = f"to add this one, follow {RECIPE} and write toolchain/axc/families/{file:.60}.py"
+    return f"{first}\nREADME.md lists the supported models; {adding}."
 
 
 def _instead(given: object) -> str:
@@ -127,7 +132,13 @@ def _instead(given: object) -> str:
     return f"--model_type may name one of: {', '.join(name for name in FAMILIES if FAMILIES[name].foreign)}."
 
 
-def _nearest(values: dict[str, Any], name: object) -> str:
-    """The family with the most similar name; if none is similar, the one that reads most of the keys."""
-    named = difflib.get_close_matches(str(name)[:60], FAMILIES, n=1)
-    return named[0] if named else max(FAMILIES, key=lambda family: len(FAMILIES[family].reads & values.keys()))
+def _nearest(values: dict[str, Any], name: object) -> tuple[str, str]:
+    """The family with the most similar name, or else the one that reads most of the keys, and by what it is near."""
+    if named := difflib.get_close_matches(str(name)[:60], FAMILIES, n=1, cutoff=0.7):
+        return named[0], "name"
+
+    def overlap(family: str) -> tuple[int, int]:
+        reads = FAMILIES[family].reads
+        return len(reads & values.keys()), -len(reads - values.keys())
+
+    return max(FAMILIES, key=overlap), "the keys it reads"

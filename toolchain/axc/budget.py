@@ -39,7 +39,7 @@ class Budget:
         """One line for the user."""
         return (
             f"needs {megabytes(self.disk)} of disk and {megabytes(self.memory)} of memory "
-            f"in each of {self.processes} process{'es' if self.processes > 1 else ''}"
+            f"{f'in each of {self.processes} processes' if self.processes > 1 else 'in 1 process'}"
             f"{f', and {megabytes(self.proof)} to compare the tokenizer' if self.proof else ''}"
         )
 
@@ -103,4 +103,5 @@ def available_memory() -> int | None:
 
 
 def megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"
+    """In MB; in kB below 1 MB, so that nothing small is shown as 0 MB."""
+    return f"{count / 1e6:,.0f} MB" if count >= 1e6 else f"{-(-count // 1000)} kB"

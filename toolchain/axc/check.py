@@ -248,9 +248,20 @@ def _whole(
     texts = [tokenizer.decode(token for token in tokens if token not in stop) for tokens in (chosen, answer.tokens)]
     results |= {"answer": texts[0], "reference": texts[1], "same_tokens": same, "compared_tokens": len(chosen)}
     results["margins"] = _margins(answer.logits)
-    say(f"  prompt     {prompt}\n  compiled   {texts[0]}\n  reference  {texts[1]}")
-    say(f"  {same} of {len(chosen)} tokens are the same, each after the reference's own")
+    say(f"  prompt     {_quoted(prompt)}\n  compiled   {_quoted(texts[0])}\n  reference  {_quoted(texts[1])}")
+    say(f"  {_agreement(same, len(chosen), bool(wrong))}")
     return results
+
+
+def _agreement(same: int, count: int, wrong: bool) -> str:
+    """One line on how many tokens of the answer are the same, and why others pass."""
+    line = f"{same} of {count} tokens are the same, each predicted from the reference's prefix"
+    return line if same == count or wrong else f"{line}; the others are near ties, which rounding decides: passed"
+
+
+def _quoted(text: str) -> str:
+    """On one line: as it is, or as a Python string if it has line breaks, control characters or outer spaces."""
+    return text if text.isprintable() and text == text.strip() else repr(text)
 
 
 def compared(answer: Answer, ours: Floats, gap: float) -> tuple[list[int], list[str]]:

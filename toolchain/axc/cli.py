@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = ("fp32", "fp16", "bf16", "s8", "s4", "fp8_e4m3", "fp8_e5m2")
 
+CHIP_NAMES = {"AX630C": "AX620E"}  # a chip, and the vendor's name of its family
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
@@ -43,15 +45,19 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--input_path", type=Path, required=True, help="folder of the checkpoint, quantised or not, or a GGUF file")
     add("--output_path", type=Path, required=True, help="folder of the bundle; it must not hold another one")
-    add("--prefill_len", type=int, default=0, help="tokens of a prefill chunk; 0: no prefill groups (default 0)")
+    add("--prefill_len", type=int, help="tokens of a prefill chunk; 0: no prefill groups (default 0)")
     add("--parallel", type=int, default=1, help="number of processes; does not change the result (default 1)")
     add("--model_config", type=Path, help="a config.json to use in place of the checkpoint's")
     add("--model_type", help="build as this architecture, whatever config.json says")
-    add("--kv_cache_len", type=int, default=127, help="rows of K/V cache: the longest context (default 127)")
+    add("--kv_cache_len", type=int, help="rows of K/V cache: the longest context (default 127)")
     add(
         "--post_topk", type=int, default=0, help="the post model also returns the k most likely tokens (default 0: off)"
     )
-    add("--post_weight_type", choices=WEIGHTS, help="of the lm_head (default: its stored quantisation, else s8)")
+    add(
+        "--post_weight_type",
+        choices=WEIGHTS,
+        help="type of the lm_head's weights (default: its stored quantisation, else s8)",
+    )
     add(
         "-t",
         "--hidden_state_type",
@@ -74,7 +80,7 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
         help="-1 none; 0 load and run every axmodel; 1 also compare every layer with the float32 reference; "
         "2 also compare the tokens generated from --prompt (default 0)",
     )
-    add("--chip", choices=("AX620E", "AX650"), default="AX650", help="AX620E is the AX630C's family (default AX650)")
+    add("--chip", choices=("AX650", "AX620E", "AX630C"), default="AX650", help="AX630C means AX620E (default AX650)")
     add("--prompt", default="1+1=", help="prompt of check level 2 (default 1+1=)")
     add(
         "--last_kv_cache_len",
@@ -138,16 +144,16 @@ def _llm_build(arguments: argparse.Namespace) -> None:
     options = Options(
         input_path=arguments.input_path,
         output_path=arguments.output_path,
-        prefill_len=arguments.prefill_len,
+        prefill_len=Options.prefill_len if arguments.prefill_len is None else arguments.prefill_len,
         parallel=arguments.parallel,
         model_config=arguments.model_config,
         model_type=arguments.model_type,
-        kv_cache_len=arguments.kv_cache_len,
+        kv_cache_len=Options.kv_cache_len if arguments.kv_cache_len is None else arguments.kv_cache_len,
         post_topk=arguments.post_topk,
         post_weight_type=arguments.post_weight_type,
         hidden_state_type=arguments.hidden_state_type,
         weight_type=arguments.weight_type,
-        chip=arguments.chip,
+        chip=CHIP_NAMES.get(arguments.chip, arguments.chip),
         last_kv_cache_len=tuple(arguments.last_kv_cache_len),
         ret_postnorm=arguments.ret_postnorm,
         model_name=arguments.model_name,
@@ -160,7 +166,21 @@ def _llm_build(arguments: argparse.Namespace) -> None:
     asked = arguments.quantizer, arguments.calibrated, arguments.bits, arguments.calibration
     if calibrations.wanted(arguments.input_path, arguments.weight_type, *asked, arguments.calibration_tokens):
         calibration = _calibration(arguments)
-    console.llm_build(options, arguments.check_level, arguments.prompt, arguments.check_report, calibration)
+    notes = _default_notes(arguments)
+    console.llm_build(options, arguments.check_level, arguments.prompt, arguments.check_report, calibration, notes)
+
+
+def _default_notes(arguments: argparse.Namespace) -> list[str]:
+    """Notes on the vendor's defaults, which make a small and slow bundle."""
+    from axc.build import Options
+
+    notes = []
+    if arguments.kv_cache_len is None:
+        tokens = Options.kv_cache_len + 1
+        notes.append(f"prompt and answer have at most {tokens} tokens together: set --kv_cache_len, e.g. 1023")
+    if arguments.prefill_len is None:
+        notes.append("the prompt is processed token by token, which is slow: set --prefill_len, e.g. 128")
+    return notes
 
 
 def _calibration(arguments: argparse.Namespace) -> Calibration:

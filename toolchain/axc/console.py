@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from axc.budget import megabytes
 from axc.calibration import cache as calibration_cache
 from axc.calibration import options as calibrations
 from axc.calibration.file import CalibrationFile
+from axc.rope import Rope
 from axrun.errors import BadInput, CheckFailed
 from axrun.format import bundle
 from axrun.progress import show_on_terminal
@@ -31,17 +33,21 @@ def llm_build(
     prompt: str,
     report: Path | None,
     calibration: calibrations.Options | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
-    """The steps of llm_build: calibrate (if requested), prepare, build, check. Raises BadInput, CheckFailed."""
+    """The steps of llm_build: calibrate (if requested), prepare, build, check. Raises BadInput, CheckFailed.
+
+    `notes` are printed with those of the plan.
+    """
     if calibration:
         build.plan(options)  # refuses what it must before minutes of calibration
         options = replace(options, calibrated=_calibrated(calibration), weight_type=None)
     started = time.monotonic()
     planned = build.plan(options)
-    for notice in planned.notices:
+    for notice in (*planned.notices, *notes):
         print(f"note: {notice}")
-    print(f"Config({', '.join(f'{key}={value!r}' for key, value in asdict(planned.config).items() if key != 'rope')})")
-    print(f"Target({', '.join(f'{key}={value!r}' for key, value in asdict(planned.target).items())})")
+    print(f"Config({_values(planned.config)})")
+    print(f"Target({_values(planned.target)})")
     print(f"bundle {options.output_path} {planned.budget.text()}", flush=True)
     _done("prepare", started)
     spare = check_level < 1 and not planned.checkpoint.gguf  # transformers needs torch to read a GGUF
@@ -73,17 +79,19 @@ def llm_build(
     _done("build", started)
 
     started = time.monotonic()
-    if check_level >= 0:
-        from axc import check
+    if check_level < 0:
+        print("check skipped: --check_level -1", flush=True)
+        return
+    from axc import check
 
-        try:
-            check.check(planned, check_level, prompt, print, report)
-        except CheckFailed as failure:
-            where = f"axc doctor {options.output_path} --checkpoint {options.input_path}"
-            raise CheckFailed(
-                f"{failure}\nThe bundle is kept for examination: {where}; then build it again with --force."
-            ) from None
-    _done("check", started, "" if check_level >= 0 else " (skipped: --check_level -1)")
+    try:
+        check.check(planned, check_level, prompt, print, report)
+    except CheckFailed as failure:
+        where = f"axc doctor {options.output_path} --checkpoint {options.input_path}"
+        raise CheckFailed(
+            f"{failure}\nThe bundle is kept for examination: {where}; then build it again with --force."
+        ) from None
+    _done("check", started)
 
 
 def calibrate(options: calibrations.Options, output: Path) -> None:
@@ -123,6 +131,12 @@ def _calibrated(options: calibrations.Options) -> Path:
         if not path.is_file():
             calibrate(options, path)
     return path
+
+
+def _values(of: Any) -> str:
+    """`name=value` of each field of a dataclass."""
+    pairs = ((field.name, getattr(of, field.name)) for field in fields(of))
+    return ", ".join(f"{name}={value if isinstance(value, Rope) else repr(value)}" for name, value in pairs)
 
 
 def _spare_torch() -> None:

@@ -58,7 +58,12 @@ def _made_otherwise(planned: Plan, manifest: Mapping[str, Any]) -> list[str]:
     elif made != mine:
         others = [name for name in (*mine, *made) if made.get(name) != mine.get(name)]
         pairs = (f"{name} {made.get(name, 'none')}, here {mine.get(name, 'none')}" for name in others)
-        found.append(f"it was built by another compiler ({'; '.join(dict.fromkeys(pairs))})")
+        how = (
+            "axc's sources changed since it was built"
+            if set(others) == {"digest"}
+            else "it was built by another compiler"
+        )
+        found.append(f"{how} ({'; '.join(dict.fromkeys(pairs))})")
     mended_by, here = manifest["text"].get("mended_by"), hf_folder.mender()
     if mended_by and mended_by != here:
         found.append(f"its tokenizer was repaired by {mended_by!a:.60}, installed is {here or 'no transformers'}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from decimal import Decimal, localcontext
 
 import numpy as np
@@ -37,6 +37,15 @@ class Rope:
     truncate: bool = True
     divisors: tuple[float, ...] = ()
     long_divisors: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        """The values that differ from the defaults, divisors as their number."""
+        shown = [f"theta={self.theta!r}"]
+        for each in fields(self)[1:]:
+            value = getattr(self, each.name)
+            if value != each.default:
+                shown.append(f"{each.name}={f'[{len(value)}]' if isinstance(value, tuple) else repr(value)}")
+        return f"Rope({', '.join(shown)})"
 
     def long(self, positions: int) -> bool:
         """Whether a context is beyond the original length of a longrope: all of its positions have other frequencies.

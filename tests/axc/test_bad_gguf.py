@@ -61,7 +61,7 @@ def behind(data: bytes, name: str) -> int:
 HUGE = 2**63
 Change = Callable[[bytes], bytes]
 CASES: dict[str, tuple[Change, str]] = {
-    "nothing": (lambda data: b"", "no whole GGUF file"),
+    "nothing": (lambda data: b"", "not a complete GGUF file"),
     "another magic": (lambda data: b"GGML" + data[4:], "begins with b'GGML'"),
     "version 1": (lambda data: changed(data, 4, "I", 1), "version is 1; expected 2 or 3"),
     "big-endian": (lambda data: changed(data, 4, "I", 3 << 24), "(big-endian)"),

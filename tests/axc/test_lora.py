@@ -187,10 +187,11 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(base: Path, adapter:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_dora": True}, "use_dora True"),
+        ({"use_dora": True}, "use_dora True; DoRA is not supported"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"bias": "all"}, "bias 'all'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save ['lm_head']"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save ['lm_head']; only plain LoRA is supported"),
+        ({"use_dora": 0}, "use_dora 0"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
         ({"new_kind": 3}, "new_kind 3"),
         ({"r": 8}, "expected floats of rank 8"),

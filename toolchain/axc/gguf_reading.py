@@ -84,7 +84,10 @@ def tokenizer(path: Path) -> tuple[Any, list[str]]:
     remarks = []
     if name not in gguf_tokenizer_mapping.GGUF_PRE_TOKENIZER_SPLITS:
         found.backend_tokenizer.pre_tokenizer = cut(name)
-        remarks.append(f"transformers {transformers.__version__} does not know how {name} cuts text: compared without")
+        remarks.append(
+            f"tokenizer: transformers {transformers.__version__} does not know the pre-tokenizer {name} of this GGUF "
+            "file: all else is compared, but not how text is split before BPE"
+        )
     if name in WHOLE_WORDS:
         found.backend_tokenizer.model.ignore_merges = True
     return found, remarks

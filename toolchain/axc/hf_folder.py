@@ -362,7 +362,10 @@ def _stops(made: HfFolder, hf: Path, vocab_size: int) -> None:
             f"{number} {made.tokenizer.token_bytes(number).decode('utf-8', 'replace')!r} ({', '.join(named)})"
             for number, named in made.stop_ids.items()
         )
-        made.remarks.append(f"stop ids: the files disagree; each of these ends an answer: {', '.join(listed)}")
+        made.remarks.append(
+            f"stop ids: the files disagree; each of these ends an answer, so nothing needs to be done: "
+            f"{', '.join(listed)}"
+        )
 
 
 # precedence in transformers' generate

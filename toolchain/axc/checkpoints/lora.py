@@ -44,6 +44,7 @@ OFF = keys(
     loftq_config ensure_weight_tying
     """
 )
+OFF_NAMES = {"use_dora": "DoRA", "use_qalora": "QALoRA", "use_bdlora": "BD-LoRA", "alora_invocation_tokens": "aLoRA"}
 INITIAL = (True, False, "gaussian", "eva", "orthogonal")  # others change the base's weights first
 MAX_RANK = 1 << 14
 
@@ -186,7 +187,10 @@ def _refuse_others(settings: Settings) -> None:
     settings.only("bias", "none", absent="none")
     settings.only("init_lora_weights", *INITIAL, absent=True)
     for key in OFF:
-        settings.only(key, None, False, [], {}, absent=None)
+        value = settings.values.get(key)
+        if value is not None and value is not False and value not in ([], {}):
+            named = f"{OFF_NAMES[key]} is not supported" if key in OFF_NAMES else "only plain LoRA is supported"
+            raise settings.refuse(key, named)
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Model:
         try:
             texts |= tokenizer.files(self._container)
         except Damaged as error:  # strings are decoded on demand
-            raise BadInput(f"{self.path} is no whole GGUF file: {error}\nGet it again.") from None
+            raise BadInput(f"{self.path} is not a complete GGUF file: {error}\nDownload it again.") from None
         for name, text in texts.items():
             (Path(made.name) / name).write_text(text, "utf-8", newline="\n")
         return made

@@ -86,7 +86,7 @@ class Container:
         except OSError as error:
             raise BadInput(f"cannot read {path}: {error.strerror or error}") from None
         except ValueError as error:  # numpy's, of an empty file, too
-            raise BadInput(f"{path} is no whole GGUF file: {error}\nGet it again.") from None
+            raise BadInput(f"{path} is not a complete GGUF file: {error}\nDownload it again.") from None
         return cls(path, metadata, tensors, data)
 
 

@@ -20,8 +20,8 @@ def test_defaults_are_noted_and_the_rope_is_shown(
     command = ["llm_build", "--input_path", str(tiny_qwen2), "--output_path", str(tmp_path / "a"), "-c", "-1"]
     assert main([*command, "--chip", "AX630C"]) == 0
     shown = capsys.readouterr().out
-    assert "note: prompt and answer have at most 128 tokens together: set --kv_cache_len" in shown
-    assert "note: the prompt is processed token by token, which is slow: set --prefill_len" in shown
+    assert "note: the context, prompt and answer, is 127 tokens: for more, set --kv_cache_len" in shown
+    assert "note: the prompt is processed token by token: to process it in chunks, set --prefill_len" in shown
     assert "rope=Rope(theta=" in shown
     assert "check skipped: --check_level -1" in shown
     assert "check done" not in shown

@@ -70,7 +70,7 @@ def check(plan: Plan, level: int, prompt: str, say: Say, report: Path | None = N
     results: dict[str, Any] = {"level": level, "prompt": prompt}
     say(f"check 0: {LEVELS[0]}")
     _load_and_run(bundle)
-    say(f"  {bundle.layers} layers and post run, {len(bundle.groups)} groups")
+    say(f"  {bundle.layers} layers and post run, {len(bundle.groups)} group{'s' if len(bundle.groups) > 1 else ''}")
     faults: list[str] = []
     if level >= 1:
         asked = _asked(bundle, prompt) if level >= 2 else []

@@ -176,10 +176,10 @@ def _default_notes(arguments: argparse.Namespace) -> list[str]:
 
     notes = []
     if arguments.kv_cache_len is None:
-        tokens = Options.kv_cache_len + 1
-        notes.append(f"prompt and answer have at most {tokens} tokens together: set --kv_cache_len, e.g. 1023")
+        context = f"the context, prompt and answer, is {Options.kv_cache_len} tokens"
+        notes.append(f"{context}: for more, set --kv_cache_len, e.g. 1023")
     if arguments.prefill_len is None:
-        notes.append("the prompt is processed token by token, which is slow: set --prefill_len, e.g. 128")
+        notes.append("the prompt is processed token by token: to process it in chunks, set --prefill_len, e.g. 64")
     return notes
 
 

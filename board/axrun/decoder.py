@@ -166,7 +166,8 @@ class Decoder:
             except NotFinite as error:
                 if error.row < count:  # otherwise padding, which is not read
                     raise self._overflow(error, layer, position + error.row) from None
-            self.cache.write(layer, position, keys, values)
+            if self._caches[layer]:
+                self.cache.write(layer, position, keys, values)
         self.cache.length = position + count
         return step.output[0, :count]
 

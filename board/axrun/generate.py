@@ -105,12 +105,12 @@ def steps(
         spent += clock() - started
         yield Prefilled(done, hidden)
         started = clock()
-    start = len(prompt)
+    start, post = len(prompt), sequence.model.post
     hidden = hidden[-1:]
     guess: abc.Sequence[int] = ()
     while stats.tokens != max_tokens:
         found = []
-        for place, logits in enumerate(_logits(sequence.model.post, hidden)):
+        for place, logits in enumerate(post(hidden) if not guess else _logits(post, hidden)):
             token = choose(logits, sequence.ids, start)
             stop = EOS if token in stop_ids else _full(sequence, stats.tokens + place + 1, max_tokens)
             right = not stop and place < len(guess) and token == guess[place]
@@ -123,23 +123,26 @@ def steps(
         stats.accepted += len(found) - 1
         if guesser and stats.ttft_seconds:
             guesser.learn(len(guess), len(found) - 1, spent)
+        share = spent / len(found)
         for token, logits, stop in found:
             if not stats.ttft_seconds:
                 stats.ttft_seconds = spent
             else:
                 stats.steps += 1
-                stats.decode_seconds += spent / len(found)
+                stats.decode_seconds += share
             stats.tokens += stop != EOS
             stats.stop = stop
-            yield Token(token, logits, spent / len(found), stop)
+            yield Token(token, logits, share, stop)
         if stop:
             return
         started, spent = clock(), 0.0
-        room = sequence.context - sequence.length - 1
-        most = room if max_tokens is None else min(room, max_tokens - stats.tokens - 1)
-        guess = guesser.guess(sequence.ids, token, most) if guesser else ()
+        if guesser:
+            room = sequence.context - sequence.length - 1
+            most = room if max_tokens is None else min(room, max_tokens - stats.tokens - 1)
+            guess = guesser.guess(sequence.ids, token, most)
         hidden = sequence.step(token, guess)
-        guess = guess[: len(hidden) - 1]
+        if guess:
+            guess = guess[: len(hidden) - 1]
     stats.stop = LENGTH
 
 
@@ -153,8 +156,6 @@ def _logits(post: Post, hidden: Array) -> Iterator[Logits]:
     try:
         yield from post(hidden)
     except CheckFailed:
-        if len(hidden) == 1:
-            raise
         for place in range(len(hidden)):
             yield post(hidden[place : place + 1])[0]
 

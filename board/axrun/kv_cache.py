@@ -29,8 +29,6 @@ class KVCache:
 
     def write(self, layer: int, position: int, keys: Array, values: Array) -> None:
         """Copies rows [1, n, width] of one layer to position, position + 1, ..."""
-        if not self.keys[layer].shape[2]:
-            return
         stop = position + keys.shape[1]
         self.keys[layer][:, position:stop] = keys
         self.values[layer][:, position:stop] = values

@@ -71,8 +71,8 @@ def dispatch(
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         return failure.exit_code
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print("\n" + ": ".join(["interrupted", *map(str, interrupt.args)]), file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         _close_stdout()

@@ -427,7 +427,8 @@ def test_a_damaged_file_in_the_cache_is_made_again(
 
 
 def test_who_calibrates(tiny_qwen2: Path, tmp_path: Path) -> None:
-    """s4 of a float checkpoint does, unless it is told not to; a quantised one has its levels already."""
+    """s4 does, unless it is told not to, or the checkpoint has levels that s4 keeps."""
+    lossy = gguf_files.write(tmp_path / "lossy.gguf", "llama", GGMLQuantizationType.Q4_1)
     packed = gguf_files.write(tmp_path / "packed.gguf", "llama", GGMLQuantizationType.Q4_0)
     rows: list[tuple[Path, str | None, str | None, Path | None, float | None, list[Path], bool]] = [
         (tiny_qwen2, "s4", None, None, None, [], True),
@@ -438,14 +439,16 @@ def test_who_calibrates(tiny_qwen2: Path, tmp_path: Path) -> None:
         (tiny_qwen2, None, None, None, 5.0, [], True),
         (tiny_qwen2, "s4", None, tmp_path, None, [], False),
         (packed, "s4", None, None, None, [], False),
+        (lossy, "s4", None, None, None, [], True),
+        (lossy, "s4", "rtn", None, None, [], False),
     ]
     for path, kind, quantizer, given, bits, texts, expected in rows:
         assert wanted(path, kind, quantizer, given, bits, texts) == expected, (path, kind, quantizer)
     with pytest.raises(BadInput, match="--bits belongs to --quantizer gptq"):
         wanted(tiny_qwen2, "s4", "rtn", None, 5.0, [])
-    with pytest.raises(BadInput, match="leave --bits out"):
+    with pytest.raises(BadInput, match="--bits cannot change a finished calibration"):
         wanted(tiny_qwen2, "s4", None, tmp_path, 5.0, [])
-    with pytest.raises(BadInput, match="leave --quantizer out"):
+    with pytest.raises(BadInput, match="--quantizer cannot change a finished calibration"):
         wanted(tiny_qwen2, "s4", "gptq", tmp_path, None, [])
 
 
@@ -457,6 +460,46 @@ def test_a_gguf_of_floats_is_calibrated(words: Path, tmp_path: Path) -> None:
     planned = build.plan(build.Options(path, tmp_path / "bundle", calibrated=output, kv_cache_len=63))
     assert {name: kept.bits for name, kept in planned.kept.items() if kept.bits != 4.5} == {HEAD: 8.25}
     assert len(planned.kept) == 15
+
+
+def test_a_quantised_gguf_is_calibrated_unless_its_levels_are_kept(words: Path, tmp_path: Path) -> None:
+    """From the values that Q4_1 stands for; the head, in Q8_0, keeps its levels."""
+    kinds = GGMLQuantizationType
+    path = gguf_files.write(tmp_path / "lossy.gguf", "llama", kinds.Q4_1, head=kinds.Q8_0)
+    output = run.calibrate(options(path, words, tokens=128, window=32), tmp_path / "out.safetensors")
+    planned = build.plan(build.Options(path, tmp_path / "bundle", calibrated=output, kv_cache_len=63))
+    assert [kept.tensor for kept in planned.kept.values() if not kept.calibrated] == [HEAD]
+    assert len(planned.kept) == 15
+    assert planned.notices[0] == "14 matrices stored as Q4_1 dequantised, and stored again as s4, calibrated: not exact"
+    assert build.build(planned).fresh  # measures the errors against the checkpoint's values, as calibration did
+    packed = gguf_files.write(tmp_path / "packed.gguf", "llama", kinds.Q4_0, head=kinds.Q8_0)
+    with pytest.raises(BadInput, match=r"packed\.gguf is quantised already: s4 keeps its levels \(Q4_0\) exactly"):
+        run.calibrate(options(packed, words, tokens=128, window=32), tmp_path / "out.safetensors")
+
+
+def test_progress_is_printed_where_there_is_no_terminal(
+    tiny_qwen2: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And an interrupted calibration says that it continues, once it has a finished layer."""
+    output, save = tmp_path / "out.safetensors", run._save
+
+    def interrupted(path: Path, result: Any) -> None:
+        if path.name == last:
+            raise KeyboardInterrupt
+        save(path, result)
+
+    monkeypatch.setattr(run, "_save", interrupted)
+    for last, said in (  # noqa: B007  (read by `interrupted`)
+        ("0.safetensors", "^$"),
+        ("1.safetensors", "^the same command continues behind the last finished layer$"),
+    ):
+        with pytest.raises(KeyboardInterrupt, match=said):
+            console.calibrate(options(tiny_qwen2, words, tokens=64), output)
+    assert "about 1 to 10 s on 2 cores" in capsys.readouterr().out
+    monkeypatch.setattr(run, "_save", save)
+    console.calibrate(options(tiny_qwen2, words, tokens=64), output)
+    steps = [*(f"layer {at} of 4" for at in range(1, 5)), "head", "writing"]
+    assert capsys.readouterr().err.splitlines() == [f"calibrate {step}" for step in steps]
 
 
 def test_texts_that_cannot_be_used(tmp_path: Path, tiny_qwen2: Path) -> None:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
@@ -168,7 +168,8 @@ def plan(options: Options) -> Plan:
     checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
     calibration = _calibration(options, checkpoint, model)
     asked = calibration.weight_type if calibration else options.weight_type
-    types, kept, notes = stored_types(checkpoint, model, asked, options.post_weight_type)
+    calibrated = calibration.weights if calibration else ()
+    types, kept, notes = stored_types(checkpoint, model, asked, options.post_weight_type, calibrated)
     notices += notes
     if calibration:
         kept |= calibration.kept()
@@ -214,7 +215,11 @@ def _calibration(options: Options, checkpoint: Checkpoint, model: ModelConfig) -
 
 
 def stored_types(
-    checkpoint: Checkpoint, model: ModelConfig, weight_type: str | None, post_weight_type: str | None
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    weight_type: str | None,
+    post_weight_type: str | None,
+    calibrated: Collection[str] = (),
 ) -> tuple[tuple[str, str], dict[str, Kept], list[str]]:
     """Both weight types, the matrices that keep their quantised values, and notes for the user. Raises BadInput.
 
@@ -225,8 +230,8 @@ def stored_types(
     head = EMBEDDING if model.tie_word_embeddings else HEAD
     stored = {name: _stored(checkpoint, source) for name, source in weights(model).items() if len(source.shape) == 2}
     layers = {name: tensor for name, tensor in stored.items() if name not in (EMBEDDING, HEAD)}
-    one, kept, notes = decide("--weight_type", weight_type, layers)
-    other, kept_head, more = decide("--post_weight_type", post_weight_type, {head: stored[head]})
+    one, kept, notes = decide("--weight_type", weight_type, layers, calibrated)
+    other, kept_head, more = decide("--post_weight_type", post_weight_type, {head: stored[head]}, calibrated)
     return (one, other), {**kept, **kept_head}, [*notes, *more]
 
 

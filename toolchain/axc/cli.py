@@ -101,7 +101,7 @@ def _llm_build_flags(parser: argparse.ArgumentParser) -> None:
         "--quantizer",
         choices=("rtn", "gptq"),
         help="rtn: round to nearest; gptq: calibrate s4 or s8 on a text, which takes minutes "
-        "(default gptq for s4 of a float checkpoint, else rtn)",
+        "(default gptq for s4, unless the checkpoint has levels that s4 keeps, else rtn)",
     )
     add("--calibrated", type=Path, metavar="FILE", help="calibration file written by axc calibrate")
     add("--calibrated_sha256", metavar="HEX", help="expected SHA-256 of that file")
@@ -200,7 +200,7 @@ def _calibration(arguments: argparse.Namespace) -> Calibration:
 
 def _calibrate_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--input_path", type=Path, required=True, help="folder of the float checkpoint, or a GGUF file")
+    add("--input_path", type=Path, required=True, help="checkpoint folder or GGUF file")
     add("--output_path", type=Path, required=True, metavar="FILE", help="the .safetensors file to write")
     add("-w", "--weight_type", choices=("s4", "s8"), help="of the layers' matrices (default s4)")
     _calibration_flags(parser)

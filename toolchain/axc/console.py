@@ -17,7 +17,7 @@ from axc import synth as synthesis
 from axc.budget import megabytes
 from axc.calibration import cache as calibration_cache
 from axc.calibration import options as calibrations
-from axc.calibration.file import CalibrationFile
+from axc.calibration.file import CalibrationFile, entries
 from axc.rope import Rope
 from axrun.errors import BadInput, CheckFailed
 from axrun.format import bundle
@@ -75,7 +75,7 @@ def llm_build(
         print(f"{options.output_path} is already this bundle and complete: nothing to build")
     total = sum(entry["size"] for entry in manifest["files"].values())
     print(f"{options.output_path}: {len(manifest['files'])} files, {megabytes(total)}, sha256 of each in the manifest")
-    print(f"worst relative error of a quantised matrix: {manifest['accuracy']['worst_weight_error']:.2%}")
+    print(_worst(manifest))
     _done("build", started)
 
     started = time.monotonic()
@@ -104,18 +104,34 @@ def calibrate(options: calibrations.Options, output: Path) -> None:
             "Run `make setup`, or round to nearest: --quantizer rtn."
         ) from None
     started = time.monotonic()
-    with tqdm(file=sys.stderr, disable=None, bar_format="{desc:<22} {bar:40} {n_fmt}/{total_fmt} in {elapsed}") as bar:
+    with tqdm(file=sys.stderr, disable=None, bar_format="{desc:<34} {bar:40} {n_fmt}/{total_fmt} in {elapsed}") as bar:
 
         def progress(done: int, total: int, what: str) -> None:
+            if bar.disable:  # not a terminal
+                print(f"calibrate {what}", file=sys.stderr, flush=True)
             bar.total, bar.n = total, done
             bar.set_description_str(f"calibrate {what}")
 
-        run.calibrate(options, output, progress, tqdm.write)
+        try:
+            run.calibrate(options, output, progress, tqdm.write)
+        except KeyboardInterrupt:
+            if not run.has_finished_layers(output):
+                raise
+            raise KeyboardInterrupt("the same command continues behind the last finished layer") from None
     found = CalibrationFile.open(output)
     worst = max(found.weights.values(), key=lambda entry: entry.output_error)
     print(f"{output}: {len(found.weights)} matrices, {found.bits:g} bits per weight, sha256 {found.sha256}")
     print(f"worst relative error of a matrix's outputs: {worst.output_error:.2%}")
     _done("calibrate", started)
+
+
+def _worst(manifest: dict[str, Any]) -> str:
+    """The worst error of a bundle's matrices: of outputs where they were calibrated, which trades weights for them."""
+    if calibrated := entries(manifest):
+        worst = max(entry.output_error for entry in calibrated.values())
+        return f"worst relative error of a calibrated matrix's outputs, on the calibration text: {worst:.2%}"
+    rounded = manifest["accuracy"]["worst_weight_error"]
+    return f"worst relative error of the weights of a matrix, where they were rounded: {rounded:.2%}"
 
 
 def _calibrated(options: calibrations.Options) -> Path:

@@ -63,7 +63,7 @@ def effects(
     inputs: list[list[Tensor]] = []
     with torch.no_grad():
         for index in range(len(streamed.layers)):
-            progress(index, total, f"effect of layer {index + 1}")
+            progress(index, total, f"effect of layer {index + 1} of {len(streamed.layers)}")
             inputs.append(hidden)
             layer = streamed.load(index)
             hidden = [run(layer, calls[index], x) for x in hidden]
@@ -71,7 +71,7 @@ def effects(
     gradients = _of_output(streamed, hidden)
     costs: dict[str, float] = {}
     for index in reversed(range(len(streamed.layers))):
-        progress(total - index - 1, total, f"effect of layer {index + 1}")
+        progress(total - index - 1, total, f"effect of layer {index + 1} of {len(streamed.layers)}")
         own = [matrix for matrix in matrices if matrix.layer == index]
         layer = streamed.load(index)
         costs |= _of_layer(streamed, index, layer, own, inputs.pop(), gradients, calls[index])

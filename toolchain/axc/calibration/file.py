@@ -28,6 +28,7 @@ from axrun.format.quantised import pack4, unpack4
 VERSION = 2
 KEY = "calibration"
 SLACK = 1e-3
+OTHER = "Give the checkpoint that it was made from, or calibrate this one: axc calibrate."
 TYPES = {"s4": "INT4", "s8": "INT8"}
 
 
@@ -97,14 +98,13 @@ class CalibrationFile:
         for name, entry in self.weights.items():
             source = sources.get(name)
             if source is None or len(source.shape) != 2 or source.shape[1] % entry.block:
-                raise BadInput(f"{self.path} has a {name}, which is no matrix of {checkpoint.path}")
+                raise BadInput(f"{self.path} has a {name}, which is no matrix of {checkpoint.path}\n{OTHER}")
             with safetensors.safe_open(self.path, "np") as file:
                 if self._shape(file, name)[0] != source.shape:
-                    raise BadInput(f"{self.path} has {name} in another shape than {checkpoint.path}")
+                    raise BadInput(f"{self.path} has {name} in another shape than {checkpoint.path}\n{OTHER}")
         if checkpoint_digest(checkpoint, sources) != self.header.get("checkpoint"):
             raise BadInput(
-                f"{self.path} was made from another checkpoint than {checkpoint.path}: its weights differ\n"
-                "Calibrate this one: axc calibrate."
+                f"{self.path} was made from another checkpoint than {checkpoint.path}: its weights differ\n" + OTHER
             )
 
     def with_head_in(self, weight_type: str | None) -> CalibrationFile:

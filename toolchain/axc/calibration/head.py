@@ -12,9 +12,11 @@ import torch
 from axc.calibration.file import TYPES, Calibrated
 from axc.calibration.linears import SMALLEST_BLOCK, Matrix, energies, pieces
 from axc.calibration.streamed import Streamed
-from axc.checkpoints import EMBEDDING, HEAD
+from axc.checkpoints import EMBEDDING, HEAD, Checkpoint
 from axc.quantizer import gptq
+from axc.quantizer.kept import DTYPES, keep
 from axc.weights import Source, float32_blocks
+from axc.weights.sources import Stored
 from axrun.errors import BadInput
 
 WEIGHT_TYPE, BLOCK = "s8", 64
@@ -33,6 +35,12 @@ def find(sources: Mapping[str, Source], streamed: Streamed) -> Matrix | None:
         found = replace(found, block=found.block // 2)
     plain = made is not None and all(piece.columns is None for piece in made) and source.shape[1] == width
     return found if plain and found.block >= SMALLEST_BLOCK else None
+
+
+def is_kept(head: Matrix, checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint has quantised it already, and the compiler writes those levels."""
+    stored = [checkpoint.tensors[name] for name in head.source.reads]
+    return isinstance(head.source, Stored) and any(keep(weight_type, stored[0]) for weight_type in DTYPES)
 
 
 def quantise(streamed: Streamed, head: Matrix, given: list[Tensor]) -> dict[str, tuple[Any, Any, Calibrated]]:

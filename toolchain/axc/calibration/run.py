@@ -27,7 +27,7 @@ from axc import config, reference
 from axc.calibration import bits, cache, file, head, text
 from axc.calibration.file import Calibrated
 from axc.calibration.linears import SMALLEST_BLOCK, Matrix, energies, pieces
-from axc.calibration.options import Options
+from axc.calibration.options import Options, first_kept
 from axc.calibration.streamed import INSTEAD, Call, Streamed, run
 from axc.checkpoints import EMBEDDING, HEAD, Checkpoint
 from axc.compile import weights
@@ -62,8 +62,11 @@ def calibrate(
     checkpoint = Checkpoint.open(options.input_path, options.lora)
     model = config.load(checkpoint, options.model_config, options.model_type, say)
     checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
-    if any(tensor.packed for tensor in checkpoint.tensors.values()):
-        raise BadInput(f"{checkpoint.path} is quantised already\nCalibrate the float checkpoint that it was made from.")
+    if kept := first_kept(checkpoint, options.weight_type):
+        raise BadInput(
+            f"{checkpoint.path} is quantised already: {options.weight_type} keeps its levels ({kept.packed}) exactly\n"
+            "Build it without calibration, or calibrate the float checkpoint that it was made from."
+        )
     window = min(options.window, model.context)
     try:
         tokenizer = reference.tokenizer(options.input_path)
@@ -100,7 +103,9 @@ def on(
         streamed = Streamed(checkpoint, options.model_config)
         found, others = matrices(sources, streamed, options)
         last = head.find(sources, streamed)
-        if last is None:
+        if last is not None and head.is_kept(last, checkpoint):
+            last = None
+        elif last is None:
             others.append(HEAD)
         if others:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -160,7 +165,7 @@ def _all(streamed: Streamed, matrices: list[Matrix], ids: Tensor, parts: Path, p
     layers, total = len(streamed.layers), len(streamed.layers) + 1
     with torch.no_grad():
         for index in range(layers):
-            progress(index, total, f"layer {index + 1}")
+            progress(index, total, f"layer {index + 1} of {layers}")
             layer, path = streamed.load(index), parts / f"{index}.safetensors"
             own, prefix = of_layer[index], f"{streamed.prefix}.{index}."
             if (finished := _finished(path)) is not None:
@@ -312,6 +317,11 @@ def _finished(path: Path) -> Mapping[str, Any] | None:
     return arrays if listed and all({name, f"{name}_scale"} <= set(arrays) for name in listed) else None
 
 
+def has_finished_layers(output: Path) -> bool:
+    """Whether an interrupted calibration left layers that the next one continues with."""
+    return any(output.with_name(output.name + PARTS).glob("*.json"))
+
+
 def _put_all(arrays: Mapping[str, Any], matrices: list[Matrix], layer: Any, prefix: str) -> None:
     for matrix in matrices:
         levels, scales = arrays[matrix.name], arrays[f"{matrix.name}_scale"]
@@ -363,8 +373,10 @@ def _estimate(model: ModelConfig, found: list[Matrix], tokens: int) -> str:
     memory = 450e6 + 4 * (3 * layer + 8 * widest**2 + 3 * tokens * model.hidden_size)
     work = sum(6 * rows * columns * tokens for _, rows, columns in shapes)
     work += sum(4 * tokens * columns**2 + 2 * columns**3 for _, columns in inputs)
-    minutes = f"{work / 60 / FAST + 1:.0f} to {work / 60 / SLOW + 2:.0f} minutes on 2 cores"
-    return f"calibration on {tokens} tokens: about {minutes}, {memory / 1e9:.1f} GB of memory"
+    fast, slow = work / FAST, work / SLOW
+    minutes = slow > 30
+    spent = f"{fast / 60 + 1:.0f} to {slow / 60 + 2:.0f} minutes" if minutes else f"{fast + 1:.0f} to {slow + 10:.0f} s"
+    return f"calibration on {tokens} tokens: about {spent} on 2 cores, {memory / 1e9:.1f} GB of memory"
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -123,11 +123,13 @@ def _block4(block: int) -> int:
     return next((size for size in (BLOCK4, BLOCK4 // 2, BLOCK4 // 4) if block > size and block % size == 0), block)
 
 
-def decide(flag: str, asked: str | None, tensors: Mapping[str, StoredTensor]) -> tuple[str, dict[str, Kept], list[str]]:
+def decide(
+    flag: str, asked: str | None, tensors: Mapping[str, StoredTensor], calibrated: Collection[str] = ()
+) -> tuple[str, dict[str, Kept], list[str]]:
     """The type of these matrices, those that keep their levels, and what is to be said of the others.
 
-    Without `asked`: the smallest type that holds all that is quantised already; s8 for floats. Raises BadInput where no
-    type does.
+    Without `asked`: the smallest type that holds all that is quantised already; s8 for floats. `calibrated` are the
+    matrices that a calibration has levels for. Raises BadInput where no type does.
     """
     packed = {name: stored for name, stored in tensors.items() if stored.packed}
     choices = [asked] if asked else ["s4", "s8"] if len(packed) == len(tensors) else ["s8"]
@@ -137,14 +139,17 @@ def decide(flag: str, asked: str | None, tensors: Mapping[str, StoredTensor]) ->
             break
     else:
         _refuse(flag, next(stored for name, stored in packed.items() if name not in kept))
-    lost = [stored for name, stored in packed.items() if name not in kept]
+    lost = {name: stored for name, stored in packed.items() if name not in kept}
     notes = []
     if kept:
         kinds = ", ".join(sorted({found.packed for found in kept.values()}))
         notes.append(f"{_count(kept)} stored as {kinds} kept as {weight_type}: the same levels and scales")
     if lost and weight_type != "fp32":
-        kinds = ", ".join(sorted({stored.packed for stored in lost}))
-        notes.append(f"{_count(lost)} stored as {kinds} dequantised, and stored again as {weight_type}: not exact")
+        kinds = ", ".join(sorted({stored.packed for stored in lost.values()}))
+        how = ", calibrated" if lost.keys() <= set(calibrated) else ""
+        if weight_type == "s4" and not how:
+            how = ", rounded to nearest and not calibrated"
+        notes.append(f"{_count(lost)} stored as {kinds} dequantised, and stored again as {weight_type}{how}: not exact")
     return weight_type, kept, notes
 
 

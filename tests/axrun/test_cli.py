@@ -132,7 +132,7 @@ def _lengthen(bundle: Path) -> None:
         file.write(b"\0\0")
 
 
-def _signed(damage: Callable[[Path], None], name: str) -> Callable[[Path], None]:
+def _signed(damage: Callable[[Path], object], name: str) -> Callable[[Path], None]:
     """The same damage to one file, with its entry in the manifest updated."""
 
     def damaged(bundle: Path) -> None:

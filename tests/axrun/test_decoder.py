@@ -17,6 +17,7 @@ from axrun.format.axmodel import TensorInfo
 from axrun.format.bundle import Bundle
 from axrun.model import Model, Post
 from axrun.session import Array, Binding, Session, SessionGroup, open_session
+from tests.doctor.axmodels import sign
 
 FOUR_GROUPS = [SessionGroup(i, *shape, (), ()) for i, shape in enumerate([(1, 255), (32, 0), (32, 32), (32, 128)])]
 
@@ -202,6 +203,7 @@ def test_files_that_do_not_fit_the_manifest_are_refused(bundle_s8: Path, tmp_pat
     if wrong == "embedding":
         with (folder / "model.embed_tokens.weight.bfloat16.bin").open("ab") as file:
             file.write(b"\0")
+        sign(folder, "model.embed_tokens.weight.bfloat16.bin")
         words = r"has 163841 bytes, expected 163840 \(640 x 128 bfloat16\)"
     else:
         manifest = json.loads((folder / "manifest.json").read_text())

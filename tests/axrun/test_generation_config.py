@@ -18,6 +18,7 @@ from axrun.sampling import Sampling
 from axrun.sampling.checkpoint import sampling_of
 from axrun.sequence import Sequence
 from tests.axrun.test_sampling import probabilities
+from tests.doctor.axmodels import sign
 
 QWEN2 = {"do_sample": True, "repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20}
 
@@ -32,6 +33,7 @@ def bundle(bundle_fp32: Path, tmp_path: Path) -> Any:
         file = folder / "hf" / "generation_config.json"
         file.unlink()
         file.write_text(json.dumps(config))
+        sign(folder, "hf/generation_config.json")
         return Bundle.open(folder)
 
     return make

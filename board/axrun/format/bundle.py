@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from typing_extensions import TypeGuard  # in typing from Python 3.10 on
 
 MANIFEST = "manifest.json"
-POST_CONFIG = "post_config.json"
 SCHEMA = 1
 HASH_BLOCK = 1 << 18
 
@@ -65,10 +64,7 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Reads the manifest and compares the sizes of the files with it, without hashing.
-
-        Raises BadInput if the folder is not a complete bundle, CheckFailed if a file has another size.
-        """
+        """Reads the manifest, without hashing files. Raises BadInput if the folder is not a complete bundle."""
         folder = Path(path)
         manifest = read_manifest(folder)
         model = manifest.get("model")
@@ -85,13 +81,13 @@ class Bundle:
         for name in names:
             if name not in manifest["files"]:
                 raise _damaged(folder, f"it lists no file {name!r}")
-        groups = _groups(folder, model.get("groups"))
-        _require_sizes(folder, manifest["files"])
+            if not (folder / name).is_file():
+                raise BadInput(f"{folder} is incomplete: {name} is missing\nBuild or copy the bundle again.")
         return cls(
             path=folder,
             manifest=manifest,
-            groups=groups,
-            post_config=_read_object(folder / POST_CONFIG),
+            groups=_groups(folder, model.get("groups")),
+            post_config=_read_object(folder / "post_config.json"),
             **{key: model[key] for key in MODEL_FIELDS},
         )
 
@@ -156,22 +152,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ):
             raise _damaged(folder, f"its entry for {name} is {entry!r:.60}")
     return manifest
-
-
-def _require_sizes(folder: Path, files: Mapping[str, Any]) -> None:
-    """Raises BadInput if a file is missing, CheckFailed if it has another size than the manifest says.
-
-    The size of post_config.json may differ: users set their sampling defaults there.
-    """
-    for name, entry in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise BadInput(f"{folder} is incomplete: {name} is missing\nBuild or copy the bundle again.")
-        if (size := path.stat().st_size) != entry["size"] and name != POST_CONFIG:
-            raise CheckFailed(
-                f"{folder} is not what was built: {name} has {size} bytes, expected {entry['size']}\n"
-                "Build or copy the bundle again."
-            )
 
 
 def compiler(manifest: Mapping[str, Any]) -> str:

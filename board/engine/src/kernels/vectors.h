@@ -242,7 +242,7 @@ inline void widen(Type type, const void* x, size_t count, float* y) {
     case Type::Float8E4M3: convert<Vb>(static_cast<const uint8_t*>(x), y, count, float8_e4m3_to_float); break;
     case Type::Float8E5M2: convert<Vb>(static_cast<const uint8_t*>(x), y, count, float8_e5m2_to_float); break;
     default:
-      if (x != y) std::memcpy(y, x, count * sizeof(float));
+      if (x != y && count) std::memcpy(y, x, count * sizeof(float));
   }
 }
 
@@ -251,7 +251,7 @@ inline void narrow(Type type, const float* x, size_t count, void* y) {
     case Type::BFloat16: convert<Vf>(x, static_cast<uint16_t*>(y), count, float_to_bf16); break;
     case Type::Float16: convert<Vf>(x, static_cast<uint16_t*>(y), count, float_to_half); break;
     default:
-      if (x != y) std::memcpy(y, x, count * sizeof(float));
+      if (x != y && count) std::memcpy(y, x, count * sizeof(float));
   }
 }
 

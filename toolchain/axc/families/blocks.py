@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,6 +192,9 @@ def plain_mlp_weights(layer: str, hidden: int, inner: int, bias: bool = False) -
     }
 
 
+MlpWeights = Callable[[str, int, int, bool], Sources]
+
+
 def norm_weights(layer: str, size: int, *names: str, bias: bool = False) -> Sources:
     """The weights of several norms of a layer."""
     found: Sources = {}
@@ -218,6 +221,29 @@ def decoder_weights(
     if head_bias:
         found["lm_head.bias"] = Stored("lm_head.bias", (config.vocab_size,))
     return found
+
+
+def pre_norm_weights(
+    config: DecoderConfig,
+    *,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    mlp: MlpWeights = gated_mlp_weights,
+    head_norms: Sequence[str] = (),
+) -> Sources:
+    """The weights of a decoder whose layers are `pre_norm_layer`; `head_norms`: names of norms of each head."""
+    hidden = config.hidden_size
+
+    def layer(prefix: str, index: int) -> Sources:
+        return {
+            **norm_weights(prefix, hidden, "input_layernorm", "post_attention_layernorm"),
+            **attention_weights(prefix, config, qkv_bias, o_bias),
+            **mlp(prefix, hidden, config.intermediate_size, mlp_bias),
+            **norm_weights(prefix, config.head_dim, *head_norms),
+        }
+
+    return decoder_weights(config, layer)
 
 
 # Layers

@@ -60,17 +60,9 @@ def _stretched(reader: Reader, rope: Rope, head_dim: int) -> Rope:
 
 
 def weights(config: Config) -> Sources:
-    hidden = config.hidden_size
-
-    def layer(prefix: str, index: int) -> Sources:
-        return {
-            **blocks.norm_weights(prefix, hidden, "input_layernorm", "post_attention_layernorm"),
-            **blocks.attention_weights(prefix, config, config.attention_bias, config.attention_bias),
-            **blocks.gated_mlp_weights(prefix, hidden, config.intermediate_size),
-            **blocks.norm_weights(prefix, config.head_dim, *NORMS),
-        }
-
-    return blocks.decoder_weights(config, layer)
+    return blocks.pre_norm_weights(
+        config, qkv_bias=config.attention_bias, o_bias=config.attention_bias, head_norms=NORMS
+    )
 
 
 NORMS = ("self_attn.query_layernorm", "self_attn.key_layernorm")

@@ -77,16 +77,9 @@ def _window(reader: Reader) -> int | None:
 
 
 def weights(config: Config) -> Sources:
-    hidden = config.hidden_size
-
-    def layer(prefix: str, index: int) -> Sources:
-        return {
-            **blocks.norm_weights(prefix, hidden, "input_layernorm", "post_attention_layernorm"),
-            **blocks.attention_weights(prefix, config, config.attention_bias, config.attention_bias),
-            **blocks.gated_mlp_weights(prefix, hidden, config.intermediate_size, config.mlp_bias),
-        }
-
-    return blocks.decoder_weights(config, layer)
+    return blocks.pre_norm_weights(
+        config, qkv_bias=config.attention_bias, o_bias=config.attention_bias, mlp_bias=config.mlp_bias
+    )
 
 
 def layer(config: Config, index: int, positions: int, graph: Graph) -> None:

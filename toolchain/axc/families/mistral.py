@@ -47,16 +47,7 @@ def read(reader: Reader, model_type: str) -> Config:
 
 
 def weights(config: Config) -> Sources:
-    hidden = config.hidden_size
-
-    def layer(prefix: str, index: int) -> Sources:
-        return {
-            **blocks.norm_weights(prefix, hidden, "input_layernorm", "post_attention_layernorm"),
-            **blocks.attention_weights(prefix, config),
-            **blocks.gated_mlp_weights(prefix, hidden, config.intermediate_size),
-        }
-
-    return blocks.decoder_weights(config, layer)
+    return blocks.pre_norm_weights(config)
 
 
 def layer(config: Config, index: int, positions: int, graph: Graph) -> None:

@@ -58,17 +58,12 @@ def read(reader: Reader, model_type: str) -> Config:
 
 
 def weights(config: Config) -> Sources:
-    hidden = config.hidden_size
-
-    def layer(prefix: str, index: int) -> Sources:
-        return {
-            **blocks.norm_weights(prefix, hidden, "input_layernorm", "post_attention_layernorm"),
-            **blocks.attention_weights(prefix, config, config.attention_bias, config.attention_bias),
-            **blocks.gated_mlp_weights(prefix, hidden, config.intermediate_size),
-            **blocks.norm_weights(prefix, config.head_dim, "self_attn.q_norm", "self_attn.k_norm"),
-        }
-
-    return blocks.decoder_weights(config, layer)
+    return blocks.pre_norm_weights(
+        config,
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+    )
 
 
 def layer(config: Config, index: int, positions: int, graph: Graph) -> None:

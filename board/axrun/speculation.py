@@ -1,10 +1,10 @@
-"""Guesses of the next tokens. One run of the engine checks several of them, in little more time than one token takes.
+"""Speculative decoding: one engine run verifies several guessed tokens, in little more time than one token takes.
 
-A guess changes the time of an answer, never the answer: every token is chosen from the logits behind the tokens before
-it, and a guess only says whose logits to compute in the same run. That needs an engine whose results do not depend on
-how tokens are cut into runs (`Session.exact`).
+A guess changes the time of an answer, never the answer: every token is chosen from the logits that the tokens before it
+give, and a guess only decides which logits the same run computes. That needs an engine whose results do not depend on
+how tokens are split into runs (`Session.exact`).
 
-Prompt lookup: what followed the last tokens where they stood before, in the prompt or in the answer, may follow again.
+Prompt lookup: the guess is what followed the last tokens at their previous occurrence, in the prompt or the answer.
 Saxena, https://github.com/apoorvumang/prompt-lookup-decoding
 """
 
@@ -53,16 +53,16 @@ class Costs:
 
 
 class PromptLookup:
-    """Guesses what followed the last `GRAM` tokens where they stood before, most recently.
+    """Guesses what followed the latest previous occurrence of the last `GRAM` tokens.
 
-    How much it guesses follows what was right lately: guesses that cost more than they gave make it skip 1, 2, 4 ...
-    chances, and wholly right ones are followed by longer ones.
+    After a guess that cost more time than it saved, it skips 1, 2, 4 ... occurrences. After one that was right in
+    every token, it guesses more.
     """
 
     def __init__(self, costs: Costs) -> None:
         self._costs = costs
         self._ids: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # tokens -> where they were followed
+        self._after: dict[tuple[int, ...], int] = {}  # GRAM tokens -> position behind their latest occurrence
         self._length = ROW_STEP - 1
         self._pause, self._skipped = 0, 0
 
@@ -89,7 +89,7 @@ class PromptLookup:
         self._length = min(self._length + ROW_STEP if longer else _rows(accepted) + ROW_STEP - 1, MOST)
 
     def _read(self, new: Sequence[int]) -> None:
-        """Appends tokens, and notes what the tokens before each were; not yet what the last ones are."""
+        """Appends tokens, and indexes every position but the end."""
         begun = len(self._ids)
         self._ids += new
         for end in range(max(begun, GRAM), len(self._ids)):

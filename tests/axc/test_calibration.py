@@ -491,7 +491,7 @@ def test_progress_is_printed_where_there_is_no_terminal(
     monkeypatch.setattr(run, "_save", interrupted)
     for last, said in (  # noqa: B007  (read by `interrupted`)
         ("0.safetensors", "^$"),
-        ("1.safetensors", "^the same command continues behind the last finished layer$"),
+        ("1.safetensors", "^finished layers are kept: run the same command again$"),
     ):
         with pytest.raises(KeyboardInterrupt, match=said):
             console.calibrate(options(tiny_qwen2, words, tokens=64), output)

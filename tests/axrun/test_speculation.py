@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from axrun.errors import CheckFailed
+from axrun.format.bundle import Bundle
 from axrun.generate import Stats, Token, steps
 from axrun.model import Model
 from axrun.sampling import Sampling
+from axrun.sampling.grammar import Compiler
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence as TokenSequence
 from axrun.speculation import LONGEST_PAUSE, MOST, ROW_STEP, Costs, PromptLookup, prompt_lookup
+from axrun.text.tokenizer import Tokenizer
 
 LENGTH = 40
 
@@ -169,6 +174,22 @@ def test_wrong_guesses_become_rare_and_right_ones_long() -> None:
         if guess:
             lengths.append(len(guess))
     assert lengths == [7, 15, 23, 31, 31]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_grammar_follows_the_chosen_tokens_only(
+    model_fp32: Model, bundle_fp32: Path, heldout: list[int], temperature: float
+) -> None:
+    """Its processor has a state, which guesses that are wrong must not reach."""
+    bundle = Bundle.open(bundle_fp32)
+    tokenizer = Tokenizer.open(bundle.hf)
+    grammar = Compiler(tokenizer, bundle.vocab_size).lark('start: ("yes" | "no" | /[0-9]{2}/ | " "){40}')
+    sampling, prompt = Sampling(temperature, grammar=grammar, xtc_probability=0.5), heldout[:30]
+    plain = [token.id for token in answer(model_fp32, prompt, sampling)]
+    guesser = Planned(plain, len(prompt), range(1, LENGTH, 4), [7, 3])
+    assert [token.id for token in answer(model_fp32, prompt, sampling, guesser)] == plain
+    assert 0 < sum(right for _, right in guesser.learnt) < sum(count for count, _ in guesser.learnt)
+    assert re.fullmatch(r"(yes|no|[0-9]{2}|y(es?)?|n|[0-9]| )*", tokenizer.decode(plain))
 
 
 def test_only_an_exact_engine_guesses(model_fp32: Model) -> None:

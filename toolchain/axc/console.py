@@ -117,7 +117,7 @@ def calibrate(options: calibrations.Options, output: Path) -> None:
         except KeyboardInterrupt:
             if not run.has_finished_layers(output):
                 raise
-            raise KeyboardInterrupt("the same command continues behind the last finished layer") from None
+            raise KeyboardInterrupt("finished layers are kept: run the same command again") from None
     found = CalibrationFile.open(output)
     worst = max(found.weights.values(), key=lambda entry: entry.output_error)
     print(f"{output}: {len(found.weights)} matrices, {found.bits:g} bits per weight, sha256 {found.sha256}")
@@ -129,9 +129,8 @@ def _worst(manifest: dict[str, Any]) -> str:
     """The worst error of a bundle's matrices: of outputs where they were calibrated, which trades weights for them."""
     if calibrated := entries(manifest):
         worst = max(entry.output_error for entry in calibrated.values())
-        return f"worst relative error of a calibrated matrix's outputs, on the calibration text: {worst:.2%}"
-    rounded = manifest["accuracy"]["worst_weight_error"]
-    return f"worst relative error of the weights of a matrix, where they were rounded: {rounded:.2%}"
+        return f"calibrated matrices: relative error of their outputs at most {worst:.2%} (calibration text)"
+    return f"rounded matrices: relative error of their weights at most {manifest['accuracy']['worst_weight_error']:.2%}"
 
 
 def _calibrated(options: calibrations.Options) -> Path:

@@ -114,7 +114,8 @@ def steps(
             token = choose(logits, sequence.ids, start)
             stop = EOS if token in stop_ids else _full(sequence, stats.tokens + place + 1, max_tokens)
             right = not stop and place < len(guess) and token == guess[place]
-            found.append((token, logits.copy() if right else logits, stop))
+            # Other sequences run between the yields of several tokens, and overwrite the logits of the model.
+            found.append((token, logits.copy() if guess else logits, stop))
             if not right:
                 break
             sequence.accept(token)

@@ -72,6 +72,20 @@ def test_tokens_and_logits_do_not_depend_on_guesses(
     assert stats.accepted == sum(right for _, right in guesser.learnt) == LENGTH - 1 - len(guesser.learnt)
 
 
+def test_logits_survive_the_steps_of_other_sequences(model_fp32: Model, heldout: list[int]) -> None:
+    plain = answer(model_fp32, heldout[:50], Sampling())
+    guesser = Planned([token.id for token in plain], 50, [12, 20], [7])
+    going = steps(TokenSequence(model_fp32), heldout[:50], Sampler(Sampling()), LENGTH, guesser=guesser)
+    other = TokenSequence(model_fp32.another())
+    for _ in other.extend(heldout[:3]):
+        pass
+    tokens = iter(plain)
+    for step in going:
+        if isinstance(step, Token):
+            np.testing.assert_allclose(step.logits, next(tokens).logits, rtol=0, atol=1e-4)
+            model_fp32.post(other.step(heldout[other.length], heldout[:7]))  # between the tokens of a run, as a server
+
+
 def test_right_guesses_need_few_runs(model_fp32: Model, heldout: list[int]) -> None:
     plain = answer(model_fp32, heldout[:50], Sampling())
     guesser = Planned([token.id for token in plain], 50, [], [7])

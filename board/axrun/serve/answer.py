@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from axrun.serve.endpoint import EVENT_STREAM, Respond
+from axrun.serve.errors import ApiError
 from axrun.serve.logprobs import Scored, chat_logprobs, completion_logprobs
-from axrun.serve.tools import Tools
+from axrun.serve.order import Order
+from axrun.serve.split import Splitter, calls_of, text_of, thoughts_of
 from axrun.serve.writer import Piece
-from axrun.text.thinking import Thinking, ThinkStream
 from axrun.text.tool_formats import Call
-from axrun.text.tool_stream import ToolStream
 
 DONE = b"data: [DONE]\n\n"
-TOOL_CALLS = "tool_calls"  # finish reason
 ID_LENGTH = 9  # of a call: what Mistral's templates accept
 
 
@@ -59,21 +59,17 @@ COMPLETION = Style(
 
 @dataclass
 class Answer:
-    """A response under construction, with `n` choices per prompt. `scored`: log probabilities were requested."""
+    """A response under construction."""
 
     style: Style
     model: str
     fingerprint: str
-    scored: bool
-    n: int = 1
-    include_usage: bool = False
-    tools: Tools | None = None
-    thinking: Thinking | None = None
+    order: Order
+    media: str = EVENT_STREAM
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     _last: dict[int, Piece] = field(default_factory=dict)
-    _thoughts: dict[int, ThinkStream] = field(default_factory=dict)
-    _streams: dict[int, ToolStream] = field(default_factory=dict)
+    _splitters: dict[int, Splitter] = field(default_factory=dict)
     _calls: dict[int, int] = field(default_factory=dict)  # calls so far, by choice
 
     def whole(self, pieces: Sequence[Piece]) -> bytes:
@@ -82,47 +78,47 @@ class Answer:
         for index in sorted({piece.choice for piece in pieces}):
             mine = [piece for piece in pieces if piece.choice == index]
             self._last[index] = mine[-1]
-            body, finish = self.style.body("".join(piece.text for piece in mine)), mine[-1].finish
-            if self.thinking is not None:
-                body = {"message": _with_thoughts(body["message"], self.thinking)}
-            if self.tools is not None:
-                body, finish = self._with_calls(body["message"], finish)
+            parts = [part for piece in mine for part in self._splitter(index).push(piece)]
+            body, finish = self.style.body(text_of(parts)), self._splitter(index).finish(mine[-1])
+            if thoughts := thoughts_of(parts):
+                body["message"]["reasoning_content"] = thoughts
+            if calls := calls_of(parts):
+                body["message"].update(content=text_of(parts) or None, tool_calls=[_call(call) for call in calls])
             scored = [score for piece in mine for score in piece.scored]
             choices.append(self._choice(index, body, scored, finish))
         return to_json({**self._head(self.style.whole), "choices": choices, "usage": self.usage()})
 
     def events(self, piece: Piece) -> Iterator[bytes]:
         """The server-sent events for a piece; may be none."""
-        if piece.choice not in self._last and self.style.opening:
-            yield self._event([self._choice(piece.choice, self.style.opening)])
-        self._last[piece.choice] = piece
-        text, finish = piece.text, piece.finish
-        if self.thinking is not None:
-            stream = self._thoughts.setdefault(piece.choice, self.thinking.stream())
-            parts = [stream.push(text), *([stream.finish()] if finish else [])]
-            thoughts, text = ("".join(each) for each in zip(*parts))
-            if thoughts:
-                yield self._event([self._choice(piece.choice, {"delta": {"reasoning_content": thoughts}})])
-            piece = piece._replace(text=text)
-        calls: list[dict[str, Any]] = []
-        if self.tools is not None:
-            text, calls, finish = self._separate(piece)
+        index = piece.choice
+        if index not in self._last and self.style.opening:
+            yield self._event([self._choice(index, self.style.opening)])
+        self._last[index] = piece
+        parts = self._splitter(index).push(piece)
+        text, thoughts = text_of(parts), thoughts_of(parts)
+        if thoughts:
+            yield self._event([self._choice(index, {"delta": {"reasoning_content": thoughts}})])
         if text or piece.scored:
-            yield self._event([self._choice(piece.choice, self.style.chunk(text), piece.scored)])
-        for call in calls:
-            yield self._event([self._choice(piece.choice, {"delta": {"tool_calls": [call]}})])
-        if finish:
-            yield self._event([self._choice(piece.choice, self.style.closing, None, finish)])
+            yield self._event([self._choice(index, self.style.chunk(text), piece.scored)])
+        for call in calls_of(parts):
+            at = self._calls[index] = self._calls.get(index, -1) + 1
+            yield self._event([self._choice(index, {"delta": {"tool_calls": [{"index": at, **_call(call)}]}})])
+        if piece.finish:
+            yield self._event([self._choice(index, self.style.closing, None, self._splitter(index).finish(piece))])
 
     def end(self) -> bytes:
         """The events after the last piece."""
-        if not self.include_usage:
+        if not self.order.include_usage:
             return DONE
         return event({**self._head(self.style.part), "choices": [], "usage": self.usage()}) + DONE
 
+    def failed(self, error: ApiError) -> bytes:
+        """The event of an error."""
+        return event(error.json())
+
     def usage(self) -> dict[str, Any]:
         """Token counts so far; a prompt counts once, however many choices share it."""
-        prompts = [piece for piece in self._last.values() if piece.choice % self.n == 0]
+        prompts = [piece for piece in self._last.values() if piece.choice % self.order.n == 0]
         prompt, written = sum(piece.prompt for piece in prompts), sum(piece.written for piece in self._last.values())
         return {
             "prompt_tokens": prompt,
@@ -131,39 +127,17 @@ class Answer:
             "prompt_tokens_details": {"cached_tokens": sum(piece.reused for piece in prompts)},
         }
 
-    def _with_calls(self, message: dict[str, Any], finish: str) -> tuple[dict[str, Any], str]:
-        """A complete message with its calls apart from the text, and the finish reason."""
-        assert self.tools is not None
-        stream = self.tools.stream()
-        parts = [*stream.push(message["content"]), *stream.finish()]
-        calls = [_call(part) for part in parts if isinstance(part, Call)]
-        if not calls:
-            return {"message": message}, finish
-        text = "".join(part for part in parts if isinstance(part, str))
-        message = {**message, "content": text or None, "tool_calls": calls}
-        return {"message": message}, TOOL_CALLS if finish == "stop" else finish
-
-    def _separate(self, piece: Piece) -> tuple[str, list[dict[str, Any]], str]:
-        """The text and calls that a piece completes, and the finish reason."""
-        assert self.tools is not None
-        stream = self._streams.setdefault(piece.choice, self.tools.stream())
-        parts = [*stream.push(piece.text), *(stream.finish() if piece.finish else ())]
-        calls = []
-        for part in parts:
-            if isinstance(part, Call):
-                at = self._calls[piece.choice] = self._calls.get(piece.choice, -1) + 1
-                calls.append({"index": at, **_call(part)})
-        finish = TOOL_CALLS if piece.finish == "stop" and piece.choice in self._calls else piece.finish
-        return "".join(part for part in parts if isinstance(part, str)), calls, finish
+    def _splitter(self, index: int) -> Splitter:
+        return self._splitters.setdefault(index, Splitter(self.order.thinking, self.order.tools))
 
     def _choice(
         self, index: int, body: dict[str, Any], scored: Sequence[Scored] | None = None, finish: str = ""
     ) -> dict[str, Any]:
-        logprobs = self.style.logprobs(scored) if self.scored and scored is not None else None
+        logprobs = self.style.logprobs(scored) if self.order.scored and scored is not None else None
         return {"index": index, **body, "logprobs": logprobs, "finish_reason": finish or None}
 
     def _event(self, choices: list[dict[str, Any]]) -> bytes:
-        usage = {"usage": None} if self.include_usage else {}
+        usage = {"usage": None} if self.order.include_usage else {}
         return event({**self._head(self.style.part), "choices": choices, **usage})
 
     def _head(self, kind: str) -> dict[str, Any]:
@@ -176,11 +150,9 @@ class Answer:
         }
 
 
-def _with_thoughts(message: dict[str, Any], thinking: Thinking) -> dict[str, Any]:
-    stream = thinking.stream()
-    parts = [stream.push(message["content"]), stream.finish()]
-    thoughts, text = ("".join(each) for each in zip(*parts))
-    return {**message, "content": text, **({"reasoning_content": thoughts} if thoughts else {})}
+def in_style(style: Style) -> Respond:
+    """Makes the responses of an endpoint."""
+    return lambda model, fingerprint, body, order: Answer(style, model, fingerprint, order)
 
 
 def _call(call: Call) -> dict[str, Any]:

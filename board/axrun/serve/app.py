@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from axrun.serve import schema, tokens
-from axrun.serve.answer import CHAT, COMPLETION, Answer, Style, event, to_json
+from axrun.serve.answer import to_json
+from axrun.serve.endpoint import Reply
 from axrun.serve.errors import ApiError
 from axrun.serve.exchange import JSON, Exchange, Gone, Receive, Send
 from axrun.serve.hosts import Hosts
@@ -23,6 +24,7 @@ from axrun.serve.metrics import Metrics
 from axrun.serve.openapi import document
 from axrun.serve.order import Order, Reader
 from axrun.serve.origins import Origins
+from axrun.serve.routes import WRITING
 from axrun.serve.scheduler import READY, Event, Scheduler, Ticket
 from axrun.serve.validate import Schema, parse, validate
 from axrun.serve.writer import Piece
@@ -65,15 +67,6 @@ class Limits:
     max_body: int = 1 << 20
 
 
-@dataclass(frozen=True)
-class Endpoint:
-    """A generating endpoint: schema of the request, function that reads it, format of the response."""
-
-    schema: Schema
-    read: Callable[[Reader, Mapping[str, Any]], Order]
-    style: Style
-
-
 class App:
     """An ASGI application. `api_key` protects all routes except the page, /health and /openapi.json."""
 
@@ -101,10 +94,7 @@ class App:
             "context_length": reader.context,
         }
         self._document = to_json(document(model))
-        self._endpoints = {
-            "/v1/chat/completions": Endpoint(schema.request(schema.CHAT, model), Reader.chat, CHAT),
-            "/v1/completions": Endpoint(schema.request(schema.COMPLETION, model), Reader.completion, COMPLETION),
-        }
+        self._requests = {path: schema.request(endpoint.fields, model) for path, endpoint in WRITING.items()}
         self._converters: dict[str, tuple[Schema, Convert]] = {
             "/tokenize": (schema.request(tokens.TOKENIZE, model), tokens.tokenize),
             "/detokenize": (schema.request(tokens.DETOKENIZE, model), tokens.detokenize),
@@ -112,7 +102,7 @@ class App:
         self._assets = {path: ((PAGE / name).read_bytes(), kind) for path, (name, kind) in ASSETS.items()}
         # path: (method, handler, needs the API key)
         self._routes: dict[str, tuple[str, Callable[[Exchange], Awaitable[None]], bool]] = {
-            **dict.fromkeys(self._endpoints, ("POST", self._write, True)),
+            **dict.fromkeys(WRITING, ("POST", self._write, True)),
             **dict.fromkeys(self._converters, ("POST", self._tokens, True)),
             "/v1/models": ("GET", self._models, True),
             f"/v1/models/{model}": ("GET", self._one_model, True),
@@ -176,11 +166,11 @@ class App:
         return await exchange.body(self._limits.max_body, self._limits.read_timeout)
 
     async def _write(self, exchange: Exchange) -> None:
-        endpoint, limits = self._endpoints[exchange.path], self._limits
+        limits = self._limits
         body = await self._body(exchange)
         exchange.patience(limits.timeout + limits.read_timeout)
         loop = asyncio.get_running_loop()
-        order = await loop.run_in_executor(None, self._read, endpoint, body)
+        order, reply = await loop.run_in_executor(None, self._read, exchange.path, body)
         events: asyncio.Queue[Any] = asyncio.Queue()
 
         def arrived(event: Event) -> None:
@@ -197,18 +187,19 @@ class App:
         exchange.patience(limits.timeout + limits.read_timeout, keep=True)
         watcher = asyncio.ensure_future(exchange.gone())
         watcher.add_done_callback(lambda _: events.put_nowait(GONE))
-        form = endpoint.style, self._model, self._fingerprint
-        answer = Answer(*form, order.scored, order.n, order.include_usage, order.tools, order.thinking)
         send = self._stream if order.stream else self._whole
         try:
-            await send(exchange, answer, _pieces(events))
+            await send(exchange, reply, _pieces(events))
             self._metrics.answered(time.monotonic() - ticket.came)
         finally:
             watcher.cancel()
             self._scheduler.cancel(ticket)
 
-    def _read(self, endpoint: Endpoint, body: bytes) -> Order:
-        return endpoint.read(self._reader, self._valid(endpoint.schema, body))
+    def _read(self, path: str, body: bytes) -> tuple[Order, Reply]:
+        """What a request asks for, and the response to fill in. Raises ApiError."""
+        endpoint, given = WRITING[path], self._valid(self._requests[path], body)
+        order = endpoint.read(self._reader, given)
+        return order, endpoint.reply(self._model, self._fingerprint, given, order)
 
     def _valid(self, schema: Schema, body: bytes) -> Any:
         """The validated body. Raises ApiError."""
@@ -229,22 +220,22 @@ class App:
         answer = await asyncio.get_running_loop().run_in_executor(None, converted)
         await exchange.reply(200, to_json(answer))
 
-    async def _whole(self, exchange: Exchange, answer: Answer, pieces: AsyncIterator[Piece]) -> None:
-        await exchange.reply(200, answer.whole([piece async for piece in pieces]))
+    async def _whole(self, exchange: Exchange, reply: Reply, pieces: AsyncIterator[Piece]) -> None:
+        await exchange.reply(200, reply.whole([piece async for piece in pieces]))
 
-    async def _stream(self, exchange: Exchange, answer: Answer, pieces: AsyncIterator[Piece]) -> None:
+    async def _stream(self, exchange: Exchange, reply: Reply, pieces: AsyncIterator[Piece]) -> None:
         try:
             async for piece in pieces:
                 if not exchange.status:  # until the first token, an error can still set the status
-                    await exchange.begin(200, "text/event-stream; charset=utf-8", STREAM_HEADERS)
-                for data in answer.events(piece):
+                    await exchange.begin(200, reply.media, STREAM_HEADERS)
+                for data in reply.events(piece):
                     await exchange.send(data)
         except ApiError as error:
             if not exchange.status:
                 raise
-            await exchange.send(event(error.json()), more=False)
+            await exchange.send(reply.failed(error), more=False)
         else:
-            await exchange.send(answer.end(), more=False)
+            await exchange.send(reply.end(), more=False)
 
     async def _models(self, exchange: Exchange) -> None:
         await exchange.reply(200, to_json({"object": "list", "data": [self._listing]}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from axrun.serve import schema, tokens
+from axrun.serve.routes import WRITING
 
 INTEGER = {"type": "integer"}
 STRING = {"type": "string"}
@@ -153,11 +154,9 @@ def document(model: str) -> dict[str, Any]:
             "not supported are refused unless their value turns them off; unknown fields are refused.",
         },
         "paths": {
-            "/v1/chat/completions": {
-                "post": _writing("Answer a conversation", "ChatCompletion", schema.request(schema.CHAT, model))
-            },
-            "/v1/completions": {
-                "post": _writing("Continue a text", "Completion", schema.request(schema.COMPLETION, model))
+            **{
+                path: {"post": _writing(each.summary, each.answer, schema.request(each.fields, model))}
+                for path, each in WRITING.items()
             },
             "/tokenize": {"post": _converting("Token ids of a text", "Tokens", schema.request(tokens.TOKENIZE, model))},
             "/detokenize": {"post": _converting("Text of token ids", "Text", schema.request(tokens.DETOKENIZE, model))},

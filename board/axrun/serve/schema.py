@@ -19,25 +19,25 @@ NO_LIMIT = -1  # value of a token limit
 IGNORED = "Accepted and ignored."
 
 
-def _optional(kind: str, text: str = "", **limits: Any) -> dict[str, Any]:
+def optional(kind: str, text: str = "", **limits: Any) -> dict[str, Any]:
     return {"type": [kind, "null"], "description": text, **limits}
 
 
-def _refused(kind: str, **off: Any) -> dict[str, Any]:
+def refused(kind: str, **off: Any) -> dict[str, Any]:
     return {"type": [kind, "null"], "description": "Not supported.", "x-refused": True, **off}
 
 
-def _ignored(*kinds: str) -> dict[str, Any]:
+def ignored(*kinds: str) -> dict[str, Any]:
     return {"type": [*kinds, "null"], "description": IGNORED}
 
 
-def _neutral(value: Any) -> dict[str, Any]:
+def neutral(value: Any) -> dict[str, Any]:
     """A field of other servers, with the only value accepted here: the one that has no effect."""
     kind = "boolean" if isinstance(value, bool) else "number"
-    return _refused(kind, enum=[value, None])
+    return refused(kind, enum=[value, None])
 
 
-def _limit(text: str, least: int) -> dict[str, Any]:
+def limit(text: str, least: int) -> dict[str, Any]:
     """A number of tokens, or -1 for no limit."""
     return {
         "anyOf": [
@@ -50,75 +50,73 @@ def _limit(text: str, least: int) -> dict[str, Any]:
     }
 
 
-RESPONSE_FORMAT = _optional(
+RESPONSE_FORMAT = optional(
     "object",
     'Form of the answer: {"type": "json_object"}, or {"type": "json_schema", "json_schema": {"schema": ...}}. '
     "Every token is chosen so that the answer is valid JSON. A schema that cannot be enforced is refused.",
     required=["type"],
     properties={
         "type": {"type": "string", "enum": ["text", "json_object", "json_schema"]},
-        "json_schema": _optional(
+        "json_schema": optional(
             "object",
             "The schema, always enforced.",
             required=["schema"],
             properties={
-                "name": _ignored("string"),
-                "description": _ignored("string"),
-                "strict": _ignored("boolean"),
+                "name": ignored("string"),
+                "description": ignored("string"),
+                "strict": ignored("boolean"),
                 "schema": {"type": "object", "description": "A JSON schema."},
             },
             additionalProperties=False,
         ),
-        "schema": _optional("object", "With json_object: a JSON schema, as in llama.cpp."),
+        "schema": optional("object", "With json_object: a JSON schema, as in llama.cpp."),
     },
     additionalProperties=False,
 )
 
 COMMON: Fields = {
-    "stream": _optional("boolean", "Stream the answer as server-sent events."),
-    "stream_options": _optional(
+    "stream": optional("boolean", "Stream the answer as server-sent events."),
+    "stream_options": optional(
         "object",
         "Options of a stream; include_usage adds a last event with the token counts.",
         properties={
-            "include_usage": _optional("boolean", "Send a last event with the token counts."),
-            "include_obfuscation": _ignored("boolean"),
+            "include_usage": optional("boolean", "Send a last event with the token counts."),
+            "include_obfuscation": ignored("boolean"),
         },
         additionalProperties=False,
     ),
-    "temperature": _optional(
+    "temperature": optional(
         "number", "Sampling temperature. 0: greedy; absent: as in the bundle's post_config.json.", minimum=0, maximum=2
     ),
-    "top_p": _optional(
+    "top_p": optional(
         "number",
         "Sample from the smallest set of most likely tokens with this total probability.",
         minimum=0,
         maximum=1,
     ),
-    "top_k": _optional("integer", "Sample from this many most likely tokens; 0: all.", minimum=0, maximum=MAX_LENGTH),
-    "min_p": _optional(
+    "top_k": optional("integer", "Sample from this many most likely tokens; 0: all.", minimum=0, maximum=MAX_LENGTH),
+    "min_p": optional(
         "number", "Sample from tokens with at least this share of the top token's probability.", minimum=0, maximum=1
     ),
-    "typical_p": _optional(
+    "typical_p": optional(
         "number", "Sample from the most typical tokens with this total probability; 1: off.", minimum=0.001, maximum=1
     ),
-    "top_n_sigma": _optional(
+    "top_n_sigma": optional(
         "number",
         "Sample from logits at most this many standard deviations below the largest; 0: off.",
         minimum=0,
         maximum=1000,
     ),
-    "xtc_probability": _optional(
-        "number", "Probability to exclude all top choices but the last.", minimum=0, maximum=1
-    ),
-    "xtc_threshold": _optional("number", "Least probability of a top choice; absent: 0.1.", minimum=0.001, maximum=1),
-    "dry_multiplier": _optional("number", "Penalty for continuing a repetition; 0: off.", minimum=0, maximum=100),
-    "dry_base": _optional(
+    "xtc_probability": optional("number", "Probability to exclude all top choices but the last.", minimum=0, maximum=1),
+    "xtc_threshold": optional("number", "Least probability of a top choice; absent: 0.1.", minimum=0.001, maximum=1),
+    "dry_multiplier": optional("number", "Penalty for continuing a repetition; 0: off.", minimum=0, maximum=100),
+    "dry_base": optional(
         "number", "Growth of the penalty with each token of the repetition; absent: 1.75.", minimum=1, maximum=4
     ),
-    "dry_allowed_length": _optional(
+    "dry_allowed_length": optional(
         "integer", "Repetitions shorter than this are free; absent: 2.", minimum=1, maximum=64
     ),
-    "dry_penalty_last_n": _optional(
+    "dry_penalty_last_n": optional(
         "integer", "Number of recent tokens to search for repetitions; -1: all.", minimum=-1, maximum=MAX_LENGTH
     ),
     "dry_sequence_breakers": {
@@ -127,31 +125,31 @@ COMMON: Fields = {
         "maxItems": MAX_STOPS,
         "items": {"type": "string", "minLength": 1, "maxLength": 64},
     },
-    "repetition_penalty": _optional("number", "Above 1: makes recent tokens less likely.", minimum=0.01, maximum=100),
-    "repeat_penalty": _optional("number", "llama.cpp's name of repetition_penalty.", minimum=0.01, maximum=100),
-    "repeat_last_n": _optional(
+    "repetition_penalty": optional("number", "Above 1: makes recent tokens less likely.", minimum=0.01, maximum=100),
+    "repeat_penalty": optional("number", "llama.cpp's name of repetition_penalty.", minimum=0.01, maximum=100),
+    "repeat_last_n": optional(
         "integer",
         "Number of recent tokens that the repetition penalty applies to; -1: all.",
         minimum=-1,
         maximum=MAX_LENGTH,
     ),
-    "presence_penalty": _optional(
+    "presence_penalty": optional(
         "number", "Subtracted from the logits of tokens that are in the answer.", minimum=-2, maximum=2
     ),
-    "frequency_penalty": _optional(
+    "frequency_penalty": optional(
         "number", "Subtracted once for each occurrence of the token in the answer.", minimum=-2, maximum=2
     ),
-    "logit_bias": _optional(
+    "logit_bias": optional(
         "object",
         "Map from token id to a number that is added to its logit.",
         propertyNames={"pattern": "^[0-9]{1,9}$"},
         additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
         maxProperties=1024,
     ),
-    "seed": _optional(
+    "seed": optional(
         "integer", "Seed of the sampler: same seed and request, same answer.", minimum=-(1 << 63), maximum=(1 << 63) - 1
     ),
-    "n": _optional("integer", "Number of answers; with a seed, answer i uses seed + i.", minimum=1, maximum=MAX_N),
+    "n": optional("integer", "Number of answers; with a seed, answer i uses seed + i.", minimum=1, maximum=MAX_N),
     "stop": {
         "anyOf": [
             {"type": "null"},
@@ -168,32 +166,32 @@ COMMON: Fields = {
         "items": {"type": "integer", "minimum": 0, "maximum": MAX_LENGTH},
     },
     "response_format": RESPONSE_FORMAT,
-    "ignore_eos": _optional("boolean", "Continue past the model's stop tokens; for benchmarks."),
-    "user": _ignored("string"),
-    "metadata": _ignored("object"),
-    "store": _ignored("boolean"),
-    "service_tier": _ignored("string"),
-    "safety_identifier": _ignored("string"),
-    "prompt_cache_key": _ignored("string"),
-    "prompt_cache_retention": _ignored("string"),
-    "id_slot": _ignored("integer"),
-    "timings_per_token": _ignored("boolean"),
-    "keep_alive": _ignored("string", "integer"),
-    "verbosity": _ignored("string"),
-    "cache_prompt": _ignored("boolean"),
-    "cache_control": _ignored("object"),
-    "priority": _ignored("integer"),
-    "request_id": _ignored("string"),
-    "tfs_z": _neutral(1),
-    "top_a": _neutral(0),
-    "mirostat": _neutral(0),
-    "dynatemp_range": _neutral(0),
-    "min_tokens": _neutral(0),
-    "length_penalty": _neutral(1),
-    "use_beam_search": _neutral(False),
-    "skip_special_tokens": _neutral(True),
-    "spaces_between_special_tokens": _neutral(True),
-    "include_stop_str_in_output": _neutral(False),
+    "ignore_eos": optional("boolean", "Continue past the model's stop tokens; for benchmarks."),
+    "user": ignored("string"),
+    "metadata": ignored("object"),
+    "store": ignored("boolean"),
+    "service_tier": ignored("string"),
+    "safety_identifier": ignored("string"),
+    "prompt_cache_key": ignored("string"),
+    "prompt_cache_retention": ignored("string"),
+    "id_slot": ignored("integer"),
+    "timings_per_token": ignored("boolean"),
+    "keep_alive": ignored("string", "integer"),
+    "verbosity": ignored("string"),
+    "cache_prompt": ignored("boolean"),
+    "cache_control": ignored("object"),
+    "priority": ignored("integer"),
+    "request_id": ignored("string"),
+    "tfs_z": neutral(1),
+    "top_a": neutral(0),
+    "mirostat": neutral(0),
+    "dynatemp_range": neutral(0),
+    "min_tokens": neutral(0),
+    "length_penalty": neutral(1),
+    "use_beam_search": neutral(False),
+    "skip_special_tokens": neutral(True),
+    "spaces_between_special_tokens": neutral(True),
+    "include_stop_str_in_output": neutral(False),
 }
 
 TEXT_PART: dict[str, Any] = {
@@ -202,7 +200,7 @@ TEXT_PART: dict[str, Any] = {
     "properties": {
         "type": {"type": "string", "enum": ["text"], "description": "The type of the part: text."},
         "text": {"type": "string", "description": "The text."},
-        "cache_control": _ignored("object"),
+        "cache_control": ignored("object"),
     },
     "additionalProperties": False,
 }
@@ -225,16 +223,16 @@ def _message(*roles: str, required: list[str], content: list[dict[str, Any]], **
                 "title": "a string, or a list of parts of type text",
                 "description": "The content of the message; an assistant's may be null.",
             },
-            "name": _ignored("string"),
-            "cache_control": _ignored("object"),
+            "name": ignored("string"),
+            "cache_control": ignored("object"),
             # fields of an answer that clients send back in the history
-            "annotations": _ignored("array"),
-            "reasoning": _optional("string", "The same under another name."),
-            "reasoning_content": _optional("string", "The thoughts before the content, for the chat template."),
-            "refusal": _refused("string", maxLength=0),
-            "audio": _refused("object", maxProperties=0),
+            "annotations": ignored("array"),
+            "reasoning": optional("string", "The same under another name."),
+            "reasoning_content": optional("string", "The thoughts before the content, for the chat template."),
+            "refusal": refused("string", maxLength=0),
+            "audio": refused("object", maxProperties=0),
             **more,
-            "function_call": _refused("object", maxProperties=0),
+            "function_call": refused("object", maxProperties=0),
         },
         "additionalProperties": False,
     }
@@ -244,9 +242,9 @@ TOOL_CALL = {
     "type": "object",
     "required": ["function"],
     "properties": {
-        "id": _optional("string", "The id of the call."),
+        "id": optional("string", "The id of the call."),
         "type": {"type": "string", "enum": ["function"]},
-        "index": _ignored("integer"),
+        "index": ignored("integer"),
         "function": {
             "type": "object",
             "required": ["name"],
@@ -262,9 +260,9 @@ TOOL_CALL = {
     },
     "additionalProperties": False,
 }
-NO_CALLS = _refused("array", maxItems=0)
+NO_CALLS = refused("array", maxItems=0)
 CALLS = {"type": ["array", "null"], "items": TOOL_CALL, "description": "The calls of the answer."}
-CALL_ID = _optional("string", "The id of the call that this is the result of.")
+CALL_ID = optional("string", "The id of the call that this is the result of.")
 ASSISTANT: dict[str, Any] = _message(
     "assistant", required=["role"], content=[{"type": "null"}, {"type": "string"}, PARTS], tool_calls=CALLS
 )
@@ -296,13 +294,13 @@ FUNCTION = {
             "required": ["name"],
             "properties": {
                 "name": {"type": "string", "minLength": 1, "maxLength": 256},
-                "description": _optional("string"),
-                "parameters": _optional("object", "A JSON schema of the arguments."),
-                "strict": _ignored("boolean"),
+                "description": optional("string"),
+                "parameters": optional("object", "A JSON schema of the arguments."),
+                "strict": ignored("boolean"),
             },
             "additionalProperties": False,
         },
-        "cache_control": _ignored("object"),
+        "cache_control": ignored("object"),
     },
     "additionalProperties": False,
 }
@@ -310,12 +308,12 @@ FUNCTION = {
 CHAT: Fields = {
     "messages": {"type": "array", "minItems": 1, "items": MESSAGE, "description": "The conversation so far."},
     **COMMON,
-    "max_completion_tokens": _limit(
+    "max_completion_tokens": limit(
         "Maximum number of tokens of the answer; absent, null or -1: to the end of the context.", 1
     ),
-    "max_tokens": _limit("Older name of max_completion_tokens.", 1),
-    "logprobs": _optional("boolean", "Return the log probability of every token of the answer."),
-    "top_logprobs": _optional(
+    "max_tokens": limit("Older name of max_completion_tokens.", 1),
+    "logprobs": optional("boolean", "Return the log probability of every token of the answer."),
+    "top_logprobs": optional(
         "integer", "Number of most likely tokens to return at each position; needs logprobs.", minimum=0, maximum=20
     ),
     "tools": {
@@ -345,27 +343,27 @@ CHAT: Fields = {
         "title": "none, auto, required or a function by its name",
         "description": "Whether tools may or must be called. With required or a name, the arguments are valid.",
     },
-    "parallel_tool_calls": _optional("boolean", "False: at most one call."),
-    "chat_template_kwargs": _optional(
+    "parallel_tool_calls": optional("boolean", "False: at most one call."),
+    "chat_template_kwargs": optional(
         "object", "Variables for the chat template, e.g. enable_thinking.", maxProperties=64
     ),
-    "reasoning_effort": _optional(
+    "reasoning_effort": optional(
         "string", "Variable reasoning_effort of the chat template; none also sets enable_thinking to false."
     ),
-    "thinking_budget": _optional(
+    "thinking_budget": optional(
         "integer",
         "Maximum number of tokens of the thoughts; absent: as --reasoning-budget says.",
         minimum=0,
         maximum=MAX_LENGTH,
     ),
-    "enable_thinking": _optional("boolean", "Variable enable_thinking of the chat template."),
-    "add_generation_prompt": _neutral(True),
-    "continue_final_message": _neutral(False),
-    "modalities": _refused("array", items={"type": "string", "enum": ["text"], "x-refused": True}),
-    "functions": _refused("array", maxItems=0),
-    "function_call": _refused("string", enum=["none", "auto", None]),
-    "audio": _refused("object", maxProperties=0),
-    "prediction": _refused("object", maxProperties=0),
+    "enable_thinking": optional("boolean", "Variable enable_thinking of the chat template."),
+    "add_generation_prompt": neutral(True),
+    "continue_final_message": neutral(False),
+    "modalities": refused("array", items={"type": "string", "enum": ["text"], "x-refused": True}),
+    "functions": refused("array", maxItems=0),
+    "function_call": refused("string", enum=["none", "auto", None]),
+    "audio": refused("object", maxProperties=0),
+    "prediction": refused("object", maxProperties=0),
 }
 
 TOKEN = {"type": "integer", "minimum": 0, "maximum": MAX_LENGTH}
@@ -384,15 +382,15 @@ COMPLETION: Fields = {
     },
     **COMMON,
     "max_tokens": {
-        **_limit("Maximum number of tokens; absent: 16; null or -1: to the end of the context.", 0),
+        **limit("Maximum number of tokens; absent: 16; null or -1: to the end of the context.", 0),
         "default": 16,
     },
-    "logprobs": _optional(
+    "logprobs": optional(
         "integer", "Return log probabilities of each token and of this many most likely ones.", minimum=0, maximum=20
     ),
-    "echo": _optional("boolean", "Return the prompt before the answer, with log probabilities if requested."),
-    "best_of": _refused("integer", minimum=1, maximum=1),
-    "suffix": _refused("string", maxLength=0),
+    "echo": optional("boolean", "Return the prompt before the answer, with log probabilities if requested."),
+    "best_of": refused("integer", minimum=1, maximum=1),
+    "suffix": refused("string", maxLength=0),
 }
 
 

@@ -40,6 +40,11 @@ class ThinkStream:
         self._begun = False  # the current part has text
         self._trims = False  # the text follows thoughts
 
+    @property
+    def inside(self) -> bool:
+        """Whether the thoughts have begun and not ended."""
+        return self._inside
+
     def push(self, text: str) -> tuple[str, str]:
         """Adds text; returns the thoughts and the text that are final."""
         self._held += text

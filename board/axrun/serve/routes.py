@@ -1,0 +1,17 @@
+"""The routes that generate. The server answers them, and /openapi.json describes them."""
+
+from __future__ import annotations
+
+from axrun.serve import schema
+from axrun.serve.answer import CHAT, COMPLETION, in_style
+from axrun.serve.endpoint import Endpoint
+from axrun.serve.order import Reader
+
+WRITING: dict[str, Endpoint] = {
+    "/v1/chat/completions": Endpoint(
+        "Answer a conversation", schema.CHAT, "ChatCompletion", Reader.chat, in_style(CHAT)
+    ),
+    "/v1/completions": Endpoint(
+        "Continue a text", schema.COMPLETION, "Completion", Reader.completion, in_style(COMPLETION)
+    ),
+}

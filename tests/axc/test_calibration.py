@@ -570,6 +570,26 @@ def test_a_build_is_planned_before_it_calibrates(
         console.llm_build(asked, 0, "", None, Options(tiny_qwen2))
 
 
+@pytest.mark.parametrize(("kind", "bits", "said"), [(None, None, True), ("s4", None, False), (None, 5.0, False)])
+def test_a_build_without_w_says_that_it_calibrates_s4(
+    kind: str | None,
+    bits: float | None,
+    said: bool,
+    tiny_qwen2: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refused(_: Options) -> Path:
+        raise BadInput("enough")
+
+    monkeypatch.setattr(console, "_calibrated", refused)
+    with pytest.raises(BadInput, match="enough"):
+        asked = build.Options(tiny_qwen2, tmp_path / "out", weight_type=kind)
+        console.llm_build(asked, 0, "", None, Options(tiny_qwen2, bits=bits))
+    assert ("note: without -w, calibrated weights are s4; for 8 bits, set -w s8" in capsys.readouterr().out) == said
+
+
 def test_the_head_of_another_type_is_not_taken(
     calibrated: Mapping[str, Path], tiny_qwen2: Path, tmp_path: Path
 ) -> None:

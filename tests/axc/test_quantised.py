@@ -95,6 +95,9 @@ def test_levels_and_scales_are_kept_to_the_last_bit(made: Made, tmp_path: Path, 
     assert planned.target.weight_type == (
         "s8" if 8 in (FORMS[name].bits, (FORMS[name].down or FORMS[name]).bits) else "s4"
     )
+    narrow = {name for name, found in planned.kept.items() if found.dtype == "INT4"}  # down_proj may have other bits
+    down = FORMS[name].down or FORMS[name]
+    assert len(narrow) == 12 * (FORMS[name].bits == 4) + 2 * (down.bits == 4)
     manifest = build.build(planned).manifest
     assert manifest["accuracy"]["weight_error"] == {}
     model = onnx.load(tmp_path / "out" / "llama_p16_l1_together.axmodel")

@@ -41,6 +41,8 @@ def llm_build(
     """
     if calibration:
         build.plan(options)  # refuses what it must before minutes of calibration
+        if options.weight_type is None and calibration.bits is None:
+            print("note: without -w, calibrated weights are s4; for 8 bits, set -w s8", flush=True)
         options = replace(options, calibrated=_calibrated(calibration), weight_type=None)
     started = time.monotonic()
     planned = build.plan(options)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from axc.quantizer import Part, SquaredError
 
 DTYPES = {"s8": "INT8", "s4": "INT4"}
+SMALLEST_FIRST = ("s4", "s8")
 HELD = {"INT8": (-128, 127), "INT4": (-8, 7)}  # levels; round_to_nearest does not use -128
 BLOCK4 = 128  # the longest 4-bit block that an engine multiplies as it is
 ZERO_POINTS = 2  # the number of their part
@@ -128,22 +129,25 @@ def decide(
 ) -> tuple[str, dict[str, Kept], list[str]]:
     """The type of these matrices, those that keep their levels, and what is to be said of the others.
 
-    Without `asked`: the smallest type that holds all that is quantised already; s8 for floats. `calibrated` are the
-    matrices that a calibration has levels for. Raises BadInput where no type does.
+    Without `asked`, each keeps its levels in the smallest type that holds them, and the type of the others is s8. If s4
+    holds all, it is the type. `calibrated` are the matrices that a calibration has levels for. Raises BadInput where no
+    type does.
     """
     packed = {name: stored for name, stored in tensors.items() if stored.packed}
-    choices = [asked] if asked else ["s4", "s8"] if len(packed) == len(tensors) else ["s8"]
-    for weight_type in choices:
-        kept = {name: found for name, stored in packed.items() if (found := keep(weight_type, stored))}
-        if asked or len(kept) == len(packed):
-            break
-    else:
-        _refuse(flag, next(stored for name, stored in packed.items() if name not in kept))
+    choices = [asked] if asked else [*SMALLEST_FIRST]
+    held = {name: [found for choice in choices if (found := keep(choice, stored))] for name, stored in packed.items()}
+    kept = {name: found[0] for name, found in held.items() if found}
     lost = {name: stored for name, stored in packed.items() if name not in kept}
+    if lost and not asked:
+        _refuse(flag, next(iter(lost.values())))
+    small = len(kept) == len(tensors) and all(found.dtype == DTYPES["s4"] for found in kept.values())
+    weight_type = asked or ("s4" if small else "s8")
     notes = []
-    if kept:
-        kinds = ", ".join(sorted({found.packed for found in kept.values()}))
-        notes.append(f"{_count(kept)} stored as {kinds} kept as {weight_type}: the same levels and scales")
+    for choice in SMALLEST_FIRST:
+        own = [found for found in kept.values() if found.dtype == DTYPES[choice]]
+        kinds = ", ".join(sorted({found.packed for found in own}))
+        if own:
+            notes.append(f"{_count(own)} stored as {kinds} kept as {choice}: the same levels and scales")
     if lost and weight_type != "fp32":
         kinds = ", ".join(sorted({stored.packed for stored in lost.values()}))
         how = ", calibrated" if lost.keys() <= set(calibrated) else ""

@@ -135,7 +135,7 @@ def test_matrices_find_their_linears(family: str, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     model = config.load(checkpoint)
     checkpoint = checkpoint.tied() if model.tie_word_embeddings else checkpoint
-    streamed = Streamed(checkpoint)
+    streamed = Streamed(checkpoint, model)
     found, others = run.matrices(weights(model), streamed, Options(tmp_path))
     assert not others
     assert {matrix.layer for matrix in found} == {0, 1}
@@ -161,7 +161,7 @@ def test_what_the_head_gets(family: str, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     checkpoint = Checkpoint.open(tmp_path)
     model = config.load(checkpoint)
-    streamed = Streamed(checkpoint.tied() if model.tie_word_embeddings else checkpoint)
+    streamed = Streamed(checkpoint.tied() if model.tie_word_embeddings else checkpoint, model)
     found = head.find(weights(model), streamed)
     assert found is not None
     assert found.source.shape == tuple(theirs.get_output_embeddings().weight.shape)
@@ -584,8 +584,8 @@ def test_a_build_without_w_says_that_it_calibrates_s4(
         raise BadInput("enough")
 
     monkeypatch.setattr(console, "_calibrated", refused)
+    asked = build.Options(tiny_qwen2, tmp_path / "out", weight_type=kind)
     with pytest.raises(BadInput, match="enough"):
-        asked = build.Options(tiny_qwen2, tmp_path / "out", weight_type=kind)
         console.llm_build(asked, 0, "", None, Options(tiny_qwen2, bits=bits))
     assert ("note: without -w, calibrated weights are s4; for 8 bits, set -w s8" in capsys.readouterr().out) == said
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from axc import build, check
+from axc import build, check, config
 from axc.calibration.streamed import Streamed
 from axc.checkpoints import Checkpoint
 from axrun.errors import BadInput
@@ -164,7 +164,8 @@ def test_a_tensor_stored_under_both_names_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_calibration_finds_the_layers_of_the_text_model(kind: str, tmp_path: Path) -> None:
     saved(kind, tmp_path)
-    streamed = Streamed(Checkpoint.open(tmp_path))
+    checkpoint = Checkpoint.open(tmp_path)
+    streamed = Streamed(checkpoint, config.load(checkpoint))
     assert streamed.prefix == "model.layers"
     assert len(streamed.layers) == SMALL["num_hidden_layers"]
     streamed.load(1)

@@ -51,6 +51,15 @@ def an_object(reader: Reader, key: str) -> dict[str, Any]:
 BY_LAYER_TYPE = frozenset(("full_attention", "sliding_attention"))
 
 
+def written(rope: Rope) -> dict[str, Any]:
+    """rope_parameters of config.json, from which `read_rope` reads this rope."""
+    keys = NESTED_ROPE_KEYS[rope.kind] - {"type", "mscale", "mscale_all_dim", "short_factor", "long_factor"}
+    values = {key: getattr(rope, key) for key in sorted(keys - _PLAIN)}
+    if rope.kind == "longrope":
+        values |= {"short_factor": list(rope.divisors), "long_factor": list(rope.long_divisors)}
+    return {"rope_type": rope.kind, "rope_theta": rope.theta, PARTIAL: rope.partial, **values}
+
+
 def rope_by_layer_type(reader: Reader, kind: str, theta: str, positions: int, head_dim: int) -> Rope:
     """The rope of a layer type, from rope_parameters; `theta` is the key of its base if that has none.
 

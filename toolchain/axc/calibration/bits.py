@@ -86,7 +86,7 @@ def _of_output(streamed: Streamed, hidden: list[Tensor]) -> list[Tensor]:
     drawn = torch.Generator().manual_seed(0)
     gradients = []
     with streamed.behind_layers() as behind:
-        table = HEAD if HEAD in streamed.checkpoint.tensors else EMBEDDING
+        table = HEAD if HEAD in streamed.tensors else EMBEDDING
         streamed.set(head, "weight", streamed.tensor(table, tuple(head.weight.shape)))
         for rows in hidden:
             given = rows.detach().requires_grad_(True)

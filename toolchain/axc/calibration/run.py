@@ -26,7 +26,7 @@ from torch import nn
 from axc import config, reference
 from axc.calibration import bits, cache, file, head, text
 from axc.calibration.file import Calibrated
-from axc.calibration.linears import SMALLEST_BLOCK, Matrix, energies, pieces
+from axc.calibration.linears import SMALLEST_BLOCK, Matrix, energies
 from axc.calibration.options import Options, first_kept
 from axc.calibration.streamed import INSTEAD, Call, Streamed, run
 from axc.checkpoints import EMBEDDING, HEAD, Checkpoint
@@ -100,7 +100,10 @@ def on(
         "algorithm": {"name": "gptq", "damp": gptq.DAMP, "drift": gptq.DRIFT, **options.decided()},
     }
     with _exactly():
-        streamed = Streamed(checkpoint, options.model_config)
+        streamed = Streamed(checkpoint, model, options.model_config)
+        if streamed.twin:
+            kind = streamed.twin.config["model_type"]
+            say(f"transformers has no {model.model_type}: calibrated as a {kind}, which computes the same")
         found, others = matrices(sources, streamed, options)
         last = head.find(sources, streamed)
         if last is not None and head.is_kept(last, checkpoint):
@@ -141,7 +144,7 @@ def matrices(sources: Mapping[str, Source], streamed: Streamed, options: Options
     for name, source in sources.items():
         if len(source.shape) != 2 or name in (EMBEDDING, HEAD):
             continue
-        made, block = pieces(source), options.block
+        made, block = streamed.pieces(name, source), options.block
         while source.shape[1] % block:
             block //= 2
         layers = {linears.get(piece.name) for piece in made or []}

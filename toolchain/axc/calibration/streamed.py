@@ -13,10 +13,13 @@ import torch
 import transformers
 from torch import nn
 
+from axc.calibration.linears import Piece, pieces
+from axc.calibration.twin import Twin
 from axc.checkpoints import Checkpoint, widen
 from axc.checkpoints.multimodal import is_multimodal, text_name
+from axc.families.family import ModelConfig
 from axc.reference import auto_class
-from axc.weights import float32
+from axc.weights import Source, float32
 from axc.weights.sources import Stored
 from axrun.errors import BadInput
 
@@ -37,16 +40,28 @@ class Call:
 
 
 class Streamed:
-    """`layers` have no weights until `load`; the embedding only holds the rows of the ids in use."""
+    """`layers` have no weights until `load`; the embedding only holds the rows of the ids in use.
 
-    def __init__(self, checkpoint: Checkpoint, model_config: Path | None = None) -> None:
-        """Raises BadInput where transformers has no such model, or names its weights otherwise."""
+    `tensors` are those of transformers' model, by its names. It is the checkpoint's model, or its twin.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: ModelConfig, model_config: Path | None = None) -> None:
+        """`model_config` replaces the checkpoint's config.json.
+
+        Raises BadInput where transformers has no such model, or names its weights otherwise.
+        """
         self.checkpoint = checkpoint
+        self.twin = Twin.find(model)
+        stored: dict[str, Source] = {name: Stored(name, found.shape) for name, found in checkpoint.tensors.items()}
+        self.tensors = self.twin.tensors if self.twin else stored
         transformers.logging.set_verbosity_error()
         try:
-            folder = model_config or checkpoint.folder
             auto: Any = transformers.AutoConfig
-            config = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if self.twin:
+                config = auto.for_model(**self.twin.config)
+            else:
+                folder = model_config or checkpoint.folder
+                config = auto.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             config._attn_implementation = "eager"
             with _no_weights():
                 self.model: Any = (
@@ -71,7 +86,7 @@ class Streamed:
         self.prefix = str(self.stored(f"{prefix}.")).removesuffix(".")
 
     def stored(self, name: str) -> str | None:
-        """The checkpoint's name of a tensor of transformers' model; None if it is not of the text model."""
+        """The name in `tensors` of a tensor of transformers' model; None if it is not of the text model."""
         return text_name(name) if self.multimodal else name
 
     def load(self, index: int) -> Any:
@@ -86,14 +101,18 @@ class Streamed:
             self.set(module, name, self.tensor(f"{prefix}{name}", tuple(parameter.shape)))
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor of the checkpoint in float32. Raises BadInput."""
-        stored = self.checkpoint.tensors.get(name)
-        if stored is None or stored.shape != shape:
+        """A tensor of transformers' model in float32. Raises BadInput."""
+        source = self.tensors.get(name)
+        if source is None or source.shape != shape:
             raise BadInput(
                 f"{self.checkpoint.path} cannot be calibrated: transformers' model has a {name} of shape "
-                f"{list(shape)}, the checkpoint {'none' if stored is None else list(stored.shape)}\nInstead, {INSTEAD}"
+                f"{list(shape)}, the checkpoint {'none' if source is None else list(source.shape)}\nInstead, {INSTEAD}"
             )
-        return torch.from_numpy(float32(name, Stored(name, shape), self.checkpoint))
+        return torch.from_numpy(float32(name, source, self.checkpoint))
+
+    def pieces(self, name: str, source: Source) -> list[Piece] | None:
+        """A matrix of an axmodel as rows of tensors of transformers' model; None where it is made otherwise."""
+        return pieces(self.twin.weights[name] if self.twin else source)
 
     def release(self, module: Any) -> None:
         """Frees a module's weights."""
@@ -161,9 +180,9 @@ class Streamed:
         used, compact = torch.unique(windows, return_inverse=True)
         embedding = self.model.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is embedding)
-        name = str(self.stored(f"{name}.weight"))
-        dtype = self.checkpoint.dtype(name)
-        rows = [widen(self.checkpoint.finite_rows(name, row, row + 1), dtype) for row in used.tolist()]
+        table = self.tensors[str(self.stored(f"{name}.weight"))]
+        dtype = table.dtype(self.checkpoint)
+        rows = [widen(table.rows(self.checkpoint, row, row + 1), dtype) for row in used.tolist()]
         embedding._parameters["weight"] = nn.Parameter(torch.from_numpy(np.concatenate(rows)), requires_grad=False)
         entered: list[Tensor] = []
         calls: list[Call] = []

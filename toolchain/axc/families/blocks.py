@@ -9,7 +9,7 @@ from typing import Any
 from axc import rope
 from axc.checkpoints import EMBEDDING, HEAD
 from axc.config_json import Reader
-from axc.config_rope import ROPE_KEYS, read_rope
+from axc.config_rope import PARTIAL, ROPE_KEYS, read_rope, written
 from axc.families.family import Keeps, ModelConfig
 from axc.graph import Graph, Value
 from axc.rope import Rope
@@ -68,6 +68,19 @@ def decoder(reader: Reader, *, epsilon: str | float = "rms_norm_eps", partial: b
         "rms_norm_eps": epsilon if isinstance(epsilon, float) else reader.number(epsilon, low=1e-12, high=1),
         "rope": read_rope(reader, positions, head_dim, partial=partial),
         "tie_word_embeddings": reader.flag("tie_word_embeddings"),
+    }
+
+
+def written_decoder(config: DecoderConfig, **more: Any) -> dict[str, Any]:
+    """config.json of a decoder without windows, from which `decoder` reads these fields; with the keys `more`."""
+    same = READS - ROPE_KEYS - {"hidden_act"}
+    return {
+        **{key: getattr(config, key) for key in sorted(same)},
+        "hidden_act": "silu",
+        "rope_parameters": written(config.rope),
+        PARTIAL: config.rope.partial,
+        **{f"{token}_token_id": None for token in ("bos", "eos", "pad")},  # some defaults are beyond the vocabulary
+        **more,
     }
 
 

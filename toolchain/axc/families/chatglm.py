@@ -117,6 +117,10 @@ def weights(config: Config) -> Sources:
     return found
 
 
+def twin(config: Config) -> dict[str, Any]:
+    return blocks.written_decoder(config, model_type="glm", attention_bias=config.attention_bias)
+
+
 FAMILY = dataclasses.replace(
     glm.FAMILY,
     config=config,
@@ -124,4 +128,5 @@ FAMILY = dataclasses.replace(
     reads=READS,
     defaults=DEFAULTS,
     redundant=("rotary_pos_emb.inv_freq",),
+    twin=twin,
 )

@@ -70,6 +70,8 @@ class Family(Generic[C]):
     class for the model_type. `redundant`: suffixes of tensors that a checkpoint may have but a build does not need.
     `foreign`: --model_type may build another model_type as this family; a test compares all those in transformers.
     `inside`: multimodal model_types that have this family as their text model.
+    `twin`: config.json of a model of transformers that computes the same, if it has no code for the model_type. Its
+    family has the same weights in the axmodels, each a stored tensor or rows of one.
     `different`: model_types that look buildable as this family, with the reason why they are not.
     """
 
@@ -84,4 +86,5 @@ class Family(Generic[C]):
     redundant: tuple[str, ...] = ("rotary_emb.inv_freq",)
     foreign: bool = False
     inside: Mapping[str, Inside] = field(default_factory=lambda: EMPTY)
+    twin: Callable[[C], dict[str, Any]] | None = None
     different: Mapping[str, str] = field(default_factory=lambda: EMPTY)

@@ -77,6 +77,10 @@ def layer(config: Config, index: int, positions: int, graph: Graph) -> None:
     blocks.pre_norm_layer(graph, config, index, Rotation(config.rope, positions))
 
 
+def twin(config: Config) -> dict[str, Any]:
+    return blocks.written_decoder(config, model_type="llama", attention_bias=config.bias, mlp_bias=False)
+
+
 FAMILY = Family(
     config=config,
     weights=weights,
@@ -84,4 +88,5 @@ FAMILY = Family(
     post=blocks.post_rms,
     reads=blocks.READS | {"bias"},
     defaults=DEFAULTS,
+    twin=twin,
 )

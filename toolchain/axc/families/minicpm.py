@@ -50,6 +50,19 @@ def config(reader: Reader) -> Config:
 weights, layer, post = granite.weights, granite.layer, granite.post
 
 
+def twin(config: Config) -> dict[str, Any]:
+    return blocks.written_decoder(
+        config,
+        model_type="granite",
+        attention_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
+        embedding_multiplier=config.embedding_multiplier,
+        residual_multiplier=config.residual_multiplier,
+        attention_multiplier=config.head_dim**-0.5,
+        logits_scaling=config.logits_scaling,
+    )
+
+
 FAMILY = Family(
     config=config,
     weights=weights,
@@ -57,4 +70,5 @@ FAMILY = Family(
     post=post,
     reads=blocks.READS | {"attention_bias", "scale_emb", "scale_depth", "dim_model_base"},
     defaults=DEFAULTS,
+    twin=twin,
 )

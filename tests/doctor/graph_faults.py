@@ -217,7 +217,7 @@ def layers() -> list[Fault]:
         one("attention is scaled by head_dim", "s8", attention(scale=1 / 32), "scale"),
         one("attention is not scaled", "fp32", attention(scale=1.0), "scale"),
         one("attention is capped", "fp32", attention(softcap=5.0), "softcap|cap|attention"),
-        one("the mask is not read", "s8", no_mask, "mask|Attention has other inputs"),
+        one("the mask is not read", "s8", no_mask, "mask|Attention has 3 inputs"),
         one("new rows before cached rows", "s8", new_rows_first, "order|cached|history|K/V", kept),
         one("the cache gets keys before rotary embedding", "s8", unrotated_keys, f"{rope}|K_cache_out|K ", kept),
         one("K and V are swapped in the cache", "s8", keys_for_values, "K_cache_out|K and V|K/V|values|swapped", kept),

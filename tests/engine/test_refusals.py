@@ -195,7 +195,7 @@ def test_a_refused_model_is_reported_once_in_one_line(libraries: Path, bundle_s8
             "axmodel version 2, expected 1",
         ),
         "operator": (edited(good, b"Sigmoid", b"Sig\x1b[2m"), "operator Sig?[2m"),
-        "empty": (b"", "no bytes"),
+        "empty": (b"", "an empty file"),
     }
     for name, (content, words) in cases.items():
         path = tmp_path / name

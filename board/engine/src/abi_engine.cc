@@ -1,4 +1,4 @@
-// The C interface. Every entry catches what is thrown inside and returns its code.
+// The C interface. Every function catches exceptions and returns their error code.
 #include <algorithm>
 #include <cstring>
 #include <mutex>
@@ -76,7 +76,7 @@ class Engine {
     const std::scoped_lock lock(mutex_);
     return &handle->contexts.emplace_back();
   }
-  // Null is the default context.
+  // Null selects the default context.
   void check_context(const Handle& handle, AX_ENGINE_CONTEXT_T context) const {
     const std::shared_lock lock(mutex_);
     const bool known = !context || std::any_of(handle.contexts.begin(), handle.contexts.end(),
@@ -109,7 +109,7 @@ AX_S32 guarded(Body body) {
   }
 }
 
-// Of the vendor's interface, whose clients show a number at most: what is wrong with a model goes to stderr.
+// For the vendor's interface, whose clients print at most an error code: writes the reason to stderr.
 template <class Body>
 AX_S32 guarded_load(Body body) {
   bool looked = false;

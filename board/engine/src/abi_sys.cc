@@ -11,12 +11,12 @@
 namespace {
 
 constexpr uint64_t kPage = 4096;
-constexpr uint64_t kFirst = uint64_t{5} << 30;  // where a board's CMM may begin
+constexpr uint64_t kFirst = uint64_t{5} << 30;  // a plausible physical address for a board's CMM
 
 struct Block {
   uint8_t* memory;
-  uint64_t size;    // asked for
-  uint64_t mapped;  // from `memory` less `lead` on
+  uint64_t size;    // requested bytes
+  uint64_t mapped;  // bytes mapped, starting `lead` bytes before `memory`
   uint64_t lead;
 };
 
@@ -55,7 +55,7 @@ class Registry {
     by_address_[base + lead] = next_;
     *physical = next_;
     *address = reinterpret_cast<void*>(base + lead);
-    next_ += mapped + kPage;  // a gap: no two blocks look like one
+    next_ += mapped + kPage;  // a gap, so that two blocks are never contiguous
     return AXC_OK;
   }
 
@@ -69,14 +69,14 @@ class Registry {
     return ::munmap(block.memory - block.lead, block.mapped) ? AXC_SYS_FREE : AXC_OK;
   }
 
-  // What a client may synchronise or map: AXC_OK when `size` bytes lie in one block.
+  // Checks a range that a client wants to synchronise or map: AXC_OK if it lies within one block.
   int check(uint64_t physical, uint64_t size) {
     if (!ready()) return AXC_SYS_NOT_READY;
     return find(physical, size) ? AXC_OK : AXC_SYS_ILLEGAL;
   }
   void* map(uint64_t physical, uint64_t size) { return ready() ? find(physical, size) : nullptr; }
 
-  // The bytes at a physical address, when `size` of them lie in one block.
+  // The memory at a physical address, or null unless `size` bytes lie within one block.
   void* find(uint64_t physical, uint64_t size) {
     const std::scoped_lock lock(mutex_);
     auto found = blocks_.upper_bound(physical);
@@ -98,7 +98,7 @@ class Registry {
 
  private:
   std::mutex mutex_;
-  uint64_t users_ = 0;                       // AX_SYS_Init less AX_SYS_Deinit
+  uint64_t users_ = 0;                       // calls of AX_SYS_Init minus calls of AX_SYS_Deinit
   std::map<uint64_t, Block> blocks_;         // by physical address
   std::map<uint64_t, uint64_t> by_address_;  // virtual to physical
   uint64_t next_ = kFirst;
@@ -131,7 +131,7 @@ AX_S32 AX_SYS_MemAllocCached(AX_U64* phyaddr, AX_VOID** pviraddr, AX_U32 size, A
 }
 AX_S32 AX_SYS_MemFree(AX_U64 phyaddr, AX_VOID* pviraddr) { return registry().free(phyaddr, pviraddr); }
 
-// CPU memory is coherent with itself; what is checked is that the client means a block it has.
+// CPU memory is coherent, so there is nothing to flush; only checks that the range belongs to a block.
 AX_S32 AX_SYS_MflushCache(AX_U64 phyaddr, AX_VOID*, AX_U32 size) { return registry().check(phyaddr, size); }
 AX_S32 AX_SYS_MinvalidateCache(AX_U64 phyaddr, AX_VOID*, AX_U32 size) { return registry().check(phyaddr, size); }
 

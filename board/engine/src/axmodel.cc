@@ -13,7 +13,7 @@ std::string_view entry(const Onnx& model, std::string_view key) {
   return found == model.metadata.end() ? std::string_view() : found->second;
 }
 
-// The JSON of axmodel.groups, and nothing else: a list of {"tokens": M, "history": T}, blanks anywhere.
+// Parses the JSON of axmodel.groups only: a list of {"tokens": M, "history": T} with optional blanks.
 class GroupsReader {
  public:
   explicit GroupsReader(std::string_view text) : text_(text) {}

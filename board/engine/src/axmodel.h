@@ -1,4 +1,4 @@
-// axmodel format version 1: what the metadata of a file says.
+// The metadata of axmodel format version 1.
 #pragma once
 
 #include <vector>
@@ -14,13 +14,13 @@ struct Group {
 
 struct Axmodel {
   Onnx onnx;
-  bool layer = false;  // else post
+  bool layer = false;  // otherwise the post model
   std::vector<Group> groups;
 };
 
-constexpr uint32_t kMostTokens = 1 << 24;  // of M and of T
+constexpr uint32_t kMostTokens = 1 << 24;  // limit for M and T
 
-// Throws Failure when the file is not an axmodel of version 1.
+// Throws Failure if the file is not an axmodel of version 1.
 Axmodel read_axmodel(Bytes file);
 
 }  // namespace axc

@@ -1,4 +1,4 @@
-// An error code of the C interface with what was seen; thrown inside, caught at the interface.
+// An exception with an error code of the C interface and a message; caught at the interface.
 #pragma once
 
 #include <stdexcept>

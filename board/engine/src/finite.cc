@@ -5,7 +5,7 @@
 namespace axc {
 namespace {
 
-// Adding the exponent's lowest bit carries into the sign only where all bits of the exponent are ones.
+// Adding the exponent's lowest bit carries into the sign bit only if all exponent bits are set.
 template <class Word>
 bool all_finite(const void* data, size_t count, Word exponent) {
   const Word* bits = static_cast<const Word*>(data);

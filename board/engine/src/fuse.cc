@@ -1,5 +1,5 @@
-// Patterns of operators that have a kernel of their own. A pattern ends in one operation, its root, and takes the place
-// of what only the root needed; what is not recognised runs operation by operation.
+// Fuses patterns of operators that have a kernel of their own. A pattern ends in one operation, its root, and replaces
+// the operations that only the root needs. Operations outside patterns run one by one.
 #include <algorithm>
 #include <cmath>
 #include <map>
@@ -37,7 +37,7 @@ class Fuser : Neighbours {
  private:
   bool taken(const Operation& root) const { return roots_.contains(index_of(root)); }
 
-  // A value that has the bytes of another one has its memory; an output lies where the caller wants it.
+  // A value with the same bytes as another one shares its memory. Outputs are written to the caller's buffers.
   void find_views() {
     std::vector<int>& owner = program_.stands_for;
     for (int index = 0; index < static_cast<int>(graph_.values.size()); ++index) owner.push_back(index);
@@ -91,13 +91,13 @@ class Fuser : Neighbours {
     }
     if (is(add, "Add") && !taken(*add) && value(other(*add, part.to)).shape == value(part.to).shape &&
         !value(other(*add, part.to)).tensor) {
-      part.residual = other(*add, part.to);  // the only user, so of two different values
+      part.residual = other(*add, part.to);  // `add` is the only user of part.to, so its operands differ
       root = add, part.to = add->outputs[0];
     }
     roots_.emplace(index_of(*root), Linear{matmul.inputs[0], {part}});
   }
 
-  // The weight behind the second operand of a product, where its rows can be read as they are stored.
+  // The weight behind the second operand of a MatMul, if its rows can be read in the stored layout.
   std::optional<Matrix> matrix(int index) {
     const Operation* transpose = maker(index);
     if (!is(transpose, "Transpose") || value(index).shape.size() != 2) return {};
@@ -118,7 +118,7 @@ class Fuser : Neighbours {
     return matrix;
   }
 
-  // A weight of integer levels with its scales and zero points, or of 8-bit floats with scales.
+  // Adds scales and zero points to a weight of integer levels, or scales to one of 8-bit floats.
   std::optional<Matrix> add_scales(Matrix matrix, const Tensor& levels, const Operation& dequantize) {
     const Operation* cast = maker(dequantize.inputs[1]);
     const Tensor* scales = value(is(cast, "Cast") ? cast->inputs[0] : dequantize.inputs[1]).tensor;
@@ -136,12 +136,12 @@ class Fuser : Neighbours {
     const std::vector<int64_t> dims = block ? std::vector<int64_t>{levels.dims[0], blocks} : std::vector<int64_t>{levels.dims[0]};
     const bool along_rows = axis == 1 || axis == -1;
     if (along_rows != (block != 0) || scales->dims != dims || (zeros && zeros->dims != dims)) return {};
-    // rows or blocks that begin inside a byte
+    // rows or blocks would begin in the middle of a byte
     if (levels.type == Type::Int4 && (matrix.columns % 2 || matrix.block % 2)) return {};
     return program_.scales.complete(matrix, *scales, zeros) ? std::optional(matrix) : std::nullopt;
   }
 
-  // Rounding activations to bfloat16 is no loss then that the hidden state does not have too.
+  // If the hidden state is bfloat16, rounding activations to bfloat16 loses no more than it does.
   bool hidden_is_bfloat16() const {
     return std::any_of(graph_.inputs.begin(), graph_.inputs.end(), [this](int i) { return value(i).type == Type::BFloat16; });
   }
@@ -207,13 +207,13 @@ class Fuser : Neighbours {
                                                   heads, kv_heads, head_dim, scale, attention.real("softcap", 0)});
   }
 
-  // The input of the Cast to float32 a value comes from, if it comes from one.
+  // The input of the Cast that makes the value, or the value itself.
   int before_cast(int index) const {
     const Operation* cast = maker(index);
     return is(cast, "Cast") && is_float(value(cast->inputs[0]).type) ? cast->inputs[0] : index;
   }
 
-  // The cache and the current rows that a value joins along their axis 1.
+  // The cache and the current rows, if the value is their concatenation along axis 1.
   std::optional<std::pair<int, int>> history(int index) const {
     const Operation* concat = maker(before_cast(index));
     if (!is(concat, "Concat") || concat->inputs.size() != 2) return {};
@@ -223,7 +223,7 @@ class Fuser : Neighbours {
     return std::pair{past, current};
   }
 
-  // Follows the outputs back to what must run: patterns leave out what only they read.
+  // Which operations must run, found from the outputs backwards: patterns make some unnecessary.
   std::vector<bool> find_running() const {
     std::vector<bool> wanted(graph_.values.size()), runs(graph_.operations.size());
     for (const int output : graph_.outputs) wanted[output] = true;
@@ -250,7 +250,7 @@ class Fuser : Neighbours {
     program_.steps.push_back(std::move(step));
   }
 
-  // A weight joins the last step that multiplies the same input, so that the input is rounded once.
+  // Merges a Linear into the last one with the same input, so that activations are rounded once.
   bool join(Linear& linear) {
     const Part& next = linear.parts[0];
     const int x = program_.stands_for[linear.x];
@@ -270,7 +270,7 @@ class Fuser : Neighbours {
     return false;
   }
 
-  // Gate and up that one step makes and nobody else reads stay inside it; the gate is put first then.
+  // If one Linear computes gate and up and nothing else reads them, it applies the activation too. Puts the gate first.
   bool join(Gated& gated) {
     const int at = made_at_[gated.gate];
     if (at < 0 || made_at_[gated.up] != at || value(gated.gate).output >= 0 || value(gated.up).output >= 0) return false;
@@ -288,7 +288,7 @@ class Fuser : Neighbours {
   }
 
   const RowPatterns rows_;
-  std::vector<int> made_at_;  // of every value that has memory of its own: the step that writes it
+  std::vector<int> made_at_;  // step that writes a value, for values with memory of their own
   std::map<int, Step> roots_;
   Program program_;
 };

@@ -8,8 +8,8 @@
 namespace axc {
 namespace {
 
-constexpr int64_t kWidest = int64_t{1} << 31;  // of any constant dimension
-constexpr size_t kMostKnown = 64;              // elements of a list that is looked into when a model is loaded
+constexpr int64_t kWidest = int64_t{1} << 31;  // constant dimension
+constexpr size_t kMostKnown = 64;              // elements of an integer list that is evaluated at load time
 
 struct Builder {
   Graph graph;
@@ -86,15 +86,19 @@ void add_operation(Builder& b, const Node& node) {
   const int index = static_cast<int>(b.graph.operations.size());
   Operation operation{&row, {}, {}, &node, false};
   if (node.outputs.empty() || node.inputs.size() < row.least || node.inputs.size() > row.most) {
-    illegal(std::string(node.op) + " has other inputs");
+    illegal(std::string(node.op) + " has " + std::to_string(node.inputs.size()) + " inputs and " +
+            std::to_string(node.outputs.size()) + " outputs, expected " + std::to_string(row.least) + " to " +
+            std::to_string(row.most) + " inputs and at least one output");
   }
   for (const std::string_view name : node.inputs) {
     const auto found = b.names.find(name);
     if (!name.empty() && found == b.names.end()) {
-      illegal(std::string(node.op) + " reads " + std::string(name) + " before it is made");
+      illegal(std::string(node.op) + " reads " + std::string(name) + ", which nothing before it writes");
     }
     operation.inputs.push_back(name.empty() ? -1 : found->second);
-    if (name.empty() && operation.inputs.size() <= row.least) illegal(std::string(node.op) + " misses an input");
+    if (name.empty() && operation.inputs.size() <= row.least) {
+      illegal(std::string(node.op) + " lacks input " + std::to_string(operation.inputs.size() - 1));
+    }
   }
   Infer infer(b.graph, operation);
   row.infer(infer);
@@ -116,7 +120,7 @@ void add_operation(Builder& b, const Node& node) {
   b.graph.operations.push_back(std::move(operation));
 }
 
-// Follows the outputs back to the operations they need; what nobody needs has no say.
+// Marks the operations that the outputs depend on, and records their users; others are ignored.
 void find_needed(Graph& graph) {
   std::vector<bool> wanted(graph.values.size());
   for (const int output : graph.outputs) wanted[output] = true;
@@ -162,7 +166,7 @@ Graph build_graph(const Axmodel& model) {
     value.type = info.type;
     value.shape = shape_of(info);
     value.input = static_cast<int>(b.graph.inputs.size());
-    if (bits_of(info.type) < 8) illegal("input " + std::string(info.name) + " has another type");
+    if (bits_of(info.type) < 8) illegal("input " + std::string(info.name) + " has type " + name_of(info.type));
     b.graph.inputs.push_back(b.add(std::move(value), info.name));
   }
   for (const auto& [name, tensor] : model.onnx.initializers) {
@@ -176,10 +180,11 @@ Graph build_graph(const Axmodel& model) {
   for (const Node& node : model.onnx.nodes) add_operation(b, node);
   for (const TensorInfo& info : model.onnx.outputs) {
     const auto found = b.names.find(info.name);
-    if (found == b.names.end()) illegal("output " + std::string(info.name) + " is not made");
+    if (found == b.names.end()) illegal("no node writes output " + std::string(info.name));
     Value& value = b.graph.values[found->second];
     if (value.maker < 0 || value.output >= 0 || value.type != info.type || value.shape != shape_of(info)) {
-      illegal("output " + std::string(info.name) + " is not what is made: " + name_of(value.type) + text_of(value.shape));
+      illegal("output " + std::string(info.name) + " is declared otherwise than computed: " + name_of(value.type) +
+              text_of(value.shape));
     }
     value.output = static_cast<int>(b.graph.outputs.size());
     b.graph.outputs.push_back(found->second);

@@ -1,4 +1,4 @@
-// A checked graph: every operator is known, every value has its type and shape, with M and T symbolic.
+// A checked graph: every operator is known and every value has a type and a shape, with M and T symbolic.
 #pragma once
 
 #include <optional>
@@ -16,13 +16,13 @@ struct Value {
   std::string name;
   Type type = Type::None;
   Shape shape;
-  int maker = -1;                  // index of the node it comes from; -1: an input or a constant
-  const Tensor* tensor = nullptr;  // of a constant
-  int input = -1, output = -1;     // position among the graph's inputs, outputs
-  std::vector<int> users;          // needed operations
-  std::optional<std::vector<Dim>> known;  // the elements of a short list of integers, where the graph tells them
+  int maker = -1;                  // index of the operation that writes it; -1: an input or a constant
+  const Tensor* tensor = nullptr;  // if it is a constant
+  int input = -1, output = -1;     // position in the graph's inputs or outputs; -1: neither
+  std::vector<int> users;          // indices of needed operations that read it
+  std::optional<std::vector<Dim>> known;  // elements of a short integer list, if they are known at load time
 
-  // Of the last dimension; 0 where M or T decides it, or there is none.
+  // Size of the last dimension; 0 if it depends on M or T, or for a scalar.
   size_t width() const { return !shape.empty() && shape.back().constant() ? static_cast<size_t>(shape.back().fixed) : 0; }
 };
 
@@ -45,7 +45,7 @@ struct Graph {
   std::vector<int> inputs, outputs;  // indices of values
 };
 
-// Throws Failure for an operator, attribute, type or shape that the format does not allow. `model` must stay.
+// Throws Failure for an operator, attribute, type or shape that the format does not allow. Keeps references to `model`.
 Graph build_graph(const Axmodel& model);
 
 }  // namespace axc

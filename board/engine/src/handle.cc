@@ -10,7 +10,7 @@ struct TypeRow {
   AX_ENGINE_DATA_TYPE_T shown;
 };
 
-// float16 has no number in the interface.
+// The interface has no code for float16.
 constexpr TypeRow kTypes[] = {
     {Type::Float, AX_ENGINE_DT_FLOAT32},
     {Type::BFloat16, AX_ENGINE_DT_BFLOAT16},
@@ -25,7 +25,7 @@ AX_ENGINE_DATA_TYPE_T shown(Type type) {
   return AX_ENGINE_DT_UNKNOWN;
 }
 
-// Whether a group without history has nothing to read from an input.
+// Whether a group without history ignores an input.
 bool is_cache(const Value& value) { return value.shape.size() == 3 && value.shape[1] == Dim{0, 0, 1}; }
 
 size_t hidden_size(const Model& model) {
@@ -35,7 +35,7 @@ size_t hidden_size(const Model& model) {
   return 1;
 }
 
-// What a buffer holds may be more than the tensor; nSize is not trusted, clients leave it unset.
+// A buffer may be larger than the tensor. nSize is ignored, since clients leave it unset.
 void* memory_of(const AX_ENGINE_IO_BUFFER_T& buffer, uint64_t bytes, const std::string& name) {
   void* address = buffer.pVirAddr;
   if (!address && buffer.phyAddr) address = axc_sys_virtual(buffer.phyAddr);
@@ -64,13 +64,13 @@ AX_ENGINE_IOMETA_T GroupInfo::meta(const Model& model, int index, const Group& g
   AX_ENGINE_IOMETA_T meta{};
   std::vector<AX_S32>& shape = shapes_.emplace_back();
   uint64_t bytes = model.bytes(index, group.tokens, group.history);
-  if (is_cache(value) && group.history == 0) {  // as the vendor shows them: one row as wide as the hidden state
+  if (is_cache(value) && group.history == 0) {  // described as the vendor does: one row of the hidden size
     shape = {1, 1, static_cast<AX_S32>(hidden_size(model))};
     bytes = hidden_size(model) * static_cast<uint64_t>(bits_of(value.type)) / 8;
   } else {
     for (const Dim& dim : value.shape) shape.push_back(static_cast<AX_S32>(dim.at(group.tokens, group.history)));
   }
-  meta.pName = const_cast<char*>(value.name.c_str());  // the graph's: the same in all groups
+  meta.pName = const_cast<char*>(value.name.c_str());  // owned by the graph; the same in all groups
   meta.pShape = shape.data();
   meta.nShapeSize = static_cast<AX_U8>(shape.size());
   meta.eDataType = shown(value.type);

@@ -1,4 +1,4 @@
-// A model as the C interface shows it: a handle with contexts and descriptions of its inputs and outputs.
+// A model in the C interface: a handle with contexts and descriptions of inputs and outputs.
 #pragma once
 
 #include <deque>
@@ -10,7 +10,7 @@
 
 namespace axc {
 
-// The description of one group. It owns what its pointers point to, so it stays where it is.
+// The description of one group. It owns what its pointers point to, so it must not move.
 class GroupInfo {
  public:
   GroupInfo(const Model& model, const Group& group);
@@ -27,14 +27,14 @@ class GroupInfo {
 struct Handle {
   Model model;
   std::deque<GroupInfo> groups;
-  std::deque<char> contexts;  // a context has no state of its own: its address is what there is
+  std::deque<char> contexts;  // contexts have no state; their addresses identify them
   std::string tools_version;
   AX_ENGINE_NPU_SET_T affinity = 0;
 
   explicit Handle(Mapping mapping);
 
-  // Runs with the client's buffers; returns where each output lies, null where it was not delivered. Throws Failure when
-  // a buffer is missing or too small.
+  // Runs with the client's buffers; returns the address of each output, null if it was not delivered. Throws Failure if a
+  // buffer is missing or too small.
   std::vector<void*> run(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bool outputs_may_miss) const;
 };
 

@@ -1,4 +1,4 @@
-// The structs of the C interface, held against their documented sizes and offsets.
+// Checks sizes and offsets of the C interface's structs against the documented ones.
 #include <cstddef>
 
 #include "ax_engine_api.h"

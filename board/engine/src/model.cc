@@ -22,7 +22,7 @@ Mapping Mapping::of_file(const std::string& path) {
 }
 
 Mapping Mapping::copy_of(Bytes bytes) {
-  if (bytes.empty()) illegal("no bytes");
+  if (bytes.empty()) illegal("an empty file");
   void* memory = ::mmap(nullptr, bytes.size(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
   std::memcpy(memory, bytes.data(), bytes.size());

@@ -1,4 +1,4 @@
-// A loaded axmodel: its bytes, mapped or copied, and the program made from them.
+// A loaded axmodel: its bytes, mapped or copied, and its program.
 #pragma once
 
 #include <memory>
@@ -10,12 +10,12 @@
 
 namespace axc {
 
-// Memory that a model's weights lie in.
+// The memory that holds a model's file.
 class Mapping {
  public:
-  // The pages of a file, shared with whoever maps it. Throws Failure.
+  // Maps a file; processes share the pages. Throws Failure.
   static Mapping of_file(const std::string& path);
-  // A copy, aligned as a file would be. Throws std::bad_alloc.
+  // Copies, with the alignment of a mapped file. Throws std::bad_alloc.
   static Mapping copy_of(Bytes bytes);
 
   Mapping(Mapping&& other) noexcept : bytes_(std::exchange(other.bytes_, {})) {}
@@ -35,7 +35,7 @@ struct Model {
   Program program;
   Precision precision = Precision::Bits16;  // of activations that integer weights are multiplied with
 
-  // Throws Failure for a file that is no axmodel this engine runs.
+  // Throws Failure for a file that is not an axmodel this engine can run.
   explicit Model(Mapping mapping);
   Model(const Model&) = delete;
 
@@ -43,8 +43,8 @@ struct Model {
   uint64_t bytes(int value, uint32_t tokens, uint32_t history) const;
 };
 
-// Runs a model on `tokens` rows after `history` cached ones. Inputs that depend on history may be null where it is 0;
-// an output that is null is not delivered. Throws Failure for a position outside the rotary tables, std::bad_alloc.
+// Runs a model on `tokens` rows after `history` cached ones. Inputs that depend on history may be null if it is 0; null
+// outputs are not delivered. Throws Failure for a position outside the rotary tables, std::bad_alloc.
 void run(const Model& model, size_t tokens, size_t history, const std::vector<const void*>& inputs,
          const std::vector<void*>& outputs);
 

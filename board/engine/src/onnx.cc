@@ -8,8 +8,8 @@
 namespace axc {
 namespace {
 
-constexpr size_t kAlignment = 64;   // of raw data in the file
-constexpr size_t kMostItems = 1 << 16;  // nodes, tensors, inputs, attributes of one model
+constexpr size_t kAlignment = 64;   // alignment of raw data in the file, in bytes
+constexpr size_t kMostItems = 1 << 16;  // limit on nodes, tensors, inputs and attributes of a model
 
 struct TypeRow {
   Type type;
@@ -39,7 +39,7 @@ auto& grow(List& list) {
   return list.emplace_back();
 }
 
-// A repeated int64: one by one, or packed.
+// A repeated int64, packed or not.
 void append_integers(const Field& field, std::vector<int64_t>& out) {
   if (field.wire == Wire::Varint) {
     grow(out) = field.integer();
@@ -98,7 +98,7 @@ Tensor read_tensor(Bytes bytes, const uint8_t* file) {
       case 2: tensor.type = type_of(field.integer()); break;
       case 8: tensor.name = field.text(); break;
       case 9: tensor.data = field.bytes(), raw = true; break;
-      case 12: break;  // doc_string, which pads
+      case 12: break;  // doc_string, used as padding
       default: unsupported("initializer " + std::string(tensor.name) + " has field " + std::to_string(field.number));
     }
   }
@@ -147,7 +147,7 @@ Node read_node(Bytes bytes) {
       case 2: grow(node.outputs) = field.text(); break;
       case 4: node.op = field.text(); break;
       case 5:
-        if (!node.attributes.insert(read_attribute(field.bytes())).second) illegal("an attribute is given twice");
+        if (!node.attributes.insert(read_attribute(field.bytes())).second) illegal("duplicate attribute");
         break;
       case 7:
         if (!field.text().empty()) unsupported("operator domain " + std::string(field.text()));
@@ -250,7 +250,7 @@ Onnx read_onnx(Bytes file) {
       case 8: grow(opsets) = field.bytes(); break;
       case 14:
         if (model.metadata.size() >= kMostItems || !model.metadata.insert(read_entry(field.bytes())).second) {
-          illegal("metadata is given twice");
+          illegal("duplicate metadata");
         }
         break;
       default: break;

@@ -1,4 +1,4 @@
-// The part of ONNX's schema that axmodels use; names and data are views of the file's bytes.
+// The subset of ONNX's schema that axmodels use. Names and data point into the file's bytes.
 #pragma once
 
 #include <map>
@@ -16,10 +16,10 @@ enum class Type : int {
   Float8E4M3 = 17, Float8E5M2 = 19, Uint4 = 21, Int4 = 22,
 };
 
-// Bits of an element; 0 for a type axmodels do not have.
+// Bits per element; 0 for a type that axmodels do not use.
 int bits_of(Type type);
-bool is_float(Type type);    // one a hidden state may have
-bool is_integer(Type type);  // of 8 bits or more
+bool is_float(Type type);    // types that a hidden state may have
+bool is_integer(Type type);  // with 8 bits or more
 std::string name_of(Type type);
 
 struct Tensor {
@@ -30,7 +30,7 @@ struct Tensor {
   const uint8_t* bytes() const { return data.data(); }
 };
 
-// A dimension of an input or output: a number (then `name` is empty) or a name that groups decide.
+// A dimension of an input or output: a number (`name` is empty), or a name whose size each group defines.
 struct NamedDim {
   int64_t size = 0;
   std::string_view name;
@@ -66,7 +66,7 @@ struct Onnx {
   std::map<std::string_view, Tensor> initializers;
 };
 
-// Reads the bytes of a file. Throws Failure for whatever is not a whole ModelProto.
+// Parses a file. Throws Failure unless it is a complete ModelProto.
 Onnx read_onnx(Bytes file);
 
 }  // namespace axc

@@ -34,7 +34,7 @@ std::optional<RowPatterns::Match> RowPatterns::rotary(const Operation& rotary) c
   const std::optional<Angles> turns = angles(rotary);
   if (!turns) return {};
   Rotary step{rotary.inputs[0], rotary.outputs[0], rotation, *turns, {}};
-  // heads that are normalised one by one: flat -> heads -> norm -> flat
+  // each head is normalised on its own: flat -> heads -> norm -> flat
   const Operation* flat = maker(step.x);
   if (is(flat, "Reshape") && only_user(step.x) == &rotary) {
     const Operation* norm = maker(flat->inputs[0]);
@@ -48,7 +48,7 @@ std::optional<RowPatterns::Match> RowPatterns::rotary(const Operation& rotary) c
   return Match{root, step};
 }
 
-// cos and sin as two tables by position; as rows; or as rows by the addition theorem, of a position's high and low part:
+// cos and sin come from two tables by position, as rows, or from the addition theorem for a position's high and low part:
 // cos = Sub(Mul(cos high, cos low), Mul(sin high, sin low)), sin = Add(Mul(sin high, cos low), Mul(cos high, sin low)).
 std::optional<Angles> RowPatterns::angles(const Operation& rotary) const {
   const int cos = rotary.inputs[1], sin = rotary.inputs[2];
@@ -89,7 +89,7 @@ std::optional<RowPatterns::Gathered> RowPatterns::gathered(int index) const {
   return Gathered{gather->inputs[0], at->inputs[0], static_cast<size_t>((*divisor.known)[0].fixed), quotient};
 }
 
-// Of rows at the quotient with rows at the remainder, in that order.
+// The product of rows gathered at the quotient and at the remainder; returned in that order.
 std::optional<std::pair<RowPatterns::Gathered, RowPatterns::Gathered>> RowPatterns::product(int index) const {
   const Operation* mul = maker(index);
   if (!is(mul, "Mul")) return {};

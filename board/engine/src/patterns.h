@@ -1,5 +1,4 @@
-// Patterns of operators around rows: norms, rotary embedding, casts. Each match is a step and the operation whose place
-// it takes.
+// Patterns of row-wise operators: norms, rotary embedding, casts. A match is a step and the operation that it replaces.
 #pragma once
 
 #include <optional>
@@ -9,7 +8,7 @@
 
 namespace axc {
 
-// What makes a value and what uses it.
+// Navigation between operations: makers and users of values.
 class Neighbours {
  public:
   explicit Neighbours(const Graph& graph) : graph_(graph) {}
@@ -19,7 +18,7 @@ class Neighbours {
   const Operation* maker(int index) const {
     return value(index).maker < 0 ? nullptr : &graph_.operations[value(index).maker];
   }
-  // The operation that alone uses a value, which is no output.
+  // The only user of a value that is not an output of the graph.
   const Operation* only_user(int index) const {
     const Value& seen = value(index);
     return seen.output < 0 && seen.users.size() == 1 ? &graph_.operations[seen.users[0]] : nullptr;
@@ -41,9 +40,9 @@ class RowPatterns : public Neighbours {
     Step step;
   };
 
-  // A Cast from one type of floats to another.
+  // A Cast between float types.
   std::optional<Match> convert(const Operation& cast) const;
-  // RMSNormalization of rows of float32 [-> Add to rows that are no constant]; `free` tells whether an operation is no root yet.
+  // RMSNormalization of float32 rows [-> Add to non-constant rows]; `free` tells whether an operation is not yet a root.
   template <class Free>
   std::optional<Match> norm(const Operation& operation, const Free& free) const {
     std::optional<Norm> step = norm_of(operation);
@@ -55,13 +54,13 @@ class RowPatterns : public Neighbours {
     step->residual = residual, step->to = add->outputs[0];
     return Match{add, *step};
   }
-  // [RMSNormalization of heads ->] RotaryEmbedding [-> Cast to what the cache holds]
+  // [RMSNormalization of heads ->] RotaryEmbedding [-> Cast to the type of the cache]
   std::optional<Match> rotary(const Operation& rotary) const;
 
  private:
   std::optional<Norm> norm_of(const Operation& operation) const;
   std::optional<Angles> angles(const Operation& rotary) const;
-  // Rows of a table, at the quotient or at the remainder of positions.
+  // Rows gathered from a table at the quotient, or the remainder, of positions.
   struct Gathered {
     int table, positions;
     size_t divisor;

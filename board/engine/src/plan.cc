@@ -93,7 +93,7 @@ size_t Program::bytes(uint64_t tokens, uint64_t history) const {
       if (__builtin_mul_overflow(size, static_cast<uint64_t>(part.at(tokens, history)), &size)) size = UINT64_MAX;
     }
     if (__builtin_add_overflow(total, size, &total) || total > uint64_t{1} << 46) {
-      illegal("values between steps of more than 64 TiB");
+      illegal("more than 64 TiB of intermediate values");
     }
   }
   return static_cast<size_t>(total);

@@ -1,4 +1,4 @@
-// A bounds-checked reader of the protobuf wire format, over bytes that stay where they are.
+// A bounds-checked, zero-copy reader of the protobuf wire format.
 // https://protobuf.dev/programming-guides/encoding
 #pragma once
 
@@ -16,7 +16,7 @@ using Bytes = std::span<const uint8_t>;
 
 enum class Wire { Varint = 0, Fixed64 = 1, Length = 2, Fixed32 = 5 };
 
-// One field of a message; the accessors throw Failure when the field has another wire type.
+// One field of a message; accessors throw Failure if the field has another wire type.
 struct Field {
   uint32_t number;
   Wire wire;
@@ -86,7 +86,7 @@ class Reader {
 
   uint64_t fixed(size_t width) {
     uint64_t value = 0;
-    std::memcpy(&value, take(width).data(), width);  // little-endian, as every machine this is built for
+    std::memcpy(&value, take(width).data(), width);  // all supported machines are little-endian
     return value;
   }
 

@@ -19,7 +19,7 @@ bool quiet() {
   return value && *value && std::string(value) != "0";
 }
 
-// What a file says of itself may be anything; a terminal is to get text.
+// Names in files are untrusted; only printable text goes to the terminal.
 std::string printable(std::string text) {
   if (text.size() > kLongest) text = text.substr(0, kLongest) + "...";
   for (char& character : text) {

@@ -1,13 +1,13 @@
-// The line on stderr for programs that do not show why a model was refused.
+// One line on stderr that says why a model was refused, for programs that print only error codes.
 #pragma once
 
 #include <string>
 
 namespace axc {
 
-constexpr const char* kQuiet = "AXC_QUIET";  // an environment variable; set to anything but nothing or 0: no lines
+constexpr const char* kQuiet = "AXC_QUIET";  // environment variable; any value but empty or 0 disables the lines
 
-// Writes one line: what was seen and what was expected. A client's second try with the same file gives none.
+// Writes what was seen and what was expected; nothing if the same file was just reported.
 void report_refused(const std::string& seen);
 
 }  // namespace axc

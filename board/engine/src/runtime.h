@@ -1,4 +1,4 @@
-// What all models of the process share: threads, the memory between steps, and the clocks.
+// State shared by all models of the process: threads, memory for intermediate values, counters.
 #pragma once
 
 #include <chrono>
@@ -11,7 +11,7 @@
 
 namespace axc {
 
-// Memory aligned for any vector that only ever grows; its content is not kept.
+// Vector-aligned memory that only grows; growing discards its content.
 class Arena {
  public:
   // Throws std::bad_alloc.
@@ -26,7 +26,7 @@ class Arena {
   size_t size_ = 0;
 };
 
-// The memory of one of a program's areas during a run.
+// The memory of one area of a program during a run.
 struct Placed {
   uint8_t* start;
   size_t units;
@@ -40,16 +40,16 @@ class Runtime {
  public:
   static Runtime& instance();
 
-  std::mutex mutex;  // held by who runs a model or changes what is below
+  std::mutex mutex;  // held while a model runs or the members below change
   Arena values, levels, scratch, turns;
-  std::vector<Placed> areas;  // of the model that runs
-  std::vector<View> views;    // of the step that runs
-  std::vector<Counter> counters;  // of each kind of fused step, then of each operator
+  std::vector<Placed> areas;  // of the running model
+  std::vector<View> views;    // of the running step
+  std::vector<Counter> counters;  // one for each kind of fused step, then one for each operator
 
   Pool& pool();
   void set_threads(size_t threads);  // 0: one for each CPU
   size_t threads() const { return threads_ ? threads_ : available_cpus(); }
-  void forget_pool() { (void)pool_.release(); }  // in a forked child, which has no threads
+  void forget_pool() { (void)pool_.release(); }  // in a forked child, where the threads do not exist
 
  private:
   Runtime();

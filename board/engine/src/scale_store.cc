@@ -6,7 +6,7 @@
 namespace axc {
 namespace {
 
-// Element `index` as bytes; those of 4 bits become int8_t.
+// Copies one element; 4-bit elements become int8_t.
 void copy_element(const Tensor& tensor, size_t index, uint8_t* to) {
   if (tensor.type == Type::Int4) {
     *to = static_cast<uint8_t>(((tensor.bytes()[index / 2] >> index % 2 * 4 & 15) ^ 8) - 8);
@@ -48,7 +48,7 @@ bool ScaleStore::complete(Matrix& weight, const Tensor& scales, const Tensor* ze
   return true;
 }
 
-// The elements of `tensor` for blocks of `group` columns, which divides the weight's own, or is more than a row has.
+// Repeats the elements of `tensor` for blocks of `group` columns; `group` divides the weight's block, or exceeds a row.
 const uint8_t* ScaleStore::spread(const Matrix& weight, const Tensor& tensor, size_t group) {
   std::unique_ptr<uint8_t[]>& array = arrays_[{&tensor, weight.columns, weight.block, group}];
   if (array) return array.get();

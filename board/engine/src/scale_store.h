@@ -1,4 +1,4 @@
-// Scales and zero points of weights as the kernels read them.
+// Scales and zero points of weights in the layout of the kernels.
 #pragma once
 
 #include <cstddef>
@@ -12,19 +12,19 @@
 
 namespace axc {
 
-// Gives weights their scales: in place where the kernels read them as they are stored, else from arrays made here, each
-// once for all weights that have it.
+// Provides scales: those in the file if the kernels can read their layout, else converted copies, shared by weights with
+// the same tensor.
 class ScaleStore {
  public:
-  // `limit`: bytes that the arrays may take.
+  // `limit`: maximum bytes of all copies.
   explicit ScaleStore(size_t limit = 0) : limit_(limit) {}
 
-  // Completes a weight of integer levels whose `block` is that of the file. A block that is no group of integer arithmetic
-  // becomes several that are, where it can. False where the arrays would take too much.
+  // Adds scales to a weight of integer levels whose `block` is the file's. A block size without an integer kernel is split
+  // into one that has a kernel, if possible. Returns false if the copies would exceed the limit.
   bool complete(Matrix& weight, const Tensor& scales, const Tensor* zeros);
 
  private:
-  using Key = std::tuple<const Tensor*, size_t, size_t, size_t>;  // and columns, block and group of the weight
+  using Key = std::tuple<const Tensor*, size_t, size_t, size_t>;  // tensor; columns, block and group of the weight
 
   const uint8_t* spread(const Matrix& weight, const Tensor& tensor, size_t group);
 

@@ -1,4 +1,4 @@
-// Shapes in M and T: a model is checked and planned once, and runs with any numbers of tokens and history.
+// Shapes as functions of M and T: a model is checked and planned once, and runs with any number of tokens and history.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ struct Dim {
   int64_t at(uint64_t m, uint64_t t) const {
     return fixed + tokens * static_cast<int64_t>(m) + history * static_cast<int64_t>(t);
   }
-  int64_t least() const { return fixed + tokens; }  // where neither coefficient is negative
+  int64_t least() const { return fixed + tokens; }  // if no coefficient is negative
 
   Dim operator+(const Dim& other) const { return {fixed + other.fixed, tokens + other.tokens, history + other.history}; }
   Dim operator-(const Dim& other) const { return {fixed - other.fixed, tokens - other.tokens, history - other.history}; }
@@ -32,7 +32,7 @@ struct Dim {
 
 using Shape = std::vector<Dim>;
 
-// A product of dimensions: `scale` times those that M and T decide, each without a common divisor, sorted.
+// A product of dimensions: `scale` times the symbolic ones, each divided by its greatest common divisor, sorted.
 struct Extent {
   int64_t scale = 1;
   std::vector<Dim> parts;

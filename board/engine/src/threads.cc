@@ -5,7 +5,7 @@
 namespace axc {
 namespace {
 
-constexpr int kSpins = 4000;  // some 50 microseconds: about the time between two layers
+constexpr int kSpins = 4000;  // about 50 microseconds, the time between two layers
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -56,7 +56,7 @@ void Pool::start(size_t count, Call call, const void* context) {
   }
 }
 
-// The next of one's own items, or the last of another's: what its owner reads ahead is the next one.
+// Takes the thread's own next item, or steals the last one of another thread, whose prefetches are for its next item.
 bool Pool::Share::draw(bool own, size_t& item) {
   uint64_t seen = left.load(std::memory_order_relaxed);
   for (;;) {

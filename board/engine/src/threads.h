@@ -1,4 +1,4 @@
-// A pool of threads, one for the process. Which thread takes which item is left open, so a result must not depend on it.
+// The process-wide thread pool. Any thread may take any item, so results must not depend on it.
 #pragma once
 
 #include <atomic>
@@ -19,8 +19,8 @@ class Pool {
   size_t size() const { return workers_.size() + 1; }
 
   // Calls body(item, thread) for every item in [0, count), count < 2^32; returns when all are done. One caller at a
-  // time; the caller works too, as thread 0. `body` must not throw. A thread takes neighbouring items one after the
-  // other, so that what it reads follows on, and helps the others when it has no more.
+  // time; the caller works as thread 0. `body` must not throw. Each thread takes a contiguous range of items, for
+  // sequential reads, then steals items of other threads.
   template <class Body>
   void each(size_t count, const Body& body) {
     if (count == 1 || workers_.empty()) {
@@ -37,7 +37,7 @@ class Pool {
   void work(size_t thread);
   void take(size_t thread);
 
-  // What is left of a thread's items: end << 32 | next. A late thread that draws from a newer job's draws a whole item.
+  // Remaining items of a thread: end << 32 | next. A thread that is late may take an item of a newer job; that is safe.
   struct alignas(64) Share {
     std::atomic<uint64_t> left{0};
 
@@ -54,7 +54,7 @@ class Pool {
   std::vector<std::thread> workers_;
 };
 
-// CPUs this process may use.
+// Number of CPUs in this process's affinity mask.
 size_t available_cpus();
 
 }  // namespace axc

@@ -7,7 +7,7 @@
 namespace axc {
 namespace {
 
-constexpr size_t kMostMetadata = 16 << 20;  // characters of base64
+constexpr size_t kMostMetadata = 16 << 20;  // base64 characters
 constexpr size_t kLongestVersion = 40;
 
 std::string_view text_of(Bytes bytes) { return {reinterpret_cast<const char*>(bytes.data()), bytes.size()}; }
@@ -31,7 +31,7 @@ std::vector<uint8_t> decode_base64(std::string_view text) {
   return out;
 }
 
-// Field 4 of the metadata is a message whose field 3 is the mode; NPU1, as every default, is left out.
+// Field 4 of the metadata is a message whose field 3 is the mode; NPU1, the default, is omitted.
 int npu_mode(std::string_view extra_data) {
   const std::vector<uint8_t> decoded = decode_base64(extra_data);
   uint64_t mode = 0;

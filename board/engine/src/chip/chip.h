@@ -1,12 +1,12 @@
-// What tells one chip's libraries from another's.
+// The differences between the chips' libraries.
 #pragma once
 
 namespace axc {
 
 struct Chip {
   const char* name;
-  int npu_modes;    // AX_ENGINE_Init takes 0 .. npu_modes - 1
-  int model_types;  // how many cores, or parts of one, a model may be for
+  int npu_modes;    // AX_ENGINE_Init accepts 0 .. npu_modes - 1
+  int model_types;  // number of core configurations that a model can be compiled for
 };
 
 extern const Chip kChip;

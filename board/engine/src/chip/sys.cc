@@ -1,1 +1,1 @@
-// An AX650's libax_sys has nothing that src/abi_sys.cc has not.
+// The AX650's libax_sys has no symbols beyond those of src/abi_sys.cc.

@@ -23,7 +23,7 @@ constexpr size_t kIntRows = 5, kIntPanel = 16, kPrefetched = 16384;
 namespace axc {
 namespace {
 
-// 16-bit levels; for 4-bit weights the even ones of every 32 come first: they are the low halves of 16 bytes.
+// 16-bit levels. For 4-bit weights the even columns of every 32 come first: the weights' low nibbles of 16 bytes.
 void store_levels(const int16_t* levels, const Activations& of, Arithmetic order, uint8_t* out, int32_t* sums) {
   int16_t sorted[kBlock];
   for (size_t i = 0; i < kBlock; ++i) {
@@ -35,7 +35,7 @@ void store_levels(const int16_t* levels, const Activations& of, Arithmetic order
 
 inline __m256i words_at(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 
-// Unsigned nibbles of 16 bytes, in 16 bits each: what they are above -8.
+// The nibbles of 16 bytes as unsigned 16-bit numbers, level + 8.
 struct Nibbles {
   __m256i even, odd;
 
@@ -46,7 +46,7 @@ struct Nibbles {
   }
 };
 
-// Panel: for every 2 columns 16 outputs x 2 levels of 16 bits. `columns(row)` gives 16 columns of one of 8 rows.
+// Panel: for every 2 columns 16 outputs x 2 levels of 16 bits. `columns(row)` returns 16 columns of one of 8 rows.
 template <class Columns>
 inline void pack_columns(uint8_t* panel, size_t k, size_t group, Columns columns) {
   Vf rows[kWidth];
@@ -55,7 +55,7 @@ inline void pack_columns(uint8_t* panel, size_t k, size_t group, Columns columns
   repeat<kWidth>([&](auto i) AXC_INLINE { std::memcpy(panel + ((k / 2 + i) * kIntPanel + group) * 4, &rows[i], sizeof(Vf)); });
 }
 
-// The first `count` of 16 bytes, zeros behind them.
+// The first `count` of 16 bytes, padded with zeros.
 inline __m128i some_bytes(const void* from, size_t count) {
   uint8_t bytes[16] = {};
   std::memcpy(bytes, from, count);
@@ -159,7 +159,7 @@ template <bool kFour, size_t kGroup, Precision>
 AXC_INLINE inline void group_sums(const uint8_t* const rows[4], size_t first, size_t count, size_t columns,
                                   const uint8_t* levels, const uint8_t*, Vi* sums) {
   constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan, kBytes = kFour ? kSpan / 2 : kSpan;
-  Vi quads[kGroups][2] = {};  // lane r and lane 4 + r are to be added: row r
+  Vi quads[kGroups][2] = {};  // row r is the sum of lanes r and 4 + r
   for (size_t b = 0; b < count; ++b) {
     for (size_t g = 0; g < kGroups; ++g) {
       const size_t group = (first + b) * kGroups + g, left = columns > group * kSpan ? columns - group * kSpan : 0;
@@ -187,7 +187,7 @@ namespace axc {
 namespace {
 
 void dots(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
-  dots_in<Precision::Bits16>(w, row, a, token, out);  // levels have 16 bits here, whatever the precision
+  dots_in<Precision::Bits16>(w, row, a, token, out);  // AVX2 stores levels in 16 bits at either precision
 }
 
 constexpr bool kRoundsBfloat16 = false;

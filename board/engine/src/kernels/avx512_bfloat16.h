@@ -33,7 +33,7 @@ constexpr ByCount<Bfloat16Tile, sizeof...(kRows)> bfloat16_tiles(std::index_sequ
   return {{bfloat16_tile<kRows + 1>...}};
 }
 
-// A few tokens: as float_columns, two columns at a time.
+// For a few tokens: like float_columns, two columns at a time.
 void bfloat16_columns(const InPlaceRows& rows, size_t columns, const uint8_t* levels, float* out) {
   constexpr size_t kStep = 32;
   Vf acc[kInPlaceVectors] = {};

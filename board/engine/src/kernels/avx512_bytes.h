@@ -1,6 +1,6 @@
-// AVX-512 with VNNI: levels as bytes. A 16-bit level is two signed bytes, so a product takes two 8-bit dot products.
-// Of their factors one is unsigned: the weight, sum (w + 128) (256 high + low) - 128 sum (256 high + low), where it is read
-// once, else the level, sum (256 high + low) w - 2^15 sum w.
+// AVX-512 with VNNI: levels as bytes. A 16-bit level is two bytes, so a product takes two 8-bit dot products. VNNI wants
+// one unsigned factor. For weights read once it is the weight, sum (w + 128) (256 high + low) - 128 sum (256 high + low);
+// for packed weights it is the level, sum (256 high + low) w - 2^15 sum w.
 #pragma once
 
 #include <immintrin.h>
@@ -29,7 +29,7 @@ constexpr size_t kIntPanel = 32, kPrefetched = 16384;
 namespace axc {
 namespace {
 
-// Of 128 levels the sums of each group of columns, 32, 64 or 128.
+// The sums of 128 levels by group of 32, 64 or 128 columns.
 AXC_INLINE inline void store_sums(const __m512i of_32[4], size_t group, int32_t* sums) {
   for (size_t i = 0; i < 4; i += group / 32) {
     __m512i sum = of_32[i];
@@ -38,8 +38,8 @@ AXC_INLINE inline void store_sums(const __m512i of_32[4], size_t group, int32_t*
   }
 }
 
-// For products of single tokens: 128 high bytes, then 128 low ones, signed. For 4-bit weights the even columns come first:
-// they are the low halves of the bytes. And the levels' sums.
+// For products of single tokens: 128 signed high bytes, then 128 low ones. For 4-bit weights the even columns come first:
+// the weights' low nibbles. Also stores the sums of levels.
 inline void store_bytes(const int16_t* levels, size_t group, Arithmetic order, uint8_t* out, int32_t* sums) {
   const __m512i ones = _mm512_set1_epi16(1);
   __m512i words[4], of_32[4];
@@ -63,8 +63,8 @@ inline void store_bytes(const int16_t* levels, size_t group, Arithmetic order, u
   }
 }
 
-// For products of many tokens: 128 high bytes, then 128 low ones, unsigned, of levels + 2^15; or one byte, of levels + 2^7.
-// For 4-bit weights the even columns of every 8 come first: they are the low halves of 4 bytes.
+// For products of many tokens: 128 unsigned high bytes of level + 2^15, then the low ones; 8-bit: one byte, level + 2^7.
+// For 4-bit weights the even columns of every 8 come first: the weights' low nibbles of 4 bytes.
 inline void store_unsigned(const int16_t* levels, Precision precision, Arithmetic order, uint8_t* out) {
   alignas(64) uint16_t places[32];
   for (int i = 0; i < 32; ++i) places[i] = static_cast<uint16_t>(order == Arithmetic::Int4 ? i / 8 * 8 + i % 4 * 2 + i / 4 % 2 : i);
@@ -79,7 +79,7 @@ inline void store_unsigned(const int16_t* levels, Precision precision, Arithmeti
 
 inline __mmask64 first_bytes(size_t count) { return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
 
-// Calls store(group, half, r) for every 16 rows and 64 bytes of a block, turned. Missing rows and bytes are zeros.
+// Calls store(group, half, r) for every 16 rows and 64 bytes of a block, transposed. Missing rows and bytes are zeros.
 template <size_t kBytes, class Store>
 inline void each_turned(const uint8_t* w, size_t stride, size_t rows, size_t bytes, Store store) {
   for (size_t half = 0; half < kBytes / 64; ++half) {
@@ -100,7 +100,7 @@ inline void each_turned(const uint8_t* w, size_t stride, size_t rows, size_t byt
   }
 }
 
-// Sums over groups of 32, 64 or 128 columns, packed 4 at a step: at the end of a group minus its sum is stored.
+// Sums over groups of 32, 64 or 128 columns, 4 columns a step; stores the negative sum at the end of each group.
 class GroupSums {
  public:
   GroupSums(uint8_t* at, size_t group) : at_(at), shift_(std::countr_zero(group / 4)) {}
@@ -116,14 +116,14 @@ class GroupSums {
 
  private:
   uint8_t* at_;
-  int shift_;  // steps of a group, as a power of 2
+  int shift_;  // log2 of the steps of a group
   __m512i sums_[kIntPanel / 16] = {};
 };
 
 constexpr size_t kBytePanel = kIntPanel * kBlock;
 
-// Panel: for every 4 columns 32 outputs x 4 bytes; behind them, of each group of columns, what is to be added to the
-// product with unsigned levels: 2^7 times minus the sum of the weights.
+// Panel: for every 4 columns 32 outputs x 4 bytes; then for each group of columns the correction for unsigned levels:
+// -2^7 times the sum of the weights.
 class BytePanel {
  public:
   BytePanel(uint8_t* at, size_t group) : at_(at), sums_(at + kBytePanel, group) {}
@@ -167,7 +167,7 @@ inline int32_t dword(const uint8_t* at) {
   return value;
 }
 
-// c += the sums of a block, times the scales.
+// c += sums of a block x scales
 template <bool kScaled>
 AXC_INLINE inline void add_scaled(Vi sums, float scale, const float* row_scales, float* c) {
   Vf values = __builtin_convertvector(sums, Vf);
@@ -175,11 +175,11 @@ AXC_INLINE inline void add_scaled(Vi sums, float scale, const float* row_scales,
   store(c, fma(values, scale, load(c)));
 }
 
-// All of a block: high and low bytes in sums of their own.
+// One group a block: separate sums for high and low bytes.
 template <size_t kRows, bool kScaled, Precision kPrecision>
 void byte_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t*, const float* row_scales,
                size_t columns, float* c) {
-  Vi high[kRows][2], low[kRows][2];  // as __m512i GCC 12 would keep them in memory too
+  Vi high[kRows][2], low[kRows][2];  // not __m512i, which GCC 12 would spill
   repeat<2>([&](auto v) AXC_INLINE {
     const Vi offset = Vi(_mm512_load_si512(panel + kBytePanel + 64 * v));
     repeat<kRows>([&](auto t) AXC_INLINE {
@@ -187,7 +187,7 @@ void byte_tile(const uint8_t* panel, const uint8_t* levels, const float* scales,
       low[t][v] = kPrecision == Precision::Bits16 ? Vi{} : offset;
     });
   });
-  columns = (columns + 7) / 8 * 8;  // which lie in an order of the panel's own
+  columns = (columns + 7) / 8 * 8;  // the panel permutes columns in groups of 8
   for (size_t k = 0; k < columns; k += 4) {
     const __m512i w0 = _mm512_load_si512(panel + k * 32), w1 = _mm512_load_si512(panel + k * 32 + 64);
     repeat<kRows>([&](auto t) AXC_INLINE {
@@ -208,7 +208,7 @@ void byte_tile(const uint8_t* panel, const uint8_t* levels, const float* scales,
   });
 }
 
-// A block of several groups: of each a chain of sums, high bytes before low ones, which leaves room for the block's own.
+// Several groups a block: one sum a group, high bytes before low ones, which leaves registers for the block's total.
 template <size_t kRows, size_t kGroup, Precision kPrecision>
 void group_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t*, const float* row_scales,
                 size_t columns, float* c) {
@@ -254,7 +254,7 @@ constexpr auto bytes_tile = [] {
   }
 }();
 
-// The sums of unsigned weights times levels in each lane: 256 high + low, by one chain of sums.
+// Unsigned weights times levels in each lane, 256 high + low, in one accumulator.
 template <Precision kPrecision, class... Weights>
 AXC_INLINE inline Vi lane_products(const __m512i* high, const __m512i* low, Weights... w) {
   __m512i sum = _mm512_setzero_si512();
@@ -266,7 +266,7 @@ AXC_INLINE inline Vi lane_products(const __m512i* high, const __m512i* low, Weig
   return Vi(sum);
 }
 
-// A block of a row as unsigned bytes, `columns` of it.
+// The first `columns` of a block of a row, as unsigned bytes.
 template <bool kFour>
 AXC_INLINE inline void unsigned_bytes(const uint8_t* at, size_t columns, __m512i& w0, __m512i& w1) {
   if (kFour) {
@@ -290,7 +290,7 @@ AXC_INLINE inline void unsigned_bytes(const uint8_t* at, size_t columns, __m512i
 template <bool kFour>
 constexpr int32_t kOffset = kFour ? 8 : 128;
 
-// The quarters of four vectors as a matrix: rows become columns.
+// Transposes the quarters of four vectors.
 AXC_INLINE inline void transpose_quarters(Vi v[4]) {
   const auto taken = [](Vi a, Vi b, auto which) AXC_INLINE { return Vi(_mm512_shuffle_i32x4(__m512i(a), __m512i(b), which)); };
   constexpr std::integral_constant<int, 0x44> kLower;
@@ -301,14 +301,14 @@ AXC_INLINE inline void transpose_quarters(Vi v[4]) {
   v[0] = taken(a, c, kEven), v[1] = taken(a, c, kOdd), v[2] = taken(b, d, kEven), v[3] = taken(b, d, kOdd);
 }
 
-// A lane has the products of 4 columns, of 8 neighbours with 4-bit weights: quarter j of a vector is of the columns
-// [32 j, 32 j + 32) of a block, or of [16 j, 16 j + 16) of each half of it.
+// A lane holds products of 4 columns, or of 8 adjacent ones with 4-bit weights: quarter j of a vector covers the columns
+// [32 j, 32 j + 32) of a block, or [16 j, 16 j + 16) of each half of it.
 template <bool kFour, size_t kGroup, Precision kPrecision>
 AXC_INLINE inline void group_sums(const uint8_t* const rows[4], size_t first, size_t count, size_t columns,
                                   const uint8_t* levels, const uint8_t* ahead, Vi* sums) {
   constexpr size_t kBytes = kFour ? kBlock / 2 : kBlock, kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan;
   constexpr size_t kHalves = !kFour && kGroups > 1 ? 2 : 1;
-  Vi quads[kHalves][4] = {};  // of each block; lane 4 j + r: quarter j with row r
+  Vi quads[kHalves][4] = {};  // for each block; lane 4 j + r: quarter j of row r
   for (size_t b = 0; b < count; ++b, levels += kLevelBytes, ahead += 4 * kBytes) {
     const size_t left = least(kBlock, columns - (first + b) * kBlock);
     __m512i x[4];

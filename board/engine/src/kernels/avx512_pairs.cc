@@ -1,7 +1,7 @@
-// AVX-512 with VNNI and products of bfloat16 on CPUs that add beside their multipliers, as AMD's do: for many tokens of
-// 16 bits half the products do. Of two columns (x0 + w1) (x1 + w0) = x0 w0 + x1 w1 + x0 x1 + w0 w1, where the sums of
-// x0 x1 and of w0 w1 are the activations' and the weights' own: S. Winograd, A New Algorithm for Inner Product, IEEE
-// Transactions on Computers C-17, 1968. 32 bits that overflow on the way do no harm: the sum of a block does not.
+// AVX-512 with VNNI and bfloat16 on CPUs with separate adders, such as AMD's: halves the products for many tokens of
+// 16 bits. For two columns, (x0 + w1) (x1 + w0) = x0 w0 + x1 w1 + x0 x1 + w0 w1, where the sums of x0 x1 and of w0 w1 depend
+// on activations or weights alone: S. Winograd, A New Algorithm for Inner Product, IEEE Transactions on Computers C-17,
+// 1968. Intermediate sums may wrap around in 32 bits, since the sum of a block does not overflow.
 #include "avx512_bfloat16.h"
 #include "avx512_bytes.h"
 
@@ -15,9 +15,9 @@ inline void dots(const Matrix& w, size_t row, const Activations& a, size_t token
 }
 
 constexpr size_t kIntRows = 8;
-constexpr size_t kPairPanel = 2 * kIntPanel * kBlock;  // bytes; behind them 32 times minus the sum of w0 w1
+constexpr size_t kPairPanel = 2 * kIntPanel * kBlock;  // bytes, followed by 32 negative sums of w0 w1
 
-// 16-bit words as the panel's products read them. 4-bit weights lie 8 columns to the word of 32 bits.
+// 16-bit words in the order of the panel's products. 4-bit weights: 8 columns per 32-bit word.
 alignas(64) constexpr auto kPairOrder = [] {
   struct { uint16_t of[2][32]; } order{};
   constexpr uint16_t kInt8[4] = {0, 2, 1, 3}, kInt4[8] = {0, 4, 1, 5, 2, 6, 3, 7};
@@ -28,14 +28,14 @@ alignas(64) constexpr auto kPairOrder = [] {
   return order;
 }();
 
-// And the sums of x0 x1.
+// The sums of x0 x1.
 void store_pairs(const int16_t* levels, size_t group, Arithmetic order, uint8_t* out, int32_t* sums) {
   const __m512i from = _mm512_load_si512(kPairOrder.of[order == Arithmetic::Int4]);
   __m512i of_32[4];
   for (size_t i = 0; i < 4; ++i) {
     const __m512i words = _mm512_permutexvar_epi16(from, _mm512_loadu_si512(levels + 32 * i));
     const __m512i other = _mm512_shuffle_epi32(words, _MM_PERM_CDAB);
-    constexpr __mmask16 kFirst = 0x5555;  // else each product counts twice
+    constexpr __mmask16 kFirst = 0x5555;  // every other lane, or each product would count twice
     of_32[i] = _mm512_mask_dpwssd_epi32(_mm512_setzero_si512(), kFirst, words, other);
     _mm512_storeu_si512(out + 64 * i, words);
   }
@@ -65,7 +65,7 @@ class PairPanel {
   GroupSums products_;
 };
 
-// The lowest bits of each word as a signed number. Of two shifts, which would do, a CPU begins fewer in a cycle.
+// The lowest bits of each word as a signed number. Two shifts would do, but have a lower throughput.
 template <size_t kBits>
 AXC_INLINE inline __m512i signed_low(__m512i words) {
   constexpr int kFlipped = 0x28;  // as ternary logic: (words ^ sign) & mask
@@ -99,7 +99,7 @@ template <size_t kRows, size_t kGroup>
 void pair_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, const int32_t* sums,
                const float* row_scales, size_t columns, float* c) {
   constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan;
-  Vf total[kRows][2];  // of a block of several groups
+  Vf total[kRows][2];  // for blocks of several groups
   if (kGroups > 1) repeat<kRows>([&](auto t) AXC_INLINE { total[t][0] = total[t][1] = Vf{}; });
   for (size_t g = 0; g * kSpan < columns; ++g) {
     Vu acc[kRows][2];

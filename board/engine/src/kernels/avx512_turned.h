@@ -1,4 +1,4 @@
-// Rows of bytes that become columns of words. See vectors.h for how it is included.
+// Transposes rows of bytes to columns of words. vectors.h explains how it is included.
 #pragma once
 
 #include "vectors.h"
@@ -6,8 +6,8 @@
 namespace axc {
 namespace {
 
-// 64 bytes of each of 16 rows, turned: r[i] has bytes 4 i to 4 i + 3 of every row. Rows 4 apart are put together as they
-// are loaded, which spares half the shuffles.
+// 64 bytes of each of 16 rows, transposed: r[i] has bytes 4 i to 4 i + 3 of every row. Loads combine rows 4 apart, which
+// saves half the shuffles.
 AXC_INLINE inline void turned(const uint8_t* w, size_t stride, __m512i r[16]) {
   repeat<4>([&](auto chunk) AXC_INLINE {
     __m512i x[4];

@@ -1,4 +1,4 @@
-// Many tokens by byte products, whatever the CPU.
+// Many tokens by products of bytes.
 #pragma once
 
 #include "avx512_bytes.h"

@@ -1,5 +1,5 @@
-// What this CPU can and the system lets it, asked of the CPU itself: __builtin_cpu_supports says no to everything where
-// a compiler comes without the runtime that answers it, as zig does.
+// Detects CPU features by cpuid, and whether the system enables them. __builtin_cpu_supports reports none with compilers
+// that lack its runtime, such as zig's.
 // Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, CPUID; volume 1, 13.3 for XCR0.
 #include "cpu_x86.h"
 
@@ -21,7 +21,7 @@ struct Feature {
   uint32_t leaf, subleaf;
   Register where;
   int bit;
-  uint64_t state;  // of XCR0
+  uint64_t state;  // XCR0
 };
 
 constexpr std::array kFeatures{

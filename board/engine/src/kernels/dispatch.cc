@@ -7,7 +7,7 @@
 namespace axc {
 namespace {
 
-// The fastest first.
+// Fastest first.
 constexpr auto kAll = std::to_array<const Kernels*>({
 #ifdef __x86_64__
     &kAvx512Pairs, &kAvx512Bf16, &kAvx512, &kAvx2,

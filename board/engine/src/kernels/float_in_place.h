@@ -1,5 +1,5 @@
-// A few tokens with a weight of floats that is read in place, once: columns of kWidth rows are turned in registers, so
-// that every output has a lane and its sum runs over the columns in order, as in float_tile.
+// Multiplies a few tokens with a float weight in place, reading it once: transposes columns of kWidth rows in registers,
+// so that every output has a lane and its sum runs over the columns in order, as in float_tile.
 #pragma once
 
 #ifdef __AVX512F__
@@ -11,11 +11,11 @@
 namespace axc {
 namespace {
 
-constexpr size_t kInPlaceVectors = kWidth < 16 ? 4 : 2;  // sums that wait for nothing but themselves
+constexpr size_t kInPlaceVectors = kWidth < 16 ? 4 : 2;  // independent accumulators, to hide latency
 constexpr size_t kInPlaceRows = kInPlaceVectors * kWidth;
-constexpr size_t kInPlaceAhead = 512;  // bytes of a row
+constexpr size_t kInPlaceAhead = 512;  // prefetch distance in bytes of a row
 
-// Rows [row, row + kInPlaceRows) of a weight; those behind its end are the last again.
+// Rows [row, row + kInPlaceRows) of a weight; beyond its end the last row is repeated.
 struct InPlaceRows {
   const uint8_t* of[kInPlaceRows];
   size_t stride;
@@ -24,7 +24,7 @@ struct InPlaceRows {
     for (size_t r = 0; r < kInPlaceRows; ++r) of[r] = w.data + least(row + r, w.rows - 1) * stride;
   }
 
-  // `bytes` of each row of a vector from `at` on, turned: words[i] has bytes 4 i to 4 i + 3 of every row; zeros behind them.
+  // `bytes` of each row of a vector from `at` on, transposed: words[i] has bytes 4 i to 4 i + 3 of every row; zero padded.
   AXC_INLINE void turn(size_t vector, size_t at, size_t bytes, Vf words[kWidth]) const {
     const uint8_t* const* own = of + vector * kWidth;
 #ifdef __AVX512F__
@@ -46,7 +46,7 @@ struct InPlaceRows {
     transpose(words);
   }
 
-  // What is read soon in the rows of a vector: in its row, or at the start of the row that is next in its place.
+  // Prefetches for the rows of a vector: further on in the same rows, or the start of the rows that follow.
   AXC_INLINE void prefetch(size_t vector, size_t at) const {
     if (!kPrefetched) return;
     const size_t ahead = at + kInPlaceAhead, next = ahead < stride ? ahead : ahead + (kInPlaceRows - 1) * stride;
@@ -72,7 +72,7 @@ inline std::pair<Vf, Vf> both_halves(Type type, Vu words) {
 // out[r] = sum over the columns of row r times x
 template <Type kType>
 void float_columns(const InPlaceRows& rows, size_t columns, const float* x, float* out) {
-  constexpr size_t kBytes = kType == Type::Float ? 4 : 2, kStep = 4 * kWidth / kBytes;  // columns: a vector of each row
+  constexpr size_t kBytes = kType == Type::Float ? 4 : 2, kStep = 4 * kWidth / kBytes;  // columns in a vector of one row
   Vf acc[kInPlaceVectors];
   repeat<kInPlaceVectors>([&](auto v) AXC_INLINE { acc[v] = Vf{}; });
   const auto add = [&](size_t k, size_t count, const float* own) AXC_INLINE {
@@ -102,7 +102,7 @@ void float_columns(const InPlaceRows& rows, size_t columns, const float* x, floa
 
 using FloatColumns = void (*)(const InPlaceRows&, size_t, const float*, float*);
 
-// Null for types that are widened by blocks.
+// Null for types that are converted by blocks.
 inline FloatColumns float_columns_of(Type type) {
   switch (type) {
     case Type::Float: return float_columns<Type::Float>;

@@ -1,5 +1,5 @@
-// Products in float32 with weights of any type: in place for a few tokens, else packed. Every sum runs over the columns
-// in order. And what ends every product.
+// Products in float32 with weights of any type, in place for a few tokens, else packed; and the epilogue of all products.
+// Every sum runs over the columns in order.
 #pragma once
 
 #include "float_in_place.h"
@@ -10,7 +10,7 @@ namespace {
 
 constexpr size_t kDepth = 128;  // columns packed at a time
 
-// Both 4-bit levels of each byte, less a zero point, times a scale.
+// (level - zero) x scale for both 4-bit levels of each byte.
 inline void widen_pairs(const uint8_t* pairs, size_t count, int32_t zero, float scale, float* out) {
   using Bytes = uint8_t __attribute__((vector_size(kWidth)));
   constexpr auto kLanes = std::make_index_sequence<kWidth>();
@@ -50,7 +50,7 @@ inline void widen_row(const Matrix& w, size_t row, size_t first, size_t count, f
   }
 }
 
-// `count` floats of one of the three types that fill no vector, or a whole one.
+// `count` floats of one of the three types, at most a vector.
 template <Type kType>
 AXC_INLINE inline Vf widened(const uint8_t* at, size_t count = kWidth) {
   if constexpr (kType == Type::Float) {
@@ -64,7 +64,7 @@ AXC_INLINE inline Vf widened(const uint8_t* at, size_t count = kWidth) {
   }
 }
 
-// The epilogue of a product: adds what is to be added and stores.
+// The epilogue of a product: adds bias and residual, and stores.
 inline void finish(const LinearJob& job, size_t token, size_t row, float value) {
   if (job.bias) value += job.bias[row];
   if (job.residual) value += job.residual[token * job.weight->rows + row];
@@ -86,7 +86,7 @@ inline void finish_rows(const LinearJob& job, size_t token, size_t row, size_t r
   for (; r < rows; ++r) finish(job, token, row + r, scales ? values[r] * scales[r] : values[r]);
 }
 
-// A few tokens: out = what `columns(rows, token, out)` gives for kInPlaceRows rows.
+// For a few tokens: `columns(rows, token, out)` computes kInPlaceRows rows.
 template <class Columns>
 inline void each_in_place(const LinearJob& job, size_t first, size_t last, Columns columns) {
   for (size_t row = first; row < last; row += kInPlaceRows) {
@@ -99,7 +99,7 @@ inline void each_in_place(const LinearJob& job, size_t first, size_t last, Colum
   }
 }
 
-// A panel of floats of one of the three types: kPanel rows, kDepth columns from `first` on.
+// Packs a panel of one of the three float types: kPanel rows, kDepth columns from `first` on.
 template <Type kType>
 void pack_floats(const Matrix& w, size_t row, size_t first, float* panel) {
   constexpr size_t kBytes = kType == Type::Float ? 4 : 2;
@@ -108,7 +108,7 @@ void pack_floats(const Matrix& w, size_t row, size_t first, float* panel) {
   transpose_panel(kDepth, panel, [&](size_t r, size_t k) AXC_INLINE { return widened<kType>(data + r * stride + k * kBytes); });
 }
 
-// Of any type, and any numbers of rows and columns.
+// Packs a panel of any type with any number of rows and columns.
 inline void pack_panel(const Matrix& w, size_t row, size_t rows, size_t first, size_t depth, float* wide, float* panel) {
   if (rows == kPanel && depth == kDepth) {
     switch (w.type) {

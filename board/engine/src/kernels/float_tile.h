@@ -1,4 +1,4 @@
-// float32 multiplication of a few rows with a packed panel, of a weight or of keys.
+// float32 products of a few rows with a packed panel of a weight or of keys.
 #pragma once
 
 #include "vectors.h"
@@ -32,7 +32,7 @@ constexpr ByCount<FloatTile, sizeof...(kRows)> float_tiles(std::index_sequence<k
   return {{float_tile<kRows + 1>...}};
 }
 
-// Any number of rows; `before` is called before each tile.
+// Any number of rows; calls `before` ahead of each tile.
 template <class Before>
 inline void float_rows(const float* panel, size_t panel_stride, const float* a, size_t a_stride, size_t rows, size_t depth,
                        float* c, size_t c_stride, Before before) {
@@ -44,7 +44,7 @@ inline void float_rows(const float* panel, size_t panel_stride, const float* a, 
   }
 }
 
-// Columns of kPanel rows become rows of kPanel; at(row, column) loads a vector of a row.
+// Transposes kPanel rows; at(row, column) loads a vector of a row.
 template <class At>
 inline void transpose_panel(size_t columns, float* panel, At at) {
   for (size_t i = 0; i < columns; i += kWidth) {

@@ -1,5 +1,5 @@
 // Integer products of 16-bit levels with weights widened to 16 bits, for instruction sets without 8-bit dot products.
-// How a tile and a row are multiplied is left to the compiler's vectors.
+// The compiler vectorises the loops.
 #pragma once
 
 #include "scales.h"
@@ -72,7 +72,7 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
   });
 }
 
-// kGroup 0: without the scale, which is one for the row. Adds to `out`.
+// kGroup 0: unscaled, since the row has one scale. Adds to `out`.
 template <bool kFour, size_t kGroup>
 void dot_row(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
   constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan, kBytes = kFour ? kSpan / 2 : kSpan;

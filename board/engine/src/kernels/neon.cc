@@ -1,4 +1,4 @@
-// Plain NEON, as the Cortex-A53 has it: 128-bit vectors, integer products in 16 bits.
+// Plain NEON, for the Cortex-A53: 128-bit vectors, integer products in 16 bits.
 #include <cstddef>
 #include <cstdint>
 

@@ -1,5 +1,5 @@
-// NEON with the 8-bit dot product of Armv8.2, as the Cortex-A55 has it. A 16-bit level is two signed bytes, so a product
-// takes two dot products.
+// NEON with the 8-bit dot product of Armv8.2, for the Cortex-A55. A 16-bit level is two signed bytes, so a product takes
+// two dot products.
 #include <arm_neon.h>
 #include <sys/auxv.h>
 
@@ -23,7 +23,7 @@ constexpr size_t kIntRows = 4, kIntPanel = 8, kPrefetched = 0;
 namespace axc {
 namespace {
 
-// 128 high bytes, then 128 low ones; for 4-bit weights the even columns of every 32 come first: they are the low halves
+// 128 high bytes, then 128 low ones. For 4-bit weights the even columns of every 32 come first: the weights' low nibbles
 // of 16 bytes.
 void store_levels(const int16_t* levels, const Activations&, Arithmetic order, uint8_t* out, int32_t*) {
   for (size_t i = 0; i < kBlock; ++i) {
@@ -43,7 +43,7 @@ void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, size
   }
 }
 
-// The first `count` of 16 bytes, zeros behind them.
+// The first `count` of 16 bytes, padded with zeros.
 inline uint8x16_t some_bytes(const void* from, size_t count) {
   uint8_t bytes[16] = {};
   std::memcpy(bytes, from, count);
@@ -116,7 +116,7 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
   });
 }
 
-// Both bytes of 16 levels, or the only one, with 16 weights.
+// Products of 16 weights with both bytes of 16 levels, or with the only one.
 template <Precision kPrecision>
 inline void accumulate(int8x16_t w, const int8_t* levels, int32x4_t& high, int32x4_t& low) {
   if (kPrecision == Precision::Bits16) high = vdotq_s32(high, w, vld1q_s8(levels));

@@ -1,5 +1,5 @@
-// Products of many tokens for any instruction set: a block of a weight's rows is packed into a panel, outputs across the
-// lanes, and multiplied with a few tokens at a time.
+// Products of many tokens, for any instruction set: packs a block of a weight's rows into a panel, one output a lane, and
+// multiplies it with a few tokens at a time.
 #pragma once
 
 #include <utility>
@@ -10,9 +10,9 @@ namespace axc {
 namespace {
 
 constexpr size_t kMostGroups = kBlock / kLeastGroup;
-// 16-bit weights, and a number for each row and group
+// 16-bit weights, and one number for each row and group
 constexpr size_t kPanelBytes = (2 * kBlock + kMostGroups * sizeof(int32_t)) * kIntPanel;
-constexpr size_t kScaleDepth = 64;  // groups of a row whose scales are turned together
+constexpr size_t kScaleDepth = 64;  // groups of a row whose scales are transposed together
 static_assert(kIntPanel == kPanel);
 
 using IntTile = void (*)(const uint8_t*, const uint8_t*, const float*, const int32_t*, const float*, size_t, float*);
@@ -22,7 +22,7 @@ constexpr ByCount<IntTile, sizeof...(kRows)> int_tiles(std::index_sequence<kRows
   return {{int_tile<kRows + 1, kGroup, kPrecision>...}};
 }
 
-// By rows, for `group` columns that share a scale; 0: all of a row do.
+// Indexed by row; `group` columns share a scale, 0: the whole row.
 template <Precision kPrecision>
 inline const ByCount<IntTile, kIntRows>& tiles_of(size_t group) {
   constexpr auto kCounts = std::make_index_sequence<kIntRows>();
@@ -31,7 +31,7 @@ inline const ByCount<IntTile, kIntRows>& tiles_of(size_t group) {
   return group == 0 ? kNone : group == 32 ? k32 : group == 64 ? k64 : k128;
 }
 
-// What `at` gives for rows [row, row + rows) and the groups [first, first + count) of each: [count][kIntPanel].
+// Transposes at(row, group) for rows [row, row + rows) and groups [first, first + count) to [count][kIntPanel].
 template <class At>
 inline void turn_scales(const Matrix& w, size_t row, size_t rows, size_t first, size_t count, float* out, At at) {
   const size_t end = least(first + count, w.blocks);
@@ -40,7 +40,7 @@ inline void turn_scales(const Matrix& w, size_t row, size_t rows, size_t first, 
   });
 }
 
-// Takes from c[t][o] what zero points add to the products of `tokens` tokens from `begin` on.
+// Subtracts the contribution of zero points from c[t][o], for `tokens` tokens from `begin` on.
 inline void subtract_zeros(const Matrix& w, const Activations& a, size_t row, size_t rows, size_t begin, size_t tokens,
                            float* zeros, float* c) {
   const size_t stride = a.blocks() * a.groups(), blocks = w.blocks;

@@ -1,4 +1,4 @@
-// Standard C++ and the compiler's vectors of 16 bytes: runs everywhere.
+// Standard C++ and the compiler's 16-byte vectors: runs everywhere.
 #include "kernels.h"
 
 namespace axc {

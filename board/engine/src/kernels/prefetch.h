@@ -1,4 +1,4 @@
-// What is read soon, fetched to the second cache.
+// Prefetching into the second-level cache.
 #pragma once
 
 #include "vectors.h"
@@ -10,11 +10,11 @@ inline void fetch(const uint8_t* from, size_t bytes) {
   for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
 }
 
-// The part of a weight that is packed next, fetched a few rows before each tile: its rows lie too far apart for the CPU
-// to foresee, and all at once they would hold up the tiles.
+// Prefetches the part of a weight that is packed next, a few rows before each tile: its rows are too far apart for the
+// hardware prefetcher, and all of them at once would delay the tiles.
 class Prefetcher {
  public:
-  // Columns [first, first + columns) of at most `most` rows from `row` on, before each of so many tiles.
+  // Columns [first, first + columns) of at most `most` rows from `row` on, spread over the given number of tiles.
   Prefetcher(const Matrix& w, size_t row, size_t end, size_t most, size_t first, size_t columns, size_t tiles)
       : stride_(w.stride()), data_(w.data + row * stride_ + first * stride_ / w.columns),
         bytes_(least(columns, w.columns - first) * stride_ / w.columns), rows_(row < end ? least(most, end - row) : 0),
@@ -30,8 +30,8 @@ class Prefetcher {
   size_t bytes_, rows_, step_, next_ = 0;
 };
 
-// What follows on the columns [first, first + columns) of the panel of rows at `row`: more of its columns, the job's
-// next rows, or what the thread multiplies after the job.
+// What is read after the columns [first, first + columns) of the panel at `row`: its next columns, the job's next rows,
+// or the thread's next weight.
 inline Prefetcher behind(const LinearJob& job, size_t row, size_t last, size_t most, size_t first, size_t columns, size_t tiles) {
   const Matrix& w = *job.weight;
   if (first + columns < w.columns) return {w, row, last, most, first + columns, columns, tiles};

@@ -1,4 +1,4 @@
-// Operations on single rows of float32. See vectors.h for how it is included.
+// Operations on single rows of float32. vectors.h explains how it is included.
 #pragma once
 
 #include <cmath>
@@ -18,7 +18,7 @@ inline void each(const float* a, const float* b, size_t count, float* y, Functio
 
 inline Vf logistic(Vf x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// Near 0 by its series, where 1 - 2 / (e^2x + 1) would lose digits.
+// A series near 0, where 1 - 2 / (e^2x + 1) loses precision.
 inline Vf hyperbolic_tangent(Vf x) {
   const Vf square = x * x;
   Vf series = all(-1382.0f / 155925);
@@ -62,7 +62,7 @@ inline void rms_norm(const float* x, const float* scale, float epsilon, size_t w
   each(x, scale, width, y, [factor](Vf v, Vf s) { return v * factor * s; });
 }
 
-// The moments are those of float32 sums, the mean subtracted before squares are taken.
+// Moments from float32 sums; squares are of differences from the mean.
 inline void layer_norm(const float* x, const float* scale, const float* bias, float epsilon, size_t width, float* y,
                        float* moments) {
   const float count = static_cast<float>(width);
@@ -78,7 +78,7 @@ inline void layer_norm(const float* x, const float* scale, const float* bias, fl
   moments[0] = mean, moments[1] = factor;
 }
 
-// The maximum subtracted, exponentials taken; returns 1 / their sum.
+// Exponentials of x - maximum; returns 1 / their sum.
 inline float exponentials(const float* x, size_t width, float* y) {
   constexpr float kLowest = -3.4e38f;
   Vf top = all(kLowest);

@@ -1,4 +1,4 @@
-// Scales and zero points of a weight as vectors of float32. See vectors.h for how it is included.
+// Scales and zero points of a weight as vectors of float32. vectors.h explains how it is included.
 #pragma once
 
 #include "vectors.h"
@@ -6,7 +6,7 @@
 namespace axc {
 namespace {
 
-// The vector with zeros behind its first `count` lanes.
+// Sets the lanes from `count` on to zero.
 inline Vf first_lanes(Vf v, size_t count) {
   static constexpr auto kLanes = [] {
     struct { int32_t of[kWidth]; } lanes{};
@@ -18,7 +18,7 @@ inline Vf first_lanes(Vf v, size_t count) {
   return lanes < static_cast<int32_t>(count) ? v : Vf{};
 }
 
-// `count` elements at `from`, of which `left` follow until the end of the array; zeros behind them.
+// `count` elements at `from`, padded with zeros; the array ends `left` elements after `from`.
 template <class Vector, class Element>
 inline Vector some_of(const Element* from, size_t count, size_t left) {
   Vector v{};
@@ -30,7 +30,7 @@ inline Vector some_of(const Element* from, size_t count, size_t left) {
   return v;
 }
 
-// Scales of the groups [first, first + count) of a row, at most a vector of them; zeros behind them.
+// Scales of the groups [first, first + count) of a row, at most a vector, padded with zeros.
 inline Vf scales_at(const Matrix& w, size_t row, size_t first, size_t count) {
   const size_t at = row * w.blocks + first, left = w.rows * w.blocks - at;
 #ifdef __AVX512F__
@@ -49,7 +49,7 @@ inline Vf scales_at(const Matrix& w, size_t row, size_t first, size_t count) {
   return count < kWidth ? first_lanes(v, count) : v;
 }
 
-// Their zero points; behind `count` anything finite.
+// Their zero points; lanes from `count` on are finite but arbitrary.
 inline Vf zeros_at(const Matrix& w, size_t row, size_t first, size_t count) {
   using Bytes = int8_t __attribute__((vector_size(kWidth)));
   const size_t at = row * w.blocks + first, left = w.rows * w.blocks - at;
@@ -73,7 +73,7 @@ inline void store_sums(const int16_t* levels, size_t group, int32_t* sums) {
   }
 }
 
-// What activations have of kWidth groups; behind the last there is room, with anything in it.
+// kWidth groups of activations; the array is padded with arbitrary values.
 inline Vf scales_at(const Activations& a, size_t group) { return load(a.scales + group); }
 
 inline Vf sums_at(const Activations& a, size_t group) {
@@ -82,7 +82,7 @@ inline Vf sums_at(const Activations& a, size_t group) {
   return __builtin_convertvector(sums, Vf);
 }
 
-// Calls f with the columns that share a scale as a constant; 0: all of a row do.
+// Calls f with the number of columns that share a scale as a constant; 0: the whole row.
 template <class Function>
 AXC_INLINE inline auto by_group(const Matrix& w, const Activations& a, Function f) {
   if (w.arithmetic == Arithmetic::Int8) return f(std::integral_constant<size_t, 0>());

@@ -1,6 +1,6 @@
-// Vectors of the width an instruction set has, through the compilers' vector extension. Included once by each
-// instruction set's file, which has set kWidth; everything has internal linkage, so that no code compiled for one
-// CPU is merged with another's.
+// Vectors of an instruction set's width, by the compilers' vector extension. Each instruction set's file includes this
+// once, after it defines kWidth. Everything has internal linkage, so that the linker cannot merge code compiled for
+// different CPUs.
 #pragma once
 
 #if defined(__AVX512F__) || defined(__F16C__)
@@ -27,14 +27,14 @@ constexpr size_t least(size_t a, size_t b) { return a < b ? a : b; }
 
 #define AXC_INLINE __attribute__((always_inline))
 
-// Calls f(0) .. f(kCount - 1), each with its own code: arrays that f indexes stay in registers.
+// Calls f(0) .. f(kCount - 1), unrolled, so that arrays indexed by f stay in registers.
 template <size_t kCount, class Function>
 AXC_INLINE inline void repeat(Function f) {
   [&]<size_t... i>(std::index_sequence<i...>) AXC_INLINE { (f(std::integral_constant<size_t, i>()), ...); }
   (std::make_index_sequence<kCount>());
 }
 
-// Functions of one kind, by a number from 1 on.
+// A table of functions, indexed by a number from 1 on.
 template <class Function, size_t kCount>
 struct ByCount {
   Function of[kCount];
@@ -48,7 +48,7 @@ inline Vf load(const float* from) {
 
 inline void store(float* to, Vf v) { std::memcpy(to, &v, sizeof v); }
 
-// Not Vf{} + x, an addition that no compiler leaves out: -0 + 0 is 0.
+// Not Vf{} + x, an addition that the compiler must keep: -0 + 0 is 0.
 inline Vf all(float x) { return x - Vf{}; }
 
 inline Vf larger(Vf a, Vf b) { return a > b ? a : b; }
@@ -59,7 +59,7 @@ struct Floats {
 };
 using V4 = Floats<4>::Vector;
 
-// a b + c, rounded once. Where no instruction does it, the C library does: slow, with the same bits.
+// a b + c, rounded once. Without an instruction for it, calls the C library: slow, with the same bits.
 inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 #if defined(__AVX512F__)
@@ -79,7 +79,7 @@ inline V4 fma(V4 a, V4 b, V4 c) {
 #endif
 inline Vf fma(Vf a, float b, Vf c) { return fma(a, all(b), c); }
 
-// The lanes' sum, halves added until one is left.
+// The sum of the lanes, added by halves.
 template <size_t kCount = kWidth>
 inline float sum(typename Floats<kCount>::Vector v) {
   if constexpr (kCount == 2) {
@@ -91,8 +91,8 @@ inline float sum(typename Floats<kCount>::Vector v) {
   }
 }
 
-// A sum's lanes, the same number on every instruction set: element i is added to lane i % kLanes, and the lanes meet in
-// halves at the end. The order does not depend on the width of vectors, and zeros behind the last element change nothing.
+// The lanes of a sum, equally many on every instruction set: element i is added to lane i % kLanes, and the lanes are
+// added by halves at the end. The order does not depend on the vector width; padding with zeros changes nothing.
 constexpr size_t kLanes = 16;
 
 struct Lanes {
@@ -106,7 +106,7 @@ struct Lanes {
   }
 };
 
-// Calls add(lanes, i, n) for the elements [i, i + n) of `count`, which belong to these lanes; n is kWidth but at the end.
+// Calls add(lanes, i, n) for the elements [i, i + n) of `count` and their lanes; n is kWidth, or less at the end.
 template <class Add>
 AXC_INLINE inline float sum_of(size_t count, Add add) {
   Lanes lanes;
@@ -118,13 +118,13 @@ AXC_INLINE inline float sum_of(size_t count, Add add) {
   return lanes.sum();
 }
 
-// The lanes of two vectors by turns, from the lower or the upper halves.
+// Interleaves the lower or the upper halves of two vectors.
 template <size_t kFrom, size_t... kLane>
 AXC_INLINE inline Vf by_turns(Vf a, Vf b, std::index_sequence<kLane...>) {
   return __builtin_shufflevector(a, b, (kFrom + kLane / 2 + kLane % 2 * kWidth)...);
 }
 
-// Rows become columns: as many shuffles of the whole matrix as the width has bits.
+// Transposes in log2(width) rounds of shuffles.
 AXC_INLINE inline void transpose(Vf rows[kWidth]) {
   constexpr auto kLanes = std::make_index_sequence<kWidth>();
   for (size_t bit = 1; bit < kWidth; bit *= 2) {
@@ -137,7 +137,7 @@ AXC_INLINE inline void transpose(Vf rows[kWidth]) {
   }
 }
 
-// The functions below take `count` elements at `from` and leave the rest of the vector as it is given.
+// The functions below load `count` elements at `from`; the other lanes keep the given values.
 inline Vf load_some(const float* from, size_t count, float rest = 0) {
   Vf v = all(rest);
   std::memcpy(&v, from, count * sizeof(float));
@@ -173,8 +173,8 @@ inline Vh float_to_bf16(Vf x) {
   return __builtin_convertvector(nan ? (bits >> 16) | 0x40 : rounded, Vh);
 }
 
-// Where no instruction does it, the exponent is moved by a multiplication, which is exact for subnormal halves too.
-template <class Half>  // Vh: a template, so that only what fits the width is compiled
+// Without an instruction for it, a multiplication adjusts the exponent, exact for subnormal halves too.
+template <class Half>  // Vh; a template, so that only code for this width is compiled
 inline Vf half_to_float(Half half) {
 #if defined(__AVX512F__)
   if constexpr (sizeof half == sizeof(__m256i)) return Vf(_mm512_cvtph_ps(__m256i(half)));
@@ -192,7 +192,7 @@ inline Vf half_to_float(Half half) {
   return std::bit_cast<Vf>((special ? finite | 0x7F800000 : finite) | ((bits & 0x8000) << 16));
 }
 
-// Round to nearest, ties to even. Subnormal halves come from an addition that lets the FPU round.
+// Rounds to nearest, ties to even. For subnormal halves an addition makes the FPU round.
 inline Vh float_to_half(Vf x) {
   const Vu sign = (std::bit_cast<Vu>(x) >> 16) & 0x8000;
   const Vu bits = std::bit_cast<Vu>(x) & 0x7FFFFFFF;
@@ -217,7 +217,7 @@ inline Vf float8_e5m2_to_float(Vb x) {  // the upper byte of a half
   return half_to_float(__builtin_convertvector(x, Vh) << 8);
 }
 
-// Applies `one` to whole vectors of `count` elements and, padded, to what is left.
+// Applies `one` to whole vectors of `count` elements, and to the padded rest.
 template <class Source, class From, class To, class Function>
 inline void convert(const From* from, To* to, size_t count, Function one) {
   size_t i = 0;

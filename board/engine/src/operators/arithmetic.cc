@@ -1,4 +1,4 @@
-// Sums, products and their kin of two or more tensors, broadcast. Integers wrap around; dividing them by zero is an error.
+// Element-wise arithmetic on two or more tensors with broadcasting. Integers wrap around; division by zero is an error.
 #include <cmath>
 
 #include "elements.h"
@@ -26,7 +26,7 @@ void pairs(const Call& call, const View& a, const View& b, const View& y, Functi
   });
 }
 
-// Any number of tensors, from the left.
+// Any number of tensors, evaluated from left to right.
 template <class Floats, class Integers>
 void fold(const Call& call, Floats floats, Integers integers) {
   const View& y = call.out[0];
@@ -98,7 +98,7 @@ void run_div(const Call& call) {
        [](int64_t a, int64_t b) { return b == -1 ? int64_t(-Wrapping(a)) : a / b; });
 }
 
-// The remainder has the divisor's sign; with fmod the dividend's.
+// The remainder has the sign of the divisor; with fmod, of the dividend.
 void run_mod(const Call& call) {
   refuse_zeros(call, call.in[1]);
   if (call.operation.integer("fmod", 0)) {
@@ -114,7 +114,7 @@ void run_mod(const Call& call) {
   });
 }
 
-void run_min(const Call& call) {  // a NaN stays
+void run_min(const Call& call) {  // NaN propagates
   fold(call, [](float a, float b) { return a != a || a < b ? a : b; }, [](int64_t a, int64_t b) { return a < b ? a : b; });
 }
 
@@ -149,7 +149,7 @@ void run_pow(const Call& call) {
       return store_run<float>(call.kernels, y, first, count, made);
     }
     int64_t made[kRun];
-    for (size_t i = 0; i < count; ++i) {  // what no int64 holds becomes its least
+    for (size_t i = 0; i < count; ++i) {  // out of range becomes the lowest int64
       made[i] = left[i] > -9.2e18 && left[i] < 9.2e18 ? static_cast<int64_t>(left[i]) : INT64_MIN;
     }
     store_run<int64_t>(call.kernels, y, first, count, made);

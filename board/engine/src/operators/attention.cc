@@ -1,5 +1,5 @@
-// https://onnx.ai/onnx/operators/onnx__Attention.html as opset 23 has it, the soft cap before the mask: a query row at a
-// time, the scores of all keys in memory.
+// https://onnx.ai/onnx/operators/onnx__Attention.html in opset 23, with the soft cap before the mask. Computes one query
+// row at a time, with the scores of all keys in memory.
 #include <cmath>
 #include <limits>
 
@@ -28,7 +28,7 @@ struct Heads {
   }
 };
 
-// Keys or values: those of the past, then the current ones.
+// Keys or values: the past ones, then the current ones.
 struct Cached {
   Heads current;
   const View* past;  // [batch, heads, tokens, width] or null
@@ -55,7 +55,7 @@ struct Cached {
   }
 };
 
-// Eight sums that meet at the end: one after the other would wait for each addition.
+// Eight partial sums: a single one would wait for each addition.
 float dot(const float* a, const float* b, size_t count) {
   float sums[8] = {};
   size_t i = 0;
@@ -108,7 +108,7 @@ void infer_attention(Infer& infer) {
     infer.expect(is_float(infer.type(3)) || infer.type(3) == Type::Bool, "type of the mask");
     infer.expect(mask.size() >= 2 && mask.size() <= 4, "mask " + text_of(mask));
     const Shape whole{q[0], Dim{heads}, tokens, keys};
-    Shape last = mask;  // a mask of fewer columns hides the rest
+    Shape last = mask;  // keys beyond a shorter mask are masked
     const bool shorter = mask.back().constant() && keys.constant() && mask.back().fixed < keys.fixed && mask.back().fixed > 1;
     if (shorter) last.back() = keys;
     infer.expect(broadcast(infer, last, whole) == whole, "mask " + text_of(mask) + " for " + text_of(whole));
@@ -190,7 +190,7 @@ void run_attention(const Call& call) {
         for (size_t j = token + k.history() + 1; j < keys; ++j) scores[j] = -std::numeric_limits<float>::infinity();
       }
       shown(kMaskedScores, item, scores);
-      // a row that sees nothing is zero
+      // a row whose keys are all masked is zero
       bool sees = false;
       for (size_t j = 0; j < keys && !sees; ++j) sees = scores[j] != -std::numeric_limits<float>::infinity();
       if (sees) {

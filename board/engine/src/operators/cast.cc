@@ -1,4 +1,4 @@
-// Elements in another type, and weights from their levels.
+// Cast, and DequantizeLinear.
 #include <cmath>
 
 #include "elements.h"
@@ -11,7 +11,7 @@ bool is_float8(Type type) { return type == Type::Float8E4M3 || type == Type::Flo
 bool is_half_byte(Type type) { return type == Type::Int4 || type == Type::Uint4; }
 bool is_level(Type type) { return type == Type::Int8 || type == Type::Uint8 || type == Type::Int32 || is_half_byte(type); }
 
-// Truncated towards zero. What the type cannot hold becomes its least, as on most machines; the standard leaves it open.
+// Truncates towards zero. Out-of-range values become the lowest of the type: undefined in the standard, usual in hardware.
 int64_t truncated(float x, Type to) {
   constexpr float kPast64 = 9223372036854775808.0f;
   const int64_t wide = x >= -kPast64 && x < kPast64 ? static_cast<int64_t>(x) : INT64_MIN;
@@ -19,7 +19,7 @@ int64_t truncated(float x, Type to) {
   return wide;
 }
 
-// Levels in a row, two in a byte where they are that short.
+// Reads consecutive levels; 4-bit levels are packed two per byte.
 void load_levels(const View& x, size_t offset, size_t count, int32_t* to) {
   for (size_t i = 0; i < count; ++i) {
     const size_t at = offset + i;
@@ -82,8 +82,8 @@ void run_cast(const Call& call) {
   });
 }
 
-// https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html : one scale, one for each index of an axis, or one for each
-// block along it
+// https://onnx.ai/onnx/operators/onnx__DequantizeLinear.html : one scale, one per index of an axis, or one per block
+// along it
 void infer_dequantize(Infer& infer) {
   const Type from = infer.type(0), scale = infer.type(1);
   const int64_t to = infer.operation.integer("output_dtype", 0), block = infer.operation.integer("block_size", 0);
@@ -119,7 +119,7 @@ void run_dequantize(const Call& call) {
   const View &x = call.in[0], &scales = call.in[1], &y = call.out[0];
   const bool one = scales.count() == 1 && scales.rank <= 1;
   const size_t block = static_cast<size_t>(call.operation.integer("block_size", 0));
-  // x is [outer, length, inner]; a scale holds for `step` indices of the axis, and with blocks for one inner index
+  // x is [outer, length, inner]; a scale covers `step` indices of the axis and, with blocks, one inner index
   size_t length = 1, inner = x.count(), step = 1, blocks = 1;
   if (!one || block) {
     const size_t axis = call.axis("axis", 1, x.rank);

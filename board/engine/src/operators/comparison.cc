@@ -1,4 +1,4 @@
-// Comparisons and choices, broadcast.
+// Comparisons, logic and Where, with broadcasting.
 #include "elements.h"
 #include "operators.h"
 

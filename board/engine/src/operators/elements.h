@@ -1,4 +1,4 @@
-// Loops over the elements of broadcast tensors, a short run of one type at a time.
+// Loops over the elements of broadcast tensors in short runs, converted to one type.
 #pragma once
 
 #include <cstring>
@@ -7,18 +7,18 @@
 
 namespace axc {
 
-constexpr size_t kRun = 512;  // elements that are widened at once
+constexpr size_t kRun = 512;  // elements converted at once
 
-// Loads `count` elements that lie `stride` apart as Number: float for floats, int64_t for integers and booleans. Returns
-// where they are: in place, or in `buffer`.
+// Loads `count` elements with the given stride as Number: float for floats, int64_t for integers and booleans. Returns a
+// pointer to them, in the tensor or in `buffer`.
 template <class Number>
 const Number* load_run(const Kernels& kernels, const View& view, size_t offset, size_t stride, size_t count, Number* buffer);
 
-// Stores what load_run loads; integers wrap around, as the standard's do.
+// The inverse of load_run; integers wrap around, as in the standard.
 template <class Number>
 void store_run(const Kernels& kernels, const View& view, size_t offset, size_t count, const Number* from);
 
-// Dimensions of a result and how far each operand moves along them, neighbours joined where all move as one.
+// Dimensions of a result and the strides of each operand along them; adjacent dimensions are merged if all strides allow.
 template <size_t kOperands>
 struct Walk {
   size_t rank = 0;

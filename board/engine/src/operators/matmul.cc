@@ -1,4 +1,4 @@
-// The product of matrices at any rank, the leading dimensions broadcast. Every sum runs over the inner dimension in order.
+// MatMul at any rank, leading dimensions broadcast. Every sum runs over the inner dimension in order.
 #include <cstring>
 
 #include "elements.h"
@@ -7,7 +7,7 @@
 namespace axc {
 namespace {
 
-constexpr size_t kColumns = 64;  // of a result that are summed at once
+constexpr size_t kColumns = 64;  // columns of the result computed at once
 
 // A vector on either side is a matrix with one row or one column.
 struct Matrices {
@@ -35,7 +35,7 @@ void multiply(const Call& call, const Matrices& m) {
   using Sum = std::conditional_t<std::is_same_v<Number, float>, float, uint64_t>;
   View batch = m.y, a = m.a, b = m.b;
   batch.rank -= 2, a.rank -= 2, b.rank -= 2;
-  const auto matrix = [&](const View& of, size_t index) {  // which of its matrices a batch index has
+  const auto matrix = [&](const View& of, size_t index) {  // index of an operand's matrix for a batch index
     size_t at = 0, step = 1;
     for (size_t axis = batch.rank; axis--; index /= batch.dims[axis]) {
       const size_t missing = batch.rank - of.rank;

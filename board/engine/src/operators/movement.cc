@@ -1,4 +1,4 @@
-// Operators that bring elements into another order, whatever their type.
+// Operators that move elements of any type: Transpose, Expand, Concat, Split, Slice, Gather.
 #include <cstring>
 
 #include "operators.h"
@@ -10,11 +10,11 @@ void expect_bytes(const Infer& infer) {
   infer.expect(bits_of(infer.type(0)) >= 8, "type " + name_of(infer.type(0)));
 }
 
-// Copies an input of `rank` dimensions to a dense output: `strides`, in elements, say how far each output dimension moves.
+// Copies an input of `rank` dimensions to a dense output; `strides` are the input's, in elements, by output dimension.
 void copy_strided(const Call& call, const View& y, const uint8_t* from, const std::array<int64_t, kMostRank>& strides) {
   const size_t count = y.count(), element = y.element();
   if (!count) return;
-  // the innermost dimensions that lie as they should go in one piece
+  // contiguous innermost dimensions are copied at once
   size_t inner = y.rank, block = 1;
   while (inner > 0 && (y.dims[inner - 1] == 1 || strides[inner - 1] == static_cast<int64_t>(block))) block *= y.dims[--inner];
   call.each(count / block, kPiece / block, [&](size_t first, size_t last, size_t) {
@@ -56,7 +56,7 @@ std::vector<size_t> permutation(const Operation& operation, size_t rank) {
   return order;
 }
 
-// The slice of one dimension: numpy's rule.
+// The slice of one dimension, by numpy's rules.
 struct Range {
   int64_t start, size, step;
 };
@@ -67,14 +67,14 @@ Range range_of(int64_t length, int64_t start, int64_t end, int64_t step) {
     if (at < 0) at += length;
     return step > 0 ? std::clamp<int64_t>(at, 0, length) : std::clamp<int64_t>(at, -1, length - 1);
   };
-  // an end before the first element cannot be said by counting from the back
+  // a negative end would count from the back, so it cannot mean before the first element
   const int64_t first = bound(start), last = step < 0 && end < -length ? -1 : bound(end);
   const int64_t distance = step > 0 ? last - first : first - last;
   const int64_t stride = step > 0 ? step : step == INT64_MIN ? INT64_MAX : -step;
   return {first, distance > 0 ? (distance - 1) / stride + 1 : 0, step};
 }
 
-// The size of a slice of a dimension that M or T decides: what stays true for every M >= 1 and T >= 0.
+// The size of a slice of a symbolic dimension; must hold for every M >= 1 and T >= 0.
 std::optional<Dim> symbolic_size(const Dim& length, int64_t start, int64_t end, int64_t step) {
   if (step == -1 && start == -1 && end < -(int64_t{1} << 31)) return length;
   if (step != 1) return {};

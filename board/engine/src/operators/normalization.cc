@@ -1,4 +1,4 @@
-// Rows brought to a common scale: norms over the last dimensions, softmax along any.
+// Norms over the last dimensions, and Softmax along any.
 #include <cmath>
 
 #include "elements.h"
@@ -7,7 +7,7 @@
 namespace axc {
 namespace {
 
-// Checks a norm and returns its axis: everything from there on is normalised together.
+// Checks a norm and returns its axis, the first of the normalised dimensions.
 size_t infer_norm(Infer& infer) {
   const Type type = infer.type(0);
   infer.expect(is_float(type), "type " + name_of(type));
@@ -23,7 +23,7 @@ size_t infer_norm(Infer& infer) {
   return axis;
 }
 
-// The float32 elements of a scale or bias as wide as a row; they lie in `buffer` unless they are there as they should be.
+// The elements of a scale or bias as float32 rows: in place if they already are, else in `buffer`.
 const float* widened(const Call& call, const View& x, const View& row, float* buffer) {
   if (x.type == Type::Float && x.count() == row.count()) return x.floats();
   View y = row;
@@ -37,7 +37,7 @@ const float* widened(const Call& call, const View& x, const View& row, float* bu
   return buffer;
 }
 
-// body(row index, x, y) for each row of float32; other types are widened and narrowed around it.
+// Calls body(row index, x, y) for each row as float32; other types are converted before and after.
 template <class Body>
 void each_row(const Call& call, size_t axis, const Body& body) {
   const View &x = call.in[0], &y = call.out[0];
@@ -47,7 +47,7 @@ void each_row(const Call& call, size_t axis, const Body& body) {
   row.rank = x.rank - axis;
   for (size_t i = 0; i < row.rank; ++i) row.dims[i] = x.dims[axis + i];
   const bool wide = x.type == Type::Float;
-  // The first thread's memory holds what all share: scale and bias.
+  // The first thread's memory holds scale and bias for all.
   const auto scratch = call.scratch<float>(4 * width);
   const float* scale = call.has(1) ? widened(call, call.in[1], row, scratch(0)) : nullptr;
   const float* bias = call.has(2) ? widened(call, call.in[2], row, scratch(0) + width) : nullptr;
@@ -93,7 +93,7 @@ void run_layer_norm(const Call& call) {
   const float epsilon = call.operation.real("epsilon", 1e-5f);
   each_row(call, call.axis("axis", -1, call.in[0].rank), [&](size_t row, size_t width, const float* x, const float* scale,
                                                            const float* bias, float* y) {
-    float moments[2];  // the mean, and 1 over the standard deviation
+    float moments[2];  // mean and inverse standard deviation
     call.kernels.layer_norm(x, scale, bias, epsilon, width, y, moments);
     for (size_t i = 0; i < 2; ++i) {
       if (call.gives(i + 1)) call.out[i + 1].floats()[row] = moments[i];

@@ -1,5 +1,5 @@
-// An operator of the format: how it is checked, and its plain kernel, which runs it at any rank.
-// docs/adding-an-operator.md is the recipe for another one.
+// An operator of the format: its type inference and its plain kernel for any rank.
+// docs/adding-an-operator.md explains how to add one.
 #pragma once
 
 #include <array>
@@ -12,7 +12,7 @@
 
 namespace axc {
 
-// What type inference sees of an operation. It calls out() for each output, in order.
+// An operation during type inference, which calls out() for each output, in order.
 class Infer {
  public:
   struct Result {
@@ -30,12 +30,12 @@ class Infer {
   const Shape& shape(size_t index) const { return in(index).shape; }
   size_t rank(size_t index) const { return shape(index).size(); }
 
-  // An axis in [0, rank) from one in [-rank, rank).
+  // Normalises an axis from [-rank, rank) to [0, rank).
   size_t axis(int64_t given, size_t rank) const;
   size_t axis(std::string_view attribute, int64_t otherwise, size_t rank) const {
     return axis(operation.integer(attribute, otherwise), rank);
   }
-  // The elements of a list of integers that a kernel cannot do without.
+  // The elements of an integer list that must be known at load time.
   const std::vector<Dim>& known(size_t index) const;
   std::vector<int64_t> numbers(size_t index) const;
 
@@ -55,10 +55,10 @@ class Infer {
   const Graph& graph_;
 };
 
-// The shape that several have in common, each dimension of 1 stretched.
+// The broadcast shape of two.
 Shape broadcast(const Infer& infer, const Shape& a, const Shape& b);
 
-// What a plain kernel sees of an operation.
+// An operation during a run, as a plain kernel sees it.
 struct Call {
   const Graph& graph;
   const Operation& operation;
@@ -70,7 +70,7 @@ struct Call {
 
   bool has(size_t index) const { return index < in.size() && in[index].type != Type::None; }
   bool gives(size_t index) const { return index < out.size() && out[index].type != Type::None; }
-  // Element of a list that Infer::known() found.
+  // An element of a list that Infer::known() accepted.
   int64_t number(size_t input, size_t index) const {
     return (*graph.values[operation.inputs[input]].known)[index].at(tokens, history);
   }
@@ -81,7 +81,7 @@ struct Call {
   }
   [[noreturn]] void fail(const std::string& why) const;
 
-  // Memory for each thread, kept until the next call of scratch(); its content is not.
+  // Uninitialised memory for each thread, valid until the next call of scratch().
   template <class T>
   auto scratch(size_t count) const {
     const size_t step = (count * sizeof(T) + 63) / 64 * 64;
@@ -89,7 +89,7 @@ struct Call {
     return [start, step](size_t thread) { return reinterpret_cast<T*>(start + thread * step); };
   }
 
-  // body(first, last, thread) for [0, count) in pieces of `grain` items or so. It must not throw.
+  // Calls body(first, last, thread) for ranges of about `grain` items that cover [0, count). It must not throw.
   template <class Body>
   void each(size_t count, size_t grain, const Body& body) const {
     grain = grain ? grain : 1;
@@ -100,7 +100,7 @@ struct Call {
   }
 };
 
-constexpr size_t kPiece = 16384;  // elements worth the start of another thread
+constexpr size_t kPiece = 16384;  // elements per item of the thread pool
 
 struct AttributeRow {
   std::string_view name;
@@ -109,8 +109,8 @@ struct AttributeRow {
 
 struct Operator {
   std::string_view name;
-  size_t least, most;  // inputs
-  size_t outputs;      // at most
+  size_t least, most;  // number of inputs
+  size_t outputs;      // maximum number of outputs
   void (*infer)(Infer&);
   void (*run)(const Call&);
   std::array<AttributeRow, 8> attributes;
@@ -119,7 +119,7 @@ struct Operator {
 // Every operator of the format.
 std::span<const Operator> operators();
 
-// The kernel of operators that show the same bytes in another shape: a plan makes such an output a view.
+// The kernel of operators that only change the shape; the planner makes their output a view instead.
 void run_copy(const Call& call);
 
 }  // namespace axc

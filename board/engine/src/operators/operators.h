@@ -1,11 +1,11 @@
-// Type inference and kernels of every operator; table.cc puts them together.
+// Type inference and plain kernels of all operators, registered in table.cc.
 #pragma once
 
 #include "operator.h"
 
 namespace axc {
 
-// arithmetic.cc, comparison.cc: two or more tensors, broadcast
+// arithmetic.cc, comparison.cc: two or more tensors, with broadcasting
 void infer_arithmetic(Infer&);
 void infer_power(Infer&);
 void infer_comparison(Infer&);
@@ -29,7 +29,7 @@ void run_or(const Call&);
 void run_where(const Call&);
 
 // unary.cc
-void infer_number(Infer&);  // any number, as it comes
+void infer_number(Infer&);  // any numeric type; the output has the type of the input
 void infer_float(Infer&);
 void infer_not(Infer&);
 void infer_clip(Infer&);
@@ -56,7 +56,7 @@ void infer_dequantize(Infer&);
 void run_cast(const Call&);
 void run_dequantize(const Call&);
 
-// views.cc: the same bytes in another shape
+// views.cc: changes of shape
 void infer_identity(Infer&);
 void infer_reshape(Infer&);
 void infer_squeeze(Infer&);
@@ -64,7 +64,7 @@ void infer_unsqueeze(Infer&);
 void infer_shape(Infer&);
 void run_shape(const Call&);
 
-// movement.cc: elements in another order
+// movement.cc: moved elements
 void infer_concat(Infer&);
 void infer_expand(Infer&);
 void infer_gather(Infer&);

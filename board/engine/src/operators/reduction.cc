@@ -1,4 +1,4 @@
-// Many elements to one, and the largest of many.
+// Reductions, and TopK.
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -9,7 +9,7 @@
 namespace axc {
 namespace {
 
-// The axes that are reduced: those given, or all.
+// The axes to reduce: those given, or all.
 template <class Number>
 uint32_t reduced(size_t rank, size_t count, bool nothing, const Number& number) {
   if (!count) return nothing ? 0 : (uint32_t{1} << rank) - 1;
@@ -21,14 +21,14 @@ uint32_t reduced(size_t rank, size_t count, bool nothing, const Number& number) 
   return mask;
 }
 
-// combine(accumulated, element) from `start`; finish(accumulated, elements of one result)
+// Folds combine(accumulated, element) from `start`, then calls finish(accumulated, number of elements).
 template <class Number, class Sum, class Combine, class Finish>
 void reduce(const Call& call, Sum start, Combine combine, Finish finish) {
   const View &x = call.in[0], &y = call.out[0];
   const size_t count = call.has(1) ? call.numbers(1) : 0;
   const uint32_t mask = reduced(x.rank, count, call.operation.integer("noop_with_empty_axes", 0) != 0,
                                 [&](size_t i) { return call.number(1, i); });
-  // Kept dimensions say where a result begins, reduced ones what belongs to it.
+  // Offsets of kept dimensions give the start of a result, those of reduced ones its elements.
   View kept, gone;
   std::array<size_t, kMostRank> kept_strides{}, gone_strides{};
   size_t step = x.count();
@@ -154,7 +154,7 @@ void infer_top_k(Infer& infer) {
   infer.out(Type::Int64, shape);
 }
 
-// Of equal values the one with the lower index comes first, and a NaN last, so that the order is one.
+// A total order: of equal values the lower index comes first, NaN last.
 void run_top_k(const Call& call) {
   const View& x = call.in[0];
   const size_t axis = call.axis("axis", -1, x.rank), width = x.dims[axis], k = static_cast<size_t>(call.number(1, 0));

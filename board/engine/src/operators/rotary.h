@@ -1,4 +1,4 @@
-// The rotation of the heads of one token.
+// Rotary embedding of the heads of one token.
 #pragma once
 
 #include <cstring>
@@ -9,8 +9,8 @@
 namespace axc {
 
 struct Rotation {
-  size_t heads, head_dim, half;  // 2 * half elements of each head are rotated, the rest is kept
-  bool interleaved;              // pairs are neighbours; else the halves of what is rotated
+  size_t heads, head_dim, half;  // 2 * half elements of each head are rotated, the others copied
+  bool interleaved;              // pairs are adjacent elements; otherwise element i and i + half
 };
 
 // x, y: [heads, head_dim]; cos, sin: [half]
@@ -31,14 +31,14 @@ inline void rotate(const Kernels& kernels, const Rotation& r, const float* x, co
   }
 }
 
-// Cosines and sines of angles, a row of them or tables of rows.
+// Cosines and sines of angles: one row, or tables of rows.
 struct Turns {
   const float *cos, *sin;
 
   Turns row(size_t row, size_t half) const { return {cos + row * half, sin + row * half}; }
 };
 
-// Those of the sum of two rows of angles. Rounded as the single operators round, on every machine.
+// Cosines and sines of the sums of two rows of angles, rounded like the separate operators on every machine.
 inline void add_angles(Turns a, Turns b, size_t half, float* __restrict cos, float* __restrict sin) {
   for (size_t i = 0; i < half; ++i) {
     cos[i] = a.cos[i] * b.cos[i] - a.sin[i] * b.sin[i];

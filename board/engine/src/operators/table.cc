@@ -1,11 +1,11 @@
-// The operators of the format, one row each.
+// The table of operators.
 #include "operators.h"
 
 namespace axc {
 namespace {
 
 constexpr int kFloat = 1, kInt = 2, kString = 3, kInts = 7;  // AttributeProto.AttributeType
-constexpr size_t kMany = 1024;                                // inputs or outputs of an operator that takes any number
+constexpr size_t kMany = 1024;                                // limit for operators with any number of inputs or outputs
 constexpr AttributeRow kAxis{"axis", kInt}, kKeepDims{"keepdims", kInt}, kNoop{"noop_with_empty_axes", kInt};
 
 // name, inputs at least and at most, outputs at most, type inference, plain kernel, attributes

@@ -1,5 +1,5 @@
-// Operators that change each element by itself. What has no kernel of its own is computed in float64 and rounded, so that
-// it does not depend on the C library's float32 functions.
+// Element-wise operators with one input. Functions without a vector kernel are computed in float64 and rounded, so that
+// they do not depend on the C library's float32 functions.
 #include <cmath>
 #include <limits>
 
@@ -9,7 +9,7 @@
 namespace axc {
 namespace {
 
-// body(from, count, to) for each run.
+// Calls body(from, count, to) for each run.
 template <class Number, class Body>
 void runs(const Call& call, const Body& body) {
   const View &x = call.in[0], &y = call.out[0];

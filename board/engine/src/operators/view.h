@@ -1,4 +1,4 @@
-// A tensor where it lies when a model runs.
+// A tensor in memory.
 #pragma once
 
 #include <array>
@@ -21,7 +21,7 @@ struct View {
     for (size_t i = first; i < last; ++i) product *= dims[i];
     return product;
   }
-  size_t element() const { return static_cast<size_t>(bits_of(type)) / 8; }  // bytes; not of 4-bit types
+  size_t element() const { return static_cast<size_t>(bits_of(type)) / 8; }  // bytes; not for 4-bit types
   float* floats() const { return reinterpret_cast<float*>(data); }
 };
 

@@ -1,4 +1,4 @@
-// Operators that show the same bytes in another shape.
+// Operators that change only the shape: Identity, Reshape, Squeeze, Unsqueeze; and Shape.
 #include <cstring>
 
 #include "operators.h"
@@ -16,7 +16,7 @@ std::vector<bool> marked(const Infer& infer, const std::vector<int64_t>& axes, s
   return marked;
 }
 
-// What is left of an extent when a shape's dimensions are taken out of it: one dimension. Refuses where it is none.
+// The dimension of -1 in a Reshape: the extent divided by the other dimensions. Refuses if that is not one dimension.
 Dim quotient(const Infer& infer, Extent whole, const Shape& shape) {
   const Extent taken(shape);
   const std::string why = text_of(infer.shape(0)) + " does not divide into " + text_of(shape);

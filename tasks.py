@@ -51,6 +51,7 @@ from requirements.install import (
     CLIENTS,
     PEERS,
     PYPI_SIZE,
+    SENTENCE_TRANSFORMERS,
     SETS,
     NoTorch,
     SetupFailed,
@@ -58,6 +59,7 @@ from requirements.install import (
     install,
     install_clients,
     install_peer,
+    install_sentence_transformers,
     missing_packages,
 )
 from requirements.page import bring as bring_page
@@ -168,6 +170,7 @@ def test_all(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a tas
     with engine_beside(VENV):
         install(VENV, "reference", "test", "boards")
         install_clients(VENV)
+        install_sentence_transformers(VENV)
         bring_page(VENV)
         lint(context)
     suite("-n", "2", "-m", "not system", *more, none_is_fine=bool(more))
@@ -308,14 +311,19 @@ def lock(_: Context, upgrade: bool = False) -> None:
             *(["--upgrade"] if upgrade else []),
             *("--extra", "grammar", "board/pyproject.toml", "--output-file", f"requirements/board-{python}.txt"),
         )
-    overrides = {"test": "without-torch.in", CLIENTS: "clients-overrides.in"}
-    for name in (*SETS, "torch-pypi", *PEERS, CLIENTS):
+    overrides = {
+        "test": "without-torch.in",
+        CLIENTS: "clients-overrides.in",
+        SENTENCE_TRANSFORMERS: "sentence-transformers-overrides.in",
+    }
+    for name in (*SETS, "torch-pypi", *PEERS, CLIENTS, SENTENCE_TRANSFORMERS):
         sources = ["pyproject.toml"] if name == "build" else []
         tool(
             *("uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11", "--generate-hashes"),
             *("--no-emit-package", "axrun", "--custom-compile-command", "invoke lock"),
             *(["--upgrade"] if upgrade else []),
             *(["--override", f"requirements/{overrides[name]}"] if name in overrides else []),
+            *(["--no-config"] if name == SENTENCE_TRANSFORMERS else []),  # pyproject.toml excludes scikit-learn
             *(*sources, f"requirements/{name}.in", "--output-file", f"requirements/{name}.txt"),
         )
 

@@ -86,6 +86,13 @@ CLIENT_LIBRARIES = Requirements(
     ("clients.txt",),
     "import instructor, langchain_openai, llm, ollama, openai, pydantic_ai",
 )
+# The reference of embeddings, which uses the torch and transformers of the tests' environment.
+SENTENCE_TRANSFORMERS = "sentence-transformers"
+EMBEDDINGS = Requirements(
+    "sentence-transformers, to compare embeddings with",
+    ("sentence-transformers.txt", "reference.txt", "torch.txt"),
+    "import sentence_transformers",
+)
 # No vision library; and on x86 no AMX, whose kernels crash: https://github.com/ggml-org/llama.cpp/issues/20824
 NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if platform.machine() == "x86_64" else ""
 LLAMA_CMAKE = f"-DLLAVA_BUILD=OFF -DCMAKE_C_FLAGS='{NO_AMX}' -DCMAKE_CXX_FLAGS='{NO_AMX}'"
@@ -200,16 +207,32 @@ def install_clients(venv: Path) -> Path:
 
     Raises SetupFailed.
     """
-    place = venv.with_name(f"{venv.name}-{CLIENTS}")
-    stamp, wanted = place / f"{CLIENTS}.installed", fingerprint(CLIENT_LIBRARIES.files)
+    return install_apart(venv, CLIENTS, CLIENT_LIBRARIES)
+
+
+def install_sentence_transformers(venv: Path) -> Path:
+    """Bring sentence-transformers into an environment that also has the packages of `venv`; returns its Python.
+
+    `venv` must have the sets `reference` and `test`. Raises SetupFailed.
+    """
+    return install_apart(venv, SENTENCE_TRANSFORMERS, EMBEDDINGS, upon=True)
+
+
+def install_apart(venv: Path, name: str, made: Requirements, upon: bool = False) -> Path:
+    """Bring requirements into an environment beside `venv`; `upon`: it also has the packages of `venv`."""
+    place = venv.with_name(f"{venv.name}-{name}")
+    stamp, wanted = place / f"{name}.installed", fingerprint(made.files)
     if not (stamp.is_file() and stamp.read_text() == wanted):
         started = time.monotonic()
         create(place)
-        print(f"setup: {CLIENTS} ({CLIENT_LIBRARIES.purpose}) into {os.path.relpath(place)} ...", flush=True)
-        pip(place, *INSTALL, "-r", str(LOCKS / f"{CLIENTS}.txt"))
-        prove(place, CLIENTS, CLIENT_LIBRARIES)
+        print(f"setup: {name} ({made.purpose}) into {os.path.relpath(place)} ...", flush=True)
+        pip(place, *INSTALL, "-r", str(LOCKS / f"{name}.txt"))
+        if upon:
+            packages = Path("lib") / f"python{HERE}" / "site-packages"
+            (place / packages / "upon.pth").write_text(f"{(venv / packages).resolve()}\n")
+        prove(place, name, made)
         stamp.write_text(wanted)
-        print(f"setup: {CLIENTS} is there after {time.monotonic() - started:.0f} s", flush=True)
+        print(f"setup: {name} is there after {time.monotonic() - started:.0f} s", flush=True)
     return place / "bin" / "python"
 
 

@@ -69,6 +69,22 @@ def bundle_long(tiny_qwen2: Path, build_tiny: Builder, tmp_path_factory: pytest.
     return build_tiny(model_config=longer, kv_cache_len=8191)
 
 
+@pytest.fixture(scope="session")
+def embedding_checkpoint(tiny_qwen2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint like Qwen3-Embedding."""
+    from tests import embedding_models
+
+    return embedding_models.write(tmp_path_factory.mktemp("embedding") / "checkpoint", tiny_qwen2)
+
+
+@pytest.fixture(scope="session")
+def embedding_bundle(embedding_checkpoint: Path) -> Path:
+    """Its bundle in float32, named qwen3."""
+    from tests import embedding_models
+
+    return embedding_models.build_fp32(embedding_checkpoint, embedding_checkpoint.with_name("bundle"))
+
+
 @pytest.fixture
 def vendors_axmodel(tmp_path: Path) -> Path:
     """A file like those of the vendor's compiler: an ONNX container with one custom node."""

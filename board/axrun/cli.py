@@ -159,6 +159,28 @@ def _run(arguments: argparse.Namespace) -> None:
         print(json.dumps(answer.json(), ensure_ascii=False))
 
 
+def _embed_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    what = "a text, repeatable; - reads texts from stdin, one in each line"
+    add("--text", action="append", required=True, metavar="TEXT", help=what)
+    add("--dimensions", type=int, metavar="N", help="only the first N dimensions (default: all)")
+    add("--truncate", action="store_true", help="use the beginning of a text that is too long (default: an error)")
+    add("--json", action="store_true", help=JSON_HELP)
+    _bundle_flags(parser)
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from axrun.embeddings import embed, numbers
+
+    texts = [text for given in arguments.text for text in (_stdin().split("\n") if given == "-" else [given])]
+    made = embed(arguments.bundle, texts, arguments.dimensions, arguments.truncate, _loading(arguments))
+    vectors = [numbers(vector) for vector in made.vectors]
+    if arguments.json:
+        print(json.dumps({"embeddings": vectors, "prompt_tokens": made.tokens}))
+    else:
+        print("\n".join(map(json.dumps, vectors)))
+
+
 def _chat_flags(parser: argparse.ArgumentParser) -> None:
     _bundle_flags(parser)
     _sampling_flags(parser)
@@ -406,6 +428,14 @@ VERBS = {
         "  AXRUN_API_KEY=secret axrun serve out/qwen2-0.5b --host 0.0.0.0 --slots 2\n"
         "  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\\n"
         '      -d \'{"model": "qwen2-0.5b", "prompt": "Once upon a time", "max_tokens": 20}\'',
+    ),
+    "embed": Verb(
+        _embed_flags,
+        _embed,
+        "Make embeddings of texts, with a bundle built with --ret_postnorm. One list of numbers in each line.",
+        "examples:\n"
+        "  axrun embed out/qwen3-embedding-0.6b --text 'Why is the sky blue?'\n"
+        "  axrun embed out/qwen3-embedding-0.6b --text - --dimensions 256 --json < texts.txt > vectors.json",
     ),
     "eval": Verb(
         _eval_flags,

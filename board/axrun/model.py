@@ -65,42 +65,59 @@ class Post:
         self.hidden_size, self.vocab_size = int(self._input.shape[2]), int(self._output.shape[2])
         self.dtype = self._input.dtype
         self._rows = POST_ROWS if session.flexible else 1
-        self._memory: dict[int, tuple[Array, Array]] = {}
-        self._bound: dict[int, tuple[Binding, Array, Array]] = {}
+        self._postnorm = infos.get("postnorm")
+        self._memory: dict[tuple[str, int], tuple[Array, Array]] = {}
+        self._bound: dict[tuple[str, int], tuple[Binding, Array, Array]] = {}
 
     def __call__(self, hidden: Array) -> Logits:
         """float32 logits [n, vocab] of hidden states [n, H]; the next call may overwrite them.
 
         Raises CheckFailed if one is not finite.
         """
+        return self._rows_of(hidden, self._output)
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the post model returns the normalised hidden states (--ret_postnorm)."""
+        return self._postnorm is not None
+
+    def normalised(self, hidden: Array) -> Logits:
+        """float32 output [n, H] of the final norm for hidden states [n, H]; the next call may overwrite it.
+
+        Only for a post model that `normalises`. Raises CheckFailed if a value is not finite.
+        """
+        assert self._postnorm is not None
+        return self._rows_of(hidden, self._postnorm)
+
+    def _rows_of(self, hidden: Array, output: TensorInfo) -> Logits:
         if len(hidden) > self._rows:
             cuts = range(self._rows, len(hidden), self._rows)
-            return np.concatenate([self(rows).copy() for rows in np.split(hidden, cuts)])
-        binding, source, target = self._binding(len(hidden))
+            return np.concatenate([self._rows_of(rows, output).copy() for rows in np.split(hidden, cuts)])
+        binding, source, target = self._binding(len(hidden), output)
         source[0] = hidden
         try:
             binding.run()
         except NotFinite as error:
             wrong = target[0, error.row]
-            values = to_float32(wrong, self._output.dtype)
+            values = to_float32(wrong, output.dtype)
             raise overflow(values[~np.isfinite(values)][0]) from None
-        logits: Logits = target[0] if self._output.dtype == "FLOAT" else to_float32(target[0], self._output.dtype)
-        return logits
+        found: Logits = target[0] if output.dtype == "FLOAT" else to_float32(target[0], output.dtype)
+        return found
 
-    def _binding(self, rows: int) -> tuple[Binding, Array, Array]:
-        if rows not in self._bound:
-            source, target = (array[:, :rows] for array in self._buffers(1 if rows == 1 else self._rows))
-            binding = self.session.bind(0, {self._input.name: source, self._output.name: target})
-            self._bound[rows] = binding, source, target
-        return self._bound[rows]
+    def _binding(self, rows: int, output: TensorInfo) -> tuple[Binding, Array, Array]:
+        key = output.name, rows
+        if key not in self._bound:
+            source, target = (array[:, :rows] for array in self._buffers(1 if rows == 1 else self._rows, output))
+            binding = self.session.bind(0, {self._input.name: source, output.name: target})
+            self._bound[key] = binding, source, target
+        return self._bound[key]
 
-    def _buffers(self, rows: int) -> tuple[Array, Array]:
-        if rows not in self._memory:
-            shapes = [
-                TensorInfo(info.name, info.dtype, (1, rows, info.shape[2])) for info in (self._input, self._output)
-            ]
-            self._memory[rows] = self.session.allocate(shapes[0]), self.session.allocate(shapes[1])
-        return self._memory[rows]
+    def _buffers(self, rows: int, output: TensorInfo) -> tuple[Array, Array]:
+        key = output.name, rows
+        if key not in self._memory:
+            shapes = [TensorInfo(info.name, info.dtype, (1, rows, info.shape[2])) for info in (self._input, output)]
+            self._memory[key] = self.session.allocate(shapes[0]), self.session.allocate(shapes[1])
+        return self._memory[key]
 
 
 class Model:

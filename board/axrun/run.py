@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from axrun.decoder import expect_room
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
+from axrun.format.pooling import refuse_text
 from axrun.generate import Stats, generate
 from axrun.load import DEFAULTS, Loading, Say, describe, silent
 from axrun.model import Model
@@ -123,6 +124,7 @@ def run(path: Path, question: Question, loading: Loading = DEFAULTS, write: Say 
     Raises BadInput for an unusable bundle, prompt or option, CheckFailed if the bundle fails verification.
     """
     bundle, options, say = loading.open(path), question.options, loading.say
+    refuse_text(bundle)
     sampling = options.sampling_of(bundle, say)
     say("LLM init start")
     tokenizer = Tokenizer.open(bundle.hf)

@@ -405,12 +405,6 @@ def test_a_distributed_checkpoint_wins_in_transformers_and_is_refused(folder: Pa
     assert_refused(folder, "torch.distributed checkpoint", "save_pretrained()")
 
 
-def test_a_sentence_transformer_is_named(folder: Path) -> None:
-    (folder / "modules.json").write_text("[]")
-    (folder / "config_sentence_transformers.json").write_text("{}")
-    assert_refused(folder, "sentence-transformers", "causal language model")
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", INDEX])
 def test_a_git_lfs_pointer(folder: Path, name: str) -> None:
     if name == INDEX:

@@ -14,7 +14,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from axc import budget, bundle, config, existing, hf_folder, identity, jobs
+from axc import budget, bundle, config, existing, hf_folder, identity, jobs, pooling
 from axc.axmodel.writer import Written
 from axc.calibration.file import CalibrationFile
 from axc.checkpoints import EMBEDDING, HEAD, Checkpoint, Lora, StoredTensor
@@ -119,7 +119,7 @@ class Plan:
     """A build ready to start: every dimension checked, every file known by name and size.
 
     `notices` tell the user what was ignored or overridden in the checkpoint's files. `kept` are the matrices that the
-    checkpoint or `calibration` has already quantised.
+    checkpoint or `calibration` has already quantised. `pooled`: how an embedding model pools.
     """
 
     options: Options
@@ -132,6 +132,7 @@ class Plan:
     notices: tuple[str, ...] = ()
     kept: Mapping[str, Kept] = field(default_factory=dict)
     calibration: CalibrationFile | None = None
+    pooled: pooling.Pooling | None = None
 
     @property
     def name(self) -> str:
@@ -174,7 +175,11 @@ def plan(options: Options) -> Plan:
     if calibration:
         kept |= calibration.kept()
         notices.append(f"calibrated: {len(calibration.weights)} matrices, {calibration.bits:g} bits per weight")
+    pooled = None if checkpoint.gguf else pooling.read(checkpoint.path, model.hidden_size)
     target = options.target(model, *types)
+    if pooled:
+        notices += [f"an embedding model, {pooled.mode} pooling: built with --ret_postnorm", *pooled.remarks]
+        target = replace(target, ret_postnorm=True)
     turns = getattr(model, "rope", None)
     if turns and turns.long(target.positions):
         original = turns.original_max_position_embeddings
@@ -191,7 +196,9 @@ def plan(options: Options) -> Plan:
     small = 2 * texts  # copies, and files converted from them
     disk = sum(job.nbytes for job in planned if job.kind != "input") + small + (1 << 20)
     needs = budget.Budget(disk, memory, options.parallel, proof)
-    return Plan(options, checkpoint, model, target, inputs, tuple(planned), needs, tuple(notices), kept, calibration)
+    return Plan(
+        options, checkpoint, model, target, inputs, tuple(planned), needs, tuple(notices), kept, calibration, pooled
+    )
 
 
 def _calibration(options: Options, checkpoint: Checkpoint, model: ModelConfig) -> CalibrationFile | None:
@@ -279,15 +286,22 @@ def _build(planned: Plan, output: Path, progress: Progress, say: Say) -> dict[st
         work = Work(path, planned.stamps, folder, *decided)
         done = dict(_run(work, planned.jobs, planned.options.parallel, progress))
         files = {Path(job.file): written for job, written in done.items() if job.kind == "input"}
-        inputs = {bundle.input_name(path, adapters): written for path, written in files.items()}
+        inputs = {bundle.input_name(file, path, adapters): written for file, written in files.items()}
         if planned.options.model_config:
             inputs[MODEL_CONFIG] = Written(*_digest(planned.options.model_config))
         if planned.options.calibrated:
             inputs[CALIBRATION] = Written(*_digest(planned.options.calibrated))
         outputs = {job.file: written for job, written in done.items() if job.kind != "input"}
-        kept, calibration = planned.kept, planned.calibration
         manifest = bundle.finish(
-            folder, *what, made, inputs, outputs, kept=kept, adapters=adapters, calibration=calibration
+            folder,
+            *what,
+            made,
+            inputs,
+            outputs,
+            kept=planned.kept,
+            adapters=adapters,
+            calibration=planned.calibration,
+            pooled=planned.pooled,
         )
         publish(folder, output, replace=planned.options.force)
     return manifest

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from axc import axllm, hf_folder, identity
+from axc import axllm, hf_folder, identity, pooling
 from axc.axllm import to_json
 from axc.axmodel.writer import Written
 from axc.calibration.file import CalibrationFile
@@ -25,16 +25,17 @@ from axrun.format.bundle import MANIFEST, SCHEMA, read_manifest, sha256
 
 def input_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
     """Every checkpoint file that a bundle is built from."""
-    texts = () if checkpoint.gguf else hf_folder.input_files(checkpoint.path)
+    texts = () if checkpoint.gguf else (*hf_folder.input_files(checkpoint.path), *pooling.input_files(checkpoint.path))
     return (*checkpoint.files, *texts, *(file for adapter in checkpoint.adapters for file in adapter.files))
 
 
-def input_name(path: Path, adapters: Sequence[Lora]) -> str:
-    """The manifest's name of a file of a checkpoint, or of an adapter that is merged into it."""
+def input_name(path: Path, folder: Path, adapters: Sequence[Lora]) -> str:
+    """The manifest's name of a file of a checkpoint's folder, or of an adapter that is merged into it."""
     for number, adapter in enumerate(adapters, 1):
         if path in adapter.files:
             return f"lora{number}/{path.name}"
-    return path.name
+    in_module = path.name == "config.json" and path.parent != folder and path.is_relative_to(folder)
+    return path.relative_to(folder).as_posix() if in_module else path.name
 
 
 def finish(
@@ -51,12 +52,13 @@ def finish(
     kept: Mapping[str, Kept] = MappingProxyType({}),
     adapters: Sequence[Lora] = (),
     calibration: CalibrationFile | None = None,
+    pooled: pooling.Pooling | None = None,
 ) -> dict[str, Any]:
     """Writes the manifest of all files in `folder` and returns it. Raises BadInput for the calibration of others.
 
     `inputs` and `outputs` are by file name; `outputs` are the axmodels and the embedding. `maker` names the compiler of
     the axmodels; the accuracy of another maker's weights is unknown and therefore omitted. `adapters` are merged into
-    the weights.
+    the weights. `pooled`: how an embedding model pools.
     """
     files = {file: {"sha256": written.sha256, "size": written.nbytes} for file, written in outputs.items()}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -96,6 +98,8 @@ def finish(
             "kv_cache": 2 * config.num_hidden_layers * target.kv_cache_len * config.kv_size * hidden_bytes(target),
         },
     }
+    if pooled:
+        manifest["pooling"] = pooled.manifest()
     if adapters:  # their files are among the inputs
         manifest["adapters"] = [{"weight": adapter.weight} for adapter in adapters]
     if maker == "cpu":

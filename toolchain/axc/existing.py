@@ -85,7 +85,8 @@ def _made_otherwise(planned: Plan, manifest: Mapping[str, Any]) -> list[str]:
 
 def _made_from_others(planned: Plan, recorded: Mapping[str, Any]) -> Iterator[str]:
     """Differences in the inputs; files of equal size are hashed."""
-    files = {input_name(path, planned.checkpoint.adapters): path for path in planned.inputs}
+    checkpoint = planned.checkpoint
+    files = {input_name(path, checkpoint.path, checkpoint.adapters): path for path in planned.inputs}
     if planned.options.model_config:
         files[MODEL_CONFIG] = planned.options.model_config
     if planned.options.calibrated:

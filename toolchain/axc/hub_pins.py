@@ -25,7 +25,7 @@ MOST_FILES = 2000  # of a repository: shards of the largest models are some hund
 MOST_BYTES = 8 << 20  # of the file of pins
 SHARD = re.compile(r"[\w.-]+-\d+-of-\d+\.(safetensors|bin)", re.ASCII)
 PLAIN = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)  # names of files that are read
-REMARKS = ("adapter_config.json", "modules.json", "config_sentence_transformers.json")  # axc.checkpoints refuses them
+REMARKS = ("adapter_config.json",)  # axc.checkpoints refuses it
 
 
 def pin(name: str, source: Hub) -> Hub:
@@ -133,9 +133,10 @@ def _files(source: Hub, info: ModelInfo) -> Iterator[PinnedFile]:
 
 
 def _texts(names: Sequence[str] | dict[str, Any]) -> list[str]:
+    from axc import pooling
     from axc.hf_folder import HF_FILES, OTHER_FILES, OTHER_TEMPLATES
 
-    texts = {*HF_FILES, *OTHER_FILES, *REMARKS}
+    texts = {*HF_FILES, *OTHER_FILES, *REMARKS, *pooling.FILES}
     return sorted(name for name in names if PLAIN.fullmatch(name) and (name in texts or fnmatch(name, OTHER_TEMPLATES)))
 
 

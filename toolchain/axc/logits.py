@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc import VERSION, config, expected_graphs, figures, hf_folder
+from axc import VERSION, config, expected_graphs, figures, hf_folder, pooling
 from axc import compile as compiler
 from axc.bundle import add_file, input_name
 from axc.calibration.file import calibrated
@@ -79,7 +79,8 @@ def write(options: Options, show: Show = unseen, say: Say = lambda line: None) -
     unusable, or if the bundle was built from another checkpoint.
     """
     manifest = None if options.bundle is None else read_manifest(options.bundle)
-    inputs = {input_name(path, options.lora): sha256(path) for path in _inputs(options, manifest)}
+    folder = options.input_path
+    inputs = {input_name(path, folder, options.lora): sha256(path) for path in _inputs(options, manifest)}
     if manifest is not None:
         _expect_same(manifest, inputs, options)
     logits, reference = compute(options, inputs, {} if manifest is None else manifest["model"], show)
@@ -200,7 +201,7 @@ def _inputs(options: Options, manifest: dict[str, Any] | None) -> Iterator[Path]
         return
     if not folder.is_dir():
         raise BadInput(f"no checkpoint folder {folder}\nGive the folder that holds config.json and the weights.")
-    files = {*hf_folder.input_files(folder)}
+    files = {*hf_folder.input_files(folder), *pooling.input_files(folder)}
     if manifest is not None and isinstance(manifest.get("inputs"), dict):
         files |= {folder / name for name in manifest["inputs"] if "/" not in name}
     else:

@@ -248,7 +248,9 @@ def _finish(
     """Writes embedding and manifest, as for our own axmodels."""
     work = Work(planned.checkpoint.path, planned.stamps, folder, planned.config, planned.target)
     done: dict[Job, Written] = {job: jobs.run(work, job) for job in planned.jobs if job.kind in ("embedding", "input")}
-    inputs = {Path(job.file).name: written for job, written in done.items() if job.kind == "input"}
+    place, adapters = planned.checkpoint.path, planned.checkpoint.adapters
+    files = {Path(job.file): written for job, written in done.items() if job.kind == "input"}
+    inputs = {bundle.input_name(path, place, adapters): written for path, written in files.items()}
     outputs = {**outputs, **{job.file: written for job, written in done.items() if job.kind == "embedding"}}
     first = read(folder / (planned.target.layer_file(planned.config) % 0))
     tools = {
@@ -258,4 +260,4 @@ def _finish(
         "producer": f"{first.producer_name} {first.producer_version}".strip(),
     }
     what = planned.name, planned.config, planned.target
-    return bundle.finish(folder, *what, made, inputs, outputs, maker=MAKER, tools=tools)
+    return bundle.finish(folder, *what, made, inputs, outputs, maker=MAKER, tools=tools, pooled=planned.pooled)

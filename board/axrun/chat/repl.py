@@ -9,6 +9,7 @@ from pathlib import Path
 from axrun.chat.conversation import Conversation
 from axrun.chat.terminal import Terminal
 from axrun.errors import BadInput, Failure
+from axrun.format.pooling import refuse_text
 from axrun.load import DEFAULTS, Loading, Say, describe
 from axrun.run import ENDINGS, Options, guesses
 from axrun.text.template import ChatTemplate
@@ -22,6 +23,7 @@ def chat(path: Path, options: Options, terminal: Terminal, loading: Loading = DE
     if the bundle fails verification.
     """
     bundle, say = loading.open(path), loading.say
+    refuse_text(bundle)
     sampling = options.sampling_of(bundle, say)
     tokenizer, template = Tokenizer.open(bundle.hf), ChatTemplate.find(bundle.hf)
     if template is None:

@@ -113,6 +113,12 @@ class Tokenizer:
         """
         return list(self._encode(text, special).ids)
 
+    def beginning(self, text: str, length: int) -> list[int]:
+        """At most `length` token ids of the beginning of a text, with the special tokens that the tokenizer adds."""
+        encoding = self._encode(text, False)
+        encoding.truncate(max(length - self._backend.num_special_tokens_to_add(False), 0))
+        return list(self._backend.post_process(encoding, None, True).ids)
+
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """The text of token ids, with special tokens only if `special`. Ids without a token are skipped."""
         return str(self._backend.decode(list(ids), skip_special_tokens=not special))

@@ -72,7 +72,7 @@ def _aside(names: Sequence[str], read: set[str]) -> tuple[str, ...]:
 
 
 def _refuse_other_forms(folder: Path, names: Sequence[str]) -> None:
-    """Raises BadInput for files that change what transformers, peft or sentence-transformers would load."""
+    """Raises BadInput for files that change what transformers or peft would load."""
     if ADAPTER_CONFIG in names:
         base = _text_of(folder / ADAPTER_CONFIG, "base_model_name_or_path")
         alone = not any(name in names for pair in ORDER for name in pair)
@@ -86,11 +86,6 @@ def _refuse_other_forms(folder: Path, names: Sequence[str]) -> None:
         raise BadInput(
             f"{folder} is a torch.distributed checkpoint ({distributed[0]})\n"
             "Load it with transformers and save it again with save_pretrained()."
-        )
-    if "modules.json" in names and {"config_sentence_transformers.json", "1_Pooling"} & set(names):
-        raise BadInput(
-            f"{folder} is a sentence-transformers model (modules.json): it makes embeddings, not text\n"
-            "Give a causal language model."
         )
 
 

@@ -91,7 +91,7 @@ class Case:
     def _adapters(self) -> dict[str, Path]:
         """The files of the adapters, by the names that a manifest has for them."""
         given = self.options.lora
-        return {input_name(file, given): file for adapter in given for file in adapter.files}
+        return {input_name(file, self.folder, given): file for adapter in given for file in adapter.files}
 
     @functools.cached_property
     def bundle(self) -> Bundle:

@@ -29,7 +29,7 @@ SIZES: dict[str, Any] = {
     "tie_word_embeddings": False,
     "rms_norm_eps": 1e-5,
 }
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -116,7 +116,8 @@ def packed(weights: NDArray[np.float32], kind: Kind, seed: int) -> NDArray[Any]:
 
 def model(kind: str, changes: Mapping[str, Any] | None = None, vocabulary: int | None = None) -> Any:
     """The random model of an architecture that `write` writes."""
-    values = {**SIZES, **(changes or {}), "vocab_size": vocabulary or len(byte_level()[0])}
+    heads = {"head_dim": 64} if kind == "qwen3" else {}
+    values = {**SIZES, **heads, **(changes or {}), "vocab_size": vocabulary or len(byte_level()[0])}
     return random_model(transformers.AutoConfig.for_model(kind, **values))
 
 
@@ -149,6 +150,9 @@ def write(
     if kind == "llama":
         writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
         writer.add_vocab_size(len(names))
+    if kind == "qwen3":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
     writer.add_chat_template(TEMPLATE)
     if spm:
         writer.add_tokenizer_model("llama")
@@ -159,7 +163,7 @@ def write(
         writer.add_unk_token_id(0)
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre or {"llama": "llama-bpe", "qwen2": "qwen2"}[kind])
+        writer.add_tokenizer_pre(pre or {"llama": "llama-bpe"}.get(kind, "qwen2"))
         writer.add_token_types([3 if token in CONTROL else 1 for token in tokens])
         writer.add_token_merges(merges)
         writer.add_bos_token_id(0)

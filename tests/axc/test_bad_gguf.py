@@ -133,7 +133,7 @@ CASES: dict[str, tuple[Change, str]] = {
     ),
     "another architecture": (
         lambda data: data.replace(text("llama"), text("mamba"), 1),
-        "general.architecture is 'mamba'; of GGUF files those of llama, qwen2 are read",
+        "general.architecture is 'mamba'; of GGUF files those of llama, qwen2, qwen3 are read",
     ),
     "an unknown key": (
         lambda data: data.replace(text("llama.context_length"), text("llama.logit_scaling1")),

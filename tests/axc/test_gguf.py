@@ -17,6 +17,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from axc import build, hf_folder
 from axc.checkpoints import EMBEDDING, Checkpoint, widen
 from axc.checkpoints.gguf.rows import PACKINGS
+from axc.families import FAMILIES
 from axc.reference import Reference
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
@@ -25,7 +26,7 @@ from tests.axc import gguf_files
 from tests.axc.as_transformers import AUTO, FP32, IDS, logits_of, same
 from tests.axc.axc import assert_done, axc, llm_build
 
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # every type that the package dequantises, except most of IQ1 to IQ3, which we treat alike
 KINDS = ("F32", "F16", "BF16", "Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K", "TQ1_0", "TQ2_0", *PACKINGS)
 KINDS += ("IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "NVFP4")
@@ -58,7 +59,9 @@ def logits(path: Path, output: Path, **options: Any) -> Any:
 # Reading
 
 
-@pytest.mark.parametrize(("architecture", "kind"), [("qwen2", "Q8_0"), *(("llama", kind) for kind in KINDS)])
+@pytest.mark.parametrize(
+    ("architecture", "kind"), [("qwen2", "Q8_0"), ("qwen3", "Q8_0"), *(("llama", kind) for kind in KINDS)]
+)
 def test_every_tensor_matches_transformers(made: Made, architecture: str, kind: str) -> None:
     path = made(architecture, kind)
     ours, skeleton = Checkpoint.open(path), gguf_files.model(architecture)
@@ -91,6 +94,11 @@ def test_logits_match_transformers(made: Made, tmp_path: Path, architecture: str
     path = made(architecture, kind)
     theirs = Reference(path).logits(IDS)
     assert same(logits(path, tmp_path / "out"), theirs)
+
+
+def test_each_architecture_is_of_one_family() -> None:
+    names = [family.gguf.name for family in FAMILIES.values() if family.gguf]
+    assert sorted(names) == sorted(ARCHITECTURES)
 
 
 def test_a_tied_head(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from axc.checkpoints.gguf import Model
 from axc.checkpoints.gguf.tokenizer import CUTS, WHOLE_WORDS, cut
 
 LOCAL: dict[str, Any] = {"local_files_only": True}
-# of config.json; it builds every Llama without biases and with plain rotary frequencies
-NOT_READ = ("rope_scaling", "attention_bias", "mlp_bias")
+# of config.json; it builds every Llama without biases and with plain rotary frequencies, and Qwen3 with heads of 128
+NOT_READ = ("rope_scaling", "attention_bias", "mlp_bias", "head_dim")
 
 
 def possible() -> bool:
@@ -32,7 +32,7 @@ def config(path: Path) -> tuple[Any, list[str]]:
 
     found = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **LOCAL)
     ours = Model.open(path).config
-    added = {key: ours[key] for key in NOT_READ if ours.get(key)}
+    added = {key: ours[key] for key in NOT_READ if ours.get(key) and getattr(found, key, None) != ours[key]}
     if not added:
         return found, []
     if "rope_scaling" in added:

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from axc import gguf_reading, lora_reading, quantised_reading
 from axc.budget import available_memory, megabytes
 from axc.checkpoints.gguf import SUFFIX as GGUF
-from axc.checkpoints.multimodal import is_multimodal, text_names
+from axc.checkpoints.multimodal import text_names
+from axc.families.multimodal import is_multimodal
 from axrun.errors import BadInput
 
 try:

@@ -16,8 +16,9 @@ from torch import nn
 from axc.calibration.linears import Piece, pieces
 from axc.calibration.twin import Twin
 from axc.checkpoints import Checkpoint, widen
-from axc.checkpoints.multimodal import is_multimodal, text_name
+from axc.checkpoints.multimodal import text_name
 from axc.families.family import ModelConfig
+from axc.families.multimodal import is_multimodal
 from axc.reference import auto_class
 from axc.weights import Source, float32
 from axc.weights.sources import Stored

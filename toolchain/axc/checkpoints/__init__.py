@@ -20,13 +20,35 @@ from axc.checkpoints.gguf import SUFFIX as GGUF
 from axc.checkpoints.gguf import Model
 from axc.checkpoints.lora import Lora, merge
 from axc.checkpoints.lora import remarks as lora_remarks
-from axc.checkpoints.stored import EMBEDDING, HEAD, STORED_DTYPES, Grid, LevelRows, ReorderedRows, Rows, StoredTensor
+from axc.stored import (
+    BLOCK_ELEMENTS,
+    EMBEDDING,
+    HEAD,
+    INFINITY,
+    STORED_DTYPES,
+    Grid,
+    LevelRows,
+    ReorderedRows,
+    Rows,
+    StoredTensor,
+    widen,
+)
 from axrun.errors import BadInput
 from axrun.format.dtypes import bf16_to_f32
 
-__all__ = ["EMBEDDING", "HEAD", "INFINITY", "STORED_DTYPES", "Checkpoint", "Grid", "Lora", "StoredTensor", "widen"]
+__all__ = [
+    "BLOCK_ELEMENTS",
+    "EMBEDDING",
+    "HEAD",
+    "INFINITY",
+    "STORED_DTYPES",
+    "Checkpoint",
+    "Grid",
+    "Lora",
+    "StoredTensor",
+    "widen",
+]
 
-BLOCK_ELEMENTS = 1 << 16  # read at a time: three float32 blocks of these stay in a core's L2 cache
 FORMS = {".safetensors": safetensors, ".bin": torch_bin}  # by suffix of a folder's weight files
 
 
@@ -180,22 +202,6 @@ class Checkpoint:
 
 def _values(block: NDArray[Any], dtype: str) -> NDArray[Any]:
     return bf16_to_f32(block) if dtype == "BFLOAT16" else block
-
-
-def widen(block: NDArray[Any], dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
-    """A stored block as float32 (exact but for float64), in `out` where one is given. Raises OverflowError."""
-    if dtype == "BFLOAT16":
-        return bf16_to_f32(block, out)
-    out = np.empty(block.shape, np.float32) if out is None else out
-    with np.errstate(over="ignore"):  # raised below, with the value
-        np.copyto(out, block, casting="same_kind")
-    if dtype == "DOUBLE" and not np.isfinite(out).all():
-        raise OverflowError(f"{block.flat[np.abs(block).argmax()]:g}, too large for float32")
-    return out
-
-
-# the bits of positive infinity; without the sign bit, values that are not finite are at or above them
-INFINITY = {"FLOAT": 0x7F800000, "FLOAT16": 0x7C00, "BFLOAT16": 0x7F80, "DOUBLE": 0x7FF0000000000000}
 
 
 def _refuse_non_finite(name: str, block: NDArray[Any], stored: StoredTensor, start: int) -> None:

@@ -20,7 +20,7 @@ from axc.checkpoints.folder import ADAPTER_CONFIG, refuse_lfs_pointer
 from axc.checkpoints.json_files import read_config_json
 from axc.checkpoints.quantised.matrix import Floats, widened
 from axc.checkpoints.settings import Settings, keys
-from axc.checkpoints.stored import Rows, StoredTensor, loaded_name
+from axc.stored import Rows, StoredTensor, loaded_name
 from axrun.errors import BadInput
 
 WEIGHTS = "adapter_model.safetensors"

@@ -1,6 +1,6 @@
-"""A text model inside of a multimodal checkpoint: how it is known, what its tensors are called, and which are not its.
+"""A text model inside of a multimodal checkpoint: what its tensors are called, and which are not its.
 
-`families.read_config` takes its config out of the checkpoint's.
+`axc.families.multimodal` takes its config out of the checkpoint's.
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from axc.checkpoints.json_files import read_config_json
-from axc.checkpoints.stored import HEAD, StoredTensor, loaded_name
+from axc.families.multimodal import is_multimodal
+from axc.stored import HEAD, StoredTensor, loaded_name
 from axrun.errors import BadInput
 
-PARTS = ("vision_config", "audio_config")  # the keys of config.json that have the other parts
 # how names of the text model begin in files (transformers 4 and 5), and what stands for that here
 TEXT = {"language_model.model.": "model.", "model.language_model.": "model.", f"language_model.{HEAD}": HEAD}
 # how names of other parts begin
@@ -23,11 +22,6 @@ OTHERS = tuple(
     for model in ("", "model.")
     for part in ("vision_tower", "vision_model", "visual", "multi_modal_projector", "audio_tower", "embed_vision")
 )
-
-
-def is_multimodal(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of a model with parts for other things than text."""
-    return any(isinstance(values.get(key), dict) for key in PARTS)
 
 
 def text_name(name: str) -> str | None:

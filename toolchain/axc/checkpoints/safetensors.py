@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoints.stored import PACKED_DTYPES, STORED_DTYPES, StoredTensor, stored
+from axc.stored import PACKED_DTYPES, STORED_DTYPES, StoredTensor, stored
 from axrun.errors import BadInput
 from axrun.format.dtypes import DTYPES
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoints.stored import StoredTensor, stored
+from axc.stored import StoredTensor, stored
 from axrun.errors import BadInput
 
 TORCH_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}

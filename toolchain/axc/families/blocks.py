@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from axc import rope
-from axc.checkpoints import EMBEDDING, HEAD
 from axc.config_json import Reader
 from axc.config_rope import PARTIAL, ROPE_KEYS, read_rope, written
 from axc.families.family import Keeps, ModelConfig
 from axc.graph import Graph, Value
 from axc.rope import Rope
+from axc.stored import EMBEDDING, HEAD
 from axc.weights import Source
 from axc.weights.sources import Stored, split
 from axrun.errors import BadInput
@@ -33,6 +33,19 @@ READS = ROPE_KEYS | {
 }
 WINDOW = frozenset(("sliding_window", "layer_types"))  # keys of decoders with sliding-window attention
 LAYER_TYPES = {"full_attention": False, "attention": False, "sliding_attention": True}  # value: has a window
+
+# Names of a pre-norm layer's modules in GGUF files.
+GGUF_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 Norm = Callable[[Graph, Value, str], Value]
 Sources = dict[str, Source]

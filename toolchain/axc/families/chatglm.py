@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from axc.checkpoints import EMBEDDING, HEAD
 from axc.config_json import Reader
 from axc.families import blocks, glm
 from axc.families.blocks import Sources
 from axc.families.glm import Config
 from axc.rope import Rope
+from axc.stored import EMBEDDING, HEAD
 from axc.weights.sources import Stored, split
 from axrun.errors import BadInput
 

@@ -11,6 +11,8 @@ from axc.config_json import Reader
 from axc.graph import Graph
 from axc.weights import Source
 
+EMPTY: Mapping[str, Any] = MappingProxyType({})
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -58,8 +60,21 @@ class Inside:
     mrope: bool = False  # position ids are of three axes, which are equal for text
 
 
+@dataclass(frozen=True)
+class Gguf:
+    """An architecture in GGUF files: its `name` there, and the names of a layer's modules here by their names there.
+
+    `permuted`: those whose rows llama.cpp interleaves for its rotation. `biases`: keys of config.json, each with a
+    module; the key is true if that has a bias.
+    """
+
+    name: str
+    layer: Mapping[str, str]
+    permuted: tuple[str, ...] = ()
+    biases: Mapping[str, str] = field(default_factory=lambda: EMPTY)
+
+
 C = TypeVar("C", bound=ModelConfig)
-EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,7 @@ class Family(Generic[C]):
     `inside`: multimodal model_types that have this family as their text model.
     `twin`: config.json of a model of transformers that computes the same, if it has no code for the model_type. Its
     family has the same weights in the axmodels, each a stored tensor or rows of one.
+    `gguf`: its names in llama.cpp's files, if those are read.
     `different`: model_types that look buildable as this family, with the reason why they are not.
     """
 
@@ -87,4 +103,5 @@ class Family(Generic[C]):
     foreign: bool = False
     inside: Mapping[str, Inside] = field(default_factory=lambda: EMPTY)
     twin: Callable[[C], dict[str, Any]] | None = None
+    gguf: Gguf | None = None
     different: Mapping[str, str] = field(default_factory=lambda: EMPTY)

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from axc.checkpoints import EMBEDDING, HEAD
 from axc.config_json import Reader
 from axc.families import blocks
 from axc.families.blocks import DecoderConfig, Rotation, Sources
 from axc.families.family import Family
 from axc.graph import Graph
+from axc.stored import EMBEDDING, HEAD
 from axc.weights.sources import Gathered, Stored
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(

@@ -41,4 +41,5 @@ FAMILY = dataclasses.replace(
     defaults=DEFAULTS,
     foreign=False,
     different={},
+    gguf=None,
 )

@@ -10,7 +10,7 @@ from typing import Any
 from axc.config_json import Reader
 from axc.families import blocks
 from axc.families.blocks import DecoderConfig, Rotation, Sources
-from axc.families.family import Family
+from axc.families.family import Family, Gguf
 from axc.graph import Graph
 from axrun.errors import BadInput
 
@@ -98,4 +98,10 @@ FAMILY = Family(
     defaults=DEFAULTS,
     different=DIFFERENT,
     foreign=True,
+    gguf=Gguf(
+        "llama",
+        blocks.GGUF_LAYER,
+        permuted=("attn_q", "attn_k"),
+        biases={"attention_bias": "attn_q", "mlp_bias": "ffn_gate"},
+    ),
 )

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from axc import config_keys
-from axc.checkpoints.multimodal import PARTS, is_multimodal
 from axc.families.family import Family, Inside
 from axrun.errors import BadInput
 
+PARTS = ("vision_config", "audio_config")  # the keys of config.json that have the other parts
 TIED = "tie_word_embeddings"
 MROPE = ("mrope_section", "mrope_interleaved")
+
+
+def is_multimodal(values: Mapping[str, Any]) -> bool:
+    """Whether a config.json is of a model with parts for other things than text."""
+    return any(isinstance(values.get(key), dict) for key in PARTS)
 
 
 def text_config(

@@ -9,7 +9,7 @@ from typing import Any
 from axc.config_json import Reader
 from axc.families import blocks
 from axc.families.blocks import DecoderConfig, Rotation, Sources
-from axc.families.family import Family
+from axc.families.family import Family, Gguf
 from axc.graph import Graph
 from axrun.errors import BadInput
 
@@ -81,4 +81,5 @@ FAMILY = Family(
     keeps=blocks.keeps,
     foreign=True,
     axllm_tokenizer="Qwen2_5",
+    gguf=Gguf("qwen2", blocks.GGUF_LAYER),
 )

@@ -31,5 +31,6 @@ FAMILY = dataclasses.replace(
     config=lambda reader: qwen2.read(reader, "qwen2_vl_text"),
     defaults=DEFAULTS,
     foreign=False,
+    gguf=None,
     inside={"qwen2_vl": Inside(flat=True, mrope=True)},
 )

@@ -10,7 +10,7 @@ from typing import Any
 from axc.config_json import Reader
 from axc.families import blocks
 from axc.families.blocks import DecoderConfig, HeadNorm, Rotation, Sources
-from axc.families.family import Family
+from axc.families.family import Family, Gguf
 from axc.families.qwen2 import sliding
 from axc.graph import Graph
 
@@ -83,4 +83,8 @@ FAMILY = Family(
     defaults=DEFAULTS,
     keeps=blocks.keeps,
     axllm_tokenizer="Qwen3",
+    gguf=Gguf(
+        "qwen3",
+        {**blocks.GGUF_LAYER, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
+    ),
 )

@@ -34,5 +34,6 @@ FAMILY = dataclasses.replace(
     config=config,
     defaults=DEFAULTS,
     reads=qwen3.FAMILY.reads - WINDOWS,
+    gguf=None,
     inside={"qwen3_vl": Inside(mrope=True)},
 )

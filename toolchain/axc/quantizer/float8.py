@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoints import widen
 from axc.quantizer.round_to_nearest import SMALLEST
+from axc.stored import widen
 from axrun.format.dtypes import FLOAT8, float8_from_float32, float8_values
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoints import INFINITY, widen
+from axc.stored import INFINITY, widen
 from axrun.format.dtypes import DTYPES, from_float32
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoints.stored import StoredTensor
+from axc.stored import StoredTensor
 from axrun.errors import BadInput
 from axrun.format.dtypes import DTYPES as ELEMENTS
 from axrun.format.dtypes import from_float32, to_float32

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoints import widen
+from axc.stored import widen
 from axrun.format.dtypes import DTYPES, from_float32, to_float32
 from axrun.format.quantised import pack4
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoints import BLOCK_ELEMENTS, widen
+from axc.stored import BLOCK_ELEMENTS, widen
 from axrun.errors import BadInput
 
 Shape = tuple[int, ...]

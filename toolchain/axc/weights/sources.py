@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoints import widen
+from axc.stored import widen
 from axc.weights import Shape, Source, Tensors
 from axrun.errors import BadInput
 

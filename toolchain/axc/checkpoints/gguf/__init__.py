@@ -13,7 +13,7 @@ from typing import Any
 from axc.checkpoints.gguf import architecture, tokenizer
 from axc.checkpoints.gguf.container import Container, Damaged, TensorEntry
 from axc.checkpoints.gguf.rows import PACKINGS, PLAIN, Rows, dtype_of
-from axc.checkpoints.stored import Grid, StoredTensor
+from axc.stored import Grid, StoredTensor
 from axrun.errors import BadInput
 
 SUFFIX = ".gguf"
@@ -40,7 +40,7 @@ class Model:
         for entry in file.tensors:
             if entry.name == architecture.ROPE_FREQUENCIES:
                 continue
-            name = architecture.tensor_name(entry.name)
+            name = kind.tensor_name(entry.name)
             if name in tensors:
                 raise BadInput(f"{path}: {entry.name} and {tensors[name].key} are both {name}")
             slices[entry.name] = _rows(file, entry, kind, config)
@@ -83,7 +83,7 @@ def _grid(entry: TensorEntry) -> Grid | None:
 def _rows(file: Container, entry: TensorEntry, kind: architecture.Architecture, config: Mapping[str, Any]) -> Rows:
     part = entry.name.rpartition(".")[0].rpartition(".")[2]
     order = None
-    if part in kind.permuted:
+    if part in kind.names.permuted:
         heads = config["num_attention_heads"]
         if part == "attn_k":
             heads = config.get("num_key_value_heads", heads)

@@ -7,7 +7,7 @@ change what the model computes, so they are refused by name.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,21 +15,12 @@ from numpy.typing import NDArray
 
 from axc.checkpoints.gguf.container import Container, Strings
 from axc.checkpoints.gguf.rows import Rows
-from axc.checkpoints.stored import EMBEDDING, HEAD
+from axc.families import FAMILIES
+from axc.families.family import Gguf
 from axrun.errors import BadInput
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+EMBEDDING = "token_embd.weight"
 ROPE_FREQUENCIES = "rope_freqs.weight"  # a divisor for each frequency
 # metadata below the architecture's name -> config.json
 KEYS = {
@@ -52,16 +43,26 @@ KNOWN |= {"rope.scaling.original_context_length", "rope.scaling.finetuned", "exp
 
 @dataclass(frozen=True)
 class Architecture:
-    """`permuted`: tensors whose rows llama.cpp interleaves for its rotation; `config`: fixed keys of config.json."""
+    """A family that is read from GGUF files, and its names there."""
 
     model_type: str
-    permuted: tuple[str, ...] = ()
-    config: Mapping[str, Any] = field(default_factory=dict)
+    names: Gguf
+
+    def tensor_name(self, key: str) -> str:
+        """The Hugging Face name of a tensor; unknown names are kept, and refused by the config's cross-check."""
+        stem, _, leaf = key.rpartition(".")
+        head, _, rest = stem.partition(".")
+        if head == "blk":
+            index, _, part = rest.partition(".")
+            layer = self.names.layer
+            return f"model.layers.{index}.{layer[part]}.{leaf}" if part in layer and index.isdecimal() else key
+        return f"{TOP[stem]}.{leaf}" if stem in TOP else key
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": Architecture("llama", ("attn_q", "attn_k")),
-    "qwen2": Architecture("qwen2"),
+    family.gguf.name: Architecture(model_type, family.gguf)
+    for model_type, family in FAMILIES.items()
+    if family.gguf is not None
 }
 
 
@@ -76,16 +77,6 @@ def find(file: Container) -> Architecture:
     if "adapter.type" in file.metadata or file.metadata.get("general.type", "model") != "model":
         raise BadInput(f"{file.path} is no whole model: its general.type is {file.metadata.get('general.type')!r:.60}")
     return ARCHITECTURES[name]
-
-
-def tensor_name(key: str) -> str:
-    """The Hugging Face name of a tensor; unknown names are kept, and refused by the config's cross-check."""
-    stem, _, leaf = key.rpartition(".")
-    head, _, rest = stem.partition(".")
-    if head == "blk":
-        index, _, part = rest.partition(".")
-        return f"model.layers.{index}.{LAYER[part]}.{leaf}" if part in LAYER and index.isdecimal() else key
-    return f"{TOP[stem]}.{leaf}" if stem in TOP else key
 
 
 def row_order(rows: int, heads: int) -> NDArray[np.int64]:
@@ -122,10 +113,8 @@ def config(file: Container, architecture: Architecture) -> dict[str, Any]:
         "architectures": [f"{architecture.model_type.capitalize()}ForCausalLM"],
         "hidden_act": "silu",
         "tie_word_embeddings": "output.weight" not in names,
-        **architecture.config,
     }
-    if architecture.model_type == "llama":
-        values |= {"attention_bias": "blk.0.attn_q.bias" in names, "mlp_bias": "blk.0.ffn_gate.bias" in names}
+    values |= {key: f"blk.0.{part}.bias" in names for key, part in architecture.names.biases.items()}
     for key, name in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("padding", "pad_token_id")):
         if (number := file.metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None:
             values[name] = number
@@ -136,7 +125,7 @@ def config(file: Container, architecture: Architecture) -> dict[str, Any]:
 
 def _vocabulary(file: Container) -> int:
     for entry in file.tensors:
-        if tensor_name(entry.name) == EMBEDDING:
+        if entry.name == EMBEDDING:
             return entry.shape[0]
     raise BadInput(f"{file.path}: it has no tensor token_embd.weight")
 
@@ -190,6 +179,3 @@ def _llama3(scaling: Mapping[str, Any], theta: float, count: int) -> NDArray[np.
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     smooth = np.clip((original / wavelengths - low) / (high - low), 0, 1)
     return np.asarray(1 / ((1 - smooth) / factor + smooth))
-
-
-__all__ = ["HEAD", "ROPE_FREQUENCIES", "Architecture", "config", "find", "row_order", "tensor_name"]

@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, quants
 from numpy.typing import NDArray
 
 from axc.checkpoints.gguf.container import TensorEntry
-from axc.checkpoints.stored import Grid
+from axc.stored import Grid
 from axrun.errors import BadInput
 
 # read unchanged; I8 and other integers have no meaning as weights

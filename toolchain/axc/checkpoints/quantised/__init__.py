@@ -15,7 +15,7 @@ from axc.checkpoints.json_files import read_config_json
 from axc.checkpoints.quantised import auto_round, awq, compressed_tensors, fp8, gptq, scales
 from axc.checkpoints.quantised.matrix import Matrix, Raw
 from axc.checkpoints.settings import FLOAT_CHECKPOINT, Settings
-from axc.checkpoints.stored import StoredTensor
+from axc.stored import StoredTensor
 from axrun.errors import BadInput
 
 # keys of config.json: transformers, older compressed-tensors, MLX

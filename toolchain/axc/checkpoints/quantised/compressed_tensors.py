@@ -28,7 +28,7 @@ from axc.checkpoints.quantised.matrix import (
     widened,
 )
 from axc.checkpoints.settings import Settings, keys
-from axc.checkpoints.stored import Rows
+from axc.stored import Rows
 from axrun.errors import BadInput
 
 NAME = "compressed-tensors"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from axc.checkpoints.quantised.matrix import AGAIN, SCALES, Floats, Matrix, Raw, widened
 from axc.checkpoints.settings import AUTO_ROUND, Settings
-from axc.checkpoints.stored import StoredTensor
+from axc.stored import StoredTensor
 from axrun.errors import BadInput
 
 PACKED = "fp8"

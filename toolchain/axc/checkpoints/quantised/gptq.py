@@ -31,7 +31,7 @@ from axc.checkpoints.quantised.matrix import (
     widened,
 )
 from axc.checkpoints.settings import AUTO_ROUND, Settings, keys
-from axc.checkpoints.stored import StoredTensor
+from axc.stored import StoredTensor
 from axrun.errors import BadInput
 
 NAME = "GPTQ"

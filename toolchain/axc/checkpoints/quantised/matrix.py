@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoints.stored import Grid, Rows, StoredTensor
+from axc.stored import Grid, Rows, StoredTensor
 from axrun.errors import BadInput
 from axrun.format.dtypes import bf16_to_f32
 

@@ -1,4 +1,4 @@
-"""Descriptions of stored tensors, known before data are read, and their names."""
+"""Stored tensors: their names and descriptions, known before data are read, and their element types."""
 
 from __future__ import annotations
 
@@ -9,11 +9,17 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from axrun.format.dtypes import bf16_to_f32
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # safetensors' names of the element types a checkpoint may hold -> ONNX's
 STORED_DTYPES = {"F32": "FLOAT", "F16": "FLOAT16", "BF16": "BFLOAT16", "F64": "DOUBLE"}
 # types that only quantised checkpoints have -> numpy's
 PACKED_DTYPES = {"I8": "i1", "U8": "u1", "I32": "<i4", "I64": "<i8", "F8_E4M3": "u1"}
+
+# the bits of positive infinity; without the sign bit, values that are not finite are at or above them
+INFINITY = {"FLOAT": 0x7F800000, "FLOAT16": 0x7C00, "BFLOAT16": 0x7F80, "DOUBLE": 0x7FF0000000000000}
+BLOCK_ELEMENTS = 1 << 16  # read at a time: three float32 blocks of these stay in a core's L2 cache
 
 
 class Rows(Protocol):
@@ -84,3 +90,15 @@ def loaded_name(key: str) -> str:
     if key == f"model.{HEAD}":
         return HEAD
     return f"model.{key}" if key.partition(".")[0] in BASE_MODEL else key
+
+
+def widen(block: NDArray[Any], dtype: str, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """A stored block as float32 (exact but for float64), in `out` where one is given. Raises OverflowError."""
+    if dtype == "BFLOAT16":
+        return bf16_to_f32(block, out)
+    out = np.empty(block.shape, np.float32) if out is None else out
+    with np.errstate(over="ignore"):  # raised below, with the value
+        np.copyto(out, block, casting="same_kind")
+    if dtype == "DOUBLE" and not np.isfinite(out).all():
+        raise OverflowError(f"{block.flat[np.abs(block).argmax()]:g}, too large for float32")
+    return out

@@ -210,6 +210,21 @@ def _eval(arguments: argparse.Namespace) -> None:
     evaluation.require(arguments.max_kld, arguments.min_top1)
 
 
+def _trace_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--rows", metavar="PART", default="", help="add a digest for each token, of one part: 'layer 3' or post")
+    add("--tokens", type=int, metavar="N", help="number of tokens (default: the whole context)")
+    add("--json", action="store_true", help=JSON_HELP)
+    _bundle_flags(parser)
+
+
+def _trace(arguments: argparse.Namespace) -> None:
+    from axrun.measure.trace import trace
+
+    found = trace(arguments.bundle, arguments.rows, arguments.tokens, _loading(arguments))
+    print(json.dumps(found.json()) if arguments.json else "\n".join(found.table()), flush=True)
+
+
 def _bench_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
@@ -445,6 +460,17 @@ VERBS = {
         "  axc reference --input_path models/tiny-qwen2 --text models/tiny-qwen2/heldout.txt --bundle out/tiny-qwen2\n"
         "  axrun eval out/tiny-qwen2\n"
         "  axrun eval out/qwen2-0.5b --reference qwen2.npz --json --max-kld 0.01 --min-top1 0.95",
+    ),
+    "trace": Verb(
+        _trace_flags,
+        _trace,
+        "Print digests of what every layer computes, to find where two machines differ.",
+        "With the engine ax and integer weights, every machine prints the same. The first line that differs is the\n"
+        "layer where one of them goes wrong.\n"
+        "examples:\n"
+        "  axrun trace out/tiny-qwen2 > here.txt\n"
+        "  ssh root@board sh axc/current/axrun trace axc/current/model | diff here.txt -\n"
+        "  axrun trace out/tiny-qwen2 --rows 'layer 3'",
     ),
     "bench": Verb(
         _bench_flags,

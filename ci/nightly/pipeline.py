@@ -391,7 +391,7 @@ class Pipeline:
         return [
             *(*self.tests, "--lg-env", str(self.board.yaml), "--hil-model", self.model.name),
             *("--hil-deployed", str(self.deployed), "--hil-figures", str(self.folder / "figures.json")),
-            *("--hil-probe", str(self.folder / PROBE)),
+            *("--hil-probe", str(self.folder / PROBE), "--hil-bundle", str(self.bundle)),
             *(["--hil-unjudged"] if self.unjudged else []),
             *("--hil-limit", str(ON_BOARD * self.options.limit(MEASURE))),
             *("--junitxml", str(self.folder / "junit.xml")),

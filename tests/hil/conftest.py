@@ -32,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--hil-model", default="tiny-qwen2", help="the model that was deployed (default tiny-qwen2)")
     group.addoption("--hil-figures", type=Path, help="write the measured figures to this JSON file")
     group.addoption("--hil-deployed", type=Path, help="the record of the deploy (default out/deployed/BOARD.json)")
+    group.addoption("--hil-bundle", type=Path, help="this machine's copy of the bundle: logits are compared with it")
     group.addoption("--hil-probe", type=Path, help="output of python -m ci.nightly.probe: texts and their token ids")
     group.addoption(
         "--hil-unjudged", action="store_true", help="record figures without judging them if there are no gates"

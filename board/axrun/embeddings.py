@@ -22,6 +22,10 @@ Vector = NDArray[np.float32]
 LEAST_NORM = 1e-12  # a shorter vector keeps its length, as in torch.nn.functional.normalize
 
 
+class TooLong(BadInput):
+    """A text with more tokens than the bundle takes."""
+
+
 @dataclass(frozen=True)
 class Texts:
     """Turns texts into the token ids that a bundle makes embeddings of."""
@@ -57,7 +61,7 @@ class Texts:
         if not ids:
             raise BadInput("a text is empty; at least one token is needed")
         if len(ids) > self.limit:
-            raise BadInput(
+            raise TooLong(
                 f"a text has {len(ids)} tokens, and this model's limit is {self.limit}; shorten it or truncate"
             )
         self.tokenizer.expect_within(ids, self.bundle.vocab_size)

@@ -43,7 +43,7 @@ class Endpoint:
     """The fields of a request, the function that reads it, and the form of the response.
 
     `answer` names the response in the OpenAPI document. `reply` gets the name and the fingerprint of the model, the
-    validated body, and what was read from it.
+    validated body, and what was read from it. `streams`: the request may ask for a stream.
     """
 
     summary: str
@@ -51,3 +51,4 @@ class Endpoint:
     answer: str
     read: Read
     reply: Respond
+    streams: bool = True

@@ -31,6 +31,11 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
+def sentence(error: Exception) -> str:
+    """The message of an error as a sentence."""
+    return f"{str(error)[:1].upper()}{str(error)[1:]}."
+
+
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """The error for an invalid request: status 400."""
     return ApiError(400, message, code, param)

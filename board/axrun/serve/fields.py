@@ -9,11 +9,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from axrun.serve import schema
+from axrun.serve import embedding, schema
 
 PLACES: dict[str, schema.Fields] = {
     "chat": schema.CHAT,
     "completions": schema.COMPLETION,
+    "embeddings": embedding.FIELDS,
     "message": schema.MESSAGE_FIELDS,
     "part": schema.TEXT_PART["properties"],
 }

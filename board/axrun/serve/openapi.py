@@ -103,6 +103,22 @@ SCHEMAS: dict[str, Any] = {
             "usage": _ref("Usage"),
         }
     ),
+    "Embeddings": _object(
+        {
+            "object": {"const": "list"},
+            "data": _list(
+                _object(
+                    {
+                        "object": {"const": "embedding"},
+                        "index": INTEGER,
+                        "embedding": {"anyOf": [_list(NUMBER), STRING]},  # a string with encoding_format base64
+                    }
+                )
+            ),
+            "model": STRING,
+            "usage": _object({"prompt_tokens": INTEGER, "total_tokens": INTEGER}),
+        }
+    ),
     "Tokens": _object({"tokens": _list(INTEGER), "count": INTEGER, "max_model_len": INTEGER}),
     "Text": _object({"content": STRING, "prompt": STRING}),
     "Model": _object(
@@ -155,8 +171,9 @@ def document(model: str) -> dict[str, Any]:
         },
         "paths": {
             **{
-                path: {"post": _writing(each.summary, each.answer, schema.request(each.fields, model))}
+                path: {"post": (_writing if each.streams else _converting)(each.summary, each.answer, body)}
                 for path, each in WRITING.items()
+                for body in [schema.request(each.fields, model)]
             },
             "/tokenize": {"post": _converting("Token ids of a text", "Tokens", schema.request(tokens.TOKENIZE, model))},
             "/detokenize": {"post": _converting("Text of token ids", "Text", schema.request(tokens.DETOKENIZE, model))},

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from axrun.embeddings import Texts
 from axrun.errors import BadInput
+from axrun.format.bundle import Bundle
+from axrun.format.pooling import MEAN, Pooling
 from axrun.sampling import BREAKERS, Sampling
 from axrun.sampling.budget import Budget
 from axrun.sampling.grammar import TOOLS, Compiler, Grammar
-from axrun.serve.errors import invalid
+from axrun.serve.errors import invalid, sentence
 from axrun.serve.schema import MAX_CHOICES, MAX_LENGTH, NO_LIMIT
 from axrun.serve.tools import Toolbox, Tools, read_calls
 from axrun.text.template import ChatTemplate, chat_ids
@@ -57,13 +60,28 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Order:
-    """A parsed request: its choices, `n` for each prompt, and the form of the response. `tools` may be called.
+class Text:
+    """A text to make an embedding of, as `texts` of its bundle says; `dimensions` None: all."""
 
-    `thinking`: the marks of thoughts that may be in an answer.
+    index: int
+    ids: Sequence[int]
+    texts: Texts
+    dimensions: int | None
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether hidden states of every token are needed, so that cached K/V cannot be reused."""
+        return self.texts.pooling.mode == MEAN
+
+
+@dataclass(frozen=True)
+class Order:
+    """A parsed request: its choices, `n` for each prompt, or texts to embed, and the form of the response.
+
+    `tools` may be called. `thinking`: the marks of thoughts that may be in an answer.
     """
 
-    choices: Sequence[Choice]
+    choices: Sequence[Choice | Text]
     n: int
     scored: bool
     stream: bool
@@ -84,10 +102,17 @@ class Reader:
     sampling: Sampling
     compiler: Compiler
     toolbox: Toolbox
-    context: int
-    vocab_size: int
+    bundle: Bundle
     parse_special: bool = False
     thinking_budget: int | None = None
+
+    @property
+    def context(self) -> int:
+        return self.bundle.kv_cache_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.bundle.vocab_size
 
     @functools.cached_property
     def marks(self) -> tuple[str, str] | None:
@@ -96,6 +121,7 @@ class Reader:
 
     def chat(self, body: Mapping[str, Any]) -> Order:
         """Raises ApiError for a request that cannot be answered."""
+        self.expect_text()
         if self.template is None:
             raise invalid("This model has no chat template; use /v1/completions.", "messages")
         if "top_logprobs" in body and not body.get("logprobs"):
@@ -138,6 +164,7 @@ class Reader:
 
     def completion(self, body: Mapping[str, Any]) -> Order:
         """Raises ApiError for a request that cannot be answered."""
+        self.expect_text()
         given = body["prompt"]
         listed = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
         prompts = [self._prompt(prompt) for prompt in listed]
@@ -246,18 +273,19 @@ class Reader:
             return None if schema is None else self.compiler.schema(schema)
         except BadInput as error:
             param = "tools" if tools is not None else "response_format"
-            raise invalid(_sentence(error), param, "unsupported_schema") from None
+            raise invalid(sentence(error), param, "unsupported_schema") from None
+
+    def expect_text(self) -> None:
+        """Raises ApiError for a model that makes embeddings only."""
+        if Pooling.of(self.bundle.manifest).only:
+            raise invalid("This model makes embeddings only; use /v1/embeddings.", "model")
 
     def expect_within(self, ids: Iterable[int], param: str) -> None:
         """Raises ApiError for a token id outside the vocabulary."""
         try:
             self.tokenizer.expect_within(ids, self.vocab_size)
         except BadInput as error:
-            raise invalid(_sentence(error), param) from None
-
-
-def _sentence(error: BadInput) -> str:
-    return f"{str(error)[:1].upper()}{str(error)[1:]}."
+            raise invalid(sentence(error), param) from None
 
 
 def _role(role: str) -> str:

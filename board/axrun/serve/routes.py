@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from axrun.serve import schema
 from axrun.serve.answer import CHAT, COMPLETION, in_style
+from axrun.serve.embedding import ENDPOINT as EMBEDDINGS
 from axrun.serve.endpoint import Endpoint
 from axrun.serve.order import Reader
 
@@ -14,4 +15,5 @@ WRITING: dict[str, Endpoint] = {
     "/v1/completions": Endpoint(
         "Continue a text", schema.COMPLETION, "Completion", Reader.completion, in_style(COMPLETION)
     ),
+    "/v1/embeddings": EMBEDDINGS,
 }

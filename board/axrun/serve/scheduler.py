@@ -14,14 +14,15 @@ from typing import Union
 from axrun.errors import Failure
 from axrun.serve.errors import ApiError
 from axrun.serve.metrics import Metrics
-from axrun.serve.order import Choice
+from axrun.serve.order import Choice, Text
 from axrun.serve.slots import Slot
 from axrun.serve.writer import Piece
 
 LOADING, READY, STOPPING = "loading", "ok", "stopping"
 LONGEST_RETRY = 60  # seconds
 
-Write = Callable[[Choice, Slot], Iterator[Union[Piece, None]]]
+Task = Union[Choice, Text]
+Write = Callable[[Task, Slot], Iterator[Union[Piece, None]]]
 Event = Union[Piece, ApiError, None]
 
 
@@ -32,7 +33,7 @@ class Ticket:
     `deliver` is called in the scheduler's thread. Times are those of time.monotonic().
     """
 
-    choices: deque[Choice]
+    choices: deque[Task]
     deliver: Callable[[Event], None]
     deadline: float
     came: float = field(default_factory=time.monotonic)
@@ -202,7 +203,7 @@ class Scheduler(threading.Thread):
         self._turns.remove(turn)
 
 
-def _best(free: Sequence[Slot], choice: Choice) -> Slot:
+def _best(free: Sequence[Slot], choice: Task) -> Slot:
     """The slot that shares the longest prefix with the prompt, else the least recently used one.
 
     A prefix counts only if it covers 7/8 of the shorter of the two. All chats share the beginning of the template, and

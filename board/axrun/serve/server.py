@@ -128,8 +128,7 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
         sampling,
         Compiler(tokenizer, bundle.vocab_size),
         Toolbox(template, tokenizer, options.tool_format),
-        bundle.kv_cache_len,
-        bundle.vocab_size,
+        bundle,
         options.parse_special,
         options.reasoning_budget,
     )

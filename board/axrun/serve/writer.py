@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
+from axrun.embeddings import steps as embedding_steps
 from axrun.generate import EOS, Prefilled, Stats, steps
 from axrun.model import Logits, Model
 from axrun.prompt_cache import PromptCache
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence
 from axrun.serve.logprobs import Rated, Scored, likeliest, log_softmax
-from axrun.serve.order import Choice
+from axrun.serve.order import Choice, Text
 from axrun.speculation import Costs, prompt_lookup
 from axrun.text.stop_strings import StopStrings
 from axrun.text.stream import TextStream
@@ -29,7 +30,7 @@ class Piece(NamedTuple):
 
     `finish` is `stop` or `length` on the last piece and empty before. Token counts are cumulative; a stop token does
     not count as written. `reused` tokens of the prompt were already in the KV cache of the slot. Of `guessed` tokens,
-    `accepted` were right.
+    `accepted` were right. `vector`: the embedding, of a text to embed.
     """
 
     choice: int
@@ -41,6 +42,7 @@ class Piece(NamedTuple):
     written: int
     guessed: int = 0
     accepted: int = 0
+    vector: Any = None
 
 
 class Writer:
@@ -51,7 +53,20 @@ class Writer:
         self._tokenizer, self._prompt_cache = tokenizer, prompt_cache
         self._costs = Costs() if speculation else None
 
-    def write(self, choice: Choice, sequence: Sequence) -> Iterator[Piece | None]:
+    def write(self, task: Choice | Text, sequence: Sequence) -> Iterator[Piece | None]:
+        """Yields after every engine step: a piece, or None. The last piece has `finish` set. Raises CheckFailed."""
+        return self._embed(task, sequence) if isinstance(task, Text) else self._answer(task, sequence)
+
+    def _embed(self, text: Text, sequence: Sequence) -> Iterator[Piece | None]:
+        reused = 0 if text.scores_prompt else sequence.reusable(text.ids)
+        for pooled in embedding_steps(sequence, text.ids, text.texts.pooling.mode):
+            if pooled is None:
+                yield None
+            else:
+                vector = text.texts.finish(pooled, text.dimensions)
+                yield Piece(text.index, "", (), "stop", len(text.ids), reused, 0, vector=vector)
+
+    def _answer(self, choice: Choice, sequence: Sequence) -> Iterator[Piece | None]:
         """Yields after every engine step: a piece, or None during prefill.
 
         The last piece has `finish` set. Raises CheckFailed if the model returns values that are not finite.

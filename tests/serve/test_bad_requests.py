@@ -173,7 +173,7 @@ def test_numbers_too_large_for_a_float(strict: Server) -> None:
         ("GET", "/nowhere", 404, "No such route"),
         ("GET", "/page/../server.py", 404, "No such route"),
         ("GET", "/..%2f..%2fcli.py", 404, "No such route"),
-        ("POST", "/v1/embeddings", 404, "No such route"),
+        ("POST", "/v1/audio/speech", 404, "No such route"),
         ("GET", "/v1/models/gpt-5", 404, "No such model"),
         ("GET", CHAT, 405, "accepts POST only"),
         ("OPTIONS", COMPLETIONS, 405, "accepts POST only"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,12 @@ import transformers
 from axc import build
 from tests.serve import saying
 from tests.serve.server import Server, Start
+
+# A prompt that ends with <think> is answered by the text of ">".
+THINKING = (
+    "{% for m in messages %}{{ m.reasoning_content or '' }}{{ m.content }}{% endfor %}"
+    "{% if enable_thinking %}{{ '<think>' }}{% endif %}{{ '</think>'[:0] }}"
+)
 
 
 @pytest.fixture
@@ -64,6 +71,18 @@ def bundle_saying(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server_saying(bundle_saying: Path) -> Iterator[Server]:
     """Answers with the texts of tests.serve.saying.TEXTS; named qwen2, as the other servers."""
     server = Server(bundle_saying, "--name", "qwen2").ready()
+    yield server
+    assert server.stop() == 0
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
+@pytest.fixture(scope="session")
+def thinker(bundle_saying: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same, with a template that has thoughts."""
+    bundle = tmp_path_factory.mktemp("thinker") / "bundle"
+    shutil.copytree(bundle_saying, bundle)
+    (bundle / "hf" / "chat_template.jinja").write_text(THINKING)
+    server = Server(bundle, "--name", "qwen2", "--reasoning-budget", 100).ready()
     yield server
     assert server.stop() == 0
     assert not [line for line in server.lines if "Traceback" in line]

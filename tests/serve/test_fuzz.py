@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +18,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from axrun.serve.routes import WRITING
+from tests.conftest import Builder
 from tests.serve.server import Server
 
 CHECKS = (
@@ -40,8 +43,22 @@ ACROSS_FIELDS = (
         "may set",
         "parameter: 'content'",
         "thinking_budget needs",
+        "needs a schema",
     ),
 )
+
+
+LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
+POSTS = [*WRITING, "/tokenize", "/detokenize"]
+
+
+@pytest.fixture(scope="module")
+def server(build_tiny: Builder) -> Iterator[Server]:
+    """Answers all routes, embeddings too."""
+    server = Server(build_tiny(ret_postnorm=True)).ready()
+    yield server
+    assert server.stop() == 0
+    assert not [line for line in server.lines if "Traceback" in line]
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +71,16 @@ def document(server: Server) -> Any:
 def brief(server: Server) -> Any:
     """The same with valid token ids and short answers, to save time."""
     given = server.client.get("/openapi.json").json()
-    for path in ("/v1/chat/completions", "/v1/completions"):
+    for path in WRITING:
         body = given["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        for name in {"max_tokens", "max_completion_tokens"} & body["properties"].keys():
+        for name in LIMITS & body["properties"].keys():
             body["properties"][name] = {"type": "integer", "minimum": 1, "maximum": 4}
             body["required"].append(name)
-        body["properties"]["n"]["maximum"] = 2
-    *_, tokens, lists = given["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"][
-        "schema"
-    ]["properties"]["prompt"]["anyOf"]
-    tokens["items"]["maximum"] = lists["items"]["items"]["maximum"] = 299  # ids in its vocabulary
+        body["properties"].get("n", {})["maximum"] = 2
+    for path, name in (("/v1/completions", "prompt"), ("/v1/embeddings", "input")):
+        body = given["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        *_, tokens, lists = body["properties"][name]["anyOf"]
+        tokens["items"]["maximum"] = lists["items"]["items"]["maximum"] = 299  # ids in its vocabulary
     return schemathesis.openapi.from_dict(given)
 
 
@@ -91,14 +108,14 @@ def fuzz(operation: Any, server: Server, mode: GenerationMode) -> Counter[str]:
     return seen
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", POSTS)
 def test_valid_requests_are_answered(brief: Any, server: Server, path: str) -> None:
     seen = fuzz(brief[path]["POST"], server, GenerationMode.POSITIVE)
     assert seen["200"] > 10
     assert set(seen) == {"200", "across fields"}
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize("path", POSTS)
 def test_invalid_requests_are_refused(document: Any, server: Server, path: str) -> None:
     seen = fuzz(document[path]["POST"], server, GenerationMode.NEGATIVE)
     assert seen["400"] + seen["404"] > 40

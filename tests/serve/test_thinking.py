@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.serve.server import Server, events
-
-# A prompt that ends with <think> is answered by the text of ">".
-TEMPLATE = (
-    "{% for m in messages %}{{ m.reasoning_content or '' }}{{ m.content }}{% endfor %}"
-    "{% if enable_thinking %}{{ '<think>' }}{% endif %}{{ '</think>'[:0] }}"
-)
-
-
-@pytest.fixture(scope="module")
-def thinker(bundle_saying: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    bundle = tmp_path_factory.mktemp("thinker") / "bundle"
-    shutil.copytree(bundle_saying, bundle)
-    (bundle / "hf" / "chat_template.jinja").write_text(TEMPLATE)
-    server = Server(bundle, "--name", "qwen2", "--reasoning-budget", 100).ready()
-    yield server
-    assert server.stop() == 0
-    assert not [line for line in server.lines if "Traceback" in line]
 
 
 @pytest.mark.parametrize(

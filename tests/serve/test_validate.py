@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from axrun.serve import schema
 from axrun.serve.errors import ApiError
 from axrun.serve.openapi import document
+from axrun.serve.routes import WRITING
 from axrun.serve.validate import LIMITS, parse, validate
 
-SCHEMAS = {name: schema.request(getattr(schema, name), "m") for name in ("CHAT", "COMPLETION")}
+SCHEMAS = {path: schema.request(endpoint.fields, "m") for path, endpoint in WRITING.items()}
 
 SCALARS = st.one_of(
     st.none(),
@@ -27,7 +28,7 @@ SCALARS = st.one_of(
 )
 NAMES = sorted(
     {"type", "text", "role", "content", "name", "include_usage", "model", "5", "x", "1234567890"}
-    | {name for fields in (schema.CHAT, schema.COMPLETION) for name in fields}
+    | {name for endpoint in WRITING.values() for name in endpoint.fields}
 )
 VALUES = st.recursive(
     SCALARS,
@@ -40,10 +41,12 @@ def bodies(name: str) -> st.SearchStrategy[Any]:
     """Mostly nearly valid bodies: the required fields, plus a few others with any value."""
     content = st.one_of(st.just("hi"), VALUES, st.lists(st.just({"type": "text", "text": "hi"}), max_size=2))
     message = st.fixed_dictionaries({"role": st.sampled_from(["user", "system", "robot"]), "content": content})
-    valid = {
-        "CHAT": {"model": st.just("m"), "messages": st.lists(message, max_size=2) | VALUES},
-        "COMPLETION": {"model": st.just("m"), "prompt": VALUES | st.lists(st.integers(-1, 5), max_size=3)},
-    }[name]
+    first = {
+        "messages": st.lists(message, max_size=2) | VALUES,
+        "prompt": VALUES | st.lists(st.integers(-1, 5), max_size=3),
+        "input": st.just("hi") | st.lists(message, max_size=2) | VALUES,
+    }
+    valid = {"model": st.just("m"), **{field: first[field] for field in first.keys() & WRITING[name].fields.keys()}}
     others = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3)
     return st.one_of(VALUES, st.builds(lambda one, two: {**two, **one}, st.fixed_dictionaries(valid), others))
 
@@ -94,7 +97,8 @@ def test_all_keywords_in_the_schemas_are_supported(name: str) -> None:
 
 
 def test_the_openapi_document_is_valid() -> None:
-    jsonschema_rs.meta.validate(SCHEMAS["CHAT"])
+    for each in SCHEMAS.values():
+        jsonschema_rs.meta.validate(each)
     given = json.loads(json.dumps(document("m")))
     assert given["openapi"] == "3.1.0"
     for part in given["components"]["schemas"].values():
@@ -103,10 +107,10 @@ def test_the_openapi_document_is_valid() -> None:
 
 def test_validation_normalises_values() -> None:
     given = {"model": "m", "prompt": [1.0, 2], "max_tokens": 5.0, "temperature": 1, "stop": None, "seed": None}
-    seen = validate(given, SCHEMAS["COMPLETION"])
+    seen = validate(given, SCHEMAS["/v1/completions"])
     assert seen == {"model": "m", "prompt": [1, 2], "max_tokens": 5, "temperature": 1}
-    assert validate({"prompt": "x"}, SCHEMAS["COMPLETION"])["max_tokens"] == 16
-    assert "max_tokens" not in validate({"prompt": "x", "max_tokens": None}, SCHEMAS["COMPLETION"])
+    assert validate({"prompt": "x"}, SCHEMAS["/v1/completions"])["max_tokens"] == 16
+    assert "max_tokens" not in validate({"prompt": "x", "max_tokens": None}, SCHEMAS["/v1/completions"])
     assert all(type(token) is int for token in seen["prompt"])
     assert type(seen["max_tokens"]) is int
 

@@ -156,8 +156,12 @@ def in_style(style: Style) -> Respond:
 
 
 def _call(call: Call) -> dict[str, Any]:
-    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
-    return {"id": uuid.uuid4().hex[:ID_LENGTH], "type": "function", "function": function}
+    return {"id": call_id(), "type": "function", "function": {"name": call.name, "arguments": call.json()}}
+
+
+def call_id() -> str:
+    """A new id of a tool call."""
+    return uuid.uuid4().hex[:ID_LENGTH]
 
 
 def event(value: Any) -> bytes:

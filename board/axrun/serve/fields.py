@@ -10,14 +10,18 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from axrun.serve import embedding, schema
+from axrun.serve.responses.fields import FIELDS as RESPONSES
+from axrun.serve.responses.fields import ITEMS
 
-PLACES: dict[str, schema.Fields] = {
-    "chat": schema.CHAT,
-    "completions": schema.COMPLETION,
-    "embeddings": embedding.FIELDS,
-    "message": schema.MESSAGE_FIELDS,
-    "part": schema.TEXT_PART["properties"],
-}
+PLACES: tuple[tuple[str, schema.Fields], ...] = (
+    ("chat", schema.CHAT),
+    ("completions", schema.COMPLETION),
+    ("responses", RESPONSES),
+    ("embeddings", embedding.FIELDS),
+    ("message", schema.MESSAGE_FIELDS),
+    ("part", schema.TEXT_PART["properties"]),
+    *(("item", item["properties"]) for item in ITEMS),
+)
 HEAD = {
     "Supported": ["| field | in | meaning |", "|---|---|---|"],
     "Accepted without effect": ["| field | in |", "|---|---|"],
@@ -29,13 +33,13 @@ LIMITS = {"minimum": "from", "maximum": "to"}
 def tables() -> dict[str, list[str]]:
     """Markdown lines by heading: fields that are supported, ignored, and refused unless turned off."""
     rows: dict[tuple[str, str], list[str]] = {}
-    for place, fields in PLACES.items():
+    for place, fields in PLACES:
         for name, field in fields.items():
             kind, cells = _row(field)
             rows.setdefault((kind, f"| `{name}` | {{}}{''.join(f' | {cell}' for cell in cells)} |"), []).append(place)
     lines = {kind: list(head) for kind, head in HEAD.items()}
     for (kind, row), places in rows.items():
-        lines[kind].append(row.replace("{}", ", ".join(places), 1))
+        lines[kind].append(row.replace("{}", ", ".join(dict.fromkeys(places)), 1))
     return lines
 
 

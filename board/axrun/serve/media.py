@@ -26,15 +26,16 @@ KINDS = {
 
 def refuse_media(body: Any) -> None:
     """Raises ApiError for the first message part that is not text. The body has not been validated yet."""
-    for i, message in enumerate(_list(body, "messages")):
-        for j, part in enumerate(_list(message, "content")):
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind in KINDS:
-                raise invalid(
-                    f"This model reads text only: content part {j + 1} of message {i + 1} is {KINDS[kind]}.",
-                    f"messages[{i}].content[{j}]",
-                    "unsupported_content",
-                )
+    for field, name in (("messages", "message"), ("input", "item")):
+        for i, message in enumerate(_list(body, field)):
+            for j, part in enumerate(_list(message, "content")):
+                kind = part.get("type") if isinstance(part, dict) else None
+                if isinstance(kind, str) and kind in KINDS:
+                    raise invalid(
+                        f"This model reads text only: content part {j + 1} of {name} {i + 1} is {KINDS[kind]}.",
+                        f"{field}[{i}].content[{j}]",
+                        "unsupported_content",
+                    )
 
 
 def _list(value: Any, key: str) -> list[Any]:

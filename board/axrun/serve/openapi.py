@@ -29,6 +29,7 @@ def _ref(name: str) -> dict[str, Any]:
 
 
 FINISH = {"type": "string", "enum": ["stop", "length", "tool_calls"]}
+ITEM_STATUS = {"type": "string", "enum": ["completed", "incomplete"]}
 HEAD = {"id": STRING, "created": INTEGER, "model": STRING, "system_fingerprint": STRING}
 
 SCHEMAS: dict[str, Any] = {
@@ -117,6 +118,54 @@ SCHEMAS: dict[str, Any] = {
             ),
             "model": STRING,
             "usage": _object({"prompt_tokens": INTEGER, "total_tokens": INTEGER}),
+        }
+    ),
+    "Response": _object(
+        {
+            "id": STRING,
+            "object": {"const": "response"},
+            "created_at": INTEGER,
+            "model": STRING,
+            "status": {"type": "string", "enum": ["completed", "incomplete"]},
+            "incomplete_details": _nullable(_object({"reason": {"const": "max_output_tokens"}})),
+            "output": _list({"anyOf": [_ref("OutputMessage"), _ref("FunctionCall"), _ref("Reasoning")]}),
+            "usage": _object(
+                {
+                    "input_tokens": INTEGER,
+                    "input_tokens_details": _object({"cached_tokens": INTEGER}),
+                    "output_tokens": INTEGER,
+                    "output_tokens_details": _object({"reasoning_tokens": INTEGER}),
+                    "total_tokens": INTEGER,
+                }
+            ),
+        }
+    ),
+    "OutputMessage": _object(
+        {
+            "id": STRING,
+            "type": {"const": "message"},
+            "status": ITEM_STATUS,
+            "role": {"const": "assistant"},
+            "content": _list(_object({"type": {"const": "output_text"}, "text": STRING})),
+        }
+    ),
+    "FunctionCall": _object(
+        {
+            "id": STRING,
+            "type": {"const": "function_call"},
+            "status": ITEM_STATUS,
+            "call_id": STRING,
+            "name": STRING,
+            "arguments": STRING,
+        }
+    ),
+    "Reasoning": _object(
+        {
+            "id": STRING,
+            "type": {"const": "reasoning"},
+            "status": ITEM_STATUS,
+            "summary": {"type": "array", "maxItems": 0},
+            "content": _list(_object({"type": {"const": "reasoning_text"}, "text": STRING})),
         }
     ),
     "Tokens": _object({"tokens": _list(INTEGER), "count": INTEGER, "max_model_len": INTEGER}),

@@ -7,6 +7,7 @@ from axrun.serve.answer import CHAT, COMPLETION, in_style
 from axrun.serve.embedding import ENDPOINT as EMBEDDINGS
 from axrun.serve.endpoint import Endpoint
 from axrun.serve.order import Reader
+from axrun.serve.responses import fields, reply, request
 
 WRITING: dict[str, Endpoint] = {
     "/v1/chat/completions": Endpoint(
@@ -16,4 +17,5 @@ WRITING: dict[str, Endpoint] = {
         "Continue a text", schema.COMPLETION, "Completion", Reader.completion, in_style(COMPLETION)
     ),
     "/v1/embeddings": EMBEDDINGS,
+    "/v1/responses": Endpoint("Answer a conversation", fields.FIELDS, "Response", request.read, reply.Response),
 }

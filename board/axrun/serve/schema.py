@@ -23,8 +23,9 @@ def optional(kind: str, text: str = "", **limits: Any) -> dict[str, Any]:
     return {"type": [kind, "null"], "description": text, **limits}
 
 
-def refused(kind: str, **off: Any) -> dict[str, Any]:
-    return {"type": [kind, "null"], "description": "Not supported.", "x-refused": True, **off}
+def refused(kind: str, why: str = "leave it out", **off: Any) -> dict[str, Any]:
+    """A field that is known but not supported; `off` are the limits of values without effect."""
+    return {"type": [kind, "null"], "description": "Not supported.", "x-refused": why, **off}
 
 
 def ignored(*kinds: str) -> dict[str, Any]:
@@ -359,7 +360,7 @@ CHAT: Fields = {
     "enable_thinking": optional("boolean", "Variable enable_thinking of the chat template."),
     "add_generation_prompt": neutral(True),
     "continue_final_message": neutral(False),
-    "modalities": refused("array", items={"type": "string", "enum": ["text"], "x-refused": True}),
+    "modalities": refused("array", items={"type": "string", "enum": ["text"], "x-refused": "leave it out"}),
     "functions": refused("array", maxItems=0),
     "function_call": refused("string", enum=["none", "auto", None]),
     "audio": refused("object", maxProperties=0),

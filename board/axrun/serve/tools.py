@@ -171,15 +171,20 @@ class Toolbox:
 def read_calls(message: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]:
     """The calls of an assistant message, with their arguments as objects. Raises ApiError for other arguments."""
     for number, call in enumerate(message.get("tool_calls", ())):
-        param = f"{where}.tool_calls[{number}].function.arguments"
         given = call["function"].get("arguments", "")
-        try:
-            arguments = json.loads(given) if isinstance(given, str) and given.strip() else given or {}
-        except (ValueError, RecursionError) as error:
-            raise invalid(f"{param} is not JSON: {error}.", param) from None
-        if not isinstance(arguments, dict):
-            raise invalid(f"{param} is not a JSON object.", param)
+        arguments = read_arguments(given, f"{where}.tool_calls[{number}].function.arguments")
         yield {"id": call.get("id", ""), "function": {"name": call["function"]["name"], "arguments": arguments}}
+
+
+def read_arguments(given: str | Mapping[str, Any], param: str) -> dict[str, Any]:
+    """The arguments of a call as an object; empty text means none. Raises ApiError for others."""
+    try:
+        arguments = json.loads(given) if isinstance(given, str) and given.strip() else given or {}
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"{param} is not JSON: {error}.", param) from None
+    if not isinstance(arguments, dict):
+        raise invalid(f"{param} is not a JSON object.", param)
+    return arguments
 
 
 def _text(content: Any) -> str:

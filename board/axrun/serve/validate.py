@@ -1,7 +1,8 @@
 """Validation of JSON against the part of JSON Schema that `axrun.serve.schema` uses.
 
 https://json-schema.org/draft/2020-12/json-schema-validation. In addition to the standard
-keywords, `x-refused` marks a field that is known but not supported: only values that turn it off are valid.
+keywords, `x-refused` marks a field that is known but not supported, and says what to do: only values that turn it off
+are valid.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def _is(value: Any, kind: str) -> bool:
 def _wrong(value: Any, schema: Schema, name: str, expected: str) -> ApiError:
     name = name or "The body"
     if schema.get("x-refused"):
-        return invalid(f"{name} is not supported by this server; leave it out.", name, "unsupported_parameter")
+        return invalid(f"{name} is not supported by this server; {schema['x-refused']}.", name, "unsupported_parameter")
     return invalid(f"{name} is {_short(value)}; expected {expected}.", name, "invalid_value")
 
 

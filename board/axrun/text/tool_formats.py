@@ -28,6 +28,10 @@ class Call:
     name: str
     arguments: dict[str, Any]
 
+    def json(self) -> str:
+        """The arguments as JSON."""
+        return json.dumps(self.arguments, ensure_ascii=False)
+
 
 class NotACall(Exception):
     """The text does not hold calls."""

@@ -84,7 +84,7 @@ CLIENTS = "clients"
 CLIENT_LIBRARIES = Requirements(
     "client libraries, to ask the server with",
     ("clients.txt",),
-    "import instructor, langchain_openai, llm, ollama, openai, pydantic_ai",
+    "import instructor, langchain_openai, litellm, llama_index.llms.openai_like, llm, ollama, openai, pydantic_ai",
 )
 # The reference of embeddings, which uses the torch and transformers of the tests' environment.
 SENTENCE_TRANSFORMERS = "sentence-transformers"

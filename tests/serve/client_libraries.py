@@ -29,6 +29,10 @@ class Person(BaseModel):
     mood: Literal["good", "bad"] = "good"
 
 
+class City(BaseModel):
+    city: str = Field(max_length=8)
+
+
 def weather(city: str) -> str:
     """The weather in a city."""
     return f"sunny in {city}"
@@ -80,6 +84,40 @@ def openai_tools_streamed() -> Any:
     return {"name": call.function.name, "done": "tool_calls.function.arguments.done" in kinds}
 
 
+FUNCTION: Any = {"type": "function", **TOOL["function"]}
+RESPONSE_LIMITS: dict[str, Any] = {"temperature": 0, "max_output_tokens": 600}
+
+
+def responses_text() -> Any:
+    """An answer, whole and in a stream."""
+    client, limits = openai_client(), {"temperature": 0, "max_output_tokens": 8}
+    whole = client.responses.create(model=NAME, instructions="You are brief.", input=QUESTION, **limits)
+    with client.responses.stream(model=NAME, instructions="You are brief.", input=QUESTION, **limits) as stream:
+        deltas = "".join(event.delta for event in stream if event.type == "response.output_text.delta")
+    return {"same": whole.output_text == deltas != "", "tokens": whole.usage.output_tokens}
+
+
+def responses_parse() -> Any:
+    made = openai_client().responses.parse(model=NAME, input=QUESTION, text_format=Person, **RESPONSE_LIMITS)
+    return made.output_parsed.model_dump()
+
+
+def responses_tools() -> Any:
+    """A required call, its result sent back, and an answer after it."""
+    client, given = openai_client(), [{"role": "user", "content": QUESTION}]
+    required: dict[str, Any] = {"tool_choice": "required", "parallel_tool_calls": False, **RESPONSE_LIMITS}
+    response = client.responses.create(model=NAME, input=given, tools=[FUNCTION], **required)
+    (call,) = response.output
+    result = {
+        "type": "function_call_output",
+        "call_id": call.call_id,
+        "output": weather(**json.loads(call.arguments)),
+    }
+    given += [*response.output, result]
+    final = client.responses.create(model=NAME, input=given, tools=[FUNCTION], temperature=0, max_output_tokens=4)
+    return {"name": call.name, "status": final.status}
+
+
 def instructor_mode(mode: str) -> Any:
     import instructor
 
@@ -87,30 +125,115 @@ def instructor_mode(mode: str) -> Any:
     return client.create(model=NAME, messages=MESSAGES, response_model=Person, max_retries=0, **LIMITS).model_dump()
 
 
-def langchain_chat() -> Any:
+def langchain_chat(**more: Any) -> Any:
     from langchain_openai import ChatOpenAI
 
-    return ChatOpenAI(model=NAME, base_url=f"{URL}/v1", api_key=KEY, max_retries=0, **LIMITS)
+    return ChatOpenAI(model=NAME, base_url=f"{URL}/v1", api_key=KEY, max_retries=0, **LIMITS, **more)
 
 
-def langchain_structured(method: str) -> Any:
-    return langchain_chat().with_structured_output(Person, method=method).invoke(QUESTION).model_dump()
+def langchain_structured(method: str, **more: Any) -> Any:
+    return langchain_chat(**more).with_structured_output(Person, method=method).invoke(QUESTION).model_dump()
 
 
-def langchain_tools() -> Any:
-    made = langchain_chat().bind_tools([TOOL], tool_choice="weather").invoke(QUESTION)
+def langchain_tools(**more: Any) -> Any:
+    """A call, and an answer to its result."""
+    from langchain_core.messages import HumanMessage, ToolMessage
+
+    chat, question = langchain_chat(**more), HumanMessage(QUESTION)
+    made = chat.bind_tools([TOOL], tool_choice="weather").invoke([question])
     (call,) = made.tool_calls
-    return {"name": call["name"], "arguments": sorted(call["args"])}
+    result = ToolMessage(weather(**call["args"]), tool_call_id=call["id"])
+    final = chat.bind_tools([TOOL]).invoke([question, made, result])
+    return {"name": call["name"], "arguments": sorted(call["args"]), "tokens": final.usage_metadata["output_tokens"]}
 
 
-def pydantic_ai() -> Any:
+def langchain_streamed(**more: Any) -> Any:
+    """The text of a stream and of a whole answer."""
+    chat = langchain_chat(**more)
+    deltas = "".join(chunk.text for chunk in chat.stream(QUESTION))
+    return {"same": deltas == chat.invoke(QUESTION).text != ""}
+
+
+def pydantic_ai(kind: str) -> Any:
     from pydantic_ai import Agent
-    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.models import openai
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    model = OpenAIChatModel(NAME, provider=OpenAIProvider(base_url=f"{URL}/v1", api_key=KEY))
+    model = getattr(openai, kind)(NAME, provider=OpenAIProvider(base_url=f"{URL}/v1", api_key=KEY))
     agent = Agent(model, output_type=Person, model_settings=LIMITS, instructions="You are brief.")
     return asyncio.run(agent.run(QUESTION)).output.model_dump()
+
+
+def pydantic_ai_streamed() -> Any:
+    """The events of /v1/responses in a stream."""
+    from pydantic_ai import Agent
+    from pydantic_ai.models.openai import OpenAIResponsesModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    model = OpenAIResponsesModel(NAME, provider=OpenAIProvider(base_url=f"{URL}/v1", api_key=KEY))
+
+    async def texts() -> Any:
+        async with Agent(model, model_settings=LIMITS).run_stream(QUESTION) as run:
+            deltas = [text async for text in run.stream_text(delta=True, debounce_by=None)]
+        whole = await Agent(model, model_settings=LIMITS).run(QUESTION)
+        return {"same": "".join(deltas) == whole.output != ""}
+
+    return asyncio.run(texts())
+
+
+def litellm_client(**more: Any) -> Any:
+    import litellm
+
+    given = {"model": f"openai/{NAME}", "base_url": f"{URL}/v1", "api_key": KEY, "max_retries": 0, **LIMITS}
+    return litellm.completion(messages=MESSAGES, **given, **more)
+
+
+def litellm_structured() -> Any:
+    return Person.model_validate_json(litellm_client(response_format=Person).choices[0].message.content).model_dump()
+
+
+def litellm_tools() -> Any:
+    made = litellm_client(tools=[TOOL], tool_choice="required", parallel_tool_calls=False)
+    (call,) = made.choices[0].message.tool_calls
+    return {"name": call.function.name, "arguments": sorted(json.loads(call.function.arguments))}
+
+
+def litellm_streamed() -> Any:
+    deltas = "".join(chunk.choices[0].delta.content or "" for chunk in litellm_client(stream=True))
+    return {"same": deltas == litellm_client().choices[0].message.content != ""}
+
+
+def llama_index_chat() -> Any:
+    from llama_index.llms.openai_like import OpenAILike
+
+    return OpenAILike(
+        model=NAME,
+        api_base=f"{URL}/v1",
+        api_key=KEY,
+        max_retries=0,
+        is_chat_model=True,
+        is_function_calling_model=True,
+        **LIMITS,
+    )
+
+
+def llama_index_structured() -> Any:
+    """By a tool call; its way by response_format imports a private name that openai 3 does not have."""
+    return llama_index_chat().as_structured_llm(Person).complete(QUESTION).raw.model_dump()
+
+
+def llama_index_tools() -> Any:
+    from llama_index.core.tools import FunctionTool
+
+    chat, tool = llama_index_chat(), FunctionTool.from_defaults(weather, fn_schema=City)
+    made = chat.chat_with_tools([tool], user_msg=QUESTION, tool_required=True, allow_parallel_tool_calls=False)
+    (call,) = chat.get_tool_calls_from_response(made)
+    return {"name": call.tool_name, "arguments": sorted(call.tool_kwargs)}
+
+
+def llama_index_streamed() -> Any:
+    deltas = "".join(chunk.delta or "" for chunk in llama_index_chat().stream_complete(QUESTION))
+    return {"same": deltas == llama_index_chat().complete(QUESTION).text != ""}
 
 
 def llm_schema() -> Any:
@@ -132,8 +255,22 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "langchain.function_calling": lambda: langchain_structured("function_calling"),
     "langchain.json_mode": lambda: langchain_structured("json_mode"),
     "langchain.bind_tools": langchain_tools,
-    "pydantic_ai": pydantic_ai,
+    "pydantic_ai": lambda: pydantic_ai("OpenAIChatModel"),
     "llm": llm_schema,
+    "litellm": litellm_structured,
+    "litellm.tools": litellm_tools,
+    "litellm.stream": litellm_streamed,
+    "llama_index": llama_index_structured,
+    "llama_index.tools": llama_index_tools,
+    "llama_index.stream": llama_index_streamed,
+    "responses": responses_text,
+    "responses.parse": responses_parse,
+    "responses.tools": responses_tools,
+    "responses.langchain": lambda: langchain_structured("json_schema", use_responses_api=True),
+    "responses.langchain.tools": lambda: langchain_tools(use_responses_api=True),
+    "responses.langchain.stream": lambda: langchain_streamed(use_responses_api=True),
+    "responses.pydantic_ai": lambda: pydantic_ai("OpenAIResponsesModel"),
+    "responses.pydantic_ai.stream": pydantic_ai_streamed,
 }
 
 

@@ -18,9 +18,17 @@ SCRIPT = ROOT / "tests" / "serve" / "client_libraries.py"
 UNGUIDED = ("instructor.JSON", "langchain.json_mode")
 GUIDED = (
     *("openai.parse", "instructor.TOOLS", "instructor.JSON_SCHEMA", "langchain.json_schema"),
-    *("langchain.function_calling", "pydantic_ai", "llm"),
+    *("langchain.function_calling", "pydantic_ai", "llm", "litellm", "llama_index"),
+    *("responses.parse", "responses.langchain", "responses.pydantic_ai"),
 )
-CALLS = ("openai.tools", "openai.tools.stream", "langchain.bind_tools")
+CALLS = (
+    *("openai.tools", "openai.tools.stream", "langchain.bind_tools", "litellm.tools", "llama_index.tools"),
+    *("responses.tools", "responses.langchain.tools"),
+)
+STREAMS = (
+    *("litellm.stream", "llama_index.stream"),
+    *("responses", "responses.langchain.stream", "responses.pydantic_ai.stream"),
+)
 
 pytestmark = pytest.mark.system
 
@@ -38,7 +46,7 @@ def ask(server: Server, question: str, *checks: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(server_long: Server) -> dict[str, Any]:
-    return ask(server_long, "who are you?", *GUIDED, *CALLS)
+    return ask(server_long, "who are you?", *GUIDED, *CALLS, *STREAMS)
 
 
 @pytest.mark.parametrize("name", GUIDED)
@@ -51,6 +59,10 @@ def test_tools_are_called(results: dict[str, Any]) -> None:
     assert {name: results[name]["name"] for name in CALLS} == dict.fromkeys(CALLS, "weather")
     assert results["openai.tools.stream"]["done"]
     assert results["langchain.bind_tools"]["arguments"] == ["city"]
+
+
+def test_streams_add_up_to_the_answer(results: dict[str, Any]) -> None:
+    assert {name: results[name]["same"] for name in STREAMS} == dict.fromkeys(STREAMS, True)
 
 
 def test_json_without_a_schema(server_saying: Server) -> None:

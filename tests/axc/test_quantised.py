@@ -15,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 
 from axc import build
 from axc.checkpoints import Checkpoint
+from axc.doctor.case import Case, Options
 from axc.graph import Graph
 from axc.reference import Reference
 from axrun.errors import BadInput
@@ -92,9 +93,7 @@ def test_levels_and_scales_are_kept_to_the_last_bit(made: Made, tmp_path: Path, 
     folder, expected = made(name)
     planned = plan(folder, tmp_path / "out", weight_type=None)
     assert len(planned.kept) == 14
-    assert planned.target.weight_type == (
-        "s8" if 8 in (FORMS[name].bits, (FORMS[name].down or FORMS[name]).bits) else "s4"
-    )
+    assert planned.target.weight_type == f"s{FORMS[name].bits}"
     narrow = {name for name, found in planned.kept.items() if found.dtype == "INT4"}  # down_proj may have other bits
     down = FORMS[name].down or FORMS[name]
     assert len(narrow) == 12 * (FORMS[name].bits == 4) + 2 * (down.bits == 4)
@@ -158,6 +157,19 @@ def test_what_no_type_holds_is_refused_until_it_is_asked_for(made: Made, tmp_pat
     assert note.endswith("fp8 dequantised, and stored again as s8: not exact")
     logits = Model.load(Bundle.open(_built(folder, tmp_path / "fp32"))).forward(IDS.tolist(), 0, logits="all")
     assert same(logits, Reference(folder).logits(IDS))
+
+
+def test_what_is_asked_for_a_mixture_of_bits(made: Made, tmp_path: Path) -> None:
+    """-w s4 keeps the wider levels too, -w s8 all in 8 bits; and the doctor expects the same of both bundles."""
+    folder = made("gptq-mixed")[0]
+    for asked, narrow in ((None, 12), ("s4", 12), ("s8", 0)):
+        planned = plan(folder, tmp_path / f"{asked}", weight_type=asked)
+        assert len(planned.kept) == 14
+        assert sum(found.dtype == "INT4" for found in planned.kept.values()) == narrow
+        build.build(planned)
+        case = Case(Options(planned.output, folder))
+        assert case.kept == planned.kept
+    assert plan(made("gptq-8")[0], tmp_path / "out", weight_type="s4").kept == {}
 
 
 def _built(folder: Path, output: Path) -> Path:

@@ -18,8 +18,7 @@ from axrun.format.quantised import pack4
 if TYPE_CHECKING:
     from axc.quantizer import Part, SquaredError
 
-DTYPES = {"s8": "INT8", "s4": "INT4"}
-SMALLEST_FIRST = ("s4", "s8")
+DTYPES = {"s4": "INT4", "s8": "INT8"}
 HELD = {"INT8": (-128, 127), "INT4": (-8, 7)}  # levels; round_to_nearest does not use -128
 BLOCK4 = 128  # the longest 4-bit block that an engine multiplies as it is
 ZERO_POINTS = 2  # the number of their part
@@ -129,22 +128,21 @@ def decide(
 ) -> tuple[str, dict[str, Kept], list[str]]:
     """The type of these matrices, those that keep their levels, and what is to be said of the others.
 
-    Without `asked`, each keeps its levels in the smallest type that holds them, and the type of the others is s8. If s4
-    holds all, it is the type. `calibrated` are the matrices that a calibration has levels for. Raises BadInput where no
-    type does.
+    Without `asked`: the smallest type that holds all that is quantised already; s8 if there are floats. `calibrated`
+    are the matrices that a calibration has levels for. Raises BadInput where no type does.
     """
     packed = {name: stored for name, stored in tensors.items() if stored.packed}
-    choices = [asked] if asked else [*SMALLEST_FIRST]
-    held = {name: [found for choice in choices if (found := keep(choice, stored))] for name, stored in packed.items()}
-    kept = {name: found[0] for name, found in held.items() if found}
+    choices = [asked] if asked else ["s4", "s8"] if len(packed) == len(tensors) else ["s8"]
+    for weight_type in choices:
+        kept = _kept(weight_type, packed)
+        if asked or len(kept) == len(packed):
+            break
+    else:
+        _refuse(flag, next(stored for name, stored in packed.items() if name not in kept))
     lost = {name: stored for name, stored in packed.items() if name not in kept}
-    if lost and not asked:
-        _refuse(flag, next(iter(lost.values())))
-    small = len(kept) == len(tensors) and all(found.dtype == DTYPES["s4"] for found in kept.values())
-    weight_type = asked or ("s4" if small else "s8")
     notes = []
-    for choice in SMALLEST_FIRST:
-        own = [found for found in kept.values() if found.dtype == DTYPES[choice]]
+    for choice, dtype in DTYPES.items():
+        own = [found for found in kept.values() if found.dtype == dtype]
         kinds = ", ".join(sorted({found.packed for found in own}))
         if own:
             notes.append(f"{_count(own)} stored as {kinds} kept as {choice}: the same levels and scales")
@@ -155,6 +153,15 @@ def decide(
             how = ", rounded to nearest and not calibrated"
         notes.append(f"{_count(lost)} stored as {kinds} dequantised, and stored again as {weight_type}{how}: not exact")
     return weight_type, kept, notes
+
+
+def _kept(weight_type: str, packed: Mapping[str, StoredTensor]) -> dict[str, Kept]:
+    """The matrices that keep their levels in a type; if s4 keeps some, those with more than 4 bits do in s8."""
+    kept = {name: found for name, stored in packed.items() if (found := keep(weight_type, stored))}
+    if weight_type == "s4" and kept:
+        wide = {name: keep("s8", stored) for name, stored in packed.items() if name not in kept}
+        kept |= {name: found for name, found in wide.items() if found}
+    return kept
 
 
 def _refuse(flag: str, stored: StoredTensor) -> None:

@@ -21,7 +21,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 _CHECKOUT = (_PACKAGE.parent / "engine" / "build.py").is_file()
 BESIDE = (_PACKAGE.parent if _CHECKOUT else _PACKAGE) / "engine" / "lib"
 BOARD = Path("/soc/lib")  # the vendor's library on a board; the dynamic linker may search other folders too
-EXTENSIONS = 3  # the version of axc_engine.h that this file implements
+EXTENSIONS = 4  # the version of axc_engine.h that this file implements
 NOT_FINITE = 0x80060080  # AXC_ENGINE_NOT_FINITE
 
 

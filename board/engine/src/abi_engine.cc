@@ -148,6 +148,15 @@ AX_S32 run_group(AX_ENGINE_HANDLE key, AX_ENGINE_CONTEXT_T context, AX_U32 index
   });
 }
 
+void expect_finite(const Model& model, uint32_t tokens, uint32_t history, const std::vector<void*>& outputs) {
+  const std::optional<NotFinite> found = first_not_finite(model, tokens, history, outputs);
+  if (!found) return;
+  last_not_finite = *found;
+  const Graph& graph = model.graph;
+  throw Failure(AXC_ENGINE_NOT_FINITE,
+                graph.values[graph.outputs[found->output]].name + " is not finite in row " + std::to_string(found->row));
+}
+
 }  // namespace
 
 extern "C" {
@@ -342,6 +351,36 @@ void axc_not_finite(AX_U32* output, AX_U32* row) {
   if (row) *row = static_cast<AX_U32>(last_not_finite.row);
 }
 
+AX_U32 axc_takes_segments(AX_ENGINE_HANDLE handle) {
+  AX_U32 takes = 0;
+  guarded([&] { takes = engine().get(handle)->model.takes_segments; });
+  return takes;
+}
+
+AX_S32 axc_run_segments(AX_ENGINE_HANDLE handle, const axc_segment* segments, AX_U32 count, AX_ENGINE_IO_T* io) {
+  return guarded([&] {
+    expect(io, segments);
+    engine().mode();
+    const std::shared_ptr<Handle> given = engine().get(handle);
+    if (!given->model.takes_segments) unsupported("rows of several sequences, with operators that mix rows");
+    if (!count || count >= kMostTokens) illegal(std::to_string(count) + " segments");
+    const bool reads_caches = attends(given->model.program);
+    std::vector<Segment> rows;
+    uint64_t tokens = 0;
+    for (AX_U32 i = 0; i < count; ++i) {
+      const axc_segment& of = segments[i];
+      if (!of.tokens || of.tokens >= kMostTokens || of.history >= kMostTokens) illegal("a segment of no shape");
+      if (reads_caches) expect(of.mask, of.k_cache, of.v_cache);
+      rows.push_back({of.tokens, of.history, static_cast<const uint8_t*>(of.mask), static_cast<uint8_t*>(of.k_cache),
+                      static_cast<uint8_t*>(of.v_cache), true});
+      tokens += of.tokens;
+    }
+    if (tokens >= kMostTokens) illegal("segments of " + std::to_string(tokens) + " tokens");
+    const std::vector<void*> outputs = given->run(rows, static_cast<uint32_t>(tokens), *io);
+    expect_finite(given->model, static_cast<uint32_t>(tokens), 0, outputs);
+  });
+}
+
 AX_S32 axc_run(AX_ENGINE_HANDLE handle, AX_U32 tokens, AX_U32 history, AX_ENGINE_IO_T* io) {
   return guarded([&] {
     expect(io);
@@ -349,12 +388,7 @@ AX_S32 axc_run(AX_ENGINE_HANDLE handle, AX_U32 tokens, AX_U32 history, AX_ENGINE
     if (!tokens || tokens >= kMostTokens || history >= kMostTokens) illegal("a shape of no group");
     const std::shared_ptr<Handle> given = engine().get(handle);
     const std::vector<void*> outputs = given->run(tokens, history, *io, true);
-    const std::optional<NotFinite> found = first_not_finite(given->model, tokens, history, outputs);
-    if (!found) return;
-    last_not_finite = *found;
-    const Graph& graph = given->model.graph;
-    throw Failure(AXC_ENGINE_NOT_FINITE,
-                  graph.values[graph.outputs[found->output]].name + " is not finite in row " + std::to_string(found->row));
+    expect_finite(given->model, tokens, history, outputs);
   });
 }
 

@@ -1,5 +1,7 @@
 #include "handle.h"
 
+#include <algorithm>
+
 #include "cmm.h"
 
 namespace axc {
@@ -27,6 +29,10 @@ AX_ENGINE_DATA_TYPE_T shown(Type type) {
 
 // Whether a group without history ignores an input.
 bool is_cache(const Value& value) { return value.shape.size() == 3 && value.shape[1] == Dim{0, 0, 1}; }
+
+bool grows_with_history(const Value& value) {
+  return std::any_of(value.shape.begin(), value.shape.end(), [](const Dim& dim) { return dim.history != 0; });
+}
 
 size_t hidden_size(const Model& model) {
   for (const int input : model.graph.inputs) {
@@ -83,7 +89,7 @@ Handle::Handle(Mapping mapping) : model(std::move(mapping)) {
   tools_version = std::string(model.axmodel.onnx.producer) + " " + std::string(model.axmodel.onnx.producer_version);
 }
 
-std::vector<void*> Handle::run(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bool outputs_may_miss) const {
+void Handle::expect_shape(const AX_ENGINE_IO_T& io) const {
   const Graph& graph = model.graph;
   if (!io.pInputs || !io.pOutputs) throw Failure(AXC_ENGINE_NULL, "no array of buffers");
   if (io.nInputSize != graph.inputs.size() || io.nOutputSize != graph.outputs.size()) {
@@ -91,21 +97,45 @@ std::vector<void*> Handle::run(uint32_t tokens, uint32_t history, const AX_ENGIN
             std::to_string(graph.inputs.size()) + " and " + std::to_string(graph.outputs.size()));
   }
   if (io.nBatchSize > 1) unsupported("a batch of " + std::to_string(io.nBatchSize));
-  std::vector<const void*> inputs;
+}
+
+std::vector<const void*> Handle::inputs(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bool stacked) const {
+  const Graph& graph = model.graph;
+  std::vector<const void*> found;
   for (size_t i = 0; i < graph.inputs.size(); ++i) {
     const Value& value = graph.values[graph.inputs[i]];
-    const bool unread = is_cache(value) && history == 0;
-    inputs.push_back(unread ? nullptr : memory_of(io.pInputs[i], model.bytes(graph.inputs[i], tokens, history), value.name));
-    if (!inputs.back() && !unread) throw Failure(AXC_ENGINE_NULL, "input " + value.name + " has no buffer");
+    const bool unread = stacked ? grows_with_history(value) : is_cache(value) && history == 0;
+    found.push_back(unread ? nullptr : memory_of(io.pInputs[i], model.bytes(graph.inputs[i], tokens, history), value.name));
+    if (!found.back() && !unread) throw Failure(AXC_ENGINE_NULL, "input " + value.name + " has no buffer");
   }
-  std::vector<void*> outputs;
+  return found;
+}
+
+std::vector<void*> Handle::outputs(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bool may_miss) const {
+  const Graph& graph = model.graph;
+  std::vector<void*> found;
   for (size_t i = 0; i < graph.outputs.size(); ++i) {
     const Value& value = graph.values[graph.outputs[i]];
-    outputs.push_back(memory_of(io.pOutputs[i], model.bytes(graph.outputs[i], tokens, history), value.name));
-    if (!outputs.back() && !outputs_may_miss) throw Failure(AXC_ENGINE_NULL, "output " + value.name + " has no buffer");
+    found.push_back(memory_of(io.pOutputs[i], model.bytes(graph.outputs[i], tokens, history), value.name));
+    if (!found.back() && !may_miss) throw Failure(AXC_ENGINE_NULL, "output " + value.name + " has no buffer");
   }
-  axc::run(model, tokens, history, inputs, outputs);
-  return outputs;
+  return found;
+}
+
+std::vector<void*> Handle::run(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bool outputs_may_miss) const {
+  expect_shape(io);
+  const std::vector<const void*> from = inputs(tokens, history, io, false);
+  const std::vector<void*> to = outputs(tokens, history, io, outputs_may_miss);
+  axc::run(model, tokens, history, from, to);
+  return to;
+}
+
+std::vector<void*> Handle::run(std::span<const Segment> segments, uint32_t tokens, const AX_ENGINE_IO_T& io) const {
+  expect_shape(io);
+  const std::vector<const void*> from = inputs(tokens, 0, io, true);
+  const std::vector<void*> to = outputs(tokens, 0, io, true);
+  axc::run(model, segments, from, to);
+  return to;
 }
 
 }  // namespace axc

@@ -36,6 +36,14 @@ struct Handle {
   // Runs with the client's buffers; returns the address of each output, null if it was not delivered. Throws Failure if a
   // buffer is missing or too small.
   std::vector<void*> run(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bool outputs_may_miss) const;
+
+  // The same for rows of several sequences, stacked. The buffers of inputs that depend on history are not read.
+  std::vector<void*> run(std::span<const Segment> segments, uint32_t tokens, const AX_ENGINE_IO_T& io) const;
+
+ private:
+  void expect_shape(const AX_ENGINE_IO_T& io) const;
+  std::vector<const void*> inputs(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bool stacked) const;
+  std::vector<void*> outputs(uint32_t tokens, uint32_t history, const AX_ENGINE_IO_T& io, bool may_miss) const;
 };
 
 }  // namespace axc

@@ -34,7 +34,8 @@ Mapping::~Mapping() {
 }
 
 Model::Model(Mapping given)
-    : mapping(std::move(given)), axmodel(read_axmodel(mapping.bytes())), graph(build_graph(axmodel)), program(fuse(graph)) {
+    : mapping(std::move(given)), axmodel(read_axmodel(mapping.bytes())), graph(build_graph(axmodel)), program(fuse(graph)),
+      takes_segments(axc::takes_segments(graph, program)) {
   for (const Group& group : axmodel.groups) {
     program.bytes(group.tokens, group.history);
     for (const std::vector<int>& list : {graph.inputs, graph.outputs}) {

@@ -2,11 +2,13 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 
 #include "axmodel.h"
 #include "program.h"
+#include "segments.h"
 
 namespace axc {
 
@@ -33,6 +35,7 @@ struct Model {
   Axmodel axmodel;
   Graph graph;
   Program program;
+  bool takes_segments;  // see segments.h
   Precision precision = Precision::Bits16;  // of activations that integer weights are multiplied with
 
   // Throws Failure for a file that is not an axmodel this engine can run.
@@ -46,6 +49,10 @@ struct Model {
 // Runs a model on `tokens` rows after `history` cached ones. Inputs that depend on history may be null if it is 0; null
 // outputs are not delivered. Throws Failure for a position outside the rotary tables, std::bad_alloc.
 void run(const Model& model, size_t tokens, size_t history, const std::vector<const void*>& inputs,
+         const std::vector<void*>& outputs);
+
+// Runs a model that takes segments on the rows of all of them, stacked. Inputs that depend on history are not read.
+void run(const Model& model, std::span<const Segment> segments, const std::vector<const void*>& inputs,
          const std::vector<void*>& outputs);
 
 }  // namespace axc

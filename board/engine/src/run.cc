@@ -57,9 +57,9 @@ class Partition {
 
 class Run {
  public:
-  Run(const Model& model, size_t tokens, size_t history, const std::vector<const void*>& inputs,
-      const std::vector<void*>& outputs)
-      : model_(model), tokens_(tokens), history_(history), inputs_(inputs), outputs_(outputs),
+  Run(const Model& model, size_t tokens, size_t history, std::span<const Segment> segments,
+      const std::vector<const void*>& inputs, const std::vector<void*>& outputs)
+      : model_(model), tokens_(tokens), history_(history), segments_(segments), inputs_(inputs), outputs_(outputs),
         pool_(runtime_.pool()) {
     const Program& program = model.program;
     uint8_t* start = runtime_.values.reserve(program.bytes(tokens, history));
@@ -322,34 +322,60 @@ class Run {
   }
 
   // The cached rows up to the last that the first token sees.
-  size_t seen_before(const Attention& s, size_t history) {
-    reserve_scratch(history * sizeof(float));
-    float* mask = reinterpret_cast<float*>(scratch(0));
-    kernels_.widen(value(s.mask).type, address(s.mask), history, mask);
-    while (history && mask[history - 1] <= kMasked) --history;
+  size_t seen_before(Type type, const uint8_t* mask, size_t history) {
+    const size_t element = static_cast<size_t>(bits_of(type)) / 8;
+    float bias = kMasked;
+    for (; history; --history) {
+      kernels_.widen(type, mask + (history - 1) * element, 1, &bias);
+      if (bias > kMasked) break;
+    }
     return history;
   }
 
   void operator()(const Attention& s) {
-    const size_t tokens = size_of(value(s.q).shape[1]), history = size_of(value(s.k_cache).shape[1]);
+    const size_t tokens = size_of(value(s.q).shape[1]);
     if (!tokens) return;
-    const AttentionJob job{value(s.k).type, tokens, history, seen_before(s, history), s.heads, s.kv_heads, s.head_dim, s.scale, s.softcap, floats(s.q),
-                           address(s.k_cache), address(s.v_cache), address(s.k), address(s.v), address(s.mask), floats(s.to)};
-    const size_t group = s.heads / s.kv_heads;
+    const Segment only{tokens, size_of(value(s.k_cache).shape[1]), address(s.mask), address(s.k_cache), address(s.v_cache), false};
+    const std::span<const Segment> segments = segments_.empty() ? std::span(&only, 1) : segments_;
+    const Type type = value(s.k).type;
+    const size_t group = s.heads / s.kv_heads, width = s.heads * s.head_dim;
+    const size_t row = s.kv_heads * s.head_dim * static_cast<size_t>(bits_of(type)) / 8;
     const size_t splits = std::min(group, ceil_div(pool_.size(), s.kv_heads * tokens));
     const size_t heads = ceil_div(group, splits);
-    size_t tile = std::max<size_t>(kAttentionRows / heads, 1);
-    while (tile > 1 && kernels_.attention_scratch(job, tile * heads) > kAttentionScratch) tile /= 2;
-    const size_t tiles = ceil_div(tokens, tile);
-    reserve_scratch(kernels_.attention_scratch(job, tile * heads));
+    size_t first_row = 0, scratch_bytes = 0, tile = std::max<size_t>(kAttentionRows / heads, 1);
+    runtime_.jobs.clear();
+    for (const Segment& of : segments) {
+      const AttentionJob job{type, of.tokens, of.history, seen_before(type, of.mask, of.history), s.heads, s.kv_heads, s.head_dim,
+                             s.scale, s.softcap, floats(s.q) + first_row * width, of.k_cache, of.v_cache,
+                             address(s.k) + first_row * row, address(s.v) + first_row * row, of.mask,
+                             floats(s.to) + first_row * width};
+      while (tile > 1 && kernels_.attention_scratch(job, tile * heads) > kAttentionScratch) tile /= 2;
+      runtime_.jobs.push_back(job);
+      first_row += of.tokens;
+    }
+    size_t tiles = 0;
+    for (const AttentionJob& job : runtime_.jobs) {
+      scratch_bytes = std::max(scratch_bytes, kernels_.attention_scratch(job, std::min(tile, job.tokens) * heads));
+      tiles += ceil_div(job.tokens, tile);
+    }
+    reserve_scratch(scratch_bytes);
     pool_.each(s.kv_heads * splits * tiles, [&](size_t item, size_t thread) {
       const size_t part = item / tiles, kv_head = part / splits;
       const size_t first_head = kv_head * group + part % splits * heads;
       const size_t last_head = std::min(first_head + heads, (kv_head + 1) * group);
       if (first_head >= last_head) return;
-      const size_t first = item % tiles * tile;
-      kernels_.attend(job, {kv_head, first_head, last_head, first, std::min(first + tile, tokens)}, scratch(thread));
+      size_t at = item % tiles;
+      const AttentionJob* job = runtime_.jobs.data();
+      for (size_t own; at >= (own = ceil_div(job->tokens, tile)); ++job) at -= own;
+      const size_t first = at * tile;
+      kernels_.attend(*job, {kv_head, first_head, last_head, first, std::min(first + tile, job->tokens)}, scratch(thread));
     });
+    for (size_t i = 0; i < segments.size(); ++i) {
+      const Segment& of = segments[i];
+      if (!of.keeps) continue;
+      std::memcpy(of.k_cache + of.history * row, runtime_.jobs[i].k_current, of.tokens * row);
+      std::memcpy(of.v_cache + of.history * row, runtime_.jobs[i].v_current, of.tokens * row);
+    }
   }
 
   void operator()(const Gated& s) {
@@ -364,6 +390,7 @@ class Run {
   const Kernels& kernels_ = kernels();
   const Model& model_;
   size_t tokens_, history_;
+  const std::span<const Segment> segments_;  // none: one sequence, in the inputs
   const std::vector<const void*>& inputs_;
   const std::vector<void*>& outputs_;
   Pool& pool_;
@@ -377,7 +404,15 @@ class Run {
 void run(const Model& model, size_t tokens, size_t history, const std::vector<const void*>& inputs,
          const std::vector<void*>& outputs) {
   const std::scoped_lock lock(Runtime::instance().mutex);
-  Run(model, tokens, history, inputs, outputs).all();
+  Run(model, tokens, history, {}, inputs, outputs).all();
+}
+
+void run(const Model& model, std::span<const Segment> segments, const std::vector<const void*>& inputs,
+         const std::vector<void*>& outputs) {
+  size_t tokens = 0;
+  for (const Segment& segment : segments) tokens += segment.tokens;
+  const std::scoped_lock lock(Runtime::instance().mutex);
+  Run(model, tokens, 0, segments, inputs, outputs).all();
 }
 
 }  // namespace axc

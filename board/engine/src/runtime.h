@@ -6,6 +6,7 @@
 #include <mutex>
 #include <vector>
 
+#include "kernels/kernels.h"
 #include "operators/view.h"
 #include "threads.h"
 
@@ -44,6 +45,7 @@ class Runtime {
   Arena values, levels, scratch, turns;
   std::vector<Placed> areas;  // of the running model
   std::vector<View> views;    // of the running step
+  std::vector<AttentionJob> jobs;  // of the running attention, one for each segment
   std::vector<Counter> counters;  // one for each kind of fused step, then one for each operator
 
   Pool& pool();

@@ -285,6 +285,13 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--port", type=int, default=8000, metavar="N", help="port to listen on (default 8000; 0: any free port)")
     add("--slots", type=int, default=4, metavar="N", help="concurrent answers, each with its own KV cache (default 4)")
+    add(
+        "--max-slowdown",
+        type=float,
+        default=2.5,
+        metavar="X",
+        help="while a prompt is read, the next token of other answers may take about X times as long (default 2.5)",
+    )
     add("--queue", type=int, default=64, metavar="N", help="requests that may wait for a slot (default 64)")
     add("--timeout", type=float, default=300.0, metavar="S", help="seconds to generate an answer (default 300)")
     add(

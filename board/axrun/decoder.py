@@ -89,9 +89,9 @@ class Decoder:
             raise BadInput(
                 f"layer {first} has no {', '.join(sorted(TENSORS - infos.keys()))}: it is not the axmodel of a layer"
             )
-        self._caches = [_tensors(session).keys() != PLAIN for session in sessions]
+        self.caches = [_tensors(session).keys() != PLAIN for session in sessions]
         for index, session in enumerate(sessions):
-            if session.groups != (self.groups if self._caches[index] else _plain(self.groups)):
+            if session.groups != (self.groups if self.caches[index] else _plain(self.groups)):
                 raise BadInput(
                     f"layer {index} has other shape groups or tensors than layer {first}; build the bundle again"
                 )
@@ -100,15 +100,16 @@ class Decoder:
             raise BadInput("the layers have no decode group (one of 1 token); build the bundle again")
         self.flexible = all(session.flexible for session in sessions)
         self.exact = all(session.exact for session in sessions)
+        self.stacks = all(session.stacks for session in sessions)
         self.context = decode[-1].history
         self._decode = decode
         self.dtype = infos["input"].dtype
         self.hidden_size = int(infos["input"].shape[2])
-        self.kv_size = int(infos["K_cache_out"].shape[2]) if any(self._caches) else 0
-        self._visible, self._blocked = visible_and_blocked(self.dtype)
-        tokens = self._most = max(group.tokens for group in self.groups)
+        self.kv_size = int(infos["K_cache_out"].shape[2]) if any(self.caches) else 0
+        self.visible, self.blocked = visible_and_blocked(self.dtype)
+        tokens = self.most = max(group.tokens for group in self.groups)
         history = max(group.history for group in self.groups)
-        widths = [self.kv_size if caches else 0 for caches in self._caches]
+        widths = [self.kv_size if caches else 0 for caches in self.caches]
         self.cache = KVCache(
             [self._allocate("K_cache", 1, history, width, layer=i) for i, width in enumerate(widths)],
             [self._allocate("V_cache", 1, history, width, layer=i) for i, width in enumerate(widths)],
@@ -156,22 +157,23 @@ class Decoder:
         step.indices[0] = 0
         step.indices[0, :count] = np.arange(position, position + count)
         for window, mask in step.masks.items():
-            fill_mask(mask, position, count, self._visible, self._blocked)
+            fill_mask(mask, position, count, self.visible, self.blocked)
             if window:
-                hide_before_window(mask, position, count, window, self._blocked)
+                hide_before_window(mask, position, count, window, self.blocked)
         keys, values = step.keys[:, :count], step.values[:, :count]
         for layer, binding in enumerate(step.bindings):
             try:
                 binding.run()
             except NotFinite as error:
                 if error.row < count:  # otherwise padding, which is not read
-                    raise self._overflow(error, layer, position + error.row) from None
-            if self._caches[layer]:
+                    raise self.overflow(error, layer, position + error.row) from None
+            if self.caches[layer]:
                 self.cache.write(layer, position, keys, values)
         self.cache.length = position + count
         return step.output[0, :count]
 
-    def _overflow(self, error: NotFinite, layer: int, token: int) -> CheckFailed:
+    def overflow(self, error: NotFinite, layer: int, token: int) -> CheckFailed:
+        """The error for a value of a layer that is not finite, at the position `token`."""
         seen = (
             f"{error.part or f'layer {layer}'} returned a value that is not finite in {error.tensor}, at token {token}"
         )
@@ -188,7 +190,7 @@ class Decoder:
         group = self.groups[chunk.group]
         if not self.flexible:
             return group.tokens, group.history
-        tokens = 1 if chunk.count == 1 else min(self._most, _ceil(chunk.count, TOKENS_STEP))
+        tokens = 1 if chunk.count == 1 else min(self.most, _ceil(chunk.count, TOKENS_STEP))
         return tokens, min(group.history, _ceil(max(chunk.position, 1), HISTORY_STEP))
 
     def _step(self, chunk: Chunk) -> Step:
@@ -213,7 +215,7 @@ class Decoder:
                 "V_cache_out": values,
                 "output": hidden[(layer + 1) % 2],
             }
-            if not self._caches[layer]:
+            if not self.caches[layer]:
                 arrays = {name: array for name, array in arrays.items() if name in PLAIN}
             elif history:
                 arrays["K_cache"] = self.cache.keys[layer][:, :history]

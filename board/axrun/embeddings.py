@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import abc
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from axrun.errors import BadInput, CheckFailed
 from axrun.format.bundle import Bundle
 from axrun.format.pooling import MEAN, Pooling
+from axrun.job import Computed, Job, run_alone
 from axrun.load import DEFAULTS, Loading
 from axrun.sequence import Sequence
 from axrun.text.tokenizer import Tokenizer
@@ -81,8 +82,8 @@ class Texts:
         return (cut / max(float(np.linalg.norm(cut.astype(np.float64))), LEAST_NORM)).astype(np.float32)
 
 
-def steps(sequence: Sequence, ids: abc.Sequence[int], mode: str) -> Iterator[Vector | None]:
-    """The pooled hidden state of a text, float32 [H]; None before it, after every other run of the engine.
+def ask(sequence: Sequence, ids: abc.Sequence[int], mode: str) -> Generator[Job | Vector, Computed, None]:
+    """Yields jobs, whose results have to be sent, and then the pooled hidden state of a text, float32 [H].
 
     Raises CheckFailed if the model returns values that are not finite, or no hidden states.
     """
@@ -92,12 +93,13 @@ def steps(sequence: Sequence, ids: abc.Sequence[int], mode: str) -> Iterator[Vec
     reused = 0 if mode == MEAN else sequence.reusable(ids)
     sequence.truncate(reused)
     total, done = np.zeros(post.hidden_size), reused
-    for hidden in sequence.extend(ids[reused:]):
+    while done < len(ids):
+        computed = yield Job(sequence, ids[done:], len(ids) - done)
+        hidden = computed.hidden
+        sequence.ids += ids[done : done + len(hidden)]
         done += len(hidden)
         if mode == MEAN:
             total += post.normalised(hidden).sum(axis=0, dtype=np.float64)
-        if done < len(ids):
-            yield None
     yield (total / len(ids)).astype(np.float32) if mode == MEAN else post.normalised(hidden[-1:])[0].copy()
 
 
@@ -122,11 +124,11 @@ def embed(
     reader.expect_dimensions(dimensions)
     listed = [reader.ids(text, truncate) for text in texts]
     sequence = Sequence(loading.load(bundle))
-    vectors = []
-    for ids in listed:
-        for pooled in steps(sequence, ids, reader.pooling.mode):
-            if pooled is not None:
-                vectors.append(reader.finish(pooled, dimensions))
+    vectors = [
+        reader.finish(pooled, dimensions)
+        for ids in listed
+        for pooled in run_alone(ask(sequence, ids, reader.pooling.mode))
+    ]
     return Embedded(np.array(vectors), sum(map(len, listed)))
 
 

@@ -1,18 +1,21 @@
 """The decoding loop, shared by all commands: prefill, sample, feed back, until a stop token or a limit.
 
-Each step is one run of the engine, so that the server can interleave answers and a user can stop one.
+The loop does not run the engine. It asks for its tokens to be computed, one job at a time, and continues with the
+result: `steps` runs the jobs of one answer, the server those of several answers together.
 """
 
 from __future__ import annotations
 
 import time
 from collections import abc
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
-from axrun.errors import CheckFailed
-from axrun.model import Logits, Post
+from axrun.decoder import expect_room
+from axrun.errors import BadInput, CheckFailed
+from axrun.job import Computed, Job, run_alone
+from axrun.model import Logits
 from axrun.sampling import Sampling
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Array, Sequence
@@ -73,7 +76,10 @@ class Stats:
         return self.steps / self.decode_seconds if self.decode_seconds else 0.0
 
 
-def steps(
+Asking = Generator[Union[Job, Prefilled, Token], Computed, None]
+
+
+def ask(
     sequence: Sequence,
     prompt: abc.Sequence[int],
     choose: Choose,
@@ -83,47 +89,51 @@ def steps(
     reuse: int | None = None,
     stats: Stats | None = None,
     guesser: Guesser | None = None,
-) -> Iterator[Prefilled | Token]:
+) -> Asking:
     """Generates an answer. Afterwards the sequence holds the prompt and the answer without its last token.
 
     Keeps the first `reuse` tokens of the sequence, which must equal those of the prompt; None: as many as possible.
-    Yields a Prefilled per chunk of the prompt, then a Token per token; the next step overwrites their arrays. A caller
-    may stop between steps; the sequence is then consistent, and may hold more of the answer than was yielded.
+    Yields Jobs, whose results have to be sent, or whose CheckFailed thrown; and a Prefilled per run of the prompt, then
+    a Token per token, whose arrays the next run overwrites. A caller may stop between them; the sequence is then
+    consistent, and may hold more of the answer than was yielded.
     `max_tokens` None: up to the end of the context. `guesser`: its guesses are computed in the same runs; they do not
     change the tokens.
     Raises BadInput if the prompt is empty or does not fit the context, CheckFailed for logits or layers that are not
     finite.
     """
+    if not len(prompt):
+        raise BadInput("the prompt is empty; at least one token is needed")
+    expect_room(len(prompt), sequence.context)
     stats = Stats() if stats is None else stats
-    reused = sequence.reusable(prompt) if reuse is None else reuse
-    sequence.truncate(reused)
-    stats.reused, stats.prompt_tokens = reused, len(prompt) - reused
+    done = sequence.reusable(prompt) if reuse is None else reuse
+    sequence.truncate(done)
+    stats.reused, stats.prompt_tokens = done, len(prompt) - done
     clock = time.perf_counter
-    started, spent, done = clock(), 0.0, reused
-    for hidden in sequence.extend(prompt[reused:]):
-        done += len(hidden)
+    started, spent = clock(), 0.0
+    while done < len(prompt):
+        computed = yield Job(sequence, prompt[done:], len(prompt) - done - 1)
+        sequence.ids += prompt[done : done + len(computed.hidden)]
+        done += len(computed.hidden)
         spent += clock() - started
-        yield Prefilled(done, hidden)
+        yield Prefilled(done, computed.hidden)
         started = clock()
-    start, post = len(prompt), sequence.model.post
-    hidden = hidden[-1:]
     guess: abc.Sequence[int] = ()
     while stats.tokens != max_tokens:
         found = []
-        for place, logits in enumerate(post(hidden) if not guess else _logits(post, hidden)):
-            token = choose(logits, sequence.ids, start)
+        for place, logits in enumerate(computed.logits):
+            token = choose(logits, sequence.ids, len(prompt))
             stop = EOS if token in stop_ids else _full(sequence, stats.tokens + place + 1, max_tokens)
             right = not stop and place < len(guess) and token == guess[place]
             # Other sequences run between the yields of several tokens, and overwrite the logits of the model.
             found.append((token, logits.copy() if guess else logits, stop))
             if not right:
                 break
-            sequence.accept(token)
+            sequence.ids.append(token)
         spent += clock() - started
         stats.guessed += len(guess)
         stats.accepted += len(found) - 1
         if guesser and stats.ttft_seconds:
-            guesser.learn(len(guess), len(found) - 1, spent)
+            guesser.learn(len(guess), len(found) - 1, spent if computed.alone else None)
         share = spent / len(found)
         for token, logits, stop in found:
             if not stats.ttft_seconds:
@@ -141,24 +151,36 @@ def steps(
             room = sequence.context - sequence.length - 1
             most = room if max_tokens is None else min(room, max_tokens - stats.tokens - 1)
             guess = guesser.guess(sequence.ids, token, most)
-        hidden = sequence.step(token, guess)
-        if guess:
-            guess = guess[: len(hidden) - 1]
+        try:
+            computed = yield Job(sequence, [token, *guess], 0)
+        except CheckFailed:
+            if not guess:
+                raise
+            sequence.clear()
+            computed = yield Job(sequence, [token], 0)  # a guessed token may be what overflows
+        sequence.ids.append(token)
+        guess = guess[: len(computed.hidden) - 1]
     stats.stop = LENGTH
+
+
+def steps(
+    sequence: Sequence,
+    prompt: abc.Sequence[int],
+    choose: Choose,
+    max_tokens: int | None = None,
+    stop_ids: Collection[int] = (),
+    *,
+    reuse: int | None = None,
+    stats: Stats | None = None,
+    guesser: Guesser | None = None,
+) -> Iterator[Prefilled | Token]:
+    """Generates an answer as `ask`, and runs its jobs one by one."""
+    return run_alone(ask(sequence, prompt, choose, max_tokens, stop_ids, reuse=reuse, stats=stats, guesser=guesser))
 
 
 def _full(sequence: Sequence, tokens: int, max_tokens: int | None) -> str:
     """Why an answer ends with its `tokens`th token, if it does."""
     return CONTEXT if sequence.length == sequence.context else LENGTH if tokens == max_tokens else ""
-
-
-def _logits(post: Post, hidden: Array) -> Iterator[Logits]:
-    """Logits [vocab] of hidden states [n, H], of all in one run; one after the other if some are not finite."""
-    try:
-        yield from post(hidden)
-    except CheckFailed:
-        for place in range(len(hidden)):
-            yield post(hidden[place : place + 1])[0]
 
 
 def forced(tokens: abc.Sequence[int]) -> Choose:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,19 @@ class KVCache:
         stop = position + keys.shape[1]
         self.keys[layer][:, position:stop] = keys
         self.values[layer][:, position:stop] = values
+
+    @functools.cached_property
+    def addresses(self) -> tuple[Array, Array]:
+        """Of the keys and the values of each layer, uint64."""
+        keys, values = (
+            np.array([array.ctypes.data for array in arrays], np.uint64) for arrays in (self.keys, self.values)
+        )
+        return keys, values
+
+    def clear(self, position: int, count: int) -> None:
+        """Zeroes rows that a failed run left."""
+        for array in (*self.keys, *self.values):
+            array[:, position : position + count] = 0
 
     def read(self, position: int, count: int) -> bytes:
         """The rows of `count` tokens from `position` on, of all layers."""

@@ -13,7 +13,6 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from axrun.errors import CheckFailed
 from axrun.model import Logits, Model
 
 Array = NDArray[Any]
@@ -60,7 +59,7 @@ class Sequence:
     def reset(self) -> None:
         """Drops all tokens, and clears rows that a failed step left."""
         self.ids = []
-        self._clear()
+        self.clear()
 
     def extend(self, ids: abc.Sequence[int]) -> Iterator[Array]:
         """Appends tokens; yields their hidden states [n, H] by chunk, each overwriting the previous ones.
@@ -73,34 +72,12 @@ class Sequence:
             self.ids += ids[chunk.position - start : chunk.position - start + chunk.count]
             yield hidden
 
-    def step(self, token: int, guess: abc.Sequence[int] = ()) -> Array:
-        """Appends a token; hidden states [1 + n, H] of it and of n guessed tokens behind it, as many as one run takes.
-
-        Guessed tokens are not part of the sequence: `accept` appends one, and the next step overwrites the others.
-        Raises BadInput if the token does not fit the context, CheckFailed if a layer returns values that are not finite
-        for it.
-        """
-        start = len(self.ids)
-        try:
-            _, hidden = next(self.model.hidden([token, *guess], start))
-        except CheckFailed:
-            if not guess:
-                raise
-            self._clear()
-            return self.step(token)  # a guessed token may be what overflows
-        self.ids.append(token)
-        return hidden
-
-    def accept(self, token: int) -> None:
-        """Appends a guessed token of the last step, the first one that is not part of the sequence yet."""
-        self.ids.append(token)
-
     def score(self, ids: abc.Sequence[int]) -> Iterator[Logits]:
         """Appends tokens; yields float32 logits after each, a few rows [n, vocab] at a time (reused buffer)."""
         for hidden in self.extend(ids):
             yield from self.model.logits(hidden)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
         """Clears all rows behind the tokens, also those that a failed step left."""
         cache = self.model.decoder.cache
         cache.length = cache.keys[0].shape[1]

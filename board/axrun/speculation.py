@@ -29,8 +29,11 @@ class Guesser(Protocol):
     def guess(self, ids: Sequence[int], token: int, most: int) -> Sequence[int]:
         """At most `most` tokens that may follow `ids` and `token`. `ids` only grow from call to call."""
 
-    def learn(self, guessed: int, accepted: int, seconds: float) -> None:
-        """A run with `guessed` tokens behind a known one took `seconds`; the first `accepted` of them were right."""
+    def learn(self, guessed: int, accepted: int, seconds: float | None) -> None:
+        """A run with `guessed` tokens behind a known one took `seconds`; the first `accepted` of them were right.
+
+        None: other sequences were in the run, so its time says nothing about the guesses.
+        """
 
 
 class Costs:
@@ -77,8 +80,9 @@ class PromptLookup:
         self._skipped = 0
         return self._ids[place : place + min(self._length, most)]
 
-    def learn(self, guessed: int, accepted: int, seconds: float) -> None:
-        self._costs.add(guessed, seconds)
+    def learn(self, guessed: int, accepted: int, seconds: float | None) -> None:
+        if seconds is not None:
+            self._costs.add(guessed, seconds)
         if not guessed:
             return
         if 1 + accepted < self._costs.ratio(guessed):

@@ -24,7 +24,7 @@ from axrun.model import Model, Post
 from axrun.sampling import Sampling
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence
-from axrun.session import Array, Binding, Session, SessionGroup
+from axrun.session import Array, Binding, Session, SessionGroup, StackedBinding
 from axrun.text.template import ChatTemplate
 from axrun.text.tokenizer import Tokenizer
 from tests.bench.tables import record
@@ -176,6 +176,10 @@ class TimedSession:
         return self._session.exact
 
     @property
+    def stacks(self) -> bool:
+        return False  # their runs are not timed
+
+    @property
     def window(self) -> int:
         return self._session.window
 
@@ -188,6 +192,9 @@ class TimedSession:
 
     def bind(self, group: int, arrays: Mapping[str, Array]) -> TimedBinding:
         return TimedBinding(self._session.bind(group, arrays), self._clock)
+
+    def bind_stacked(self, arrays: Mapping[str, Array]) -> StackedBinding:
+        return self._session.bind_stacked(arrays)
 
 
 @pytest.mark.parametrize("depth", [16, 900])

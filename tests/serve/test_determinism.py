@@ -190,3 +190,43 @@ def test_the_same_questions_have_the_same_answers_a_second_time(bundle_s8: Path,
         assert again["choices"] == one["choices"]
         cached += again["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached > 0
+
+
+def test_answers_in_mixed_company_equal_those_asked_alone(bundle_s8: Path, start: Starter, heldout: str) -> None:
+    """Answers with a schema, with guesses, sampled and scored share runs with clients that hang up."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string", "maxLength": 8}}}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {**schema, "required": ["a", "b"]}}}
+    repeated = "the river runs by the old town. " * 6
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("chat/completions", {"messages": [{"role": "user", "content": "1+1="}], "response_format": form}),
+        ("completions", {"prompt": repeated, "max_tokens": 40, "temperature": 0}),
+        ("completions", {"prompt": repeated[5:], "max_tokens": 40, "temperature": 0.8, "seed": 4, "logprobs": 1}),
+        ("completions", {"prompt": heldout[:200], "max_tokens": 12, "logprobs": 3, "echo": True}),
+        ("completions", {"prompt": heldout[40:60], "max_tokens": 30, "temperature": 1.1, "seed": 9, "n": 2}),
+    ]
+    for _, body in asked[:1]:
+        body.update(max_tokens=30, temperature=0.7, seed=1)
+    quiet = start(bundle_s8, "--slots", 1, "--no-speculation").ready()
+    alone = [quiet.post(path, **body).json()["choices"] for path, body in asked]
+    busy = start(bundle_s8, "--slots", 5).ready()
+
+    def hang_up() -> None:
+        with busy.stream("completions", prompt=heldout[:300], max_tokens=100, temperature=1) as streamed:
+            next(streamed.iter_lines())
+
+    def ask(first: int) -> list[tuple[int, Any]]:
+        found = []
+        for number in range(first, first + len(asked)):
+            if number % 2:
+                hang_up()
+            path, body = asked[number % len(asked)]
+            found.append((number % len(asked), busy.post(path, **body).json()["choices"]))
+        return found
+
+    with ThreadPoolExecutor(6) as pool:
+        for answers in pool.map(ask, range(6)):
+            for number, choices in answers:
+                assert choices == alone[number], asked[number]
+    metrics = busy.idle()
+    assert metrics["axrun_cancelled_total"] > 0
+    assert metrics['axrun_tokens_total{kind="guessed"}'] > metrics['axrun_tokens_total{kind="accepted"}'] > 0

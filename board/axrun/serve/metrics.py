@@ -59,9 +59,10 @@ class Metrics:
     def first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)
 
-    def step(self, seconds: float, piece: Piece | None) -> None:
-        """Records an engine step. The step that yields the first token still counts as prefill."""
-        (self._prefill if piece is None or piece.written <= 1 else self._decode).inc(seconds)
+    def run(self, seconds: float, steps: int, read: int) -> None:
+        """Records a run for the next tokens of `steps` answers and `read` rows of prompts, which share its time."""
+        self._prefill.inc(seconds * read / (steps + read))
+        self._decode.inc(seconds * steps / (steps + read))
 
     def choice(self, piece: Piece) -> None:
         """Counts the tokens of a finished choice; `piece` is its last one."""

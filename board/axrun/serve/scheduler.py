@@ -1,4 +1,8 @@
-"""Scheduling: a bounded FIFO queue, and one thread that runs an engine step for each busy slot, round-robin."""
+"""Scheduling: a bounded FIFO queue, and one thread that runs the engine for all busy slots.
+
+With our engine, a run computes the next tokens of all answers and some of the prompts that are being read. Engines that
+run one sequence at a time take turns.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +11,26 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Union
 
+from axrun.batch import Batch
 from axrun.errors import Failure
+from axrun.job import Computed, Job, compute
 from axrun.serve.errors import ApiError
 from axrun.serve.metrics import Metrics
 from axrun.serve.order import Choice, Text
+from axrun.serve.pace import GUESS_ROWS, Pace
 from axrun.serve.slots import Slot
-from axrun.serve.writer import Piece
+from axrun.serve.writer import Piece, Writing
 
 LOADING, READY, STOPPING = "loading", "ok", "stopping"
 LONGEST_RETRY = 60  # seconds
+SLOWDOWN = 2.5  # of the next tokens of answers, while prompts are read
 
 Task = Union[Choice, Text]
-Write = Callable[[Task, Slot], Iterator[Union[Piece, None]]]
+Write = Callable[[Task, Slot], Writing]
 Event = Union[Piece, ApiError, None]
 
 
@@ -47,7 +55,8 @@ class _Turn:
 
     ticket: Ticket
     slot: Slot
-    steps: Iterator[Piece | None]
+    steps: Writing
+    job: Job | None = None  # what it needs next
 
 
 class Scheduler(threading.Thread):
@@ -63,16 +72,22 @@ class Scheduler(threading.Thread):
         metrics: Metrics,
         ended: Callable[[], None],
         ready: Callable[[], None] = lambda: None,
+        slowdown: float = SLOWDOWN,
     ) -> None:
-        """`limit` is the queue length. `ready` is called once requests are accepted, `ended` when the thread ends."""
+        """`limit` is the queue length. `ready` is called once requests are accepted, `ended` when the thread ends.
+
+        `slowdown`: see `Pace`.
+        """
         super().__init__(name="scheduler", daemon=True)
         self._load, self._limit, self._metrics, self._ended, self._ready = load, limit, metrics, ended, ready
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._turns: list[_Turn] = []
         self._slots: Sequence[Slot] = ()
+        self._slowdown = slowdown
+        self._batch: Batch | None = None
         self._takes = 0
-        self._pace = 1.0  # running mean of the seconds a request takes
+        self._takes_seconds = 1.0  # running mean for a request
         self._stop_at = math.inf
         self.state = LOADING
         self.failure: BaseException | None = None
@@ -91,7 +106,7 @@ class Scheduler(threading.Thread):
             if self.state != READY:
                 raise _unavailable(self.state)
             if len(self._waiting) >= self._limit:
-                seconds = self._pace * (1 + len(self._waiting) / max(len(self._slots), 1))
+                seconds = self._takes_seconds * (1 + len(self._waiting) / max(len(self._slots), 1))
                 raise ApiError(
                     429,
                     f"{len(self._waiting)} requests are already queued; try again later.",
@@ -121,6 +136,11 @@ class Scheduler(threading.Thread):
     def run(self) -> None:
         try:
             self._slots, self._write = self._load()
+            decoder = self._slots[0].model.decoder
+            self._pace = Pace(self._slowdown, decoder.most)
+            if decoder.stacks and len(self._slots) > 1:
+                rows = decoder.most + max(GUESS_ROWS, len(self._slots))
+                self._batch = Batch(self._slots[0].model, rows)
             self._metrics.watch(lambda: self.load_figures)
             with self._changed:
                 if self.state == LOADING:
@@ -135,7 +155,7 @@ class Scheduler(threading.Thread):
             self._ended()
 
     def _round(self) -> None:
-        """Runs one step for each busy slot."""
+        """Runs the engine for all busy slots, once."""
         with self._changed:
             while not self._turns and not self._waiting and self.state == READY:
                 self._changed.wait()
@@ -143,11 +163,18 @@ class Scheduler(threading.Thread):
             for ticket in [ticket for ticket in self._waiting if now > ticket.deadline]:
                 self._waiting.remove(ticket)
                 ticket.deliver(_late())
-            self._admit()
-        for turn in list(self._turns):
-            self._step(turn)
+            admitted = self._admit()
+        for turn in admitted:
+            self._advance(turn, None)
+        turns = [turn for turn in list(self._turns) if self._goes_on(turn)]
+        if self._batch is not None and len(turns) > 1:
+            self._run(turns)
+        else:
+            for turn in turns:
+                self._run([turn])
 
-    def _admit(self) -> None:
+    def _admit(self) -> list[_Turn]:
+        admitted = []
         free = [slot for slot in self._slots if all(turn.slot is not slot for turn in self._turns)]
         while free and self._waiting:
             ticket = self._waiting.popleft()
@@ -156,9 +183,12 @@ class Scheduler(threading.Thread):
             free.remove(slot)
             self._takes += 1
             slot.used = self._takes
-            self._turns.append(_Turn(ticket, slot, self._write(choice, slot)))
+            admitted.append(_Turn(ticket, slot, self._write(choice, slot)))
+        self._turns += admitted
+        return admitted
 
-    def _step(self, turn: _Turn) -> None:
+    def _goes_on(self, turn: _Turn) -> bool:
+        """Whether a turn still needs the engine; ends it if its client is gone or its time is over."""
         ticket, now = turn.ticket, time.monotonic()
         if ticket.cancelled:
             self._release(turn)
@@ -167,17 +197,53 @@ class Scheduler(threading.Thread):
             self._release(turn)
             ticket.deliver(_late() if now > ticket.deadline else _unavailable(STOPPING))
         else:
-            try:
-                piece = next(turn.steps)
-            except Exception as error:
-                turn.slot.reset()
-                self._release(turn)
-                ticket.deliver(_failed(error))
-                return
-            took = time.monotonic() - now
-            self._metrics.step(took, piece)
-            if piece is not None:
-                self._deliver(turn, piece)
+            return True
+        return False
+
+    def _run(self, turns: Sequence[_Turn]) -> None:
+        """Runs the jobs of turns together, or that of one, and continues their answers."""
+        started = time.monotonic()
+        wanted = [turn.job for turn in turns if turn.job is not None]  # of all turns
+        cut = wanted if len(wanted) == 1 else self._pace.cut(wanted)
+        going = [(turn, job) for turn, job in zip(turns, cut) if job is not None]
+        steps = read = 0
+        for (turn, job), result in zip(going, self._compute([job for _, job in going])):
+            if job.last == 0:
+                steps += 1
+            elif isinstance(result, Computed):
+                read += len(result.hidden)
+            self._advance(turn, result)
+        seconds = time.monotonic() - started
+        self._pace.learn(seconds, steps, read)
+        if steps or read:
+            self._metrics.run(seconds, steps, read)
+
+    def _compute(self, jobs: Sequence[Job]) -> Sequence[Computed | Exception]:
+        try:
+            if self._batch is None or len(jobs) == 1:
+                return [compute(job) for job in jobs]
+            return self._batch.run(jobs)
+        except Exception as error:
+            return [error] * len(jobs)
+
+    def _advance(self, turn: _Turn, result: Computed | Exception | None) -> None:
+        """Continues an answer with the result of its job, up to its next job; delivers the pieces in between."""
+        steps, turn.job = turn.steps, None
+        try:
+            if isinstance(result, Exception):
+                event = steps.throw(result)
+            else:
+                event = next(steps) if result is None else steps.send(result)
+            while not isinstance(event, Job):
+                self._deliver(turn, event)
+                if event.finish:
+                    return
+                event = next(steps)
+            turn.job = event
+        except Exception as error:
+            turn.slot.reset()
+            self._release(turn)
+            turn.ticket.deliver(_failed(error))
 
     def _deliver(self, turn: _Turn, piece: Piece) -> None:
         ticket = turn.ticket
@@ -190,7 +256,7 @@ class Scheduler(threading.Thread):
         self._metrics.choice(piece)
         self._release(turn)
         if not ticket.choices:
-            self._pace += 0.2 * (time.monotonic() - ticket.came - self._pace)
+            self._takes_seconds += 0.2 * (time.monotonic() - ticket.came - self._takes_seconds)
             ticket.deliver(None)
         elif self.state == STOPPING:
             ticket.deliver(_unavailable(STOPPING))

@@ -47,6 +47,7 @@ Announce = Callable[[Mapping[str, Any]], None]
 class Options:
     """Options of the server. `name` None: that of the bundle. `api_key` None: $AXRUN_API_KEY, if set.
 
+    `max_slowdown`: of the next tokens of answers, while prompts of others are read; see `axrun.serve.pace.Pace`.
     `prompt_cache`: folder for keys and values of prompts, of up to `prompt_cache_mb`. `allowed_host`: further host
     names to accept, besides those of `axrun.serve.hosts`; "*" accepts any. `parse_special`: special tokens spelled in a
     chat message are control tokens, not text. `generation_config`: take the sampling defaults from the checkpoint's
@@ -59,6 +60,7 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 8000
     slots: int = 4
+    max_slowdown: float = 2.5
     queue: int = 64
     timeout: float = 300.0
     read_timeout: int = 10
@@ -81,6 +83,7 @@ class Options:
         for flag, value, holds, expected in (
             ("--port", self.port, 0 <= self.port <= 65535, "0 (any that is free) to 65535"),
             ("--slots", self.slots, 1 <= self.slots <= 256, "1 to 256"),
+            ("--max-slowdown", self.max_slowdown, 1.1 <= self.max_slowdown <= 1000, "1.1 to 1000"),
             ("--queue", self.queue, 1 <= self.queue <= 10_000, "1 to 10000 requests"),
             ("--timeout", self.timeout, 0 < self.timeout <= 86_400, "above 0, up to 86400 seconds"),
             ("--read-timeout", self.read_timeout, 1 <= self.read_timeout <= 3600, "1 to 3600 seconds"),
@@ -153,6 +156,7 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
             metrics,
             ended=lambda: server.leave(),
             ready=lambda: announce({"event": "ready", "model": name}),
+            slowdown=options.max_slowdown,
         )
         limits = Limits(options.timeout, options.read_timeout, options.max_body)
         host, port = listener.getsockname()[:2]

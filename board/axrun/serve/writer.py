@@ -1,16 +1,18 @@
-"""Generates one answer in single engine steps, so that the scheduler can interleave many answers."""
+"""Generates one answer, job by job, so that the scheduler can run the jobs of many answers together."""
 
 from __future__ import annotations
 
 import codecs
 from collections import abc
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Generator
+from typing import Any, NamedTuple, Union
 
 from numpy.typing import NDArray
 
-from axrun.embeddings import steps as embedding_steps
-from axrun.generate import EOS, Prefilled, Stats, steps
+from axrun.embeddings import ask as ask_embedding
+from axrun.errors import CheckFailed
+from axrun.generate import EOS, Prefilled, Stats, ask
+from axrun.job import Computed, Job
 from axrun.model import Logits, Model
 from axrun.prompt_cache import PromptCache
 from axrun.sampling.sampler import Sampler
@@ -45,6 +47,9 @@ class Piece(NamedTuple):
     vector: Any = None
 
 
+Writing = Generator[Union[Job, Piece], Computed, None]
+
+
 class Writer:
     """Generates answers with the tokenizer of one model."""
 
@@ -53,24 +58,23 @@ class Writer:
         self._tokenizer, self._prompt_cache = tokenizer, prompt_cache
         self._costs = Costs() if speculation else None
 
-    def write(self, task: Choice | Text, sequence: Sequence) -> Iterator[Piece | None]:
-        """Yields after every engine step: a piece, or None. The last piece has `finish` set. Raises CheckFailed."""
-        return self._embed(task, sequence) if isinstance(task, Text) else self._answer(task, sequence)
-
-    def _embed(self, text: Text, sequence: Sequence) -> Iterator[Piece | None]:
-        reused = 0 if text.scores_prompt else sequence.reusable(text.ids)
-        for pooled in embedding_steps(sequence, text.ids, text.texts.pooling.mode):
-            if pooled is None:
-                yield None
-            else:
-                vector = text.texts.finish(pooled, text.dimensions)
-                yield Piece(text.index, "", (), "stop", len(text.ids), reused, 0, vector=vector)
-
-    def _answer(self, choice: Choice, sequence: Sequence) -> Iterator[Piece | None]:
-        """Yields after every engine step: a piece, or None during prefill.
+    def write(self, task: Choice | Text, sequence: Sequence) -> Writing:
+        """Yields jobs, whose results have to be sent or whose CheckFailed thrown, and the pieces of the answer.
 
         The last piece has `finish` set. Raises CheckFailed if the model returns values that are not finite.
         """
+        return self._embed(task, sequence) if isinstance(task, Text) else self._answer(task, sequence)
+
+    def _embed(self, text: Text, sequence: Sequence) -> Writing:
+        reused = 0 if text.scores_prompt else sequence.reusable(text.ids)
+        going = ask_embedding(sequence, text.ids, text.texts.pooling.mode)
+        step = next(going)
+        while isinstance(step, Job):
+            step = going.send((yield step))
+        vector = text.texts.finish(step, text.dimensions)
+        yield Piece(text.index, "", (), "stop", len(text.ids), reused, 0, vector=vector)
+
+    def _answer(self, choice: Choice, sequence: Sequence) -> Writing:
         cache = None if choice.scores_prompt else self._prompt_cache
         if cache:
             cache.restore(sequence, choice.ids)
@@ -78,7 +82,7 @@ class Writer:
         script = _Script(choice, reused, self._tokenizer)
         stop_ids = choice.stop_ids if choice.ignore_eos else choice.stop_ids | self._tokenizer.stop_ids
         sampler = Sampler(choice.sampling, choice.seed)
-        going = steps(
+        going = ask(
             sequence,
             choice.ids,
             sampler,
@@ -88,13 +92,21 @@ class Writer:
             stats=script.stats,
             guesser=prompt_lookup(sequence.model, self._costs) if self._costs else None,
         )
-        for step in going:
+        step = next(going, None)
+        while step is not None:
+            if isinstance(step, Job):
+                try:
+                    computed = yield step
+                except CheckFailed as error:
+                    step = going.throw(error)
+                else:
+                    step = going.send(computed)
+                continue
             if isinstance(step, Prefilled):
                 if choice.scores_prompt:
                     following = choice.ids[step.done - len(step.hidden) + 1 : step.done + 1]
                     self._score(sequence.model, step.hidden[: len(following)], following, script)
-                if step.done < len(choice.ids):
-                    yield None
+                step = next(going, None)
                 continue
             if cache and not script.written:  # behind the first token, which need not wait for it
                 cache.save(sequence, len(choice.ids))
@@ -102,6 +114,7 @@ class Writer:
             if step.stop or script.ended:
                 break
             yield script.piece()
+            step = next(going, None)
         yield script.last()
 
     def _score(self, model: Model, hidden: Array, following: abc.Sequence[int], script: _Script) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from axrun.errors import BadInput
@@ -24,6 +25,9 @@ from axrun.format.axmodel import TensorInfo
 Array = NDArray[Any]
 
 CACHES = ("K_cache", "V_cache")
+
+# axc_segment of axc_engine.h: the rows of one sequence in a run over several, with the addresses of its memory.
+SEGMENT = np.dtype([("tokens", "<u4"), ("history", "<u4"), ("mask", "<u8"), ("K_cache", "<u8"), ("V_cache", "<u8")])
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,21 @@ class Binding(Protocol):
         """
 
 
+class StackedBinding(Protocol):
+    """Memory for rows of several sequences, bound to the inputs and outputs of a session."""
+
+    def run(self, segments: int, count: int) -> None:
+        """Runs the first rows of the bound arrays: those of `count` segments at the address `segments`, stacked.
+
+        The new rows of K and V are also written to the caches, behind the history. Raises NotFinite as Binding.run;
+        the rows of the other sequences are then complete.
+        """
+
+
 class Session(Protocol):
     """A loaded axmodel.
 
+    `stacks`: one run may take rows of several sequences (`bind_stacked`).
     `flexible`: bindings may have any number of tokens and history, not only those of a group. `exact`: the outputs of a
     token do not depend on the other tokens of its run, to the bit.
     """
@@ -62,6 +78,9 @@ class Session(Protocol):
 
     @property
     def exact(self) -> bool: ...
+
+    @property
+    def stacks(self) -> bool: ...
 
     @property
     def groups(self) -> tuple[SessionGroup, ...]: ...
@@ -78,6 +97,12 @@ class Session(Protocol):
 
         All inputs must be given; missing outputs are discarded. The binding keeps the arrays alive.
         Raises ValueError for a name, type or shape that the group does not have.
+        """
+
+    def bind_stacked(self, arrays: Mapping[str, Array]) -> StackedBinding:
+        """Binds allocated arrays [1, rows, ...] for runs of up to `rows` rows; without masks and caches.
+
+        The binding keeps the arrays alive. Raises ValueError if the session does not stack rows.
         """
 
 

@@ -115,14 +115,33 @@ class AxBinding:
             self._library.call("AX_SYS_MflushCache", *arguments)
         code = self._function(*self._arguments)
         if code:
-            if code & 0xFFFFFFFF == NOT_FINITE:
-                output, row = self._library.not_finite()
-                raise NotFinite(self._part, self._outputs[output], row)
-            raise self._library.failure(self._name, code)
+            raise _failure(self._library, self._name, code, self._part, self._outputs)
         for arguments in self._after:
             self._library.call("AX_SYS_MinvalidateCache", *arguments)
         if self._check:
             self._check()
+
+
+class AxStackedBinding:
+    """Rows of several sequences, in our own library."""
+
+    def __init__(self, session: AxSession, io: Io, keep: Any) -> None:
+        self._session, self._io, self._keep = session, byref(io), keep
+        self._function = session.library.engine.axc_run_segments
+
+    def run(self, segments: int, count: int) -> None:
+        session = self._session
+        code = self._function(session.handle, c_void_p(segments), c_uint32(count), self._io)
+        if code:
+            raise _failure(session.library, "axc_run_segments", code, session.part, session.outputs)
+
+
+def _failure(library: Library, name: str, code: int, part: str, outputs: Sequence[str]) -> BadInput | NotFinite:
+    """The error for a run by the function `name` that returned `code`."""
+    if code & 0xFFFFFFFF != NOT_FINITE:
+        return library.failure(name, code)
+    output, row = library.not_finite()
+    return NotFinite(part, outputs[output], row)
 
 
 class AxSession:
@@ -133,6 +152,7 @@ class AxSession:
         weakref.finalize(self, loaded.engine.AX_ENGINE_DestroyHandle, handle)
         self.flexible = loaded.extended and ours is not None
         self.exact = self.flexible  # our engine and our axmodel
+        self.stacks = self.flexible and bool(loaded.engine.axc_takes_segments(handle))
         self.window = ours.window if ours else 0
         infos = _infos(loaded, handle)
         self._inputs, self._outputs = _names(infos[0])
@@ -144,6 +164,23 @@ class AxSession:
 
     def allocate(self, info: TensorInfo) -> Array:
         return allocate(info)
+
+    @property
+    def library(self) -> Library:
+        return self._library
+
+    @property
+    def handle(self) -> c_void_p:
+        return self._handle
+
+    @property
+    def part(self) -> str:
+        """The part of the model, for errors."""
+        return self._part
+
+    @property
+    def outputs(self) -> Sequence[str]:
+        return self._outputs
 
     def round_activations(self, bits: int) -> None:
         """Sets the precision of activations in products with integer weights: 16 or 8 bits. Our engine only."""
@@ -181,6 +218,22 @@ class AxSession:
             None if self.flexible else FiniteCheck(self._part, shape.outputs, arrays),
             (bound, inputs, outputs, io, self),
         )
+
+    def bind_stacked(self, arrays: Mapping[str, Array]) -> AxStackedBinding:
+        if not self.stacks:
+            raise ValueError(f"{self._part or 'the axmodel'} runs one sequence at a time")
+        rows = arrays["input"].shape[1]
+        for name, array in arrays.items():
+            info = _sized(self._symbolic[name], rows, 0)
+            if array.shape != info.shape or array.dtype != DTYPES[info.dtype].numpy or not array.flags.c_contiguous:
+                raise ValueError(f"{name} is {array.dtype}{list(array.shape)}, expected {info.dtype}{list(info.shape)}")
+        inputs, outputs = ((IoBuffer * len(names))() for names in (self._inputs, self._outputs))
+        for names, buffers in ((self._inputs, inputs), (self._outputs, outputs)):
+            for name, buffer in zip(names, buffers):
+                if name in arrays:
+                    _fill(buffer, arrays[name])
+        io = Io(pInputs=inputs, nInputSize=len(inputs), pOutputs=outputs, nOutputSize=len(outputs))
+        return AxStackedBinding(self, io, (dict(arrays), inputs, outputs, io))
 
     def _call(self, group: int, expected: Mapping[str, TensorInfo], io: Any) -> tuple[Any, ...]:
         if self.flexible:

@@ -14,7 +14,7 @@ from axrun.errors import BadInput
 from axrun.format import axmodel
 from axrun.format.axmodel import Axmodel, TensorInfo
 from axrun.format.dtypes import DTYPES
-from axrun.session import CACHES, Array, SessionGroup
+from axrun.session import CACHES, Array, SessionGroup, StackedBinding
 from axrun.session.finite import FiniteCheck
 from axrun.session.lowering import lower
 
@@ -55,6 +55,7 @@ class OrtSession:
 
     flexible = True
     exact = False
+    stacks = False
 
     def __init__(self, model: Axmodel, session: Any) -> None:
         self._session, self._part = session, model.part
@@ -100,6 +101,9 @@ class OrtSession:
             {name: value for name, value in values.items() if name in self._outputs},
             FiniteCheck(self._part, tuple(self._outputs.values()), bound),
         )
+
+    def bind_stacked(self, arrays: Mapping[str, Array]) -> StackedBinding:
+        raise ValueError("onnxruntime runs one sequence at a time")
 
 
 def open_session(path: str | os.PathLike[str], threads: int | None = None, lowered: bool = True) -> OrtSession:

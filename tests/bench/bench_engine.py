@@ -189,25 +189,6 @@ def bandwidth(bundle: Path) -> float:
     return float(script(sys.executable, READ, *sorted(bundle.glob("*.axmodel"))))
 
 
-@pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Qwen2-0.5B's shapes with random weights, or the folder BENCH_CHECKPOINT."""
-    if given := os.environ.get("BENCH_CHECKPOINT"):
-        return Path(given)
-    output = tmp_path_factory.mktemp("checkpoint") / "qwen2-0.5b"
-    command = [sys.executable, "-m", "axc", "synth", "--model", "qwen2-0.5b", "--output_path", str(output)]
-    subprocess.run(command, check=True, cwd=ROOT)
-    return output
-
-
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M's shapes with random weights."""
-    output = tmp_path_factory.mktemp("checkpoint") / "smollm-135m"
-    synth("smollm-135m", output)
-    return output
-
-
 # A build in one process whose s4 has blocks of 32 with float16 scales, as Q4_0 has them.
 BUILD_IN_32 = """
 import sys

@@ -118,6 +118,75 @@ def responses_tools() -> Any:
     return {"name": call.name, "status": final.status}
 
 
+def ollama_client() -> Any:
+    import ollama
+
+    return ollama.Client(host=URL, timeout=300)
+
+
+OLLAMA_LIMITS: Any = {"temperature": 0, "num_predict": 600}
+
+
+def ollama_streamed() -> Any:
+    """Text of /api/chat and of /api/generate, whole and in a stream."""
+    client = ollama_client()
+    given: Any = {"model": f"{NAME}:latest", "options": OLLAMA_LIMITS}
+    whole = client.chat(messages=MESSAGES, **given)
+    deltas = [chunk.message.content for chunk in client.chat(messages=MESSAGES, stream=True, **given)]
+    made = client.generate(prompt=QUESTION, system="You are brief.", **given)
+    lines = [
+        chunk.response for chunk in client.generate(prompt=QUESTION, system="You are brief.", stream=True, **given)
+    ]
+    texts = {whole.message.content, "".join(deltas), made.response, "".join(lines)}
+    return {"same": len(texts) == 1 and texts != {""}, "tokens": whole.eval_count, "done": made.done_reason}
+
+
+def ollama_structured() -> Any:
+    made = ollama_client().chat(model=NAME, messages=MESSAGES, format=Person.model_json_schema(), options=OLLAMA_LIMITS)
+    return Person.model_validate_json(made.message.content).model_dump()
+
+
+def ollama_tools() -> Any:
+    """Calls that the model writes, their results sent back, and an answer after them."""
+    client, options = ollama_client(), {"temperature": 0, "num_predict": 100}
+    question = {"role": "user", "content": QUESTION}
+    made = client.chat(model=NAME, messages=[question], tools=[weather], options=options)
+    calls = made.message.tool_calls
+    results = [
+        {"role": "tool", "tool_name": call.function.name, "content": weather(**call.function.arguments)}
+        for call in calls
+    ]
+    final = client.chat(model=NAME, messages=[question, made.message, *results], tools=[weather], options=options)
+    streamed = client.chat(model=NAME, messages=[question], tools=[weather], options=options, stream=True)
+    same = [call for chunk in streamed for call in chunk.message.tool_calls or ()] == list(calls)
+    return {
+        "calls": [[call.function.name, call.function.arguments] for call in calls],
+        "same": same,
+        "more": final.prompt_eval_count > made.prompt_eval_count,
+    }
+
+
+def ollama_models() -> Any:
+    import ollama
+
+    client = ollama_client()
+    (listed,) = client.list().models
+    shown = client.show(listed.model)
+    try:
+        client.chat(model="other", messages=MESSAGES)
+    except ollama.ResponseError as error:
+        refused = [error.status_code, error.error]
+    return {
+        "name": listed.model,
+        "size": int(listed.size),
+        "digest": listed.digest,
+        "family": listed.details.family,
+        "capabilities": shown.capabilities,
+        "context": shown.modelinfo["qwen2.context_length"],
+        "refused": refused,
+    }
+
+
 def instructor_mode(mode: str) -> Any:
     import instructor
 
@@ -263,6 +332,10 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "llama_index": llama_index_structured,
     "llama_index.tools": llama_index_tools,
     "llama_index.stream": llama_index_streamed,
+    "ollama": ollama_structured,
+    "ollama.stream": ollama_streamed,
+    "ollama.models": ollama_models,
+    "ollama.tools": ollama_tools,
     "responses": responses_text,
     "responses.parse": responses_parse,
     "responses.tools": responses_tools,

@@ -18,7 +18,7 @@ SCRIPT = ROOT / "tests" / "serve" / "client_libraries.py"
 UNGUIDED = ("instructor.JSON", "langchain.json_mode")
 GUIDED = (
     *("openai.parse", "instructor.TOOLS", "instructor.JSON_SCHEMA", "langchain.json_schema"),
-    *("langchain.function_calling", "pydantic_ai", "llm", "litellm", "llama_index"),
+    *("langchain.function_calling", "pydantic_ai", "llm", "litellm", "llama_index", "ollama"),
     *("responses.parse", "responses.langchain", "responses.pydantic_ai"),
 )
 CALLS = (
@@ -26,7 +26,7 @@ CALLS = (
     *("responses.tools", "responses.langchain.tools"),
 )
 STREAMS = (
-    *("litellm.stream", "llama_index.stream"),
+    *("litellm.stream", "llama_index.stream", "ollama.stream"),
     *("responses", "responses.langchain.stream", "responses.pydantic_ai.stream"),
 )
 
@@ -46,7 +46,7 @@ def ask(server: Server, question: str, *checks: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def results(server_long: Server) -> dict[str, Any]:
-    return ask(server_long, "who are you?", *GUIDED, *CALLS, *STREAMS)
+    return ask(server_long, "who are you?", *GUIDED, *CALLS, *STREAMS, "ollama.models")
 
 
 @pytest.mark.parametrize("name", GUIDED)
@@ -63,6 +63,23 @@ def test_tools_are_called(results: dict[str, Any]) -> None:
 
 def test_streams_add_up_to_the_answer(results: dict[str, Any]) -> None:
     assert {name: results[name]["same"] for name in STREAMS} == dict.fromkeys(STREAMS, True)
+
+
+def test_models_of_ollama(results: dict[str, Any], bundle_long: Path) -> None:
+    models, manifest = results["ollama.models"], json.loads((bundle_long / "manifest.json").read_text())
+    assert (models["name"], models["family"], models["context"]) == (f"{MODEL}:latest", "qwen2", 8191)
+    assert models["size"] == sum(entry["size"] for entry in manifest["files"].values())
+    assert len(models["digest"]) == 64
+    assert models["capabilities"] == ["completion", "tools"]
+    assert models["refused"] == [404, f"No such model; this server has: {MODEL}."]
+    assert results["ollama.stream"]["done"] == "stop"
+
+
+def test_tools_of_ollama(server_saying: Server) -> None:
+    made = ask(server_saying, "c", "ollama.tools")["ollama.tools"]
+    assert made["calls"] == [["weather", {"city": "Paris"}], ["weather", {"city": "Rome, Italy"}]]
+    assert made["same"]
+    assert made["more"]
 
 
 def test_json_without_a_schema(server_saying: Server) -> None:

@@ -31,7 +31,7 @@ CHECKS = (
 )
 
 
-EXAMPLES = {GenerationMode.POSITIVE: 50, GenerationMode.NEGATIVE: 80}  # positive ones take longer: they are answered
+EXAMPLES = {GenerationMode.POSITIVE: 30, GenerationMode.NEGATIVE: 50}  # positive ones take longer: they are answered
 
 # rules that the JSON Schema of one field cannot express
 ACROSS_FIELDS = (
@@ -50,7 +50,10 @@ ACROSS_FIELDS = (
 
 
 LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
-POSTS = [*WRITING, "/tokenize", "/detokenize"]
+POSTS = [*WRITING, "/tokenize", "/detokenize", "/api/show"]
+
+
+GETS = ["/v1/models", "/v1/models/qwen2", "/health", "/metrics", "/api/tags", "/api/version"]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +81,14 @@ def brief(server: Server) -> Any:
             body["properties"][name] = {"type": "integer", "minimum": 1, "maximum": 4}
             body["required"].append(name)
         body["properties"].get("n", {})["maximum"] = 2
+        if "options" in body["properties"]:  # of Ollama's routes
+            options = body["properties"]["options"] = {**body["properties"]["options"], "required": ["num_predict"]}
+            options["properties"] = {
+                **options["properties"],
+                "num_predict": {"type": "integer", "minimum": 1, "maximum": 4},
+            }
+            options["type"] = "object"
+            body["required"].append("options")
     for path, name in (("/v1/completions", "prompt"), ("/v1/embeddings", "input")):
         body = given["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         *_, tokens, lists = body["properties"][name]["anyOf"]
@@ -112,17 +123,18 @@ def fuzz(operation: Any, server: Server, mode: GenerationMode) -> Counter[str]:
 @pytest.mark.parametrize("path", POSTS)
 def test_valid_requests_are_answered(brief: Any, server: Server, path: str) -> None:
     seen = fuzz(brief[path]["POST"], server, GenerationMode.POSITIVE)
-    assert seen["200"] > 10
-    assert set(seen) == {"200", "across fields"}
+    assert seen["200"] > 5
+    assert set(seen) <= {"200", "across fields"}
 
 
 @pytest.mark.parametrize("path", POSTS)
 def test_invalid_requests_are_refused(document: Any, server: Server, path: str) -> None:
     seen = fuzz(document[path]["POST"], server, GenerationMode.NEGATIVE)
-    assert seen["400"] + seen["404"] > 40
+    assert seen["400"] + seen["404"] > 25
     assert set(seen) <= {"400", "404", "415", "across fields"}
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/qwen2", "/health", "/metrics"])
+@pytest.mark.parametrize("path", GETS)
 def test_other_routes_match_the_document(document: Any, server: Server, path: str) -> None:
+    assert {*POSTS, *GETS} == set(document)
     assert set(fuzz(document[path]["GET"], server, GenerationMode.POSITIVE)) == {"200"}

@@ -46,6 +46,7 @@ def bodies(name: str) -> st.SearchStrategy[Any]:
         "prompt": VALUES | st.lists(st.integers(-1, 5), max_size=3),
         "input": st.just("hi") | st.lists(message, max_size=2) | VALUES,
     }
+    valid: dict[str, st.SearchStrategy[Any]]
     valid = {"model": st.just("m"), **{field: first[field] for field in first.keys() & WRITING[name].fields.keys()}}
     others = st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=3)
     return st.one_of(VALUES, st.builds(lambda one, two: {**two, **one}, st.fixed_dictionaries(valid), others))

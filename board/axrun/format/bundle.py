@@ -101,6 +101,11 @@ class Bundle:
         """Version and digest of the compiler, and the versions of its libraries."""
         return compiler(self.manifest)
 
+    @property
+    def digest(self) -> str:
+        """The sha256 of the list of its files with their digests."""
+        return hashlib.sha256(json.dumps(self.manifest["files"], sort_keys=True).encode()).hexdigest()
+
     def flag(self, name: str) -> str:
         """A build flag, e.g. weight_type; empty if the manifest does not have it."""
         flags = self.manifest.get("flags")

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from axrun.serve import schema, tokens
+from axrun import VERSION
+from axrun.serve import ollama, schema, tokens
 from axrun.serve.answer import to_json
 from axrun.serve.endpoint import Reply
 from axrun.serve.errors import ApiError
@@ -21,6 +22,8 @@ from axrun.serve.exchange import JSON, Exchange, Gone, Receive, Send
 from axrun.serve.hosts import Hosts
 from axrun.serve.media import refuse_media
 from axrun.serve.metrics import Metrics
+from axrun.serve.ollama.fields import SHOW
+from axrun.serve.ollama.models import show, tags
 from axrun.serve.openapi import document
 from axrun.serve.order import Order, Reader
 from axrun.serve.origins import Origins
@@ -98,14 +101,17 @@ class App:
         self._converters: dict[str, tuple[Schema, Convert]] = {
             "/tokenize": (schema.request(tokens.TOKENIZE, model), tokens.tokenize),
             "/detokenize": (schema.request(tokens.DETOKENIZE, model), tokens.detokenize),
+            "/api/show": (schema.request(SHOW, model), show),
         }
         self._assets = {path: ((PAGE / name).read_bytes(), kind) for path, (name, kind) in ASSETS.items()}
         # path: (method, handler, needs the API key)
         self._routes: dict[str, tuple[str, Callable[[Exchange], Awaitable[None]], bool]] = {
             **dict.fromkeys(WRITING, ("POST", self._write, True)),
-            **dict.fromkeys(self._converters, ("POST", self._tokens, True)),
+            **dict.fromkeys(self._converters, ("POST", self._convert, True)),
             "/v1/models": ("GET", self._models, True),
             f"/v1/models/{model}": ("GET", self._one_model, True),
+            "/api/tags": ("GET", self._tags, True),
+            "/api/version": ("GET", self._version, True),
             "/metrics": ("GET", self._show_metrics, True),
             "/health": ("GET", self._health, False),
             "/openapi.json": ("GET", self._openapi, False),
@@ -114,6 +120,8 @@ class App:
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         exchange, came = Exchange(scope, receive, send), time.monotonic()
+        if exchange.path.startswith(ollama.PREFIX):
+            exchange.form = ollama.error_of
         try:
             await self._answer(exchange)
         except Gone:
@@ -171,6 +179,9 @@ class App:
         exchange.patience(limits.timeout + limits.read_timeout)
         loop = asyncio.get_running_loop()
         order, reply = await loop.run_in_executor(None, self._read, exchange.path, body)
+        if not order.choices:  # Ollama's way to load a model
+            await exchange.reply(200, reply.whole([]))
+            return
         events: asyncio.Queue[Any] = asyncio.Queue()
 
         def arrived(event: Event) -> None:
@@ -197,25 +208,27 @@ class App:
 
     def _read(self, path: str, body: bytes) -> tuple[Order, Reply]:
         """What a request asks for, and the response to fill in. Raises ApiError."""
-        endpoint, given = WRITING[path], self._valid(self._requests[path], body)
+        endpoint, given = WRITING[path], self._valid(path, self._requests[path], body)
         order = endpoint.read(self._reader, given)
         return order, endpoint.reply(self._model, self._fingerprint, given, order)
 
-    def _valid(self, schema: Schema, body: bytes) -> Any:
+    def _valid(self, path: str, schema: Schema, body: bytes) -> Any:
         """The validated body. Raises ApiError."""
         given = parse(body)
+        if path.startswith(ollama.PREFIX):
+            given = ollama.untagged(given)
         name = given.get("model") if isinstance(given, dict) else None
         if isinstance(name, str) and name != self._model:
             raise self._no_model()
         refuse_media(given)
         return validate(given, schema)
 
-    async def _tokens(self, exchange: Exchange) -> None:
-        """Text to token ids and back."""
+    async def _convert(self, exchange: Exchange) -> None:
+        """Text to token ids and back, and what else needs no slot."""
         body, (rules, convert) = await self._body(exchange), self._converters[exchange.path]
 
         def converted() -> dict[str, Any]:
-            return convert(self._reader, self._valid(rules, body))
+            return convert(self._reader, self._valid(exchange.path, rules, body))
 
         answer = await asyncio.get_running_loop().run_in_executor(None, converted)
         await exchange.reply(200, to_json(answer))
@@ -242,6 +255,12 @@ class App:
 
     async def _one_model(self, exchange: Exchange) -> None:
         await exchange.reply(200, to_json(self._listing))
+
+    async def _tags(self, exchange: Exchange) -> None:
+        await exchange.reply(200, to_json(tags([(self._model, self._reader.bundle)])))
+
+    async def _version(self, exchange: Exchange) -> None:
+        await exchange.reply(200, to_json({"version": VERSION}))
 
     async def _health(self, exchange: Exchange) -> None:
         state = self._scheduler.state
@@ -280,4 +299,4 @@ async def _pieces(events: asyncio.Queue[Any]) -> AsyncIterator[Piece]:
             raise event
         if event is None:
             return
-        yield event
+        yield event._replace(at=time.monotonic())

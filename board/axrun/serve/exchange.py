@@ -36,6 +36,7 @@ class Exchange:
         }
         self.status = 0
         self.always: dict[str, str] = {}  # headers of any response
+        self.form: Callable[[ApiError], Any] = ApiError.json  # of errors
         self._patience = scope.get("state", {}).get("patience", lambda seconds, keep=False: None)
         chunked = self.has("transfer-encoding")
         self._announced = 0 if chunked else int(self.header("content-length") or 0)
@@ -74,7 +75,7 @@ class Exchange:
 
     async def refuse(self, error: ApiError) -> None:
         """Sends an error as the response."""
-        await self.reply(error.status, to_json(error.json()), headers=error.headers)
+        await self.reply(error.status, to_json(self.form(error)), headers=error.headers)
 
     async def begin(self, status: int, kind: str, headers: Mapping[str, str]) -> None:
         """Sends the head of a response with content type `kind`."""

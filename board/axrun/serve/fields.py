@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from axrun.serve import embedding, schema
+from axrun.serve.ollama import fields as ollama
 from axrun.serve.responses.fields import FIELDS as RESPONSES
 from axrun.serve.responses.fields import ITEMS
 
@@ -18,9 +19,13 @@ PLACES: tuple[tuple[str, schema.Fields], ...] = (
     ("completions", schema.COMPLETION),
     ("responses", RESPONSES),
     ("embeddings", embedding.FIELDS),
+    ("api/chat", ollama.CHAT),
+    ("api/generate", ollama.GENERATE),
+    ("options", ollama.OPTIONS),
     ("message", schema.MESSAGE_FIELDS),
     ("part", schema.TEXT_PART["properties"]),
     *(("item", item["properties"]) for item in ITEMS),
+    ("api/chat message", ollama.MESSAGE["properties"]),
 )
 HEAD = {
     "Supported": ["| field | in | meaning |", "|---|---|---|"],

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from axrun.serve import schema, tokens
+from axrun.serve.endpoint import Endpoint
+from axrun.serve.ollama.fields import SHOW
 from axrun.serve.routes import WRITING
 
 INTEGER = {"type": "integer"}
@@ -30,6 +32,20 @@ def _ref(name: str) -> dict[str, Any]:
 
 FINISH = {"type": "string", "enum": ["stop", "length", "tool_calls"]}
 ITEM_STATUS = {"type": "string", "enum": ["completed", "incomplete"]}
+OLLAMA = {"model": STRING, "created_at": STRING, "done": {"const": True}, "done_reason": STRING}
+OLLAMA_FIGURES = dict.fromkeys(
+    (
+        *("total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration"),
+        *("eval_count", "eval_duration"),
+    ),
+    INTEGER,
+)
+OLLAMA_DETAILS = _object(
+    {
+        **dict.fromkeys(("parent_model", "format", "family", "parameter_size", "quantization_level"), STRING),
+        "families": _list(STRING),
+    }
+)
 HEAD = {"id": STRING, "created": INTEGER, "model": STRING, "system_fingerprint": STRING}
 
 SCHEMAS: dict[str, Any] = {
@@ -168,6 +184,43 @@ SCHEMAS: dict[str, Any] = {
             "content": _list(_object({"type": {"const": "reasoning_text"}, "text": STRING})),
         }
     ),
+    "OllamaError": _object({"error": STRING}),
+    "OllamaChat": _object(
+        {
+            **OLLAMA,
+            "message": _object(
+                {"role": {"const": "assistant"}, "content": STRING},
+                thinking=STRING,
+                tool_calls=_list(_object({"function": _object({"name": STRING, "arguments": {"type": "object"}})})),
+            ),
+        },
+        **OLLAMA_FIGURES,
+    ),
+    "OllamaGenerate": _object({**OLLAMA, "response": STRING}, thinking=STRING, **OLLAMA_FIGURES),
+    "OllamaShow": _object(
+        {
+            "modified_at": STRING,
+            "details": OLLAMA_DETAILS,
+            "template": STRING,
+            "parameters": STRING,
+            "model_info": {"type": "object"},
+            "capabilities": _list(STRING),
+        }
+    ),
+    "OllamaModels": _object(
+        {
+            "models": _list(
+                _object(
+                    {
+                        **dict.fromkeys(("name", "model", "modified_at", "digest"), STRING),
+                        "size": INTEGER,
+                        "details": OLLAMA_DETAILS,
+                    }
+                )
+            )
+        }
+    ),
+    "OllamaVersion": _object({"version": STRING}),
     "Tokens": _object({"tokens": _list(INTEGER), "count": INTEGER, "max_model_len": INTEGER}),
     "Text": _object({"content": STRING, "prompt": STRING}),
     "Model": _object(
@@ -205,6 +258,7 @@ REFUSALS = {
     "503": "The model is being loaded, or the server is shutting down.",
     "504": "The answer was not finished in time.",
 }
+STREAMS = {"text/event-stream": "server-sent events", "application/x-ndjson": "lines of JSON"}
 UNAUTHORIZED = "Wrong or missing API key."
 
 
@@ -215,17 +269,22 @@ def document(model: str) -> dict[str, Any]:
         "info": {
             "title": "axrun serve",
             "version": "1",
-            "description": "OpenAI's chat completions and completions for one model. Fields that are known but "
+            "description": "OpenAI's and Ollama's APIs for one model. Fields that are known but "
             "not supported are refused unless their value turns them off; unknown fields are refused.",
         },
         "paths": {
             **{
-                path: {"post": (_writing if each.streams else _converting)(each.summary, each.answer, body)}
+                path: {"post": _writing(each, body) if each.streams else _converting(each.summary, each.answer, body)}
                 for path, each in WRITING.items()
                 for body in [schema.request(each.fields, model)]
             },
             "/tokenize": {"post": _converting("Token ids of a text", "Tokens", schema.request(tokens.TOKENIZE, model))},
             "/detokenize": {"post": _converting("Text of token ids", "Text", schema.request(tokens.DETOKENIZE, model))},
+            "/api/show": {
+                "post": _converting("Show the model", "OllamaShow", schema.request(SHOW, model), "OllamaError")
+            },
+            "/api/tags": {"get": _reading("List the models", "OllamaModels", "OllamaError")},
+            "/api/version": {"get": _reading("Version of axrun", "OllamaVersion", "OllamaError")},
             "/v1/models": {"get": _reading("List the served model", "Models")},
             f"/v1/models/{model}": {"get": _reading("Show the served model", "Model")},
             "/health": {
@@ -256,27 +315,26 @@ def document(model: str) -> dict[str, Any]:
     }
 
 
-def _writing(summary: str, answer: str, body: dict[str, Any]) -> dict[str, Any]:
-    whole = _says("The answer; with stream, chunks as server-sent events, then [DONE].", _ref(answer))
-    whole["content"]["text/event-stream"] = {}
-    refusals = {status: _says(text, _ref("Error")) for status, text in {**REFUSALS, "401": UNAUTHORIZED}.items()}
-    return {
-        "summary": summary,
-        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "responses": {"200": whole, **refusals},
-    }
-
-
-def _converting(summary: str, answer: str, body: dict[str, Any]) -> dict[str, Any]:
-    made = _writing(summary, answer, body)
-    made["responses"]["200"] = _says("The result.", _ref(answer))
+def _writing(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
+    made = _converting(endpoint.summary, endpoint.answer, body, endpoint.error)
+    made["responses"]["200"] = _says(f"The answer; in a stream, {STREAMS[endpoint.media]}.", _ref(endpoint.answer))
+    made["responses"]["200"]["content"][endpoint.media] = {}
     return made
 
 
-def _reading(summary: str, answer: str) -> dict[str, Any]:
+def _converting(summary: str, answer: str, body: dict[str, Any], error: str = "Error") -> dict[str, Any]:
+    refusals = {status: _says(text, _ref(error)) for status, text in {**REFUSALS, "401": UNAUTHORIZED}.items()}
     return {
         "summary": summary,
-        "responses": {"200": _says("It.", _ref(answer)), "401": _says(UNAUTHORIZED, _ref("Error"))},
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "responses": {"200": _says("The result.", _ref(answer)), **refusals},
+    }
+
+
+def _reading(summary: str, answer: str, error: str = "Error") -> dict[str, Any]:
+    return {
+        "summary": summary,
+        "responses": {"200": _says("It.", _ref(answer)), "401": _says(UNAUTHORIZED, _ref(error))},
     }
 
 

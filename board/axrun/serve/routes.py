@@ -6,6 +6,7 @@ from axrun.serve import schema
 from axrun.serve.answer import CHAT, COMPLETION, in_style
 from axrun.serve.embedding import ENDPOINT as EMBEDDINGS
 from axrun.serve.endpoint import Endpoint
+from axrun.serve.ollama.endpoints import ENDPOINTS as OLLAMA
 from axrun.serve.order import Reader
 from axrun.serve.responses import fields, reply, request
 
@@ -18,4 +19,5 @@ WRITING: dict[str, Endpoint] = {
     ),
     "/v1/embeddings": EMBEDDINGS,
     "/v1/responses": Endpoint("Answer a conversation", fields.FIELDS, "Response", request.read, reply.Response),
+    **OLLAMA,
 }

@@ -32,7 +32,7 @@ class Piece(NamedTuple):
 
     `finish` is `stop` or `length` on the last piece and empty before. Token counts are cumulative; a stop token does
     not count as written. `reused` tokens of the prompt were already in the KV cache of the slot. Of `guessed` tokens,
-    `accepted` were right. `vector`: the embedding, of a text to embed.
+    `accepted` were right. `at` is when it arrived, by time.monotonic(). `vector`: the embedding, of a text to embed.
     """
 
     choice: int
@@ -44,6 +44,7 @@ class Piece(NamedTuple):
     written: int
     guessed: int = 0
     accepted: int = 0
+    at: float = 0.0
     vector: Any = None
 
 

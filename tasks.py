@@ -62,6 +62,7 @@ from requirements.install import (
     install_sentence_transformers,
     missing_packages,
 )
+from requirements.page import TEST_LIB
 from requirements.page import bring as bring_page
 
 if TYPE_CHECKING:
@@ -172,6 +173,7 @@ def test_all(context: Context, args: str = ARGS) -> None:  # noqa: PT028  (a tas
         install_clients(VENV)
         install_sentence_transformers(VENV)
         bring_page(VENV)
+        bring_page(VENV, lib=TEST_LIB, dev=True)
         lint(context)
     suite("-n", "2", "-m", "not system", *more, none_is_fine=bool(more))
     system_tests.run(*more)

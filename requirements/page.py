@@ -1,5 +1,7 @@
 """Bring the chat page's Markdown libraries into board/axrun/serve/page/lib, as package-lock.json locks them.
 
+Its development packages are what the page is tested with; they are brought into tests/serve/page/lib.
+
 npm fetches the archives; the machine's own npm, or else the one of the set `page`. An archive that lies in the folder
 WHEELS is taken from there, so that a machine without a network can have them too. Every archive is checked by its hash.
 Only the standard library is needed.
@@ -24,11 +26,13 @@ from requirements.install import LOCKS, ROOT, SetupFailed, environment, install,
 
 LOCK = LOCKS / "package-lock.json"
 LIB = ROOT / "board" / "axrun" / "serve" / "page" / "lib"
+TEST_LIB = ROOT / "tests" / "serve" / "page" / "lib"
 # package: the file of it that the page loads, and the name that is served
 MODULES = {
     "dompurify": ("dist/purify.es.mjs", "purify.js"),
     "markdown-it": ("dist/browser/markdown-it.esm.min.mjs", "markdown-it.js"),
 }
+TEST_MODULES = {"axe-core": ("axe.min.js", "axe.js")}
 STAMP = "made-from"  # in LIB: the digest of what decided its content
 MOST_ARCHIVE, MOST_FILE = 16 << 20, 1 << 20  # bytes
 FETCH_SECONDS = 300
@@ -48,15 +52,15 @@ class Package:
         return f"{self.name}-{self.version}.tgz"
 
 
-def bring(venv: Path, lock: Path = LOCK, lib: Path = LIB) -> None:
-    """Fills `lib` with the page's modules and all licences, unless it holds those of this lock.
+def bring(venv: Path, lock: Path = LOCK, lib: Path = LIB, dev: bool = False) -> None:
+    """Fills `lib` with the page's modules, or those of its tests, and all licences, unless it holds those of this lock.
 
     Raises SetupFailed when an archive cannot be had or is not the locked one; `lib` is then as it was.
     """
     wanted = fingerprint(lock)
     if (lib / STAMP).is_file() and (lib / STAMP).read_text() == wanted:
         return
-    packages = locked(lock)
+    packages = locked(lock, dev)
     lib.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=lib.parent, prefix="lib.part-") as scratch:
         archives, made = Path(scratch, "archives"), Path(scratch, "lib")
@@ -69,7 +73,8 @@ def bring(venv: Path, lock: Path = LOCK, lib: Path = LIB) -> None:
         made.chmod(0o755)
         shutil.rmtree(lib, ignore_errors=True)
         made.rename(lib)
-    print(f"setup: the page's Markdown libraries are there: {', '.join(f'{p.name} {p.version}' for p in packages)}")
+    names = ", ".join(f"{package.name} {package.version}" for package in packages)
+    print(f"setup: the page's {'test' if dev else 'Markdown'} libraries are there: {names}")
 
 
 def fingerprint(lock: Path) -> str:
@@ -77,13 +82,16 @@ def fingerprint(lock: Path) -> str:
     return hashlib.sha256(lock.read_bytes() + Path(__file__).read_bytes()).hexdigest()
 
 
-def locked(lock: Path) -> list[Package]:
-    """What the lock names, without optional packages (types for a compiler). The modules bundle the others' code."""
+def locked(lock: Path, dev: bool = False) -> list[Package]:
+    """What the lock names for the page, or for its tests, without optional packages (types for a compiler).
+
+    The modules bundle the others' code.
+    """
     entries = json.loads(lock.read_text())["packages"].items()
     return [
         Package(path.removeprefix("node_modules/"), entry["version"], entry["integrity"])
         for path, entry in entries
-        if path and not entry.get("optional")
+        if path and not entry.get("optional") and entry.get("dev", False) == dev
     ]
 
 
@@ -144,7 +152,7 @@ def unpack(package: Package, archive: Path, into: Path) -> None:
             f"{package.archive} is not the file that was locked: its {algorithm} is {seen[:12]}..., expected "
             f"{digest[:12]}...\nremove it from where it came from, and run the same again"
         )
-    module, served = MODULES.get(package.name, ("", ""))
+    module, served = {**MODULES, **TEST_MODULES}.get(package.name, ("", ""))
     written = set()
     with tarfile.open(fileobj=io.BytesIO(content)) as files:
         for member in files:

@@ -60,6 +60,7 @@ def lock(wheels: Path, tmp_path: Path) -> Path:
         name, _, version = path.name.removesuffix(".tgz").rpartition("-")
         digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
         entries[f"node_modules/{name}"] = {"version": version, "integrity": f"sha512-{digest}"}
+    entries["node_modules/tested-with"] = {"version": "1.0.0", "integrity": "sha512-x", "dev": True}
     entries["node_modules/@types/x"] = {"version": "1.0.0", "integrity": "sha512-x", "optional": True}
     (tmp_path / "lock.json").write_text(json.dumps({"packages": entries}))
     return tmp_path / "lock.json"
@@ -142,10 +143,13 @@ def test_a_package_with_another_hash_than_the_lock_is_an_error(lock: Path, wheel
 
 
 def test_the_lock_names_exact_versions_with_hashes_and_no_registry() -> None:
-    wanted = json.loads((page.LOCK.parent / "package.json").read_text())["dependencies"]
+    package = json.loads((page.LOCK.parent / "package.json").read_text())
+    wanted = package["dependencies"]
     entries = json.loads(page.LOCK.read_text())["packages"]
     assert {name: entries[f"node_modules/{name}"]["version"] for name in wanted} == wanted
     assert set(page.MODULES) == set(wanted)
+    assert set(page.TEST_MODULES) == set(package["devDependencies"])
+    assert [found.name for found in page.locked(page.LOCK, dev=True)] == [*page.TEST_MODULES]
     for name, entry in entries.items():
         assert not name or re.fullmatch(r"sha512-[A-Za-z0-9+/]{86}==", entry["integrity"])
         assert "resolved" not in entry

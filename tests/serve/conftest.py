@@ -17,12 +17,6 @@ from axc import build
 from tests.serve import saying
 from tests.serve.server import Server, Start
 
-# A prompt that ends with <think> is answered by the text of ">".
-THINKING = (
-    "{% for m in messages %}{{ m.reasoning_content or '' }}{{ m.content }}{% endfor %}"
-    "{% if enable_thinking %}{{ '<think>' }}{% endif %}{{ '</think>'[:0] }}"
-)
-
 
 @pytest.fixture
 def start() -> Iterator[Start]:
@@ -77,12 +71,18 @@ def server_saying(bundle_saying: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def thinker(bundle_saying: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def bundle_thinking(bundle_saying: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, with a template that has thoughts."""
     bundle = tmp_path_factory.mktemp("thinker") / "bundle"
     shutil.copytree(bundle_saying, bundle)
-    (bundle / "hf" / "chat_template.jinja").write_text(THINKING)
-    server = Server(bundle, "--name", "qwen2", "--reasoning-budget", 100).ready()
+    (bundle / "hf" / "chat_template.jinja").write_text(saying.THINKING)
+    return bundle
+
+
+@pytest.fixture(scope="session")
+def thinker(bundle_thinking: Path) -> Iterator[Server]:
+    """Answers with saying.TEXTS; the template has thoughts."""
+    server = Server(bundle_thinking, "--name", "qwen2", "--reasoning-budget", 100).ready()
     yield server
     assert server.stop() == 0
     assert not [line for line in server.lines if "Traceback" in line]

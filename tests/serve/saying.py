@@ -18,6 +18,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 END = "<|end|>"
 PIECE = 3  # minimum bytes of a piece
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+# A prompt that ends with <think> is answered by the text of ">".
+THINKING = (
+    "{% for m in messages %}{{ m.reasoning_content or '' }}{{ m.content }}{% endfor %}"
+    "{% if enable_thinking %}{{ '<think>' }}{% endif %}{{ '</think>'[:0] }}"
+)
 PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
 FENCES = """Before
 ```python title="a.py"

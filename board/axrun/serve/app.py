@@ -37,8 +37,8 @@ SCRIPT = "text/javascript; charset=utf-8"
 LIBRARIES = {f"/lib/{name}": (f"lib/{name}", SCRIPT) for name in ("markdown-it.js", "purify.js")}
 ASSETS = {
     "/": ("index.html", "text/html; charset=utf-8"),
-    "/chat.css": ("chat.css", "text/css; charset=utf-8"),
-    **{f"/{name}": (name, SCRIPT) for name in ("chat.js", "code.js", "context.js", "markdown.js", "store.js")},
+    **{f"/{path.name}": (path.name, "text/css; charset=utf-8") for path in sorted(PAGE.glob("*.css"))},
+    **{f"/{path.name}": (path.name, SCRIPT) for path in sorted(PAGE.glob("*.js"))},
     **{path: asset for path, asset in LIBRARIES.items() if (PAGE / asset[0]).is_file()},
 }
 PAGE_HEADERS = {

@@ -1,83 +1,86 @@
-import { button, copy, element } from "/code.js";
-import { estimate, leaveOut, makeRoom, rateOf, shown } from "/context.js";
-import { load as loadMarkdown, plain, Writing } from "/markdown.js";
-import { empty, load, save, Store } from "/store.js";
+// The page: which conversation is shown, the answer in progress, and what the user does.
+
+import { Clock, events, grow, post } from "./answer.js";
+import { Chats } from "./chats.js";
+import { element } from "./code.js";
+import { estimate, leaveOut, makeRoom, rateOf, toSend, turnsBefore } from "./context.js";
+import { add, choose, pathOf, shownOf, startOf, versions } from "./conversation.js";
+import { listen } from "./keys.js";
+import { load as loadMarkdown } from "./markdown.js";
+import { context, forget, pick, served, several, watch } from "./models.js";
+import { paced } from "./pace.js";
+import { narrow, togglePanel, turnPanel } from "./panels.js";
+import * as settings from "./settings.js";
+import { load, Store } from "./store.js";
+import { belowOf, Drawing, editorIn, resultsForm, turnOf } from "./turn.js";
 
 const $ = (id) => document.getElementById(id);
-const SETTINGS = ["system", "temperature", "top_p", "max_tokens", "seed"];
-const NUMBERS = SETTINGS.slice(1, 4);
 const SAVE_MS = 1000; // while an answer is being generated
 const QUIET_MS = 10000; // after which an answer of another tab counts as interrupted
-const RENDER_SHARE = 4; // spend at most 1/RENDER_SHARE of the time rendering an answer
 
-let model = "";
-let context = 0; // tokens; 0: not known yet
-let answering = null; // the AbortController of the answer in progress
+let answering = null; // the answer in progress: {at, abort, settle}
 let leaving = false; // the page is being unloaded, so pending requests fail
 let elsewhere = 0; // the timer of an answer in progress in another tab
-const store = new Store(() => answering !== null, adopt);
-let conversation = store.open(); // messages: {role, content, figures, error, seed, tries, tokens, writing}
-const drawn = new WeakMap(); // the rendered text of a message: {content, text}
+const store = new Store(() => answering !== null, adopt, () => chats.draw());
+const chats = new Chats(store, { open: openChat, removed, renamed });
+let conversation = store.open();
 
 // ---- rendering
 
-function textOf(message) {
-  const known = drawn.get(message);
-  if (known?.content === message.content) return known.text;
-  const text = element("div", "text");
-  if (message.role === "user") text.append(...plain(message.content));
-  else new Writing(text).finish(message.content);
-  drawn.set(message, { content: message.content, text });
-  return text;
-}
-
-function show(message, index) {
-  const { messages, start } = conversation;
-  const turn = element("article", `turn ${message.role}`);
-  turn.setAttribute("aria-label", message.role === "user" ? "You" : "Answer");
-  turn.classList.toggle("left-out", index < start);
-  const text = textOf(message);
-  turn.append(text);
-  if (message.error) turn.append(element("div", "error", message.error));
-  if (message.role === "assistant" && message !== answering?.message) {
-    const below = element("div", "below");
-    const told = !message.writing ? message.figures : elsewhere ? "being written in another tab" : "interrupted";
-    if (told) below.append(element("span", "figures", told));
-    if (message.content) below.append(button("Copy", (pressed) => copy(pressed, message.content, text)));
-    if (index === messages.length - 1 && !elsewhere)
-      below.append(button("Try again", again), button("Edit question", edit));
-    turn.append(below);
-  }
+function show(at) {
+  const message = conversation.messages[at];
+  const turn = turnOf(message);
+  turn.dataset.at = at;
+  if (at === answering?.at) return turn;
+  const told = !message.writing ? message.figures : elsewhere ? "being written in another tab" : "interrupted";
+  const buttons = { Edit: () => edit(at) };
+  if (message.role === "assistant") buttons["Try again"] = () => again(at);
+  if (elsewhere) for (const name of Object.keys(buttons)) delete buttons[name];
+  const acts = { choose: (other, name) => switchTo(other, name), buttons };
+  turn.append(belowOf(turn, message, at, versions(conversation, at), told, acts));
+  if (at === conversation.leaf && message.calls?.length && !message.writing)
+    turn.append(resultsForm(message.calls, (results) => sendResults(at, results)));
   return turn;
 }
 
-function showAll() {
+function showAll(scroll = true) {
   for (const turn of document.querySelectorAll(".turn, .note")) turn.remove();
-  const { messages, start } = conversation;
-  const turns = messages.map(show);
-  if (start > 0 && start < messages.length) turns.splice(start, 0, element("p", "note", leftOut(start)));
+  const path = pathOf(conversation);
+  const turns = path.map(show);
+  const start = startOf(shownOf(conversation));
+  for (const turn of turns.slice(0, start)) turn.classList.add("left-out");
+  if (start > 0 && start < turns.length) turns.splice(start, 0, element("p", "note", leftOut(start)));
   $("log").append(...turns);
-  $("empty").hidden = messages.length > 0;
-  $("log").scrollTop = $("log").scrollHeight;
-  showGauge(messages.at(-1)?.tokens);
+  $("empty").hidden = path.length > 0;
+  if (scroll) $("log").scrollTop = $("log").scrollHeight;
+  showGauge(conversation.messages[conversation.leaf]?.tokens);
 }
 
 function leftOut(start) {
-  const count = start / 2;
+  const count = turnsBefore(shownOf(conversation), start);
   const what = count === 1 ? "The turn above is" : `The ${count} turns above are`;
   return `${what} left out: the model's context of ${context.toLocaleString("en")} tokens is full.`;
 }
 
+const turnAt = (at) => document.querySelector(`.turn[data-at="${at}"]`);
+
+/** The messages to send. */
+function prompt() {
+  const shown = shownOf(conversation);
+  return toSend(shown, startOf(shown), settings.system());
+}
+
 /** Shows the use of the context; `tokens` as counted by the server, else estimated. */
-function showGauge(tokens) {
+function showGauge(tokens, speed = "") {
   // The last token of an answer is counted, but is not in the KV cache yet.
-  const used = Math.min(tokens ?? estimate(shown(conversation, system()), conversation.rate), context);
-  $("gauge").hidden = !context || !conversation.messages.length;
+  const used = Math.min(tokens ?? estimate(prompt(), conversation.rate), context);
+  $("gauge").hidden = !context || conversation.leaf < 0;
   $("gauge-bar").max = context;
   $("gauge-bar").high = context * 0.75;
   $("gauge-bar").value = used;
   const about = tokens === undefined ? "about " : "";
   $("gauge-text").textContent = `${about}${used.toLocaleString("en")} of ${context.toLocaleString("en")} tokens`;
+  $("speed").textContent = speed;
 }
 
 function showState() {
@@ -88,9 +91,9 @@ function showState() {
 }
 
 function fit() {
-  const prompt = $("prompt");
-  prompt.style.height = "auto";
-  prompt.style.height = `${prompt.scrollHeight + 2}px`;
+  const field = $("prompt");
+  field.style.height = "auto";
+  field.style.height = `${field.scrollHeight + 2}px`;
 }
 
 function keep() {
@@ -102,7 +105,7 @@ function adopt(changed) {
   conversation = changed;
   clearTimeout(elsewhere);
   elsewhere = 0;
-  if (changed.messages.at(-1)?.writing)
+  if (changed.messages[changed.leaf]?.writing)
     elsewhere = setTimeout(() => {
       elsewhere = 0;
       showAll();
@@ -110,221 +113,235 @@ function adopt(changed) {
   showAll();
 }
 
-// ---- requests
-
-const system = () => $("system").value.trim();
-
-function request(seed) {
-  const body = { model, seed, stream: true, stream_options: { include_usage: true } };
-  body.messages = shown(conversation, system());
-  for (const name of NUMBERS) if ($(name).value !== "") body[name] = Number($(name).value);
-  const headers = { "Content-Type": "application/json" };
-  if ($("key").value) headers.Authorization = `Bearer ${$("key").value}`;
-  return { method: "POST", headers, body: JSON.stringify(body), signal: answering.signal };
-}
+// ---- answers
 
 /** A different seed for every try: random, or counting up from the seed in the settings. */
 function seedOf(tries) {
-  if ($("seed").value !== "") return Number($("seed").value) + tries;
-  return crypto.getRandomValues(new Uint32Array(1))[0];
+  const first = settings.seed();
+  return first === null ? crypto.getRandomValues(new Uint32Array(1))[0] : first + tries;
 }
 
 /** Sends the conversation; if the server finds it too long, again with more of the oldest turns left out. */
-async function respond(seed) {
+async function respond(message, signal) {
   for (;;) {
-    const response = await fetch("/v1/chat/completions", request(seed));
-    if (response.ok) return response;
-    const body = await response.json().catch(() => null);
-    if (body?.error?.code === "context_length_exceeded" && leaveOut(conversation)) continue;
-    if (response.status === 401) toggleSettings(true);
-    throw new Error(body?.error?.message ?? `the server returned status ${response.status}`);
-  }
-}
-
-/** The JSON of each server-sent event, until [DONE]. */
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let buffer = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) throw new Error("the connection was lost before the answer was complete");
-    const parts = (buffer + value).split("\n\n");
-    buffer = parts.pop();
-    for (const part of parts) {
-      const data = part.replace(/^data: /, "");
-      if (data === "[DONE]") return;
-      yield JSON.parse(data);
+    const body = { ...settings.fields(), model: served || undefined, seed: message.seed, messages: prompt() };
+    try {
+      return await post(body, settings.key(), signal);
+    } catch (error) {
+      if (error.status === 401) togglePanel("settings", true);
+      if (error.code !== "context_length_exceeded") throw error;
+      const shown = shownOf(conversation);
+      const start = leaveOut(shown, startOf(shown));
+      if (start === startOf(shown)) throw error;
+      message.start = start;
     }
   }
 }
 
-function figures(clock, usage, finish) {
-  const parts = [];
-  if (clock.first) parts.push(`first token ${Math.round(clock.first - clock.start)} ms`);
-  const tokens = usage?.completion_tokens ?? clock.tokens;
-  const seconds = (clock.last - clock.first) / 1000;
-  if (tokens > 1 && seconds > 0) parts.push(`${((tokens - 1) / seconds).toFixed(1)} tok/s`);
-  if (usage) {
-    const cached = usage.prompt_tokens_details?.cached_tokens;
-    parts.push(`${usage.prompt_tokens} tokens read${cached ? ` (${cached} of them reused)` : ""}`);
-  }
-  if (tokens) parts.push(`${tokens} written`);
-  if (finish === "length")
-    parts.push(usage?.total_tokens >= context ? "cut: the context is full" : "cut at the length limit");
-  if (finish === "stopped") parts.push("stopped");
-  return parts.join(" · ");
-}
-
-/** Renders an answer in progress: at most once a frame, and within RENDER_SHARE of the time. */
-function drawing(text) {
-  const writing = new Writing(text);
-  let message = null;
-  let due = 0;
-  const draw = () => {
-    if (message === null) return;
-    const log = $("log");
-    const below = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-    const began = performance.now();
-    writing.draw(message.content);
-    if (below) log.scrollTop = log.scrollHeight;
-    const now = performance.now();
-    due = now + (RENDER_SHARE - 1) * (now - began);
-    message = null;
-  };
-  return {
-    later(changed) {
-      if (message === null) setTimeout(() => requestAnimationFrame(draw), due - performance.now());
-      message = changed;
-    },
-    finish(changed) {
-      message = null;
-      writing.finish(changed.content);
-      drawn.set(changed, { content: changed.content, text });
-    },
-  };
-}
-
-/** Generates an answer to the last question; `before` is the rejected previous answer. */
-async function answer(before) {
+/** Generates an answer to a message; `before` is the previous answer to it. */
+async function answer(parent, before) {
   const tries = before ? (before.tries ?? 0) + 1 : 0;
-  const message = { role: "assistant", content: "", seed: seedOf(tries), tries, writing: true };
-  const clock = { start: performance.now(), first: 0, last: 0, tokens: 0, saved: performance.now() };
-  const mine = conversation;
-  const { start } = mine;
-  let usage, finish;
-  answering = Object.assign(new AbortController(), { message });
-  mine.messages.push(message);
-  makeRoom(mine, system(), context);
+  const begun = { role: "assistant", content: "", seed: seedOf(tries), tries, writing: true };
+  if (several()) begun.model = served;
+  const at = add(conversation, begun, parent);
+  const message = conversation.messages[at];
+  const shown = shownOf(conversation);
+  const start = makeRoom(shown, startOf(shown), conversation.rate, settings.system(), context);
+  if (start > startOf(shown)) message.start = start;
+  const abort = new AbortController();
+  const clock = new Clock();
+  let [saved, usage, finish, settled] = [clock.start, null, "", false];
+  answering = { at };
   keep();
   showAll();
   showState();
-  const turn = $("log").lastElementChild;
+  chats.draw();
+  const turn = turnAt(at);
   turn.classList.add("writing");
   turn.setAttribute("aria-busy", "true");
-  $("log").scrollTop = $("log").scrollHeight;
-  const draw = drawing(turn.querySelector(".text"));
+  const drawing = new Drawing(turn, message);
+  const pace = paced($("log"), () => drawing.draw());
+  const settle = (ending) => {
+    if (settled) return;
+    settled = true;
+    pace.cancel();
+    answering = null;
+    drawing.finish();
+    if (message.error && !message.content) delete message.start; // leaving turns out did not help
+    complete(message, before, clock, usage, ending);
+    showState();
+  };
+  Object.assign(answering, { abort, settle });
   try {
-    for await (const event of events(await respond(message.seed))) {
+    for await (const event of events(await respond(message, abort.signal))) {
+      if (settled) return;
       if (event.error) throw new Error(event.error.message);
       usage = event.usage ?? usage;
-      const choice = event.choices[0];
-      finish = choice?.finish_reason ?? finish;
-      if (!choice?.delta.content) continue;
-      clock.last = performance.now();
-      clock.first ||= clock.last;
-      clock.tokens += 1;
-      message.content += choice.delta.content;
-      draw.later(message);
-      if (clock.last - clock.saved < SAVE_MS) continue;
-      clock.saved = clock.last;
+      finish = event.choices[0]?.finish_reason ?? finish;
+      if (!grow(message, event.choices[0]?.delta)) continue;
+      clock.tick(message);
+      if (clock.thought) message.thought = Math.round(clock.thought);
+      pace.later();
+      if (clock.last - saved < SAVE_MS) continue;
+      saved = clock.last;
       keep();
-      showGauge();
+      showGauge(undefined, clock.speed());
     }
   } catch (error) {
+    if (settled) return;
     if (leaving) return keep();
-    if (answering.signal.aborted) finish = "stopped";
+    if (abort.signal.aborted) finish = "stopped";
     else message.error = error instanceof TypeError ? "The server cannot be reached." : error.message;
   }
-  if (message.error && !message.content) mine.start = start; // leaving turns out did not help
-  answering = null;
-  draw.finish(message);
-  if (mine === conversation) complete(message, before, figures(clock, usage, finish), usage);
-  showState();
+  settle(finish);
   $("prompt").focus();
 }
 
-/** Finishes an answer. */
-function complete(message, before, told, usage) {
+/** Completes an answer of the conversation that is shown. */
+function complete(message, before, clock, usage, ending) {
+  const told = clock.figures(usage, ending, context);
   const same = before?.content && before.content === message.content;
   delete message.writing;
   message.figures = same ? `${told} · same answer as before: set a temperature above 0 for other answers` : told;
-  message.tokens = usage?.total_tokens;
-  if (usage) conversation.rate = rateOf(shown(conversation, system()), usage.total_tokens) ?? conversation.rate;
+  if (usage) {
+    message.tokens = usage.total_tokens;
+    conversation.rate = rateOf(prompt(), usage.total_tokens) ?? conversation.rate;
+  }
   keep();
   showAll();
+  chats.draw();
 }
+
+function stop() {
+  answering?.abort.abort();
+}
+
+/** Ends the answer in progress before another conversation is shown. */
+function leave() {
+  if (!answering) return;
+  const { abort, settle } = answering;
+  abort.abort();
+  settle("stopped");
+}
+
+// ---- what the user does with a conversation
 
 function ask() {
   const content = $("prompt").value.trim();
   if (!content || answering) return;
   $("prompt").value = "";
   fit();
-  conversation.messages.push({ role: "user", content });
-  answer();
+  answer(add(conversation, { role: "user", content }));
 }
 
-function again() {
+function again(at) {
+  if (answering || elsewhere) return;
+  const before = conversation.messages[at];
+  answer(before.parent, before);
+}
+
+function sendResults(at, results) {
   if (answering) return;
-  answer(conversation.messages.pop());
+  const { calls } = conversation.messages[at];
+  conversation.leaf = at;
+  calls.forEach(({ id, name }, index) => add(conversation, { role: "tool", content: results[index], call: id, name }));
+  answer(conversation.leaf);
 }
 
-/** Moves the last question back into the input field and removes its answer. */
-function edit() {
-  if (answering) return;
-  const [question] = conversation.messages.splice(-2);
-  conversation.start = Math.min(conversation.start, conversation.messages.length);
-  $("prompt").value = question.content;
-  keep();
-  showAll();
-  fit();
-  showState();
-  $("prompt").focus();
+/** Edits a message in place. A changed one becomes a new version; what is not an answer is answered again. */
+function edit(at) {
+  if (answering || elsewhere) return;
+  const { role, content, parent, call, name } = conversation.messages[at];
+  const cancel = () => {
+    showAll(false);
+    press(at, "Edit");
+  };
+  const change = (text) => {
+    if (answering) return;
+    if (!text.trim() || (text === content && role === "assistant")) return cancel();
+    if (role === "assistant") {
+      const { reasoning, calls } = conversation.messages[at];
+      add(conversation, { role, content: text, reasoning, calls, figures: "edited" }, parent);
+      keep();
+      showAll(false);
+      chats.draw();
+      $("prompt").focus();
+    } else if (role === "tool") answer(copyResults(at, { role, content: text, call, name }));
+    else answer(add(conversation, { role, content: text.trim() }, parent));
+  };
+  editorIn(turnAt(at), content, role === "assistant" ? "Save" : "Send", { save: change, cancel });
 }
 
-function stop() {
-  answering?.abort();
-}
-
-function forget() {
-  stop();
-  conversation = empty();
-  store.forget();
-  $("unkept").hidden = true;
-  showAll();
-  $("prompt").focus();
-}
-
-function toggleSettings(open) {
-  $("settings").hidden = !open;
-  $("settings-button").setAttribute("aria-expanded", String(open));
-}
-
-async function greet() {
-  const health = $("health");
-  try {
-    const response = await fetch("/health");
-    const state = await response.json();
-    ({ model, context_length: context } = state);
-    health.className = response.ok ? "ok" : "";
-    health.title = state.status === "ok" ? `ready: ${state.busy} of ${state.slots} slots busy` : state.status;
-    $("model").textContent = $("greeted").textContent = model;
-    document.title = `${model} · axrun`;
-    if (!answering) showGauge(conversation.messages.at(-1)?.tokens);
-  } catch {
-    health.className = "bad";
-    health.title = "the server cannot be reached";
+/** Adds a changed result, and copies of the results of other calls after it; returns the index of the last. */
+function copyResults(at, changed) {
+  const { messages } = conversation;
+  const path = pathOf(conversation);
+  let end = add(conversation, changed, messages[at].parent);
+  for (let index = path.indexOf(at) + 1; messages[path[index]]?.role === "tool"; index += 1) {
+    const { role, content, call, name } = messages[path[index]];
+    end = add(conversation, { role, content, call, name }, end);
   }
-  setTimeout(greet, health.className === "ok" ? 10000 : 1000);
+  return end;
+}
+
+/** Focuses a button of a turn, which was drawn again. */
+function press(at, label) {
+  const buttons = [...(turnAt(at)?.querySelectorAll(".below button") ?? [])];
+  const same = buttons.find((one) => (one.getAttribute("aria-label") ?? one.textContent) === label && !one.disabled);
+  (same ?? buttons.find((one) => !one.disabled))?.focus();
+}
+
+function switchTo(at, name) {
+  if (answering || elsewhere) return;
+  choose(conversation, at);
+  keep();
+  showAll(false);
+  press(at, name);
+}
+
+/** The last message of a role that is shown. */
+const lastOf = (role) => pathOf(conversation).findLast((at) => conversation.messages[at].role === role);
+
+/** Shows the previous or next version of the last message that has several. */
+function turnVersion(by) {
+  const at = pathOf(conversation).findLast((each) => versions(conversation, each).length > 1);
+  if (at === undefined) return;
+  const all = versions(conversation, at);
+  const other = all[all.indexOf(at) + by];
+  if (other !== undefined) switchTo(other, by < 0 ? "Previous version" : "Next version");
+}
+
+// ---- conversations
+
+function openChat(id) {
+  if (id !== store.id) {
+    leave();
+    adopt(store.open(id));
+    $("unkept").hidden = true;
+  }
+  if (narrow()) togglePanel("chats", false);
+  chats.draw();
+  $("prompt").focus();
+}
+
+function newChat() {
+  leave();
+  adopt(store.create());
+  $("unkept").hidden = true;
+  if (narrow()) togglePanel("chats", false);
+  chats.draw();
+  $("prompt").focus();
+}
+
+function removed(id) {
+  if (id !== store.id) return;
+  leave();
+  store.remove(store.id); // an answer in progress was saved once more
+  adopt(store.create());
+}
+
+function renamed(id, title) {
+  if (id === store.id) conversation.title = title;
 }
 
 // ---- user input
@@ -335,7 +352,6 @@ $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   ask();
 });
-$("settings").addEventListener("submit", (event) => event.preventDefault());
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();
@@ -347,18 +363,42 @@ $("prompt").addEventListener("input", () => {
   showState();
 });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape") stop();
+  if (event.key !== "Escape" || $("keys").open) return;
+  if (answering) stop();
+  else if (!$("settings").hidden) panels.settings();
+  else if (!$("chats").hidden && narrow()) panels.chats();
 });
 $("stop").addEventListener("click", stop);
-$("new").addEventListener("click", forget);
-$("settings-button").addEventListener("click", () => toggleSettings($("settings").hidden));
+$("new").addEventListener("click", newChat);
+const panels = {
+  chats() {
+    turnPanel("chats", "search");
+    chats.draw();
+  },
+  settings: () => turnPanel("settings", "system"),
+};
+$("chats-button").addEventListener("click", panels.chats);
+$("chats-close").addEventListener("click", panels.chats);
+$("settings-button").addEventListener("click", panels.settings);
 
-const kept = load("localStorage", "axrun.settings", {});
-for (const name of SETTINGS) $(name).value = kept[name] ?? "";
-$("key").value = load("sessionStorage", "axrun.key", "");
-$("settings").addEventListener("input", () => {
-  save("localStorage", "axrun.settings", Object.fromEntries(SETTINGS.map((name) => [name, $(name).value])));
-  save("sessionStorage", "axrun.key", $("key").value);
+const onLast = (role, act) => () => {
+  const at = lastOf(role);
+  if (at !== undefined) act(at);
+};
+listen({
+  KeyN: newChat,
+  KeyC: panels.chats,
+  KeyS: panels.settings,
+  KeyI: () => $("prompt").focus(),
+  KeyE: onLast("user", edit),
+  KeyR: onLast("assistant", again),
+  Comma: () => turnVersion(-1),
+  Period: () => turnVersion(1),
+});
+settings.open((name) => {
+  if (name === "theme") applyTheme(settings.theme()); // of theme.js
+  if (name === "model") pick();
+  if (name === "key") forget(); // list the models with this key
 });
 addEventListener("beforeunload", () => {
   leaving = true;
@@ -369,6 +409,10 @@ addEventListener("pagehide", () => {
   if (answering) keep();
 });
 addEventListener("pageshow", () => (leaving = false));
+togglePanel("chats", !narrow() && load("localStorage", "axrun.panel", true));
+chats.draw();
 showAll();
 showState();
-greet();
+watch(() => {
+  if (!answering) showGauge(conversation.messages[conversation.leaf]?.tokens);
+});

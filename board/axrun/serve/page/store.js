@@ -1,8 +1,10 @@
-// Conversations stored in this browser: {messages: [{role, content, ...}], start}. Several tabs may show the same one.
-// The first tab that continues it keeps it; another tab that continues it too gets a copy. Nothing is overwritten.
+// Conversations stored in this browser, one entry each. Several tabs may show the same one: the first tab that continues
+// it keeps it; another tab that continues it too gets a copy. Nothing is overwritten, and nothing deleted unasked.
+
+import { create, titleOf } from "./conversation.js";
+import { conversationOf } from "./validate.js";
 
 const PREFIX = "axrun.chat.";
-const MOST = 20; // conversations; the oldest are removed
 
 const token = () => [...crypto.getRandomValues(new Uint32Array(3))].map((word) => word.toString(36)).join("");
 
@@ -25,46 +27,69 @@ export function save(storage, key, value) {
   }
 }
 
-export const empty = () => ({ messages: [], start: 0 });
-
 export class Store {
-  /** `busy()`: this tab is changing the conversation. `adopt(conversation)`: another tab has changed it. */
-  constructor(busy, adopt) {
-    this.busy = busy;
-    this.adopt = adopt;
+  /**
+   * `busy()`: this tab is changing the conversation. `adopt(conversation)`: another tab has changed it.
+   * `listed()`: the list has changed.
+   */
+  constructor(busy, adopt, listed) {
+    Object.assign(this, { busy, adopt, listed });
     addEventListener("storage", (event) => this.changed(event));
   }
 
-  /** The conversation of this tab, else the latest of this browser, else an empty one. */
-  open() {
-    const mine = load("sessionStorage", "axrun.chat", null);
-    const id = mine && this.read(mine) ? mine : stored().at(-1)?.id;
-    const found = id ? this.read(id) : null;
+  /** The conversation with this id, by default that of this tab, in a new tab the latest; an empty one if it is gone. */
+  open(id = load("sessionStorage", "axrun.chat", null) ?? this.list()[0]?.id) {
+    const found = read(id);
     this.take(found ? id : token(), found?.version ?? null);
-    return found ?? empty();
+    return found?.conversation ?? create();
   }
 
-  /** Saves the conversation; returns false if the browser refuses. */
+  /** Starts a new conversation, which is stored when it is saved. */
+  create() {
+    this.take(token(), null);
+    return create();
+  }
+
+  /** Saves the conversation of this tab; returns false if the browser refuses. */
   save(conversation) {
-    const before = this.read(this.id);
-    if ((before?.version ?? null) !== this.version) this.take(token(), null);
-    if (this.version === null) for (const old of stored().slice(0, 1 - MOST)) remove(old.id);
+    if ((read(this.id)?.version ?? null) !== this.version) this.take(token(), null);
     const version = token();
-    const value = { ...conversation, version, parent: this.version, saved: Date.now() };
-    for (;;) {
-      if (save("localStorage", PREFIX + this.id, value)) break;
-      const oldest = stored().find(({ id }) => id !== this.id);
-      if (!oldest) return false;
-      remove(oldest.id);
-    }
+    if (!write(this.id, { ...conversation, version, parent: this.version })) return false;
     this.version = version;
     return true;
   }
 
-  /** Deletes the conversation and starts a new one. */
-  forget() {
-    remove(this.id);
-    this.take(token(), null);
+  /** Stores a further conversation; returns its id, or null if the browser refuses. */
+  put(conversation) {
+    const id = token();
+    return write(id, { ...conversation, version: token(), parent: null }) ? id : null;
+  }
+
+  rename(id, title) {
+    const found = read(id);
+    if (!found) return null;
+    const version = token();
+    const { conversation } = found;
+    if (!write(id, { ...conversation, title, version, parent: found.version })) return null;
+    if (id === this.id) this.version = version;
+    return title;
+  }
+
+  remove(id) {
+    try {
+      localStorage.removeItem(PREFIX + id);
+    } catch {
+      // storage is disabled, so nothing was stored
+    }
+  }
+
+  /** {id, title, saved, conversation} of each conversation with messages, the latest first. */
+  list() {
+    return stored()
+      .map((id) => ({ id, ...read(id) }))
+      .filter(({ conversation }) => conversation?.messages.length)
+      .map(({ id, saved, conversation }) => ({ id, title: titleOf(conversation), saved, conversation }))
+      .sort((one, other) => other.saved - one.saved);
   }
 
   take(id, version) {
@@ -73,49 +98,54 @@ export class Store {
     save("sessionStorage", "axrun.chat", id);
   }
 
-  read(id) {
-    return checked(load("localStorage", PREFIX + id, null));
+  changed(event) {
+    if (event.storageArea !== localStorage || (event.key !== null && !event.key.startsWith(PREFIX))) return;
+    if (event.key === null || event.key === PREFIX + this.id) this.follow();
+    this.listed();
   }
 
-  changed(event) {
-    if (event.storageArea !== localStorage || (event.key !== null && event.key !== PREFIX + this.id)) return;
-    const now = this.read(this.id);
+  /** Follows a change of the conversation of this tab by another. */
+  follow() {
+    const now = read(this.id);
     if (now?.version === this.version) return;
     if (now && !this.busy() && now.parent === this.version) {
       this.version = now.version;
-      this.adopt(now);
+      this.adopt(now.conversation);
     } else if (this.version !== null) {
       this.take(token(), null); // saved there with the next change
     }
   }
 }
 
-function remove(id) {
+function write(id, value) {
+  return save("localStorage", PREFIX + id, { ...value, saved: Date.now() });
+}
+
+/** A stored conversation with what the store knows of it, or null if malformed. */
+function read(id) {
+  const { version, parent, saved, ...value } = load("localStorage", PREFIX + id, null) ?? {};
   try {
-    localStorage.removeItem(PREFIX + id);
+    return { version: version ?? null, parent, saved: Number(saved) || 0, conversation: conversationOf(grown(value)) };
   } catch {
-    // storage is disabled, so nothing was stored
+    return null;
   }
 }
 
-/** Ids of the stored conversations, oldest first. */
+/** Of version 0.1: a plain list of messages, of which the first `start` were left out. */
+function grown({ start, ...value }) {
+  if (start === undefined || !Array.isArray(value.messages)) return value;
+  const messages = value.messages.map((message, index) => ({ parent: index - 1, ...message }));
+  if (start > 0 && messages.length) messages.at(-1).start = start;
+  return { title: "", leaf: messages.length - 1, ...value, messages };
+}
+
+/** Ids of the stored conversations. */
 function stored() {
   try {
     return Object.keys(localStorage)
       .filter((key) => key.startsWith(PREFIX))
-      .map((key) => ({ id: key.slice(PREFIX.length), saved: load("localStorage", key, null)?.saved ?? 0 }))
-      .sort((one, other) => one.saved - other.saved);
+      .map((key) => key.slice(PREFIX.length));
   } catch {
     return [];
   }
-}
-
-/** The conversation, or null if malformed: another page or version of this page may have written it. */
-function checked(value) {
-  const { messages, start } = value ?? {};
-  if (!Array.isArray(messages) || messages.length % 2 || ![...messages.keys(), messages.length].includes(start)) return null;
-  const whole = messages.every(
-    (message, index) => message?.role === (index % 2 ? "assistant" : "user") && typeof message.content === "string",
-  );
-  return whole && start % 2 === 0 ? value : null;
 }

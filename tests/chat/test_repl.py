@@ -84,9 +84,9 @@ def test_commands(bundle_s8: Path) -> None:
     assert log[6].endswith("tokens; 1 turn")
     assert log[7:9] == ["[conversation cleared]", log[2]]
     assert log[9] == "unknown command /fly; /help lists all commands"
-    commands = ["/reset", "/undo", "/system", "/stats", "/help", "/quit"]
-    assert [line.split()[0] for line in log[10:16]] == commands
-    assert log[16:] == ["[system message set]", "[system message removed]"]
+    commands = ["/reset", "/undo", "/system", "/think", "/stats", "/help", "/quit"]
+    assert [line.split()[0] for line in log[10:17]] == commands
+    assert log[17:] == ["[system message set]", "[system message removed]"]
 
 
 def test_a_system_message_reaches_the_model(bundle_s8: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from axrun.decoder import expect_room
+from axrun.errors import BadInput
 from axrun.generate import EOS, Stats, Token, steps
 from axrun.model import Model
 from axrun.sampling import Sampling
@@ -20,9 +21,11 @@ from axrun.sequence import Sequence
 from axrun.speculation import Costs, prompt_lookup
 from axrun.text.stream import TextStream
 from axrun.text.template import ChatTemplate, chat_ids
+from axrun.text.thinking import ThinkStream, marks_of, special_marks, thinking_after
 from axrun.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
+SWITCH = "enable_thinking"  # variable of the chat template
 
 
 class Stopped(Exception):
@@ -42,7 +45,10 @@ class Turn:
 
 
 class Conversation:
-    """`messages` are the questions and answers so far, alternating, without the system message."""
+    """`messages` are the questions and answers so far, alternating, without the system message.
+
+    What the model thinks is in `reasoning_content` of an answer, for the chat template.
+    """
 
     def __init__(
         self,
@@ -65,7 +71,10 @@ class Conversation:
         self._parse_special = parse_special
         self._sequence = Sequence(model)
         self._costs = Costs() if speculation else None
+        self._marks = marks_of(template)
+        self._spelled = {} if self._marks is None else special_marks(self._marks, tokenizer)
         self._system: str | None = None
+        self._thinks: bool | None = None  # None: as the template decides
         self.messages: list[Message] = []
         self.turn: Turn | None = None
 
@@ -99,6 +108,24 @@ class Conversation:
             self._system = before
             raise
 
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the chat template asks for thoughts; None if it has no switch for them."""
+        if SWITCH not in self._template.variables:
+            return None
+        return self._asks({}) == self._asks({SWITCH: True}) if self._thinks is None else self._thinks
+
+    @thinking.setter
+    def thinking(self, on: bool) -> None:
+        """Raises BadInput if the template has no switch, and keeps the old value if it refuses the new one."""
+        if SWITCH not in self._template.variables:
+            raise BadInput(f"this model's chat template has no variable {SWITCH}: its thinking cannot be switched")
+        self._asks({SWITCH: on})
+        self._thinks = on
+
+    def _asks(self, variables: Mapping[str, bool]) -> str:
+        return self._template.render(self._template.fit([{"role": "user", "content": "?"}]), **variables)
+
     def reset(self) -> None:
         """Drops all turns; keeps the system message."""
         self.messages, self.turn = [], None
@@ -111,21 +138,33 @@ class Conversation:
         self.messages, self.turn = self.messages[:-2], None
         return question
 
-    def ask(self, question: str, between: Callable[[], None] = lambda: None) -> tuple[Turn, Iterator[str]]:
+    def ask(
+        self,
+        question: str,
+        between: Callable[[], None] = lambda: None,
+        think: Callable[[str], None] = lambda thoughts: None,
+    ) -> tuple[Turn, Iterator[str]]:
         """Asks a question; returns its Turn, updated as it proceeds, and an iterator over the text of the answer.
 
-        `between` is called between tokens and may raise Stopped: the answer so far is kept. A question without a single
-        token of answer is dropped. Raises BadInput if the question alone does not fit the context.
+        `think` receives the thoughts before it as they are generated. `between` is called between tokens and may raise
+        Stopped: the answer so far is kept. A question without a single token of answer is dropped. Raises BadInput if
+        the question alone does not fit the context.
         """
         messages, prompt, forgotten = self._fit([*self.messages, {"role": "user", "content": question}])
         reused = self._sequence.reusable(prompt)
         turn = self.turn = Turn(reused, forgotten)
-        return turn, self._answer(turn, messages, prompt, between)
+        return turn, self._answer(turn, messages, prompt, between, think)
 
     def _answer(
-        self, turn: Turn, messages: list[Message], prompt: list[int], between: Callable[[], None]
+        self,
+        turn: Turn,
+        messages: list[Message],
+        prompt: list[int],
+        between: Callable[[], None],
+        think: Callable[[str], None],
     ) -> Iterator[str]:
-        stream, pieces = TextStream(self._tokenizer), []
+        stream, answered = TextStream(self._tokenizer), False
+        parts = _Parts(self._think_stream(prompt), think)
         going = steps(
             self._sequence,
             prompt,
@@ -139,17 +178,18 @@ class Conversation:
         try:
             for step in going:
                 if isinstance(step, Token) and step.stop != EOS:
-                    pieces.append(stream.push(step.id))
-                    yield pieces[-1]
+                    answered = True
+                    yield parts.push(stream.push(step.id) + self._spelled.get(step.id, ""))
                 if not (isinstance(step, Token) and step.stop):
                     between()
         except Stopped:
             turn.stats.stop = "stopped"
-        answered = bool(pieces)
-        pieces.append(stream.finish())
-        yield pieces[-1]
+        yield parts.push(stream.finish(), last=True)
         if answered:
-            self.messages = [*messages, {"role": "assistant", "content": "".join(pieces)}]
+            self.messages = [*messages, parts.message()]
+
+    def _think_stream(self, prompt: abc.Sequence[int]) -> ThinkStream | None:
+        return None if self._marks is None else thinking_after(prompt, self._marks, self._tokenizer).stream()
 
     def _fit(self, messages: list[Message]) -> tuple[list[Message], list[int], int]:
         """The messages to keep, their prompt, and the number of dropped turns."""
@@ -161,6 +201,30 @@ class Conversation:
 
     def _tokens(self, messages: abc.Sequence[Message]) -> list[int]:
         system: list[Message] = [] if self._system is None else [{"role": "system", "content": self._system}]
-        ids = chat_ids(self._tokenizer, self._template, [*system, *messages], self._parse_special)
+        switch = {} if self._thinks is None else {SWITCH: self._thinks}
+        ids = chat_ids(self._tokenizer, self._template, [*system, *messages], self._parse_special, **switch)
         self._tokenizer.expect_within(ids, self._model.post.vocab_size)
         return ids
+
+
+class _Parts:
+    """The thoughts and the text of one answer."""
+
+    def __init__(self, stream: ThinkStream | None, think: Callable[[str], None]) -> None:
+        self._stream, self._think = stream, think
+        self._thoughts, self._text = "", ""
+
+    def push(self, text: str, last: bool = False) -> str:
+        """Passes thoughts on; returns the text that is final."""
+        if self._stream is not None:
+            parts = [self._stream.push(text), *([self._stream.finish()] if last else [])]
+            thoughts, text = ("".join(each) for each in zip(*parts))
+            if thoughts:
+                self._thoughts += thoughts
+                self._think(thoughts)
+        self._text += text
+        return text
+
+    def message(self) -> Message:
+        thoughts = {"reasoning_content": self._thoughts} if self._thoughts else {}
+        return {"role": "assistant", "content": self._text, **thoughts}

@@ -72,7 +72,7 @@ class Repl:
 
     def _answer(self, question: str) -> None:
         conversation = self.conversation
-        turn, pieces = conversation.ask(question, self.terminal.between)
+        turn, pieces = conversation.ask(question, self.terminal.between, self.terminal.think)
         if turn.forgotten:
             kept = "; the system message stays" if conversation.system is not None else ""
             self.say(f"[context full: dropped the oldest {_count(turn.forgotten, 'turn')}{kept}]")
@@ -93,6 +93,13 @@ class Repl:
     def system(self, text: str) -> None:
         self.conversation.system = text or None
         self.say("[system message set]" if text else "[system message removed]")
+
+    def think(self, text: str) -> None:
+        conversation = self.conversation
+        if text not in ("", *SWITCH):
+            raise BadInput(f"/think {text}: expected on, off or nothing, which switches")
+        conversation.thinking = SWITCH[text] if text else not conversation.thinking
+        self.say("[thinking on]" if conversation.thinking else "[thinking off]")
 
     def stats(self, rest: str) -> None:
         conversation, turn = self.conversation, self.conversation.turn
@@ -127,10 +134,12 @@ COMMANDS = {
     "/reset": Command(Repl.reset, "", "clear the conversation; keep the system message"),
     "/undo": Command(Repl.undo, "", "remove the last question and its answer"),
     "/system": Command(Repl.system, "TEXT", "set the system message; without TEXT, remove it"),
+    "/think": Command(Repl.think, "on|off", "switch thinking, if the chat template can; without a word, to the other"),
     "/stats": Command(Repl.stats, "", "show statistics of the last turn, and use of the context"),
     "/help": Command(Repl.help, "", "list the commands"),
     "/quit": Command(Repl.quit, "", "quit, like Ctrl-D"),
 }
+SWITCH = {"on": True, "off": False}
 REMARKS = {"context": "[context full: the answer ends here]", "stopped": "[stopped]"}
 
 

@@ -11,6 +11,7 @@ import termios
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
 from axrun.chat.conversation import Stopped
 from axrun.errors import BadInput
@@ -18,6 +19,7 @@ from axrun.errors import BadInput
 PROMPT = "> "
 HISTORY_LINES = 1000
 TICK_SECONDS = 0.2
+DIM, PLAIN = "\x1b[2m", "\x1b[22m"  # https://ecma-international.org/publications-and-standards/standards/ecma-48/
 # Model output must not control the terminal: control characters except tab and newline are made visible.
 CONTROLS = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
 CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
@@ -32,14 +34,19 @@ class Terminal:
 
     def __init__(self) -> None:
         self.interactive = sys.stdin.isatty()
-        self._typing = self._pressed = False
+        self._typing = self._pressed = self._thinking = False
 
     def write(self, text: str) -> None:
         """Writes text and flushes; characters outside the terminal's encoding become question marks."""
-        text = text.translate(CONTROLS) if sys.stdout.isatty() else text
-        encoding = sys.stdout.encoding
-        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
-        sys.stdout.flush()
+        if self._thinking and text:
+            _put(_thoughts_to(), "\n")
+            self._thinking = False
+        _put(sys.stdout, text)
+
+    def think(self, thoughts: str) -> None:
+        """Writes thoughts dimmed to a terminal; to stderr if stdout is not one, which then gets only the answer."""
+        _put(_thoughts_to(), thoughts, dim=True)
+        self._thinking = True
 
     def lines(self) -> Iterator[str]:
         """Lines until the input ends. Raises BadInput for a line from a pipe that is not UTF-8."""
@@ -82,6 +89,19 @@ class Terminal:
         if self._typing:
             self._typing = False
             raise Discarded
+
+
+def _thoughts_to() -> TextIO:
+    return sys.stdout if sys.stdout.isatty() else sys.stderr
+
+
+def _put(stream: TextIO, text: str, dim: bool = False) -> None:
+    if stream.isatty():
+        text = text.translate(CONTROLS)
+        text = f"{DIM}{text}{PLAIN}" if dim else text
+    encoding = stream.encoding
+    stream.write(text.encode(encoding, "replace").decode(encoding))
+    stream.flush()
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from axrun.serve.errors import invalid, sentence
 from axrun.serve.schema import MAX_CHOICES, MAX_LENGTH, NO_LIMIT
 from axrun.serve.tools import Toolbox, Tools, read_calls
 from axrun.text.template import ChatTemplate, chat_ids
-from axrun.text.thinking import Thinking, marks_of
+from axrun.text.thinking import Thinking, marks_of, special_marks, thinking_after
 from axrun.text.tokenizer import Tokenizer
 
 LEAST_TEMPERATURE = 1e-3  # below it sampling is effectively greedy, and the division could overflow
@@ -27,7 +27,6 @@ SAMPLING = (
     *("typical_p", "top_n_sigma", "xtc_probability", "xtc_threshold"),
     *("dry_multiplier", "dry_base", "dry_allowed_length"),
 )
-TAIL = 16  # tokens of the prompt that may spell the mark of thoughts
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables of the template that a request lacks
 
 
@@ -142,8 +141,7 @@ class Reader:
     def _thinking(self, ids: Sequence[int]) -> Thinking | None:
         if self.marks is None:
             return None
-        tail = self.tokenizer.decode(ids[-TAIL:], special=True).rstrip()
-        return Thinking(*self.marks, open=tail.endswith(self.marks[0]))
+        return thinking_after(ids, self.marks, self.tokenizer)
 
     def _mark(self, text: str) -> int | None:
         """A mark as a token id; None if it is several tokens."""
@@ -219,10 +217,7 @@ class Reader:
             raise invalid("ignore_eos cannot be combined with response_format and required tools.", "ignore_eos")
         shown = frozenset() if tools is None else self.toolbox.marks
         if thinking is not None:
-            added = self.tokenizer.added_tokens
-            shown |= {
-                token for token in self.tokenizer.special_ids if added[token].content in (thinking.begin, thinking.end)
-            }
+            shown |= special_marks((thinking.begin, thinking.end), self.tokenizer).keys()
         choices = [
             Choice(
                 index=number * count + i,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import jinja2.exceptions
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -119,6 +120,11 @@ class ChatTemplate:
         texts = {node.data for node in self._tree.find_all(jinja2.nodes.TemplateData)}
         constants = (node.value for node in self._tree.find_all(jinja2.nodes.Const))
         return frozenset(texts.union(value for value in constants if isinstance(value, str)))
+
+    @functools.cached_property
+    def variables(self) -> frozenset[str]:
+        """Names of variables that the template reads and does not set itself."""
+        return frozenset(jinja2.meta.find_undeclared_variables(self._tree))
 
     def render(self, messages: Messages, add_generation_prompt: bool = True, **variables: Any) -> str:
         """The prompt for messages with `role` and `content`. It contains all special tokens: encode it without more.

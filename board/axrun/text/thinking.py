@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from axrun.text.template import ChatTemplate
+from axrun.text.tokenizer import Tokenizer
 
+TAIL = 16  # tokens of the prompt that may spell the mark of thoughts
 MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 
 
@@ -26,6 +29,18 @@ def marks_of(template: ChatTemplate) -> tuple[str, str] | None:
     """The marks that a chat template knows, or None: then an answer has no thoughts."""
     text = "\n".join(template.literals)
     return next((marks for marks in MARKS if any(mark in text for mark in marks)), None)
+
+
+def thinking_after(ids: Sequence[int], marks: tuple[str, str], tokenizer: Tokenizer) -> Thinking:
+    """The thinking of the answer to a prompt, which may end with the first mark."""
+    tail = tokenizer.decode(ids[-TAIL:], special=True).rstrip()
+    return Thinking(*marks, open=tail.endswith(marks[0]))
+
+
+def special_marks(marks: tuple[str, str], tokenizer: Tokenizer) -> Mapping[int, str]:
+    """Marks that are special tokens, by id: decoding omits them."""
+    added = tokenizer.added_tokens
+    return {token: added[token].content for token in tokenizer.special_ids if added[token].content in marks}
 
 
 class ThinkStream:

@@ -50,9 +50,13 @@ def _speed_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each usable CPU)")
 
 
-def _bundle_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of every command that loads a bundle."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
+def _bundle_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """The flags of every command that loads a bundle, or `several`."""
+    if several:
+        what = "bundle folder; of several, the request's model chooses one, and none means the first"
+        parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help=what)
+    else:
+        parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
     parser.add_argument("--verify", action="store_true", help="verify every file against the manifest first")
     parser.add_argument("--force", action="store_true", help="load even if memory seems too small")
     _speed_flags(parser)
@@ -346,20 +350,26 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
     _generation_config_flag(parser)
     _speculation_flag(parser)
     add("--name", metavar="NAME", help="model name for clients (default: that of the bundle)")
+    what = "another name of a bundle, for clients, repeatable (of several bundles, the default is the folder's name)"
+    add("--alias", action="append", default=[], metavar="NAME=DIR", help=what)
     add(
         "--json",
         action="store_true",
         help="print events on stdout, one JSON object per line: listening (host, port), ready",
     )
-    _bundle_flags(parser)
+    _bundle_flags(parser, several=True)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
+    from axrun.memory import refuse
     from axrun.serve.server import Options, serve
 
     options = Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
     announce = _announce if arguments.json else lambda event: None
-    serve(arguments.bundle, options, _loading(arguments), announce)
+    loading = _loading(arguments)
+    if len(arguments.bundles) > 1 and not arguments.force:
+        loading = dataclasses.replace(loading, allow=refuse)  # models are loaded while nobody looks
+    serve(arguments.bundles, options, loading, announce)
 
 
 def _announce(event: Mapping[str, Any]) -> None:
@@ -448,6 +458,7 @@ VERBS = {
         "examples:\n"
         "  axrun serve out/tiny-qwen2\n"
         "  AXRUN_API_KEY=secret axrun serve out/qwen2-0.5b --host 0.0.0.0 --slots 2\n"
+        "  axrun serve out/qwen2-0.5b out/qwen3-embedding-0.6b --alias embeddings=out/qwen3-embedding-0.6b\n"
         "  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\\n"
         '      -d \'{"model": "qwen2-0.5b", "prompt": "Once upon a time", "max_tokens": 20}\'',
     ),

@@ -76,15 +76,39 @@ def require(
         )
 
 
-def shortage(bundle: Bundle, engine: str, cmm_info: Path = CMM_INFO, meminfo: Path = MEMINFO) -> Shortage | None:
-    """The shortage of memory for the bundle; None if it fits or the free memory is unknown."""
-    needed = needs(bundle, engine)
+def shortage(
+    bundle: Bundle,
+    engine: str,
+    cmm_info: Path = CMM_INFO,
+    meminfo: Path = MEMINFO,
+    slots: int = 1,
+    held: int = 0,
+) -> Shortage | None:
+    """The shortage of memory for the bundle; None if it fits or the free memory is unknown.
+
+    `slots`: number of K/V caches. `held`: bytes of the free memory that must stay free.
+    """
+    needed = needs(bundle, engine, slots)
     cmm = cmm_left(cmm_info) if bundle.maker == "pulsar2" else None
     left, what = (available(meminfo), "memory") if cmm is None else (cmm, "CMM")
+    if left is not None and what == "memory":
+        left = max(left - held, 0)
     return Shortage(needed, left, what) if left is not None and left < needed.total else None
 
 
-def needs(bundle: Bundle, engine: str) -> Needs:
+def runtime_bytes(engine: str) -> int:
+    """Bytes of memory that the process takes, whatever it has loaded."""
+    return RUNTIME_BYTES.get(engine, RUNTIME_BYTES["ort"])
+
+
+def mapped(bundle: Bundle, engine: str) -> int:
+    """Bytes of a loaded bundle's axmodels that the system counts as free memory, since it could read them again."""
+    if engine == "ort" or bundle.maker == "pulsar2":
+        return 0
+    return sum(path.stat().st_size for path in (*map(bundle.layer_path, range(bundle.layers)), bundle.post_path))
+
+
+def needs(bundle: Bundle, engine: str, slots: int = 1) -> Needs:
     """The peak memory of the bundle, which may occur while its largest axmodel is loaded."""
     weights = loading = 0.0
     for path in (*map(bundle.layer_path, range(bundle.layers)), bundle.post_path):
@@ -99,8 +123,8 @@ def needs(bundle: Bundle, engine: str) -> Needs:
     logits = 4 * (POST_ROWS + 1) * bundle.vocab_size
     return Needs(
         weights=int(weights + loading),
-        kv_cache=2 * bundle.layers * history * bundle.kv_size * width,
-        buffers=values * width + logits + RUNTIME_BYTES.get(engine, RUNTIME_BYTES["ort"]),
+        kv_cache=2 * slots * bundle.layers * history * bundle.kv_size * width,
+        buffers=values * width + logits + runtime_bytes(engine),
     )
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +25,11 @@ T = TypeVar("T")
 class Server:
     """A running server. A thread reads its standard error, so that it never blocks on a full pipe."""
 
-    def __init__(self, bundle: Path, *flags: object, **environment: str) -> None:
-        command = [sys.executable, "-m", "axrun", "serve", str(bundle), "--port", "0", "--threads", "1"]
+    program: tuple[str, ...] = ("-m", "axrun")
+
+    def __init__(self, bundle: Path | Sequence[Path], *flags: object, **environment: str) -> None:
+        bundles = map(str, [bundle] if isinstance(bundle, Path) else bundle)
+        command = [sys.executable, *self.program, "serve", *bundles, "--port", "0", "--threads", "1"]
         self.process = subprocess.Popen(
             [*command, *map(str, flags)],
             cwd=ROOT,

@@ -14,21 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from axrun import VERSION
+from axrun.errors import BadInput
 from axrun.serve import ollama, schema, tokens
 from axrun.serve.answer import to_json
 from axrun.serve.endpoint import Reply
-from axrun.serve.errors import ApiError
+from axrun.serve.errors import ApiError, sentence
 from axrun.serve.exchange import JSON, Exchange, Gone, Receive, Send
 from axrun.serve.hosts import Hosts
 from axrun.serve.media import refuse_media
-from axrun.serve.metrics import Metrics
+from axrun.serve.metrics import ServerMetrics
+from axrun.serve.models import Models
 from axrun.serve.ollama.fields import SHOW
 from axrun.serve.ollama.models import show, tags
 from axrun.serve.openapi import document
 from axrun.serve.order import Order, Reader
 from axrun.serve.origins import Origins
 from axrun.serve.routes import WRITING
-from axrun.serve.scheduler import READY, Event, Scheduler, Ticket
+from axrun.serve.scheduler import READY, Event, Ticket
+from axrun.serve.served import Served
 from axrun.serve.validate import Schema, parse, validate
 from axrun.serve.writer import Piece
 
@@ -51,6 +54,7 @@ PAGE_HEADERS = {
 }
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+MODELS = "/v1/models/"
 REALM = 'Bearer realm="axrun"'
 GONE = object()
 NO_ORIGINS = Origins()
@@ -75,41 +79,31 @@ class App:
 
     def __init__(
         self,
-        model: str,
-        fingerprint: str,
-        reader: Reader,
-        scheduler: Scheduler,
-        metrics: Metrics,
+        models: Models,
+        metrics: ServerMetrics,
         limits: Limits,
         hosts: Hosts,
         api_key: str | None = None,
         log: Callable[[str], None] = lambda line: None,
         origins: Origins = NO_ORIGINS,
     ) -> None:
-        self._model, self._fingerprint, self._reader = model, fingerprint, reader
-        self._scheduler, self._metrics, self._limits = scheduler, metrics, limits
+        self._models, self._metrics, self._limits = models, metrics, limits
         self._hosts, self._api_key, self._log, self._origins = hosts, api_key, log, origins
-        self._listing = {
-            "id": model,
-            "object": "model",
-            "created": int(time.time()),
-            "owned_by": "axrun",
-            "context_length": reader.context,
-        }
-        self._document = to_json(document(model))
-        self._requests = {path: schema.request(endpoint.fields, model) for path, endpoint in WRITING.items()}
+        names = models.names
+        self._document = to_json(document(names))
+        self._requests = {path: schema.request(endpoint.fields, names) for path, endpoint in WRITING.items()}
         self._converters: dict[str, tuple[Schema, Convert]] = {
-            "/tokenize": (schema.request(tokens.TOKENIZE, model), tokens.tokenize),
-            "/detokenize": (schema.request(tokens.DETOKENIZE, model), tokens.detokenize),
-            "/api/show": (schema.request(SHOW, model), show),
+            "/tokenize": (schema.request(tokens.TOKENIZE, names), tokens.tokenize),
+            "/detokenize": (schema.request(tokens.DETOKENIZE, names), tokens.detokenize),
+            "/api/show": (schema.request(SHOW, names), show),
         }
         self._assets = {path: ((PAGE / name).read_bytes(), kind) for path, (name, kind) in ASSETS.items()}
         # path: (method, handler, needs the API key)
         self._routes: dict[str, tuple[str, Callable[[Exchange], Awaitable[None]], bool]] = {
             **dict.fromkeys(WRITING, ("POST", self._write, True)),
             **dict.fromkeys(self._converters, ("POST", self._convert, True)),
-            "/v1/models": ("GET", self._models, True),
-            f"/v1/models/{model}": ("GET", self._one_model, True),
+            "/v1/models": ("GET", self._list_models, True),
+            **{f"{MODELS}{name}": ("GET", self._one_model, True) for name in names},
             "/api/tags": ("GET", self._tags, True),
             "/api/version": ("GET", self._version, True),
             "/metrics": ("GET", self._show_metrics, True),
@@ -144,8 +138,8 @@ class App:
             await exchange.reply(200, b"")
             return
         if exchange.path not in self._routes:
-            if exchange.path.startswith("/v1/models/"):
-                raise self._no_model()
+            if exchange.path.startswith(MODELS):
+                self._models.find(exchange.path[len(MODELS) :])
             raise ApiError(404, "No such route; /openapi.json lists all routes.", "unknown_url")
         method, handler, guarded = self._routes[exchange.path]
         if exchange.method != method:
@@ -177,11 +171,20 @@ class App:
         limits = self._limits
         body = await self._body(exchange)
         exchange.patience(limits.timeout + limits.read_timeout)
-        loop = asyncio.get_running_loop()
-        order, reply = await loop.run_in_executor(None, self._read, exchange.path, body)
-        if not order.choices:  # Ollama's way to load a model
-            await exchange.reply(200, reply.whole([]))
-            return
+        loop, deadline = asyncio.get_running_loop(), time.monotonic() + limits.timeout
+        served, order, reply = await loop.run_in_executor(None, self._read, exchange.path, body)
+        await self._models.enter(served, limits.timeout)
+        try:
+            if order.choices:
+                await self._generate(exchange, served, order, reply, deadline)
+            else:  # Ollama's way to load a model
+                await exchange.reply(200, reply.whole([]))
+        finally:
+            self._models.leave(served)
+
+    async def _generate(self, exchange: Exchange, served: Served, order: Order, reply: Reply, deadline: float) -> None:
+        loop, limits, scheduler = asyncio.get_running_loop(), self._limits, served.scheduler
+        assert scheduler is not None
         events: asyncio.Queue[Any] = asyncio.Queue()
 
         def arrived(event: Event) -> None:
@@ -193,42 +196,42 @@ class App:
             with contextlib.suppress(RuntimeError):  # the loop is closed after a forced shutdown
                 loop.call_soon_threadsafe(arrived, event)
 
-        ticket = Ticket(deque(order.choices), deliver, time.monotonic() + limits.timeout)
-        self._scheduler.submit(ticket)
+        ticket = Ticket(deque(order.choices), deliver, deadline)
+        scheduler.submit(ticket)
         exchange.patience(limits.timeout + limits.read_timeout, keep=True)
         watcher = asyncio.ensure_future(exchange.gone())
         watcher.add_done_callback(lambda _: events.put_nowait(GONE))
         send = self._stream if order.stream else self._whole
         try:
             await send(exchange, reply, _pieces(events))
-            self._metrics.answered(time.monotonic() - ticket.came)
+            served.metrics.answered(time.monotonic() - ticket.came)
         finally:
             watcher.cancel()
-            self._scheduler.cancel(ticket)
+            scheduler.cancel(ticket)
 
-    def _read(self, path: str, body: bytes) -> tuple[Order, Reply]:
-        """What a request asks for, and the response to fill in. Raises ApiError."""
-        endpoint, given = WRITING[path], self._valid(path, self._requests[path], body)
-        order = endpoint.read(self._reader, given)
-        return order, endpoint.reply(self._model, self._fingerprint, given, order)
+    def _read(self, path: str, body: bytes) -> tuple[Served, Order, Reply]:
+        """The model of a request, what it asks for, and the response to fill in. Raises ApiError."""
+        endpoint, (served, given) = WRITING[path], self._valid(path, self._requests[path], body)
+        order = endpoint.read(_reader(served), given)
+        return served, order, endpoint.reply(served.name, served.fingerprint, given, order)
 
-    def _valid(self, path: str, schema: Schema, body: bytes) -> Any:
-        """The validated body. Raises ApiError."""
+    def _valid(self, path: str, schema: Schema, body: bytes) -> tuple[Served, Any]:
+        """The model of a request, and the validated body. Raises ApiError."""
         given = parse(body)
         if path.startswith(ollama.PREFIX):
             given = ollama.untagged(given)
         name = given.get("model") if isinstance(given, dict) else None
-        if isinstance(name, str) and name != self._model:
-            raise self._no_model()
+        served = self._models.find(name if isinstance(name, str) else None)
         refuse_media(given)
-        return validate(given, schema)
+        return served, validate(given, schema)
 
     async def _convert(self, exchange: Exchange) -> None:
         """Text to token ids and back, and what else needs no slot."""
         body, (rules, convert) = await self._body(exchange), self._converters[exchange.path]
 
         def converted() -> dict[str, Any]:
-            return convert(self._reader, self._valid(exchange.path, rules, body))
+            served, given = self._valid(exchange.path, rules, body)
+            return convert(_reader(served), given)
 
         answer = await asyncio.get_running_loop().run_in_executor(None, converted)
         await exchange.reply(200, to_json(answer))
@@ -250,22 +253,26 @@ class App:
         else:
             await exchange.send(reply.end(), more=False)
 
-    async def _models(self, exchange: Exchange) -> None:
-        await exchange.reply(200, to_json({"object": "list", "data": [self._listing]}))
+    async def _list_models(self, exchange: Exchange) -> None:
+        listed = [served.json() for served in self._models.listed]
+        await exchange.reply(200, to_json({"object": "list", "data": listed}))
 
     async def _one_model(self, exchange: Exchange) -> None:
-        await exchange.reply(200, to_json(self._listing))
+        await exchange.reply(200, to_json(self._models.find(exchange.path[len(MODELS) :]).json()))
 
     async def _tags(self, exchange: Exchange) -> None:
-        await exchange.reply(200, to_json(tags([(self._model, self._reader.bundle)])))
+        await exchange.reply(200, to_json(tags((served.name, served.bundle) for served in self._models.listed)))
 
     async def _version(self, exchange: Exchange) -> None:
         await exchange.reply(200, to_json({"version": VERSION}))
 
     async def _health(self, exchange: Exchange) -> None:
-        state = self._scheduler.state
-        known = {"model": self._model, "context_length": self._reader.context}
-        body = {"status": state, **known, **self._scheduler.load_figures}
+        models = self._models
+        state, first = models.state, models.first
+        known = {"model": first.name, "context_length": first.bundle.kv_cache_len}
+        if len(models.listed) > 1:
+            known["loaded"] = [served.name for served in models.listed if served.loaded]
+        body = {"status": state, **known, **models.load_figures}
         await exchange.reply(200 if state == READY else 503, to_json(body))
 
     async def _show_metrics(self, exchange: Exchange) -> None:
@@ -278,15 +285,20 @@ class App:
         content, kind = self._assets[exchange.path]
         await exchange.reply(200, content, kind, PAGE_HEADERS)
 
-    def _no_model(self) -> ApiError:
-        return ApiError(404, f"No such model; this server has: {self._model}.", "model_not_found", "model")
-
     def _account(self, exchange: Exchange, seconds: float) -> None:
         known = exchange.path in self._routes
         self._metrics.request(exchange.path if known else "other", exchange.status)
         if exchange.method == "POST" or exchange.status >= 400:
             path = exchange.path if known else ascii(exchange.path)[:80]
             self._log(f"{exchange.method} {path} {exchange.status or 'disconnected'} {seconds:.3f} s")
+
+
+def _reader(served: Served) -> Reader:
+    """Raises ApiError if the bundle's tokenizer or settings are damaged."""
+    try:
+        return served.reader
+    except BadInput as error:
+        raise ApiError(500, sentence(error), "model_failed", "model") from None
 
 
 async def _pieces(events: asyncio.Queue[Any]) -> AsyncIterator[Piece]:

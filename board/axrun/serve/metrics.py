@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -17,29 +18,35 @@ GAUGES = {
     "waiting": ("axrun_requests_waiting", "Requests in the queue."),
 }
 
+Figures = Callable[[], Mapping[str, int]]
 
-class Metrics:
-    """The metrics of one server."""
 
-    def __init__(self, model: str) -> None:
+class ServerMetrics:
+    """The metrics of one server. If it has several models, those of a model have the label `model`."""
+
+    def __init__(self, models: Sequence[str]) -> None:
         registry = self._registry = CollectorRegistry()
+        names = self._names = ["model"] if len(models) > 1 else []
         self._requests = Counter("axrun_requests", "Requests answered.", ["path", "status"], registry=registry)
-        self._cancelled = Counter("axrun_cancelled", "Requests whose client disconnected.", registry=registry)
-        self._seconds = Histogram(
-            "axrun_request_seconds", "Time to answer a request completely.", buckets=SECONDS, registry=registry
-        )
-        self._ttft = Histogram("axrun_first_token_seconds", "Time to first token.", buckets=SECONDS, registry=registry)
-        tokens = Counter("axrun_tokens", "Tokens, by kind.", ["kind"], registry=registry)
-        self._prompt, self._reused, self._written = map(tokens.labels, ("prompt", "prompt_reused", "written"))
-        self._guessed, self._accepted = map(tokens.labels, ("guessed", "accepted"))
-        steps = Counter("axrun_step_seconds", "Time spent in engine steps, by phase.", ["phase"], registry=registry)
-        self._prefill, self._decode = map(steps.labels, ("prefill", "decode"))
-        Gauge("axrun_model_info", "The served model.", ["model"], registry=registry).labels(model).set(1)
+        self.cancelled = Counter("axrun_cancelled", "Requests whose client disconnected.", names, registry=registry)
+        what = "Time to answer a request completely."
+        self.seconds = Histogram("axrun_request_seconds", what, names, buckets=SECONDS, registry=registry)
+        what = "Time to first token."
+        self.ttft = Histogram("axrun_first_token_seconds", what, names, buckets=SECONDS, registry=registry)
+        self.tokens = Counter("axrun_tokens", "Tokens, by kind.", [*names, "kind"], registry=registry)
+        what = "Time spent in engine steps, by phase."
+        self.steps = Counter("axrun_step_seconds", what, [*names, "phase"], registry=registry)
+        info = Gauge("axrun_model_info", "The served model.", ["model"], registry=registry)
+        for model in models:
+            info.labels(model).set(1)
+        self.figures: dict[str, Figures] = {}
+        registry.register(_Figures(names, self.figures))
         ProcessCollector(registry=registry)
 
-    def watch(self, figures: Callable[[], Mapping[str, int]]) -> None:
-        """`figures` is called on every scrape."""
-        self._registry.register(_Figures(figures))
+    def labels(self, metric: Any, model: str, *values: str) -> Any:
+        """A metric of one model."""
+        given = [*([model] if self._names else []), *values]
+        return metric.labels(*given) if given else metric
 
     def text(self) -> bytes:
         """https://prometheus.io/docs/instrumenting/exposition_formats"""
@@ -48,6 +55,29 @@ class Metrics:
     def request(self, path: str, status: int) -> None:
         """`status` 0: the client disconnected before the response began."""
         self._requests.labels(path, str(status)).inc()
+
+
+class Metrics:
+    """The metrics of one model of a server."""
+
+    def __init__(self, server: ServerMetrics, model: str) -> None:
+        self._server, self._model = server, model
+        self._cancelled, self._seconds, self._ttft = (
+            server.labels(metric, model) for metric in (server.cancelled, server.seconds, server.ttft)
+        )
+        kinds = ("prompt", "prompt_reused", "written", "guessed", "accepted")
+        self._prompt, self._reused, self._written, self._guessed, self._accepted = (
+            server.labels(server.tokens, model, kind) for kind in kinds
+        )
+        self._prefill, self._decode = (server.labels(server.steps, model, phase) for phase in ("prefill", "decode"))
+
+    def watch(self, figures: Figures) -> None:
+        """`figures` is called on every scrape."""
+        self._server.figures[self._model] = figures
+
+    def forget(self) -> None:
+        """Ends `watch`."""
+        self._server.figures.pop(self._model, None)
 
     def answered(self, seconds: float) -> None:
         """Records a complete answer; `seconds` from the request to the last byte."""
@@ -74,10 +104,15 @@ class Metrics:
 
 
 class _Figures(Collector):
-    def __init__(self, figures: Callable[[], Mapping[str, int]]) -> None:
-        self._figures = figures
+    def __init__(self, names: Sequence[str], figures: Mapping[str, Figures]) -> None:
+        self._names, self._figures = names, figures
 
     def collect(self) -> Iterable[Metric]:
-        values = self._figures()
+        values = {model: figures() for model, figures in list(self._figures.items())}
+        if not values:
+            return
         for figure, (name, text) in GAUGES.items():
-            yield GaugeMetricFamily(name, text, value=values[figure])
+            family = GaugeMetricFamily(name, text, labels=self._names)
+            for model, found in values.items():
+                family.add_metric([model] if self._names else [], found[figure])
+            yield family

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from axrun.serve import schema, tokens
@@ -12,6 +13,7 @@ from axrun.serve.routes import WRITING
 INTEGER = {"type": "integer"}
 STRING = {"type": "string"}
 NUMBER = {"type": "number"}
+BOOLEAN = {"type": "boolean"}
 
 
 def _object(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
@@ -230,6 +232,13 @@ SCHEMAS: dict[str, Any] = {
             "created": INTEGER,
             "owned_by": STRING,
             "context_length": INTEGER,  # tokens of prompt and answer
+            "family": STRING,
+            "weight_type": STRING,
+            "bits": _nullable(NUMBER),  # of a weight, without scales
+            "embeddings": BOOLEAN,
+            "text": BOOLEAN,  # whether it answers chats and completions
+            "loaded": BOOLEAN,
+            "aliases": _list(STRING),
         }
     ),
     "Models": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}),
@@ -241,7 +250,8 @@ SCHEMAS: dict[str, Any] = {
             "slots": INTEGER,
             "busy": INTEGER,
             "waiting": INTEGER,
-        }
+        },
+        loaded=_list(STRING),  # names, if there are several models
     ),
 }
 
@@ -262,31 +272,35 @@ STREAMS = {"text/event-stream": "server-sent events", "application/x-ndjson": "l
 UNAUTHORIZED = "Wrong or missing API key."
 
 
-def document(model: str) -> dict[str, Any]:
+def document(models: Sequence[str]) -> dict[str, Any]:
     """The whole document; requests are those of `axrun.serve.schema`."""
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "axrun serve",
             "version": "1",
-            "description": "OpenAI's and Ollama's APIs for one model. Fields that are known but "
+            "description": "OpenAI's and Ollama's APIs for one or several models. Fields that are known but "
             "not supported are refused unless their value turns them off; unknown fields are refused.",
         },
         "paths": {
             **{
                 path: {"post": _writing(each, body) if each.streams else _converting(each.summary, each.answer, body)}
                 for path, each in WRITING.items()
-                for body in [schema.request(each.fields, model)]
+                for body in [schema.request(each.fields, models)]
             },
-            "/tokenize": {"post": _converting("Token ids of a text", "Tokens", schema.request(tokens.TOKENIZE, model))},
-            "/detokenize": {"post": _converting("Text of token ids", "Text", schema.request(tokens.DETOKENIZE, model))},
+            "/tokenize": {
+                "post": _converting("Token ids of a text", "Tokens", schema.request(tokens.TOKENIZE, models))
+            },
+            "/detokenize": {
+                "post": _converting("Text of token ids", "Text", schema.request(tokens.DETOKENIZE, models))
+            },
             "/api/show": {
-                "post": _converting("Show the model", "OllamaShow", schema.request(SHOW, model), "OllamaError")
+                "post": _converting("Show a model", "OllamaShow", schema.request(SHOW, models), "OllamaError")
             },
             "/api/tags": {"get": _reading("List the models", "OllamaModels", "OllamaError")},
             "/api/version": {"get": _reading("Version of axrun", "OllamaVersion", "OllamaError")},
-            "/v1/models": {"get": _reading("List the served model", "Models")},
-            f"/v1/models/{model}": {"get": _reading("Show the served model", "Model")},
+            "/v1/models": {"get": _reading("List the served models", "Models")},
+            **{f"/v1/models/{name}": {"get": _reading("Show a served model", "Model")} for name in models},
             "/health": {
                 "get": {
                     "summary": "Readiness of the server",

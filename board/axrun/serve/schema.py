@@ -5,6 +5,7 @@ https://platform.openai.com/docs/api-reference/chat/create, https://platform.ope
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 Fields = dict[str, dict[str, Any]]
@@ -395,10 +396,10 @@ COMPLETION: Fields = {
 }
 
 
-def request(fields: Fields, model: str) -> dict[str, Any]:
-    """The schema of a request body; `model` is the only accepted model name, and the default."""
+def request(fields: Fields, models: Sequence[str]) -> dict[str, Any]:
+    """The schema of a request body; `models` are the accepted model names, the first one is the default."""
     required = [name for name, schema in fields.items() if "null" not in _types(schema)]
-    properties = {"model": {"type": ["string", "null"], "enum": [model, None]}, **fields}
+    properties = {"model": {"type": ["string", "null"], "enum": [*models, None]}, **fields}
     return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
-import json
 import os
 import signal
 import socket
@@ -17,25 +15,16 @@ from typing import Any
 import uvicorn
 
 from axrun.errors import BadInput
-from axrun.format.bundle import Bundle
-from axrun.load import DEFAULTS, Loading, describe
-from axrun.prompt_cache import PromptCache
-from axrun.sampling.checkpoint import sampling_of
-from axrun.sampling.grammar import Compiler
+from axrun.load import DEFAULTS, Loading
 from axrun.serve.app import ASSETS, LIBRARIES, App, Limits
 from axrun.serve.connection import Protocol
 from axrun.serve.hosts import ANY, NAME, Hosts
-from axrun.serve.metrics import Metrics
-from axrun.serve.order import Reader
+from axrun.serve.metrics import Metrics, ServerMetrics
+from axrun.serve.models import Models
+from axrun.serve.names import aliases_of, names_of
 from axrun.serve.origins import ANY as ANY_ORIGIN
 from axrun.serve.origins import ORIGIN, Origins
-from axrun.serve.scheduler import Scheduler, Write
-from axrun.serve.slots import Slot, allocate
-from axrun.serve.tools import Toolbox
-from axrun.serve.writer import Writer
-from axrun.session import engine_version
-from axrun.text.template import ChatTemplate
-from axrun.text.tokenizer import Tokenizer
+from axrun.serve.served import Served
 from axrun.text.tool_formats import FORMATS
 
 KEY_VARIABLE = "AXRUN_API_KEY"
@@ -54,7 +43,7 @@ class Options:
     generation_config.json, not from post_config.json. `speculation`: guess tokens by prompt lookup. `tool_format`: how
     the model writes tool calls, a key of `axrun.text.tool_formats.FORMATS`; None: chosen from the chat template.
     `reasoning_budget`: maximum number of tokens of a model's thoughts. `allow_origin`: origins whose pages may use the
-    server.
+    server. `alias`: further names of bundles, as NAME=DIR.
     """
 
     host: str = "127.0.0.1"
@@ -77,6 +66,7 @@ class Options:
     tool_format: str | None = None
     reasoning_budget: int | None = None
     allow_origin: Sequence[str] = ()
+    alias: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Raises BadInput for a value out of range."""
@@ -113,70 +103,49 @@ class Options:
         return os.environ.get(KEY_VARIABLE) if self.api_key is None else self.api_key
 
 
-def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: Announce = lambda event: None) -> None:
-    """Serves a bundle until SIGTERM or SIGINT.
+def serve(
+    paths: Sequence[Path], options: Options, loading: Loading = DEFAULTS, announce: Announce = lambda event: None
+) -> None:
+    """Serves bundles until SIGTERM or SIGINT.
 
-    `announce` receives the events `listening`, with host and port, and `ready`.
-    Raises BadInput for a bundle or an address that cannot be used, CheckFailed if the bundle fails verification.
+    `announce` receives the events `listening`, with host and port, and `ready`, for each model that was loaded.
+    Raises BadInput for a bundle or an address that cannot be used, CheckFailed if a bundle fails verification.
     """
-    bundle, say = loading.open(path), loading.say
-    tokenizer = Tokenizer.open(bundle.hf)
-    sampling, remark = sampling_of(bundle, options.generation_config)
-    if remark:
-        say(f"note: {remark}")
-    template = ChatTemplate.find(bundle.hf)
-    reader = Reader(
-        tokenizer,
-        template,
-        sampling,
-        Compiler(tokenizer, bundle.vocab_size),
-        Toolbox(template, tokenizer, options.tool_format),
-        bundle,
-        options.parse_special,
-        options.reasoning_budget,
-    )
-    prompt_cache = None
-    if options.prompt_cache is not None:
-        identity = f"{_digest(bundle)} {loading.engine} {engine_version(loading.engine)}"
-        prompt_cache = PromptCache(Path(options.prompt_cache), identity, options.prompt_cache_mb << 20, say)
-    name = options.name or bundle.name
-    metrics = Metrics(name)
-
-    def load_slots() -> tuple[Sequence[Slot], Write]:
-        model = loading.load(bundle)
-        for line in describe(model, bundle):
-            say(line)
-        slots = allocate(model, options.slots, loading.allow)
-        return slots, Writer(tokenizer, prompt_cache, options.speculation).write
-
+    say, alone = loading.say, len(paths) == 1
+    aliases = aliases_of(paths, options.alias)
+    bundles = [loading.open(path) for path in paths]
+    if alone:
+        named = [(options.name or bundles[0].name, *aliases[0])]
+    elif options.name:
+        raise BadInput("--name is for one bundle; name several with --alias NAME=DIR")
+    else:
+        named = names_of(paths, aliases)
+    metrics = ServerMetrics([name for name, *_ in named])
+    listed = [
+        Served(bundle, given, options, loading, Metrics(metrics, given[0]), alone)
+        for bundle, given in zip(bundles, named)
+    ]
+    name = listed[0].name
+    _ = listed[0].reader  # refuses a damaged tokenizer before anything is loaded
     with _listen(options.host, options.port) as listener:
-        scheduler = Scheduler(
-            load_slots,
+        models = Models(
+            listed,
             options.queue,
-            metrics,
+            loading.allow,
+            say,
+            ready=lambda loaded: announce({"event": "ready", "model": loaded}),
             ended=lambda: server.leave(),
-            ready=lambda: announce({"event": "ready", "model": name}),
-            slowdown=options.max_slowdown,
         )
         limits = Limits(options.timeout, options.read_timeout, options.max_body)
         host, port = listener.getsockname()[:2]
         loopback = ipaddress.ip_address(host).is_loopback
         own = [options.host] if loopback else [options.host, socket.gethostname()]
         hosts = Hosts(loopback, options.key is not None, own, options.allowed_host)
-        app = App(
-            name,
-            f"fp_{_digest(bundle)[:10]}",
-            reader,
-            scheduler,
-            metrics,
-            limits,
-            hosts,
-            options.key,
-            say,
-            Origins(options.allow_origin),
-        )
-        server = Server(app, scheduler, options.grace, options.read_timeout)
+        app = App(models, metrics, limits, hosts, options.key, say, Origins(options.allow_origin))
+        server = Server(app, models, options.grace, options.read_timeout)
         say(f"Starting server on port {port} with model '{name}'...")
+        if not alone:
+            say(f"models, loaded at their first use: {', '.join(models.names)}")
         if options.key is None and not loopback:
             say(f"warning: anyone who can reach {host} can use this model; set {KEY_VARIABLE} to require a key")
         address = f"[{host}]" if ":" in host else host
@@ -186,21 +155,16 @@ def serve(path: Path, options: Options, loading: Loading = DEFAULTS, announce: A
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, server.handle_exit)  # uvicorn restores it at the end; a signal is no failure
         announce({"event": "listening", "host": host, "port": port})
-        scheduler.start()
         server.run([listener])
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # a signal during exit would change the exit code
-    scheduler.join(timeout=1.0)
-    if prompt_cache is not None:
-        prompt_cache.close()
-    if scheduler.failure is not None:
-        raise scheduler.failure
+    models.join(1.0)
 
 
 class Server(uvicorn.Server):
-    """A uvicorn server that stops together with the scheduler."""
+    """A uvicorn server that stops together with the models."""
 
-    def __init__(self, app: Any, scheduler: Scheduler, grace: float, read_timeout: int) -> None:
+    def __init__(self, app: Any, models: Models, grace: float, read_timeout: int) -> None:
         config = uvicorn.Config(
             app,
             http=Protocol,
@@ -215,7 +179,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(grace) + 3,
         )
         super().__init__(config)
-        self._scheduler, self._grace = scheduler, grace
+        self._models, self._grace = models, grace
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal starts a graceful shutdown; the second one forces it."""
@@ -224,11 +188,15 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     def leave(self) -> None:
-        """Stops the server after the scheduler has ended."""
+        """Stops the server after a model has failed."""
         self.should_exit = True
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._models.begin()
+        await super().startup(sockets)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._scheduler.stop(0.0 if self.force_exit else self._grace)
+        self._models.stop(0.0 if self.force_exit else self._grace)
         await super().shutdown(sockets)
 
 
@@ -245,8 +213,3 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on {host} port {port}: {error.strerror or error}\nChoose another with --host or --port."
         ) from None
     return listener
-
-
-def _digest(bundle: Bundle) -> str:
-    """The digest of the bundle's files."""
-    return hashlib.sha256(json.dumps(bundle.manifest["files"], sort_keys=True).encode()).hexdigest()

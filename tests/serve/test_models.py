@@ -1,0 +1,224 @@
+"""Several bundles in one server: names, loading at the first use, unloading when memory is short."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from axrun.cli import main
+from axrun.format.bundle import Bundle
+from axrun.memory import needs
+from axrun.serve.slots import SPARE
+from tests.serve.server import Server, Start
+
+SLOTS = 2
+
+
+@pytest.fixture(scope="module")
+def server(bundle_s8: Path, bundle_fp32: Path, embedding_bundle: Path) -> Iterator[Server]:
+    """Two bundles in folders of the same name, and one for embeddings."""
+    aliases = f"small={bundle_s8}", f"exact={bundle_fp32}", f"text/embed={embedding_bundle}"
+    flags = [word for alias in aliases for word in ("--alias", alias)]
+    server = Server([bundle_s8, bundle_fp32, embedding_bundle], *flags).ready()
+    yield server
+    assert server.stop() == 0
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
+def complete(server: Server, model: str | None, **body: Any) -> Any:
+    answer = server.client.post("/v1/completions", json={"model": model, "prompt": "1+1=", "temperature": 0, **body})
+    return answer.json()
+
+
+def loaded(server: Server) -> list[str]:
+    return [entry["id"] for entry in server.client.get("/v1/models").json()["data"] if entry["loaded"]]
+
+
+def test_models_are_loaded_at_their_first_use(server: Server, embedding_checkpoint: Path) -> None:
+    listed = server.client.get("/v1/models").json()["data"]
+    assert [(entry["id"], entry["aliases"], entry["loaded"]) for entry in listed] == [
+        ("small", [], True),
+        ("exact", [], False),
+        ("text/embed", ["bundle"], False),
+    ]
+    assert [(entry["family"], entry["weight_type"], entry["bits"], entry["context_length"]) for entry in listed] == [
+        ("qwen2", "s8", 8, 255),
+        ("qwen2", "fp32", 32, 255),
+        ("qwen3", "fp32", 32, 255),
+    ]
+    assert [(entry["text"], entry["embeddings"]) for entry in listed] == [(True, False), (True, False), (False, True)]
+    assert server.client.post("/tokenize", json={"model": "bundle", "prompt": "1"}).json()["count"] == 2  # and the end
+    assert loaded(server) == ["small"]
+    assert complete(server, None)["model"] == complete(server, "small")["model"] == "small"
+    assert complete(server, "exact")["model"] == "exact"
+    assert loaded(server) == ["small", "exact"]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        made = [client.embeddings.create(model=name, input="x") for name in ("bundle", "text/embed")]
+        assert client.models.retrieve("bundle").id == "text/embed"
+    assert {each.model for each in made} == {"text/embed"}
+    assert made[0].data == made[1].data
+    health = server.client.get("/health").json()
+    assert (health["status"], health["loaded"], health["slots"]) == ("ok", ["small", "exact", "text/embed"], 12)
+
+
+def test_answers_are_those_of_a_server_of_its_own(server: Server, server_fp32: Server) -> None:
+    alone = server_fp32.complete("who are you?", max_tokens=20)["choices"]
+    assert complete(server, "exact", prompt="who are you?", max_tokens=20)["choices"] == alone
+    with ThreadPoolExecutor(6) as pool:
+        both = list(pool.map(lambda name: complete(server, name)["choices"], ["exact", "small"] * 4))
+    assert both == both[:2] * 4
+
+
+def test_an_unknown_model(server: Server) -> None:
+    for answer in (
+        server.client.post("/v1/completions", json={"model": "tiny", "prompt": "x"}),  # the folder of two of them
+        server.client.post("/tokenize", json={"model": "qwen2", "content": "x"}),
+        server.client.get("/v1/models/qwen2"),
+    ):
+        words = "No such model; this server has: small, exact, text/embed, bundle."
+        assert (answer.status_code, answer.json()["error"]["message"]) == (404, words)
+
+
+def test_metrics_have_the_model(server: Server) -> None:
+    complete(server, "exact")
+    metrics = server.metrics()
+    assert metrics['axrun_slots{model="exact"}'] == 4
+    assert metrics['axrun_tokens_total{kind="written",model="exact"}'] > 0
+    assert metrics['axrun_requests_total{path="/v1/completions",status="200"}'] > 0
+    assert metrics['axrun_model_info{model="text/embed"}'] == 1
+
+
+class TestMemory:
+    """Room for one of two bundles."""
+
+    @pytest.fixture
+    def begin(self, monkeypatch: pytest.MonkeyPatch, start: Start) -> Callable[..., Server]:
+        monkeypatch.setattr(Server, "program", ("-m", "tests.serve.small_memory"))
+
+        def begin(bundles: Sequence[Path], room_for: Path, *flags: object) -> Server:
+            aliases = [
+                word for name, path in zip("abc", bundles, strict=False) for word in ("--alias", f"{name}={path}")
+            ]
+            free = needs(Bundle.open(room_for), "ax", SLOTS).total + SPARE + 4096
+            server: Server = start(bundles, "--slots", SLOTS, *aliases, *flags, FREE=str(free))
+            return server.ready()
+
+        return begin
+
+    def test_the_least_recently_used_is_unloaded(
+        self, begin: Callable[..., Server], bundle_s8: Path, bundle_fp32: Path
+    ) -> None:
+        server = begin([bundle_s8, bundle_fp32], bundle_fp32)
+        first = complete(server, "a")["choices"]
+        for _ in range(2):
+            assert complete(server, "b")["model"] == "b"
+            assert loaded(server) == ["b"]
+            assert [name for name in server.metrics() if "axrun_slots{" in name] == ['axrun_slots{model="b"}']
+            assert f"{bundle_s8}/" not in Path(f"/proc/{server.process.pid}/maps").read_text()
+            assert complete(server, "a")["choices"] == first
+            assert loaded(server) == ["a"]
+        assert [line for line in server.lines if "unloaded" in line] == [
+            f"unloaded model '{name}'" for name in ("a", "b", "a", "b")
+        ]
+        assert server.stop() == 0
+
+    def test_running_answers_are_finished_first(
+        self, begin: Callable[..., Server], bundle_long: Path, bundle_fp32: Path, endless: dict[str, int]
+    ) -> None:
+        """Requests for either model that come meanwhile wait, and all are answered."""
+        server = begin([bundle_long, bundle_fp32], bundle_long)
+        body = {"max_tokens": 1500, "logit_bias": endless, "ignore_eos": True}
+        with ThreadPoolExecutor(4) as pool:
+            running = pool.submit(complete, server, "a", **body)
+            server.until(lambda: server.client.get("/health").json()["busy"])
+            other = pool.submit(complete, server, "b")
+            server.until(lambda: server.client.get("/health").json()["waiting"])
+            again = pool.submit(complete, server, "a")
+            assert running.result(120)["usage"]["completion_tokens"] == 1500
+            assert other.result(120)["model"] == "b"
+            assert again.result(120)["model"] == "a"
+        assert server.stop() == 0
+
+    def test_a_bundle_that_cannot_fit_unloads_nothing(
+        self, begin: Callable[..., Server], bundle_s8: Path, bundle_long: Path
+    ) -> None:
+        server = begin([bundle_s8, bundle_long], bundle_s8)
+        error = complete(server, "b")["error"]
+        assert error["code"] == "insufficient_memory"
+        assert error["message"].startswith("b cannot be loaded: the bundle needs ")
+        assert complete(server, "a")["model"] == "a"
+        assert not [line for line in server.lines if "unloaded" in line]
+        assert server.stop() == 0
+
+    def test_shutdown_ends_requests_that_wait_for_a_model(
+        self, begin: Callable[..., Server], bundle_long: Path, bundle_fp32: Path, endless: dict[str, int]
+    ) -> None:
+        server = begin([bundle_long, bundle_fp32], bundle_long, "--grace", "0.2")
+        body = {"max_tokens": 8000, "logit_bias": endless, "ignore_eos": True}
+        with ThreadPoolExecutor(2) as pool:
+            running = pool.submit(complete, server, "a", **body)
+            server.until(lambda: server.client.get("/health").json()["busy"])
+            other = pool.submit(complete, server, "b")
+            server.until(lambda: server.client.get("/health").json()["waiting"])
+            server.process.send_signal(signal.SIGTERM)
+            assert other.result(60)["error"]["code"] == "service_unavailable"
+            assert running.result(60)["error"]["code"] == "service_unavailable"
+        assert server.stop() == 0
+        assert not [line for line in server.lines if "Traceback" in line or "destroyed" in line]
+
+
+def test_a_damaged_bundle_leaves_the_others_alone(bundle_s8: Path, tmp_path: Path, start: Start) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(bundle_s8, damaged)
+    with (damaged / "qwen2_post.axmodel").open("r+b") as file:
+        file.truncate(1000)
+    server = start([bundle_s8, damaged]).ready()
+    for _ in range(2):
+        error = complete(server, "damaged")["error"]
+        assert error["code"] == "model_failed"
+        assert "damaged cannot be loaded: " in error["message"]
+    assert complete(server, None)["model"] == "tiny"
+    assert server.stop() == 0
+
+
+def test_a_damaged_first_bundle_ends_the_server(bundle_s8: Path, tmp_path: Path, start: Start) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(bundle_s8, damaged)
+    (damaged / "qwen2_post.axmodel").write_bytes(b"")
+    server = start([damaged, bundle_s8])
+    assert server.process.wait(60) == 2
+    server.stop()
+    assert [line for line in server.lines if line.startswith("error: ") and "qwen2_post.axmodel" in line]
+
+
+def test_an_alias_of_the_only_bundle(bundle_s8: Path, start: Start) -> None:
+    server = start(bundle_s8, "--alias", f"gpt-4o={bundle_s8}").ready()
+    assert complete(server, "gpt-4o")["model"] == complete(server, "qwen2")["model"] == "qwen2"
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["{s8}", "{s8}"], "a bundle is given twice"),
+        (["{s8}", "{fp32}"], "several bundles are named tiny"),
+        (["{s8}", "{fp32}", "--name", "x"], "--name is for one bundle"),
+        (["{s8}", "--alias", "a=/nowhere"], "--alias is 'a=/nowhere', expected NAME=DIR"),
+        (["{s8}", "--alias", "a b={s8}"], "expected NAME=DIR"),
+        (["{s8}", "{fp32}", "--alias", "a={s8}", "--alias", "a={fp32}"], "with a new name"),
+        (["{s8}", "/nowhere"], "no bundle folder /nowhere"),
+    ],
+)
+def test_names_that_do_not_choose(
+    bundle_s8: Path, bundle_fp32: Path, flags: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [flag.format(s8=bundle_s8, fp32=bundle_fp32) for flag in flags]
+    assert main(["serve", *given, "--port", "0"]) == 2
+    assert words in capsys.readouterr().err

@@ -2,10 +2,10 @@
 
 import os
 import sys
+from unittest.mock import patch
 
-from axrun import memory
 from axrun.cli import main
 
 if __name__ == "__main__":
-    memory.available = lambda meminfo=None: int(os.environ["FREE"])
-    sys.exit(main())
+    with patch("axrun.memory.available", lambda meminfo: int(os.environ["FREE"])):
+        sys.exit(main())

@@ -161,7 +161,7 @@ class TestMemory:
         self, begin: Callable[..., Server], bundle_long: Path, bundle_fp32: Path, endless: dict[str, int]
     ) -> None:
         server = begin([bundle_long, bundle_fp32], bundle_long, "--grace", "0.2")
-        body = {"max_tokens": 8000, "logit_bias": endless, "ignore_eos": True}
+        body = {"max_tokens": 8000, "logit_bias": endless, "ignore_eos": True, "n": 16}
         with ThreadPoolExecutor(2) as pool:
             running = pool.submit(complete, server, "a", **body)
             server.until(lambda: server.client.get("/health").json()["busy"])

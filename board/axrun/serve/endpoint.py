@@ -43,8 +43,8 @@ class Endpoint:
     """The fields of a request, the function that reads it, and the form of the response.
 
     `answer` names the response in the OpenAPI document. `reply` gets the name and the fingerprint of the model, the
-    validated body, and what was read from it. `streams`: the request may ask for a stream,
-    of content type `media`. `error` names the form of an error.
+    validated body, and what was read from it. `streams`: the request may ask for a stream, of content type `media`.
+    `error` names the form of an error.
     """
 
     summary: str

@@ -79,9 +79,6 @@ def validate(value: Any, schema: Schema, name: str = "") -> Any:
 def _object(value: dict[str, Any], schema: Schema, name: str) -> dict[str, Any]:
     properties, others = schema.get("properties", {}), schema.get("additionalProperties", True)
     inside = f"{name}." if name else ""
-    for key in schema.get("required", ()):
-        if key not in value:
-            raise invalid(f"Missing required parameter: '{inside}{key}'.", inside + key, "missing_required_parameter")
     checked = {}
     for key, entry in value.items():
         path = inside + ascii(key[:40])[1:-1]
@@ -91,6 +88,9 @@ def _object(value: dict[str, Any], schema: Schema, name: str) -> dict[str, Any]:
         entry = entry if rule is True else validate(entry, rule, path)
         if entry is not None or rule is True:
             checked[key] = entry
+    for key in schema.get("required", ()):
+        if key not in value:
+            raise invalid(f"Missing required parameter: '{inside}{key}'.", inside + key, "missing_required_parameter")
     defaults = {key: rule["default"] for key, rule in properties.items() if "default" in rule and key not in value}
     return {**defaults, **checked}
 

@@ -166,6 +166,11 @@ def ollama_tools() -> Any:
     }
 
 
+def ollama_embeddings() -> Any:
+    made = ollama_client().embed(model=NAME, input=[QUESTION, "1+1="])
+    return {"embeddings": [list(vector) for vector in made.embeddings], "tokens": made.prompt_eval_count}
+
+
 def ollama_models() -> Any:
     import ollama
 
@@ -336,6 +341,7 @@ CHECKS: dict[str, Callable[[], Any]] = {
     "ollama.stream": ollama_streamed,
     "ollama.models": ollama_models,
     "ollama.tools": ollama_tools,
+    "ollama.embed": ollama_embeddings,
     "responses": responses_text,
     "responses.parse": responses_parse,
     "responses.tools": responses_tools,

@@ -8,10 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from axrun.embeddings import embed
 from requirements.install import install_clients
-from tests.serve.server import MODEL, ROOT, Server
+from tests.serve.server import MODEL, ROOT, Server, Start
 
 SCRIPT = ROOT / "tests" / "serve" / "client_libraries.py"
 # These libraries request plain JSON and rely on the model for the schema, so the model answers with a fixed text.
@@ -80,6 +82,13 @@ def test_tools_of_ollama(server_saying: Server) -> None:
     assert made["calls"] == [["weather", {"city": "Paris"}], ["weather", {"city": "Rome, Italy"}]]
     assert made["same"]
     assert made["more"]
+
+
+def test_embeddings_of_ollama(embedding_bundle: Path, start: Start) -> None:
+    server = start(embedding_bundle, "--name", MODEL, "--slots", 1).ready()
+    made = ask(server, "who are you?", "ollama.embed")["ollama.embed"]
+    expected = embed(embedding_bundle, ["who are you?", "1+1="]).vectors
+    assert np.array_equal(np.array(made["embeddings"], np.float32), expected)
 
 
 def test_json_without_a_schema(server_saying: Server) -> None:

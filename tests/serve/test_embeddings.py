@@ -108,6 +108,21 @@ def test_bad_requests_are_refused(embedder: Server, body: dict[str, Any], param:
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
 
 
+def test_ollamas_route(embedder: Server, wanted: list[list[float]]) -> None:
+    """The same embeddings; a text that is too long is cut unless truncate is false."""
+    answer = embedder.client.post("/api/embed", json={"model": f"{MODEL}:latest", "input": TEXTS}).json()
+    assert np.array_equal(np.array(answer["embeddings"], np.float32), np.array(wanted, np.float32))
+    assert answer["total_duration"] > 0
+    one = embedder.client.post("/api/embed", json={"input": TEXTS[0], "options": {"num_ctx": 512}}).json()
+    assert one["embeddings"] == answer["embeddings"][:1]
+    text = "a b c d " * 100
+    assert embedder.client.post("/api/embed", json={"input": text}).json()["prompt_eval_count"] == 255
+    refused = embedder.client.post("/api/embed", json={"input": text, "truncate": False})
+    assert refused.status_code == 400
+    assert "limit is 255" in refused.json()["error"]
+    assert "embedding" in embedder.client.post("/api/show", json={}).json()["capabilities"]
+
+
 def test_a_model_for_embeddings_does_not_chat(client: openai.OpenAI) -> None:
     words = "This model makes embeddings only; use /v1/embeddings"
     with pytest.raises(openai.BadRequestError, match=words):

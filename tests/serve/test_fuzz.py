@@ -81,7 +81,7 @@ def brief(server: Server) -> Any:
             body["properties"][name] = {"type": "integer", "minimum": 1, "maximum": 4}
             body["required"].append(name)
         body["properties"].get("n", {})["maximum"] = 2
-        if "options" in body["properties"]:  # of Ollama's routes
+        if "num_predict" in body["properties"].get("options", {}).get("properties", ()):  # of Ollama's routes
             options = body["properties"]["options"] = {**body["properties"]["options"], "required": ["num_predict"]}
             options["properties"] = {
                 **options["properties"],

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from axrun.serve import embedding, schema
+from axrun.serve.ollama import embed
 from axrun.serve.ollama import fields as ollama
 from axrun.serve.responses.fields import FIELDS as RESPONSES
 from axrun.serve.responses.fields import ITEMS
@@ -21,6 +22,7 @@ PLACES: tuple[tuple[str, schema.Fields], ...] = (
     ("embeddings", embedding.FIELDS),
     ("api/chat", ollama.CHAT),
     ("api/generate", ollama.GENERATE),
+    ("api/embed", embed.FIELDS),
     ("options", ollama.OPTIONS),
     ("message", schema.MESSAGE_FIELDS),
     ("part", schema.TEXT_PART["properties"]),

@@ -199,6 +199,13 @@ SCHEMAS: dict[str, Any] = {
         **OLLAMA_FIGURES,
     ),
     "OllamaGenerate": _object({**OLLAMA, "response": STRING}, thinking=STRING, **OLLAMA_FIGURES),
+    "OllamaEmbeddings": _object(
+        {
+            "model": STRING,
+            "embeddings": _list(_list(NUMBER)),
+            **dict.fromkeys(("total_duration", "load_duration", "prompt_eval_count"), INTEGER),
+        }
+    ),
     "OllamaShow": _object(
         {
             "modified_at": STRING,
@@ -283,11 +290,7 @@ def document(models: Sequence[str]) -> dict[str, Any]:
             "not supported are refused unless their value turns them off; unknown fields are refused.",
         },
         "paths": {
-            **{
-                path: {"post": _writing(each, body) if each.streams else _converting(each.summary, each.answer, body)}
-                for path, each in WRITING.items()
-                for body in [schema.request(each.fields, models)]
-            },
+            **{path: {"post": _writing(each, schema.request(each.fields, models))} for path, each in WRITING.items()},
             "/tokenize": {
                 "post": _converting("Token ids of a text", "Tokens", schema.request(tokens.TOKENIZE, models))
             },
@@ -331,6 +334,8 @@ def document(models: Sequence[str]) -> dict[str, Any]:
 
 def _writing(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
     made = _converting(endpoint.summary, endpoint.answer, body, endpoint.error)
+    if not endpoint.streams:
+        return made
     made["responses"]["200"] = _says(f"The answer; in a stream, {STREAMS[endpoint.media]}.", _ref(endpoint.answer))
     made["responses"]["200"]["content"][endpoint.media] = {}
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from axrun.serve.endpoint import Endpoint
-from axrun.serve.ollama import fields, reply, request
+from axrun.serve.ollama import embed, fields, reply, request
 
 ENDPOINTS: dict[str, Endpoint] = {
     "/api/chat": Endpoint(
@@ -24,4 +24,5 @@ ENDPOINTS: dict[str, Endpoint] = {
         media=reply.NDJSON,
         error="OllamaError",
     ),
+    "/api/embed": embed.ENDPOINT,
 }

@@ -32,7 +32,8 @@ function show(at) {
   const turn = turnOf(message);
   turn.dataset.at = at;
   if (at === answering?.at) return turn;
-  const told = !message.writing ? message.figures : elsewhere ? "being written in another tab" : "interrupted";
+  const state = !message.writing ? message.figures : elsewhere ? "being written in another tab" : "interrupted";
+  const told = [message.model, state].filter(Boolean).join(" · ");
   const buttons = { Edit: () => edit(at) };
   if (message.role === "assistant") buttons["Try again"] = () => again(at);
   if (elsewhere) for (const name of Object.keys(buttons)) delete buttons[name];

@@ -18,8 +18,11 @@ import transformers
 from safetensors.torch import save_file
 
 from axc import build, check, families
+from axrun.batch import Batch
 from axrun.format.bundle import Bundle
+from axrun.job import Computed, Job
 from axrun.model import Model
+from axrun.sequence import Sequence
 from tests.axc import test_multimodal as multimodal
 
 SMALL: dict[str, Any] = {
@@ -235,6 +238,18 @@ def test_logits_are_transformers(row: str, tmp_path: Path) -> None:
     bundle, logits = built(tmp_path / "hf", tmp_path / "out"), expected(model)
     assert worst(bundle, logits, "ax") <= 1e-4
     assert worst(bundle, logits, "ort") <= 1e-4
+    assert_same_in_company(bundle)
+
+
+def assert_same_in_company(bundle: Path) -> None:
+    """Every family can share its runs with other sequences, and a token has the same bits as alone."""
+    first = Model.load(Bundle.open(bundle), "ax")
+    sequences = [Sequence(first), Sequence(first.another()), Sequence(first.another())]
+    batch, lengths = Batch(first, 64), (40, 1, 17)  # beyond the windows; one token; in between
+    jobs = [Job(sequence, IDS[:count], 0) for sequence, count in zip(sequences, lengths, strict=True)]
+    for job, seen in zip(jobs, batch.run(jobs), strict=True):
+        assert isinstance(seen, Computed)
+        assert np.array(list(seen.logits)).tobytes() == first.another().forward(job.tokens, 0, logits="all").tobytes()
 
 
 def test_a_context_beyond_the_original_length_has_the_long_factors(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from axrun.errors import BadInput, NotFinite
 from axrun.format.bundle import Bundle
+from axrun.session import SEGMENT
 from tests.engine.compare import filled
 from tests.engine.conftest import SOURCE
 
@@ -121,3 +123,30 @@ def test_flipped_bits_never_crash(good: bytes, ax: Any, tmp_path: Path) -> None:
         except (BadInput, ValueError, KeyError, MemoryError, TypeError, IndexError):
             refused += 1
     assert 200 < refused < 600
+
+
+def test_segments_are_checked_before_a_run(ax: Any, bundle_s8: Path) -> None:
+    session = ax.open_session(Bundle.open(bundle_s8).layer_path(0))
+    shapes = {info.name: info for info in session.groups[0].inputs + session.groups[0].outputs}
+    wanted = ("indices", "input", "K_cache_out", "V_cache_out", "output")
+    sized = {
+        name: dataclasses.replace(
+            shapes[name], shape=tuple(8 if at == 1 else n for at, n in enumerate(shapes[name].shape))
+        )
+        for name in wanted
+    }
+    binding = session.bind_stacked({name: session.allocate(info) for name, info in sized.items()})
+    for tokens, history, memory, words in (
+        (0, 0, 1, "a segment of no shape"),
+        (1, 1 << 24, 1, "a segment of no shape"),
+        (1, 0, 0, "a null pointer"),
+        ((1 << 24) - 1, 0, 1, "tokens|buffer of"),
+        (9, 0, 1, "buffer of"),
+    ):
+        segments = np.array([(tokens, history, memory, memory, memory)], SEGMENT)
+        with pytest.raises(BadInput, match=words):
+            binding.run(segments.ctypes.data, 1)
+    with pytest.raises(BadInput, match="0 segments"):
+        binding.run(segments.ctypes.data, 0)
+    with pytest.raises(BadInput, match="a null pointer"):
+        binding.run(0, 1)

@@ -10,18 +10,29 @@ constexpr std::string_view kElementwise[] = {"Abs", "Add", "Cast", "Clip", "Cos"
                                              "Max", "Min", "Mul", "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid", "Sin",
                                              "Sqrt", "Sub", "Tanh"};
 
+// Operators over the dimensions from their axis on, by default the last one.
+constexpr std::string_view kFromAxis[] = {"LayerNormalization", "RMSNormalization", "Softmax"};
+
 bool constant(const Shape& shape) {
   return std::all_of(shape.begin(), shape.end(), [](const Dim& dim) { return dim.constant(); });
 }
 
-// [M, ...] or [1, M, ...], the rest constant: the rows lie one behind the other.
+// Which dimension of [M, ...] or [1, M, ...] is M.
+size_t row_axis(const Shape& shape) { return !shape.empty() && shape[0] == Dim{1} ? 1 : 0; }
+
+// Whether the rest is constant, so that rows lie one behind the other.
 bool by_rows(const Shape& shape) {
-  const size_t axis = !shape.empty() && shape[0] == Dim{1} ? 1 : 0;
+  const size_t axis = row_axis(shape);
   return axis < shape.size() && shape[axis] == Dim{0, 1, 0} && constant(Shape(shape.begin() + axis + 1, shape.end()));
 }
 
-bool is_elementwise(const Operation& operation) {
-  return std::find(std::begin(kElementwise), std::end(kElementwise), operation.node->op) != std::end(kElementwise);
+// Whether an operation of values by rows computes each row by itself.
+bool keeps_rows_apart(const Graph& graph, const Operation& operation) {
+  const auto is_in = [&](const auto& names) { return std::find(std::begin(names), std::end(names), operation.node->op) != std::end(names); };
+  if (!is_in(kFromAxis)) return is_in(kElementwise);
+  const Shape& shape = graph.values[operation.inputs[0]].shape;
+  const int64_t axis = operation.integer("axis", -1);
+  return axis < 0 ? -axis < static_cast<int64_t>(shape.size() - row_axis(shape)) : axis > static_cast<int64_t>(row_axis(shape));
 }
 
 }  // namespace
@@ -44,7 +55,7 @@ bool takes_segments(const Graph& graph, const Program& program) {
     touch(graph, step, [&](int value) { all = all && fits(value); }, [&](int value) { all = all && by_rows(graph.values[value].shape); });
     if (!all) return false;
     const Plain* plain = std::get_if<Plain>(&step);
-    if (plain && !is_elementwise(graph.operations[plain->operation])) return false;
+    if (plain && !keeps_rows_apart(graph, graph.operations[plain->operation])) return false;
   }
   return std::all_of(graph.outputs.begin(), graph.outputs.end(), [&](int value) { return by_rows(graph.values[value].shape); });
 }

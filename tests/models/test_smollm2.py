@@ -15,6 +15,12 @@ from axc.fetch_package import cached
 from axc.models import Package, load_model
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
+from tests.serve.server import MODEL, Server
+from tests.serve.test_client_libraries import ask
+
+FORMATS = ("openai.parse", "responses.parse", "litellm", "ollama")
+CALLS = ("openai.tools", "responses.tools", "litellm.tools")
+STREAMS = ("responses", "ollama.stream", "litellm.stream")
 
 pytestmark = pytest.mark.system
 
@@ -46,6 +52,18 @@ def test_it_answers(bundle: Path, prompt: str, word: str) -> None:
     command = [sys.executable, "-m", "axrun", "run", str(bundle), "--prompt", prompt, "--max-tokens", "24"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert word in done.stdout
+
+
+def test_client_libraries_ask_it(bundle: Path) -> None:
+    """Structured output, tools and streams, in OpenAI's two APIs and Ollama's."""
+    server = Server(bundle, "--name", MODEL, "--slots", 1).ready()
+    try:
+        found = ask(server, "Who is Ada, aged 36?", *FORMATS, *CALLS, *STREAMS)
+    finally:
+        server.stop()
+    assert all(set(found[name]) == {"name", "age", "mood"} for name in FORMATS)
+    assert {name: found[name]["name"] for name in CALLS} == dict.fromkeys(CALLS, "weather")
+    assert all(found[name]["same"] for name in STREAMS)
 
 
 def test_a_local_copy_must_be_the_pinned_file(bundle: Path, tmp_path: Path) -> None:

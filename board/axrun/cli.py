@@ -82,6 +82,8 @@ def _generation_config_flag(parser: argparse.ArgumentParser) -> None:
 def _speculation_flag(parser: argparse.ArgumentParser) -> None:
     what = "decode one token at a time; the default guesses tokens by prompt lookup, which gives the same answer sooner"
     parser.add_argument("--no-speculation", dest="speculation", action="store_false", help=what)
+    what = "a smaller bundle with the same tokenizer guesses tokens too; the answer stays the same"
+    parser.add_argument("--draft", type=Path, metavar="BUNDLE", help=what)
 
 
 def _sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -122,6 +124,7 @@ def _options(arguments: argparse.Namespace) -> Options:
         arguments.parse_special,
         arguments.generation_config,
         arguments.speculation,
+        arguments.draft,
         getattr(arguments, "json_schema", None),
         getattr(arguments, "grammar", None),
     )

@@ -19,7 +19,7 @@ from axrun.model import Logits
 from axrun.sampling import Sampling
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Array, Sequence
-from axrun.speculation import Guesser
+from axrun.speculation.guesser import Guesser
 
 EOS, LENGTH, CONTEXT = "eos", "length", "context"
 

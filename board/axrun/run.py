@@ -14,11 +14,10 @@ from axrun.format.bundle import Bundle
 from axrun.format.pooling import refuse_text
 from axrun.generate import Stats, generate
 from axrun.load import DEFAULTS, Loading, Say, describe, silent
-from axrun.model import Model
 from axrun.sampling import BREAKERS, Sampling
 from axrun.sampling.checkpoint import sampling_of
 from axrun.sequence import Sequence
-from axrun.speculation import Costs, prompt_lookup
+from axrun.speculation import Speculation
 from axrun.text.stream import TextStream
 from axrun.text.template import ChatTemplate, prompt_ids
 from axrun.text.tokenizer import Tokenizer
@@ -57,8 +56,8 @@ class Options:
 
     `generation_config`: use the sampling settings of the checkpoint's generation_config.json, not of post_config.json.
     `parse_special`: special tokens spelled in a message are control tokens, not text. `speculation`: guess tokens by
-    prompt lookup. The answer is JSON that is valid under the schema in `json_schema`, or follows the grammar in
-    `grammar`.
+    prompt lookup, and with the draft model in the bundle `draft`. The answer is JSON that is valid under the schema in
+    `json_schema`, or follows the grammar in `grammar`.
     """
 
     system: str | None = None
@@ -68,6 +67,7 @@ class Options:
     parse_special: bool = False
     generation_config: bool = False
     speculation: bool = True
+    draft: Path | None = None
     json_schema: Path | None = None
     grammar: Path | None = None
 
@@ -77,6 +77,8 @@ class Options:
             raise BadInput(f"max_tokens is {self.max_tokens}, expected at least 1")
         if self.seed < 0:
             raise BadInput(f"seed is {self.seed}, expected at least 0")
+        if self.draft and not self.speculation:
+            raise BadInput("--draft and --no-speculation contradict each other: give one of them")
 
     def sampling_of(self, bundle: Bundle, say: Say) -> Sampling:
         """The sampling settings for a bundle. Reports settings of its checkpoint that are not applied.
@@ -89,6 +91,10 @@ class Options:
         if remark:
             say(f"note: {remark}")
         return sampling
+
+    def speculation_for(self, bundle: Bundle, loading: Loading) -> Speculation | None:
+        """What guesses tokens; loads the draft model. Raises BadInput if it does not fit the bundle."""
+        return Speculation.load(self.draft, bundle, loading) if self.speculation else None
 
     def grammar_of(self, tokenizer: Tokenizer, vocab_size: int) -> Grammar | None:
         """The compiled schema or grammar. Raises BadInput if it is not valid or not supported."""
@@ -134,32 +140,40 @@ def run(path: Path, question: Question, loading: Loading = DEFAULTS, write: Say 
     expect_room(len(ids), bundle.kv_cache_len)
     sampling = sampling.override(grammar=options.grammar_of(tokenizer, bundle.vocab_size))
     model = loading.load(bundle)
+    speculation = options.speculation_for(bundle, loading)
     for line in describe(model, bundle):
         say(line)
     say(f"input token num : {len(ids)}, prefill_split_num : {len(list(model.decoder.chunks(0, len(ids))))}")
-    return _answer(model, tokenizer, ids, sampling, options, say, write)
+    return _answer(Sequence(model), tokenizer, ids, sampling, speculation, options, say, write)
 
 
 def guesses(stats: Stats) -> str:
-    """How many of the tokens guessed by prompt lookup were right."""
-    return f"prompt lookup: {stats.accepted} of {stats.guessed} guessed tokens were right"
+    """How many of the guessed tokens were right."""
+    return f"speculation: {stats.accepted} of {stats.guessed} guessed tokens were right"
 
 
 def _answer(
-    model: Model, tokenizer: Tokenizer, ids: list[int], sampling: Sampling, options: Options, say: Say, write: Say
+    sequence: Sequence,
+    tokenizer: Tokenizer,
+    ids: list[int],
+    sampling: Sampling,
+    speculation: Speculation | None,
+    options: Options,
+    say: Say,
+    write: Say,
 ) -> Answer:
     stats, stream = Stats(), TextStream(tokenizer)
     answer: list[int] = []
     pieces: list[str] = []
     going = generate(
-        Sequence(model),
+        sequence,
         ids,
         sampling,
         options.max_tokens,
         tokenizer.stop_ids,
         seed=options.seed,
         stats=stats,
-        guesser=prompt_lookup(model, Costs()) if options.speculation else None,
+        guesser=speculation.guesser(sequence) if speculation else None,
     )
     for token in going:
         if not answer:

@@ -22,7 +22,7 @@ from axrun.sampling.grammar import Compiler
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence as TokenSequence
 from axrun.serve.pace import GUESS_ROWS, Pace
-from axrun.speculation import Costs, prompt_lookup
+from axrun.speculation import Speculation
 from axrun.text.tokenizer import Tokenizer
 
 MATES, ROWS, LENGTH = 5, 96, 24
@@ -99,17 +99,12 @@ def test_answers_do_not_depend_on_their_company(
     for prompt, sampling, _ in requests:
         going = steps(TokenSequence(models[0]), prompt, Sampler(sampling, 3), LENGTH)
         alone.append(outcome([step._replace(logits=step.logits.copy()) for step in going if isinstance(step, Token)]))
-    costs = Costs()
-    asked = [
-        ask(
-            TokenSequence(model),
-            prompt,
-            Sampler(sampling, 3),
-            LENGTH,
-            guesser=prompt_lookup(model, costs) if guesses else None,
-        )
-        for model, (prompt, sampling, guesses) in zip(models, requests, strict=False)
-    ]
+    speculation = Speculation()
+    asked = []
+    for model, (prompt, sampling, guesses) in zip(models, requests, strict=False):
+        sequence = TokenSequence(model)
+        guesser = speculation.guesser(sequence) if guesses else None
+        asked.append(ask(sequence, prompt, Sampler(sampling, 3), LENGTH, guesser=guesser))
     random = np.random.default_rng(seed)
     seen = together(batch, asked, Pace(2.5, 32), iter(lambda: int(random.integers(1 << 16)), -1))
     assert [outcome(tokens) for tokens in seen] == alone

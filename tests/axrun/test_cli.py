@@ -41,6 +41,20 @@ def edit(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+def test_a_draft_model_changes_no_answer(
+    bundle_s8: Path, bundle_fp32: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["run", str(bundle_s8), "--raw", "--prompt", "On Monday Otto", "--max-tokens", "40", "--json"]
+    answers = []
+    for more in ([], ["--draft", str(bundle_fp32)], ["--draft", str(bundle_s8)]):
+        assert main([*asked, *more]) == 0
+        answers.append(json.loads(capsys.readouterr().out)["tokens"])
+    assert answers[0] == answers[1] == answers[2]
+    for flags, told in ((["--no-speculation"], "contradict each other"), (["--engine", "ort"], "needs the engine ax")):
+        assert main([*asked, "--draft", str(bundle_s8), *flags]) == 2
+        assert told in capsys.readouterr().err
+
+
 def test_the_answer_goes_to_stdout_and_the_vendors_lines_to_stderr(bundle_s8: Path) -> None:
     done = axrun("run", bundle_s8, "--prompt", "1+1=")
     assert (done.returncode, done.stdout) == (0, "2\n")

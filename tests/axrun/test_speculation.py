@@ -20,7 +20,9 @@ from axrun.sampling import Sampling
 from axrun.sampling.grammar import Compiler
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence as TokenSequence
-from axrun.speculation import LONGEST_PAUSE, MOST, ROW_STEP, Costs, PromptLookup, prompt_lookup
+from axrun.speculation import Speculation
+from axrun.speculation.guesser import MOST, ROW_STEP, Costs
+from axrun.speculation.prompt_lookup import LONGEST_PAUSE, PromptLookup
 from axrun.text.tokenizer import Tokenizer
 
 LENGTH = 40
@@ -208,4 +210,4 @@ def test_a_grammar_follows_the_chosen_tokens_only(
 
 
 def test_only_an_exact_engine_guesses(model_fp32: Model) -> None:
-    assert (prompt_lookup(model_fp32, Costs()) is not None) == model_fp32.decoder.exact
+    assert (Speculation().guesser(TokenSequence(model_fp32)) is not None) == model_fp32.decoder.exact

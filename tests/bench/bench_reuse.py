@@ -21,7 +21,8 @@ from axrun.model import Model
 from axrun.sampling import Sampling
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence
-from axrun.speculation import Costs, PromptLookup
+from axrun.speculation.guesser import Costs
+from axrun.speculation.prompt_lookup import PromptLookup
 from axrun.text.template import ChatTemplate, chat_ids
 from axrun.text.tokenizer import Tokenizer
 from tests.bench.bench_engine import ROOT

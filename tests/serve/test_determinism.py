@@ -192,7 +192,10 @@ def test_the_same_questions_have_the_same_answers_a_second_time(bundle_s8: Path,
     assert cached > 0
 
 
-def test_answers_in_mixed_company_equal_those_asked_alone(bundle_s8: Path, start: Starter, heldout: str) -> None:
+@pytest.mark.parametrize("draft", [False, True])
+def test_answers_in_mixed_company_equal_those_asked_alone(
+    bundle_s8: Path, bundle_fp32: Path, start: Starter, heldout: str, draft: bool
+) -> None:
     """Answers with a schema, with guesses, sampled and scored share runs with clients that hang up."""
     schema = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string", "maxLength": 8}}}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {**schema, "required": ["a", "b"]}}}
@@ -208,7 +211,7 @@ def test_answers_in_mixed_company_equal_those_asked_alone(bundle_s8: Path, start
         body.update(max_tokens=30, temperature=0.7, seed=1)
     quiet = start(bundle_s8, "--slots", 1, "--no-speculation").ready()
     alone = [quiet.post(path, **body).json()["choices"] for path, body in asked]
-    busy = start(bundle_s8, "--slots", 5).ready()
+    busy = start(bundle_s8, "--slots", 5, *(["--draft", bundle_fp32] if draft else [])).ready()
 
     def hang_up() -> None:
         with busy.stream("completions", prompt=heldout[:300], max_tokens=100, temperature=1) as streamed:

@@ -18,7 +18,7 @@ from axrun.model import Model
 from axrun.sampling import Sampling
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence
-from axrun.speculation import Costs, prompt_lookup
+from axrun.speculation import Speculation
 from axrun.text.stream import TextStream
 from axrun.text.template import ChatTemplate, chat_ids
 from axrun.text.thinking import ThinkStream, marks_of, special_marks, thinking_after
@@ -59,18 +59,18 @@ class Conversation:
         max_tokens: int | None = None,
         seed: int = 0,
         parse_special: bool = False,
-        speculation: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         """`max_tokens` None: answers may continue to the end of the context.
 
-        `parse_special`: special tokens spelled in a message are control tokens, not text. `speculation`: guess tokens
-        by prompt lookup.
+        `parse_special`: special tokens spelled in a message are control tokens, not text.
+        `speculation`: guesses tokens.
         """
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._sampling, self._max_tokens, self._seed = sampling, max_tokens, seed
         self._parse_special = parse_special
         self._sequence = Sequence(model)
-        self._costs = Costs() if speculation else None
+        self._speculation = speculation
         self._marks = marks_of(template)
         self._spelled = {} if self._marks is None else special_marks(self._marks, tokenizer)
         self._system: str | None = None
@@ -173,7 +173,7 @@ class Conversation:
             self._tokenizer.stop_ids,
             reuse=turn.reused,
             stats=turn.stats,
-            guesser=prompt_lookup(self._model, self._costs) if self._costs else None,
+            guesser=self._speculation.guesser(self._sequence) if self._speculation else None,
         )
         try:
             for step in going:

@@ -30,9 +30,10 @@ def chat(path: Path, options: Options, terminal: Terminal, loading: Loading = DE
         raise BadInput(f"{bundle.hf} has no chat template, which chat needs; use axrun run instead")
     say("LLM init start")
     model = loading.load(bundle)
+    speculation = options.speculation_for(bundle, loading)
     for line in describe(model, bundle):
         say(line)
-    given = sampling, options.max_tokens, options.seed, options.parse_special, options.speculation
+    given = sampling, options.max_tokens, options.seed, options.parse_special, speculation
     conversation = Conversation(model, tokenizer, template, *given)
     conversation.system = options.system
     if terminal.interactive:

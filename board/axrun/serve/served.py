@@ -23,6 +23,7 @@ from axrun.serve.slots import SPARE, Slot, allocate
 from axrun.serve.tools import Toolbox
 from axrun.serve.writer import Writer
 from axrun.session import engine_version
+from axrun.speculation import Speculation
 from axrun.text.template import ChatTemplate
 from axrun.text.tokenizer import Tokenizer
 
@@ -113,8 +114,9 @@ class Served:
         model = loading.load(self.bundle)
         for line in describe(model, self.bundle):
             loading.say(line)
+        speculation = Speculation.load(options.draft, self.bundle, loading) if options.speculation else None
         slots = allocate(model, options.slots, loading.allow)
-        return slots, Writer(parts.tokenizer, self._prompt_cache, options.speculation).write
+        return slots, Writer(parts.tokenizer, self._prompt_cache, speculation).write
 
     def forget(self) -> None:
         """Drops everything that takes memory; the scheduler must have ended."""

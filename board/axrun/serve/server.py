@@ -40,8 +40,9 @@ class Options:
     `prompt_cache`: folder for keys and values of prompts, of up to `prompt_cache_mb`. `allowed_host`: further host
     names to accept, besides those of `axrun.serve.hosts`; "*" accepts any. `parse_special`: special tokens spelled in a
     chat message are control tokens, not text. `generation_config`: take the sampling defaults from the checkpoint's
-    generation_config.json, not from post_config.json. `speculation`: guess tokens by prompt lookup. `tool_format`: how
-    the model writes tool calls, a key of `axrun.text.tool_formats.FORMATS`; None: chosen from the chat template.
+    generation_config.json, not from post_config.json. `speculation`: guess tokens by prompt lookup, and with the draft
+    model in the bundle `draft`. `tool_format`: how the model writes tool calls, a key of
+    `axrun.text.tool_formats.FORMATS`; None: chosen from the chat template.
     `reasoning_budget`: maximum number of tokens of a model's thoughts. `allow_origin`: origins whose pages may use the
     server. `alias`: further names of bundles, as NAME=DIR.
     """
@@ -63,6 +64,7 @@ class Options:
     parse_special: bool = False
     generation_config: bool = False
     speculation: bool = True
+    draft: Path | None = None
     tool_format: str | None = None
     reasoning_budget: int | None = None
     allow_origin: Sequence[str] = ()
@@ -84,6 +86,8 @@ class Options:
         ):
             if not holds:
                 raise BadInput(f"{flag} is {value}, expected {expected}")
+        if self.draft is not None and not self.speculation:
+            raise BadInput("--draft and --no-speculation contradict each other: give one of them")
         for name in self.allowed_host:
             if name != ANY and not NAME.fullmatch(name):
                 raise BadInput(f"--allowed-host is {name!r}, expected a name without scheme and port, or {ANY}")
@@ -116,6 +120,8 @@ def serve(
     bundles = [loading.open(path) for path in paths]
     if alone:
         named = [(options.name or bundles[0].name, *aliases[0])]
+    elif options.draft is not None:
+        raise BadInput("--draft is for one bundle: a draft model needs the tokenizer of the model it guesses for")
     elif options.name:
         raise BadInput("--name is for one bundle; name several with --alias NAME=DIR")
     else:

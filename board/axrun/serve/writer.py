@@ -19,7 +19,7 @@ from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence
 from axrun.serve.logprobs import Rated, Scored, likeliest, log_softmax
 from axrun.serve.order import Choice, Text
-from axrun.speculation import Costs, prompt_lookup
+from axrun.speculation import Speculation
 from axrun.text.stop_strings import StopStrings
 from axrun.text.stream import TextStream
 from axrun.text.tokenizer import Tokenizer
@@ -54,10 +54,11 @@ Writing = Generator[Union[Job, Piece], Computed, None]
 class Writer:
     """Generates answers with the tokenizer of one model."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_cache: PromptCache | None = None, speculation: bool = True) -> None:
-        """`speculation`: guess tokens by prompt lookup."""
-        self._tokenizer, self._prompt_cache = tokenizer, prompt_cache
-        self._costs = Costs() if speculation else None
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_cache: PromptCache | None = None, speculation: Speculation | None = None
+    ) -> None:
+        """`speculation`: guesses tokens."""
+        self._tokenizer, self._prompt_cache, self._speculation = tokenizer, prompt_cache, speculation
 
     def write(self, task: Choice | Text, sequence: Sequence) -> Writing:
         """Yields jobs, whose results have to be sent or whose CheckFailed thrown, and the pieces of the answer.
@@ -91,7 +92,7 @@ class Writer:
             stop_ids,
             reuse=reused,
             stats=script.stats,
-            guesser=prompt_lookup(sequence.model, self._costs) if self._costs else None,
+            guesser=self._speculation.guesser(sequence) if self._speculation else None,
         )
         step = next(going, None)
         while step is not None:

@@ -1,0 +1,88 @@
+"""Speculative decoding with a draft model: the tokens are those of decoding without one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from axrun.errors import BadInput
+from axrun.format.bundle import Bundle
+from axrun.generate import Stats, Token, steps
+from axrun.model import Model
+from axrun.sampling import Sampling
+from axrun.sampling.sampler import Sampler
+from axrun.sequence import Sequence as TokenSequence
+from axrun.speculation.draft import DraftGuesser, load
+from axrun.speculation.guesser import Costs, Guesser
+from axrun.speculation.prompt_lookup import PromptLookup
+from tests.doctor import axmodels
+
+LENGTH = 60
+
+
+@pytest.fixture(scope="module")
+def model(bundle_s8: Path) -> Model:
+    return Model.load(Bundle.open(bundle_s8))
+
+
+@pytest.fixture(scope="module")
+def other(bundle_fp32: Path) -> Model:
+    """A model that nearly always agrees."""
+    return Model.load(Bundle.open(bundle_fp32))
+
+
+def answer(model: Model, prompt: list[int], guesser: Guesser | None, stats: Stats, heat: float = 0.0) -> Sequence[int]:
+    sampler = Sampler(Sampling(heat), 5)
+    going = steps(TokenSequence(model), prompt, sampler, LENGTH, stats=stats, guesser=guesser)
+    return [step.id for step in going if isinstance(step, Token)]
+
+
+@pytest.mark.parametrize("heat", [0.0, 1.5])
+@pytest.mark.parametrize("lookup", [False, True])
+def test_a_draft_model_does_not_change_the_answer(
+    model: Model, other: Model, heldout: list[int], heat: float, lookup: bool
+) -> None:
+    plain = answer(model, heldout[:70], None, Stats(), heat)
+    stats, costs = Stats(), Costs()
+    guesser = DraftGuesser(TokenSequence(other.another()), costs, PromptLookup(costs) if lookup else None)
+    guesser._seconds = 1e-9  # a draft that costs nothing, so that it is always asked
+    assert answer(model, heldout[:70], guesser, stats, heat) == plain
+    assert stats.guessed >= stats.accepted > 0
+
+
+def test_the_model_itself_as_draft_is_always_right(model: Model, heldout: list[int]) -> None:
+    stats = Stats()
+    guesser = DraftGuesser(TokenSequence(model.another()), Costs())
+    answer(model, heldout[:70], guesser, stats)
+    assert stats.guessed == stats.accepted > 0
+    assert guesser._rate > 0.7
+
+
+def test_a_draft_that_is_slow_and_wrong_is_asked_rarely() -> None:
+    class Draft(DraftGuesser):
+        def __init__(self) -> None:
+            self._costs, self._rate, self._seconds, self._waited = Costs(), 0.0, 1.0, 0
+            self._costs.add(0, 1.0)
+
+    assert Draft()._count() == 0
+    quick = Draft()
+    quick._rate, quick._seconds = 0.95, 0.01
+    assert quick._count() > 3
+
+
+def test_another_tokenizer_is_refused(bundle_s8: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(bundle_s8, other)
+    file = other / "hf" / "tokenizer.json"
+    stored = json.loads(file.read_text())
+    vocabulary = stored["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    axmodels.replace(other, "hf/tokenizer.json", json.dumps(stored).encode())
+    with pytest.raises(BadInput, match="their tokenizers differ, first in"):
+        load(other, Bundle.open(bundle_s8))
+    assert load(bundle_s8, Bundle.open(bundle_s8)).length == 0

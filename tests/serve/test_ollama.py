@@ -99,6 +99,7 @@ def test_results_belong_to_the_calls_of_their_function() -> None:
     ids = [call["id"] for call in made[0]["tool_calls"]]
     assert len(set(ids)) == 3
     assert [message["tool_call_id"] for message in made[1:]] == [ids[1], ids[0], ids[2]]
+    assert "tool_call_id" not in next(messages_of(results))
 
 
 def test_thoughts(thinker: Server) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -58,9 +59,8 @@ def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _messages(given: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Messages of a chat completion. Calls get ids here: a result belongs to the first open call of its function."""
-    open_calls: list[tuple[str, str]] = []  # id and function
-    count = 0
+    """Messages of a chat completion. Calls get ids here."""
+    calls = _Calls()
     for message in given:
         made = {"role": message["role"], "content": message.get("content", "")}
         if message.get("thinking"):
@@ -69,14 +69,36 @@ def _messages(given: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
             made["tool_calls"] = []
             for call in message["tool_calls"]:
                 function = {"name": call["function"]["name"], "arguments": call["function"].get("arguments", {})}
-                open_calls.append((f"call{count:05}", function["name"]))
-                made["tool_calls"].append({"id": open_calls[-1][0], "function": function})
-                count += 1
-        if message["role"] == "tool" and open_calls:
-            name = message.get("tool_name")
-            at = next((at for at, (_, function) in enumerate(open_calls) if function == name), 0)
-            made["tool_call_id"] = open_calls.pop(at)[0]
-        yield made
+                made["tool_calls"].append({"id": calls.open(function["name"]), "function": function})
+        call = calls.close(message.get("tool_name", "")) if message["role"] == "tool" else None
+        yield made if call is None else {**made, "tool_call_id": call}
+
+
+class _Calls:
+    """Ids of calls. A result belongs to the first open call of its function, or else to the first open call."""
+
+    def __init__(self) -> None:
+        self._open: set[str] = set()
+        self._all: deque[str] = deque()
+        self._of: dict[str, deque[str]] = {}
+        self._count = 0
+
+    def open(self, function: str) -> str:
+        call = f"call{self._count:05}"
+        self._count += 1
+        self._open.add(call)
+        self._all.append(call)
+        self._of.setdefault(function, deque()).append(call)
+        return call
+
+    def close(self, function: str) -> str | None:
+        for queue in (self._of.get(function, deque()), self._all):
+            while queue:
+                call = queue.popleft()
+                if call in self._open:
+                    self._open.remove(call)
+                    return call
+        return None
 
 
 @contextlib.contextmanager

@@ -87,20 +87,21 @@ def _turns(items: Sequence[Item], first: int) -> Iterator[dict[str, Any]]:
             yield {"role": item["role"], "content": _text(item["content"])}
         else:
             answer.setdefault("role", "assistant")
-            answer.update(_part(item, kind, answer, f"input[{number}]"))
+            _add(item, kind, answer, f"input[{number}]")
     if answer:
         yield answer
 
 
-def _part(item: Item, kind: str, answer: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What an item adds to the message of the assistant. Raises ApiError for arguments that are not JSON."""
+def _add(item: Item, kind: str, answer: dict[str, Any], where: str) -> None:
+    """Adds an item to the message of the assistant. Raises ApiError for arguments that are not JSON."""
     if kind == "message":
-        return {"content": _text(item["content"])}
-    if kind == "reasoning":
-        return {"reasoning_content": _text(item.get("content") or item.get("summary") or "")}
-    arguments = read_arguments(item["arguments"], f"{where}.arguments")
-    call = {"id": item["call_id"], "function": {"name": item["name"], "arguments": arguments}}
-    return {"tool_calls": [*answer.get("tool_calls", ()), call]}
+        answer["content"] = _text(item["content"])
+    elif kind == "reasoning":
+        answer["reasoning_content"] = _text(item.get("content") or item.get("summary") or "")
+    else:
+        arguments = read_arguments(item["arguments"], f"{where}.arguments")
+        call = {"id": item["call_id"], "function": {"name": item["name"], "arguments": arguments}}
+        answer.setdefault("tool_calls", []).append(call)
 
 
 def _text(content: str | Sequence[Mapping[str, Any]]) -> str:

@@ -177,7 +177,8 @@ def test_an_import_adds_and_runs_nothing(two: Page, tmp_path: Path) -> None:
     ("content", "error"),
     [
         ("{", "the file is not JSON"),
-        ("[]", "the file is [], expected an object"),
+        ("[]", "the file is a list of 0, expected an object"),
+        ("[" * 300_000 + "]" * 300_000, "the file is a list of 1, expected an object"),
         (json.dumps({**json.loads(file(CHAT)), "version": 2}), "the file.version is 2, expected 1"),
         (file(CHAT, more=1), 'the file has the unknown field "more"'),
         (file(CHAT).replace('"title"', '"__proto__"'), 'conversations[0] has the unknown field "__proto__"'),
@@ -217,7 +218,7 @@ def test_an_import_adds_and_runs_nothing(two: Page, tmp_path: Path) -> None:
             file({**CHAT, "rate": 1e999}).replace("Infinity", "1e999"),
             "conversations[0].rate is null, expected a positive number",
         ),
-        (file(*[CHAT] * 1001), "the file.conversations is "),
+        (file(*[CHAT] * 1001), "the file.conversations is a list of 1001, expected a list of up to 1000"),
         (" " * (16 << 20) + "{}", "the file has more than 16 MiB"),
     ],
 )

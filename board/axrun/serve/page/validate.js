@@ -56,6 +56,8 @@ const AFTER = { user: ["user", "assistant", "tool"], assistant: ["user", "tool"]
 export class Invalid extends Error {}
 
 const quoted = (value) => {
+  if (Array.isArray(value)) return `a list of ${value.length}`;
+  if (value !== null && typeof value === "object") return "an object"; // which may be nested too deep to be written
   const said = JSON.stringify(value) ?? "nothing";
   return said.length > 40 ? `${said.slice(0, 40)}…` : said;
 };

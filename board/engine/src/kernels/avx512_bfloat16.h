@@ -41,7 +41,7 @@ void bfloat16_columns(const InPlaceRows& rows, size_t columns, const uint8_t* le
     repeat<kInPlaceVectors>([&](auto v) AXC_INLINE {
       Vf words[16];
       rows.prefetch(v, 2 * k);
-      rows.turn(v, 2 * k, 2 * least(kStep, columns - k), words);
+      rows.transposed(v, 2 * k, 2 * least(kStep, columns - k), words);
       repeat<16>([&](auto i) AXC_INLINE {
         const __m512i x = _mm512_set1_epi32(dword(levels + 2 * k + 4 * i));
         acc[v] = Vf(_mm512_dpbf16_ps(__m512(acc[v]), (__m512bh)words[i], (__m512bh)x));
@@ -72,7 +72,7 @@ void bfloat16_linear(const LinearJob& job, size_t first, size_t last, void* scra
       for (size_t b = 0; b < a.blocks(); ++b) {
         const size_t columns = least(kBlock, w.columns - b * kBlock);
         const uint8_t* data = w.data + row * w.stride() + b * kBytes;
-        each_turned<kBytes>(data, w.stride(), rows, 2 * columns, [&](size_t group, size_t part, const __m512i* r) AXC_INLINE {
+        each_transposed<kBytes>(data, w.stride(), rows, 2 * columns, [&](size_t group, size_t part, const __m512i* r) AXC_INLINE {
           for (size_t i = 0; i < 16; ++i) _mm512_store_si512(panel + (part * 16 + i) * 128 + group * 64, r[i]);
         });
         Prefetcher prefetcher = behind(job, row, last, kIntPanel, b * kBlock, kBlock, (tokens + kRows - 1) / kRows);

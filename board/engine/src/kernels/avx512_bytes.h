@@ -21,10 +21,9 @@ constexpr size_t kIntPanel = 32, kPrefetched = 16384;
 }  // namespace
 }  // namespace axc
 
-#include "avx512_turned.h"
 #include "prefetch.h"
-#include "quads.h"
 #include "scales.h"
+#include "transpose_words.h"
 
 namespace axc {
 namespace {
@@ -81,20 +80,22 @@ inline __mmask64 first_bytes(size_t count) { return count >= 64 ? ~__mmask64{0} 
 
 // Calls store(group, half, r) for every 16 rows and 64 bytes of a block, transposed. Missing rows and bytes are zeros.
 template <size_t kBytes, class Store>
-inline void each_turned(const uint8_t* w, size_t stride, size_t rows, size_t bytes, Store store) {
+inline void each_transposed(const uint8_t* w, size_t stride, size_t rows, size_t bytes, Store store) {
   for (size_t half = 0; half < kBytes / 64; ++half) {
     const size_t count = bytes > 64 * half ? least(64, bytes - 64 * half) : 0;
     for (size_t group = 0; group < kIntPanel / 16; ++group) {
       const size_t there = rows > group * 16 ? least(16, rows - group * 16) : 0;
       const uint8_t* from = w + group * 16 * stride + 64 * half;
-      __m512i r[16];
+      Vf words[16];
       if (there == 16 && count == 64) {
-        turned(from, stride, r);
+        transpose_words([=](size_t row) AXC_INLINE { return from + row * stride; }, words);
       } else {
         uint8_t padded[16 * 64] = {};
         for (size_t row = 0; row < there; ++row) std::memcpy(padded + 64 * row, from + row * stride, count);
-        turned(padded, 64, r);
+        transpose_words([&](size_t row) AXC_INLINE { return padded + 64 * row; }, words);
       }
+      __m512i r[16];
+      repeat<16>([&](auto i) AXC_INLINE { r[i] = __m512i(words[i]); });
       store(group, half, r);
     }
   }
@@ -141,7 +142,7 @@ class BytePanel {
 inline void pack_bytes_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
   BytePanel to(panel, group);
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(w);
-  each_turned<kBlock>(bytes, stride, rows, columns, [&](size_t half, size_t part, const __m512i* r) AXC_INLINE {
+  each_transposed<kBlock>(bytes, stride, rows, columns, [&](size_t half, size_t part, const __m512i* r) AXC_INLINE {
     for (size_t i = 0; i < 16; ++i) to.put(part * 16 + i, half, r[i]);
   });
 }
@@ -153,7 +154,7 @@ inline void pack_bytes_int4(const uint8_t* w, size_t stride, size_t rows, size_t
     constexpr int kFlipped = 0x28;  // as ternary logic: (bytes ^ eight) & nibble
     return _mm512_sub_epi8(_mm512_ternarylogic_epi32(bytes, eight, nibble, kFlipped), eight);
   };
-  each_turned<kBlock / 2>(w, stride, rows, columns / 2, [&](size_t half, size_t, const __m512i* r) AXC_INLINE {
+  each_transposed<kBlock / 2>(w, stride, rows, columns / 2, [&](size_t half, size_t, const __m512i* r) AXC_INLINE {
     for (size_t i = 0; i < 16; ++i) {
       to.put(2 * i, half, level(r[i]));
       to.put(2 * i + 1, half, level(_mm512_srli_epi16(r[i], 4)));

@@ -78,7 +78,7 @@ void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, size
   if (kPrecision == Precision::Bits8) return pack_bytes_int8(w, stride, rows, columns, group, panel);
   PairPanel to(panel, group);
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(w);
-  each_turned<kBlock>(bytes, stride, rows, columns, [&](size_t half, size_t part, const __m512i* r) AXC_INLINE {
+  each_transposed<kBlock>(bytes, stride, rows, columns, [&](size_t half, size_t part, const __m512i* r) AXC_INLINE {
     for (size_t i = 0; i < 16; ++i) to.put(part * 16 + i, half, signed_low<8>(r[i]), _mm512_srai_epi16(r[i], 8));
   });
 }
@@ -87,7 +87,7 @@ template <Precision kPrecision>
 void pack_int4(const uint8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
   if (kPrecision == Precision::Bits8) return pack_bytes_int4(w, stride, rows, columns, group, panel);
   PairPanel to(panel, group);
-  each_turned<kBlock / 2>(w, stride, rows, columns / 2, [&](size_t half, size_t, const __m512i* r) AXC_INLINE {
+  each_transposed<kBlock / 2>(w, stride, rows, columns / 2, [&](size_t half, size_t, const __m512i* r) AXC_INLINE {
     for (size_t i = 0; i < 16; ++i) {
       to.put(2 * i, half, signed_low<4>(r[i]), signed_low<4>(_mm512_srli_epi16(r[i], 4)));
       to.put(2 * i + 1, half, signed_low<4>(_mm512_srli_epi16(r[i], 8)), _mm512_srai_epi16(r[i], 12));

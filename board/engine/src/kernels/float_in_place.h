@@ -2,11 +2,9 @@
 // so that every output has a lane and its sum runs over the columns in order, as in float_tile.
 #pragma once
 
-#ifdef __AVX512F__
-#include "avx512_turned.h"
-#endif
 #include "float_tile.h"
 #include "prefetch.h"
+#include "transpose_words.h"
 
 namespace axc {
 namespace {
@@ -25,25 +23,19 @@ struct InPlaceRows {
   }
 
   // `bytes` of each row of a vector from `at` on, transposed: words[i] has bytes 4 i to 4 i + 3 of every row; zero padded.
-  AXC_INLINE void turn(size_t vector, size_t at, size_t bytes, Vf words[kWidth]) const {
+  AXC_INLINE void transposed(size_t vector, size_t at, size_t bytes, Vf words[kWidth]) const {
     const uint8_t* const* own = of + vector * kWidth;
-#ifdef __AVX512F__
-    if (bytes == sizeof(Vf) && own[kWidth - 1] == own[0] + (kWidth - 1) * stride) {
-      __m512i turned_words[kWidth];
-      turned(own[0] + at, stride, turned_words);
-      repeat<kWidth>([&](auto i) AXC_INLINE { words[i] = Vf(turned_words[i]); });
-      return;
-    }
-#endif
-    repeat<kWidth>([&](auto r) AXC_INLINE {
-      words[r] = Vf{};
-      if (bytes == sizeof(Vf)) {
-        std::memcpy(&words[r], own[r] + at, sizeof(Vf));
-      } else {
+    if (bytes < sizeof(Vf)) {
+      repeat<kWidth>([&](auto r) AXC_INLINE {
+        words[r] = Vf{};
         std::memcpy(&words[r], own[r] + at, bytes);
-      }
-    });
-    transpose(words);
+      });
+      transpose(words);
+    } else if (own[kWidth - 1] == own[0] + (kWidth - 1) * stride) {
+      transpose_words([&](size_t r) AXC_INLINE { return own[0] + r * stride + at; }, words);
+    } else {
+      transpose_words([&](size_t r) AXC_INLINE { return own[r] + at; }, words);
+    }
   }
 
   // Prefetches for the rows of a vector: further on in the same rows, or the start of the rows that follow.
@@ -79,7 +71,7 @@ void float_columns(const InPlaceRows& rows, size_t columns, const float* x, floa
     repeat<kInPlaceVectors>([&](auto v) AXC_INLINE {
       Vf words[kWidth];
       rows.prefetch(v, k * kBytes);
-      rows.turn(v, k * kBytes, count * kBytes, words);
+      rows.transposed(v, k * kBytes, count * kBytes, words);
       repeat<kWidth>([&](auto i) AXC_INLINE {
         if constexpr (kType == Type::Float) {
           acc[v] = fma(words[i], own[i], acc[v]);

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "model.h"
@@ -323,13 +324,17 @@ class Run {
 
   // The cached rows up to the last that the first token sees.
   size_t seen_before(Type type, const uint8_t* mask, size_t history) {
+    constexpr size_t kStep = 64;
     const size_t element = static_cast<size_t>(bits_of(type)) / 8;
-    float bias = kMasked;
-    for (; history; --history) {
-      kernels_.widen(type, mask + (history - 1) * element, 1, &bias);
-      if (bias > kMasked) break;
+    std::array<float, kStep> biases;
+    while (history) {
+      const size_t first = (history - 1) / kStep * kStep;
+      kernels_.widen(type, mask + first * element, history - first, biases.data());
+      for (; history > first; --history) {
+        if (biases[history - first - 1] > kMasked) return history;
+      }
     }
-    return history;
+    return 0;
   }
 
   void operator()(const Attention& s) {

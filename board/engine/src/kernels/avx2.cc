@@ -1,4 +1,5 @@
-// AVX2 with FMA and conversion of halves: 256-bit vectors; integer products in 16 bits, pairs of columns at a time (vpmaddwd).
+// AVX2 with FMA and conversion of halves: 256-bit vectors; integer products in 16 bits, pairs of columns at a time (vpmaddwd),
+// and of 4-bit weights that are read once in bytes (vpmaddubsw).
 #include <immintrin.h>
 
 #include <cstddef>
@@ -23,14 +24,25 @@ constexpr size_t kIntRows = 5, kIntPanel = 16, kPrefetched = 16384;
 namespace axc {
 namespace {
 
-// 16-bit levels. For 4-bit weights the even columns of every 32 come first: the weights' low nibbles of 16 bytes.
-void store_levels(const int16_t* levels, const Activations& of, Arithmetic order, uint8_t* out, int32_t* sums) {
-  int16_t sorted[kBlock];
+// Levels as signed bytes, for 4-bit weights that are read in place. Every 64 columns: the high bytes of the even columns, of
+// the odd ones, then the low bytes of both. The even columns are the weights' low nibbles of 32 bytes.
+void store_bytes(const int16_t* levels, uint8_t* out) {
   for (size_t i = 0; i < kBlock; ++i) {
-    sorted[i] = levels[order == Arithmetic::Int4 ? i / 32 * 32 + i % 16 * 2 + i / 16 % 2 : i];
+    const int high = (levels[i] + 128) >> 8;
+    uint8_t* to = out + i / 64 * 128 + i % 2 * 32 + i % 64 / 2;
+    to[0] = static_cast<uint8_t>(high);
+    to[64] = static_cast<uint8_t>(levels[i] - high * 256);
   }
-  std::memcpy(out, sorted, sizeof sorted);
+}
+
+// 16-bit levels. For packed 4-bit weights the even columns of every 32 come first: the weights' low nibbles of 16 bytes.
+void store_levels(const int16_t* levels, const Activations& of, Arithmetic order, uint8_t* out, int32_t* sums) {
+  const bool four = order == Arithmetic::Int4;
   store_sums(levels, of.group, sums);
+  if (four && of.rows <= kTokensByDot) return store_bytes(levels, out);
+  int16_t sorted[kBlock];
+  for (size_t i = 0; i < kBlock; ++i) sorted[i] = levels[four ? i / 32 * 32 + i % 16 * 2 + i / 16 % 2 : i];
+  std::memcpy(out, sorted, sizeof sorted);
 }
 
 inline __m256i words_at(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
@@ -132,33 +144,87 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
   });
 }
 
-// Products of a group of columns with their activations, as unsigned nibbles or signed bytes.
-template <bool kFour>
+// Products of a group of columns with their activations, as bytes and 16-bit levels.
 AXC_INLINE inline Vi products(const uint8_t* weights, const uint8_t* levels, size_t columns) {
   Vi acc{};
   const auto add = [&](__m128i bytes, size_t k) AXC_INLINE {
-    if (kFour) {
-      const Nibbles nibbles(bytes);
-      acc += Vi(_mm256_madd_epi16(nibbles.even, words_at(levels + 2 * k)));
-      acc += Vi(_mm256_madd_epi16(nibbles.odd, words_at(levels + 2 * k + 32)));
-    } else {
-      acc += Vi(_mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), words_at(levels + 2 * k)));
-    }
+    acc += Vi(_mm256_madd_epi16(_mm256_cvtepi8_epi16(bytes), words_at(levels + 2 * k)));
   };
-  constexpr size_t kStep = kFour ? 32 : 16;
   size_t k = 0;
-  for (; k + kStep <= columns; k += kStep) add(bytes_at(weights + k * 16 / kStep), k);
-  if (k < columns) add(some_bytes(weights + k * 16 / kStep, (columns - k) * 16 / kStep), k);
+  for (; k + 16 <= columns; k += 16) add(bytes_at(weights + k), k);
+  if (k < columns) add(some_bytes(weights + k, columns - k), k);
   return acc;
 }
+
+// Sums of products of nibbles with bytes. They fit 16 bits: in a block a lane adds at most 8 products of 15 * 128.
+struct ByteSums {
+  __m256i high = _mm256_setzero_si256(), low = _mm256_setzero_si256();
+
+  // Adds 64 columns of a row, of which `left` exist.
+  AXC_INLINE void add(const uint8_t* weights, size_t left, const __m256i x[4]) {
+    const __m256i nibble = _mm256_set1_epi8(15), flip = _mm256_set1_epi8(static_cast<char>(0x88));
+    __m256i bytes;
+    if (left >= 64) {
+      bytes = words_at(weights);
+    } else {
+      uint8_t some[32] = {};
+      std::memcpy(some, weights, left / 2);
+      bytes = words_at(some);
+    }
+    bytes = _mm256_xor_si256(bytes, flip);  // levels + 8
+    const __m256i even = _mm256_and_si256(bytes, nibble), odd = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+    const auto sum = [](__m256i to, __m256i a, __m256i b) AXC_INLINE { return _mm256_add_epi16(to, _mm256_add_epi16(a, b)); };
+    high = sum(high, _mm256_maddubs_epi16(even, x[0]), _mm256_maddubs_epi16(odd, x[1]));
+    low = sum(low, _mm256_maddubs_epi16(even, x[2]), _mm256_maddubs_epi16(odd, x[3]));
+  }
+  AXC_INLINE Vi words() const {
+    return Vi(_mm256_madd_epi16(high, _mm256_set1_epi16(256))) + Vi(_mm256_madd_epi16(low, _mm256_set1_epi16(1)));
+  }
+};
 
 template <bool kFour>
 constexpr int32_t kOffset = kFour ? 8 : 0;
 
+AXC_INLINE inline Vi lower_halves(Vi a, Vi b) { return Vi(_mm256_permute2x128_si256(__m256i(a), __m256i(b), 0x20)); }
+AXC_INLINE inline Vi upper_halves(Vi a, Vi b) { return Vi(_mm256_permute2x128_si256(__m256i(a), __m256i(b), 0x31)); }
+
+// Exact sums of 4-bit products. Of 32 bytes the first 16 are 32 columns, so the lower halves of the sums are one group of 32.
+template <size_t kGroup>
+AXC_INLINE inline void nibble_sums(const uint8_t* const rows[4], size_t first, size_t count, size_t columns, const uint8_t* levels,
+                                   Vi* sums) {
+  constexpr size_t kParts = kGroup == kBlock ? 1 : 2;  // of a block
+  Vi quads[kParts][2] = {};                            // row r is in lanes r and 4 + r
+  for (size_t b = 0; b < count; ++b) {
+    const size_t left = columns - (first + b) * kBlock;
+    ByteSums of[4];
+    repeat<2>([&](auto half) AXC_INLINE {
+      const size_t there = left > half * 64 ? left - half * 64 : 0;
+      __m256i x[4];
+      repeat<4>([&](auto i) AXC_INLINE { x[i] = words_at(levels + b * kLevelBytes + half * 128 + i * 32); });
+      repeat<4>([&](auto r) AXC_INLINE {
+        if (kParts == 2) of[r] = {};
+        of[r].add(rows[r] + (first + b) * kBlock / 2 + half * 32, there, x);
+      });
+      if (kParts == 2 || half == 1) {
+        quads[kParts == 2 ? half : 0][b] = quad_sums(of[0].words(), of[1].words(), of[2].words(), of[3].words());
+      }
+    });
+  }
+  repeat<kParts>([&](auto p) AXC_INLINE {
+    const Vi lower = lower_halves(quads[p][0], quads[p][1]), upper = upper_halves(quads[p][0], quads[p][1]);
+    if constexpr (kGroup == 32) {
+      sums[2 * p] = lower, sums[2 * p + 1] = upper;
+    } else {
+      sums[p] = lower + upper;
+    }
+  });
+}
+
 template <bool kFour, size_t kGroup, Precision>
 AXC_INLINE inline void group_sums(const uint8_t* const rows[4], size_t first, size_t count, size_t columns,
                                   const uint8_t* levels, const uint8_t*, Vi* sums) {
-  constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan, kBytes = kFour ? kSpan / 2 : kSpan;
+  if constexpr (kFour) return nibble_sums<kGroup>(rows, first, count, columns, levels, sums);
+  constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan;
   Vi quads[kGroups][2] = {};  // row r is the sum of lanes r and 4 + r
   for (size_t b = 0; b < count; ++b) {
     for (size_t g = 0; g < kGroups; ++g) {
@@ -166,15 +232,14 @@ AXC_INLINE inline void group_sums(const uint8_t* const rows[4], size_t first, si
       const uint8_t* of = levels + b * kLevelBytes + 2 * g * kSpan;
       Vi rows_of[4];
       repeat<4>([&](auto r) AXC_INLINE {
-        const uint8_t* at = rows[r] + group * kBytes;
-        rows_of[r] = left < kSpan ? products<kFour>(at, of, left) : products<kFour>(at, of, kSpan);
+        const uint8_t* at = rows[r] + group * kSpan;
+        rows_of[r] = left < kSpan ? products(at, of, left) : products(at, of, kSpan);
       });
       quads[g][b] = quad_sums(rows_of[0], rows_of[1], rows_of[2], rows_of[3]);
     }
   }
   repeat<kGroups>([&](auto g) AXC_INLINE {
-    const __m256i a = __m256i(quads[g][0]), b = __m256i(quads[g][1]);
-    sums[g] = Vi(_mm256_permute2x128_si256(a, b, 0x20)) + Vi(_mm256_permute2x128_si256(a, b, 0x31));
+    sums[g] = lower_halves(quads[g][0], quads[g][1]) + upper_halves(quads[g][0], quads[g][1]);
   });
 }
 

@@ -13,6 +13,27 @@ namespace {
 constexpr size_t kDotRows = 4, kTogether = kWidth / kDotRows;  // blocks: a vector has a lane for each of them and each row
 static_assert(kWidth % kDotRows == 0);
 
+// Transposes [row][block] to [block][row].
+template <size_t... kLane>
+AXC_INLINE inline Vh by_block_halves(Vh v, std::index_sequence<kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane % kDotRows * kTogether + kLane / kDotRows)...);
+}
+
+// Scales of `count` blocks from `first` on, one a block: lane 4 b + r has that of block b of row r.
+inline Vf block_scales(const Matrix& w, const size_t index[kDotRows], size_t first, size_t count) {
+  if (w.scale_type == Type::Float16 && index[kDotRows - 1] * w.blocks + first + kTogether <= w.rows * w.blocks) {
+    uint16_t halves[kDotRows][kTogether];
+    for (size_t r = 0; r < kDotRows; ++r) {
+      std::memcpy(halves[r], static_cast<const uint16_t*>(w.scales) + index[r] * w.blocks + first, sizeof halves[r]);
+    }
+    return half_to_float(by_block_halves(std::bit_cast<Vh>(halves), std::make_index_sequence<kWidth>()));
+  }
+  Vf scales[kDotRows];
+  repeat<kDotRows>([&](auto r) AXC_INLINE { scales[r] = by_block<1>(scales_at(w, index[r], first, count)); });
+  transpose_quads(scales);
+  return scales[0];
+}
+
 template <bool kFour, size_t kGroup, Precision kPrecision>
 [[gnu::noinline]] void dot_rows(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
   constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan, kBytes = kFour ? kBlock / 2 : kBlock;
@@ -38,6 +59,8 @@ template <bool kFour, size_t kGroup, Precision kPrecision>
     Vf values;
     if constexpr (kGroup == 0) {
       values = __builtin_convertvector(sums[0], Vf);
+    } else if constexpr (kGroups == 1) {
+      values = fma(__builtin_convertvector(sums[0], Vf), block_scales(w, index, first, count), Vf{});
     } else {
       Vf scales[kDotRows];
       const size_t there = least(kTogether * kGroups, groups - group);

@@ -22,6 +22,7 @@ import pytest
 from axrun.cli import main
 from axrun.format.bundle import Bundle
 from tests import vendor_files
+from tests.doctor.axmodels import sign
 
 ROOT = Path(__file__).parents[2]
 
@@ -140,6 +141,21 @@ def _truncate(bundle: Path) -> None:
     path.write_bytes(path.read_bytes()[:100_000])
 
 
+def _lengthen(bundle: Path) -> None:
+    with (bundle / "qwen2_post.axmodel").open("ab") as file:
+        file.write(b"\0\0")
+
+
+def _signed(damage: Callable[[Path], object], name: str) -> Callable[[Path], None]:
+    """The same damage to one file, with its entry in the manifest updated."""
+
+    def damaged(bundle: Path) -> None:
+        damage(bundle)
+        sign(bundle, name)
+
+    return damaged
+
+
 def _flip(bundle: Path) -> None:
     path = bundle / "qwen2_p32_l1_together.axmodel"
     content = bytearray(path.read_bytes())
@@ -168,11 +184,18 @@ def _nothing(bundle: Path) -> None:
         (_without("qwen2_post.axmodel"), [], 2, "incomplete: qwen2_post.axmodel is missing"),
         (_without("manifest.json"), [], 2, "it has no manifest.json"),
         (lambda bundle: (bundle / "manifest.json").write_text("{"), [], 2, "cannot read"),
-        (_truncate, [], 2, "not a whole axmodel"),
+        (_truncate, [], 1, "qwen2_p32_l2_together.axmodel has 100000 bytes, expected"),
+        (_lengthen, [], 1, r"qwen2_post.axmodel has \d+ bytes, expected"),
+        (_signed(_truncate, "qwen2_p32_l2_together.axmodel"), [], 2, "not a whole axmodel"),
         (_truncate, ["--verify"], 1, "qwen2_p32_l2_together.axmodel has 100000 bytes, expected"),
         (_flip, ["--verify"], 1, "qwen2_p32_l1_together.axmodel has sha256"),
         (_swap, [], 2, "qwen2_p32_l0_together.axmodel holds layer 1, expected layer 0"),
-        (_post_for_a_layer, [], 2, "qwen2_p32_l3_together.axmodel holds post, expected layer 3"),
+        (
+            _signed(_post_for_a_layer, "qwen2_p32_l3_together.axmodel"),
+            [],
+            2,
+            "qwen2_p32_l3_together.axmodel holds post, expected layer 3",
+        ),
         (_swap, ["--verify"], 1, r"qwen2_p32_l0_together.axmodel has sha256 .* \(and 1 more\)"),
         (lambda bundle: shutil.rmtree(bundle / "hf"), [], 2, "no tokenizer"),
         (lambda bundle: (bundle / "hf" / "tokenizer.json").write_text("{"), [], 2, "tokenizer.json is damaged"),
@@ -387,6 +410,7 @@ VERBS = ("run", "serve", "bench", "chat", "model")
 def test_a_vendors_axmodel_needs_a_board(engine: str, verb: str, copied: Path, tmp_path: Path) -> None:
     layer = Bundle.open(copied).layer_path(0)
     layer.write_bytes(vendor_files.write(tmp_path, vendor_files.ROWS["4.1"]).read_bytes())
+    sign(copied, layer.name)
     flags = {"run": ["--prompt", "1+1="], "serve": ["--port", "0"]}.get(verb, [])
     done = axrun(verb, layer if verb == "model" else copied, *flags, "--engine", engine, stdin="1+1=\n")
     error = done.stderr[done.stderr.index("error: ") :].splitlines()

@@ -64,7 +64,10 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Reads the manifest, without hashing files. Raises BadInput if the folder is not a complete bundle."""
+        """Reads the manifest, without hashing files.
+
+        Raises BadInput if the folder is not a complete bundle, CheckFailed if an axmodel has another size.
+        """
         folder = Path(path)
         manifest = read_manifest(folder)
         model = manifest.get("model")
@@ -83,6 +86,7 @@ class Bundle:
                 raise _damaged(folder, f"it lists no file {name!r}")
             if not (folder / name).is_file():
                 raise BadInput(f"{folder} is incomplete: {name} is missing\nBuild or copy the bundle again.")
+            _require_size(folder, name, manifest["files"][name]["size"])
         return cls(
             path=folder,
             manifest=manifest,
@@ -157,6 +161,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ):
             raise _damaged(folder, f"its entry for {name} is {entry!r:.60}")
     return manifest
+
+
+def _require_size(folder: Path, name: str, expected: int) -> None:
+    """Raises CheckFailed if a file has another size than the manifest says: it was cut, or bytes were appended."""
+    if (size := (folder / name).stat().st_size) != expected:
+        raise CheckFailed(
+            f"{folder} is not what was built: {name} has {size} bytes, expected {expected}\n"
+            "Build or copy the bundle again."
+        )
 
 
 def compiler(manifest: Mapping[str, Any]) -> str:

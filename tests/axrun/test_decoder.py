@@ -16,7 +16,7 @@ from axrun.errors import BadInput, CheckFailed
 from axrun.format.axmodel import TensorInfo
 from axrun.format.bundle import Bundle
 from axrun.model import Model, Post
-from axrun.session import Array, Binding, Session, SessionGroup, open_session
+from axrun.session import Array, Binding, Session, SessionGroup, StackedBinding, open_session
 from tests.doctor.axmodels import sign
 
 FOUR_GROUPS = [SessionGroup(i, *shape, (), ()) for i, shape in enumerate([(1, 255), (32, 0), (32, 32), (32, 128)])]
@@ -25,7 +25,7 @@ FOUR_GROUPS = [SessionGroup(i, *shape, (), ()) for i, shape in enumerate([(1, 25
 class Rigid:
     """An engine that runs only the exact shapes of its groups, like the NPU."""
 
-    flexible = exact = False
+    flexible = exact = stacks = False
 
     def __init__(self, session: Session) -> None:
         self.groups, self.window, self._session = session.groups, session.window, session
@@ -37,6 +37,9 @@ class Rigid:
         for info in self.groups[group].inputs:
             assert arrays[info.name].shape == info.shape, info
         return self._session.bind(group, arrays)
+
+    def bind_stacked(self, arrays: Mapping[str, Array]) -> StackedBinding:
+        raise ValueError("the NPU does not stack rows")
 
 
 @pytest.fixture(scope="module")

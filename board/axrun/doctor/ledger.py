@@ -15,7 +15,7 @@ import numpy as np
 from axrun.decoder import Chunk
 from axrun.format.axmodel import BLOCKED, TensorInfo
 from axrun.format.dtypes import DTYPES, from_float32, to_float32
-from axrun.session import CACHES, Array, SessionGroup
+from axrun.session import CACHES, Array, SessionGroup, StackedBinding
 
 WIDTH = 4  # values per row
 CODES = 1 << 12  # distinct rows per kind and layer
@@ -210,6 +210,8 @@ class Ledger:
 class DummySession:
     """A session of one layer that returns rows of the ledger, with the same shapes and flexibility as the engine's."""
 
+    stacks = False
+
     def __init__(
         self, groups: tuple[SessionGroup, ...], flexible: bool, window: int, layer: int, ledger: Ledger
     ) -> None:
@@ -221,6 +223,9 @@ class DummySession:
 
     def bind(self, group: int, arrays: Mapping[str, Array]) -> _Bound:
         return _Bound(self._layer, self._ledger, dict(arrays))
+
+    def bind_stacked(self, arrays: Mapping[str, Array]) -> StackedBinding:
+        raise ValueError("a dummy session does not stack rows")
 
 
 class _Bound:

@@ -18,11 +18,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from tokenizers import Tokenizer
 
 from axrun.measure.evaluate import log_softmax
-from tests.bench.bench_engine import GGUF, ROOT, checkpoint, script
+from tests.bench.bench_engine import GGUF, ROOT, script
 from tests.bench.tables import record
 from tests.engine.conftest import build
 
-__all__ = ["checkpoint"]
 TINY = ROOT / "models" / "tiny-qwen2"
 Floats = NDArray[Any]
 

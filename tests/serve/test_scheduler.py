@@ -30,7 +30,7 @@ def answers(path: Path, engine: str, prompts: Sequence[Sequence[int]]) -> list[s
     """The texts of greedy answers that are asked for at the same time."""
     bundle, ended = Bundle.open(path), threading.Event()
     slots = allocate(Model.load(bundle, engine), SLOTS)
-    writer = Writer(Tokenizer.open(bundle.hf), speculation=False)
+    writer = Writer(Tokenizer.open(bundle.hf))
     scheduler = Scheduler(lambda: (slots, writer.write), SLOTS, Metrics(ServerMetrics(["tiny"]), "tiny"), ended.set)
     events: list[list[Any]] = [[] for _ in prompts]
     finished = threading.Semaphore(0)

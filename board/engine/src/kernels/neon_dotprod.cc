@@ -17,58 +17,42 @@ constexpr size_t kIntRows = 4, kIntPanel = 8, kPrefetched = 0;
 }  // namespace
 }  // namespace axc
 
-#include "quads.h"
-#include "scales.h"
+#include "neon_rows.h"
 
 namespace axc {
 namespace {
 
-// 128 high bytes, then 128 low ones. For 4-bit weights the even columns of every 32 come first: the weights' low nibbles
-// of 16 bytes.
 void store_levels(const int16_t* levels, const Activations&, Arithmetic order, uint8_t* out, int32_t*) {
-  for (size_t i = 0; i < kBlock; ++i) {
-    const int16_t level = levels[order == Arithmetic::Int4 ? i / 32 * 32 + i % 16 * 2 + i / 16 % 2 : i];
-    const int high = (level + 128) >> 8;
-    out[i] = static_cast<uint8_t>(high);
-    out[kBlock + i] = static_cast<uint8_t>(level - high * 256);
-  }
+  store_bytes(levels, order, out);
 }
 
 // Panel: for every 4 columns 8 outputs x 4 bytes.
 template <Precision>
 void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, size_t, uint8_t* panel) {
-  if (rows < kIntPanel || columns < kBlock) std::memset(panel, 0, kIntPanel * kBlock);
-  for (size_t r = 0; r < rows; ++r) {
-    for (size_t k = 0; k < columns; ++k) panel[k / 4 * 32 + r * 4 + k % 4] = static_cast<uint8_t>(w[r * stride + k]);
-  }
-}
-
-// The first `count` of 16 bytes, padded with zeros.
-inline uint8x16_t some_bytes(const void* from, size_t count) {
-  uint8_t bytes[16] = {};
-  std::memcpy(bytes, from, count);
-  return vld1q_u8(bytes);
-}
-
-// Two's complement nibbles to bytes.
-inline void nibbles(uint8x16_t bytes, int8x16_t& low, int8x16_t& high) {
-  low = vshrq_n_s8(vreinterpretq_s8_u8(vshlq_n_u8(bytes, 4)), 4);
-  high = vshrq_n_s8(vreinterpretq_s8_u8(bytes), 4);
-}
-
-template <Precision>
-void pack_int4(const uint8_t* w, size_t stride, size_t rows, size_t columns, size_t, uint8_t* panel) {
-  if (rows < kIntPanel || columns < kBlock) std::memset(panel, 0, kIntPanel * kBlock);
-  for (size_t r = 0; r < rows; ++r) {
-    for (size_t k = 0; k < columns; k += 32) {
-      const uint8_t* at = w + r * stride + k / 2;
-      int8x16_t low, high;
-      nibbles(columns - k < 32 ? some_bytes(at, (columns - k) / 2) : vld1q_u8(at), low, high);
-      int8_t bytes[32];
-      vst1q_s8(bytes, low), vst1q_s8(bytes + 16, high);
-      for (size_t i = 0; i < 32; i += 4) std::memcpy(panel + (k + i) / 4 * 32 + r * 4, bytes + i, 4);
+  for (size_t k = 0; k < columns; k += 16) {
+    for (size_t first = 0; first < kIntPanel; first += 4) {
+      float32x4_t quad[4];  // of bytes
+      for (size_t i = 0; i < 4; ++i) {
+        const int8_t* at = w + (first + i) * stride + k;
+        if (first + i >= rows) {
+          quad[i] = vdupq_n_f32(0);
+        } else if (columns - k < 16) {
+          quad[i] = vreinterpretq_f32_u8(vld1q_u8(SomeBytes<16>(at, columns - k).bytes));
+        } else {
+          quad[i] = vreinterpretq_f32_s8(vld1q_s8(at));
+        }
+      }
+      transpose_4(quad);
+      for (size_t i = 0; i < 4; ++i) vst1q_u8(panel + 8 * k + 32 * i + 4 * first, vreinterpretq_u8_f32(quad[i]));
     }
   }
+}
+
+template <Precision kPrecision>
+void pack_int4(const uint8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
+  int8_t bytes[kIntPanel][kBlock];
+  widen_nibbles<false>(w, stride, rows, columns, bytes);
+  pack_int8<kPrecision>(bytes[0], kBlock, rows, (columns + 31) / 32 * 32, group, panel);
 }
 
 template <size_t kRows, size_t kGroup, Precision kPrecision>
@@ -116,64 +100,41 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
   });
 }
 
-// Products of 16 weights with both bytes of 16 levels, or with the only one.
-template <Precision kPrecision>
-inline void accumulate(int8x16_t w, const int8_t* levels, int32x4_t& high, int32x4_t& low) {
-  if (kPrecision == Precision::Bits16) high = vdotq_s32(high, w, vld1q_s8(levels));
-  low = vdotq_s32(low, w, vld1q_s8(levels + kBlock));
-}
+inline int8x16_t bytes_at(const uint8_t* from) { return vreinterpretq_s8_u8(vld1q_u8(from)); }
 
-// Products of a group of columns with their levels.
-template <bool kFour, Precision kPrecision>
-AXC_INLINE inline int32x4_t products(const uint8_t* weights, const int8_t* levels, size_t columns) {
-  int32x4_t high = vdupq_n_s32(0), low = high;
-  const auto add = [&](uint8x16_t bytes, size_t k) AXC_INLINE {
-    if (kFour) {
-      int8x16_t even, odd;
-      nibbles(bytes, even, odd);
-      accumulate<kPrecision>(even, levels + k, high, low);
-      accumulate<kPrecision>(odd, levels + k + 16, high, low);
-    } else {
-      accumulate<kPrecision>(vreinterpretq_s8_u8(bytes), levels + k, high, low);
-    }
-  };
-  constexpr size_t kStep = kFour ? 32 : 16;
-  size_t k = 0;
-  for (; k + kStep <= columns; k += kStep) add(vld1q_u8(weights + k * 16 / kStep), k);
-  if (k < columns) add(some_bytes(weights + k * 16 / kStep, (columns - k) * 16 / kStep), k);
-  return vaddq_s32(vshlq_n_s32(high, 8), low);
-}
+// Of 4-bit weights 16 times the sum: that spares the shift of the low nibbles.
+template <bool kFour, Precision kPrecision, size_t kSpan>
+struct Sums {
+  static constexpr bool kHigh = kPrecision == Precision::Bits16;
+  static constexpr bool kOne = kSpan == kStep;  // low follows high in the same registers
+  int32x4_t high[kDotRows] = {}, low[kDotRows] = {};
+  uint8x16_t mask = vdupq_n_u8(0xF0);
 
-template <bool>
-constexpr int32_t kOffset = 0;
+  Sums() { asm("" : "+w"(mask)); }  // else the compiler makes it anew for each row
 
-template <bool kFour, size_t kGroup, Precision kPrecision>
-AXC_INLINE inline void group_sums(const uint8_t* const rows[4], size_t block, size_t, size_t columns, const uint8_t* levels,
-                                  const uint8_t*, Vi* sums) {
-  constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan, kBytes = kFour ? kSpan / 2 : kSpan;
-  repeat<kGroups>([&](auto g) AXC_INLINE {
-    const size_t group = block * kGroups + g, left = columns > group * kSpan ? columns - group * kSpan : 0;
-    const int8_t* of = reinterpret_cast<const int8_t*>(levels) + g * kSpan;
-    int32x4_t p[4];
-    repeat<4>([&](auto r) AXC_INLINE {
-      const uint8_t* at = rows[r] + group * kBytes;
-      p[r] = left < kSpan ? products<kFour, kPrecision>(at, of, left) : products<kFour, kPrecision>(at, of, kSpan);
+  AXC_INLINE inline void add(const uint8_t* const weights[kDotRows], const uint8_t* levels, size_t k) {
+    int8x16_t w[2][kDotRows];
+    repeat<kDotRows>([&](auto r) AXC_INLINE {
+      const uint8x16_t bytes = vld1q_u8(weights[r]);
+      w[0][r] = vreinterpretq_s8_u8(kFour ? vshlq_n_u8(bytes, 4) : bytes);
+      w[1][r] = kFour ? vreinterpretq_s8_u8(vandq_u8(bytes, mask)) : bytes_at(weights[r] + 16);
     });
-    sums[g] = Vi(vpaddq_s32(vpaddq_s32(p[0], p[1]), vpaddq_s32(p[2], p[3])));
-  });
-}
+    const int8x16_t x[2][2] = {{bytes_at(levels + k), bytes_at(levels + k + 16)},
+                               {bytes_at(levels + kBlock + k), bytes_at(levels + kBlock + k + 16)}};
+    const auto dot = [&](int32x4_t* to, int which, int i) AXC_INLINE {
+      repeat<kDotRows>([&](auto r) AXC_INLINE { to[r] = vdotq_s32(to[r], w[i][r], x[which][i]); });
+    };
+    if constexpr (kHigh) dot(kOne ? low : high, 0, 0), dot(kOne ? low : high, 0, 1);
+    if constexpr (kHigh && kOne) repeat<kDotRows>([&](auto r) AXC_INLINE { low[r] = vshlq_n_s32(low[r], 8); });
+    dot(low, 1, 0), dot(low, 1, 1);
+  }
 
-}  // namespace
-}  // namespace axc
-
-#include "integer_rows.h"
-
-namespace axc {
-namespace {
-
-void dots(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
-  (a.precision == Precision::Bits8 ? dots_in<Precision::Bits8> : dots_in<Precision::Bits16>)(w, row, a, token, out);
-}
+  int32x4_t by_row() const {
+    int32x4_t sum = lane_sums(low);
+    if constexpr (kHigh && !kOne) sum = vaddq_s32(vshlq_n_s32(lane_sums(high), 8), sum);
+    return kFour ? vshrq_n_s32(sum, 4) : sum;
+  }
+};
 
 constexpr bool kRoundsBfloat16 = false;
 constexpr LinearKernel kBfloat16Linear = nullptr;

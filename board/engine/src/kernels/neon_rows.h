@@ -1,0 +1,167 @@
+// NEON: four whole rows of an integer weight, in place, with one token; and bytes of levels and weights. Its file brings,
+// before it uses dots:
+//   Sums<four, precision, span>   sums of products of at most `span` columns with four rows:
+//     add(weights, levels, k)   adds the columns [k, k + 32) of the block whose levels are given
+//     by_row()                  the sums, a lane for each row
+// The order of a token's float sum is that of int_tile, of many tokens: see integer.h.
+#pragma once
+
+#include "scales.h"
+
+namespace axc {
+namespace {
+
+constexpr size_t kDotRows = 4, kStep = 32;
+
+// 128 high bytes, then 128 low ones. For 4-bit weights the even columns of every 32 come first: the weights' low nibbles
+// of 16 bytes.
+inline void store_bytes(const int16_t* levels, Arithmetic order, uint8_t* out) {
+  for (size_t i = 0; i < kBlock; ++i) {
+    const int16_t level = levels[order == Arithmetic::Int4 ? i / 32 * 32 + i % 16 * 2 + i / 16 % 2 : i];
+    const int high = (level + 128) >> 8;
+    out[i] = static_cast<uint8_t>(high);
+    out[kBlock + i] = static_cast<uint8_t>(level - high * 256);
+  }
+}
+
+// The first `count` of kCount bytes, padded with zeros.
+template <size_t kCount>
+struct SomeBytes {
+  uint8_t bytes[kCount] = {};
+  SomeBytes(const void* from, size_t count) { std::memcpy(bytes, from, count); }
+};
+
+// Two's complement nibbles to bytes.
+inline void nibbles(uint8x16_t bytes, int8x16_t& low, int8x16_t& high) {
+  low = vshrq_n_s8(vreinterpretq_s8_u8(vshlq_n_u8(bytes, 4)), 4);
+  high = vshrq_n_s8(vreinterpretq_s8_u8(bytes), 4);
+}
+
+// 4-bit rows as bytes: the even columns of every 32 first or, `in_order`, all in their order; padded to 32 columns.
+template <bool kInOrder>
+inline void widen_nibbles(const uint8_t* w, size_t stride, size_t rows, size_t columns, int8_t (*out)[kBlock]) {
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t k = 0; k < columns; k += 32) {
+      const uint8_t* at = w + r * stride + k / 2;
+      int8x16_t low, high;
+      nibbles(vld1q_u8(columns - k < 32 ? SomeBytes<16>(at, (columns - k) / 2).bytes : at), low, high);
+      vst1q_s8(out[r] + k, kInOrder ? vzip1q_s8(low, high) : low);
+      vst1q_s8(out[r] + k + 16, kInOrder ? vzip2q_s8(low, high) : high);
+    }
+  }
+}
+
+// Rows become columns.
+inline void transpose_4(float32x4_t v[4]) {
+  const float32x4_t a = vtrn1q_f32(v[0], v[1]), b = vtrn2q_f32(v[0], v[1]);
+  const float32x4_t c = vtrn1q_f32(v[2], v[3]), d = vtrn2q_f32(v[2], v[3]);
+  const auto halves = [](float32x4_t x, float32x4_t y, float32x4_t& first, float32x4_t& second) AXC_INLINE {
+    first = vreinterpretq_f32_f64(vtrn1q_f64(vreinterpretq_f64_f32(x), vreinterpretq_f64_f32(y)));
+    second = vreinterpretq_f32_f64(vtrn2q_f64(vreinterpretq_f64_f32(x), vreinterpretq_f64_f32(y)));
+  };
+  halves(a, c, v[0], v[2]);
+  halves(b, d, v[1], v[3]);
+}
+
+// Of four vectors the sums of their lanes.
+inline int32x4_t lane_sums(const int32x4_t v[4]) {
+  return vpaddq_s32(vpaddq_s32(v[0], v[1]), vpaddq_s32(v[2], v[3]));
+}
+
+template <bool kFour, Precision kPrecision, size_t kSpan>
+struct Sums;
+
+// Four groups at a time, of one, two or four blocks: a vector of scales for each row.
+template <bool kFour, size_t kGroup, Precision kPrecision>
+[[gnu::noinline]] void dot_rows(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
+  constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan, kBlocks = 4 / kGroups;
+  constexpr size_t kPerByte = kFour ? 2 : 1;
+  const size_t blocks = a.blocks(), groups = (w.columns + kSpan - 1) / kSpan;
+  size_t index[kDotRows];
+  const uint8_t* rows[kDotRows];
+  for (size_t r = 0; r < kDotRows; ++r) {
+    index[r] = least(row + r, w.rows - 1);
+    rows[r] = w.data + index[r] * w.stride();
+  }
+  const uint8_t* levels = a.levels + a.entry(0, token) * kLevelBytes;
+  const float* level_scales = a.scales + a.entry(0, token) * kGroups;
+  Vf total = load(out);
+  for (size_t first = 0; first < blocks; first += kBlocks) {
+    const size_t column = first * kBlock, group = first * kGroups, left = w.columns - column;
+    const bool whole = left >= 4 * kSpan;
+    int32x4_t sums[4];  // [group], a lane for each row
+    if (whole) {
+      // A loop over blocks: the compiler would delay the ends of all sums, and have no registers for them.
+#pragma clang loop unroll(disable)
+      for (size_t b = 0; b < kBlocks; ++b) {
+        const uint8_t* of_block = levels + b * kLevelBytes;
+        const uint8_t* at[kDotRows];
+        for (size_t r = 0; r < kDotRows; ++r) at[r] = rows[r] + (column + b * kBlock) / kPerByte;
+        repeat<kGroups>([&](auto g) AXC_INLINE {
+          Sums<kFour, kPrecision, kSpan> of;
+          repeat<kSpan / kStep>([&](auto i) AXC_INLINE {
+            const size_t k = g * kSpan + i * kStep;
+            const uint8_t* const there[kDotRows] = {at[0] + k / kPerByte, at[1] + k / kPerByte, at[2] + k / kPerByte,
+                                                    at[3] + k / kPerByte};
+            of.add(there, of_block, k);
+          });
+          sums[b * kGroups + g] = of.by_row();
+        });
+      }
+    } else {
+      for (size_t g = 0; g < 4; ++g) {
+        Sums<kFour, kPrecision, kSpan> of;
+        for (size_t k = g * kSpan; k < least(left, (g + 1) * kSpan); k += kStep) {
+          const size_t bytes = least(kStep, left - k) / kPerByte;
+          const auto some = [&](size_t r) { return SomeBytes<kStep>(rows[r] + (column + k) / kPerByte, bytes); };
+          const SomeBytes<kStep> padded[kDotRows] = {some(0), some(1), some(2), some(3)};
+          const uint8_t* const at[kDotRows] = {padded[0].bytes, padded[1].bytes, padded[2].bytes, padded[3].bytes};
+          of.add(at, levels + k / kBlock * kLevelBytes, k % kBlock);
+        }
+        sums[g] = of.by_row();
+      }
+    }
+    Vf values[4];
+    repeat<4>([&](auto g) AXC_INLINE { values[g] = Vf(vcvtq_f32_s32(sums[g])); });
+    if constexpr (kGroup != 0) {
+      float32x4_t scales[kDotRows];
+      repeat<kDotRows>([&](auto r) AXC_INLINE {
+        const size_t at = index[r] * groups + group;
+        if (!whole) {
+          scales[r] = float32x4_t(scales_at(w, index[r], group, least(4, groups - group)));
+        } else if (w.scale_type == Type::Float16) {
+          scales[r] = vcvt_f32_f16(vld1_f16(static_cast<const float16_t*>(w.scales) + at));
+        } else {
+          scales[r] = vld1q_f32(static_cast<const float*>(w.scales) + at);
+        }
+      });
+      transpose_4(scales);
+      repeat<kBlocks>([&](auto b) AXC_INLINE {
+        Vf sum{};
+        repeat<kGroups>([&](auto g) AXC_INLINE { sum = fma(values[b * kGroups + g], Vf(scales[b * kGroups + g]), sum); });
+        values[b] = sum;
+      });
+    }
+    repeat<kBlocks>([&](auto b) AXC_INLINE {
+      if (whole || first + b < blocks) total = fma(values[b], level_scales[b * kGroups] - Vf{}, total);
+    });
+    levels += kBlocks * kLevelBytes;
+    level_scales += kBlocks * kGroups;
+  }
+  store(out, total);
+}
+
+template <Precision kPrecision>
+inline void dots_in(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
+  const bool four = w.arithmetic == Arithmetic::Int4;
+  by_group(w, a, [&](auto group) {
+    (four ? dot_rows<true, group, kPrecision> : dot_rows<false, group, kPrecision>)(w, row, a, token, out);
+  });
+}
+
+inline void dots(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
+  (a.precision == Precision::Bits8 ? dots_in<Precision::Bits8> : dots_in<Precision::Bits16>)(w, row, a, token, out);
+}
+
+}  // namespace
+}  // namespace axc

@@ -27,8 +27,8 @@ DRIVERS = Path(__file__).parent / "arm"
 ROWS = 8
 COLUMNS = {1: 1024, 64: 512}  # by number of tokens
 CORES = {  # our kernels, their file and its flags in board/engine/CMakeLists.txt, the flags that llama.cpp gets
-    "cortex-a55": ("kNeonDotprod", "neon_dotprod.cc", ["-mcpu=generic+v8_2a+dotprod"], "-mcpu=cortex_a55"),
-    "cortex-a53": ("kNeon", "neon.cc", [], "-mcpu=cortex_a53"),
+    "cortex-a55": ("kNeonDotprod", "neon_dotprod.cc", ["-mcpu=cortex_a55-fullfp16-rcpc"], "-mcpu=cortex_a55"),
+    "cortex-a53": ("kNeon", "neon.cc", ["-mcpu=cortex_a53-aes-sha2-crc"], "-mcpu=cortex_a53"),
 }
 REPACKED = ("cortex-a55",)
 CASES = {  # our type, columns that share a scale, bits of a weight, llama.cpp's type

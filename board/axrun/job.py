@@ -49,7 +49,8 @@ def compute(job: Job) -> Computed:
     """
     sequence = job.sequence
     _, hidden = next(sequence.model.hidden(job.tokens, sequence.length))
-    return Computed(hidden, logits_of(sequence.model.post, hidden[job.last :]))
+    post, rows = sequence.model.post, hidden[job.last :]
+    return Computed(hidden, iter(post(rows)) if len(rows) == 1 else logits_of(post, rows))
 
 
 def run_alone(going: Generator[Job | T, Computed, None]) -> Iterator[T]:

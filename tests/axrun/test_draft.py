@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
@@ -22,6 +24,7 @@ from axrun.speculation.prompt_lookup import PromptLookup
 from tests.doctor import axmodels
 
 LENGTH = 60
+PADDING = 64
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,8 @@ def test_a_draft_model_does_not_change_the_answer(
 ) -> None:
     plain = answer(model, heldout[:70], None, Stats(), heat)
     stats, costs = Stats(), Costs()
-    guesser = DraftGuesser(TokenSequence(other.another()), costs, PromptLookup(costs) if lookup else None)
+    vocabulary, first = model.post.vocab_size, PromptLookup(costs) if lookup else None
+    guesser = DraftGuesser(TokenSequence(other.another()), vocabulary, costs, first)
     guesser._seconds = 1e-9  # a draft that costs nothing, so that it is always asked
     assert answer(model, heldout[:70], guesser, stats, heat) == plain
     assert stats.guessed >= stats.accepted > 0
@@ -56,10 +60,42 @@ def test_a_draft_model_does_not_change_the_answer(
 
 def test_the_model_itself_as_draft_is_always_right(model: Model, heldout: list[int]) -> None:
     stats = Stats()
-    guesser = DraftGuesser(TokenSequence(model.another()), Costs())
+    guesser = DraftGuesser(TokenSequence(model.another()), model.post.vocab_size, Costs())
     answer(model, heldout[:70], guesser, stats)
     assert stats.guessed == stats.accepted > 0
     assert guesser._rate > 0.7
+
+
+@pytest.fixture(scope="module")
+def padded(tiny_qwen2: Path, build_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model with 64 rows of the vocabulary behind the last token, which are often the likeliest."""
+    checkpoint = tmp_path_factory.mktemp("padded") / "checkpoint"
+    shutil.copytree(tiny_qwen2, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "vocab_size": config["vocab_size"] + PADDING}))
+    tensors = load_file(checkpoint / "model.safetensors")
+    table = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = torch.cat([table, 4 * table[:PADDING]])
+    save_file(tensors, checkpoint / "model.safetensors")
+    return Model.load(Bundle.open(build_tiny(input_path=checkpoint)))
+
+
+def test_a_draft_with_more_rows_in_its_vocabulary(model: Model, padded: Model, heldout: list[int]) -> None:
+    """Its guesses are tokens that the model has."""
+    stats = Stats()
+    guesser = DraftGuesser(TokenSequence(padded), model.post.vocab_size, Costs())
+    guesser._seconds = 1e-9
+    assert answer(model, heldout[:70], guesser, stats) == answer(model, heldout[:70], None, Stats())
+    assert stats.guessed > 0
+
+
+def test_a_draft_with_fewer_rows_in_its_vocabulary(model: Model, padded: Model, heldout: list[int]) -> None:
+    """It is not asked about tokens that it does not have."""
+    prompt, stats = [padded.post.vocab_size - 1, *heldout[:70]], Stats()
+    guesser = DraftGuesser(TokenSequence(model.another()), padded.post.vocab_size, Costs())
+    guesser._seconds = 1e-9
+    assert answer(padded, prompt, guesser, stats) == answer(padded, prompt, None, Stats())
+    assert stats.guessed == 0
 
 
 def test_a_draft_that_is_slow_and_wrong_is_asked_rarely() -> None:

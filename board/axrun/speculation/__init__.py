@@ -43,4 +43,6 @@ class Speculation:
         if not sequence.model.decoder.exact:
             return None
         lookup = PromptLookup(self._costs)
-        return lookup if self._draft is None else DraftGuesser(self._draft, self._costs, lookup)
+        if self._draft is None:
+            return lookup
+        return DraftGuesser(self._draft, sequence.model.post.vocab_size, self._costs, lookup)

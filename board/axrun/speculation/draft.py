@@ -46,10 +46,13 @@ class DraftGuesser:
     would delay.
     """
 
-    def __init__(self, sequence: TokenSequence, costs: Costs, first: Guesser | None = None) -> None:
-        """`sequence` is one of the draft model; what it holds of the answer's prompt is not computed again."""
+    def __init__(self, sequence: TokenSequence, vocab_size: int, costs: Costs, first: Guesser | None = None) -> None:
+        """`sequence` is one of the draft model; what it holds of the answer's prompt is not computed again.
+
+        `vocab_size` is that of the model: with the same tokenizer, either may have more rows behind the last token.
+        """
         self._sequence, self._costs, self._first = sequence, costs, first
-        self._vocab = sequence.model.post.vocab_size
+        self._vocab = min(vocab_size, sequence.model.post.vocab_size)
         self._rate, self._seconds, self._waited = USUAL, 0.0, 0
         self._asked_first, self._alone = False, True
 
@@ -59,7 +62,7 @@ class DraftGuesser:
         if found:
             return found
         count = min(self._count() if self._alone else 0, most, self._sequence.context - len(ids) - 2)
-        if count < 1 or token >= self._vocab:
+        if count < 1:
             self._waited += 1
             return ()
         self._waited = 0
@@ -82,13 +85,15 @@ class DraftGuesser:
         sequence = self._sequence
         sequence.truncate(sequence.reusable(ids))
         new, guess = ids[sequence.length :], list[int]()
+        if max(new) >= self._vocab:
+            return guess
         started = time.perf_counter()
         while len(guess) < count:
             for hidden in sequence.extend(new):
                 last = hidden[-1:]
             if not guess:
                 started = time.perf_counter()  # tokens that are new to the draft model are read once
-            new = [int(sequence.model.post(last)[0].argmax())]
+            new = [int(sequence.model.post(last)[0][: self._vocab].argmax())]
             guess += new
         self._seconds = (time.perf_counter() - started) / count
         return guess

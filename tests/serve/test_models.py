@@ -192,6 +192,35 @@ def test_a_damaged_bundle_leaves_the_others_alone(bundle_s8: Path, tmp_path: Pat
     assert server.stop() == 0
 
 
+def test_bundles_that_change_while_the_server_runs(
+    bundle_s8: Path, bundle_fp32: Path, tmp_path: Path, start: Start
+) -> None:
+    """A deleted file, another build, and then the same files again; also of a bundle that is loaded."""
+    first, second, same = tmp_path / "first", tmp_path / "second", tmp_path / "same"
+    for folder in (first, second, same):
+        shutil.copytree(bundle_s8, folder)
+    server = start([first, second], "--timeout", 20).ready()
+    answer = complete(server, "first")["choices"]
+
+    (second / "qwen2_post.axmodel").unlink()
+    error = complete(server, "second")["error"]
+    assert error["code"] == "model_failed"
+    assert error["message"].endswith("qwen2_post.axmodel is missing. Build or copy the bundle again.")
+
+    shutil.rmtree(second)
+    assert server.client.get("/api/tags").json()["models"][1]["modified_at"] == "1970-01-01T00:00:00Z"
+    shutil.copytree(bundle_fp32, second)
+    error = complete(server, "second")["error"]
+    assert error["message"].endswith("has changed since the server was started. Restart the server.")
+
+    shutil.rmtree(second)
+    shutil.rmtree(first)
+    same.rename(second)
+    assert complete(server, "second")["choices"] == complete(server, "first")["choices"] == answer
+    assert server.stop() == 0
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
 def test_a_damaged_first_bundle_ends_the_server(bundle_s8: Path, tmp_path: Path, start: Start) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(bundle_s8, damaged)

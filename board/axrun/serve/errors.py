@@ -32,8 +32,8 @@ class ApiError(Exception):
 
 
 def sentence(error: Exception) -> str:
-    """The message of an error as a sentence."""
-    return f"{str(error)[:1].upper()}{str(error)[1:]}."
+    """The message of an error as a sentence, or one for each of its lines."""
+    return " ".join(f"{line[:1].upper()}{line[1:].rstrip('.')}." for line in str(error).splitlines())
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:

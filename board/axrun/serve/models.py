@@ -157,6 +157,7 @@ class Models:
         try:
             async with self._one_load:
                 if not served.loaded:
+                    await self._loop.run_in_executor(None, served.expect_unchanged)
                     await self._make_room(served)
                     done: asyncio.Future[None] = self._loop.create_future()
                     self._start(served, done)
@@ -165,6 +166,8 @@ class Models:
             error = failed
         except asyncio.CancelledError:
             error = _stopped()
+        except Exception as failed:  # a request must not wait for a load that has ended
+            error = _failed(served, failed)
         del self._loads[served]
         if error is not None and not self._began and not self._stopping:  # the first one, at the start
             self.failure = self.failure or Failure(error.message)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from axrun import memory
+from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.format.pooling import Pooling
 from axrun.load import Loading, describe
@@ -46,7 +47,8 @@ class Served:
     """`name` is the model's name in answers, `names` are all that a request may give. `alone`: it is the only bundle.
 
     `scheduler` is set while the model is loaded or being loaded. `active` counts the requests that need it now, `used`
-    orders the models by their last request; `leaving`: no further request may begin.
+    orders the models by their last request; `leaving`: no further request may begin. `freed`: bytes of memory that
+    unloading it frees; `held`: those of mapped files, which the system counts as free memory.
     """
 
     def __init__(
@@ -55,6 +57,9 @@ class Served:
         self.bundle, self.name, self.names = bundle, names[0], tuple(names)
         self.metrics, self._options, self._loading, self._alone = metrics, options, loading, alone
         self.fingerprint = f"fp_{bundle.digest[:10]}"
+        # Both from the sizes of the files now: they may be deleted later, while the model is loaded.
+        self.freed = memory.needs(bundle, loading.engine, options.slots).total - memory.runtime_bytes(loading.engine)
+        self.held = memory.mapped(bundle, loading.engine)
         self.scheduler: Scheduler | None = None
         self.active = self.used = 0
         self.leaving = False
@@ -128,20 +133,14 @@ class Served:
         if self._prompt_cache is not None:
             self._prompt_cache.close()
 
-    @property
-    def freed(self) -> int:
-        """Bytes of memory that unloading it frees."""
-        found = memory.needs(self.bundle, self._loading.engine, self._options.slots)
-        return found.total - memory.runtime_bytes(self._loading.engine)
+    def expect_unchanged(self) -> None:
+        """Raises BadInput or CheckFailed if the files on disk are no longer those that the server was started with."""
+        if Bundle.open(self.bundle.path).digest != self.bundle.digest:
+            raise BadInput(f"{self.bundle.path} has changed since the server was started\nRestart the server.")
 
     def shortage(self, held: int) -> memory.Shortage | None:
         """What is missing to load it, if anything. `held`: bytes of memory in use that count as free."""
         return memory.shortage(self.bundle, self._loading.engine, slots=self._options.slots, held=held + SPARE)
-
-    @property
-    def held(self) -> int:
-        """Bytes of a loaded model that the system counts as free memory: those of mapped files."""
-        return memory.mapped(self.bundle, self._loading.engine)
 
     def json(self) -> Mapping[str, Any]:
         """Its entry in /v1/models."""

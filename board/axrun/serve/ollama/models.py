@@ -75,4 +75,8 @@ def _details(bundle: Bundle) -> dict[str, Any]:
 
 
 def _modified(bundle: Bundle) -> str:
-    return timestamp((bundle.path / MANIFEST).stat().st_mtime)
+    """0 if the bundle was deleted while the server runs."""
+    try:
+        return timestamp((bundle.path / MANIFEST).stat().st_mtime)
+    except OSError:
+        return timestamp(0)

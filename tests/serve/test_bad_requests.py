@@ -16,7 +16,7 @@ import pytest
 from tests.serve.server import MODEL, Server, Start
 
 JSON = {"content-type": "application/json"}
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def refusal(response: httpx.Response, status: int, words: str) -> dict[str, Any]
         (b'{"model": "qwen2", "prompt": "x", "temperature": -Infinity}', "-Infinity is not a JSON number"),
         (b'{"model": "qwen2", "prompt": "\xff"}', "not UTF-8 at byte"),
         ('{"model": "qwen2", "prompt": "x"}'.encode("utf-16"), "not UTF-8 at byte 0"),
-        (b"[" * 15_000, "not JSON"),
+        (b"[" * 15_000, "nested deeper than 200 levels"),
         (b'{"model": ' + b"9" * 5_000 + b"}", "not JSON"),
         (b"null", "The body is null; expected an object"),
         (b"[]", "The body is []; expected an object"),
@@ -164,7 +164,23 @@ def test_wrong_values(strict: Server, path: str, change: dict[str, Any], param: 
 
 def test_numbers_too_large_for_a_float(strict: Server) -> None:
     body = b'{"model": "qwen2", "prompt": "x", "temperature": 1e999}'
-    refusal(strict.client.post(COMPLETIONS, content=body, headers=JSON), 400, "temperature is Infinity")
+    refusal(strict.client.post(COMPLETIONS, content=body, headers=JSON), 400, "1e999 is too large")
+    body = b'{"input": "x", "metadata": {"a": -1e999}}'  # a field that the answer repeats
+    refusal(strict.client.post(RESPONSES, content=body, headers=JSON), 400, "-1e999 is too large")
+
+
+@pytest.mark.parametrize("field", ["chat_template_kwargs", "metadata"])
+@pytest.mark.parametrize(("opening", "closing"), [(b'{"a":', b"}"), (b"[", b"]")])
+@pytest.mark.parametrize("levels", [199, 200, 400, 980])
+def test_nested_bodies(strict: Server, field: str, opening: bytes, closing: bytes, levels: int) -> None:
+    """Python's stack would not last for 400 levels in the chat template, and for 980 in the answer."""
+    nested = opening * (levels - 2) + b"1" + closing * (levels - 2)
+    body = b'{"input": "1+1=", "max_output_tokens": 1, "%s": {"a": %s}}' % (field.encode(), nested)
+    response = strict.client.post(RESPONSES, content=body, headers=JSON)
+    if levels <= 200:
+        assert response.status_code == 200
+    else:
+        refusal(response, 400, "nested deeper than 200 levels")
 
 
 @pytest.mark.parametrize(

@@ -106,13 +106,17 @@ def test_logprobs_are_the_unconstrained_model_s(server: Server) -> None:
         ({"type": "json_object", "grammar": "x"}, "response_format.grammar", "Unknown parameter"),
         (form({"type": "array", "uniqueItems": True}), "response_format", "The schema uses uniqueItems, which is not"),
         (form({"type": "string", "pattern": "(?=a)"}), "response_format", "look-ahead"),
+        (form({"enum": ["\ud800"]}), "response_format", "half a UTF-16 surrogate pair"),
+        (form({"properties": {"\udfff": {}}}), "response_format", "half a UTF-16 surrogate pair"),
+        (form({"maximum": 10**400}), "response_format", "number out of range"),
     ],
 )
 def test_an_unsupported_format_is_refused_by_name(
     server: Server, given: dict[str, Any], param: str, words: str
 ) -> None:
     ask = [{"role": "user", "content": "1+1="}]
-    error = server.post("chat/completions", messages=ask, response_format=given)
+    body = json.dumps({"messages": ask, "response_format": given})  # in ASCII: a client may escape half a character
+    error = server.client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert error.status_code == 400, error.text
     assert error.json()["error"]["param"] == param
     assert words in error.json()["error"]["message"]

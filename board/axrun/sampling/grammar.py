@@ -36,6 +36,7 @@ OBJECT = ("properties", "required", "additionalProperties", "patternProperties")
 VALUES = ("const", "enum", "default", "examples")  # keywords with values, not schemas
 # an escape in JSON; llguidance drops these from const and enum, since \\u is not among the allowed escapes
 CONTROL = re.compile(r"(?<!\\)(?:\\\\)*(\\u00(?:[01][0-9a-f]|7f))")
+SURROGATE = re.compile("[\ud800-\udfff]")
 UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
 UNKNOWN_FORMAT = re.compile(r"Unknown format: (\S*)")
 # beginning of a message of llguidance: the keyword it is about
@@ -124,7 +125,10 @@ class Compiler:
         library = _library()
         matcher: Any = library.LLMatcher
         if kind == SCHEMA:
-            text = matcher.grammar_from_json_schema(text, overrides=OPTIONS)
+            try:
+                text = matcher.grammar_from_json_schema(text, overrides=OPTIONS)
+            except ValueError as error:  # JSON that llguidance cannot read, e.g. an integer beyond float64
+                raise BadInput(_reason(kind, str(error))) from None
         else:
             text = matcher.grammar_from_lark(text)
         made = matcher(self._vocabulary, text, log_level=0)
@@ -186,6 +190,8 @@ def _enforceable(schema: Mapping[str, Any]) -> Mapping[str, Any]:
     Objects with `properties` and without `additionalProperties` get no others: a small model would add more and more.
     """
     _expect_levels(schema)
+    if half := SURROGATE.search(json.dumps(schema, ensure_ascii=False)):
+        raise BadInput(f"the schema has {half[0]!a}, half a UTF-16 surrogate pair, which is not a character")
     if control := CONTROL.search(json.dumps(schema)):
         raise BadInput(f"the schema has the control character {control[1]}, which is not supported; leave it out")
     closed: Mapping[str, Any] = _closed(schema) if not _combines(schema) else schema

@@ -27,6 +27,7 @@ WORDS = {
     "object": "an object",
 }
 
+LEVELS = 200  # of objects and lists in a body: what reads them recursively stays within Python's stack
 CONTAINERS = {"null": type(None), "string": str, "array": list, "object": dict}
 
 # keyword: (types it applies to, predicate, description of the expected value)
@@ -43,13 +44,22 @@ LIMITS: dict[str, tuple[Any, Callable[[Any, Any], bool], str]] = {
 
 
 def parse(body: bytes) -> Any:
-    """Parses a request body. Raises ApiError if it is not UTF-8 or not JSON, or contains NaN or an infinity."""
+    """Parses a request body.
+
+    Raises ApiError if it is not UTF-8 or not JSON, contains NaN, an infinity or a number beyond float64, or is nested
+    deeper than LEVELS.
+    """
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_not_a_number)
+        given = json.loads(body.decode("utf-8"), parse_constant=_not_a_number, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise invalid(f"The body is not UTF-8 at byte {error.start}.", code="invalid_json") from None
-    except (ValueError, RecursionError) as error:
-        raise invalid(f"The body is not JSON: {error or 'nested too deeply'}.", code="invalid_json") from None
+    except ValueError as error:
+        raise invalid(f"The body is not JSON: {error}.", code="invalid_json") from None
+    except RecursionError:
+        raise _deep() from None
+    if _deeper(given, LEVELS):
+        raise _deep()
+    return given
 
 
 def validate(value: Any, schema: Schema, name: str = "") -> Any:
@@ -153,3 +163,23 @@ def _short(value: Any) -> str:
 
 def _not_a_number(constant: str) -> Any:
     raise ValueError(f"{constant} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise invalid(f"The number {text:.40} is too large; expected at most 1.8e308.", code="invalid_json")
+    return number
+
+
+def _deep() -> ApiError:
+    return invalid(f"The body is nested deeper than {LEVELS} levels.", code="invalid_json")
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested in more than `levels` levels."""
+    level = [value] if isinstance(value, (dict, list)) else []
+    while level and levels:
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level, levels = [each for entries in inner for each in entries if isinstance(each, (dict, list))], levels - 1
+    return bool(level)

@@ -135,10 +135,10 @@ class TestMemory:
         assert server.stop() == 0
 
     def test_running_answers_are_finished_first(
-        self, begin: Callable[..., Server], bundle_long: Path, bundle_fp32: Path, endless: dict[str, int]
+        self, begin: Callable[..., Server], bundle_long: Path, tmp_path: Path, endless: dict[str, int]
     ) -> None:
         """Requests for either model that come meanwhile wait, and all are answered."""
-        server = begin([bundle_long, bundle_fp32], bundle_long)
+        server = begin([bundle_long, shutil.copytree(bundle_long, tmp_path / "other")], bundle_long)
         body = {"max_tokens": 1500, "logit_bias": endless, "ignore_eos": True}
         with ThreadPoolExecutor(4) as pool:
             running = pool.submit(complete, server, "a", **body)
@@ -149,6 +149,7 @@ class TestMemory:
             assert running.result(120)["usage"]["completion_tokens"] == 1500
             assert other.result(120)["model"] == "b"
             assert again.result(120)["model"] == "a"
+        assert [line for line in server.lines if "unloaded" in line] == ["unloaded model 'a'", "unloaded model 'b'"]
         assert server.stop() == 0
 
     def test_a_bundle_that_cannot_fit_unloads_nothing(
@@ -163,9 +164,9 @@ class TestMemory:
         assert server.stop() == 0
 
     def test_shutdown_ends_requests_that_wait_for_a_model(
-        self, begin: Callable[..., Server], bundle_long: Path, bundle_fp32: Path, endless: dict[str, int]
+        self, begin: Callable[..., Server], bundle_long: Path, tmp_path: Path, endless: dict[str, int]
     ) -> None:
-        server = begin([bundle_long, bundle_fp32], bundle_long, "--grace", "0.2")
+        server = begin([bundle_long, shutil.copytree(bundle_long, tmp_path / "other")], bundle_long, "--grace", "0.2")
         body = {"max_tokens": 8000, "logit_bias": endless, "ignore_eos": True, "n": 16}
         with ThreadPoolExecutor(2) as pool:
             running = pool.submit(complete, server, "a", **body)

@@ -18,6 +18,7 @@ from axrun.free_memory import MEMINFO, available
 from axrun.memory import cmm_left, needs, refuse, remaining, require, shortage
 from axrun.model import Model
 from tests.axrun.tty import Tty
+from tests.doctor import axmodels
 
 ROOT = Path(__file__).parents[2]
 CMM = """--------------------SDK VERSION-------------------
@@ -145,7 +146,9 @@ def test_the_allow_callback_decides(bundle_s8: Path, tmp_path: Path, none: Path)
 def immense(bundle_s8: Path, tmp_path: Path) -> Path:
     """A bundle with a sparse post model file of a thousand gigabytes."""
     folder = Path(shutil.copytree(bundle_s8, tmp_path / "immense"))
-    os.truncate(folder / "qwen2_post.axmodel", 10**12)
+    name, size = "qwen2_post.axmodel", 10**12
+    os.truncate(folder / name, size)
+    axmodels.manifest(folder, lambda values: values["files"][name].update(size=size))
     return folder
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +19,7 @@ from axrun.model import Model
 from axrun.sampling import Sampling
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence as TokenSequence
-from axrun.speculation.draft import DraftGuesser, load
+from axrun.speculation.draft import LONGEST_PAUSE, PROBE, DraftGuesser, GuessLength, load
 from axrun.speculation.guesser import Costs, Guesser
 from axrun.speculation.prompt_lookup import PromptLookup
 from tests.doctor import axmodels
@@ -38,6 +39,13 @@ def other(bundle_fp32: Path) -> Model:
     return Model.load(Bundle.open(bundle_fp32))
 
 
+class Always(GuessLength):
+    """Guesses 5 tokens, whatever they are worth."""
+
+    def choose(self) -> int:
+        return 5
+
+
 def answer(model: Model, prompt: list[int], guesser: Guesser | None, stats: Stats, heat: float = 0.0) -> Sequence[int]:
     sampler = Sampler(Sampling(heat), 5)
     going = steps(TokenSequence(model), prompt, sampler, LENGTH, stats=stats, guesser=guesser)
@@ -52,18 +60,16 @@ def test_a_draft_model_does_not_change_the_answer(
     plain = answer(model, heldout[:70], None, Stats(), heat)
     stats, costs = Stats(), Costs()
     vocabulary, first = model.post.vocab_size, PromptLookup(costs) if lookup else None
-    guesser = DraftGuesser(TokenSequence(other.another()), vocabulary, costs, first)
-    guesser._seconds = 1e-9  # a draft that costs nothing, so that it is always asked
+    guesser = DraftGuesser(TokenSequence(other.another()), vocabulary, costs, Always(costs), first)
     assert answer(model, heldout[:70], guesser, stats, heat) == plain
     assert stats.guessed >= stats.accepted > 0
 
 
 def test_the_model_itself_as_draft_is_always_right(model: Model, heldout: list[int]) -> None:
-    stats = Stats()
-    guesser = DraftGuesser(TokenSequence(model.another()), model.post.vocab_size, Costs())
+    stats, costs = Stats(), Costs()
+    guesser = DraftGuesser(TokenSequence(model.another()), model.post.vocab_size, costs, Always(costs))
     answer(model, heldout[:70], guesser, stats)
     assert stats.guessed == stats.accepted > 0
-    assert guesser._rate > 0.7
 
 
 @pytest.fixture(scope="module")
@@ -82,32 +88,62 @@ def padded(tiny_qwen2: Path, build_tiny: Callable[..., Path], tmp_path_factory: 
 
 def test_a_draft_with_more_rows_in_its_vocabulary(model: Model, padded: Model, heldout: list[int]) -> None:
     """Its guesses are tokens that the model has."""
-    stats = Stats()
-    guesser = DraftGuesser(TokenSequence(padded), model.post.vocab_size, Costs())
-    guesser._seconds = 1e-9
+    stats, costs = Stats(), Costs()
+    guesser = DraftGuesser(TokenSequence(padded), model.post.vocab_size, costs, Always(costs))
     assert answer(model, heldout[:70], guesser, stats) == answer(model, heldout[:70], None, Stats())
     assert stats.guessed > 0
 
 
 def test_a_draft_with_fewer_rows_in_its_vocabulary(model: Model, padded: Model, heldout: list[int]) -> None:
     """It is not asked about tokens that it does not have."""
-    prompt, stats = [padded.post.vocab_size - 1, *heldout[:70]], Stats()
-    guesser = DraftGuesser(TokenSequence(model.another()), padded.post.vocab_size, Costs())
-    guesser._seconds = 1e-9
+    prompt, stats, costs = [padded.post.vocab_size - 1, *heldout[:70]], Stats(), Costs()
+    guesser = DraftGuesser(TokenSequence(model.another()), padded.post.vocab_size, costs, Always(costs))
     assert answer(padded, prompt, guesser, stats) == answer(padded, prompt, None, Stats())
     assert stats.guessed == 0
 
 
-def test_a_draft_that_is_slow_and_wrong_is_asked_rarely() -> None:
-    class Draft(DraftGuesser):
-        def __init__(self) -> None:
-            self._costs, self._rate, self._seconds, self._waited = Costs(), 0.0, 1.0, 0
-            self._costs.add(0, 1.0)
+def drafted(share: float, rate: float, tokens: int) -> tuple[int, float]:
+    """Guessed tokens of an answer, and its time in runs of one token, if the draft model takes `share` of such a run.
 
-    assert Draft()._count() == 0
-    quick = Draft()
-    quick._rate, quick._seconds = 0.95, 0.01
-    assert quick._count() > 3
+    `rate` of the guessed tokens are right; a run with guesses takes 1.5 times as long as one without.
+    """
+    costs, random = Costs(), np.random.default_rng(1)
+    length, done, guessed, spent = GuessLength(costs), 0, 0, 0.0
+    while done < tokens:
+        count = length.choose()
+        right = int(np.argmin([*(random.random(count) < rate), False]))
+        seconds = 1.5 if count else 1.0
+        costs.add(count, seconds)
+        if count:
+            length.drafted(share)
+            length.verified(count, right)
+        done, guessed, spent = done + 1 + right, guessed + count, spent + seconds + count * share
+    return guessed, spent / done
+
+
+def test_a_draft_that_costs_more_than_it_saves_is_asked_rarely() -> None:
+    for share, rate in ((1.0, 0.9), (0.3, 0.1), (1.0, 0.0), (0.05, 0.05)):
+        guessed, time = drafted(share, rate, 2000)
+        assert PROBE <= guessed < 100, (share, rate)
+        assert time < 1.05, (share, rate)
+
+
+def test_a_quick_draft_that_is_often_right_is_asked_always() -> None:
+    guessed, time = drafted(0.05, 0.9, 2000)
+    assert guessed > 2000
+    assert time < 0.5
+
+
+def test_a_draft_that_is_not_worth_its_time_is_tried_again() -> None:
+    costs = Costs()
+    costs.add(0, 1.0)
+    length = GuessLength(costs)
+    length.drafted(1.0)
+    counts = [length.choose() for _ in range(5 * LONGEST_PAUSE)]
+    tries = [place for place, count in enumerate(counts) if count]
+    assert len(tries) > 4
+    assert {counts[place] for place in tries} == {1}
+    assert LONGEST_PAUSE < max(np.diff(tries)) < LONGEST_PAUSE + 3
 
 
 def test_another_tokenizer_is_refused(bundle_s8: Path, tmp_path: Path) -> None:

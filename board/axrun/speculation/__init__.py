@@ -15,7 +15,7 @@ from axrun.load import Loading
 from axrun.model import Model
 from axrun.sequence import Sequence
 from axrun.speculation import draft
-from axrun.speculation.draft import DraftGuesser
+from axrun.speculation.draft import DraftGuesser, GuessLength
 from axrun.speculation.guesser import Costs, Guesser
 from axrun.speculation.prompt_lookup import PromptLookup
 
@@ -26,6 +26,7 @@ class Speculation:
     def __init__(self, draft: Model | None = None) -> None:
         """All answers share one KV cache of the draft model: it is asked only if a single answer is being generated."""
         self._costs, self._draft = Costs(), None if draft is None else Sequence(draft)
+        self._length = GuessLength(self._costs)
 
     @classmethod
     def load(cls, path: Path | None, bundle: Bundle, loading: Loading) -> Speculation:
@@ -45,4 +46,4 @@ class Speculation:
         lookup = PromptLookup(self._costs)
         if self._draft is None:
             return lookup
-        return DraftGuesser(self._draft, sequence.model.post.vocab_size, self._costs, lookup)
+        return DraftGuesser(self._draft, sequence.model.post.vocab_size, self._costs, self._length, lookup)

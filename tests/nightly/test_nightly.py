@@ -50,7 +50,9 @@ def test_a_night_is_green(desk: Desk) -> None:
     assert held.machine["system"] == "Linux aarch64"
     folder = desk.newest()
     cases = list(ElementTree.parse(folder / "junit.xml").iter("testcase"))
-    assert len(cases) == 7
+    assert len(cases) == 8
+    told = json.loads((folder / "figures.json").read_text())["one_answer"]
+    assert told["compared"] and told["here"] == told["board"]
     assert not [case for case in cases if len(case.findall("*")) > len(case.findall("properties"))]
     marks = {entry["name"]: entry for entry in json.loads((folder / "benchmark.json").read_text())["benchmarks"]}
     bench = json.loads((folder / "figures.json").read_text())["bench"]

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from axc import build, config, console
+from axc import build, config, console, logits
 from axc.calibration import cache, head, run, text
 from axc.calibration.file import KEY, CalibrationFile, entries, save
 from axc.calibration.options import Options, wanted
@@ -31,6 +31,7 @@ from axc.quantizer.round_to_nearest import quantize as round_to_nearest
 from axc.weights import float32
 from axrun.errors import BadInput
 from axrun.format import axmodel
+from axrun.format.bundle import verify
 from tests.axc import gguf_files
 from tests.axc.test_families import random_model
 
@@ -342,6 +343,21 @@ def test_the_doctor_knows_calibrated_levels(calibrated: Mapping[str, Path], tiny
     found = fault()
     assert found is not None
     assert "differ from those of the calibration" in found.cause
+
+
+def test_reference_logits_are_added_to_a_calibrated_bundle(
+    calibrated: Mapping[str, Path], words: Path, tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    """Its manifest lists the calibration file beside the files of the checkpoint."""
+    output = tmp_path / "bundle"
+    build.build(build.plan(build.Options(tiny_qwen2, output, calibrated=calibrated["4"], kv_cache_len=63)))
+    asked = logits.Options(tiny_qwen2, words, bundle=output, window=32, tokens=64, greedy_tokens=2)
+    said: list[str] = []
+    path, written = logits.write(asked, say=said.append)
+    assert path.parent == output
+    assert "calibration" not in written.about["inputs"]
+    assert any(line.startswith("figures.npz for axrun doctor: ") for line in said)
+    verify(output)
 
 
 def widened(tensor: Floats, start: int, stop: int) -> Floats:

@@ -159,8 +159,11 @@ def test_the_commands_and_the_manifest(base: Path, adapter: Adapter, tmp_path: P
     assert case.changed_inputs == []
     with pytest.raises(BadInput, match=r"adapters of weight 0\.5, but --lora gives none\n.*--lora"):
         Case(doctor.Options(output, base)).expect_same_model()
-    for wrong, named in (((), "lora1/adapter_config.json"), ((Lora(one),), "--lora")):
-        with pytest.raises(BadInput, match=f"was not built from .*: {named} is another"):
+    for wrong, said in (
+        ((), "also built from 'lora1/adapter_config.json'"),
+        ((Lora(one),), r"has adapters of weight 0\.5, --lora gives 1\.0"),
+    ):
+        with pytest.raises(BadInput, match=f"was not built from .*: the bundle .*{said}"):
             logits.write(logits.Options(base, base / "config.json", bundle=output, lora=wrong))
     data = bytearray((one / "adapter_model.safetensors").read_bytes())
     data[-1] ^= 1

@@ -64,12 +64,12 @@ def write(
         figures = compute(reference, bundle, ids, weights, {**text(checkpoint), **_stop_ids(bundle)}, show)
         figures = dataclasses.replace(figures, about={**figures.about, "graphs": graphs}) if graphs else figures
     except NoFigures as reason:
-        say(f"no figures for a doctor on a board: {reason}")
+        say(f"no {NAME} for axrun doctor: {reason}")
         return None
     content = figures.encode()
     add_file(folder, NAME, content)
     visits, probes = len(figures.visits), len(figures.probes)
-    say(f"figures for a doctor on a board: {probes} tokens of {visits} visits to each layer, {len(content):,} bytes")
+    say(f"{NAME} for axrun doctor: {visits} runs of each layer, {probes} tokens, {len(content):,} bytes")
     return figures
 
 

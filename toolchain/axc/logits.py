@@ -18,6 +18,7 @@ from axc.bundle import add_file, input_name
 from axc.calibration.file import calibrated
 from axc.checkpoints import Checkpoint, Lora
 from axc.checkpoints.gguf import SUFFIX as GGUF
+from axc.existing import CALIBRATION, MODEL_CONFIG
 from axc.families.family import ModelConfig
 from axrun.errors import BadInput
 from axrun.format.bundle import read_manifest, sha256
@@ -33,7 +34,6 @@ Say = Callable[[str], None]
 
 WINDOW = 512
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json")
-MODEL_CONFIG = "model_config"  # the manifest's name of a config.json given with --model_config
 ROWS = 128  # rows of logits per block
 MOST_ANSWERS = 16  # greedy continuations, one per window
 
@@ -203,7 +203,7 @@ def _inputs(options: Options, manifest: dict[str, Any] | None) -> Iterator[Path]
         raise BadInput(f"no checkpoint folder {folder}\nGive the folder that holds config.json and the weights.")
     files = {*hf_folder.input_files(folder), *pooling.input_files(folder)}
     if manifest is not None and isinstance(manifest.get("inputs"), dict):
-        files |= {folder / name for name in manifest["inputs"] if "/" not in name}
+        files |= {folder / name for name in manifest["inputs"] if "/" not in name and name != CALIBRATION}
     else:
         files |= {path for pattern in WEIGHTS for path in folder.glob(pattern)}
     yield from (path for path in sorted(files) if path.is_file())
@@ -259,26 +259,43 @@ def _rows(logprobs: NDArray[np.float64], following: NDArray[np.int64], top: int)
 
 
 def _expect_same(manifest: dict[str, Any], inputs: dict[str, str], options: Options) -> None:
-    """Raises BadInput if the bundle was not built from this checkpoint."""
+    """Raises BadInput if the bundle was not built from this checkpoint. Its calibration, if any, is no part of that."""
     built = manifest.get("inputs")
     recorded = {name: entry.get("sha256") for name, entry in built.items()} if isinstance(built, dict) else {}
+    recorded.pop(CALIBRATION, None)
     if options.model_config is not None:
         inputs = {**inputs, MODEL_CONFIG: sha256(options.model_config)}
     other = sorted(name for name in {**recorded, **inputs} if recorded.get(name) != inputs.get(name))
     weights = [adapter.weight for adapter in options.lora]
-    if [adapter.get("weight") for adapter in manifest.get("adapters", ())] != weights:
-        other.append("--lora")
-    if other:
-        raise BadInput(
-            f"{options.bundle} was not built from {options.input_path}: {other[0]} is another\n"
-            "Give the checkpoint that it was built from, or write to a file: --output_path."
-        )
+    merged = [adapter.get("weight") for adapter in manifest.get("adapters", ())]
+    if not other and merged == weights:
+        return
+    if not other:
+        shown = [" ".join(f"{weight!a:.20}" for weight in each) or "none" for each in (merged, weights)]
+        reason = f"the bundle has adapters of weight {shown[0]}, --lora gives {shown[1]}"
+    elif other[0] not in inputs:
+        reason = f"the bundle was also built from {other[0]!a:.60}"
+    elif other[0] not in recorded:
+        reason = f"the bundle was built without {other[0]}"
+    else:
+        reason = f"its {other[0]} differs from the one in the manifest"
+    raise BadInput(
+        f"{options.bundle} was not built from {options.input_path}: {reason}\n"
+        "Give the checkpoint that it was built from, with the --lora and --model_config of the build, "
+        "or write to a file: --output_path."
+    )
 
 
 def lines(path: Path, logits: ReferenceLogits) -> Iterator[str]:
     """The result in lines for a console."""
     windows, length = logits.tokens.shape
-    bound = "exact" if logits.exact else f"a lower bound, of {logits.ids.shape[2]} tokens and the rest"
-    yield f"{path}: {windows} windows of {length} tokens, {path.stat().st_size:,} bytes; divergence is {bound}"
+    count = "1 window" if windows == 1 else f"{windows} windows"
+    yield f"{path}: {count} of {length} tokens, {path.stat().st_size:,} bytes"
+    if not logits.exact:
+        kept = logits.ids.shape[2]
+        stored = (
+            "most likely token of each position is" if kept == 1 else f"{kept} most likely tokens of each position are"
+        )
+        yield f"KL divergences will be lower bounds: the {stored} stored"
     yield from logits.about.get("remarks", ())
     yield f"greedy answers: {len(logits.continuations)} of {logits.continuations.shape[1]} tokens"

@@ -38,6 +38,7 @@ from ci.tasks.common import (
     VENDOR_LICENCE,
     VENDOR_SHA256,
     VENV,
+    another_prompt,
     built,
     cores,
     finish,
@@ -134,7 +135,7 @@ def build(
     if unchecked:
         print(f"\nnot checked against the float32 reference: {unchecked}")
         print(f"to check it: make build{where} TORCH=pypi ({PYPI_SIZE}), or WHEELS=folder with that wheel")
-    print(f"\nto run another prompt: make run{where} PROMPT='12+30='")
+    print(f"\nto run another prompt: make run{where} PROMPT='{another_prompt(spec)}'")
 
 
 @verb

@@ -162,5 +162,10 @@ def built(spec: ModelSpec, out: str) -> Path:
     return bundle
 
 
+def another_prompt(spec: ModelSpec) -> str:
+    """A prompt to suggest after the model's own: a sum where that is one, else a question."""
+    return "12+30=" if spec.prompt == "1+1=" else "Why is the sky blue?"
+
+
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

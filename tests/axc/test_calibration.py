@@ -440,6 +440,8 @@ def test_a_damaged_file_in_the_cache_is_made_again(
     assert path.read_bytes() == calibrated["4"].read_bytes()
     assert "is no calibration file" in (said := capsys.readouterr().out)
     assert said.endswith("; calibrating again\n")
+    assert console._calibrated(Options(tmp_path)) == path
+    assert capsys.readouterr().out == f"note: calibration taken from the cache: {path}\n"
 
 
 def test_who_calibrates(tiny_qwen2: Path, tmp_path: Path) -> None:
@@ -584,6 +586,48 @@ def test_a_build_is_planned_before_it_calibrates(
     asked = build.Options(tiny_qwen2, tmp_path / "out", weight_type="s4", kv_cache_len=1 << 19)
     with pytest.raises(BadInput, match="--kv_cache_len"):
         console.llm_build(asked, 0, "", None, Options(tiny_qwen2))
+
+
+def test_another_bundle_is_refused_before_the_calibration(
+    calibrated: Mapping[str, Path],
+    words: Path,
+    tiny_qwen2: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(console, "_calibrated", lambda _: pytest.fail("calibrated first"))
+    nearest, output = tmp_path / "s8", tmp_path / "4"
+    build.build(build.plan(build.Options(tiny_qwen2, nearest, kv_cache_len=63)))
+    build.build(build.plan(build.Options(tiny_qwen2, output, calibrated=calibrated["4"], kv_cache_len=63)))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "notes.txt").write_text("precious")
+    for path, kind, more, said in (
+        (nearest, "s4", {}, "it has --weight_type s8, this build s4"),
+        (nearest, "s8", {"weight_type": "s8"}, "it was not calibrated, this build is"),
+        (output, None, {"bits": 5.5}, "it was calibrated with --bits none, this build with 5.5"),
+        (output, "s4", {"calibration": ()}, "it was calibrated on another text"),
+        (tmp_path / "folder", "s4", {}, "something that is no bundle"),
+    ):
+        asked = build.Options(tiny_qwen2, path, weight_type=kind, kv_cache_len=63)
+        with pytest.raises(BadInput, match=rf"{said}.*\n.*--output_path \(make: OUT=folder\)"):
+            console.llm_build(asked, 0, "", None, options(tiny_qwen2, words, **more))
+    monkeypatch.setattr(console, "_calibrated", lambda _: calibrated["4"])
+    asked = build.Options(tiny_qwen2, output, weight_type="s4", kv_cache_len=63)
+    console.llm_build(asked, -1, "", None, options(tiny_qwen2, words))
+    assert "nothing to build" in capsys.readouterr().out
+
+
+def test_another_calibration_is_named(calibrated: Mapping[str, Path], tiny_qwen2: Path, tmp_path: Path) -> None:
+    def built(name: str | None, **more: Any) -> build.Built:
+        path = calibrated[name] if name else None
+        return build.build(build.plan(build.Options(tiny_qwen2, tmp_path / "out", calibrated=path, **more)))
+
+    built("4")
+    with pytest.raises(BadInput, match=r"another bundle: it was calibrated with --bits none, this build with 5\.5"):
+        built("5.5")
+    with pytest.raises(BadInput, match="another bundle: it was calibrated, this build is not"):
+        built(None, weight_type="s4", post_weight_type="s8")
 
 
 @pytest.mark.parametrize(("kind", "bits", "said"), [(None, None, True), ("s4", None, False), (None, 5.0, False)])

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from axc.inventory import inventory
+from axc.models import find_model
+from ci.tasks.common import another_prompt
 from tests.axc.hub_server import REPO, REVISION, serving
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +72,13 @@ def test_a_hub_repository_builds_and_answers_without_torch(tmp_path: Path) -> No
     asked = invoke("run", "--model", REPO, "--out", out, "--prompt", "12+30=")
     assert asked.returncode == 0, asked.stderr
     assert "42" in asked.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("model", "prompt"), [("tiny-qwen2", "12+30="), (REPO, "12+30="), ("smollm2-135m", "Why is the sky blue?")]
+)
+def test_the_suggested_prompt_suits_the_model(model: str, prompt: str) -> None:
+    assert another_prompt(find_model(model)) == prompt
 
 
 def test_an_unknown_source_of_torch_lists_the_known_ones(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from axc.staging import KeepStaging, publish, refuse_other_content, staged_bytes
 from axc.weights import Source
 from axc.weights.sources import Stored
 from axrun.errors import BadInput
-from axrun.format.bundle import sha256
+from axrun.format.bundle import MANIFEST, sha256
 from axrun.format.dtypes import FLOATS
 
 CHIPS = ("AX620E", "AX650")
@@ -273,6 +273,19 @@ def build(planned: Plan, progress: Progress = lambda job: None, say: Say = lambd
             f"cannot write {error.filename or output}: {error.strerror or error}\n"
             "Nothing was kept. Make room, or choose another --output_path."
         ) from None
+
+
+def refuse_before_calibration(planned: Plan, algorithm: Mapping[str, Any], text: str) -> None:
+    """Raises BadInput if the output path has something that `build` will refuse once it has calibrated.
+
+    `planned` is without the calibration; `algorithm` and `text` as in `existing.before_calibration`.
+    """
+    try:
+        found = existing.before_calibration(planned, algorithm, text)
+        if found or not (planned.output / MANIFEST).is_file():
+            refuse_other_content(planned.output, found, force=planned.options.force)
+    except OSError:
+        return  # `build` says what
 
 
 def _build(planned: Plan, output: Path, progress: Progress, say: Say) -> dict[str, Any]:

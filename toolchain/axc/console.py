@@ -17,6 +17,7 @@ from axc import synth as synthesis
 from axc.budget import megabytes
 from axc.calibration import cache as calibration_cache
 from axc.calibration import options as calibrations
+from axc.calibration import text as calibration_text
 from axc.calibration.file import CalibrationFile, entries
 from axc.rope import Rope
 from axrun.errors import BadInput, CheckFailed
@@ -40,7 +41,10 @@ def llm_build(
     `notes` are printed with those of the plan.
     """
     if calibration:
-        build.plan(options)  # refuses what it must before minutes of calibration
+        # Whatever will be refused is refused before minutes of calibration.
+        uncalibrated = build.plan(replace(options, weight_type=calibration.weight_type))
+        text = calibration_text.digest(calibration.calibration)
+        build.refuse_before_calibration(uncalibrated, calibration.decided(), text)
         if options.weight_type is None and calibration.bits is None:
             print("note: without -w, calibrated weights are s4; for 8 bits, set -w s8", flush=True)
         options = replace(options, calibrated=_calibrated(calibration), weight_type=None)
@@ -145,7 +149,9 @@ def _calibrated(options: calibrations.Options) -> Path:
             except BadInput as damaged:
                 print(f"note: {str(damaged).splitlines()[0]}; calibrating again", flush=True)
                 path.unlink()
-        if not path.is_file():
+        if path.is_file():
+            print(f"note: calibration taken from the cache: {path}", flush=True)
+        else:
             calibrate(options, path)
     return path
 

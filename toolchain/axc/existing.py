@@ -33,15 +33,37 @@ def find(planned: Plan) -> Existing:
         return Existing(None, "")
     try:
         manifest = read_manifest(planned.output)
-        differences = list(_made_otherwise(planned, manifest) or _made_from_others(planned, manifest["inputs"]))
+        differences = list(_made_otherwise(planned, manifest) or _made_from_others(planned, manifest))
         if not differences:
             return Existing(verify(planned.output), "")
     except (BadInput, CheckFailed) as error:
         return Existing(None, str(error).partition("\n")[0].removeprefix(f"{planned.output} "))
     except (AttributeError, KeyError, TypeError):
         return Existing(None, "its manifest does not say what it was made from")
+    return Existing(None, _listed(differences))
+
+
+def before_calibration(planned: Plan, algorithm: Mapping[str, Any], text: str) -> str:
+    """How a bundle at the output path differs from a build that has yet to calibrate; "" if it does not, or is damaged.
+
+    `planned` is without the calibration file, `algorithm` what its header will have besides others, `text` the SHA-256
+    of the calibration text. Reads no large file.
+    """
+    try:
+        manifest = read_manifest(planned.output)
+        differences = _made_otherwise(planned, manifest)
+        if CALIBRATION not in manifest["inputs"]:
+            differences.append("it was not calibrated, this build is")
+        else:
+            differences += _calibrated_otherwise(manifest["calibration"], algorithm, text)
+    except (BadInput, AttributeError, KeyError, TypeError):
+        return ""  # `find` says why
+    return _listed(differences)
+
+
+def _listed(differences: list[str]) -> str:
     more = f" (and {len(differences) - SHOWN} more)" if len(differences) > SHOWN else ""
-    return Existing(None, "; ".join(differences[:SHOWN]) + more)
+    return "; ".join(differences[:SHOWN]) + more
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,8 +105,9 @@ def _made_otherwise(planned: Plan, manifest: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _made_from_others(planned: Plan, recorded: Mapping[str, Any]) -> Iterator[str]:
+def _made_from_others(planned: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Differences in the inputs; files of equal size are hashed."""
+    recorded, calibration = manifest["inputs"], manifest.get("calibration")
     checkpoint = planned.checkpoint
     files = {input_name(path, checkpoint.path, checkpoint.adapters): path for path in planned.inputs}
     if planned.options.model_config:
@@ -93,11 +116,35 @@ def _made_from_others(planned: Plan, recorded: Mapping[str, Any]) -> Iterator[st
         files[CALIBRATION] = planned.options.calibrated
     for name in sorted({*files, *recorded}):
         if name not in files:
-            yield f"it was also made from {name!a:.60}"
+            yield (
+                "it was calibrated, this build is not" if name == CALIBRATION else f"it was also made from {name!a:.60}"
+            )
         elif name not in recorded:
-            yield f"it was made without {_input(name, files[name])}"
+            made = "it was not calibrated, this build is"
+            yield made if name == CALIBRATION else f"it was made without {_input(name, files[name])}"
         elif not _same(files[name], recorded[name]):
-            yield f"{_input(name, files[name])} has changed since"
+            said = list(_other_settings(planned, calibration)) if name == CALIBRATION else []
+            yield from said or [f"{_input(name, files[name])} has changed since"]
+
+
+def _other_settings(planned: Plan, recorded: Mapping[str, Any] | None) -> Iterator[str]:
+    """Differences between the settings of two calibrations."""
+    if planned.calibration and recorded:
+        header = planned.calibration.header
+        yield from _calibrated_otherwise(recorded, header["algorithm"], header["text"]["sha256"])
+        if recorded["text"]["tokens"] != header["text"]["tokens"]:
+            yield f"it was calibrated on {recorded['text']['tokens']} tokens, this build on {header['text']['tokens']}"
+
+
+def _calibrated_otherwise(recorded: Mapping[str, Any], algorithm: Mapping[str, Any], text: str) -> Iterator[str]:
+    made = recorded["algorithm"]
+    for name in ("weight_type", "block", "bits"):
+        if made.get(name) != algorithm.get(name):
+            flag, theirs, ours = f"--{name}" if name != "block" else "blocks of", made.get(name), algorithm.get(name)
+            yield f"it was calibrated with {flag} {_value(theirs)}, this build with {_value(ours)}"
+            return  # the block follows from the type
+    if recorded["text"]["sha256"] != text:
+        yield "it was calibrated on another text"
 
 
 def _same(path: Path, recorded: Mapping[str, Any]) -> bool:
@@ -105,8 +152,10 @@ def _same(path: Path, recorded: Mapping[str, Any]) -> bool:
 
 
 def _input(name: str, path: Path) -> str:
-    return f"--model_config {path}" if name == MODEL_CONFIG else f"calibration {path}" if name == CALIBRATION else name
+    return f"--model_config {path}" if name == MODEL_CONFIG else f"--calibrated {path}" if name == CALIBRATION else name
 
 
 def _value(value: object) -> str:
+    if value is None:
+        return "none"
     return " ".join(map(str, value)) or "none" if isinstance(value, list) else f"{value!a:.40}".strip("'\"")

@@ -123,11 +123,14 @@ def refuse_other_content(output: Path, reason: str = "", *, force: bool) -> None
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / MANIFEST).is_file():
-        raise BadInput(f"{output} holds something that is no bundle, and stays as it is\nChoose another --output_path.")
+        raise BadInput(
+            f"{output} holds something that is no bundle, and stays as it is\n"
+            "Choose another --output_path (make: OUT=folder)."
+        )
     if not force:
         raise BadInput(
             f"{output} holds another bundle{': ' if reason else ''}{reason}\n"
-            "Pass --force (make: FORCE=1) to replace it, or choose another --output_path."
+            "Pass --force (make: FORCE=1) to replace it, or choose another --output_path (make: OUT=folder)."
         )
 
 

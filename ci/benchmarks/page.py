@@ -59,7 +59,9 @@ def _headlines(tables: Sequence[Table]) -> Iterator[str]:
     yield from markdown(("", "axc", "beside it", "ratio"), [(x.what, x.ours, x.peer, x.ratio) for x in lines])
     seen = sorted({_said(table.measured) for table in tables if table.headlines})
     yield ""
-    yield f"{'; '.join(seen)}. All of it, with plots: [docs/benchmarks.md](docs/benchmarks.md)."
+    yield "Measured with (all results, with plots: [docs/benchmarks.md](docs/benchmarks.md)):"
+    yield ""
+    yield from (f"* {said}" for said in seen)
 
 
 def _said(measured: Measured) -> str:

@@ -15,6 +15,7 @@ import pytest
 from axrun.cli import main
 from axrun.format.bundle import Bundle
 from axrun.memory import needs
+from axrun.serve.names import names_of
 from axrun.serve.slots import SPARE
 from tests.serve.server import Server, Start
 
@@ -51,7 +52,7 @@ def test_models_are_loaded_at_their_first_use(server: Server, embedding_checkpoi
     assert [(entry["id"], entry["aliases"], entry["loaded"]) for entry in listed] == [
         ("small", [], True),
         ("exact", [], False),
-        ("text/embed", ["bundle"], False),
+        ("bundle", ["text/embed"], False),
     ]
     assert [(entry["family"], entry["weight_type"], entry["bits"], entry["context_length"]) for entry in listed] == [
         ("qwen2", "s8", 8, 255),
@@ -66,11 +67,15 @@ def test_models_are_loaded_at_their_first_use(server: Server, embedding_checkpoi
     assert loaded(server) == ["small", "exact"]
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         made = [client.embeddings.create(model=name, input="x") for name in ("bundle", "text/embed")]
-        assert client.models.retrieve("bundle").id == "text/embed"
-    assert {each.model for each in made} == {"text/embed"}
+        assert client.models.retrieve("text/embed").id == "bundle"
+    assert {each.model for each in made} == {"bundle"}
     assert made[0].data == made[1].data
     health = server.client.get("/health").json()
-    assert (health["status"], health["loaded"], health["slots"]) == ("ok", ["small", "exact", "text/embed"], 12)
+    assert (health["status"], health["loaded"], health["slots"]) == ("ok", ["small", "exact", "bundle"], 12)
+    tags = server.client.get("/api/tags").json()["models"]
+    assert [entry["name"] for entry in tags] == ["small:latest", "exact:latest", "bundle:latest"]
+    line = "models: small (loaded now); at their first use: exact, bundle; aliases: text/embed = bundle"
+    assert line in server.lines
 
 
 def test_answers_are_those_of_a_server_of_its_own(server: Server, server_fp32: Server) -> None:
@@ -87,7 +92,7 @@ def test_an_unknown_model(server: Server) -> None:
         server.client.post("/tokenize", json={"model": "qwen2", "content": "x"}),
         server.client.get("/v1/models/qwen2"),
     ):
-        words = "No such model; this server has: small, exact, text/embed, bundle."
+        words = "No such model; this server has: small, exact, bundle, text/embed."
         assert (answer.status_code, answer.json()["error"]["message"]) == (404, words)
 
 
@@ -97,7 +102,7 @@ def test_metrics_have_the_model(server: Server) -> None:
     assert metrics['axrun_slots{model="exact"}'] == 4
     assert metrics['axrun_tokens_total{kind="written",model="exact"}'] > 0
     assert metrics['axrun_requests_total{path="/v1/completions",status="200"}'] > 0
-    assert metrics['axrun_model_info{model="text/embed"}'] == 1
+    assert metrics['axrun_model_info{model="bundle"}'] == 1
 
 
 class TestMemory:
@@ -138,7 +143,7 @@ class TestMemory:
         self, begin: Callable[..., Server], bundle_long: Path, tmp_path: Path, endless: dict[str, int]
     ) -> None:
         """Requests for either model that come meanwhile wait, and all are answered."""
-        server = begin([bundle_long, shutil.copytree(bundle_long, tmp_path / "other")], bundle_long)
+        server = begin([bundle_long, shutil.copytree(bundle_long, tmp_path / bundle_long.name)], bundle_long)
         body = {"max_tokens": 1500, "logit_bias": endless, "ignore_eos": True}
         with ThreadPoolExecutor(4) as pool:
             running = pool.submit(complete, server, "a", **body)
@@ -166,7 +171,9 @@ class TestMemory:
     def test_shutdown_ends_requests_that_wait_for_a_model(
         self, begin: Callable[..., Server], bundle_long: Path, tmp_path: Path, endless: dict[str, int]
     ) -> None:
-        server = begin([bundle_long, shutil.copytree(bundle_long, tmp_path / "other")], bundle_long, "--grace", "0.2")
+        server = begin(
+            [bundle_long, shutil.copytree(bundle_long, tmp_path / bundle_long.name)], bundle_long, "--grace", "0.2"
+        )
         body = {"max_tokens": 8000, "logit_bias": endless, "ignore_eos": True, "n": 16}
         with ThreadPoolExecutor(2) as pool:
             running = pool.submit(complete, server, "a", **body)
@@ -236,6 +243,21 @@ def test_an_alias_of_the_only_bundle(bundle_s8: Path, start: Start) -> None:
     server = start(bundle_s8, "--alias", f"gpt-4o={bundle_s8}").ready()
     assert complete(server, "gpt-4o")["model"] == complete(server, "qwen2")["model"] == "qwen2"
     assert server.stop() == 0
+
+
+@pytest.mark.parametrize(
+    ("folders", "aliases", "expected"),
+    [
+        (["x/a", "x/b"], [[], ["c"]], [("a",), ("b", "c")]),
+        (["x/a", "y/a"], [[], ["c"]], [("a",), ("c",)]),  # one folder without an alias has their name
+        (["x/a", "y/a"], [["c", "d"], ["e"]], [("c", "d"), ("e",)]),
+        (["x/a", "y/a", "z/b"], [["c"], ["a"], []], [("c",), ("a",), ("b",)]),
+    ],
+)
+def test_the_main_name_comes_first(
+    folders: list[str], aliases: list[list[str]], expected: list[tuple[str, ...]]
+) -> None:
+    assert names_of([Path(folder) for folder in folders], aliases) == expected
 
 
 @pytest.mark.parametrize(

@@ -27,13 +27,19 @@ def aliases_of(paths: Sequence[Path], given: Sequence[str]) -> list[tuple[str, .
 
 
 def names_of(paths: Sequence[Path], aliases: Sequence[Sequence[str]]) -> list[tuple[str, ...]]:
-    """All names of each bundle: its aliases, and the name of its folder if no other bundle has it. Raises BadInput."""
+    """All names of each bundle, the main one first: that of its folder, and its aliases. Raises BadInput.
+
+    Of several folders of the same name, the only one without an alias has that name; the others have their aliases.
+    """
     folders = [path.resolve().name for path in paths]
-    taken = [*folders, *(name for names in aliases for name in names)]
+    taken = {name for names in aliases for name in names}
     found = []
     for folder, names in zip(folders, aliases):
-        own = (*names, *([folder] if taken.count(folder) == 1 else []))
-        if not own:
+        nameless = [not others for other, others in zip(folders, aliases) if other == folder]
+        if folder not in taken and (len(nameless) == 1 or (not names and sum(nameless) == 1)):
+            found.append((folder, *names))
+        elif names:
+            found.append(tuple(names))
+        else:
             raise BadInput(f"several bundles are named {folder}\nName them with --alias NAME=DIR.")
-        found.append(own)
     return found

@@ -151,7 +151,7 @@ def serve(
         server = Server(app, models, options.grace, options.read_timeout)
         say(f"Starting server on port {port} with model '{name}'...")
         if not alone:
-            say(f"models, loaded at their first use: {', '.join(models.names)}")
+            say(_listing(listed))
         if options.key is None and not loopback:
             say(f"warning: anyone who can reach {host} can use this model; set {KEY_VARIABLE} to require a key")
         address = f"[{host}]" if ":" in host else host
@@ -204,6 +204,14 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._models.stop(0.0 if self.force_exit else self._grace)
         await super().shutdown(sockets)
+
+
+def _listing(listed: Sequence[Served]) -> str:
+    """The line that names the models."""
+    first, *others = (served.name for served in listed)
+    aliases = [f"{alias} = {served.name}" for served in listed for alias in served.names[1:]]
+    line = f"models: {first} (loaded now); at their first use: {', '.join(others)}"
+    return f"{line}; aliases: {', '.join(aliases)}" if aliases else line
 
 
 def _listen(host: str, port: int) -> socket.socket:

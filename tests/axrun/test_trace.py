@@ -43,7 +43,10 @@ def test_the_command_prints_lines_or_json(bundle_s8: Path, capsys: pytest.Captur
     found = json.loads(capsys.readouterr().out)
     assert {name: len(rows) for name, rows in found["rows"].items()} == {"K": 3, "V": 3, "output": 3}
     assert main(["trace", str(bundle_s8), "--tokens", "3"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    shown = capsys.readouterr()
+    lines = shown.out.splitlines()
+    assert shown.err.splitlines()[-1] == "[5/5] post"
+    assert (found["source"], " tokens of a fixed sequence, manifest " in lines[0]) == ("a fixed sequence", True)
     assert lines[1].split() == ["layer", "0", *(word for pair in found["parts"]["layer 0"].items() for word in pair)]
 
 

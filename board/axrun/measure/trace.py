@@ -26,13 +26,14 @@ from axrun.progress import Progress, Show, unseen
 POST = "post"
 DIGITS = 16  # of a hexadecimal digest: 64 bits
 STRIDE = 7919  # a prime: tokens of a bundle without reference are multiples of it, modulo the vocabulary
+FIXED = "a fixed sequence"
 
 Rows = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """Digests of one run over `tokens` tokens.
+    """Digests of one run over `tokens` tokens, which come from `source`: equal bundles have equal sources.
 
     `parts`: for each part of the model ("layer 0" ..., "post") and each of its tensors (K, V, output; logits) the
     digest of all rows. `rows`: for one part on request, the digest of each token's row.
@@ -42,6 +43,7 @@ class Trace:
     manifest_sha256: str
     engine: str
     tokens: int
+    source: str
     parts: dict[str, dict[str, str]]
     rows: dict[str, list[str]]
 
@@ -50,7 +52,7 @@ class Trace:
 
     def table(self) -> Iterator[str]:
         """Lines for a terminal, or for diff(1)."""
-        yield f"{self.bundle}, {self.tokens} tokens, manifest {self.manifest_sha256[:DIGITS]}"
+        yield f"{self.bundle}, {self.tokens} tokens of {self.source}, manifest {self.manifest_sha256[:DIGITS]}"
         for part, tensors in self.parts.items():
             yield "  ".join([f"{part:<10}", *(f"{name} {digest}" for name, digest in tensors.items())])
         for name, digests in self.rows.items():
@@ -70,7 +72,7 @@ def trace(path: Path, part: str = "", count: int | None = None, loading: Loading
         raise BadInput(
             f"{bundle.path} has no {part!a:.40}; its parts are layer 0 to layer {bundle.layers - 1}, and post"
         )
-    tokens = _tokens(bundle, count)
+    tokens, source = _tokens(bundle, count)
     parts: dict[str, dict[str, str]] = {}
     rows: dict[str, list[str]] = {}
     for name, pieces in _run(loading.load(bundle), tokens, loading.progress):
@@ -81,7 +83,7 @@ def trace(path: Path, part: str = "", count: int | None = None, loading: Loading
                 if name == part:
                     rows.setdefault(tensor, []).extend(_text(hashlib.sha256(row.tobytes())) for row in values)
         parts[name] = {tensor: _text(digest) for tensor, digest in whole.items()}
-    return Trace(bundle.name, sha256(path / MANIFEST), loading.engine, len(tokens), parts, rows)
+    return Trace(bundle.name, sha256(path / MANIFEST), loading.engine, len(tokens), source, parts, rows)
 
 
 def _run(model: Model, tokens: Sequence[int], progress: Show = unseen) -> Iterator[tuple[str, Iterable[Rows]]]:
@@ -97,17 +99,19 @@ def _run(model: Model, tokens: Sequence[int], progress: Show = unseen) -> Iterat
         yield f"layer {index}", [tensors]
         progress(Progress(index + 1, len(sessions) + 1, "layers"))
     yield POST, ({"logits": logits} for logits in model.logits(hidden))
+    progress(Progress(len(sessions) + 1, len(sessions) + 1, POST))
 
 
-def _tokens(bundle: Bundle, count: int | None) -> list[int]:
+def _tokens(bundle: Bundle, count: int | None) -> tuple[list[int], str]:
+    """The tokens, and where they come from."""
     wanted = bundle.kv_cache_len if count is None else count
     if not 0 < wanted <= bundle.kv_cache_len:
         raise BadInput(f"{wanted} tokens: expected 1 to {bundle.kv_cache_len}, the context of {bundle.path}")
     if reference_logits.NAME in bundle.manifest["files"]:
         tokens = reference_logits.read(bundle.path / reference_logits.NAME).tokens
         if tokens.size and int(tokens.max()) < bundle.vocab_size and tokens.size >= wanted:
-            return [int(token) for token in tokens.reshape(-1)[:wanted]]
-    return [place * STRIDE % bundle.vocab_size for place in range(wanted)]
+            return [int(token) for token in tokens.reshape(-1)[:wanted]], reference_logits.NAME
+    return [place * STRIDE % bundle.vocab_size for place in range(wanted)], FIXED
 
 
 def _text(digest: Any) -> str:

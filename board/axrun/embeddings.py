@@ -40,7 +40,7 @@ class Texts:
         """Raises BadInput for a bundle that makes no embeddings."""
         if bundle.flag("ret_postnorm") != "True":
             raise BadInput(
-                f"{bundle.name} makes no embeddings: its post model does not return the normalised hidden state\n"
+                f"{bundle.path} makes no embeddings: its post model does not return the normalised hidden state\n"
                 "Build it again with --ret_postnorm."
             )
         return cls(bundle, tokenizer, Pooling.of(bundle.manifest))

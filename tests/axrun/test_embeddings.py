@@ -153,10 +153,10 @@ class TestLastToken:
     @pytest.mark.parametrize("command", [["run", "--prompt", "x"], ["chat"]])
     def test_it_does_not_answer(self, bundle: Path, command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         assert main([command[0], str(bundle), *command[1:]]) == 2
-        assert "qwen3 makes embeddings, not text; use `axrun embed`" in capsys.readouterr().err
+        assert f"{bundle} makes embeddings, not text; use `axrun embed`" in capsys.readouterr().err
 
     def test_a_bundle_without_hidden_states(self, bundle_s8: Path) -> None:
-        with pytest.raises(BadInput, match=r"qwen2 makes no embeddings: .*\nBuild it again with --ret_postnorm"):
+        with pytest.raises(BadInput, match=r"/tiny makes no embeddings: .*\nBuild it again with --ret_postnorm"):
             embed(bundle_s8, ["x"])
 
     def test_any_bundle_with_hidden_states(self, build_tiny: Builder, tiny_qwen2: Path) -> None:

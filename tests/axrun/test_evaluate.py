@@ -188,6 +188,18 @@ def test_a_reference_that_does_not_fit_is_refused(
     assert "the bundle's context is 100\nWrite it with `axc reference --window 100`" in capsys.readouterr().err
 
 
+def test_a_reference_of_another_model_is_refused(
+    bundle_s8: Path, files: dict[int, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Path(shutil.copytree(bundle_s8, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["model"]["vocab_size"] = 7
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["eval", str(bundle), "--reference", str(files[1])]) == 2
+    advice = "Write one from this bundle's checkpoint: axc reference --input_path CHECKPOINT --text FILE --bundle "
+    assert f"the bundle has 7: it was written from another checkpoint\n{advice}{bundle}\n" in capsys.readouterr().err
+
+
 def test_a_window_may_fill_the_context(build_tiny: Builder, files: dict[int, Path]) -> None:
     full = build_tiny(kv_cache_len=WINDOW - 1, last_kv_cache_len=())
     assert evaluate(full, files[32]).quality.positions == WINDOWS * (WINDOW - 1)

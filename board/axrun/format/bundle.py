@@ -249,6 +249,9 @@ def _read_object(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         advice = "Build or copy the bundle again."
+        inside = sorted(path.parent.glob(f"*/{MANIFEST}")) if path.name == MANIFEST else []
+        if inside:
+            raise BadInput(f"{path.parent} holds bundles: give one of them, e.g. {inside[0].parent}") from None
         if (path.parent / "config.json").is_file():
             advice = f"Build one from a checkpoint: axc llm_build --input_path {path.parent} --output_path FOLDER"
         raise BadInput(f"{path.parent} is not a bundle: it has no {path.name}\n{advice}") from None

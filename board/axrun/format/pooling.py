@@ -42,4 +42,4 @@ class Pooling:
 def refuse_text(bundle: Bundle) -> None:
     """Raises BadInput for a bundle that makes embeddings only."""
     if Pooling.of(bundle.manifest).only:
-        raise BadInput(f"{bundle.name} makes embeddings, not text; use `axrun embed` or /v1/embeddings")
+        raise BadInput(f"{bundle.path} makes embeddings, not text; use `axrun embed` or /v1/embeddings")

@@ -217,7 +217,9 @@ def _expect_fit(bundle: Bundle, reference: ReferenceLogits, file: Path) -> None:
     if reference.about["vocab_size"] != bundle.vocab_size:
         raise BadInput(
             f"{file} is of a vocabulary of {reference.about['vocab_size']}, the bundle has {bundle.vocab_size}: "
-            "it was written from another checkpoint"
+            "it was written from another checkpoint\n"
+            "Write one from this bundle's checkpoint: "
+            f"axc reference --input_path CHECKPOINT --text FILE --bundle {bundle.path}"
         )
     longest = max(reference.tokens.shape[1] - 1, reference.prompt + reference.continuations.shape[1] - 1)
     if longest > bundle.kv_cache_len:

@@ -24,8 +24,8 @@ SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"
 MORE_SAMPLING: dict[str, tuple[type, str]] = {
     "presence_penalty": (float, "subtracted from the logits of tokens that are in the answer"),
     "frequency_penalty": (float, "subtracted once for each occurrence of the token in the answer"),
-    "typical_p": (float, "sample from the most typical tokens with a total probability of P"),
-    "top_n_sigma": (float, "sample from logits at most N standard deviations below the largest"),
+    "typical_p": (float, "sample from the most typical tokens with a total probability of X"),
+    "top_n_sigma": (float, "sample from logits at most X standard deviations below the largest"),
     "xtc_probability": (float, "probability to exclude all top choices but the last"),
     "xtc_threshold": (float, "least probability of a top choice (default 0.1)"),
     "dry_multiplier": (float, "penalty for continuing a repetition (0: off)"),
@@ -69,9 +69,9 @@ def _loading(arguments: argparse.Namespace) -> Loading:
     return Loading(arguments.verify, _engine(arguments), arguments.threads, allow, _say, progress.show)
 
 
-def _parse_special_flag(parser: argparse.ArgumentParser) -> None:
-    what = "special tokens spelled in a message, e.g. <|im_end|>, are control tokens, not text (always with --raw)"
-    parser.add_argument("--parse-special", action="store_true", help=what)
+def _parse_special_flag(parser: argparse.ArgumentParser, always: str = "") -> None:
+    what = "special tokens spelled in a message, e.g. <|im_end|>, are control tokens, not text"
+    parser.add_argument("--parse-special", action="store_true", help=what + always)
 
 
 def _generation_config_flag(parser: argparse.ArgumentParser) -> None:
@@ -79,17 +79,17 @@ def _generation_config_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generation-config", action="store_true", help=what)
 
 
-def _speculation_flag(parser: argparse.ArgumentParser) -> None:
+def _speculation_flag(parser: argparse.ArgumentParser, one: str = "") -> None:
     what = "decode one token at a time; the default guesses tokens by prompt lookup, which gives the same answer sooner"
     parser.add_argument("--no-speculation", dest="speculation", action="store_false", help=what)
     what = "a smaller bundle with the same tokenizer guesses tokens too; the answer stays the same"
-    parser.add_argument("--draft", type=Path, metavar="BUNDLE", help=what)
+    parser.add_argument("--draft", type=Path, metavar="BUNDLE", help=what + one)
 
 
-def _sampling_flags(parser: argparse.ArgumentParser) -> None:
+def _sampling_flags(parser: argparse.ArgumentParser, always_special: str = "") -> None:
     add = parser.add_argument
     add("--system", metavar="TEXT", help="system message; needs a chat template")
-    _parse_special_flag(parser)
+    _parse_special_flag(parser, always_special)
     _speculation_flag(parser)
     add("--max-tokens", type=int, metavar="N", help="maximum length of the answer (default: to the end of the context)")
     add("--greedy", action="store_true", help="always take the most likely token, whatever post_config.json says")
@@ -152,7 +152,7 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--json", action="store_true", help=JSON_HELP)
     _bundle_flags(parser)
-    _sampling_flags(parser)
+    _sampling_flags(parser, " (always with --raw)")
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -349,11 +349,11 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         help="how the model writes tool calls: hermes, llama3, mistral, mistral-args, minicpm, gemma or json (default: "
         "as its chat template says)",
     )
-    _parse_special_flag(parser)
+    _parse_special_flag(parser, " (always in the prompt of /v1/completions)")
     _generation_config_flag(parser)
-    _speculation_flag(parser)
+    _speculation_flag(parser, "; for one bundle only")
     add("--name", metavar="NAME", help="model name for clients (default: that of the bundle)")
-    what = "another name of a bundle, for clients, repeatable (of several bundles, the default is the folder's name)"
+    what = "another name of a bundle, for clients, repeatable; of several bundles, the main name is the folder's"
     add("--alias", action="append", default=[], metavar="NAME=DIR", help=what)
     add(
         "--json",
@@ -457,18 +457,19 @@ VERBS = {
     "serve": Verb(
         _serve_flags,
         _serve,
-        "Serve OpenAI's HTTP API, and a chat page at /. Ctrl-C and SIGTERM stop it.",
+        "Serve OpenAI's and Ollama's HTTP APIs, and a chat page at /. Ctrl-C and SIGTERM stop it.",
         "examples:\n"
         "  axrun serve out/tiny-qwen2\n"
         "  AXRUN_API_KEY=secret axrun serve out/qwen2-0.5b --host 0.0.0.0 --slots 2\n"
         "  axrun serve out/qwen2-0.5b out/qwen3-embedding-0.6b --alias embeddings=out/qwen3-embedding-0.6b\n"
         "  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\\n"
-        '      -d \'{"model": "qwen2-0.5b", "prompt": "Once upon a time", "max_tokens": 20}\'',
+        '      -d \'{"prompt": "Once upon a time", "max_tokens": 20}\'',
     ),
     "embed": Verb(
         _embed_flags,
         _embed,
-        "Make embeddings of texts, with a bundle built with --ret_postnorm. One list of numbers in each line.",
+        "Make embeddings of texts, with a bundle of an embedding model, or one built with --ret_postnorm. "
+        "One list of numbers in each line.",
         "examples:\n"
         "  axrun embed out/qwen3-embedding-0.6b --text 'Why is the sky blue?'\n"
         "  axrun embed out/qwen3-embedding-0.6b --text - --dimensions 256 --json < texts.txt > vectors.json",
@@ -487,7 +488,8 @@ VERBS = {
         _trace,
         "Print digests of what every layer computes, to find where two machines differ.",
         "With the engine ax and integer weights, every machine prints the same. The first line that differs is the\n"
-        "layer where one of them goes wrong.\n"
+        "layer where one of them goes wrong. Compare bundles with the same manifest: a reference in the bundle gives\n"
+        "other tokens, and all digests differ.\n"
         "examples:\n"
         "  axrun trace out/tiny-qwen2 > here.txt\n"
         "  ssh root@board sh axc/current/axrun trace axc/current/model | diff here.txt -\n"

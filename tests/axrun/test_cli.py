@@ -123,7 +123,7 @@ def test_sampling_flags_override_post_config(copied: Path, capsys: pytest.Captur
         return list(json.loads(capsys.readouterr().out)["tokens"])
 
     greedy = answer()
-    hot = ("--temperature", "3", "--top-p", "0.99")
+    hot = ("--temperature", "2", "--top-p", "0.99")
     assert answer(*hot) == answer(*hot, "--seed", "0") != answer(*hot, "--seed", "1")
     assert answer(*hot, "--greedy") == answer("--top-k", "1") == greedy
     assert answer("--repetition-penalty", "2") != greedy
@@ -262,6 +262,14 @@ def test_a_missing_folder(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: no bundle folder {tmp_path / 'nowhere'}\n")
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_of_bundles(bundle_s8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "b").symlink_to(bundle_s8)
+    (tmp_path / "a").mkdir()
+    assert main(["run", str(tmp_path), "--prompt", "x"]) == 2
+    expected = f"error: {tmp_path} holds bundles: give one of them, e.g. {tmp_path / 'b'}\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_stdin_that_is_not_utf8(bundle_s8: Path) -> None:

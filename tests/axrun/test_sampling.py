@@ -22,6 +22,7 @@ from axrun.errors import BadInput, CheckFailed
 from axrun.sampling import Sampling
 from axrun.sampling.draw import draw, weights
 from axrun.sampling.sampler import Sampler
+from axrun.serve import schema
 
 OFF = {
     "enable_temperature": False,
@@ -224,6 +225,17 @@ def test_overrides_replace_values() -> None:
     assert Sampling(1.0, top_k=5).override(temperature=0.0).temperature == 0
     with pytest.raises(BadInput, match=r"top_k is 1\.5"):
         greedy.override(top_k=1.5)
+
+
+@pytest.mark.parametrize("asked", [{"temperature": 2.5}, {"presence_penalty": -3.0}, {"frequency_penalty": 2.1}])
+def test_users_have_the_bounds_of_the_server(asked: dict[str, float]) -> None:
+    ((name, value),) = asked.items()
+    bounds = schema.COMMON[name]
+    assert not bounds["minimum"] <= value <= bounds["maximum"]
+    with pytest.raises(BadInput, match=rf"{name} is {value}, expected .*2"):
+        Sampling().override(**asked)
+    for limit in (bounds["minimum"], bounds["maximum"]):
+        assert getattr(Sampling().override(**{name: limit}), name) == limit
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -31,6 +31,13 @@ RULES: dict[str, tuple[tuple[type, ...], Callable[[Any], bool], str]] = {
     "presence_penalty": ((int, float), lambda value: -100 <= value <= 100, "a number from -100 to 100 (0: off)"),
     "frequency_penalty": ((int, float), lambda value: -100 <= value <= 100, "a number from -100 to 100 (0: off)"),
 }
+# narrower rules for what a user asks for, as in OpenAI's API; files may have more
+ASKED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "temperature": (lambda value: value <= 2, "0 (greedy) or 0.001 to 2"),
+    **dict.fromkeys(
+        ("presence_penalty", "frequency_penalty"), (lambda value: -2 <= value <= 2, "a number from -2 to 2 (0: off)")
+    ),
+}
 # settings that turn greedy decoding into sampling
 TRUNCATING = ("top_p", "top_k", "min_p", "typical_p", "top_n_sigma", "xtc_probability")
 BREAKERS = ("\n", ":", '"', "*")  # texts that no repetition extends across, as in other runners
@@ -114,9 +121,12 @@ class Sampling:
 
     def override(self, **given: Any) -> Sampling:
         """A copy with the given values that are not None. One of TRUNCATING without a temperature turns greedy decoding
-        into sampling at temperature 1.
+        into sampling at temperature 1. Raises BadInput for a value out of range, also of ASKED.
         """
         given = {key: value for key, value in given.items() if value is not None}
+        for key, (holds, words) in ASKED.items():
+            if key in given and not holds(given[key]):
+                raise BadInput(f"{key} is {given[key]!r:.60}, expected {words}")
         if any(given.get(key) for key in TRUNCATING) and self.temperature == 0:
             given.setdefault("temperature", 1.0)
         return dataclasses.replace(self, **given)

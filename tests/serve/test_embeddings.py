@@ -120,6 +120,8 @@ def test_ollamas_route(embedder: Server, wanted: list[list[float]]) -> None:
     refused = embedder.client.post("/api/embed", json={"input": text, "truncate": False})
     assert refused.status_code == 400
     assert "limit is 255" in refused.json()["error"]
+    refused = embedder.client.post("/api/embed", json={"input": text, "dimensions": 65})
+    assert refused.json() == {"error": "dimensions is 65; expected 1 to 64."}
     assert "embedding" in embedder.client.post("/api/show", json={}).json()["capabilities"]
 
 

@@ -44,7 +44,7 @@ ACROSS_FIELDS = (
         "parameter: 'content'",
         "thinking_budget needs",
         "needs a schema",
-        "Dimensions is",
+        "dimensions is",
     ),
 )
 

@@ -142,6 +142,7 @@ def test_models_are_listed_and_shown(server: Server, bundle_s8: Path) -> None:
         assert shown["details"] == entry["details"]
         assert shown["model_info"]["qwen2.context_length"] == 255
         assert shown["template"] == template
+        assert "repeat_penalty 1" in shown["parameters"]
     assert server.client.get("/api/version").json() == {"version": VERSION}
     assert server.client.post("/api/pull", json={"model": MODEL}).status_code == 404
 

@@ -69,7 +69,7 @@ def order(reader: Reader, given: Sequence[Any], dimensions: int | None, truncate
     try:
         texts.expect_dimensions(dimensions)
     except BadInput as error:
-        raise invalid(sentence(error), "dimensions") from None
+        raise invalid(f"{error}.", "dimensions") from None
     listed = []
     for number, text in enumerate(given):
         param = f"input[{number}]" if len(given) > 1 else "input"

@@ -15,6 +15,7 @@ from axrun.serve.ollama import fields as ollama
 from axrun.serve.responses.fields import FIELDS as RESPONSES
 from axrun.serve.responses.fields import ITEMS
 
+ITEM_PLACES = [f"{item['properties']['type']['enum'][0]} item" for item in ITEMS]
 PLACES: tuple[tuple[str, schema.Fields], ...] = (
     ("chat", schema.CHAT),
     ("completions", schema.COMPLETION),
@@ -26,7 +27,7 @@ PLACES: tuple[tuple[str, schema.Fields], ...] = (
     ("options", ollama.OPTIONS),
     ("message", schema.MESSAGE_FIELDS),
     ("part", schema.TEXT_PART["properties"]),
-    *(("item", item["properties"]) for item in ITEMS),
+    *zip(ITEM_PLACES, (item["properties"] for item in ITEMS)),
     ("api/chat message", ollama.MESSAGE["properties"]),
 )
 HEAD = {
@@ -46,7 +47,8 @@ def tables() -> dict[str, list[str]]:
             rows.setdefault((kind, f"| `{name}` | {{}}{''.join(f' | {cell}' for cell in cells)} |"), []).append(place)
     lines = {kind: list(head) for kind, head in HEAD.items()}
     for (kind, row), places in rows.items():
-        lines[kind].append(row.replace("{}", ", ".join(dict.fromkeys(places)), 1))
+        listed = ", ".join(dict.fromkeys(places)).replace(", ".join(ITEM_PLACES), "item")
+        lines[kind].append(row.replace("{}", listed, 1))
     return lines
 
 

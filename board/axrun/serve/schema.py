@@ -229,7 +229,7 @@ def _message(*roles: str, required: list[str], content: list[dict[str, Any]], **
             "cache_control": ignored("object"),
             # fields of an answer that clients send back in the history
             "annotations": ignored("array"),
-            "reasoning": optional("string", "The same under another name."),
+            "reasoning": optional("string", "Another name of reasoning_content."),
             "reasoning_content": optional("string", "The thoughts before the content, for the chat template."),
             "refusal": refused("string", maxLength=0),
             "audio": refused("object", maxProperties=0),
@@ -342,10 +342,10 @@ CHAT: Fields = {
                 "additionalProperties": False,
             },
         ],
-        "title": "none, auto, required or a function by its name",
+        "title": '"none", "auto", "required" or a function by its name',
         "description": "Whether tools may or must be called. With required or a name, the arguments are valid.",
     },
-    "parallel_tool_calls": optional("boolean", "False: at most one call."),
+    "parallel_tool_calls": optional("boolean", "If false, at most one call."),
     "chat_template_kwargs": optional(
         "object", "Variables for the chat template, e.g. enable_thinking.", maxProperties=64
     ),

@@ -75,7 +75,7 @@ WRITING: Fields = {
     "stream": optional("boolean", "Stream the answer as lines of JSON; absent: true."),
     "format": {
         "anyOf": [{"type": ["string", "null"], "enum": ["", "json", None]}, {"type": "object"}],
-        "title": "json, or a JSON schema",
+        "title": '"json", or a JSON schema',
         "description": "Form of the answer, enforced as response_format is.",
     },
     "options": optional(
@@ -83,7 +83,7 @@ WRITING: Fields = {
     ),
     "think": {
         "anyOf": [{"type": ["boolean", "null"]}, {"type": "string"}],
-        "title": "true, false or an effort",
+        "title": "an effort, true or false",
         "description": "Variable enable_thinking of the chat template; a string is reasoning_effort.",
     },
     "keep_alive": ignored("string", "number"),

@@ -12,7 +12,10 @@ from axrun.serve.ollama.reply import timestamp
 from axrun.serve.order import Reader
 from axrun.text.hf_files import template_file
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+# field of Sampling: Ollama's name
+SAMPLING = {name: name for name in ("temperature", "top_k", "top_p", "min_p")} | {
+    "repetition_penalty": "repeat_penalty"
+}
 
 
 def tags(models: Iterable[tuple[str, Bundle]]) -> dict[str, Any]:
@@ -28,7 +31,7 @@ def show(reader: Reader, body: Mapping[str, Any]) -> dict[str, Any]:
         "modified_at": _modified(bundle),
         "details": _details(bundle),
         "template": template[1] if template else "",
-        "parameters": "\n".join(f"{name} {getattr(sampling, name)}" for name in SAMPLING),
+        "parameters": "\n".join(f"{theirs} {getattr(sampling, ours)}" for ours, theirs in SAMPLING.items()),
         "model_info": {
             "general.architecture": family,
             "general.basename": bundle.name,

@@ -152,7 +152,7 @@ FIELDS: Fields = {
                 "additionalProperties": False,
             },
         ],
-        "title": "none, auto, required or a function by its name",
+        "title": '"none", "auto", "required" or a function by its name',
         "description": "Whether tools may or must be called. With required or a name, the arguments are valid.",
     },
     "text": optional(

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def test_the_table_and_the_json(bundle_s8: Path, files: dict[int, Path], capsys:
     assert set(found) >= set(Quality.__dataclass_fields__)
     assert main(["eval", str(bundle_s8), "--reference", str(files[32])]) == 0
     table = capsys.readouterr().out
+    assert f"in {quality.windows} windows of {quality.window}" in table
     assert f"{quality.perplexity:.4f}" in table
     assert f"{quality.mean_kld:.6f}  (a lower bound)" in table
 
@@ -214,3 +216,11 @@ def test_it_needs_no_torch(bundle_s8: Path, files: dict[int, Path]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_one_window_is_counted_as_one(bundle_s8: Path, files: dict[int, Path]) -> None:
+    found = evaluate(bundle_s8, files[32])
+    one = replace(found, quality=replace(found.quality, windows=1, greedy_answers=1))
+    text = "\n".join(one.table())
+    assert f" in 1 window of {found.quality.window}\n" in text
+    assert re.search(r"tokens, 1 answer$", text, re.MULTILINE)

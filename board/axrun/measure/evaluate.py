@@ -86,10 +86,11 @@ class Evaluation:
         bound = "" if quality.divergence == "exact" else "  (a lower bound)"
         greedy = "not in the reference"
         if quality.greedy_same is not None:
-            greedy = f"{quality.greedy_same:.1f} of {quality.greedy_tokens} tokens, {quality.greedy_answers} answers"
+            answers = _count(quality.greedy_answers, "answer")
+            greedy = f"{quality.greedy_same:.1f} of {quality.greedy_tokens} tokens, {answers}"
         yield f"{self.bundle}, made by {self.maker} ({self.compiler}), on engine {self.engine}"
         for name, text in (
-            ("tokens scored", f"{quality.positions} in {quality.windows} windows of {quality.window}"),
+            ("tokens scored", f"{quality.positions} in {_count(quality.windows, 'window')} of {quality.window}"),
             ("perplexity", f"{quality.perplexity:.4f}  (x {quality.perplexity_ratio:.4f})"),
             ("  of the checkpoint", f"{quality.reference_perplexity:.4f}"),
             ("mean KLD", f"{quality.mean_kld:.6f}{bound}"),
@@ -231,6 +232,10 @@ def _expect_fit(bundle: Bundle, reference: ReferenceLogits, file: Path) -> None:
 
 def _exp(loss: float) -> float:
     return float(np.exp(loss))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _round(value: Any) -> Any:

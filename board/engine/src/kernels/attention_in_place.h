@@ -27,7 +27,8 @@ void few_scores(RowsOf keys, RowsOf ahead, size_t dim, const float* q, float* sc
         Vf words[kWidth];
         transpose_words([&](size_t i) AXC_INLINE { return keys[place + i] + 2 * k; }, words);
         repeat<kWidth>([&](auto i) AXC_INLINE {
-          const auto [even, odd] = both_halves(kType, std::bit_cast<Vu>(words[i]));
+          const std::pair<Vf, Vf> pair = both_halves(kType, std::bit_cast<Vu>(words[i]));
+          const Vf even = pair.first, odd = pair.second;  // names that lambdas can take in clang 14 too
           const float* from = q + k + 2 * i;
           repeat<kRows>([&](auto r) AXC_INLINE { acc[v][r] = fma(even, from[r * dim], acc[v][r]); });
           repeat<kRows>([&](auto r) AXC_INLINE { acc[v][r] = fma(odd, from[r * dim + 1], acc[v][r]); });
@@ -76,7 +77,8 @@ void few_values(RowsOf values, RowsOf ahead, size_t count, size_t dim, const flo
       repeat<kVectorsOfOut / 2>([&](auto c) AXC_INLINE {
         const size_t byte = 2 * (at + 2 * c * kWidth);
         if (byte % 64 == 0) __builtin_prefetch(ahead[j] + byte, 0, 2);
-        const auto [a, b] = some_values<kType>(values[j] + byte);
+        const std::pair<Vf, Vf> pair = some_values<kType>(values[j] + byte);
+        const Vf a = pair.first, b = pair.second;
         repeat<kRows>([&](auto r) AXC_INLINE { acc[r][2 * c] = fma(a, p[r * width + j], acc[r][2 * c]); });
         repeat<kRows>([&](auto r) AXC_INLINE { acc[r][2 * c + 1] = fma(b, p[r * width + j], acc[r][2 * c + 1]); });
       });

@@ -110,9 +110,19 @@ def test_an_answer_that_ends_with_the_context_says_so(build_tiny: Builder) -> No
     assert "[context full: the answer ends here]" in lines(done.stderr)
 
 
-def test_only_whole_characters_are_shown(bundle_s8: Path) -> None:
+def heated(bundle: Path, folder: Path, temperature: float) -> Path:
+    """A copy of a bundle that samples at a temperature beyond those of the flag."""
+    copied = Path(shutil.copytree(bundle, folder / "heated"))
+    config = json.loads((copied / "post_config.json").read_text())
+    config |= {"enable_temperature": True, "temperature": temperature}
+    (copied / "post_config.json").write_text(json.dumps(config))
+    return copied
+
+
+def test_only_whole_characters_are_shown(bundle_s8: Path, tmp_path: Path) -> None:
     """At this temperature half of the tokens are stray bytes."""
-    command = [sys.executable, "-u", "-m", "axrun", "chat", str(bundle_s8), "--temperature", "9", "--max-tokens", "90"]
+    hot = heated(bundle_s8, tmp_path, 9)
+    command = [sys.executable, "-u", "-m", "axrun", "chat", str(hot), "--max-tokens", "90"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
         assert process.stdout
@@ -187,7 +197,7 @@ def test_a_terminal_is_prompted_and_ctrl_d_ends(start: Start, bundle_s8: Path) -
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(start: Start, endless_bundle: Path) -> None:
-    tty = start(endless_bundle, "--temperature", "4")
+    tty = start(endless_bundle, "--temperature", "2")
     tty.expect(PROMPT)
     tty.type("tell me a story\r")
     tty.expect(r"story\r\n.")  # the answer has started
@@ -276,11 +286,11 @@ def test_the_history_is_saved(start: Start, bundle_s8: Path, tmp_path: Path) -> 
 
 
 def test_sigterm_stops_the_program(start: Start, endless_bundle: Path) -> None:
-    tty = start(endless_bundle, "--temperature", "4")
+    tty = start(endless_bundle, "--temperature", "2")
     tty.expect(PROMPT)
     os.kill(tty.pid, signal.SIGTERM)
     assert tty.end() == 130
-    writing = start(endless_bundle, "--temperature", "4")
+    writing = start(endless_bundle, "--temperature", "2")
     writing.expect(PROMPT)
     writing.type("tell me a story\r")
     writing.expect(r"story\r\n.")
@@ -289,9 +299,9 @@ def test_sigterm_stops_the_program(start: Start, endless_bundle: Path) -> None:
     assert b"[context full" not in writing.seen  # it did not wait for the end of the answer
 
 
-def test_model_output_cannot_control_the_terminal(start: Start, bundle_s8: Path) -> None:
+def test_model_output_cannot_control_the_terminal(start: Start, bundle_s8: Path, tmp_path: Path) -> None:
     """At this temperature the model emits every byte; of the control characters only tab and newline are passed on."""
-    tty = start(bundle_s8, "--temperature", "50", "--max-tokens", "150")
+    tty = start(heated(bundle_s8, tmp_path, 50), "--max-tokens", "150")
     tty.expect(PROMPT)
     for seed in range(3):
         tty.type(f"who are you {seed}?\r")

@@ -92,15 +92,8 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
       });
     });
   }
-  repeat<kRows>([&](auto t) AXC_INLINE {
-    repeat<2>([&](auto v) AXC_INLINE {
-      float* at = c + t * kIntPanel + v * kWidth;
-      store(at, fma(total[t][v], scales[t * kGroups], load(at)));
-    });
-  });
+  add_tile(total, scales, kGroups, c);
 }
-
-inline int8x16_t bytes_at(const uint8_t* from) { return vreinterpretq_s8_u8(vld1q_u8(from)); }
 
 // 8-bit weights, widened.
 template <size_t kSpan>

@@ -1,5 +1,5 @@
-// NEON: four whole rows of an integer weight, in place, with one token; and bytes of levels and weights. Its file brings,
-// before it uses dots:
+// NEON: four whole rows of an integer weight, in place, with one token; and bytes of levels and weights. The file that
+// includes this defines, before it uses dots:
 //   Sums<four, precision, span>   sums of products of at most `span` columns with four rows:
 //     add(weights, levels, k)   adds the columns [k, k + 32) of the block whose levels are given
 //     by_row()                  the sums, a lane for each row
@@ -51,7 +51,6 @@ inline void widen_nibbles(const uint8_t* w, size_t stride, size_t rows, size_t c
   }
 }
 
-// Rows become columns.
 inline void transpose_4(float32x4_t v[4]) {
   const float32x4_t a = vtrn1q_f32(v[0], v[1]), b = vtrn2q_f32(v[0], v[1]);
   const float32x4_t c = vtrn1q_f32(v[2], v[3]), d = vtrn2q_f32(v[2], v[3]);
@@ -63,7 +62,20 @@ inline void transpose_4(float32x4_t v[4]) {
   halves(b, d, v[1], v[3]);
 }
 
-// Of four vectors the sums of their lanes.
+inline int8x16_t bytes_at(const uint8_t* from) { return vreinterpretq_s8_u8(vld1q_u8(from)); }
+
+// c[t][o] += scales[t * stride] * total[t][o]: the end of an int_tile.
+template <size_t kRows>
+AXC_INLINE inline void add_tile(const Vf (&total)[kRows][2], const float* scales, size_t stride, float* c) {
+  repeat<kRows>([&](auto t) AXC_INLINE {
+    repeat<2>([&](auto v) AXC_INLINE {
+      float* at = c + t * kIntPanel + v * kWidth;
+      store(at, fma(total[t][v], scales[t * stride], load(at)));
+    });
+  });
+}
+
+// The sums of the lanes of four vectors.
 inline int32x4_t lane_sums(const int32x4_t v[4]) {
   return vpaddq_s32(vpaddq_s32(v[0], v[1]), vpaddq_s32(v[2], v[3]));
 }

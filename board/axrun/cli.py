@@ -1,4 +1,4 @@
-"""The command line of axrun: flags and output. The commands themselves are functions of other modules."""
+"""The command line of axrun: commands with their flags and output. What they do is in functions of other modules."""
 
 from __future__ import annotations
 
@@ -6,32 +6,25 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from axrun import VERSION, progress
 from axrun.command import Verb, dispatch
 from axrun.errors import BadInput, CheckFailed
-
-if TYPE_CHECKING:  # importing numpy and an engine is slow, and --help does not need them
-    from axrun.load import Loading
-    from axrun.run import Options
-
-JSON_HELP = "print one JSON object on stdout, and nothing else"
-SAMPLING_FLAGS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "penalty_window")
-# further settings of axrun.sampling: (type, help); their flags have the same names
-MORE_SAMPLING: dict[str, tuple[type, str]] = {
-    "presence_penalty": (float, "subtracted from the logits of tokens that are in the answer"),
-    "frequency_penalty": (float, "subtracted once for each occurrence of the token in the answer"),
-    "typical_p": (float, "sample from the most typical tokens with a total probability of X"),
-    "top_n_sigma": (float, "sample from logits at most X standard deviations below the largest"),
-    "xtc_probability": (float, "probability to exclude all top choices but the last"),
-    "xtc_threshold": (float, "least probability of a top choice (default 0.1)"),
-    "dry_multiplier": (float, "penalty for continuing a repetition (0: off)"),
-    "dry_base": (float, "its growth for each token of the repetition (default 1.75)"),
-    "dry_allowed_length": (int, "repetitions shorter than this are free (default 2)"),
-}
+from axrun.flags import (
+    JSON_HELP,
+    add_bundle_flags,
+    add_generation_config_flag,
+    add_parse_special_flag,
+    add_sampling_flags,
+    add_speculation_flags,
+    add_speed_flags,
+    engine_of,
+    loading_of,
+    options_of,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,103 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return dispatch(argv, "axrun", lambda: VERSION, description, epilog, VERBS)
 
 
-def _speed_flags(parser: argparse.ArgumentParser) -> None:
-    engines = (
-        "engine that runs the axmodels: ax (libax_engine, the default if installed), ax-int8 (the same with 8-bit "
-        "activations: faster, less exact) or ort (onnxruntime)"
-    )
-    parser.add_argument("--engine", metavar="NAME", help=engines)
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: one for each usable CPU)")
-
-
-def _bundle_flags(parser: argparse.ArgumentParser, several: bool = False) -> None:
-    """The flags of every command that loads a bundle, or `several`."""
-    if several:
-        what = "bundle folder; of several, the request's model chooses one, and none means the first"
-        parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help=what)
-    else:
-        parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="bundle folder")
-    parser.add_argument("--verify", action="store_true", help="verify every file against the manifest first")
-    parser.add_argument("--force", action="store_true", help="load even if memory seems too small")
-    _speed_flags(parser)
-
-
-def _loading(arguments: argparse.Namespace) -> Loading:
-    from axrun.load import Loading
-
-    allow = _allow(arguments)
-    return Loading(arguments.verify, _engine(arguments), arguments.threads, allow, _say, progress.show)
-
-
-def _parse_special_flag(parser: argparse.ArgumentParser, always: str = "") -> None:
-    what = "special tokens spelled in a message, e.g. <|im_end|>, are control tokens, not text"
-    parser.add_argument("--parse-special", action="store_true", help=what + always)
-
-
-def _generation_config_flag(parser: argparse.ArgumentParser) -> None:
-    what = "sample with the checkpoint's generation_config.json instead of post_config.json; other flags override it"
-    parser.add_argument("--generation-config", action="store_true", help=what)
-
-
-def _speculation_flag(parser: argparse.ArgumentParser, one: str = "") -> None:
-    what = "decode one token at a time; the default guesses tokens by prompt lookup, which gives the same answer sooner"
-    parser.add_argument("--no-speculation", dest="speculation", action="store_false", help=what)
-    what = "a smaller bundle with the same tokenizer guesses tokens too; the answer stays the same"
-    parser.add_argument("--draft", type=Path, metavar="BUNDLE", help=what + one)
-
-
-def _sampling_flags(parser: argparse.ArgumentParser, always_special: str = "") -> None:
-    add = parser.add_argument
-    add("--system", metavar="TEXT", help="system message; needs a chat template")
-    _parse_special_flag(parser, always_special)
-    _speculation_flag(parser)
-    add("--max-tokens", type=int, metavar="N", help="maximum length of the answer (default: to the end of the context)")
-    add("--greedy", action="store_true", help="always take the most likely token, whatever post_config.json says")
-    _generation_config_flag(parser)
-    add(
-        "--temperature",
-        type=float,
-        metavar="T",
-        help="sampling temperature: 0 is greedy, 1 the model's own distribution",
-    )
-    add("--top-p", type=float, metavar="P", help="sample from the most likely tokens with a total probability of P")
-    add("--top-k", type=int, metavar="K", help="sample from the K most likely tokens")
-    add("--min-p", type=float, metavar="P", help="sample from tokens with at least P times the top token's probability")
-    add("--repetition-penalty", type=float, metavar="R", help="a value above 1 makes recent tokens less likely")
-    add("--penalty-window", type=int, metavar="N", help="number of recent tokens that the penalty applies to")
-    for name, (kind, what) in MORE_SAMPLING.items():
-        add(f"--{name.replace('_', '-')}", type=kind, metavar="N" if kind is int else "X", help=what)
-    add("--seed", type=int, default=0, metavar="N", help="random seed: same seed, same answer (default 0)")
-
-
-def _options(arguments: argparse.Namespace) -> Options:
-    from axrun.run import Options
-
-    sampling = {key: getattr(arguments, key) for key in (*SAMPLING_FLAGS, *MORE_SAMPLING)}
-    if arguments.greedy:
-        sampling["temperature"] = 0.0
-    return Options(
-        arguments.system,
-        arguments.max_tokens,
-        sampling,
-        arguments.seed,
-        arguments.parse_special,
-        arguments.generation_config,
-        arguments.speculation,
-        arguments.draft,
-        getattr(arguments, "json_schema", None),
-        getattr(arguments, "grammar", None),
-    )
-
-
-def _engine(arguments: argparse.Namespace) -> str:
-    from axrun.session import usual_engine
-
-    return arguments.engine or usual_engine()
-
-
 def _engine_flags(parser: argparse.ArgumentParser) -> None:
-    _speed_flags(parser)
+    add_speed_flags(parser)
     parser.add_argument("--json", action="store_true", help=JSON_HELP)
 
 
@@ -151,8 +49,8 @@ def _run_flags(parser: argparse.ArgumentParser) -> None:
         "--grammar", type=Path, metavar="FILE", help="answer with text of a Lark grammar, as in llguidance"
     )
     add("--json", action="store_true", help=JSON_HELP)
-    _bundle_flags(parser)
-    _sampling_flags(parser, " (always with --raw)")
+    add_bundle_flags(parser)
+    add_sampling_flags(parser, " (always with --raw)")
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -160,8 +58,8 @@ def _run(arguments: argparse.Namespace) -> None:
     from axrun.run import Question, run
 
     prompt = _stdin() if arguments.prompt == "-" else arguments.prompt
-    question = Question(prompt, arguments.raw, _options(arguments))
-    answer = run(arguments.bundle, question, _loading(arguments), silent if arguments.json else _write)
+    question = Question(prompt, arguments.raw, options_of(arguments))
+    answer = run(arguments.bundle, question, loading_of(arguments), silent if arguments.json else _write)
     if arguments.json:
         print(json.dumps(answer.json(), ensure_ascii=False))
 
@@ -173,14 +71,14 @@ def _embed_flags(parser: argparse.ArgumentParser) -> None:
     add("--dimensions", type=int, metavar="N", help="only the first N dimensions (default: all)")
     add("--truncate", action="store_true", help="use the beginning of a text that is too long (default: an error)")
     add("--json", action="store_true", help=JSON_HELP)
-    _bundle_flags(parser)
+    add_bundle_flags(parser)
 
 
 def _embed(arguments: argparse.Namespace) -> None:
     from axrun.embeddings import embed, numbers
 
     texts = [text for given in arguments.text for text in (_stdin().split("\n") if given == "-" else [given])]
-    made = embed(arguments.bundle, texts, arguments.dimensions, arguments.truncate, _loading(arguments))
+    made = embed(arguments.bundle, texts, arguments.dimensions, arguments.truncate, loading_of(arguments))
     vectors = [numbers(vector) for vector in made.vectors]
     if arguments.json:
         print(json.dumps({"embeddings": vectors, "prompt_tokens": made.tokens}))
@@ -189,15 +87,15 @@ def _embed(arguments: argparse.Namespace) -> None:
 
 
 def _chat_flags(parser: argparse.ArgumentParser) -> None:
-    _bundle_flags(parser)
-    _sampling_flags(parser)
+    add_bundle_flags(parser)
+    add_sampling_flags(parser)
 
 
 def _chat(arguments: argparse.Namespace) -> None:
     from axrun.chat.repl import chat
     from axrun.chat.terminal import Terminal
 
-    chat(arguments.bundle, _options(arguments), Terminal(), _loading(arguments))
+    chat(arguments.bundle, options_of(arguments), Terminal(), loading_of(arguments))
 
 
 def _eval_flags(parser: argparse.ArgumentParser) -> None:
@@ -206,13 +104,13 @@ def _eval_flags(parser: argparse.ArgumentParser) -> None:
     add("--max-kld", type=float, metavar="X", help="exit with 1 if the mean KL divergence is above X")
     add("--min-top1", type=float, metavar="X", help="exit with 1 if the top-1 agreement (0 to 1) is below X")
     add("--json", action="store_true", help=JSON_HELP)
-    _bundle_flags(parser)
+    add_bundle_flags(parser)
 
 
 def _eval(arguments: argparse.Namespace) -> None:
     from axrun.measure.evaluate import evaluate
 
-    evaluation = evaluate(arguments.bundle, arguments.reference, _loading(arguments))
+    evaluation = evaluate(arguments.bundle, arguments.reference, loading_of(arguments))
     print(json.dumps(evaluation.json()) if arguments.json else "\n".join(evaluation.table()), flush=True)
     evaluation.require(arguments.max_kld, arguments.min_top1)
 
@@ -222,13 +120,13 @@ def _trace_flags(parser: argparse.ArgumentParser) -> None:
     add("--rows", metavar="PART", default="", help="add a digest for each token, of one part: 'layer 3' or post")
     add("--tokens", type=int, metavar="N", help="number of tokens (default: the whole context)")
     add("--json", action="store_true", help=JSON_HELP)
-    _bundle_flags(parser)
+    add_bundle_flags(parser)
 
 
 def _trace(arguments: argparse.Namespace) -> None:
     from axrun.measure.trace import trace
 
-    found = trace(arguments.bundle, arguments.rows, arguments.tokens, _loading(arguments))
+    found = trace(arguments.bundle, arguments.rows, arguments.tokens, loading_of(arguments))
     print(json.dumps(found.json()) if arguments.json else "\n".join(found.table()), flush=True)
 
 
@@ -247,7 +145,7 @@ def _bench_flags(parser: argparse.ArgumentParser) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help=JSON_HELP)
     form.add_argument("--markdown", action="store_true", help="print a Markdown table")
-    _bundle_flags(parser)
+    add_bundle_flags(parser)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
@@ -255,7 +153,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     lengths = arguments.prompt_lengths, arguments.depths
     options = Options(*lengths, arguments.tokens, arguments.warmup, arguments.repeat)
-    report = bench(arguments.bundle, options, _loading(arguments))
+    report = bench(arguments.bundle, options, loading_of(arguments))
     if arguments.json:
         print(json.dumps(report.json()))
     else:
@@ -264,22 +162,6 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(","))
-
-
-def _allow(arguments: argparse.Namespace) -> Callable[[str], bool]:
-    """The policy if memory seems too small: load with --force, ask on a terminal, else refuse."""
-
-    def forced(shortage: str) -> bool:
-        _say(f"warning: {shortage}")
-        return True
-
-    def asked(shortage: str) -> bool:
-        print(f"{shortage}\nLoad it anyway? [y/N] ", end="", file=sys.stderr, flush=True)
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-    if arguments.force:
-        return forced
-    return asked if sys.stdin.isatty() and sys.stderr.isatty() else lambda shortage: False
 
 
 def _serve_flags(parser: argparse.ArgumentParser) -> None:
@@ -349,9 +231,9 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         help="how the model writes tool calls: hermes, llama3, mistral, mistral-args, minicpm, gemma or json (default: "
         "as its chat template says)",
     )
-    _parse_special_flag(parser, " (always in the prompt of /v1/completions)")
-    _generation_config_flag(parser)
-    _speculation_flag(parser, "; for one bundle only")
+    add_parse_special_flag(parser, " (always in the prompt of /v1/completions)")
+    add_generation_config_flag(parser)
+    add_speculation_flags(parser, "; for one bundle only")
     add("--name", metavar="NAME", help="model name for clients (default: that of the bundle)")
     what = "another name of a bundle, for clients, repeatable; of several bundles, the main name is the folder's"
     add("--alias", action="append", default=[], metavar="NAME=DIR", help=what)
@@ -360,7 +242,7 @@ def _serve_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print events on stdout, one JSON object per line: listening (host, port), ready",
     )
-    _bundle_flags(parser, several=True)
+    add_bundle_flags(parser, several=True)
 
 
 def _serve(arguments: argparse.Namespace) -> None:
@@ -369,7 +251,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     options = Options(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Options)})
     announce = _announce if arguments.json else lambda event: None
-    loading = _loading(arguments)
+    loading = loading_of(arguments)
     if len(arguments.bundles) > 1 and not arguments.force:
         loading = dataclasses.replace(loading, allow=refuse)  # models are loaded while nobody looks
     serve(arguments.bundles, options, loading, announce)
@@ -392,7 +274,7 @@ def _model(arguments: argparse.Namespace) -> None:
     from axrun.measure.latency import measure
 
     latencies = measure(
-        arguments.file, arguments.group, arguments.warmup, arguments.repeat, _engine(arguments), arguments.threads
+        arguments.file, arguments.group, arguments.warmup, arguments.repeat, engine_of(arguments), arguments.threads
     )
     if arguments.json:
         print(json.dumps({"file": str(arguments.file), "groups": [latency._asdict() for latency in latencies]}))
@@ -412,7 +294,7 @@ def _doctor_flags(parser: argparse.ArgumentParser) -> None:
 def _doctor(arguments: argparse.Namespace) -> None:
     from axrun.doctor.examine import examine
 
-    report = examine(arguments.bundle, _engine(arguments), arguments.threads, progress.show, progress.mention)
+    report = examine(arguments.bundle, engine_of(arguments), arguments.threads, progress.show, progress.mention)
     print(json.dumps(report.json()) if arguments.json else "\n".join(report.lines()), flush=True)
     if report.finding:
         raise CheckFailed(f"{report.bundle} is {report.verdict}: {report.finding.stage}: {report.finding.part}")
@@ -424,10 +306,6 @@ def _stdin() -> str:
     except UnicodeDecodeError as error:
         raise BadInput(f"stdin is not UTF-8 at byte {error.start}") from None
     return text[:-1] if text.endswith("\n") else text
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def _write(text: str) -> None:

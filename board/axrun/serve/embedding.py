@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from axrun.embeddings import Texts, TooLong, Vector, numbers
 from axrun.errors import BadInput
 from axrun.serve import schema
 from axrun.serve.answer import to_json
-from axrun.serve.endpoint import EVENT_STREAM, Endpoint
-from axrun.serve.errors import ApiError, invalid, sentence
+from axrun.serve.endpoint import Endpoint, WholeReply
+from axrun.serve.errors import invalid, sentence
 from axrun.serve.order import Order, Reader, Text
 from axrun.serve.writer import Piece
 
@@ -82,10 +82,8 @@ def order(reader: Reader, given: Sequence[Any], dimensions: int | None, truncate
     return Order(listed, 1, scored=False, stream=False, include_usage=False)
 
 
-class Reply:
+class Reply(WholeReply):
     """The embeddings of one request."""
-
-    media = EVENT_STREAM
 
     def __init__(self, model: str, fingerprint: str, body: Mapping[str, Any], order: Order) -> None:
         self._model = model
@@ -99,15 +97,6 @@ class Reply:
         tokens = sum(piece.prompt for piece in pieces)
         usage = {"prompt_tokens": tokens, "total_tokens": tokens}
         return to_json({"object": "list", "data": data, "model": self._model, "usage": usage})
-
-    def events(self, piece: Piece) -> Iterator[bytes]:  # embeddings are not streamed
-        raise NotImplementedError
-
-    def end(self) -> bytes:
-        raise NotImplementedError
-
-    def failed(self, error: ApiError) -> bytes:
-        raise NotImplementedError
 
 
 def _base64(vector: Vector) -> str:

@@ -34,6 +34,21 @@ class Reply(Protocol):
         """What a stream sends last if it cannot go on."""
 
 
+class WholeReply:
+    """A response that is never streamed."""
+
+    media = EVENT_STREAM
+
+    def events(self, piece: Piece) -> Iterator[bytes]:
+        raise NotImplementedError
+
+    def end(self) -> bytes:
+        raise NotImplementedError
+
+    def failed(self, error: ApiError) -> bytes:
+        raise NotImplementedError
+
+
 Read = Callable[[Reader, Body], Order]
 Respond = Callable[[str, str, Body, Order], Reply]
 

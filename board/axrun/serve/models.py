@@ -119,13 +119,22 @@ class Models:
         try:
             await asyncio.wait_for(loaded, seconds)
         except asyncio.TimeoutError:
+            self._give_up(served, loaded)
             raise ApiError(504, "The model was not loaded within the server's time limit.", "timeout") from None
+        except asyncio.CancelledError:
+            self._give_up(served, loaded)
+            raise
 
     def leave(self, served: Served) -> None:
         """Ends what `enter` began."""
         served.active -= 1
         if not served.active and not self._alone:
             self._idle.set()
+
+    def _give_up(self, served: Served, loaded: asyncio.Future[None]) -> None:
+        """Ends a wait. `_load` may have let the request in at the same moment: then it leaves."""
+        if loaded.done() and not loaded.cancelled() and loaded.exception() is None:
+            self.leave(served)
 
     def stop(self, grace: float) -> None:
         """Refuses requests that wait for a model; those that run have `grace` seconds to finish."""

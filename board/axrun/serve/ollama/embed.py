@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from axrun.embeddings import numbers
 from axrun.serve import embedding
 from axrun.serve.answer import to_json
-from axrun.serve.endpoint import EVENT_STREAM, Endpoint
-from axrun.serve.errors import ApiError
+from axrun.serve.endpoint import Endpoint, WholeReply
 from axrun.serve.ollama.fields import LOADING
 from axrun.serve.ollama.reply import NANOSECONDS
 from axrun.serve.order import Order, Reader
@@ -45,10 +44,8 @@ def read(reader: Reader, body: Mapping[str, Any]) -> Order:
     return embedding.order(reader, texts, body.get("dimensions"), body.get("truncate", True))
 
 
-class Answer:
+class Answer(WholeReply):
     """The embeddings of one request."""
-
-    media = EVENT_STREAM
 
     def __init__(self, model: str, fingerprint: str, body: Mapping[str, Any], order: Order) -> None:
         self._model, self._came = model, time.monotonic()
@@ -65,15 +62,6 @@ class Answer:
                 "prompt_eval_count": sum(piece.prompt for piece in listed),
             }
         )
-
-    def events(self, piece: Piece) -> Iterator[bytes]:  # embeddings are not streamed
-        raise NotImplementedError
-
-    def end(self) -> bytes:
-        raise NotImplementedError
-
-    def failed(self, error: ApiError) -> bytes:
-        raise NotImplementedError
 
 
 ENDPOINT = Endpoint("Embeddings of texts", FIELDS, "OllamaEmbeddings", read, Answer, streams=False, error="OllamaError")

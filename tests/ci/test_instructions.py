@@ -42,13 +42,13 @@ ob=(2)
 fn=(4) axc_other
 * 1
 """
-# Every 16th run of the engine happens twice; each step of the decoder loops for nothing.
+# Every 24th run of the engine happens twice; each step of the decoder loops for nothing.
 SLOW_ENGINE = """
 
 _runs, _run = [0], AxBinding.run
 def _slow(self):
     _runs[0] += 1
-    for _ in range(2 if _runs[0] % 16 == 0 else 1):
+    for _ in range(2 if _runs[0] % 24 == 0 else 1):
         _run(self)
 AxBinding.run = _slow
 """

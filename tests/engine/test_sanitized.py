@@ -20,9 +20,14 @@ FUZZED_SECONDS = 60
 APART = ("test_library.py", "test_wheel.py", "test_sanitized.py", "test_aarch64.py")
 
 
+def sanitized() -> Path:
+    """The folder of the libraries and of the fuzzer, which share the kernels: those take minutes to compile."""
+    targets = ("ax_sys", "ax_engine", "ax_interpreter", "fuzz_load")
+    return build("sanitized", "-DAXC_SANITIZE=ON", "-DAXC_STATIC_RUNTIME=OFF", CLANG, targets=targets)
+
+
 def test_the_engine_tests_pass_with_sanitizers() -> None:
-    targets = ("ax_sys", "ax_engine", "ax_interpreter")
-    folder = build("sanitized", "-DAXC_SANITIZE=ON", "-DAXC_STATIC_RUNTIME=OFF", CLANG, targets=targets)
+    folder = sanitized()
     name = f"libclang_rt.asan-{os.uname().machine}.so"
     found = subprocess.run(["clang++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
     environment = {
@@ -52,7 +57,7 @@ def test_the_engine_tests_pass_with_sanitizers() -> None:
 
 
 def test_the_loader_is_fuzzed_for_a_minute(tmp_path: Path) -> None:
-    folder = build("fuzz", "-DAXC_FUZZ=ON", CLANG, targets=("fuzz_load",))
+    folder = sanitized()
     corpus = shutil.copytree(SOURCE / "fuzz" / "corpus", tmp_path / "corpus")
     limits = [f"-max_total_time={FUZZED_SECONDS}", "-max_len=20000", "-rss_limit_mb=3000", "-timeout=300"]
     done = subprocess.run(

@@ -75,7 +75,9 @@ def test_a_template_that_thinks_by_default_is_recognised(bundle: Path, conversat
         hf = Bundle.open(bundle).hf
         other = Conversation(conversation._model, Tokenizer.open(hf), ChatTemplate(source, {}))
         assert other.thinking is expected
-    with pytest.raises(BadInput, match="has no variable enable_thinking: its thinking cannot be switched"):
+    with pytest.raises(
+        BadInput, match="has no enable_thinking or another known switch: its thinking cannot be switched"
+    ):
         other.thinking = True
 
 

@@ -7,9 +7,11 @@ prompt leaves the reserve for an answer.
 
 from __future__ import annotations
 
+import functools
 from collections import abc
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from axrun.decoder import expect_room
 from axrun.errors import BadInput
@@ -20,12 +22,13 @@ from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence
 from axrun.speculation import Speculation
 from axrun.text.stream import TextStream
-from axrun.text.template import ChatTemplate, chat_ids
+from axrun.text.template import ChatTemplate, Messages, chat_ids
 from axrun.text.thinking import ThinkStream, marks_of, special_marks, thinking_after
+from axrun.text.thinking_switch import STANDARD, Switch, switch_of, thinks
 from axrun.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
-SWITCH = "enable_thinking"  # variable of the chat template
+QUESTION: Message = {"role": "user", "content": "?"}
 
 
 class Stopped(Exception):
@@ -103,7 +106,7 @@ class Conversation:
         """Raises BadInput and keeps the old message if the template refuses a system message."""
         before, self._system = self._system, text
         try:
-            self._tokens([{"role": "user", "content": "?"}])
+            self._tokens([QUESTION])
         except Exception:
             self._system = before
             raise
@@ -111,20 +114,27 @@ class Conversation:
     @property
     def thinking(self) -> bool | None:
         """Whether the chat template asks for thoughts; None if it has no switch for them."""
-        if SWITCH not in self._template.variables:
+        if self._switch is None:
             return None
-        return self._asks({}) == self._asks({SWITCH: True}) if self._thinks is None else self._thinks
+        return thinks(self._template, self._switch, self._asked([QUESTION])) if self._thinks is None else self._thinks
 
     @thinking.setter
     def thinking(self, on: bool) -> None:
         """Raises BadInput if the template has no switch, and keeps the old value if it refuses the new one."""
-        if SWITCH not in self._template.variables:
-            raise BadInput(f"this model's chat template has no variable {SWITCH}: its thinking cannot be switched")
-        self._asks({SWITCH: on})
-        self._thinks = on
+        if self._switch is None:
+            raise BadInput(
+                f"this model's chat template has no {STANDARD} or another known switch: its thinking cannot be switched"
+            )
+        before, self._thinks = self._thinks, on
+        try:
+            self._tokens([QUESTION])
+        except Exception:
+            self._thinks = before
+            raise
 
-    def _asks(self, variables: Mapping[str, bool]) -> str:
-        return self._template.render(self._template.fit([{"role": "user", "content": "?"}]), **variables)
+    @functools.cached_property
+    def _switch(self) -> Switch | None:
+        return switch_of(self._template)
 
     def reset(self) -> None:
         """Drops all turns; keeps the system message."""
@@ -200,11 +210,17 @@ class Conversation:
         return messages, prompt, forgotten
 
     def _tokens(self, messages: abc.Sequence[Message]) -> list[int]:
-        system: list[Message] = [] if self._system is None else [{"role": "system", "content": self._system}]
-        switch = {} if self._thinks is None else {SWITCH: self._thinks}
-        ids = chat_ids(self._tokenizer, self._template, [*system, *messages], self._parse_special, **switch)
+        asked = self._asked(messages)
+        variables: dict[str, Any] = {}
+        if self._switch is not None and self._thinks is not None:
+            asked, variables = self._switch.set(self._thinks, asked)
+        ids = chat_ids(self._tokenizer, self._template, asked, self._parse_special, **variables)
         self._tokenizer.expect_within(ids, self._model.post.vocab_size)
         return ids
+
+    def _asked(self, messages: abc.Sequence[Message]) -> Messages:
+        system: list[Message] = [] if self._system is None else [{"role": "system", "content": self._system}]
+        return [*system, *messages]
 
 
 class _Parts:

@@ -19,6 +19,7 @@ from axrun.serve.schema import MAX_CHOICES, MAX_LENGTH, NO_LIMIT
 from axrun.serve.tools import Toolbox, Tools, read_calls
 from axrun.text.template import ChatTemplate, chat_ids
 from axrun.text.thinking import Thinking, marks_of, special_marks, thinking_after
+from axrun.text.thinking_switch import STANDARD, Switch, switch_of
 from axrun.text.tokenizer import Tokenizer
 
 LEAST_TEMPERATURE = 1e-3  # below it sampling is effectively greedy, and the division could overflow
@@ -27,6 +28,7 @@ SAMPLING = (
     *("typical_p", "top_n_sigma", "xtc_probability", "xtc_threshold"),
     *("dry_multiplier", "dry_base", "dry_allowed_length"),
 )
+BUDGET = "thinking_budget"
 RESERVED = ("messages", "tools", "documents", "add_generation_prompt")  # variables of the template that a request lacks
 
 
@@ -127,8 +129,9 @@ class Reader:
             raise invalid("top_logprobs needs logprobs to be true.", "top_logprobs")
         tools = self.toolbox.tools_of(body)
         given = [_message(message, f"messages[{number}]") for number, message in enumerate(body["messages"])]
-        messages, variables = self.toolbox.prompt(given, tools)
-        variables.update(_variables(body))
+        asked, switched = self._switched(given, body)
+        messages, variables = self.toolbox.prompt(asked, tools)
+        variables.update(switched)
         try:
             ids = chat_ids(self.tokenizer, self.template, messages, self.parse_special, **variables)
         except BadInput as error:
@@ -137,6 +140,23 @@ class Reader:
         top = body.get("top_logprobs", 0) if body.get("logprobs") else None
         thinking = self._thinking(ids)
         return self._order(body, [(None, ids)], "messages", limit, top, echo=False, tools=tools, thinking=thinking)
+
+    @functools.cached_property
+    def switch(self) -> Switch | None:
+        """The switch for thinking that the chat template has, or None."""
+        return None if self.template is None else switch_of(self.template)
+
+    def _switched(self, messages: list[dict[str, Any]], body: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The messages and variables, with the wish to think or not under the name that the template reads."""
+        variables, named = _variables(body), body.get("chat_template_kwargs", {})
+        budget = body.get("thinking_budget", self.thinking_budget)
+        if budget is not None and self.template is not None and BUDGET in self.template.variables:
+            variables.setdefault(BUDGET, budget)
+        on = variables.get(STANDARD)
+        if not isinstance(on, bool) or self.switch is None or self.switch.variable in (STANDARD, *named):
+            return messages, variables
+        asked, more = self.switch.set(on, messages)
+        return asked, {**more, **variables} if on else {**variables, **more}  # a given budget or effort is thinking
 
     def _thinking(self, ids: Sequence[int]) -> Thinking | None:
         if self.marks is None:
@@ -307,9 +327,9 @@ def _variables(body: Mapping[str, Any]) -> dict[str, Any]:
     if "reasoning_effort" in body:
         found["reasoning_effort"] = body["reasoning_effort"]
         if body["reasoning_effort"] == "none":
-            found["enable_thinking"] = False
-    if "enable_thinking" in body:
-        found["enable_thinking"] = body["enable_thinking"]
+            found[STANDARD] = False
+    if STANDARD in body:
+        found[STANDARD] = body[STANDARD]
     for name, value in body.get("chat_template_kwargs", {}).items():
         if not name.isidentifier() or name.startswith("_") or name in RESERVED:
             words = f"chat_template_kwargs names {name[:40]!a}, which is not a variable that a request may set."

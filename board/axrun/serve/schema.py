@@ -350,7 +350,7 @@ CHAT: Fields = {
         "object", "Variables for the chat template, e.g. enable_thinking.", maxProperties=64
     ),
     "reasoning_effort": optional(
-        "string", "Variable reasoning_effort of the chat template; none also sets enable_thinking to false."
+        "string", "Variable reasoning_effort of the chat template; none also turns thinking off."
     ),
     "thinking_budget": optional(
         "integer",
@@ -358,7 +358,7 @@ CHAT: Fields = {
         minimum=0,
         maximum=MAX_LENGTH,
     ),
-    "enable_thinking": optional("boolean", "Variable enable_thinking of the chat template."),
+    "enable_thinking": optional("boolean", "Whether to think, if the chat template has a switch for it."),
     "add_generation_prompt": neutral(True),
     "continue_final_message": neutral(False),
     "modalities": refused("array", items={"type": "string", "enum": ["text"], "x-refused": "leave it out"}),

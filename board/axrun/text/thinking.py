@@ -9,7 +9,7 @@ from axrun.text.template import ChatTemplate
 from axrun.text.tokenizer import Tokenizer
 
 TAIL = 16  # tokens of the prompt that may spell the mark of thoughts
-MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+MARKS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"))
 
 
 @dataclass(frozen=True)

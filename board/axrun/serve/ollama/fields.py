@@ -84,7 +84,7 @@ WRITING: Fields = {
     "think": {
         "anyOf": [{"type": ["boolean", "null"]}, {"type": "string"}],
         "title": "an effort, true or false",
-        "description": "Variable enable_thinking of the chat template; a string is reasoning_effort.",
+        "description": "Whether to think; a string is reasoning_effort.",
     },
     "keep_alive": ignored("string", "number"),
     "truncate": ignored("boolean"),

@@ -164,7 +164,7 @@ FIELDS: Fields = {
     ),
     "reasoning": optional(
         "object",
-        "effort is the variable reasoning_effort of the chat template; none also sets enable_thinking to false.",
+        "effort is the variable reasoning_effort of the chat template; none also turns thinking off.",
         properties={
             "effort": optional("string", "The effort."),
             **{name: ignored("string") for name in ("summary", "generate_summary", "context", "mode")},

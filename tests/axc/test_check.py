@@ -17,6 +17,7 @@ from axrun.errors import CheckFailed
 from axrun.format import axmodel
 from axrun.format.bundle import sha256
 from axrun.format.dtypes import bf16_to_f32, f32_to_bf16
+from tests.doctor.axmodels import sign
 
 
 def arguments(checkpoint: Path, output: Path, report: Path) -> list[str]:
@@ -104,6 +105,7 @@ def test_a_different_tokenizer_is_found(tiny_qwen2: Path, bundle: Path) -> None:
     values = json.loads(path.read_text())
     values["normalizer"] = {"type": "Lowercase"} | {"type": "Replace", "pattern": {"String": "1"}, "content": "2"}
     path.write_text(json.dumps(values))
+    sign(bundle, "hf/tokenizer.json")
     said = found(plan_of(tiny_qwen2, bundle))
     assert "the prompt is [" in said
     assert "by AutoTokenizer" in said
@@ -115,6 +117,7 @@ def test_a_different_template_is_found(template: str | None, tiny_qwen2: Path, b
     values = json.loads(path.read_text())
     values["chat_template"] = template
     path.write_text(json.dumps(values))
+    sign(bundle, "hf/tokenizer_config.json")
     said = found(plan_of(tiny_qwen2, bundle))
     assert ("chat template is [" if template else "AutoTokenizer has a chat template, the bundle has none") in said
 

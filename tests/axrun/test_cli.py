@@ -141,6 +141,10 @@ def _truncate(bundle: Path) -> None:
     path.write_bytes(path.read_bytes()[:100_000])
 
 
+def _short(name: str) -> Callable[[Path], None]:
+    return lambda bundle: os.truncate(bundle / name, 100)
+
+
 def _lengthen(bundle: Path) -> None:
     with (bundle / "qwen2_post.axmodel").open("ab") as file:
         file.write(b"\0\0")
@@ -197,10 +201,22 @@ def _nothing(bundle: Path) -> None:
             "qwen2_p32_l3_together.axmodel holds post, expected layer 3",
         ),
         (_swap, ["--verify"], 1, r"qwen2_p32_l0_together.axmodel has sha256 .* \(and 1 more\)"),
-        (lambda bundle: shutil.rmtree(bundle / "hf"), [], 2, "no tokenizer"),
-        (lambda bundle: (bundle / "hf" / "tokenizer.json").write_text("{"), [], 2, "tokenizer.json is damaged"),
+        (_short("model.embed_tokens.weight.bfloat16.bin"), [], 1, r"bfloat16.bin has 100 bytes, expected \d+\n"),
+        (_short("hf/tokenizer.json"), [], 1, r"hf/tokenizer.json has 100 bytes, expected \d+\nBuild or copy"),
+        (_short("hf/tokenizer_config.json"), [], 1, r"hf/tokenizer_config.json has 100 bytes, expected \d+\n"),
+        (_short("hf/config.json"), [], 1, r"hf/config.json has 100 bytes, expected \d+\n"),
+        (lambda bundle: shutil.rmtree(bundle / "hf"), [], 2, r"incomplete: hf/\w+.json is missing\nBuild or copy"),
         (
-            lambda bundle: edit(bundle / "hf" / "tokenizer_config.json", chat_template="{{"),
+            _signed(_short("hf/tokenizer.json"), "hf/tokenizer.json"),
+            [],
+            2,
+            "tokenizer.json is damaged",
+        ),
+        (
+            _signed(
+                lambda bundle: edit(bundle / "hf" / "tokenizer_config.json", chat_template="{{"),
+                "hf/tokenizer_config.json",
+            ),
             [],
             2,
             "template is damaged",

@@ -15,6 +15,7 @@ import pytest
 
 from tests.axrun.tty import CTRL_C, CTRL_D, UP, Tty
 from tests.conftest import Builder
+from tests.doctor.axmodels import sign
 
 ROOT = Path(__file__).parents[2]
 PROMPT = r"> "
@@ -42,6 +43,7 @@ def endless_bundle(bundle_long: Path, tmp_path_factory: pytest.TempPathFactory) 
     bundle = Path(shutil.copytree(bundle_long, tmp_path_factory.mktemp("endless") / "bundle"))
     settings = bundle / "hf" / "generation_config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token_id": [1 << 20]}))
+    sign(bundle, "hf/generation_config.json")
     return bundle
 
 

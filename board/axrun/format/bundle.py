@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeGuard  # in typing from Python 3.10 on
 
 MANIFEST = "manifest.json"
+HF = "hf"
 SCHEMA = 1
 HASH_BLOCK = 1 << 18
 
@@ -64,9 +65,10 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Reads the manifest, without hashing files.
+        """Reads the manifest and compares the sizes of the files that are run or read with it, without hashing.
 
-        Raises BadInput if the folder is not a complete bundle, CheckFailed if an axmodel has another size.
+        post_config.json may differ: users set their sampling defaults there.
+        Raises BadInput if the folder is not a complete bundle, CheckFailed if a file has another size.
         """
         folder = Path(path)
         manifest = read_manifest(folder)
@@ -84,6 +86,7 @@ class Bundle:
         for name in names:
             if name not in manifest["files"]:
                 raise _damaged(folder, f"it lists no file {name!r}")
+        for name in [*names, *(name for name in manifest["files"] if name.startswith(f"{HF}/"))]:
             if not (folder / name).is_file():
                 raise BadInput(f"{folder} is incomplete: {name} is missing\nBuild or copy the bundle again.")
             _require_size(folder, name, manifest["files"][name]["size"])
@@ -118,7 +121,7 @@ class Bundle:
     @property
     def hf(self) -> Path:
         """The folder with the checkpoint's tokenizer and config files."""
-        return self.path / "hf"
+        return self.path / HF
 
     @property
     def post_path(self) -> Path:

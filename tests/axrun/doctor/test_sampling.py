@@ -22,6 +22,7 @@ from axrun.doctor.report import Finding
 from axrun.doctor.sampling import CASES, LOGITS, Case, sampling
 from axrun.doctor.stops import stops
 from axrun.format.bundle import Bundle
+from tests.doctor.axmodels import sign
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -74,6 +75,7 @@ def test_a_wrong_choice_for_a_reference_row_is_found(examined: Path) -> None:
 def test_different_stop_ids_are_found(copy: Path) -> None:
     file = copy / "hf" / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": 5}))
+    sign(copy, "hf/generation_config.json")
     found = stops(Bundle.open(copy))
     assert isinstance(found, Finding)
     assert (found.part, found.file) == ("stop ids", "hf/generation_config.json")

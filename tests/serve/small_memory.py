@@ -1,11 +1,32 @@
-"""axrun on a machine whose free memory is always $FREE bytes."""
+"""axrun on a machine whose free memory is always $FREE bytes.
+
+With $HOLD the engine waits for SIGUSR1 before its first run, so that a test knows that an answer goes on.
+"""
 
 import os
+import signal
 import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
 from unittest.mock import patch
 
 from axrun.cli import main
+from axrun.serve.scheduler import Scheduler
 
 if __name__ == "__main__":
-    with patch("axrun.memory.available", lambda meminfo: int(os.environ["FREE"])):
+    go, run = threading.Event(), Scheduler._run
+    if "HOLD" in os.environ:
+        signal.signal(signal.SIGUSR1, lambda number, frame: go.set())
+    else:
+        go.set()
+
+    def held(scheduler: Scheduler, turns: Sequence[Any]) -> None:
+        go.wait()
+        run(scheduler, turns)
+
+    with (
+        patch("axrun.memory.available", lambda meminfo: int(os.environ["FREE"])),
+        patch.object(Scheduler, "_run", held),
+    ):
         sys.exit(main())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +16,13 @@ import pytest
 
 from axrun.cli import main
 from axrun.format.bundle import Bundle
-from axrun.memory import needs
+from axrun.load import Loading, silent
+from axrun.memory import needs, refuse
+from axrun.serve.metrics import Metrics, ServerMetrics
+from axrun.serve.models import Models
 from axrun.serve.names import names_of
+from axrun.serve.served import Served
+from axrun.serve.server import Options
 from axrun.serve.slots import SPARE
 from tests.serve.server import Server, Start
 
@@ -45,6 +52,10 @@ def clear(path: Path) -> None:
 
 def loaded(server: Server) -> list[str]:
     return [entry["id"] for entry in server.client.get("/v1/models").json()["data"] if entry["loaded"]]
+
+
+def load(server: Server) -> Any:
+    return server.client.get("/health").json()
 
 
 def test_models_are_loaded_at_their_first_use(server: Server, embedding_checkpoint: Path) -> None:
@@ -112,12 +123,12 @@ class TestMemory:
     def begin(self, monkeypatch: pytest.MonkeyPatch, start: Start) -> Callable[..., Server]:
         monkeypatch.setattr(Server, "program", ("-m", "tests.serve.small_memory"))
 
-        def begin(bundles: Sequence[Path], room_for: Path, *flags: object) -> Server:
+        def begin(bundles: Sequence[Path], room_for: Path, *flags: object, **environment: str) -> Server:
             aliases = [
                 word for name, path in zip("abc", bundles, strict=False) for word in ("--alias", f"{name}={path}")
             ]
             free = needs(Bundle.open(room_for), "ax", SLOTS).total + SPARE + 4096
-            server: Server = start(bundles, "--slots", SLOTS, *aliases, *flags, FREE=str(free))
+            server: Server = start(bundles, "--slots", SLOTS, *aliases, *flags, FREE=str(free), **environment)
             return server.ready()
 
         return begin
@@ -134,28 +145,60 @@ class TestMemory:
             assert f"{bundle_s8}/" not in Path(f"/proc/{server.process.pid}/maps").read_text()
             assert complete(server, "a")["choices"] == first
             assert loaded(server) == ["a"]
-        assert [line for line in server.lines if "unloaded" in line] == [
+        assert [line for line in server.lines if line.startswith("unloaded")] == [
             f"unloaded model '{name}'" for name in ("a", "b", "a", "b")
         ]
         assert server.stop() == 0
 
     def test_running_answers_are_finished_first(
-        self, begin: Callable[..., Server], bundle_long: Path, tmp_path: Path, endless: dict[str, int]
+        self, begin: Callable[..., Server], bundle_s8: Path, tmp_path: Path, endless: dict[str, int]
     ) -> None:
         """Requests for either model that come meanwhile wait, and all are answered."""
-        server = begin([bundle_long, shutil.copytree(bundle_long, tmp_path / bundle_long.name)], bundle_long)
-        body = {"max_tokens": 1500, "logit_bias": endless, "ignore_eos": True}
-        with ThreadPoolExecutor(4) as pool:
+        copied = shutil.copytree(bundle_s8, tmp_path / bundle_s8.name)
+        server = begin([bundle_s8, copied], bundle_s8, HOLD="1")
+        body = {"max_tokens": 50, "logit_bias": endless, "ignore_eos": True}
+        with ThreadPoolExecutor(3) as pool:
             running = pool.submit(complete, server, "a", **body)
-            server.until(lambda: server.client.get("/health").json()["busy"])
+            server.until(lambda: load(server)["busy"] == 1)
             other = pool.submit(complete, server, "b")
-            server.until(lambda: server.client.get("/health").json()["waiting"])
+            server.wait_for("model 'a' is unloaded after its requests, to make room for 'b'")
             again = pool.submit(complete, server, "a")
-            assert running.result(120)["usage"]["completion_tokens"] == 1500
+            server.until(lambda: load(server)["waiting"] == 2)
+            assert loaded(server) == ["a"]
+            server.process.send_signal(signal.SIGUSR1)
+            assert running.result(120)["usage"]["completion_tokens"] == 50
             assert other.result(120)["model"] == "b"
             assert again.result(120)["model"] == "a"
-        assert [line for line in server.lines if "unloaded" in line] == ["unloaded model 'a'", "unloaded model 'b'"]
+        unloaded = [line for line in server.lines if line.startswith("unloaded")]
+        assert unloaded == ["unloaded model 'a'", "unloaded model 'b'"]
         assert server.stop() == 0
+
+    def test_an_unloaded_model_is_freed_whatever_its_threads_keep(self, bundle_s8: Path, bundle_fp32: Path) -> None:
+        """A thread drops the function that it ran only after the event loop goes on."""
+        options, loading, metrics = Options(), Loading(threads=1), ServerMetrics(["a", "b"])
+        listed = [
+            Served(Bundle.open(path), [name], options, loading, Metrics(metrics, name), alone=False)
+            for name, path in (("a", bundle_s8), ("b", bundle_fp32))
+        ]
+        kept = []
+
+        class Executor(ThreadPoolExecutor):
+            def submit(self, *given: Any, **named: Any) -> Any:
+                kept.append(given)
+                return super().submit(*given, **named)
+
+        async def freed() -> bool:
+            asyncio.get_running_loop().set_default_executor(Executor(2))
+            models = Models(listed, 1, refuse, silent, silent, lambda: None)
+            models.begin()
+            await models.enter(listed[0], 60)
+            models.leave(listed[0])
+            scheduler = weakref.ref(listed[0].scheduler)
+            await models._unload(listed[0])
+            return scheduler() is None
+
+        assert asyncio.run(freed())
+        assert kept
 
     def test_a_bundle_that_cannot_fit_unloads_nothing(
         self, begin: Callable[..., Server], bundle_s8: Path, bundle_long: Path
@@ -165,23 +208,23 @@ class TestMemory:
         assert error["code"] == "insufficient_memory"
         assert error["message"].startswith("b cannot be loaded: the bundle needs ")
         assert complete(server, "a")["model"] == "a"
-        assert not [line for line in server.lines if "unloaded" in line]
+        assert not [line for line in server.lines if line.startswith("unloaded")]
         assert server.stop() == 0
 
     def test_shutdown_ends_requests_that_wait_for_a_model(
         self, begin: Callable[..., Server], bundle_long: Path, tmp_path: Path, endless: dict[str, int]
     ) -> None:
-        server = begin(
-            [bundle_long, shutil.copytree(bundle_long, tmp_path / bundle_long.name)], bundle_long, "--grace", "0.2"
-        )
-        body = {"max_tokens": 8000, "logit_bias": endless, "ignore_eos": True, "n": 16}
+        copied = shutil.copytree(bundle_long, tmp_path / bundle_long.name)
+        server = begin([bundle_long, copied], bundle_long, "--grace", "0.2", HOLD="1")
+        body = {"max_tokens": 8000, "logit_bias": endless, "ignore_eos": True}
         with ThreadPoolExecutor(2) as pool:
             running = pool.submit(complete, server, "a", **body)
-            server.until(lambda: server.client.get("/health").json()["busy"])
+            server.until(lambda: load(server)["busy"] == 1)
             other = pool.submit(complete, server, "b")
-            server.until(lambda: server.client.get("/health").json()["waiting"])
+            server.until(lambda: load(server)["waiting"] == 1)
             server.process.send_signal(signal.SIGTERM)
             assert other.result(60)["error"]["code"] == "service_unavailable"
+            server.process.send_signal(signal.SIGUSR1)
             assert running.result(60)["error"]["code"] == "service_unavailable"
         assert server.stop() == 0
         assert not [line for line in server.lines if "Traceback" in line or "destroyed" in line]

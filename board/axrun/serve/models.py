@@ -208,6 +208,8 @@ class Models:
             idle = [other for other in loaded if not other.active]
             other = min(idle or loaded, key=lambda other: other.used)
             other.leaving = True
+            if other.active:
+                self._say(f"model '{other.name}' is unloaded after its requests, to make room for '{served.name}'")
             try:
                 while other.active:
                     self._idle.clear()
@@ -217,12 +219,11 @@ class Models:
                 other.leaving = False
 
     async def _unload(self, served: Served) -> None:
-        scheduler = served.scheduler
-        assert scheduler is not None
-        scheduler.stop(0.0)
-        await self._loop.run_in_executor(None, scheduler.join)
+        """Nothing but `served` may refer to its scheduler: a thread that still did would keep the model from gc."""
+        assert served.scheduler is not None
+        served.scheduler.stop(0.0)
+        await self._loop.run_in_executor(None, served.join)
         served.forget()
-        del scheduler
         await self._loop.run_in_executor(None, gc.collect)
         self._say(f"unloaded model '{served.name}'")
 

@@ -123,6 +123,11 @@ class Served:
         slots = allocate(model, options.slots, loading.allow)
         return slots, Writer(parts.tokenizer, self._prompt_cache, speculation).write
 
+    def join(self) -> None:
+        """Waits for the scheduler to end."""
+        if self.scheduler is not None:
+            self.scheduler.join()
+
     def forget(self) -> None:
         """Drops everything that takes memory; the scheduler must have ended."""
         self.scheduler = self._parts = None

@@ -28,6 +28,7 @@ from axrun.serve.served import Served
 from axrun.text.tool_formats import FORMATS
 
 KEY_VARIABLE = "AXRUN_API_KEY"
+LAST_RUN = 10  # seconds after the grace for the engine's last run and the last responses
 
 Announce = Callable[[Mapping[str, Any]], None]
 
@@ -182,7 +183,7 @@ class Server(uvicorn.Server):
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=read_timeout,
-            timeout_graceful_shutdown=int(grace) + 3,
+            timeout_graceful_shutdown=int(grace) + LAST_RUN,
         )
         super().__init__(config)
         self._models, self._grace = models, grace

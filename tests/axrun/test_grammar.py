@@ -22,7 +22,7 @@ from axrun.generate import Stats, generate
 from axrun.model import Model
 from axrun.sampling import Sampling
 from axrun.sampling import grammar as grammars
-from axrun.sampling.grammar import LARGEST, Compiler
+from axrun.sampling.grammar import LARGEST, TOOLS, Compiler, rule
 from axrun.sequence import Sequence
 from axrun.text.tokenizer import Tokenizer
 
@@ -189,6 +189,7 @@ def test_an_answer_that_left_the_grammar_is_an_error(tokenizer: Tokenizer, compi
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "its oneOf: "),
         ({"$ref": "http://example.org/schema"}, "its \\$ref: "),
         ({"$ref": "#/$defs/missing"}, "its \\$ref: "),
+        ({"enum": ["\ud800"]}, "half a UTF-16 surrogate pair"),
         ({"const": ["0\x1f"]}, "control character .*u001f"),
         ({"enum": ["\x7f"]}, "control character .*u007f"),
         ({"type": "stringg"}, "its type: .*stringg"),
@@ -206,6 +207,27 @@ def test_an_answer_that_left_the_grammar_is_an_error(tokenizer: Tokenizer, compi
 def test_a_schema_that_cannot_be_enforced_is_refused(compiler: Compiler, schema: dict[str, Any], words: str) -> None:
     with pytest.raises(BadInput, match=words):
         compiler.schema(schema)
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        (
+            {"type": "string", "pattern": "(?=a)b"},
+            r"the schema cannot be enforced: its pattern: .*look-behind, is not ",
+        ),
+        ({"type": "string", "format": "weird"}, "the schema uses format 'weird', which is not supported; leave it out"),
+        ({"type": "object", "$ref": "#"}, "the schema cannot be enforced: its \\$ref: circular references .*#"),
+        ({"type": "integer", "minimum": 5, "maximum": 1}, r"the schema cannot be enforced: Unsat.* than maximum \(1\)"),
+    ],
+)
+def test_a_schema_inside_a_grammar_gives_the_same_reason(
+    compiler: Compiler, schema: dict[str, Any], words: str
+) -> None:
+    """Without the lines of the grammar, which the client has not written."""
+    with pytest.raises(BadInput) as refused:
+        compiler.lark(f"start: call\ncall: /x/ it\nit: {rule(schema)}\n", TOOLS)
+    assert re.fullmatch(f"{words}[a-z]*", str(refused.value))
 
 
 @pytest.mark.parametrize("value", ["\\u001f", "\n\t\x08", "\u0085\u00e9\u2028"])

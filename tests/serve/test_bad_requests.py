@@ -19,6 +19,9 @@ JSON = {"content-type": "application/json"}
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 
 
+HALF = "half of a surrogate pair, which is not a character."
+
+
 @pytest.fixture(scope="module")
 def strict(bundle_s8: Path) -> Iterator[Server]:
     """A server with a small --max-body."""
@@ -57,7 +60,7 @@ def refusal(response: httpx.Response, status: int, words: str) -> dict[str, Any]
         (b'{"model": "qwen2", "prompt": "\xff"}', "not UTF-8 at byte"),
         ('{"model": "qwen2", "prompt": "x"}'.encode("utf-16"), "not UTF-8 at byte 0"),
         (b"[" * 15_000, "nested deeper than 200 levels"),
-        (b'{"model": ' + b"9" * 5_000 + b"}", "not JSON"),
+        (b'{"model": ' + b"9" * 5_000 + b"}", "A number has 5000 digits; expected at most 309."),
         (b"null", "The body is null; expected an object"),
         (b"[]", "The body is []; expected an object"),
         (b'"qwen2"', "expected an object"),
@@ -89,7 +92,9 @@ def test_malformed_bodies(strict: Server, body: bytes, words: str) -> None:
             "messages[0].content[0].text",
             "Missing required parameter",
         ),
-        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "not UTF-8 at character"),
+        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content", HALF),
+        (CHAT, {"tools": [{"type": "function", "function": {"name": "a\udfff"}}]}, "tools[0].function.name", HALF),
+        (CHAT, {"chat_template_kwargs": {"a": ["\ud83d"]}}, "chat_template_kwargs.a[0]", HALF),
         (CHAT, {"messages": [{"role": "user", "content": "1+" * 400}]}, "messages", "context is 255"),
         (CHAT, {"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         (CHAT, {"logprobs": 3}, "logprobs", "true or false"),
@@ -116,7 +121,7 @@ def test_malformed_bodies(strict: Server, body: bytes, words: str) -> None:
         (CHAT, {"tools": [{}]}, "tools[0].type", "Missing required parameter"),
         (CHAT, {"tool_choice": {"type": "function"}}, "tool_choice.function", "Missing required parameter"),
         (CHAT, {"functions": [{}]}, "functions", "not supported"),
-        (CHAT, {"response_format": {"type": "xml"}}, "response_format.type", "expected one of"),
+        (CHAT, {"response_format": {"type": "xml"}}, "response_format.type", 'expected one of "text", "json_object", '),
         (CHAT, {"modalities": ["text", "audio"]}, "modalities[1]", "not supported"),
         (COMPLETIONS, {"prompt": []}, "prompt", "text, token ids, or a list"),
         (COMPLETIONS, {"prompt": ""}, "prompt", "empty"),
@@ -144,14 +149,19 @@ def test_malformed_bodies(strict: Server, body: bytes, words: str) -> None:
         (COMPLETIONS, {"stop": ""}, "stop", "at least 1 characters"),
         (COMPLETIONS, {"stop": ["x"] * 17}, "stop", "at most 16 items"),
         (COMPLETIONS, {"stop": [1]}, "stop[0]", "a string"),
-        (COMPLETIONS, {"logit_bias": {"x": 1}}, "logit_bias.x", "Unknown parameter"),
+        (COMPLETIONS, {"logit_bias": {"x": 1}}, "logit_bias.x", 'logit_bias has the key "x"; expected a token id.'),
+        (COMPLETIONS, {"logit_bias": {"1" * 10: 1}}, f"logit_bias.{'1' * 10}", "expected a token id"),
+        (COMPLETIONS, {"logit_bias": {"1": 1, "01": -1}}, "logit_bias.01", "expected a token id"),
+        (COMPLETIONS, {"logit_bias": {"1\n": 1}}, "logit_bias.1\\n", "expected a token id"),
+        (COMPLETIONS, {"stop": ["\ud800"]}, "stop[0]", HALF),
         (COMPLETIONS, {"logit_bias": {"1": 101}}, "logit_bias.1", "at most 100"),
         (COMPLETIONS, {"logit_bias": {"99999": 1}}, "logit_bias", "outside the vocabulary"),
         (COMPLETIONS, {"stream": "yes"}, "stream", "true or false"),
         (COMPLETIONS, {"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         (COMPLETIONS, {"stream": True, "stream_options": {"usage": 1}}, "stream_options.usage", "Unknown parameter"),
         (COMPLETIONS, {"prompts": "x"}, "prompts", "Unknown parameter: 'prompts'"),
-        (COMPLETIONS, {"\ud800": 1}, None, "Unknown parameter"),
+        (COMPLETIONS, {"\ud800": 1}, None, HALF),
+        (COMPLETIONS, {"x\ud83d\ude00": 1}, "x\\U0001f600", "Unknown parameter"),
     ],
 )
 def test_wrong_values(strict: Server, path: str, change: dict[str, Any], param: str | None, words: str) -> None:

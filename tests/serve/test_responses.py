@@ -248,7 +248,7 @@ def test_an_answer_without_text_has_an_empty_message(server: Server) -> None:
         ({"background": True}, "background", "not supported"),
         ({"truncation": "auto"}, "truncation", "not supported"),
         ({"prompt": {"id": "p"}}, "prompt", "not supported"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type", '"web_search"; expected one of'),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", '"web_search"; expected "function"'),
         ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function", "Unknown"),
         ({"tools": [{"type": "function"}]}, "tools[0].name", "Missing"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema", "needs a schema"),

@@ -139,7 +139,7 @@ def test_earlier_calls_and_results_reach_the_model(server: Server) -> None:
     [
         ({"tool_choice": "required"}, "tool_choice", "there are no tools"),
         ({"tools": [NOW], "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice", "names 'x'"),
-        ({"tools": [NOW], "tool_choice": "sometimes"}, "tool_choice", "'none', 'auto', 'required'"),
+        ({"tools": [NOW], "tool_choice": "sometimes"}, "tool_choice", 'expected one of "none", "auto", "required"'),
         ({"tools": [NOW, NOW]}, "tools", "Two tools have the name 'now'"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type", "web_search"),
         ({"tools": [NOW] * 129}, "tools", "at most 128"),

@@ -39,12 +39,15 @@ CONTROL = re.compile(r"(?<!\\)(?:\\\\)*(\\u00(?:[01][0-9a-f]|7f))")
 SURROGATE = re.compile("[\ud800-\udfff]")
 UNIMPLEMENTED = re.compile(r"Unimplemented keys: (\[[^\]]*\])")
 UNKNOWN_FORMAT = re.compile(r"Unknown format: (\S*)")
+# what a message has around that about a schema inside a grammar: its place, and the lines of the grammar
+INSIDE, LISTING = re.compile(r"\Aat \d+\(\d+\): failed to compile JSON schema: "), re.compile(r"\n +1 \| .*", re.DOTALL)
 # beginning of a message of llguidance: the keyword it is about
 KEYWORDS = {
     "regex parse error": "pattern",
     "oneOf": "oneOf",
     "Resource": "$ref",
     "Pointer": "$ref",
+    "circular references": "$ref",
     "Invalid type": "type",
 }
 
@@ -268,6 +271,8 @@ def _reason(kind: str, message: str) -> str:
         return f"nothing fits the {kind}"
     if kind == GRAMMAR:
         return f"the grammar is invalid: {_line(message)}"
+    if kind == TOOLS:
+        message = LISTING.sub("", INSIDE.sub("", message))
     keys, form = UNIMPLEMENTED.search(message), UNKNOWN_FORMAT.search(message)
     if keys:
         return f"the schema uses {', '.join(json.loads(keys[1]))}, which is not supported; leave it out"

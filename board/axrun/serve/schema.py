@@ -144,7 +144,7 @@ COMMON: Fields = {
     "logit_bias": optional(
         "object",
         "Map from token id to a number that is added to its logit.",
-        propertyNames={"pattern": "^[0-9]{1,9}$"},
+        propertyNames={"pattern": "^(0|[1-9][0-9]{0,8})$", "title": "a token id"},
         additionalProperties={"type": "number", "minimum": -100, "maximum": 100},
         maxProperties=1024,
     ),

@@ -27,6 +27,8 @@ WORDS = {
     "object": "an object",
 }
 
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # JSON's spelling of half a surrogate pair, or of a pair
+DIGITS = 309  # of a whole number that float64 can hold
 LEVELS = 200  # of objects and lists in a body: what reads them recursively stays within Python's stack
 CONTAINERS = {"null": type(None), "string": str, "array": list, "object": dict}
 
@@ -39,18 +41,19 @@ LIMITS: dict[str, tuple[Any, Callable[[Any, Any], bool], str]] = {
     "minItems": (list, lambda value, limit: len(value) >= limit, "at least {} items"),
     "maxItems": (list, lambda value, limit: len(value) <= limit, "at most {} items"),
     "maxProperties": (dict, lambda value, limit: len(value) <= limit, "at most {} entries"),
-    "enum": (object, lambda value, allowed: value in allowed, "one of {}"),
+    "enum": (object, lambda value, allowed: value in allowed, "{}"),
 }
 
 
 def parse(body: bytes) -> Any:
     """Parses a request body.
 
-    Raises ApiError if it is not UTF-8 or not JSON, contains NaN, an infinity or a number beyond float64, or is nested
-    deeper than LEVELS.
+    Raises ApiError if it is not UTF-8 or not JSON, contains NaN, an infinity or a number beyond float64, is nested
+    deeper than LEVELS, or has text with half a surrogate pair.
     """
     try:
-        given = json.loads(body.decode("utf-8"), parse_constant=_not_a_number, parse_float=_finite)
+        text = body.decode("utf-8")
+        given = json.loads(text, parse_constant=_not_a_number, parse_float=_finite, parse_int=_whole)
     except UnicodeDecodeError as error:
         raise invalid(f"The body is not UTF-8 at byte {error.start}.", code="invalid_json") from None
     except ValueError as error:
@@ -59,6 +62,8 @@ def parse(body: bytes) -> Any:
         raise _deep() from None
     if _deeper(given, LEVELS):
         raise _deep()
+    if HALF.search(text):
+        _expect_characters(given, "")
     return given
 
 
@@ -78,7 +83,8 @@ def validate(value: Any, schema: Schema, name: str = "") -> Any:
         value = int(value)
     for keyword, (about, fits, words) in LIMITS.items():
         if keyword in schema and isinstance(value, about) and not fits(value, schema[keyword]):
-            raise _wrong(value, schema, name, words.format(schema[keyword]))
+            bound = schema[keyword]
+            raise _wrong(value, schema, name, words.format(_listed(bound) if keyword == "enum" else bound))
     if isinstance(value, list) and "items" in schema:
         return [validate(item, schema["items"], f"{name}[{index}]") for index, item in enumerate(value)]
     if isinstance(value, dict):
@@ -92,8 +98,10 @@ def _object(value: dict[str, Any], schema: Schema, name: str) -> dict[str, Any]:
     checked = {}
     for key, entry in value.items():
         path = inside + ascii(key[:40])[1:-1]
-        if key not in properties and (others is False or not _named(key, schema)):
+        if key not in properties and others is False:
             raise invalid(f"Unknown parameter: '{path}'.", path, "unknown_parameter")
+        if "propertyNames" in schema:
+            _expect_name(key, schema["propertyNames"], name, path)
         rule = properties.get(key, others)
         entry = entry if rule is True else validate(entry, rule, path)
         if entry is not None or rule is True:
@@ -105,8 +113,9 @@ def _object(value: dict[str, Any], schema: Schema, name: str) -> dict[str, Any]:
     return {**defaults, **checked}
 
 
-def _named(key: str, schema: Schema) -> bool:
-    return re.search(schema.get("propertyNames", {}).get("pattern", ""), key) is not None
+def _expect_name(key: str, rule: Schema, name: str, path: str) -> None:
+    if not re.fullmatch(rule["pattern"], key):
+        raise invalid(f"{name} has the key {_short(key)}; expected {rule['title']}.", path, "invalid_value")
 
 
 def _any_of(value: Any, schema: Schema, name: str) -> Any:
@@ -163,6 +172,33 @@ def _short(value: Any) -> str:
 
 def _not_a_number(constant: str) -> Any:
     raise ValueError(f"{constant} is not a JSON number")
+
+
+def _listed(allowed: list[Any]) -> str:
+    words = [json.dumps(value) for value in allowed if value is not None]
+    return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
+
+
+def _expect_characters(value: Any, path: str) -> None:
+    """Raises ApiError naming the first text that has half a surrogate pair."""
+    if isinstance(value, str):
+        half = next((char for char in value if "\ud800" <= char <= "\udfff"), None)
+        if half is not None:
+            words = f"{path or 'The body'} has {half!a}, half of a surrogate pair, which is not a character."
+            raise invalid(words, path or None, "invalid_value")
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            _expect_characters(entry, f"{path}[{index}]")
+    elif isinstance(value, dict):
+        for key, entry in value.items():
+            _expect_characters(key, path)
+            _expect_characters(entry, (f"{path}." if path else "") + ascii(key[:40])[1:-1])
+
+
+def _whole(text: str) -> int:
+    if len(text) > DIGITS:
+        raise invalid(f"A number has {len(text)} digits; expected at most {DIGITS}.", code="invalid_json")
+    return int(text)
 
 
 def _finite(text: str) -> float:

@@ -49,6 +49,7 @@ ACROSS_FIELDS = (
 )
 
 
+LONGEST = 3  # items of a list in a valid request
 LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 POSTS = [*WRITING, "/tokenize", "/detokenize", "/api/show"]
 
@@ -73,8 +74,10 @@ def document(server: Server) -> Any:
 
 @pytest.fixture(scope="module")
 def brief(server: Server) -> Any:
-    """The same with valid token ids and short answers, to save time."""
+    """The same with valid token ids, short answers and short lists, to save time."""
     given = server.client.get("/openapi.json").json()
+    for path in POSTS:
+        shorten(given["paths"][path]["post"]["requestBody"])
     for path in WRITING:
         body = given["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
         for name in LIMITS & body["properties"].keys():
@@ -94,6 +97,18 @@ def brief(server: Server) -> Any:
         *_, tokens, lists = body["properties"][name]["anyOf"]
         tokens["items"]["maximum"] = lists["items"]["items"]["maximum"] = 299  # ids in its vocabulary
     return schemathesis.openapi.from_dict(given)
+
+
+def shorten(schema: Any) -> None:
+    """Limits the lists of a schema: drawing many messages and tools takes longer than answering them."""
+    if isinstance(schema, list):
+        for each in schema:
+            shorten(each)
+    elif isinstance(schema, dict):
+        if "items" in schema:
+            schema["maxItems"] = min(schema.get("maxItems", LONGEST), LONGEST)
+        for each in schema.values():
+            shorten(each)
 
 
 def fuzz(operation: Any, server: Server, mode: GenerationMode) -> Counter[str]:

@@ -67,12 +67,12 @@ class Server:
         return self
 
     def stop(self, how: signal.Signals = signal.SIGTERM, seconds: float = 120.0) -> int:
-        """Stops the server; returns its exit code, or minus the signal that killed it."""
+        """Stops the server; returns its exit code, or minus the signal that killed it. `lines` are complete then."""
         if self.process.poll() is None:
             self.process.send_signal(how)
         code = self.process.wait(seconds)
         self.client.close()
-        self._reader.join(5)
+        self._reader.join(seconds)
         return code
 
     def post(self, path: str, **body: Any) -> httpx.Response:

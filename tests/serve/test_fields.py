@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from axrun.serve import schema
+from axrun.serve.field_kinds import IGNORED, Fields
 from tests.serve.server import Server, Start
 
 ASK = [{"role": "user", "content": "who are you?"}]
@@ -22,12 +23,12 @@ VALUES: dict[str, Any] = {
 }
 
 
-def ignored(fields: schema.Fields) -> dict[str, Any]:
-    found = {name: field for name, field in fields.items() if field.get("description") == schema.IGNORED}
+def ignored(fields: Fields) -> dict[str, Any]:
+    found = {name: field for name, field in fields.items() if field.get("description") == IGNORED}
     return {name: VALUES[field["type"][0]] for name, field in found.items()}
 
 
-def switched_off(fields: schema.Fields) -> dict[str, Any]:
+def switched_off(fields: Fields) -> dict[str, Any]:
     return {name: field["enum"][0] for name, field in fields.items() if field.get("x-refused") and "enum" in field}
 
 

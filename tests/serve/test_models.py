@@ -145,10 +145,10 @@ class TestMemory:
             assert f"{bundle_s8}/" not in Path(f"/proc/{server.process.pid}/maps").read_text()
             assert complete(server, "a")["choices"] == first
             assert loaded(server) == ["a"]
+        assert server.stop() == 0
         assert [line for line in server.lines if line.startswith("unloaded")] == [
             f"unloaded model '{name}'" for name in ("a", "b", "a", "b")
         ]
-        assert server.stop() == 0
 
     def test_running_answers_are_finished_first(
         self, begin: Callable[..., Server], bundle_s8: Path, tmp_path: Path, endless: dict[str, int]
@@ -169,9 +169,9 @@ class TestMemory:
             assert running.result(120)["usage"]["completion_tokens"] == 50
             assert other.result(120)["model"] == "b"
             assert again.result(120)["model"] == "a"
+        assert server.stop() == 0
         unloaded = [line for line in server.lines if line.startswith("unloaded")]
         assert unloaded == ["unloaded model 'a'", "unloaded model 'b'"]
-        assert server.stop() == 0
 
     def test_an_unloaded_model_is_freed_whatever_its_threads_keep(self, bundle_s8: Path, bundle_fp32: Path) -> None:
         """A thread drops the function that it ran only after the event loop goes on."""
@@ -208,8 +208,8 @@ class TestMemory:
         assert error["code"] == "insufficient_memory"
         assert error["message"].startswith("b cannot be loaded: the bundle needs ")
         assert complete(server, "a")["model"] == "a"
-        assert not [line for line in server.lines if line.startswith("unloaded")]
         assert server.stop() == 0
+        assert not [line for line in server.lines if line.startswith("unloaded")]
 
     def test_shutdown_ends_requests_that_wait_for_a_model(
         self, begin: Callable[..., Server], bundle_long: Path, tmp_path: Path, endless: dict[str, int]

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from axrun.serve import schema
 from axrun.serve.errors import ApiError
+from axrun.serve.field_kinds import request
 from axrun.serve.openapi import document
 from axrun.serve.routes import WRITING
 from axrun.serve.validate import LIMITS, parse, validate
 
-SCHEMAS = {path: schema.request(endpoint.fields, "m") for path, endpoint in WRITING.items()}
+SCHEMAS = {path: request(endpoint.fields, "m") for path, endpoint in WRITING.items()}
 
 SCALARS = st.one_of(
     st.none(),

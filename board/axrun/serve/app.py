@@ -15,11 +15,12 @@ from typing import Any
 
 from axrun import VERSION
 from axrun.errors import BadInput
-from axrun.serve import ollama, schema, tokens
+from axrun.serve import ollama, tokens
 from axrun.serve.answer import to_json
 from axrun.serve.endpoint import Reply
 from axrun.serve.errors import ApiError, sentence
 from axrun.serve.exchange import JSON, Exchange, Gone, Receive, Send
+from axrun.serve.field_kinds import request
 from axrun.serve.hosts import Hosts
 from axrun.serve.media import refuse_media
 from axrun.serve.metrics import ServerMetrics
@@ -91,11 +92,11 @@ class App:
         self._hosts, self._api_key, self._log, self._origins = hosts, api_key, log, origins
         names = models.names
         self._document = to_json(document(names))
-        self._requests = {path: schema.request(endpoint.fields, names) for path, endpoint in WRITING.items()}
+        self._requests = {path: request(endpoint.fields, names) for path, endpoint in WRITING.items()}
         self._converters: dict[str, tuple[Schema, Convert]] = {
-            "/tokenize": (schema.request(tokens.TOKENIZE, names), tokens.tokenize),
-            "/detokenize": (schema.request(tokens.DETOKENIZE, names), tokens.detokenize),
-            "/api/show": (schema.request(SHOW, names), show),
+            "/tokenize": (request(tokens.TOKENIZE, names), tokens.tokenize),
+            "/detokenize": (request(tokens.DETOKENIZE, names), tokens.detokenize),
+            "/api/show": (request(SHOW, names), show),
         }
         self._assets = {path: ((PAGE / name).read_bytes(), kind) for path, (name, kind) in ASSETS.items()}
         # path: (method, handler, needs the API key)

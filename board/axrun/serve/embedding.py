@@ -12,12 +12,13 @@ from axrun.serve import schema
 from axrun.serve.answer import to_json
 from axrun.serve.endpoint import Endpoint, WholeReply
 from axrun.serve.errors import invalid, sentence
+from axrun.serve.field_kinds import IGNORED, MAX_LENGTH, Fields
 from axrun.serve.order import Order, Reader, Text
 from axrun.serve.writer import Piece
 
 MAX_INPUTS = 2048  # texts in one request, as OpenAI's
 
-FIELDS: schema.Fields = {
+FIELDS: Fields = {
     "input": {
         "description": "The texts.",
         "anyOf": [
@@ -36,14 +37,14 @@ FIELDS: schema.Fields = {
     "dimensions": {
         "type": ["integer", "null"],
         "minimum": 1,
-        "maximum": schema.MAX_LENGTH,
+        "maximum": MAX_LENGTH,
         "description": "Return the first dimensions only, normalised again; absent: all.",
     },
     "truncate": {
         "type": ["boolean", "null"],
         "description": "Use the beginning of a text that is too long; absent: such a text is an error.",
     },
-    "user": {"type": ["string", "null"], "description": schema.IGNORED},
+    "user": {"type": ["string", "null"], "description": IGNORED},
 }
 
 

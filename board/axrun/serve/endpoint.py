@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from axrun.serve.errors import ApiError
+from axrun.serve.field_kinds import Fields
 from axrun.serve.order import Order, Reader
-from axrun.serve.schema import Fields
 from axrun.serve.writer import Piece
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"

@@ -9,14 +9,15 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from axrun.serve import embedding, schema
+from axrun.serve import embedding, messages, schema
+from axrun.serve.field_kinds import IGNORED, Fields
 from axrun.serve.ollama import embed
 from axrun.serve.ollama import fields as ollama
 from axrun.serve.responses.fields import FIELDS as RESPONSES
 from axrun.serve.responses.fields import ITEMS
 
 ITEM_PLACES = [f"{item['properties']['type']['enum'][0]} item" for item in ITEMS]
-PLACES: tuple[tuple[str, schema.Fields], ...] = (
+PLACES: tuple[tuple[str, Fields], ...] = (
     ("chat", schema.CHAT),
     ("completions", schema.COMPLETION),
     ("responses", RESPONSES),
@@ -25,8 +26,8 @@ PLACES: tuple[tuple[str, schema.Fields], ...] = (
     ("api/generate", ollama.GENERATE),
     ("api/embed", embed.FIELDS),
     ("options", ollama.OPTIONS),
-    ("message", schema.MESSAGE_FIELDS),
-    ("part", schema.TEXT_PART["properties"]),
+    ("message", messages.MESSAGE_FIELDS),
+    ("part", messages.TEXT_PART["properties"]),
     *zip(ITEM_PLACES, (item["properties"] for item in ITEMS)),
     ("api/chat message", ollama.MESSAGE["properties"]),
 )
@@ -56,7 +57,7 @@ def _row(field: Mapping[str, Any]) -> tuple[str, list[str]]:
     text = field.get("description", "")
     if field.get("x-refused"):
         return "Refused unless off", [", ".join(_off(field))]
-    if text == schema.IGNORED:
+    if text == IGNORED:
         return "Accepted without effect", []
     limits = " ".join(f"{words} {field[key]}" for key, words in LIMITS.items() if key in field)
     sentences = [text, *(words[:1].upper() + words[1:] + "." for words in (field.get("title", ""), limits) if words)]

@@ -5,262 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from axrun.serve import schema, tokens
+from axrun.serve import tokens
+from axrun.serve.answer_schema import SCHEMAS, STRING, ref
 from axrun.serve.endpoint import Endpoint
+from axrun.serve.field_kinds import request
 from axrun.serve.ollama.fields import SHOW
 from axrun.serve.routes import WRITING
-
-INTEGER = {"type": "integer"}
-STRING = {"type": "string"}
-NUMBER = {"type": "number"}
-BOOLEAN = {"type": "boolean"}
-
-
-def _object(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
-    return {"type": "object", "required": list(required), "properties": {**required, **optional}}
-
-
-def _list(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items}
-
-
-def _nullable(of: dict[str, Any]) -> dict[str, Any]:
-    return {"anyOf": [of, {"type": "null"}]}
-
-
-def _ref(name: str) -> dict[str, Any]:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-FINISH = {"type": "string", "enum": ["stop", "length", "tool_calls"]}
-ITEM_STATUS = {"type": "string", "enum": ["completed", "incomplete"]}
-OLLAMA = {"model": STRING, "created_at": STRING, "done": {"const": True}, "done_reason": STRING}
-OLLAMA_FIGURES = dict.fromkeys(
-    (
-        *("total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration"),
-        *("eval_count", "eval_duration"),
-    ),
-    INTEGER,
-)
-OLLAMA_DETAILS = _object(
-    {
-        **dict.fromkeys(("parent_model", "format", "family", "parameter_size", "quantization_level"), STRING),
-        "families": _list(STRING),
-    }
-)
-HEAD = {"id": STRING, "created": INTEGER, "model": STRING, "system_fingerprint": STRING}
-
-SCHEMAS: dict[str, Any] = {
-    "Error": _object(
-        {"error": _object({"message": STRING, "type": STRING, "param": _nullable(STRING), "code": _nullable(STRING)})}
-    ),
-    "Usage": _object(
-        {"prompt_tokens": INTEGER, "completion_tokens": INTEGER, "total_tokens": INTEGER},
-        prompt_tokens_details=_object({"cached_tokens": INTEGER}),
-    ),
-    "TokenLogprob": _object(
-        {
-            "token": STRING,
-            "logprob": NUMBER,
-            "bytes": _list(INTEGER),
-            "top_logprobs": _list(_object({"token": STRING, "logprob": NUMBER, "bytes": _list(INTEGER)})),
-        }
-    ),
-    "ToolCall": _object(
-        {
-            "id": STRING,
-            "type": {"const": "function"},
-            "function": _object({"name": STRING, "arguments": STRING}),
-        }
-    ),
-    "ChatCompletion": _object(
-        {
-            **HEAD,
-            "object": {"const": "chat.completion"},
-            "choices": _list(
-                _object(
-                    {
-                        "index": INTEGER,
-                        "message": _object(
-                            {"role": {"const": "assistant"}, "content": _nullable(STRING)},
-                            tool_calls=_list(_ref("ToolCall")),
-                            reasoning_content=STRING,
-                        ),
-                        "logprobs": _nullable(_object({"content": _list(_ref("TokenLogprob"))})),
-                        "finish_reason": FINISH,
-                    }
-                )
-            ),
-            "usage": _ref("Usage"),
-        }
-    ),
-    "Completion": _object(
-        {
-            **HEAD,
-            "object": {"const": "text_completion"},
-            "choices": _list(
-                _object(
-                    {
-                        "index": INTEGER,
-                        "text": STRING,
-                        "logprobs": _nullable(
-                            _object(
-                                {
-                                    "tokens": _list(STRING),
-                                    "token_logprobs": _list(_nullable(NUMBER)),
-                                    "top_logprobs": _list(
-                                        _nullable({"type": "object", "additionalProperties": NUMBER})
-                                    ),
-                                    "text_offset": _list(INTEGER),
-                                }
-                            )
-                        ),
-                        "finish_reason": FINISH,
-                    }
-                )
-            ),
-            "usage": _ref("Usage"),
-        }
-    ),
-    "Embeddings": _object(
-        {
-            "object": {"const": "list"},
-            "data": _list(
-                _object(
-                    {
-                        "object": {"const": "embedding"},
-                        "index": INTEGER,
-                        "embedding": {"anyOf": [_list(NUMBER), STRING]},  # a string with encoding_format base64
-                    }
-                )
-            ),
-            "model": STRING,
-            "usage": _object({"prompt_tokens": INTEGER, "total_tokens": INTEGER}),
-        }
-    ),
-    "Response": _object(
-        {
-            "id": STRING,
-            "object": {"const": "response"},
-            "created_at": INTEGER,
-            "model": STRING,
-            "status": {"type": "string", "enum": ["completed", "incomplete"]},
-            "incomplete_details": _nullable(_object({"reason": {"const": "max_output_tokens"}})),
-            "output": _list({"anyOf": [_ref("OutputMessage"), _ref("FunctionCall"), _ref("Reasoning")]}),
-            "usage": _object(
-                {
-                    "input_tokens": INTEGER,
-                    "input_tokens_details": _object({"cached_tokens": INTEGER}),
-                    "output_tokens": INTEGER,
-                    "output_tokens_details": _object({"reasoning_tokens": INTEGER}),
-                    "total_tokens": INTEGER,
-                }
-            ),
-        }
-    ),
-    "OutputMessage": _object(
-        {
-            "id": STRING,
-            "type": {"const": "message"},
-            "status": ITEM_STATUS,
-            "role": {"const": "assistant"},
-            "content": _list(_object({"type": {"const": "output_text"}, "text": STRING})),
-        }
-    ),
-    "FunctionCall": _object(
-        {
-            "id": STRING,
-            "type": {"const": "function_call"},
-            "status": ITEM_STATUS,
-            "call_id": STRING,
-            "name": STRING,
-            "arguments": STRING,
-        }
-    ),
-    "Reasoning": _object(
-        {
-            "id": STRING,
-            "type": {"const": "reasoning"},
-            "status": ITEM_STATUS,
-            "summary": {"type": "array", "maxItems": 0},
-            "content": _list(_object({"type": {"const": "reasoning_text"}, "text": STRING})),
-        }
-    ),
-    "OllamaError": _object({"error": STRING}),
-    "OllamaChat": _object(
-        {
-            **OLLAMA,
-            "message": _object(
-                {"role": {"const": "assistant"}, "content": STRING},
-                thinking=STRING,
-                tool_calls=_list(_object({"function": _object({"name": STRING, "arguments": {"type": "object"}})})),
-            ),
-        },
-        **OLLAMA_FIGURES,
-    ),
-    "OllamaGenerate": _object({**OLLAMA, "response": STRING}, thinking=STRING, **OLLAMA_FIGURES),
-    "OllamaEmbeddings": _object(
-        {
-            "model": STRING,
-            "embeddings": _list(_list(NUMBER)),
-            **dict.fromkeys(("total_duration", "load_duration", "prompt_eval_count"), INTEGER),
-        }
-    ),
-    "OllamaShow": _object(
-        {
-            "modified_at": STRING,
-            "details": OLLAMA_DETAILS,
-            "template": STRING,
-            "parameters": STRING,
-            "model_info": {"type": "object"},
-            "capabilities": _list(STRING),
-        }
-    ),
-    "OllamaModels": _object(
-        {
-            "models": _list(
-                _object(
-                    {
-                        **dict.fromkeys(("name", "model", "modified_at", "digest"), STRING),
-                        "size": INTEGER,
-                        "details": OLLAMA_DETAILS,
-                    }
-                )
-            )
-        }
-    ),
-    "OllamaVersion": _object({"version": STRING}),
-    "Tokens": _object({"tokens": _list(INTEGER), "count": INTEGER, "max_model_len": INTEGER}),
-    "Text": _object({"content": STRING, "prompt": STRING}),
-    "Model": _object(
-        {
-            "id": STRING,
-            "object": {"const": "model"},
-            "created": INTEGER,
-            "owned_by": STRING,
-            "context_length": INTEGER,  # tokens of prompt and answer
-            "family": STRING,
-            "weight_type": STRING,
-            "bits": _nullable(NUMBER),  # of a weight, without scales
-            "embeddings": BOOLEAN,
-            "text": BOOLEAN,  # whether it answers chats and completions
-            "loaded": BOOLEAN,
-            "aliases": _list(STRING),
-        }
-    ),
-    "Models": _object({"object": {"const": "list"}, "data": _list(_ref("Model"))}),
-    "Health": _object(
-        {
-            "status": {"type": "string", "enum": ["loading", "ok", "stopping"]},
-            "model": STRING,
-            "context_length": INTEGER,
-            "slots": INTEGER,
-            "busy": INTEGER,
-            "waiting": INTEGER,
-        },
-        loaded=_list(STRING),  # names, if there are several models
-    ),
-}
 
 # status: description
 REFUSALS = {
@@ -290,16 +40,10 @@ def document(models: Sequence[str]) -> dict[str, Any]:
             "not supported are refused unless their value turns them off; unknown fields are refused.",
         },
         "paths": {
-            **{path: {"post": _writing(each, schema.request(each.fields, models))} for path, each in WRITING.items()},
-            "/tokenize": {
-                "post": _converting("Token ids of a text", "Tokens", schema.request(tokens.TOKENIZE, models))
-            },
-            "/detokenize": {
-                "post": _converting("Text of token ids", "Text", schema.request(tokens.DETOKENIZE, models))
-            },
-            "/api/show": {
-                "post": _converting("Show a model", "OllamaShow", schema.request(SHOW, models), "OllamaError")
-            },
+            **{path: {"post": _writing(each, request(each.fields, models))} for path, each in WRITING.items()},
+            "/tokenize": {"post": _converting("Token ids of a text", "Tokens", request(tokens.TOKENIZE, models))},
+            "/detokenize": {"post": _converting("Text of token ids", "Text", request(tokens.DETOKENIZE, models))},
+            "/api/show": {"post": _converting("Show a model", "OllamaShow", request(SHOW, models), "OllamaError")},
             "/api/tags": {"get": _reading("List the models", "OllamaModels", "OllamaError")},
             "/api/version": {"get": _reading("Version of axrun", "OllamaVersion", "OllamaError")},
             "/v1/models": {"get": _reading("List the served models", "Models")},
@@ -309,8 +53,8 @@ def document(models: Sequence[str]) -> dict[str, Any]:
                     "summary": "Readiness of the server",
                     "security": [],
                     "responses": {
-                        "200": _says("Ready.", _ref("Health")),
-                        "503": _says("Loading, or shutting down.", _ref("Health")),
+                        "200": _says("Ready.", ref("Health")),
+                        "503": _says("Loading, or shutting down.", ref("Health")),
                     },
                 }
             },
@@ -319,7 +63,7 @@ def document(models: Sequence[str]) -> dict[str, Any]:
                     "summary": "Metrics for Prometheus",
                     "responses": {
                         "200": {"description": "Text.", "content": {"text/plain": {"schema": STRING}}},
-                        "401": _says(UNAUTHORIZED, _ref("Error")),
+                        "401": _says(UNAUTHORIZED, ref("Error")),
                     },
                 }
             },
@@ -336,24 +80,24 @@ def _writing(endpoint: Endpoint, body: dict[str, Any]) -> dict[str, Any]:
     made = _converting(endpoint.summary, endpoint.answer, body, endpoint.error)
     if not endpoint.streams:
         return made
-    made["responses"]["200"] = _says(f"The answer; in a stream, {STREAMS[endpoint.media]}.", _ref(endpoint.answer))
+    made["responses"]["200"] = _says(f"The answer; in a stream, {STREAMS[endpoint.media]}.", ref(endpoint.answer))
     made["responses"]["200"]["content"][endpoint.media] = {}
     return made
 
 
 def _converting(summary: str, answer: str, body: dict[str, Any], error: str = "Error") -> dict[str, Any]:
-    refusals = {status: _says(text, _ref(error)) for status, text in {**REFUSALS, "401": UNAUTHORIZED}.items()}
+    refusals = {status: _says(text, ref(error)) for status, text in {**REFUSALS, "401": UNAUTHORIZED}.items()}
     return {
         "summary": summary,
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "responses": {"200": _says("The result.", _ref(answer)), **refusals},
+        "responses": {"200": _says("The result.", ref(answer)), **refusals},
     }
 
 
 def _reading(summary: str, answer: str, error: str = "Error") -> dict[str, Any]:
     return {
         "summary": summary,
-        "responses": {"200": _says("It.", _ref(answer)), "401": _says(UNAUTHORIZED, _ref(error))},
+        "responses": {"200": _says("It.", ref(answer)), "401": _says(UNAUTHORIZED, ref(error))},
     }
 
 

@@ -15,7 +15,7 @@ from axrun.sampling import BREAKERS, Sampling
 from axrun.sampling.budget import Budget
 from axrun.sampling.grammar import TOOLS, Compiler, Grammar
 from axrun.serve.errors import invalid, sentence
-from axrun.serve.schema import MAX_CHOICES, MAX_LENGTH, NO_LIMIT
+from axrun.serve.field_kinds import MAX_CHOICES, MAX_LENGTH, NO_LIMIT
 from axrun.serve.tools import Toolbox, Tools, read_calls
 from axrun.text.template import ChatTemplate, chat_ids
 from axrun.text.thinking import Thinking, marks_of, special_marks, thinking_after

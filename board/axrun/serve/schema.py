@@ -5,52 +5,21 @@ https://platform.openai.com/docs/api-reference/chat/create, https://platform.ope
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-Fields = dict[str, dict[str, Any]]
-
-MAX_CHOICES = 64  # prompts times n in one request
-MAX_N = 16
-MAX_STOPS = 16
-MAX_STOP_IDS = 64
-MAX_TOOLS = 128
-MAX_LENGTH = (1 << 31) - 1
-NO_LIMIT = -1  # value of a token limit
-IGNORED = "Accepted and ignored."
-
-
-def optional(kind: str, text: str = "", **limits: Any) -> dict[str, Any]:
-    return {"type": [kind, "null"], "description": text, **limits}
-
-
-def refused(kind: str, why: str = "leave it out", **off: Any) -> dict[str, Any]:
-    """A field that is known but not supported; `off` are the limits of values without effect."""
-    return {"type": [kind, "null"], "description": "Not supported.", "x-refused": why, **off}
-
-
-def ignored(*kinds: str) -> dict[str, Any]:
-    return {"type": [*kinds, "null"], "description": IGNORED}
-
-
-def neutral(value: Any) -> dict[str, Any]:
-    """A field of other servers, with the only value accepted here: the one that has no effect."""
-    kind = "boolean" if isinstance(value, bool) else "number"
-    return refused(kind, enum=[value, None])
-
-
-def limit(text: str, least: int) -> dict[str, Any]:
-    """A number of tokens, or -1 for no limit."""
-    return {
-        "anyOf": [
-            {"type": "null"},
-            {"type": "integer", "minimum": least, "maximum": MAX_LENGTH},
-            {"type": "integer", "enum": [NO_LIMIT]},
-        ],
-        "title": f"a whole number of at least {least}, or {NO_LIMIT} for no limit",
-        "description": text,
-    }
-
+from axrun.serve.field_kinds import (
+    MAX_CHOICES,
+    MAX_LENGTH,
+    MAX_N,
+    MAX_STOP_IDS,
+    MAX_STOPS,
+    MAX_TOOLS,
+    Fields,
+    ignored,
+    limit,
+    neutral,
+    optional,
+    refused,
+)
+from axrun.serve.messages import FUNCTION, MESSAGE
 
 RESPONSE_FORMAT = optional(
     "object",
@@ -196,117 +165,6 @@ COMMON: Fields = {
     "include_stop_str_in_output": neutral(False),
 }
 
-TEXT_PART: dict[str, Any] = {
-    "type": "object",
-    "required": ["type", "text"],
-    "properties": {
-        "type": {"type": "string", "enum": ["text"], "description": "The type of the part: text."},
-        "text": {"type": "string", "description": "The text."},
-        "cache_control": ignored("object"),
-    },
-    "additionalProperties": False,
-}
-
-PARTS = {"type": "array", "minItems": 1, "items": TEXT_PART}
-
-
-def _message(*roles: str, required: list[str], content: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "required": required,
-        "properties": {
-            "role": {
-                "type": "string",
-                "enum": list(roles),
-                "description": "The author of the message; developer is treated as system.",
-            },
-            "content": {
-                "anyOf": content,
-                "title": "a string, or a list of parts of type text",
-                "description": "The content of the message; an assistant's may be null.",
-            },
-            "name": ignored("string"),
-            "cache_control": ignored("object"),
-            # fields of an answer that clients send back in the history
-            "annotations": ignored("array"),
-            "reasoning": optional("string", "Another name of reasoning_content."),
-            "reasoning_content": optional("string", "The thoughts before the content, for the chat template."),
-            "refusal": refused("string", maxLength=0),
-            "audio": refused("object", maxProperties=0),
-            **more,
-            "function_call": refused("object", maxProperties=0),
-        },
-        "additionalProperties": False,
-    }
-
-
-TOOL_CALL = {
-    "type": "object",
-    "required": ["function"],
-    "properties": {
-        "id": optional("string", "The id of the call."),
-        "type": {"type": "string", "enum": ["function"]},
-        "index": ignored("integer"),
-        "function": {
-            "type": "object",
-            "required": ["name"],
-            "properties": {
-                "name": {"type": "string", "minLength": 1, "maxLength": 256},
-                "arguments": {
-                    "anyOf": [{"type": "null"}, {"type": "string"}, {"type": "object"}],
-                    "title": "the JSON of an object",
-                },
-            },
-            "additionalProperties": False,
-        },
-    },
-    "additionalProperties": False,
-}
-NO_CALLS = refused("array", maxItems=0)
-CALLS = {"type": ["array", "null"], "items": TOOL_CALL, "description": "The calls of the answer."}
-CALL_ID = optional("string", "The id of the call that this is the result of.")
-ASSISTANT: dict[str, Any] = _message(
-    "assistant", required=["role"], content=[{"type": "null"}, {"type": "string"}, PARTS], tool_calls=CALLS
-)
-TOOL = _message(
-    "tool", required=["role", "content"], content=[{"type": "string"}, PARTS], tool_calls=NO_CALLS, tool_call_id=CALL_ID
-)
-MESSAGE_FIELDS: Fields = {**ASSISTANT["properties"], "tool_call_id": CALL_ID}
-MESSAGE = {
-    "anyOf": [
-        _message(
-            *("system", "developer", "user"),
-            required=["role", "content"],
-            content=[{"type": "string"}, PARTS],
-            tool_calls=NO_CALLS,
-        ),
-        ASSISTANT,
-        TOOL,
-    ],
-    "title": "an object with a role and content",
-}
-
-FUNCTION = {
-    "type": "object",
-    "required": ["type", "function"],
-    "properties": {
-        "type": {"type": "string", "enum": ["function"]},
-        "function": {
-            "type": "object",
-            "required": ["name"],
-            "properties": {
-                "name": {"type": "string", "minLength": 1, "maxLength": 256},
-                "description": optional("string"),
-                "parameters": optional("object", "A JSON schema of the arguments."),
-                "strict": ignored("boolean"),
-            },
-            "additionalProperties": False,
-        },
-        "cache_control": ignored("object"),
-    },
-    "additionalProperties": False,
-}
-
 CHAT: Fields = {
     "messages": {"type": "array", "minItems": 1, "items": MESSAGE, "description": "The conversation so far."},
     **COMMON,
@@ -394,15 +252,3 @@ COMPLETION: Fields = {
     "best_of": refused("integer", minimum=1, maximum=1),
     "suffix": refused("string", maxLength=0),
 }
-
-
-def request(fields: Fields, models: Sequence[str]) -> dict[str, Any]:
-    """The schema of a request body; `models` are the accepted model names, the first one is the default."""
-    required = [name for name, schema in fields.items() if "null" not in _types(schema)]
-    properties = {"model": {"type": ["string", "null"], "enum": [*models, None]}, **fields}
-    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
-
-
-def _types(schema: dict[str, Any]) -> list[str]:
-    kinds = [option["type"] for option in schema.get("anyOf", [schema])]
-    return [name for kind in kinds for name in (kind if isinstance(kind, list) else [kind])]

@@ -11,16 +11,17 @@ from typing import Any
 from axrun.errors import BadInput
 from axrun.serve import schema
 from axrun.serve.errors import invalid
+from axrun.serve.field_kinds import IGNORED, Fields
 from axrun.serve.order import Reader
 
-TOKENIZE: schema.Fields = {
+TOKENIZE: Fields = {
     "content": {"type": ["string", "null"], "description": "The text."},
     "prompt": {"type": ["string", "null"], "description": "The text, under vLLM's name."},
     "add_special": {"type": ["boolean", "null"], "description": "Add the tokens that begin a text; absent: false."},
     "add_special_tokens": {"type": ["boolean", "null"], "description": "The same under vLLM's name; absent: true."},
-    "parse_special": {"type": ["boolean", "null"], "description": schema.IGNORED},
+    "parse_special": {"type": ["boolean", "null"], "description": IGNORED},
 }
-DETOKENIZE: schema.Fields = {"tokens": {**schema.TOKENS, "minItems": 0, "description": "The token ids."}}
+DETOKENIZE: Fields = {"tokens": {**schema.TOKENS, "minItems": 0, "description": "The token ids."}}
 
 
 def tokenize(reader: Reader, body: Mapping[str, Any]) -> dict[str, Any]:

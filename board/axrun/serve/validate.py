@@ -1,4 +1,4 @@
-"""Validation of JSON against the part of JSON Schema that `axrun.serve.schema` uses.
+"""Validation of JSON against the part of JSON Schema that `axrun.serve.schema` and its neighbours use.
 
 https://json-schema.org/draft/2020-12/json-schema-validation. In addition to the standard
 keywords, `x-refused` marks a field that is known but not supported, and says what to do: only values that turn it off

@@ -10,10 +10,10 @@ from axrun.embeddings import numbers
 from axrun.serve import embedding
 from axrun.serve.answer import to_json
 from axrun.serve.endpoint import Endpoint, WholeReply
+from axrun.serve.field_kinds import Fields, ignored, optional
 from axrun.serve.ollama.fields import LOADING
 from axrun.serve.ollama.reply import NANOSECONDS
 from axrun.serve.order import Order, Reader
-from axrun.serve.schema import Fields, ignored, optional
 from axrun.serve.writer import Piece
 
 FIELDS: Fields = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from axrun.serve import schema
-from axrun.serve.schema import COMMON, Fields, ignored, neutral, optional, refused
+from axrun.serve import messages
+from axrun.serve.field_kinds import MAX_LENGTH, MAX_TOOLS, Fields, ignored, neutral, optional, refused
+from axrun.serve.schema import COMMON
 
 SHARED = (
     *("temperature", "top_k", "top_p", "min_p", "typical_p", "repeat_penalty", "repeat_last_n"),
@@ -24,7 +25,7 @@ OPTIONS: Fields = {
     "num_predict": {
         "anyOf": [
             {"type": "null"},
-            {"type": "integer", "minimum": 1, "maximum": schema.MAX_LENGTH},
+            {"type": "integer", "minimum": 1, "maximum": MAX_LENGTH},
             {"type": "integer", "enum": list(ENDLESS)},
         ],
         "title": "a whole number of at least 1, or -1 or -2 for no limit",
@@ -101,8 +102,8 @@ CHAT: Fields = {
     **WRITING,
     "tools": {
         "type": ["array", "null"],
-        "maxItems": schema.MAX_TOOLS,
-        "items": schema.FUNCTION,
+        "maxItems": MAX_TOOLS,
+        "items": messages.FUNCTION,
         "description": "Functions that the model may call.",
     },
 }

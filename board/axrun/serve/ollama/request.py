@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from axrun.serve.errors import ApiError
+from axrun.serve.field_kinds import NO_LIMIT
 from axrun.serve.ollama.fields import ENDLESS, SHARED
 from axrun.serve.order import Order, Reader
-from axrun.serve.schema import NO_LIMIT
 
 RANDOM = -1  # as a seed
 # names of fields in chat completions and here

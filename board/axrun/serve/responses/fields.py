@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from axrun.serve import schema
-from axrun.serve.schema import CHAT, COMMON, Fields, ignored, limit, neutral, optional, refused
+from axrun.serve.field_kinds import IGNORED, MAX_TOOLS, Fields, ignored, limit, neutral, optional, refused
+from axrun.serve.schema import CHAT, COMMON
 
 STATELESS = "it stores nothing, so send the whole conversation as input"
 # what a request shares with chat completions, under the same names
@@ -133,12 +133,12 @@ FIELDS: Fields = {
     "instructions": optional("string", "A system message before the input."),
     **SHARED,
     "stream_options": optional(
-        "object", schema.IGNORED, properties={"include_obfuscation": ignored("boolean")}, additionalProperties=False
+        "object", IGNORED, properties={"include_obfuscation": ignored("boolean")}, additionalProperties=False
     ),
     "max_output_tokens": limit("Maximum number of tokens of the answer; absent: to the end of the context.", 1),
     "tools": {
         "type": ["array", "null"],
-        "maxItems": schema.MAX_TOOLS,
+        "maxItems": MAX_TOOLS,
         "items": TOOL,
         "description": "Functions that the model may call.",
     },
@@ -171,7 +171,7 @@ FIELDS: Fields = {
         },
         additionalProperties=False,
     ),
-    "include": {"type": ["array", "null"], "items": {"type": "string"}, "description": schema.IGNORED},
+    "include": {"type": ["array", "null"], "items": {"type": "string"}, "description": IGNORED},
     "max_tool_calls": ignored("integer"),
     "prompt_cache_options": ignored("object"),
     "previous_response_id": refused("string", STATELESS, enum=[None]),

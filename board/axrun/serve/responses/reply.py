@@ -13,8 +13,8 @@ from typing import Any
 from axrun.serve.answer import call_id, to_json
 from axrun.serve.endpoint import EVENT_STREAM
 from axrun.serve.errors import ApiError
+from axrun.serve.field_kinds import NO_LIMIT
 from axrun.serve.order import Choice, Order
-from axrun.serve.schema import NO_LIMIT
 from axrun.serve.split import Part, Splitter, Thoughts
 from axrun.serve.writer import Piece
 from axrun.text.tool_formats import Call

@@ -1,5 +1,5 @@
-"""axrun serve: OpenAI's HTTP API for one bundle.
+"""axrun serve: OpenAI's and Ollama's HTTP APIs for one or several bundles.
 
 A request goes `app` -> `schema`, `validate` -> `order` -> `scheduler`, `slots` -> `writer` -> `answer` -> `app`.
-One thread owns the model and runs one engine step per busy slot, round-robin; an event loop handles HTTP.
+For each model, one thread runs the engine for all busy slots; an event loop handles HTTP.
 """

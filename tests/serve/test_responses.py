@@ -220,6 +220,31 @@ def test_structured_output(long: openai.OpenAI) -> None:
         assert isinstance(json.loads(free.output_text), dict)
 
 
+class Weather(BaseModel):
+    """The weather in a city."""
+
+    city: str = Field(max_length=8)
+
+
+def test_parsed_answers_can_be_sent_back(long: openai.OpenAI) -> None:
+    """Programs append what the client parsed to the history, with its additions and nulls."""
+    limits: dict[str, Any] = {"model": MODEL, "temperature": 0}
+    tool = openai.pydantic_function_tool(Weather)
+    flat: Any = {"type": "function", **tool["function"]}
+    for more in ({"text_format": Person}, {"tools": [flat], "tool_choice": "required"}):
+        made = long.responses.parse(input="1+1=", max_output_tokens=600, **limits, **more)
+        history = ["1+1=", *(item.model_dump() for item in made.output), "2+2="]
+        items: Any = [{"role": "user", "content": item} if isinstance(item, str) else item for item in history]
+        assert "parsed" in json.dumps(items)
+        assert long.responses.create(input=items, max_output_tokens=16, **limits).usage
+    ask: Any = {"role": "user", "content": "1+1="}
+    for more in ({"response_format": Person}, {"tools": [tool], "tool_choice": "required"}):
+        answer = long.chat.completions.parse(messages=[ask], max_tokens=600, **limits, **more).choices[0].message
+        turns: Any = [ask, answer.model_dump(warnings=False), ask]
+        assert "parsed" in turns[1]
+        assert long.chat.completions.create(messages=turns, max_tokens=16, **limits).usage
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "weather"}])
 def test_a_required_tool_is_called(long: openai.OpenAI, choice: Any) -> None:
     response = long.responses.create(

@@ -33,6 +33,10 @@ def ignored(*kinds: str) -> dict[str, Any]:
     return {"type": [*kinds, "null"], "description": IGNORED}
 
 
+# what OpenAI's client adds to the answers that it has parsed, and some programs send back in the history
+PARSED = ignored("object", "array", "string", "number", "boolean")
+
+
 def neutral(value: Any) -> dict[str, Any]:
     """A field of other servers, with the only value accepted here: the one that has no effect."""
     kind = "boolean" if isinstance(value, bool) else "number"

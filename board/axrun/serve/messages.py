@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from axrun.serve.field_kinds import Fields, ignored, optional, refused
+from axrun.serve.field_kinds import PARSED, Fields, ignored, optional, refused
 
 TEXT_PART: dict[str, Any] = {
     "type": "object",
@@ -42,6 +42,7 @@ def _message(*roles: str, required: list[str], content: list[dict[str, Any]], **
             "cache_control": ignored("object"),
             # fields of an answer that clients send back in the history
             "annotations": ignored("array"),
+            "parsed": PARSED,
             "reasoning": optional("string", "Another name of reasoning_content."),
             "reasoning_content": optional("string", "The thoughts before the content, for the chat template."),
             "refusal": refused("string", maxLength=0),
@@ -69,6 +70,7 @@ TOOL_CALL = {
                     "anyOf": [{"type": "null"}, {"type": "string"}, {"type": "object"}],
                     "title": "the JSON of an object",
                 },
+                "parsed_arguments": PARSED,
             },
             "additionalProperties": False,
         },

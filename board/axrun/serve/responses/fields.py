@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from axrun.serve.field_kinds import IGNORED, MAX_TOOLS, Fields, ignored, limit, neutral, optional, refused
+from axrun.serve.field_kinds import IGNORED, MAX_TOOLS, PARSED, Fields, ignored, limit, neutral, optional, refused
 from axrun.serve.schema import CHAT, COMMON
 
 STATELESS = "it stores nothing, so send the whole conversation as input"
@@ -47,6 +47,7 @@ def _parts(*kinds: str) -> dict[str, Any]:
                 "text": {"type": "string", "description": "The text."},
                 "annotations": ignored("array"),
                 "logprobs": ignored("array"),
+                "parsed": PARSED,
                 "prompt_cache_breakpoint": ignored("object"),
             },
             "additionalProperties": False,
@@ -72,6 +73,10 @@ CALL = _item(
     call_id={"type": "string", "description": "The id of the call."},
     name={"type": "string", "minLength": 1, "maxLength": 256, "description": "The name of the function."},
     arguments={"type": "string", "description": "The JSON of an object."},
+    parsed_arguments=PARSED,
+    async_=refused("boolean", enum=[False, None]),
+    caller=refused("object", maxProperties=0),
+    namespace=refused("string", maxLength=0),
 )
 OUTPUT = _item(
     "function_call_output",

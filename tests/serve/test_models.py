@@ -42,6 +42,7 @@ def server(bundle_s8: Path, bundle_fp32: Path, embedding_bundle: Path) -> Iterat
 
 def complete(server: Server, model: str | None, **body: Any) -> Any:
     answer = server.client.post("/v1/completions", json={"model": model, "prompt": "1+1=", "temperature": 0, **body})
+    assert answer.headers["content-type"] == "application/json", f"{answer.text}\n" + "\n".join(server.lines[-9:])
     return answer.json()
 
 

@@ -108,6 +108,11 @@ class NoTorch(SetupFailed):
     """torch is not to be had here, or not wanted; a build can do without its check against the reference."""
 
 
+def say(line: str) -> None:
+    """Writes a line; on a terminal over the progress bar of the engine, which is built meanwhile."""
+    print(f"{line}\x1b[K" if sys.stdout.isatty() else line, flush=True)
+
+
 def install(venv: Path, *names: str) -> None:
     """Bring the named `SETS` into the environment `venv`, which is made if it is not there.
 
@@ -126,14 +131,14 @@ def install(venv: Path, *names: str) -> None:
         started = time.monotonic()
         if name == "build":
             create(venv)
-        print(f"setup: {name} ({SETS[name].purpose}) into {os.path.relpath(venv)} ...", flush=True)
+        say(f"setup: {name} ({SETS[name].purpose}) into {os.path.relpath(venv)} ...")
         pip(venv, *INSTALL, "-r", str(LOCKS / f"{name}.txt"))
         if name == "build":
             pip(venv, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT / "board"), "-e", str(ROOT))
         prove(venv, name, SETS[name])
         stamp.write_text(wanted)
         importlib.invalidate_caches()  # this process may be about to use it
-        print(f"setup: {name} is there after {time.monotonic() - started:.0f} s", flush=True)
+        say(f"setup: {name} is there after {time.monotonic() - started:.0f} s")
 
 
 def install_reference(venv: Path) -> None:
@@ -149,21 +154,21 @@ def install_reference(venv: Path) -> None:
         return
     started = time.monotonic()
     if found not in (without, *whole.values()):
-        print(f"setup: reference ({made.purpose}) into {os.path.relpath(venv)} ...", flush=True)
+        say(f"setup: reference ({made.purpose}) into {os.path.relpath(venv)} ...")
         pip(venv, *INSTALL, "-r", str(LOCKS / "reference.txt"))
         stamp.write_text(without)
         importlib.invalidate_caches()  # this process may be about to use it
     if source == NONE:
         raise NoTorch(f"TORCH={NONE} leaves torch out\nmake TORCH=cpu ..., the default, installs it")
     if source == "pypi":
-        print(f"setup: torch of the package index, and the libraries it needs ({PYPI_SIZE}) ...", flush=True)
+        say(f"setup: torch of the package index, and the libraries it needs ({PYPI_SIZE}) ...")
         pip(venv, *INSTALL, "-r", str(LOCKS / TORCH_LOCKS["pypi"]))
     else:
         install_torch(venv)
     prove(venv, "reference", made)
     stamp.write_text(whole[source])
     importlib.invalidate_caches()
-    print(f"setup: reference is there after {time.monotonic() - started:.0f} s", flush=True)
+    say(f"setup: reference is there after {time.monotonic() - started:.0f} s")
 
 
 def install_peer(name: str, venv: Path) -> Path:
@@ -186,7 +191,7 @@ def install_peer(name: str, venv: Path) -> Path:
         )
     started = time.monotonic()
     create(place)
-    print(f"setup: {name} ({PEERS[name].purpose}) into {os.path.relpath(place)} ...", flush=True)
+    say(f"setup: {name} ({PEERS[name].purpose}) into {os.path.relpath(place)} ...")
     tools, source = (str(LOCKS / file) for file in PEERS[name].files)
     pip(place, *INSTALL, "-r", tools)
     from_source = [word for word in INSTALL if not word.startswith("--only-binary")]
@@ -198,7 +203,7 @@ def install_peer(name: str, venv: Path) -> Path:
     pip(place, *from_source, *anew, "-r", source, env=building)
     prove(place, name, PEERS[name])
     stamp.write_text(wanted)
-    print(f"setup: {name} is there after {time.monotonic() - started:.0f} s", flush=True)
+    say(f"setup: {name} is there after {time.monotonic() - started:.0f} s")
     return place / "bin" / "python"
 
 
@@ -225,14 +230,14 @@ def install_apart(venv: Path, name: str, made: Requirements, upon: bool = False)
     if not (stamp.is_file() and stamp.read_text() == wanted):
         started = time.monotonic()
         create(place)
-        print(f"setup: {name} ({made.purpose}) into {os.path.relpath(place)} ...", flush=True)
+        say(f"setup: {name} ({made.purpose}) into {os.path.relpath(place)} ...")
         pip(place, *INSTALL, "-r", str(LOCKS / f"{name}.txt"))
         if upon:
             packages = Path("lib") / f"python{HERE}" / "site-packages"
             (place / packages / "upon.pth").write_text(f"{(venv / packages).resolve()}\n")
         prove(place, name, made)
         stamp.write_text(wanted)
-        print(f"setup: {name} is there after {time.monotonic() - started:.0f} s", flush=True)
+        say(f"setup: {name} is there after {time.monotonic() - started:.0f} s")
     return place / "bin" / "python"
 
 
@@ -283,7 +288,7 @@ def create(venv: Path) -> None:
         raise SetupFailed(f"{venv} is a folder of something else: name a new one with VENV=...")
     if importlib.util.find_spec("ensurepip") is None:
         add_system_venv()
-    print(f"setup: {venv} with Python {VERSION}", flush=True)
+    say(f"setup: {venv} with Python {VERSION}")
     run([sys.executable, "-m", "venv", "--clear", str(venv)], "the virtual environment could not be made")
 
 
@@ -296,7 +301,7 @@ def add_system_venv() -> None:
             f"{sys.executable} cannot make virtual environments: its ensurepip is missing\n"
             f"on Debian or Ubuntu: sudo apt-get install {package}"
         )
-    print(f"setup: {sys.executable} has no ensurepip: apt-get install {package}", flush=True)
+    say(f"setup: {sys.executable} has no ensurepip: apt-get install {package}")
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     run([apt, "-qq", "update"], "apt-get update failed", env=quiet)
     run([apt, "-qq", "install", "-y", "--no-install-recommends", package], f"no {package} by apt-get", env=quiet)

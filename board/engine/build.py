@@ -114,7 +114,30 @@ def compile_(engine: Path, tree: Path, machine: str, env: dict[str, str]) -> Non
     }
     defined = [f"-D{name}={value}" for name, value in settings.items()]
     run([cmake, "-S", str(engine), "-B", str(tree), "--fresh", "-G", "Ninja", *defined], env)
-    run([cmake, "--build", str(tree)], env)
+    run([cmake, "--build", str(tree)], {**env, "NINJA_STATUS": "[%f/%t] "}, shown())
+
+
+def shown() -> Callable[[str], None]:
+    """Shows ninja's status lines as a progress bar on a terminal.
+
+    By axrun's code, from its file: axrun may not be installed yet. The cursor goes back to the start of the line, for
+    the setup writes its own lines meanwhile.
+    """
+    path = ENGINE.parent / "axrun" / "progress.py"
+    spec = importlib.util.spec_from_file_location("engine_progress", path)
+    assert spec is not None
+    assert spec.loader is not None
+    progress = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(progress)
+
+    def show(line: str) -> None:
+        if step := re.match(r"\[(\d+)/(\d+)\] ", line):
+            done, total = int(step[1]), int(step[2])
+            progress.show_on_terminal(progress.Progress(done, total, "engine"))
+            if done < total and sys.stderr.isatty():
+                print(end="\r", file=sys.stderr, flush=True)
+
+    return show
 
 
 def program(package: str, path: str) -> str:
@@ -143,8 +166,9 @@ def environment(cache: Path) -> dict[str, str]:
     return {**kept, "ZIG_GLOBAL_CACHE_DIR": str(cache), "ZIG_LOCAL_CACHE_DIR": str(cache)}
 
 
-def run(command: list[str], env: dict[str, str]) -> None:
-    done = subprocess.run(
+def run(command: list[str], env: dict[str, str], seen: Callable[[str], None] = lambda line: None) -> None:
+    """`seen` gets each line that it writes. Raises NotBuilt."""
+    with subprocess.Popen(
         command,
         env=env,
         stdin=subprocess.DEVNULL,
@@ -152,10 +176,13 @@ def run(command: list[str], env: dict[str, str]) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        check=False,
-    )
-    if done.returncode:
-        lines = done.stdout.splitlines()
+    ) as process:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line.rstrip("\n"))
+            seen(line)
+    if process.returncode:
         wrong = [line for line in lines if re.search(r"error:|CMake Error", line)] or lines
         raise NotBuilt("\n".join([f"the engine does not build: {command[0]} {command[1]} says", *wrong[-3:]]))
 

@@ -10,6 +10,7 @@ import torch
 
 from axc import config
 from axc.calibration import head, run
+from axc.calibration import streamed as streaming
 from axc.calibration.options import Options
 from axc.calibration.streamed import Streamed
 from axc.checkpoints import Checkpoint
@@ -66,3 +67,22 @@ def test_what_the_head_gets(family: str, tmp_path: Path) -> None:
     theirs(torch.arange(12)[None])
     with streamed.before_head() as before:
         torch.testing.assert_close(before(seen[0]), seen[1][0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("drifted", [False, True])
+@torch.no_grad()
+def test_inputs_of_linears_without_a_norm_before_them(drifted: bool, tmp_path: Path) -> None:
+    """They are the layer's own inputs, which its outputs replace."""
+    random_model("exaone4", {}).save_pretrained(tmp_path)
+    checkpoint = Checkpoint.open(tmp_path)
+    model = config.load(checkpoint)
+    streamed = Streamed(checkpoint.tied() if model.tie_word_embeddings else checkpoint, model)
+    x, calls = streamed.enter(torch.arange(24).reshape(2, 12))
+    y, layer = torch.randn(x.shape) if drifted else x, streamed.load(0)
+    exact = y.clone()
+    (seen,) = run._observe(layer, ["self_attn.q_proj"], run.Inputs(exact, x if drifted else None, calls[0]))
+    for window, outputs in zip(y, exact, strict=True):
+        assert torch.equal(streaming.run(layer, calls[0], window), outputs)
+    rows, drift = x.flatten(0, 2), (y - x).flatten(0, 2)
+    torch.testing.assert_close(seen.hessian, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen.drift, drift.T @ rows, rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ calibration that was killed resumes after the last one.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -53,6 +54,19 @@ class Seen:
     hessian: Tensor
     drift: Tensor
     modules: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Inputs:
+    """Hidden states [count, 1, n, hidden] before a layer: in the float model, and behind the quantised layers.
+
+    `given` is None where both are the same. One tensor each: as one per window, between the temporary tensors of the
+    layers, they kept glibc from reusing those (0.9 GB at 896 dimensions).
+    """
+
+    exact: Tensor
+    given: Tensor | None
+    call: Call
 
 
 def calibrate(
@@ -164,7 +178,7 @@ def _all(streamed: Streamed, matrices: list[Matrix], ids: Tensor, parts: Path, p
     for matrix in matrices:
         of_layer[matrix.layer].append(matrix)
     exact, calls = streamed.enter(ids)
-    given = list(exact)
+    given = exact.clone()
     layers, total = len(streamed.layers), len(streamed.layers) + 1
     with torch.no_grad():
         for index in range(layers):
@@ -176,17 +190,28 @@ def _all(streamed: Streamed, matrices: list[Matrix], ids: Tensor, parts: Path, p
                     exact[at] = run(layer, calls[index], hidden)
                 _put_all(finished, own, layer, prefix)
             else:
-                _save(path, _quantise(streamed, layer, prefix, own, exact, given, calls[index]))
+                _save(
+                    path,
+                    _quantise(streamed, layer, prefix, own, Inputs(exact, given if index else None, calls[index])),
+                )
             if index + 1 < layers or of_layer[layers]:
                 for at, hidden in enumerate(given):
                     given[at] = run(layer, calls[index], hidden)
             streamed.release(layer)
+            _trim()
+        del exact
         for last in of_layer[layers]:
             progress(layers, total, "head")
             path = parts / f"{layers}.safetensors"
             if _finished(path) is None:
                 _save(path, head.quantise(streamed, last, given))
     progress(total, total, "writing")
+
+
+def _trim() -> None:
+    """Returns freed memory to the system. glibc keeps it, in pieces that do not fit the next tensors."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _join(parts: Path, header: Mapping[str, Any], output: Path) -> Path:
@@ -206,13 +231,12 @@ def _quantise(
     layer: Any,
     prefix: str,
     matrices: list[Matrix],
-    exact: list[Tensor],
-    given: list[Tensor],
-    call: Call,
+    inputs: Inputs,
 ) -> dict[str, tuple[Any, Any, Calibrated]]:
-    """Levels and scales of a layer's matrices; the layer gets their values. `exact` becomes its outputs."""
+    """Levels and scales of a layer's matrices; the layer gets their values. `inputs.exact` becomes its outputs."""
     targets = {piece.name.removeprefix(prefix).removesuffix(".weight") for m in matrices for piece in m.pieces}
-    seen = _observe(layer, sorted(targets), exact, given, call)
+    seen = _observe(layer, sorted(targets), inputs)
+    _trim()  # inverting the widest Hessian takes most memory
     group_of = {name: at for at, group in enumerate(seen) for name in group.modules}
     batches: dict[tuple[Any, ...], list[Matrix]] = defaultdict(list)
     for matrix in matrices:
@@ -244,8 +268,8 @@ def _quantise(
     return result
 
 
-def _observe(layer: Any, targets: list[str], exact: list[Tensor], given: list[Tensor], call: Call) -> list[Seen]:
-    """Sums over the inputs of a layer's linears, one for each distinct input. `exact` becomes the layer's outputs."""
+def _observe(layer: Any, targets: list[str], inputs: Inputs) -> list[Seen]:
+    """Sums over the inputs of a layer's linears, one for each distinct input. `inputs.exact` becomes the outputs."""
     caught: dict[str, Tensor] = {}
     hooks = [
         layer.get_submodule(name).register_forward_pre_hook(
@@ -255,21 +279,21 @@ def _observe(layer: Any, targets: list[str], exact: list[Tensor], given: list[Te
     ]
     groups: list[Seen] = []
     try:
-        for at, hidden in enumerate(exact):
-            exact[at] = run(layer, call, hidden)
+        for at, hidden in enumerate(inputs.exact):
+            outputs = run(layer, inputs.call, hidden)
             wanted = {name: _flat(x) for name, x in caught.items()}
-            same = given[at] is hidden
             if not groups:
                 groups = _grouped(caught)
-            if not same:
+            if inputs.given is not None:
                 caught.clear()
-                run(layer, call, given[at])
+                run(layer, inputs.call, inputs.given[at])
             for group in groups:
                 x = _flat(caught[group.modules[0]])
                 group.hessian.addmm_(x.T, x)
-                if not same:
+                if inputs.given is not None:
                     group.drift.addmm_((wanted[group.modules[0]] - x).T, x)
             caught.clear()
+            inputs.exact[at] = outputs  # now: without a norm before it, a linear's input is `hidden` itself
     finally:
         for hook in hooks:
             hook.remove()
@@ -373,7 +397,7 @@ def _estimate(model: ModelConfig, found: list[Matrix], tokens: int) -> str:
     inputs = {(layer, columns) for layer, _, columns in shapes}
     widest = max(columns for _, columns in inputs)
     layer = max(sum(rows * columns for at, rows, columns in shapes if at == index) for index, _ in inputs)
-    memory = 450e6 + 4 * (3 * layer + 8 * widest**2 + 3 * tokens * model.hidden_size)
+    memory = 450e6 + 4 * (3 * layer + 8 * widest**2 + 2 * tokens * model.hidden_size)
     work = sum(6 * rows * columns * tokens for _, rows, columns in shapes)
     work += sum(4 * tokens * columns**2 + 2 * columns**3 for _, columns in inputs)
     fast, slow = work / FAST, work / SLOW

@@ -176,8 +176,10 @@ class Streamed:
             hook.remove()
 
     @torch.no_grad()
-    def enter(self, windows: Tensor) -> tuple[list[Tensor], list[Call]]:
-        """The first layer's inputs [1, n, hidden] for windows [count, n] of ids, and how the model calls each layer."""
+    def enter(self, windows: Tensor) -> tuple[Tensor, list[Call]]:
+        """The first layer's inputs [count, 1, n, hidden] for windows [count, n] of ids, and how the model calls the
+        layers.
+        """
         used, compact = torch.unique(windows, return_inverse=True)
         embedding = self.model.get_input_embeddings()
         name = next(name for name, module in self.model.named_modules() if module is embedding)
@@ -185,12 +187,17 @@ class Streamed:
         dtype = table.dtype(self.checkpoint)
         rows = [widen(table.rows(self.checkpoint, row, row + 1), dtype) for row in used.tolist()]
         embedding._parameters["weight"] = nn.Parameter(torch.from_numpy(np.concatenate(rows)), requires_grad=False)
-        entered: list[Tensor] = []
+        entered = torch.empty(0)
+        count = 0
         calls: list[Call] = []
 
         def first(hidden: Tensor, *arguments: Any, **named: Any) -> Tensor:
-            entered.append(hidden.clone())
-            if len(entered) > 1:
+            nonlocal entered, count
+            if not count:
+                entered = hidden.new_empty(len(windows), *hidden.shape)
+            entered[count] = hidden
+            count += 1
+            if count > 1:
                 raise _Reached
             return then(hidden, *arguments, **named)
 

@@ -96,7 +96,7 @@ class Batch:
         decoder, position = job.sequence.model.decoder, job.sequence.length
         expect_room(position + len(job.tokens), decoder.context)
         rows = self._model.embedding(job.tokens)
-        decoder.cache.truncate(position)
+        decoder.cache.prepare(position, len(rows))
         return _Part(place, job, decoder, position, rows)
 
     def _run(self, parts: abc.Sequence[_Part]) -> None:

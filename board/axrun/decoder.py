@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -79,9 +80,11 @@ def expect_room(count: int, context: int) -> None:
 class Decoder:
     """The layers of a model in order, or a single one. `dtype` is the hidden_state_type as an ONNX type name."""
 
-    def __init__(self, sessions: Sequence[Session]) -> None:
-        """Raises BadInput if the layers do not fit together."""
+    def __init__(self, sessions: Sequence[Session], cache: KVCache | None = None) -> None:
+        """`cache` None: one of its own. Raises BadInput if the layers do not fit together."""
         self.sessions = sessions
+        if cache is not None:
+            self.cache = cache
         first = next((index for index, session in enumerate(sessions) if _tensors(session).keys() != PLAIN), 0)
         self.groups = sessions[first].groups
         infos = _tensors(sessions[first])
@@ -108,12 +111,7 @@ class Decoder:
         self.kv_size = int(infos["K_cache_out"].shape[2]) if any(self.caches) else 0
         self.visible, self.blocked = visible_and_blocked(self.dtype)
         tokens = self.most = max(group.tokens for group in self.groups)
-        history = max(group.history for group in self.groups)
-        widths = [self.kv_size if caches else 0 for caches in self.caches]
-        self.cache = KVCache(
-            [self._allocate("K_cache", 1, history, width, layer=i) for i, width in enumerate(widths)],
-            [self._allocate("V_cache", 1, history, width, layer=i) for i, width in enumerate(widths)],
-        )
+        history = self.history = max(group.history for group in self.groups)
         self._hidden = [self._allocate(name, 1, tokens, self.hidden_size) for name in ("input", "output")]
         self._rows = [self._allocate(name, 1, tokens, self.kv_size) for name in ("K_cache_out", "V_cache_out")]
         self._indices = self._allocate("indices", 1, tokens, dtype="UINT32")
@@ -121,6 +119,15 @@ class Decoder:
         most = tokens * (tokens + history) if self.flexible else max(masks)
         self._masks = {window: self._allocate("mask", most) for window in {session.window for session in sessions}}
         self._steps: dict[tuple[int, int, int], Step] = {}
+
+    @functools.cached_property
+    def cache(self) -> KVCache:
+        """Allocated at its first use."""
+        widths = [self.kv_size if caches else 0 for caches in self.caches]
+        return KVCache(
+            [self._allocate("K_cache", 1, self.history, width, layer=i) for i, width in enumerate(widths)],
+            [self._allocate("V_cache", 1, self.history, width, layer=i) for i, width in enumerate(widths)],
+        )
 
     def chunks(self, position: int, count: int) -> Iterator[Chunk]:
         """The chunks that run `count` tokens from `position` on."""
@@ -143,7 +150,6 @@ class Decoder:
         if not 0 <= position <= self.cache.length:
             raise ValueError(f"position {position} leaves a gap after the {self.cache.length} tokens in the cache")
         expect_room(position + len(hidden), self.context)
-        self.cache.truncate(position)
         done = 0
         for chunk in self.chunks(position, len(hidden)):
             yield chunk, self._run(chunk, hidden[done : done + chunk.count])
@@ -152,6 +158,7 @@ class Decoder:
     def _run(self, chunk: Chunk, hidden: Array) -> Array:
         step = self._step(chunk)
         position, count = chunk.position, chunk.count
+        self.cache.prepare(position, count)
         step.input[0, :count] = hidden
         step.input[0, count:] = 0  # padding: a stale NaN would pass through the mask
         step.indices[0] = 0

@@ -28,6 +28,10 @@ class KVCache:
     values: Sequence[Array]
     length: int = 0
 
+    def prepare(self, position: int, count: int) -> None:
+        """Drops the tokens from `position` on, and makes their rows writable for `count` new ones."""
+        self.truncate(position)
+
     def write(self, layer: int, position: int, keys: Array, values: Array) -> None:
         """Copies rows [1, n, width] of one layer to position, position + 1, ..."""
         stop = position + keys.shape[1]
@@ -53,7 +57,7 @@ class KVCache:
 
     def restore(self, position: int, count: int, rows: bytes) -> None:
         """Writes what `read` returned, and drops the tokens behind it."""
-        self.truncate(position)
+        self.prepare(position, count)
         begin = 0
         for array in (*self.keys, *self.values):
             target = array[:, position : position + count]
@@ -73,6 +77,11 @@ class KVCache:
         if length < end:
             for array in (*self.keys, *self.values):
                 array[:, length:end] = 0
+
+    def keep(self, length: int) -> None:
+        """Drops the tokens from position `length` on, and clears all rows there, also those of a failed run."""
+        self.length = self.keys[0].shape[1]
+        self.truncate(length)
 
     def reset(self) -> None:
         """Drops all tokens."""

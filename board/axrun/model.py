@@ -16,6 +16,7 @@ from axrun.format import axmodel
 from axrun.format.axmodel import TensorInfo
 from axrun.format.bundle import Bundle
 from axrun.format.dtypes import FLOATS, bf16_to_f32, from_float32, to_float32
+from axrun.kv_cache import KVCache
 from axrun.sampling.draw import overflow
 from axrun.session import Binding, Session, open_session
 
@@ -126,9 +127,9 @@ class Model:
     def __init__(self, embedding: Embedding, decoder: Decoder, post: Post) -> None:
         self.embedding, self.decoder, self.post = embedding, decoder, post
 
-    def another(self) -> Model:
-        """The same model with a separate KV cache."""
-        return Model(self.embedding, Decoder(self.decoder.sessions), self.post)
+    def another(self, cache: KVCache | None = None) -> Model:
+        """The same model with a separate KV cache: the given one, or one of its own."""
+        return Model(self.embedding, Decoder(self.decoder.sessions, cache), self.post)
 
     @classmethod
     def load(

@@ -79,9 +79,7 @@ class Sequence:
 
     def clear(self) -> None:
         """Clears all rows behind the tokens, also those that a failed step left."""
-        cache = self.model.decoder.cache
-        cache.length = cache.keys[0].shape[1]
-        cache.truncate(len(self.ids))
+        self.model.decoder.cache.keep(len(self.ids))
 
 
 def common_prefix(one: abc.Sequence[int], other: abc.Sequence[int]) -> int:

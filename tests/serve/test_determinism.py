@@ -133,8 +133,8 @@ def test_a_reset_clears_the_rows_of_a_failed_step(model: Model, ids: list[int]) 
 
 
 def test_slots_that_do_not_fit_are_refused_with_the_numbers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    each = model.decoder.cache.nbytes
-    monkeypatch.setattr("axrun.serve.slots.available", lambda: (64 << 20) + 10 * each)
+    each = 256 * 2 * model.decoder.kv_size * 2 * len(model.decoder.sessions)
+    monkeypatch.setattr("axrun.serve.slots.available", lambda: (64 << 20) + 11 * each)
     assert len(allocate(model, 11)) == 11
     with pytest.raises(BadInput, match=r"(?s)12 slots need .* MB more .*--slots 11"):
         allocate(model, 12)

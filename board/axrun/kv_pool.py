@@ -62,13 +62,17 @@ class Pool:
         self._users = [0] * count
         self._runs, self._most_runs = 0, most_runs
         self._file = os.memfd_create("axrun K/V")
-        weakref.finalize(self, os.close, self._file)
+        weakref.finalize(self, os.close, self._file).atexit = False  # a thread may still run
         os.ftruncate(self._file, self._streams * count * self._part)  # takes no memory yet
 
     @property
     def block_bytes(self) -> int:
         """Bytes of a block in all layers."""
         return self._streams * self._part
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.block_bytes
 
     @property
     def shared(self) -> int:
@@ -97,7 +101,7 @@ class Pool:
         size = self._streams * self.most * self._part
         start = _mmap(None, size, mmap.PROT_READ, ANONYMOUS, -1, 0)
         memory = (c_uint8 * size).from_address(start)
-        weakref.finalize(memory, _libc().munmap, start, size).atexit = False  # a thread may still run
+        weakref.finalize(memory, _libc().munmap, start, size).atexit = False
         return memory
 
     def grow(self, table: list[int], start: int, count: int) -> None:
@@ -220,6 +224,8 @@ class PooledCache(KVCache):
         or those of whole blocks.
         """
         pool = self.pool
+        if not kept <= count <= other.length:
+            raise ValueError(f"tokens {kept} to {count} of a cache of {other.length}")
         self.truncate(kept)
         first, whole = kept // pool.tokens, count // pool.tokens
         if whole > first:
@@ -258,10 +264,10 @@ class PooledCache(KVCache):
                 array[:, begin:end] = 0
 
 
-def pool_of(decoder: Decoder, caches: int, count: int) -> Pool | None:
-    """A pool for `caches` caches with room for `count` of them in full; None if the engine or system has none.
+def pool_of(decoder: Decoder, caches: int, limit: int | None = None) -> Pool | None:
+    """A pool for `caches` caches, of up to `limit` bytes; None if the engine or the system has none.
 
-    Blocks are as small as the size of a page and the limit of mappings allow.
+    Without a limit all of them can be full. Blocks are as small as the size of a page and the limit of mappings allow.
     """
     row = decoder.kv_size * DTYPES[decoder.dtype].bits // 8
     streams = 2 * sum(decoder.caches)
@@ -275,8 +281,11 @@ def pool_of(decoder: Decoder, caches: int, count: int) -> Pool | None:
         if tokens >= decoder.history:
             return None
         tokens *= 2
+    count = caches * -(-decoder.history // tokens)
+    if limit is not None:
+        count = min(count, limit // (streams * tokens * row))
     try:
-        return Pool(decoder, tokens, count * -(-decoder.history // tokens), most_runs)
+        return Pool(decoder, tokens, count, most_runs)
     except OSError:  # not permitted in this container
         return None
 

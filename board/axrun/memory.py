@@ -83,12 +83,13 @@ def shortage(
     meminfo: Path = MEMINFO,
     slots: int = 1,
     held: int = 0,
+    kv_limit: int | None = None,
 ) -> Shortage | None:
     """The shortage of memory for the bundle; None if it fits or the free memory is unknown.
 
-    `slots`: number of K/V caches. `held`: bytes of the free memory that must stay free.
+    `slots`: number of K/V caches. `held`: bytes of the free memory that must stay free. `kv_limit`: see `needs`.
     """
-    needed = needs(bundle, engine, slots)
+    needed = needs(bundle, engine, slots, kv_limit)
     cmm = cmm_left(cmm_info) if bundle.maker == "pulsar2" else None
     left, what = (available(meminfo), "memory") if cmm is None else (cmm, "CMM")
     if left is not None and what == "memory":
@@ -108,8 +109,11 @@ def mapped(bundle: Bundle, engine: str) -> int:
     return sum(path.stat().st_size for path in (*map(bundle.layer_path, range(bundle.layers)), bundle.post_path))
 
 
-def needs(bundle: Bundle, engine: str, slots: int = 1) -> Needs:
-    """The peak memory of the bundle, which may occur while its largest axmodel is loaded."""
+def needs(bundle: Bundle, engine: str, slots: int = 1, kv_limit: int | None = None) -> Needs:
+    """The peak memory of the bundle, which may occur while its largest axmodel is loaded.
+
+    `kv_limit`: bytes of all K/V caches, with an engine whose caches share a pool.
+    """
     weights = loading = 0.0
     for path in (*map(bundle.layer_path, range(bundle.layers)), bundle.post_path):
         flag = "post_weight_type" if path == bundle.post_path else "weight_type"
@@ -121,9 +125,12 @@ def needs(bundle: Bundle, engine: str, slots: int = 1) -> Needs:
     mask = tokens * (tokens + history)
     values = 2 * tokens * (bundle.hidden_size + bundle.kv_size) + mask + (POST_ROWS + 1) * bundle.hidden_size
     logits = 4 * (POST_ROWS + 1) * bundle.vocab_size
+    kv_cache = 2 * slots * bundle.layers * history * bundle.kv_size * width
+    if kv_limit is not None and engine != "ort" and bundle.maker != "pulsar2":
+        kv_cache = min(kv_cache, kv_limit)
     return Needs(
         weights=int(weights + loading),
-        kv_cache=2 * slots * bundle.layers * history * bundle.kv_size * width,
+        kv_cache=kv_cache,
         buffers=values * width + logits + runtime_bytes(engine),
     )
 

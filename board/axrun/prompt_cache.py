@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from axrun.errors import BadInput
+from axrun.kv_pool import NoRoom
 from axrun.sequence import Sequence
 
 BLOCK = 64  # tokens
@@ -84,7 +85,10 @@ class PromptCache:
             payload = self._read(key, nbytes)
             if payload is None:
                 break
-            sequence.restore(ids[place * BLOCK : (place + 1) * BLOCK], place * BLOCK, payload)
+            try:
+                sequence.restore(ids[place * BLOCK : (place + 1) * BLOCK], place * BLOCK, payload)
+            except NoRoom:
+                break
             restored += BLOCK
         return restored
 

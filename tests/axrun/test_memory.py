@@ -84,6 +84,8 @@ def test_kv_cache_and_file_sizes_are_counted_exactly(bundle_s8: Path, model_s8: 
     assert mapped.weights == sum(path.stat().st_size for path in bundle_s8.glob("*.axmodel"))
     assert needs(bundle, "ort").weights > mapped.weights
     assert mapped.total == mapped.weights + mapped.kv_cache + mapped.buffers
+    limited = [needs(bundle, engine, 4, limit).kv_cache for engine, limit in (("ax", 9), ("ax", 1 << 40), ("ort", 9))]
+    assert limited == [9, 4 * mapped.kv_cache, 4 * mapped.kv_cache]
 
 
 def test_the_estimate_matches_a_process(bundle_s8: Path, engine: str) -> None:

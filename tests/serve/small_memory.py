@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -21,9 +20,9 @@ if __name__ == "__main__":
     else:
         go.set()
 
-    def held(scheduler: Scheduler, turns: Sequence[Any]) -> None:
+    def held(*given: Any) -> None:
         go.wait()
-        run(scheduler, turns)
+        run(*given)
 
     with (
         patch("axrun.memory.available", lambda meminfo: int(os.environ["FREE"])),

@@ -13,6 +13,7 @@ import pytest
 
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
+from axrun.memory import refuse
 from axrun.model import Model
 from axrun.serve.slots import Slot, allocate
 from tests.serve.server import Start as Starter
@@ -132,15 +133,36 @@ def test_a_reset_clears_the_rows_of_a_failed_step(model: Model, ids: list[int]) 
     np.testing.assert_array_equal(alone[0], again[0])
 
 
-def test_slots_that_do_not_fit_are_refused_with_the_numbers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    each = 256 * 2 * model.decoder.kv_size * 2 * len(model.decoder.sessions)
-    monkeypatch.setattr("axrun.serve.slots.available", lambda: (64 << 20) + 11 * each)
-    assert len(allocate(model, 11)) == 11
-    with pytest.raises(BadInput, match=r"(?s)12 slots need .* MB more .*--slots 11"):
-        allocate(model, 12)
-    assert len(allocate(model, 12, lambda shortage: "12 slots" in shortage)) == 12
-    monkeypatch.setattr("axrun.serve.slots.available", lambda: None)
-    assert len(allocate(model, 12)) == 12
+def test_slots_share_the_memory_that_is_free(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    each = 256 * 2 * model.decoder.kv_size * 2 * len(model.decoder.sessions)  # 4 blocks of 64 tokens
+    said: list[str] = []
+
+    def blocks(free: int | None, slots: int, mb: int | None = None, allow: Any = refuse) -> int:
+        monkeypatch.setattr("axrun.serve.slots.available", lambda: None if free is None else (64 << 20) + free)
+        made = allocate(model, slots, allow, None if mb is None else mb << 20, said.append)
+        assert len(made) == slots
+        assert made[0].pool is not None
+        return made[0].pool.count
+
+    assert (blocks(11 * each, 11), blocks(None, 12), said) == (44, 48, [])
+    assert (blocks(11 * each, 12), said) == (
+        44,
+        ["note: 2816 tokens of keys and values fit into the free memory, fewer than 12 slots of 255"],
+    )
+    assert blocks(None, 64, 1) == (1 << 20) // (each // 4) < 64 * 4
+    with pytest.raises(BadInput, match=r"(?s)1 slots need .* MB more .*--slots 1;"):
+        blocks(each - 1, 1)
+    assert blocks(each - 1, 1, allow=lambda shortage: "1 slots" in shortage) == 4
+    with pytest.raises(BadInput, match=r"--kv-cache-mb is 1, 64 MB of memory are free\nGive less"):
+        blocks(each, 64, 1)
+
+
+def test_a_limit_below_one_context_is_refused(bundle_long: Path) -> None:
+    model = Model.load(Bundle.open(bundle_long))
+    with pytest.raises(BadInput, match=r"--kv-cache-mb is 1, a context of 8191 tokens needs \d+ MB\n"):
+        allocate(model, 1, limit=1 << 20)
+    other = Model.load(Bundle.open(bundle_long), "ort")
+    assert allocate(other, 1, limit=1 << 20)[0].pool is None
 
 
 def test_answers_under_load_equal_those_of_an_idle_server(bundle_s8: Path, start: Starter, heldout: str) -> None:

@@ -28,5 +28,16 @@ def test_answers_under_load_equal_those_of_an_idle_server(bundle_s8: Path, start
     assert server.stop() == 0
 
 
+def test_many_slots_share_little_memory(bundle_s8: Path, start: Start) -> None:
+    server = start(bundle_s8, "--slots", 32, "--kv-cache-mb", 1).ready()
+    figures = load.run(server, 32, 1.0, whole=60, cut=20)
+    metrics, health = server.idle(), server.client.get("/health").json()
+    assert figures.wrong == []
+    assert health["kv_blocks"] == metrics["axrun_kv_blocks"] < 32 * 4
+    assert 0 < health["kv_blocks_used"] <= health["kv_blocks"]
+    assert metrics['axrun_tokens_total{kind="prompt_reused"}'] > metrics['axrun_tokens_total{kind="prompt"}'] / 2
+    assert server.stop() == 0
+
+
 def open_files(pid: int) -> int:
     return len(list(Path(f"/proc/{pid}/fd").iterdir()))

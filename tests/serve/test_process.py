@@ -231,6 +231,7 @@ def test_metrics_add_up(bundle_s8: Path, start: Start) -> None:
         ({"port": 70_000}, "--port is 70000"),
         ({"port": -1}, "--port is -1"),
         ({"slots": 0}, "--slots is 0"),
+        ({"kv_cache_mb": 0}, "--kv-cache-mb is 0"),
         ({"queue": 0}, "--queue is 0"),
         ({"timeout": 0.0}, "--timeout is 0.0"),
         ({"timeout": float("nan")}, "--timeout is nan"),

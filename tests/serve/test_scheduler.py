@@ -18,8 +18,9 @@ from axrun.model import Model
 from axrun.sampling import Sampling
 from axrun.serve.metrics import Metrics, ServerMetrics
 from axrun.serve.order import Choice
-from axrun.serve.scheduler import Scheduler, Ticket
+from axrun.serve.scheduler import Scheduler
 from axrun.serve.slots import allocate
+from axrun.serve.turn import Ticket
 from axrun.serve.writer import Writer
 from axrun.text.tokenizer import Tokenizer
 

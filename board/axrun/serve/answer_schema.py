@@ -251,6 +251,9 @@ SCHEMAS: dict[str, Any] = {
             "slots": INTEGER,
             "busy": INTEGER,
             "waiting": INTEGER,
+            "kv_blocks": INTEGER,
+            "kv_blocks_used": INTEGER,
+            "kv_blocks_shared": INTEGER,
         },
         loaded=_list(STRING),  # names, if there are several models
     ),

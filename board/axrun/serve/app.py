@@ -31,8 +31,9 @@ from axrun.serve.openapi import document
 from axrun.serve.order import Order, Reader
 from axrun.serve.origins import Origins
 from axrun.serve.routes import WRITING
-from axrun.serve.scheduler import READY, Event, Ticket
+from axrun.serve.scheduler import READY
 from axrun.serve.served import Served
+from axrun.serve.turn import Event, Ticket
 from axrun.serve.validate import Schema, parse, validate
 from axrun.serve.writer import Piece
 

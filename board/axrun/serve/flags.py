@@ -17,7 +17,9 @@ def add_serve_flags(parser: argparse.ArgumentParser) -> None:
         help="address to listen on (default 127.0.0.1: this machine only)",
     )
     add("--port", type=int, default=8000, metavar="N", help="port to listen on (default 8000; 0: any free port)")
-    add("--slots", type=int, default=4, metavar="N", help="concurrent answers, each with its own KV cache (default 4)")
+    add("--slots", type=int, default=4, metavar="N", help="concurrent answers (default 4)")
+    what = "memory for keys and values, which all slots share (default: a whole context for each, or what is free)"
+    add("--kv-cache-mb", type=int, metavar="MB", help=what)
     add(
         "--max-slowdown",
         type=float,

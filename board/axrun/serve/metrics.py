@@ -16,6 +16,9 @@ GAUGES = {
     "slots": ("axrun_slots", "K/V slots."),
     "busy": ("axrun_slots_busy", "K/V slots in use."),
     "waiting": ("axrun_requests_waiting", "Requests in the queue."),
+    "kv_blocks": ("axrun_kv_blocks", "Blocks of keys and values; 0: each slot has memory of its own."),
+    "kv_blocks_used": ("axrun_kv_blocks_used", "Blocks in use, also by idle slots."),
+    "kv_blocks_shared": ("axrun_kv_blocks_shared", "Blocks of prefixes that several slots hold."),
 }
 
 Figures = Callable[[], Mapping[str, int]]
@@ -29,6 +32,8 @@ class ServerMetrics:
         names = self._names = ["model"] if len(models) > 1 else []
         self._requests = Counter("axrun_requests", "Requests answered.", ["path", "status"], registry=registry)
         self.cancelled = Counter("axrun_cancelled", "Requests whose client disconnected.", names, registry=registry)
+        what = "Answers whose keys and values were dropped for others, and computed again."
+        self.suspended = Counter("axrun_suspended", what, names, registry=registry)
         what = "Time to answer a request completely."
         self.seconds = Histogram("axrun_request_seconds", what, names, buckets=SECONDS, registry=registry)
         what = "Time to first token."
@@ -62,8 +67,8 @@ class Metrics:
 
     def __init__(self, server: ServerMetrics, model: str) -> None:
         self._server, self._model = server, model
-        self._cancelled, self._seconds, self._ttft = (
-            server.labels(metric, model) for metric in (server.cancelled, server.seconds, server.ttft)
+        self._cancelled, self._suspended, self._seconds, self._ttft = (
+            server.labels(metric, model) for metric in (server.cancelled, server.suspended, server.seconds, server.ttft)
         )
         kinds = ("prompt", "prompt_reused", "written", "guessed", "accepted")
         self._prompt, self._reused, self._written, self._guessed, self._accepted = (
@@ -85,6 +90,9 @@ class Metrics:
 
     def cancelled(self) -> None:
         self._cancelled.inc()
+
+    def suspended(self) -> None:
+        self._suspended.inc()
 
     def first_token(self, seconds: float) -> None:
         self._ttft.observe(seconds)

@@ -15,6 +15,7 @@ from typing import Any
 
 from axrun.errors import Failure
 from axrun.serve.errors import ApiError, sentence
+from axrun.serve.metrics import GAUGES
 from axrun.serve.scheduler import LOADING, READY, STOPPING, Scheduler
 from axrun.serve.served import Served
 
@@ -72,8 +73,8 @@ class Models:
 
     @property
     def load_figures(self) -> dict[str, int]:
-        """The numbers of slots, busy slots and waiting requests, of all models."""
-        figures = {"slots": 0, "busy": 0, "waiting": sum(map(len, self._waiting.values()))}
+        """The numbers of slots, busy slots, waiting requests and blocks, of all models."""
+        figures = {**dict.fromkeys(GAUGES, 0), "waiting": sum(map(len, self._waiting.values()))}
         for served in self.listed:
             if served.scheduler is not None:
                 for key, value in served.scheduler.load_figures.items():

@@ -12,51 +12,23 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Union
 
 from axrun.batch import Batch
 from axrun.errors import Failure
 from axrun.job import Computed, Job, compute
 from axrun.serve.errors import ApiError
 from axrun.serve.metrics import Metrics
-from axrun.serve.order import Choice, Text
 from axrun.serve.pace import GUESS_ROWS, Pace
+from axrun.serve.room import Room
 from axrun.serve.slots import Slot
+from axrun.serve.turn import Task, Ticket, Turn
 from axrun.serve.writer import Piece, Writing
 
 LOADING, READY, STOPPING = "loading", "ok", "stopping"
 LONGEST_RETRY = 60  # seconds
 SLOWDOWN = 2.5  # of the next tokens of answers, while prompts are read
 
-Task = Union[Choice, Text]
 Write = Callable[[Task, Slot], Writing]
-Event = Union[Piece, ApiError, None]
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A queued or running request. `deliver` receives its pieces and then None, or an ApiError as the last event.
-
-    `deliver` is called in the scheduler's thread. Times are those of time.monotonic().
-    """
-
-    choices: deque[Task]
-    deliver: Callable[[Event], None]
-    deadline: float
-    came: float = field(default_factory=time.monotonic)
-    begun: bool = False
-    cancelled: bool = False
-
-
-@dataclass(eq=False)
-class _Turn:
-    """A choice that is being generated in a slot."""
-
-    ticket: Ticket
-    slot: Slot
-    steps: Writing
-    job: Job | None = None  # what it needs next
 
 
 class Scheduler(threading.Thread):
@@ -82,10 +54,11 @@ class Scheduler(threading.Thread):
         self._load, self._limit, self._metrics, self._ended, self._ready = load, limit, metrics, ended, ready
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
-        self._turns: list[_Turn] = []
+        self._turns: list[Turn] = []
         self._slots: Sequence[Slot] = ()
         self._slowdown = slowdown
         self._batch: Batch | None = None
+        self._room: Room | None = None
         self._takes = 0
         self._takes_seconds = 1.0  # running mean for a request
         self._stop_at = math.inf
@@ -94,8 +67,9 @@ class Scheduler(threading.Thread):
 
     @property
     def load_figures(self) -> dict[str, int]:
-        """The numbers of slots, busy slots and queued requests."""
-        return {"slots": len(self._slots), "busy": len(self._turns), "waiting": len(self._waiting)}
+        """The numbers of slots, busy slots, queued requests and blocks."""
+        figures = {"slots": len(self._slots), "busy": len(self._turns), "waiting": len(self._waiting)}
+        return figures if self._room is None else {**figures, **self._room.figures}
 
     def submit(self, ticket: Ticket) -> None:
         """Adds a request to the queue.
@@ -136,6 +110,7 @@ class Scheduler(threading.Thread):
     def run(self) -> None:
         try:
             self._slots, self._write = self._load()
+            room = self._room = Room(self._slots, self._turns, self._metrics.suspended)
             decoder = self._slots[0].model.decoder
             self._pace = Pace(self._slowdown, decoder.most)
             if decoder.stacks and len(self._slots) > 1:
@@ -148,13 +123,13 @@ class Scheduler(threading.Thread):
             if self.state == READY:
                 self._ready()
             while self._turns or self.state == READY:
-                self._round()
+                self._round(room)
         except BaseException as error:
             self.failure = error
         finally:
             self._ended()
 
-    def _round(self) -> None:
+    def _round(self, room: Room) -> None:
         """Runs the engine for all busy slots, once."""
         with self._changed:
             while not self._turns and not self._waiting and self.state == READY:
@@ -163,31 +138,30 @@ class Scheduler(threading.Thread):
             for ticket in [ticket for ticket in self._waiting if now > ticket.deadline]:
                 self._waiting.remove(ticket)
                 ticket.deliver(_late())
-            admitted = self._admit()
-        for turn in admitted:
-            self._advance(turn, None)
-        turns = [turn for turn in list(self._turns) if self._goes_on(turn)]
+            self._admit(room)
+        for turn in [turn for turn in self._turns if turn.job is None]:
+            if room.begins(turn):
+                self._advance(turn, None)
+        turns = [turn for turn in list(self._turns) if self._goes_on(turn) and turn.job is not None]
+        turns = [turn for turn in turns if not turn.lost or room.resumes(turn)]
         if self._batch is not None and len(turns) > 1:
-            self._run(turns)
+            self._run(turns, room)
         else:
             for turn in turns:
-                self._run([turn])
+                self._run([turn], room)
 
-    def _admit(self) -> list[_Turn]:
-        admitted = []
+    def _admit(self, room: Room) -> None:
         free = [slot for slot in self._slots if all(turn.slot is not slot for turn in self._turns)]
-        while free and self._waiting:
+        while free and self._waiting and room.admits(self._waiting[0].choices[0]):
             ticket = self._waiting.popleft()
             choice = ticket.choices.popleft()
             slot = _best(free, choice)
             free.remove(slot)
             self._takes += 1
             slot.used = self._takes
-            admitted.append(_Turn(ticket, slot, self._write(choice, slot)))
-        self._turns += admitted
-        return admitted
+            self._turns.append(Turn(ticket, choice, slot, self._write(choice, slot)))
 
-    def _goes_on(self, turn: _Turn) -> bool:
+    def _goes_on(self, turn: Turn) -> bool:
         """Whether a turn still needs the engine; ends it if its client is gone or its time is over."""
         ticket, now = turn.ticket, time.monotonic()
         if ticket.cancelled:
@@ -200,19 +174,23 @@ class Scheduler(threading.Thread):
             return True
         return False
 
-    def _run(self, turns: Sequence[_Turn]) -> None:
+    def _run(self, turns: Sequence[Turn], room: Room) -> None:
         """Runs the jobs of turns together, or that of one, and continues their answers."""
         started = time.monotonic()
-        wanted = [turn.job for turn in turns if turn.job is not None]  # of all turns
+        wanted = [job for turn in turns for job in [turn.work] if job is not None]  # of all turns
         cut = wanted if len(wanted) == 1 else self._pace.cut(wanted)
-        going = [(turn, job) for turn, job in zip(turns, cut) if job is not None]
+        going = [(turn, job) for turn, job in zip(turns, cut) if job is not None and room.runs(turn, job)]
+        if not going and len(turns) > 1:  # no room for later ones, no rows for the first one
+            self._run(turns[:1], room)
+            return
         steps = read = 0
         for (turn, job), result in zip(going, self._compute([job for _, job in going])):
             if job.last == 0:
                 steps += 1
             elif isinstance(result, Computed):
                 read += len(result.hidden)
-            self._advance(turn, result)
+            if job.sequence is turn.slot or isinstance(result, Exception):  # else it got back what it had lost
+                self._advance(turn, result)
         seconds = time.monotonic() - started
         self._pace.learn(seconds, steps, read)
         if steps or read:
@@ -226,7 +204,7 @@ class Scheduler(threading.Thread):
         except Exception as error:
             return [error] * len(jobs)
 
-    def _advance(self, turn: _Turn, result: Computed | Exception | None) -> None:
+    def _advance(self, turn: Turn, result: Computed | Exception | None) -> None:
         """Continues an answer with the result of its job, up to its next job; delivers the pieces in between."""
         steps, turn.job = turn.steps, None
         try:
@@ -245,7 +223,7 @@ class Scheduler(threading.Thread):
             self._release(turn)
             turn.ticket.deliver(_failed(error))
 
-    def _deliver(self, turn: _Turn, piece: Piece) -> None:
+    def _deliver(self, turn: Turn, piece: Piece) -> None:
         ticket = turn.ticket
         if not ticket.begun:
             ticket.begun = True
@@ -265,8 +243,9 @@ class Scheduler(threading.Thread):
                 if not ticket.cancelled:
                     self._waiting.append(ticket)
 
-    def _release(self, turn: _Turn) -> None:
+    def _release(self, turn: Turn) -> None:
         self._turns.remove(turn)
+        turn.slot.settle()
 
 
 def _best(free: Sequence[Slot], choice: Task) -> Slot:

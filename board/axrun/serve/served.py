@@ -58,7 +58,9 @@ class Served:
         self.metrics, self._options, self._loading, self._alone = metrics, options, loading, alone
         self.fingerprint = f"fp_{bundle.digest[:10]}"
         # Both from the sizes of the files now: they may be deleted later, while the model is loaded.
-        self.freed = memory.needs(bundle, loading.engine, options.slots).total - memory.runtime_bytes(loading.engine)
+        self._kv_limit = None if options.kv_cache_mb is None else options.kv_cache_mb << 20
+        needs = memory.needs(bundle, loading.engine, options.slots, self._kv_limit)
+        self.freed = needs.total - memory.runtime_bytes(loading.engine)
         self.held = memory.mapped(bundle, loading.engine)
         self.scheduler: Scheduler | None = None
         self.active = self.used = 0
@@ -120,7 +122,7 @@ class Served:
         for line in describe(model, self.bundle):
             loading.say(line)
         speculation = Speculation.load(options.draft, self.bundle, loading) if options.speculation else None
-        slots = allocate(model, options.slots, loading.allow)
+        slots = allocate(model, options.slots, loading.allow, self._kv_limit, loading.say)
         return slots, Writer(parts.tokenizer, self._prompt_cache, speculation).write
 
     def join(self) -> None:
@@ -145,7 +147,8 @@ class Served:
 
     def shortage(self, held: int) -> memory.Shortage | None:
         """What is missing to load it, if anything. `held`: bytes of memory in use that count as free."""
-        return memory.shortage(self.bundle, self._loading.engine, slots=self._options.slots, held=held + SPARE)
+        slots, limit = self._options.slots, self._kv_limit
+        return memory.shortage(self.bundle, self._loading.engine, slots=slots, held=held + SPARE, kv_limit=limit)
 
     def json(self) -> Mapping[str, Any]:
         """Its entry in /v1/models."""

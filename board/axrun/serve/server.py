@@ -29,6 +29,7 @@ from axrun.text.tool_formats import FORMATS
 
 KEY_VARIABLE = "AXRUN_API_KEY"
 LAST_RUN = 10  # seconds after the grace for the engine's last run and the last responses
+MEGABYTES = "1 to 1048576"
 
 Announce = Callable[[Mapping[str, Any]], None]
 
@@ -37,6 +38,7 @@ Announce = Callable[[Mapping[str, Any]], None]
 class Options:
     """Options of the server. `name` None: that of the bundle. `api_key` None: $AXRUN_API_KEY, if set.
 
+    `kv_cache_mb`: memory for the keys and values of all slots; None: as much as they can use, if that is free.
     `max_slowdown`: of the next tokens of answers, while prompts of others are read; see `axrun.serve.pace.Pace`.
     `prompt_cache`: folder for keys and values of prompts, of up to `prompt_cache_mb`. `allowed_host`: further host
     names to accept, besides those of `axrun.serve.hosts`; "*" accepts any. `parse_special`: special tokens spelled in a
@@ -51,6 +53,7 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 8000
     slots: int = 4
+    kv_cache_mb: int | None = None
     max_slowdown: float = 2.5
     queue: int = 64
     timeout: float = 300.0
@@ -76,6 +79,12 @@ class Options:
         for flag, value, holds, expected in (
             ("--port", self.port, 0 <= self.port <= 65535, "0 (any that is free) to 65535"),
             ("--slots", self.slots, 1 <= self.slots <= 256, "1 to 256"),
+            (
+                "--kv-cache-mb",
+                self.kv_cache_mb,
+                self.kv_cache_mb is None or 1 <= self.kv_cache_mb <= 1 << 20,
+                MEGABYTES,
+            ),
             ("--max-slowdown", self.max_slowdown, 1.1 <= self.max_slowdown <= 1000, "1.1 to 1000"),
             ("--queue", self.queue, 1 <= self.queue <= 10_000, "1 to 10000 requests"),
             ("--timeout", self.timeout, 0 < self.timeout <= 86_400, "above 0, up to 86400 seconds"),
@@ -83,7 +92,7 @@ class Options:
             ("--grace", self.grace, 0 <= self.grace <= 3600, "0 to 3600 seconds"),
             ("--reasoning-budget", self.reasoning_budget or 0, (self.reasoning_budget or 0) >= 0, "at least 0 tokens"),
             ("--max-body", self.max_body, 1 <= self.max_body <= 1 << 30, "1 to 1073741824 bytes"),
-            ("--prompt-cache-mb", self.prompt_cache_mb, 1 <= self.prompt_cache_mb <= 1 << 20, "1 to 1048576"),
+            ("--prompt-cache-mb", self.prompt_cache_mb, 1 <= self.prompt_cache_mb <= 1 << 20, MEGABYTES),
         ):
             if not holds:
                 raise BadInput(f"{flag} is {value}, expected {expected}")

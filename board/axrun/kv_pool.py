@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axrun.decoder import Decoder
-from axrun.errors import Failure
+from axrun.errors import CheckFailed, Failure
 from axrun.format.dtypes import DTYPES
 from axrun.kv_cache import KVCache
 
@@ -107,7 +107,7 @@ class Pool:
     def grow(self, table: list[int], start: int, count: int) -> None:
         """Appends free blocks to the table of a cache at the address `start` until it has `count`.
 
-        Raises NoRoom; the table is then as before.
+        Raises NoRoom, or CheckFailed if the system has no memory; the table is then as before.
         """
         before = len(table)
         self.expect(count - before)
@@ -120,7 +120,7 @@ class Pool:
             raise
 
     def share(self, table: list[int], start: int, blocks: list[int]) -> None:
-        """Appends blocks of another cache. Raises NoRoom; the table is then as before."""
+        """Appends blocks of another cache. Raises as `grow`; the table is then as before."""
         before = len(table)
         self.expect(0, len(blocks))
         try:
@@ -220,8 +220,8 @@ class PooledCache(KVCache):
     def adopt(self, other: PooledCache, kept: int, count: int) -> None:
         """Takes the rows from `kept` to `count` of another cache of the pool, which has the same tokens up to there.
 
-        Whole blocks are shared, a rest is copied. Raises NoRoom; the cache then holds fewer rows, at least `kept`
-        or those of whole blocks.
+        Whole blocks are shared, a rest is copied. Raises NoRoom or CheckFailed; the cache then holds fewer rows, at
+        least `kept` or those of whole blocks.
         """
         pool = self.pool
         if not kept <= count <= other.length:
@@ -251,7 +251,11 @@ class PooledCache(KVCache):
         pool.expect(1)
         saved = [array[:, begin : begin + rows].copy() for array in arrays]
         pool.shrink(self._table, self._start, place)
-        pool.grow(self._table, self._start, place + 1)
+        try:
+            pool.grow(self._table, self._start, place + 1)
+        except CheckFailed:
+            self.length = begin
+            raise
         for array, copied in zip(arrays, saved):
             array[:, begin : begin + rows] = copied
         self._zero(begin + rows, pool.rows)
@@ -310,9 +314,9 @@ def _libc() -> Any:
 
 
 def _mmap(start: int | None, size: int, access: int, flags: int, file: int, offset: int) -> int:
-    """mmap(2) at a given address, which Python's mmap cannot. Raises OSError."""
+    """mmap(2) at a given address, which Python's mmap cannot. Raises CheckFailed."""
     found = _libc().mmap(start, size, access, flags, file, offset)
     if found is None or found == c_void_p(-1).value:
-        number = ctypes.get_errno()
-        raise OSError(number, f"mmap of {size} bytes: {os.strerror(number)}")
+        reason = os.strerror(ctypes.get_errno())
+        raise CheckFailed(f"mmap of {size} bytes for keys and values: {reason}; try fewer slots or more memory")
     return int(found)

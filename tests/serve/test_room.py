@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from axrun import kv_pool
+from axrun.errors import CheckFailed
 from axrun.format.bundle import Bundle
 from axrun.job import Computed, Job, run_alone
 from axrun.kv_pool import pool_of
@@ -245,6 +247,31 @@ def test_many_short_answers_share_the_memory_of_one_context(model: Model, writer
     expect_right(asked, alone)
     assert max(host.runs) == 4
     assert host.suspended == 0
+
+
+@pytest.mark.parametrize("first", [0, 1, 40])
+def test_only_one_answer_fails_if_the_system_refuses_a_mapping(
+    model: Model, writer: Writer, ids: Any, alone: Any, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    """As at vm.max_map_count, which cannot be lowered for one process. `first`: mappings that succeed before."""
+    host = Host(model, writer, 4, 16)
+    asked = [Asked(ids[100 * i : 100 * i + 40], 60) for i in range(4)]
+    made, mmap = 0, kv_pool._mmap
+
+    def refusing(start: int | None, size: int, access: int, flags: int, file: int, offset: int) -> int:
+        nonlocal made
+        made += file >= 0
+        if file >= 0 and made == first + 1:
+            raise CheckFailed("mmap: Cannot allocate memory")
+        return mmap(start, size, access, flags, file, offset)
+
+    monkeypatch.setattr(kv_pool, "_mmap", refusing)
+    host.ask(*asked)
+    host.run()
+    failed = [one for one in asked if one.error]
+    assert len(failed) == 1
+    assert "Cannot allocate memory" in str(failed[0].error)
+    expect_right([one for one in asked if one not in failed], alone)
 
 
 def test_an_answer_begins_when_its_prompt_fits_beside_the_others(

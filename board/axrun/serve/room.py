@@ -82,7 +82,10 @@ class Room:
         return True
 
     def runs(self, turn: Turn, job: Job) -> bool:
-        """Makes room for a job. False: it has to wait, for answers that began earlier."""
+        """Makes room for a job. False: it has to wait, for answers that began earlier.
+
+        Raises CheckFailed if the system has no memory for its rows.
+        """
         if self._pool is None:
             return True
         decoder = turn.slot.model.decoder

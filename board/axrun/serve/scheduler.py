@@ -179,9 +179,16 @@ class Scheduler(threading.Thread):
         started = time.monotonic()
         wanted = [job for turn in turns for job in [turn.work] if job is not None]  # of all turns
         cut = wanted if len(wanted) == 1 else self._pace.cut(wanted)
-        going = [(turn, job) for turn, job in zip(turns, cut) if job is not None and room.runs(turn, job)]
+        going = []
+        for turn, job in zip(turns, cut):
+            try:
+                if job is not None and room.runs(turn, job):
+                    going.append((turn, job))
+            except Failure as error:
+                self._advance(turn, error)
         if not going and len(turns) > 1:  # no room for later ones, no rows for the first one
-            self._run(turns[:1], room)
+            if turns[0] in self._turns:
+                self._run(turns[:1], room)
             return
         steps = read = 0
         for (turn, job), result in zip(going, self._compute([job for _, job in going])):

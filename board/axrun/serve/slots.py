@@ -10,9 +10,9 @@ import contextlib
 from collections import abc
 from collections.abc import Callable
 
-from axrun.errors import BadInput
+from axrun.errors import BadInput, Failure
 from axrun.free_memory import available
-from axrun.kv_pool import NoRoom, Pool, PooledCache, pool_of
+from axrun.kv_pool import Pool, PooledCache, pool_of
 from axrun.memory import Allow, refuse
 from axrun.model import Model
 from axrun.sequence import Sequence
@@ -60,7 +60,7 @@ class Slot(Sequence):
         return _Held(self)
 
     def take(self, other: Slot, ids: abc.Sequence[int], count: int) -> None:
-        """Takes rows of `ids` from another slot that holds the first `count`, as far as the pool has room.
+        """Takes rows of `ids` from another slot that holds the first `count`, as far as there is room.
 
         The slot holds the first tokens of `ids`, all that it has unless it has lost rows.
         """
@@ -68,7 +68,7 @@ class Slot(Sequence):
         assert isinstance(mine, PooledCache)
         assert isinstance(others, PooledCache)
         lost = self.held < self.length
-        with contextlib.suppress(NoRoom):
+        with contextlib.suppress(Failure):  # what it could not take is computed
             mine.adopt(others, self.held, count)
         if not lost:
             self.ids = list(ids[: mine.length])

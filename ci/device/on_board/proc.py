@@ -31,6 +31,12 @@ def memory(name: str) -> int | None:
     return size(read(PROC / "meminfo"), name)
 
 
+def resident(pid: int) -> int | None:
+    """The resident bytes of a process. Pages that it maps several times count once, unlike in VmRSS."""
+    found = size(read(PROC / str(pid) / "smaps_rollup"), "Pss")
+    return size(read(PROC / str(pid) / "status"), "VmRSS") if found is None else found
+
+
 def cmm(key: str) -> int | None:
     """Contiguous memory in bytes; `key` is total or remain."""
     pattern = {"total": r"total size=(\d+)KB", "remain": r"total size.*?remain=(\d+)KB\("}[key]

@@ -67,10 +67,9 @@ class Server:
 
     def sample(self) -> dict[str, Any]:
         """Memory of the server and the board in bytes, None if unknown; `code` is set once the server has ended."""
-        status = proc.read(f"/proc/{self.process.pid}/status") if self.process else ""
         return {
             "code": self.process.poll() if self.process else None,
-            "rss": proc.size(status, "VmRSS"),
+            "rss": proc.resident(self.process.pid) if self.process else None,
             "available": proc.memory("MemAvailable"),
             "cmm": proc.cmm("remain"),
             "said": _last(self._text()) if self.process and self.process.poll() is not None else "",

@@ -120,7 +120,8 @@ def test_a_command_beyond_its_limit_is_ended_with_all_of_its_session(tmp_path: P
         signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN)
         child = os.fork() or os.getpid()
         open(f"pid.{os.getpid()}", "w").close()
-        print("waiting for the board"); open(f"said.{os.getpid()}", "w").close(); time.sleep(3600)
+        os.write(1, b"waiting for the board\\n")  # at once: print writes the end of the line apart
+        open(f"said.{os.getpid()}", "w").close(); time.sleep(3600)
     """
     grace = pytest.MonkeyPatch()
     with grace.context() as patch:

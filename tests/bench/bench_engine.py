@@ -58,6 +58,8 @@ model.decoder.cache.reset()
 out["decode"] = min(timed(lambda: forward(1)) for _ in range(100))
 prefill(256)
 out["decode at 256"] = min(timed(lambda: forward(1)) for _ in range(20))
+out["prefill 1000"] = prefill(1000)
+out["decode at 1000"] = min(timed(lambda: forward(1)) for _ in range(20))
 print(json.dumps(out))
 """
 
@@ -77,7 +79,7 @@ holder = []
 open_model = lambda: holder.append(L.llama_model_load_from_file(sys.argv[1].encode(), L.llama_model_default_params()))
 load = timed(open_model)
 params = L.llama_context_default_params()
-params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads, params.n_threads_batch = 1024, 512, 512, 2, 2
+params.n_ctx, params.n_batch, params.n_ubatch, params.n_threads, params.n_threads_batch = 1024, 1024, 512, 2, 2
 def forward(context, count):
     tokens = (L.llama_token * count)(*random.integers(0, 1000, count).tolist())
     assert L.llama_decode(context, L.llama_batch_get_one(tokens, count)) == 0
@@ -94,6 +96,8 @@ def measure(flash_attention):
     out["decode"] = min(timed(lambda: forward(context, 1)) for _ in range(100))
     prefill(context, 256)
     out["decode at 256"] = min(timed(lambda: forward(context, 1)) for _ in range(20))
+    out["prefill 1000"] = prefill(context, 1000)
+    out["decode at 1000"] = min(timed(lambda: forward(context, 1)) for _ in range(20))
     L.llama_free(context)
     return out
 # on is faster in prefill, off behind many tokens: the better of both for each line
@@ -232,17 +236,18 @@ def test_engine_decodes_every_architecture_as_fast(
     read = {
         (name, what): nbytes(tmp_path / name) + kept_nbytes(name, kept)
         for name in architectures
-        for what, kept in (("decode", 0), ("decode at 256", 256))
+        for what, kept in (("decode", 0), ("decode at 256", 256), ("decode at 1000", 1000))
     }
     benchmark.extra_info.update(best=best, bytes_per_token={" ".join(key): total for key, total in read.items()})
     rows = []
     for name in architectures:
         row = [f"{weight}, {name}"]
-        for what in ("decode", "decode at 256"):
+        for what in ("decode", "decode at 256", "decode at 1000"):
             rate, usual = (read[one, what] / best[one][what] for one in (name, next(iter(LAYERS))))
             row += [f"{best[name][what] * 1e3:.2f}", f"{rate / 1e9:.1f}", f"{rate / usual:.2f}"]
         rows.append(row)
-    columns = ["", *(f"{what}{unit}" for what in ("decode", "at 256") for unit in (" ms", " GB/s", " of Qwen2's"))]
+    units = (" ms", " GB/s", " of Qwen2's")
+    columns = ["", *(f"{what}{unit}" for what in ("decode", "at 256", "at 1000") for unit in units)]
     record(benchmark, "engine-architectures", "Engine: decode of other architectures", columns, rows)
 
 
@@ -334,8 +339,8 @@ def measure(
         ["", *OWN, *PEERS, *(f"{name} / ax" for name in PEERS)],
         rows,
         unit="ms",
-        note="Decode: one token at position 0 or 256. Prefill: 23 or 128 tokens. ax-int8 rounds activations to 8 bits. "
-        "llama.cpp: with or without flash attention, whichever is faster in a line.",
+        note="Decode: one token at position 0, 256 or 1000. Prefill: 23, 128 or 1000 tokens. ax-int8 rounds "
+        "activations to 8 bits. llama.cpp: with or without flash attention, whichever is faster in a line.",
         bars=("ax", "llama.cpp"),
         headlines=headlines,
     )

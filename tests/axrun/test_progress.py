@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import subprocess
 import sys
+
+from tests.terminal import drawn
 
 CODE = """
 from axrun.progress import Progress, mention, show, show_on_terminal
@@ -17,12 +17,7 @@ show(Progress(4, 4, "windows"))
 
 
 def test_a_bar_grows_on_a_terminal() -> None:
-    primary, secondary = pty.openpty()
-    subprocess.run([sys.executable, "-c", CODE], stderr=secondary, check=True)
-    os.close(secondary)
-    seen = os.read(primary, 4096).decode()
-    os.close(primary)
-    assert seen.split("\r\x1b[K") == [
+    assert drawn(CODE) == [
         "",
         "[1/4] #####............... windows",
         "inside",

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import subprocess
 import sys
 
+from tests.terminal import drawn
+
 CODE = """
 import os, sys
-from engine.build import NotBuilt, run, shown
+from engine.build import run, shown
 lines = ["Re-checking globbed directories", "[1/4] Building onnx.cc.o", "a.cc:1: warning: [2/4] no", "[4/4] Linking"]
 run([sys.executable, "-c", f"print({chr(10).join(lines)!r})"], dict(os.environ), shown())
 """
 
 
 def test_the_bar_follows_ninja_on_a_terminal() -> None:
-    primary, secondary = pty.openpty()
-    subprocess.run([sys.executable, "-c", CODE], stderr=secondary, check=True)
-    os.close(secondary)
-    seen = os.read(primary, 4096).decode()
-    os.close(primary)
-    assert seen.split("\r\x1b[K") == [
+    assert drawn(CODE) == [
         "",
         "[1/4] #####............... engine\r",
         "[4/4] #################### engine\r\n",

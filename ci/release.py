@@ -92,7 +92,8 @@ def _build(root: Path, checkout: Path, machines: Sequence[str], say: Say) -> Pat
     archive = checkout.with_suffix(".tar")
     _git(root, "archive", "--format=tar", f"--output={archive}", "HEAD")
     with tarfile.open(archive) as tar:
-        tar.extractall(checkout, filter="data")
+        tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Debian 12's Python has no filters
+        tar.extractall(checkout)
     if (root / PAGE).is_dir():
         shutil.copytree(root / PAGE, checkout / PAGE)
     wheels = checkout / "wheels"

@@ -96,7 +96,8 @@ def ggml() -> Path:
         (source,) = place.glob("*.tar.gz")
         with tarfile.open(source) as archive:
             wanted = [member for member in archive.getmembers() if "/vendor/llama.cpp/ggml/" in member.name]
-            archive.extractall(place, wanted, filter="data")
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Debian 12's Python has no filters
+            archive.extractall(place, wanted)
         source.unlink()
         (place / "complete").touch()
     (found,) = place.glob("*/vendor/llama.cpp/ggml")

@@ -75,6 +75,11 @@ class Pool:
         return self.count * self.block_bytes
 
     @property
+    def promised(self) -> int:
+        """Bytes that blocks will take when they are first written; the system still counts them as free memory."""
+        return self.nbytes - 512 * os.fstat(self._file).st_blocks
+
+    @property
     def shared(self) -> int:
         """Number of blocks with several users."""
         return sum(users > 1 for users in list(self._users))

@@ -102,6 +102,11 @@ def runtime_bytes(engine: str) -> int:
     return RUNTIME_BYTES.get(engine, RUNTIME_BYTES["ort"])
 
 
+def pools(bundle: Bundle, engine: str) -> bool:
+    """Whether the K/V caches of a bundle share a pool, which may be smaller than all of them."""
+    return engine != "ort" and bundle.maker != "pulsar2"
+
+
 def mapped(bundle: Bundle, engine: str) -> int:
     """Bytes of a loaded bundle's axmodels that the system counts as free memory, since it could read them again."""
     if engine == "ort" or bundle.maker == "pulsar2":
@@ -126,7 +131,7 @@ def needs(bundle: Bundle, engine: str, slots: int = 1, kv_limit: int | None = No
     values = 2 * tokens * (bundle.hidden_size + bundle.kv_size) + mask + (POST_ROWS + 1) * bundle.hidden_size
     logits = 4 * (POST_ROWS + 1) * bundle.vocab_size
     kv_cache = 2 * slots * bundle.layers * history * bundle.kv_size * width
-    if kv_limit is not None and engine != "ort" and bundle.maker != "pulsar2":
+    if kv_limit is not None and pools(bundle, engine):
         kv_cache = min(kv_cache, kv_limit)
     return Needs(
         weights=int(weights + loading),

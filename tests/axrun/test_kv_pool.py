@@ -137,8 +137,10 @@ def test_memory_is_taken_by_blocks_and_returned(model: Model) -> None:
     assert pool is not None
     caches = [pool.cache() for _ in range(CACHES)]
     assert memory() == before
+    assert pool.promised == pool.nbytes
     caches[0].prepare(0, TOKENS + 1)
     assert memory() == before + 2 * pool.block_bytes
+    assert pool.promised == pool.nbytes - 2 * pool.block_bytes
     caches[1].adopt(caches[0], 0, 0)
     assert memory() == before + 2 * pool.block_bytes
     del pool, caches

@@ -24,8 +24,10 @@ if __name__ == "__main__":
         go.wait()
         run(*given)
 
+    free = int(os.environ["FREE"])
     with (
-        patch("axrun.memory.available", lambda meminfo: int(os.environ["FREE"])),
+        patch("axrun.memory.available", lambda meminfo: free),
+        patch("axrun.serve.slots.available", lambda: free),
         patch.object(Scheduler, "_run", held),
     ):
         sys.exit(main())

@@ -137,9 +137,9 @@ def test_slots_share_the_memory_that_is_free(model: Model, monkeypatch: pytest.M
     each = 256 * 2 * model.decoder.kv_size * 2 * len(model.decoder.sessions)  # 4 blocks of 64 tokens
     said: list[str] = []
 
-    def blocks(free: int | None, slots: int, mb: int | None = None, allow: Any = refuse) -> int:
+    def blocks(free: int | None, slots: int, mb: int | None = None, allow: Any = refuse, held: int = 0) -> int:
         monkeypatch.setattr("axrun.serve.slots.available", lambda: None if free is None else (64 << 20) + free)
-        made = allocate(model, slots, allow, None if mb is None else mb << 20, said.append)
+        made = allocate(model, slots, allow, None if mb is None else mb << 20, said.append, held)
         assert len(made) == slots
         assert made[0].pool is not None
         return made[0].pool.count
@@ -150,9 +150,11 @@ def test_slots_share_the_memory_that_is_free(model: Model, monkeypatch: pytest.M
         ["note: 2816 tokens of keys and values fit into the free memory, fewer than 12 slots of 255"],
     )
     assert blocks(None, 64, 1) == (1 << 20) // (each // 4) < 64 * 4
-    with pytest.raises(BadInput, match=r"(?s)1 slots need .* MB more .*--slots 1;"):
-        blocks(each - 1, 1)
-    assert blocks(each - 1, 1, allow=lambda shortage: "1 slots" in shortage) == 4
+    words = "a context of 255 tokens needs 1 MB for keys and values, 64 MB of memory are free"
+    with pytest.raises(BadInput, match=words):
+        blocks(each - 1, 3)
+    assert blocks(each - 1, 3, allow=words.__eq__) == 4
+    assert blocks(11 * each, 11, held=each) == 40
     with pytest.raises(BadInput, match=r"--kv-cache-mb is 1, 64 MB of memory are free\nGive less"):
         blocks(each, 64, 1)
 
@@ -162,7 +164,9 @@ def test_a_limit_below_one_context_is_refused(bundle_long: Path) -> None:
     with pytest.raises(BadInput, match=r"--kv-cache-mb is 1, a context of 8191 tokens needs \d+ MB\n"):
         allocate(model, 1, limit=1 << 20)
     other = Model.load(Bundle.open(bundle_long), "ort")
-    assert allocate(other, 1, limit=1 << 20)[0].pool is None
+    said: list[str] = []
+    assert allocate(other, 1, limit=1 << 20, say=said.append)[0].pool is None
+    assert said == ["note: --kv-cache-mb has no effect: each slot has memory of its own with this engine or system"]
 
 
 def test_answers_under_load_equal_those_of_an_idle_server(bundle_s8: Path, start: Starter, heldout: str) -> None:

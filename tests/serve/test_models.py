@@ -124,12 +124,20 @@ class TestMemory:
     def begin(self, monkeypatch: pytest.MonkeyPatch, start: Start) -> Callable[..., Server]:
         monkeypatch.setattr(Server, "program", ("-m", "tests.serve.small_memory"))
 
-        def begin(bundles: Sequence[Path], room_for: Path, *flags: object, **environment: str) -> Server:
+        def begin(
+            bundles: Sequence[Path],
+            room_for: Path,
+            *flags: object,
+            slots: int = SLOTS,
+            full: int = 0,
+            **environment: str,
+        ) -> Server:
+            """With room for `full` of the slots of a bundle, all of them if it is 0."""
             aliases = [
                 word for name, path in zip("abc", bundles, strict=False) for word in ("--alias", f"{name}={path}")
             ]
-            free = needs(Bundle.open(room_for), "ax", SLOTS).total + SPARE + 4096
-            server: Server = start(bundles, "--slots", SLOTS, *aliases, *flags, FREE=str(free), **environment)
+            free = needs(Bundle.open(room_for), "ax", full or slots).total + SPARE + 4096
+            server: Server = start(bundles, "--slots", slots, *aliases, *flags, FREE=str(free), **environment)
             return server.ready()
 
         return begin
@@ -211,6 +219,28 @@ class TestMemory:
         assert complete(server, "a")["model"] == "a"
         assert server.stop() == 0
         assert not [line for line in server.lines if line.startswith("unloaded")]
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_slots_that_do_not_fit_share_what_is_free(
+        self, begin: Callable[..., Server], bundle_s8: Path, bundle_long: Path, first: int
+    ) -> None:
+        """As in a server of its own: a context of each slot does not fit, one does."""
+        paths = [bundle_s8, bundle_long] if first else [bundle_long, bundle_s8]
+        server = begin(paths, bundle_long, slots=64, full=1)
+        for name in "ab":
+            assert complete(server, name)["model"] == name
+        assert loaded(server) == ["b"]
+        assert server.stop() == 0
+        assert [line for line in server.lines if "fit into the free memory, fewer than 64 slots of 8191" in line]
+
+    def test_memory_that_another_model_has_yet_to_write_is_not_free(
+        self, begin: Callable[..., Server], bundle_s8: Path, bundle_long: Path
+    ) -> None:
+        """Free memory here does not shrink: as if no block had been written."""
+        server = begin([bundle_long, bundle_s8], bundle_long, slots=16)
+        assert complete(server, "b")["model"] == "b"
+        assert loaded(server) == ["b"]
+        assert server.stop() == 0
 
     def test_shutdown_ends_requests_that_wait_for_a_model(
         self, begin: Callable[..., Server], bundle_long: Path, tmp_path: Path, endless: dict[str, int]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import traceback
 from collections.abc import Callable, Sequence
@@ -168,9 +169,9 @@ class Models:
             async with self._one_load:
                 if not served.loaded:
                     await self._loop.run_in_executor(None, served.expect_unchanged)
-                    await self._make_room(served)
+                    held = await self._make_room(served)
                     done: asyncio.Future[None] = self._loop.create_future()
-                    self._start(served, done)
+                    self._start(served, done, held)
                     await done
         except ApiError as failed:
             error = failed
@@ -192,18 +193,26 @@ class Models:
             served.active += 1
             future.set_result(None)
 
-    async def _make_room(self, served: Served) -> None:
-        """Unloads models until another one fits the memory. Raises ApiError if it cannot fit."""
+    async def _make_room(self, served: Served) -> int:
+        """Unloads models until another one fits the memory; returns the bytes that the others hold.
+
+        A model whose keys and values would not fit even alone needs room for one context only, as a single one does.
+        Raises ApiError if it cannot fit.
+        """
+        least = False
         while True:
             loaded = [other for other in self.listed if other.scheduler is not None]
             held = sum(other.held for other in loaded)
-            shortage = await self._loop.run_in_executor(None, served.shortage, held)
+            shortage = await self._loop.run_in_executor(None, served.shortage, held, least)
             if shortage is None:
-                return
+                return held
             fits = shortage.needs.total <= shortage.left + sum(other.freed for other in loaded)
-            if not loaded or not fits:
+            if not fits and not least:
+                least = True
+                continue
+            if not fits:
                 if self._allow(shortage.text()):
-                    return
+                    return held
                 words = f"{served.name} cannot be loaded: {shortage.text()}."
                 raise ApiError(503, words, "insufficient_memory", "model")
             idle = [other for other in loaded if not other.active]
@@ -228,8 +237,11 @@ class Models:
         await self._loop.run_in_executor(None, gc.collect)
         self._say(f"unloaded model '{served.name}'")
 
-    def _start(self, served: Served, done: asyncio.Future[None]) -> None:
-        """Starts the scheduler of a model; `done` is resolved when it accepts requests, or has failed before."""
+    def _start(self, served: Served, done: asyncio.Future[None], held: int = 0) -> None:
+        """Starts the scheduler of a model; `done` is resolved when it accepts requests, or has failed before.
+
+        `held`: bytes of the free memory that other models hold.
+        """
 
         def ready() -> None:
             self._ready(served.name)
@@ -238,7 +250,9 @@ class Models:
         def ended() -> None:
             self._call(self._on_end, served, scheduler, done)
 
-        scheduler = Scheduler(served.load, self._queue, served.metrics, ended, ready, served.slowdown)
+        scheduler = Scheduler(
+            functools.partial(served.load, held), self._queue, served.metrics, ended, ready, served.slowdown
+        )
         served.scheduler = scheduler
         scheduler.start()
 

@@ -13,6 +13,7 @@ from axrun import memory
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.format.pooling import Pooling
+from axrun.kv_pool import Pool
 from axrun.load import Loading, describe
 from axrun.prompt_cache import PromptCache
 from axrun.sampling.checkpoint import sampling_of
@@ -47,8 +48,7 @@ class Served:
     """`name` is the model's name in answers, `names` are all that a request may give. `alone`: it is the only bundle.
 
     `scheduler` is set while the model is loaded or being loaded. `active` counts the requests that need it now, `used`
-    orders the models by their last request; `leaving`: no further request may begin. `freed`: bytes of memory that
-    unloading it frees; `held`: those of mapped files, which the system counts as free memory.
+    orders the models by their last request; `leaving`: no further request may begin.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Served:
         self.fingerprint = f"fp_{bundle.digest[:10]}"
         # Both from the sizes of the files now: they may be deleted later, while the model is loaded.
         self._kv_limit = None if options.kv_cache_mb is None else options.kv_cache_mb << 20
-        needs = memory.needs(bundle, loading.engine, options.slots, self._kv_limit)
-        self.freed = needs.total - memory.runtime_bytes(loading.engine)
-        self.held = memory.mapped(bundle, loading.engine)
+        self._needs = memory.needs(bundle, loading.engine, options.slots, self._kv_limit)
+        self._mapped = memory.mapped(bundle, loading.engine)
+        self._pool: Pool | None = None
         self.scheduler: Scheduler | None = None
         self.active = self.used = 0
         self.leaving = False
@@ -77,6 +77,18 @@ class Served:
     @property
     def loaded(self) -> bool:
         return self.scheduler is not None and self.scheduler.state == READY
+
+    @property
+    def held(self) -> int:
+        """Bytes that it takes while loaded although the system counts them as free: mapped files, unwritten blocks."""
+        return self._mapped + (0 if self._pool is None else self._pool.promised)
+
+    @property
+    def freed(self) -> int:
+        """Bytes of memory that unloading it frees, `held` included."""
+        needs = self._needs
+        kv_cache = needs.kv_cache if self._pool is None else self._pool.nbytes
+        return needs.weights + kv_cache + needs.buffers - memory.runtime_bytes(self._loading.engine)
 
     @property
     def parts(self) -> Parts:
@@ -115,14 +127,15 @@ class Served:
         """Reads requests. Raises BadInput."""
         return self.parts.reader
 
-    def load(self) -> tuple[Sequence[Slot], Write]:
-        """Loads the model, with its slots; what a scheduler calls. Raises BadInput."""
+    def load(self, held: int = 0) -> tuple[Sequence[Slot], Write]:
+        """Loads the model, with its slots; what a scheduler calls. `held`: see `shortage`. Raises BadInput."""
         options, loading, parts = self._options, self._loading, self.parts
         model = loading.load(self.bundle)
         for line in describe(model, self.bundle):
             loading.say(line)
         speculation = Speculation.load(options.draft, self.bundle, loading) if options.speculation else None
-        slots = allocate(model, options.slots, loading.allow, self._kv_limit, loading.say)
+        slots = allocate(model, options.slots, loading.allow, self._kv_limit, loading.say, held=held + self._mapped)
+        self._pool = slots[0].pool
         return slots, Writer(parts.tokenizer, self._prompt_cache, speculation).write
 
     def join(self) -> None:
@@ -132,7 +145,7 @@ class Served:
 
     def forget(self) -> None:
         """Drops everything that takes memory; the scheduler must have ended."""
-        self.scheduler = self._parts = None
+        self.scheduler = self._parts = self._pool = None
         self.metrics.forget()
 
     def close(self) -> None:
@@ -145,9 +158,14 @@ class Served:
         if Bundle.open(self.bundle.path).digest != self.bundle.digest:
             raise BadInput(f"{self.bundle.path} has changed since the server was started\nRestart the server.")
 
-    def shortage(self, held: int) -> memory.Shortage | None:
-        """What is missing to load it, if anything. `held`: bytes of memory in use that count as free."""
+    def shortage(self, held: int, least: bool = False) -> memory.Shortage | None:
+        """What is missing to load it, if anything. `held`: bytes that other models hold and that count as free.
+
+        `least`: with keys and values of a single context, if the slots can share those.
+        """
         slots, limit = self._options.slots, self._kv_limit
+        if least and limit is None and memory.pools(self.bundle, self._loading.engine):
+            slots = 1
         return memory.shortage(self.bundle, self._loading.engine, slots=slots, held=held + SPARE, kv_limit=limit)
 
     def json(self) -> Mapping[str, Any]:

@@ -18,6 +18,7 @@ from axrun.model import Model
 from axrun.sequence import Sequence
 
 SPARE = 64 << 20  # bytes of memory to leave free
+FORCE = "--force tries anyway."
 
 
 class Slot(Sequence):
@@ -85,18 +86,22 @@ def allocate(
     allow: Allow = refuse,
     limit: int | None = None,
     say: Callable[[str], None] = lambda line: None,
+    held: int = 0,
 ) -> list[Slot]:
     """Creates `count` slots of a model; without a pool, the first one uses the model's own cache.
 
     `limit`: bytes of the pool; None: enough for all slots, or what is free. `say` receives a remark in that case.
-    Raises BadInput if a whole context does not fit into the limit, or the caches into the free memory and
-    `allow(message)` returns False.
+    `held`: bytes of the free memory that must stay free. Raises BadInput if a whole context does not fit into the
+    limit, or the caches into the free memory and `allow(message)` returns False.
     """
     left = available()
+    left = None if left is None else max(left - held, 0)
     spare = None if left is None else max(left - SPARE, 0)
     pool = pool_of(first.decoder, count, limit)
     if pool is None:
-        _expect(count, 1, first.decoder.cache.nbytes, left, allow)
+        if limit is not None:
+            say("note: --kv-cache-mb has no effect: each slot has memory of its own with this engine or system")
+        _expect(count, first.decoder.cache.nbytes, left, allow)
         return [Slot(model) for model in (first, *(first.another() for _ in range(count - 1)))]
     whole = pool.most * pool.block_bytes  # of a context
     if pool.nbytes < whole:
@@ -105,29 +110,32 @@ def allocate(
             "Give more, or build the bundle with a smaller --kv_cache_len."
         )
     if spare is not None and pool.nbytes > spare:
-        if limit is None and spare >= whole:
-            pool = pool_of(first.decoder, count, spare)
+        free = f"{(left or 0) >> 20} MB of memory are free"
+        if limit is not None:
+            if not allow(message := f"--kv-cache-mb is {limit >> 20}, {free}"):
+                raise BadInput(f"{message}\nGive less; {FORCE}")
+        else:
+            needed = f"a context of {first.context} tokens needs {_mb(whole)} MB for keys and values, {free}"
+            if spare < whole and not allow(needed):
+                raise BadInput(f"{needed}\nStop other programs or build with a smaller --kv_cache_len; {FORCE}")
+            pool = pool_of(first.decoder, count, max(spare, whole))
             assert pool is not None
             say(
                 f"note: {pool.count * pool.tokens} tokens of keys and values fit into the free memory, "
                 f"fewer than {count} slots of {first.context}"
             )
-        elif limit is None:
-            _expect(count, 0, whole, left, allow)
-        elif not allow(message := f"--kv-cache-mb is {limit >> 20}, {(left or 0) >> 20} MB of memory are free"):
-            raise BadInput(f"{message}\nGive less; --force tries anyway.")
     return [Slot(first.another(pool.cache())) for _ in range(count)]
 
 
-def _expect(count: int, there: int, each: int, left: int | None, allow: Allow) -> None:
-    """Raises BadInput if the caches of slots do not fit into the free memory; those of `there` slots exist."""
-    needed = (count - there) * each
+def _expect(count: int, each: int, left: int | None, allow: Allow) -> None:
+    """Raises BadInput if the caches of slots do not fit into the free memory; that of the first one exists."""
+    needed = (count - 1) * each
     if left is None or needed + SPARE <= left:
         return
     shortage = f"{count} slots need {needed >> 20} MB more for their KV caches, {left >> 20} MB of memory are free"
     if not allow(shortage):
-        fitting = max(there + max(left - SPARE, 0) // each, 1)
-        raise BadInput(f"{shortage}\nStart with --slots {fitting}; --force tries anyway.")
+        fitting = 1 + max(left - SPARE, 0) // each
+        raise BadInput(f"{shortage}\nStart with --slots {fitting}; {FORCE}")
 
 
 def _mb(size: int) -> int:

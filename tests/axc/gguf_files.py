@@ -170,8 +170,9 @@ def write(
         writer.add_eos_token_id(2)
         writer.add_add_bos_token(False)
     writer.add_token_list(names)
+    add: dict[type, Any] = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in (keys or {}).items():
-        writer.add_uint32(key, value)
+        add[type(value)](key, value)
     if rope is not None:
         writer.add_tensor("rope_freqs.weight", rope)
     named = gguf.get_tensor_name_map(ARCHITECTURES[kind], config.num_hidden_layers)

@@ -133,7 +133,8 @@ CASES: dict[str, tuple[Change, str]] = {
     ),
     "another architecture": (
         lambda data: data.replace(text("llama"), text("mamba"), 1),
-        "general.architecture is 'mamba'; of GGUF files those of llama, qwen2, qwen3 are read",
+        "general.architecture is 'mamba'; of GGUF files those of llama, qwen2, qwen3 are read\n"
+        "Give the original checkpoint's folder instead.",
     ),
     "an unknown key": (
         lambda data: data.replace(text("llama.context_length"), text("llama.logit_scaling1")),
@@ -142,6 +143,11 @@ CASES: dict[str, tuple[Change, str]] = {
     "no layers named": (
         lambda data: data.replace(text("llama.block_count"), text("other.block_count")),
         "has no llama.block_count",
+    ),
+    "no such matrix": (
+        lambda data: data.replace(text("blk.0.ffn_up.weight"), text("blk.9.ffn_up.weight")),
+        "model.gguf: model.layers.0.mlp.up_proj.weight; it is incomplete, get it again\n"
+        "1 tensor is not of this architecture: model.layers.9.mlp.up_proj.weight; does block_count name fewer layers",
     ),
     "layers without end": (
         lambda data: changed(data, behind(data, "llama.block_count") + 4, "I", 1 << 31),

@@ -125,6 +125,31 @@ def test_the_frequencies_of_llama_3(tmp_path: Path) -> None:
     odd = gguf_files.write(tmp_path / "odd.gguf", rope=divisors + np.float32(0.25))
     with pytest.raises(BadInput, match=r"not those of Llama 3"):
         Checkpoint.open(odd)
+    both = gguf_files.write(tmp_path / "both.gguf", rope=divisors, keys={"llama.rope.scaling.factor": 4.0})
+    with pytest.raises(BadInput, match=r"llama\.rope\.scaling\.factor is .*4\.0.* beside rope_freqs\.weight"):
+        Checkpoint.open(both)
+
+
+@pytest.mark.parametrize(
+    ("keys", "factor"),
+    [
+        ({"type": "linear", "factor": 4.0}, 4.0),
+        ({"factor": 4.0}, 4.0),  # without a type: linear
+        ({"factor": 0.0}, None),
+        ({"type": "none", "factor": 4.0}, None),
+    ],
+)
+@pytest.mark.parametrize("divisors", [False, True])
+def test_scaled_frequencies(tmp_path: Path, keys: dict[str, Any], factor: float | None, divisors: bool) -> None:
+    """`llama_model::load_hparams` of llama.cpp; divisors of 1 change nothing."""
+    changes = {"rope_scaling": {"rope_type": "linear", "rope_theta": 10000.0, "factor": factor}} if factor else {}
+    named = {f"llama.rope.scaling.{key}": value for key, value in keys.items()}
+    ones = np.ones(16, np.float32) if divisors else None
+    path = gguf_files.write(tmp_path / "model.gguf", rope=ones, keys=named)
+    expected = logits_of(gguf_files.model("llama", changes))
+    assert same(logits(path, tmp_path / "out"), expected)
+    assert same(Reference(path).logits(IDS), expected)
+    assert same(expected, logits_of(gguf_files.model("llama"))) == (factor is None)
 
 
 @pytest.mark.parametrize("pre", ["smollm", "qwen2", "llama-bpe", "gpt-2", "spm"])

@@ -10,6 +10,8 @@ from axc.checkpoints import HEAD, INFINITY, STORED_DTYPES, Checkpoint
 from axc.weights import Shape, Source
 from axrun.errors import BadInput
 
+LAYER, FIRST_LAYER = re.compile(r"\.layers\.\d+\."), ".layers.0."
+
 
 def reads(sources: Mapping[str, Source]) -> dict[str, Shape]:
     """The tensors that the sources read, with their shapes."""
@@ -42,11 +44,13 @@ def cross_check(checkpoint: Checkpoint, sources: Mapping[str, Source], redundant
         more = f" ({len(wrong) - 1} more with wrong shapes)" if len(wrong) > 1 else ""
         lines.append(f"{path}: {wrong[0]}{more}")
     if missing:
-        lines.append(
-            f"{_count(missing)} missing from {checkpoint.path}: {_some(missing)}; does config.json belong to it?"
-        )
+        why = "it is incomplete, get it again" if checkpoint.gguf else "does config.json belong to it?"
+        lines.append(f"{_count(missing)} missing from {checkpoint.path}: {_some(missing)}; {why}")
     if unexpected:
-        lines.append(f"{_count(unexpected)} not of this architecture: {_some(unexpected)}; is model_type right?")
+        deeper = all(LAYER.sub(FIRST_LAYER, name) in expected for name in unexpected)
+        config = "block_count" if checkpoint.gguf else "config.json"
+        why = f"does {config} name fewer layers than there are?" if deeper else "is model_type right?"
+        lines.append(f"{_count(unexpected)} not of this architecture: {_some(unexpected)}; {why}")
     if lines:
         hint = _hint(missing, unexpected)
         raise BadInput("\n".join([*lines[:2], hint] if hint else lines[:3]))

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from axc.checkpoints.gguf.container import Container, Strings
+from axc.checkpoints.gguf.container import ORIGINAL, Container, Strings
 from axc.checkpoints.gguf.rows import Rows
 from axc.families import FAMILIES
 from axc.families.family import Gguf
@@ -22,6 +22,7 @@ from axrun.errors import BadInput
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 EMBEDDING = "token_embd.weight"
 ROPE_FREQUENCIES = "rope_freqs.weight"  # a divisor for each frequency
+LINEAR = "linear"  # llama.cpp's default of rope.scaling.type
 # metadata below the architecture's name -> config.json
 KEYS = {
     "context_length": "max_position_embeddings",
@@ -71,7 +72,9 @@ def find(file: Container) -> Architecture:
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise BadInput(f"{file.path}: general.architecture is {name!r:.60}; of GGUF files those of {known} are read")
+        raise BadInput(
+            f"{file.path}: general.architecture is {name!r:.60}; of GGUF files those of {known} are read\n{ORIGINAL}"
+        )
     if file.metadata.get("split.count", 1) not in (0, 1):
         raise BadInput(f"{file.path} is one of several parts\nJoin them first: llama-gguf-split --merge.")
     if "adapter.type" in file.metadata or file.metadata.get("general.type", "model") != "model":
@@ -95,16 +98,23 @@ def config(file: Container, architecture: Architecture) -> dict[str, Any]:
     given = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
     unknown = sorted(set(given) - set(KEYS) - KNOWN)
     if unknown:
-        raise BadInput(f"{file.path}: what {prefix}{unknown[0]:.80} asks for is not known: {given[unknown[0]]!r:.60}")
+        raise BadInput(
+            f"{file.path}: what {prefix}{unknown[0]:.80} asks for is not known: {given[unknown[0]]!r:.60}\n{ORIGINAL}"
+        )
     missing = [key for key in REQUIRED if key not in given]
     if missing:
-        raise BadInput(f"{file.path}: its metadata has no {prefix}{missing[0]}")
+        raise BadInput(f"{file.path}: its metadata has no {prefix}{missing[0]}\n{ORIGINAL}")
     for key in ("expert_count", "expert_used_count"):
         if given.get(key):
-            raise BadInput(f"{file.path}: {prefix}{key} is {given[key]!r:.60}: mixtures of experts are not built")
+            raise BadInput(
+                f"{file.path}: {prefix}{key} is {given[key]!r:.60}: mixtures of experts are not built\n"
+                "Give a model without experts."
+            )
     for key, value in given.items():
         if isinstance(value, (np.ndarray, Strings)):
-            raise BadInput(f"{file.path}: {prefix}{key} differs from layer to layer; this is built with one value only")
+            raise BadInput(
+                f"{file.path}: {prefix}{key} differs from layer to layer; this is built with one value only\n{ORIGINAL}"
+            )
     names = {entry.name for entry in file.tensors}
     values = {KEYS[key]: value for key, value in given.items() if key in KEYS}
     values.setdefault("vocab_size", _vocabulary(file))
@@ -137,20 +147,26 @@ def _refuse_partial_rotation(file: Container, prefix: str, values: dict[str, Any
     width = values.get("head_dim", hidden // heads)
     for key in ("rope.dimension_count", "attention.value_length"):
         if given.get(key, width) != width:
-            raise BadInput(f"{file.path}: {prefix}{key} is {given[key]!r:.40}; expected {width}, as wide as a head")
+            raise BadInput(
+                f"{file.path}: {prefix}{key} is {given[key]!r:.40}; expected {width}, as wide as a head\n{ORIGINAL}"
+            )
 
 
 def _rope(file: Container, prefix: str, given: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """rope_scaling of config.json: linear from the metadata, llama3 from the tensor of its divisors."""
+    """rope_scaling of config.json: linear from the metadata, llama3 from the tensor of its divisors.
+
+    A factor counts without a type too, and 0 means 1, as in `llama_model::load_hparams` of llama.cpp.
+    """
     values.setdefault("rope_theta", 10000.0)
-    kind, factor = given.get("rope.scaling.type", "none"), given.get("rope.scaling.factor", 1.0)
+    kind, factor = given.get("rope.scaling.type", LINEAR), given.get("rope.scaling.factor", 1.0)
+    if kind not in ("none", LINEAR):
+        raise BadInput(f"{file.path}: {prefix}rope.scaling.type is {kind!r:.60}; expected none or linear\n{ORIGINAL}")
+    linear = (
+        {"rope_scaling": {"rope_type": LINEAR, "factor": factor}} if kind == LINEAR and factor not in (0, 1) else {}
+    )
     entry = next((entry for entry in file.tensors if entry.name == ROPE_FREQUENCIES), None)
-    if kind == "linear" and factor != 1.0 and entry is None:
-        return {"rope_scaling": {"rope_type": "linear", "factor": factor}}
-    if kind not in ("none", "linear"):
-        raise BadInput(f"{file.path}: {prefix}rope.scaling.type is {kind!r:.60}; expected none or linear")
     if entry is None:
-        return {}
+        return linear
     if entry.kind.name != "F32" or len(entry.shape) != 1:
         raise BadInput(f"{file.path}: {ROPE_FREQUENCIES} is {entry.kind.name}{list(entry.shape)}; expected F32 [n]")
     theta = values["rope_theta"]
@@ -158,7 +174,12 @@ def _rope(file: Container, prefix: str, given: dict[str, Any], values: dict[str,
         raise BadInput(f"{file.path}: {prefix}rope.freq_base is {theta!r:.40}; expected a number from 1 to 1e15")
     divisors = Rows(file.data, entry, None)(0, entry.shape[0]).reshape(-1)
     if (divisors == 1).all():
-        return {}
+        return linear
+    if linear:
+        raise BadInput(
+            f"{file.path}: {prefix}rope.scaling.factor is {factor!r:.40} beside {ROPE_FREQUENCIES}; "
+            f"expected one of them\n{ORIGINAL}"
+        )
     for original in (8192,):
         scaling = {
             "rope_type": "llama3",
@@ -169,7 +190,7 @@ def _rope(file: Container, prefix: str, given: dict[str, Any], values: dict[str,
         }
         if np.allclose(divisors, _llama3(scaling, float(theta), len(divisors)), rtol=1e-5):
             return {"rope_scaling": scaling}
-    raise BadInput(f"{file.path}: {ROPE_FREQUENCIES} holds divisors that are not those of Llama 3")
+    raise BadInput(f"{file.path}: {ROPE_FREQUENCIES} holds divisors that are not those of Llama 3\n{ORIGINAL}")
 
 
 def _llama3(scaling: Mapping[str, Any], theta: float, count: int) -> NDArray[np.float64]:

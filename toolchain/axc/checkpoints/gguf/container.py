@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from axrun.errors import BadInput
 
 MAGIC = b"GGUF"
+ORIGINAL = "Give the original checkpoint's folder instead."  # advice for what a GGUF file is not read for
 VERSIONS = (2, 3)
 ALIGNMENT = "general.alignment"
 # far above what models have: vocabularies reach 2**18 tokens and twice as many merges

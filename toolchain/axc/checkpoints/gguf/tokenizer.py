@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from axc.checkpoints.gguf.container import Container, Strings
+from axc.checkpoints.gguf.container import ORIGINAL, Container, Strings
 from axrun.errors import BadInput
 from axrun.text.tokenizer import BYTE_LEVEL, QWEN2_CUT
 
@@ -49,7 +49,8 @@ def files(file: Container) -> dict[str, str]:
         return {}
     if kind not in ("gpt2", "llama"):
         raise BadInput(
-            f"{file.path}: tokenizer.ggml.model is {kind!r:.60}; gpt2 (BPE) and llama (SentencePiece) are read"
+            f"{file.path}: tokenizer.ggml.model is {kind!r:.60}; gpt2 (BPE) and llama (SentencePiece) are read\n"
+            f"{ORIGINAL}"
         )
     tokens = list(get("tokenizer.ggml.tokens", Strings) or ())
     kinds = get("tokenizer.ggml.token_type", np.ndarray)
@@ -118,7 +119,9 @@ def _vocabulary(file: Container, tokens: list[str]) -> dict[str, int]:
 def _byte_level(file: Container, tokens: list[str], kinds: Any) -> Tokenizer:
     name = _Reader(file).get("tokenizer.ggml.pre", str)
     if name not in CUTS:
-        raise BadInput(f"{file.path}: tokenizer.ggml.pre is {name!r:.60}; expected one of {', '.join(CUTS)}")
+        raise BadInput(
+            f"{file.path}: tokenizer.ggml.pre is {name!r:.60}; expected one of {', '.join(CUTS)}\n{ORIGINAL}"
+        )
     spelled = [_spelled(token, kind) for token, kind in zip(tokens, kinds.tolist(), strict=True)]
     vocabulary = _vocabulary(file, spelled)
     merges = list(_merges(file, vocabulary))

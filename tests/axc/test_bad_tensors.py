@@ -41,7 +41,15 @@ def test_missing_tensor(checkpoint: Breakable, tmp_path: Path) -> None:
 
 def test_unexpected_tensor(checkpoint: Breakable, tmp_path: Path) -> None:
     extra = {"model.layers.0.self_attn.q_norm.weight": torch.ones(32)}
-    assert_build_refused(replaced(checkpoint(), extra), tmp_path, "1 tensor is not of this architecture", *extra)
+    assert_build_refused(
+        replaced(checkpoint(), extra), tmp_path, "1 tensor is not of this architecture", "is model_type right", *extra
+    )
+
+
+def test_more_layers_than_config_json_names(checkpoint: Breakable, tmp_path: Path) -> None:
+    extra = {"model.layers.4.input_layernorm.weight": torch.ones(128)}
+    expected = "not of this architecture", *extra, "does config.json name fewer layers than there are?"
+    assert_build_refused(replaced(checkpoint(), extra), tmp_path, *expected)
 
 
 def test_rotary_tables_of_older_checkpoints_are_ignored(checkpoint: Breakable, tmp_path: Path) -> None:

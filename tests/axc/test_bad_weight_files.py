@@ -24,7 +24,15 @@ def test_no_folder(tmp_path: Path) -> None:
 
 
 def test_a_file_in_place_of_the_folder(checkpoint: Breakable, tmp_path: Path) -> None:
-    assert_build_refused(checkpoint() / "model.safetensors", tmp_path, "no checkpoint folder")
+    weights = checkpoint() / "model.safetensors"
+    assert_build_refused(weights, tmp_path, f"{weights} is a file, not a checkpoint folder", "or a .gguf file")
+
+
+def test_a_gguf_file_of_another_name(tmp_path: Path) -> None:
+    """As Ollama keeps them."""
+    path = tmp_path / "sha256-4f1a"
+    path.write_bytes(b"GGUF" + bytes(60))
+    assert_build_refused(path, tmp_path, f"{path} is a GGUF file whose name does not end in .gguf", "Rename it")
 
 
 def test_a_name_longer_than_the_system_allows(tmp_path: Path) -> None:
@@ -111,7 +119,7 @@ def test_missing_shard(checkpoint: Breakable, tmp_path: Path) -> None:
     folder = checkpoint()
     missing = shard(folder)[1]
     missing.unlink()
-    assert_build_refused(folder, tmp_path, "1 of 3 shards", missing.name, "Download")
+    assert_build_refused(folder, tmp_path, f"1 of 3 shards named by {folder}", missing.name, "Download")
 
 
 def test_a_shard_without_its_tensors(checkpoint: Breakable, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ ORDER = (
 SUFFIXES = (".safetensors", ".bin")
 ADAPTER_CONFIG = "adapter_config.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+GGUF_MAGIC = b"GGUF"
 # torch.distributed checkpoints, which transformers prefers to every other file
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # files of a training run with a weight file's suffix that hold no weights
@@ -41,6 +42,8 @@ class WeightFiles:
 
 def choose(folder: Path) -> WeightFiles:
     """The weight files that transformers would load. Raises BadInput if there are none or several candidates."""
+    if folder.is_file():
+        raise BadInput("\n".join(_no_folder(folder)))
     if not folder.is_dir():
         raise BadInput(f"no checkpoint folder {folder}\nGive the folder that holds config.json and the weights.")
     try:
@@ -87,6 +90,24 @@ def _refuse_other_forms(folder: Path, names: Sequence[str]) -> None:
             f"{folder} is a torch.distributed checkpoint ({distributed[0]})\n"
             "Load it with transformers and save it again with save_pretrained()."
         )
+
+
+def _no_folder(file: Path) -> tuple[str, str]:
+    """Describes a file in place of a folder, and what to do."""
+    try:
+        with file.open("rb") as opened:
+            gguf = opened.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    except OSError as error:
+        return f"cannot read {file}: {error.strerror}", "Give the folder that holds config.json and the weights."
+    if gguf:
+        return (
+            f"{file} is a GGUF file whose name does not end in .gguf",
+            "Rename it, or give a link that ends in .gguf.",
+        )
+    return (
+        f"{file} is a file, not a checkpoint folder",
+        "Give the folder that holds config.json and the weights, or a .gguf file.",
+    )
 
 
 def _no_weights(folder: Path, names: Sequence[str]) -> tuple[str, str]:
@@ -199,8 +220,8 @@ def _shards(index: Path) -> tuple[Path, ...]:
     missing = sorted(name for name in names if not (index.parent / name).is_file())
     if missing:
         raise BadInput(
-            f"{len(missing)} of {len(names)} shards named by {index.name} are missing: {', '.join(missing[:4])}\n"
-            "Download them again into the same folder."
+            f"{len(missing)} of {len(names)} shards named by {index} are missing: {', '.join(missing[:4])}\n"
+            "Download them again into that folder."
         )
     return tuple(index.parent / name for name in sorted(names))
 

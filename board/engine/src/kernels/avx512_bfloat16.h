@@ -72,8 +72,8 @@ void bfloat16_linear(const LinearJob& job, size_t first, size_t last, void* scra
       for (size_t b = 0; b < a.blocks(); ++b) {
         const size_t columns = least(kBlock, w.columns - b * kBlock);
         const uint8_t* data = w.data + row * w.stride() + b * kBytes;
-        each_transposed<kBytes>(data, w.stride(), rows, 2 * columns, [&](size_t group, size_t part, const __m512i* r) AXC_INLINE {
-          for (size_t i = 0; i < 16; ++i) _mm512_store_si512(panel + (part * 16 + i) * 128 + group * 64, r[i]);
+        each_transposed<kBytes>(data, w.stride(), rows, 2 * columns, [&](auto half, auto part, const __m512i* r) AXC_INLINE {
+          for (size_t i = 0; i < 16; ++i) _mm512_store_si512(panel + (part * 16 + i) * 128 + half * 64, r[i]);
         });
         Prefetcher prefetcher = behind(job, row, last, kIntPanel, b * kBlock, kBlock, (tokens + kRows - 1) / kRows);
         for (size_t t = 0; t < tokens; t += kRows) {

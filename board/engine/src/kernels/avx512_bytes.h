@@ -78,14 +78,15 @@ inline void store_unsigned(const int16_t* levels, Precision precision, Arithmeti
 
 inline __mmask64 first_bytes(size_t count) { return count >= 64 ? ~__mmask64{0} : (__mmask64{1} << count) - 1; }
 
-// Calls store(group, half, r) for every 16 rows and 64 bytes of a block, transposed. Missing rows and bytes are zeros.
+// Calls store(half, part, r) for each half of 16 rows of a panel, as a constant, and each part of 64 bytes of a block,
+// transposed. Missing rows and bytes are zeros.
 template <size_t kBytes, class Store>
-inline void each_transposed(const uint8_t* w, size_t stride, size_t rows, size_t bytes, Store store) {
-  for (size_t half = 0; half < kBytes / 64; ++half) {
-    const size_t count = bytes > 64 * half ? least(64, bytes - 64 * half) : 0;
-    for (size_t group = 0; group < kIntPanel / 16; ++group) {
-      const size_t there = rows > group * 16 ? least(16, rows - group * 16) : 0;
-      const uint8_t* from = w + group * 16 * stride + 64 * half;
+AXC_INLINE inline void each_transposed(const uint8_t* w, size_t stride, size_t rows, size_t bytes, Store store) {
+  repeat<kIntPanel / 16>([&](auto half) AXC_INLINE {
+    const size_t there = rows > half * 16 ? least(16, rows - half * 16) : 0;
+    repeat<kBytes / 64>([&](auto part) AXC_INLINE {
+      const size_t count = bytes > 64 * part ? least(64, bytes - 64 * part) : 0;
+      const uint8_t* from = w + half * 16 * stride + 64 * part;
       Vf words[16];
       if (there == 16 && count == 64) {
         transpose_words([=](size_t row) AXC_INLINE { return from + row * stride; }, words);
@@ -96,29 +97,35 @@ inline void each_transposed(const uint8_t* w, size_t stride, size_t rows, size_t
       }
       __m512i r[16];
       repeat<16>([&](auto i) AXC_INLINE { r[i] = __m512i(words[i]); });
-      store(group, half, r);
-    }
-  }
+      store(half, part, r);
+    });
+  });
 }
 
-// Sums over groups of 32, 64 or 128 columns, 4 columns a step; stores the negative sum at the end of each group.
+// Sums over groups of columns for each output. Of every 32 columns first, so that each has a register.
 class GroupSums {
  public:
-  GroupSums(uint8_t* at, size_t group) : at_(at), shift_(std::countr_zero(group / 4)) {}
+  // Adds 4 columns, with more(sum). kStep: their number in the block.
+  template <size_t kStep, size_t kHalf, class More>
+  AXC_INLINE void add(const More& more) {
+    __m512i& sum = of_32_[kHalf][kStep / 8];
+    sum = more(sum);
+  }
 
-  template <class More>
-  AXC_INLINE void add(size_t step, size_t half, const More& more) {
-    sums_[half] = more(sums_[half]);
-    if ((step + 1) & ((size_t{1} << shift_) - 1)) return;
-    const __m512i negated = _mm512_sub_epi32(_mm512_setzero_si512(), sums_[half]);
-    _mm512_store_si512(at_ + ((step >> shift_) * 2 + half) * 64, negated);
-    sums_[half] = _mm512_setzero_si512();
+  // Stores the negative sums of groups of 32, 64 or 128 columns.
+  AXC_INLINE void store(size_t group, uint8_t* at) const {
+    for (size_t i = 0; i < 4; i += group / 32) {
+      repeat<kIntPanel / 16>([&](auto half) AXC_INLINE {
+        __m512i sum = _mm512_setzero_si512();
+        for (size_t j = i; j < i + group / 32; ++j) sum = _mm512_sub_epi32(sum, of_32_[half][j]);
+        _mm512_store_si512(at + half * 64, sum);
+      });
+      at += kIntPanel * 4;
+    }
   }
 
  private:
-  uint8_t* at_;
-  int shift_;  // log2 of the steps of a group
-  __m512i sums_[kIntPanel / 16] = {};
+  __m512i of_32_[kIntPanel / 16][4] = {};
 };
 
 constexpr size_t kBytePanel = kIntPanel * kBlock;
@@ -127,12 +134,15 @@ constexpr size_t kBytePanel = kIntPanel * kBlock;
 // -2^7 times the sum of the weights.
 class BytePanel {
  public:
-  BytePanel(uint8_t* at, size_t group) : at_(at), sums_(at + kBytePanel, group) {}
+  explicit BytePanel(uint8_t* at) : at_(at) {}
 
-  AXC_INLINE void put(size_t step, size_t half, __m512i w) {
-    _mm512_store_si512(at_ + (step * 2 + half) * 64, w);
-    sums_.add(step, half, [&](__m512i sum) AXC_INLINE { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), w); });
+  template <size_t kStep, size_t kHalf>
+  AXC_INLINE void put(__m512i w) {
+    _mm512_store_si512(at_ + (kStep * 2 + kHalf) * 64, w);
+    sums_.add<kStep, kHalf>([&](__m512i sum) AXC_INLINE { return _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(-128), w); });
   }
+
+  AXC_INLINE void finish(size_t group) const { sums_.store(group, at_ + kBytePanel); }
 
  private:
   uint8_t* at_;
@@ -140,26 +150,28 @@ class BytePanel {
 };
 
 inline void pack_bytes_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
-  BytePanel to(panel, group);
+  BytePanel to(panel);
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(w);
-  each_transposed<kBlock>(bytes, stride, rows, columns, [&](size_t half, size_t part, const __m512i* r) AXC_INLINE {
-    for (size_t i = 0; i < 16; ++i) to.put(part * 16 + i, half, r[i]);
+  each_transposed<kBlock>(bytes, stride, rows, columns, [&](auto half, auto part, const __m512i* r) AXC_INLINE {
+    repeat<16>([&](auto i) AXC_INLINE { to.put<part * 16 + i, half>(r[i]); });
   });
+  to.finish(group);
 }
 
 inline void pack_bytes_int4(const uint8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
-  BytePanel to(panel, group);
+  BytePanel to(panel);
   const __m512i eight = _mm512_set1_epi8(8), nibble = _mm512_set1_epi8(15);
   const auto level = [&](__m512i bytes) AXC_INLINE {
     constexpr int kFlipped = 0x28;  // as ternary logic: (bytes ^ eight) & nibble
     return _mm512_sub_epi8(_mm512_ternarylogic_epi32(bytes, eight, nibble, kFlipped), eight);
   };
-  each_transposed<kBlock / 2>(w, stride, rows, columns / 2, [&](size_t half, size_t, const __m512i* r) AXC_INLINE {
-    for (size_t i = 0; i < 16; ++i) {
-      to.put(2 * i, half, level(r[i]));
-      to.put(2 * i + 1, half, level(_mm512_srli_epi16(r[i], 4)));
-    }
+  each_transposed<kBlock / 2>(w, stride, rows, columns / 2, [&](auto half, auto, const __m512i* r) AXC_INLINE {
+    repeat<16>([&](auto i) AXC_INLINE {
+      to.put<2 * i, half>(level(r[i]));
+      to.put<2 * i + 1, half>(level(_mm512_srli_epi16(r[i], 4)));
+    });
   });
+  to.finish(group);
 }
 
 inline int32_t dword(const uint8_t* at) {

@@ -52,13 +52,16 @@ void store_levels(const int16_t* levels, const Activations& of, Arithmetic order
 // products.
 class PairPanel {
  public:
-  PairPanel(uint8_t* at, size_t group) : at_(at), products_(at + kPairPanel, group) {}
+  explicit PairPanel(uint8_t* at) : at_(at) {}
 
-  AXC_INLINE void put(size_t step, size_t half, __m512i w0, __m512i w1) {
-    _mm512_store_si512(at_ + (step * 4 + half * 2) * 64, w1);
-    _mm512_store_si512(at_ + (step * 4 + half * 2 + 1) * 64, w0);
-    products_.add(step, half, [&](__m512i sum) AXC_INLINE { return _mm512_dpwssd_epi32(sum, w0, w1); });
+  template <size_t kStep, size_t kHalf>
+  AXC_INLINE void put(__m512i w0, __m512i w1) {
+    _mm512_store_si512(at_ + (kStep * 4 + kHalf * 2) * 64, w1);
+    _mm512_store_si512(at_ + (kStep * 4 + kHalf * 2 + 1) * 64, w0);
+    products_.add<kStep, kHalf>([&](__m512i sum) AXC_INLINE { return _mm512_dpwssd_epi32(sum, w0, w1); });
   }
+
+  AXC_INLINE void finish(size_t group) const { products_.store(group, at_ + kPairPanel); }
 
  private:
   uint8_t* at_;
@@ -76,23 +79,25 @@ AXC_INLINE inline __m512i signed_low(__m512i words) {
 template <Precision kPrecision>
 void pack_int8(const int8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
   if (kPrecision == Precision::Bits8) return pack_bytes_int8(w, stride, rows, columns, group, panel);
-  PairPanel to(panel, group);
+  PairPanel to(panel);
   const uint8_t* bytes = reinterpret_cast<const uint8_t*>(w);
-  each_transposed<kBlock>(bytes, stride, rows, columns, [&](size_t half, size_t part, const __m512i* r) AXC_INLINE {
-    for (size_t i = 0; i < 16; ++i) to.put(part * 16 + i, half, signed_low<8>(r[i]), _mm512_srai_epi16(r[i], 8));
+  each_transposed<kBlock>(bytes, stride, rows, columns, [&](auto half, auto part, const __m512i* r) AXC_INLINE {
+    repeat<16>([&](auto i) AXC_INLINE { to.put<part * 16 + i, half>(signed_low<8>(r[i]), _mm512_srai_epi16(r[i], 8)); });
   });
+  to.finish(group);
 }
 
 template <Precision kPrecision>
 void pack_int4(const uint8_t* w, size_t stride, size_t rows, size_t columns, size_t group, uint8_t* panel) {
   if (kPrecision == Precision::Bits8) return pack_bytes_int4(w, stride, rows, columns, group, panel);
-  PairPanel to(panel, group);
-  each_transposed<kBlock / 2>(w, stride, rows, columns / 2, [&](size_t half, size_t, const __m512i* r) AXC_INLINE {
-    for (size_t i = 0; i < 16; ++i) {
-      to.put(2 * i, half, signed_low<4>(r[i]), signed_low<4>(_mm512_srli_epi16(r[i], 4)));
-      to.put(2 * i + 1, half, signed_low<4>(_mm512_srli_epi16(r[i], 8)), _mm512_srai_epi16(r[i], 12));
-    }
+  PairPanel to(panel);
+  each_transposed<kBlock / 2>(w, stride, rows, columns / 2, [&](auto half, auto, const __m512i* r) AXC_INLINE {
+    repeat<16>([&](auto i) AXC_INLINE {
+      to.put<2 * i, half>(signed_low<4>(r[i]), signed_low<4>(_mm512_srli_epi16(r[i], 4)));
+      to.put<2 * i + 1, half>(signed_low<4>(_mm512_srli_epi16(r[i], 8)), _mm512_srai_epi16(r[i], 12));
+    });
   });
+  to.finish(group);
 }
 
 template <size_t kRows, size_t kGroup>

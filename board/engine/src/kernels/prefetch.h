@@ -6,8 +6,11 @@
 namespace axc {
 namespace {
 
+// Every line that holds one of these bytes: rows of weights begin anywhere in a line.
 inline void fetch(const uint8_t* from, size_t bytes) {
-  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(from + line, 0, 2);
+  constexpr size_t kLine = 64;
+  const uint8_t* const end = from + bytes;
+  for (from -= reinterpret_cast<uintptr_t>(from) % kLine; from < end; from += kLine) __builtin_prefetch(from, 0, 2);
 }
 
 // Prefetches the part of a weight that is packed next, a few rows before each tile: its rows are too far apart for the

@@ -16,6 +16,7 @@ from axrun.format.bundle import Bundle
 from axrun.job import Computed, Job
 from axrun.model import Model
 from axrun.sampling import Sampling
+from axrun.serve.errors import ApiError
 from axrun.serve.metrics import Metrics, ServerMetrics
 from axrun.serve.order import Choice
 from axrun.serve.scheduler import Scheduler
@@ -53,6 +54,27 @@ def answers(path: Path, engine: str, prompts: Sequence[Sequence[int]]) -> list[s
     assert scheduler.failure is None
     assert all(seen[-1] is None for seen in events)
     return ["".join(piece.text for piece in seen[:-1]) for seen in events]
+
+
+def test_requests_that_free_slots_take_do_not_fill_the_queue(bundle_s8: Path) -> None:
+    """All come before the first run: as many as there are slots, and one that waits."""
+    slots, ended = allocate(Model.load(Bundle.open(bundle_s8), "ax"), SLOTS), threading.Event()
+    events: list[Any] = []
+    choice = Choice(0, [5, 6, 7], None, Sampling(), None, 2, (), frozenset(), None, False, True)
+
+    def burst() -> None:
+        for _ in range(SLOTS + 1):
+            scheduler.submit(Ticket(deque([choice]), events.append, math.inf))
+        with pytest.raises(ApiError, match="already queued"):
+            scheduler.submit(Ticket(deque([choice]), events.append, math.inf))
+        scheduler.stop(0)
+
+    metrics, writer = Metrics(ServerMetrics(["tiny"]), "tiny"), Writer(Tokenizer.open(Bundle.open(bundle_s8).hf))
+    scheduler = Scheduler(lambda: (slots, writer.write), 1, metrics, ended.set, burst)
+    scheduler.start()
+    scheduler.join(60)
+    assert scheduler.failure is None
+    assert len(events) == SLOTS + 1  # all are told that the server stops
 
 
 def test_busy_slots_share_runs(

@@ -46,9 +46,9 @@ class Scheduler(threading.Thread):
         ready: Callable[[], None] = lambda: None,
         slowdown: float = SLOWDOWN,
     ) -> None:
-        """`limit` is the queue length. `ready` is called once requests are accepted, `ended` when the thread ends.
+        """`limit`: how many requests may wait beyond the number of slots. `ended` is called when the thread ends.
 
-        `slowdown`: see `Pace`.
+        `ready` is called once requests are accepted. `slowdown`: see `Pace`.
         """
         super().__init__(name="scheduler", daemon=True)
         self._load, self._limit, self._metrics, self._ended, self._ready = load, limit, metrics, ended, ready
@@ -79,7 +79,7 @@ class Scheduler(threading.Thread):
         with self._changed:
             if self.state != READY:
                 raise _unavailable(self.state)
-            if len(self._waiting) >= self._limit:
+            if len(self._turns) + len(self._waiting) >= len(self._slots) + self._limit:  # a free slot takes one soon
                 seconds = self._takes_seconds * (1 + len(self._waiting) / max(len(self._slots), 1))
                 raise ApiError(
                     429,

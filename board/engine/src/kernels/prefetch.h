@@ -33,13 +33,16 @@ class Prefetcher {
   size_t bytes_, rows_, step_, next_ = 0;
 };
 
-// What is read after the columns [first, first + columns) of the panel at `row`: its next columns, the job's next rows,
-// or the thread's next weight.
+// What is read two parts behind the columns [first, first + columns) of the panel at `row`: its next columns, the job's
+// next rows, or the thread's next weight. When few tokens share a panel, one part ahead would arrive too late.
 inline Prefetcher behind(const LinearJob& job, size_t row, size_t last, size_t most, size_t first, size_t columns, size_t tiles) {
   const Matrix& w = *job.weight;
-  if (first + columns < w.columns) return {w, row, last, most, first + columns, columns, tiles};
-  if (row + most < last) return {w, row + most, last, most, 0, columns, tiles};
-  return {*job.next, job.next_row, job.next->rows, most, 0, columns, tiles};
+  size_t at = first + 2 * columns;
+  if (at < w.columns) return {w, row, last, most, at, columns, tiles};
+  at -= (w.columns + columns - 1) / columns * columns;
+  const bool here = row + most < last;
+  const Matrix& next = here ? w : *job.next;
+  return {next, here ? row + most : job.next_row, here ? last : next.rows, most, at < next.columns ? at : 0, columns, tiles};
 }
 
 }  // namespace

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from axrun import kv_pool
+from axrun.errors import CheckFailed
 from axrun.format.bundle import Bundle
 from axrun.kv_pool import NoRoom, Pool, PooledCache, pool_of
 from axrun.model import Model
@@ -60,6 +64,22 @@ def write(cache: PooledCache, expected: list[int], position: int, new: list[int]
     expected += new
 
 
+@contextlib.contextmanager
+def refusing(number: int) -> Iterator[None]:
+    """The system refuses to map blocks for the `number`th time; as at vm.max_map_count."""
+    left, mmap = number, kv_pool._mmap
+
+    def refuse(start: int | None, size: int, access: int, flags: int, file: int, offset: int) -> int:
+        nonlocal left
+        left -= file >= 0
+        if file >= 0 and not left:
+            raise CheckFailed("mmap: Cannot allocate memory")
+        return mmap(start, size, access, flags, file, offset)
+
+    with patch.object(kv_pool, "_mmap", refuse):
+        yield
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_caches_hold_their_rows_and_no_block_is_lost(model: Model, data: st.DataObject) -> None:
@@ -72,27 +92,33 @@ def test_caches_hold_their_rows_and_no_block_is_lost(model: Model, data: st.Data
         cache, expected, free = caches[one], rows[one], pool.free
         kind = data.draw(st.sampled_from(["write", "write", "truncate", "keep", "adopt", "adopt"]))
         position = data.draw(st.integers(0, len(expected)))
+        refused = data.draw(st.sampled_from([0, 0, 1, 2, 5, 8, 9]))  # 8 mappings for a range of blocks
+        failed: Exception | None = None
         try:
-            if kind == "write":
-                count = data.draw(st.integers(1, 255 - position)) if position < 255 else 0
-                new, number = [number % 999 + 1 + i for i in range(count)], number + count
-                needed = -(-(position + count) // TOKENS)
-                write(cache, expected, position, new)
-            elif kind == "adopt":
-                source = rows[other]
-                common = common_prefix(expected, source)
-                kept = data.draw(st.integers(0, common))
-                count = data.draw(st.integers(kept, len(source)))
-                needed = 2
-                cache.adopt(caches[other], kept, count)
-                expected[:] = source[:count]
-            else:
-                getattr(cache, kind)(position)
-                del expected[position:]
-        except NoRoom:
-            assert free < needed
+            with refusing(refused):
+                if kind == "write":
+                    count = data.draw(st.integers(1, 255 - position)) if position < 255 else 0
+                    new, number = [number % 999 + 1 + i for i in range(count)], number + count
+                    needed = -(-(position + count) // TOKENS)
+                    write(cache, expected, position, new)
+                elif kind == "adopt":
+                    source = rows[other]
+                    common = common_prefix(expected, source)
+                    kept = data.draw(st.integers(0, common))
+                    count = data.draw(st.integers(kept, len(source)))
+                    needed = 2
+                    cache.adopt(caches[other], kept, count)
+                    expected[:] = source[:count]
+                else:
+                    getattr(cache, kind)(position)
+                    del expected[position:]
+        except (NoRoom, CheckFailed) as error:
+            failed = error
+        if failed is not None:
+            assert free < needed if isinstance(failed, NoRoom) else refused
             if kind == "adopt":  # whole blocks may be there already
                 expected[:] = rows[other]
+                assert len(cache.blocks) == -(-cache.length // TOKENS)
             assert cache.length <= len(expected)
             del expected[cache.length :]
         expect_whole(pool, caches, rows)
@@ -101,6 +127,30 @@ def test_caches_hold_their_rows_and_no_block_is_lost(model: Model, data: st.Data
         expected.clear()
     expect_whole(pool, caches, rows)
     assert pool.free == BLOCKS
+
+
+@pytest.mark.parametrize("number", [1, 2, 8])
+def test_a_refused_mapping_leaves_rows_and_blocks_whole(model: Model, number: int) -> None:
+    pool = Pool(model.decoder, TOKENS, BLOCKS, 5 * 4)
+    one, two = caches = [pool.cache(), pool.cache()]
+    rows: list[list[int]] = [[], []]
+    write(one, rows[0], 0, list(range(1, 151)))
+    two.adopt(one, 0, 150)
+    refused: tuple[Callable[[], None], ...] = (
+        lambda: two.prepare(100, 10),  # copies the rows before from a shared block
+        lambda: two.adopt(one, 64, 150),
+        lambda: two.prepare(64, 64),
+    )
+    rows[1] = rows[0][:64]
+    for change in refused:
+        with refusing(number), pytest.raises(CheckFailed):
+            change()
+        assert len(two.blocks) == 1
+        expect_whole(pool, caches, rows)
+    two.adopt(one, 64, 150)
+    rows[1] = rows[0][:150]
+    write(two, rows[1], 100, [7] * 100)
+    expect_whole(pool, caches, rows)
 
 
 def read(model: Model, sequence: Sequence, ids: list[int]) -> bytes:
@@ -182,6 +232,9 @@ def test_the_limit_of_mappings_is_kept(model: Model, monkeypatch: pytest.MonkeyP
                 one.length = two.length = length
             with pytest.raises(NoRoom):
                 one.prepare(128, 64)
+            three = pool.cache()
+            with pytest.raises(NoRoom):
+                three.adopt(two, 0, 128)
             two.reset()
             one.prepare(128, 64)
 

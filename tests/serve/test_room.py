@@ -22,6 +22,7 @@ from axrun.kv_pool import pool_of
 from axrun.model import Model
 from axrun.prompt_cache import PromptCache
 from axrun.sampling import Sampling
+from axrun.sampling.grammar import Compiler
 from axrun.sequence import Sequence as TokenSequence
 from axrun.serve.metrics import Metrics, ServerMetrics
 from axrun.serve.order import Choice
@@ -32,6 +33,7 @@ from axrun.serve.writer import Piece, Writer
 from axrun.speculation import Speculation
 from axrun.text.tokenizer import Tokenizer
 
+GREEDY = Sampling()
 TOKENS, CONTEXT = 64, 255  # of a block; of a context, which has 4 blocks
 
 
@@ -50,32 +52,41 @@ def ids(hf_tokenizer: Any, heldout: str) -> tuple[int, ...]:
     return tuple(hf_tokenizer.encode(heldout)[:600])
 
 
-def choice_of(ids: Sequence[int], length: int, echo: bool = False) -> Choice:
-    """A greedy answer that ends with the context or after `length` tokens."""
-    return Choice(0, list(ids), None, Sampling(), None, length, (), frozenset(), 0 if echo else None, echo, True)
+def choice_of(ids: Sequence[int], length: int, echo: bool = False, sampling: Sampling = GREEDY) -> Choice:
+    """An answer that ends with the context or after `length` tokens."""
+    return Choice(0, list(ids), None, sampling, 7, length, (), frozenset(), 0 if echo else None, echo, True)
 
 
 @pytest.fixture(scope="module")
 def alone(model: Model, writer: Writer) -> Callable[..., str]:
     """The text of an answer with a cache of its own."""
 
-    @functools.lru_cache(None)
-    def text(ids: tuple[int, ...], length: int) -> str:
-        going: Any = writer.write(choice_of(ids, length), TokenSequence(model.another()))
+    def text(ids: tuple[int, ...], length: int, sampling: Sampling) -> str:
+        going: Any = writer.write(choice_of(ids, length, sampling=sampling), TokenSequence(model.another()))
         return "".join(piece.text for piece in run_alone(going))
 
-    return text
+    greedy = functools.lru_cache(None)(functools.partial(text, sampling=GREEDY))
+    return lambda ids, length, sampling=GREEDY: (
+        greedy(ids, length) if sampling is GREEDY else text(ids, length, sampling)
+    )
 
 
 class Asked:
     """A request, whose client hangs up after `hang_up` pieces."""
 
-    def __init__(self, ids: Sequence[int], length: int, hang_up: int | None = None, echo: bool = False) -> None:
-        self.ids, self.length, self.hang_up = tuple(ids), length, hang_up
+    def __init__(
+        self,
+        ids: Sequence[int],
+        length: int,
+        hang_up: int | None = None,
+        echo: bool = False,
+        sampling: Sampling = GREEDY,
+    ) -> None:
+        self.ids, self.length, self.hang_up, self.sampling = tuple(ids), length, hang_up, sampling
         self.pieces: list[Piece] = []
         self.error: Exception | None = None
         self.then: Callable[[], None] = lambda: None  # after the first piece
-        self.ticket = Ticket(deque([choice_of(ids, length, echo)]), self._deliver, math.inf)
+        self.ticket = Ticket(deque([choice_of(ids, length, echo, sampling)]), self._deliver, math.inf)
 
     @property
     def text(self) -> str:
@@ -165,7 +176,7 @@ class Host:
 def expect_right(asked: Sequence[Asked], alone: Callable[..., str]) -> None:
     for one in asked:
         assert one.error is None
-        text = alone(one.ids, one.length)
+        text = alone(one.ids, one.length, one.sampling)
         assert text.startswith(one.text) if one.hang_up else one.text == text
 
 
@@ -237,6 +248,27 @@ def test_answers_that_do_not_fit_together_all_end(
     expect_right(asked, alone)
     assert 0 < host.suspended <= 4
     assert max(host.runs) > 1
+
+
+def test_a_suspended_answer_keeps_the_state_of_its_sampler(
+    model: Model, writer: Writer, bundle_s8: Path, ids: Any, alone: Any
+) -> None:
+    """Random numbers, tokens of the answer so far, place in a grammar."""
+    bundle = Bundle.open(bundle_s8)
+    digits = {"type": "array", "items": {"type": "integer"}, "minItems": 200}
+    grammar = Compiler(Tokenizer.open(bundle.hf), bundle.vocab_size).schema(digits)
+    host = Host(model, writer, 6, 5)
+    samplings = [
+        Sampling(1.2),
+        Sampling(1.0, frequency_penalty=0.5, presence_penalty=0.5),
+        Sampling(repetition_penalty=1.3, dry_multiplier=1.0),
+        Sampling(0.8, grammar=grammar),
+    ]
+    asked = [Asked(ids[70 * i : 70 * i + 40], 150, sampling=one) for i, one in enumerate([GREEDY, *samplings])]
+    host.ask(*asked)
+    host.run()
+    expect_right(asked, alone)
+    assert host.suspended >= len(samplings)
 
 
 def test_many_short_answers_share_the_memory_of_one_context(model: Model, writer: Writer, ids: Any, alone: Any) -> None:

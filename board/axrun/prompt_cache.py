@@ -145,6 +145,7 @@ class PromptCache:
             self._sizes.pop(key.name, None)
 
     def _write_all(self) -> None:
+        reason = None  # of the last failure, said once: a full disk would fill the log with it
         while (task := self._queue.get()) is not None:
             key, payload = task
             try:
@@ -152,7 +153,13 @@ class PromptCache:
                 self._make_room()
             except OSError as error:
                 self._forget(key)
-                self._say(f"warning: prompt cache: a block cannot be written: {error.strerror}")
+                if error.strerror != reason:
+                    self._say(f"warning: prompt cache: blocks cannot be written: {error.strerror}")
+                reason = error.strerror
+            else:
+                if reason is not None:
+                    self._say("note: prompt cache: blocks can be written again")
+                reason = None
 
     def _write(self, key: Key, payload: bytes) -> None:
         handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=self._folder)  # readable by its owner only

@@ -133,6 +133,30 @@ def test_the_least_recently_used_blocks_are_evicted(model: Model, ids: list[int]
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_full_disk_is_reported_once(
+    model: Model, ids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's own file /dev/full has no room: https://man7.org/linux/man-pages/man4/full.4.html"""
+    said: list[str] = []
+    cache = PromptCache(tmp_path / "cache", "a", 1 << 30, said.append)
+
+    def full(prefix: str, dir: Path) -> tuple[int, str]:
+        return os.open("/dev/full", os.O_WRONLY), str(tmp_path / "none")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("tempfile.mkstemp", full)
+        cache.save(read(model, ids), len(ids))
+        end = time.monotonic() + 60
+        while cache._sizes:  # blocks that are not given up yet
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    assert said == ["warning: prompt cache: blocks cannot be written: No space left on device"]
+    cache.save(read(model, ids), len(ids))
+    cache.close()
+    assert said[1:] == ["note: prompt cache: blocks can be written again"]
+    assert restored(model, ids, tmp_path / "cache")[0] == 3 * BLOCK
+
+
 def test_a_folder_that_cannot_be_written_is_refused(bundle_s8: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     command = [

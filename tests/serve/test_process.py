@@ -102,6 +102,25 @@ def test_requests_beyond_the_grace_period_are_cut_off(bundle_long: Path, start: 
     assert server.stop() == 0
 
 
+def test_a_second_signal_ends_running_requests_at_once(
+    bundle_long: Path, start: Start, endless: dict[str, int]
+) -> None:
+    server = start(bundle_long, "--grace", 3600, "--slots", 1).ready()
+    body = {"prompt": "Once", "max_tokens": 8000, "logit_bias": endless}
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(server.post, "completions", **body)
+        server.until(lambda: server.metrics()["axrun_slots_busy"])
+        queued = pool.submit(server.post, "completions", **body)
+        server.until(lambda: server.metrics()["axrun_requests_waiting"])
+        for refused in (queued, running):
+            server.process.send_signal(signal.SIGTERM)
+            answer = refused.result(60)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+            assert "shutting down" in answer.json()["error"]["message"]
+    assert server.stop() == 0
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
 def test_a_full_queue_returns_retry_after(bundle_long: Path, start: Start, endless: dict[str, int]) -> None:
     server = start(bundle_long, "--slots", 1, "--queue", 1).ready()
     with (

@@ -18,7 +18,7 @@ from axrun.errors import BadInput
 from axrun.serve import ollama, tokens
 from axrun.serve.answer import to_json
 from axrun.serve.endpoint import Reply
-from axrun.serve.errors import ApiError, sentence
+from axrun.serve.errors import ApiError, sentence, stopped
 from axrun.serve.exchange import JSON, Exchange, Gone, Receive, Send
 from axrun.serve.field_kinds import request
 from axrun.serve.hosts import Hosts
@@ -58,6 +58,7 @@ STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MODELS = "/v1/models/"
 REALM = 'Bearer realm="axrun"'
+LAST_WORDS = 1.0  # seconds to send an error at a forced shutdown
 GONE = object()
 NO_ORIGINS = Origins()
 
@@ -124,6 +125,10 @@ class App:
             return
         except ApiError as error:
             await exchange.refuse(error)
+        except asyncio.CancelledError:  # a forced shutdown; a response that has begun is cut off
+            if not exchange.status:
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(exchange.refuse(stopped()), LAST_WORDS)
         except Exception:
             traceback.print_exc()
             if exchange.status:

@@ -39,3 +39,8 @@ def sentence(error: Exception) -> str:
 def invalid(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """The error for an invalid request: status 400."""
     return ApiError(400, message, code, param)
+
+
+def stopped() -> ApiError:
+    """The error for a request that the shutdown of the server ends."""
+    return ApiError(503, "The server is shutting down; try again later.", "service_unavailable", retry_after=2)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from axrun.errors import Failure
-from axrun.serve.errors import ApiError, sentence
+from axrun.serve.errors import ApiError, sentence, stopped
 from axrun.serve.metrics import GAUGES
 from axrun.serve.scheduler import LOADING, READY, STOPPING, Scheduler
 from axrun.serve.served import Served
@@ -111,7 +111,7 @@ class Models:
             served.active += 1
             return
         if self._stopping:
-            raise _stopped()
+            raise stopped()
         if len(self._waiting[served]) >= self._queue:
             words = f"{self._queue} requests are already waiting for this model; try again later."
             raise ApiError(429, words, "rate_limit_exceeded", retry_after=2)
@@ -176,7 +176,7 @@ class Models:
         except ApiError as failed:
             error = failed
         except asyncio.CancelledError:
-            error = _stopped()
+            error = stopped()
         except Exception as failed:  # a request must not wait for a load that has ended
             error = _failed(served, failed)
         del self._loads[served]
@@ -277,11 +277,7 @@ class Models:
                 self.failure = failure
             done.set_exception(_failed(served, failure))
         elif not done.done():  # the server stopped while it was loading
-            done.set_exception(_stopped())
-
-
-def _stopped() -> ApiError:
-    return ApiError(503, "The server is shutting down; try again later.", "service_unavailable", retry_after=2)
+            done.set_exception(stopped())
 
 
 def _failed(served: Served, failure: BaseException) -> ApiError:

@@ -117,7 +117,7 @@ def _calibration_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--bits",
         type=float,
-        help="gptq: most bits per weight on average; s8 for the most sensitive matrices, s4 for the rest",
+        help="gptq: most bits per weight on average, 4.5 to 8.5; s8 for the most sensitive matrices, s4 for the rest",
     )
     add(
         "--calibration",
@@ -130,7 +130,7 @@ def _calibration_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--calibration_tokens",
         type=int,
-        help="gptq: maximum number of tokens of that text (default 32768)",
+        help="gptq: maximum number of tokens of that text, at least 512 (default 32768)",
     )
 
 

@@ -59,7 +59,7 @@ def test_progress_is_printed_where_there_is_no_terminal(
     assert "about 1 to 10 s on 2 cores" in capsys.readouterr().out
     monkeypatch.setattr(run, "_save", save)
     console.calibrate(options(tiny_qwen2, words, tokens=64), output)
-    steps = [*(f"layer {at} of 4" for at in range(1, 5)), "head", "writing"]
+    steps = ["layer 1 of 4, kept", *(f"layer {at} of 4" for at in range(2, 5)), "head", "writing"]
     assert capsys.readouterr().err.splitlines() == [f"calibrate {step}" for step in steps]
 
 

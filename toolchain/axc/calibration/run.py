@@ -182,10 +182,12 @@ def _all(streamed: Streamed, matrices: list[Matrix], ids: Tensor, parts: Path, p
     layers, total = len(streamed.layers), len(streamed.layers) + 1
     with torch.no_grad():
         for index in range(layers):
-            progress(index, total, f"layer {index + 1} of {layers}")
-            layer, path = streamed.load(index), parts / f"{index}.safetensors"
+            path = parts / f"{index}.safetensors"
+            finished = _finished(path)
+            progress(index, total, f"layer {index + 1} of {layers}{'' if finished is None else ', kept'}")
+            layer = streamed.load(index)
             own, prefix = of_layer[index], f"{streamed.prefix}.{index}."
-            if (finished := _finished(path)) is not None:
+            if finished is not None:
                 for at, hidden in enumerate(exact):
                     exact[at] = run(layer, calls[index], hidden)
                 _put_all(finished, own, layer, prefix)

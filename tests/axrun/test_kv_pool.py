@@ -153,6 +153,21 @@ def test_a_refused_mapping_leaves_rows_and_blocks_whole(model: Model, number: in
     expect_whole(pool, caches, rows)
 
 
+def test_a_shared_block_that_cannot_be_copied_keeps_its_rows(model: Model) -> None:
+    pool = Pool(model.decoder, TOKENS, BLOCKS, 5 * 4)
+    one, two, *others = caches = [pool.cache() for _ in range(4)]
+    rows: list[list[int]] = [[] for _ in caches]
+    write(one, rows[0], 0, list(range(1, 151)))
+    two.adopt(one, 0, 128)
+    for place, (cache, count) in enumerate(zip(others, (255, 128), strict=True), 2):
+        write(cache, rows[place], 0, [place] * count)
+    assert pool.free == 0
+    with pytest.raises(NoRoom):
+        two.prepare(100, 10)
+    rows[1] = rows[0][:100]
+    expect_whole(pool, caches, rows)
+
+
 def read(model: Model, sequence: Sequence, ids: list[int]) -> bytes:
     """The logits after each token."""
     return b"".join(rows.tobytes() for rows in sequence.score(ids))

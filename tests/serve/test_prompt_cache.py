@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from axrun.format.bundle import Bundle
+from axrun.kv_pool import Pool
 from axrun.model import Model
 from axrun.prompt_cache import BLOCK, PromptCache
 from axrun.sequence import Sequence
@@ -71,6 +72,20 @@ def test_the_last_token_is_always_computed(model: Model, ids: list[int], tmp_pat
     stored(model, ids, tmp_path)
     assert restored(model, ids[: 2 * BLOCK], tmp_path)[0] == BLOCK
     assert restored(model, ids[: 2 * BLOCK + 1], tmp_path)[0] == 2 * BLOCK
+
+
+def test_blocks_are_read_as_far_as_there_is_room(model: Model, ids: list[int], tmp_path: Path) -> None:
+    stored(model, ids, tmp_path)
+    pool = Pool(model.decoder, BLOCK, 4, 99)
+    other, sequence = pool.cache(), Sequence(model.another(pool.cache()))
+    other.prepare(0, 2 * BLOCK)
+    cache = PromptCache(tmp_path, "a", 1 << 30, print)
+    assert cache.restore(sequence, ids) == 2 * BLOCK
+    assert sequence.ids == ids[: 2 * BLOCK]
+    other.reset()
+    assert cache.restore(sequence, ids) == BLOCK
+    assert sequence.ids == ids[: 3 * BLOCK]
+    cache.close()
 
 
 def test_prompts_share_the_blocks_of_a_common_prefix(model: Model, ids: list[int], tmp_path: Path) -> None:

@@ -386,6 +386,38 @@ def test_an_idle_slot_loses_its_blocks_first(model: Model, writer: Writer, ids: 
     assert after[1].reused == 20
 
 
+def test_an_idle_slot_keeps_the_prefix_that_an_answer_begins_with(
+    model: Model, writer: Writer, ids: Any, alone: Any
+) -> None:
+    """Room is made by one that was used later."""
+    host = Host(model, writer, 3, 6)
+    oldest, holder, newest = Asked(ids[200:220], 3), Asked(ids[:150], 3), Asked(ids[400:500], 3)
+    asked = Asked([*ids[:100], *ids[500:600]], 9)
+    oldest.then = functools.partial(host.ask, holder)
+    holder.then = functools.partial(host.ask, newest)
+    newest.then = functools.partial(host.ask, asked)
+    host.ask(oldest)
+    host.run()
+    expect_right([oldest, holder, newest, asked], alone)
+    assert asked.reused == 100
+
+
+def test_a_prefix_that_cannot_be_shared_is_computed(
+    model: Model, writer: Writer, ids: Any, alone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any) -> None:
+        raise CheckFailed("mmap: Cannot allocate memory")
+
+    monkeypatch.setattr(kv_pool.Pool, "share", refuse)
+    host = Host(model, writer, 2, 8)
+    first, second = Asked(ids[:150], 30), Asked([*ids[:140], *ids[200:230]], 30)
+    first.then = functools.partial(host.ask, second)
+    host.ask(first)
+    host.run()
+    expect_right([first, second], alone)
+    assert second.reused == 0
+
+
 def test_the_prompt_cache_takes_what_there_is_room_for(
     model: Model, bundle_s8: Path, ids: Any, alone: Any, tmp_path: Path
 ) -> None:

@@ -230,6 +230,20 @@ def test_the_command_ends_with_one_error(whole: Whole, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_short_last_group_is_said_to_be_one(tmp_path: Path) -> None:
+    quantised_files.write(tmp_path / "folder", FORMS["gptq-32"], **SMALL)
+    folder = tmp_path / "folder"
+    says, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    says["quantization_config"]["group_size"] = 48  # 128 columns: 48, 48 and 32
+    for name in list(tensors):
+        if name.endswith((".scales", ".qzeros")):
+            tensors[name] = tensors[name][:3]
+        elif name.endswith(".g_idx"):
+            tensors[name] = torch.arange(128, dtype=torch.int32) // 48
+    built = llm_build(write(folder, says, tensors), tmp_path / "out")
+    assert_refused(built, "is stored as GPTQ 4-bit in groups of different sizes, which no integer type holds")
+
+
 def test_a_pickled_folder(whole: Whole, tmp_path: Path) -> None:
     """The same tensors as pytorch_model.bin."""
     for form in ("gptq-32", "fp8-blocks"):

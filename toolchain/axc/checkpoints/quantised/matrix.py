@@ -152,6 +152,7 @@ class Integers:
     def matrix(self, packed: StoredTensor, shape: tuple[int, int], bits: int, scale_dtype: str, kind: str) -> Matrix:
         """As the tensor `NAME.weight` of float32 rows. `packed` holds the codes, `kind` names the format."""
         name, grid = f"{self.name}.weight", self.grid(bits, scale_dtype)
+        kind = kind if grid else f"{kind} in groups of different sizes"
         return Matrix(StoredTensor(name, "FLOAT", shape, packed.file, packed.key, kind, grid), self)
 
     def grid(self, bits: int, scale_dtype: str) -> Grid | None:

@@ -10,7 +10,7 @@ namespace axc {
 namespace {
 
 constexpr size_t kWidth = 4, kVectors = 2, kFloatRows = 6;
-constexpr size_t kIntRows = 6, kIntPanel = 8, kPrefetched = 0;
+constexpr size_t kIntRows = 6, kIntPanel = 8, kDotRows = 4, kPrefetched = 0;
 
 }  // namespace
 }  // namespace axc
@@ -120,10 +120,11 @@ struct Sums<false, Precision::Bits16, kSpan> {
     });
   }
 
-  int32x4_t by_row() const {
+  AXC_INLINE inline void take(int32x4_t out[kQuads]) {
     int32x4_t sums[kDotRows];
     repeat<kDotRows>([&](auto r) AXC_INLINE { sums[r] = vaddq_s32(of[r][0], of[r][1]); });
-    return lane_sums(sums);
+    out[0] = lane_sums(sums);
+    *this = {};
   }
 };
 
@@ -148,10 +149,11 @@ struct Sums<false, Precision::Bits8, kSpan> {
     });
   }
 
-  int32x4_t by_row() const {
+  AXC_INLINE inline void take(int32x4_t out[kQuads]) {
     int32x4_t sums[kDotRows];
     repeat<kDotRows>([&](auto r) AXC_INLINE { sums[r] = vaddq_s32(of[r][0], of[r][1]); });
-    return lane_sums(sums);
+    out[0] = lane_sums(sums);
+    *this = {};
   }
 };
 
@@ -178,7 +180,7 @@ struct Sums<true, kPrecision, kSpan> {
     });
   }
 
-  int32x4_t by_row() const {
+  AXC_INLINE inline void take(int32x4_t out[kQuads]) {
     // 16 bits hold 31 products.
     const auto sums = [](const int16x8_t v[kDotRows]) AXC_INLINE {
       if constexpr (kSpan == 32) {
@@ -190,9 +192,15 @@ struct Sums<true, kPrecision, kSpan> {
         return lane_sums(wide);
       }
     };
-    return kHigh ? vaddq_s32(vshlq_n_s32(sums(high), 8), sums(low)) : sums(low);
+    out[0] = kHigh ? vaddq_s32(vshlq_n_s32(sums(high), 8), sums(low)) : sums(low);
+    *this = {};
   }
 };
+
+template <bool>
+inline Vf value_of(int32x4_t sum) {
+  return Vf(vcvtq_f32_s32(sum));
+}
 
 constexpr bool kRoundsBfloat16 = false;
 constexpr LinearKernel kBfloat16Linear = nullptr;

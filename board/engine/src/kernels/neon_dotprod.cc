@@ -12,7 +12,7 @@ namespace axc {
 namespace {
 
 constexpr size_t kWidth = 4, kVectors = 2, kFloatRows = 6;
-constexpr size_t kIntRows = 4, kIntPanel = 8, kPrefetched = 0;
+constexpr size_t kIntRows = 4, kIntPanel = 8, kDotRows = 8, kPrefetched = 0;
 
 }  // namespace
 }  // namespace axc
@@ -95,39 +95,65 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
   add_tile(total, scales, kGroups, c);
 }
 
-// Of 4-bit weights 16 times the sum: that spares the shift of the low nibbles.
+// Of 4-bit weights 16 times the sum: that spares the shift of the low nibbles. Sums are of the whole row so far, modulo
+// 2^32: their differences are those of a group, and nothing is set to zero between. Groups of one step take half the
+// registers instead: low follows high in the same ones.
 template <bool kFour, Precision kPrecision, size_t kSpan>
 struct Sums {
-  static constexpr bool kHigh = kPrecision == Precision::Bits16;
-  static constexpr bool kOne = kSpan == kStep;  // low follows high in the same registers
+  static constexpr bool kHigh = kPrecision == Precision::Bits16, kOne = kHigh && kSpan == kStep;
   int32x4_t high[kDotRows] = {}, low[kDotRows] = {};
+  int32x4_t before[kQuads] = {};
   uint8x16_t mask = vdupq_n_u8(0xF0);
 
   Sums() { asm("" : "+w"(mask)); }  // else the compiler makes it anew for each row
 
   AXC_INLINE inline void add(const uint8_t* const weights[kDotRows], const uint8_t* levels, size_t k) {
-    int8x16_t w[2][kDotRows];
-    repeat<kDotRows>([&](auto r) AXC_INLINE {
-      const uint8x16_t bytes = vld1q_u8(weights[r]);
-      w[0][r] = vreinterpretq_s8_u8(kFour ? vshlq_n_u8(bytes, 4) : bytes);
-      w[1][r] = kFour ? vreinterpretq_s8_u8(vandq_u8(bytes, mask)) : bytes_at(weights[r] + 16);
-    });
     const int8x16_t x[2][2] = {{bytes_at(levels + k), bytes_at(levels + k + 16)},
                                {bytes_at(levels + kBlock + k), bytes_at(levels + kBlock + k + 16)}};
-    const auto dot = [&](int32x4_t* to, int which, int i) AXC_INLINE {
-      repeat<kDotRows>([&](auto r) AXC_INLINE { to[r] = vdotq_s32(to[r], w[i][r], x[which][i]); });
-    };
-    if constexpr (kHigh) dot(kOne ? low : high, 0, 0), dot(kOne ? low : high, 0, 1);
-    if constexpr (kHigh && kOne) repeat<kDotRows>([&](auto r) AXC_INLINE { low[r] = vshlq_n_s32(low[r], 8); });
-    dot(low, 1, 0), dot(low, 1, 1);
+    repeat<kQuads>([&](auto q) AXC_INLINE {
+      int8x16_t w[2][4];
+      repeat<4>([&](auto r) AXC_INLINE {
+        const uint8_t* at = weights[4 * q + r];
+        const uint8x16_t bytes = vld1q_u8(at);
+        w[0][r] = vreinterpretq_s8_u8(kFour ? vshlq_n_u8(bytes, 4) : bytes);
+        w[1][r] = kFour ? vreinterpretq_s8_u8(vandq_u8(bytes, mask)) : bytes_at(at + 16);
+      });
+      const auto dot = [&](int32x4_t* to, int which, int i) AXC_INLINE {
+        repeat<4>([&](auto r) AXC_INLINE { to[4 * q + r] = vdotq_s32(to[4 * q + r], w[i][r], x[which][i]); });
+      };
+      if constexpr (kOne) {
+        dot(low, 0, 0), dot(low, 0, 1);
+        repeat<4>([&](auto r) AXC_INLINE { low[4 * q + r] = vshlq_n_s32(low[4 * q + r], 8); });
+        dot(low, 1, 0), dot(low, 1, 1);
+      } else {
+        repeat<2>([&](auto i) AXC_INLINE {
+          if constexpr (kHigh) dot(high, 0, i);
+          dot(low, 1, i);
+        });
+      }
+    });
+    if (kFour) asm volatile("" ::: "memory");  // else the compiler loads ahead more than it has registers for
   }
 
-  int32x4_t by_row() const {
-    int32x4_t sum = lane_sums(low);
-    if constexpr (kHigh && !kOne) sum = vaddq_s32(vshlq_n_s32(lane_sums(high), 8), sum);
-    return kFour ? vshrq_n_s32(sum, 4) : sum;
+  AXC_INLINE inline void take(int32x4_t sums[kQuads]) {
+    repeat<kQuads>([&](auto q) AXC_INLINE {
+      const int32x4_t sum = lane_sums(low + 4 * q);
+      if constexpr (kOne) {
+        sums[q] = sum;
+        repeat<4>([&](auto r) AXC_INLINE { low[4 * q + r] = vdupq_n_s32(0); });
+      } else {
+        const int32x4_t now = kHigh ? vaddq_s32(vshlq_n_s32(lane_sums(high + 4 * q), 8), sum) : sum;
+        sums[q] = vsubq_s32(now, before[q]);
+        before[q] = now;
+      }
+    });
   }
 };
+
+template <bool kFour>
+inline Vf value_of(int32x4_t sum) {
+  return Vf(kFour ? vcvtq_n_f32_s32(sum, 4) : vcvtq_f32_s32(sum));
+}
 
 constexpr bool kRoundsBfloat16 = false;
 constexpr LinearKernel kBfloat16Linear = nullptr;

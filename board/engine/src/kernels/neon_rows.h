@@ -1,8 +1,10 @@
-// NEON: four whole rows of an integer weight, in place, with one token; and bytes of levels and weights. The file that
+// NEON: whole rows of an integer weight, in place, with one token; and bytes of levels and weights. The file that
 // includes this defines, before it uses dots:
-//   Sums<four, precision, span>   sums of products of at most `span` columns with four rows:
-//     add(weights, levels, k)   adds the columns [k, k + 32) of the block whose levels are given
-//     by_row()                  the sums, a lane for each row
+//   kDotRows                      4 or 8
+//   Sums<four, precision, span>   sums of products with these rows:
+//     add(weights, levels, k)     adds the columns [k, k + 32) of the block whose levels are given
+//     take(sums)                  the sums since the last call, of at most `span` columns; a lane for each row
+//   value_of<four>                such sums as float32
 // The order of a token's float sum is that of int_tile, of many tokens: see integer.h.
 #pragma once
 
@@ -11,7 +13,7 @@
 namespace axc {
 namespace {
 
-constexpr size_t kDotRows = 4, kStep = 32;
+constexpr size_t kStep = 32;
 
 // 128 high bytes, then 128 low ones. For 4-bit weights the even columns of every 32 come first: the weights' low nibbles
 // of 16 bytes.
@@ -66,13 +68,14 @@ inline int8x16_t bytes_at(const uint8_t* from) { return vreinterpretq_s8_u8(vld1
 
 // c[t][o] += scales[t * stride] * total[t][o]: the end of an int_tile.
 template <size_t kRows>
-AXC_INLINE inline void add_tile(const Vf (&total)[kRows][2], const float* scales, size_t stride, float* c) {
-  repeat<kRows>([&](auto t) AXC_INLINE {
-    repeat<2>([&](auto v) AXC_INLINE {
-      float* at = c + t * kIntPanel + v * kWidth;
-      store(at, fma(total[t][v], scales[t * stride], load(at)));
-    });
+AXC_INLINE inline void add_tile(Vf (&total)[kRows][2], const float* scales, size_t stride, float* c) {
+  const auto each = [](auto f) AXC_INLINE {
+    repeat<kRows>([&](auto t) AXC_INLINE { repeat<2>([&](auto v) AXC_INLINE { f(t, v); }); });
+  };
+  each([&](auto t, auto v) AXC_INLINE {
+    total[t][v] = fma(total[t][v], scales[t * stride], load(c + t * kIntPanel + v * kWidth));
   });
+  each([&](auto t, auto v) AXC_INLINE { store(c + t * kIntPanel + v * kWidth, total[t][v]); });
 }
 
 // The sums of the lanes of four vectors.
@@ -80,87 +83,102 @@ inline int32x4_t lane_sums(const int32x4_t v[4]) {
   return vpaddq_s32(vpaddq_s32(v[0], v[1]), vpaddq_s32(v[2], v[3]));
 }
 
+constexpr size_t kQuads = kDotRows / 4;  // vectors with a lane for each row
+static_assert(kDotRows % 4 == 0);
+
 template <bool kFour, Precision kPrecision, size_t kSpan>
 struct Sums;
+
+template <bool kFour>
+Vf value_of(int32x4_t sum);
 
 // Four groups at a time, of one, two or four blocks: a vector of scales for each row.
 template <bool kFour, size_t kGroup, Precision kPrecision>
 [[gnu::noinline]] void dot_rows(const Matrix& w, size_t row, const Activations& a, size_t token, float* out) {
   constexpr size_t kSpan = kGroup ? kGroup : kBlock, kGroups = kBlock / kSpan, kBlocks = 4 / kGroups;
   constexpr size_t kPerByte = kFour ? 2 : 1;
-  const size_t blocks = a.blocks(), groups = (w.columns + kSpan - 1) / kSpan;
+  const size_t stride = w.stride(), scale_bytes = w.scale_bytes();
   size_t index[kDotRows];
-  const uint8_t* rows[kDotRows];
+  const uint8_t *rows[kDotRows], *row_scales[kDotRows];
   for (size_t r = 0; r < kDotRows; ++r) {
     index[r] = least(row + r, w.rows - 1);
-    rows[r] = w.data + index[r] * w.stride();
+    rows[r] = w.data + index[r] * stride;
+    row_scales[r] = static_cast<const uint8_t*>(w.scales) + index[r] * w.blocks * scale_bytes;
   }
   const uint8_t* levels = a.levels + a.entry(0, token) * kLevelBytes;
   const float* level_scales = a.scales + a.entry(0, token) * kGroups;
-  Vf total = load(out);
-  for (size_t first = 0; first < blocks; first += kBlocks) {
-    const size_t column = first * kBlock, group = first * kGroups, left = w.columns - column;
-    const bool whole = left >= 4 * kSpan;
-    int32x4_t sums[4];  // [group], a lane for each row
-    if (whole) {
-      // A loop over blocks: the compiler would delay the ends of all sums, and have no registers for them.
-#pragma clang loop unroll(disable)
-      for (size_t b = 0; b < kBlocks; ++b) {
-        const uint8_t* of_block = levels + b * kLevelBytes;
-        const uint8_t* at[kDotRows];
-        for (size_t r = 0; r < kDotRows; ++r) at[r] = rows[r] + (column + b * kBlock) / kPerByte;
-        repeat<kGroups>([&](auto g) AXC_INLINE {
-          Sums<kFour, kPrecision, kSpan> of;
-          repeat<kSpan / kStep>([&](auto i) AXC_INLINE {
-            const size_t k = g * kSpan + i * kStep;
-            const uint8_t* const there[kDotRows] = {at[0] + k / kPerByte, at[1] + k / kPerByte, at[2] + k / kPerByte,
-                                                    at[3] + k / kPerByte};
-            of.add(there, of_block, k);
+  Vf total[kQuads];
+  repeat<kQuads>([&](auto q) AXC_INLINE { total[q] = load(out + 4 * q); });
+  Sums<kFour, kPrecision, kSpan> sums;
+  const auto add_scaled = [&](const int32x4_t sum[4][kQuads], float32x4_t scales[kDotRows], size_t blocks) AXC_INLINE {
+    repeat<kQuads>([&](auto q) AXC_INLINE {
+      Vf values[4];
+      repeat<4>([&](auto g) AXC_INLINE { values[g] = value_of<kFour>(sum[g][q]); });
+      if constexpr (kGroup != 0) {
+        transpose_4(scales + 4 * q);
+        repeat<kBlocks>([&](auto b) AXC_INLINE {
+          Vf scaled{};
+          repeat<kGroups>([&](auto g) AXC_INLINE {
+            scaled = fma(values[b * kGroups + g], Vf(scales[4 * q + b * kGroups + g]), scaled);
           });
-          sums[b * kGroups + g] = of.by_row();
+          values[b] = scaled;
         });
       }
-    } else {
-      for (size_t g = 0; g < 4; ++g) {
-        Sums<kFour, kPrecision, kSpan> of;
-        for (size_t k = g * kSpan; k < least(left, (g + 1) * kSpan); k += kStep) {
-          const size_t bytes = least(kStep, left - k) / kPerByte;
-          const auto some = [&](size_t r) { return SomeBytes<kStep>(rows[r] + (column + k) / kPerByte, bytes); };
-          const SomeBytes<kStep> padded[kDotRows] = {some(0), some(1), some(2), some(3)};
-          const uint8_t* const at[kDotRows] = {padded[0].bytes, padded[1].bytes, padded[2].bytes, padded[3].bytes};
-          of.add(at, levels + k / kBlock * kLevelBytes, k % kBlock);
-        }
-        sums[g] = of.by_row();
-      }
-    }
-    Vf values[4];
-    repeat<4>([&](auto g) AXC_INLINE { values[g] = Vf(vcvtq_f32_s32(sums[g])); });
-    if constexpr (kGroup != 0) {
-      float32x4_t scales[kDotRows];
-      repeat<kDotRows>([&](auto r) AXC_INLINE {
-        const size_t at = index[r] * groups + group;
-        if (!whole) {
-          scales[r] = float32x4_t(scales_at(w, index[r], group, least(4, groups - group)));
-        } else if (w.scale_type == Type::Float16) {
-          scales[r] = vcvt_f32_f16(vld1_f16(static_cast<const float16_t*>(w.scales) + at));
-        } else {
-          scales[r] = vld1q_f32(static_cast<const float*>(w.scales) + at);
-        }
-      });
-      transpose_4(scales);
       repeat<kBlocks>([&](auto b) AXC_INLINE {
-        Vf sum{};
-        repeat<kGroups>([&](auto g) AXC_INLINE { sum = fma(values[b * kGroups + g], Vf(scales[b * kGroups + g]), sum); });
-        values[b] = sum;
+        if (b < blocks) total[q] = fma(values[b], level_scales[b * kGroups] - Vf{}, total[q]);
+      });
+    });
+  };
+  size_t column = 0, group = 0;
+  for (; column + 4 * kSpan <= w.columns; column += 4 * kSpan, group += 4) {
+    int32x4_t of_group[4][kQuads];
+    // A loop over blocks: the compiler would delay the ends of all sums, and have no registers for them.
+#pragma clang loop unroll(disable)
+    for (size_t b = 0; b < kBlocks; ++b, levels += kLevelBytes) {
+      repeat<kGroups>([&](auto g) AXC_INLINE {
+        repeat<kSpan / kStep>([&](auto i) AXC_INLINE {
+          const size_t k = g * kSpan + i * kStep, at = (column + b * kBlock + k) / kPerByte;
+          const uint8_t* there[kDotRows];
+          repeat<kDotRows>([&](auto r) AXC_INLINE { there[r] = rows[r] + at; });
+          sums.add(there, levels, k);
+        });
+        sums.take(of_group[b * kGroups + g]);
       });
     }
-    repeat<kBlocks>([&](auto b) AXC_INLINE {
-      if (whole || first + b < blocks) total = fma(values[b], level_scales[b * kGroups] - Vf{}, total);
-    });
-    levels += kBlocks * kLevelBytes;
-    level_scales += kBlocks * kGroups;
+    float32x4_t scales[kDotRows];
+    if constexpr (kGroup != 0) {
+      repeat<kDotRows>([&](auto r) AXC_INLINE {
+        const uint8_t* at = row_scales[r] + group * scale_bytes;
+        scales[r] = w.scale_type == Type::Float16 ? vcvt_f32_f16(vld1_f16(reinterpret_cast<const float16_t*>(at)))
+                                                  : vld1q_f32(reinterpret_cast<const float*>(at));
+      });
+    }
+    add_scaled(of_group, scales, kBlocks);
+    level_scales += 4;
   }
-  store(out, total);
+  if (const size_t left = w.columns - column) {
+    int32x4_t of_group[4][kQuads];
+    for (size_t g = 0; g < 4; ++g) {
+      for (size_t k = g * kSpan; k < least(left, (g + 1) * kSpan); k += kStep) {
+        const size_t bytes = least(kStep, left - k) / kPerByte;
+        uint8_t padded[kDotRows][kStep] = {};
+        const uint8_t* at[kDotRows];
+        for (size_t r = 0; r < kDotRows; ++r) {
+          at[r] = padded[r];
+          std::memcpy(padded[r], rows[r] + (column + k) / kPerByte, bytes);
+        }
+        sums.add(at, levels + k / kBlock * kLevelBytes, k % kBlock);
+      }
+      sums.take(of_group[g]);
+    }
+    float32x4_t scales[kDotRows];
+    if constexpr (kGroup != 0) {
+      const size_t count = least(4, (left + kSpan - 1) / kSpan);
+      for (size_t r = 0; r < kDotRows; ++r) scales[r] = float32x4_t(scales_at(w, index[r], group, count));
+    }
+    add_scaled(of_group, scales, (left + kBlock - 1) / kBlock);
+  }
+  repeat<kQuads>([&](auto q) AXC_INLINE { store(out + 4 * q, total[q]); });
 }
 
 template <Precision kPrecision>

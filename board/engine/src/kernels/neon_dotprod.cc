@@ -67,6 +67,8 @@ void int_tile(const uint8_t* panel, const uint8_t* levels, const float* scales, 
   for (size_t g = 0; g * kSpan < columns; ++g) {
     int32x4_t high[kRows][2], low[kRows][2];
     repeat<kRows>([&](auto t) AXC_INLINE { high[t][0] = high[t][1] = low[t][0] = low[t][1] = vdupq_n_s32(0); });
+    // Not unrolled: the compiler would load ahead more levels than it has registers for.
+#pragma clang loop unroll(disable)
     for (size_t k = g * kSpan, end = least(k + kSpan, columns); k < end; k += 16) {
       int8x16_t h[kRows], l[kRows];
       repeat<kRows>([&](auto t) AXC_INLINE {

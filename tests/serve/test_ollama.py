@@ -182,7 +182,7 @@ def test_errors_have_the_form_of_ollama(
 
 
 def test_an_error_ends_a_stream(bundle_long: Path, start: Start) -> None:
-    server = start(bundle_long, "--slots", 1, "--timeout", 2).ready()
+    server = start(bundle_long, "--slots", 1, "--timeout", 1).ready()
     *chunks, last = lines(server, "chat", messages=ASK, format=ENDLESS)
     assert chunks
     assert "time limit" in last["error"]

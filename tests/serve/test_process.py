@@ -172,7 +172,7 @@ def test_two_streams_are_interleaved(server_long: Server, endless: dict[str, int
 
 
 def test_a_request_times_out(bundle_long: Path, start: Start, endless: dict[str, int]) -> None:
-    server = start(bundle_long, "--slots", 1, "--timeout", 3).ready()
+    server = start(bundle_long, "--slots", 1, "--timeout", 1).ready()
     late = server.post("completions", prompt="Once", max_tokens=8000, logit_bias=endless)
     assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
     parts = events(server.post("completions", prompt="Once", max_tokens=8000, logit_bias=endless, stream=True))

@@ -302,7 +302,7 @@ def test_what_is_not_supported_is_refused(server: Server, body: dict[str, Any], 
 
 def test_an_error_in_a_stream_is_raised(bundle_long: Path, start: Start, endless: dict[str, int]) -> None:
     """After the failed response."""
-    server = start(bundle_long, "--name", MODEL, "--slots", 1, "--timeout", 2).ready()
+    server = start(bundle_long, "--name", MODEL, "--slots", 1, "--timeout", 1).ready()
     *_, failed, error = stream(server, input="1+1=", logit_bias=endless)
     assert (failed[0], failed[1]["response"]["status"]) == ("response.failed", "failed")
     assert failed[1]["response"]["error"]["message"] == error[1]["error"]["message"]

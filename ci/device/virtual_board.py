@@ -6,10 +6,12 @@ at once, without a shutdown. It needs root, for chroot and mounts.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -144,14 +146,28 @@ def down(board: Board) -> bool:
     """Cuts the power; returns whether it was on. The disk keeps its content."""
     found = running(board)
     if found is not None:
-        os.kill(found.pid, signal.SIGKILL)  # unshare --kill-child kills everything on the board with it
-        deadline = time.monotonic() + BOOT_SECONDS
-        while running(board) is not None:
-            if time.monotonic() > deadline:
-                raise CheckFailed(f"cannot stop {board.name}: process {found.pid} does not end")
-            time.sleep(POLL_SECONDS)
+        with contextlib.ExitStack() as opened:
+            inits = _children(found.pid)
+            for handle in inits:
+                opened.callback(os.close, handle)
+            os.kill(found.pid, signal.SIGKILL)  # unshare --kill-child kills everything on the board with it
+            deadline = time.monotonic() + BOOT_SECONDS
+            # The init process of the board ends after all others on it, and some time after unshare.
+            while running(board) is not None or len(select.select(inits, [], [], 0)[0]) < len(inits):
+                if time.monotonic() > deadline:
+                    raise CheckFailed(f"cannot stop {board.name}: process {found.pid} does not end")
+                time.sleep(POLL_SECONDS)
     (board.state / "running.json").unlink(missing_ok=True)
     return found is not None
+
+
+def _children(pid: int) -> list[int]:
+    """Handles of the child processes of a process, readable when one has ended; none if the process has."""
+    try:
+        words = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [os.pidfd_open(int(word)) for word in words]
+    except OSError:
+        return []
 
 
 def running(board: Board) -> Running | None:

@@ -48,7 +48,7 @@ export function grow(message, delta) {
 /** When an answer came, in milliseconds. */
 export class Clock {
   constructor() {
-    Object.assign(this, { start: performance.now(), first: 0, last: 0, thought: 0, pieces: 0 });
+    Object.assign(this, { start: performance.now(), first: 0, last: 0, thought: undefined, pieces: 0 });
   }
 
   /** A piece of the answer has come. */

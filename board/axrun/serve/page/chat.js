@@ -181,7 +181,7 @@ async function answer(parent, before) {
       finish = event.choices[0]?.finish_reason ?? finish;
       if (!grow(message, event.choices[0]?.delta)) continue;
       clock.tick(message);
-      if (clock.thought) message.thought = Math.round(clock.thought);
+      if (clock.thought !== undefined) message.thought = Math.round(clock.thought);
       pace.later();
       if (clock.last - saved < SAVE_MS) continue;
       saved = clock.last;

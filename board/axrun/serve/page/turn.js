@@ -30,7 +30,7 @@ function section(message, name, className, title, content) {
 
 function thoughtsTitle({ content, writing, calls, thought }) {
   if (writing && !content && !calls) return "Thinking…";
-  return thought ? `Thoughts, ${(thought / 1000).toFixed(1)} s` : "Thoughts";
+  return thought === undefined ? "Thoughts" : `Thoughts, ${(thought / 1000).toFixed(1)} s`;
 }
 
 function thoughtsOf(message) {

@@ -26,7 +26,8 @@ def server_saying(bundle_thinking: Path) -> Iterator[Server]:
 
     It is reachable by a non-local address, which browsers do not treat as secure.
     """
-    server = Server(bundle_thinking, "--host", "0.0.0.0").ready()
+    # Without guesses, or an answer would be finished before a test presses Stop.
+    server = Server(bundle_thinking, "--host", "0.0.0.0", "--no-speculation").ready()
     yield server
     assert server.stop() == 0
     assert not [line for line in server.lines if "Traceback" in line]

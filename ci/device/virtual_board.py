@@ -147,7 +147,7 @@ def down(board: Board) -> bool:
     found = running(board)
     if found is not None:
         with contextlib.ExitStack() as opened:
-            inits = _children(found.pid)
+            inits = _child_handles(found.pid)
             for handle in inits:
                 opened.callback(os.close, handle)
             os.kill(found.pid, signal.SIGKILL)  # unshare --kill-child kills everything on the board with it
@@ -161,7 +161,7 @@ def down(board: Board) -> bool:
     return found is not None
 
 
-def _children(pid: int) -> list[int]:
+def _child_handles(pid: int) -> list[int]:
     """Handles of the child processes of a process, readable when one has ended; none if the process has."""
     try:
         words = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

@@ -58,7 +58,7 @@ STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MODELS = "/v1/models/"
 REALM = 'Bearer realm="axrun"'
-LAST_WORDS = 1.0  # seconds to send an error at a forced shutdown
+ERROR_SECONDS = 1.0  # to send an error at a forced shutdown
 GONE = object()
 NO_ORIGINS = Origins()
 
@@ -128,7 +128,7 @@ class App:
         except asyncio.CancelledError:  # a forced shutdown; a response that has begun is cut off
             if not exchange.status:
                 with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(exchange.refuse(stopped()), LAST_WORDS)
+                    await asyncio.wait_for(exchange.refuse(stopped()), ERROR_SECONDS)
         except Exception:
             traceback.print_exc()
             if exchange.status:

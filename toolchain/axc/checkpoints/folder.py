@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from axc.checkpoints.gguf.container import MAGIC
 from axrun.errors import BadInput
 
 # (whole file, index of shards) in order of preference
@@ -23,7 +24,6 @@ ORDER = (
 SUFFIXES = (".safetensors", ".bin")
 ADAPTER_CONFIG = "adapter_config.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-GGUF_MAGIC = b"GGUF"
 # torch.distributed checkpoints, which transformers prefers to every other file
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 # files of a training run with a weight file's suffix that hold no weights
@@ -96,7 +96,7 @@ def _no_folder(file: Path) -> tuple[str, str]:
     """Describes a file in place of a folder, and what to do."""
     try:
         with file.open("rb") as opened:
-            gguf = opened.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+            gguf = opened.read(len(MAGIC)) == MAGIC
     except OSError as error:
         return f"cannot read {file}: {error.strerror}", "Give the folder that holds config.json and the weights."
     if gguf:

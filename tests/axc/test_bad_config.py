@@ -43,7 +43,8 @@ DEEP = "[" * 100_000
         pytest.param(
             {"model_type": "Qwen2"}, ["'Qwen2' is not supported; did you mean 'qwen2'"], id="a capital letter"
         ),
-        pytest.param({"model_type": "blocks"}, ["write toolchain/axc/families/NAME.py"], id="a file that is there"),
+        pytest.param({"model_type": "family"}, ["write toolchain/axc/families/NAME.py"], id="a file that is there"),
+        pytest.param({"model_type": "blocks"}, ["write toolchain/axc/families/NAME.py"], id="a package that is there"),
         pytest.param(
             {"model_type": None},
             ["None is not supported", "the nearest family by the keys it reads is"],

@@ -119,10 +119,11 @@ def _not_supported(values: dict[str, Any], path: Path, name: object) -> str:
     first = f"{path}: model_type {name!r:.60} is not supported; the nearest family by {why} is {nearest}"
     if unread := config_keys.unread(values, FAMILIES[nearest].reads):
         first += f",\nwhich does not read {', '.join(unread[:4])}{', ...' if len(unread) > 4 else ''}"
-    file = name.replace("-", "_") if isinstance(name, str) else ""
-    if not file.isidentifier() or (Path(__file__).parent / f"{file:.60}.py").exists():
+    file = name.replace("-", "_")[:60] if isinstance(name, str) else ""
+    taken = {module.name for module in pkgutil.iter_modules(__path__)}
+    if not file.isidentifier() or file in taken:
         file = "NAME"
-    adding = f"to add this one, follow {RECIPE} and write toolchain/axc/families/{file:.60}.py"
+    adding = f"to add this one, follow {RECIPE} and write toolchain/axc/families/{file}.py"
     return f"{first}\nREADME.md lists the supported models; {adding}."
 
 

@@ -381,8 +381,8 @@ def test_an_adapter_alone(tmp_path: Path, config: str, base: str) -> None:
         (["model-00001-of-00002.safetensors"], ["without their index", "model.safetensors.index.json"]),
         (["pytorch_model-00001-of-00002.bin"], ["without their index", "pytorch_model.bin.index.json"]),
         (
-            ["quantize_config.json", "gptq_model-4bit-128g.safetensors"],
-            ["of an older layout"],
+            ["quantize_config.json", "gptq_model-4bit-128g.safetensors", "gptq_model-4bit-32g.safetensors"],
+            ["of an older layout", "Give one .safetensors file"],
         ),
         (["tf_model.h5"], ["TensorFlow", "save_pretrained()"]),
         (["flax_model.msgpack"], ["Flax"]),

@@ -20,18 +20,23 @@ SHARDS = {
     "model-00001-of-00002.safetensors": b"one",
     "model-00002-of-00002.safetensors": b"two",
 }
-UNREAD = {"README.md": b"#", ".gitattributes": b"", "pytorch_model.bin": b"the same", "onnx.bin": b"0", "code.py": b"1"}
+AUTOGPTQ = {**TEXTS, "quantize_config.json": b"{}", "gptq_model-4bit-128g.safetensors": b"weights"}
+UNREAD = {"README.md": b"#", ".gitattributes": b"", "onnx.bin": b"0", "code.py": b"1"}
+BOTH = {"pytorch_model.bin": b"the same"}
 
 
 def kept(client: Client) -> Path:
     return client.cache / "models--owner--toy" / "axc-pins" / "main.toml"
 
 
-@pytest.mark.parametrize("files", [WHOLE, SHARDS, {**TEXTS, "pytorch_model.bin": b"weights"}])
+@pytest.mark.parametrize(
+    ("files", "unread"),
+    [(WHOLE, BOTH), (SHARDS, BOTH), ({**TEXTS, "pytorch_model.bin": b"weights"}, {}), (AUTOGPTQ, {})],
+)
 def test_needed_files_are_downloaded_and_pinned(
-    files: dict[str, bytes], hub: Hub, client: Client, dead_end: str
+    files: dict[str, bytes], unread: dict[str, bytes], hub: Hub, client: Client, dead_end: str
 ) -> None:
-    hub.publish({**UNREAD, **files})
+    hub.publish({**UNREAD, **unread, **files})
     code, out, err = client.fetch(hub.url, model=REPO)
     assert (code, err) == (0, "")
     *said, folder = out.splitlines()

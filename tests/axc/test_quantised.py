@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from axc import build
+from axc import build, config
 from axc.checkpoints import Checkpoint
 from axc.doctor.case import Case, Options
 from axc.graph import Graph
@@ -60,6 +62,78 @@ def test_every_value_to_the_last_bit(made: Made, name: str) -> None:
         assert np.array_equal(bits(checkpoint.rows(tensor, 11, 30)), bits(values[11:30]))
         assert np.array_equal(bits(reference.weight(tensor)), bits(values))
     assert "dequantised by axc.quantised_reading" in reference.remarks[0]
+
+
+BESIDE: dict[str, dict[str, str]] = {
+    "quantize_config.json": {},
+    "quant_config.json": {"bits": "w_bit", "group_size": "q_group_size"},
+}
+
+
+def older(folder: Path, new: Path, name: str, weights: str) -> Path:
+    """A copy of a folder as early AutoGPTQ and AutoAWQ wrote it: settings and weights of these names."""
+    shutil.copytree(folder, new)
+    says = json.loads((new / "config.json").read_text())
+    settings = {BESIDE[name].get(key, key): value for key, value in says.pop("quantization_config").items()}
+    del settings["quant_method"]
+    (new / "config.json").write_text(json.dumps(says))
+    (new / name).write_text(json.dumps(settings))
+    (new / "model.safetensors").rename(new / weights)
+    return new
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "weights"),
+    [
+        ("gptq-asymmetric", "quantize_config.json", "gptq_model-4bit-64g.safetensors"),
+        ("gptq-desc_act", "quantize_config.json", "model.safetensors"),
+        ("awq", "quant_config.json", "model.safetensors"),
+        ("awq-128", "quant_config.json", "awq_model_w4_g128.safetensors"),
+    ],
+)
+def test_settings_in_a_file_beside_config_json(made: Made, tmp_path: Path, form: str, name: str, weights: str) -> None:
+    folder, expected = made(form)
+    beside = older(folder, tmp_path / "older", name, weights)
+    checkpoint, reference, said = Checkpoint.open(beside), Reference(beside), list[str]()
+    config.load(checkpoint, say=said.append)
+    assert any(f"as {name} says" in line for line in said), said
+    for tensor, values in expected.items():
+        assert np.array_equal(bits(checkpoint.rows(tensor, 0, len(values))), bits(values))
+        assert np.array_equal(bits(reference.weight(tensor)), bits(values))
+    one, other = (
+        build.build(plan(path, tmp_path / path.name / "out", weight_type=None)).manifest for path in (folder, beside)
+    )
+    assert {file for file in one["files"] if one["files"][file] != other["files"][file]} == {"hf/config.json"}
+    assert name in other["inputs"], list(other["inputs"])
+
+
+def test_settings_beside_float_weights_are_not_read(pristine: Path, tmp_path: Path) -> None:
+    shutil.copytree(pristine, tmp_path / "floats")
+    (tmp_path / "floats" / "quantize_config.json").write_text("left over")
+    assert not Checkpoint.open(tmp_path / "floats").matrices
+    assert not Reference(tmp_path / "floats").remarks
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quant_config.json": {"w_bit": 4}}, "quantize_config.json and quant_config.json say; which is meant?"),
+        ({"quantize_config.json": {"bits": 4, "quant_method": "awq"}}, "quant_method 'awq'; expected gptq"),
+        ({"quantize_config.json": {"bits": 3, "group_size": 64}}, "quantize_config.json has bits 3; expected 4 or 8"),
+        ({"quantize_config.json": {"bits": 4, "group_size": 64, "rotation": "x"}}, "has rotation 'x'"),
+        ({"quantize_config.json": [4]}, "holds a list, expected a JSON object"),
+        ({"gptq_model-4bit-32g.safetensors": {}}, "holds no weights that can be read, but quantised weights of"),
+    ],
+)
+def test_odd_settings_beside(made: Made, tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    name = "gptq_model-4bit-64g.safetensors"
+    beside = older(made("gptq-asymmetric")[0], tmp_path / "older", "quantize_config.json", name)
+    for file, values in changes.items():
+        (beside / file).write_text(json.dumps(values))
+    with pytest.raises(BadInput) as error:
+        Checkpoint.open(beside)
+    assert words in str(error.value)
+    assert len(str(error.value).splitlines()) <= 3
 
 
 def dequantised(model: onnx.ModelProto, weight: str) -> Floats:

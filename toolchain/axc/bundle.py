@@ -26,7 +26,8 @@ from axrun.format.bundle import MANIFEST, SCHEMA, read_manifest, sha256
 def input_files(checkpoint: Checkpoint) -> tuple[Path, ...]:
     """Every checkpoint file that a bundle is built from."""
     texts = () if checkpoint.gguf else (*hf_folder.input_files(checkpoint.path), *pooling.input_files(checkpoint.path))
-    return (*checkpoint.files, *texts, *(file for adapter in checkpoint.adapters for file in adapter.files))
+    settings = () if checkpoint.settings_file is None else (checkpoint.settings_file,)
+    return (*checkpoint.files, *settings, *texts, *(file for adapter in checkpoint.adapters for file in adapter.files))
 
 
 def input_name(path: Path, folder: Path, adapters: Sequence[Lora]) -> str:

@@ -36,6 +36,19 @@ def take_from(config: Any) -> Says | None:
     return found if isinstance(found, dict) else None
 
 
+def older(folder: Path, load: Callable[[Path], Mapping[str, Tensor]]) -> Says | None:
+    """The settings beside a config.json without any: AutoGPTQ's quantize_config.json, AutoAWQ's quant_config.json."""
+    gptq, awq = folder / "quantize_config.json", folder / "quant_config.json"
+    if not gptq.is_file() and not awq.is_file():
+        return None
+    if not any(name.endswith(".qweight") for file in _files(folder) for name in load(file)):
+        return None
+    if gptq.is_file():
+        return {"quant_method": "gptq", **json.loads(gptq.read_text("utf-8"))}
+    read = json.loads(awq.read_text("utf-8"))
+    return {"quant_method": "awq", "group_size": read.get("q_group_size"), **read}
+
+
 def weights(
     folder: Path, says: Says, load: Callable[[Path], Mapping[str, Tensor]], known: Collection[str]
 ) -> dict[str, Tensor]:
@@ -68,7 +81,7 @@ def _files(folder: Path) -> list[Path]:
         index = folder / f"{whole}.index.json"
         if index.is_file():
             return [folder / name for name in sorted({*json.loads(index.read_text("utf-8"))["weight_map"].values()})]
-    return []
+    return sorted(folder.glob("*.safetensors"))  # AutoGPTQ names its file by bits and group size
 
 
 def _unpacked(words: Tensor, bits: int, dim: int) -> Tensor:

@@ -59,7 +59,8 @@ class Checkpoint:
     `aside` names weight files in the folder that are not read, `source` the file or index that was preferred.
     `others` counts the tensors of other parts of a multimodal model, which are not read.
     `gguf` is set if the checkpoint is a GGUF file. `adapters` are merged into it. `readers`: by key, how tensors are
-    read that are packed or changed. `matrices`: those of a quantised folder.
+    read that are packed or changed. `matrices`: those of a quantised folder; `settings_file` describes them, if
+    config.json does not.
     """
 
     path: Path
@@ -70,6 +71,7 @@ class Checkpoint:
     others: int = 0
     gguf: Model | None = None
     adapters: tuple[Lora, ...] = ()
+    settings_file: Path | None = None
     readers: Mapping[str, Rows] = field(default_factory=dict, repr=False, compare=False)
     matrices: tuple[quantised.Matrix, ...] = field(default=(), repr=False, compare=False)
     _arrays: dict[Path, dict[str, NDArray[Any]]] = field(default_factory=dict, repr=False, compare=False)
@@ -103,14 +105,17 @@ class Checkpoint:
                     )
                 tensors[name] = stored
         plain = cls(path, tensors, chosen.files, chosen.source, chosen.aside)
-        settings = quantised.find(path)
+        settings = quantised.find(path, tensors)
         readers: dict[str, Rows] = {}
         matrices: tuple[quantised.Matrix, ...] = ()
         if settings is not None:
             tensors, matrices = quantised.present(settings, quantised.Raw(tensors, plain.array))
             readers = {matrix.stored.key: matrix.rows for matrix in matrices}
         tensors, others = multimodal.text_model(path, tensors)
-        return replace(plain, tensors=tensors, readers=readers, matrices=matrices, others=others)
+        settings_file = settings.path if settings and settings.path.name in folder.SETTINGS else None
+        return replace(
+            plain, tensors=tensors, readers=readers, matrices=matrices, others=others, settings_file=settings_file
+        )
 
     def _merged(self, adapter: Lora) -> Checkpoint:
         if adapter.folder.resolve() in [other.folder.resolve() for other in self.adapters]:

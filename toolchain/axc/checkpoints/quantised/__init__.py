@@ -1,4 +1,4 @@
-"""Quantised folders, as config.json declares them: GPTQ, AWQ, AutoRound, compressed-tensors, fp8.
+"""Quantised folders, as config.json or a file beside it declares them: GPTQ, AWQ, AutoRound, compressed-tensors, fp8.
 
 One file per format: it finds the matrices among the stored tensors and presents each as one tensor, `NAME.weight`, with
 float32 rows and, if possible, integer levels. All other tensors are unchanged.
@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from axc.checkpoints import folder
 from axc.checkpoints.json_files import read_config_json
 from axc.checkpoints.quantised import auto_round, awq, compressed_tensors, fp8, gptq, scales
 from axc.checkpoints.quantised.matrix import Matrix, Raw
@@ -41,16 +42,20 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 )
 
 
-def find(folder: Path) -> Settings | None:
-    """The quantisation settings in a folder's config.json; None if there are none.
+# keys of AutoAWQ's quant_config.json, and what they are called in config.json
+AWQ_KEYS = {"w_bit": "bits", "q_group_size": "group_size"}
+
+
+def find(checkpoint: Path, tensors: Mapping[str, StoredTensor]) -> Settings | None:
+    """The quantisation settings of a folder with these tensors; None if there are none.
 
     Raises BadInput for an unsupported quant_method.
     """
-    path = folder / "config.json"
+    path = checkpoint / "config.json"
     values = read_config_json(path) if path.is_file() else {}
     keys = [key for key in KEYS if values.get(key) is not None]
     if not keys:
-        return None
+        return _beside(checkpoint) if any(name.endswith(".qweight") for name in tensors) else None
     said = values[keys[0]]
     method = said.get("quant_method") if isinstance(said, dict) else None
     if len(keys) > 1 or not isinstance(method, str) or method not in METHODS:
@@ -60,6 +65,23 @@ def find(folder: Path) -> Settings | None:
             f"{', '.join(sorted(METHODS))}\n{FLOAT_CHECKPOINT}"
         )
     return Settings(said, path, keys[0])
+
+
+def _beside(checkpoint: Path) -> Settings | None:
+    """The settings of a folder whose config.json has none: from a file that AutoGPTQ or AutoAWQ wrote beside it."""
+    names = [name for name in folder.SETTINGS if (checkpoint / name).is_file()]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise BadInput(f"{checkpoint} is quantised, as {' and '.join(names)} say; which is meant?\nRemove the other.")
+    path, usual = checkpoint / names[0], folder.SETTINGS[names[0]]
+    read = read_config_json(path)
+    values = {AWQ_KEYS.get(key, key): value for key, value in read.items()} if usual == "awq" else read
+    method = values.get("quant_method") or usual
+    if len(values) < len(read) or method != usual:
+        seen = f"quant_method {method!r:.40}" if method != usual else "one setting under two names"
+        raise BadInput(f"{path} has {seen}; expected {usual} settings\n{FLOAT_CHECKPOINT}")
+    return Settings({**values, "quant_method": usual}, path, path.name)
 
 
 def present(settings: Settings, raw: Raw) -> tuple[dict[str, StoredTensor], tuple[Matrix, ...]]:

@@ -15,6 +15,7 @@ import mmap
 import os
 import sys
 import weakref
+from contextlib import suppress
 from ctypes import c_int, c_long, c_size_t, c_uint8, c_void_p
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,8 @@ class Pool:
             return
         for stream in range(self._streams):
             place = start + (stream * self.most + count) * self._part
-            _mmap(place, dropped * self._part, mmap.PROT_READ, ANONYMOUS | MAP_FIXED, -1, 0)
+            with suppress(CheckFailed):  # rows behind the table are not read, and `grow` maps over them
+                _mmap(place, dropped * self._part, mmap.PROT_READ, ANONYMOUS | MAP_FIXED, -1, 0)
         while len(table) > count:
             block = table.pop()
             self._users[block] -= 1

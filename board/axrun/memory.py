@@ -109,7 +109,7 @@ def pools(bundle: Bundle, engine: str) -> bool:
 
 def mapped(bundle: Bundle, engine: str) -> int:
     """Bytes of a loaded bundle's axmodels that the system counts as free memory, since it could read them again."""
-    if engine == "ort" or bundle.maker == "pulsar2":
+    if not pools(bundle, engine):
         return 0
     return sum(path.stat().st_size for path in (*map(bundle.layer_path, range(bundle.layers)), bundle.post_path))
 

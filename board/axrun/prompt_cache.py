@@ -145,32 +145,34 @@ class PromptCache:
             self._sizes.pop(key.name, None)
 
     def _write_all(self) -> None:
-        reason = None  # of the last failure, said once: a full disk would fill the log with it
+        said = None  # the last failure, said once: a full disk would fill the log with it
         while (task := self._queue.get()) is not None:
-            key, payload = task
+            failure, doing = None, "written"
             try:
-                self._write(key, payload)
+                self._write(*task)
+                doing = "deleted"
                 self._make_room()
             except OSError as error:
-                self._forget(key)
-                if error.strerror != reason:
-                    self._say(f"warning: prompt cache: blocks cannot be written: {error.strerror}")
-                reason = error.strerror
-            else:
-                if reason is not None:
-                    self._say("note: prompt cache: blocks can be written again")
-                reason = None
+                failure = f"blocks cannot be {doing}: {error.strerror}"
+            if failure is not None and failure != said:
+                self._say(f"warning: prompt cache: {failure}")
+            elif failure is None and said is not None:
+                self._say("note: prompt cache: blocks can be written again")
+            said = failure
 
     def _write(self, key: Key, payload: bytes) -> None:
-        handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=self._folder)  # readable by its owner only
+        name = None
         try:
+            handle, name = tempfile.mkstemp(prefix=PARTIAL, dir=self._folder)  # readable by its owner only
             with os.fdopen(handle, "wb") as file:
                 file.write(MAGIC + _checksum(key, payload))
                 file.write(payload)
             os.replace(name, self._folder / key.name)
         except BaseException:
+            self._forget(key)
             with contextlib.suppress(OSError):
-                os.unlink(name)
+                if name is not None:
+                    os.unlink(name)
             raise
         with self._lock:
             self._sizes[key.name] = len(MAGIC) + DIGEST + len(payload)

@@ -17,7 +17,7 @@ from axrun.load import DEFAULTS, Loading, Say, describe, silent
 from axrun.sampling import BREAKERS, Sampling
 from axrun.sampling.checkpoint import sampling_of
 from axrun.sequence import Sequence
-from axrun.speculation import Speculation
+from axrun.speculation import Speculation, draft
 from axrun.text.stream import TextStream
 from axrun.text.template import ChatTemplate, prompt_ids
 from axrun.text.tokenizer import Tokenizer
@@ -92,9 +92,13 @@ class Options:
             say(f"note: {remark}")
         return sampling
 
-    def speculation_for(self, bundle: Bundle, loading: Loading) -> Speculation | None:
-        """What guesses tokens; loads the draft model. Raises BadInput if it does not fit the bundle."""
-        return Speculation.load(self.draft, bundle, loading) if self.speculation else None
+    def draft_for(self, bundle: Bundle, loading: Loading) -> Bundle | None:
+        """The draft model, not loaded yet. Raises BadInput if it does not fit the bundle."""
+        return None if self.draft is None else draft.open_for(bundle, self.draft, loading)
+
+    def speculation_with(self, draft: Bundle | None, loading: Loading) -> Speculation | None:
+        """What guesses tokens; loads the draft model. Raises BadInput if memory is too small."""
+        return Speculation.load(draft, loading) if self.speculation else None
 
     def grammar_of(self, tokenizer: Tokenizer, vocab_size: int) -> Grammar | None:
         """The compiled schema or grammar. Raises BadInput if it is not valid or not supported."""
@@ -139,8 +143,9 @@ def run(path: Path, question: Question, loading: Loading = DEFAULTS, write: Say 
     tokenizer.expect_within(ids, bundle.vocab_size)
     expect_room(len(ids), bundle.kv_cache_len)
     sampling = sampling.override(grammar=options.grammar_of(tokenizer, bundle.vocab_size))
+    guessing = options.draft_for(bundle, loading)
     model = loading.load(bundle)
-    speculation = options.speculation_for(bundle, loading)
+    speculation = options.speculation_with(guessing, loading)
     for line in describe(model, bundle):
         say(line)
     say(f"input token num : {len(ids)}, prefill_split_num : {len(list(model.decoder.chunks(0, len(ids))))}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from axrun.cli import main
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.generate import Stats, Token, steps
@@ -19,7 +20,7 @@ from axrun.model import Model
 from axrun.sampling import Sampling
 from axrun.sampling.sampler import Sampler
 from axrun.sequence import Sequence as TokenSequence
-from axrun.speculation.draft import LONGEST_PAUSE, PROBE, DraftGuesser, GuessLength, load
+from axrun.speculation.draft import LONGEST_PAUSE, PROBE, DraftGuesser, GuessLength, open_for
 from axrun.speculation.guesser import Costs, Guesser
 from axrun.speculation.prompt_lookup import PromptLookup
 from tests.doctor import axmodels
@@ -146,7 +147,9 @@ def test_a_draft_that_is_not_worth_its_time_is_tried_again() -> None:
     assert LONGEST_PAUSE < max(np.diff(tries)) < LONGEST_PAUSE + 3
 
 
-def test_another_tokenizer_is_refused(bundle_s8: Path, tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused_before_a_model_is_loaded(
+    bundle_s8: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(bundle_s8, other)
     file = other / "hf" / "tokenizer.json"
@@ -156,5 +159,11 @@ def test_another_tokenizer_is_refused(bundle_s8: Path, tmp_path: Path) -> None:
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     axmodels.replace(other, "hf/tokenizer.json", json.dumps(stored).encode())
     with pytest.raises(BadInput, match="their tokenizers differ, first in"):
-        load(other, Bundle.open(bundle_s8))
-    assert load(bundle_s8, Bundle.open(bundle_s8)).length == 0
+        open_for(Bundle.open(bundle_s8), other)
+    assert open_for(Bundle.open(bundle_s8), bundle_s8).path == bundle_s8
+    for command in (["run", bundle_s8, "--prompt", "1+1="], ["chat", bundle_s8], ["serve", bundle_s8, "--port", "0"]):
+        assert main([*map(str, command), "--draft", str(other)]) == 2
+        told = capsys.readouterr()
+        assert "their tokenizers differ, first in" in told.err
+        assert "axmodel init ok" not in told.err
+        assert told.out == ""

@@ -80,6 +80,34 @@ def refusing(number: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def refusing_zeros() -> Iterator[None]:
+    """The system refuses to map zeros in place of blocks that a cache gives back."""
+    given = kv_pool._mmap
+
+    def refuse(start: int | None, size: int, access: int, flags: int, file: int, offset: int) -> int:
+        if file < 0:
+            raise CheckFailed("mmap: Cannot allocate memory")
+        return given(start, size, access, flags, file, offset)
+
+    with patch.object(kv_pool, "_mmap", refuse):
+        yield
+
+
+def test_blocks_that_stay_mapped_are_given_back_all_the_same(model: Model) -> None:
+    pool = Pool(model.decoder, TOKENS, BLOCKS, 5 * 4)
+    one, two = caches = [pool.cache(), pool.cache()]
+    rows: list[list[int]] = [[], []]
+    write(one, rows[0], 0, list(range(1, 251)))
+    with refusing_zeros():
+        one.keep(70)
+    del rows[0][70:]
+    assert pool.free == BLOCKS - 2
+    write(two, rows[1], 0, list(range(300, 550)))  # in the blocks given back, which `one` has mapped still
+    write(one, rows[0], 70, list(range(600, 780)))
+    expect_whole(pool, caches, rows)
+
+
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_caches_hold_their_rows_and_no_block_is_lost(model: Model, data: st.DataObject) -> None:

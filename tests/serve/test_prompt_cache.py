@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -169,6 +170,24 @@ def test_a_full_disk_is_reported_once(
     cache.save(read(model, ids), len(ids))
     cache.close()
     assert said[1:] == ["note: prompt cache: blocks can be written again"]
+    assert restored(model, ids, tmp_path / "cache")[0] == 3 * BLOCK
+
+
+def test_blocks_that_cannot_be_deleted_are_reported_once(
+    model: Model, ids: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    cache = PromptCache(tmp_path / "cache", "a", 1, said.append)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        cache.save(read(model, ids), len(ids))
+        cache.close()
+    assert said == ["warning: prompt cache: blocks cannot be deleted: Operation not permitted"]
+    assert len(cache._sizes) == len(ids) // BLOCK  # new ones, too, are known
     assert restored(model, ids, tmp_path / "cache")[0] == 3 * BLOCK
 
 

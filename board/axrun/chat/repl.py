@@ -28,9 +28,10 @@ def chat(path: Path, options: Options, terminal: Terminal, loading: Loading = DE
     tokenizer, template = Tokenizer.open(bundle.hf), ChatTemplate.find(bundle.hf)
     if template is None:
         raise BadInput(f"{bundle.hf} has no chat template, which chat needs; use axrun run instead")
+    draft = options.draft_for(bundle, loading)
     say("LLM init start")
     model = loading.load(bundle)
-    speculation = options.speculation_for(bundle, loading)
+    speculation = options.speculation_with(draft, loading)
     for line in describe(model, bundle):
         say(line)
     given = sampling, options.max_tokens, options.seed, options.parse_special, speculation

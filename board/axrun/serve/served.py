@@ -25,7 +25,7 @@ from axrun.serve.slots import SPARE, Slot, allocate
 from axrun.serve.tools import Toolbox
 from axrun.serve.writer import Writer
 from axrun.session import engine_version
-from axrun.speculation import Speculation
+from axrun.speculation import Speculation, draft
 from axrun.text.template import ChatTemplate
 from axrun.text.tokenizer import Tokenizer
 
@@ -42,6 +42,7 @@ class Parts:
 
     reader: Reader
     tokenizer: Tokenizer
+    draft: Bundle | None = None
 
 
 class Served:
@@ -115,12 +116,13 @@ class Served:
             options.parse_special,
             options.reasoning_budget,
         )
+        guessing = None if options.draft is None else draft.open_for(bundle, options.draft, self._loading)
         if options.prompt_cache is not None and self._prompt_cache is None:
             engine = self._loading.engine
             identity = f"{bundle.digest} {engine} {engine_version(engine)}"
             folder = Path(options.prompt_cache) if self._alone else Path(options.prompt_cache) / bundle.digest[:16]
             self._prompt_cache = PromptCache(folder, identity, options.prompt_cache_mb << 20, say)
-        return Parts(reader, tokenizer)
+        return Parts(reader, tokenizer, guessing)
 
     @property
     def reader(self) -> Reader:
@@ -133,7 +135,7 @@ class Served:
         model = loading.load(self.bundle)
         for line in describe(model, self.bundle):
             loading.say(line)
-        speculation = Speculation.load(options.draft, self.bundle, loading) if options.speculation else None
+        speculation = Speculation.load(parts.draft, loading) if options.speculation else None
         slots = allocate(model, options.slots, loading.allow, self._kv_limit, loading.say, held=held + self._mapped)
         self._pool = slots[0].pool
         return slots, Writer(parts.tokenizer, self._prompt_cache, speculation).write

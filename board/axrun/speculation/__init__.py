@@ -7,14 +7,10 @@ how tokens are split into runs (`Session.exact`).
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.load import Loading
 from axrun.model import Model
 from axrun.sequence import Sequence
-from axrun.speculation import draft
 from axrun.speculation.draft import DraftGuesser, GuessLength
 from axrun.speculation.guesser import Costs, Guesser
 from axrun.speculation.prompt_lookup import PromptLookup
@@ -29,15 +25,9 @@ class Speculation:
         self._length = GuessLength(self._costs)
 
     @classmethod
-    def load(cls, path: Path | None, bundle: Bundle, loading: Loading) -> Speculation:
-        """With the draft model at `path`, if it is given. Raises BadInput as `draft.load` does."""
-        if path is None:
-            return cls()
-        if not loading.engine.startswith("ax"):
-            raise BadInput(
-                f"--draft needs the engine ax or ax-int8, which verify guesses exactly; not {loading.engine}"
-            )
-        return cls(draft.load(path, bundle, loading))
+    def load(cls, draft: Bundle | None, loading: Loading) -> Speculation:
+        """With a draft model of `open_for`, if it is given. Raises BadInput if memory is too small for it."""
+        return cls(None if draft is None else loading.load(draft))
 
     def guesser(self, sequence: Sequence) -> Guesser | None:
         """For one answer, or None if results depend on how tokens are split into runs."""

@@ -14,7 +14,6 @@ from axrun.errors import BadInput, CheckFailed
 from axrun.format.bundle import Bundle
 from axrun.format.pooling import refuse_text
 from axrun.load import DEFAULTS, Loading
-from axrun.model import Model
 from axrun.sequence import Sequence as TokenSequence
 from axrun.speculation.guesser import DECAY, MOST, Costs, Guesser
 from axrun.text.tokenizer import Tokenizer
@@ -25,8 +24,13 @@ PROBE = 3  # tokens of the first guess, which measures the draft model
 PAUSE, LONGEST_PAUSE = 32, 1024  # tokens without a guess before one is tried again
 
 
-def load(path: Path, bundle: Bundle, loading: Loading = DEFAULTS) -> Model:
-    """The draft model for a bundle. Raises BadInput if its tokenizer differs, or as loading a bundle does."""
+def open_for(bundle: Bundle, path: Path, loading: Loading = DEFAULTS) -> Bundle:
+    """The bundle of a draft model for `bundle`, not loaded yet.
+
+    Raises BadInput if its tokenizer differs or the engine does not verify guesses exactly, or as opening a bundle does.
+    """
+    if not loading.engine.startswith("ax"):
+        raise BadInput(f"--draft needs the engine ax or ax-int8, which verify guesses exactly; not {loading.engine}")
     draft = loading.open(path)
     refuse_text(draft)
     ours, theirs = (Tokenizer.open(each.hf).vocabulary for each in (bundle, draft))
@@ -36,7 +40,7 @@ def load(path: Path, bundle: Bundle, loading: Loading = DEFAULTS) -> Model:
             f"{draft.path} cannot be the draft model of {bundle.path}: their tokenizers differ, first in "
             f"{token!a:.40}\nBuild a smaller model of the same family."
         )
-    return loading.load(draft)
+    return draft
 
 
 class GuessLength:

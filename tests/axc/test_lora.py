@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,33 @@ def test_tensors_that_do_not_fit(base: Path, adapter: Adapter, change: Callable[
     with pytest.raises(BadInput) as refused:
         Checkpoint.open(base, (Lora(one),))
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["stored once", "stored twice"])
+def test_a_head_tied_to_the_embedding(adapter: Adapter, tmp_path: Path, copied: bool) -> None:
+    """With the adapter beside the model only the head changes; once peft has merged it, the embedding too."""
+    tied, folder = tmp_path / "tied", tmp_path / "own"
+    model = random_model(transformers.AutoConfig.for_model("llama", **{**SMALL, "tie_word_embeddings": True}))
+    model.save_pretrained(tied)
+    tensors = load_file(tied / "model.safetensors")
+    with_head = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    if copied:
+        save_file(with_head, tied / "model.safetensors", {"format": "pt"})
+    one = adapter(folder=tied, target_modules=["lm_head", "q_proj"])
+    pairs = load_file(one / "adapter_model.safetensors")
+    save_file({name: pair for name, pair in pairs.items() if ".lora_" in name}, one / "adapter_model.safetensors")
+    embedding = merged(tied, (one, 1.0)).get_input_embeddings().weight
+    assert not torch.equal(embedding, model.get_input_embeddings().weight)
+    with pytest.raises(BadInput, match=r"lm_head, which the base ties to its embedding: .*\nGive a base"):
+        plan(tied, tmp_path / "out", lora=(Lora(one),))
+    shutil.copytree(tied, folder)  # as the message advises
+    save_file(with_head, folder / "model.safetensors", {"format": "pt"})
+    change_config(folder, {"tie_word_embeddings": False})
+    beside = peft.PeftModel.from_pretrained(AUTO.from_pretrained(tied, dtype=torch.float32), one).eval()
+    build.build(plan(folder, tmp_path / "out", lora=(Lora(one),)))
+    seen = Model.load(Bundle.open(tmp_path / "out")).forward(IDS.tolist(), 0, logits="all")
+    assert same(seen, logits_of(beside))
+    assert same(seen, logits_of(merged(folder, (one, 1.0))))
 
 
 def test_folders_and_weights(base: Path, adapter: Adapter, tmp_path: Path) -> None:

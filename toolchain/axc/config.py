@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from axc import families
-from axc.checkpoints import EMBEDDING, HEAD, INFINITY, Checkpoint
+from axc.checkpoints import EMBEDDING, HEAD, INFINITY, Checkpoint, lora
 from axc.checkpoints.json_files import read_config_json
 from axc.families.family import ModelConfig
 from axc.weights import Source
@@ -69,7 +69,10 @@ def _without_zero_biases(
 
 
 def _untied_if_head_differs(checkpoint: Checkpoint, config: ModelConfig, say: Callable[[str], None]) -> ModelConfig:
-    """Like transformers, unties a head that config.json ties if the stored head differs from the stored embedding."""
+    """Like transformers, unties a head that config.json ties if the stored head differs from the stored embedding.
+
+    Raises BadInput if they differ only by an adapter.
+    """
     stored = [checkpoint.tensors.get(name) for name in (EMBEDDING, HEAD)]
     if not config.tie_word_embeddings or None in stored:
         return config
@@ -77,5 +80,9 @@ def _untied_if_head_differs(checkpoint: Checkpoint, config: ModelConfig, say: Ca
         return replace(config, tie_word_embeddings=False)  # reported by the cross-check
     if checkpoint.equal(EMBEDDING, HEAD):
         return config
+    if checkpoint.adapters and Checkpoint.open(checkpoint.path).equal(EMBEDDING, HEAD):
+        for adapter in checkpoint.adapters:
+            if not Checkpoint.open(checkpoint.path, (adapter,)).equal(EMBEDDING, HEAD):
+                raise lora.tied_head(adapter)
     say(f"tie_word_embeddings is true, but the stored {HEAD} differs from {EMBEDDING}: used untied, as in transformers")
     return replace(config, tie_word_embeddings=False)

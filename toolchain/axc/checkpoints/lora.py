@@ -20,7 +20,7 @@ from axc.checkpoints.folder import ADAPTER_CONFIG, refuse_lfs_pointer
 from axc.checkpoints.json_files import read_config_json
 from axc.checkpoints.quantised.matrix import Floats, widened
 from axc.checkpoints.settings import Settings, keys
-from axc.stored import Rows, StoredTensor, loaded_name
+from axc.stored import EMBEDDING, HEAD, Rows, StoredTensor, loaded_name
 from axrun.errors import BadInput
 
 WEIGHTS = "adapter_model.safetensors"
@@ -110,6 +110,8 @@ def merge(
         if name in changed:
             raise BadInput(f"{adapter.files[1]} changes {name} twice, under two names\n{AGAIN}")
         base = tensors.get(name)
+        if base is None and name == HEAD and EMBEDDING in tensors:
+            raise tied_head(adapter)
         if base is None or base.shape != (len(b), a.shape[1]):
             seen = f"the base has {list(base.shape)}" if base else "the base has none"
             raise BadInput(
@@ -124,6 +126,14 @@ def merge(
         packed = base.packed and f"{base.packed} with an adapter"
         changed[name] = replace(base, dtype="FLOAT", packed=packed, grid=None)
     return changed, readers
+
+
+def tied_head(adapter: Lora) -> BadInput:
+    """The error for a head that is the embedding too: in peft both change, but only once the adapter is merged."""
+    return BadInput(
+        f"{adapter.files[1]} changes lm_head, which the base ties to its embedding: merged by peft, both would change\n"
+        f"Give a base with a head of its own: {HEAD} stored, and tie_word_embeddings false in config.json."
+    )
 
 
 def _pairs(adapter: Lora) -> Iterator[tuple[str, Floats, Floats, np.float32]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from hypothesis import HealthCheck, given, settings
@@ -190,8 +191,18 @@ def test_a_damaged_file_is_refused_by_name(whole: bytes, tmp_path: Path, name: s
 
 
 def test_parts_adapters_and_huge_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = gguf_files.write(tmp_path / "parts.gguf", changes=TINY, keys={"split.count": 3})
-    assert "one of several parts" in refused(parts.read_bytes(), tmp_path)
+    first = gguf_files.write(tmp_path / "parts.gguf", changes=TINY, keys={"split.count": 3})
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama", split_max_tensors=1)
+    for name in ("token_embd.weight", "output_norm.weight", "output.weight"):
+        writer.add_tensor(name, np.ones(8, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    later = tmp_path / "model-00002-of-00003.gguf"
+    assert b"general.architecture" not in later.read_bytes()
+    for part in (first, later):
+        assert "is one of 3 parts of a model\nJoin them first" in refused(part.read_bytes(), tmp_path)
     experts = gguf_files.write(tmp_path / "experts.gguf", changes=TINY, keys={"llama.expert_count": 8})
     assert "mixtures of experts" in refused(experts.read_bytes(), tmp_path)
     monkeypatch.setattr(container, "MAX_METADATA", 4096)

@@ -69,14 +69,18 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 def find(file: Container) -> Architecture:
     """The architecture. Raises BadInput for others, and for a part of a model."""
+    # first: only the first part names the architecture
+    if (count := file.metadata.get("split.count", 1)) not in (0, 1):
+        raise BadInput(
+            f"{file.path} is one of {count!r:.20} parts of a model\n"
+            "Join them first: llama-gguf-split --merge FIRST-PART WHOLE.gguf"
+        )
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise BadInput(
             f"{file.path}: general.architecture is {name!r:.60}; of GGUF files those of {known} are read\n{ORIGINAL}"
         )
-    if file.metadata.get("split.count", 1) not in (0, 1):
-        raise BadInput(f"{file.path} is one of several parts\nJoin them first: llama-gguf-split --merge.")
     if "adapter.type" in file.metadata or file.metadata.get("general.type", "model") != "model":
         raise BadInput(f"{file.path} is no whole model: its general.type is {file.metadata.get('general.type')!r:.60}")
     return ARCHITECTURES[name]

@@ -130,6 +130,7 @@ def write(
     pre: str | None = None,
     rope: NDArray[np.float32] | None = None,
     keys: Mapping[str, Any] | None = None,
+    alignment: int | None = None,
 ) -> Path:
     """A random model of an architecture: its matrices in `stored`, its head and embedding in `head`."""
     spm = pre == "spm"
@@ -139,6 +140,8 @@ def write(
     made = model(kind, changes, len(names))
     config = made.config
     writer = gguf.GGUFWriter(path, kind)
+    if alignment:
+        writer.add_custom_alignment(alignment)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)

@@ -26,8 +26,8 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 class Form:
     """A way to store matrices.
 
-    `group`: columns that share a scale, 0 for all; `index`: groups in random columns, alike for matrices of a width;
-    `down`: how down_proj is stored, where that is another.
+    `group`: columns that share a scale, 0 for all; `index`: groups in random columns, alike for matrices of a width
+    unless `own`; `one`: one scale for all of the matrix; `down`: how down_proj is stored, where that is another.
     """
 
     method: str
@@ -35,6 +35,8 @@ class Form:
     group: int = 32
     symmetric: bool = True
     index: bool = False
+    own: bool = False
+    one: bool = False
     kind: str = ""
     scales: torch.dtype = torch.float16
     down: Form | None = None
@@ -49,6 +51,7 @@ FORMS: dict[str, Form] = {
     "gptq-v2": Form("gptq", symmetric=False, kind="gptq_v2"),
     "gptq-desc_act": Form("gptq", index=True),
     "gptq-desc_act-asymmetric": Form("gptq", symmetric=False, index=True),
+    "gptq-desc_act-own": Form("gptq", index=True, own=True),
     "gptq-8-asymmetric": Form("gptq", bits=8, group=64, symmetric=False, kind="gptq_v2"),
     "gptq-mixed": Form("gptq", down=Form("gptq", bits=8, group=64)),
     "awq": Form("awq", symmetric=False),
@@ -68,6 +71,10 @@ FORMS: dict[str, Form] = {
     "ct-int8": Form("compressed-tensors", bits=8, group=0, kind="pack-quantized"),
     "ct-int8-plain": Form("compressed-tensors", bits=8, group=0, kind="int-quantized"),
     "ct-int8-plain-asymmetric": Form("compressed-tensors", bits=8, group=0, symmetric=False, kind="int-quantized"),
+    "ct-int8-tensor": Form("compressed-tensors", bits=8, group=0, one=True, kind="int-quantized"),
+    "ct-int8-tensor-asymmetric": Form(
+        "compressed-tensors", bits=8, group=0, symmetric=False, one=True, kind="int-quantized"
+    ),
     "ct-mixed": Form(
         "compressed-tensors",
         kind="pack-quantized",
@@ -84,7 +91,7 @@ FLOATS = tuple(name for name, form in FORMS.items() if form.method == "fp8" or f
 
 @dataclass(frozen=True)
 class Drawn:
-    """Random `codes` [out, in] from 0, `scales` and `zeros` [out, groups], and the group of each column."""
+    """Random `codes` [out, in] from 0, `scales` and `zeros` [out, groups] or [1, 1], and the group of each column."""
 
     codes: Codes
     scales: torch.Tensor
@@ -101,9 +108,10 @@ class Drawn:
 def draw(rows: int, columns: int, form: Form, random: np.random.Generator) -> Drawn:
     size = form.group or columns
     groups = np.arange(columns) // size
-    groups = np.random.default_rng(columns).permutation(groups) if form.index else groups
-    shape, top = (rows, columns // size), 1 << form.bits
-    zeros = np.full(shape, top // 2) if form.symmetric else random.integers(1, top, shape)
+    if form.index:
+        groups = (random if form.own else np.random.default_rng(columns)).permutation(groups)
+    shape, top = (1 if form.one else rows, columns // size), 1 << form.bits
+    zeros = np.full(shape, top // 2) if form.symmetric else random.integers(0, top, shape)
     spread = 0.15 / top * 4
     scales = torch.from_numpy(random.uniform(spread / 4, spread, shape).astype(np.float32)).to(form.scales)
     return Drawn(random.integers(0, top, (rows, columns)), scales, zeros, groups)
@@ -146,7 +154,10 @@ def compressed(drawn: Drawn, form: Form) -> dict[str, torch.Tensor]:
         zeros = packed(drawn.zeros.T, form.bits).T.contiguous()
     if form.index:
         made["weight_g_idx"] = torch.from_numpy(drawn.groups.astype(np.int32))
-    return made if form.symmetric else {**made, "weight_zero_point": zeros}
+    made |= {} if form.symmetric else {"weight_zero_point": zeros}
+    for name in ("weight_scale", "weight_zero_point") if form.one else ():
+        made |= {name: made[name].flatten()} if name in made else {}
+    return made
 
 
 def floats(rows: int, columns: int, form: Form, random: np.random.Generator) -> tuple[dict[str, torch.Tensor], Floats]:
@@ -207,7 +218,8 @@ def _config(form: Form) -> dict[str, Any]:
         block = {"weight_block_size": [form.group, form.group]} if form.group else {}
         return {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e4m3", **block}
     weights: dict[str, Any] = {"num_bits": form.bits, "type": "int", "symmetric": form.symmetric, "dynamic": False}
-    weights |= {"strategy": "group", "group_size": form.group} if form.group else {"strategy": "channel"}
+    whole = {"strategy": "tensor" if form.one else "channel"}
+    weights |= {"strategy": "group", "group_size": form.group} if form.group else whole
     weights |= {"actorder": "group"} if form.index else {}
     if form.kind == "float-quantized":
         weights |= {"type": "float"}

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from axc import config
+from axc import checkpoints, config
 from axc.checkpoints import Checkpoint
+from axc.checkpoints.quantised import matrix, scales
 from axc.reference import Reference
 from axrun.errors import BadInput
 from tests.axc import quantised_files
@@ -40,6 +41,13 @@ USED = (
     "fp8-blocks",
 )
 UP = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are read and checked a few at a time, as those of a large matrix are."""
+    monkeypatch.setattr(checkpoints, "BLOCK_ELEMENTS", 8 * 128)
+    monkeypatch.setattr(scales, "ROWS", 32)
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +227,13 @@ def test_settings_that_are_not_read(
         read_all(write(tmp_path / "folder", changed, tensors))
     assert words in str(refused.value)
     assert len(str(refused.value).splitlines()) <= 2
+
+
+def test_more_columns_than_any_model_has(whole: Whole, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    says, tensors = whole["gptq-32"]
+    monkeypatch.setattr(matrix, "MAX_COLUMNS", 127)
+    with pytest.raises(BadInput, match=r"qweight has shape \[16, 128\]; expected \[n, n\]"):
+        Checkpoint.open(write(tmp_path / "folder", says, tensors))
 
 
 def test_the_command_ends_with_one_error(whole: Whole, tmp_path: Path) -> None:

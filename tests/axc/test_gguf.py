@@ -76,11 +76,16 @@ def test_every_tensor_matches_transformers(made: Made, architecture: str, kind: 
             assert np.array_equal(values.view(np.uint32), expected[start : start + len(block)].view(np.uint32))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_float_files_match_the_original_model(tmp_path: Path, architecture: str) -> None:
-    """q and k are in transformers' order, although the file has llama.cpp's permutation."""
-    path = gguf_files.write(tmp_path / "model.gguf", architecture)
-    model = gguf_files.model(architecture)
+@pytest.mark.parametrize(
+    ("architecture", "changes", "alignment"),
+    [*((architecture, {}, None) for architecture in ARCHITECTURES), ("llama", {"attention_bias": True}, 4096)],
+)
+def test_float_files_match_the_original_model(
+    tmp_path: Path, architecture: str, changes: dict[str, Any], alignment: int | None
+) -> None:
+    """q and k are in transformers' order, although the file has llama.cpp's permutation, of their biases too."""
+    path = gguf_files.write(tmp_path / "model.gguf", architecture, changes=changes, alignment=alignment)
+    model = gguf_files.model(architecture, changes)
     ours = Checkpoint.open(path)
     for name, parameter in model.state_dict().items():
         assert np.array_equal(ours.rows(name, 0, len(parameter)), parameter.numpy()), name

@@ -81,8 +81,9 @@ def values(checkpoint: Checkpoint, name: str) -> NDArray[np.float32]:
         {},
         {"use_rslora": True},
         {
-            "rank_pattern": {"q_proj": 8, "^model.layers.1.mlp.down_proj": 2},
-            "alpha_pattern": {"layers.0.self_attn.v_proj": 3},
+            # the first that fits counts; a part of a name does not
+            "rank_pattern": {"q_proj": 8, "^model.layers.1.mlp.down_proj": 2, "proj": 3},
+            "alpha_pattern": {"down_proj": 5, "layers.0.mlp.down_proj": 7, "layers.0.self_attn.v_proj": 3},
         },
         {"target_modules": "all-linear", "init_lora_weights": "gaussian", "r": 16},
         {"layers_to_transform": [1], "exclude_modules": ["self_attn.v_proj"], "target_modules": ALL},
@@ -102,6 +103,7 @@ def test_every_weight_is_as_peft_merges_it(
         if name in ours.tensors:
             wanted, found = parameter.detach().numpy(), values(ours, name)
             assert np.abs(found - wanted).max() <= 1e-6 * np.abs(wanted).max(), name
+            assert np.array_equal(ours.finite_rows(name, 7, 20), ours.finite_rows(name, 0, 20)[7:])
             changed += not np.array_equal(found, values(plain, name))
     assert changed >= (2 if isinstance(options.get("target_modules"), str) else 6)
     reference = Reference(base, adapters=[(one, 1.0), (other, -0.5)])

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from axc import build, config
+from axc import build, checkpoints, config, weights
 from axc.checkpoints import Checkpoint
+from axc.checkpoints.quantised import matrix
 from axc.doctor.case import Case, Options
 from axc.graph import Graph
 from axc.reference import Reference
@@ -50,8 +51,9 @@ def bits(values: Floats) -> NDArray[np.uint32]:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_value_to_the_last_bit(made: Made, name: str) -> None:
+def test_every_value_to_the_last_bit(made: Made, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours, in blocks and in odd runs of rows, and the second reading, in transformers' model."""
+    monkeypatch.setattr(matrix, "BAND", 1 << 12)  # a packed matrix is transposed in several bands
     folder, expected = made(name)
     checkpoint, reference = Checkpoint.open(folder), Reference(folder)
     assert len(expected) == 14
@@ -59,7 +61,8 @@ def test_every_value_to_the_last_bit(made: Made, name: str) -> None:
         assert checkpoint.tensors[tensor].packed
         for start, block in checkpoint.blocks(tensor):
             assert np.array_equal(bits(block), bits(values[start : start + len(block)]))
-        assert np.array_equal(bits(checkpoint.rows(tensor, 11, 30)), bits(values[11:30]))
+        for start, stop in ((11, 30), (29, len(values)), (0, 9)):  # across bands, and back
+            assert np.array_equal(bits(checkpoint.rows(tensor, start, stop)), bits(values[start:stop]))
         assert np.array_equal(bits(reference.weight(tensor)), bits(values))
     assert "dequantised by axc.quantised_reading" in reference.remarks[0]
 
@@ -162,8 +165,12 @@ def gathered(model: onnx.ModelProto, matrix: str) -> Any:
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name not in FLOATS])
-def test_levels_and_scales_are_kept_to_the_last_bit(made: Made, tmp_path: Path, name: str) -> None:
-    """ONNX's DequantizeLinear of the axmodel; and the whole model beside transformers'."""
+def test_levels_and_scales_are_kept_to_the_last_bit(
+    made: Made, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX's DequantizeLinear of the axmodel; and the whole model beside transformers'. Read a few rows at a time."""
+    for module in (checkpoints, weights):
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", 24 * 128)
     folder, expected = made(name)
     planned = plan(folder, tmp_path / "out", weight_type=None)
     assert len(planned.kept) == 14

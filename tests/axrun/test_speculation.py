@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from axrun.errors import CheckFailed
 from axrun.format.bundle import Bundle
-from axrun.generate import Stats, Token, steps
+from axrun.generate import Stats, Token, ask, steps
 from axrun.job import Job, compute
 from axrun.model import Model
 from axrun.sampling import Sampling
@@ -94,6 +95,32 @@ def test_right_guesses_need_few_runs(model_fp32: Model, heldout: list[int]) -> N
     guesser = Planned([token.id for token in plain], 50, [], [7])
     assert [token.id for token in answer(model_fp32, heldout[:50], Sampling(), guesser)] == [t.id for t in plain]
     assert len(guesser.learnt) == 5  # 1 + 7 tokens each, behind the first token
+
+
+def test_tokens_of_a_run_share_its_time(model_fp32: Model, heldout: list[int]) -> None:
+    plain = [token.id for token in answer(model_fp32, heldout[:50], Sampling())]
+    stats, started = Stats(), time.perf_counter()
+    tokens = answer(model_fp32, heldout[:50], Sampling(), Planned(plain, 50, [], [7]), stats=stats)
+    elapsed = time.perf_counter() - started
+    assert stats.decode_seconds == pytest.approx(sum(token.seconds for token in tokens[1:]))
+    assert 0 < stats.ttft_seconds + stats.decode_seconds <= elapsed
+
+
+def test_guesses_that_a_run_leaves_out_do_not_count(model_fp32: Model, heldout: list[int]) -> None:
+    """A server cuts them where answers share a run."""
+    plain = [token.id for token in answer(model_fp32, heldout[:50], Sampling())]
+    stats, guesser, seen = Stats(), Planned(plain, 50, [], [7]), list[int]()
+    going = ask(TokenSequence(model_fp32), heldout[:50], Sampler(Sampling()), LENGTH, stats=stats, guesser=guesser)
+    event = next(going, None)
+    while event is not None:
+        if isinstance(event, Job):
+            event = going.send(compute(event if event.last else event.cut(4)))
+            continue
+        seen += [event.id] if isinstance(event, Token) else []
+        event = next(going, None)
+    assert seen == plain
+    assert [guessed for guessed, _ in guesser.learnt] == [3] * 9 + [2]  # behind a known token each
+    assert stats.guessed == stats.accepted == 29
 
 
 @pytest.mark.parametrize("stop", range(3, 9))

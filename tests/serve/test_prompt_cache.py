@@ -97,6 +97,17 @@ def test_prompts_share_the_blocks_of_a_common_prefix(model: Model, ids: list[int
     assert restored(model, [*ids[:64], 1, *ids[65:]], tmp_path)[0] == BLOCK
 
 
+def test_a_block_behind_another_beginning_is_another_block(model: Model, ids: list[int], tmp_path: Path) -> None:
+    """Its rows depend on all tokens before it."""
+    other = [*ids[BLOCK : 2 * BLOCK], *ids[BLOCK:PROMPT]]
+    assert len(stored(model, ids[: 2 * BLOCK], tmp_path)) == 2
+    assert len(stored(model, other[: 2 * BLOCK], tmp_path)) == 4
+    count, sequence, _ = restored(model, other, tmp_path)
+    assert count == 2 * BLOCK
+    whole, mine = (each.model.decoder.cache for each in (read(model, other), sequence))
+    assert whole.read(0, 2 * BLOCK) == mine.read(0, 2 * BLOCK)
+
+
 def test_rows_in_the_slot_are_not_read_again(model: Model, ids: list[int], tmp_path: Path) -> None:
     stored(model, ids, tmp_path)
     cache, sequence = PromptCache(tmp_path, "a", 1 << 30, print), read(model, ids[:150])
@@ -137,16 +148,38 @@ def test_blocks_of_another_model_are_not_found(model: Model, ids: list[int], tmp
     assert restored(model, ids, tmp_path, "b")[0] == 0
 
 
-def test_the_least_recently_used_blocks_are_evicted(model: Model, ids: list[int], tmp_path: Path) -> None:
-    one = stored(model, ids[:BLOCK], tmp_path)[0].stat().st_size
-    cache = PromptCache(tmp_path, "a", 3 * one, print)
-    cache.restore(Sequence(model.another()), ids[: BLOCK + 1])  # used: not the oldest any more
-    others = [ids[start : start + BLOCK] for start in (10, 20, 30)]
-    for other in others:
-        cache.save(read(model, other), BLOCK)
-        time.sleep(0.02)
-    cache.close()
+@pytest.mark.parametrize("restarts", [False, True])
+def test_the_least_recently_used_blocks_are_evicted(
+    model: Model, ids: list[int], tmp_path: Path, restarts: bool
+) -> None:
+    prompts = [ids[start : start + BLOCK] for start in (0, 10, 20, 30, 40)]
+    one = stored(model, prompts[0], tmp_path)[0].stat().st_size
+    caches = [PromptCache(tmp_path, "a", 3 * one, print)]
+
+    def restart() -> None:
+        if restarts:
+            caches[-1].close()
+            caches.append(PromptCache(tmp_path, "a", 3 * one, print))
+        time.sleep(0.02)  # the times of files differ
+
+    def save(prompt: list[int]) -> None:
+        caches[-1].save(read(model, prompt), BLOCK)
+        end = time.monotonic() + 60
+        while not all(caches[-1]._sizes.values()):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        restart()
+
+    for prompt in prompts[1:3]:
+        save(prompt)
+    assert caches[-1].restore(Sequence(model.another()), [*prompts[0], 1]) == BLOCK  # used: not the oldest any more
+    restart()
+    for prompt in prompts[3:]:
+        save(prompt)
+    caches[-1].close()
     assert len(list(tmp_path.iterdir())) == 3
+    kept = [place for place, prompt in enumerate(prompts) if restored(model, [*prompt, 1], tmp_path)[0]]
+    assert kept == [0, 3, 4]
 
 
 def test_a_full_disk_is_reported_once(
@@ -233,3 +266,8 @@ def test_a_restarted_server_reads_the_system_prompt_from_disk(
     third = start(bundle_s8, *flags).ready()
     assert third.complete(prompt, max_tokens=20)["choices"] == again["choices"]
     assert not list(folder.glob("partial-*"))
+    third.stop()
+
+    rounding = start(bundle_s8, *flags, "--engine", "ax-int8").ready()  # computes other rows from the same bundle
+    found = rounding.complete(prompt, max_tokens=20)
+    assert found["usage"]["prompt_tokens_details"]["cached_tokens"] == 0

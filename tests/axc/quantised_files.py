@@ -234,9 +234,9 @@ def _config(form: Form) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, form: Form, seed: int = 0, **changes: Any) -> dict[str, Floats]:
-    """A Llama, all of whose layers' matrices are stored so; their values by name."""
-    model = random_model(transformers.AutoConfig.for_model("llama", **{**SIZES, **changes}))
+def write(folder: Path, form: Form, seed: int = 0, kind: str = "llama", **changes: Any) -> dict[str, Floats]:
+    """A Llama or another kind, all of whose layers' matrices are stored so; their values by name."""
+    model = random_model(transformers.AutoConfig.for_model(kind, **{**SIZES, **changes}))
     random, values = np.random.default_rng(seed), dict[str, Floats]()
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in model.state_dict().items():
@@ -250,7 +250,7 @@ def write(folder: Path, form: Form, seed: int = 0, **changes: Any) -> dict[str, 
         tensors |= {f"{module}.{part}": tensor.contiguous() for part, tensor in parts.items()}
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    says = {**model.config.to_dict(), "architectures": ["LlamaForCausalLM"], "quantization_config": config(form)}
+    says = {**model.config.to_dict(), "architectures": [type(model).__name__], "quantization_config": config(form)}
     (folder / "config.json").write_text(json.dumps(says))
     return values
 

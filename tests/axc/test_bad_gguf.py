@@ -227,7 +227,7 @@ def examine(data: bytes, path: Path) -> None:
                 for _ in checkpoint.blocks(name):
                     pass
             if stored.grid:
-                for _ in checkpoint.levels(name):
+                for _ in checkpoint.levels(name, 0, stored.shape[0]):
                     pass
 
 

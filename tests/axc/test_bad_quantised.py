@@ -27,7 +27,7 @@ from tests.axc.quantised_files import FORMS
 Tensors = dict[str, torch.Tensor]
 Change = Callable[[Tensors], Any]
 Whole = dict[str, tuple[dict[str, Any], Tensors]]
-SMALL = {"num_hidden_layers": 1, "vocab_size": 96, "intermediate_size": 128}
+SMALL: dict[str, Any] = {"num_hidden_layers": 1, "vocab_size": 96, "intermediate_size": 128}
 USED = (
     "gptq-32",
     "gptq-desc_act",
@@ -77,7 +77,7 @@ def read_all(folder: Path) -> None:
             for _ in checkpoint.blocks(name):
                 pass
         if stored.grid:
-            for _ in checkpoint.levels(name):
+            for _ in checkpoint.levels(name, 0, stored.shape[0]):
                 pass
             if stored.grid.reordered:
                 checkpoint.order(name)
@@ -256,7 +256,7 @@ def test_a_short_last_group_is_said_to_be_one(tmp_path: Path) -> None:
         elif name.endswith(".g_idx"):
             tensors[name] = torch.arange(128, dtype=torch.int32) // 48
     built = llm_build(write(folder, says, tensors), tmp_path / "out")
-    assert_refused(built, "is stored as GPTQ 4-bit in groups of different sizes, which no integer type holds")
+    assert_refused(built, "is stored as GPTQ 4-bit in groups of different sizes, which no integer type keeps")
 
 
 def test_a_pickled_folder(whole: Whole, tmp_path: Path) -> None:

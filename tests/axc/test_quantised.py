@@ -195,6 +195,34 @@ def test_levels_and_scales_are_kept_to_the_last_bit(
     assert np.abs(logits - expected_logits).max() <= 2e-3 * np.abs(expected_logits).max()
 
 
+@pytest.mark.parametrize(
+    "name", ["gptq-desc_act-asymmetric", "gptq-mixed", "awq", "ct-int4-asymmetric", "ct-int8-plain"]
+)
+def test_rows_of_a_matrix_are_kept_to_the_last_bit(tmp_path: Path, name: str) -> None:
+    """Phi-3 stores q, k and v as one matrix, gate and up as another; an axmodel has one for each."""
+    folder, output = tmp_path / "phi3", tmp_path / "out"
+    expected = quantised_files.write(folder, FORMS[name], kind="phi3")
+    planned = plan(folder, output, weight_type=None)
+    assert len(planned.kept) == 14
+    assert build.build(planned).manifest["accuracy"]["weight_error"] == {}
+    assert Case(Options(output, folder)).kept == planned.kept
+    model = onnx.load(output / "phi3_p16_l1_together.axmodel")
+    order = Checkpoint.open(folder).order("model.layers.1.mlp.down_proj.weight") if FORMS[name].index else slice(None)
+    for fused, parts in (
+        ("self_attn.qkv_proj", {"q": 128, "k": 64, "v": 64}),
+        ("mlp.gate_up_proj", {"gate": 256, "up": 256}),
+    ):
+        rest = expected[f"model.layers.1.{fused}.weight"]
+        for part, rows in parts.items():
+            weight = f"model.layers.1.{fused.partition('.')[0]}.{part}_proj.weight"
+            wanted, rest = rest[:rows], rest[rows:]
+            assert np.array_equal(bits(dequantised(model, weight)), bits(wanted[order] if rows == 256 else wanted))
+        assert len(rest) == 0
+    logits = Model.load(Bundle.open(output)).forward(IDS.tolist(), 0, logits="all")
+    wanted = Reference(folder).logits(IDS)
+    assert np.abs(logits - wanted).max() <= 2e-3 * np.abs(wanted).max()
+
+
 def test_matrices_of_one_order_share_the_gathered_input(made: Made, tmp_path: Path) -> None:
     build.build(plan(made("gptq-desc_act")[0], tmp_path / "out", weight_type=None))
     model = onnx.load(tmp_path / "out" / "llama_p16_l0_together.axmodel")

@@ -26,7 +26,7 @@ from axc.quantizer import WEIGHT_TYPES
 from axc.quantizer.kept import Kept, decide
 from axc.staging import KeepStaging, publish, refuse_other_content, staged_bytes, staging
 from axc.weights import Source
-from axc.weights.sources import Stored
+from axc.weights.sources import run_of_rows
 from axrun.errors import BadInput
 from axrun.format.bundle import MANIFEST, sha256
 from axrun.format.dtypes import FLOATS
@@ -239,13 +239,15 @@ def stored_types(
     layers = {name: tensor for name, tensor in stored.items() if name not in (EMBEDDING, HEAD)}
     one, kept, notes = decide("--weight_type", weight_type, layers, calibrated)
     other, kept_head, more = decide("--post_weight_type", post_weight_type, {head: stored[head]}, calibrated)
-    return (one, other), {**kept, **kept_head}, [*notes, *more]
+    kept |= kept_head
+    runs = {name: run_of_rows(weights(model)[name]) for name in kept}
+    return (one, other), {name: replace(kept[name], start=run[1]) for name, run in runs.items() if run}, [*notes, *more]
 
 
 def _stored(checkpoint: Checkpoint, source: Source) -> StoredTensor:
-    """The stored tensor of a weight; without its quantisation grid if the weight is computed from it."""
+    """The stored tensor of a weight; without its quantisation grid unless the weight is rows of it, unchanged."""
     first = checkpoint.tensors[next(iter(source.reads))]
-    return first if isinstance(source, Stored) else replace(first, grid=None)
+    return first if run_of_rows(source) else replace(first, grid=None)
 
 
 Progress = Callable[[Job], None]

@@ -141,7 +141,7 @@ class Content:
 
     def _levels(self, weight: Weight, kind: Kept) -> Iterator[tuple[NDArray[Any], ...]]:
         """What is kept of a matrix, in blocks of rows."""
-        pieces = self.tensors.levels(kind.tensor)
+        pieces = self.tensors.levels(kind.tensor, kind.start, kind.start + weight.source.shape[0])
         if kind.calibrated:
             pieces = self._measured(weight, pieces)
         if not weight.rows_as:

@@ -120,14 +120,14 @@ class CalibrationFile:
         """How the compiler stores its matrices."""
         return {name: entry.kept(name) for name, entry in self.weights.items()}
 
-    def levels(self, name: str) -> Iterator[tuple[NDArray[Any], ...]]:
-        """Levels int8 [n, in] and scales float32 [n, in / block] of a matrix, in blocks of whole rows."""
+    def levels(self, name: str, first: int, last: int) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Levels int8 [n, in] and scales float32 [n, in / block] of rows [first, last) of a matrix, in blocks."""
         with safetensors.safe_open(self.path, "np") as file:
-            (rows, columns), levels = self._shape(file, name)
+            (_, columns), levels = self._shape(file, name)
             scales = file.get_slice(f"{name}_scale")
             height = max(BLOCK_ELEMENTS // columns, 1)
-            for start in range(0, rows, height):
-                stop = min(start + height, rows)
+            for start in range(first, last, height):
+                stop = min(start + height, last)
                 part = levels[start:stop]
                 part = unpack4(part).reshape(len(part), columns) if part.dtype == np.uint8 else part
                 yield part, scales[start:stop].astype(np.float32)
@@ -204,9 +204,9 @@ class WithLevels:
     def finite_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         return self.checkpoint.finite_rows(name, start, stop)
 
-    def levels(self, name: str) -> Iterator[tuple[NDArray[Any], ...]]:
+    def levels(self, name: str, start: int, stop: int) -> Iterator[tuple[NDArray[Any], ...]]:
         """Of the checkpoint where it is quantised itself."""
-        return self.file.levels(name) if name in self.file.weights else self.checkpoint.levels(name)
+        return (self.file if name in self.file.weights else self.checkpoint).levels(name, start, stop)
 
     def order(self, name: str) -> NDArray[np.int64]:
         """Calibrated matrices have their columns in the checkpoint's order."""

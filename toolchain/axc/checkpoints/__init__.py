@@ -153,14 +153,14 @@ class Checkpoint:
             self._arrays[stored.file] = FORMS[stored.file.suffix].arrays(stored.file)
         return self._arrays[stored.file][stored.key]
 
-    def levels(self, name: str) -> Iterator[tuple[NDArray[Any], ...]]:
-        """A tensor with a grid in blocks of whole rows: levels, scales, and zero points if it has any."""
+    def levels(self, name: str, start: int, stop: int) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Rows [start, stop) of a tensor with a grid, in blocks: levels, scales, and zero points if it has any."""
         stored = self.tensors[name]
         reader = cast(LevelRows, self.readers[stored.key])
         height = max(BLOCK_ELEMENTS // stored.shape[1], 1)
-        for start in range(0, stored.shape[0], height):
-            levels, scales, *zeros = reader.levels(start, min(start + height, stored.shape[0]))
-            _refuse_non_finite(name, scales, stored, start)
+        for first in range(start, stop, height):
+            levels, scales, *zeros = reader.levels(first, min(first + height, stop))
+            _refuse_non_finite(name, scales, stored, first)
             yield levels, scales, *zeros
 
     def order(self, name: str) -> NDArray[np.int64]:

@@ -28,8 +28,8 @@ ZERO_POINTS = 2  # the number of their part
 class Kept:
     """INT8 or INT4 of the checkpoint's name and shape, and `<name>_scale`, one for each block of a row.
 
-    `tensor` is the checkpoint's name of it, `packed` the format that it has there. `zero_points`: there is also
-    `<name>_zero_point` of the levels' type and the scales' shape, and value = (level - zero point) x scale.
+    `tensor` is the checkpoint's name of it, `start` its first row there, `packed` the format. `zero_points`: there is
+    also `<name>_zero_point` of the levels' type and the scales' shape, and value = (level - zero point) x scale.
     `repeat`: blocks that share a scale of the checkpoint. `reordered`: a digest of the checkpoint's `order` of columns,
     where they are in that and the input is gathered so. `calibrated`: the levels are those of a calibration, and the
     checkpoint holds the values that they stand for, so that their error is measured.
@@ -44,6 +44,7 @@ class Kept:
     repeat: int = 1
     reordered: str = ""
     calibrated: bool = False
+    start: int = 0
 
     @property
     def bits(self) -> float:
@@ -166,7 +167,7 @@ def _kept(weight_type: str, packed: Mapping[str, StoredTensor]) -> dict[str, Kep
 
 def _refuse(flag: str, stored: StoredTensor) -> None:
     raise BadInput(
-        f"{stored.file}: {stored.key} is stored as {stored.packed}, which no integer type holds without loss\n"
+        f"{stored.file}: {stored.key} is stored as {stored.packed}, which no integer type keeps as it is\n"
         f"Quantise it again with a loss: {flag} s8, s4 or a float type."
     )
 

@@ -34,9 +34,9 @@ class Tensors(Protocol):
 class PackedTensors(Tensors, Protocol):
     """A checkpoint that may have quantised matrices."""
 
-    def levels(self, name: str) -> Iterator[tuple[NDArray[Any], ...]]:
-        """A matrix in blocks of whole rows: levels int8 [n, in], scales float32 [n, in / block], and zero points int8
-        [n, in / block] if it has them.
+    def levels(self, name: str, start: int, stop: int) -> Iterator[tuple[NDArray[Any], ...]]:
+        """Rows [start, stop) of a matrix in blocks: levels int8 [n, in], scales float32 [n, in / block], and zero
+        points int8 [n, in / block] if it has them.
         """
 
     def order(self, name: str) -> NDArray[np.int64]:

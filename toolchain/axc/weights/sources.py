@@ -173,6 +173,15 @@ def one_plus(source: Source) -> Source:
     return Affine(source, offset=1.0)
 
 
+def run_of_rows(source: Source) -> tuple[str, int] | None:
+    """The tensor of which a weight is a run of rows as stored, and the first of them; None for other sources."""
+    if isinstance(source, Stored):
+        return source.name, 0
+    if isinstance(source, Rows) and (found := run_of_rows(source.source)):
+        return found[0], found[1] + source.start
+    return None
+
+
 def split(source: Source, *sizes: int) -> tuple[Source, ...]:
     """Splits a source into parts of `sizes` rows. Raises ValueError if they do not add up."""
     if sum(sizes) != source.shape[0]:

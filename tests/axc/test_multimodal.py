@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -14,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from axc import build, check, config
 from axc.calibration.streamed import Streamed
-from axc.checkpoints import Checkpoint
+from axc.checkpoints import Checkpoint, Lora
+from axc.reference import Reference
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.model import Model
@@ -172,3 +174,53 @@ def test_calibration_finds_the_layers_of_the_text_model(kind: str, tmp_path: Pat
     entered, calls = streamed.enter(torch.from_numpy(IDS[:8])[None])
     assert [tuple(rows.shape) for rows in entered] == [(1, 8, SMALL["hidden_size"])]
     assert len(calls) == len(streamed.layers)
+
+
+def with_adapter(model: Any, to: Path, targets: str) -> Any:
+    """Saves a random adapter of a model, and returns the model merged with it."""
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(str(to))
+    return adapted.merge_and_unload()
+
+
+# how transformers 4 called the modules
+OLD_NAMES = {
+    "gemma3": {"model.language_model.": "language_model.model."},
+    "mistral3": {"model.language_model.": "language_model.model."},
+    "qwen2_vl": {"model.language_model.": "model.", "model.visual.": "visual."},
+}
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["names of transformers 5", "of transformers 4"])
+@pytest.mark.parametrize("kind", OLD_NAMES)
+def test_an_adapter_of_the_whole_model(tmp_path: Path, kind: str, older: bool) -> None:
+    """Its changes of other parts do not reach text: they are counted, as the tensors of these parts are."""
+    folder, one = tmp_path / "hf", tmp_path / "adapter"
+    merged = with_adapter(saved(kind, folder), one, r".*\.(q_proj|down_proj|qkv|fc1)")
+    path = one / "adapter_model.safetensors"
+    tensors = load_file(path)
+    others = sum("language_model" not in name for name in tensors) // 2
+    assert others
+    if older:
+        for new, old in OLD_NAMES[kind].items():
+            tensors = {name.replace(f".model.{new}", f".model.{old}"): tensor for name, tensor in tensors.items()}
+        save_file(tensors, path)
+    planned = plan(folder, tmp_path / "out", lora=(Lora(one),))
+    said = [line for line in planned.notices if line.startswith("--lora")]
+    many = f"{others} matrices" if others > 1 else "1 matrix"
+    assert said == [f"--lora {one}: it changes {many} of other parts than the text model: not read"]
+    build.build(planned)
+    wanted = expected(merged)
+    assert same(Model.load(Bundle.open(tmp_path / "out")).forward(IDS.tolist(), 0, logits="all"), wanted)
+    assert same(Reference(folder, adapters=[(one, 1.0)]).logits(IDS), wanted)
+
+
+def test_an_adapter_of_other_parts_alone(tmp_path: Path) -> None:
+    with_adapter(saved("qwen2_vl", tmp_path / "hf"), tmp_path / "adapter", r".*visual.*qkv")
+    with pytest.raises(BadInput, match="changes only other parts than the text model"):
+        plan(tmp_path / "hf", tmp_path / "out", lora=(Lora(tmp_path / "adapter"),))

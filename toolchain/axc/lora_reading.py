@@ -24,13 +24,32 @@ def merge(model: Any, folder: Path, weight: float) -> None:
         if not found:
             continue
         path = module.removeprefix("base_model.model.")
+        if OTHERS.match(path):
+            continue
         b = tensors[f"{module}.lora_B.weight"]
         rank = _pattern(says.get("rank_pattern") or {}, path, says["r"])
         alpha = _pattern(says.get("alpha_pattern") or {}, path, says["lora_alpha"])
         scaling = alpha / (rank**0.5 if says.get("use_rslora") else rank)
-        parameter = model.get_submodule(path).weight
+        parameter = _submodule(model, path).weight
         change = (b.double() @ a.double()) * (weight * scaling)
         parameter.data = (parameter.data.double() + change).float()
+
+
+# parts of a multimodal model that text does not reach
+OTHERS = re.compile(r"(model\.)?(visual|vision_tower|multi_modal_projector)\.")
+# how transformers 4 called the text model in it, and saved many adapters
+OLDER = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head": "lm_head",
+    "model.layers.": "model.language_model.layers.",
+}
+
+
+def _submodule(model: Any, path: str) -> Any:
+    """The module of a path, by today's name or by that of transformers 4. Raises AttributeError."""
+    newer = (new + path.removeprefix(old) for old, new in OLDER.items() if path.startswith(old))
+    known = dict(model.named_modules())
+    return model.get_submodule(next((name for name in (path, *newer) if name in known), path))
 
 
 def _pattern(patterns: Mapping[str, Any], module: str, usual: Any) -> Any:

@@ -120,7 +120,7 @@ class Checkpoint:
     def _merged(self, adapter: Lora) -> Checkpoint:
         if adapter.folder.resolve() in [other.folder.resolve() for other in self.adapters]:
             raise BadInput(f"--lora {adapter.folder} is given twice\nGive it once, with a weight: DIR:WEIGHT.")
-        changed, readers = merge(adapter, self.tensors, self.rows)
+        changed, readers = merge(adapter, self.tensors, self.rows, multimodal.naming(self.path))
         return replace(
             self,
             tensors={**self.tensors, **changed},
@@ -169,7 +169,8 @@ class Checkpoint:
 
     def lora_remarks(self) -> list[str]:
         """Remarks on the adapters. Raises BadInput."""
-        return [remark for adapter in self.adapters for remark in lora_remarks(adapter, self.path, self.tensors)]
+        name_of = multimodal.naming(self.path)
+        return [line for adapter in self.adapters for line in lora_remarks(adapter, self.path, self.tensors, name_of)]
 
     def scale_remarks(self) -> list[str]:
         """Remarks on the scales of a quantised folder; reads all of them. Raises BadInput."""

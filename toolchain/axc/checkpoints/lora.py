@@ -96,17 +96,23 @@ class Merged:
         return values
 
 
+NameOf = Callable[[str], str | None]
+
+
 def merge(
-    adapter: Lora, tensors: Mapping[str, StoredTensor], rows: Callable[[str, int, int], NDArray[Any]]
+    adapter: Lora, tensors: Mapping[str, StoredTensor], rows: Callable[[str, int, int], NDArray[Any]], name_of: NameOf
 ) -> tuple[dict[str, StoredTensor], dict[str, Rows]]:
     """The tensors that an adapter changes, and their readers by key. Raises BadInput.
 
-    `rows` reads rows of a tensor of the base.
+    `rows` reads rows of a tensor of the base. `name_of` gives a tensor's name there, None if it is of another part of
+    a multimodal model.
     """
     changed: dict[str, StoredTensor] = {}
     readers: dict[str, Rows] = {}
     for module, a, b, factor in _pairs(adapter):
-        name = f"{loaded_name(module)}.weight"
+        name = name_of(f"{loaded_name(module)}.weight")
+        if name is None:
+            continue
         if name in changed:
             raise BadInput(f"{adapter.files[1]} changes {name} twice, under two names\n{AGAIN}")
         base = tensors.get(name)
@@ -125,6 +131,8 @@ def merge(
         readers[base.key] = Merged(read, base.dtype, a, b, factor)
         packed = base.packed and f"{base.packed} with an adapter"
         changed[name] = replace(base, dtype="FLOAT", packed=packed, grid=None)
+    if not changed:
+        raise BadInput(f"{adapter.files[1]} changes only other parts than the text model, which alone is built")
     return changed, readers
 
 
@@ -239,14 +247,18 @@ def _targets(settings: Settings) -> Targets | None:
     return Targets(frozenset(names), frozenset(excluded), None if numbers is None else frozenset(numbers))
 
 
-def remarks(adapter: Lora, base: Path, tensors: Mapping[str, StoredTensor]) -> list[str]:
-    """Remarks on an adapter that `merge` accepts: missing matrices, no change at all, another base."""
+def remarks(adapter: Lora, base: Path, tensors: Mapping[str, StoredTensor], name_of: NameOf) -> list[str]:
+    """Remarks on an adapter that `merge` accepts: parts not read, missing matrices, no change at all, another base."""
     config, _ = adapter.files
     values = read_config_json(config)
     settings = Settings(values, config, "the adapter", ADVICE)
     pairs = list(_pairs(adapter))
-    changed = {f"{loaded_name(module)}.weight" for module, *_ in pairs}
+    names = [name_of(f"{loaded_name(module)}.weight") for module, *_ in pairs]
+    changed = {name for name in names if name is not None}
     found = []
+    if others := len(names) - len(changed):
+        many = "1 matrix" if others == 1 else f"{others} matrices"
+        found.append(f"--lora {adapter.folder}: it changes {many} of other parts than the text model: not read")
     targets = _targets(settings)
     matrices = [name for name, stored in tensors.items() if len(stored.shape) == 2 and name.endswith(".weight")]
     if targets is not None:

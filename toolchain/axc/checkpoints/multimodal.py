@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,17 +39,21 @@ def text_names(names: Iterable[str]) -> dict[str, str]:
     return {alone: name for name in names if (alone := text_name(name)) is not None}
 
 
+def naming(folder: Path) -> Callable[[str], str | None]:
+    """What names a tensor of the text model has in it alone: `text_name`, or its own if there is no other part."""
+    path = folder / "config.json"
+    return text_name if path.is_file() and is_multimodal(read_config_json(path)) else lambda name: name
+
+
 def text_model(folder: Path, tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor], int]:
     """The tensors of the text model by the names that it has alone, and how many others there are.
 
-    All of them, where the folder's config.json is not of a multimodal model. Raises BadInput.
+    All of them if the folder's config.json is not of a multimodal model. Raises BadInput.
     """
-    path = folder / "config.json"
-    if not path.is_file() or not is_multimodal(read_config_json(path)):
-        return dict(tensors), 0
     found: dict[str, StoredTensor] = {}
+    name_of = naming(folder)
     for name, tensor in tensors.items():
-        if (alone := text_name(name)) is None:
+        if (alone := name_of(name)) is None:
             continue
         if alone in found:
             raise BadInput(f"tensors {found[alone].key} and {tensor.key} are both {alone} of the text model")

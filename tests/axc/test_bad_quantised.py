@@ -202,7 +202,6 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("auto-round", {"act_bits": 8}, "act_bits 8"),
     ("ct-int4", {"format": "marlin-24"}, "format 'marlin-24'"),
     ("ct-int4", {"quantization_status": "initialized"}, "quantization_status 'initialized'"),
-    ("ct-int4", {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme {'num_bits': 8}"),
     ("ct-int4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config has format 'sparse-24"),
     ("ct-int4", {"config_groups": {}}, "expected ways to store weights"),
     ("ct-int4", {"config_groups": [3]}, "config_groups [3]"),

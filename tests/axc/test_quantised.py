@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
+from safetensors.torch import load_file, save_file
 
 from axc import build, checkpoints, config, weights
 from axc.checkpoints import Checkpoint
@@ -221,6 +223,38 @@ def test_rows_of_a_matrix_are_kept_to_the_last_bit(tmp_path: Path, name: str) ->
     logits = Model.load(Bundle.open(output)).forward(IDS.tolist(), 0, logits="all")
     wanted = Reference(folder).logits(IDS)
     assert np.abs(logits - wanted).max() <= 2e-3 * np.abs(wanted).max()
+
+
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+
+
+@pytest.mark.parametrize(
+    ("form", "scheme", "scales", "said"),
+    [
+        ("fp8-tensor", "static", ("self_attn.k_scale", "self_attn.v_scale"), "KV cache (4 scales): not read"),
+        ("fp8-tensor", None, ("self_attn.kv_scale",), "KV cache (2 scales): not read"),
+        ("fp8-tensor", None, ("self_attn.k_proj.output_scale",), ""),  # as the scales of other activations
+        ("ct-int4", FP8_CACHE, ("self_attn.k_scale", "self_attn.v_scale"), "KV cache (4 scales): not read"),
+        ("ct-int4", {**FP8_CACHE, "dynamic": True}, (), "KV cache: not read"),
+    ],
+)
+def test_scales_of_the_kv_cache(
+    made: Made, tmp_path: Path, form: str, scheme: Any, scales: tuple[str, ...], said: str
+) -> None:
+    folder, types = tmp_path / "folder", {"weight_type": "s8" if form in FLOATS else None}
+    shutil.copytree(made(form)[0], folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"model.layers.{layer}.{name}": torch.tensor([0.5]) for layer in (0, 1) for name in scales}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    says = json.loads((folder / "config.json").read_text())
+    says["quantization_config"]["kv_cache_scheme"] = scheme
+    (folder / "config.json").write_text(json.dumps(says))
+    one, other = (plan(path, tmp_path / f"out-{path.name}", **types) for path in (made(form)[0], folder))
+    added = [line for line in other.notices if line not in one.notices]
+    assert [said in line for line in added] == [True] * bool(said)
+    files, beside = build.build(one).manifest["files"], build.build(other).manifest["files"]
+    assert {name for name in files if files[name] != beside[name]} <= {"hf/config.json"}
+    assert np.array_equal(Reference(folder).logits(IDS), Reference(made(form)[0]).logits(IDS))
 
 
 def test_matrices_of_one_order_share_the_gathered_input(made: Made, tmp_path: Path) -> None:

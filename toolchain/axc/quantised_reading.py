@@ -26,6 +26,9 @@ input_scale input_zero_point output_scale output_zero_point activation_scale
 """
 
 
+CACHE = {"k_scale", "v_scale", "kv_scale", "q_scale", "k_zero_point", "v_zero_point"}
+
+
 def take_from(config: Any) -> Says | None:
     """Removes the quantisation settings from a transformers config and returns them."""
     found = None
@@ -62,6 +65,8 @@ def weights(
     for file in _files(folder):
         for name, tensor in load(file).items():
             module, _, part = name.rpartition(".")
+            if part in CACHE:
+                continue  # transformers' own cache is not quantised
             if part in last or tensor.dtype in (torch.int8, torch.float8_e4m3fn):
                 modules.setdefault(module, {})[part] = tensor
             else:

@@ -59,8 +59,8 @@ class Checkpoint:
     `aside` names weight files in the folder that are not read, `source` the file or index that was preferred.
     `others` counts the tensors of other parts of a multimodal model, which are not read.
     `gguf` is set if the checkpoint is a GGUF file. `adapters` are merged into it. `readers`: by key, how tensors are
-    read that are packed or changed. `matrices`: those of a quantised folder; `settings_file` describes them, if
-    config.json does not.
+    read that are packed or changed. `matrices`: those of a quantised folder, with `remarks`; `settings_file` describes
+    them, if config.json does not.
     """
 
     path: Path
@@ -74,6 +74,7 @@ class Checkpoint:
     settings_file: Path | None = None
     readers: Mapping[str, Rows] = field(default_factory=dict, repr=False, compare=False)
     matrices: tuple[quantised.Matrix, ...] = field(default=(), repr=False, compare=False)
+    remarks: tuple[str, ...] = ()
     _arrays: dict[Path, dict[str, NDArray[Any]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -108,13 +109,20 @@ class Checkpoint:
         settings = quantised.find(path, tensors)
         readers: dict[str, Rows] = {}
         matrices: tuple[quantised.Matrix, ...] = ()
+        remarks: tuple[str, ...] = ()
         if settings is not None:
-            tensors, matrices = quantised.present(settings, quantised.Raw(tensors, plain.array))
+            tensors, matrices, remarks = quantised.present(settings, quantised.Raw(tensors, plain.array))
             readers = {matrix.stored.key: matrix.rows for matrix in matrices}
         tensors, others = multimodal.text_model(path, tensors)
         settings_file = settings.path if settings and settings.path.name in folder.SETTINGS else None
         return replace(
-            plain, tensors=tensors, readers=readers, matrices=matrices, others=others, settings_file=settings_file
+            plain,
+            tensors=tensors,
+            readers=readers,
+            matrices=matrices,
+            remarks=remarks,
+            others=others,
+            settings_file=settings_file,
         )
 
     def _merged(self, adapter: Lora) -> Checkpoint:
@@ -174,7 +182,7 @@ class Checkpoint:
 
     def scale_remarks(self) -> list[str]:
         """Remarks on the scales of a quantised folder; reads all of them. Raises BadInput."""
-        return quantised.scales.remarks(self.matrices)
+        return [*self.remarks, *quantised.scales.remarks(self.matrices)]
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values; read in blocks. Raises BadInput for values that are not finite."""

@@ -84,8 +84,20 @@ def _beside(checkpoint: Path) -> Settings | None:
     return Settings({**values, "quant_method": usual}, path, path.name)
 
 
-def present(settings: Settings, raw: Raw) -> tuple[dict[str, StoredTensor], tuple[Matrix, ...]]:
-    """The tensors of a quantised folder, and its quantised matrices. Raises BadInput."""
+# scales of keys and values in the cache, by the last part of their names
+CACHE_SCALES = frozenset(("k_scale", "v_scale", "kv_scale", "q_scale", "k_zero_point", "v_zero_point"))
+
+
+class Presented(NamedTuple):
+    """The tensors of a quantised folder, its quantised matrices, and remarks for the user."""
+
+    tensors: dict[str, StoredTensor]
+    matrices: tuple[Matrix, ...]
+    remarks: tuple[str, ...] = ()
+
+
+def present(settings: Settings, raw: Raw) -> Presented:
+    """What a quantised folder holds. Raises BadInput."""
     method = METHODS[settings.values["quant_method"]]
     tensors, found = dict(raw.tensors), list[Matrix]()
     for matrix in method.matrices(settings, raw):
@@ -101,7 +113,13 @@ def present(settings: Settings, raw: Raw) -> tuple[dict[str, StoredTensor], tupl
             f"{settings.path} says that weights are quantised ({settings.where}: {settings.values['quant_method']}), "
             f"but none is stored so\n{FLOAT_CHECKPOINT}"
         )
-    return tensors, tuple(found)
+    cache = [name for name in tensors if name.rpartition(".")[2] in CACHE_SCALES]
+    remarks = []
+    if cache or settings.values.get("kv_cache_scheme"):
+        scales = f" ({len(cache)} scales)" if cache else ""
+        remarks.append(f"quantisation of the KV cache{scales}: not read; keys and values keep the hidden state's type")
+    left = {name: tensor for name, tensor in tensors.items() if name not in cache}
+    return Presented(left, tuple(found), tuple(remarks))
 
 
-__all__ = ["METHODS", "Matrix", "Raw", "Settings", "find", "present", "scales"]
+__all__ = ["METHODS", "Matrix", "Presented", "Raw", "Settings", "find", "present", "scales"]

@@ -38,7 +38,9 @@ TENSORS = keys(
     output_scale output_zero_point
     """
 )
-HARMLESS = keys("quant_method provider global_compression_ratio ignore version run_compressed dequantize")
+HARMLESS = keys(
+    "quant_method provider global_compression_ratio ignore version run_compressed dequantize kv_cache_scheme"
+)
 INTEGERS = ("pack-quantized", "int-quantized")
 FLOATS = ("float-quantized", "naive-quantized")
 
@@ -62,10 +64,10 @@ Blocks = tuple[int, int] | None
 
 
 def matrices(settings: Settings, raw: Raw) -> Iterator[Matrix]:
-    read = keys("format quantization_status config_groups kv_cache_scheme sparsity_config transform_config")
+    read = keys("format quantization_status config_groups sparsity_config transform_config")
     settings.refuse_unknown((*HARMLESS, *read, "moe_sparsity_config"))
     settings.only("quantization_status", "compressed", "frozen", absent="compressed")  # the tensors decide
-    for key in ("kv_cache_scheme", "transform_config", "moe_sparsity_config"):
+    for key in ("transform_config", "moe_sparsity_config"):
         settings.only(key, None, {}, absent=None)
     if settings.values.get("sparsity_config"):
         settings.part("sparsity_config", f"{settings.where}.sparsity_config").only("format", "dense")

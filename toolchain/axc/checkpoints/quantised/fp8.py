@@ -14,14 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from axc.checkpoints.quantised.matrix import AGAIN, SCALES, Floats, Matrix, Raw, widened
-from axc.checkpoints.settings import AUTO_ROUND, Settings
+from axc.checkpoints.settings import AUTO_ROUND, Settings, keys
 from axc.stored import StoredTensor
 from axrun.errors import BadInput
 
 PACKED = "fp8"
-# quantisation of activations is ignored: they stay 16-bit-class
-HARMLESS = ("quant_method", "activation_scheme", "modules_to_not_convert", "ignored_layers", "dequantize")
-TENSORS = ("input_scale", "activation_scale", "weight_scale", "weight_scale_inv")
+# quantisation of activations and of the KV cache is ignored: they stay 16-bit-class
+HARMLESS = keys(
+    "quant_method activation_scheme kv_cache_scheme modules_to_not_convert ignored_layers dequantize",
+)
+TENSORS = ("input_scale", "output_scale", "activation_scale", "weight_scale", "weight_scale_inv")
 
 
 def _table() -> Floats:

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import onnx
 import pytest
+import transformers
 from gguf import GGMLQuantizationType as Kind
 from onnx import numpy_helper
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -22,6 +23,7 @@ from axc.reference import Reference
 from axrun.errors import BadInput
 from axrun.format.bundle import Bundle
 from axrun.model import Model
+from axrun.text.hf_files import template_source
 from tests.axc import gguf_files
 from tests.axc.as_transformers import AUTO, FP32, IDS, logits_of, same
 from tests.axc.axc import assert_done, axc, llm_build
@@ -168,6 +170,22 @@ def test_the_tokenizer_matches_transformers(tmp_path: Path, pre: str) -> None:
     assert found.tokenizer is not None
     assert found.tokenizer.decode(found.tokenizer.encode(gguf_files.WORDS)) == gguf_files.WORDS
     assert bool(found.remarks) == (pre == "smollm")  # which transformers does not know
+
+
+@pytest.mark.parametrize(
+    ("default", "said"), [(True, "the default one is used, not rag, tool_use"), (False, "exist, but no default")]
+)
+def test_templates_for_a_purpose(tmp_path: Path, default: bool, said: str) -> None:
+    keys = {f"tokenizer.chat_template.{name}": "{{ messages }}" for name in ("tool_use", "rag")}
+    path = gguf_files.write(tmp_path / "model.gguf", "qwen2", keys=keys)
+    if not default:  # the same length, so that the file stays whole
+        path.write_bytes(path.read_bytes().replace(b"tokenizer.chat_template\x08", b"general.other_template_\x08", 1))
+    (line,) = plan(path, tmp_path / "out").notices
+    assert line.startswith("chat template: ")
+    assert said in line
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    assert theirs.chat_template == (gguf_files.TEMPLATE if default else None)
+    assert template_source(Checkpoint.open(path).folder) == theirs.chat_template
 
 
 def test_the_temporary_folder_is_removed_with_the_checkpoint(made: Made) -> None:

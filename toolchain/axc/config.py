@@ -45,7 +45,7 @@ def load(
     stored = checkpoint.tied() if config.tie_word_embeddings else checkpoint
     sources = family.weights(config)
     cross_check(_without_zero_biases(stored, sources, say), sources, family.redundant, path)
-    for remark in (*checkpoint.scale_remarks(), *checkpoint.lora_remarks()):
+    for remark in (*checkpoint.remarks, *checkpoint.scale_remarks(), *checkpoint.lora_remarks()):
         say(remark)
     return config
 

@@ -59,8 +59,8 @@ class Checkpoint:
     `aside` names weight files in the folder that are not read, `source` the file or index that was preferred.
     `others` counts the tensors of other parts of a multimodal model, which are not read.
     `gguf` is set if the checkpoint is a GGUF file. `adapters` are merged into it. `readers`: by key, how tensors are
-    read that are packed or changed. `matrices`: those of a quantised folder, with `remarks`; `settings_file` describes
-    them, if config.json does not.
+    read that are packed or changed. `matrices`: those of a quantised folder; `settings_file` describes them, if
+    config.json does not. `remarks` are for the user.
     """
 
     path: Path
@@ -92,7 +92,8 @@ class Checkpoint:
     def _opened(cls, path: Path) -> Checkpoint:
         if path.suffix == GGUF and path.is_file():
             model = Model.open(path)
-            return cls(path, model.tensors, (path,), path.name, gguf=model, readers=model.slices)
+            opened = cls(path, model.tensors, (path,), path.name, gguf=model, readers=model.slices)
+            return replace(opened, remarks=model.remarks)
         chosen = folder.choose(path)
         tensors: dict[str, StoredTensor] = {}
         for file in chosen.files:
@@ -182,7 +183,7 @@ class Checkpoint:
 
     def scale_remarks(self) -> list[str]:
         """Remarks on the scales of a quantised folder; reads all of them. Raises BadInput."""
-        return [*self.remarks, *quantised.scales.remarks(self.matrices)]
+        return quantised.scales.remarks(self.matrices)
 
     def equal(self, one: str, other: str) -> bool:
         """Whether two tensors hold the same values; read in blocks. Raises BadInput for values that are not finite."""

@@ -17,6 +17,7 @@ from axc.stored import Grid, StoredTensor
 from axrun.errors import BadInput
 
 SUFFIX = ".gguf"
+LISTED = 4  # names of templates in a remark
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,18 @@ class Model:
     def folder(self) -> Path:
         """A folder with the text files of a checkpoint. Raises BadInput for an unknown tokenizer."""
         return Path(self._files.name)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Remarks for the user."""
+        begins = f"{tokenizer.TEMPLATE}."
+        others = sorted(key.removeprefix(begins) for key in self._container.metadata if key.startswith(begins))
+        if not others:
+            return ()
+        listed = ", ".join(f"{name:.40}" for name in others[:LISTED]) + (", ..." if len(others) > LISTED else "")
+        if tokenizer.TEMPLATE in self._container.metadata:
+            return (f"chat template: the default one is used, not {listed}",)
+        return (f"chat template: {listed} exist, but no default: none is used",)
 
     @property
     def cut(self) -> str | None:

@@ -34,6 +34,7 @@ WHOLE_WORDS = frozenset(
 )  # a word in the vocabulary is one token
 CONTROL, USER_DEFINED = 3, 4  # kinds of token
 ENDS = ("eos", "eot", "eom")  # tokens that end an answer
+TEMPLATE = "tokenizer.chat_template"
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 BYTES = {byte: character for character, byte in BYTE_LEVEL.items()}
 
@@ -76,7 +77,7 @@ def files(file: Container) -> dict[str, str]:
     _adds(made, file, numbers, first=adds_first, last=adds_last)
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
     settings |= {"add_bos_token": adds_first, "add_eos_token": adds_last, "clean_up_tokenization_spaces": False}
-    if (template := get("tokenizer.chat_template", str)) is not None:
+    if (template := get(TEMPLATE, str)) is not None:
         settings["chat_template"] = template
     ends = list(dict.fromkeys(numbers[name] for name in ENDS if numbers[name] is not None))
     generation = {"bos_token_id": numbers["bos"], "eos_token_id": ends or None}

@@ -77,15 +77,19 @@ def test_two_processes_do_not_write_one_file(tiny_qwen2: Path, words: Path, tmp_
         run.calibrate(options(tiny_qwen2, words, tokens=64), tmp_path)
 
 
+@pytest.mark.parametrize("kept", [0, 9000])
 def test_a_damaged_layer_is_calibrated_again(
-    calibrated: Mapping[str, Path], tiny_qwen2: Path, words: Path, tmp_path: Path
+    calibrated: Mapping[str, Path], tiny_qwen2: Path, words: Path, tmp_path: Path, kept: int
 ) -> None:
-    """What a power cut leaves: a file without its content."""
+    """What a power cut leaves: a file without its content, or with zeros behind its beginning."""
     output = tmp_path / "again.safetensors"
 
     def cut(done: int, total: int, what: str) -> None:
         if done == 3:
-            (tmp_path / "again.safetensors.layers" / "1.safetensors").write_bytes(b"")
+            path = tmp_path / "again.safetensors.layers" / "1.safetensors"
+            content = path.read_bytes()
+            path.write_bytes(content[:kept] + bytes(4096) + content[kept + 4096 :] if kept else b"")
+            assert path.read_bytes() != content
             raise Killed
 
     with pytest.raises(Killed):

@@ -149,8 +149,11 @@ class CalibrationFile:
 
     def manifest(self) -> dict[str, Any]:
         """The entry of a bundle's manifest."""
-        listed = {name: asdict(self.weights[name]) for name in sorted(self.weights)}
-        return {"sha256": self.sha256, **self.header, "weights": listed}
+        return {"sha256": self.sha256, **self.header, "weights": self.listed()}
+
+    def listed(self) -> dict[str, Any]:
+        """The matrices, as the metadata has them."""
+        return {name: asdict(self.weights[name]) for name in sorted(self.weights)}
 
 
 def _check(path: Path, file: Any, name: str, entry: Calibrated, names: set[str]) -> None:

@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import nn
 
 from axc import config, reference
 from axc.calibration import bits, cache, file, head, text
-from axc.calibration.file import Calibrated
+from axc.calibration.file import Calibrated, CalibrationFile
 from axc.calibration.linears import SMALLEST_BLOCK, Matrix, energies
 from axc.calibration.options import Options, first_kept
 from axc.calibration.streamed import INSTEAD, Call, Streamed, run
@@ -222,7 +221,7 @@ def _join(parts: Path, header: Mapping[str, Any], output: Path) -> Path:
     listed: dict[str, Any] = {}
     for path in sorted(parts.glob("*.safetensors")):
         arrays |= load_file(path)
-        listed |= json.loads(path.with_suffix(".json").read_text("utf-8"))
+        listed |= CalibrationFile.open(path).listed()
     file.save(output, arrays, {**header, "weights": listed})
     shutil.rmtree(parts)
     return output
@@ -333,22 +332,22 @@ def _save(path: Path, result: Mapping[str, tuple[Any, Any, Calibrated]]) -> None
     arrays = {}
     for name, (levels, scales, entry) in result.items():
         arrays[name], arrays[f"{name}_scale"] = file.packed(levels, entry.type), scales
-    path.with_suffix(".json").write_text(json.dumps({name: asdict(entry) for name, (*_, entry) in result.items()}))
-    file.save(path, arrays, {"version": file.VERSION, "weights": {}})
+    listed = {name: asdict(entry) for name, (*_, entry) in result.items()}
+    file.save(path, arrays, {"version": file.VERSION, "weights": listed})
 
 
 def _finished(path: Path) -> Mapping[str, Any] | None:
     """Levels and scales that an earlier run wrote; None where it did not, or a power cut damaged them."""
     try:
-        arrays, listed = load_file(path), json.loads(path.with_suffix(".json").read_text("utf-8"))
-    except (OSError, ValueError, SafetensorError):
+        CalibrationFile.open(path)
+    except BadInput:
         return None
-    return arrays if listed and all({name, f"{name}_scale"} <= set(arrays) for name in listed) else None
+    return load_file(path)
 
 
 def has_finished_layers(output: Path) -> bool:
     """Whether an interrupted calibration left layers that the next one continues with."""
-    return any(output.with_name(output.name + PARTS).glob("*.json"))
+    return any(output.with_name(output.name + PARTS).glob("*.safetensors"))
 
 
 def _put_all(arrays: Mapping[str, Any], matrices: list[Matrix], layer: Any, prefix: str) -> None:

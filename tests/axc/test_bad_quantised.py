@@ -137,7 +137,8 @@ TENSORS: list[tuple[str, Change, str]] = [
     ("fp8-blocks", number("weight_scale_inv", (1, 1), np.inf), "group 1 is inf; expected a finite, positive"),
     ("fp8-blocks", number("weight_scale_inv", (1, 0), -1e-3), "at row 64, group 0 is -0.001; expected a finite"),
     ("fp8-blocks", number("weight_scale_inv", (), 0), f"all scales of {UP}.weight are 0, and its levels are not"),
-    ("fp8-blocks", number("weight", (5, 6), np.nan), "holds a value that is not finite at [5, 6]"),
+    ("fp8-blocks", number("weight_scale_inv", (1, 1), 1e37), "at row 64, group 1 is 1e+37; expected a finite"),
+    ("fp8-blocks", number("weight", (75, 6), np.nan), "holds a value that is not finite at [75, 6]"),
     ("gptq-32", number("scales", (1, 5), np.inf), f"scale of {UP}.weight at row 5, group 1 is inf; expected"),
     ("awq", number("scales", (3, 127), np.nan), "at row 127, group 3 is nan"),
     ("ct-int4", number("weight_scale", (9, 0), -np.inf), "at row 9, group 0 is -inf"),
@@ -285,7 +286,7 @@ def test_keys_that_autoround_adds_are_known(whole: Whole, tmp_path: Path, form: 
 @pytest.mark.parametrize(
     ("form", "part", "where", "words"),
     [
-        ("gptq-32", "scales", (2, 7), f"1 group has the scale 0 ({UP}.weight at row 7, group 2)"),
+        ("gptq-32", "scales", (2, 107), f"1 group has the scale 0 ({UP}.weight at row 107, group 2)"),
         ("gptq-32", "scales", (slice(None), 7), f"4 groups have the scale 0 (in 1 matrix, the first is {UP}.weight"),
         ("gptq-desc_act", "scales", (2, 7), f"1 group has the scale 0 ({UP}.weight at row 7, group 2)"),
         ("awq", "scales", (2, 7), f"1 group has the scale 0 ({UP}.weight at row 7, group 2)"),

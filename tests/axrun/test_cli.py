@@ -85,6 +85,16 @@ def test_the_answer_goes_to_stdout_and_the_vendors_lines_to_stderr(bundle_s8: Pa
     assert len(lines) == 19
 
 
+def test_right_guesses_are_told_from_all(bundle_s8: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    repeated = "the river runs by the old town. " * 6
+    assert main(["run", str(bundle_s8), "--raw", "--prompt", repeated, "--max-tokens", "40"]) == 0
+    line = capsys.readouterr().err.splitlines()[-1]
+    found = re.fullmatch(r"speculation: (\d+) of (\d+) guessed tokens were right", line)
+    assert found, line
+    right, guessed = map(int, found.groups())
+    assert 0 <= right < guessed
+
+
 def test_json_has_answer_and_statistics(bundle_s8: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", str(bundle_s8), "--prompt", "12+30=", "--json", "--verify", "--threads", "1"]) == 0
     answer = json.loads(capsys.readouterr().out)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,6 +73,34 @@ def test_the_model_itself_as_draft_is_always_right(model: Model, heldout: list[i
     guesser = DraftGuesser(TokenSequence(model.another()), model.post.vocab_size, costs, Always(costs))
     answer(model, heldout[:70], guesser, stats)
     assert stats.guessed == stats.accepted > 0
+    for prompt in (heldout[100:170], heldout[:30], heldout[:90]):  # the draft still holds the answer before
+        stats = Stats()
+        answer(model, prompt, DraftGuesser(guesser._sequence, model.post.vocab_size, costs, Always(costs)), stats)
+        assert stats.guessed == stats.accepted > 0
+
+
+def test_a_draft_is_not_asked_beside_other_answers(model: Model, heldout: list[int]) -> None:
+    costs = Costs()
+    guesser = DraftGuesser(TokenSequence(model.another()), model.post.vocab_size, costs, Always(costs))
+    for seconds, count in ((0.1, 5), (None, 0), (None, 0), (0.1, 5)):
+        guesser.learn(0, 0, seconds)
+        assert len(guesser.guess(heldout[:20], heldout[20], 7)) == count
+
+
+def test_the_time_of_a_draft_is_not_that_of_the_model(
+    model: Model, heldout: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock that moves on by a second each time that it is read."""
+    costs, ticks = Costs(), itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: float(next(ticks)))
+    monkeypatch.setattr("axrun.speculation.draft.time", clock)
+    guesser = DraftGuesser(TokenSequence(model.another()), model.post.vocab_size, costs, Always(costs))
+    for _ in range(2):  # the first time of a shape only bounds the usual one
+        guesser.learn(0, 0, 2.0)
+    for _ in range(2):
+        assert len(guesser.guess(heldout[:20], heldout[20], 7)) == 5
+        guesser.learn(5, 5, 2.5)
+    assert costs.ratio(5) == pytest.approx((2.5 - 1) / costs.one)
 
 
 @pytest.fixture(scope="module")

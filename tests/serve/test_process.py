@@ -230,7 +230,11 @@ def test_health_reports_loading(bundle_s8: Path, start: Start) -> None:
 
 def test_metrics_add_up(bundle_s8: Path, start: Start) -> None:
     server = start(bundle_s8, "--slots", 2).ready()
-    used = [server.chat(text)["usage"] for text in ("1+1=", "who are you?", "who are you?")]
+    first = server.complete("1+1=", max_tokens=1)["usage"]  # the run that reads the prompt gives the token
+    metrics = server.idle()
+    phases = [metrics[f'axrun_step_seconds_total{{phase="{phase}"}}'] for phase in ("prefill", "decode")]
+    assert phases[0] > phases[1] == 0
+    used = [first, *(server.chat(text)["usage"] for text in ("1+1=", "who are you?", "who are you?"))]
     server.post("completions", prompt="")
     metrics = server.idle()
     assert metrics["axrun_slots"] == 2
@@ -238,7 +242,9 @@ def test_metrics_add_up(bundle_s8: Path, start: Start) -> None:
     assert metrics['axrun_requests_total{path="/v1/completions",status="400"}'] == 1
     assert metrics['axrun_tokens_total{kind="prompt"}'] == sum(usage["prompt_tokens"] for usage in used)
     assert metrics['axrun_tokens_total{kind="written"}'] == sum(usage["completion_tokens"] for usage in used)
-    assert metrics["axrun_request_seconds_count"] == metrics["axrun_first_token_seconds_count"] == 3
+    cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in used]
+    assert metrics['axrun_tokens_total{kind="prompt_reused"}'] == sum(cached) > 0
+    assert metrics["axrun_request_seconds_count"] == metrics["axrun_first_token_seconds_count"] == 4
     assert metrics['axrun_step_seconds_total{phase="decode"}'] > 0
     assert metrics["process_resident_memory_bytes"] > 1e7
     server.until(lambda: sum(line.startswith("POST /v1/chat/completions 200 ") for line in server.lines) == 3)

@@ -42,7 +42,10 @@ def textbook(weights: Floats, hessian: Floats, scales: Floats, block: int) -> Fl
     return levels
 
 
-def test_levels_are_those_of_the_textbook() -> None:
+@pytest.mark.parametrize("lazy", [gptq.LAZY, 40])
+def test_levels_are_those_of_the_textbook(lazy: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the columns are rounded in several blocks, the last of them shorter."""
+    monkeypatch.setattr(gptq, "LAZY", lazy)
     matrix, hessian = correlated()
     levels, scales = gptq.quantize(matrix, hessian, "INT4", 32)
     expected = textbook(matrix.numpy(), hessian.numpy(), scales.numpy(), 32)

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from axc import build
 from axc.synth import synth
+from axrun.format.dtypes import FLOATS as FLOAT_TYPES
+from axrun.format.dtypes import from_float32
 from tests.engine.conftest import Run
-from tests.engine.test_numerics import HERE
+from tests.engine.test_numerics import HERE, grouped, linear_file
 
 CUTS = 3  # of each bundle, number of threads and instruction set
 INTEGERS, FLOATS = ("s8", "s4"), ("bf16", "fp16", "fp32", "fp8_e4m3")
@@ -118,3 +121,52 @@ def test_floats_have_one_answer_on_an_instruction_set(
     several = digests(in_process, paths, CUTS, 2, AXC_ISA=isa, AXC_THREADS="2")
     for path in alone:
         assert len({*alone[path], *several[path]}) == 1, path
+
+
+# rows, columns and block of single matrices; block 0: one scale per row
+SHAPES = (
+    *((37, 384, 128), (33, 576, 32), (3, 2304, 32), (9, 576, 64), (17, 64, 64)),
+    *((33, 192, 96), (8, 512, 256), (7, 36, 0), (6, 130, 0)),
+)
+
+
+@pytest.fixture(scope="session")
+def linears(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """Single matrices: integers with and without zero points, and floats."""
+    folder, random = tmp_path_factory.mktemp("linears"), np.random.default_rng(0)
+    integers = grouped(folder, "FLOAT", False, SHAPES) + grouped(folder, "FLOAT16", True, SHAPES)
+    floats = []
+    for weight in ("fp32", "fp16", "bf16"):
+        for shape in ((37, 130), (33, 575), (70, 640)):
+            data = from_float32(random.standard_normal(shape, np.float32), FLOAT_TYPES[weight])
+            floats.append(linear_file(folder, [(FLOAT_TYPES[weight], shape, data)], {}))
+    return {"integers": integers, "floats": floats}
+
+
+def rows_of(in_process: Run, isa: str, paths: list[Path]) -> dict[tuple[str, str], str]:
+    """The digest of each matrix's single rows in each precision. Fails if a row beside others has other bits."""
+    done = in_process("one_linear.py", *paths, AXC_ISA=isa)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen, *lines = done.stdout.splitlines()
+    assert seen == isa
+    assert len(lines) == 2 * len(paths)
+    found = {}
+    for line in lines:
+        path, bits, digest, *odd = line.split()
+        assert not odd, line
+        found[path, bits] = digest
+    return found
+
+
+@pytest.fixture(scope="session")
+def single_rows(linears: dict[str, list[Path]], in_process: Run) -> dict[tuple[str, str], str]:
+    return rows_of(in_process, HERE[-1], linears["integers"])
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_a_row_has_the_same_bits_beside_any_number_of_others(
+    isa: str, linears: dict[str, list[Path]], single_rows: dict[tuple[str, str], str], in_process: Run
+) -> None:
+    """And on every instruction set, if the weights are integers."""
+    found = rows_of(in_process, isa, [*linears["integers"], *linears["floats"]])
+    assert found.items() >= single_rows.items()

@@ -12,10 +12,11 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from axc.calibration import head, run
 from axc.calibration.file import CalibrationFile
 from axc.checkpoints import EMBEDDING, HEAD
 from axc.quantizer.round_to_nearest import quantize as round_to_nearest
-from tests.axc.calibration.calibrations import Floats, dequantised
+from tests.axc.calibration.calibrations import Floats, dequantised, options
 
 
 @torch.no_grad()
@@ -61,6 +62,40 @@ def test_recorded_errors(calibrated: Mapping[str, Path], tiny_qwen2: Path) -> No
         exact = checkpoint[name].astype(np.float64)
         error = np.sqrt(np.square(values[name] - exact).sum() / np.square(exact).sum())
         assert entry.error == pytest.approx(error, rel=2e-3)
+
+
+@torch.no_grad()
+def test_recorded_errors_of_outputs(calibrated: Mapping[str, Path], tiny_qwen2: Path, words: Path) -> None:
+    """Of the first layer, whose inputs no quantised layer changes: those that transformers' linears get."""
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(tiny_qwen2).encode(words.read_text(), add_special_tokens=False)[:1024]
+    seen: list[Any] = []
+    linear = model.get_submodule("model.layers.0.self_attn.k_proj")
+    linear.register_forward_pre_hook(lambda _, given: seen.append(given[0][0]))
+    for start in range(0, 1024, 64):
+        model(torch.tensor([ids[start : start + 64]]))
+    name, x = "model.layers.0.self_attn.k_proj.weight", torch.cat(seen).double()
+    exact = linear.weight.double()
+    for path in calibrated.values():
+        difference = torch.from_numpy(dequantised(path)[name]).double() - exact
+        error = float(((x @ difference.T).square().sum() / (x @ exact.T).square().sum()).sqrt())
+        entry = CalibrationFile.open(path).weights[name]
+        assert entry.output_error == pytest.approx(error, rel=0.03)
+        assert abs(entry.error / error - 1) > 0.1
+
+
+def test_the_head_in_several_parts(
+    tiny_qwen2: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows and its errors, as those of a large vocabulary."""
+    monkeypatch.setattr(head, "ROWS", 96)
+    path = run.calibrate(options(tiny_qwen2, words, tokens=128), tmp_path / "parts.safetensors")
+    name, entry = next((n, e) for n, e in CalibrationFile.open(path).weights.items() if n in (EMBEDDING, HEAD))
+    exact = load_file(tiny_qwen2 / "model.safetensors")[name].astype(np.float64)
+    error = np.sqrt(np.square(dequantised(path)[name] - exact).sum() / np.square(exact).sum())
+    assert entry.error == pytest.approx(error, rel=2e-3)
+    assert entry.error < 0.02
+    assert entry.output_error < 0.02
 
 
 def test_outputs_of_the_head_are_nearer_than_rounded_to_nearest(

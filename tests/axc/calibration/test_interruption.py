@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from axc import console
 from axc.calibration import run
@@ -36,6 +38,36 @@ def test_a_killed_calibration_goes_on(
     assert quantised == ["model.layers.2.", "model.layers.3."]
     assert output.read_bytes() == calibrated["4"].read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["again.safetensors"]
+
+
+@pytest.mark.parametrize("changed", ["nothing", "text", "checkpoint"])
+def test_layers_of_another_calibration_are_not_continued(
+    tiny_qwen2: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    folder, text, quantised = tmp_path / "checkpoint", tmp_path / "words.txt", list[str]()
+    shutil.copytree(tiny_qwen2, folder)
+    text.write_text(words.read_text())
+    real = run._quantise
+    monkeypatch.setattr(run, "_quantise", lambda *given: quantised.append(given[2]) or real(*given))  # type: ignore[func-returns-value]
+
+    def calibrate(last: int) -> None:
+        def kill(done: int, total: int, what: str) -> None:
+            if done == last:
+                raise Killed
+
+        with pytest.raises(Killed):
+            run.calibrate(options(folder, text, tokens=64), tmp_path / "out.safetensors", kill)
+
+    calibrate(1)
+    if changed == "text":
+        text.write_text(words.read_text()[1:])
+    if changed == "checkpoint":
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.layers.3.mlp.up_proj.weight"] = tensors["model.layers.3.mlp.up_proj.weight"] * 2
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    calibrate(2)
+    first, second = "model.layers.0.", "model.layers.1."
+    assert quantised == ([first, second] if changed == "nothing" else [first, first, second])
 
 
 def test_progress_is_printed_where_there_is_no_terminal(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from axc.calibration import cache
 from axc.calibration.file import KEY, CalibrationFile
 from axc.calibration.options import Options
 from axrun.errors import BadInput
+from tests.axc.calibration.calibrations import options
 
 
 def test_a_file_of_another_checkpoint_is_refused(
@@ -82,6 +84,27 @@ def test_a_truncated_file_is_refused(size: int, calibrated: Mapping[str, Path], 
     path.write_bytes(calibrated["4"].read_bytes()[:size])
     with pytest.raises(BadInput, match="is no calibration file"):
         CalibrationFile.open(path)
+
+
+def test_the_cache_tells_calibrations_apart(
+    tiny_qwen2: Path, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By all that decides them; not by where checkpoint and text lie."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy, scaled, text = tmp_path / "copy", tmp_path / "scaled", tmp_path / "other name.txt"
+    for folder in (copy, scaled):
+        shutil.copytree(tiny_qwen2, folder)
+    tensors = load_file(scaled / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, scaled / "model.safetensors", {"format": "pt"})
+    text.write_bytes(words.read_bytes())
+    usual = cache.place(options(tiny_qwen2, words))
+    assert usual.parent == tmp_path / "cache" / "axc" / "calibrations"
+    assert cache.place(options(copy, text)) == usual
+    changes: list[dict[str, Any]] = [{"tokens": 960}, {"window": 32}, {"bits": 5.0}, {"weight_type": "s8"}]
+    changes += [{"calibration": (words, words)}, {"calibration": ()}]
+    others = [cache.place(options(tiny_qwen2, words, **more)) for more in changes]
+    assert len({usual, cache.place(options(scaled, words)), *others}) == 2 + len(changes)
 
 
 def test_a_damaged_file_in_the_cache_is_made_again(

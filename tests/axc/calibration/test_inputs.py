@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 
 from axc import build
 from axc.calibration import run, text
+from axc.calibration.file import CalibrationFile
 from axc.calibration.options import wanted
 from axc.checkpoints import HEAD
 from axrun.errors import BadInput
@@ -66,6 +68,27 @@ def test_a_quantised_gguf_is_calibrated_unless_its_levels_are_kept(words: Path, 
     packed = gguf_files.write(tmp_path / "packed.gguf", "llama", kinds.Q4_0, head=kinds.Q8_0)
     with pytest.raises(BadInput, match=r"packed\.gguf is quantised already: s4 keeps its levels \(Q4_0\) exactly"):
         run.calibrate(options(packed, words, tokens=128, window=32), tmp_path / "out.safetensors")
+
+
+def test_every_text_has_its_share(words: Path, tiny_qwen2: Path, tmp_path: Path) -> None:
+    """One that is short leaves the rest of its share unused; the file says how much was used."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_qwen2)
+    short, contents = tmp_path / "short.txt", ["1+1=2, and so on. " * 5, words.read_text()]
+    short.write_text(contents[0])
+    found = text.windows((short, words), tokenizer, 256, 32, 640)
+    ids = [tokenizer.encode(content, add_special_tokens=False) for content in contents]
+    assert 32 <= len(ids[0]) < 4 * 32
+    whole = len(ids[0]) // 32 * 32
+    assert found.windows.reshape(-1).tolist() == ids[0][:whole] + ids[1][:128]
+    output = run.calibrate(
+        options(tiny_qwen2, words, calibration=(short, words), tokens=256, window=32), tmp_path / "out.safetensors"
+    )
+    assert CalibrationFile.open(output).header["text"] == {
+        "sha256": hashlib.sha256("\0".join(contents).encode()).hexdigest(),
+        "files": ["short.txt", "words.txt"],
+        "tokens": whole + 128,
+        "window": 32,
+    }
 
 
 def test_texts_that_cannot_be_used(tmp_path: Path, tiny_qwen2: Path) -> None:

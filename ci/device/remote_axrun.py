@@ -107,12 +107,55 @@ class RemoteAxrun:
 def ask(board: Board, at: Address, prompt: str, out: IO[str], err: IO[str], words: Sequence[str] = ()) -> int:
     """Streams the current release's answer to `prompt` to `out`, and axrun's stderr to `err`; returns its exit code."""
     given = ["run", "--prompt", "-", "--engine", board.engine, *words]
-    with RemoteAxrun(board, at, given, prompt) as running:
-        shown = [running.show(running.process.stdout, _into(out)), running.show(running.process.stderr, _into(err))]
-        code = running.wait()
-        for thread in shown:
-            thread.join(END_SECONDS)
+    console = Console(_into(out), _into(err))
+    try:
+        with RemoteAxrun(board, at, given, prompt) as running:
+            shown = [
+                running.show(running.process.stdout, console.answer),
+                running.show(running.process.stderr, console.remark),
+            ]
+            code = running.wait()
+            for thread in shown:
+                thread.join(END_SECONDS)
+    finally:
+        console.finish()
     return code
+
+
+class Console:
+    """An answer and the remarks on it, shown on one terminal: remarks wait until the answer is at the end of a line.
+
+    They arrive as two streams of a connection, which keeps no order between them.
+    """
+
+    def __init__(self, out: Callable[[str], None], err: Callable[[str], None]) -> None:
+        self._out, self._err = out, err
+        self._lock, self._inside_line, self._waiting = threading.Lock(), False, list[str]()
+
+    def answer(self, text: str) -> None:
+        with self._lock:
+            self._out(text)
+            self._inside_line = not text.endswith("\n")
+            if not self._inside_line:
+                self._release()
+
+    def remark(self, text: str) -> None:
+        with self._lock:
+            self._waiting.append(text)
+            if not self._inside_line:
+                self._release()
+
+    def finish(self) -> None:
+        """Shows the remarks that still wait: the connection may be lost inside a line."""
+        with self._lock:
+            if self._inside_line and self._waiting:
+                self._waiting.insert(0, "\n")
+            self._release()
+
+    def _release(self) -> None:
+        for text in self._waiting:
+            self._err(text)
+        self._waiting.clear()
 
 
 @contextlib.contextmanager

@@ -134,6 +134,11 @@ TENSORS: list[tuple[str, Change, str]] = [
         "holds zero points from 8 to 8; 4 bits hold -8 to 7",
     ),
     ("fp8-blocks", put("weight_scale_inv", lambda t: t[:1]), "has shape [1, 2]; expected [2, 2]"),
+    (
+        "fp8-blocks",
+        lambda tensors: tensors.update({f"{UP}.weight_scale": torch.ones(2, 2)}),
+        f"{UP}.weight_scale and {UP}.weight_scale_inv are both stored; which is meant?",
+    ),
     ("fp8-blocks", number("weight_scale_inv", (1, 1), np.inf), "group 1 is inf; expected a finite, positive"),
     ("fp8-blocks", number("weight_scale_inv", (1, 0), -1e-3), "at row 64, group 0 is -0.001; expected a finite"),
     ("fp8-blocks", number("weight_scale_inv", (), 0), f"all scales of {UP}.weight are 0, and its levels are not"),

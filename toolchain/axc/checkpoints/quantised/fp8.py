@@ -95,6 +95,9 @@ def matrix(raw: Raw, module: str, weight: StoredTensor, suffix: str, block: tupl
     """`block`: rows and columns that share a scale; None: one scale for all, or for each row. Raises BadInput."""
     weight = raw.need(module, "weight", ("F8_E4M3",), (None, None))
     rows, columns = weight.shape
+    both = [scale for name in ("weight_scale", "weight_scale_inv") if (scale := raw.find(module, name))]
+    if len(both) > 1:
+        raise BadInput(f"{weight.file}: {both[0].key} and {both[1].key} are both stored; which is meant?\n{AGAIN}")
     found = raw.find(module, suffix)
     if block is None:
         block = (1, columns) if found and found.shape in ((rows, 1), (rows,)) and rows > 1 else (rows, columns)

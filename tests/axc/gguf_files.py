@@ -188,7 +188,7 @@ def write(
             data = permuted(data, heads)
         to = str(named.get_name(name, try_suffixes=(".weight", ".bias")))
         outer = name in ("model.embed_tokens.weight", "lm_head.weight")
-        form = Kind.F32 if data.ndim == 1 else (head or stored) if outer else stored
+        form = Kind.F32 if data.ndim == 1 else head if outer and head is not None else stored
         writer.add_tensor(to, packed(np.ascontiguousarray(data), form, seed), raw_dtype=form)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

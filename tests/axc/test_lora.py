@@ -290,6 +290,10 @@ A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight" f
             "changes model.layers.0.self_attn.q_proj.weight twice",
         ),
         (lambda tensors: {"x": tensors[A]}, "has x"),
+        (
+            lambda tensors: {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()},
+            ".lora_A.weight, which does not begin with base_model.model.: peft ignores it",
+        ),
     ],
     ids=[
         "alone",
@@ -302,6 +306,7 @@ A, B = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{part}.weight" f
         "no such layer",
         "twice",
         "other names",
+        "no prefix",
     ],
 )
 def test_tensors_that_do_not_fit(base: Path, adapter: Adapter, change: Callable[..., Any], words: str) -> None:

@@ -166,6 +166,11 @@ def _pairs(adapter: Lora) -> Iterator[tuple[str, Floats, Floats, np.float32]]:
     targets = _targets(settings)
     for module in modules:
         a, b = (stored[f"{module}.lora_{part}.weight"] for part in "AB")
+        if not module.startswith(PREFIX):
+            raise BadInput(
+                f"{weights} has {a.key:.200}, which does not begin with {PREFIX}: peft ignores it\n"
+                "Save the adapter again with peft's save_pretrained()."
+            )
         name = module.removeprefix(PREFIX)
         if targets is not None and not targets.match(name):
             raise BadInput(

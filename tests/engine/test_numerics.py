@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -65,9 +66,15 @@ def test_every_group_of_every_type_matches_onnxruntime(isa: str, axmodels: list[
 
 
 def linear_file(
-    folder: Path, parts: list[tuple[str, tuple[int, ...], Any]], attributes: dict[str, int], hidden: str = "fp32"
+    folder: Path,
+    parts: list[tuple[str, tuple[int, ...], Any]],
+    attributes: dict[str, int],
+    hidden: str = "fp32",
+    tokens: tuple[int, ...] = (1, 3, 41),
 ) -> Path:
-    """An axmodel with one linear layer; `hidden`: type of input and output, `parts`: tensors of its weight."""
+    """An axmodel with one linear layer; `hidden`: type of input and output, `parts`: tensors of its weight, `tokens`:
+    rows of its groups.
+    """
     state = FLOATS[hidden]
     tensors = {
         f"weight.{i}": Tensor(f"weight.{i}", dtype, dims, -1, nbytes(dtype, dims), memoryview(data.tobytes()))
@@ -92,7 +99,7 @@ def linear_file(
     metadata = {
         "axmodel.version": "1",
         "axmodel.kind": "post",
-        "axmodel.groups": '[{"tokens":1,"history":0},{"tokens":3,"history":0},{"tokens":41,"history":0}]',
+        "axmodel.groups": json.dumps([{"tokens": count, "history": 0} for count in tokens], separators=(",", ":")),
         "axmodel.hidden_state_type": hidden,
     }
     model = Axmodel(
@@ -182,7 +189,11 @@ INTEGER_SHAPES = (
 
 
 def grouped(
-    folder: Path, scale_dtype: str, zeros: bool, shapes: tuple[tuple[int, int, int], ...] = INTEGER_SHAPES
+    folder: Path,
+    scale_dtype: str,
+    zeros: bool,
+    shapes: tuple[tuple[int, int, int], ...] = INTEGER_SHAPES,
+    tokens: tuple[int, ...] = (1, 3, 41),
 ) -> list[Path]:
     """Weights of these shapes in INT8 and INT4."""
     random = np.random.default_rng(0)
@@ -191,6 +202,7 @@ def grouped(
             folder,
             levels(random, dtype, rows, columns, block, scale_dtype, zeros),
             {"axis": 1, "block_size": block} if block else {"axis": 0},
+            tokens=tokens,
         )
         for dtype in ("INT4", "INT8")
         for rows, columns, block in shapes

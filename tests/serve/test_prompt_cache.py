@@ -152,14 +152,18 @@ def test_blocks_of_another_model_are_not_found(model: Model, ids: list[int], tmp
 def test_the_least_recently_used_blocks_are_evicted(
     model: Model, ids: list[int], tmp_path: Path, restarts: bool
 ) -> None:
-    prompts = [ids[start : start + BLOCK] for start in (0, 10, 20, 30, 40)]
-    one = stored(model, prompts[0], tmp_path)[0].stat().st_size
-    caches = [PromptCache(tmp_path, "a", 3 * one, print)]
+    named = {
+        stored(model, ids[start : start + BLOCK], tmp_path / str(start))[0].name: ids[start : start + BLOCK]
+        for start in (0, 10, 20, 30, 40)
+    }
+    prompts, folder = [named[name] for name in sorted(named, reverse=True)], tmp_path / "cache"  # not in order of age
+    one = stored(model, prompts[0], folder)[0].stat().st_size
+    caches = [PromptCache(folder, "a", 3 * one, print)]
 
     def restart() -> None:
         if restarts:
             caches[-1].close()
-            caches.append(PromptCache(tmp_path, "a", 3 * one, print))
+            caches.append(PromptCache(folder, "a", 3 * one, print))
         time.sleep(0.02)  # the times of files differ
 
     def save(prompt: list[int]) -> None:
@@ -177,8 +181,8 @@ def test_the_least_recently_used_blocks_are_evicted(
     for prompt in prompts[3:]:
         save(prompt)
     caches[-1].close()
-    assert len(list(tmp_path.iterdir())) == 3
-    kept = [place for place, prompt in enumerate(prompts) if restored(model, [*prompt, 1], tmp_path)[0]]
+    assert len(list(folder.iterdir())) == 3
+    kept = [place for place, prompt in enumerate(prompts) if restored(model, [*prompt, 1], folder)[0]]
     assert kept == [0, 3, 4]
 
 

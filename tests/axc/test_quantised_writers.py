@@ -40,6 +40,7 @@ def test_gptq_as_autoround_packs_it(bits: int, symmetric: bool, less_one: bool) 
     from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
 
     source = drawn(Form("gptq", bits=bits, symmetric=symmetric))
+    source.zeros[:] = np.maximum(source.zeros, less_one)  # theirs has no zero point 0 less 1
     made = (qlinear_torch_zp if less_one else qlinear_torch).QuantLinear(bits, 32, IN, OUT, False, g_idx=True)
     made.device = "cpu"
     zeros = 1 << (bits - 1) if symmetric else torch.from_numpy(source.zeros.astype(np.float32))
@@ -72,10 +73,11 @@ def test_integers_as_compressed_tensors_packs_them(name: str) -> None:
     source, half = drawn(form), 1 << (form.bits - 1)
     scheme = QuantizationScheme(**quantised_files.config(form)["config_groups"]["group_0"])
     compressor: Any = BaseCompressor.get_value_from_registry(form.kind)
-    scales = source.scales.float()  # theirs divides in the scales' own type
+    shape = (1,) if form.one else source.scales.shape
+    scales = source.scales.float().reshape(shape)  # theirs divides in the scales' own type
     given = {"weight": torch.from_numpy(source.values), "weight_scale": scales}
     if not form.symmetric:
-        given["weight_zero_point"] = torch.from_numpy((source.zeros - half).astype(np.int8))
+        given["weight_zero_point"] = torch.from_numpy((source.zeros - half).astype(np.int8)).reshape(shape)
     ours = {**quantised_files.compressed(source, form), "weight_scale": scales}
     theirs = compressor.compress(given, scheme)
     assert theirs.keys() == ours.keys()

@@ -104,8 +104,8 @@ class Packed:
         self.scales = RANDOM.normal(0, 0.1, (rows, columns // block)).astype(np.float16).astype(np.float32)
         self.zeros = RANDOM.integers(low, high, self.scales.shape, np.int8, endpoint=True) if zeros else None
 
-    def levels(self, name: str) -> Any:
-        for row in range(len(self.levels_)):
+    def levels(self, name: str, start: int, stop: int) -> Any:
+        for row in range(start, stop):
             arrays = (self.levels_, self.scales) if self.zeros is None else (self.levels_, self.scales, self.zeros)
             yield tuple(array[row : row + 1] for array in arrays)
 

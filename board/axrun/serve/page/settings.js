@@ -87,6 +87,8 @@ async function describe() {
 export function offer(models) {
   const select = $("model");
   const chosen = select.value || $("model-choice").dataset.kept;
+  const offered = [...select.options].map(({ value }) => value);
+  if (JSON.stringify(offered) === JSON.stringify(models)) return; // a list that the user has open stays open
   select.replaceChildren(...models.map((id) => Object.assign(element("option", "", id), { value: id })));
   if (models.includes(chosen)) select.value = chosen;
   $("model-choice").hidden = models.length < 2;

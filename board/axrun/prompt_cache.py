@@ -145,7 +145,7 @@ class PromptCache:
             self._sizes.pop(key.name, None)
 
     def _write_all(self) -> None:
-        said = None  # the last failure, said once: a full disk would fill the log with it
+        reported = None  # the last failure, reported once: a full disk would fill the log with it
         while (task := self._queue.get()) is not None:
             failure, doing = None, "written"
             try:
@@ -153,12 +153,12 @@ class PromptCache:
                 doing = "deleted"
                 self._make_room()
             except OSError as error:
-                failure = f"blocks cannot be {doing}: {error.strerror}"
-            if failure is not None and failure != said:
-                self._say(f"warning: prompt cache: {failure}")
-            elif failure is None and said is not None:
-                self._say("note: prompt cache: blocks can be written again")
-            said = failure
+                failure = doing, error.strerror
+            if failure is not None and failure != reported:
+                self._say(f"warning: prompt cache: blocks cannot be {doing}: {failure[1]}")
+            elif failure is None and reported is not None:
+                self._say(f"note: prompt cache: blocks can be {reported[0]} again")
+            reported = failure
 
     def _write(self, key: Key, payload: bytes) -> None:
         name = None

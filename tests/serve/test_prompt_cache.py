@@ -226,6 +226,17 @@ def test_blocks_that_cannot_be_deleted_are_reported_once(
     assert said == ["warning: prompt cache: blocks cannot be deleted: Operation not permitted"]
     assert len(cache._sizes) == len(ids) // BLOCK  # new ones, too, are known
     assert restored(model, ids, tmp_path / "cache")[0] == 3 * BLOCK
+    again = PromptCache(tmp_path / "cache", "a", 1, said.append)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        again.save(read(model, ids[10:]), BLOCK)
+        end = time.monotonic() + 60
+        while len(said) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+    again.save(read(model, ids[20:]), BLOCK)
+    again.close()
+    assert said[2:] == ["note: prompt cache: blocks can be deleted again"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(bundle_s8: Path, tmp_path: Path) -> None:

@@ -143,9 +143,9 @@ def run(path: Path, question: Question, loading: Loading = DEFAULTS, write: Say 
     tokenizer.expect_within(ids, bundle.vocab_size)
     expect_room(len(ids), bundle.kv_cache_len)
     sampling = sampling.override(grammar=options.grammar_of(tokenizer, bundle.vocab_size))
-    guessing = options.draft_for(bundle, loading)
+    draft_bundle = options.draft_for(bundle, loading)
     model = loading.load(bundle)
-    speculation = options.speculation_with(guessing, loading)
+    speculation = options.speculation_with(draft_bundle, loading)
     for line in describe(model, bundle):
         say(line)
     say(f"input token num : {len(ids)}, prefill_split_num : {len(list(model.decoder.chunks(0, len(ids))))}")

@@ -31,8 +31,6 @@ def load(
     if checkpoint.aside:
         aside = ", ".join(checkpoint.aside[:4]) + (", ..." if len(checkpoint.aside) > 4 else "")
         say(f"weights: {checkpoint.source}, which transformers prefers; not read: {aside}")
-    if checkpoint.settings_file:
-        say(f"quantisation: as {checkpoint.settings_file.name} says, since config.json says nothing about it")
     family, config = families.read_config(values, path, model_type, say)
     names = values.get("architectures")
     if checkpoint.others:

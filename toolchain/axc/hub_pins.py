@@ -134,17 +134,17 @@ def _files(source: Hub, info: ModelInfo) -> Iterator[PinnedFile]:
 
 def _texts(names: Sequence[str] | dict[str, Any]) -> list[str]:
     from axc import pooling
-    from axc.checkpoints.folder import SETTINGS
+    from axc.checkpoints.folder import SETTINGS_FILES
     from axc.hf_folder import HF_FILES, OTHER_FILES, OTHER_TEMPLATES
 
-    texts = {*HF_FILES, *OTHER_FILES, *REMARKS, *SETTINGS, *pooling.FILES}
+    texts = {*HF_FILES, *OTHER_FILES, *REMARKS, *SETTINGS_FILES, *pooling.FILES}
     return sorted(name for name in names if PLAIN.fullmatch(name) and (name in texts or fnmatch(name, OTHER_TEMPLATES)))
 
 
 def _weights(source: Hub, names: dict[str, Any]) -> list[str]:
-    from axc.checkpoints.folder import ORDER, named_freely
+    from axc.checkpoints.folder import ORDER, sole_weight_file
 
-    for whole, index in (*ORDER, *named_freely(names)):
+    for whole, index in (*ORDER, *sole_weight_file(names)):
         if whole in names:
             return [whole]
         if index in names:

@@ -103,7 +103,8 @@ class Reference:
         transformers.logging.disable_progress_bar()
         self.path, self.remarks = path, list[str]()
         self.config = self._read_config(model_config or path, model_type)
-        self._quantised = quantised_reading.take_from(self.config) or quantised_reading.older(path, _mapped)
+        with _refusing(path):
+            self._quantised = quantised_reading.take_from(self.config) or quantised_reading.older(path, _mapped)
         if self._quantised is not None:
             self.remarks.append(f"{path}: {quantised_reading.SAID}")
         self.config._attn_implementation = "eager"

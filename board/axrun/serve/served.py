@@ -116,13 +116,13 @@ class Served:
             options.parse_special,
             options.reasoning_budget,
         )
-        guessing = None if options.draft is None else draft.open_for(bundle, options.draft, self._loading)
+        draft_bundle = None if options.draft is None else draft.open_for(bundle, options.draft, self._loading)
         if options.prompt_cache is not None and self._prompt_cache is None:
             engine = self._loading.engine
             identity = f"{bundle.digest} {engine} {engine_version(engine)}"
             folder = Path(options.prompt_cache) if self._alone else Path(options.prompt_cache) / bundle.digest[:16]
             self._prompt_cache = PromptCache(folder, identity, options.prompt_cache_mb << 20, say)
-        return Parts(reader, tokenizer, guessing)
+        return Parts(reader, tokenizer, draft_bundle)
 
     @property
     def reader(self) -> Reader:

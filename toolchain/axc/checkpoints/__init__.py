@@ -115,7 +115,9 @@ class Checkpoint:
             tensors, matrices, remarks = quantised.present(settings, quantised.Raw(tensors, plain.array))
             readers = {matrix.stored.key: matrix.rows for matrix in matrices}
         tensors, others = multimodal.text_model(path, tensors)
-        settings_file = settings.path if settings and settings.path.name in folder.SETTINGS else None
+        settings_file = settings.path if settings and settings.path.name in folder.SETTINGS_FILES else None
+        if settings_file is not None:
+            remarks = (f"quantisation: as {settings_file.name} says; config.json does not describe it", *remarks)
         return replace(
             plain,
             tensors=tensors,

@@ -23,7 +23,7 @@ ORDER = (
 )
 SUFFIXES = (".safetensors", ".bin")
 # where the first versions of AutoGPTQ and AutoAWQ describe the quantisation, and the quant_method of each
-SETTINGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+SETTINGS_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 ADAPTER_CONFIG = "adapter_config.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # torch.distributed checkpoints, which transformers prefers to every other file
@@ -53,7 +53,7 @@ def choose(folder: Path) -> WeightFiles:
     except OSError as error:
         raise BadInput(f"cannot read {folder}: {error.strerror}") from None
     _refuse_other_forms(folder, names)
-    for single, index in (*ORDER, *named_freely(names)):
+    for single, index in (*ORDER, *sole_weight_file(names)):
         for name in (single, index):
             if name in names and (folder / name).is_symlink() and not (folder / name).exists():
                 raise BadInput(f"{folder / name} is a link to nothing\nDownload the checkpoint again.")
@@ -66,12 +66,12 @@ def choose(folder: Path) -> WeightFiles:
     raise BadInput("\n".join(_no_weights(folder, names)))
 
 
-def named_freely(names: Collection[str]) -> Iterator[tuple[str, str]]:
+def sole_weight_file(names: Collection[str]) -> Iterator[tuple[str, str]]:
     """The file and index of an older quantised folder without a file of ORDER: the only ones with their suffixes.
 
     AutoGPTQ named weight files by bits and group size, like gptq_model-4bit-128g.safetensors.
     """
-    if not any(name in names for name in SETTINGS) or any(name in names for pair in ORDER for name in pair):
+    if not any(name in names for name in SETTINGS_FILES) or any(name in names for pair in ORDER for name in pair):
         return
     suffix = ".safetensors.index.json"
     found = sorted(name for name in names if name.endswith(suffix))
@@ -184,7 +184,7 @@ OTHER_FORMS: tuple[tuple[Callable[[str], bool], str, str], ...] = (
         _matches(r"(quantize_config|quant_config|hf_quant_config)\.json|gptq_model.*|.*awq.*"),
         "quantised weights of an older layout",
         "Give one .safetensors file, and quantization_config in config.json or a file of AutoGPTQ or AutoAWQ\n"
-        f"({', '.join(SETTINGS)}) beside it.",
+        f"({', '.join(SETTINGS_FILES)}) beside it.",
     ),
     (
         _matches(r"tf_model.*\.h5|flax_model.*\.msgpack|.*\.ckpt\.(index|meta)"),

@@ -69,12 +69,12 @@ def find(checkpoint: Path, tensors: Mapping[str, StoredTensor]) -> Settings | No
 
 def _beside(checkpoint: Path) -> Settings | None:
     """The settings of a folder whose config.json has none: from a file that AutoGPTQ or AutoAWQ wrote beside it."""
-    names = [name for name in folder.SETTINGS if (checkpoint / name).is_file()]
+    names = [name for name in folder.SETTINGS_FILES if (checkpoint / name).is_file()]
     if not names:
         return None
     if len(names) > 1:
         raise BadInput(f"{checkpoint} is quantised, as {' and '.join(names)} say; which is meant?\nRemove the other.")
-    path, usual = checkpoint / names[0], folder.SETTINGS[names[0]]
+    path, usual = checkpoint / names[0], folder.SETTINGS_FILES[names[0]]
     read = read_config_json(path)
     values = {AWQ_KEYS.get(key, key): value for key, value in read.items()} if usual == "awq" else read
     method = values.get("quant_method") or usual
